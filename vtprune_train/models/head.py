@@ -1,0 +1,70 @@
+"""The language-model head and its cross-entropy over supervised rows, in chunks: a step's logits never exist at once.
+
+Shape suffixes: R supervised rows, C hidden size, N vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in float32
+
+
+def chunked_cross_entropy(
+    hidden_RC: Tensor, weight_NC: Tensor, bias_N: Tensor | None, targets_R: Tensor, chunk_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy over rows, and whether the most likely token is the target.
+
+    Gradients are made in the forward pass, chunk by chunk, so the head's weight is read only while it is there (under
+    ZeRO-3 it is partitioned again before the backward pass).
+
+    Returns:
+        ``loss_sum`` [] float32 and ``correct`` [R] bool. No rows give a zero that is still part of the graph.
+    """
+    rows = chunk_rows or max(1, CHUNK_LOGITS // weight_NC.shape[0])
+    return _ChunkedCrossEntropy.apply(hidden_RC, weight_NC, bias_N, targets_R, rows)  # type: ignore[no-any-return]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        correct = torch.empty_like(targets, dtype=torch.bool)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits = F.linear(hidden[rows], weight, bias).float()
+            correct[rows] = logits.argmax(dim=-1) == targets[rows]
+            loss += F.cross_entropy(logits, targets[rows], reduction="sum")
+            if not (wants_hidden or wants_weight or wants_bias):
+                continue
+            grad_logits = logits.softmax(dim=-1)
+            grad_logits.scatter_add_(1, targets[rows, None], grad_logits.new_full((grad_logits.shape[0], 1), -1.0))
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.matmul(grad_logits, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden[rows]
+        ctx.grads = (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads = tuple(None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.grads)
+        return (*grads, None, None)

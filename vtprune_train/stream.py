@@ -1,0 +1,372 @@
+"""The nouns everyone shares: the packed stream, its image spans, and the plan of every stage.
+
+Everything here is laid out on the host from lengths alone, so that every shape of the forward pass is known before
+it starts; only WHICH visual tokens survive a boundary is decided on the device.
+
+Shape suffixes: T tokens in the stream, S segments, V visual tokens before a boundary, K visual tokens kept by it,
+Q query rows, R supervised rows, P tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """One image's visual tokens within a segment: ``length`` tokens from offset ``start``."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """What the host knows of one sample: offsets count from the segment's first token, before any dropping.
+
+    Args:
+        length: tokens, text and visual.
+        spans: the sample's images, in order, not overlapping.
+        query_offsets: tokens whose attention ranks the visual tokens.
+        supervised_offsets: tokens that the loss asks for (the row before each one predicts it).
+    """
+
+    length: int
+    spans: tuple[ImageSpan, ...] = ()
+    query_offsets: tuple[int, ...] = ()
+    supervised_offsets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Where and how much a method drops: before decoder layer ``layer``, each span keeps ``floor(n * keep)``.
+
+    ``keep`` is a share of the span's ORIGINAL length, so ratios of successive drops are cumulative.
+    """
+
+    layer: int
+    keep: float
+
+    def kept(self, length: int) -> int:
+        """Tokens of a span of ``length`` original tokens that remain (floor, as the published code counts)."""
+        return int(length * self.keep)
+
+
+@dataclass
+class Stage:
+    """A run of decoder layers ``[first_layer, end_layer)`` that see the same tokens.
+
+    ``position_ids`` [T] int64 number each segment from 0 (the ``renumber`` choice); ``cu_seqlens`` [S + 1] int32.
+    """
+
+    first_layer: int
+    end_layer: int
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    segment_lengths: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.segment_lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.segment_lengths)
+
+
+@dataclass(frozen=True)
+class ScoredSegment:
+    """A segment with images at a boundary: rows ``[start, end)`` of the stream, and which query rows are its own."""
+
+    start: int
+    end: int
+    query_start: int
+    query_end: int
+
+
+@dataclass
+class Boundary:
+    """What the host knows of one drop. All rows count in the stream of the stage that ends here.
+
+    Args:
+        layer: first layer of the stage that begins.
+        text_rows: [T - V] int64, rows that always stay.
+        visual_rows: [V] int64, rows among which the method chooses, ascending.
+        span_of_visual: [V] int64, which span each belongs to, ascending.
+        take: [K] int64, positions to take after sorting V by (span, descending score).
+        query_rows: [Q] int64, the query rows of all scored segments, in order.
+        segments: the segments that have images.
+        visual_in_scored: [V] int64, where each visual token stands in the scored segments laid end to end.
+        uniform: [V] float32, scores that spread the kept tokens evenly over the span; ``None`` where no segment
+            wants that. NaN marks tokens that are ranked by the method.
+    """
+
+    layer: int
+    text_rows: Tensor
+    visual_rows: Tensor
+    span_of_visual: Tensor
+    take: Tensor
+    query_rows: Tensor
+    segments: tuple[ScoredSegment, ...]
+    visual_in_scored: Tensor
+    uniform: Tensor | None = None
+
+
+@dataclass
+class StreamPlan:
+    """The whole forward pass in lengths: ``stages[i]`` ends at ``boundaries[i]``, which begins ``stages[i + 1]``.
+
+    ``predict_rows`` [R] int64 are the rows of the LAST stage whose next token is supervised.
+    """
+
+    stages: tuple[Stage, ...]
+    boundaries: tuple[Boundary, ...]
+    predict_rows: Tensor
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch: samples end to end, without padding.
+
+    Args:
+        input_ids: [T] int64; rows of visual tokens hold the image token's id.
+        visual_rows: [V] int64, the rows that projected image features fill.
+        visual_index: [V] int64, which row of [projected features of all tiles; image_newline] fills each.
+        pixel_values: [P, 3, h, w] float32; one blank tile where no sample has an image.
+        plan: the stages.
+        targets: [R] int64, the supervised tokens, in the order of ``plan.predict_rows``.
+        answer_of_target: [R] int64, which answer of the batch each belongs to.
+        num_answers: answers in the batch.
+        sample_ids: the samples packed, in order (host only).
+        unreadable: ``(sample id, reason)`` of samples left out because an image could not be read (host only).
+        costs: numbers for the logs, known from lengths alone (host only).
+    """
+
+    input_ids: Tensor
+    visual_rows: Tensor
+    visual_index: Tensor
+    pixel_values: Tensor
+    plan: StreamPlan
+    targets: Tensor
+    answer_of_target: Tensor
+    num_answers: int
+    sample_ids: tuple[str, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Copy every tensor to ``device`` (asynchronously from pinned memory)."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        """Called by ``torch.utils.data.DataLoader(pin_memory=True)``."""
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: _map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changes)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, function) for item in value)
+    return value
+
+
+class _Places:
+    """Where tokens of the packed stream stand at a stage, when ``kept[i]`` of span i's tokens remain."""
+
+    def __init__(self, starts: np.ndarray, lengths: np.ndarray, kept: np.ndarray):
+        self.starts = starts
+        self.kept = kept
+        self.removed = np.concatenate([[0], np.cumsum(lengths - kept)])
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """New rows of original rows; those must not lie inside a span (its first token's row is allowed)."""
+        return rows - self.removed[np.searchsorted(self.starts, rows, side="left")]
+
+    def spans(self) -> list[np.ndarray]:
+        """The rows of each span's remaining tokens."""
+        return [np.arange(start, start + n) for start, n in zip(self.of(self.starts), self.kept, strict=True)]
+
+
+def plan_stream(
+    segments: Sequence[SegmentLayout], drops: Sequence[Drop], num_layers: int, *, uniform_if_visual_query: bool = False
+) -> StreamPlan:
+    """Lay out every stage of a packed stream from lengths alone.
+
+    Args:
+        segments: the samples, in stream order; at least one.
+        drops: in ascending order of their layers, each in ``[1, num_layers)``; empty for a dense pass.
+        num_layers: decoder layers.
+        uniform_if_visual_query: spread the kept tokens evenly, instead of ranking them, in segments whose query row
+            is itself a visual token (no instruction follows the image, as in projector alignment).
+
+    Raises:
+        ValueError: no segments, or a span or query row outside its segment.
+    """
+    if not segments:
+        raise ValueError("plan_stream needs at least one segment; an empty micro-batch is padded with a blank one")
+    layout = _StreamLayout.of(segments)
+    kept = [layout.lengths] + [np.array([drop.kept(n) for n in layout.lengths], dtype=np.int64) for drop in drops]
+    places = [_Places(layout.starts, layout.lengths, counts) for counts in kept]
+    edges = [0, *(drop.layer for drop in drops), num_layers]
+    stages = tuple(
+        _stage(place.of(layout.cu_seqlens), first, end)
+        for place, first, end in zip(places, edges[:-1], edges[1:], strict=True)
+    )
+    boundaries = tuple(
+        _boundary(layout, before, after, drop.layer, uniform_if_visual_query)
+        for before, after, drop in zip(places[:-1], places[1:], drops, strict=True)
+    )
+    return StreamPlan(stages, boundaries, torch.from_numpy(_rows_before(layout, places[-1], layout.supervised)))
+
+
+@dataclass
+class _StreamLayout:
+    """All segments' offsets as rows of the packed stream."""
+
+    cu_seqlens: np.ndarray  # [S + 1]
+    starts: np.ndarray  # [spans]
+    lengths: np.ndarray  # [spans]
+    text: np.ndarray  # [T - V]
+    after_query: np.ndarray  # [Q], the row after each query row: never inside a span, so it can be followed
+    query_segment: np.ndarray  # [Q]
+    span_segment: np.ndarray  # [spans]
+    supervised: np.ndarray  # [R]
+
+    @classmethod
+    def of(cls, segments: Sequence[SegmentLayout]) -> _StreamLayout:
+        cu_seqlens = np.concatenate([[0], np.cumsum([s.length for s in segments])]).astype(np.int64)
+        starts, lengths, span_segment, after_query, query_segment, supervised = [], [], [], [], [], []
+        for index, (segment, base) in enumerate(zip(segments, cu_seqlens[:-1].tolist(), strict=True)):
+            _check_segment(segment)
+            starts += [base + span.start for span in segment.spans]
+            lengths += [span.length for span in segment.spans]
+            span_segment += [index] * len(segment.spans)
+            after_query += [base + offset + 1 for offset in segment.query_offsets]
+            query_segment += [index] * len(segment.query_offsets)
+            supervised += [base + offset for offset in segment.supervised_offsets]
+        is_text = np.ones(int(cu_seqlens[-1]), dtype=bool)
+        for start, length in zip(starts, lengths, strict=True):
+            is_text[start : start + length] = False
+
+        def rows(values: list[int]) -> np.ndarray:
+            return np.array(values, dtype=np.int64)
+
+        return cls(
+            cu_seqlens=cu_seqlens,
+            starts=rows(starts),
+            lengths=rows(lengths),
+            text=np.flatnonzero(is_text),
+            after_query=rows(after_query),
+            query_segment=rows(query_segment),
+            span_segment=rows(span_segment),
+            supervised=rows(supervised),
+        )
+
+
+def _check_segment(segment: SegmentLayout) -> None:
+    end = 0
+    for span in segment.spans:
+        if span.start < end or span.length < 0 or span.end > segment.length:
+            raise ValueError(f"image span {span} overlaps another or leaves its segment of {segment.length} tokens")
+        end = span.end
+    for offset in segment.query_offsets:
+        if not 0 <= offset < segment.length:
+            raise ValueError(f"query row {offset} lies outside its segment of {segment.length} tokens")
+        if any(span.start <= offset < span.end - 1 for span in segment.spans):
+            raise ValueError(f"query row {offset} lies inside an image; only an image's last token can rank")
+    for offset in segment.supervised_offsets:
+        if not 1 <= offset < segment.length or any(span.start <= offset < span.end for span in segment.spans):
+            raise ValueError(f"supervised token {offset} is the segment's first, outside it, or inside an image")
+    if segment.spans and not segment.query_offsets:
+        raise ValueError("a segment with images needs at least one query row to rank their tokens")
+
+
+def _rows_before(layout: _StreamLayout, places: _Places, rows: np.ndarray) -> np.ndarray:
+    """The row just before each of ``rows`` at a stage, in the same segment."""
+    before = places.of(rows) - 1
+    segment = np.searchsorted(layout.cu_seqlens, rows - 1, side="right") - 1
+    if (before < places.of(layout.cu_seqlens)[segment]).any():
+        raise ValueError(
+            "an image at the very start of a sample keeps no token at this ratio, so nothing is left to predict from; "
+            "raise the keep ratio or begin the template with a token"
+        )
+    return before
+
+
+def _stage(cu_seqlens: np.ndarray, first_layer: int, end_layer: int) -> Stage:
+    lengths = np.diff(cu_seqlens)
+    positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    return Stage(
+        first_layer=first_layer,
+        end_layer=end_layer,
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        position_ids=torch.from_numpy(positions),
+        segment_lengths=tuple(lengths.tolist()),
+    )
+
+
+def _boundary(layout: _StreamLayout, before: _Places, after: _Places, layer: int, uniform: bool) -> Boundary:
+    span_rows = before.spans()
+    cu_seqlens = before.of(layout.cu_seqlens)
+    query_rows = _rows_before(layout, before, layout.after_query)
+    scored, scored_queries, offset_in_scored, length_so_far = [], [], {}, 0
+    for index in np.unique(layout.span_segment).tolist():
+        own = query_rows[layout.query_segment == index]
+        start, end = int(cu_seqlens[index]), int(cu_seqlens[index + 1])
+        taken = sum(len(rows) for rows in scored_queries)
+        scored.append(ScoredSegment(start, end, taken, taken + len(own)))
+        scored_queries.append(own)
+        offset_in_scored[index] = length_so_far - start
+        length_so_far += end - start
+
+    def joined(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    sizes = [len(rows) for rows in span_rows]
+    sorted_starts = np.cumsum([0, *sizes])[:-1]
+    take = joined([np.arange(s, s + k) for s, k in zip(sorted_starts, after.kept, strict=True)])
+    shifts = [offset_in_scored[index] for index in layout.span_segment.tolist()]
+    return Boundary(
+        layer=layer,
+        text_rows=torch.from_numpy(before.of(layout.text)),
+        visual_rows=torch.from_numpy(joined(span_rows)),
+        span_of_visual=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+        take=torch.from_numpy(take),
+        query_rows=torch.from_numpy(joined(scored_queries)),
+        segments=tuple(scored),
+        visual_in_scored=torch.from_numpy(joined([r + s for r, s in zip(span_rows, shifts, strict=True)])),
+        uniform=_uniform_scores(layout, after.kept, sizes) if uniform else None,
+    )
+
+
+def _uniform_scores(layout: _StreamLayout, kept: np.ndarray, sizes: list[int]) -> Tensor | None:
+    """Scores for spans of segments that a visual token would rank: 1 on an even grid of the kept count, else 0."""
+    last_visual = set((layout.starts + layout.lengths - 1).tolist())
+    by_visual = {
+        segment
+        for segment, after in zip(layout.query_segment.tolist(), layout.after_query.tolist(), strict=True)
+        if after - 1 in last_visual
+    }
+    parts = []
+    for segment, size, keep in zip(layout.span_segment.tolist(), sizes, kept.tolist(), strict=True):
+        scores = np.full(size, np.nan, dtype=np.float32)
+        if segment in by_visual:
+            scores[:] = 0.0
+            scores[((np.arange(keep) + 0.5) * size / max(keep, 1)).astype(np.int64)] = 1.0
+        parts.append(scores)
+    return torch.from_numpy(np.concatenate(parts)) if by_visual else None
