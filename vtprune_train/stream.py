@@ -19,6 +19,10 @@ import torch
 from torch import Tensor
 
 
+IMAGE = "<image>"  # an image's place in text, and its token
+IGNORE = -100  # a label that is not supervised
+
+
 @dataclass(frozen=True)
 class ImageSpan:
     """One image's visual tokens within a segment: ``length`` tokens from offset ``start``."""

@@ -7,8 +7,7 @@ Shape suffixes: T tokens in the stream, V visual tokens, R supervised rows, C hi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,7 @@ from vtprune_train.stream import PackedBatch, StreamPlan
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 
-@dataclass
-class PackedOutput:
+class PackedOutput(NamedTuple):
     """``loss_sum`` [] float32, summed over supervised rows; ``correct`` [R] bool, whether greedy decoding agrees;
     ``kept`` as in :class:`~vtprune_train.models.decoder.DecoderOutput`."""
 

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
 
 from vtprune_train.models.anyres import NEWLINE, AnyRes
-from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, plan_stream
-
-IGNORE = -100
+from vtprune_train.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout, plan_stream
 
 
 def forward(

@@ -22,12 +22,12 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
     if name in (None, "none"):
         return None
     if name not in METHODS:
-        raise ValueError(f"pruning.method={name!r} is unknown; known methods: {', '.join(METHODS)}, none")
+        raise ValueError(f"method={name!r} is unknown; known methods: {', '.join(METHODS)}, none")
     cls = METHODS[name]
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {key: value for key, value in settings.items() if key != "method"}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"pruning.{unknown[0]} is not a setting of {name}; it has: {', '.join(sorted(known))}")
+        raise ValueError(f"{unknown[0]!r} is not a setting of {name}; it has: {', '.join(sorted(known))}")
     return cls(**values)
 
 

@@ -17,24 +17,36 @@ def check_schedule(layers: Sequence[int] | None, keep: Sequence[float], num_laye
     Raises:
         ValueError: naming the setting, its value and the way out.
     """
-    for ratio in keep:
-        if not 0.0 < ratio <= 1.0:
-            raise ValueError(f"keep={list(keep)}: {ratio} is not in (0, 1]; each entry is the share of tokens that stay")
+    problems = _keep_problems(keep)
+    if layers is not None:
+        problems += _layer_problems(layers, keep, num_layers)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _keep_problems(keep: Sequence[float]) -> list[str]:
+    problems = []
+    if outside := [ratio for ratio in keep if not 0.0 < ratio <= 1.0]:
+        problems.append(f"keep={list(keep)}: {outside[0]} is not in (0, 1]; each entry is the share of tokens that stay")
     if any(later > earlier for earlier, later in pairwise(keep)):
-        raise ValueError(
+        problems.append(
             f"keep={list(keep)} increases; each entry is a share of the ORIGINAL tokens, so later ones must not be "
             f"larger (for example {sorted(keep, reverse=True)})"
         )
-    if layers is None:
-        return
+    return problems
+
+
+def _layer_problems(layers: Sequence[int], keep: Sequence[float], num_layers: int | None) -> list[str]:
+    problems = []
     if len(layers) != len(keep):
-        raise ValueError(f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}")
+        problems.append(f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}")
     if any(later <= earlier for earlier, later in pairwise(layers)):
-        raise ValueError(f"layers={list(layers)} must increase (for example {sorted(set(layers))})")
-    if layers and layers[0] < 1:
-        raise ValueError(f"layers={list(layers)}: the first drop comes after at least one layer, so use 1 or more")
-    if num_layers is not None and layers and layers[-1] >= num_layers:
-        raise ValueError(
-            f"layers={list(layers)}: layer {layers[-1]} does not exist in a decoder of {num_layers} layers "
+        problems.append(f"layers={list(layers)} must increase (for example {sorted(set(layers))})")
+    if layers and min(layers) < 1:
+        problems.append(f"layers={list(layers)}: the first drop comes after at least one layer, so use 1 or more")
+    if num_layers is not None and layers and max(layers) >= num_layers:
+        problems.append(
+            f"layers={list(layers)}: layer {max(layers)} does not exist in a decoder of {num_layers} layers "
             f"(counted from 0); use layers below {num_layers}"
         )
+    return problems

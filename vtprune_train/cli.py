@@ -1,0 +1,77 @@
+"""The command line: ``train.py`` and ``vtprune``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from vtprune_train.config import ConfigError, load_config
+
+log = logging.getLogger("vtprune_train")
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file: a path, or a name in configs/")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what the run would be, and stop")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by launchers")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.clip=1.0")
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 143 stopped by SIGTERM)."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a vision-language model with token dropping.")
+    add_train_arguments(parser)
+    return run_train(parser.parse_intermixed_args(argv))
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Load the settings, then train or describe."""
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    _start_logging()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from vtprune_train.training.dry_run import describe
+
+            print(describe(config))
+            return 0
+        from vtprune_train.training.run import prepare
+
+        trainer = prepare(config)
+    except ConfigError as error:
+        return _refuse("the settings are wrong", error)
+    except ValueError as error:
+        log.debug("where it came from", exc_info=True)
+        return _refuse("cannot train", error)
+    return trainer.fit()
+
+
+def _refuse(what: str, error: Exception) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{what}:", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"  {line}", file=sys.stderr)
+    return 2
+
+
+def _start_logging() -> None:
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log.setLevel(level)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``vtprune``."""
+    parser = argparse.ArgumentParser(prog="vtprune", description="Visual-token pruning for training and inference.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train in this process (train.py under a launcher uses several)")
+    add_train_arguments(train)
+    return run_train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+"""The typed tree of settings: YAML plus ``key=value``, checked as a whole, all errors at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TRAINABLE = ("projector", "language_model", "vision_tower")
+
+
+class ConfigError(ValueError):
+    """All that is wrong with a run's settings, one line each."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and how it is seeded."""
+
+    name: str = Field("run", min_length=1)
+    output_dir: str = "runs"
+    seed: int = Field(42, ge=0)
+    stop_after: int | None = Field(None, ge=1)
+
+
+class ModelConfig(Section):
+    """Where the model comes from, exactly one of: ``path``; ``language_model`` + ``vision_tower``; ``config``."""
+
+    path: str | None = None
+    language_model: str | None = None
+    vision_tower: str | None = None
+    projector: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    image_grid_pinpoints: list[tuple[int, int]] = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+    attention: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    liger: bool = False
+    train: dict[str, float] = {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6}
+
+    @field_validator("attention")
+    @classmethod
+    def _known_attention(cls, value: str) -> str:
+        known = ["auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen_torch", "varlen_sdpa"]
+        if value not in known:
+            raise ValueError(f"{value!r} is unknown; use one of {', '.join(known)}")
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _known_parts(cls, value: dict[str, float]) -> dict[str, float]:
+        for part, rate in value.items():
+            if part not in TRAINABLE:
+                raise ValueError(f"{part!r} is no part of the model{_nearest(part, TRAINABLE)}; parts: {TRAINABLE}")
+            if not rate > 0:
+                raise ValueError(f"{part}: the learning rate {rate} is not positive; leave the part out to freeze it")
+        if not value:
+            raise ValueError("names no part, so nothing would be trained; for example {projector: 1.0e-3}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        parts = self.language_model is not None or self.vision_tower is not None
+        given = [name for name, is_set in (("path", self.path), ("config", self.config), ("parts", parts)) if is_set]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both set; a model comes from exactly one origin, null the others")
+        if parts and (self.language_model is None or self.vision_tower is None):
+            raise ValueError("language_model and vision_tower belong together; set both")
+        return self
+
+
+class SourceConfig(Section):
+    """One data file; ``path`` and ``images`` are relative to ``data.root``."""
+
+    path: str
+    images: str = "."
+    take: str = "all"
+
+    @field_validator("take")
+    @classmethod
+    def _valid_take(cls, value: str) -> str:
+        kind, _, number = value.partition(":")
+        if value != "all" and not (kind in ("first", "random") and number.isdigit() and int(number) > 0):
+            raise ValueError(f"{value!r} is none of all, first:N, random:N (N at least 1)")
+        return value
+
+
+class DataConfig(Section):
+    """What is trained on and how it becomes tokens."""
+
+    root: str = "."
+    train: list[SourceConfig] = []
+    eval: list[SourceConfig] = []
+    template: str | dict[str, Any] = "vicuna_v1"
+    system: str | None = None
+    image_position: Literal["as_written", "first"] = "as_written"
+    max_length: int = Field(4096, ge=1)
+    max_tokens: int = Field(16384, ge=1)
+    too_long: Literal["error", "skip"] = "error"
+    max_bad: int = Field(100, ge=0)
+    workers: int = Field(4, ge=0)
+    cache_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _room_for_a_sample(self) -> DataConfig:
+        if self.max_tokens < self.max_length:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is smaller than one sample may be (data.max_length={self.max_length}); "
+                "raise max_tokens or lower max_length"
+            )
+        return self
+
+
+class PruningConfig(Section):
+    """The method and its schedule; ``layers: null`` splits the decoder evenly."""
+
+    method: str = "pyramiddrop"
+    layers: list[int] | None = None
+    keep: list[float] = [0.5, 0.25, 0.125]
+    rank_with: Literal["next_layer", "this_layer"] = "next_layer"
+    positions: Literal["renumber", "keep"] = "renumber"
+    without_instruction: Literal["last_visual", "uniform"] = "last_visual"
+
+    @model_validator(mode="after")
+    def _builds(self) -> PruningConfig:
+        self.build()
+        return self
+
+    def build(self) -> Any:
+        """The method, or ``None`` for ``none``."""
+        from vtprune_train.pruning import method_from_settings
+
+        return method_from_settings(self.model_dump())
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    global_batch_size: int = Field(128, ge=1)
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(0.0, ge=0)
+    activation_checkpointing: bool = True
+    save_every: int = Field(500, ge=1)
+    keep_last: int = Field(3, ge=1)
+    eval_every: int | None = Field(None, ge=1)
+    eval_shuffled: bool = False
+    resume: Literal["auto", "never"] = "auto"
+    init_from: str | None = None
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    pruning: PruningConfig = PruningConfig()
+    train: TrainConfig = TrainConfig()
+    deepspeed: str | dict[str, Any] = "configs/deepspeed/zero2.json"
+
+    @model_validator(mode="after")
+    def _origin(self) -> Config:
+        model = self.model
+        if not any((model.path, model.config, model.language_model, self.train.init_from)):
+            raise ValueError(
+                "model has no origin: set model.path, or model.language_model and model.vision_tower, or model.config "
+                "(or train.init_from)"
+            )
+        depth = ((model.config or {}).get("text_config") or {}).get("num_hidden_layers")
+        method = self.pruning.build()
+        if method is not None and isinstance(depth, int):
+            try:
+                method.drops(depth)
+            except ValueError as error:
+                raise ValueError(f"pruning.{error}") from error
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.output_dir) / self.run.name
+
+    def sources(self, which: Literal["train", "eval"]) -> list[SourceConfig]:
+        """The data files with paths joined to ``data.root``."""
+        root = Path(self.data.root)
+        return [
+            SourceConfig(path=str(root / source.path), images=str(root / source.images), take=source.take)
+            for source in getattr(self.data, which)
+        ]
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The DeepSpeed JSON as a dict.
+
+        Raises:
+            ConfigError: the file is missing or no JSON object.
+        """
+        if isinstance(self.deepspeed, dict):
+            return dict(self.deepspeed)
+        path = find_file(self.deepspeed, "deepspeed")
+        try:
+            loaded = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"deepspeed: {path} is not JSON ({error})") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"deepspeed: {path} holds no JSON object")
+        return loaded
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides (dots between nested keys), check everything.
+
+    Args:
+        path: a path, or a bare name looked for in the working folder, then in ``configs/``.
+        overrides: for example ``train.clip=1.0``; values are YAML.
+
+    Raises:
+        ConfigError: with one line for each thing that is wrong.
+    """
+    file = find_file(path, "--config")
+    try:
+        tree = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} holds a {type(tree).__name__}, not settings")
+    errors = [message for override in overrides if (message := _apply(tree, override))]
+    config, found = _validate(tree)
+    if errors or found or config is None:
+        raise ConfigError("\n".join(errors + found))
+    return config
+
+
+def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """The settings, and every error: what is wrong is reported and put back to its default until the rest, checks
+    that span several keys included, has been looked at too."""
+    errors: list[str] = []
+    tree = copy.deepcopy(tree)
+    while True:
+        try:
+            return Config.model_validate(tree), errors
+        except ValidationError as error:
+            new = [line for line in _explain(error) if line not in errors]
+            if not new:
+                return None, errors
+            errors += new
+            for item in error.errors():
+                _forget(tree, item["loc"])
+
+
+def _forget(tree: dict[str, Any], location: Sequence[Any]) -> None:
+    """Take the value at ``location`` out of the tree, or what is above it if it is not there or stands in a list."""
+    node: Any = tree
+    path: list[tuple[dict[str, Any], str]] = []
+    for part in location:
+        if not isinstance(node, dict) or part not in node:
+            break
+        path.append((node, part))
+        node = node[part]
+    if path:
+        parent, key = path[-1]
+        del parent[key]
+
+
+def find_file(name: str, key: str) -> Path:
+    """``name`` as it is, or in ``configs/`` of the project.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
+    candidates = [Path(name), PACKAGED_CONFIGS / name, PACKAGED_CONFIGS.parent / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(path.name for path in PACKAGED_CONFIGS.glob("*.yaml")))
+    raise ConfigError(f"{key}: {name} is neither here nor in {PACKAGED_CONFIGS.name}/ (there: {known})")
+
+
+def _apply(tree: dict[str, Any], override: str) -> str | None:
+    """Set one ``key=value``; what is wrong with it, if anything."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return f"{override!r} is no key=value"
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        return f"{key}: {text!r} is not YAML ({error})"
+    node: Any = tree
+    *parents, last = key.split(".")
+    for parent in parents:
+        if isinstance(node, list):
+            if not parent.isdigit() or int(parent) >= len(node):
+                return f"{key}: {parent!r} is no index into a list of {len(node)}"
+            node = node[int(parent)]
+            continue
+        if not isinstance(node.get(parent), dict | list):
+            node[parent] = {}
+        node = node[parent]
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            return f"{key}: {last!r} is no index into a list of {len(node)}"
+        node[int(last)] = value
+    else:
+        node[last] = value
+    return None
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line for each key that is wrong."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        location = [part for part in item["loc"] if part not in ("str", "dict[str,any]")]
+        key = ".".join(str(part) for part in location)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            nearest = _nearest(str(location[-1]), _known_keys(location[:-1]), location[:-1])
+            line = f"{key}: unknown key{nearest}"
+        elif item["type"] == "value_error":
+            names_own_key = key in Config.model_fields and message.partition("=")[0] in _known_keys(location)
+            line = f"{key}.{message}" if names_own_key else f"{key}: {message}" if key else message
+        else:
+            shown = "" if isinstance(item["input"], dict) else f" (it is {item['input']!r})"
+            line = f"{key}: {message}{shown}"
+        lines.setdefault(key, line)
+    return list(lines.values())
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """The keys of the section at ``location``."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int) or not isinstance(section, type) or not issubclass(section, Section):
+            continue
+        annotation = section.model_fields[part].annotation
+        arguments = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
+        section = arguments[0] if arguments else annotation
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+
+
+def _nearest(word: str, known: Sequence[str], parents: Sequence[Any] = ()) -> str:
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    prefix = "".join(f"{part}." for part in parents)
+    return f"; did you mean {prefix}{found[0]}?" if found else f"; known: {', '.join(known)}"
+
+
+def dump_config(config: Config) -> str:
+    """Everything resolved, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

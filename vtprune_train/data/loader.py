@@ -1,0 +1,94 @@
+"""Batches of global steps, decoded by worker processes in the planner's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vtprune_train.data.collate import Collator
+from vtprune_train.data.planner import Planner, StepPlan
+from vtprune_train.stream import PackedBatch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The samples of one rank in one micro-step, and whose pictures they get (their own if ``None``)."""
+
+    samples: tuple[int, ...]
+    pictures_of: tuple[int, ...] | None = None
+
+
+class _Decoded(Dataset):
+    def __init__(self, collate: Collator):
+        self.collate = collate
+
+    def __getitem__(self, micro_batch: MicroBatch) -> PackedBatch:  # type: ignore[override]
+        return self.collate(micro_batch.samples, micro_batch.pictures_of)
+
+
+class _Order:
+    """The micro-batches of one rank, step after step."""
+
+    def __init__(self, plans: Sequence[int], planner: Planner, rank: int, pictures: Any):
+        self.steps, self.planner, self.rank, self.pictures = plans, planner, rank, pictures
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for step in self.steps:
+            for ranks in self.planner.plan(step).micro_batches:
+                samples = ranks[self.rank]
+                pictures = None if self.pictures is None else tuple(self.pictures[s] for s in samples)
+                yield MicroBatch(samples, pictures)
+
+    def __len__(self) -> int:
+        return sum(len(self.planner.plan(step).micro_batches) for step in self.steps)
+
+
+def _unchanged(batch: PackedBatch) -> PackedBatch:
+    return batch
+
+
+class StepLoader:
+    """Iterates over ``(plan, batches)`` of global steps ``[first_step, end_step)`` for one rank.
+
+    Args:
+        collate: samples to batches; runs in the workers.
+        planner: which samples.
+        rank: this rank.
+        workers: decode processes; 0 decodes in this one.
+        device: batches for CUDA are pinned.
+        pictures_of: whose pictures each sample gets, by sample index; its own if ``None``.
+    """
+
+    def __init__(
+        self,
+        collate: Collator,
+        planner: Planner,
+        *,
+        first_step: int,
+        end_step: int,
+        rank: int,
+        workers: int,
+        device: torch.device,
+        pictures_of: Sequence[int] | None = None,
+    ):
+        self.steps = range(first_step, end_step)
+        self.planner = planner
+        self.loader = DataLoader(
+            _Decoded(collate),
+            batch_size=None,
+            sampler=_Order(self.steps, planner, rank, pictures_of),  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+
+    def __iter__(self) -> Iterator[tuple[StepPlan, list[PackedBatch]]]:
+        batches = iter(self.loader)
+        for step in self.steps:
+            plan = self.planner.plan(step)
+            yield plan, [next(batches) for _ in plan.micro_batches]

@@ -1,0 +1,92 @@
+"""The embedded default: drawn pictures and questions that need them, written to disk as a user would bring them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 60),
+    "blue": (40, 80, 210),
+    "yellow": (240, 210, 40),
+    "purple": (140, 50, 160),
+    "orange": (245, 130, 30),
+}
+PLACES = {"top left": (0.28, 0.28), "top right": (0.72, 0.28), "bottom left": (0.28, 0.72), "bottom right": (0.72, 0.72)}
+CANVASES = ((56, 56), (112, 56), (56, 112), (112, 112), (100, 90), (168, 56), (56, 168), (140, 60), (70, 150))
+
+Box = tuple[float, float, float, float]
+
+
+def _triangle(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, int, int]) -> None:
+    left, top, right, bottom = box
+    draw.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
+
+
+def _cross(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, int, int]) -> None:
+    left, top, right, bottom = box
+    third = (right - left) / 3
+    draw.rectangle((left + third, top, right - third, bottom), fill=colour)
+    draw.rectangle((left, top + third, right, bottom - third), fill=colour)
+
+
+SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, tuple[int, int, int]], None]] = {
+    "circle": lambda draw, box, colour: draw.ellipse(box, fill=colour),
+    "square": lambda draw, box, colour: draw.rectangle(box, fill=colour),
+    "triangle": _triangle,
+    "cross": _cross,
+}
+QUESTIONS = {
+    "colour": ("What colour is it?", "Which colour does it have?"),
+    "shape": ("What shape is it?", "Which shape do you see?"),
+    "place": ("Where is it?", "In which corner is it?"),
+}
+
+
+def draw_picture(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
+    """One picture with one shape on a plain light ground, and the truth about it (colour, shape, place)."""
+    width, height = rng.choice(CANVASES)
+    width, height = round(width * rng.uniform(0.9, 1.1)), round(height * rng.uniform(0.9, 1.1))
+    truth = {"colour": rng.choice(list(COLOURS)), "shape": rng.choice(list(SHAPES)), "place": rng.choice(list(PLACES))}
+    grey = rng.randint(215, 250)
+    image = Image.new("RGB", (width, height), (grey, grey, grey))
+    x, y = PLACES[truth["place"]]
+    radius = min(width, height) * rng.uniform(0.17, 0.23)
+    x, y = width * (x + rng.uniform(-0.04, 0.04)), height * (y + rng.uniform(-0.04, 0.04))
+    SHAPES[truth["shape"]](ImageDraw.Draw(image), (x - radius, y - radius, x + radius, y + radius), COLOURS[truth["colour"]])
+    return image, truth
+
+
+def _conversation(rng: random.Random, truth: dict[str, str]) -> list[dict[str, str]]:
+    asked = rng.sample(list(QUESTIONS), k=rng.randint(1, len(QUESTIONS)))
+    turns = []
+    for position, topic in enumerate(asked):
+        question = rng.choice(QUESTIONS[topic])
+        turns.append({"from": "human", "value": question if position else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": truth[topic]})
+    return turns
+
+
+def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> None:
+    """Write ``train.json``, ``eval.json`` and ``images/*.png``; nothing if a whole set of the same make is there."""
+    stamp = folder / "made.json"
+    made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 1}
+    if stamp.is_file() and json.loads(stamp.read_text()) == made:
+        return
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    for split, count in (("train", num_train), ("eval", num_eval)):
+        records = []
+        for number in range(count):
+            image, truth = draw_picture(rng)
+            name = f"{split}-{number:05d}.png"
+            image.save(folder / "images" / name)
+            records.append({"id": f"{split}-{number}", "image": name, "conversations": _conversation(rng, truth)})
+        (folder / f"{split}.json").write_text(json.dumps(records, indent=0))
+    stamp.write_text(json.dumps(made))

@@ -1,0 +1,176 @@
+"""The only FLOP arithmetic of the project: sampler, logs, dry run and benchmark all count with it.
+
+A multiply-add is two operations. Attention is counted as the causal half that variable-length kernels compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vtprune_train.stream import Drop, SegmentLayout, StreamPlan
+
+
+@dataclass(frozen=True)
+class DecoderGeometry:
+    """Sizes of a gated-MLP decoder with grouped queries."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def of(cls, config) -> DecoderGeometry:
+        """Read a Llama-like text config."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim,
+            config.vocab_size,
+        )
+
+    @property
+    def per_token(self) -> float:
+        """Forward FLOPs of one layer's projections and MLP for one token."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2.0 * self.hidden * (2 * query + 2 * key + 3 * self.intermediate)
+
+    def layer(self, lengths: np.ndarray) -> np.ndarray:
+        """Forward FLOPs of one layer on segments of these lengths (causal attention within each)."""
+        n = np.asarray(lengths, dtype=np.float64)
+        return self.per_token * n + 2.0 * self.heads * self.head_dim * n * (n + 1)
+
+    def head(self, rows: float) -> float:
+        """Forward FLOPs of the language-model head on ``rows`` rows."""
+        return 2.0 * rows * self.hidden * self.vocab
+
+    def selector(self, tokens: float, query_rows: float, scored_tokens: float, projects: bool) -> float:
+        """FLOPs of ranking at one boundary: key projection of all tokens (unless the layer's own are read), query
+        projection of the query rows, and their attention rows."""
+        key, query = self.kv_heads * self.head_dim, self.heads * self.head_dim
+        projections = 2.0 * self.hidden * (key * tokens + query * query_rows) if projects else 0.0
+        return projections + 2.0 * query * scored_tokens
+
+
+@dataclass(frozen=True)
+class TowerGeometry:
+    """Sizes of a vision transformer and of the projector behind it."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    patches: int
+    patch_size: int
+    projector_in: int
+    projector_out: int
+
+    @classmethod
+    def of(cls, config) -> TowerGeometry:
+        """Read a ``LlavaNextConfig``."""
+        vision = config.vision_config
+        layers = config.vision_feature_layer
+        num_features = 1 if isinstance(layers, int) else len(layers)
+        return cls(
+            vision.num_hidden_layers,
+            vision.hidden_size,
+            vision.intermediate_size,
+            (vision.image_size // vision.patch_size) ** 2,
+            vision.patch_size,
+            vision.hidden_size * num_features,
+            config.text_config.hidden_size,
+        )
+
+    def tower(self, tiles: float) -> float:
+        """Forward FLOPs of the tower on ``tiles`` tiles (full attention, class token included)."""
+        n, c = self.patches + 1, self.hidden
+        layer = 2.0 * n * c * (4 * c + 2 * self.intermediate) + 4.0 * n * n * c
+        return tiles * (self.num_layers * layer + 2.0 * self.patches * 3 * self.patch_size**2 * c)
+
+    def projector(self, tiles: float) -> float:
+        """Forward FLOPs of the two-layer projector."""
+        return 2.0 * tiles * self.patches * self.projector_out * (self.projector_in + self.projector_out)
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """FLOPs of forward and backward: a part costs 3 forwards if it is trained, 2 if gradients only pass through it, 1
+    if none reach it. Recomputation under activation checkpointing is not counted (as in MFU)."""
+
+    decoder: DecoderGeometry
+    tower: TowerGeometry
+    trains_decoder: bool
+    trains_tower: bool
+
+    def sample(
+        self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], tiles: np.ndarray, supervised: np.ndarray
+    ) -> np.ndarray:
+        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``tiles`` and ``supervised`` [samples]."""
+        per_stage = self.decoder.layer(stage_lengths) * np.asarray(layers_per_stage)
+        decoder = per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
+        tower, projector = self.tower.tower(np.asarray(tiles)), self.tower.projector(np.asarray(tiles))
+        return (
+            decoder * (3 if self.trains_decoder else 2)
+            + tower * (3 if self.trains_tower else 1)
+            + projector * (3 if self.trains_tower else 2)
+        )
+
+
+def stage_lengths(text: np.ndarray, spans: np.ndarray, sample_of_span: np.ndarray, drops: Sequence[Drop]) -> np.ndarray:
+    """[samples, stages] tokens of each sample in each stage.
+
+    Args:
+        text: [samples] text tokens.
+        spans: [spans] visual tokens of every image.
+        sample_of_span: [spans] the sample each image belongs to.
+        drops: the schedule.
+    """
+    columns = []
+    for keep in (1.0, *(drop.keep for drop in drops)):
+        kept = np.floor(spans * keep).astype(np.int64)
+        columns.append(text + np.bincount(sample_of_span, weights=kept, minlength=len(text)).astype(np.int64))
+    return np.stack(columns, axis=1)
+
+
+def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:
+    """Layers of each stage."""
+    edges = [0, *(drop.layer for drop in drops), num_layers]
+    return [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, projects: bool) -> float:
+    """FLOPs that ranking adds to one forward pass of a planned stream."""
+    total = 0.0
+    for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
+        pairs = sum((s.end - s.start) * (s.query_end - s.query_start) for s in boundary.segments)
+        total += geometry.selector(stage.num_tokens, len(boundary.query_rows), pairs, projects)
+    return total
+
+
+def published_decoder_flops(visual_tokens: Sequence[float], layers: Sequence[int], hidden: int, intermediate: int) -> float:
+    """The convention of the PyramidDrop paper: visual tokens only, ``4 n d^2 + 2 n^2 d + 3 n d m`` per layer.
+
+    Args:
+        visual_tokens: n in each stage.
+        layers: layers in each stage.
+        hidden: d.
+        intermediate: m.
+    """
+    return sum(
+        count * (4 * n * hidden**2 + 2 * n**2 * hidden + 3 * n * hidden * intermediate)
+        for n, count in zip(visual_tokens, layers, strict=True)
+    )
+
+
+def dense_lengths(segments: Sequence[SegmentLayout]) -> np.ndarray:
+    """[samples, 1] tokens of each sample where nothing is dropped."""
+    return np.array([[segment.length] for segment in segments])

@@ -1,0 +1,285 @@
+"""Where a model comes from: a checkpoint, its parts, or a config in the YAML."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from vtprune_train.config import ModelConfig
+from vtprune_train.models.known import KNOWN_CONFIGS
+from vtprune_train.stream import IMAGE
+
+log = logging.getLogger(__name__)
+
+Texts = Callable[[], Iterable[str]]
+PROJECTOR_KEYS = ("multi_modal_projector.", "image_newline")
+EMBEDDING_MULTIPLE = 64
+
+
+def resolve_checkpoint(path: str) -> str:
+    """The Hugging Face folder behind a run, one of its checkpoints, or a folder or hub id as it is.
+
+    Raises:
+        ValueError: a run's folder without a complete checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    if (folder / "hf" / "config.json").is_file():
+        return str(folder / "hf")
+    if (folder / "checkpoints").is_dir():
+        latest = folder / "checkpoints" / "latest"
+        if not latest.is_file():
+            raise ValueError(f"{folder} has no complete checkpoint yet ({latest} is missing)")
+        return str(folder / "checkpoints" / latest.read_text().strip() / "hf")
+    return path
+
+
+def load_model_config(config: ModelConfig, *, offline: bool = False) -> LlavaNextConfig:
+    """The model's config, without weights.
+
+    Args:
+        config: the YAML's ``model`` section.
+        offline: for well-known hub ids use the recorded sizes instead of asking the hub (dry runs).
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is no LLaVA-NeXT.
+    """
+    if config.path is not None:
+        loaded = _auto_config(resolve_checkpoint(config.path), "model.path", offline)
+        if not isinstance(loaded, LlavaNextConfig):
+            raise ValueError(f"model.path={config.path} holds a {loaded.model_type}, not a llava_next checkpoint")
+        return loaded
+    if config.config is not None:
+        return LlavaNextConfig(**config.config)
+    assert config.language_model is not None and config.vision_tower is not None
+    text = _auto_config(config.language_model, "model.language_model", offline)
+    vision = _auto_config(config.vision_tower, "model.vision_tower", offline)
+    vision = getattr(vision, "vision_config", vision)
+    if not isinstance(vision, CLIPVisionConfig):
+        raise ValueError(f"model.vision_tower={config.vision_tower} is a {vision.model_type}; use a CLIP vision tower")
+    return LlavaNextConfig(
+        text_config=text,
+        vision_config=vision,
+        image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints],
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+
+
+def _auto_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
+    if offline and name in KNOWN_CONFIGS and not Path(name).exists():
+        return KNOWN_CONFIGS[name]()
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}={name}: no readable config.json there or on the hub ({_first_line(error)})") from error
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaNextForConditionalGeneration:
+    """The model in ``config.dtype``, with the image token of ``tokenizer``; unmodified transformers classes.
+
+    Raises:
+        ValueError: a part is missing or does not fit.
+    """
+    dtype = getattr(torch, config.dtype)
+    if config.path is not None:
+        path = resolve_checkpoint(config.path)
+        model = LlavaNextForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    else:
+        model_config = load_model_config(config)
+        model_config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        if config.config is not None:
+            _fit_special_tokens(model_config, tokenizer)
+        model = LlavaNextForConditionalGeneration(model_config).to(dtype)
+        if config.language_model is not None:
+            _load_parts(model, config)
+    if config.projector is not None:
+        _load_projector(model, config.projector)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocab:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    return model
+
+
+def _fit_special_tokens(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = config.text_config
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"model.config.text_config.vocab_size={text.vocab_size} is smaller than the tokenizer ({len(tokenizer)})"
+        )
+    text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    text.pad_token_id = tokenizer.pad_token_id
+
+
+def _load_parts(model: LlavaNextForConditionalGeneration, config: ModelConfig) -> None:
+    assert config.language_model is not None and config.vision_tower is not None
+    dtype = getattr(torch, config.dtype)
+    language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.lm_head.load_state_dict(language.lm_head.state_dict())
+    model.generation_config = language.generation_config
+    del language
+    tower = CLIPVisionModel.from_pretrained(config.vision_tower, dtype=dtype)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+
+
+def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None:
+    """Projector and ``image_newline`` of a stage-1 checkpoint; nothing else of it is read.
+
+    Raises:
+        ValueError: the checkpoint lacks one of them or its shapes differ.
+    """
+    folder = Path(resolve_checkpoint(path))
+    files = sorted(folder.glob("*.safetensors"))
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(str(file), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                short = key.removeprefix("model.")
+                if short.startswith(PROJECTOR_KEYS):
+                    found[short] = tensors.get_tensor(key)
+    own = {key: value for key, value in model.model.state_dict().items() if key.startswith(PROJECTOR_KEYS)}
+    if missing := sorted(set(own) - set(found)):
+        raise ValueError(f"model.projector={path}: no {missing[0]} in {len(files)} safetensors file(s) of {folder}")
+    for key, value in own.items():
+        if value.shape != found[key].shape:
+            raise ValueError(
+                f"model.projector={path}: {key} has shape {tuple(found[key].shape)}, but this model needs "
+                f"{tuple(value.shape)}; it was trained for another language model or tower"
+            )
+        value.copy_(found[key])
+
+
+def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, with ``<image>`` as one token.
+
+    Args:
+        config: the YAML's ``model`` section.
+        texts: what to train a tokenizer on, if the model is made from a config and none is named.
+        folder: where a tokenizer trained here is kept, and read from when it is there.
+    """
+    source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
+    if source is not None:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    elif folder.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    else:
+        assert config.config is not None
+        tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", IMAGE]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[IMAGE],
+    )
+
+
+def build_processor(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaNextProcessor:
+    """transformers' own processor for this model; its PIL image processor makes the tiles, in training too."""
+    tile = config.vision_config.image_size
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
+        image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints],
+    )
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+        chat_template=getattr(tokenizer, "chat_template", None),
+    )
+
+
+def parts_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
+    features are taken, which no gradient reaches."""
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {
+        "projector": [],
+        "language_model": [],
+        "vision_tower": [],
+        "unused": [],
+    }
+    for name, parameter in model.named_parameters():
+        if name.startswith("model.vision_tower."):
+            part = "unused" if _behind_features(model.config, name) else "vision_tower"
+        elif name.removeprefix("model.").startswith(PROJECTOR_KEYS):
+            part = "projector"
+        else:
+            part = "language_model"
+        parts[part].append((name, parameter))
+    return parts
+
+
+def _behind_features(config: LlavaNextConfig, name: str) -> bool:
+    num_layers = config.vision_config.num_hidden_layers
+    chosen = config.vision_feature_layer
+    last = max(index % (num_layers + 1) for index in ([chosen] if isinstance(chosen, int) else chosen))
+    if "post_layernorm" in name:
+        return True
+    _, found, rest = name.partition("encoder.layers.")
+    return bool(found) and int(rest.partition(".")[0]) >= last
+
+
+def set_trainable(model: nn.Module, train: dict[str, float]) -> None:
+    """Freeze all parts but the named ones."""
+    for part, parameters in parts_of(model).items():
+        for _, parameter in parameters:
+            parameter.requires_grad_(part in train)
+
+
+def saved_pruning(path: str) -> dict[str, Any] | None:
+    """The pruning settings in a checkpoint's ``config.json``; ``None`` if it was trained without dropping."""
+    file = Path(resolve_checkpoint(path)) / "config.json"
+    return json.loads(file.read_text()).get("pruning") if file.is_file() else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,60 @@
+"""What ranks tell each other, in few words."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sum named numbers over all ranks (float64); every rank must give the same names in the same order."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def from_rank_0(make: Callable[[], Result]) -> Result:
+    """Call ``make`` on rank 0 and give its result to all; its error ends all ranks."""
+    if not dist.is_initialized():
+        return make()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

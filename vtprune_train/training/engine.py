@@ -1,0 +1,94 @@
+"""DeepSpeed: starting the process group, and the engine around a model."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtprune_train.config import Config, ConfigError
+
+# What the loop sets itself; a DeepSpeed JSON that sets one of these otherwise would be silently overruled.
+OWN_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "data.max_tokens",
+    "gradient_accumulation_steps": "data.max_tokens",
+    "gradient_clipping": "train.clip",
+    "optimizer": "model.train",
+    "scheduler": "train.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+def start_distributed() -> torch.device:
+    """Join the process group that a launcher describes, or make one of a single process; returns this rank's device."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(alone)
+    if not torch.cuda.is_available():
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def engine_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed JSON with what the run's settings decide filled in.
+
+    Raises:
+        ConfigError: the JSON sets a key that belongs to the run's settings.
+    """
+    settings = config.deepspeed_config()
+    wrong = [f"deepspeed: {key} is decided by {ours}; take it out" for key, ours in OWN_KEYS.items() if key in settings]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return {
+        "steps_per_print": 2**62,
+        "zero_force_ds_cpu_optimizer": False,
+        "tensorboard": {"enabled": True, "output_path": str(config.run_dir), "job_name": "tensorboard"},
+        **settings,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.clip,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "fp16": {"enabled": config.model.dtype == "float16"},
+    }
+
+
+def offloads_optimizer(settings: dict[str, Any]) -> bool:
+    """Whether optimizer states live in host memory."""
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {})
+    return offload.get("device", "none") != "none"
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """A ``DeepSpeedEngine`` around ``model``."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
+
+
+def total_gradient_norm(engine: Any) -> float:
+    """The norm of the whole gradient at an accumulation boundary, before clipping, for engines that do not measure
+    it (ZeRO 0 in float32)."""
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads))

@@ -1,0 +1,88 @@
+"""Held-out evaluation: loss, and greedy exact match by teacher forcing.
+
+An answer counts if the most likely token is right at every one of its tokens. That is what greedy decoding would have
+to produce, in one pass: the first wrong token would end the match in either case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from vtprune_train.data.collate import Collator
+from vtprune_train.data.loader import StepLoader
+from vtprune_train.data.planner import Planner
+from vtprune_train.training import distributed as ranks
+
+
+def evaluate(
+    model: nn.Module, collate: Collator, *, max_tokens: int, device: torch.device, workers: int, shuffle_pictures: bool = False
+) -> dict[str, float]:
+    """Evaluate on all samples of ``collate.index``; all ranks call this together.
+
+    Args:
+        model: pruned; its mode is restored afterwards.
+        collate: makes the batches.
+        max_tokens: most tokens of a batch, before dropping.
+        device: this rank's.
+        workers: decode processes.
+        shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
+
+    Returns:
+        ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``.
+    """
+    index = collate.index
+    batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens / index.tokens.mean())))
+    planner = Planner(
+        index.tokens,
+        index.tokens.astype(np.float64),
+        global_batch_size=batch_size,
+        max_tokens=max(max_tokens, int(index.tokens.max())),
+        seed=0,
+        world_size=ranks.world_size(),
+    )
+    loader = StepLoader(
+        collate,
+        planner,
+        first_step=0,
+        end_step=planner.steps_per_epoch,
+        rank=ranks.rank(),
+        workers=workers,
+        device=device,
+        pictures_of=exchange_pictures(collate) if shuffle_pictures else None,
+    )
+    was_training = model.training
+    model.eval()
+    sums = {"loss_sum": 0.0, "tokens": 0.0, "exact": 0.0, "answers": 0.0}
+    with torch.no_grad():
+        for _, batches in loader:
+            for batch in batches:
+                output = model(batch.to(device))
+                exact = torch.ones(batch.num_answers, device=device)
+                answer = batch.answer_of_target.to(device)
+                exact.scatter_reduce_(0, answer, output.correct.float(), reduce="amin")
+                sums["loss_sum"] += float(output.loss_sum)
+                sums["tokens"] += len(batch.targets)
+                sums["exact"] += float(exact.sum())
+                sums["answers"] += batch.num_answers
+    model.train(was_training)
+    total = ranks.sum_over_ranks(sums, device)
+    return {
+        "loss": total["loss_sum"] / max(total["tokens"], 1),
+        "exact_match": total["exact"] / max(total["answers"], 1),
+        "answers": total["answers"],
+    }
+
+
+def exchange_pictures(collate: Collator) -> Sequence[int]:
+    """For each sample one with as many pictures, by a fixed permutation without fixed points (where there are two)."""
+    index = collate.index
+    counts = np.bincount(index.span_sample, minlength=len(index))
+    partner = np.arange(len(index))
+    for count in np.unique(counts):
+        members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))
+        partner[members] = np.roll(members, 1)
+    return partner.tolist()

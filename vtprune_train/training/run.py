@@ -1,0 +1,271 @@
+"""From settings to a finished run: build everything, then fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+from vtprune_train.config import Config, PruningConfig, dump_config
+from vtprune_train.data.chat import ChatEncoder, get_template
+from vtprune_train.data.collate import Collator
+from vtprune_train.data.index import SampleIndex, Source, build_index
+from vtprune_train.data.planner import Planner
+from vtprune_train.data.records import read_source
+from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, layers_per_stage, stage_lengths
+from vtprune_train.models.anyres import AnyRes
+from vtprune_train.models.build import (
+    build_model,
+    build_processor,
+    load_tokenizer,
+    resolve_checkpoint,
+    saved_pruning,
+    set_trainable,
+)
+from vtprune_train.models.patch import prune
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.training import distributed as ranks
+from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
+from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
+from vtprune_train.training.engine import (
+    engine_config,
+    offloads_optimizer,
+    start_distributed,
+    start_engine,
+    zero_stage,
+)
+from vtprune_train.training.optim import build_optimizer, parameter_groups
+from vtprune_train.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def prepare(config: Config) -> Trainer:
+    """Build or resume the training that ``config`` describes, up to its first step.
+
+    Raises:
+        ValueError: settings or data that cannot be trained with (``ConfigError`` included).
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    device = start_distributed()
+    config = with_saved_settings(config)
+    settings = engine_config(config)
+    run_dir = config.run_dir
+    ranks.from_rank_0(lambda: run_dir.mkdir(parents=True, exist_ok=True))
+    torch.manual_seed(config.run.seed)
+    parts = build_parts(config)
+    method = config.pruning.build()
+    cost = training_cost(config, parts.model)
+    collate = build_collator(config, parts, cost, method, "train")
+    prune(parts.model, method, attention=config.model.attention)
+    _prepare(config, parts.model, device)
+    groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
+    optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
+    engine = start_engine(parts.model, optimizer, settings)
+
+    checkpoints = CheckpointFolder(run_dir / "checkpoints", config.train.keep_last)
+    state = _resume(config, checkpoints, engine, zero_stage(settings))
+    ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
+    callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
+    if config.data.eval:
+        callbacks.insert(2, Evaluation(run_dir, build_collator(config, parts, cost, method, "eval")))
+    return Trainer(
+        config=config,
+        engine=engine,
+        collate=collate,
+        planner=build_planner(config, collate, ranks.world_size()),
+        processor=parts.processor,
+        checkpoints=checkpoints,
+        callbacks=callbacks,
+        device=device,
+        state=state,
+    )
+
+
+@dataclass
+class Parts:
+    """A model with its processor and the encoder of its conversations."""
+
+    model: LlavaNextForConditionalGeneration
+    processor: LlavaNextProcessor
+    encoder: ChatEncoder
+
+
+def with_saved_settings(config: Config) -> Config:
+    """With ``train.init_from``: the model comes from that checkpoint, and so do the pruning settings that the YAML
+    does not set; every difference is printed."""
+    source = config.train.init_from
+    if source is None:
+        return config
+    model = config.model.model_copy(
+        update={"path": resolve_checkpoint(source), "config": None, "language_model": None, "vision_tower": None,
+                "projector": None, "tokenizer": None}
+    )  # fmt: skip
+    return config.model_copy(update={"model": model, "pruning": merge_pruning(config.pruning, saved_pruning(source))})
+
+
+def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> PruningConfig:
+    """The checkpoint's settings, overruled by those set explicitly in ``asked``."""
+    saved = saved or {"method": "none"}
+    explicit = {key: getattr(asked, key) for key in asked.model_fields_set}
+    if explicit.get("method", saved["method"]) != saved["method"]:
+        merged = dict(explicit)
+    else:
+        merged = {**saved, **explicit}
+    result = PruningConfig(**merged)
+    differences = {
+        key: (saved.get(key), value)
+        for key, value in result.model_dump().items()
+        if key in explicit and value != saved.get(key)
+    }
+    if ranks.rank() == 0:
+        for key, (before, now) in differences.items():
+            log.warning("pruning.%s: the checkpoint was trained with %s, this run uses %s", key, before, now)
+        if not differences:
+            log.info("pruning settings taken over from the checkpoint: %s", result.model_dump())
+    return result
+
+
+def build_parts(config: Config) -> Parts:
+    """Tokenizer, model and processor. Ranks of one machine take turns where something is made and kept."""
+    folder = config.run_dir / "tokenizer"
+    with FileLock(str(config.run_dir / "tokenizer.lock")):
+        tokenizer = load_tokenizer(config.model, lambda: training_texts(config), folder)
+        if config.model.config is not None and not folder.is_dir():
+            tokenizer.save_pretrained(str(folder))
+    model = build_model(config.model, tokenizer)
+    template = get_template(config.data.template)
+    if config.data.system is not None:
+        template = type(template)(**{**vars(template), "default_system": config.data.system})
+    encoder = ChatEncoder(tokenizer, template, model.config.image_token_id, config.data.image_position)
+    return Parts(model, build_processor(model.config, tokenizer), encoder)
+
+
+def training_texts(config: Config) -> Iterator[str]:
+    """Every turn of the training data, to train a tokenizer on."""
+    for source in config.sources("train"):
+        rows = read_source(Path(source.path), str(cache_dir(config)))
+        for texts in rows["texts"]:
+            yield from texts
+
+
+def cache_dir(config: Config) -> Path:
+    """Where the indices of the data are kept."""
+    if config.data.cache_dir is not None:
+        return Path(config.data.cache_dir)
+    from datasets import config as datasets_config
+
+    return Path(datasets_config.HF_DATASETS_CACHE) / "vtprune"
+
+
+def training_cost(config: Config, model: LlavaNextForConditionalGeneration) -> TrainingCost:
+    """How FLOPs are counted for this model and the parts that are trained."""
+    return TrainingCost(
+        DecoderGeometry.of(model.config.text_config),
+        TowerGeometry.of(model.config),
+        trains_decoder="language_model" in config.model.train,
+        trains_tower="vision_tower" in config.model.train,
+    )
+
+
+def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval"]) -> SampleIndex:
+    """Index the training or evaluation data."""
+    return build_index(
+        [Source(Path(s.path), Path(s.images), s.take) for s in config.sources(which)],
+        parts.encoder,
+        AnyRes.of(parts.model.config),
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+        max_bad=config.data.max_bad,
+        seed=config.run.seed,
+        workers=max(1, config.data.workers),
+        cache_dir=cache_dir(config),
+    )
+
+
+def build_collator(
+    config: Config, parts: Parts, cost: TrainingCost, method: PruningMethod | None, which: Literal["train", "eval"]
+) -> Collator:
+    """Index the data and make its collator."""
+    return Collator(
+        index=build_data_index(config, parts, which),
+        encoder=parts.encoder,
+        anyres=AnyRes.of(parts.model.config),
+        image_processor=parts.processor.image_processor,
+        method=method,
+        cost=cost,
+    )
+
+
+def build_planner(config: Config, collate: Collator, world_size: int) -> Planner:
+    """The planner of the training data: cost counts what is left after dropping."""
+    index, cost = collate.index, collate.cost
+    num_layers = cost.decoder.num_layers
+    drops = collate.method.drops(num_layers) if collate.method else ()
+    lengths = stage_lengths(index.text, index.span_tokens, index.span_sample, drops)
+    return Planner(
+        index.tokens,
+        cost.sample(lengths, layers_per_stage(drops, num_layers), index.tiles, index.supervised),
+        global_batch_size=config.train.global_batch_size,
+        max_tokens=config.data.max_tokens,
+        seed=config.run.seed,
+        world_size=world_size,
+    )
+
+
+def _prepare(config: Config, model: LlavaNextForConditionalGeneration, device: torch.device) -> None:
+    if config.model.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model.model.language_model)
+    set_trainable(model, config.model.train)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.to(device)
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that resumes it: it decides which samples a step holds."""
+    return {
+        "run.seed": config.run.seed,
+        "train.global_batch_size": config.train.global_batch_size,
+        "data.train": [source.model_dump() for source in config.data.train],
+        "data.template": config.data.template,
+        "data.max_length": config.data.max_length,
+        "pruning": config.pruning.model_dump(),
+    }
+
+
+def _resume(config: Config, checkpoints: CheckpointFolder, engine: Any, stage: int) -> TrainerState:
+    """The newest complete checkpoint of the run, or a fresh start.
+
+    Raises:
+        ValueError: the run's folder holds checkpoints that must not be continued with these settings.
+    """
+    checkpoints.clean()
+    newest = checkpoints.newest_complete()
+    identity = _identity(config)
+    if newest is None:
+        return TrainerState(identity=identity, world_size=ranks.world_size(), zero_stage=stage)
+    if config.train.resume == "never":
+        raise ValueError(
+            f"{newest} exists and train.resume is never; use another run.name, or remove {checkpoints.folder}"
+        )
+    state = load(engine, newest)
+    changed = [key for key, value in identity.items() if state.identity.get(key) != value]
+    if changed:
+        lines = [f"{key}: checkpoint {state.identity.get(key)!r}, now {identity[key]!r}" for key in changed]
+        raise ValueError(
+            f"{newest} was trained with other settings, so its steps would hold other samples: {'; '.join(lines)}. "
+            f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={newest}"
+        )
+    if ranks.rank() == 0:
+        log.info("resuming from %s", newest)
+    return state
