@@ -13,8 +13,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,51 +98,71 @@ def varlen_sdpa(
     Returns:
         [T, H, D] in the dtype of ``q_THD``.
     """
-    starts = [0]
-    for length in segment_lengths:
-        starts.append(starts[-1] + length)
-    parts: list[Tensor | None] = [None] * len(segment_lengths)
-    for group in _similar_lengths(segment_lengths):
-        width = segment_lengths[group[0]]
-
-        def rows(x: Tensor, group: list[int] = group, width: int = width) -> Tensor:  # [B, H, width, D]
-            slices = [x[starts[i] : starts[i + 1]] for i in group]
-            if len(slices) == 1:
-                return slices[0].transpose(0, 1).unsqueeze(0)
-            padded = [s if len(s) == width else F.pad(s, (0, 0, 0, 0, 0, width - len(s))) for s in slices]
-            return torch.stack(padded).transpose(1, 2)
-
-        mask = None
-        if sliding_window is not None and sliding_window < width:
-            index = torch.arange(width, device=q_THD.device)
-            distance = index[:, None] - index[None, :]
-            mask = (distance >= 0) & (distance < sliding_window)
+    calls = _plan_calls(segment_lengths)
+    sizes = [batch * width for batch, width in calls.shapes]
+    if calls.gather is not None:
+        gather = calls.gather.to(q_THD.device)
+        q_THD, k_TGD, v_TGD = (x.index_select(0, gather) for x in (q_THD, k_TGD, v_TGD))
+    parts = []
+    for shape, q, k, v in zip(calls.shapes, *(x.split(sizes) for x in (q_THD, k_TGD, v_TGD)), strict=True):
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # [B, heads, width, D]
+        mask = None if sliding_window is None else _window_mask(shape[1], sliding_window, q.device)
         out = F.scaled_dot_product_attention(
-            rows(q_THD),
-            rows(k_TGD),
-            rows(v_TGD),
+            q,
+            k,
+            v,
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=mask is None,
             scale=scaling,
-            enable_gqa=q_THD.shape[1] != k_TGD.shape[1],
-        ).transpose(1, 2)  # [B, width, H, D]
-        for row, index_in_stream in enumerate(group):
-            parts[index_in_stream] = out[row, : segment_lengths[index_in_stream]]
-    return torch.cat([part for part in parts if part is not None])
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    joined = torch.cat(parts)
+    return joined if calls.scatter is None else joined.index_select(0, calls.scatter.to(joined.device))
 
 
-def _similar_lengths(lengths: tuple[int, ...]) -> list[list[int]]:
-    """Segments that share a call, longest first in each group."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+@dataclass(frozen=True)
+class _Calls:
+    """``shapes`` (segments, width) of each call; ``gather`` [padded T] the stream's row at each place of all calls laid
+    end to end, ``scatter`` [T] the way back; both ``None`` where each segment in order is its own call."""
+
+    shapes: tuple[tuple[int, int], ...]
+    gather: Tensor | None
+    scatter: Tensor | None
+
+
+@lru_cache(maxsize=64)
+def _plan_calls(segment_lengths: tuple[int, ...]) -> _Calls:
+    lengths = np.array(segment_lengths)
     groups: list[list[int]] = []
-    for index in order:
+    for index in np.argsort(-lengths, kind="stable").tolist():
         longest = lengths[groups[-1][0]] if groups else 0
         if groups and longest <= SHARED_CALL_LENGTH and longest <= SHARED_CALL_PADDING * lengths[index] + 4:
             groups[-1].append(index)
         else:
             groups.append([index])
-    return groups
+    if len(groups) == len(lengths):
+        return _Calls(tuple((1, length) for length in segment_lengths), None, None)
+    starts = np.cumsum([0, *segment_lengths])
+    shapes = tuple((len(group), int(lengths[group[0]])) for group in groups)
+    gather, scatter, offset = [], np.empty(starts[-1], dtype=np.int64), 0
+    for group, (_, width) in zip(groups, shapes, strict=True):
+        for index in group:
+            length = lengths[index]
+            gather.append(starts[index] + np.minimum(np.arange(width), length - 1))
+            scatter[starts[index] : starts[index] + length] = np.arange(offset, offset + length)
+            offset += width
+    return _Calls(shapes, torch.from_numpy(np.concatenate(gather)), torch.from_numpy(scatter))
+
+
+def _window_mask(width: int, sliding_window: int, device: torch.device) -> Tensor | None:
+    """[width, width] bool of a causal window, or ``None`` if the window holds the whole segment."""
+    if sliding_window >= width:
+        return None
+    index = torch.arange(width, device=device)
+    distance = index[:, None] - index[None, :]
+    return (distance >= 0) & (distance < sliding_window)
 
 
 def varlen_torch(

@@ -37,6 +37,10 @@ def start_distributed() -> torch.device:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ.update(alone)
     if not torch.cuda.is_available():
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks share the machine's cores: more threads than cores make each of them wait for the others.
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedModel
 
 from vtprune_train.config import Config, PruningConfig, dump_config
 from vtprune_train.data.chat import ChatEncoder, get_template
@@ -227,8 +227,16 @@ def _prepare(config: Config, model: LlavaNextForConditionalGeneration, device: t
         _apply_liger_kernel_to_instance(model.model.language_model)
     set_trainable(model, config.model.train)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     model.to(device)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute decoder and tower layers in the backward pass (transformers renamed the switch after 5.17)."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _identity(config: Config) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""A slow, obvious PyramidDrop: one sample at a time, plain lists and loops, full masked attention, no packing.
+
+Written from the description of the method, independently of the fast code; used only to compare with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """x [H, L, D] rotated to ``positions`` [L], half-split layout."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    angles = positions[:, None].float() * frequencies[None, :]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def queries_and_keys(layer, x: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """[H, L, D] each; grouped keys are repeated to the query heads."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(x)
+    q = attention.q_proj(normed).view(len(x), -1, attention.head_dim).transpose(0, 1)
+    k = attention.k_proj(normed).view(len(x), -1, attention.head_dim).transpose(0, 1)
+    k = torch.stack([k[head // (q.shape[0] // k.shape[0])] for head in range(q.shape[0])])
+    return rotate(q, positions, theta), rotate(k, positions, theta)
+
+
+def attention_rows(q: Tensor, k: Tensor) -> Tensor:
+    """[H, L, L] causal softmax."""
+    length = q.shape[1]
+    scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+
+
+def run_layer(layer, x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    attention = layer.self_attn
+    q, k = queries_and_keys(layer, x, positions, theta)
+    v = attention.v_proj(layer.input_layernorm(x)).view(len(x), -1, attention.head_dim).transpose(0, 1)
+    v = torch.stack([v[head // (q.shape[0] // v.shape[0])] for head in range(q.shape[0])])
+    mixed = (attention_rows(q, k) @ v).transpose(0, 1).reshape(len(x), -1)
+    x = x + attention.o_proj(mixed)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def pyramiddrop(
+    text_model,
+    embeds: Tensor,
+    spans: list[tuple[int, int]],
+    query_offsets: list[int],
+    layers: list[int],
+    keep: list[float],
+    rank_with: str = "next_layer",
+    positions: str = "renumber",
+) -> tuple[Tensor, list[int]]:
+    """One sample through all layers. Returns hidden states before the final norm, and the original offsets kept."""
+    theta = text_model.config.rope_parameters["rope_theta"]
+    alive = list(range(len(embeds)))
+    position = torch.arange(len(embeds))
+    x = embeds
+    for index, layer in enumerate(text_model.layers):
+        if index in layers:
+            ratio = keep[layers.index(index)]
+            ranking_layer = layer if rank_with == "next_layer" else text_model.layers[index - 1]
+            source = x if rank_with == "next_layer" else before_last
+            with torch.no_grad():
+                weights = attention_rows(*queries_and_keys(ranking_layer, source, position, theta)).mean(dim=0)
+            survivors = [offset for offset in alive if not any(s <= offset < s + n for s, n in spans)]
+            for start, length in spans:
+                present = [offset for offset in alive if start <= offset < start + length]
+                rows = []
+                for query in query_offsets:
+                    if start <= query < start + length or any(s <= query < s + n for s, n in spans):
+                        query = max(o for o in alive if o <= query)  # an image's last remaining token
+                    rows.append(alive.index(query))
+                worth = {o: sum(weights[row, alive.index(o)].item() for row in rows) / len(rows) for o in present}
+                best = sorted(present, key=lambda o: (-worth[o], o))[: math.floor(length * ratio)]
+                survivors += best
+            survivors.sort()
+            places = [alive.index(offset) for offset in survivors]
+            x = x[places]
+            position = torch.arange(len(survivors)) if positions == "renumber" else position[places]
+            alive = survivors
+        before_last = x
+        x = run_layer(layer, x, position, theta)
+    return x, alive

@@ -1,0 +1,42 @@
+"""The chunked head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vtprune_train.models.head import chunked_cross_entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_equals_plain_cross_entropy(chunk, with_bias):
+    torch.manual_seed(0)
+    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(17, dtype=torch.float64, requires_grad=True) if with_bias else None
+    targets = torch.randint(0, 17, (10,))
+    inputs = [x for x in (hidden, weight, bias) if x is not None]
+    loss, correct = chunked_cross_entropy(hidden, weight, bias, targets, chunk_rows=chunk)
+    logits = F.linear(hidden, weight, bias)
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    assert abs(loss - expected) < 1e-4  # summed in float32
+    assert torch.equal(correct, logits.argmax(-1) == targets)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * expected, inputs), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_no_rows_give_a_zero_that_reaches_the_weights():
+    hidden = torch.randn(0, 8, requires_grad=True)
+    weight = torch.randn(17, 8, requires_grad=True)
+    loss, correct = chunked_cross_entropy(hidden, weight, None, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and len(correct) == 0
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_frozen_weight_gets_no_gradient():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(17, 8)
+    loss, _ = chunked_cross_entropy(hidden, weight, None, torch.zeros(4, dtype=torch.int64))
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is None
