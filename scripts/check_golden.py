@@ -57,8 +57,8 @@ def build_model(case: dict, weights: dict[str, torch.Tensor]) -> LlamaForCausalL
         rms_norm_eps=case["rms_norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": case["rope_theta"]},
         tie_word_embeddings="lm_head.weight" not in weights,
-        attn_implementation=PREFIX + "varlen_sdpa",
     )
+    config._attn_implementation = PREFIX + "varlen_sdpa"
     model = LlamaForCausalLM(config)
     incompatible = model.load_state_dict(weights, strict=False)
     missing = [key for key in incompatible.missing_keys if "inv_freq" not in key and key != "lm_head.weight"]
@@ -90,8 +90,9 @@ def run_case(folder: Path, name: str) -> Outcome:
     differences = {"hidden": _largest_difference(hidden, tensors["last_hidden_state"])}
     if case["train"]:
         logits = model.lm_head(hidden.index_select(0, plan.predict_rows))
-        loss = F.cross_entropy(logits, labels[supervised])
+        loss = F.cross_entropy(logits, tensors["labels"][supervised])
         loss.backward()
+        assert embeds.grad is not None
         differences["loss"] = abs(loss.item() - case["loss"])
         differences["gradient"] = _largest_difference(embeds.grad, tensors["grad_inputs_embeds"])
     rows, wrong = torch.arange(len(embeds)), []

@@ -18,7 +18,30 @@ from transformers import (
     Qwen2Config,
 )
 
-WORDS = "what is shown here a red blue round cat dog on the left right user assistant : ? . yes no two".split()
+WORDS = [
+    "what",
+    "is",
+    "shown",
+    "here",
+    "a",
+    "red",
+    "blue",
+    "round",
+    "cat",
+    "dog",
+    "on",
+    "the",
+    "left",
+    "right",
+    "user",
+    "assistant",
+    ":",
+    "?",
+    ".",
+    "yes",
+    "no",
+    "two",
+]
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 TILE, PATCH = 28, 7
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]

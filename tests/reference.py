@@ -63,7 +63,7 @@ def pyramiddrop(
     theta = text_model.config.rope_parameters["rope_theta"]
     alive = list(range(len(embeds)))
     position = torch.arange(len(embeds))
-    x = embeds
+    x = before_last = embeds
     for index, layer in enumerate(text_model.layers):
         if index in layers:
             ratio = keep[layers.index(index)]

@@ -14,7 +14,18 @@ from vtprune_train.models.anyres import NEWLINE, AnyRes
 from vtprune_train.models.build import build_processor
 
 PHOTOS = Path(__file__).parent.parent.parent / "shared" / "data" / "photos"
-AWKWARD = [(1, 1), (1, 400), (400, 1), (335, 337), (336, 336), (672, 672), (1008, 336), (333, 1007), (2000, 3), (767, 1023)]
+AWKWARD = [
+    (1, 1),
+    (1, 400),
+    (400, 1),
+    (335, 337),
+    (336, 336),
+    (672, 672),
+    (1008, 336),
+    (333, 1007),
+    (2000, 3),
+    (767, 1023),
+]
 
 
 def random_image(height, width, seed=0):
@@ -64,7 +75,9 @@ def test_tokens_and_pixels_equal_the_processor(size):
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not part of a checkout")
-@pytest.mark.parametrize("name", ["astronaut.jpg", "dog.jpg", "extreme_ironing.jpg", "radar_chart.jpg", "waterview.jpg"])
+@pytest.mark.parametrize(
+    "name", ["astronaut.jpg", "dog.jpg", "extreme_ironing.jpg", "radar_chart.jpg", "waterview.jpg"]
+)
 def test_photographs(name):
     processor = tiny_processor()
     size = image_size(PHOTOS / name)

@@ -22,7 +22,9 @@ def naive(q, k, v, lengths, scaling, window=None):
 
 
 def random_qkv(total, heads, kv_heads, dim=16):
-    return tuple(torch.randn(total, n, dim, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+    return tuple(
+        torch.randn(total, n, dim, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads)
+    )
 
 
 @pytest.mark.parametrize("lengths", [(7,), (1, 1, 1), (30, 31, 29, 5, 30), (600, 20, 22, 590, 3)])
@@ -49,7 +51,7 @@ def test_short_segments_share_calls_and_long_ones_do_not():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_auto_takes_what_works_here_and_others_are_refused_with_the_way_out():
     assert attention.choose_backend("auto") == "varlen_sdpa"
-    with pytest.raises(ValueError, match="flash_attention_2.*needs CUDA.*attention=auto"):
+    with pytest.raises(ValueError, match=r"flash_attention_2.*needs CUDA.*attention=auto"):
         attention.choose_backend("flash_attention_2")
 
 

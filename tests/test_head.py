@@ -21,7 +21,9 @@ def test_equals_plain_cross_entropy(chunk, with_bias):
     expected = F.cross_entropy(logits, targets, reduction="sum")
     assert abs(loss - expected) < 1e-4  # summed in float32
     assert torch.equal(correct, logits.argmax(-1) == targets)
-    for ours, theirs in zip(torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * expected, inputs), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * expected, inputs), strict=True
+    ):
         assert (ours - theirs).abs().max() < 1e-5
 
 

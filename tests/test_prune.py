@@ -9,12 +9,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlavaNextForConditio
 
 from vtprune_train import PyramidDrop, is_pruned, prune, unprune
 
-TEXTS = ["<s> <image> what is shown here ? assistant : a red cat", "<s> <image> and <image> two dog", "<s> what is a dog"]
+TEXTS = [
+    "<s> <image> what is shown here ? assistant : a red cat",
+    "<s> <image> and <image> two dog",
+    "<s> what is a dog",
+]
 
 
 def inputs(side="left"):
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in [(40, 70), (90, 30), (50, 50)]]
+    images = [
+        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in [(40, 70), (90, 30), (50, 50)]
+    ]
     processor = tiny_processor()
     processor.tokenizer.padding_side = side
     made = processor(images=images, text=TEXTS, return_tensors="pt", padding=True)
@@ -126,5 +132,5 @@ def test_what_a_pruned_model_cannot_do_is_said():
     model = prune(tiny_model(), PyramidDrop())
     with pytest.raises(ValueError, match="use_cache"):
         model(**made, use_cache=True)
-    with pytest.raises(ValueError, match="images were given|image tokens"):
+    with pytest.raises(ValueError, match=r"images were given|image tokens"):
         model(**{**made, "pixel_values": made["pixel_values"][:2], "image_sizes": made["image_sizes"][:2]})

@@ -73,7 +73,9 @@ class ModelConfig(Section):
         parts = self.language_model is not None or self.vision_tower is not None
         given = [name for name, is_set in (("path", self.path), ("config", self.config), ("parts", parts)) if is_set]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are both set; a model comes from exactly one origin, null the others")
+            raise ValueError(
+                f"{' and '.join(given)} are both set; a model comes from exactly one origin, null the others"
+            )
         if parts and (self.language_model is None or self.vision_tower is None):
             raise ValueError("language_model and vision_tower belong together; set both")
         return self

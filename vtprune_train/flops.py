@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
-from vtprune_train.stream import Drop, SegmentLayout, StreamPlan
+from vtprune_train.stream import Drop, StreamPlan
+
+Numbers = TypeVar("Numbers", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class DecoderGeometry:
         n = np.asarray(lengths, dtype=np.float64)
         return self.per_token * n + 2.0 * self.heads * self.head_dim * n * (n + 1)
 
-    def head(self, rows: float) -> float:
+    def head(self, rows: Numbers) -> Numbers:
         """Forward FLOPs of the language-model head on ``rows`` rows."""
         return 2.0 * rows * self.hidden * self.vocab
 
@@ -90,13 +94,13 @@ class TowerGeometry:
             config.text_config.hidden_size,
         )
 
-    def tower(self, tiles: float) -> float:
+    def tower(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the tower on ``tiles`` tiles (full attention, class token included)."""
         n, c = self.patches + 1, self.hidden
         layer = 2.0 * n * c * (4 * c + 2 * self.intermediate) + 4.0 * n * n * c
         return tiles * (self.num_layers * layer + 2.0 * self.patches * 3 * self.patch_size**2 * c)
 
-    def projector(self, tiles: float) -> float:
+    def projector(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the two-layer projector."""
         return 2.0 * tiles * self.patches * self.projector_out * (self.projector_in + self.projector_out)
 
@@ -144,7 +148,7 @@ def stage_lengths(text: np.ndarray, spans: np.ndarray, sample_of_span: np.ndarra
 def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:
     """Layers of each stage."""
     edges = [0, *(drop.layer for drop in drops), num_layers]
-    return [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [end - start for start, end in pairwise(edges)]
 
 
 def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, projects: bool) -> float:
@@ -156,7 +160,9 @@ def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, projects: bool) 
     return total
 
 
-def published_decoder_flops(visual_tokens: Sequence[float], layers: Sequence[int], hidden: int, intermediate: int) -> float:
+def published_decoder_flops(
+    visual_tokens: Sequence[float], layers: Sequence[int], hidden: int, intermediate: int
+) -> float:
     """The convention of the PyramidDrop paper: visual tokens only, ``4 n d^2 + 2 n^2 d + 3 n d m`` per layer.
 
     Args:
@@ -169,8 +175,3 @@ def published_decoder_flops(visual_tokens: Sequence[float], layers: Sequence[int
         count * (4 * n * hidden**2 + 2 * n**2 * hidden + 3 * n * hidden * intermediate)
         for n, count in zip(visual_tokens, layers, strict=True)
     )
-
-
-def dense_lengths(segments: Sequence[SegmentLayout]) -> np.ndarray:
-    """[samples, 1] tokens of each sample where nothing is dropped."""
-    return np.array([[segment.length] for segment in segments])

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 IMAGE = "<image>"  # an image's place in text, and its token
 IGNORE = -100  # a label that is not supervised
 
@@ -328,7 +327,10 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, layer: int
     span_rows = before.spans()
     cu_seqlens = before.of(layout.cu_seqlens)
     query_rows = _rows_before(layout, before, layout.after_query)
-    scored, scored_queries, offset_in_scored, length_so_far = [], [], {}, 0
+    scored: list[ScoredSegment] = []
+    scored_queries: list[np.ndarray] = []
+    offset_in_scored: dict[int, int] = {}
+    length_so_far = 0
     for index in np.unique(layout.span_segment).tolist():
         own = query_rows[layout.query_segment == index]
         start, end = int(cu_seqlens[index]), int(cu_seqlens[index + 1])

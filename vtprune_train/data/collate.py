@@ -94,7 +94,9 @@ class Collator:
 
     def pack(self, loaded: Sequence[LoadedSample], unreadable: tuple[tuple[str, str], ...] = ()) -> PackedBatch:
         """Lay samples end to end."""
-        laid_out = [lay_out(sample.chat, [self.anyres.visual_index(size) for size in sample.sizes]) for sample in loaded]
+        laid_out = [
+            lay_out(sample.chat, [self.anyres.visual_index(size) for size in sample.sizes]) for sample in loaded
+        ]
         segments = [segment for segment, _, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
         num_layers = self.cost.decoder.num_layers
         plan = plan_stream(segments, (), num_layers) if self.method is None else self.method.plan(segments, num_layers)
@@ -167,7 +169,8 @@ def lay_out(
         extra[offset + 1] = len(index) - 1
     moved = np.arange(len(chat.input_ids) + 1) + np.cumsum(extra)
     spans = tuple(
-        ImageSpan(int(moved[offset]), len(index)) for offset, index in zip(chat.image_offsets, visual_indices, strict=True)
+        ImageSpan(int(moved[offset]), len(index))
+        for offset, index in zip(chat.image_offsets, visual_indices, strict=True)
     )
     repeats = np.ones(len(chat.input_ids), dtype=np.int64)
     repeats[list(chat.image_offsets)] = [len(index) for index in visual_indices]

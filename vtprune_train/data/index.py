@@ -42,7 +42,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Source:
-    """One data file: ``path`` and ``images`` (folder) are resolved; ``take`` is ``all``, ``first:N`` or ``random:N``."""
+    """One data file and its folder of images; ``take`` is ``all``, ``first:N`` or ``random:N``."""
 
     path: Path
     images: Path
@@ -149,7 +149,9 @@ def _report(bad: list[str], long: list[str], max_bad: int, max_length: int, too_
                 f"{len(bad)} records cannot be used, more than data.max_bad={max_bad}; mend them or raise it. "
                 f"First: {shown}"
             )
-        log.warning("%d record(s) cannot be used and are left out (data.max_bad=%d). First: %s", len(bad), max_bad, shown)
+        log.warning(
+            "%d record(s) cannot be used and are left out (data.max_bad=%d). First: %s", len(bad), max_bad, shown
+        )
     if long:
         shown = ", ".join(long[: 2 * SHOWN])
         if too_long == "error":
@@ -176,7 +178,7 @@ def _index_source(source: Source, encoder: ChatEncoder, anyres: AnyRes, workers:
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     workers = workers if len(rows) >= 1000 * workers else 1
     show = datasets.is_progress_bar_enabled()
-    table = rows.map(
+    return rows.map(
         _measure,
         fn_kwargs={"encoder": encoder, "anyres": anyres, "images": source.images},
         num_proc=workers if workers > 1 else None,
@@ -185,7 +187,6 @@ def _index_source(source: Source, encoder: ChatEncoder, anyres: AnyRes, workers:
         cache_file_name=str(cache_dir / f"index-{fingerprint}.arrow"),
         desc=f"index {source.path.name}" if show else None,
     )
-    return table
 
 
 def _measure(row: dict[str, Any], encoder: ChatEncoder, anyres: AnyRes, images: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class StepLoader:
             batch_size=None,
             sampler=_Order(self.steps, planner, rank, pictures_of),  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=_unchanged,
+            collate_fn=_unchanged,  # type: ignore[arg-type]
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )

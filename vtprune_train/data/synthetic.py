@@ -24,23 +24,20 @@ CANVASES = ((56, 56), (112, 56), (56, 112), (112, 112), (100, 90), (168, 56), (5
 Box = tuple[float, float, float, float]
 
 
-def _triangle(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, int, int]) -> None:
-    left, top, right, bottom = box
-    draw.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
+def _ring(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, int, int]) -> None:
+    draw.ellipse(box, outline=colour, width=round((box[2] - box[0]) * 0.22))
 
 
-def _cross(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, int, int]) -> None:
+def _bar(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, int, int]) -> None:
     left, top, right, bottom = box
-    third = (right - left) / 3
-    draw.rectangle((left + third, top, right - third, bottom), fill=colour)
-    draw.rectangle((left, top + third, right, bottom - third), fill=colour)
+    inset = (bottom - top) * 0.36
+    draw.rectangle((left, top + inset, right, bottom - inset), fill=colour)
 
 
 SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, tuple[int, int, int]], None]] = {
-    "circle": lambda draw, box, colour: draw.ellipse(box, fill=colour),
     "square": lambda draw, box, colour: draw.rectangle(box, fill=colour),
-    "triangle": _triangle,
-    "cross": _cross,
+    "ring": _ring,
+    "bar": _bar,
 }
 QUESTIONS = {
     "colour": ("What colour is it?", "Which colour does it have?"),
@@ -59,7 +56,9 @@ def draw_picture(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
     x, y = PLACES[truth["place"]]
     radius = min(width, height) * rng.uniform(0.24, 0.3)
     x, y = width * (x + rng.uniform(-0.03, 0.03)), height * (y + rng.uniform(-0.03, 0.03))
-    SHAPES[truth["shape"]](ImageDraw.Draw(image), (x - radius, y - radius, x + radius, y + radius), COLOURS[truth["colour"]])
+    SHAPES[truth["shape"]](
+        ImageDraw.Draw(image), (x - radius, y - radius, x + radius, y + radius), COLOURS[truth["colour"]]
+    )
     return image, truth
 
 
@@ -76,7 +75,7 @@ def _conversation(rng: random.Random, truth: dict[str, str]) -> list[dict[str, s
 def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> None:
     """Write ``train.json``, ``eval.json`` and ``images/*.png``; nothing if a whole set of the same make is there."""
     stamp = folder / "made.json"
-    made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 3}
+    made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 1}
     if stamp.is_file() and json.loads(stamp.read_text()) == made:
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)

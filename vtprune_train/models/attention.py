@@ -193,7 +193,7 @@ def varlen_torch(
     if groups > 1:
         k_TGD, v_TGD = (x.repeat_interleave(groups, dim=1) for x in (k_TGD, v_TGD))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    return varlen_attn(
+    return varlen_attn(  # type: ignore[return-value]
         q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window
     )
 

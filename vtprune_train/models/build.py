@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from vtprune_train.config import ModelConfig
+from vtprune_train.models import HFModule
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.stream import IMAGE
 
@@ -238,7 +239,7 @@ def build_processor(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase)
     )
 
 
-def parts_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
     features are taken, which no gradient reaches."""
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {
@@ -268,7 +269,7 @@ def _behind_features(config: LlavaNextConfig, name: str) -> bool:
     return bool(found) and int(rest.partition(".")[0]) >= last
 
 
-def set_trainable(model: nn.Module, train: dict[str, float]) -> None:
+def set_trainable(model: HFModule, train: dict[str, float]) -> None:
     """Freeze all parts but the named ones."""
     for part, parameters in parts_of(model).items():
         for _, parameter in parameters:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vtprune_train.models import HFModule
 from vtprune_train.pruning.base import PruningMethod, Ranking
 from vtprune_train.pruning.selection import kept_rows
 from vtprune_train.stream import Boundary, Stage, StreamPlan
@@ -29,7 +30,7 @@ class DecoderOutput:
 
 
 def run_layers(
-    text_model: nn.Module, hidden_TC: Tensor, plan: StreamPlan, method: PruningMethod | None = None
+    text_model: HFModule, hidden_TC: Tensor, plan: StreamPlan, method: PruningMethod | None = None
 ) -> DecoderOutput:
     """Run a packed stream through the decoder layers of ``text_model`` (anything built like ``LlamaModel``).
 
@@ -103,7 +104,7 @@ class _Probe:
 
 @torch.no_grad()
 def _score_with_next_layer(
-    layer: nn.Module, method: PruningMethod, hidden: Tensor, rotary: tuple[Tensor, Tensor], boundary: Boundary
+    layer: HFModule, method: PruningMethod, hidden: Tensor, rotary: tuple[Tensor, Tensor], boundary: Boundary
 ) -> Tensor:
     """Score with the layer about to run: its input norm, its query and key projections, the ending stage's positions.
 
@@ -119,7 +120,7 @@ def _score_with_next_layer(
     return method.score(Ranking(queries, _rotate(keys, cos, sin), _scaling(layer)), boundary)
 
 
-def _heads(attention: nn.Module, which: str, normed_TC: Tensor) -> Tensor:
+def _heads(attention: HFModule, which: str, normed_TC: Tensor) -> Tensor:
     """[T, heads, D]: one projection, with the per-head norm of the families that have one."""
     projected = getattr(attention, f"{which}_proj")(normed_TC).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)
@@ -132,5 +133,5 @@ def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return x_THD * cos_TD.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_TD.unsqueeze(1)
 
 
-def _scaling(layer: nn.Module) -> float:
+def _scaling(layer: HFModule) -> float:
     return layer.self_attn.scaling

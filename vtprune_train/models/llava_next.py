@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtprune_train.models import padded
+from vtprune_train.models import HFModule, padded
 from vtprune_train.models.decoder import run_layers
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import PackedBatch, StreamPlan
@@ -29,7 +29,7 @@ class PackedOutput(NamedTuple):
     kept: tuple[Tensor, ...]
 
 
-def check_text_model(text_model: nn.Module) -> None:
+def check_text_model(text_model: HFModule) -> None:
     """Refuse decoders whose layers need more than the packed stream carries.
 
     Raises:
@@ -46,7 +46,7 @@ def check_text_model(text_model: nn.Module) -> None:
         )
 
 
-def forward(self: nn.Module, batch: Any = None, **inputs: Any) -> Any:
+def forward(self: HFModule, batch: Any = None, **inputs: Any) -> Any:
     """Forward of the whole model: a :class:`PackedBatch`, or the padded inputs of a Hugging Face processor."""
     if not isinstance(batch, PackedBatch):
         return padded.forward(self, input_ids=inputs.pop("input_ids", batch), **inputs)
@@ -55,7 +55,7 @@ def forward(self: nn.Module, batch: Any = None, **inputs: Any) -> Any:
     return PackedOutput(loss_sum, correct, kept)
 
 
-def forward_model(self: nn.Module, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward_model(self: HFModule, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Forward of ``LlavaNextModel``: [R, C] normed hidden states of the supervised rows, and the rows kept."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
     features = _image_features(self, batch.pixel_values.to(text_TC.dtype))
@@ -69,7 +69,7 @@ def forward_model(self: nn.Module, batch: PackedBatch) -> tuple[Tensor, tuple[Te
     return self.language_model(embeds_TC, batch.plan)
 
 
-def _image_features(self: nn.Module, pixel_values: Tensor) -> Tensor:
+def _image_features(self: HFModule, pixel_values: Tensor) -> Tensor:
     """[P * patches, C]: all tiles through tower and projector at once, class tokens dropped."""
     trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
@@ -80,7 +80,7 @@ def _image_features(self: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def forward_text(
-    self: nn.Module, embeds_TC: Tensor, plan: StreamPlan, *, method: PruningMethod | None
+    self: HFModule, embeds_TC: Tensor, plan: StreamPlan, *, method: PruningMethod | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Forward of the decoder: [R, C] normed hidden states of ``plan.predict_rows``, and the rows kept."""
     output = run_layers(self, embeds_TC, plan, method)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
 
+from vtprune_train.models import HFModule
 from vtprune_train.models.anyres import NEWLINE, AnyRes
 from vtprune_train.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout, plan_stream
 
 
 def forward(
-    model: nn.Module,
+    model: HFModule,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     pixel_values: Tensor | None = None,
@@ -33,8 +34,8 @@ def forward(
         input_ids: [B, L] int64, each image expanded to its tokens, as the processor does.
         attention_mask: [B, L], 0 for padding; ``None`` means no padding.
         pixel_values: [images, tiles, 3, h, w], with ``image_sizes`` [images, 2] (height, width).
-        labels: [B, L] int64, -100 where not supervised; image tokens never are. The row before the first token of every supervised run
-            ranks the visual tokens; without labels the last token of each row does.
+        labels: [B, L] int64, -100 where not supervised; image tokens never are. The row before the first token of every
+            supervised run ranks the visual tokens; without labels the last token of each row does.
 
     Returns:
         ``logits`` [B, L, N], zero in rows of padding and of dropped visual tokens; ``loss``, the mean over supervised
@@ -51,7 +52,9 @@ def forward(
         if key in ("use_cache", "return_dict", "output_attentions", "output_hidden_states") and not value:
             continue
         if value is not None and key != "return_dict":
-            raise ValueError(f"a pruned model does not take {key}; it has no key-value cache: unprune(model) to generate")
+            raise ValueError(
+                f"a pruned model does not take {key}; it has no key-value cache: unprune(model) to generate"
+            )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = mask.cpu().numpy().astype(bool)
     ids = input_ids.cpu().numpy()
@@ -77,7 +80,7 @@ def forward(
 
 
 def _pack(
-    model: nn.Module,
+    model: HFModule,
     ids: np.ndarray,
     mask: np.ndarray,
     labels: np.ndarray | None,
@@ -114,8 +117,7 @@ def _pack(
     method = model.__dict__["_vtprune"]["method"]
     num_layers = len(model.model.language_model.layers)
     plan = plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
-    size = anyres.tile_size
-    blank = torch.zeros(1, 3, size, size)
+    blank = torch.zeros(1, 3, anyres.tile_size, anyres.tile_size)
     index = np.concatenate(index_parts) if index_parts else np.zeros(0, dtype=np.int64)
     flat = np.concatenate([ids[row][mask[row]] for row in range(ids.shape[0])])
     supervised = np.zeros(0, dtype=np.int64)
@@ -150,7 +152,7 @@ def _segment(tokens: np.ndarray, labels: np.ndarray | None, spans: tuple[ImageSp
     queries = []
     if labels is not None:
         queries = [start - 1 for start, _ in _runs(labels != IGNORE) if start]
-    supervised = () if labels is None else tuple(np.flatnonzero(labels[1:] != IGNORE) + 1)
+    supervised = () if labels is None else tuple((np.flatnonzero(labels[1:] != IGNORE) + 1).tolist())
     return SegmentLayout(
         length=len(tokens),
         spans=spans,

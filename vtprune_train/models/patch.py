@@ -6,6 +6,7 @@ classes stay what they were, so checkpoints, optimizers, DeepSpeed's hooks and P
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration
 
-from vtprune_train.models import llava_next
+from vtprune_train.models import HFModule, llava_next
 from vtprune_train.models.attention import PREFIX, choose_backend
 from vtprune_train.models.head import chunked_cross_entropy
 from vtprune_train.pruning.base import PruningMethod
@@ -22,7 +23,7 @@ _STATE = "_vtprune"
 CONFIG_KEY = "pruning"
 
 
-def prune(model: nn.Module, method: PruningMethod | None, *, attention: str = "auto") -> nn.Module:
+def prune(model: HFModule, method: PruningMethod | None, *, attention: str = "auto") -> HFModule:
     """Let ``model`` drop visual tokens inside its forward pass, in training and evaluation.
 
     Afterwards ``model(**processor(...))`` takes what it always took and returns loss and logits in the caller's shape
@@ -57,7 +58,7 @@ def prune(model: nn.Module, method: PruningMethod | None, *, attention: str = "a
         "pruning": model.config.__dict__.get(CONFIG_KEY),
         "forwards": {},
     }
-    replacements = {
+    replacements: dict[str, Callable[..., Any]] = {
         "": llava_next.forward,
         "model": llava_next.forward_model,
         "model.language_model": partial(llava_next.forward_text, method=method),
@@ -74,7 +75,7 @@ def prune(model: nn.Module, method: PruningMethod | None, *, attention: str = "a
     return model
 
 
-def unprune(model: nn.Module) -> nn.Module:
+def unprune(model: HFModule) -> HFModule:
     """Undo :func:`prune`: forward functions, attention and config are what they were before.
 
     Raises:
@@ -96,12 +97,12 @@ def unprune(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_pruned(model: nn.Module) -> bool:
+def is_pruned(model: HFModule) -> bool:
     """Whether :func:`prune` changed this model and :func:`unprune` has not undone it."""
     return _STATE in model.__dict__
 
 
-def _method_of(model: nn.Module) -> PruningMethod | None:
+def _method_of(model: HFModule) -> PruningMethod | None:
     return model.__dict__[_STATE]["method"]
 
 

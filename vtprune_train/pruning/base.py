@@ -62,5 +62,5 @@ class PruningMethod(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data, as they stand in a checkpoint's ``config.json`` and in YAML."""
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}  # type: ignore[call-overload]
         return {"method": self.name, **values}

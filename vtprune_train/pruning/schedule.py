@@ -27,7 +27,9 @@ def check_schedule(layers: Sequence[int] | None, keep: Sequence[float], num_laye
 def _keep_problems(keep: Sequence[float]) -> list[str]:
     problems = []
     if outside := [ratio for ratio in keep if not 0.0 < ratio <= 1.0]:
-        problems.append(f"keep={list(keep)}: {outside[0]} is not in (0, 1]; each entry is the share of tokens that stay")
+        problems.append(
+            f"keep={list(keep)}: {outside[0]} is not in (0, 1]; each entry is the share of tokens that stay"
+        )
     if any(later > earlier for earlier, later in pairwise(keep)):
         problems.append(
             f"keep={list(keep)} increases; each entry is a share of the ORIGINAL tokens, so later ones must not be "

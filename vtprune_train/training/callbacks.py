@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,7 @@ class JsonLines:
             kept.append(line + "\n")
         shorter = self.path.with_suffix(".tmp")
         shorter.write_text("".join(kept))
-        os.replace(shorter, self.path)
+        shorter.replace(self.path)
 
     def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -91,7 +90,11 @@ class Progress(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         self.bar = tqdm(
-            total=trainer.total_steps, initial=trainer.state.step, desc="train", disable=ranks.rank() != 0, mininterval=1.0
+            total=trainer.total_steps,
+            initial=trainer.state.step,
+            desc="train",
+            disable=ranks.rank() != 0,
+            mininterval=1.0,
         )
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -124,7 +127,7 @@ class Evaluation(Callback):
 
     def _evaluate(self, trainer: Trainer) -> None:
         began = time.perf_counter()
-        options = {
+        options: dict[str, Any] = {
             "max_tokens": trainer.config.data.max_tokens,
             "device": trainer.device,
             "workers": min(1, trainer.config.data.workers),

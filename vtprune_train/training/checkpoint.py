@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is a folder ``step_00001000/``: ``deepspeed/`` (weights and optimizer, every rank its part),
-``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers) and, last, ``manifest.json`` with sizes and
-SHA-256 of all files. It is written beside as ``.partial``, synced, renamed; then ``latest`` names it. A folder without
-a matching manifest is never loaded. On several nodes the folder must be on a file system they share.
+``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers) and, last, ``manifest.json`` with sizes
+and SHA-256 of all files. It is written beside as ``.partial``, synced, renamed; then ``latest`` names it. A folder
+without a matching manifest is never loaded. On several nodes the folder must be on a file system they share.
 """
 
 from __future__ import annotations

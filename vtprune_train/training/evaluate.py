@@ -19,7 +19,13 @@ from vtprune_train.training import distributed as ranks
 
 
 def evaluate(
-    model: nn.Module, collate: Collator, *, max_tokens: int, device: torch.device, workers: int, shuffle_pictures: bool = False
+    model: nn.Module,
+    collate: Collator,
+    *,
+    max_tokens: int,
+    device: torch.device,
+    workers: int,
+    shuffle_pictures: bool = False,
 ) -> dict[str, float]:
     """Evaluate on all samples of ``collate.index``; all ranks call this together.
 

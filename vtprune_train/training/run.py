@@ -115,11 +115,8 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
     """The checkpoint's settings, overruled by those set explicitly in ``asked``."""
     saved = saved or {"method": "none"}
     explicit = {key: getattr(asked, key) for key in asked.model_fields_set}
-    if explicit.get("method", saved["method"]) != saved["method"]:
-        merged = dict(explicit)
-    else:
-        merged = {**saved, **explicit}
-    result = PruningConfig(**merged)
+    same_method = explicit.get("method", saved["method"]) == saved["method"]
+    result = PruningConfig(**{**(saved if same_method else {}), **explicit})
     differences = {
         key: (saved.get(key), value)
         for key, value in result.model_dump().items()

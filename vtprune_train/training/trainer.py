@@ -110,7 +110,7 @@ class Trainer:
         loss = totals.pop("loss_sum") / supervised
         if not math.isfinite(loss):
             raise TrainingError(
-                f"step {plan.step}: the loss is {loss}; no parameter was changed. Lower the learning rate (model.train), "
+                f"step {plan.step}: the loss is {loss}; no parameter was changed. Lower model.train's rates, "
                 f"or look at this step's samples: {[self.collate.index.sample_id(s) for s in plan.samples][:8]} ..."
             )
         grad_norm = self._optimizer_step()
@@ -165,7 +165,9 @@ class Trainer:
 
     def _totals(self, batches: Sequence[PackedBatch], loss_sum: float, correct: float) -> dict[str, float]:
         """This rank's numbers of the step, the same names on every rank."""
-        num_stages = len(self.collate.method.drops(self.collate.cost.decoder.num_layers)) + 1 if self.collate.method else 1
+        num_stages = (
+            len(self.collate.method.drops(self.collate.cost.decoder.num_layers)) + 1 if self.collate.method else 1
+        )
         names = ["flops", "flops_dense", "visual_tokens", *(f"tokens_stage_{i}" for i in range(num_stages))]
         costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
         unreadable = float(sum(len(batch.unreadable) for batch in batches))

@@ -1,0 +1,50 @@
+# make quickstart   the main job on an embedded default: a tiny model, two CPU ranks, a few minutes
+# make test         the tests
+# Both create .venv when it is missing. PYTHON names another interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: quickstart compare test lint format bench docs clean
+
+quickstart: $(READY)
+	$(BIN)/python scripts/quickstart.py
+
+compare: $(READY)
+	$(BIN)/python scripts/quickstart.py --compare
+
+test: $(READY_DEV)
+	$(BIN)/python -m pytest
+
+lint: $(READY_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: $(READY_DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python scripts/bench.py --device cpu --geometry small
+
+docs: $(READY_DEV)
+	$(BIN)/sphinx-build -W -b html docs site
+
+clean:
+	rm -rf $(VENV) runs site
+
+$(READY): requirements.txt pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(READY_DEV): $(READY) requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
