@@ -1,0 +1,436 @@
+#!/usr/bin/env python
+"""Measure a training step side by side: transformers' padded model, packed dense, packed PyramidDrop.
+
+    python scripts/bench.py --device cpu --geometry small [--step] [--json FILE]
+
+All rows run the same samples of mixed lengths through the whole LLaVA-NeXT, forward and backward (and with --step an
+AdamW step), interleaved: one repeat of every row, then the next. Reported are medians with their spread, and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vtprune_train import PyramidDrop, prune, unprune
+from vtprune_train.data.chat import EncodedChat
+from vtprune_train.data.collate import lay_out
+from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.models import HFModule, decoder
+from vtprune_train.models.anyres import NEWLINE, AnyRes
+from vtprune_train.models.known import KNOWN_CONFIGS
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.stream import IGNORE, PackedBatch, SegmentLayout, plan_stream
+from vtprune_train.training.run import checkpoint_activations
+
+IMAGE_TOKEN = 3
+BLOCK = 336
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Model sizes, and the samples: ``(height, width)`` of each picture and its text tokens."""
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    samples: tuple[tuple[tuple[int, int], int], ...]
+    dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
+
+
+def llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 4096,
+        "max_position_embeddings": 8192,
+    }
+
+
+def clip(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": BLOCK,
+        "patch_size": 14,
+    }
+
+
+# Pictures whose AnyRes token counts are about 2,900, 1,700, 2,300 and 1,100: the mix of the instruction data.
+MIXED = (((672, 672), 180), ((336, 672), 60), ((500, 667), 121), ((200, 640), 40))
+GEOMETRIES = {
+    "tiny": Geometry(llama(128, 352, 8, 4), clip(64, 4, 4), (((336, 672), 40), ((300, 600), 20))),
+    "small": Geometry(llama(384, 1024, 16, 6), clip(64, 6, 4), MIXED),
+    "7b": Geometry({}, {}, (*MIXED, ((600, 600), 121), ((640, 480), 121)), torch.bfloat16, checkpointing=True),
+}
+
+
+def build(geometry: Geometry, device: torch.device) -> tuple[HFModule, AnyRes]:
+    """A LLaVA-NeXT with random weights."""
+    is_7b = not geometry.text
+    config = LlavaNextConfig(
+        text_config=KNOWN_CONFIGS["lmsys/vicuna-7b-v1.5"]() if is_7b else LlamaConfig(**geometry.text),
+        vision_config=(
+            KNOWN_CONFIGS["openai/clip-vit-large-patch14-336"]() if is_7b else CLIPVisionConfig(**geometry.vision)
+        ),
+        image_token_id=IMAGE_TOKEN,
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(geometry.dtype)
+    with device:
+        model = LlavaNextForConditionalGeneration(config)
+    torch.set_default_dtype(default)
+    model.train()
+    if geometry.checkpointing:
+        checkpoint_activations(model)
+    return model, AnyRes.of(config)
+
+
+@dataclass
+class Samples:
+    """The same samples for every row: packed pieces and the padded inputs of transformers."""
+
+    segments: list[SegmentLayout]
+    ids: list[np.ndarray]
+    tiles: torch.Tensor
+    visual_index: np.ndarray
+    padded: dict[str, torch.Tensor]
+    num_tiles: np.ndarray
+
+
+def make_samples(geometry: Geometry, anyres: AnyRes, vocab: int, device: torch.device) -> Samples:
+    """Random text around random pictures: a third of the text before the picture's question, the rest the answer."""
+    rng = np.random.default_rng(0)
+    segments, ids, index, tiles, labels = [], [], [], 0, []
+    for size, text in geometry.samples:
+        question = max(4, text // 3)
+        tokens = rng.integers(5, vocab, text + 1)
+        tokens[1] = IMAGE_TOKEN
+        chat_labels = np.where(np.arange(text + 1) > question, tokens, IGNORE)
+        chat = EncodedChat(tokens, chat_labels, (1,), (question + 1,))
+        visual = anyres.visual_index(size)
+        segment, expanded, _ = lay_out(chat, [visual])
+        segments.append(segment)
+        ids.append(expanded)
+        label = np.full(len(expanded), IGNORE)
+        label[list(segment.supervised_offsets)] = expanded[list(segment.supervised_offsets)]
+        labels.append(label)
+        index.append(np.where(visual == NEWLINE, NEWLINE, visual + tiles * anyres.patches_per_tile))
+        tiles += anyres.num_tiles(size)
+    flat = np.concatenate(index)
+    counts = np.array([anyres.num_tiles(size) for size, _ in geometry.samples])
+    pixels = torch.randn(tiles, 3, anyres.tile_size, anyres.tile_size, device=device, dtype=geometry.dtype)
+    longest = max(map(len, ids))
+    grid = torch.zeros(len(ids), int(counts.max()), *pixels.shape[1:], device=device, dtype=geometry.dtype)
+    for row, (part, count) in enumerate(zip(pixels.split(counts.tolist()), counts, strict=True)):
+        grid[row, :count] = part
+    padded = {
+        "input_ids": torch.tensor(np.stack([np.pad(i, (0, longest - len(i))) for i in ids])),
+        "attention_mask": torch.tensor(np.stack([np.arange(longest) < len(i) for i in ids])).long(),
+        "labels": torch.tensor(np.stack([np.pad(x, (0, longest - len(x)), constant_values=IGNORE) for x in labels])),
+        "image_sizes": torch.tensor([size for size, _ in geometry.samples]),
+        "pixel_values": grid,
+    }
+    padded = {key: value.to(device) for key, value in padded.items()}
+    return Samples(
+        segments, ids, pixels, np.where(flat == NEWLINE, tiles * anyres.patches_per_tile, flat), padded, counts
+    )
+
+
+def pack(samples: Samples, method: PruningMethod | None, num_layers: int, device: torch.device) -> PackedBatch:
+    plan = (
+        plan_stream(samples.segments, (), num_layers) if method is None else method.plan(samples.segments, num_layers)
+    )
+    ids = np.concatenate(samples.ids)
+    starts = np.cumsum([0, *map(len, samples.ids)])
+    supervised = [
+        start + offset for s, start in zip(samples.segments, starts, strict=False) for offset in s.supervised_offsets
+    ]
+    targets = torch.from_numpy(ids[supervised])
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        visual_rows=torch.from_numpy(np.flatnonzero(ids == IMAGE_TOKEN)),
+        visual_index=torch.from_numpy(samples.visual_index),
+        pixel_values=samples.tiles,
+        plan=plan,
+        targets=targets,
+        answer_of_target=torch.zeros_like(targets),
+        num_answers=1,
+    ).to(device)
+
+
+@dataclass
+class Row:
+    """One way of running the step."""
+
+    name: str
+    method: PruningMethod | None
+    run: Callable[[], torch.Tensor]
+    flops: float
+    seconds: list[float] = field(default_factory=list)
+    selector_seconds: list[float] = field(default_factory=list)
+    peak_memory: int = 0
+
+
+class Stopwatch:
+    """Time spent in the selector: scoring, choosing and gathering indices (not the gather of the stream, which the
+    shorter stages pay for)."""
+
+    NAMES = ("_score_with_next_layer", "kept_rows")
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, 0.0
+        self.originals = {name: getattr(decoder, name) for name in self.NAMES}
+        self.probe = decoder._Probe.__call__
+        self.select = PruningMethod.select
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            synchronize(self.device)
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize(self.device)
+            self.seconds += time.perf_counter() - began
+            return result
+
+        return call
+
+    def __enter__(self) -> Stopwatch:
+        for name, original in self.originals.items():
+            setattr(decoder, name, self.timed(original))
+        decoder._Probe.__call__ = self.timed(self.probe)  # type: ignore[method-assign]
+        PruningMethod.select = self.timed(self.select)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, original in self.originals.items():
+            setattr(decoder, name, original)
+        decoder._Probe.__call__ = self.probe  # type: ignore[method-assign]
+        PruningMethod.select = self.select  # type: ignore[method-assign]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(row: Row, model: HFModule, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
+    """One repeat: forward, backward and perhaps an optimizer step."""
+    if row.name != "hf_padded":
+        prune(model, row.method)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    synchronize(device)
+    began = time.perf_counter()
+    row.run().backward()
+    if optimizer is not None:
+        optimizer.step()
+    synchronize(device)
+    row.seconds.append(time.perf_counter() - began)
+    model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        row.peak_memory = max(row.peak_memory, torch.cuda.max_memory_allocated(device))
+    if row.method is not None:
+        with Stopwatch(device) as watch:
+            row.run()
+        row.selector_seconds.append(watch.seconds)
+    if row.name != "hf_padded":
+        unprune(model)
+
+
+def measure_cpu_memory(rows: list[Row], model: HFModule) -> None:
+    """Each row's growth of the peak resident size, in a process of its own (a peak never falls again)."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    for row in rows:
+        queue = context.Queue()
+
+        def child(row: Row = row, queue: Any = queue) -> None:
+            torch.set_num_threads(1)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            if row.name != "hf_padded":
+                prune(model, row.method)
+            row.run().backward()
+            queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+        process = context.Process(target=child)
+        process.start()
+        row.peak_memory = queue.get()
+        process.join()
+
+
+def check_no_sync(rows: list[Row], model: HFModule) -> None:
+    """On CUDA: the forward pass of every packed row, with synchronising calls made errors."""
+    for row in rows:
+        if row.name == "hf_padded":
+            continue
+        prune(model, row.method)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            row.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            unprune(model)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--step", action="store_true", help="include an AdamW step")
+    parser.add_argument("--skip_padded", action="store_true", help="leave out transformers' padded model")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device")
+    report = run(arguments)
+    print_report(report)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(arguments.device)
+    geometry = GEOMETRIES[arguments.geometry]
+    model, anyres = build(geometry, device)
+    samples = make_samples(geometry, anyres, model.config.text_config.vocab_size, device)
+    rows = make_rows(model, samples, device)
+    if arguments.skip_padded:
+        rows = rows[1:]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if arguments.step else None
+    if device.type == "cuda":
+        for row in rows:
+            measure(row, model, optimizer, device)
+            row.seconds.clear()
+            row.selector_seconds.clear()
+        check_no_sync(rows, model)
+    else:
+        measure_cpu_memory(rows, model)
+    for _ in range(arguments.repeats):
+        for row in rows:
+            measure(row, model, optimizer, device)
+    return make_report(rows, samples, arguments, device)
+
+
+def make_rows(model: HFModule, samples: Samples, device: torch.device) -> list[Row]:
+    num_layers = model.config.text_config.num_hidden_layers
+    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config), True, True)
+    supervised = np.array([len(segment.supervised_offsets) for segment in samples.segments])
+    longest = max(map(len, samples.ids))
+
+    def padded() -> torch.Tensor:
+        return model(**samples.padded, use_cache=False).loss
+
+    # The padded model computes every row up to the longest sample, and logits of all of them.
+    lengths = np.full((len(samples.ids), 1), longest)
+    padded_flops = cost.sample(lengths, [num_layers], samples.num_tiles, lengths[:, 0]).sum()
+    rows = [Row("hf_padded", None, padded, float(padded_flops))]
+    methods: dict[str, PruningMethod | None] = {
+        "dense": None,
+        "pyramiddrop_next_layer": PyramidDrop(rank_with="next_layer"),
+        "pyramiddrop_this_layer": PyramidDrop(rank_with="this_layer"),
+    }
+    for name, method in methods.items():
+        batch = pack(samples, method, num_layers, device)
+
+        def packed(batch: PackedBatch = batch) -> torch.Tensor:
+            return model(batch).loss_sum / len(batch.targets)
+
+        lengths = np.array([stage.segment_lengths for stage in batch.plan.stages]).T
+        layers = [stage.end_layer - stage.first_layer for stage in batch.plan.stages]
+        flops = float(cost.sample(lengths, layers, samples.num_tiles, supervised).sum())
+        if method is not None:
+            flops += selector_flops(cost.decoder, batch.plan, method.rank_with == "next_layer")
+        rows.append(Row(name, method, packed, flops))
+    return rows
+
+
+def make_report(
+    rows: list[Row], samples: Samples, arguments: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    by_name = {row.name: row for row in rows}
+    table = [
+        {
+            "name": row.name,
+            "median_s": statistics.median(row.seconds),
+            "min_s": min(row.seconds),
+            "max_s": max(row.seconds),
+            "flops": row.flops,
+            "peak_memory_bytes": row.peak_memory,
+            "selector_share": (
+                statistics.median(row.selector_seconds) / statistics.median(row.seconds)
+                if row.selector_seconds
+                else 0.0
+            ),
+        }
+        for row in rows
+    ]
+    median = {entry["name"]: entry["median_s"] for entry in table}
+    ratios = {}
+    for name in ("pyramiddrop_next_layer", "pyramiddrop_this_layer"):
+        time_ratio, flop_ratio = median[name] / median["dense"], by_name[name].flops / by_name["dense"].flops
+        ratios[name] = {"time": time_ratio, "flops": flop_ratio, "time_over_flops": time_ratio / flop_ratio}
+        if "hf_padded" in median:
+            ratios[name]["time_over_hf_padded"] = median[name] / median["hf_padded"]
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "geometry": arguments.geometry,
+        "repeats": arguments.repeats,
+        "optimizer_step": arguments.step,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "sample_tokens": [segment.length for segment in samples.segments],
+        "rows": table,
+        "ratios": ratios,
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(f"{report['device']}, torch {report['torch']}, geometry {report['geometry']}, {report['repeats']} repeats")
+    print(
+        f"tokens of the samples: {report['sample_tokens']}, forward + backward{' + step' * report['optimizer_step']}\n"
+    )
+    print(f"{'':24}{'median s':>9}{'min':>8}{'max':>8}{'TFLOP':>9}{'peak GB':>9}{'selector':>10}")
+    for row in report["rows"]:
+        print(
+            f"{row['name']:24}{row['median_s']:>9.3f}{row['min_s']:>8.3f}{row['max_s']:>8.3f}{row['flops'] / 1e12:>9.3f}"
+            f"{row['peak_memory_bytes'] / 1e9:>9.2f}{row['selector_share']:>10.2%}"
+        )
+    print()
+    for name, ratio in report["ratios"].items():
+        padded = f", {ratio['time_over_hf_padded']:.3f} of hf_padded" if "time_over_hf_padded" in ratio else ""
+        print(
+            f"{name}: time {ratio['time']:.3f} of dense, FLOPs {ratio['flops']:.3f}, quotient "
+            f"{ratio['time_over_flops']:.3f}{padded}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Real training processes on a tiny data set: what the tests of the command line share."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+TINY = {
+    "run": {"name": "run", "seed": 3},
+    "model": {
+        "config": {
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "vocab_size": 400,
+                "max_position_embeddings": 1024,
+                "initializer_range": 0.1,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 24,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 7,
+            },
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+            "image_seq_length": 16,
+        },
+        "dtype": "float32",
+        "train": {"projector": 1e-2, "language_model": 1e-2, "vision_tower": 1e-3},
+    },
+    "data": {
+        "train": [{"path": "train.json", "images": "images"}],
+        "eval": [{"path": "eval.json", "images": "images"}],
+        "system": "",
+        "max_length": 300,
+        "max_tokens": 600,
+        "max_bad": 0,
+        "workers": 1,
+    },
+    "pruning": {"method": "pyramiddrop", "layers": [1, 2, 3], "keep": [0.5, 0.25, 0.125]},
+    "train": {
+        "global_batch_size": 6,
+        "epochs": 2,
+        "warmup_ratio": 0.2,
+        "clip": 1.0,
+        "activation_checkpointing": True,
+        "save_every": 1000,
+        "keep_last": 2,
+    },
+    "deepspeed": "configs/deepspeed/zero2.json",
+}
+
+
+def write_data(folder: Path, num_train: int = 20) -> None:
+    """One picture, several pictures over several turns, and text alone, in turn: the last step of an epoch is short."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    for split, count in (("train", num_train), ("eval", 5)):
+        records = []
+        for number in range(count):
+            pictures = (1, 3, 0, 1, 2)[number % 5]
+            names, turns = [], []
+            for index in range(max(pictures, 1)):
+                question = f"how bright is number {number}?"
+                if pictures:
+                    name = f"{split}-{number}-{index}.png"
+                    size = (int(rng.integers(20, 80)), int(rng.integers(20, 80)), 3)
+                    Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / "images" / name)
+                    names.append(name)
+                    question = f"<image>\n{question}"
+                turns += [{"from": "human", "value": question}, {"from": "gpt", "value": f"about {rng.integers(9)}"}]
+            record: dict[str, Any] = {"id": f"{split}{number}", "conversations": turns}
+            if names:
+                record["image"] = names if len(names) > 1 else names[0]
+            records.append(record)
+        (folder / f"{split}.json").write_text(json.dumps(records))
+
+
+class Runs:
+    """Starts training in a folder of its own; ``settings`` are overrides of ``TINY``."""
+
+    def __init__(self, folder: Path, **write: Any):
+        self.folder = folder
+        write_data(folder / "data", **write)
+        self.config = folder / "tiny.yaml"
+        self.config.write_text(yaml.safe_dump(TINY))
+
+    def command(self, name: str, *settings: str, ranks: int = 1, launcher: str = "python") -> list[str]:
+        launch = {
+            "python": [sys.executable],
+            "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)],
+            "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks)],
+        }["torchrun" if launcher == "python" and ranks > 1 else launcher]
+        own = [f"run.name={name}", f"run.output_dir={self.folder / 'runs'}", f"data.root={self.folder / 'data'}"]
+        own.append(f"data.cache_dir={self.folder / 'cache'}")
+        return [*launch, str(ROOT / "train.py"), "--config", str(self.config), *own, *settings]
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def run(self, name: str, *settings: str, expect: int = 0, **launch: Any) -> subprocess.CompletedProcess[str]:
+        """Train to the end of the process and check its exit code."""
+        command = self.command(name, *settings, **launch)
+        done = subprocess.run(command, cwd=ROOT, env=self.environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        return done
+
+    def start(self, name: str, *settings: str, **launch: Any) -> subprocess.Popen[bytes]:
+        """Start in a process group of its own."""
+        log = (self.folder / f"{name}.log").open("ab")
+        command = self.command(name, *settings, **launch)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environment(), stdout=log, stderr=log, start_new_session=True
+        )
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def directory(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        path = self.directory(name) / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+    def checkpoint(self, name: str) -> Path:
+        folder = self.directory(name) / "checkpoints"
+        return folder / (folder / "latest").read_text().strip()
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the launcher, all ranks and their workers."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_until(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> bool:
+    """Poll until ``condition()``; false if the process ended first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    raise TimeoutError("the condition did not come true")
+
+
+def assert_equal_bits(one: Any, two: Any, place: str = "") -> None:
+    """Nested containers of tensors and numbers, equal to the last bit."""
+    assert type(one) is type(two), place
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), place
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), place
+        for key in one:
+            assert_equal_bits(one[key], two[key], f"{place}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), place
+        for index, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_equal_bits(a, b, f"{place}[{index}]")
+    elif isinstance(one, int | float | str | bool | type(None)):
+        assert one == two, place
+
+
+def assert_equal_checkpoints(one: Path, two: Path) -> None:
+    """Weights and optimizer states of every rank, equal to the last bit."""
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*.pt"))
+    assert names and names == sorted(str(path.relative_to(two)) for path in two.rglob("*.pt"))
+    for name in names:
+        loaded = [torch.load(folder / name, weights_only=False) for folder in (one, two)]
+        for part in loaded:
+            part.pop("ds_config", None)
+        assert_equal_bits(*loaded, place=name)
+    assert (one / "hf" / "model.safetensors").read_bytes() == (two / "hf" / "model.safetensors").read_bytes()

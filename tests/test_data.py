@@ -1,0 +1,234 @@
+"""Reading, indexing and collating."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_image_processor, tiny_model, tiny_tokenizer
+from PIL import Image
+
+from vtprune_train import PyramidDrop
+from vtprune_train.data.chat import ChatEncoder, get_template
+from vtprune_train.data.collate import Collator
+from vtprune_train.data.images import image_size, load_image
+from vtprune_train.data.index import Source, build_index
+from vtprune_train.data.records import normalize, read_source
+from vtprune_train.data.synthetic import write_dataset
+from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost
+from vtprune_train.models.anyres import AnyRes
+from vtprune_train.training.evaluate import exchange_pictures
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+CONFIG = tiny_model().config
+
+
+def say(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def write_picture(path, size=(40, 60), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def index_of(folder, records, name="train.json", take="all", **settings):
+    path = folder / name
+    if records is not None:
+        path.write_text(json.dumps(records))
+    encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
+    options = {"max_length": 500, "too_long": "error", "max_bad": 0, "seed": 0, "workers": 1, **settings}
+    sources = [Source(path, folder / "images", take)]
+    return build_index(sources, encoder, AnyRes.of(CONFIG), cache_dir=folder / "cache", **options), encoder
+
+
+def collator(index, encoder, method=None):
+    cost = TrainingCost(DecoderGeometry.of(CONFIG.text_config), TowerGeometry.of(CONFIG), True, True)
+    return Collator(index, encoder, AnyRes.of(CONFIG), tiny_image_processor(), method, cost)
+
+
+@pytest.mark.parametrize(
+    ("record", "error"),
+    [
+        ([], "the record is a list"),
+        ({"id": 1}, "neither 'conversations'"),
+        ({"conversations": say("<image> what", "a cat")}, r"0 image\(s\) but 1 <image>"),
+        ({"image": "a.png", "conversations": say("what", "a cat")}, r"1 image\(s\) but 0 <image>"),
+        ({"conversations": say("what")}, "ends with a user turn"),
+        ({"conversations": say("what", "a", "b", "c")[1:]}, "must alternate"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "the text of a human turn is 3"),
+        ({"image": 3, "conversations": say("<image>", "a")}, "image is 3"),
+        ({"image": "a.png", "conversations": say("what", "<image>")}, "outside a user turn"),
+    ],
+)
+def test_malformed_records_keep_their_place_with_an_error(record, error):
+    import re
+
+    assert re.search(error, normalize(record, "file-0")["error"])
+
+
+def test_the_forms_of_a_record():
+    llava = normalize({"id": 7, "image": "a.png", "conversations": say("<image>\nhi", "yo")}, "x")
+    assert llava == {
+        "id": "7",
+        "images": ["a.png"],
+        "roles": ["user", "assistant"],
+        "texts": ["<image>\nhi", "yo"],
+        "error": "",
+    }
+    text_only = normalize({"system": "Be brief.", "image": None, "conversations": say("hi", "yo")}, "x")
+    assert text_only["roles"] == ["system", "user", "assistant"] and text_only["images"] == []
+    parts = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": "yo"},
+        ],
+        "images": ["a.png"],
+    }
+    assert normalize(parts, "x")["texts"] == ["<image>hi", "yo"]
+
+
+def test_json_and_jsonl_read_alike_and_a_changed_file_is_read_again(tmp_path):
+    records = [{"id": str(i), "conversations": say(f"q {i}", f"a {i}")} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
+    one, two = (read_source(tmp_path / name, str(tmp_path / "cache")) for name in ("a.json", "a.jsonl"))
+    assert one[:] == two[:]
+    (tmp_path / "a.json").write_text(json.dumps(records[:2]))
+    assert len(read_source(tmp_path / "a.json", str(tmp_path / "cache"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.json", None, "does not exist; check data.root"),
+        ("a.csv", "x", "unknown kind '.csv'"),
+        ("a.json", "{", "a.json: not JSON"),
+        ("a.jsonl", '{"id": 1}\n{', "a.jsonl, line 2: not JSON"),
+        ("b.json", '{"id": 1}', "holds a dict, not a list"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(Exception, match=message) as caught:
+        read_source(tmp_path / name, str(tmp_path / "cache"))
+    chain = [caught.value, caught.value.__cause__]
+    assert any(isinstance(error, ValueError) for error in chain)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not part of a checkout")
+def test_real_data(tmp_path):
+    encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
+    nlvr, chat = SHARED / "nlvr", SHARED / "chat_format"
+    sources = [
+        Source(nlvr / "multi_image.json", nlvr / "images", "first:20"),
+        Source(nlvr / "text_only.json", nlvr / "images", "random:20"),
+        Source(chat / "mllm_demo.json", chat),
+    ]
+    index = build_index(
+        sources,
+        encoder,
+        AnyRes.of(CONFIG),
+        max_length=4096,
+        too_long="error",
+        max_bad=0,
+        seed=0,
+        workers=1,
+        cache_dir=tmp_path,
+    )
+    assert len(index) == 46
+    counts = np.bincount(index.span_sample, minlength=46)
+    assert (counts[:20] >= 2).all() and (counts[20:40] == 0).all() and (counts[40:] >= 1).all()
+    batch = collator(index, encoder, PyramidDrop())([0, 25, 41])
+    assert not batch.unreadable and batch.plan.stages[0].num_tokens == index.tokens[[0, 25, 41]].sum()
+
+
+def test_sizes_from_headers_and_rotation(tmp_path):
+    write_picture(tmp_path / "a.png", (30, 50))
+    assert image_size(tmp_path / "a.png") == (30, 50)
+    picture = Image.open(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "rotated.jpg", exif=exif)
+    assert image_size(tmp_path / "rotated.jpg") == (50, 30)
+    assert load_image(tmp_path / "rotated.jpg", (50, 30)).size == (30, 50)
+    with pytest.raises(ValueError, match="30 x 50, but was .31, 50. when the data was indexed"):
+        load_image(tmp_path / "a.png", (31, 50))
+
+
+def test_bad_records_are_bounded_and_named(tmp_path, caplog):
+    write_picture(tmp_path / "images" / "good.png")
+    (tmp_path / "images" / "empty.png").touch()
+    records = [
+        {"id": "fine", "image": "good.png", "conversations": say("<image> what", "a cat")},
+        {"id": "gone", "image": "none.png", "conversations": say("<image> what", "a cat")},
+        {"id": "empty", "image": "empty.png", "conversations": say("<image> what", "a cat")},
+    ]
+    with caplog.at_level(logging.WARNING):
+        index, _ = index_of(tmp_path, records, max_bad=2)
+    assert len(index) == 1 and index.bad == 2
+    assert "gone: image" in caplog.text and "none.png" in caplog.text and "empty: image" in caplog.text
+    with pytest.raises(ValueError, match=r"2 records cannot be used, more than data.max_bad=1.*gone"):
+        index_of(tmp_path, records, max_bad=1)
+
+
+def test_too_long_samples(tmp_path, caplog):
+    records = [{"id": f"r{i}", "conversations": say("what " * (10 + 100 * i), "a cat")} for i in range(3)]
+    with pytest.raises(ValueError, match=r"2 sample\(s\) are longer than data.max_length=80.*r1 \(\d+\), r2"):
+        index_of(tmp_path, records, max_length=80)
+    index, _ = index_of(tmp_path, records, max_length=80, too_long="skip")
+    assert len(index) == 1 and index.too_long == 2
+
+
+def test_take(tmp_path):
+    records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(30)]
+    assert index_of(tmp_path, records, take="first:4")[0].row.tolist() == [0, 1, 2, 3]
+    random_rows = index_of(tmp_path, records, take="random:7")[0].row.tolist()
+    assert len(set(random_rows)) == 7 and random_rows == sorted(random_rows) != list(range(7))
+    assert index_of(tmp_path, records, take="random:7")[0].row.tolist() == random_rows
+    assert index_of(tmp_path, records, take="first:100")[0].row.tolist() == list(range(30))
+
+
+def test_the_index_tells_what_the_batch_holds(tmp_path):
+    write_dataset(tmp_path, num_train=12, num_eval=1, seed=0)
+    index, encoder = index_of(tmp_path, None, workers=2)
+    collate = collator(index, encoder, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    for sample in range(len(index)):
+        batch = collate([sample])
+        assert batch.plan.stages[0].num_tokens == index.tokens[sample] == len(batch.input_ids)
+        assert len(batch.targets) == index.supervised[sample]
+        assert len(batch.pixel_values) == index.tiles[sample]
+        assert int(batch.visual_index.max()) == len(batch.pixel_values) * 16, "the newline stands behind all features"
+    packed = collate(range(len(index)))
+    assert packed.plan.stages[0].num_tokens == index.tokens.sum()
+    assert packed.costs["tokens_stage_2"] == packed.plan.stages[2].num_tokens < packed.costs["tokens_stage_0"]
+    assert packed.costs["flops"] < packed.costs["flops_dense"]
+    assert packed.answer_of_target.unique().tolist() == list(range(packed.num_answers))
+
+
+def test_a_truncated_picture_is_left_out_and_named(tmp_path):
+    write_picture(tmp_path / "images" / "good.png")
+    write_picture(tmp_path / "images" / "cut.png", seed=1)
+    records = [
+        {"id": name, "image": f"{name}.png", "conversations": say("<image> what", "a cat")} for name in ("good", "cut")
+    ]
+    index, encoder = index_of(tmp_path, records)
+    cut = tmp_path / "images" / "cut.png"
+    cut.write_bytes(cut.read_bytes()[:2000])
+    batch = collator(index, encoder)([0, 1])
+    assert [sample.split(":")[-1] for sample in batch.sample_ids] == ["good"]
+    assert batch.unreadable[0][0] == "0:1:cut" and "cut.png" in batch.unreadable[0][1]
+    nothing = collator(index, encoder)([1])
+    assert len(nothing.targets) == 0 and len(nothing.input_ids) == 1 and len(nothing.pixel_values) == 1
+
+
+def test_exchanged_pictures_are_never_ones_own(tmp_path):
+    write_dataset(tmp_path, num_train=9, num_eval=1, seed=0)
+    index, encoder = index_of(tmp_path, None)
+    partners = exchange_pictures(collator(index, encoder))
+    assert sorted(partners) == list(range(9))
+    assert all(a != b for a, b in enumerate(partners))

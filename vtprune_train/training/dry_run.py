@@ -1,0 +1,157 @@
+"""What a run would be, without weights, network or data: lengths, FLOPs, memory on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from vtprune_train.config import Config, ConfigError
+from vtprune_train.flops import (
+    DecoderGeometry,
+    TowerGeometry,
+    TrainingCost,
+    layers_per_stage,
+    stage_lengths,
+)
+from vtprune_train.models.anyres import AnyRes
+from vtprune_train.models.build import load_model_config, parts_of, set_trainable
+from vtprune_train.models.llava_next import check_text_model
+from vtprune_train.stream import Drop
+from vtprune_train.training.engine import engine_config, zero_stage
+from vtprune_train.training.run import with_saved_settings
+
+log = logging.getLogger(__name__)
+
+# Text tokens of an average sample of LLaVA-NeXT's instruction data (arXiv 2410.17247: 2389 tokens, 2268 of them visual).
+TYPICAL_TEXT = 121
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def describe(config: Config) -> str:
+    """The dry run's report.
+
+    Raises:
+        ConfigError: settings that only show once the model's sizes are known.
+    """
+    config = with_saved_settings(config)
+    settings = engine_config(config)
+    model_config = load_model_config(config.model, offline=True)
+    with torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(model_config)
+    set_trainable(model, config.model.train)
+    method = config.pruning.build()
+    check_text_model(model.model.language_model)
+    num_layers = model_config.text_config.num_hidden_layers
+    try:
+        drops = method.drops(num_layers) if method else ()
+    except ValueError as error:
+        raise ConfigError(f"pruning.{error}") from error
+    cost = TrainingCost(
+        DecoderGeometry.of(model_config.text_config),
+        TowerGeometry.of(model_config),
+        trains_decoder="language_model" in config.model.train,
+        trains_tower="vision_tower" in config.model.train,
+    )
+    lines = [
+        f"run           {config.run_dir}",
+        f"pruning       {'none' if method is None else method.settings()}",
+        f"decoder       {num_layers} layers of {cost.decoder.hidden}, stages of {layers_per_stage(drops, num_layers)} layers",
+        "",
+        *_samples(model_config, drops, cost),
+        "",
+        *_parameters(config, model, zero_stage(settings)),
+        "",
+        *_worst_micro_batch(config, model_config, drops, cost),
+    ]
+    missing = [s.path for s in config.sources("train") if not Path(s.path).is_file()]
+    if missing:
+        lines += ["", f"not looked at: data file(s) {', '.join(missing)} (not here)"]
+    return "\n".join(lines)
+
+
+def _samples(config: LlavaNextConfig, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:
+    """A table of pictures of the configured resolutions."""
+    anyres = AnyRes.of(config)
+    header = (
+        f"{'picture':>12}{'tiles':>7}{'text':>6}  {'tokens in each stage':<30}{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
+    )
+    lines = [header, f"{'':55}{'/ dense':>7}{'speed-up':>9}{'':>8}"]
+    for height, width in anyres.pinpoints:
+        visual = np.array([anyres.num_tokens((height, width))])
+        lengths = stage_lengths(np.array([TYPICAL_TEXT]), visual, np.array([0]), drops)
+        ratio, decoder, whole = _against_dense(lengths, drops, cost, anyres.num_tiles((height, width)))
+        stages = " / ".join(str(n) for n in lengths[0])
+        lines.append(
+            f"{f'{height} x {width}':>12}{anyres.num_tiles((height, width)):>7}{TYPICAL_TEXT:>6}  {stages:<30}"
+            f"{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
+        )
+    lines.append("FLOPs / dense: forward and backward of everything; speed-ups are FLOP ratios, not measurements")
+    return lines
+
+
+def _against_dense(
+    lengths: np.ndarray, drops: Sequence[Drop], cost: TrainingCost, tiles: int
+) -> tuple[float, float, float]:
+    """FLOP ratio of the whole, and ideal speed-ups of decoder and whole."""
+    num_layers = cost.decoder.num_layers
+    layers = layers_per_stage(drops, num_layers)
+    decoder = float((cost.decoder.layer(lengths) * np.array(layers)).sum())
+    decoder_dense = float(cost.decoder.layer(lengths[:, 0]).sum()) * num_layers
+    supervised = np.array([TYPICAL_TEXT // 2])
+    whole = float(cost.sample(lengths, layers, np.array([tiles]), supervised)[0])
+    dense = float(cost.sample(lengths[:, :1], [num_layers], np.array([tiles]), supervised)[0])
+    return whole / dense, decoder_dense / decoder, dense / whole
+
+
+def _parameters(config: Config, model: LlavaNextForConditionalGeneration, stage: int) -> list[str]:
+    lines, total, trained = [], 0, 0
+    for part, parameters in parts_of(model).items():
+        count = sum(p.numel() for _, p in parameters)
+        rate = config.model.train.get(part)
+        state = f"trained, learning rate {rate:g}" if rate else "frozen"
+        if part == "unused":
+            state = "frozen: behind the features taken, no gradient reaches it"
+        lines.append(f"{part:<16}{count / 1e6:>12.2f} M parameters, {state}")
+        total += count
+        trained += count if rate else 0
+    element = BYTES[config.model.dtype]
+    export = total * element
+    master = trained * 12 if element == 2 or stage else trained * 8
+    lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
+    lines.append(
+        f"{'checkpoint':<16}{(2 * export + master) / 1e9:>12.3f} GB: export {export / 1e9:.3f}, weights again for resuming, "
+        f"optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
+    )
+    return lines
+
+
+def _worst_micro_batch(
+    config: Config, model_config: LlavaNextConfig, drops: Sequence[Drop], cost: TrainingCost
+) -> list[str]:
+    """The largest micro-batch that the limits allow: samples of ``max_length`` up to ``max_tokens``."""
+    anyres = AnyRes.of(model_config)
+    largest = max(anyres.pinpoints, key=anyres.num_tokens)
+    visual = min(anyres.num_tokens(largest), config.data.max_length)
+    count = max(1, config.data.max_tokens // config.data.max_length)
+    text = config.data.max_length - visual
+    lengths = stage_lengths(np.full(count, text), np.full(count, visual), np.arange(count), drops)
+    tiles = count * anyres.num_tiles(largest)
+    layers = layers_per_stage(drops, cost.decoder.num_layers)
+    flops = cost.sample(lengths, layers, np.full(count, anyres.num_tiles(largest)), np.full(count, text)).sum()
+    stored = lengths.sum(axis=0) @ np.array(layers) if config.train.activation_checkpointing else None
+    element = BYTES[config.model.dtype]
+    lines = [
+        f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "
+        f"({visual} visual, {text} text), {tiles} tiles",
+        f"  tokens in each stage {' / '.join(str(n) for n in lengths.sum(axis=0))}, {flops / 1e12:.3g} TFLOP forward and backward",
+    ]
+    if stored is not None:
+        lines.append(
+            f"  {stored * cost.decoder.hidden * element / 1e9:.2f} GB of decoder activations kept for recomputation"
+        )
+    return lines
