@@ -390,7 +390,7 @@ def make_report(
         }
         for row in rows
     ]
-    median = {entry["name"]: entry["median_s"] for entry in table}
+    median = {row.name: statistics.median(row.seconds) for row in rows}
     ratios = {}
     for name in ("pyramiddrop_next_layer", "pyramiddrop_this_layer"):
         time_ratio, flop_ratio = median[name] / median["dense"], by_name[name].flops / by_name["dense"].flops
@@ -420,8 +420,8 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'':24}{'median s':>9}{'min':>8}{'max':>8}{'TFLOP':>9}{'peak GB':>9}{'selector':>10}")
     for row in report["rows"]:
         print(
-            f"{row['name']:24}{row['median_s']:>9.3f}{row['min_s']:>8.3f}{row['max_s']:>8.3f}{row['flops'] / 1e12:>9.3f}"
-            f"{row['peak_memory_bytes'] / 1e9:>9.2f}{row['selector_share']:>10.2%}"
+            f"{row['name']:24}{row['median_s']:>9.3f}{row['min_s']:>8.3f}{row['max_s']:>8.3f}"
+            f"{row['flops'] / 1e12:>9.3f}{row['peak_memory_bytes'] / 1e9:>9.2f}{row['selector_share']:>10.2%}"
         )
     print()
     for name, ratio in report["ratios"].items():

@@ -149,7 +149,9 @@ class Runs:
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.directory(name) / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return (
+            [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        )
 
     def checkpoint(self, name: str) -> Path:
         folder = self.directory(name) / "checkpoints"

@@ -1,8 +1,10 @@
 """Templates: labels and query rows are exact by construction."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vtprune_train.data.chat import LLAMA_3_SYSTEM, TEMPLATES, VICUNA_SYSTEM, ChatEncoder, Turn, get_template
@@ -10,7 +12,11 @@ from vtprune_train.data.collate import lay_out
 from vtprune_train.models.build import train_tokenizer
 
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
-CORPUS = [VICUNA_SYSTEM, LLAMA_3_SYSTEM, "What is this? A red cat. And that? Two dogs, I think. USER: ASSISTANT: [INST] [/INST]"]
+CORPUS = [
+    VICUNA_SYSTEM,
+    LLAMA_3_SYSTEM,
+    "What is this? A red cat. And that? Two dogs, I think. USER: ASSISTANT: [INST] [/INST]",
+]
 TURNS = [
     Turn("user", "<image>\nWhat is this?"),
     Turn("assistant", "A red cat."),
@@ -32,7 +38,9 @@ def metaspace():
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     special = ["<unk>", "<s>", "</s>", "<image>"]
     alphabet = sorted({c for text in CORPUS for c in text} | {"\n", "\u2581"})
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([t.replace(" ", " \u2581") for t in CORPUS * 3], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
@@ -52,8 +60,10 @@ EXPECTED = {
     "<|start_header_id|>assistant<|end_header_id|>\n\nA red cat.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nAnd that?<image><|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nTwo dogs, I think.<|eot_id|>",
-    "mistral": "<s>[INST] <image>\nWhat is this? [/INST] A red cat.</s>[INST] And that?<image> [/INST] Two dogs, I think.</s>",
-    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
+    "mistral": "<s>[INST] <image>\nWhat is this? [/INST] A red cat.</s>"
+    "[INST] And that?<image> [/INST] Two dogs, I think.</s>",
+    "qwen": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
     "<|im_start|>assistant\nA red cat.<|im_end|>\n<|im_start|>user\nAnd that?<image><|im_end|>\n"
     "<|im_start|>assistant\nTwo dogs, I think.<|im_end|>",
 }
@@ -70,7 +80,7 @@ def test_text_labels_and_query_rows(name):
         own = chat.labels[start:end]
         assert tokenizer.decode(own[own >= 0]).strip(" ") == answer.strip(" ")
         assert chat.labels[start - 1] == -100, "the query row itself is not supervised"
-    assert (chat.labels >= 0).sum() == sum((chat.labels[s:e] >= 0).sum() for s, e in zip(edges[:-1], edges[1:], strict=True))
+    assert (chat.labels >= 0).sum() == sum((chat.labels[s:e] >= 0).sum() for s, e in pairwise(edges))
     assert (chat.labels[chat.labels >= 0] == chat.input_ids[chat.labels >= 0]).all()
     assert chat.input_ids[list(chat.image_offsets)].tolist() == [tokenizer.convert_tokens_to_ids("<image>")] * 2
 

@@ -70,7 +70,9 @@ def test_all_errors_at_once():
 
 
 def test_overrides_reach_nested_keys_and_lists():
-    config = load_config("quickstart.yaml", ["train.clip=0.5", "data.train.0.take=first:3", "model.train.projector=1e-4"])
+    config = load_config(
+        "quickstart.yaml", ["train.clip=0.5", "data.train.0.take=first:3", "model.train.projector=1e-4"]
+    )
     assert config.train.clip == 0.5
     assert config.data.train[0].take == "first:3"
     assert config.model.train["projector"] == 1e-4

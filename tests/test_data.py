@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,6 @@ def collator(index, encoder, method=None):
     ],
 )
 def test_malformed_records_keep_their_place_with_an_error(record, error):
-    import re
-
     assert re.search(error, normalize(record, "file-0")["error"])
 
 
@@ -156,7 +155,7 @@ def test_sizes_from_headers_and_rotation(tmp_path):
     picture.save(tmp_path / "rotated.jpg", exif=exif)
     assert image_size(tmp_path / "rotated.jpg") == (50, 30)
     assert load_image(tmp_path / "rotated.jpg", (50, 30)).size == (30, 50)
-    with pytest.raises(ValueError, match="30 x 50, but was .31, 50. when the data was indexed"):
+    with pytest.raises(ValueError, match=r"30 x 50, but was .31, 50. when the data was indexed"):
         load_image(tmp_path / "a.png", (31, 50))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 from runner import Runs, assert_equal_checkpoints, kill, wait_until
@@ -97,18 +98,14 @@ def test_sigterm_saves_once_and_all_ranks_stop(runs, uninterrupted):
 def children_with(parent: int, word: str) -> list[int]:
     """Direct children whose command line holds ``word``."""
     found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            with open(f"/proc/{entry}/stat") as file:
-                ppid = int(file.read().rpartition(")")[2].split()[1])
-            with open(f"/proc/{entry}/cmdline") as file:
-                command = file.read()
-        except (FileNotFoundError, ProcessLookupError):
+            ppid = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
             continue
         if ppid == parent and word in command:
-            found.append(int(entry))
+            found.append(int(entry.name))
     return found
 
 

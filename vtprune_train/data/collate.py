@@ -77,7 +77,7 @@ class Collator:
             one of ``UNREADABLE``: a picture cannot be read or has changed.
         """
         row = self._row(sample)
-        picture_row = self._row(picture_sample)
+        picture_row = row if picture_sample == sample else self._row(picture_sample)
         folder = self.index.sources[int(self.index.source[picture_sample])].images
         sizes = list(zip(picture_row["image_heights"], picture_row["image_widths"], strict=True))
         pixels = []

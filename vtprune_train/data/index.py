@@ -54,7 +54,8 @@ class SampleIndex:
     """The usable samples, as arrays, and where to find their rows.
 
     ``tokens`` [samples] before dropping, ``text``, ``supervised``, ``tiles`` [samples]; ``span_tokens`` and
-    ``span_sample`` [images]; ``source`` and ``row`` [samples] locate the record; ``bad`` counts samples left out.
+    ``span_sample`` [images]; ``source`` and ``row`` [samples] locate the record, ``ids`` [samples] are its own
+    names; ``bad`` counts samples left out.
     """
 
     sources: list[Source]
@@ -66,6 +67,7 @@ class SampleIndex:
     tiles: np.ndarray
     span_tokens: np.ndarray
     span_sample: np.ndarray
+    ids: np.ndarray
     bad: int = 0
     too_long: int = 0
 
@@ -80,8 +82,7 @@ class SampleIndex:
 
     def sample_id(self, index: int) -> str:
         """``source:row:id``, unique within the run and the same on every machine."""
-        source, row = int(self.source[index]), int(self.row[index])
-        return f"{source}:{row}:{self.rows[source][row]['id']}"
+        return f"{self.source[index]}:{self.row[index]}:{self.ids[index]}"
 
 
 def build_index(
@@ -133,6 +134,7 @@ def _arrays(table: Dataset, keep: np.ndarray, source: int) -> dict[str, np.ndarr
     return {
         "source": np.full(len(keep), source),
         "row": keep,
+        "ids": np.array(chosen["id"][:], dtype=object),
         "text": np.array(chosen["num_text"][:], dtype=np.int64),
         "supervised": np.array(chosen["num_supervised"][:], dtype=np.int64),
         "tiles": np.array([sum(tiles) for tiles in chosen["image_tiles"]], dtype=np.int64),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vtprune_train.data.collate import Collator
@@ -22,12 +24,32 @@ class MicroBatch:
     pictures_of: tuple[int, ...] | None = None
 
 
+@dataclass
+class _Parcel:
+    """A batch on its way from a worker: pixels in shared memory, the many small tensors as one string of bytes (each
+    tensor in shared memory costs a file descriptor and a connection, which outweighs its contents)."""
+
+    small: bytes
+    pixel_values: Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> _Parcel:
+        pixels = batch.pixel_values
+        return cls(pickle.dumps(replace(batch, pixel_values=pixels.new_empty(0))), pixels)
+
+    def open(self) -> PackedBatch:
+        return replace(pickle.loads(self.small), pixel_values=self.pixel_values)
+
+    def pin_memory(self) -> PackedBatch:
+        return self.open().pin_memory()
+
+
 class _Decoded(Dataset):
     def __init__(self, collate: Collator):
         self.collate = collate
 
-    def __getitem__(self, micro_batch: MicroBatch) -> PackedBatch:  # type: ignore[override]
-        return self.collate(micro_batch.samples, micro_batch.pictures_of)
+    def __getitem__(self, micro_batch: MicroBatch) -> _Parcel:  # type: ignore[override]
+        return _Parcel.of(self.collate(micro_batch.samples, micro_batch.pictures_of))
 
 
 class _Order:
@@ -47,8 +69,12 @@ class _Order:
         return sum(len(self.planner.plan(step).micro_batches) for step in self.steps)
 
 
-def _unchanged(batch: PackedBatch) -> PackedBatch:
-    return batch
+def _unchanged(parcel: _Parcel) -> _Parcel:
+    return parcel
+
+
+def _opened(arrived: _Parcel | PackedBatch) -> PackedBatch:
+    return arrived.open() if isinstance(arrived, _Parcel) else arrived
 
 
 class StepLoader:
@@ -91,4 +117,4 @@ class StepLoader:
         batches = iter(self.loader)
         for step in self.steps:
             plan = self.planner.plan(step)
-            yield plan, [next(batches) for _ in plan.micro_batches]
+            yield plan, [_opened(next(batches)) for _ in plan.micro_batches]

@@ -48,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
             grad_logits = logits.softmax(dim=-1)
-            grad_logits.scatter_add_(1, targets[rows, None], grad_logits.new_full((grad_logits.shape[0], 1), -1.0))
+            grad_logits[torch.arange(len(grad_logits), device=grad_logits.device), targets[rows]] -= 1.0
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
             grad_logits = grad_logits.to(hidden.dtype)

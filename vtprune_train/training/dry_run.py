@@ -27,7 +27,7 @@ from vtprune_train.training.run import with_saved_settings
 
 log = logging.getLogger(__name__)
 
-# Text tokens of an average sample of LLaVA-NeXT's instruction data (arXiv 2410.17247: 2389 tokens, 2268 of them visual).
+# An average sample of LLaVA-NeXT's instruction data: 2389 tokens, 2268 of them visual (arXiv 2410.17247).
 TYPICAL_TEXT = 121
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -60,7 +60,8 @@ def describe(config: Config) -> str:
     lines = [
         f"run           {config.run_dir}",
         f"pruning       {'none' if method is None else method.settings()}",
-        f"decoder       {num_layers} layers of {cost.decoder.hidden}, stages of {layers_per_stage(drops, num_layers)} layers",
+        f"decoder       {num_layers} layers of width {cost.decoder.hidden}, "
+        f"stages of {layers_per_stage(drops, num_layers)} layers",
         "",
         *_samples(model_config, drops, cost),
         "",
@@ -124,8 +125,8 @@ def _parameters(config: Config, model: LlavaNextForConditionalGeneration, stage:
     master = trained * 12 if element == 2 or stage else trained * 8
     lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
     lines.append(
-        f"{'checkpoint':<16}{(2 * export + master) / 1e9:>12.3f} GB: export {export / 1e9:.3f}, weights again for resuming, "
-        f"optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
+        f"{'checkpoint':<16}{(2 * export + master) / 1e9:>12.3f} GB: export {export / 1e9:.3f}, the same weights for "
+        f"resuming, optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
     )
     return lines
 
@@ -148,7 +149,8 @@ def _worst_micro_batch(
     lines = [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "
         f"({visual} visual, {text} text), {tiles} tiles",
-        f"  tokens in each stage {' / '.join(str(n) for n in lengths.sum(axis=0))}, {flops / 1e12:.3g} TFLOP forward and backward",
+        f"  tokens in each stage {' / '.join(str(n) for n in lengths.sum(axis=0))}, "
+        f"{flops / 1e12:.3g} TFLOP forward and backward",
     ]
     if stored is not None:
         lines.append(
