@@ -144,3 +144,35 @@ def test_missing_data_exits_2_and_names_the_file(runs):
     done = runs.run("missing", "data.train.0.path=nowhere.json", expect=2)
     assert "nowhere.json does not exist" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_stage_1_then_stage_2_from_parts(tmp_path):
+    """Projector alignment with `plain`, then instruction tuning that picks its projector up."""
+    from test_build import save_parts
+
+    runs = Runs(tmp_path)
+    save_parts(tmp_path)
+    parts = (
+        "model.config=null",
+        f"model.language_model={tmp_path / 'language'}",
+        f"model.vision_tower={tmp_path / 'tower'}",
+        "model.image_grid_pinpoints=[[28,56],[56,28],[56,56]]",
+        "pruning.layers=[1, 3, 5]",
+        "data.max_tokens=900",
+        "data.max_length=600",
+        "train.max_steps=3",
+        "train.warmup_ratio=0",
+        "deepspeed=configs/deepspeed/zero0.json",
+    )
+    runs.run("stage1", *parts, "data.template=plain", "data.train.0.take=first:1", "model.train={projector: 1e-2}")
+    before = LlavaNextForConditionalGeneration.from_pretrained(runs.checkpoint("stage1") / "hf").state_dict()
+    language = torch.load(next((runs.checkpoint("stage1") / "deepspeed").glob("*.pt")), weights_only=False)
+    assert len(language["optimizer"]["state"]) == 5, "projector (two layers with biases) and image_newline"
+    stage_2 = (*parts, f"model.projector={runs.directory('stage1')}", "model.train={language_model: 1e-2}")
+    runs.run("stage2", *stage_2)
+    after = LlavaNextForConditionalGeneration.from_pretrained(runs.checkpoint("stage2") / "hf").state_dict()
+    for name, value in before.items():
+        frozen = "language_model" not in name and "lm_head" not in name
+        assert torch.equal(value, after[name]) is frozen or "vision_tower" in name, name
+    untouched = [name for name in after if "vision_tower" in name]
+    assert untouched and all(torch.equal(before[name], after[name]) for name in untouched)
