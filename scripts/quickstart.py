@@ -19,23 +19,36 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from vtprune_train.config import load_config  # noqa: E402
 from vtprune_train.data.synthetic import write_dataset  # noqa: E402
 
 DATA = Path("runs/data/quickstart")
 CONFIG = "configs/quickstart.yaml"
+NUM_TRAIN = 6000
 
 
-def train(run_dir: Path, overrides: list[str], ranks: int) -> None:
-    """Train through the DeepSpeed launcher into a fresh ``run_dir``."""
+def fresh(run_dir: Path) -> Path:
+    """An empty folder."""
     if run_dir.exists():
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True)
+    return run_dir
+
+
+def train(run_dir: Path, overrides: list[str], ranks: int) -> None:
+    """Train through the DeepSpeed launcher in ``run_dir``, from where it stands."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     settings = [f"run.output_dir={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
     command = [*launcher, "train.py", "--config", CONFIG, *settings]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     print(f"$ deepspeed --num_gpus {ranks} train.py --config {CONFIG} {' '.join(settings)}", flush=True)
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def num_steps(overrides: list[str]) -> int:
+    """Steps of a run with these settings."""
+    config = load_config(CONFIG, overrides)
+    return config.train.max_steps or config.train.epochs * -(-NUM_TRAIN // config.train.global_batch_size)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -129,18 +142,21 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the runs")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    write_dataset(DATA, num_train=6000, num_eval=500, seed=7)
+    write_dataset(DATA, num_train=NUM_TRAIN, num_eval=500, seed=7)
     if not arguments.compare:
-        run_dir = Path("runs/quickstart")
+        run_dir = fresh(Path("runs/quickstart"))
         train(run_dir, arguments.overrides, arguments.ranks)
         result = summarize(run_dir)
         print_table({"pyramiddrop": result})
         write_json(run_dir / "result.json", result)
         return 0
     folder = Path("runs/compare")
-    folders = {"dense": folder / "dense", "pyramiddrop": folder / "pyramiddrop"}
-    train(folders["dense"], ["pruning.method=none", *arguments.overrides], arguments.ranks)
-    train(folders["pyramiddrop"], arguments.overrides, arguments.ranks)
+    folders = {name: fresh(folder / name) for name in ("dense", "pyramiddrop")}
+    settings = {"dense": ["pruning.method=none", *arguments.overrides], "pyramiddrop": arguments.overrides}
+    half = [f"run.stop_after={num_steps(arguments.overrides) // 2}"]
+    # Half of each, then the other halves in reverse: a machine that grows slower or faster meanwhile favours neither.
+    for name, until in (("dense", half), ("pyramiddrop", half), ("pyramiddrop", []), ("dense", [])):
+        train(folders[name], [*settings[name], *until], arguments.ranks)
     results = {name: summarize(run_dir) for name, run_dir in folders.items()}
     print_table(results)
     time_ratio = results["pyramiddrop"]["train_seconds"] / results["dense"]["train_seconds"]

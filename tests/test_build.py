@@ -128,7 +128,7 @@ def test_checkpoint_folder_round_trip(tmp_path):
 
 
 def test_wrong_origins_are_named(tmp_path):
-    with pytest.raises(ValueError, match="model.vision_tower.*no readable config.json"):
+    with pytest.raises(ValueError, match=r"model.vision_tower.*no readable config.json"):
         save_parts(tmp_path)
         built(from_parts(tmp_path).model_copy(update={"vision_tower": str(tmp_path / "nowhere")}), tmp_path)
     with pytest.raises(ValueError, match="is a llama; use a CLIP vision tower"):

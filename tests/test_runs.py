@@ -112,9 +112,11 @@ def test_evaluation_is_recorded(runs, single):
 
 def test_a_second_start_of_a_finished_run_changes_nothing(runs, single):
     before = runs.checkpoint("single").stat().st_mtime_ns
+    evaluated = (runs.directory("single") / "eval.jsonl").read_text()
     runs.run("single", "deepspeed=configs/deepspeed/zero0.json")
     assert runs.metrics("single") == single
     assert runs.checkpoint("single").stat().st_mtime_ns == before
+    assert (runs.directory("single") / "eval.jsonl").read_text() == evaluated
 
 
 def test_fine_tuning_a_checkpoint_takes_its_pruning_over(runs, single):
@@ -176,3 +178,11 @@ def test_stage_1_then_stage_2_from_parts(tmp_path):
         assert torch.equal(value, after[name]) is frozen or "vision_tower" in name, name
     untouched = [name for name in after if "vision_tower" in name]
     assert untouched and all(torch.equal(before[name], after[name]) for name in untouched)
+
+
+def test_a_non_finite_loss_stops_all_ranks_before_the_update(runs):
+    settings = ("model.train={language_model: 1e30}", "train.warmup_ratio=0", "train.clip=0", "train.save_every=1")
+    done = runs.run("diverged", *settings, ranks=2, expect=1)
+    assert "the loss is nan" in done.stderr and "no parameter was changed" in done.stderr
+    saved = runs.checkpoint("diverged")
+    assert int(saved.name.removeprefix("step_")) == len(runs.metrics("diverged")) >= 1

@@ -251,17 +251,20 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
     """The settings, and every error: what is wrong is reported and put back to its default until the rest, checks
     that span several keys included, has been looked at too."""
     errors: list[str] = []
+    forgotten: set[str] = set()  # whole sections: what is then said of their absence is not the user's doing
     tree = copy.deepcopy(tree)
     while True:
         try:
             return Config.model_validate(tree), errors
         except ValidationError as error:
             new = [line for line in _explain(error) if line not in errors]
+            new = [line for line in new if not any(line.startswith(section) for section in forgotten)]
             if not new:
                 return None, errors
             errors += new
             for item in error.errors():
                 _forget(tree, item["loc"])
+                forgotten |= {str(item["loc"][0])} if len(item["loc"]) == 1 else set()
 
 
 def _forget(tree: dict[str, Any], location: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
 
 from vtprune_train.data.chat import Turn
 from vtprune_train.stream import IMAGE
@@ -40,9 +41,14 @@ def read_source(path: Path, cache_dir: str | None = None) -> Dataset:
         raise ValueError(f"data file {path}: unknown kind {path.suffix!r}; use .json (a list) or .jsonl")
     status = path.stat()
     stamp = f"{status.st_size}-{status.st_mtime_ns}"
-    return Dataset.from_generator(
-        _rows, features=FEATURES, cache_dir=cache_dir, gen_kwargs={"path": str(path.resolve()), "stamp": stamp}
-    )  # type: ignore[return-value]
+    try:
+        return Dataset.from_generator(
+            _rows, features=FEATURES, cache_dir=cache_dir, gen_kwargs={"path": str(path.resolve()), "stamp": stamp}
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # ours, which names the place
+            raise error.__cause__ from None
+        raise
 
 
 def _rows(path: str, stamp: str) -> Iterator[dict[str, Any]]:

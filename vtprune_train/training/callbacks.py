@@ -113,8 +113,11 @@ class Evaluation(Callback):
         self._last_step = -1
 
     def on_start(self, trainer: Trainer) -> None:
-        if ranks.rank() == 0:
+        def last_recorded() -> int:
             self.file.rewind(trainer.state.step)
+            return max((record["step"] for record in self.file.read()), default=-1)
+
+        self._last_step = ranks.from_rank_0(last_recorded)
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         every = trainer.config.train.eval_every

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from filelock import FileLock
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.config import Config, PruningConfig, dump_config
-from vtprune_train.data.chat import ChatEncoder, get_template
+from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.planner import Planner
-from vtprune_train.data.records import read_source
+from vtprune_train.data.records import read_source, turns_of
 from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.build import (
@@ -54,6 +55,7 @@ def prepare(config: Config) -> Trainer:
         ValueError: settings or data that cannot be trained with (``ConfigError`` included).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()  # of every export; the run has its own
     device = start_distributed()
     config = with_saved_settings(config)
     settings = engine_config(config)
@@ -133,24 +135,24 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
 def build_parts(config: Config) -> Parts:
     """Tokenizer, model and processor. Ranks of one machine take turns where something is made and kept."""
     folder = config.run_dir / "tokenizer"
+    template = get_template(config.data.template)
+    if config.data.system is not None:
+        template = replace(template, default_system=config.data.system)
     with FileLock(str(config.run_dir / "tokenizer.lock")):
-        tokenizer = load_tokenizer(config.model, lambda: training_texts(config), folder)
+        tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
         if config.model.config is not None and not folder.is_dir():
             tokenizer.save_pretrained(str(folder))
     model = build_model(config.model, tokenizer)
-    template = get_template(config.data.template)
-    if config.data.system is not None:
-        template = type(template)(**{**vars(template), "default_system": config.data.system})
     encoder = ChatEncoder(tokenizer, template, model.config.image_token_id, config.data.image_position)
     return Parts(model, build_processor(model.config, tokenizer), encoder)
 
 
-def training_texts(config: Config) -> Iterator[str]:
-    """Every turn of the training data, to train a tokenizer on."""
+def training_texts(config: Config, template: Template) -> Iterator[str]:
+    """Every conversation of the training data as the template writes it, to train a tokenizer on."""
     for source in config.sources("train"):
-        rows = read_source(Path(source.path), str(cache_dir(config)))
-        for texts in rows["texts"]:
-            yield from texts
+        for row in read_source(Path(source.path), str(cache_dir(config))):
+            if not row["error"]:
+                yield from (text for text, _ in template.pieces(turns_of(row)))
 
 
 def cache_dir(config: Config) -> Path:

@@ -157,7 +157,7 @@ class Trainer:
 
     def _optimizer_step(self) -> float | None:
         norm = None
-        if not self.engine.zero_optimization() and self.engine.optimizer_name() is None:
+        if not hasattr(self.engine.optimizer, "_global_grad_norm"):  # ZeRO 0 in float32: a plain PyTorch optimizer
             norm = total_gradient_norm(self.engine)
         self.engine.step()
         measured = self.engine.get_global_grad_norm()
