@@ -14,8 +14,8 @@ from torch import Tensor
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """x [H, L, D] rotated to ``positions`` [L], half-split layout."""
     half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    angles = positions[:, None].float() * frequencies[None, :]
+    frequencies = theta ** (-torch.arange(half, dtype=x.dtype) / half)
+    angles = positions[:, None] * frequencies[None, :]
     cos, sin = angles.cos(), angles.sin()
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -7,6 +7,8 @@ import torch
 
 from vtprune_train.models import attention
 
+CPU = torch.device("cpu")
+
 
 def naive(q, k, v, lengths, scaling, window=None):
     """Masked softmax over the whole stream: [T, H, D]."""
@@ -44,26 +46,28 @@ def test_varlen_sdpa_equals_a_naive_masked_softmax(lengths, heads, kv_heads, win
 
 
 def test_short_segments_share_calls_and_long_ones_do_not():
-    assert attention._plan_calls((30, 31, 29)).shapes == ((3, 31),)
-    assert attention._plan_calls((600, 599)).shapes == ((1, 600), (1, 599))
+    assert attention._plan_calls((30, 31, 29), CPU).shapes == ((3, 31),)
+    assert attention._plan_calls((600, 599), CPU).shapes == ((1, 600), (1, 599))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_auto_takes_what_works_here_and_others_are_refused_with_the_way_out():
-    assert attention.choose_backend("auto") == "varlen_sdpa"
+    assert attention.choose_backend("auto", CPU, torch.bfloat16) == "varlen_sdpa"
+    assert attention.choose_backend("auto", torch.device("cuda"), torch.float32) == "varlen_sdpa"
     with pytest.raises(ValueError, match=r"flash_attention_2.*needs CUDA.*attention=auto"):
-        attention.choose_backend("flash_attention_2")
+        attention.choose_backend("flash_attention_2", CPU, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"varlen_torch.*needs half precision, not torch.float32"):
+        attention.choose_backend("varlen_torch", torch.device("cuda"), torch.float32)
 
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match="'flsh' is unknown"):
-        attention.choose_backend("flsh")
+        attention.choose_backend("flsh", CPU, torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: variable-length kernels run on CUDA only")
 @pytest.mark.parametrize("backend", [b for b in attention.BACKENDS if b != "varlen_sdpa"])
 def test_gpu_kernels_equal_the_reference(backend):
-    if reason := attention.unavailable_because(backend):
+    if reason := attention.unavailable_because(backend, torch.device("cuda"), torch.bfloat16):
         pytest.skip(f"{backend} {reason}")
     from transformers import AttentionInterface
 

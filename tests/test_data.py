@@ -61,6 +61,9 @@ def collator(index, encoder, method=None):
         ({"conversations": say("what", "a", "b", "c")[1:]}, "must alternate"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
         ({"conversations": [{"from": "human", "value": 3}]}, "the text of a human turn is 3"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, r"unknown role \['human'\]"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "a part of a message is 'hi'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message is"),
         ({"image": 3, "conversations": say("<image>", "a")}, "image is 3"),
         ({"image": "a.png", "conversations": say("what", "<image>")}, "outside a user turn"),
     ],
@@ -171,6 +174,14 @@ def test_bad_records_are_bounded_and_named(tmp_path, caplog):
     assert "gone: image" in caplog.text and "none.png" in caplog.text and "empty: image" in caplog.text
     with pytest.raises(ValueError, match=r"2 records cannot be used, more than data.max_bad=1.*gone"):
         index_of(tmp_path, records, max_bad=1)
+
+
+def test_a_mended_picture_is_seen_again(tmp_path):
+    records = [{"id": "a", "image": "a.png", "conversations": say("<image> what", "a cat")}]
+    with pytest.raises(ValueError, match=r"a: image .*a.png"):
+        index_of(tmp_path, records)
+    write_picture(tmp_path / "images" / "a.png")
+    assert len(index_of(tmp_path, None)[0]) == 1
 
 
 def test_too_long_samples(tmp_path, caplog):

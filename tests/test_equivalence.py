@@ -102,7 +102,7 @@ def pruned(method, seed=0, **config):
 METHOD = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 10_000),
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), min_size=1, max_size=4),
@@ -116,11 +116,12 @@ def test_equals_the_slow_reference(seed, shapes, rank_with, positions, decoder, 
     kv_heads, text_type = decoder
     rng = np.random.default_rng(seed)
     method = PyramidDrop(layers=(2, 4), keep=(0.6, 0.25), rank_with=rank_with, positions=positions)
-    model = tiny_model(seed, kv_heads=kv_heads, text_type=text_type).eval()
+    # In float64: rounding must not decide which of two nearly equal tokens stays.
+    model = tiny_model(seed, kv_heads=kv_heads, text_type=text_type).double().eval()
     text_model = model.model.language_model
     text_model.config._attn_implementation = PREFIX + "varlen_sdpa"
     segments = [random_segment(rng, images, turns, plain) for images, turns in shapes]
-    embeds = torch.from_numpy(rng.standard_normal((sum(s.length for s in segments), 32), dtype=np.float32))
+    embeds = torch.from_numpy(rng.standard_normal((sum(s.length for s in segments), 32)))
     plan = method.plan(segments, 6)
     with torch.no_grad():
         output = run_layers(text_model, embeds, plan, method)
@@ -143,7 +144,7 @@ def test_equals_the_slow_reference(seed, shapes, rank_with, positions, decoder, 
             expected_rows += [start + offset for offset in alive]
             start += segment.length
     assert rows.tolist() == expected_rows
-    assert_close(output.last_hidden_state, torch.cat(expected_hidden), largest=2e-4, mean=2e-5)
+    assert_close(output.last_hidden_state, torch.cat(expected_hidden), largest=1e-4, mean=1e-5)
 
 
 @pytest.mark.parametrize("rank_with", ["next_layer", "this_layer"])

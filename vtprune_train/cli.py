@@ -62,6 +62,8 @@ def _start_logging() -> None:
     level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log.setLevel(level)
+    if int(os.environ.get("RANK", "0")):  # every rank finds the same in the index; the first one says it
+        logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

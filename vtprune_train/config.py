@@ -78,6 +78,11 @@ class ModelConfig(Section):
             )
         if parts and (self.language_model is None or self.vision_tower is None):
             raise ValueError("language_model and vision_tower belong together; set both")
+        vocab = ((self.config or {}).get("text_config") or {}).get("vocab_size")
+        if self.config is not None and self.tokenizer is None and not isinstance(vocab, int):
+            raise ValueError(
+                "config.text_config.vocab_size is missing; a tokenizer of that size is trained on the data"
+            )
         return self
 
 

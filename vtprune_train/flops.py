@@ -114,6 +114,7 @@ class TrainingCost:
     tower: TowerGeometry
     trains_decoder: bool
     trains_tower: bool
+    trains_projector: bool = True
 
     def sample(
         self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], tiles: np.ndarray, supervised: np.ndarray
@@ -125,7 +126,7 @@ class TrainingCost:
         return (
             decoder * (3 if self.trains_decoder else 2)
             + tower * (3 if self.trains_tower else 1)
-            + projector * (3 if self.trains_tower else 2)
+            + projector * (3 if self.trains_tower else 2 if self.trains_projector else 1)
         )
 
 

@@ -198,11 +198,12 @@ class ChatEncoder:
                 supervised += [is_answer] * len(tokens)
         input_ids = np.array(ids, dtype=np.int64)
         flags = np.array(supervised, dtype=bool)
-        flags[:1] = False
         if not flags.any():
             raise ValueError("no token is supervised: the conversation has no answer")
+        if flags[0]:
+            raise ValueError("its first token is an answer's, so nothing stands before it to predict it from")
         labels = np.where(flags, input_ids, IGNORE)
-        return EncodedChat(input_ids, labels, tuple(images), tuple(start for start in answers if start))
+        return EncodedChat(input_ids, labels, tuple(images), tuple(answers))
 
     def _tokenize(self, text: str, is_answer: bool) -> list[int]:
         if not text:

@@ -31,5 +31,8 @@ def load_image(path: Path, expected_size: tuple[int, int]) -> Image.Image:
     with Image.open(path) as image:
         rgb = ImageOps.exif_transpose(image).convert("RGB")
     if (rgb.height, rgb.width) != tuple(expected_size):
-        raise ValueError(f"it is {rgb.height} x {rgb.width}, but was {expected_size} when the data was indexed")
+        raise ValueError(
+            f"it is {rgb.height} x {rgb.width}, but was {tuple(expected_size)} when the data was "
+            "indexed; remove the index (data.cache_dir) to measure it again"
+        )
     return rgb

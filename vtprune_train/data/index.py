@@ -38,6 +38,7 @@ INDEX_FEATURES = Features(
     }
 )
 SHOWN = 5
+IMAGE_ERROR = "image "
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ class SampleIndex:
         """[samples] tokens of each sample before dropping."""
         visual = np.bincount(self.span_sample, weights=self.span_tokens, minlength=len(self))
         return self.text + visual.astype(np.int64)
+
+    def identity(self) -> str:
+        """Number and hash of all sample ids, in order: equal for equal sets of samples."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(f"{self.sample_id(index)}\n".encode())
+        return f"{len(self)}:{digest.hexdigest()[:16]}"
 
     def sample_id(self, index: int) -> str:
         """``source:row:id``, unique within the run and the same on every machine."""
@@ -146,6 +154,8 @@ def _arrays(table: Dataset, keep: np.ndarray, source: int) -> dict[str, np.ndarr
 def _report(bad: list[str], long: list[str], max_bad: int, max_length: int, too_long: str) -> None:
     if bad:
         shown = "; ".join(bad[:SHOWN])
+        for line in bad[:max_bad]:
+            log.warning("left out: %s", line)
         if len(bad) > max_bad:
             raise ValueError(
                 f"{len(bad)} records cannot be used, more than data.max_bad={max_bad}; mend them or raise it. "
@@ -180,15 +190,26 @@ def _index_source(source: Source, encoder: ChatEncoder, anyres: AnyRes, workers:
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     workers = workers if len(rows) >= 1000 * workers else 1
     show = datasets.is_progress_bar_enabled()
-    return rows.map(
-        _measure,
-        fn_kwargs={"encoder": encoder, "anyres": anyres, "images": source.images},
-        num_proc=workers if workers > 1 else None,
-        features=INDEX_FEATURES,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(cache_dir / f"index-{fingerprint}.arrow"),
-        desc=f"index {source.path.name}" if show else None,
-    )
+    arguments: dict[str, Any] = {"encoder": encoder, "anyres": anyres, "images": source.images}
+
+    def measure(**options: Any) -> Dataset:
+        return rows.map(
+            _measure,
+            fn_kwargs=arguments,
+            num_proc=workers if workers > 1 else None,
+            features=INDEX_FEATURES,
+            new_fingerprint=fingerprint,
+            cache_file_name=str(cache_dir / f"index-{fingerprint}.arrow"),
+            desc=f"index {source.path.name}" if show else None,
+            **options,
+        )
+
+    table = measure()
+    # The cache knows nothing of the pictures: look again at those that could not be read.
+    doubtful = [row for row, error in enumerate(table["error"]) if error.startswith(IMAGE_ERROR)]
+    if any(_measure(rows[row], **arguments)["error"] != table[row]["error"] for row in doubtful):
+        return measure(load_from_cache_file=False)
+    return table
 
 
 def _measure(row: dict[str, Any], encoder: ChatEncoder, anyres: AnyRes, images: Path) -> dict[str, Any]:
@@ -209,7 +230,7 @@ def _measure(row: dict[str, Any], encoder: ChatEncoder, anyres: AnyRes, images: 
         try:
             sizes.append(image_size(images / name))
         except UNREADABLE as error:
-            return {**measured, "error": f"image {images / name}: {error}"}
+            return {**measured, "error": f"{IMAGE_ERROR}{images / name}: {error}"}
     try:
         chat = encoder.encode(turns_of(row))
     except ValueError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,6 +80,20 @@ def _opened(arrived: _Parcel | PackedBatch) -> PackedBatch:
     return arrived.open() if isinstance(arrived, _Parcel) else arrived
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """Launchers and schedulers send SIGTERM to every process. A rank answers with a checkpoint, and needs its workers
+    for the step it is in; they end only when their own rank tells them to."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    rank = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class StepLoader:
     """Iterates over ``(plan, batches)`` of global steps ``[first_step, end_step)`` for one rank.
 
@@ -111,6 +128,7 @@ class StepLoader:
             collate_fn=_unchanged,  # type: ignore[arg-type]
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_outlive_sigterm,
         )
 
     def __iter__(self) -> Iterator[tuple[StepPlan, list[PackedBatch]]]:

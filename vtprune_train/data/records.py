@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from vtprune_train.data.chat import Turn
 from vtprune_train.stream import IMAGE
 
+FORMAT = 1  # of the rows below; part of their cache's key
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FEATURES = Features(
     {
@@ -40,7 +41,7 @@ def read_source(path: Path, cache_dir: str | None = None) -> Dataset:
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"data file {path}: unknown kind {path.suffix!r}; use .json (a list) or .jsonl")
     status = path.stat()
-    stamp = f"{status.st_size}-{status.st_mtime_ns}"
+    stamp = f"{FORMAT}-{status.st_size}-{status.st_mtime_ns}"
     try:
         return Dataset.from_generator(
             _rows, features=FEATURES, cache_dir=cache_dir, gen_kwargs={"path": str(path.resolve()), "stamp": stamp}
@@ -112,13 +113,23 @@ def _turn(message: Any) -> Turn:
         raise ValueError(f"a turn is a {type(message).__name__}, not an object")
     role = message.get("from", message.get("role"))
     content = message.get("value", message.get("content"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
     if isinstance(content, list):
-        content = "".join(IMAGE if part.get("type") == "image" else str(part.get("text", "")) for part in content)
+        content = "".join(_part(part) for part in content)
     if not isinstance(content, str):
         raise ValueError(f"the text of a {role} turn is {content!r}")
     return Turn(ROLES[role], content)
+
+
+def _part(part: Any) -> str:
+    """The text of one part of a message's content."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return IMAGE
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise ValueError(f"a part of a message is {part!r}; use {{type: text, text: ...}} or {{type: image}}")
 
 
 def _images(record: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ COLOURS = {
     "purple": (140, 50, 160),
     "orange": (245, 130, 30),
 }
-SIDES = {"left": 0.3, "right": 0.7}
+PLACES = {"top left": (0.3, 0.3), "top right": (0.7, 0.3), "bottom left": (0.3, 0.7), "bottom right": (0.7, 0.7)}
 CANVASES = ((56, 56), (112, 56), (56, 112), (112, 112), (100, 90), (168, 56), (56, 168), (140, 60), (70, 150))
 
 Box = tuple[float, float, float, float]
@@ -42,19 +42,19 @@ SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, tuple[int, int, int]], Non
 QUESTIONS = {
     "colour": ("What colour is it?", "Which colour does it have?"),
     "shape": ("What shape is it?", "Which shape do you see?"),
-    "side": ("On which side is it?", "Is it left or right?"),
+    "place": ("Where is it?", "In which corner is it?"),
 }
 
 
 def draw_picture(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
-    """One picture with one shape on a plain grey ground, and the truth about it (colour, shape, side)."""
+    """One picture with one shape on a plain grey ground, and the truth about it (colour, shape, place)."""
     width, height = rng.choice(CANVASES)
     width, height = round(width * rng.uniform(0.9, 1.1)), round(height * rng.uniform(0.9, 1.1))
-    truth = {"colour": rng.choice(list(COLOURS)), "shape": rng.choice(list(SHAPES)), "side": rng.choice(list(SIDES))}
+    truth = {"colour": rng.choice(list(COLOURS)), "shape": rng.choice(list(SHAPES)), "place": rng.choice(list(PLACES))}
     grey = rng.randint(100, 135)
     image = Image.new("RGB", (width, height), (grey, grey, grey))
-    x, y = SIDES[truth["side"]], rng.uniform(0.3, 0.7)
-    radius = min(width, height) * rng.uniform(0.24, 0.3)
+    x, y = PLACES[truth["place"]]
+    radius = min(width, height) * rng.uniform(0.25, 0.3)
     x, y = width * (x + rng.uniform(-0.03, 0.03)), height * (y + rng.uniform(-0.03, 0.03))
     SHAPES[truth["shape"]](
         ImageDraw.Draw(image), (x - radius, y - radius, x + radius, y + radius), COLOURS[truth["colour"]]
@@ -75,7 +75,7 @@ def _conversation(rng: random.Random, truth: dict[str, str]) -> list[dict[str, s
 def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> None:
     """Write ``train.json``, ``eval.json`` and ``images/*.png``; nothing if a whole set of the same make is there."""
     stamp = folder / "made.json"
-    made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 2}
+    made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 1}
     if stamp.is_file() and json.loads(stamp.read_text()) == made:
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,7 @@ NEWLINE = -1
 
 @dataclass(frozen=True)
 class AnyRes:
-    """Tiling geometry: resolutions ``(height, width)`` in pixels to choose from, and the tower's tile and patch size.
-
-    ``extra_tokens`` is 1 where the tower's class token is kept (``vision_feature_select_strategy: full``).
-    """
+    """Tiling geometry: resolutions ``(height, width)`` to choose from, the tower's tile and patch size, in pixels."""
 
     pinpoints: tuple[tuple[int, int], ...]
     tile_size: int

@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 log = logging.getLogger(__name__)
 
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")
-FLASH_PACKAGES = {
-    "flash_attention_2": "flash_attn",
-    "flash_attention_3": "flash_attn_interface",
-    "flash_attention_4": "flash_attn.cute",
+FLASH_INSTALLED = {
+    "flash_attention_2": is_flash_attn_2_available,
+    "flash_attention_3": is_flash_attn_3_available,
+    "flash_attention_4": is_flash_attn_4_available,
 }
 BACKENDS = (*FLASH, "varlen_torch", "varlen_sdpa")
 PREFIX = "packed_"
@@ -41,8 +42,8 @@ SHARED_CALL_LENGTH = 512
 SHARED_CALL_PADDING = 1.125
 
 
-def unavailable_because(backend: str) -> str | None:
-    """Why ``backend`` cannot run here, or ``None`` if it can.
+def unavailable_because(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run on ``device`` in ``dtype``, or ``None`` if it can.
 
     Raises:
         ValueError: no such backend.
@@ -51,28 +52,27 @@ def unavailable_because(backend: str) -> str | None:
         raise ValueError(f"attention={backend!r} is unknown; use auto or one of: {', '.join(BACKENDS)}")
     if backend == "varlen_sdpa":
         return None
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return "needs CUDA"
-    package = FLASH_PACKAGES.get(backend)
-    if package is None:
-        found = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-        return None if found else "needs torch.nn.attention.varlen (PyTorch >= 2.10)"
-    if importlib.util.find_spec(package.partition(".")[0]) is None or importlib.util.find_spec(package) is None:
-        return f"needs the package {package}"
-    return None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"needs half precision, not {dtype}"
+    if backend in FLASH_INSTALLED:
+        return None if FLASH_INSTALLED[backend]() else "needs its flash-attn package"
+    found = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return None if found else "needs torch.nn.attention.varlen (PyTorch >= 2.10)"
 
 
-def choose_backend(requested: str = "auto") -> str:
-    """Resolve ``auto`` to the first backend that works here, logging which and why.
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve ``auto`` to the first backend that works on ``device`` in ``dtype``, logging which and why.
 
     Raises:
         ValueError: the backend is unknown or cannot run here.
     """
     if requested != "auto":
-        if reason := unavailable_because(requested):
+        if reason := unavailable_because(requested, device, dtype):
             raise ValueError(f"attention={requested!r} cannot run here: it {reason}; use attention=auto")
         return requested
-    reasons = {backend: unavailable_because(backend) for backend in BACKENDS}
+    reasons = {backend: unavailable_because(backend, device, dtype) for backend in BACKENDS}
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
     passed_over = "; ".join(f"{backend} {reason}" for backend, reason in reasons.items() if reason)
     log.info("attention: %s%s", chosen, f" ({passed_over})" if passed_over else "")
@@ -98,11 +98,10 @@ def varlen_sdpa(
     Returns:
         [T, H, D] in the dtype of ``q_THD``.
     """
-    calls = _plan_calls(segment_lengths)
+    calls = _plan_calls(segment_lengths, q_THD.device)
     sizes = [batch * width for batch, width in calls.shapes]
     if calls.gather is not None:
-        gather = calls.gather.to(q_THD.device)
-        q_THD, k_TGD, v_TGD = (x.index_select(0, gather) for x in (q_THD, k_TGD, v_TGD))
+        q_THD, k_TGD, v_TGD = (x.index_select(0, calls.gather) for x in (q_THD, k_TGD, v_TGD))
     parts = []
     for shape, q, k, v in zip(calls.shapes, *(x.split(sizes) for x in (q_THD, k_TGD, v_TGD)), strict=True):
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # [B, heads, width, D]
@@ -119,7 +118,7 @@ def varlen_sdpa(
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     joined = torch.cat(parts)
-    return joined if calls.scatter is None else joined.index_select(0, calls.scatter.to(joined.device))
+    return joined if calls.scatter is None else joined.index_select(0, calls.scatter)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class _Calls:
 
 
 @lru_cache(maxsize=64)
-def _plan_calls(segment_lengths: tuple[int, ...]) -> _Calls:
+def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device) -> _Calls:
     lengths = np.array(segment_lengths)
     groups: list[list[int]] = []
     for index in np.argsort(-lengths, kind="stable").tolist():
@@ -153,7 +152,13 @@ def _plan_calls(segment_lengths: tuple[int, ...]) -> _Calls:
             gather.append(starts[index] + np.minimum(np.arange(width), length - 1))
             scatter[starts[index] : starts[index] + length] = np.arange(offset, offset + length)
             offset += width
-    return _Calls(shapes, torch.from_numpy(np.concatenate(gather)), torch.from_numpy(scatter))
+    return _Calls(shapes, _on(np.concatenate(gather), device), _on(scatter, device))
+
+
+def _on(index: np.ndarray, device: torch.device) -> Tensor:
+    """``index`` on ``device``, through pinned memory, so that the host does not wait."""
+    tensor = torch.from_numpy(index)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _window_mask(width: int, sliding_window: int, device: torch.device) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.config import ModelConfig
 from vtprune_train.models import HFModule
@@ -74,6 +75,7 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> LlavaNex
             raise ValueError(f"model.path={config.path} holds a {loaded.model_type}, not a llava_next checkpoint")
         return loaded
     if config.config is not None:
+        _check_keys(config.config)
         return LlavaNextConfig(**config.config)
     assert config.language_model is not None and config.vision_tower is not None
     text = _auto_config(config.language_model, "model.language_model", offline)
@@ -88,6 +90,29 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> LlavaNex
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         tie_word_embeddings=text.tie_word_embeddings,
     )
+
+
+def _check_keys(sizes: dict[str, Any]) -> None:
+    """Refuse keys that transformers would silently store: a typo would leave a size at its default.
+
+    Raises:
+        ValueError: an unknown key or model type, with the nearest known key.
+    """
+    known_types = {"text_config": "llama", "vision_config": "clip_vision_model"}
+    sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, LlavaNextConfig())]
+    for section, default_type in known_types.items():
+        values = sizes.get(section) or {}
+        model_type = values.get("model_type", default_type)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"model.config.{section}.model_type={model_type!r} is unknown to transformers")
+        sections.append((f"model.config.{section}", values, CONFIG_MAPPING[model_type]()))
+    for place, values, default in sections:
+        known = [*default.to_dict(), *default.attribute_map, "head_dim"]
+        for key in values:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {place}.{nearest[0]}?" if nearest else ""
+                raise ValueError(f"{place}.{key}: unknown key{hint}")
 
 
 def _auto_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
@@ -185,7 +210,12 @@ def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTraine
     """
     source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
     if source is not None:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no readable tokenizer in {source} ({_first_line(error)}); set model.tokenizer"
+            ) from error
     elif folder.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     else:
@@ -277,9 +307,12 @@ def set_trainable(model: HFModule, train: dict[str, float]) -> None:
 
 
 def saved_pruning(path: str) -> dict[str, Any] | None:
-    """The pruning settings in a checkpoint's ``config.json``; ``None`` if it was trained without dropping."""
-    file = Path(resolve_checkpoint(path)) / "config.json"
-    return json.loads(file.read_text()).get("pruning") if file.is_file() else None
+    """The pruning settings in a checkpoint's ``config.json``; ``None`` if it was trained without dropping.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    return getattr(_auto_config(resolve_checkpoint(path), "train.init_from", offline=False), "pruning", None)
 
 
 def _first_line(error: Exception) -> str:

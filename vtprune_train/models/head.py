@@ -26,15 +26,16 @@ def chunked_cross_entropy(
         ``loss_sum`` [] float32 and ``correct`` [R] bool. No rows give a zero that is still part of the graph.
     """
     rows = chunk_rows or max(1, CHUNK_LOGITS // weight_NC.shape[0])
-    return _ChunkedCrossEntropy.apply(hidden_RC, weight_NC, bias_N, targets_R, rows)  # type: ignore[no-any-return]
+    # Inside a Function autograd is always off, so whether gradients are wanted at all is asked here.
+    return _ChunkedCrossEntropy.apply(hidden_RC, weight_NC, bias_N, targets_R, rows, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_rows: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_rows: int, grad: bool
     ) -> tuple[Tensor, Tensor]:
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_weight, wants_bias = (grad and needed for needed in ctx.needs_input_grad[:3])
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.empty_like(targets, dtype=torch.bool)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -67,4 +68,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grads = tuple(None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.grads)
-        return (*grads, None, None)
+        return (*grads, None, None, None)

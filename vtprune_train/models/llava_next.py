@@ -65,7 +65,7 @@ def forward_model(self: HFModule, batch: PackedBatch) -> tuple[Tensor, tuple[Ten
         embeds_TC = text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype))
     else:
         # A rank without an image still takes part in the gradients of tower, projector and newline.
-        embeds_TC = text_TC + 0.0 * table.sum().to(text_TC.dtype)
+        embeds_TC = text_TC + (0.0 * table).sum().to(text_TC.dtype)
     return self.language_model(embeds_TC, batch.plan)
 
 

@@ -47,14 +47,13 @@ def forward(
     """
     if input_ids is None:
         raise ValueError("a pruned model needs input_ids (inputs_embeds does not say where the images are)")
-    unused.pop("logits_to_keep", None)
+    num_items = unused.pop("num_items_in_batch", None)
     for key, value in unused.items():
-        if key in ("use_cache", "return_dict", "output_attentions", "output_hidden_states") and not value:
+        if key == "return_dict" or value is None or value is False or (key == "logits_to_keep" and value == 0):
             continue
-        if value is not None and key != "return_dict":
-            raise ValueError(
-                f"a pruned model does not take {key}; it has no key-value cache: unprune(model) to generate"
-            )
+        if key in ("use_cache", "past_key_values", "logits_to_keep"):
+            raise ValueError(f"a pruned model does not take {key}; it has no key-value cache: unprune it to generate")
+        raise ValueError(f"a pruned model does not take {key}; it takes what a LLaVA-NeXT processor makes, and labels")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = mask.cpu().numpy().astype(bool)
     ids = input_ids.cpu().numpy()
@@ -75,7 +74,8 @@ def forward(
     logits = logits.flatten(0, 1).index_copy(0, places, packed).view(logits.shape)
     loss = None
     if labels is not None:
-        loss = nn.functional.cross_entropy(packed.index_select(0, loss_rows).float(), batch.targets)
+        total = nn.functional.cross_entropy(packed.index_select(0, loss_rows).float(), batch.targets, reduction="sum")
+        loss = total / (len(batch.targets) if num_items is None else num_items)
     return LlavaNextCausalLMOutputWithPast(loss=loss, logits=logits)
 
 

@@ -35,7 +35,8 @@ def prune(model: HFModule, method: PruningMethod | None, *, attention: str = "au
         model: a ``LlavaNextForConditionalGeneration`` with a Llama, Mistral or Qwen2 language model; changed in place.
         method: for example ``PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125))``; ``None`` packs without
             dropping.
-        attention: ``auto`` or a backend of :mod:`vtprune_train.models.attention`.
+        attention: ``auto`` (the best for the model's device and dtype, so move it first) or a backend of
+            :mod:`vtprune_train.models.attention`.
 
     Returns:
         ``model``.
@@ -51,7 +52,8 @@ def prune(model: HFModule, method: PruningMethod | None, *, attention: str = "au
     llava_next.check_text_model(text_model)
     if method is not None:
         method.drops(len(text_model.layers))
-    backend = choose_backend(attention)
+    weight = model.lm_head.weight
+    backend = choose_backend(attention, weight.device, weight.dtype)
     state = {
         "method": method,
         "attention": text_model.config._attn_implementation,
@@ -72,6 +74,8 @@ def prune(model: HFModule, method: PruningMethod | None, *, attention: str = "au
     model.__dict__[_STATE] = state
     if method is not None:
         setattr(model.config, CONFIG_KEY, method.settings())
+    elif CONFIG_KEY in model.config.__dict__:
+        delattr(model.config, CONFIG_KEY)
     return model
 
 

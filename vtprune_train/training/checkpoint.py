@@ -103,6 +103,21 @@ class CheckpointFolder:
 
         return from_rank_0(find)
 
+    def set_aside_newer(self, checkpoint: Path | None) -> None:
+        """Rename what is newer than the checkpoint that training continues from (damaged, or it would have been
+        taken), so that it is neither counted by keep-last nor in the way when its step comes again."""
+
+        def rename() -> None:
+            for newer in self.steps():
+                if checkpoint is None or newer.name > checkpoint.name:
+                    aside = newer.with_suffix(".damaged")
+                    if aside.exists():
+                        shutil.rmtree(aside)
+                    log.warning("%s is set aside as %s", newer, aside.name)
+                    newer.rename(aside)
+
+        from_rank_0(rename)
+
     def clean(self) -> None:
         """Remove what interrupted saves and deletions left behind."""
 

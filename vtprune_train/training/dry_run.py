@@ -56,6 +56,7 @@ def describe(config: Config) -> str:
         TowerGeometry.of(model_config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
+        trains_projector="projector" in config.model.train,
     )
     lines = [
         f"run           {config.run_dir}",

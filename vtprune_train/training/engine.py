@@ -28,6 +28,7 @@ def start_distributed() -> torch.device:
     """Join the process group that a launcher describes, or make one of a single process; returns this rank's device."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     import deepspeed
 
     if "RANK" not in os.environ:
@@ -42,7 +43,7 @@ def start_distributed() -> torch.device:
             "MASTER_PORT": str(port),
         }
         os.environ.update(alone)
-    if not torch.cuda.is_available():
+    if on_cpu:
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks share the machine's cores: more threads than cores make each of them wait for the others.
             cores = len(os.sched_getaffinity(0))
@@ -63,6 +64,8 @@ def engine_config(config: Config) -> dict[str, Any]:
     """
     settings = config.deepspeed_config()
     wrong = [f"deepspeed: {key} is decided by {ours}; take it out" for key, ours in OWN_KEYS.items() if key in settings]
+    if config.model.dtype == "float16" and not zero_stage(settings):
+        wrong.append("model.dtype=float16 needs ZeRO 1 or more (DeepSpeed scales no loss at stage 0); use zero2.json")
     if wrong:
         raise ConfigError("\n".join(wrong))
     return {

@@ -38,7 +38,8 @@ def evaluate(
         shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
 
     Returns:
-        ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``.
+        ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
+        the samples left out because a picture could not be read.
     """
     index = collate.index
     batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens / index.tokens.mean())))
@@ -62,10 +63,13 @@ def evaluate(
     )
     was_training = model.training
     model.eval()
-    sums = {"loss_sum": 0.0, "tokens": 0.0, "exact": 0.0, "answers": 0.0}
+    sums = {"loss_sum": 0.0, "tokens": 0.0, "exact": 0.0, "answers": 0.0, "unreadable": 0.0}
     with torch.no_grad():
         for _, batches in loader:
             for batch in batches:
+                for sample, reason in batch.unreadable:
+                    ranks.log.warning("evaluation: left out %s: %s", sample, reason)
+                sums["unreadable"] += len(batch.unreadable)
                 output = model(batch.to(device))
                 exact = torch.ones(batch.num_answers, device=device)
                 answer = batch.answer_of_target.to(device)
@@ -80,6 +84,7 @@ def evaluate(
         "loss": total["loss_sum"] / max(total["tokens"], 1),
         "exact_match": total["exact"] / max(total["answers"], 1),
         "answers": total["answers"],
+        "unreadable": total["unreadable"],
     }
 
 

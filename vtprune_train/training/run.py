@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,20 +61,20 @@ def prepare(config: Config) -> Trainer:
     config = with_saved_settings(config)
     settings = engine_config(config)
     run_dir = config.run_dir
-    ranks.from_rank_0(lambda: run_dir.mkdir(parents=True, exist_ok=True))
+    ranks.from_rank_0(lambda: _make_run_dir(run_dir))
     torch.manual_seed(config.run.seed)
     parts = build_parts(config)
     method = config.pruning.build()
     cost = training_cost(config, parts.model)
     collate = build_collator(config, parts, cost, method, "train")
-    prune(parts.model, method, attention=config.model.attention)
     _prepare(config, parts.model, device)
+    prune(parts.model, method, attention=config.model.attention)
     groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
     engine = start_engine(parts.model, optimizer, settings)
 
     checkpoints = CheckpointFolder(run_dir / "checkpoints", config.train.keep_last)
-    state = _resume(config, checkpoints, engine, zero_stage(settings))
+    state = _resume(_identity(config, collate.index), config, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
     callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
     if config.data.eval:
@@ -171,11 +172,18 @@ def training_cost(config: Config, model: LlavaNextForConditionalGeneration) -> T
         TowerGeometry.of(model.config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
+        trains_projector="projector" in config.model.train,
     )
 
 
 def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval"]) -> SampleIndex:
-    """Index the training or evaluation data."""
+    """Index the training or evaluation data.
+
+    Raises:
+        ValueError: no file is named, or see :func:`vtprune_train.data.index.build_index`.
+    """
+    if not config.sources(which):
+        raise ValueError(f"data.{which} names no file; for example [{{path: train.json, images: images}}]")
     return build_index(
         [Source(Path(s.path), Path(s.images), s.take) for s in config.sources(which)],
         parts.encoder,
@@ -219,6 +227,13 @@ def build_planner(config: Config, collate: Collator, world_size: int) -> Planner
     )
 
 
+def _make_run_dir(run_dir: Path) -> None:
+    """The run's folder, without the tokenizer of an earlier start that came to no checkpoint."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / "checkpoints" / "latest").is_file() and (run_dir / "tokenizer").exists():
+        shutil.rmtree(run_dir / "tokenizer")
+
+
 def _prepare(config: Config, model: LlavaNextForConditionalGeneration, device: torch.device) -> None:
     if config.model.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -238,19 +253,24 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _identity(config: Config) -> dict[str, Any]:
+def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that resumes it: it decides which samples a step holds."""
     return {
         "run.seed": config.run.seed,
         "train.global_batch_size": config.train.global_batch_size,
         "data.train": [source.model_dump() for source in config.data.train],
         "data.template": config.data.template,
+        "data.system": config.data.system,
+        "data.image_position": config.data.image_position,
         "data.max_length": config.data.max_length,
+        "number and hash of the samples": index.identity(),
         "pruning": config.pruning.model_dump(),
     }
 
 
-def _resume(config: Config, checkpoints: CheckpointFolder, engine: Any, stage: int) -> TrainerState:
+def _resume(
+    identity: dict[str, Any], config: Config, checkpoints: CheckpointFolder, engine: Any, stage: int
+) -> TrainerState:
     """The newest complete checkpoint of the run, or a fresh start.
 
     Raises:
@@ -258,13 +278,14 @@ def _resume(config: Config, checkpoints: CheckpointFolder, engine: Any, stage: i
     """
     checkpoints.clean()
     newest = checkpoints.newest_complete()
-    identity = _identity(config)
     if newest is None:
+        checkpoints.set_aside_newer(None)
         return TrainerState(identity=identity, world_size=ranks.world_size(), zero_stage=stage)
     if config.train.resume == "never":
         raise ValueError(
             f"{newest} exists and train.resume is never; use another run.name, or remove {checkpoints.folder}"
         )
+    checkpoints.set_aside_newer(newest)
     state = load(engine, newest)
     changed = [key for key, value in identity.items() if state.identity.get(key) != value]
     if changed:

@@ -115,7 +115,8 @@ class Trainer:
             )
         grad_norm = self._optimizer_step()
         self.state.step = plan.step + 1
-        self._note_unreadable(batches)
+        if totals["unreadable"]:
+            self._note_unreadable(batches)
         stop = totals.pop("stop") > 0
         ids = [self.collate.index.sample_id(sample) for sample in plan.samples]
         seconds = time.perf_counter() - began + data_wait
@@ -183,8 +184,7 @@ class Trainer:
         new = [f"{sample}: {reason}" for batch in batches for sample, reason in batch.unreadable]
         for line in new:
             ranks.log.warning("step %d: left out %s", self.state.step, line)
-        if ranks.world_size() > 1:
-            new = [line for lines in ranks.gather(new) for line in lines]
+        new = [line for lines in ranks.gather(new) for line in lines]
         known = set(self.state.unreadable)
         self.state.unreadable += [line for line in new if line not in known]
         count = len(self.state.unreadable) + self.collate.index.bad
