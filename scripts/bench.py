@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -239,8 +238,7 @@ def measure(row: Row, model: HFModule, optimizer: torch.optim.Optimizer | None, 
     """One repeat: forward, backward and perhaps an optimizer step."""
     if row.name != "hf_padded":
         prune(model, row.method)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     synchronize(device)
     began = time.perf_counter()
     row.run().backward()
@@ -249,8 +247,7 @@ def measure(row: Row, model: HFModule, optimizer: torch.optim.Optimizer | None, 
     synchronize(device)
     row.seconds.append(time.perf_counter() - began)
     model.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        row.peak_memory = max(row.peak_memory, torch.cuda.max_memory_allocated(device))
+    row.peak_memory = max(row.peak_memory, peak_memory(device))
     if row.method is not None:
         with Stopwatch(device) as watch:
             row.run()
@@ -259,26 +256,20 @@ def measure(row: Row, model: HFModule, optimizer: torch.optim.Optimizer | None, 
         unprune(model)
 
 
-def measure_cpu_memory(rows: list[Row], model: HFModule) -> None:
-    """Each row's growth of the peak resident size, in a process of its own (a peak never falls again)."""
-    import multiprocessing
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far: the allocator's on CUDA, the process's resident size (Linux) on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
-    context = multiprocessing.get_context("fork")
-    for row in rows:
-        queue = context.Queue()
 
-        def child(row: Row = row, queue: Any = queue) -> None:
-            torch.set_num_threads(1)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            if row.name != "hf_padded":
-                prune(model, row.method)
-            row.run().backward()
-            queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-
-        process = context.Process(target=child)
-        process.start()
-        row.peak_memory = queue.get()
-        process.join()
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since :func:`reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def check_no_sync(rows: list[Row], model: HFModule) -> None:
@@ -299,7 +290,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--step", action="store_true", help="include an AdamW step")
     parser.add_argument("--skip_padded", action="store_true", help="leave out transformers' padded model")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
@@ -329,8 +320,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             row.seconds.clear()
             row.selector_seconds.clear()
         check_no_sync(rows, model)
-    else:
-        measure_cpu_memory(rows, model)
     for _ in range(arguments.repeats):
         for row in rows:
             measure(row, model, optimizer, device)

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from vtprune_train import PyramidDrop
 from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.decoder import run_layers

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vtprune_train.config import ConfigError, PruningConfig, load_config
+from vtprune_train.config import ConfigError, ModelConfig, PruningConfig, load_config, without_effect
+from vtprune_train.models.build import load_model_config
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.run import merge_pruning
 
@@ -128,6 +129,24 @@ def test_deepspeed_keys_that_belong_to_the_run_are_refused():
         describe(config)
     with pytest.raises(ConfigError, match=r"zero9.json is neither here"):
         describe(load_config("quickstart.yaml", ["deepspeed=configs/deepspeed/zero9.json"]))
+
+
+def test_settings_without_effect_are_named():
+    config = load_config("quickstart.yaml", ["data.eval=[]", "train.eval_every=5", "pruning.method=none"])
+    lines = "\n".join(without_effect(config))
+    for key in ("train.eval_every", "train.eval_shuffled", "pruning.layers", "pruning.keep"):
+        assert f"{key} has no effect" in lines
+    assert without_effect(load_config("quickstart.yaml")) == []
+
+
+def test_typos_in_model_sizes_are_named(tmp_path):
+    sizes = {"text_config": {"num_hiden_layers": 4, "vocab_size": 9}}
+    with pytest.raises(
+        ValueError, match=r"text_config.num_hiden_layers: unknown key; did you mean .*num_hidden_layers"
+    ):
+        load_model_config(ModelConfig(config=sizes))
+    with pytest.raises(ValueError, match=r"vocab_size is missing"):
+        ModelConfig(config={"text_config": {}})
 
 
 def test_pruning_settings_are_taken_over_unless_set(caplog):

@@ -367,6 +367,20 @@ def _nearest(word: str, known: Sequence[str], parents: Sequence[Any] = ()) -> st
     return f"; did you mean {prefix}{found[0]}?" if found else f"; known: {', '.join(known)}"
 
 
+def without_effect(config: Config) -> list[str]:
+    """Settings that were given but do nothing in this run, one line each."""
+    lines = []
+    if not config.data.eval:
+        given = sorted({"eval_every", "eval_shuffled"} & config.train.model_fields_set)
+        lines += [f"train.{key} has no effect: data.eval names no file" for key in given if getattr(config.train, key)]
+    if config.pruning.method == "none":
+        given = sorted(config.pruning.model_fields_set - {"method"})
+        lines += [f"pruning.{key} has no effect: pruning.method is none" for key in given]
+    if config.model.tokenizer is not None and config.train.init_from is not None:
+        lines.append("model.tokenizer has no effect: train.init_from brings its own")
+    return lines
+
+
 def dump_config(config: Config) -> str:
     """Everything resolved, as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

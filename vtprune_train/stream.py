@@ -170,21 +170,22 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy every tensor to ``device`` (asynchronously from pinned memory)."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return map_leaves(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
         """Called by ``torch.utils.data.DataLoader(pin_memory=True)``."""
-        return _map_tensors(self, Tensor.pin_memory)
+        return map_leaves(self, Tensor, Tensor.pin_memory)
 
 
-def _map_tensors(value: Any, function: Any) -> Any:
-    if isinstance(value, Tensor):
+def map_leaves(value: Any, kind: type, function: Any) -> Any:
+    """``value`` with ``function`` applied to everything of type ``kind`` in nested dataclasses and tuples."""
+    if isinstance(value, kind):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: _map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
+        changes = {f.name: map_leaves(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **changes)
     if isinstance(value, tuple):
-        return tuple(_map_tensors(item, function) for item in value)
+        return tuple(map_leaves(item, kind, function) for item in value)
     return value
 
 

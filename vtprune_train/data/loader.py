@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.planner import Planner, StepPlan
-from vtprune_train.stream import PackedBatch
+from vtprune_train.stream import PackedBatch, map_leaves
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class MicroBatch:
 
 @dataclass
 class _Parcel:
-    """A batch on its way from a worker: pixels in shared memory, the many small tensors as one string of bytes (each
-    tensor in shared memory costs a file descriptor and a connection, which outweighs its contents)."""
+    """A batch on its way from a worker: pixels in shared memory, the many small tensors as one string of bytes. (In
+    shared memory each would cost a file descriptor and a connection, and pickled as a tensor ten times an array.)"""
 
     small: bytes
     pixel_values: Tensor
@@ -38,10 +39,12 @@ class _Parcel:
     @classmethod
     def of(cls, batch: PackedBatch) -> _Parcel:
         pixels = batch.pixel_values
-        return cls(pickle.dumps(replace(batch, pixel_values=pixels.new_empty(0))), pixels)
+        small = replace(batch, pixel_values=pixels.new_empty(0))
+        return cls(pickle.dumps(map_leaves(small, Tensor, Tensor.numpy)), pixels)
 
     def open(self) -> PackedBatch:
-        return replace(pickle.loads(self.small), pixel_values=self.pixel_values)
+        small = map_leaves(pickle.loads(self.small), np.ndarray, torch.from_numpy)
+        return replace(small, pixel_values=self.pixel_values)
 
     def pin_memory(self) -> PackedBatch:
         return self.open().pin_memory()

@@ -15,7 +15,7 @@ from filelock import FileLock
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.config import Config, PruningConfig, dump_config
+from vtprune_train.config import Config, PruningConfig, dump_config, without_effect
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.index import SampleIndex, Source, build_index
@@ -60,6 +60,9 @@ def prepare(config: Config) -> Trainer:
     device = start_distributed()
     config = with_saved_settings(config)
     settings = engine_config(config)
+    if ranks.rank() == 0:
+        for line in without_effect(config):
+            log.warning("%s", line)
     run_dir = config.run_dir
     ranks.from_rank_0(lambda: _make_run_dir(run_dir))
     torch.manual_seed(config.run.seed)
@@ -238,7 +241,8 @@ def _prepare(config: Config, model: LlavaNextForConditionalGeneration, device: t
     if config.model.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(model.model.language_model)
+        # Its fused loss would replace a forward function that is ours.
+        _apply_liger_kernel_to_instance(model.model.language_model, fused_linear_cross_entropy=False)
     set_trainable(model, config.model.train)
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
