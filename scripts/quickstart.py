@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vtprune_train.config import load_config  # noqa: E402
 from vtprune_train.data.synthetic import write_dataset  # noqa: E402
 
 DATA = Path("runs/data/quickstart")
@@ -35,20 +35,30 @@ def fresh(run_dir: Path) -> Path:
     return run_dir
 
 
-def train(run_dir: Path, overrides: list[str], ranks: int) -> None:
-    """Train through the DeepSpeed launcher in ``run_dir``, from where it stands."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+def start(run_dir: Path, overrides: list[str], ranks: int, threads: int | None = None) -> subprocess.Popen[bytes]:
+    """Train in ``run_dir`` through the DeepSpeed launcher, with ``threads`` for each rank (default: cores / ranks)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
     settings = [f"run.output_dir={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
     command = [*launcher, "train.py", "--config", CONFIG, *settings]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     print(f"$ deepspeed --num_gpus {ranks} train.py --config {CONFIG} {' '.join(settings)}", flush=True)
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
-def num_steps(overrides: list[str]) -> int:
-    """Steps of a run with these settings."""
-    config = load_config(CONFIG, overrides)
-    return config.train.max_steps or config.train.epochs * -(-NUM_TRAIN // config.train.global_batch_size)
+def finish(runs: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for all runs.
+
+    Raises:
+        SystemExit: one of them failed; its own output says why.
+    """
+    codes = [run.wait() for run in runs]
+    if any(codes):
+        raise SystemExit(f"training failed (exit codes {codes})")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -138,14 +148,14 @@ def plot_comparison(folders: dict[str, Path], results: dict[str, dict[str, Any]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", action="store_true", help="train PyramidDrop and dense, same data, same steps")
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a single run (default: 2)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the runs")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     write_dataset(DATA, num_train=NUM_TRAIN, num_eval=500, seed=7)
     if not arguments.compare:
         run_dir = fresh(Path("runs/quickstart"))
-        train(run_dir, arguments.overrides, arguments.ranks)
+        finish([start(run_dir, arguments.overrides, arguments.ranks)])
         result = summarize(run_dir)
         print_table({"pyramiddrop": result})
         write_json(run_dir / "result.json", result)
@@ -153,10 +163,9 @@ def main() -> int:
     folder = Path("runs/compare")
     folders = {name: fresh(folder / name) for name in ("dense", "pyramiddrop")}
     settings = {"dense": ["pruning.method=none", *arguments.overrides], "pyramiddrop": arguments.overrides}
-    half = [f"run.stop_after={num_steps(arguments.overrides) // 2}"]
-    # Half of each, then the other halves in reverse: a machine that grows slower or faster meanwhile favours neither.
-    for name, until in (("dense", half), ("pyramiddrop", half), ("pyramiddrop", []), ("dense", [])):
-        train(folders[name], [*settings[name], *until], arguments.ranks)
+    # Side by side, each on its half of the machine: what slows the machine down meanwhile slows both.
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    finish([start(folders[name], settings[name], 1, threads) for name in folders])
     results = {name: summarize(run_dir) for name, run_dir in folders.items()}
     print_table(results)
     time_ratio = results["pyramiddrop"]["train_seconds"] / results["dense"]["train_seconds"]

@@ -141,9 +141,7 @@ def test_settings_without_effect_are_named():
 
 def test_typos_in_model_sizes_are_named(tmp_path):
     sizes = {"text_config": {"num_hiden_layers": 4, "vocab_size": 9}}
-    with pytest.raises(
-        ValueError, match=r"text_config.num_hiden_layers: unknown key; did you mean .*num_hidden_layers"
-    ):
+    with pytest.raises(ValueError, match=r"text_config.num_hiden_layers: unknown .*num_hidden_layers"):
         load_model_config(ModelConfig(config=sizes))
     with pytest.raises(ValueError, match=r"vocab_size is missing"):
         ModelConfig(config={"text_config": {}})

@@ -27,18 +27,17 @@ def mean_query_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, 
     Returns:
         [V] float32, in the order of ``boundary.visual_rows``. Tokens after a query row receive nothing from it.
     """
+    num_heads, groups = queries_QHD.shape[1], keys_TGD.shape[1]
+    scaled = (queries_QHD * scaling).unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, H / G, Q, D]
+    keys_GDT = keys_TGD.permute(1, 2, 0)
+    stream_rows = torch.arange(keys_TGD.shape[0], device=keys_TGD.device)
     scores = []
     for segment in boundary.segments:
-        rows = slice(segment.query_start, segment.query_end)
-        queries, keys = queries_QHD[rows], keys_TGD[segment.start : segment.end]
-        num_rows, num_heads, head_dim = queries.shape
-        grouped = queries.view(num_rows, keys.shape[1], -1, head_dim).permute(1, 2, 0, 3)  # [G, H / G, Q, D]
-        logits = torch.matmul(grouped.flatten(1, 2), keys.permute(1, 2, 0)) * scaling  # [G, H / G * Q, L]
-        logits = logits.view(num_heads, num_rows, -1)
-        key_rows = torch.arange(segment.start, segment.end, device=keys.device)
-        future = key_rows > boundary.query_rows[rows, None]
-        attention = logits.float().masked_fill(future, float("-inf")).softmax(dim=-1)
-        scores.append(attention.mean(dim=0).mean(dim=0))
+        queries, own = slice(segment.query_start, segment.query_end), slice(segment.start, segment.end)
+        logits = torch.matmul(scaled[:, :, queries].flatten(1, 2), keys_GDT[:, :, own])  # [G, H / G * Q, L]
+        future = stream_rows[own] > boundary.query_rows[queries, None]
+        logits = logits.view(num_heads, -1, logits.shape[-1]).masked_fill(future, float("-inf"))
+        scores.append(logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(0, 1)))
     if not scores:
         return queries_QHD.new_zeros(0, dtype=torch.float32)
     return torch.cat(scores).index_select(0, boundary.visual_in_scored)
