@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.stream import IGNORE, IMAGE
 
+KNOWN_TEXTS = 4096  # texts whose tokens are remembered
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -170,6 +171,7 @@ class ChatEncoder:
             raise ValueError(f"template {template.name} ends answers with {{eos}}, but the tokenizer has no eos_token")
         answer = template.answer.replace("{eos}", tokenizer.eos_token or "")
         self.template = dataclasses.replace(template, answer=answer)
+        self._known: dict[str, list[int]] = {}  # headers, short questions and answers come again and again
         self._prepends_space = tokenizer.tokenize("a")[:1] not in (["a"], [])
 
     def encode(self, turns: Sequence[Turn]) -> EncodedChat:
@@ -212,7 +214,12 @@ class ChatEncoder:
             # The tokenizer writes a word boundary before every text it is given: the space is in that, so that the
             # answer gets the tokens it would have in the whole text.
             text = text[1:]
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        tokens = self._known.get(text)
+        if tokens is None:
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+            if len(self._known) < KNOWN_TEXTS:
+                self._known[text] = tokens
+        return tokens
 
     def fingerprint(self) -> str:
         """What a change of would change the tokens; used to cache lengths."""
