@@ -189,6 +189,8 @@ def assert_equal_bits(one: Any, two: Any, place: str = "") -> None:
         assert len(one) == len(two), place
         for index, (a, b) in enumerate(zip(one, two, strict=True)):
             assert_equal_bits(a, b, f"{place}[{index}]")
+    elif hasattr(one, "__dict__") and not callable(one):
+        assert_equal_bits(vars(one), vars(two), place)
     elif not callable(one):
         assert one == two, place
 

@@ -39,6 +39,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
             print(describe(config))
             return 0
+        from vtprune_train.training.distributed import shut_down
         from vtprune_train.training.run import prepare
 
         trainer = prepare(config)
@@ -47,7 +48,9 @@ def run_train(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
         return _refuse("cannot train", error)
-    return trainer.fit()
+    code = trainer.fit()
+    shut_down()
+    return code
 
 
 def _refuse(what: str, error: Exception) -> int:

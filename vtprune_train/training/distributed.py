@@ -58,3 +58,10 @@ def gather(value: Any) -> list[Any]:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def shut_down() -> None:
+    """Leave the process group together; its threads must not outlive the interpreter."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
