@@ -154,16 +154,14 @@ def _arrays(table: Dataset, keep: np.ndarray, source: int) -> dict[str, np.ndarr
 def _report(bad: list[str], long: list[str], max_bad: int, max_length: int, too_long: str) -> None:
     if bad:
         shown = "; ".join(bad[:SHOWN])
-        for line in bad[:max_bad]:
-            log.warning("left out: %s", line)
         if len(bad) > max_bad:
             raise ValueError(
                 f"{len(bad)} records cannot be used, more than data.max_bad={max_bad}; mend them or raise it. "
                 f"First: {shown}"
             )
-        log.warning(
-            "%d record(s) cannot be used and are left out (data.max_bad=%d). First: %s", len(bad), max_bad, shown
-        )
+        for line in bad:
+            log.warning("left out: %s", line)
+        log.warning("%d record(s) cannot be used and are left out (data.max_bad=%d)", len(bad), max_bad)
     if long:
         shown = ", ".join(long[: 2 * SHOWN])
         if too_long == "error":
