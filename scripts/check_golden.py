@@ -4,7 +4,8 @@
     python scripts/check_golden.py DIR
 
 Every pair NAME.json + NAME.safetensors in DIR is one case and one line of output. Exits 0 only if all cases have equal
-kept indices, and hidden states, loss and gradients within 1e-5 (float32).
+kept indices, hidden states, loss and gradients within 1e-5 (float32), and, where a case was decoded, equal greedy
+tokens and equal lengths of every layer's cache.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vtprune_train import PyramidDrop
 from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.decoder import run_layers
+from vtprune_train.models.padded import decode, prefill
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 TOLERANCE = 1e-5
@@ -32,18 +34,18 @@ TOLERANCE = 1e-5
 
 @dataclass
 class Outcome:
-    """``differences`` are the largest absolute ones by name; ``wrong_stages`` the drops with other kept indices."""
+    """``differences`` are the largest absolute ones by name; ``wrong`` says what is not equal that must be."""
 
     name: str
-    wrong_stages: list[int]
+    wrong: list[str]
     differences: dict[str, float]
 
     @property
     def passed(self) -> bool:
-        return not self.wrong_stages and all(value <= TOLERANCE for value in self.differences.values())
+        return not self.wrong and all(value <= TOLERANCE for value in self.differences.values())
 
     def __str__(self) -> str:
-        kept = f"kept differ after drop {self.wrong_stages}" if self.wrong_stages else "kept equal"
+        kept = "; ".join(self.wrong) or "kept equal"
         values = "  ".join(f"{key} {value:.1e}" for key, value in self.differences.items())
         return f"{'ok  ' if self.passed else 'FAIL'}  {self.name}: {kept}  {values}"
 
@@ -86,9 +88,13 @@ def run_case(folder: Path, name: str) -> Outcome:
         supervised_offsets=tuple(supervised),
     )
     plan = method.plan([segment], case["num_layers"])
+    cache = None
     with torch.set_grad_enabled(case["train"]):
-        output = run_layers(model.model, embeds, plan, method)
-        hidden = model.model.norm(output.last_hidden_state)
+        if case["train"]:
+            output = run_layers(model.model, embeds, plan, method)
+            hidden, kept_rows = model.model.norm(output.last_hidden_state), output.kept
+        else:
+            hidden, kept_rows, cache = prefill(model.model, method, embeds, [segment])
     differences = {"hidden": _largest_difference(hidden, tensors["last_hidden_state"])}
     if case["train"]:
         logits = model.lm_head(hidden.index_select(0, plan.predict_rows))
@@ -97,12 +103,40 @@ def run_case(folder: Path, name: str) -> Outcome:
         assert embeds.grad is not None
         differences["loss"] = abs(loss.item() - case["loss"])
         differences["gradient"] = _largest_difference(embeds.grad, tensors["grad_inputs_embeds"])
-    rows, wrong = torch.arange(len(embeds)), []
-    for index, (kept, expected) in enumerate(zip(output.kept, case["kept_after_stage"], strict=True)):
+    rows, wrong_stages = torch.arange(len(embeds)), []
+    for index, (kept, expected) in enumerate(zip(kept_rows, case["kept_after_stage"], strict=True)):
         rows = rows[kept]
         if rows.tolist() != expected:
-            wrong.append(index + 1)
+            wrong_stages.append(index + 1)
+    wrong = [f"kept differ after drop {wrong_stages}"] if wrong_stages else []
+    if cache is not None and "greedy_tokens" in case:
+        states = decode_greedily(model, method, hidden[-1], cache, case, wrong)
+        if "greedy_hidden" in tensors:
+            differences["greedy_hidden"] = _largest_difference(states, tensors["greedy_hidden"])
     return Outcome(name, wrong, differences)
+
+
+@torch.no_grad()
+def decode_greedily(
+    model: LlamaForCausalLM,
+    method: PyramidDrop,
+    last_hidden_C: torch.Tensor,
+    cache: DynamicCache,
+    case: dict,
+    wrong: list[str],
+) -> torch.Tensor:
+    """Decode as many tokens as were recorded, feeding each; [tokens, C] hidden states they came from. Adds to
+    ``wrong``."""
+    states, tokens = [last_hidden_C], []
+    for _ in case["greedy_tokens"]:
+        tokens.append(int(model.lm_head(states[-1]).argmax()))
+        states.append(decode(model.model, method, model.model.embed_tokens(torch.tensor([[tokens[-1]]])), cache)[0, 0])
+    lengths = [cache.get_seq_length(layer) for layer in range(len(model.model.layers))]
+    if tokens != case["greedy_tokens"]:
+        wrong.append(f"greedy tokens {tokens} instead of {case['greedy_tokens']}")
+    if lengths != case["cache_lengths"]:
+        wrong.append(f"cache lengths {lengths} instead of {case['cache_lengths']}")
+    return torch.stack(states[:-1])
 
 
 def _largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

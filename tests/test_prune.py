@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaNextForConditionalGeneration
 
 from vtprune_train import PyramidDrop, is_pruned, prune, unprune
+from vtprune_train.models.padded import kept_tokens
 
 TEXTS = [
     "<s> <image> what is shown here ? assistant : a red cat",
@@ -79,15 +80,38 @@ def test_unprune_restores_the_model_exactly():
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
-def test_dropping_acts_on_the_number_of_logit_rows():
-    made, labels = inputs("right")
+def test_rows_of_dropped_tokens_repeat_the_last_survivor():
+    made, _ = inputs("right")
     model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
-    logits = model(**made, labels=labels).logits
-    visual = (made["input_ids"] == 4).sum(dim=1)
-    filled = (logits.abs().sum(dim=-1) > 0).sum(dim=1)
-    text = made["attention_mask"].sum(dim=1) - visual
-    assert filled[2] == text[2]
-    assert filled[0] == text[0] + int(visual[0]) // 4
+    logits = model(**made).logits
+    kept = kept_tokens(model, dict(made.items()))
+    visual = made["input_ids"] == 4
+    assert [[len(drops[-1]) for drops in row] for row in kept] == [
+        [int(visual[0].sum()) // 4],
+        [length // 4 for length in runs(visual[1])],
+        [],
+    ]
+    for row, mask in enumerate(made["attention_mask"].bool()):
+        ends = [index for index in range(len(mask) - 1) if visual[row, index] and not visual[row, index + 1]]
+        for image, end in enumerate(ends):
+            start = end + 1 - runs(visual[row])[image]
+            survivors = {start + int(index) for index in kept[row][image][-1]}
+            source = start - 1
+            for index in range(start, end + 1):
+                source = index if index in survivors else source
+                assert torch.equal(logits[row, index], logits[row, source])
+    assert logits[2, 5:].unique(dim=0).shape[0] == 1, "padding on the right repeats the last token"
+
+
+def runs(flags):
+    lengths, current = [], 0
+    for flag in [*flags.tolist(), False]:
+        if flag:
+            current += 1
+        elif current:
+            lengths.append(current)
+            current = 0
+    return lengths
 
 
 def test_settings_travel_with_the_checkpoint(tmp_path):
@@ -130,7 +154,13 @@ def test_wrong_models_are_refused():
 def test_what_a_pruned_model_cannot_do_is_said():
     made, _ = inputs()
     model = prune(tiny_model(), PyramidDrop())
-    with pytest.raises(ValueError, match="use_cache"):
-        model(**made, use_cache=True)
-    with pytest.raises(ValueError, match=r"images were given|image tokens"):
+    with pytest.raises(ValueError, match="output_hidden_states"):
+        model(**made, output_hidden_states=True)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model(inputs_embeds=torch.zeros(1, 4, 32))
+    with pytest.raises(ValueError, match=r"images were given|[Ii]mage tokens|Image features"):
         model(**{**made, "pixel_values": made["pixel_values"][:2], "image_sizes": made["image_sizes"][:2]})
+    with pytest.raises(ValueError, match="position_ids must count"):
+        model(**made, position_ids=torch.zeros_like(made["input_ids"]))
+    with pytest.raises(ValueError, match="row 2 of the batch has no token"):
+        model(**{**made, "attention_mask": made["attention_mask"] * torch.tensor([[1], [1], [0]])})

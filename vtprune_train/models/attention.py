@@ -1,9 +1,9 @@
 """Attention over a packed stream: the backends, and which one ``auto`` takes.
 
 Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME`` and takes the keywords that
-the Hugging Face flash path takes (``cu_seq_lens_q``, ``max_length_q``, ...), plus two of ours: ``segment_lengths``, the
-host's copy of the lengths, and ``probe``, called with the rotated queries and keys of the layer (which is how a
-method reads them at no extra cost).
+the Hugging Face flash path takes (``cu_seq_lens_q``, ``max_length_q``, ...), plus three of ours: ``segment_lengths``,
+the host's copy of the lengths; ``key_lengths``, where keys begin with cached ones; and ``probe``, called with the
+rotated queries and keys of the layer (which is how a method reads them at no extra cost).
 
 Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head size.
 """
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
@@ -86,6 +87,7 @@ def varlen_sdpa(
     *,
     segment_lengths: tuple[int, ...],
     scaling: float,
+    key_lengths: tuple[int, ...] | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: Any,
@@ -95,9 +97,13 @@ def varlen_sdpa(
     Long segments take one call each. Short ones of similar length share a call, padded on the right: under a causal
     mask no real token sees what lies to its right, so no mask is needed and the result is the same.
 
+    With ``key_lengths`` a segment's keys begin with cached ones, which all its queries see.
+
     Returns:
         [T, H, D] in the dtype of ``q_THD``.
     """
+    if key_lengths is not None and key_lengths != segment_lengths:
+        return _sdpa_after_cached(q_THD, k_TGD, v_TGD, segment_lengths, key_lengths, scaling, dropout, sliding_window)
     calls = _plan_calls(segment_lengths, q_THD.device)
     sizes = [batch * width for batch, width in calls.shapes]
     if calls.gather is not None:
@@ -161,6 +167,31 @@ def _on(index: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def _sdpa_after_cached(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    segment_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    scaling: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """One call a segment, its queries standing at the end of its keys."""
+    parts = []
+    splits = (q_THD.split(segment_lengths), k_TGD.split(key_lengths), v_TGD.split(key_lengths))
+    for q, k, v in zip(*splits, strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, length, D]
+        query_rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        distance = query_rows[:, None] - torch.arange(k.shape[2], device=q.device)[None, :]
+        mask = (distance >= 0) & (distance < (sliding_window or k.shape[2] + 1))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
+
+
 def _window_mask(width: int, sliding_window: int, device: torch.device) -> Tensor | None:
     """[width, width] bool of a causal window, or ``None`` if the window holds the whole segment."""
     if sliding_window >= width:
@@ -176,7 +207,9 @@ def varlen_torch(
     v_TGD: Tensor,
     *,
     cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
     max_length_q: int,
+    max_length_k: int,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -199,7 +232,7 @@ def varlen_torch(
         k_TGD, v_TGD = (x.repeat_interleave(groups, dim=1) for x in (k_TGD, v_TGD))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     return varlen_attn(  # type: ignore[return-value]
-        q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window
+        q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window
     )
 
 
@@ -212,7 +245,9 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
         v_TGD: Tensor,
         *,
         cu_seq_lens_q: Tensor,
+        cu_seq_lens_k: Tensor,
         max_length_q: int,
+        max_length_k: int,
         scaling: float,
         dropout: float = 0.0,
         sliding_window: int | None = None,
@@ -229,9 +264,9 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
             softmax_scale=scaling,
             sliding_window=sliding_window,
             cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
             max_length_q=max_length_q,
-            max_length_k=max_length_q,
+            max_length_k=max_length_k,
             attn_implementation=implementation,
         )
         return out.squeeze(0)
@@ -249,7 +284,10 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         probe: Callable[[Tensor, Tensor], None] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D]."""
+        """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps carry no lengths and
+        go to transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]."""
+        if "cu_seq_lens_q" not in kwargs:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         assert attention_mask is None, "a packed stream has no attention mask"
         q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if probe is not None:

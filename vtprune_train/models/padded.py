@@ -1,140 +1,344 @@
 """The padded interface of a pruned model: what a Hugging Face processor makes goes in, packed inside.
 
-Shape suffixes: B samples, L padded length, N vocabulary.
+The family's own code embeds, sees and splices. Only the decoder is ours: rows are packed, run through the stages, and
+laid out again as the caller had them. With a cache the same holds for every later call on it.
+
+Shape suffixes: B rows, L padded length, T tokens of the packed stream, V visual tokens, C hidden size.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.anyres import NEWLINE, AnyRes
-from vtprune_train.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout, plan_stream
+from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer, staged
+from vtprune_train.models.decoder import Staging, run_layers
+from vtprune_train.models.families import Family
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.stream import (
+    IGNORE,
+    Boundary,
+    ImageSpan,
+    ScoredSegment,
+    SegmentLayout,
+    Stage,
+    StreamPlan,
+    map_leaves,
+    plan_stream,
+)
 
 
-def forward(
-    model: HFModule,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    pixel_values: Tensor | None = None,
-    image_sizes: Tensor | None = None,
-    labels: Tensor | None = None,
-    **unused: Any,
-) -> LlavaNextCausalLMOutputWithPast:
-    """One forward pass over padded rows (left or right), with the tokens dropped inside.
+@dataclass
+class Call:
+    """One forward pass in progress: what the decoder must know beside embeddings.
+
+    Args:
+        input_ids: [B, L] int64; ``None`` where the decoder is called alone, with text only.
+        labels: [B, L] int64, -100 at image tokens; ``None`` without a loss.
+        prompt_width: columns of the prompt inside ``generate``, cached ones included; what follows does not rank.
+        image_lengths: tokens of each image, in placeholder order; found while the family's own code runs.
+        positions: [3, B, L], counting each row of this call from 0, where the family has three parts and knows them.
+        segments, kept: the rows' layouts and, for each boundary, the surviving rows of the ending stage; left by the
+            decoder.
+    """
+
+    input_ids: Tensor | None
+    labels: Tensor | None = None
+    prompt_width: int | None = None
+    image_lengths: list[int] = field(default_factory=list)
+    positions: Tensor | None = None
+    segments: list[SegmentLayout] = field(default_factory=list)
+    kept: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class State:
+    """What ``prune`` keeps beside a model: its choice, and what it replaced."""
+
+    family: Family
+    method: PruningMethod | None
+    backend: str
+    image_token: int
+    originals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attention: str = ""
+    pruning: Any = None
+    call: Call | None = None
+    prompt_width: int | None = None
+    warned_of_labels: bool = False
+
+    @contextmanager
+    def calling(self, input_ids: Tensor | None, labels: Tensor | None = None) -> Iterator[Call | None]:
+        """Open a call around a forward pass of the whole model (or of its base, when that is called alone)."""
+        if self.call is not None or input_ids is None:
+            yield self.call
+            return
+        self.call = Call(input_ids, labels, self.prompt_width)
+        try:
+            yield self.call
+        finally:
+            self.call = None
+
+
+def kept_tokens(model: HFModule, inputs: dict[str, Any]) -> list[list[list[np.ndarray]]]:
+    """Which visual tokens of each image survive each drop, for one forward pass without a gradient.
 
     Args:
         model: pruned.
-        input_ids: [B, L] int64, each image expanded to its tokens, as the processor does.
-        attention_mask: [B, L], 0 for padding; ``None`` means no padding.
-        pixel_values: [images, tiles, 3, h, w], with ``image_sizes`` [images, 2] (height, width).
-        labels: [B, L] int64, -100 where not supervised; image tokens never are. The row before the first token of every
-            supervised run ranks the visual tokens; without labels the last token of each row does.
+        inputs: what a processor makes, [B, L] and pixels.
 
     Returns:
-        ``logits`` [B, L, N], zero in rows of padding and of dropped visual tokens; ``loss``, the mean over supervised
-        tokens, if labels were given.
+        For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens, ascending.
+    """
+    state: State = model.__dict__["_vtprune"]
+    with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
+        assert call is not None, "kept_tokens inside another forward pass"
+        model.get_submodule(state.family.base)(**inputs, use_cache=False)
+    survivors = np.arange(sum(segment.length for segment in call.segments))
+    stages = []
+    for rows in call.kept:
+        survivors = survivors[rows.cpu().numpy()]
+        stages.append(survivors)
+    images, base = [], 0
+    for segment in call.segments:
+        images.append([[_within(rows, base, span) for rows in stages] for span in segment.spans])
+        base += segment.length
+    return images
+
+
+def _within(rows: np.ndarray, base: int, span: ImageSpan) -> np.ndarray:
+    first = base + span.start
+    return rows[(rows >= first) & (rows < first + span.length)] - first
+
+
+def forward_text(
+    text_model: HFModule,
+    state: State,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    use_cache: bool | None = None,
+    visual_pos_masks: Tensor | None = None,
+    deepstack_visual_embeds: Sequence[Tensor] | None = None,
+    **keywords: Any,
+) -> BaseModelOutputWithPast:
+    """Forward of the decoder over padded rows (left or right), cached or not, with the tokens dropped inside.
+
+    Args:
+        text_model: the decoder.
+        state: the method, and the open call that says which tokens are visual.
+        inputs_embeds: [B, L, C], images in place.
+        attention_mask: [B, cached + L], 0 for padding; ``None`` means no padding.
+        position_ids: [B, L], which must count each row's tokens (inside ``generate`` they are not looked at).
+        past_key_values: a staged cache of earlier calls; the new tokens follow what it holds.
+        use_cache: keep keys and values; ``None`` asks the config, outside training.
+
+    Returns:
+        ``last_hidden_state`` [B, L, C], normed: rows of padding and of dropped tokens repeat the last surviving row to
+        their left (0 where there is none), so the row before any token is the one that predicts it.
 
     Raises:
-        ValueError: a keyword that needs what a pruned model does not have (a key-value cache, input embeddings), or
-            images that do not match their tokens.
+        ValueError: an input that a packed stream cannot honour.
     """
-    if input_ids is None:
-        raise ValueError("a pruned model needs input_ids (inputs_embeds does not say where the images are)")
-    num_items = unused.pop("num_items_in_batch", None)
-    for key, value in unused.items():
-        if key == "return_dict" or value is None or value is False or (key == "logits_to_keep" and value == 0):
-            continue
-        if key in ("use_cache", "past_key_values", "logits_to_keep"):
-            raise ValueError(f"a pruned model does not take {key}; it has no key-value cache: unprune it to generate")
-        raise ValueError(f"a pruned model does not take {key}; it takes what a LLaVA-NeXT processor makes, and labels")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = mask.cpu().numpy().astype(bool)
-    ids = input_ids.cpu().numpy()
-    targets = None if labels is None else np.where(ids == model.config.image_token_id, IGNORE, labels.cpu().numpy())
-    anyres = AnyRes.of(model.config)
-    sizes = [] if image_sizes is None else torch.as_tensor(image_sizes).cpu().tolist()
-    batch, logit_rows = _pack(model, ids, rows, targets, sizes, pixel_values, anyres)
-    batch = batch.to(input_ids.device)
-    loss_rows = batch.plan.predict_rows
-    batch.plan.predict_rows = torch.arange(batch.plan.stages[-1].num_tokens, device=input_ids.device)
-    hidden, kept = model.model(batch)
-    packed = model.lm_head(hidden)
-    logits = packed.new_zeros((*input_ids.shape, packed.shape[-1]))
-    survivors = torch.arange(len(batch.input_ids), device=input_ids.device)
-    for rows_kept in kept:
-        survivors = survivors.index_select(0, rows_kept)
-    places = torch.from_numpy(logit_rows).to(input_ids.device).index_select(0, survivors)
-    logits = logits.flatten(0, 1).index_copy(0, places, packed).view(logits.shape)
-    loss = None
-    if labels is not None:
-        total = nn.functional.cross_entropy(packed.index_select(0, loss_rows).float(), batch.targets, reduction="sum")
-        loss = total / (len(batch.targets) if num_items is None else num_items)
-    return LlavaNextCausalLMOutputWithPast(loss=loss, logits=logits)
+    _refuse(keywords, attention_mask)
+    if use_cache is None:
+        use_cache = bool(text_model.config.use_cache) and not text_model.training
+    if text_model.training and getattr(text_model, "gradient_checkpointing", False):
+        use_cache = False
+    cache = None
+    if use_cache or past_key_values is not None:
+        cache = staged(past_key_values, len(text_model.layers))
+    call = state.call or Call(None)
+    has_images = bool(call.image_lengths)
+    if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
+        hidden = decode(text_model, state.method, inputs_embeds, cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+    rows = _real_rows(attention_mask, inputs_embeds)
+    if call.prompt_width is not None:  # from here on: columns of this call
+        call.prompt_width -= 0 if cache is None else cache.get_seq_length()
+        call.prompt_width = call.prompt_width if 0 < call.prompt_width < rows.shape[1] else None
+    call.segments = _segments(call, rows, state)
+    device = inputs_embeds.device
+    plan = _plan(state.method, call.segments, len(text_model.layers))
+    token_rows = torch.from_numpy(np.flatnonzero(rows.ravel())).to(device)
+    staging = _staging(plan, state.method, len(call.segments), cache, inputs_embeds.shape[1], device)
+    if state.family.three_part_positions is not None:
+        _use_three_parts(staging, call, position_ids, token_rows, cache)
+    elif position_ids is not None and state.prompt_width is None:
+        _check_positions(position_ids, rows, token_rows, staging)
+    if deepstack_visual_embeds:
+        assert visual_pos_masks is not None
+        staging.deepstack = tuple(deepstack_visual_embeds)
+        own = visual_pos_masks.to(device).flatten().index_select(0, token_rows)
+        staging.visual_rows = torch.nonzero(own).squeeze(1)
+    plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(device))
+    embeds = inputs_embeds.flatten(0, 1).index_select(0, token_rows)
+    output = run_layers(text_model, embeds, plan, state.method, staging)
+    call.kept = output.kept
+    for kept in output.kept:
+        token_rows = token_rows.index_select(0, kept)
+    hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
+    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
 
-def _pack(
-    model: HFModule,
-    ids: np.ndarray,
-    mask: np.ndarray,
-    labels: np.ndarray | None,
-    sizes: list[list[int]],
-    pixel_values: Tensor | None,
-    anyres: AnyRes,
-) -> tuple[PackedBatch, np.ndarray]:
-    """A packed batch of all real tokens, and the flat padded row of each of them."""
-    remaining = list(enumerate(sizes))
-    segments, index_parts, tiles = [], [], []
-    newline_after = 0
-    for row in range(ids.shape[0]):
-        tokens = ids[row][mask[row]]
-        spans = []
-        for start, length in _runs(tokens == model.config.image_token_id):
-            offset = start
-            while offset < start + length:
-                if not remaining:
-                    raise ValueError(f"row {row} has image tokens beyond the {len(sizes)} images given")
-                image, size = remaining.pop(0)
-                index = anyres.visual_index(size)
-                spans.append(ImageSpan(offset, len(index)))
-                offset += len(index)
-                index_parts.append(np.where(index == NEWLINE, NEWLINE, index + newline_after))
-                count = anyres.num_tiles(size)
-                newline_after += count * anyres.patches_per_tile
-                assert pixel_values is not None
-                tiles.append(pixel_values[image, :count])
-            if offset != start + length:
-                raise ValueError(f"row {row}: {length} image tokens do not match the sizes of its images {sizes}")
-        segments.append(_segment(tokens, None if labels is None else labels[row][mask[row]], tuple(spans)))
+def prefill(
+    text_model: HFModule,
+    method: PruningMethod | None,
+    embeds_TC: Tensor,
+    segments: Sequence[SegmentLayout],
+    cache: DynamicCache | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], DynamicCache]:
+    """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a stream, not rows.
+
+    Returns:
+        [T_last, C] normed hidden states, the rows kept at each boundary, and the cache for :func:`decode`.
+    """
+    cache = staged(cache, len(text_model.layers))
+    plan = _plan(method, segments, len(text_model.layers))
+    longest = max(segment.length for segment in segments)
+    staging = _staging(plan, method, len(segments), cache, longest, embeds_TC.device)
+    plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(embeds_TC.device))
+    output = run_layers(text_model, embeds_TC, plan, method, staging)
+    return text_model.norm(output.last_hidden_state), output.kept, cache
+
+
+def decode(
+    text_model: HFModule,
+    method: PruningMethod | None,
+    hidden_B1C: Tensor,
+    cache: DynamicCache,
+) -> Tensor:
+    """One decoding step of every row on a staged cache, by transformers' own attention.
+
+    Args:
+        text_model: the decoder.
+        method: who filled the cache.
+        hidden_B1C: [B, 1, C], the embedded token.
+        cache: staged and filled; grows by one column in every layer.
+
+    Returns:
+        [B, 1, C] normed.
+    """
+    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
+    num_layers = len(text_model.layers)
+    drops = () if method is None else method.drops(num_layers)
+    hidden = hidden_B1C
+    for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers]):
+        if first == 0 or (method is not None and method.positions == "renumber"):
+            positions = layers[first].next_positions().unsqueeze(1)  # [B, 1]
+            if layers[first].ahead is not None:
+                positions = positions.expand(3, -1, -1)
+        rotary = text_model.rotary_emb(hidden, position_ids=positions)
+        masks: dict[int | None, Tensor | None] = {}
+        for index in range(first, end):
+            layer = text_model.layers[index]
+            window = sliding_window(layer)
+            if window not in masks:
+                masks[window] = _decoding_mask(layers[index], window)
+            hidden = layer(
+                hidden, attention_mask=masks[window], position_ids=positions, position_embeddings=rotary,
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+    return text_model.norm(hidden)
+
+
+def sliding_window(layer: HFModule) -> int | None:
+    """Keys that a query of this layer sees, its own included; ``None`` for all."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None) if attention.config.model_type == "mistral" else None
+
+
+def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:
+    """[B, 1, 1, W + 1] bool: the columns a new token sees; ``None`` if that is all of them."""
+    assert layer.padding is not None
+    width = layer.get_seq_length() + 1
+    if not layer.is_padded and (window is None or window >= width):
+        return None
+    columns = torch.arange(width, device=layer.padding.device)
+    seen = columns[None, :] >= layer.padding[:, None]
+    if window is not None:
+        seen &= columns[None, :] > width - 1 - window
+    return seen[:, None, None, :]
+
+
+def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None) -> None:
+    for key in ("output_attentions", "output_hidden_states"):
+        if keywords.get(key):
+            raise ValueError(
+                f"a pruned model does not take {key}: every stage has another length; call the model inside "
+                "`with vtprune_train.dense(model):` for the dense ones"
+            )
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+        shape = type(attention_mask).__name__ if not isinstance(attention_mask, Tensor) else tuple(attention_mask.shape)
+        raise ValueError(
+            f"a pruned model takes an attention_mask [rows, length] with 0 for padding, not {shape}; it masks causally "
+            "within each row by itself"
+        )
+
+
+def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor) -> np.ndarray:
+    """[B, L] bool: which of this call's places are tokens."""
+    shape = inputs_embeds.shape[:2]
+    if attention_mask is None:
+        return np.ones(shape, dtype=bool)
+    if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
+        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}")
+    real = attention_mask[:, attention_mask.shape[1] - shape[1] :].cpu().numpy().astype(bool)
+    if empty := np.flatnonzero(~real.any(axis=1)).tolist():
+        raise ValueError(f"row {empty[0]} of the batch has no token: its attention_mask is all 0")
+    return real
+
+
+def _segments(call: Call, real: np.ndarray, state: State) -> list[SegmentLayout]:
+    """The layout of every row: its images, which tokens rank, which are supervised."""
+    remaining = list(call.image_lengths)
+    visual = np.zeros_like(real) if call.input_ids is None else (call.input_ids == state.image_token).cpu().numpy()
+    all_labels = None if call.labels is None else call.labels.cpu().numpy()
+    segments = []
+    for row in range(len(real)):
+        spans = _spans(visual[row][real[row]], remaining, row, len(call.image_lengths), state.family)
+        labels = None if all_labels is None else all_labels[row][real[row]]
+        prompt = int(real[row, : call.prompt_width].sum())
+        segments.append(_segment(int(real[row].sum()), labels, spans, prompt))
     if remaining:
-        raise ValueError(f"{len(sizes)} images were given but the rows hold tokens of {len(sizes) - len(remaining)}")
-    method = model.__dict__["_vtprune"]["method"]
-    num_layers = len(model.model.language_model.layers)
-    plan = plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
-    blank = torch.zeros(1, 3, anyres.tile_size, anyres.tile_size)
-    index = np.concatenate(index_parts) if index_parts else np.zeros(0, dtype=np.int64)
-    flat = np.concatenate([ids[row][mask[row]] for row in range(ids.shape[0])])
-    supervised = np.zeros(0, dtype=np.int64)
-    if labels is not None:
-        own = [labels[row][mask[row]][1:] for row in range(ids.shape[0])]
-        supervised = np.concatenate([part[part != IGNORE] for part in own])
-    batch = PackedBatch(
-        input_ids=torch.from_numpy(flat),
-        visual_rows=torch.from_numpy(np.flatnonzero(flat == model.config.image_token_id)),
-        visual_index=torch.from_numpy(np.where(index == NEWLINE, newline_after, index)),
-        pixel_values=torch.cat(tiles) if tiles else blank,
-        plan=plan,
-        targets=torch.from_numpy(supervised),
-        answer_of_target=torch.zeros_like(torch.from_numpy(supervised)),
-        num_answers=1,
-    )
-    return batch, np.flatnonzero(mask.ravel())
+        used = len(call.image_lengths) - len(remaining)
+        raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
+    return segments
+
+
+def _spans(visual: np.ndarray, remaining: list[int], row: int, given: int, family: Family) -> tuple[ImageSpan, ...]:
+    spans = []
+    for start, length in _runs(visual):
+        offset = start
+        while offset < start + length:
+            if not remaining:
+                raise ValueError(
+                    f"row {row} has image tokens beyond the {given} images given; pass pixel_values of every image "
+                    "whose tokens are in input_ids (all those not cached yet)"
+                )
+            spans.append(ImageSpan(offset, remaining.pop(0)))
+            offset = spans[-1].end
+        if offset != start + length:
+            raise ValueError(
+                f"row {row}: a run of {length} image tokens does not end where an image does "
+                f"(images of {[span.length for span in spans if span.start >= start]} tokens)"
+            )
+        if family.run_is_one_image:
+            spans = [*(span for span in spans if span.start < start), ImageSpan(start, length)]
+    return tuple(spans)
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
@@ -148,14 +352,140 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     return runs
 
 
-def _segment(tokens: np.ndarray, labels: np.ndarray | None, spans: tuple[ImageSpan, ...]) -> SegmentLayout:
-    queries = []
+def _segment(length: int, labels: np.ndarray | None, spans: tuple[ImageSpan, ...], prompt: int) -> SegmentLayout:
+    """The row before every supervised run ranks the images; without labels the prompt's last token does."""
+    queries: list[int] = []
     if labels is not None:
         queries = [start - 1 for start, _ in _runs(labels != IGNORE) if start]
-    supervised = () if labels is None else tuple((np.flatnonzero(labels[1:] != IGNORE) + 1).tolist())
-    return SegmentLayout(
-        length=len(tokens),
-        spans=spans,
-        query_offsets=tuple(queries) or (len(tokens) - 1,),
-        supervised_offsets=supervised,
+    return SegmentLayout(length=length, spans=spans, query_offsets=tuple(queries) or (prompt - 1,))
+
+
+def _plan(method: PruningMethod | None, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
+    return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
+
+
+def _staging(
+    plan: StreamPlan,
+    method: PruningMethod | None,
+    num_rows: int,
+    cache: DynamicCache | None,
+    length: int,
+    device: torch.device,
+) -> Staging:
+    """Positions of every stage, and how its tokens join the cache."""
+    if cache is None:
+        return Staging(tuple(stage.position_ids.to(device) for stage in plan.stages))
+    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
+    width = cache.get_seq_length()
+    cached = [_cached_lengths(layers[stage.first_layer], num_rows) for stage in plan.stages]
+    stages = tuple(
+        StageCache.of(
+            stage.segment_lengths, own, layers[stage.first_layer].get_seq_length(),
+            width + length if index == 0 else None, device,
+        )
+        for index, (stage, own) in enumerate(zip(plan.stages, cached, strict=True))
+    )  # fmt: skip
+    positions = tuple(
+        stage.position_ids.to(device) + torch.from_numpy(np.repeat(own, stage.segment_lengths)).to(device)
+        for stage, own in zip(plan.stages, cached, strict=True)
     )
+    staging = Staging(positions, PackedCache(cache), stages)
+    if width and method is not None:
+        next_layer = method.rank_with == "next_layer"
+        ranking = list(zip(plan.stages[:-1], plan.boundaries, cached[1:] if next_layer else cached[:-1], strict=True))
+        staging.ranked_keys = tuple(
+            StageCache.of(stage.segment_lengths, own, layers[boundary.layer].get_seq_length(), None, device)
+            for stage, boundary, own in ranking
+            if next_layer
+        )
+        staging.ranked_boundaries = tuple(
+            map_leaves(_behind_cached(boundary, stage, own), Tensor, lambda tensor: tensor.to(device))
+            for stage, boundary, own in ranking
+        )
+    return staging
+
+
+def _cached_lengths(layer: StagedLayer, num_rows: int) -> list[int]:
+    return layer.num_tokens().tolist() if layer.get_seq_length() else [0] * num_rows
+
+
+def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Boundary:
+    """``boundary`` with its rows counted among [cached and new keys], row of the batch after row."""
+    starts = stage.cu_seqlens.numpy().astype(np.int64)
+    above = np.cumsum([0, *cached])  # cached keys of the rows of the batch above each
+    query_rows, in_scored = boundary.query_rows.clone(), boundary.visual_in_scored.clone()
+    segments, cached_so_far, scored_end = [], 0, 0
+    for segment in boundary.segments:
+        row = int(np.searchsorted(starts, segment.start, side="right")) - 1
+        segments.append(
+            ScoredSegment(
+                segment.start + int(above[row]), segment.end + int(above[row + 1]),
+                segment.query_start, segment.query_end,
+            )
+        )  # fmt: skip
+        query_rows[segment.query_start : segment.query_end] += int(above[row + 1])
+        own = (boundary.visual_in_scored >= scored_end) & (
+            boundary.visual_in_scored < scored_end + segment.end - segment.start
+        )
+        cached_so_far += cached[row]
+        in_scored[own] += cached_so_far
+        scored_end += segment.end - segment.start
+    return dataclasses.replace(boundary, query_rows=query_rows, visual_in_scored=in_scored, segments=tuple(segments))
+
+
+def _use_three_parts(
+    staging: Staging, call: Call, position_ids: Tensor | None, token_rows: Tensor, cache: DynamicCache | None
+) -> None:
+    """Put [3, T] positions into the first stage, and how far they lead the tokens' number into the cache.
+
+    They come from the family (counting this call), or from the caller (as ``generate`` passes them), or count tokens.
+    """
+    counted = staging.positions[0]
+    first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
+    lengths = torch.tensor([segment.length for segment in call.segments], device=counted.device)
+    row = torch.repeat_interleave(lengths)
+    if call.positions is not None:
+        positions = call.positions.to(counted.device).flatten(1, 2).index_select(1, token_rows)
+        if first is not None and first.get_seq_length():
+            positions = positions + first.next_positions()[row]
+    elif position_ids is not None and position_ids.ndim == 3:
+        positions = position_ids[-3:].flatten(1, 2).index_select(1, token_rows)
+        if call.prompt_width is not None:
+            # What generate appends follows the last column, which is padding in rows padded on the right.
+            generated = token_rows % position_ids.shape[-1] >= call.prompt_width
+            ahead = _lead(positions[:, ~generated], counted[~generated], row[~generated], len(lengths))
+            positions = torch.where(generated, counted + ahead[row], positions)
+    else:
+        cached_ahead = None if first is None else first.ahead
+        positions = (counted if cached_ahead is None else counted + cached_ahead[row]).expand(3, -1)
+    staging.positions = (positions, *staging.positions[1:])
+    if first is not None:
+        first.ahead = _lead(positions, counted, row, len(lengths))
+
+
+def _lead(positions: Tensor, counted: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """[B]: how far each row's highest position lies ahead of its last token's number."""
+    zeros = counted.new_zeros(num_rows)
+    highest = zeros.scatter_reduce(0, row, positions.amax(dim=0), "amax")
+    return highest - zeros.scatter_reduce(0, row, counted, "amax")
+
+
+def _check_positions(position_ids: Tensor, real: np.ndarray, token_rows: Tensor, staging: Staging) -> None:
+    """Refuse positions that do not count each row's tokens."""
+    given = position_ids.expand(real.shape).flatten().index_select(0, token_rows)
+    if not torch.equal(given, staging.positions[0]):
+        raise ValueError(
+            "position_ids must count the tokens of each row from 0 (after what is cached): a pruned model numbers "
+            "them itself, and several samples packed into one row are not told apart; leave position_ids unset"
+        )
+
+
+def _spread(hidden_TC: Tensor, token_rows: Tensor, shape: torch.Size) -> Tensor:
+    """[B, L, C]: each place gets the last surviving token of its row at or before it; 0 where there is none."""
+    places = torch.arange(shape[0] * shape[1], device=hidden_TC.device)
+    source = torch.searchsorted(token_rows, places, right=True) - 1
+    first = source.clamp(min=0)
+    same_row = token_rows.index_select(0, first) // shape[1] == places // shape[1]
+    found = (source >= 0) & same_row
+    filled = torch.where(found.unsqueeze(1), hidden_TC.index_select(0, first), hidden_TC.new_zeros(()))
+    return filled.view(shape[0], shape[1], -1)

@@ -1,40 +1,55 @@
-"""The front door: ``prune(model, method)`` and ``unprune(model)``.
+"""The front door: ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
 
-Pruning swaps the ``forward`` of four modules of an unmodified Hugging Face model for packed ones. Parameters, names and
-classes stay what they were, so checkpoints, optimizers, DeepSpeed's hooks and PEFT see the model they know.
+Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder and head,
+``generate``, and ``get_image_features`` (which is only listened to). Parameters, names and classes stay what they
+were, so checkpoints, optimizers, DeepSpeed's hooks and PEFT see the model they know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers import LlavaNextForConditionalGeneration
+from transformers import GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
-from vtprune_train.models import HFModule, llava_next
+from vtprune_train.models import HFModule, packed
 from vtprune_train.models.attention import PREFIX, choose_backend
+from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_cross_entropy
+from vtprune_train.models.padded import State, forward_text
+from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan
+
+log = logging.getLogger(__name__)
 
 _STATE = "_vtprune"
 CONFIG_KEY = "pruning"
+SAVED: Literal["saved"] = "saved"
 
 
-def prune(model: HFModule, method: PruningMethod | None, *, attention: str = "auto") -> HFModule:
-    """Let ``model`` drop visual tokens inside its forward pass, in training and evaluation.
+def prune(
+    model: HFModule, method: PruningMethod | Literal["saved"] | None = SAVED, *, attention: str = "auto"
+) -> HFModule:
+    """Let ``model`` drop visual tokens inside its forward pass, in training, evaluation and generation.
 
-    Afterwards ``model(**processor(...))`` takes what it always took and returns loss and logits in the caller's shape
-    (:func:`vtprune_train.models.padded.forward`), and ``model(batch)`` takes a
-    :class:`~vtprune_train.stream.PackedBatch`. The settings stand in ``model.config.pruning``, so ``save_pretrained``
-    keeps them.
+    Afterwards ``model(**processor(...))`` and ``model.generate(**processor(...))`` take what they always took
+    (:func:`vtprune_train.models.padded.forward_text` says what dropped rows hold), and, for the families that the
+    project trains, ``model(batch)`` takes a :class:`~vtprune_train.stream.PackedBatch`. The settings stand in
+    ``model.config.pruning``, so ``save_pretrained`` keeps them.
 
     Args:
-        model: a ``LlavaNextForConditionalGeneration`` with a Llama, Mistral or Qwen2 language model; changed in place.
+        model: a model of one of :data:`vtprune_train.models.families.FAMILIES`, or a PEFT model around one; changed in
+            place.
         method: for example ``PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125))``; ``None`` packs without
-            dropping.
+            dropping; left out, the settings that the checkpoint was saved with.
         attention: ``auto`` (the best for the model's device and dtype, so move it first) or a backend of
             :mod:`vtprune_train.models.attention`.
 
@@ -42,77 +57,292 @@ def prune(model: HFModule, method: PruningMethod | None, *, attention: str = "au
         ``model``.
 
     Raises:
-        ValueError: the class is not supported, the model is pruned already, or the method does not fit its depth.
+        ValueError: the class is not supported, the model is pruned already, nothing was saved, or the method does not
+            fit its depth.
     """
-    if not isinstance(model, LlavaNextForConditionalGeneration):
-        raise ValueError(f"cannot prune a {type(model).__name__}; supported: LlavaNextForConditionalGeneration")
-    if is_pruned(model):
-        raise ValueError(f"this model is pruned already ({_method_of(model)}); call unprune(model) first")
-    text_model = model.model.language_model
-    llava_next.check_text_model(text_model)
+    inner = _unwrapped(model)
+    family = family_of(inner)
+    if is_pruned(inner):
+        raise ValueError(f"this model is pruned already ({_state(inner).method}); call unprune(model) first")
+    if isinstance(method, str):
+        method = saved_method(inner)
+    text_model = inner.get_submodule(family.decoder)
     if method is not None:
+        if not isinstance(method, PruningMethod):
+            raise ValueError(f"method={method!r} is no pruning method; use for example PyramidDrop(keep=(0.5, 0.25))")
         method.drops(len(text_model.layers))
-    weight = model.lm_head.weight
-    backend = choose_backend(attention, weight.device, weight.dtype)
-    state = {
-        "method": method,
-        "attention": text_model.config._attn_implementation,
-        "pruning": model.config.__dict__.get(CONFIG_KEY),
-        "forwards": {},
-    }
-    replacements: dict[str, Callable[..., Any]] = {
-        "": llava_next.forward,
-        "model": llava_next.forward_model,
-        "model.language_model": partial(llava_next.forward_text, method=method),
-        "lm_head": forward_head,
-    }
-    for name, function in replacements.items():
-        module = model.get_submodule(name)
-        state["forwards"][name] = module.__dict__.get("forward")
-        module.forward = MethodType(function, module)
-    text_model.config._attn_implementation = PREFIX + backend
-    model.__dict__[_STATE] = state
-    if method is not None:
-        setattr(model.config, CONFIG_KEY, method.settings())
-    elif CONFIG_KEY in model.config.__dict__:
-        delattr(model.config, CONFIG_KEY)
+        if family.three_part_positions is not None and method.positions == "renumber":
+            log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", family.title)
+            method = replace(method, positions="keep")  # type: ignore[type-var]
+    weight = inner.get_output_embeddings().weight
+    state = State(
+        family=family,
+        method=method,
+        backend=choose_backend(attention, weight.device, weight.dtype),
+        image_token=inner.config.image_token_id,
+        attention=text_model.config._attn_implementation,
+        pruning=inner.config.__dict__.get(CONFIG_KEY),
+    )
+    _install(inner, state)
     return model
 
 
+def saved_method(model: HFModule) -> PruningMethod | None:
+    """The method in a model's ``config.pruning``.
+
+    Raises:
+        ValueError: there is none, or it is not known here.
+    """
+    settings = getattr(_unwrapped(model).config, CONFIG_KEY, None)
+    if settings is None:
+        raise ValueError(
+            "config.json of this model holds no pruning settings, so name the method: "
+            "prune(model, PyramidDrop(keep=(0.5, 0.25, 0.125)))"
+        )
+    return method_from_settings(settings)
+
+
 def unprune(model: HFModule) -> HFModule:
-    """Undo :func:`prune`: forward functions, attention and config are what they were before.
+    """Undo :func:`prune`: methods, attention and config are what they were before.
+
+    What a Trainer put around a method in the meantime stays, and runs the dense model from now on.
 
     Raises:
         ValueError: the model is not pruned.
     """
-    if not is_pruned(model):
-        raise ValueError(f"this {type(model).__name__} is not pruned, so there is nothing to undo")
-    state = model.__dict__.pop(_STATE)
-    for name, function in state["forwards"].items():
-        module = model.get_submodule(name)
-        del module.__dict__["forward"]
-        if function is not None:
-            module.forward = function
-    model.model.language_model.config._attn_implementation = state["attention"]
-    if state["pruning"] is not None:
-        setattr(model.config, CONFIG_KEY, state["pruning"])
-    elif CONFIG_KEY in model.config.__dict__:
-        delattr(model.config, CONFIG_KEY)
+    inner = _unwrapped(model)
+    if not is_pruned(inner):
+        raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
+    state = _state(inner)
+    for name, replaced in state.originals.items():
+        module = inner.get_submodule(name)
+        del module.__dict__[_STATE]
+        for attribute, original in replaced.items():
+            if _is_ours(module.__dict__.get(attribute)):
+                del module.__dict__[attribute]
+                if original is not None:
+                    setattr(module, attribute, original)
+    inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
+    if state.pruning is not None:
+        setattr(inner.config, CONFIG_KEY, state.pruning)
+    elif CONFIG_KEY in inner.config.__dict__:
+        delattr(inner.config, CONFIG_KEY)
     return model
+
+
+@contextmanager
+def dense(model: HFModule) -> Iterator[HFModule]:
+    """Within ``with dense(model):`` a pruned model is the dense one it was; afterwards it is pruned as before.
+
+    Raises:
+        ValueError: the model is not pruned.
+    """
+    inner = _unwrapped(model)
+    state = _state(inner) if is_pruned(inner) else None
+    unprune(inner)
+    assert state is not None
+    try:
+        yield model
+    finally:
+        _install(inner, replace(state, originals={}, call=None, prompt_width=None))
 
 
 def is_pruned(model: HFModule) -> bool:
     """Whether :func:`prune` changed this model and :func:`unprune` has not undone it."""
-    return _STATE in model.__dict__
+    return _STATE in _unwrapped(model).__dict__
 
 
-def _method_of(model: HFModule) -> PruningMethod | None:
-    return model.__dict__[_STATE]["method"]
+def method_of(model: HFModule) -> PruningMethod | None:
+    """The method that a pruned model drops by; ``None`` if it packs without dropping."""
+    return _state(_unwrapped(model)).method
 
 
-def forward_head(self: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Any:
-    """Logits, or with ``targets`` the chunked cross-entropy; inside the module's own call, where ZeRO-3 has its
-    weight gathered."""
-    if targets is None:
-        return nn.Linear.forward(self, hidden)
-    return chunked_cross_entropy(hidden, self.weight, self.bias, targets)
+def _state(model: HFModule) -> State:
+    return model.__dict__[_STATE]
+
+
+def _unwrapped(model: HFModule) -> HFModule:
+    """The Hugging Face model inside a PEFT model; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _install(model: HFModule, state: State) -> None:
+    family = state.family
+    replacements: list[tuple[str, str, Callable[..., Any]]] = [
+        ("", "forward", _forward),
+        ("", "generate", _generate),
+        ("", "train", _train),
+        ("", "load_state_dict", _load_state_dict),
+        (family.base, "forward", _forward_base),
+        (family.base, "get_image_features", _listen_to_image_features),
+        (family.decoder, "forward", _forward_decoder),
+    ]
+    if isinstance(model.get_submodule("lm_head"), nn.Linear):
+        replacements.append(("lm_head", "forward", _forward_head))
+    for name, attribute, function in replacements:
+        module = model.get_submodule(name)
+        module.__dict__[_STATE] = state
+        state.originals.setdefault(name, {})[attribute] = _replace(module, attribute, function)
+    model.get_submodule(family.decoder).config._attn_implementation = PREFIX + state.backend
+    if state.method is not None:
+        setattr(model.config, CONFIG_KEY, state.method.settings())
+    elif CONFIG_KEY in model.config.__dict__:
+        delattr(model.config, CONFIG_KEY)
+
+
+def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Make ``module.attribute(...)`` call ``function(module, original, state, ...)``; returns what stood on the
+    instance before, or ``None`` where the class's own method did.
+
+    Signatures are kept: Trainers read them (which inputs a model takes, whether it takes ``num_items_in_batch``), and
+    so does ``generate``. State and class methods are looked up through ``self``, so that a deep copy calls its own; a
+    model that is not pruned any more runs the original, for whoever still holds the method.
+    """
+    original = module.__dict__.get(attribute)
+    signature = original or getattr(type(module), attribute)
+
+    @functools.wraps(getattr(signature, "__func__", signature))
+    def method(self: HFModule, *args: Any, **kwargs: Any) -> Any:
+        bound = original or getattr(type(self), attribute).__get__(self)
+        state = self.__dict__.get(_STATE)
+        return bound(*args, **kwargs) if state is None else function(self, bound, state, *args, **kwargs)
+
+    method._of_vtprune = True  # type: ignore[attr-defined]
+    setattr(module, attribute, MethodType(method, module))
+    return original
+
+
+def _is_ours(method: Any) -> bool:
+    return getattr(getattr(method, "__func__", None), "_of_vtprune", False) is True
+
+
+def _train(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """Stay outermost: TRL's trainers put a ``forward`` of their own on the instance that keeps the labels from the
+    decoder; every Trainer calls ``train()`` before it steps, and ``eval()`` (which comes here too) before it scores."""
+    if not _is_ours(self.__dict__.get("forward")):
+        state.originals[""]["forward"] = _replace(self, "forward", _forward)
+    return original(*args, **kwargs)
+
+
+def _load_state_dict(
+    self: HFModule, original: Callable[..., Any], state: State, state_dict: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Also under the names of the published checkpoints, which ``save_pretrained`` writes: transformers' Trainer
+    resumes from such a file without renaming, and would go on with the weights the model was made with."""
+    own = self.state_dict()
+    if state_dict and not own.keys() & state_dict.keys():
+        name_of = {id(tensor): name for name, tensor in own.items()}
+        saved = revert_weight_conversion(self, own)
+        if all(id(tensor) in name_of for tensor in saved.values()):
+            names = {published: name_of[id(tensor)] for published, tensor in saved.items()}
+            state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+    return original(state_dict, *args, **kwargs)
+
+
+def _forward(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    """Forward of the whole model: a :class:`PackedBatch`, or the padded inputs of a Hugging Face processor."""
+    if args and isinstance(args[0], PackedBatch):
+        return packed.forward(self, state, args[0])
+    if args:
+        inputs["input_ids"], args = args[0], args[1:]
+    _check_inputs(state, inputs)
+    input_ids, labels = inputs["input_ids"], inputs.get("labels")
+    if labels is not None:
+        labels = inputs["labels"] = _without_images(labels, input_ids, state)
+    with state.calling(input_ids, labels):
+        return original(*args, **inputs)
+
+
+def _without_images(labels: Tensor, input_ids: Tensor, state: State) -> Tensor:
+    """``labels`` with -100 at image tokens: rows of dropped tokens are no predictions."""
+    visual = (input_ids == state.image_token).to(labels.device)
+    if not state.warned_of_labels and bool((visual & (labels != IGNORE)).any()):
+        state.warned_of_labels = True
+        log.warning(
+            "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts them divides "
+            "by too many: mask them in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
+        )
+    return labels.masked_fill(visual, IGNORE)
+
+
+def _check_inputs(state: State, inputs: dict[str, Any]) -> None:
+    if inputs.get("input_ids") is None:
+        raise ValueError("a pruned model needs input_ids (inputs_embeds does not say where the images are)")
+    for key, reason in state.family.refused:
+        if inputs.get(key) is not None:
+            raise ValueError(f"a pruned {state.family.title} does not take {key}: {reason}")
+
+
+def _forward_base(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    """Forward of the base: a :class:`PackedBatch`, or padded inputs, which the family's own code embeds and splices."""
+    if args and isinstance(args[0], PackedBatch):
+        return packed.forward_base(self, state, args[0])
+    if args:
+        inputs["input_ids"], args = args[0], args[1:]
+    _check_inputs(state, inputs)
+    with state.calling(inputs["input_ids"]) as call:
+        assert call is not None
+        given = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if given is not None:
+            call.image_lengths = state.family.image_lengths(given.pooler_output)
+        has_grid = inputs.get("image_grid_thw") is not None
+        if state.family.three_part_positions is not None and has_grid and inputs.get("position_ids") is None:
+            call.positions = state.family.three_part_positions(self, inputs)
+        return original(*args, **inputs)
+
+
+def _listen_to_image_features(
+    self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any
+) -> Any:
+    """The family's own features; an open call learns how many tokens each image has."""
+    features = original(*args, **kwargs)
+    if state.call is not None:
+        state.call.image_lengths = state.family.image_lengths(features.pooler_output)
+    return features
+
+
+def _forward_decoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    if len(args) == 2 and isinstance(args[1], StreamPlan):
+        return packed.forward_text(self, state, *args)
+    if args:
+        inputs["input_ids"] = args[0]
+    input_ids = inputs.pop("input_ids", None)
+    if inputs.get("inputs_embeds") is None:
+        inputs["inputs_embeds"] = self.embed_tokens(input_ids)
+    return forward_text(self, state, **inputs)
+
+
+def _forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """Logits, or with targets the chunked cross-entropy; inside the module's own call, where ZeRO-3 has its weight
+    gathered."""
+    if len(args) == 2:
+        hidden, targets = args
+        return chunked_cross_entropy(hidden, self.weight, self.bias, targets)
+    return original(*args, **kwargs)
+
+
+def _generate(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """``generate``, after refusing what a staged cache cannot do; without a cache every step ranks by the prompt."""
+    config = kwargs.get("generation_config") or self.generation_config or GenerationConfig()
+
+    def setting(name: str) -> Any:
+        return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+    if setting("prefill_chunk_size") is not None:
+        raise ValueError(
+            f"prefill_chunk_size={setting('prefill_chunk_size')}: a pruned model ranks visual tokens by the end of the "
+            "prompt and cannot read it in chunks; leave prefill_chunk_size unset"
+        )
+    if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"cache_implementation={setting('cache_implementation')!r}: a pruned model keeps another length in every "
+            "layer, which only the dynamic cache does; leave cache_implementation unset"
+        )
+    prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    given = [tensor.shape[1] for tensor in (prompt, kwargs.get("attention_mask")) if tensor is not None]
+    previous = state.prompt_width
+    state.prompt_width = max(given, default=None)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        state.prompt_width = previous

@@ -20,7 +20,7 @@ from vtprune_train.flops import (
 )
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.build import load_model_config, parts_of, set_trainable
-from vtprune_train.models.llava_next import check_text_model
+from vtprune_train.models.families import family_of
 from vtprune_train.stream import Drop
 from vtprune_train.training.engine import engine_config, zero_stage
 from vtprune_train.training.run import with_saved_settings
@@ -45,7 +45,7 @@ def describe(config: Config) -> str:
         model = LlavaNextForConditionalGeneration(model_config)
     set_trainable(model, config.model.train)
     method = config.pruning.build()
-    check_text_model(model.model.language_model)
+    family_of(model)
     num_layers = model_config.text_config.num_hidden_layers
     try:
         drops = method.drops(num_layers) if method else ()

@@ -1,23 +1,22 @@
-"""LLaVA-NeXT over a packed stream: embed, see, splice, decode, score. The forward functions that ``prune`` installs.
+"""A model over a packed stream, as the project's own loop feeds it: embed, see, splice, decode, score.
 
-Each is installed on the module whose parameters it uses, so that DeepSpeed's gather hooks of that module fire.
+Each function stands in for the forward of the module whose parameters it uses, so that DeepSpeed's gather hooks of that
+module fire.
 
 Shape suffixes: T tokens in the stream, V visual tokens, R supervised rows, C hidden size, P tiles.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vtprune_train.models import HFModule, padded
+from vtprune_train.models import HFModule
 from vtprune_train.models.decoder import run_layers
-from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.models.padded import State
 from vtprune_train.stream import PackedBatch, StreamPlan
-
-TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 
 class PackedOutput(NamedTuple):
@@ -29,34 +28,15 @@ class PackedOutput(NamedTuple):
     kept: tuple[Tensor, ...]
 
 
-def check_text_model(text_model: HFModule) -> None:
-    """Refuse decoders whose layers need more than the packed stream carries.
-
-    Raises:
-        ValueError: naming the model type and what is missing.
-    """
-    config = text_model.config
-    if config.model_type not in TEXT_MODELS:
-        raise ValueError(f"language model type {config.model_type!r} is not supported; supported: {TEXT_MODELS}")
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        raise ValueError(
-            f"rope_type={rope_type!r} looks at the longest position of the batch, which couples packed samples (and "
-            "copies it to the host); use a checkpoint with a fixed rotary embedding (default, linear, llama3, yarn)"
-        )
-
-
-def forward(self: HFModule, batch: Any = None, **inputs: Any) -> Any:
-    """Forward of the whole model: a :class:`PackedBatch`, or the padded inputs of a Hugging Face processor."""
-    if not isinstance(batch, PackedBatch):
-        return padded.forward(self, input_ids=inputs.pop("input_ids", batch), **inputs)
-    hidden_RC, kept = self.model(batch)
-    loss_sum, correct = self.lm_head(hidden_RC, batch.targets)
+def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
+    """Forward of the whole model: the loss of one micro-batch."""
+    hidden_RC, kept = model.get_submodule(state.family.base)(batch)
+    loss_sum, correct = model.lm_head(hidden_RC, batch.targets)
     return PackedOutput(loss_sum, correct, kept)
 
 
-def forward_model(self: HFModule, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Forward of ``LlavaNextModel``: [R, C] normed hidden states of the supervised rows, and the rows kept."""
+def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Forward of the base: [R, C] normed hidden states of the supervised rows, and the rows kept."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
     features = _image_features(self, batch.pixel_values.to(text_TC.dtype))
     table = torch.cat([features, self.image_newline.to(features.dtype).unsqueeze(0)])
@@ -80,8 +60,8 @@ def _image_features(self: HFModule, pixel_values: Tensor) -> Tensor:
 
 
 def forward_text(
-    self: HFModule, embeds_TC: Tensor, plan: StreamPlan, *, method: PruningMethod | None
+    self: HFModule, state: State, embeds_TC: Tensor, plan: StreamPlan
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Forward of the decoder: [R, C] normed hidden states of ``plan.predict_rows``, and the rows kept."""
-    output = run_layers(self, embeds_TC, plan, method)
+    output = run_layers(self, embeds_TC, plan, state.method)
     return self.norm(output.last_hidden_state.index_select(0, plan.predict_rows)), output.kept

@@ -1,0 +1,53 @@
+"""Model families, one small file each: which class it is, how long an image is, what else goes with its tokens."""
+
+from __future__ import annotations
+
+from vtprune_train.models import HFModule
+from vtprune_train.models.families import (
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
+from vtprune_train.models.families.base import Family
+
+FAMILIES: tuple[Family, ...] = (
+    llava_next.FAMILY,
+    llava.FAMILY,
+    llava_onevision.FAMILY,
+    qwen2_vl.FAMILY,
+    qwen2_5_vl.FAMILY,
+    qwen3_vl.FAMILY,
+    internvl.FAMILY,
+)
+
+# Families that were looked at and do not fit, and why.
+UNSUPPORTED = {
+    "Gemma3ForConditionalGeneration": "its image tokens attend to each other in both directions, which the causal "
+    "variable-length kernels do not do",
+    "PaliGemmaForConditionalGeneration": "its prompt attends in both directions, which the causal variable-length "
+    "kernels do not do",
+    "MllamaForConditionalGeneration": "its images enter by cross-attention, so there are no visual tokens to drop",
+}
+
+
+def family_of(model: HFModule) -> Family:
+    """The family of a Hugging Face model.
+
+    Raises:
+        ValueError: the class, or the type of its language model, is not supported; says why and what is.
+    """
+    bases = {cls.__name__ for cls in type(model).__mro__}
+    for family in FAMILIES:
+        if family.model_class in bases:
+            family.check(model)
+            return family
+    reason = UNSUPPORTED.get(type(model).__name__)
+    supported = ", ".join(family.model_class for family in FAMILIES)
+    raise ValueError(f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}")
+
+
+__all__ = ["FAMILIES", "UNSUPPORTED", "Family", "family_of"]

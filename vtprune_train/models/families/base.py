@@ -1,0 +1,74 @@
+"""What a family of models tells the rest of the project about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vtprune_train.models import HFModule
+
+
+def one_image_each(features: Sequence[Any]) -> list[int]:
+    """Tokens of each image, where ``get_image_features`` returns one tensor [tokens, C] an image."""
+    return [len(feature) for feature in features]
+
+
+def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
+    """[3, B, L] positions of Qwen's models, from ``input_ids``, ``image_grid_thw`` and the mask of these tokens."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return base.get_rope_index(
+        input_ids=ids,
+        mm_token_type_ids=(ids == base.config.image_token_id).int(),
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=None if mask is None else mask[:, mask.shape[1] - ids.shape[1] :],
+    )[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """An adapter: where the decoder is, what a visual token is, what must be gathered along with it.
+
+    Args:
+        title: the family's name, for messages and tables.
+        model_class: the transformers class, by name.
+        text_types: ``model_type`` of the language models whose layers fit.
+        base: the submodule that embeds, sees and splices; has ``get_image_features`` and ``language_model``.
+        image_lengths: tokens of each entry of ``get_image_features(...).pooler_output``, in placeholder order.
+        run_is_one_image: all entries that fill one unbroken run of image tokens are one image (its tiles).
+        three_part_positions: ``(base, inputs) -> [3, B, L]``, positions (time, height, width) that count each row from
+            0 and stay with their tokens; ``None`` where positions count tokens.
+        refused: keywords of ``forward`` that a pruned model does not take, with the reason.
+    """
+
+    title: str
+    model_class: str
+    text_types: tuple[str, ...]
+    base: str = "model"
+    image_lengths: Callable[[Sequence[Any]], list[int]] = one_image_each
+    run_is_one_image: bool = False
+    three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
+    refused: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def decoder(self) -> str:
+        return f"{self.base}.language_model"
+
+    def check(self, model: HFModule) -> None:
+        """Refuse decoders whose layers need more than the packed stream carries.
+
+        Raises:
+            ValueError: naming the family, the model type and what is supported.
+        """
+        model_type = model.get_submodule(self.decoder).config.model_type
+        if model_type not in self.text_types:
+            raise ValueError(
+                f"{self.title}: language model type {model_type!r} is not supported; supported: "
+                f"{', '.join(self.text_types)}"
+            )
+
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+VIDEO = "videos are not dropped yet; pass their frames as images"
