@@ -275,6 +275,7 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
 
 
 def _register(backend: str, function: Callable[..., Tensor]) -> None:
+    @torch.compiler.disable  # lengths change with every batch; a compiled layer runs its graphs around this call
     def attention(
         module: nn.Module,
         query: Tensor,
