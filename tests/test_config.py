@@ -134,7 +134,7 @@ def test_deepspeed_keys_that_belong_to_the_run_are_refused():
 def test_settings_without_effect_are_named():
     config = load_config("quickstart.yaml", ["data.eval=[]", "train.eval_every=5", "pruning.method=none"])
     lines = "\n".join(without_effect(config))
-    for key in ("train.eval_every", "train.eval_shuffled", "pruning.layers", "pruning.keep"):
+    for key in ("train.eval_every", "train.eval_shuffled", "train.eval_show", "pruning.layers", "pruning.keep"):
         assert f"{key} has no effect" in lines
     assert without_effect(load_config("quickstart.yaml")) == []
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vtprune_train.config import ConfigError, load_config
+from vtprune_train.inference import show
 
 log = logging.getLogger("vtprune_train")
 
@@ -75,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train in this process (train.py under a launcher uses several)")
     add_train_arguments(train)
-    return run_train(parser.parse_args(argv))
+    train.set_defaults(run=run_train)
+    shown = commands.add_parser("show", help="draw which visual tokens of a picture survive each stage")
+    show.add_arguments(shown)
+    shown.set_defaults(run=show.run)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
 
 
 if __name__ == "__main__":

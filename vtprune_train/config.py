@@ -166,6 +166,7 @@ class TrainConfig(Section):
     keep_last: int = Field(3, ge=1)
     eval_every: int | None = Field(None, ge=1)
     eval_shuffled: bool = False
+    eval_show: int = Field(0, ge=0)
     resume: Literal["auto", "never"] = "auto"
     init_from: str | None = None
 
@@ -371,11 +372,13 @@ def without_effect(config: Config) -> list[str]:
     """Settings that were given but do nothing in this run, one line each."""
     lines = []
     if not config.data.eval:
-        given = sorted({"eval_every", "eval_shuffled"} & config.train.model_fields_set)
+        given = sorted({"eval_every", "eval_shuffled", "eval_show"} & config.train.model_fields_set)
         lines += [f"train.{key} has no effect: data.eval names no file" for key in given if getattr(config.train, key)]
     if config.pruning.method == "none":
         given = sorted(config.pruning.model_fields_set - {"method"})
         lines += [f"pruning.{key} has no effect: pruning.method is none" for key in given]
+        if config.data.eval and config.train.eval_show:
+            lines.append("train.eval_show has no effect: pruning.method is none")
     if config.model.tokenizer is not None and config.train.init_from is not None:
         lines.append("model.tokenizer has no effect: train.init_from brings its own")
     return lines

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from vtprune_train.data.collate import Collator
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.evaluate import evaluate
+from vtprune_train.training.shown import survivors
 
 if TYPE_CHECKING:
     from vtprune_train.training.trainer import Trainer
@@ -139,6 +140,8 @@ class Evaluation(Callback):
         if trainer.config.train.eval_shuffled:
             shuffled = evaluate(trainer.engine.module, self.collate, shuffle_pictures=True, **options)
             result["exact_match_shuffled"] = shuffled["exact_match"]
+        if trainer.config.train.eval_show and self.collate.method is not None:
+            self._show(trainer)
         self._last_step = trainer.state.step
         if ranks.rank():
             return
@@ -147,6 +150,14 @@ class Evaluation(Callback):
         tqdm.write(f"step {trainer.state.step}: held-out {shown}")
         if trainer.engine.monitor.enabled:
             trainer.engine.monitor.write_events([(f"eval/{k}", v, trainer.state.step) for k, v in result.items()])
+
+    def _show(self, trainer: Trainer) -> None:
+        """The first pictures with the tokens that survive, to TensorBoard."""
+        pictures = trainer.config.train.eval_show
+        drawn = survivors(trainer.engine.module, self.collate, pictures=pictures, device=trainer.device)
+        for number, pixels in enumerate(drawn):  # none but on rank 0
+            writer = trainer.engine.monitor.tb_monitor.summary_writer
+            writer.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
 
 
 class Plot(Callback):

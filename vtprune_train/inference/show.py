@@ -1,0 +1,190 @@
+"""``vtprune show``: which visual tokens of a picture survive each stage, for a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from vtprune_train.data.images import UNREADABLE, image_size, load_image
+from vtprune_train.inference.draw import ShownImage, draw
+from vtprune_train.inference.kept import kept_tokens, stage_layers
+from vtprune_train.inference.page import page
+from vtprune_train.inference.places import anyres_places
+from vtprune_train.models import HFModule
+from vtprune_train.models.anyres import AnyRes
+from vtprune_train.models.build import resolve_checkpoint
+from vtprune_train.models.patch import prune
+from vtprune_train.pruning import METHODS, PruningMethod, method_from_settings
+from vtprune_train.stream import IMAGE
+
+
+def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
+    """Draw which tokens of ``pictures`` survive each stage of a pruned model, for example in a notebook.
+
+    Args:
+        model: pruned.
+        processor: the model's.
+        pictures: RGB.
+        prompt: what is asked about them; its last token ranks the visual tokens, as in generating the answer.
+
+    Raises:
+        ValueError: no picture.
+    """
+    inputs = encode(processor, pictures, prompt, model.device)
+    return draw(look(model, inputs, pictures), stage_names(model), prompt)
+
+
+def look(model: HFModule, inputs: Mapping[str, Tensor], pictures: Sequence[Image.Image]) -> list[ShownImage]:
+    """Run a pruned model in evaluation mode and see which tokens survive.
+
+    Args:
+        model: pruned; its mode is restored afterwards.
+        inputs: a batch as the processor makes it, on the model's device, without labels.
+        pictures: of all its rows, in order.
+    """
+    anyres = AnyRes.of(model.config)
+    was_training = model.training
+    model.eval()
+    kept = [image for row in kept_tokens(model, inputs) for image in row]
+    model.train(was_training)
+    shown = []
+    for picture, stages in zip(pictures, kept, strict=True):
+        places = anyres_places(anyres, (picture.height, picture.width))
+        shown.append(ShownImage(picture, places, [np.arange(len(places.kinds)), *stages]))
+    return shown
+
+
+def stage_names(model: HFModule) -> list[str]:
+    """``stage 1, layers 0-7`` and so on of a pruned model."""
+    names = []
+    for number, layers in enumerate(stage_layers(model), start=1):
+        several = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        names.append(f"stage {number}, {several}")
+    return names
+
+
+def encode(
+    processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """One row of inputs on ``device``: the pictures, then the prompt, up to where the answer begins.
+
+    Raises:
+        ValueError: no picture.
+    """
+    if not pictures:
+        raise ValueError("there is no picture to show the tokens of; give at least one")
+    text = f"{IMAGE}\n" * len(pictures) + prompt
+    if processor.chat_template is not None:
+        content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    bos = processor.tokenizer.bos_token
+    has_bos = bos is not None and text.startswith(bos)  # written by the template
+    made = processor(images=list(pictures), text=text, return_tensors="pt", add_special_tokens=not has_bos)
+    return {key: value.to(device) for key, value in made.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``vtprune show``."""
+    parser.add_argument("--model", required=True, help="a run, one of its checkpoints, a folder, or a hub id")
+    parser.add_argument("--image", required=True, nargs="+", type=Path, help="one picture or several")
+    parser.add_argument("--prompt", required=True, help="what is asked about them")
+    parser.add_argument("--out", required=True, type=Path, help="the picture to write (.png, .jpg, ...)")
+    parser.add_argument("--html", type=Path, help="also write a page with a slider over the stages")
+    parser.add_argument("--method", choices=[*METHODS, "none"], help="prune by this instead of the saved settings")
+    parser.add_argument("--layers", nargs="+", type=int, help="drop before these layers, counted from 0")
+    parser.add_argument("--keep", nargs="+", type=float, help="shares of the original tokens that remain")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``vtprune show``: returns the exit code (0 done, 2 wrong input)."""
+    disable_progress_bar()
+    try:
+        _show(arguments)
+    except ValueError as error:
+        print(f"cannot show: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    """Check everything cheap, load the model, write the files.
+
+    Raises:
+        ValueError: a file, model or setting that cannot be used.
+    """
+    for path in (arguments.out, arguments.html):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if arguments.out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {arguments.out}: unknown kind of picture {arguments.out.suffix!r}; use .png")
+    pictures = [_open(path) for path in arguments.image]
+    model, processor = _load(arguments.model, arguments)
+    inputs = encode(processor, pictures, arguments.prompt, model.device)
+    images, stages = look(model, inputs, pictures), stage_names(model)
+    draw(images, stages, arguments.prompt).save(arguments.out)
+    if arguments.html is not None:
+        arguments.html.write_text(page(images, stages, arguments.prompt), encoding="utf-8")
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise ValueError(f"--image {path} does not exist")
+    try:
+        return load_image(path, image_size(path))
+    except UNREADABLE as error:
+        raise ValueError(f"--image {path} is no readable picture ({error})") from error
+
+
+def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNextProcessor]:
+    """The pruned model and its processor.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is no LLaVA-NeXT, lacks a part, or how to prune it is not known.
+    """
+    path = resolve_checkpoint(source)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {source}: no readable config.json there or on the hub") from error
+    try:
+        if not isinstance(config, LlavaNextConfig):
+            raise ValueError(f"it holds a {config.model_type}; only llava_next models can be shown")
+        method = _method(config, arguments)
+        processor = AutoProcessor.from_pretrained(path, backend="pil")
+        if not isinstance(processor, LlavaNextProcessor):
+            raise ValueError("it has no processor; save one beside the model (processor.save_pretrained)")
+        model = LlavaNextForConditionalGeneration.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {source}: {str(error).strip().splitlines()[0]}") from error
+    return prune(model.to("cuda" if torch.cuda.is_available() else "cpu"), method), processor
+
+
+def _method(config: LlavaNextConfig, arguments: argparse.Namespace) -> PruningMethod | None:
+    """The checkpoint's settings, overruled by the flags."""
+    asked: dict[str, Any] = {key: getattr(arguments, key) for key in ("method", "layers", "keep")}
+    given = {key: value for key, value in asked.items() if value is not None}
+    saved = getattr(config, "pruning", None) or {}
+    same_method = given.get("method", saved.get("method")) == saved.get("method")
+    settings = {**(saved if same_method else {}), **given}
+    if "method" not in settings:
+        raise ValueError(
+            "it was saved without pruning settings, so say how to prune it: for example "
+            "--method pyramiddrop --layers 8 16 24 --keep 0.5 0.25 0.125"
+        )
+    return method_from_settings(settings)

@@ -1,0 +1,91 @@
+"""Pictures of the evaluation data with the tokens that survive, for TensorBoard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vtprune_train.data.collate import Collator, lay_out
+from vtprune_train.data.images import UNREADABLE, load_image
+from vtprune_train.data.records import turns_of
+from vtprune_train.inference.draw import draw
+from vtprune_train.inference.show import look, stage_names
+from vtprune_train.stream import IMAGE
+from vtprune_train.training import distributed as ranks
+
+
+@dataclass
+class Question:
+    """A sample up to its last answer: ``inputs`` as a processor makes them, its pictures, the question's ``text``."""
+
+    inputs: dict[str, Tensor]
+    pictures: list[Image.Image]
+    text: str
+
+
+def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: torch.device) -> list[np.ndarray]:
+    """The first samples of ``collate.index`` that have pictures, drawn; all ranks call this together.
+
+    Args:
+        model: pruned; its mode is restored afterwards.
+        collate: of the evaluation data.
+        pictures: draw samples until there are so many pictures.
+        device: this rank's.
+
+    Returns:
+        for each sample [height, width, 3] uint8.
+    """
+    drawn = []
+    for question in ranks.from_rank_0(lambda: _questions(collate, pictures)):
+        inputs = {key: value.to(device) for key, value in question.inputs.items()}
+        shown = look(model, inputs, question.pictures)
+        if ranks.rank() == 0:
+            drawn.append(np.asarray(draw(shown, stage_names(model), question.text)))
+    return drawn
+
+
+def _questions(collate: Collator, pictures: int) -> list[Question]:
+    """Questions with ``pictures`` pictures in all, from the first samples whose files can be read."""
+    questions: list[Question] = []
+    for sample in np.unique(collate.index.span_sample).tolist():
+        if sum(len(question.pictures) for question in questions) >= pictures:
+            break
+        try:
+            questions.append(_question(collate, sample))
+        except UNREADABLE as error:
+            ranks.log.warning("evaluation: cannot show %s: %s", collate.index.sample_id(sample), error)
+    return questions
+
+
+def _question(collate: Collator, sample: int) -> Question:
+    """The sample up to its last answer: the token before that ranks the visual tokens.
+
+    Raises:
+        one of ``UNREADABLE``: a picture cannot be read, or all of them follow the last answer.
+    """
+    index = collate.index
+    loaded = collate.load(sample, sample)
+    source = int(index.source[sample])
+    row = index.rows[source][int(index.row[sample])]
+    segment, ids, _ = lay_out(loaded.chat, [collate.anyres.visual_index(size) for size in loaded.sizes])
+    end = segment.query_offsets[-1] + 1
+    asked = [i for i, span in enumerate(segment.spans) if span.end <= end]
+    if not asked:
+        raise ValueError("its pictures follow its last answer")
+    folder = index.sources[source].images
+    turns = turns_of(row)
+    last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
+    return Question(
+        inputs={
+            "input_ids": torch.from_numpy(ids[None, :end]),
+            "pixel_values": pad_sequence([loaded.pixel_values[i] for i in asked], batch_first=True),
+            "image_sizes": torch.tensor([loaded.sizes[i] for i in asked]),
+        },
+        pictures=[load_image(folder / row["images"][i], loaded.sizes[i]) for i in asked],
+        text=turns[last - 1].text.replace(IMAGE, "").strip(),
+    )
