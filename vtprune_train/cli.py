@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vtprune_train.config import ConfigError, load_config
+from vtprune_train.inference import estimate
 
 log = logging.getLogger("vtprune_train")
 
@@ -75,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train in this process (train.py under a launcher uses several)")
     add_train_arguments(train)
-    return run_train(parser.parse_args(argv))
+    estimate.add_arguments(commands.add_parser("estimate", help="tokens, FLOPs and cache, dropping beside dense"))
+    arguments = parser.parse_args(argv)
+    if arguments.command == "estimate":
+        return estimate.run(arguments)
+    return run_train(arguments)
 
 
 if __name__ == "__main__":
