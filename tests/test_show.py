@@ -27,11 +27,11 @@ from transformers import (
 from vtprune_train import PruningMethod, PyramidDrop, prune
 from vtprune_train.cli import main
 from vtprune_train.inference.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
-from vtprune_train.inference.kept import kept_tokens, stage_layers
 from vtprune_train.inference.page import page
 from vtprune_train.inference.places import anyres_places, grid_places
 from vtprune_train.inference.show import encode, look, show, stage_names
 from vtprune_train.models.anyres import NEWLINE, AnyRes
+from vtprune_train.models.padded import kept_tokens, stage_layers
 from vtprune_train.stream import Drop
 
 ANYRES = AnyRes.of(LlavaNextConfig())  # as released: tiles of 336 pixels, patches of 14

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vtprune_train.config import ConfigError, load_config
-from vtprune_train.inference import show
+from vtprune_train.inference import estimate, show
 
 log = logging.getLogger("vtprune_train")
 
@@ -80,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = commands.add_parser("show", help="draw which visual tokens of a picture survive each stage")
     show.add_arguments(shown)
     shown.set_defaults(run=show.run)
+    estimated = commands.add_parser("estimate", help="tokens, FLOPs and cache, dropping beside dense")
+    estimate.add_arguments(estimated)
+    estimated.set_defaults(run=estimate.run)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -16,6 +16,9 @@ from vtprune_train.stream import Drop, StreamPlan
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
+# An average sample of LLaVA-NeXT's instruction data: 2389 tokens, 2268 of them visual (arXiv 2410.17247).
+TYPICAL_TEXT = 121
+
 
 @dataclass(frozen=True)
 class DecoderGeometry:
@@ -31,7 +34,16 @@ class DecoderGeometry:
 
     @classmethod
     def of(cls, config) -> DecoderGeometry:
-        """Read a Llama-like text config."""
+        """Read a Llama-like text config.
+
+        Raises:
+            ValueError: a size is missing, or the MLP is a mixture of experts.
+        """
+        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        if missing := [size for size in sizes if getattr(config, size, None) is None]:
+            raise ValueError(f"the {config.model_type} decoder has no {missing[0]}; only Llama-like ones are counted")
+        if any(getattr(config, experts, None) for experts in ("num_experts", "num_local_experts", "n_routed_experts")):
+            raise ValueError(f"the {config.model_type} decoder is a mixture of experts; only dense ones are counted")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             config.num_hidden_layers,
@@ -58,6 +70,10 @@ class DecoderGeometry:
         """Forward FLOPs of the language-model head on ``rows`` rows."""
         return 2.0 * rows * self.hidden * self.vocab
 
+    def cache_bytes(self, tokens: Numbers, element_size: int) -> Numbers:
+        """Bytes of one layer's keys and values of ``tokens`` tokens."""
+        return 2.0 * tokens * self.kv_heads * self.head_dim * element_size
+
     def selector(self, tokens: float, query_rows: float, scored_tokens: float, projects: bool) -> float:
         """FLOPs of ranking at one boundary: key projection of all tokens (unless the layer's own are read), query
         projection of the query rows, and their attention rows."""
@@ -80,7 +96,7 @@ class TowerGeometry:
 
     @classmethod
     def of(cls, config) -> TowerGeometry:
-        """Read a ``LlavaNextConfig``."""
+        """Read a ``LlavaNextConfig`` or ``LlavaConfig``."""
         vision = config.vision_config
         layers = config.vision_feature_layer
         num_features = 1 if isinstance(layers, int) else len(layers)
@@ -108,10 +124,11 @@ class TowerGeometry:
 @dataclass(frozen=True)
 class TrainingCost:
     """FLOPs of forward and backward: a part costs 3 forwards if it is trained, 2 if gradients only pass through it, 1
-    if none reach it. Recomputation under activation checkpointing is not counted (as in MFU)."""
+    if none reach it. Recomputation under activation checkpointing is not counted (as in MFU). ``tower`` is ``None`` for
+    families whose tower is not counted: :meth:`text` only."""
 
     decoder: DecoderGeometry
-    tower: TowerGeometry
+    tower: TowerGeometry | None
     trains_decoder: bool
     trains_tower: bool
     trains_projector: bool = True
@@ -120,13 +137,20 @@ class TrainingCost:
         self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], tiles: np.ndarray, supervised: np.ndarray
     ) -> np.ndarray:
         """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``tiles`` and ``supervised`` [samples]."""
+        return self.text(stage_lengths, layers_per_stage, supervised) + self.vision(tiles)
+
+    def text(self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray) -> np.ndarray:
+        """The decoder's and the head's part of :meth:`sample`."""
         per_stage = self.decoder.layer(stage_lengths) * np.asarray(layers_per_stage)
         decoder = per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
+        return decoder * (3 if self.trains_decoder else 2)
+
+    def vision(self, tiles: np.ndarray) -> np.ndarray:
+        """The tower's and the projector's part of :meth:`sample`."""
+        assert self.tower is not None, "the tower is not counted for this family"
         tower, projector = self.tower.tower(np.asarray(tiles)), self.tower.projector(np.asarray(tiles))
-        return (
-            decoder * (3 if self.trains_decoder else 2)
-            + tower * (3 if self.trains_tower else 1)
-            + projector * (3 if self.trains_tower else 2 if self.trains_projector else 1)
+        return tower * (3 if self.trains_tower else 1) + projector * (
+            3 if self.trains_tower else 2 if self.trains_projector else 1
         )
 
 

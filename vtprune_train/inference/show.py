@@ -23,12 +23,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.inference.draw import ShownImage, draw
-from vtprune_train.inference.kept import kept_tokens, stage_layers
 from vtprune_train.inference.page import page
 from vtprune_train.inference.places import anyres_places
 from vtprune_train.models import HFModule
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.build import resolve_checkpoint
+from vtprune_train.models.padded import kept_tokens, stage_layers
 from vtprune_train.models.patch import prune
 from vtprune_train.pruning import METHODS, PruningMethod, method_from_settings
 from vtprune_train.stream import IMAGE

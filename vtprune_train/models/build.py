@@ -70,7 +70,7 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> LlavaNex
         ValueError: there is no such checkpoint, or it is no LLaVA-NeXT.
     """
     if config.path is not None:
-        loaded = _auto_config(resolve_checkpoint(config.path), "model.path", offline)
+        loaded = load_any_config(resolve_checkpoint(config.path), "model.path", offline)
         if not isinstance(loaded, LlavaNextConfig):
             raise ValueError(f"model.path={config.path} holds a {loaded.model_type}, not a llava_next checkpoint")
         return loaded
@@ -78,8 +78,8 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> LlavaNex
         _check_keys(config.config)
         return LlavaNextConfig(**config.config)
     assert config.language_model is not None and config.vision_tower is not None
-    text = _auto_config(config.language_model, "model.language_model", offline)
-    vision = _auto_config(config.vision_tower, "model.vision_tower", offline)
+    text = load_any_config(config.language_model, "model.language_model", offline)
+    vision = load_any_config(config.vision_tower, "model.vision_tower", offline)
     vision = getattr(vision, "vision_config", vision)
     if not isinstance(vision, CLIPVisionConfig):
         raise ValueError(f"model.vision_tower={config.vision_tower} is a {vision.model_type}; use a CLIP vision tower")
@@ -115,7 +115,17 @@ def _check_keys(sizes: dict[str, Any]) -> None:
                 raise ValueError(f"{place}.{key}: unknown key{hint}")
 
 
-def _auto_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
+def load_any_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
+    """The config in a folder or on the hub, of whatever family.
+
+    Args:
+        name: folder or hub id.
+        key: the setting that named it, for the error.
+        offline: for well-known hub ids use the recorded sizes.
+
+    Raises:
+        ValueError: there is none.
+    """
     if offline and name in KNOWN_CONFIGS and not Path(name).exists():
         return KNOWN_CONFIGS[name]()
     try:
@@ -312,7 +322,7 @@ def saved_pruning(path: str) -> dict[str, Any] | None:
     Raises:
         ValueError: there is no such checkpoint.
     """
-    return getattr(_auto_config(resolve_checkpoint(path), "train.init_from", offline=False), "pruning", None)
+    return getattr(load_any_config(resolve_checkpoint(path), "train.init_from", offline=False), "pruning", None)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ Shape suffixes: B rows, L padded length, T tokens of the packed stream, V visual
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -90,7 +90,7 @@ class State:
             self.call = None
 
 
-def kept_tokens(model: HFModule, inputs: dict[str, Any]) -> list[list[list[np.ndarray]]]:
+def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np.ndarray]]]:
     """Which visual tokens of each image survive each drop, for one forward pass without a gradient.
 
     Args:
@@ -114,6 +114,14 @@ def kept_tokens(model: HFModule, inputs: dict[str, Any]) -> list[list[list[np.nd
         images.append([[_within(rows, base, span) for rows in stages] for span in segment.spans])
         base += segment.length
     return images
+
+
+def stage_layers(model: HFModule) -> list[range]:
+    """The decoder layers of each stage of a pruned model, counted from 0."""
+    state: State = model.__dict__["_vtprune"]
+    num_layers = len(model.get_submodule(state.family.decoder).layers)
+    drops = () if state.method is None else state.method.drops(num_layers)
+    return [range(first, end) for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers])]
 
 
 def _within(rows: np.ndarray, base: int, span: ImageSpan) -> np.ndarray:

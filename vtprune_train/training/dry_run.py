@@ -12,6 +12,7 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from vtprune_train.config import Config, ConfigError
 from vtprune_train.flops import (
+    TYPICAL_TEXT,
     DecoderGeometry,
     TowerGeometry,
     TrainingCost,
@@ -27,8 +28,6 @@ from vtprune_train.training.run import with_saved_settings
 
 log = logging.getLogger(__name__)
 
-# An average sample of LLaVA-NeXT's instruction data: 2389 tokens, 2268 of them visual (arXiv 2410.17247).
-TYPICAL_TEXT = 121
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

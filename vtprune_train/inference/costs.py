@@ -1,0 +1,283 @@
+"""What a batch of equal samples costs, dropping beside dense: tokens, FLOPs and cache. No weights, no data.
+
+Everything follows from a model's config and lengths; the arithmetic is in :mod:`vtprune_train.flops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from vtprune_train.flops import (
+    TYPICAL_TEXT,
+    DecoderGeometry,
+    TowerGeometry,
+    TrainingCost,
+    layers_per_stage,
+    published_decoder_flops,
+    stage_lengths,
+)
+from vtprune_train.models.anyres import AnyRes
+from vtprune_train.pruning import PruningMethod
+
+TYPICAL_ANSWER = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, how it is pruned, and which parts are trained; ``name`` and ``method_from`` say where they come from."""
+
+    name: str
+    config: PreTrainedConfig
+    method: PruningMethod | None
+    method_from: str
+    trained: tuple[str, ...] = ("projector", "language_model")
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: its visual tokens, and the tiles that the tower sees (``None``: not known)."""
+
+    label: str
+    tokens: int
+    tiles: int | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one sample holds, and how many such samples are a batch.
+
+    ``text`` counts the tokens beside pictures and answer, ``answer`` the generated or supervised ones; at least 1 each.
+    """
+
+    pictures: tuple[Picture, ...]
+    text: int = TYPICAL_TEXT
+    answer: int = TYPICAL_ANSWER
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One quantity (FLOPs or bytes) dense and pruned; ``ratio`` is dense / pruned."""
+
+    dense: float
+    pruned: float
+    ratio: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratio", self.dense / self.pruned)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Decoder layers ``[first_layer, end_layer)``: tokens of the prompt, prefill FLOPs and cache bytes, whole batch."""
+
+    first_layer: int
+    end_layer: int
+    visual_tokens: int
+    text_tokens: int
+    prefill: Cost
+    cache: Cost
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a batch costs.
+
+    Prefill runs pictures and text, and the head on one row. A training step is forward and backward with the answer's
+    supervised tokens behind them. Pruned totals include the selector. ``*_whole`` add tower and projector; they are
+    ``None`` where ``not_counted`` says why. ``cache_answer`` is the cache once the answer has been generated (its last
+    token never enters). ``published`` is the paper's convention, for one sample.
+    """
+
+    model: str
+    family: str
+    decoder: DecoderGeometry
+    pruning: dict[str, Any]
+    pruning_from: str
+    trained: tuple[str, ...]
+    dtype: str
+    sample: Sample
+    stages: tuple[StageCost, ...]
+    head: float
+    selector: float
+    vision: float | None
+    not_counted: str | None
+    prefill_decoder: Cost
+    prefill_whole: Cost | None
+    training_decoder: Cost
+    training_whole: Cost | None
+    cache_prompt: Cost
+    cache_answer: Cost
+    published: Cost
+
+
+def estimate(subject: Subject, sample: Sample) -> Estimate:
+    """Count a batch; any family whose decoder :class:`~vtprune_train.flops.DecoderGeometry` can read.
+
+    Raises:
+        ValueError: the decoder cannot be counted, or the method does not fit its depth.
+    """
+    decoder, tower = DecoderGeometry.of(subject.config.get_text_config()), tower_of(subject.config)
+    drops = subject.method.drops(decoder.num_layers) if subject.method else ()
+    layers = layers_per_stage(drops, decoder.num_layers)
+    visual = np.array([picture.tokens for picture in sample.pictures])
+    lengths = stage_lengths(np.array([sample.text]), visual, np.zeros_like(visual), drops)[0]  # [stages]
+    element_size = getattr(torch, subject.dtype).itemsize
+    stages = _stages(decoder, lengths, layers, sample, element_size)
+    head, selector = sample.batch * decoder.head(1.0), sample.batch * _selector(decoder, subject.method, lengths)
+    prefill = _total([stage.prefill for stage in stages], head, head + selector)
+    cache = _total([stage.cache for stage in stages])
+    generated = sample.batch * decoder.num_layers * decoder.cache_bytes(sample.answer - 1.0, element_size)
+    cost = TrainingCost(
+        decoder,
+        tower,
+        trains_decoder="language_model" in subject.trained,
+        trains_tower="vision_tower" in subject.trained,
+        trains_projector="projector" in subject.trained,
+    )
+    step = _training_step(cost, subject.method, lengths + sample.answer, layers, sample)
+    tiles, not_counted = _tiles(subject.config, tower, sample.pictures)
+    vision = prefill_whole = step_whole = None
+    if tower is not None and tiles is not None:
+        vision = sample.batch * (tower.tower(float(tiles)) + tower.projector(float(tiles)))
+        prefill_whole = _total([prefill], vision)
+        step_whole = _total([step], sample.batch * float(cost.vision(np.array(tiles))))
+    return Estimate(
+        model=subject.name,
+        family=_family(subject.config),
+        decoder=decoder,
+        pruning=subject.method.settings() if subject.method else {"method": "none"},
+        pruning_from=subject.method_from,
+        trained=subject.trained,
+        dtype=subject.dtype,
+        sample=sample,
+        stages=stages,
+        head=head,
+        selector=selector,
+        vision=vision,
+        not_counted=not_counted,
+        prefill_decoder=prefill,
+        prefill_whole=prefill_whole,
+        training_decoder=step,
+        training_whole=step_whole,
+        cache_prompt=cache,
+        cache_answer=_total([cache], generated),
+        published=_published(decoder, (lengths - sample.text).tolist(), layers),
+    )
+
+
+def _stages(
+    decoder: DecoderGeometry, lengths: np.ndarray, layers: Sequence[int], sample: Sample, element_size: int
+) -> tuple[StageCost, ...]:
+    """The stages of a batch's prefill; lengths [stages] of one sample."""
+    flops, cache = sample.batch * decoder.layer(lengths), sample.batch * decoder.cache_bytes(lengths, element_size)
+    ends = np.cumsum(layers).tolist()
+    return tuple(
+        StageCost(
+            first_layer=end - count,
+            end_layer=end,
+            visual_tokens=sample.batch * int(lengths[i] - sample.text),
+            text_tokens=sample.batch * sample.text,
+            prefill=Cost(count * float(flops[0]), count * float(flops[i])),
+            cache=Cost(count * float(cache[0]), count * float(cache[i])),
+        )
+        for i, (end, count) in enumerate(zip(ends, layers, strict=True))
+    )
+
+
+def _training_step(
+    cost: TrainingCost, method: PruningMethod | None, lengths: np.ndarray, layers: Sequence[int], sample: Sample
+) -> Cost:
+    """Forward and backward of a batch's decoder; lengths [stages] of one sample, the answer included."""
+    supervised = np.array([sample.answer])
+    dense = float(cost.text(lengths[None, :1], [cost.decoder.num_layers], supervised)[0])
+    pruned = float(cost.text(lengths[None], layers, supervised)[0]) + _selector(cost.decoder, method, lengths)
+    return Cost(sample.batch * dense, sample.batch * pruned)
+
+
+def _selector(decoder: DecoderGeometry, method: PruningMethod | None, lengths: np.ndarray) -> float:
+    """FLOPs of ranking one sample, with one query row, at the end of every stage but the last; lengths [stages]."""
+    if method is None:
+        return 0.0
+    return sum(decoder.selector(n, 1, n, method.rank_with == "next_layer") for n in lengths[:-1].tolist())
+
+
+def _tiles(
+    config: PreTrainedConfig, tower: TowerGeometry | None, pictures: Sequence[Picture]
+) -> tuple[int | None, str | None]:
+    """Tiles of one sample, or why tower and projector cannot be counted."""
+    if tower is None:
+        return None, f"not counted for {_family(config)}"
+    known = [picture.tiles for picture in pictures if picture.tiles is not None]
+    if len(known) < len(pictures):
+        return None, f"not counted: the tokens are no multiple of a tile's {tower.patches}; give --resolution"
+    return sum(known), None
+
+
+def _total(costs: Sequence[Cost], dense: float = 0.0, pruned: float | None = None) -> Cost:
+    """The sum, with ``dense`` added to both sides or ``pruned`` to the pruned one."""
+    added = dense if pruned is None else pruned
+    return Cost(sum(cost.dense for cost in costs) + dense, sum(cost.pruned for cost in costs) + added)
+
+
+def _published(decoder: DecoderGeometry, visual: Sequence[int], layers: Sequence[int]) -> Cost:
+    sizes = decoder.hidden, decoder.intermediate
+    dense = published_decoder_flops(visual[:1], [decoder.num_layers], *sizes)
+    return Cost(dense, published_decoder_flops(visual, layers, *sizes))
+
+
+def tower_of(config: PreTrainedConfig) -> TowerGeometry | None:
+    """The tower's sizes where they can be counted: LLaVA-1.5 and LLaVA-NeXT with a CLIP tower, without class token."""
+    if config.model_type not in ("llava", "llava_next") or config.vision_config.model_type != "clip_vision_model":
+        return None
+    return TowerGeometry.of(config) if config.vision_feature_select_strategy == "default" else None
+
+
+def _family(config: PreTrainedConfig) -> str:
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return f"{config.model_type} with {tower}" if tower else config.model_type
+
+
+def pictures_of(
+    config: PreTrainedConfig, resolutions: Sequence[tuple[int, int]] = (), visual_tokens: Sequence[int] = ()
+) -> tuple[Picture, ...]:
+    """The pictures of a sample, from sizes or from counts; with neither, the one that makes most tokens.
+
+    Args:
+        config: the model's.
+        resolutions: ``(width, height)`` in pixels.
+        visual_tokens: counts instead of sizes; multiples of a tile's patches are taken for that many tiles.
+
+    Raises:
+        ValueError: the family's tokens cannot be counted from a size.
+    """
+    tower = tower_of(config)
+    if visual_tokens:
+        sides = [divmod(count, tower.patches) if tower else (0, count) for count in visual_tokens]
+        return tuple(
+            Picture("picture", count, None if rest else tiles)
+            for count, (tiles, rest) in zip(visual_tokens, sides, strict=True)
+        )
+    if tower is None:
+        raise ValueError(
+            f"{'--resolution' if resolutions else 'no picture given'}: the tokens of a picture follow from its size "
+            f"for llava_next and llava with a CLIP tower only, not for {_family(config)}; give --visual_tokens"
+        )
+    if config.model_type == "llava":
+        side = config.vision_config.image_size
+        return tuple(_picture(size, tower.patches, 1) for size in resolutions or [(side, side)])
+    anyres = AnyRes.of(config)
+    sizes = [(height, width) for width, height in resolutions] or [max(anyres.pinpoints, key=anyres.num_tokens)]
+    return tuple(_picture(size[::-1], anyres.num_tokens(size), anyres.num_tiles(size)) for size in sizes)
+
+
+def _picture(size: tuple[int, int], tokens: int, tiles: int) -> Picture:
+    """A picture of ``(width, height)`` pixels."""
+    return Picture(f"{size[0]}x{size[1]}", tokens, tiles)

@@ -1,0 +1,296 @@
+"""``vtprune estimate``: what dropping saves on a model, from its config and the sizes of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from transformers import PreTrainedConfig
+
+from vtprune_train.config import load_config
+from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry
+from vtprune_train.inference.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of
+from vtprune_train.models.build import load_any_config, load_model_config, resolve_checkpoint
+from vtprune_train.pruning import PruningMethod, method_from_settings
+
+LARGEST = 10**9
+UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def render(result: Estimate, *, published: bool = False) -> str:
+    """The estimate as plain text.
+
+    Args:
+        result: what :func:`estimate` returned.
+        published: add the paper's convention.
+    """
+    scale, unit = _unit(result.prefill_decoder.dense, "FLOP")
+    lines = [*_describe(result), "", *_stage_table(result), ""]
+    lines += [f"head on the prompt's last row {result.head / scale:.4f} {unit}, {_selector_line(result, scale, unit)}"]
+    if result.vision is None:
+        lines += [f"tower and projector {result.not_counted}"]
+    else:
+        lines += [f"tower and projector {result.vision / scale:.3f} {unit} forward"]
+    lines += ["", *_totals(result)]
+    if published:
+        lines += ["", *_published_lines(result)]
+    return "\n".join(lines)
+
+
+def _describe(result: Estimate) -> list[str]:
+    geometry, sample = result.decoder, result.sample
+    settings = {key: value for key, value in result.pruning.items() if key not in ("method", "layers")}
+    if layers := [str(stage.first_layer) for stage in result.stages[1:]]:
+        settings = {"layers": f"[{', '.join(layers)}]", **settings}
+    pictures = [
+        f"{picture.label}: {picture.tokens} tokens" + (f" of {picture.tiles} tile(s)" if picture.tiles else "")
+        for picture in sample.pictures
+    ]
+    rows = {
+        "model": f"{result.model} ({result.family})",
+        "decoder": f"{geometry.num_layers} layers of width {geometry.hidden}, MLP of {geometry.intermediate}, "
+        f"{geometry.heads} heads, {geometry.kv_heads} for keys and values",
+        "pruning": " ".join([result.pruning["method"], *(f"{key}={value}" for key, value in settings.items())]),
+        "from": result.pruning_from,
+        "sample": "; ".join([*pictures, f"{sample.text} text tokens; an answer of {sample.answer}"]),
+        "batch": str(sample.batch),
+        "trained": ", ".join(result.trained),
+        "cache": f"keys and values in {result.dtype}",
+    }
+    return [f"{label:<9}{value}" for label, value in rows.items()]
+
+
+def _stage_table(result: Estimate) -> list[str]:
+    flops, flop_unit = _unit(result.prefill_decoder.dense, "FLOP")
+    size, byte_unit = _unit(result.cache_prompt.dense, "B")
+    flop_title, byte_title = f"prefill, {flop_unit}", f"cache, {byte_unit}"
+    lines = [
+        f"{'':>9}{'prompt tokens':>26}{flop_title:>24}{byte_title:>24}",
+        f"{'layers':>9}{'visual':>10}{'text':>8}{'all':>8}" + f"{'dense':>12}{'pruned':>12}" * 2,
+    ]
+    for stage in result.stages:
+        lines.append(
+            f"{f'{stage.first_layer}-{stage.end_layer - 1}':>9}{stage.visual_tokens:>10}{stage.text_tokens:>8}"
+            f"{stage.visual_tokens + stage.text_tokens:>8}"
+            f"{stage.prefill.dense / flops:>12.3f}{stage.prefill.pruned / flops:>12.3f}"
+            f"{stage.cache.dense / size:>12.3f}{stage.cache.pruned / size:>12.3f}"
+        )
+    return lines
+
+
+def _selector_line(result: Estimate, scale: float, unit: str) -> str:
+    if len(result.stages) == 1:
+        return "no selector"
+    next_layer = result.pruning["rank_with"] == "next_layer"
+    how = "next_layer projects keys" if next_layer else "this_layer projects nothing"
+    return f"selector {result.selector / scale:.4f} {unit} ({how})"
+
+
+def _totals(result: Estimate) -> list[str]:
+    whole = "whole model"
+    rows: list[tuple[str, str, Cost | None, str]] = [
+        ("prefill, decoder", "FLOP", result.prefill_decoder, "x faster"),
+        (f"prefill, {whole}", "FLOP", result.prefill_whole, "x faster"),
+        ("training step, decoder", "FLOP", result.training_decoder, "x faster"),
+        (f"training step, {whole}", "FLOP", result.training_whole, "x faster"),
+        ("cache of the prompt", "B", result.cache_prompt, "x smaller"),
+        (f"cache after {result.sample.answer} tokens", "B", result.cache_answer, "x smaller"),
+    ]
+    lines = [f"{'':<28}{'':<7}{'dense':>12}{'pruned':>12}{'dense / pruned':>17}"]
+    for label, kind, cost, word in rows:
+        if cost is None:
+            lines.append(f"{label:<28}{'':<7}{'-':>12}{'-':>12}")
+            continue
+        scale, unit = _unit(cost.dense, kind)
+        numbers = f"{cost.dense / scale:>12.3f}{cost.pruned / scale:>12.3f}{cost.ratio:>12.3f}{word}"
+        lines.append(f"{label:<28}{unit:<7}{numbers}")
+    lines.append("FLOP ratios, not measurements; decoder and whole model include head and selector")
+    return lines
+
+
+def _published_lines(result: Estimate) -> list[str]:
+    cost, tokens = result.published, sum(picture.tokens for picture in result.sample.pictures)
+    return [
+        f"as published (arXiv 2410.17247): decoder layers, {tokens} visual tokens only, 4nd^2 + 2n^2d + 3ndm a layer",
+        f"  dense {cost.dense / 1e12:.3g} TFLOP, pruned {cost.pruned / 1e12:.3g} TFLOP, {cost.ratio:.3f}x",
+    ]
+
+
+def _unit(value: float, name: str) -> tuple[float, str]:
+    """The scale in which ``value`` is at least 1, and its unit."""
+    return next(((scale, prefix + name) for scale, prefix in UNITS if value >= scale), (1.0, name))
+
+
+def _split(text: Any) -> Any:
+    return text.split(",") if isinstance(text, str) else text
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no WIDTHxHEIGHT in pixels; for example 672x336")
+    return int(found[1]), int(found[2])
+
+
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Size = Annotated[tuple[int, int], BeforeValidator(_size)]
+
+
+class Request(BaseModel):
+    """The command line, checked; all that is wrong is reported at once."""
+
+    config: str | None = None
+    overrides: list[str] = []
+    model: str | None = None
+    resolution: list[Size] = []
+    visual_tokens: Annotated[list[Count], BeforeValidator(_split)] = []
+    text: Count = TYPICAL_TEXT
+    answer: Count = TYPICAL_ANSWER
+    batch: Count = 1
+    method: str | None = None
+    layers: Annotated[list[int] | None, BeforeValidator(_split)] = None
+    keep: Annotated[list[float] | None, BeforeValidator(_split)] = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    published: bool = False
+    report: str | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Request:
+        if (self.config is None) == (self.model is None):
+            raise ValueError("give one of --config FILE and --model FOLDER_OR_ID")
+        if self.model is not None and self.overrides:
+            raise ValueError(f"{self.overrides[0]!r}: key=value belongs to --config; with --model use the options")
+        if self.config is not None and self.pruning:
+            key, value = next(iter(self.pruning.items()))
+            raise ValueError(f"--{key} belongs to --model; with --config write 'pruning.{key}={value}'")
+        if self.method == "none" and len(self.pruning) > 1:
+            raise ValueError("--layers and --keep have no effect with --method none; leave them out")
+        if self.resolution and self.visual_tokens:
+            raise ValueError("--resolution and --visual_tokens both say how large the pictures are; give one of them")
+        return self
+
+    @property
+    def pruning(self) -> dict[str, Any]:
+        """The pruning settings that were given as options."""
+        given = {"method": self.method, "layers": self.layers, "keep": self.keep}
+        return {key: value for key, value in given.items() if value is not None}
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Request:
+        """Check parsed arguments.
+
+        Raises:
+            ValueError: one line for each argument that is wrong.
+        """
+        given = {key: value for key, value in vars(arguments).items() if value is not None}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(item) for item in error.errors())) from error
+
+
+def _explain(item: Any) -> str:
+    message = item["msg"].removeprefix("Value error, ")
+    if not item["loc"]:
+        return message
+    shown = "" if item["type"] == "value_error" else f" (it is {item['input']!r})"
+    return f"--{item['loc'][0]}: {message}{shown}"
+
+
+def _from_config(request: Request) -> Subject:
+    from vtprune_train.training.run import with_saved_settings  # slow to import, and only needed here
+
+    assert request.config is not None
+    config = with_saved_settings(load_config(request.config, request.overrides))
+    model_config = load_model_config(config.model, offline=True)
+    return Subject(
+        name=request.config,
+        config=model_config,
+        method=_method(config.pruning.model_dump(), model_config, "pruning."),
+        method_from=f"the settings of {request.config}",
+        trained=tuple(config.model.train),
+        dtype=request.dtype or config.model.dtype,
+    )
+
+
+def _from_checkpoint(request: Request) -> Subject:
+    assert request.model is not None
+    config = load_any_config(resolve_checkpoint(request.model), "--model", offline=True)
+    saved = getattr(config, "pruning", None)
+    if saved is None:
+        settings, origin = {"method": "pyramiddrop"}, "PyramidDrop's defaults: the checkpoint has no settings"
+    else:
+        settings, origin = saved, "the settings saved in the checkpoint"
+    if request.method is not None:
+        settings, origin = request.pruning, "the command line"
+    elif request.pruning:
+        settings, origin = {**settings, **request.pruning}, f"the command line, and {origin}"
+    method = _method(settings, config, "--" if request.pruning else f"pruning in {request.model}: ")
+    return Subject(request.model, config, method, origin, dtype=request.dtype or Subject.dtype)
+
+
+def _method(settings: Mapping[str, Any], config: PreTrainedConfig, place: str) -> PruningMethod | None:
+    """The method, if it fits the decoder's depth; ``place`` stands before the setting that does not.
+
+    Raises:
+        ValueError: a setting is wrong, or the decoder cannot be counted.
+    """
+    num_layers = DecoderGeometry.of(config.get_text_config()).num_layers
+    try:
+        method = method_from_settings(settings)
+        if method is not None:
+            method.drops(num_layers)
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from error
+    return method
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``vtprune estimate``; they are checked by :class:`Request`."""
+    parser.add_argument("--config", help="YAML file of a run: a path, or a name in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over --config")
+    parser.add_argument("--model", help="instead of --config: a checkpoint's folder, a run's folder, or a hub id")
+    parser.add_argument(
+        "--resolution", action="append", metavar="WIDTHxHEIGHT", help="a picture in pixels; again for more pictures"
+    )
+    parser.add_argument("--visual_tokens", "--visual-tokens", metavar="N[,N]", help="counts instead of resolutions")
+    parser.add_argument("--text", metavar="N", help=f"text tokens without the answer (default {TYPICAL_TEXT})")
+    parser.add_argument("--answer", metavar="N", help=f"generated or supervised tokens (default {TYPICAL_ANSWER})")
+    parser.add_argument("--batch", metavar="N", help="samples (default 1)")
+    parser.add_argument("--method", help="pyramiddrop or none (default: what the checkpoint has saved, or pyramiddrop)")
+    parser.add_argument("--layers", metavar="N,N", help="drop before these layers")
+    parser.add_argument("--keep", metavar="X,X", help="shares of the original tokens that remain")
+    parser.add_argument("--dtype", help="of the cache: float32, bfloat16, float16 (default: the config's, or bfloat16)")
+    parser.add_argument("--published", action="store_true", help="add FLOPs by the paper's convention")
+    parser.add_argument("--json", dest="report", metavar="FILE", help="also write everything as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``vtprune estimate``: returns the exit code (0 done, 2 wrong input)."""
+    try:
+        request = Request.of(arguments)
+        subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
+        pictures = pictures_of(subject.config, request.resolution, request.visual_tokens)
+        result = estimate(subject, Sample(pictures, request.text, request.answer, request.batch))
+        if request.report is not None:
+            _write(Path(request.report), result)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"vtprune estimate: {line}", file=sys.stderr)
+        return 2
+    print(render(result, published=request.published))
+    return 0
+
+
+def _write(path: Path, result: Estimate) -> None:
+    try:
+        path.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"--json={path}: cannot be written ({error.strerror})") from error
