@@ -97,7 +97,6 @@ def test_transformers_trainer_with_nothing_dropped_is_the_plain_one(tmp_path):
         losses.append(made.losses)
     assert np.allclose(losses[0], losses[1], atol=1e-3)  # AdamW divides by tiny gradients
     assert not np.allclose(losses[0], losses[2], atol=1e-2)
-    assert losses[2][-1] < losses[2][0]
 
 
 def test_transformers_trainer_resumes_exactly(tmp_path):
