@@ -2,9 +2,11 @@
 """Measure a training step side by side: transformers' padded model, packed dense, packed PyramidDrop.
 
     python scripts/bench.py --device cpu --geometry small [--step] [--json FILE]
+    python scripts/bench.py --suite generate --device cpu --geometry small [--json FILE]
 
 All rows run the same samples of mixed lengths through the whole LLaVA-NeXT, forward and backward (and with --step an
 AdamW step), interleaved: one repeat of every row, then the next. Reported are medians with their spread, and ratios.
+The suite ``generate`` measures prefill, decoding and cache instead (``bench_generate.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import bench_generate
 
 from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.data.chat import EncodedChat
@@ -288,21 +293,46 @@ def check_no_sync(rows: list[Row], model: HFModule) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=("train", "generate"), default="train")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--step", action="store_true", help="include an AdamW step")
+    parser.add_argument("--decode_steps", type=int, default=16, help="tokens decoded a repeat (suite generate)")
     parser.add_argument("--skip_padded", action="store_true", help="leave out transformers' padded model")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
-    report = run(arguments)
-    print_report(report)
+    report = run_generation(arguments) if arguments.suite == "generate" else run(arguments)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def run_generation(arguments: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(arguments.device)
+    geometry = GEOMETRIES[arguments.geometry]
+    model, anyres = build(geometry, device)
+    result = bench_generate.run(
+        model, anyres, geometry.samples, arguments.repeats, arguments.decode_steps, lambda: synchronize(device)
+    )
+    result |= {"suite": "generate", **environment(arguments, device)}
+    print(f"{result['device']}, torch {result['torch']}, geometry {arguments.geometry}, {arguments.repeats} repeats\n")
+    bench_generate.print_report(result)
+    return result
+
+
+def environment(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
+        "geometry": arguments.geometry,
+        "repeats": arguments.repeats,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -323,7 +353,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.repeats):
         for row in rows:
             measure(row, model, optimizer, device)
-    return make_report(rows, samples, arguments, device)
+    report = make_report(rows, samples, arguments, device)
+    print_report(report)
+    return report
 
 
 def make_rows(model: HFModule, samples: Samples, device: torch.device) -> list[Row]:
@@ -387,14 +419,8 @@ def make_report(
         if "hf_padded" in median:
             ratios[name]["time_over_hf_padded"] = median[name] / median["hf_padded"]
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
-        "geometry": arguments.geometry,
-        "repeats": arguments.repeats,
+        **environment(arguments, device),
         "optimizer_step": arguments.step,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "sample_tokens": [segment.length for segment in samples.segments],
         "rows": table,
         "ratios": ratios,

@@ -255,3 +255,37 @@ def test_a_dense_models_cache_is_refused():
     prune(model, HALF)
     with pytest.raises(ValueError, match="tokens of a model that was not pruned"):
         model(input_ids=torch.tensor([[14]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("positions", ["renumber", "keep"])
+def test_keep_dense_keeps_images_in_full_for_later_turns(positions):
+    """Every turn on the cache equals a first call with all that was said; in a batch, padded, with a new image."""
+    method = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions=positions, multi_turn="keep_dense")
+    model = prune(family_model("llava_next"), method)
+    dropped = prune(family_model("llava_next"), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions=positions))
+    firsts = [["user", 0, "what is shown ? assistant :"], ["is the dog red ?"]]
+    seconds = [["and", 1, "left ? assistant :"], ["and here", 2, "no ?"]]
+    tokens, lengths = two_turns(model, "llava_next", firsts, seconds)
+    together = family_inputs("llava_next", [first + second for first, second in zip(firsts, seconds, strict=True)])
+    assert torch.equal(new_tokens(dropped, together, max_new_tokens=5), tokens)
+    assert not torch.equal(two_turns(dropped, "llava_next", firsts, seconds)[0], tokens)
+    whole = DynamicCache()
+    turn(dropped, together, whole, max_new_tokens=6)
+    # Without what the padding between the turns adds to the first layers.
+    assert lengths[-1] == whole.get_seq_length(5)
+
+
+def test_keep_dense_through_generate_with_answers_between():
+    method = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), multi_turn="keep_dense")
+    model, cache = prune(family_model("llava_next"), method), DynamicCache()
+    first = family_inputs("llava_next", [["user", 1, "what is shown ? assistant :"]])
+    answer = turn(model, first, cache).sequences
+    second = torch.cat([answer, torch.tensor([tokenizer_ids("user : is the dog red ? assistant :")])], dim=1)
+    inputs = {"input_ids": second, "attention_mask": torch.ones_like(second)}
+    tokens = turn(model, inputs, cache, max_new_tokens=5).sequences
+    assert torch.equal(tokens, generate(model, {**first, **inputs}, max_new_tokens=5))
+
+
+def test_keep_dense_is_refused_where_positions_are_not_kept():
+    with pytest.raises(ValueError, match=r"Qwen2\.5-VL: multi_turn='keep_dense' is not offered"):
+        prune(family_model("qwen2_5_vl"), PyramidDrop(keep=(0.5,), multi_turn="keep_dense"))

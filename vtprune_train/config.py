@@ -137,6 +137,7 @@ class PruningConfig(Section):
     rank_with: Literal["next_layer", "this_layer"] = "next_layer"
     positions: Literal["renumber", "keep"] = "renumber"
     without_instruction: Literal["last_visual", "uniform"] = "last_visual"
+    multi_turn: Literal["drop", "keep_dense"] = "drop"
 
     @model_validator(mode="after")
     def _builds(self) -> PruningConfig:

@@ -18,12 +18,26 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
+@dataclass(frozen=True)
+class Told:
+    """A conversation so far, before any layer: ``embeds`` [B, W, C] in the first layer's columns, and ``image`` [B, W]
+    int64, which of its row's images each column belongs to (-1 for text)."""
+
+    embeds: Tensor
+    image: Tensor
+
+    def and_then(self, embeds: Tensor, image: Tensor) -> Told:
+        """With the next columns."""
+        return Told(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1))
+
+
 class StagedLayer(DynamicLayer):
     """One layer's keys and values [B, G, W, D]; the first ``padding[b]`` columns of row b are not tokens.
 
     ``padding`` [B] int64; ``is_padded`` is the host's word for whether any of it is positive. ``ahead`` [B] int64 is
     how far a row's next position lies ahead of its number of tokens, where an image advances positions by less (or
-    more) than its tokens; ``None`` where positions count tokens.
+    more) than its tokens; ``None`` where positions count tokens. ``told``, on the first layer only, is what
+    ``multi_turn: keep_dense`` runs again in a later turn.
     """
 
     def __init__(self) -> None:
@@ -31,6 +45,7 @@ class StagedLayer(DynamicLayer):
         self.padding: Tensor | None = None
         self.is_padded = False
         self.ahead: Tensor | None = None
+        self.told: Told | None = None
 
     def fill(self, keys: Tensor, values: Tensor, padding: Tensor, is_padded: bool) -> None:
         """Replace the content: keys and values [B, G, W, D], ``padding`` [B]."""
@@ -40,7 +55,7 @@ class StagedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.padding, self.is_padded, self.ahead = None, False, None
+        self.padding, self.is_padded, self.ahead, self.told = None, False, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -57,6 +72,13 @@ class StagedLayer(DynamicLayer):
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         self.padding = None if self.padding is None else function(self.padding)
         self.ahead = None if self.ahead is None else function(self.ahead)
+        if self.told is not None:
+            self.told = Told(function(self.told.embeds), function(self.told.image))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.told is not None and tokens_to_remove < 0:
+            self.told = Told(self.told.embeds[:, :tokens_to_remove], self.told.image[:, :tokens_to_remove])
 
     def next_positions(self) -> Tensor:
         """[B] int64, the position of each row's next token."""

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer, staged
+from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer, Told, staged
 from vtprune_train.models.decoder import Staging, run_layers
 from vtprune_train.models.families import Family
 from vtprune_train.pruning.base import PruningMethod
@@ -171,6 +171,10 @@ def forward_text(
     has_images = bool(call.image_lengths)
     if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
         hidden = decode(text_model, state.method, inputs_embeds, cache)
+        first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
+        if first.told is not None:
+            text = torch.full_like(first.told.image[:, :1], -1)
+            first.told = first.told.and_then(inputs_embeds, text)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
     rows = _real_rows(attention_mask, inputs_embeds)
     if call.prompt_width is not None:  # from here on: columns of this call
@@ -178,6 +182,11 @@ def forward_text(
         call.prompt_width = call.prompt_width if 0 < call.prompt_width < rows.shape[1] else None
     call.segments = _segments(call, rows, state)
     device = inputs_embeds.device
+    new_length = inputs_embeds.shape[1]
+    told = None
+    if cache is not None and state.method is not None and state.method.multi_turn == "keep_dense":
+        told = _tell(call, rows, inputs_embeds, cache)
+        inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
     plan = _plan(state.method, call.segments, len(text_model.layers))
     token_rows = torch.from_numpy(np.flatnonzero(rows.ravel())).to(device)
     staging = _staging(plan, state.method, len(call.segments), cache, inputs_embeds.shape[1], device)
@@ -197,7 +206,56 @@ def forward_text(
     for kept in output.kept:
         token_rows = token_rows.index_select(0, kept)
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
-    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+    if told is not None and cache is not None:
+        cache.layers[0].told = told  # type: ignore[attr-defined]
+    return BaseModelOutputWithPast(last_hidden_state=hidden[:, -new_length:], past_key_values=cache)
+
+
+def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Told:
+    """The conversation with this call's columns."""
+    first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
+    image = np.full(real.shape, -1, dtype=np.int64)
+    already = torch.zeros(len(real), 1, dtype=torch.int64)
+    if first.told is not None:
+        already = first.told.image.amax(dim=1, keepdim=True).cpu() + 1
+    for row, segment in enumerate(call.segments):
+        own = np.full(segment.length, -1, dtype=np.int64)
+        for number, span in enumerate(segment.spans):
+            own[span.start : span.end] = number + int(already[row])
+        image[row, real[row]] = own
+    new = torch.from_numpy(image).to(inputs_embeds.device)
+    return Told(inputs_embeds, new) if first.told is None else first.told.and_then(inputs_embeds, new)
+
+
+def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np.ndarray:
+    """Empty the cache and lay the whole conversation out as this call's segments; returns its real columns.
+
+    A later turn thereby equals a first call with everything said so far: every image is there in full, and is dropped
+    by this turn's question. What is kept between turns is the decoder's input, a fraction of a full cache.
+    """
+    first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
+    if not first.get_seq_length():
+        return real
+    assert first.padding is not None
+    width = first.get_seq_length()
+    old = np.arange(width)[None, :] >= first.padding.cpu().numpy()[:, None]
+    everything = np.concatenate([old, real], axis=1)
+    images = told.image.cpu().numpy()
+    segments = []
+    for row, segment in enumerate(call.segments):
+        before = int(old[row].sum())
+        own = images[row][everything[row]]
+        spans = [(np.flatnonzero(own == number)[0], int((own == number).sum())) for number in range(own.max() + 1)]
+        segments.append(
+            SegmentLayout(
+                length=before + segment.length,
+                spans=tuple(ImageSpan(int(start), length) for start, length in spans),
+                query_offsets=tuple(before + offset for offset in segment.query_offsets),
+            )
+        )
+    call.segments = segments
+    cache.reset()
+    return everything
 
 
 def prefill(

@@ -74,6 +74,11 @@ def prune(
         if family.three_part_positions is not None and method.positions == "renumber":
             log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", family.title)
             method = replace(method, positions="keep")  # type: ignore[type-var]
+        if family.three_part_positions is not None and method.multi_turn == "keep_dense":
+            raise ValueError(
+                f"{family.title}: multi_turn='keep_dense' is not offered, as its positions are not kept between turns; "
+                "use multi_turn='drop'"
+            )
     weight = inner.get_output_embeddings().weight
     state = State(
         family=family,

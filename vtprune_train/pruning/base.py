@@ -18,6 +18,7 @@ from vtprune_train.stream import Boundary, Drop, SegmentLayout, StreamPlan, plan
 
 RankWith = Literal["next_layer", "this_layer"]
 Positions = Literal["renumber", "keep"]
+MultiTurn = Literal["drop", "keep_dense"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PruningMethod(ABC):
     name: ClassVar[str]
     rank_with: RankWith
     positions: Positions
+    multi_turn: MultiTurn = "drop"
 
     @abstractmethod
     def drops(self, num_layers: int) -> tuple[Drop, ...]:

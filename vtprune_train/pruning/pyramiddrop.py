@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtprune_train.pruning.base import Positions, PruningMethod, Ranking, RankWith
+from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod, Ranking, RankWith
 from vtprune_train.pruning.schedule import check_schedule, quarters
 from vtprune_train.pruning.scoring import mean_query_attention
 from vtprune_train.stream import Boundary, Drop, SegmentLayout, StreamPlan, plan_stream
@@ -28,6 +28,8 @@ class PyramidDrop(PruningMethod):
         positions: ``renumber`` gives the survivors positions 0, 1, ... (published); ``keep`` leaves them as they were.
         without_instruction: what ranks where no text stands between image and answer, as in projector alignment:
             ``last_visual`` the image's last token (published), ``uniform`` an even grid.
+        multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what is left of them;
+            ``keep_dense``, all of them, ranked anew by that turn's question.
 
     Raises:
         ValueError: a setting is out of range; names the setting, its value and the way out.
@@ -38,6 +40,7 @@ class PyramidDrop(PruningMethod):
     rank_with: RankWith = "next_layer"
     positions: Positions = "renumber"
     without_instruction: Literal["last_visual", "uniform"] = "last_visual"
+    multi_turn: MultiTurn = "drop"
 
     name: ClassVar[str] = "pyramiddrop"
 
@@ -50,6 +53,7 @@ class PyramidDrop(PruningMethod):
             ("rank_with", ("next_layer", "this_layer")),
             ("positions", ("renumber", "keep")),
             ("without_instruction", ("last_visual", "uniform")),
+            ("multi_turn", ("drop", "keep_dense")),
         ):
             if getattr(self, setting) not in allowed:
                 raise ValueError(f"{setting}={getattr(self, setting)!r} is not one of {', '.join(allowed)}")
