@@ -121,7 +121,7 @@ def _auto_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={name}: no readable config.json there or on the hub ({_first_line(error)})") from error
+        raise ValueError(f"{key}={name}: no readable config.json there or on the hub ({first_line(error)})") from error
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaNextForConditionalGeneration:
@@ -213,9 +213,7 @@ def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTraine
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no readable tokenizer in {source} ({_first_line(error)}); set model.tokenizer"
-            ) from error
+            raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
     elif folder.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     else:
@@ -315,5 +313,5 @@ def saved_pruning(path: str) -> dict[str, Any] | None:
     return getattr(_auto_config(resolve_checkpoint(path), "train.init_from", offline=False), "pruning", None)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
