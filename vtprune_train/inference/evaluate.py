@@ -12,11 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture
-from vtprune_train.inference.ledger import Ledger
+from vtprune_train.inference.ledger import Ledger, open_ledger
 from vtprune_train.inference.options import add_method_options, add_model_option, load_model
 from vtprune_train.inference.questions import Question, normalized, read_questions
 from vtprune_train.inference.report import summary, table
@@ -59,22 +58,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compare and not is_pruned(loaded.model):
         raise ValueError("--compare dense: the model runs dense already; name a --method to compare with")
     settings = identity(arguments, loaded)
-    ledger = Ledger(Path(arguments.out) if arguments.out else default_folder(arguments, settings), settings)
-    try:
-        with FileLock(str(ledger.folder / ".lock"), timeout=0):
-            unreadable = _ask_all(loaded, questions, ledger, arguments)
-    except Timeout as error:
-        raise ValueError(f"--out {ledger.folder}: another process is writing to it") from error
-    left_out = [*malformed, *unreadable]
-    for sample, reason in left_out:
-        log.warning("left out %s: %s", sample, reason)
-    lines = [ledger.done[question.key] for question in questions if question.key in ledger.done]
-    if not lines:
-        raise ValueError(f"none of the {len(questions)} question(s) could be asked; the reasons stand above")
-    results = summary(lines, drop_layers(loaded), left_out)
-    ledger.write("results.json", {"settings": settings, **results})
+    folder = Path(arguments.out) if arguments.out else default_folder(arguments, settings)
+    with open_ledger(folder, settings) as ledger:
+        left_out = [*malformed, *_ask_all(loaded, questions, ledger, arguments)]
+        for sample, reason in left_out:
+            log.warning("left out %s: %s", sample, reason)
+        lines = [ledger.done[question.key] for question in questions if question.key in ledger.done]
+        if not lines:
+            raise ValueError(f"none of the {len(questions)} question(s) could be asked; the first: {left_out[0][1]}")
+        results = summary(lines, drop_layers(loaded), left_out)
+        ledger.write("results.json", {"settings": settings, **results})
     print(table(results))
-    log.info("results are in %s", ledger.folder)
+    log.info("results are in %s", folder)
     return 0
 
 

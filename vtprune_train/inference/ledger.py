@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
+
+
+@contextmanager
+def open_ledger(folder: Path, settings: dict[str, Any]) -> Iterator[Ledger]:
+    """The ledger in ``folder``, made where it is missing, for this process alone.
+
+    Raises:
+        ValueError: it cannot be made, another process has it open, or see :class:`Ledger`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder / ".lock"), timeout=0):
+            yield Ledger(folder, settings)
+    except Timeout as error:
+        raise ValueError(f"--out {folder}: another process is writing to it") from error
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be written to ({error})") from error
 
 
 class Ledger:
     """The folder of one evaluation: ``settings.json`` says of what, ``samples.jsonl`` holds what is done.
 
     Args:
-        folder: made where it is missing.
+        folder: is there.
         settings: plain data; the same on every start that continues this evaluation.
 
     Raises:
@@ -26,10 +46,6 @@ class Ledger:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
         self.path = folder / SAMPLES
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--out {folder}: cannot be made a folder ({error})") from error
         self._check(settings)
         self.done: dict[str, dict[str, Any]] = {line["key"]: line for line in self._read()}
 

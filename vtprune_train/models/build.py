@@ -180,17 +180,10 @@ def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None
         ValueError: the checkpoint lacks one of them or its shapes differ.
     """
     folder = Path(resolve_checkpoint(path))
-    files = sorted(folder.glob("*.safetensors"))
-    found: dict[str, torch.Tensor] = {}
-    for file in files:
-        with safe_open(str(file), framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (no mapping)
-                short = key.removeprefix("model.")
-                if short.startswith(PROJECTOR_KEYS):
-                    found[short] = tensors.get_tensor(key)
+    found = read_projector(folder)
     own = {key: value for key, value in model.model.state_dict().items() if key.startswith(PROJECTOR_KEYS)}
     if missing := sorted(set(own) - set(found)):
-        raise ValueError(f"model.projector={path}: no {missing[0]} in {len(files)} safetensors file(s) of {folder}")
+        raise ValueError(f"model.projector={path}: no {missing[0]} in the safetensors files of {folder}")
     for key, value in own.items():
         if value.shape != found[key].shape:
             raise ValueError(
@@ -198,6 +191,18 @@ def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None
                 f"{tuple(value.shape)}; it was trained for another language model or tower"
             )
         value.copy_(found[key])
+
+
+def read_projector(folder: Path) -> dict[str, torch.Tensor]:
+    """Projector and ``image_newline`` in a folder's safetensors files, by their names within the model."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                short = key.removeprefix("model.")
+                if short.startswith(PROJECTOR_KEYS):
+                    found[short] = tensors.get_tensor(key)
+    return found
 
 
 def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTrainedTokenizerBase:
