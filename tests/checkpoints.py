@@ -38,10 +38,10 @@ def save_folder(folder: Path, method: PyramidDrop | None = HALF, model: Any = No
     return folder
 
 
-def save_run(folder: Path, **data: Any) -> Path:
+def save_run(folder: Path, method: PyramidDrop = HALF, **data: Any) -> Path:
     """A run's folder with one checkpoint, trained by ``TEMPLATE``."""
     checkpoint = folder / "checkpoints" / "step_00000008"
-    save_folder(checkpoint / "hf")
+    save_folder(checkpoint / "hf", method)
     settings = {"template": TEMPLATE, "system": "", "image_position": "as_written", **data}
     (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": settings}))
     (folder / "checkpoints" / "latest").write_text(checkpoint.name)

@@ -180,10 +180,11 @@ def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None
         ValueError: the checkpoint lacks one of them or its shapes differ.
     """
     folder = Path(resolve_checkpoint(path))
-    found = read_projector(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    found = read_projector(files)
     own = {key: value for key, value in model.model.state_dict().items() if key.startswith(PROJECTOR_KEYS)}
     if missing := sorted(set(own) - set(found)):
-        raise ValueError(f"model.projector={path}: no {missing[0]} in the safetensors files of {folder}")
+        raise ValueError(f"model.projector={path}: no {missing[0]} in {len(files)} safetensors file(s) of {folder}")
     for key, value in own.items():
         if value.shape != found[key].shape:
             raise ValueError(
@@ -193,10 +194,10 @@ def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None
         value.copy_(found[key])
 
 
-def read_projector(folder: Path) -> dict[str, torch.Tensor]:
-    """Projector and ``image_newline`` in a folder's safetensors files, by their names within the model."""
+def read_projector(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """Projector and ``image_newline`` in a checkpoint's safetensors files, by their names within the model."""
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         with safe_open(str(file), framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (no mapping)
                 short = key.removeprefix("model.")
