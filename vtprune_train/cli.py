@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from vtprune_train.config import ConfigError, load_config
-from vtprune_train.inference import estimate, show
 
 log = logging.getLogger("vtprune_train")
+
+# The commands beside train: a module with add_arguments(parser) and run(arguments) -> exit code, and what it does.
+COMMANDS = {
+    "generate": ("vtprune_train.inference.generate", "answer a prompt about pictures"),
+    "eval": ("vtprune_train.inference.evaluate", "answers, visual tokens and times on a data file"),
+    "show": ("vtprune_train.inference.show", "draw which visual tokens of a picture survive each stage"),
+    "estimate": ("vtprune_train.inference.estimate", "tokens, FLOPs and cache, dropping beside dense"),
+    "export": ("vtprune_train.inference.export", "a checkpoint's model or projector in half precision"),
+}
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,20 +80,31 @@ def _start_logging() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``vtprune``."""
+    """``vtprune``: returns the exit code (2 for what a user can mend)."""
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="vtprune", description="Visual-token pruning for training and inference.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train in this process (train.py under a launcher uses several)")
     add_train_arguments(train)
-    train.set_defaults(run=run_train)
-    shown = commands.add_parser("show", help="draw which visual tokens of a picture survive each stage")
-    show.add_arguments(shown)
-    shown.set_defaults(run=show.run)
-    estimated = commands.add_parser("estimate", help="tokens, FLOPs and cache, dropping beside dense")
-    estimate.add_arguments(estimated)
-    estimated.set_defaults(run=estimate.run)
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in given[:1]:
+            chosen = importlib.import_module(module)
+            chosen.add_arguments(command)
+            command.set_defaults(run=chosen.run)
+    arguments = parser.parse_args(given)
+    if arguments.command == "train":
+        return run_train(arguments)
+    return _run_command(arguments)
+
+
+def _run_command(arguments: argparse.Namespace) -> int:
+    _start_logging()
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        log.debug("where it came from", exc_info=True)
+        return _refuse(f"vtprune {arguments.command}", error)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def load_any_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={name}: no readable config.json there or on the hub ({_first_line(error)})") from error
+        raise ValueError(f"{key}={name}: no readable config.json there or on the hub ({first_line(error)})") from error
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaNextForConditionalGeneration:
@@ -191,13 +191,7 @@ def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None
     """
     folder = Path(resolve_checkpoint(path))
     files = sorted(folder.glob("*.safetensors"))
-    found: dict[str, torch.Tensor] = {}
-    for file in files:
-        with safe_open(str(file), framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (no mapping)
-                short = key.removeprefix("model.")
-                if short.startswith(PROJECTOR_KEYS):
-                    found[short] = tensors.get_tensor(key)
+    found = read_projector(files)
     own = {key: value for key, value in model.model.state_dict().items() if key.startswith(PROJECTOR_KEYS)}
     if missing := sorted(set(own) - set(found)):
         raise ValueError(f"model.projector={path}: no {missing[0]} in {len(files)} safetensors file(s) of {folder}")
@@ -208,6 +202,18 @@ def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None
                 f"{tuple(value.shape)}; it was trained for another language model or tower"
             )
         value.copy_(found[key])
+
+
+def read_projector(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """Projector and ``image_newline`` in a checkpoint's safetensors files, by their names within the model."""
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(str(file), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                short = key.removeprefix("model.")
+                if short.startswith(PROJECTOR_KEYS):
+                    found[short] = tensors.get_tensor(key)
+    return found
 
 
 def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTrainedTokenizerBase:
@@ -223,9 +229,7 @@ def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTraine
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no readable tokenizer in {source} ({_first_line(error)}); set model.tokenizer"
-            ) from error
+            raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
     elif folder.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     else:
@@ -325,5 +329,5 @@ def saved_pruning(path: str) -> dict[str, Any] | None:
     return getattr(load_any_config(resolve_checkpoint(path), "train.init_from", offline=False), "pruning", None)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,60 @@
+"""Every ``vtprune`` line of the pages on inference and export does what it says."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from checkpoints import save_data, save_pictures, save_run
+
+from vtprune_train import PyramidDrop
+from vtprune_train.cli import main
+
+DOCS = Path(__file__).parent.parent / "docs"
+BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def commands(page):
+    blocks = BASH.findall((DOCS / page).read_text())
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("vtprune ")]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """What the pages name: two runs, pictures, data."""
+    for name in ("llava_next_pdrop", "llava_next_pretrain"):
+        save_run(tmp_path / "runs" / name, PyramidDrop(layers=(1, 2, 3)))
+    for path, name in zip(save_pictures(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
+        path.rename(tmp_path / name)
+    save_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["inference.md", "export.md"])
+def test_commands(page, folder, capsys):
+    lines = commands(page)
+    assert len(lines) >= 3
+    for line in lines:
+        capsys.readouterr()
+        assert main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+        out = capsys.readouterr().out
+        assert out.strip() or line.startswith("vtprune export"), line
+    if page == "inference.md":
+        assert len(list((folder / "runs" / "eval").iterdir())) == 3
+        files = {path.name for path in (folder / "runs" / "eval" / "hundred").iterdir()} - {".lock"}
+        named = re.findall(r"^\| `(\S+)` \|", (DOCS / page).read_text(), re.MULTILINE)
+        assert files == set(named) == {"samples.jsonl", "results.json", "settings.json"}
+        assert json.loads((folder / "runs" / "eval" / "hundred" / "results.json").read_text())["answers"] == 13
+    else:
+        made = {path.name for path in (folder / "exports").iterdir()}
+        assert made == {"llava_next_pdrop", "small_files", "projector"}
+
+
+def test_python(folder, capsys):
+    [block] = PYTHON.findall((DOCS / "inference.md").read_text())
+    exec(block, {})
+    assert len(capsys.readouterr().out.strip()) > 5

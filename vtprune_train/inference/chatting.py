@@ -1,0 +1,329 @@
+"""Models that answer: a checkpoint with its processor and chat template; prompts to batches, batches to answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaNextConfig,
+    PreTrainedConfig,
+    ProcessorMixin,
+)
+
+from vtprune_train.data.chat import Template, Turn, get_template
+from vtprune_train.data.images import UNREADABLE, image_size, load_image
+from vtprune_train.data.jinja import chat_template
+from vtprune_train.models import HFModule
+from vtprune_train.models.build import build_processor, first_line, resolve_checkpoint
+from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.stream import IMAGE
+
+log = logging.getLogger(__name__)
+
+Prompt = tuple[Sequence[Image.Image], str | Sequence[Turn]]
+"""Pictures, and a question or the turns up to one; ``<image>`` marks their places, or they stand first."""
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode with what turns conversations into its inputs.
+
+    Args:
+        model: pruned, unless it was asked for or saved without dropping.
+        processor: its own, padding on the left.
+        content: what the processor's chat template takes: ``text`` with image tokens in it, or ``parts``; ``None``
+            where there is no template.
+    """
+
+    model: HFModule
+    processor: Any
+    content: Literal["text", "parts"] | None
+
+
+def load(
+    path: str,
+    method: PruningMethod | Literal["saved"] | None = SAVED,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Loaded:
+    """A model of any supported family, ready to answer.
+
+    Args:
+        path: a run of this project, one of its checkpoints, a Hugging Face folder or a hub id.
+        method: as for :func:`vtprune_train.prune`; where nothing was saved the model runs dense, and a warning says so.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ValueError: no readable model or processor there, no such device, or a method that does not fit.
+    """
+    where = choose_device(device)
+    folder = resolve_checkpoint(path)
+    config = load_any_config(folder)
+    processor = load_processor(folder, config)
+    model = load_weights(folder, dtype).to(where).eval()
+    if method == SAVED and getattr(config, CONFIG_KEY, None) is None:
+        log.warning("%s holds no pruning settings: it runs dense; name a method to drop visual tokens", path)
+        method = None
+    if method is not None:
+        prune(model, method)
+    template = recorded_template(folder)
+    if template is not None:
+        stop_where_answers_end(model, processor.tokenizer, template)
+    return Loaded(model, processor, content_of(processor))
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` resolved.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name.startswith("cuda") and not has_cuda:
+        raise ValueError(f"device={name}: PyTorch sees no CUDA device here; use cpu or auto")
+    return torch.device(("cuda" if has_cuda else "cpu") if name == "auto" else name)
+
+
+def load_any_config(folder: str) -> PreTrainedConfig:
+    """``config.json`` of a model folder or hub id.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not Path(folder).exists() and (folder.startswith(("/", ".", "~")) or folder.count("/") > 1):
+        raise ValueError(f"model {folder}: there is no such folder")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {folder}: no readable config.json there or on the hub ({first_line(error)}); give a run, a "
+            "checkpoint, a Hugging Face folder or a hub id"
+        ) from error
+
+
+def load_weights(folder: str, dtype: str) -> HFModule:
+    """The model on the CPU, without changes.
+
+    Raises:
+        ValueError: there are no weights, or they are of no vision-language model.
+    """
+    try:
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {folder}: cannot be loaded ({first_line(error)})") from error
+
+
+def load_processor(folder: str, config: PreTrainedConfig) -> Any:
+    """The processor saved with a model, padding on the left; a checkpoint of this project brings its chat template.
+
+    Raises:
+        ValueError: there is none that loads.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(f"found a {type(processor).__name__} only")
+    except (OSError, ValueError, ImportError) as error:
+        if not isinstance(config, LlavaNextConfig):
+            raise ValueError(f"model {folder}: its processor cannot be loaded ({first_line(error)})") from error
+        log.warning("%s: no processor loads (%s); one is built from the model's config", folder, first_line(error))
+        processor = _built_processor(folder, config)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    template = recorded_template(folder)
+    if template is not None:
+        image_first = _data_settings(folder)["image_position"] == "first"
+        processor.chat_template = chat_template(template, image_first=image_first)
+    return processor
+
+
+def _built_processor(folder: str, config: LlavaNextConfig) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {folder}: no readable tokenizer there ({first_line(error)})") from error
+    if IMAGE not in tokenizer.get_vocab():
+        raise ValueError(f"model {folder}: its tokenizer has no {IMAGE} token; save the processor with the model")
+    return build_processor(config, tokenizer)
+
+
+def _data_settings(folder: str) -> dict[str, Any]:
+    """The ``data`` section that a checkpoint of this project was trained with; empty for other folders."""
+    record = Path(folder).parent / "config.yaml"
+    if Path(folder).name != "hf" or not record.is_file():
+        return {}
+    return yaml.safe_load(record.read_text())["data"]
+
+
+def recorded_template(folder: str) -> Template | None:
+    """The template a checkpoint of this project was trained with; ``None`` for other folders."""
+    settings = _data_settings(folder)
+    if not settings:
+        return None
+    template = get_template(settings["template"])
+    system = settings["system"]
+    return template if system is None else replace(template, default_system=system)
+
+
+def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template) -> None:
+    """Let generation stop at the token that ended every answer in training, which need not be the tokenizer's own."""
+    ending = template.answer.partition("{text}")[2].replace("{eos}", tokenizer.eos_token or "")
+    answer = tokenizer.encode("a" + ending, add_special_tokens=False)
+    tokens = answer[len(tokenizer.encode("a", add_special_tokens=False)) :]
+    if len(tokens) != 1:
+        log.warning("the template %s ends answers with %r, which is no single token", template.name, ending)
+        return
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if tokens[0] not in known:
+        model.generation_config.eos_token_id = [*known, tokens[0]]
+
+
+def content_of(processor: Any) -> Literal["text", "parts"] | None:
+    """What a processor's chat template takes.
+
+    Templates of vision-language processors take parts; those of language models, which only know text, take a message
+    with the image token in it; those of this project take both alike.
+    """
+    if processor.chat_template is None:
+        return None
+    token = _image_token(processor)
+    as_text = _try_template(processor, f"{token}\na question")
+    as_parts = _try_template(processor, [{"type": "image"}, {"type": "text", "text": "\na question"}])
+    text_works = as_text is not None and as_text.count(token) == 1
+    if as_parts is not None and as_parts.count(token) == 1 and not (text_works and as_text == as_parts):
+        return "parts"
+    if text_works:
+        return "text"
+    raise ValueError(f"the chat template of this {type(processor).__name__} writes no {token} for a picture")
+
+
+def _try_template(processor: Any, content: Any) -> str | None:
+    """The text of one user message; ``None`` if the template does not take this kind of content."""
+    try:
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    except (TemplateError, TypeError) as error:
+        log.debug("the chat template does not take %s: %s", type(content).__name__, error)
+        return None
+
+
+def _image_token(processor: Any) -> str:
+    return getattr(processor, "image_token", IMAGE)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture in RGB, EXIF rotation applied.
+
+    Raises:
+        ValueError: it is missing or no picture.
+    """
+    try:
+        return load_image(path, image_size(path))
+    except UNREADABLE as error:
+        raise ValueError(f"picture {path} cannot be read ({first_line(error)})") from error
+
+
+def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -> str:
+    """The text of a prompt, up to where the answer begins.
+
+    Args:
+        loaded: see :func:`load`.
+        pictures: how many.
+        question: see :data:`Prompt`.
+
+    Raises:
+        ValueError: it marks the places of another number of pictures, or the template refuses the turns.
+    """
+    turns = [Turn("user", question)] if isinstance(question, str) else list(question)
+    marked = sum(turn.text.count(IMAGE) for turn in turns)
+    if not marked and pictures:
+        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = Turn("user", IMAGE * pictures + "\n" + turns[first].text)
+    elif marked != pictures:
+        raise ValueError(f"{pictures} picture(s) but {marked} {IMAGE} in the prompt; leave {IMAGE} out or give as many")
+    token = _image_token(loaded.processor)
+    if loaded.content is None:
+        return "\n".join(turn.text for turn in turns).replace(IMAGE, token)
+    messages = [{"role": turn.role, "content": _content(turn.text, loaded.content, token)} for turn in turns]
+    try:
+        return loaded.processor.apply_chat_template(messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+
+
+def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:
+    if kind == "text":
+        return text.replace(IMAGE, token)
+    parts: list[dict[str, str]] = []
+    for index, part in enumerate(text.split(IMAGE)):
+        parts += [{"type": "image"}] if index else []
+        part = part.strip() if IMAGE in text else part  # the template sets line breaks around a picture itself
+        parts += [{"type": "text", "text": part}] if part else []
+    return parts
+
+
+def batch(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
+    """``generate``'s inputs for several prompts: ``input_ids`` [B, L] padded on the left, pixels of all pictures, on
+    the model's device.
+
+    Raises:
+        ValueError: see :func:`prompt_text`.
+    """
+    texts = [prompt_text(loaded, len(pictures), question) for pictures, question in prompts]
+    pictures = [picture for own, _ in prompts for picture in own]
+    bos = loaded.processor.tokenizer.bos_token
+    complete = bos is not None and texts[0].startswith(bos)
+    inputs = loaded.processor(
+        images=pictures or None, text=texts, padding=True, add_special_tokens=not complete, return_tensors="pt"
+    )
+    inputs.pop("token_type_ids", None)
+    return inputs.to(loaded.model.device, loaded.model.dtype)
+
+
+def decoded(loaded: Loaded, inputs: Any, sequences: torch.Tensor) -> list[str]:
+    """The answers in ``generate``'s ``sequences`` [B, L + new]."""
+    new = sequences[:, inputs["input_ids"].shape[1] :]
+    texts = loaded.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def answers(loaded: Loaded, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
+    """One batch of answers; greedy unless ``generation`` says otherwise.
+
+    Args:
+        loaded: see :func:`load`.
+        prompts: pictures and questions.
+        generation: passed to ``generate``, for example ``max_new_tokens``.
+
+    Raises:
+        ValueError: see :func:`prompt_text`.
+    """
+    inputs = batch(loaded, prompts)
+    with torch.inference_mode():
+        sequences = loaded.model.generate(**inputs, **{**GREEDY, **padding(loaded), **generation})
+    return decoded(loaded, inputs, sequences)
+
+
+def padding(loaded: Loaded) -> dict[str, Any]:
+    """What rows that are done go on with."""
+    return {"pad_token_id": loaded.processor.tokenizer.pad_token_id}

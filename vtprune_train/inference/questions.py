@@ -1,0 +1,84 @@
+"""What an evaluation asks: every assistant turn of a data file, with the true history before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vtprune_train.data.chat import Turn
+from vtprune_train.data.records import read_source, turns_of
+from vtprune_train.stream import IMAGE
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer to give.
+
+    Args:
+        key: ``row:turn:id``, unique within the file.
+        sample: the record's own id.
+        turns: the conversation up to the question, true answers in between.
+        images: the pictures in these turns, in order.
+        reference: the true answer.
+    """
+
+    key: str
+    sample: str
+    turns: tuple[Turn, ...]
+    images: tuple[Path, ...]
+    reference: str
+
+
+def read_questions(
+    data: Path, images: Path, limit: int | None = None, seed: int = 0
+) -> tuple[list[Question], list[tuple[str, str]]]:
+    """The questions of a file in the forms of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of malformed
+    records.
+
+    Args:
+        data: a .json or .jsonl file.
+        images: the folder that its pictures are relative to.
+        limit: records to take, drawn by ``seed``, in the file's order; all of them for ``None``.
+        seed: of the draw.
+
+    Raises:
+        ValueError: the file cannot be read, ``limit`` is below 1, or there is nothing to ask.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit={limit}: take at least 1 record, or leave it out for all")
+    rows = read_source(data)
+    chosen = np.arange(len(rows))
+    if limit is not None:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
+    questions: list[Question] = []
+    malformed: list[tuple[str, str]] = []
+    for number in chosen.tolist():
+        row = rows[number]
+        if row["error"]:
+            malformed.append((row["id"], row["error"]))
+        else:
+            questions += _questions_of(number, row["id"], turns_of(row), [images / name for name in row["images"]])
+    if not questions:
+        first = f"; the first is malformed: {malformed[0][1]}" if malformed else ""
+        raise ValueError(f"data file {data} holds no question to ask among {len(chosen)} record(s){first}")
+    if any(question.images for question in questions) and not images.is_dir():
+        raise ValueError(f"--images {images} is no folder; it holds the pictures that {data} names")
+    return questions, malformed
+
+
+def _questions_of(number: int, sample: str, turns: list[Turn], pictures: list[Path]) -> list[Question]:
+    questions = []
+    for place, turn in enumerate(turns):
+        if turn.role == "assistant":
+            before = tuple(turns[:place])
+            seen = sum(earlier.text.count(IMAGE) for earlier in before if earlier.role == "user")
+            key = f"{number}:{place}:{sample}"
+            questions.append(Question(key, sample, before, tuple(pictures[:seen]), turn.text))
+    return questions
+
+
+def normalized(answer: str) -> str:
+    """An answer as exact match compares it: without outer space, lower case, without one final full stop."""
+    return answer.strip().lower().removesuffix(".").rstrip()
