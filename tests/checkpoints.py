@@ -14,6 +14,7 @@ from helpers import tiny_model, tiny_processor
 from PIL import Image
 
 from vtprune_train import PyramidDrop, prune
+from vtprune_train.config import DataConfig
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 TEMPLATE = {"user": "user : {text}", "assistant": " assistant :", "answer": " {text}{eos}", "separator": "\n"}
@@ -42,8 +43,8 @@ def save_run(folder: Path, method: PyramidDrop = HALF, **data: Any) -> Path:
     """A run's folder with one checkpoint, trained by ``TEMPLATE``."""
     checkpoint = folder / "checkpoints" / "step_00000008"
     save_folder(checkpoint / "hf", method)
-    settings = {"template": TEMPLATE, "system": "", "image_position": "as_written", **data}
-    (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": settings}))
+    settings = DataConfig(**{"template": TEMPLATE, "system": "", **data})
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": settings.model_dump(mode="json")}))
     (folder / "checkpoints" / "latest").write_text(checkpoint.name)
     return folder
 
