@@ -1,5 +1,5 @@
 # make quickstart   the main job on an embedded default: a tiny model, two CPU ranks, a few minutes
-# make test         the tests
+# make test         the tests; those of other packages run after `make ecosystem` (TRL, PEFT, lmms-eval, ...)
 # Both create .venv when it is missing. PYTHON names another interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -7,9 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_ECOSYSTEM := $(VENV)/.ready-ecosystem
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart compare test lint format bench docs clean
+ECOSYSTEM_CONSTRAINTS := $(VENV)/.installed.txt
+
+.PHONY: quickstart compare test ecosystem lint format bench docs clean
 
 quickstart: $(READY)
 	$(BIN)/python scripts/quickstart.py
@@ -19,6 +22,8 @@ compare: $(READY)
 
 test: $(READY_DEV)
 	$(BIN)/python -m pytest
+
+ecosystem: $(READY_ECOSYSTEM)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
@@ -47,4 +52,10 @@ $(READY): requirements.txt pyproject.toml
 
 $(READY_DEV): $(READY) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(READY_ECOSYSTEM): $(READY_DEV) requirements-ecosystem.txt
+	$(BIN)/python -m pip freeze --exclude-editable > $(ECOSYSTEM_CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --constraint $(ECOSYSTEM_CONSTRAINTS) --requirement requirements-ecosystem.txt
+	$(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
 	touch $@

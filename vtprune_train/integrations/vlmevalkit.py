@@ -1,0 +1,61 @@
+"""A pruned model under VLMEvalKit, which has no plug-ins: name it before its ``run.py`` starts.
+
+::
+
+    from functools import partial
+    from vlmeval.config import supported_VLM
+    from vtprune_train.integrations.vlmevalkit import VTPrune
+
+    supported_VLM["vtprune"] = partial(VTPrune, model_path="runs/llava_next_pdrop")
+
+Source of the interface: ``vlmeval/vlm/base.py`` (``BaseModel.generate_inner``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmeval.vlm.base import BaseModel
+
+from vtprune_train.inference.chatting import answers, load, open_picture
+from vtprune_train.models.patch import SAVED
+from vtprune_train.stream import IMAGE
+
+
+class VTPrune(BaseModel):
+    """Answers messages of texts and picture paths.
+
+    Args:
+        model_path: a run, checkpoint, Hugging Face folder or hub id.
+        method: a pruning method, ``None`` for the dense model; left out, the settings saved with the model.
+        device, dtype: as for :func:`vtprune_train.inference.chatting.load`.
+        generation: passed to ``generate``.
+    """
+
+    INSTALL_REQ = False
+    INTERLEAVE = True
+
+    def __init__(
+        self, model_path: str, method: Any = SAVED, device: str = "auto", dtype: str = "auto", **generation: Any
+    ) -> None:
+        super().__init__()
+        self.loaded = load(model_path, method, device=device, dtype=dtype)
+        self.generation = {"max_new_tokens": 512, **generation}
+
+    def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+        """The answer to ``[{"type": "image", "value": PATH}, {"type": "text", "value": STR}, ...]``.
+
+        Raises:
+            ValueError: a part of another type, or a picture that cannot be read.
+        """
+        pictures, texts = [], []
+        for part in message:
+            if part["type"] == "image":
+                pictures.append(open_picture(Path(part["value"])))
+                texts.append(IMAGE + "\n")
+            elif part["type"] == "text":
+                texts.append(part["value"])
+            else:
+                raise ValueError(f"a message part of type {part['type']!r} is not taken; vtprune takes image and text")
+        return answers(self.loaded, [(pictures, "".join(texts))], **self.generation)[0]
