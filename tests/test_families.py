@@ -126,6 +126,10 @@ def test_unsupported_models_are_refused_by_name():
         prune(model, HALF)
     with pytest.raises(ValueError, match="no pruning settings"):
         prune(family_model("internvl"))
+    model = family_model("llava")
+    model.model.language_model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_type 'dynamic' depends on the longest sample"):
+        prune(model, HALF)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])

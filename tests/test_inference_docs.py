@@ -54,6 +54,15 @@ def test_commands(page, folder, capsys):
         assert made == {"llava_next_pdrop", "small_files", "projector"}
 
 
+def test_commands_of_the_readme(folder):
+    (folder / "configs").symlink_to(DOCS.parent / "configs")
+    lines = commands("../README.md")
+    assert len(lines) == 5
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert (folder / "show.png").is_file() and (folder / "show.html").is_file()
+
+
 def test_python(folder, capsys):
     [block] = PYTHON.findall((DOCS / "inference.md").read_text())
     exec(block, {})

@@ -62,13 +62,20 @@ class Family:
         Raises:
             ValueError: naming the family, the model type and what is supported.
         """
-        model_type = model.get_submodule(self.decoder).config.model_type
+        config = model.get_submodule(self.decoder).config
+        model_type, rope_type = config.model_type, (config.rope_parameters or {}).get("rope_type", "default")
         if model_type not in self.text_types:
             raise ValueError(
                 f"{self.title}: language model type {model_type!r} is not supported; supported: "
                 f"{', '.join(self.text_types)}"
             )
+        if rope_type in LENGTH_DEPENDENT_ROPE:
+            raise ValueError(
+                f"{self.title}: rope_type {rope_type!r} depends on the longest sample of a batch and is not supported; "
+                "use default, linear, llama3 or yarn"
+            )
 
 
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 VIDEO = "videos are not dropped yet; pass their frames as images"
