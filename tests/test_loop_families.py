@@ -299,7 +299,7 @@ class FamilyRuns(Runs):
         own = (
             "model.config=null",
             f"model.path={self.model}",
-            "model.train={projector: 1e-3, language_model: 1e-3, vision_tower: 1e-4}",
+            "model.train={projector: 5e-3, language_model: 5e-3, vision_tower: 1e-4}",
             f"data.template={template}",
             "data.max_length=400",
             "pruning.layers=[2, 4, 5]",
