@@ -36,8 +36,9 @@ from vtprune_train.data.chat import EncodedChat
 from vtprune_train.data.collate import lay_out
 from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
 from vtprune_train.models import HFModule, decoder
-from vtprune_train.models.anyres import NEWLINE, AnyRes
+from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.known import KNOWN_CONFIGS
+from vtprune_train.models.layouts.base import NEWLINE
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IGNORE, PackedBatch, SegmentLayout, plan_stream
 from vtprune_train.training.run import checkpoint_activations
@@ -134,7 +135,7 @@ def make_samples(geometry: Geometry, anyres: AnyRes, vocab: int, device: torch.d
         chat_labels = np.where(np.arange(text + 1) > question, tokens, IGNORE)
         chat = EncodedChat(tokens, chat_labels, (1,), (question + 1,))
         visual = anyres.visual_index(size)
-        segment, expanded, _ = lay_out(chat, [visual])
+        segment, expanded = lay_out(chat, [len(visual)])
         segments.append(segment)
         ids.append(expanded)
         label = np.full(len(expanded), IGNORE)

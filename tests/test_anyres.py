@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextImageProcessorPil, LlavaNextProcessor
 
 from vtprune_train.data.images import image_size, load_image
-from vtprune_train.models.anyres import NEWLINE, AnyRes
+from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.build import build_processor
+from vtprune_train.models.layouts.base import NEWLINE
 
 PHOTOS = Path(__file__).parent.parent.parent / "shared" / "data" / "photos"
 AWKWARD = [

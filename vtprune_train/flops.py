@@ -84,7 +84,7 @@ class DecoderGeometry:
 
 @dataclass(frozen=True)
 class TowerGeometry:
-    """Sizes of a vision transformer and of the projector behind it."""
+    """Sizes of a vision transformer that sees tiles, and of the projector behind it."""
 
     num_layers: int
     hidden: int
@@ -93,10 +93,11 @@ class TowerGeometry:
     patch_size: int
     projector_in: int
     projector_out: int
+    class_tokens: int = 1
 
     @classmethod
     def of(cls, config) -> TowerGeometry:
-        """Read a ``LlavaNextConfig`` or ``LlavaConfig``."""
+        """Read the config of a LLaVA: 1.5, NeXT, OneVision."""
         vision = config.vision_config
         layers = config.vision_feature_layer
         num_features = 1 if isinstance(layers, int) else len(layers)
@@ -108,11 +109,12 @@ class TowerGeometry:
             vision.patch_size,
             vision.hidden_size * num_features,
             config.text_config.hidden_size,
+            1 if vision.model_type == "clip_vision_model" else 0,
         )
 
     def tower(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the tower on ``tiles`` tiles (full attention, class token included)."""
-        n, c = self.patches + 1, self.hidden
+        n, c = self.patches + self.class_tokens, self.hidden
         layer = 2.0 * n * c * (4 * c + 2 * self.intermediate) + 4.0 * n * n * c
         return tiles * (self.num_layers * layer + 2.0 * self.patches * 3 * self.patch_size**2 * c)
 
@@ -122,22 +124,81 @@ class TowerGeometry:
 
 
 @dataclass(frozen=True)
+class WindowedTowerGeometry:
+    """Sizes of Qwen2.5-VL's vision transformer and of the merger behind it; its "tiles" are patches."""
+
+    num_layers: int
+    full_layers: int
+    hidden: int
+    intermediate: int
+    patch_values: int
+    window: int
+    merge: int
+    projector_out: int
+
+    @classmethod
+    def of(cls, config) -> WindowedTowerGeometry:
+        """Read a ``Qwen2_5_VLConfig``."""
+        vision = config.vision_config
+        return cls(
+            vision.depth,
+            len(vision.fullatt_block_indexes),
+            vision.hidden_size,
+            vision.intermediate_size,
+            vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            (vision.window_size // vision.patch_size) ** 2,
+            vision.spatial_merge_size**2,
+            vision.out_hidden_size,
+        )
+
+    def tower(self, tiles: Numbers) -> Numbers:
+        """Forward FLOPs of the tower on each picture of ``tiles`` patches.
+
+        A few layers attend over the whole picture, the others within windows, which are counted as full: those at the
+        picture's edge are smaller.
+        """
+        n, c = tiles, self.hidden
+        linear = 2.0 * n * c * (4 * c + 3 * self.intermediate)
+        windowed = 4.0 * n * np.minimum(n, self.window) * c
+        return (
+            self.num_layers * linear
+            + self.full_layers * 4.0 * n * n * c
+            + (self.num_layers - self.full_layers) * windowed
+            + 2.0 * n * self.patch_values * c
+        )
+
+    def projector(self, tiles: Numbers) -> Numbers:
+        """Forward FLOPs of the merger."""
+        inner = self.hidden * self.merge
+        return 2.0 * tiles / self.merge * inner * (inner + self.projector_out)
+
+
+@dataclass(frozen=True)
 class TrainingCost:
     """FLOPs of forward and backward: a part costs 3 forwards if it is trained, 2 if gradients only pass through it, 1
     if none reach it. Recomputation under activation checkpointing is not counted (as in MFU). ``tower`` is ``None`` for
     families whose tower is not counted: :meth:`text` only."""
 
     decoder: DecoderGeometry
-    tower: TowerGeometry | None
+    tower: TowerGeometry | WindowedTowerGeometry | None
     trains_decoder: bool
     trains_tower: bool
     trains_projector: bool = True
 
     def sample(
-        self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], tiles: np.ndarray, supervised: np.ndarray
+        self,
+        stage_lengths: np.ndarray,
+        layers_per_stage: Sequence[int],
+        tiles: np.ndarray,
+        supervised: np.ndarray,
+        sample_of_tiles: np.ndarray | None = None,
     ) -> np.ndarray:
-        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``tiles`` and ``supervised`` [samples]."""
-        return self.text(stage_lengths, layers_per_stage, supervised) + self.vision(tiles)
+        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples], ``tiles`` [pictures] of
+        the samples ``sample_of_tiles`` [pictures]; left out, each sample has one picture."""
+        vision = self.vision(tiles)
+        if sample_of_tiles is not None:
+            vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))
+        return self.text(stage_lengths, layers_per_stage, supervised) + vision
 
     def text(self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray) -> np.ndarray:
         """The decoder's and the head's part of :meth:`sample`."""
@@ -146,10 +207,10 @@ class TrainingCost:
         return decoder * (3 if self.trains_decoder else 2)
 
     def vision(self, tiles: np.ndarray) -> np.ndarray:
-        """The tower's and the projector's part of :meth:`sample`."""
+        """The tower's and the projector's part of :meth:`sample`, [pictures]."""
         assert self.tower is not None, "the tower is not counted for this family"
-        tower, projector = self.tower.tower(np.asarray(tiles)), self.tower.projector(np.asarray(tiles))
-        return tower * (3 if self.trains_tower else 1) + projector * (
+        count = np.asarray(tiles, dtype=np.float64)
+        return self.tower.tower(count) * (3 if self.trains_tower else 1) + self.tower.projector(count) * (
             3 if self.trains_tower else 2 if self.trains_projector else 1
         )
 

@@ -145,8 +145,9 @@ class PackedBatch:
     Args:
         input_ids: [T] int64; rows of visual tokens hold the image token's id.
         visual_rows: [V] int64, the rows that projected image features fill.
-        visual_index: [V] int64, which row of [projected features of all tiles; image_newline] fills each.
-        pixel_values: [P, 3, h, w] float32; one blank tile where no sample has an image.
+        visual_index: [V] int64, which feature fills each: a row of [projected features of all tiles; image_newline],
+            or of the features that the family itself makes of ``image_inputs``.
+        pixel_values: [P, ...] float32, the tiles (or patches) of all images; a blank one where no sample has an image.
         plan: the stages.
         targets: [R] int64, the supervised tokens, in the order of ``plan.predict_rows``.
         answer_of_target: [R] int64, which answer of the batch each belongs to.
@@ -154,6 +155,9 @@ class PackedBatch:
         sample_ids: the samples packed, in order (host only).
         unreadable: ``(sample id, reason)`` of samples left out because an image could not be read (host only).
         costs: numbers for the logs, known from lengths alone (host only).
+        image_inputs: what ``get_image_features`` of the family takes beside the pixels: tensors go to the device,
+            tuples of integers stay on the host; ``None`` where tiles are gathered.
+        positions: [parts, T] int64, positions that stay with their tokens; ``None`` where segments count tokens.
     """
 
     input_ids: Tensor
@@ -167,6 +171,8 @@ class PackedBatch:
     sample_ids: tuple[str, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
     costs: dict[str, float] = field(default_factory=dict)
+    image_inputs: dict[str, Any] | None = None
+    positions: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy every tensor to ``device`` (asynchronously from pinned memory)."""
@@ -178,7 +184,7 @@ class PackedBatch:
 
 
 def map_leaves(value: Any, kind: type, function: Any) -> Any:
-    """``value`` with ``function`` applied to everything of type ``kind`` in nested dataclasses and tuples."""
+    """``value`` with ``function`` applied to everything of type ``kind`` in nested dataclasses, tuples and dicts."""
     if isinstance(value, kind):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -186,6 +192,8 @@ def map_leaves(value: Any, kind: type, function: Any) -> Any:
         return dataclasses.replace(value, **changes)
     if isinstance(value, tuple):
         return tuple(map_leaves(item, kind, function) for item in value)
+    if isinstance(value, dict):
+        return {key: map_leaves(item, kind, function) for key, item in value.items()}
     return value
 
 

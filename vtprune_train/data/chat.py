@@ -155,6 +155,7 @@ class ChatEncoder:
         image_token_id: the id written at each image.
         image_position: ``as_written``, or ``first``: a message's image goes to its front, as LLaVA's own data code
             does for messages with one image.
+        placeholder: what the family writes around the image token, ``<image>`` in its place.
     """
 
     def __init__(
@@ -163,10 +164,12 @@ class ChatEncoder:
         template: Template,
         image_token_id: int,
         image_position: Literal["as_written", "first"] = "as_written",
+        placeholder: str = IMAGE,
     ):
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image_position = image_position
+        self.placeholder = placeholder
         if "{eos}" in template.answer and tokenizer.eos_token is None:
             raise ValueError(f"template {template.name} ends answers with {{eos}}, but the tokenizer has no eos_token")
         answer = template.answer.replace("{eos}", tokenizer.eos_token or "")
@@ -190,7 +193,7 @@ class ChatEncoder:
         for text, is_answer in self.template.pieces(turns):
             if is_answer:
                 answers.append(len(ids))
-            for part_index, part in enumerate(text.split(IMAGE)):
+            for part_index, part in enumerate(text.replace(IMAGE, self.placeholder).split(IMAGE)):
                 if part_index:
                     images.append(len(ids))
                     ids.append(self.image_token_id)
@@ -224,7 +227,8 @@ class ChatEncoder:
     def fingerprint(self) -> str:
         """What a change of would change the tokens; used to cache lengths."""
         backend = self.tokenizer.backend_tokenizer.to_str()
-        return f"{self.template}|{self.image_token_id}|{self.image_position}|{self.tokenizer.bos_token}|{backend}"
+        images = f"{self.image_token_id}|{self.placeholder}|{self.image_position}"
+        return f"{self.template}|{images}|{self.tokenizer.bos_token}|{backend}"
 
 
 def _image_first(turn: Turn) -> Turn:

@@ -21,7 +21,7 @@ from filelock import FileLock
 from vtprune_train.data.chat import ChatEncoder
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.records import FEATURES, read_source, turns_of
-from vtprune_train.models.anyres import AnyRes
+from vtprune_train.models.layouts import ImageLayout
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Source:
 class SampleIndex:
     """The usable samples, as arrays, and where to find their rows.
 
-    ``tokens`` [samples] before dropping, ``text``, ``supervised``, ``tiles`` [samples]; ``span_tokens`` and
+    ``tokens`` [samples] before dropping, ``text``, ``supervised`` [samples]; ``span_tokens``, ``span_tiles`` and
     ``span_sample`` [images]; ``source`` and ``row`` [samples] locate the record, ``ids`` [samples] are its own
     names; ``bad`` counts samples left out.
     """
@@ -65,8 +65,8 @@ class SampleIndex:
     row: np.ndarray
     text: np.ndarray
     supervised: np.ndarray
-    tiles: np.ndarray
     span_tokens: np.ndarray
+    span_tiles: np.ndarray
     span_sample: np.ndarray
     ids: np.ndarray
     bad: int = 0
@@ -80,6 +80,11 @@ class SampleIndex:
         """[samples] tokens of each sample before dropping."""
         visual = np.bincount(self.span_sample, weights=self.span_tokens, minlength=len(self))
         return self.text + visual.astype(np.int64)
+
+    @property
+    def tiles(self) -> np.ndarray:
+        """[samples] tiles (or patches) that the tower sees."""
+        return np.bincount(self.span_sample, weights=self.span_tiles, minlength=len(self)).astype(np.int64)
 
     def identity(self) -> str:
         """Number and hash of all sample ids, in order: equal for equal sets of samples."""
@@ -96,7 +101,7 @@ class SampleIndex:
 def build_index(
     sources: Sequence[Source],
     encoder: ChatEncoder,
-    anyres: AnyRes,
+    layout: ImageLayout,
     *,
     max_length: int,
     too_long: Literal["error", "skip"],
@@ -113,7 +118,7 @@ def build_index(
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(str(cache_dir / "index.lock")):
-        tables = [_index_source(source, encoder, anyres, workers, cache_dir) for source in sources]
+        tables = [_index_source(source, encoder, layout, workers, cache_dir) for source in sources]
     parts: list[dict[str, np.ndarray]] = []
     bad: list[str] = []
     long: list[str] = []
@@ -139,14 +144,15 @@ def build_index(
 def _arrays(table: Dataset, keep: np.ndarray, source: int) -> dict[str, np.ndarray]:
     chosen = table.select(keep)
     spans = [np.asarray(tokens, dtype=np.int64) for tokens in chosen["image_tokens"]]
+    tiles = [np.asarray(count, dtype=np.int64) for count in chosen["image_tiles"]]
     return {
         "source": np.full(len(keep), source),
         "row": keep,
         "ids": np.array(chosen["id"][:], dtype=object),
         "text": np.array(chosen["num_text"][:], dtype=np.int64),
         "supervised": np.array(chosen["num_supervised"][:], dtype=np.int64),
-        "tiles": np.array([sum(tiles) for tiles in chosen["image_tiles"]], dtype=np.int64),
         "span_tokens": np.concatenate([np.zeros(0, dtype=np.int64), *spans]),
+        "span_tiles": np.concatenate([np.zeros(0, dtype=np.int64), *tiles]),
         "span_sample": np.repeat(np.arange(len(keep)), [len(tokens) for tokens in spans]),
     }
 
@@ -182,13 +188,13 @@ def _take(source: Source, count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
-def _index_source(source: Source, encoder: ChatEncoder, anyres: AnyRes, workers: int, cache_dir: Path) -> Dataset:
+def _index_source(source: Source, encoder: ChatEncoder, layout: ImageLayout, workers: int, cache_dir: Path) -> Dataset:
     rows = read_source(source.path, str(cache_dir))
-    content = f"{INDEX_VERSION}|{rows._fingerprint}|{source.images.resolve()}|{anyres}|{encoder.fingerprint()}"
+    content = f"{INDEX_VERSION}|{rows._fingerprint}|{source.images.resolve()}|{layout}|{encoder.fingerprint()}"
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     workers = workers if len(rows) >= 1000 * workers else 1
     show = datasets.is_progress_bar_enabled()
-    arguments: dict[str, Any] = {"encoder": encoder, "anyres": anyres, "images": source.images}
+    arguments: dict[str, Any] = {"encoder": encoder, "layout": layout, "images": source.images}
 
     def measure(**options: Any) -> Dataset:
         return rows.map(
@@ -210,7 +216,7 @@ def _index_source(source: Source, encoder: ChatEncoder, anyres: AnyRes, workers:
     return table
 
 
-def _measure(row: dict[str, Any], encoder: ChatEncoder, anyres: AnyRes, images: Path) -> dict[str, Any]:
+def _measure(row: dict[str, Any], encoder: ChatEncoder, layout: ImageLayout, images: Path) -> dict[str, Any]:
     """Lengths of one row; what keeps it from being used goes to ``error``."""
     measured: dict[str, Any] = {
         "error": row["error"],
@@ -231,6 +237,7 @@ def _measure(row: dict[str, Any], encoder: ChatEncoder, anyres: AnyRes, images: 
             return {**measured, "error": f"{IMAGE_ERROR}{images / name}: {error}"}
     try:
         chat = encoder.encode(turns_of(row))
+        tokens, tiles = layout.tokens(sizes), layout.tiles(sizes)
     except ValueError as error:
         return {**measured, "error": str(error)}
     return {
@@ -239,6 +246,6 @@ def _measure(row: dict[str, Any], encoder: ChatEncoder, anyres: AnyRes, images: 
         "num_supervised": int((chat.labels >= 0).sum()),
         "image_heights": [height for height, _ in sizes],
         "image_widths": [width for _, width in sizes],
-        "image_tokens": [anyres.num_tokens(size) for size in sizes],
-        "image_tiles": [anyres.num_tiles(size) for size in sizes],
+        "image_tokens": tokens,
+        "image_tiles": tiles,
     }

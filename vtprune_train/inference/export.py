@@ -28,6 +28,7 @@ from vtprune_train.models.build import read_projector, resolve_checkpoint
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = re.compile(r"^[1-9]\d*(\.\d+)?[KMG]i?B$", re.IGNORECASE)
+PROJECTOR = ("multi_modal_projector.", "image_newline")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +140,7 @@ def projector_writer(source: str, dtype: torch.dtype, keep_names: bool) -> Calla
         raise ValueError(f"--part projector: {source} holds a {config.model_type}; training reads llava_next's only")
     if not Path(source).is_dir():
         raise ValueError(f"--part projector: {source} is no folder here; download the model first")
-    found = read_projector(sorted(Path(source).glob("*.safetensors")))
+    found = read_projector(sorted(Path(source).glob("*.safetensors")), PROJECTOR)
     if "image_newline" not in found or len(found) < 2:
         raise ValueError(f"--part projector: {source} holds no projector with image_newline in safetensors files")
     for name, tensor in found.items():

@@ -9,18 +9,18 @@ Source: ``LlavaNextModel.pack_image_features`` and ``LlavaNextProcessor`` of tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 
-NEWLINE = -1
+from vtprune_train.models.layouts.base import NEWLINE, GatheredTiles, Size, check_class_token_is_dropped
 
 
 @dataclass(frozen=True)
-class AnyRes:
+class AnyRes(GatheredTiles):
     """Tiling geometry: resolutions ``(height, width)`` to choose from, the tower's tile and patch size, in pixels."""
 
     pinpoints: tuple[tuple[int, int], ...]
@@ -28,17 +28,22 @@ class AnyRes:
     patch_size: int
 
     @classmethod
-    def of(cls, config) -> AnyRes:
+    def of(cls, config: Any) -> AnyRes:
         """Read a ``LlavaNextConfig``.
 
         Raises:
             ValueError: the config keeps the class token, or its pinpoints are no multiples of the tile size.
         """
-        if config.vision_feature_select_strategy != "default":
-            raise ValueError(
-                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} is not supported; "
-                "LLaVA-NeXT uses 'default' (the class token is dropped)"
-            )
+        check_class_token_is_dropped(config)
+        return cls.of_pinpoints(config)
+
+    @classmethod
+    def of_pinpoints(cls, config: Any) -> AnyRes:
+        """Read pinpoints, tile and patch size of any config that has them.
+
+        Raises:
+            ValueError: the pinpoints are no multiples of the tile size.
+        """
         tile = config.vision_config.image_size
         pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
         wrong = [list(point) for point in pinpoints if point[0] % tile or point[1] % tile]
@@ -46,32 +51,27 @@ class AnyRes:
             raise ValueError(f"image_grid_pinpoints {wrong} are no multiples of the tower's image_size {tile}")
         return cls(pinpoints, tile, config.vision_config.patch_size)
 
-    @property
-    def patches_per_side(self) -> int:
-        return self.tile_size // self.patch_size
-
-    @property
-    def patches_per_tile(self) -> int:
-        return self.patches_per_side**2
-
-    def grid(self, image_size: Sequence[int]) -> tuple[int, int]:
+    def grid(self, image_size: Size) -> tuple[int, int]:
         """Rows and columns of tiles for a picture of ``(height, width)`` pixels."""
         height, width = select_best_resolution(tuple(image_size), [list(point) for point in self.pinpoints])
         return height // self.tile_size, width // self.tile_size
 
-    def num_tiles(self, image_size: Sequence[int]) -> int:
+    def num_tiles(self, image_size: Size) -> int:
         """Tiles that the tower sees, the base tile included."""
         rows, columns = self.grid(image_size)
         return 1 + rows * columns
 
-    def num_tokens(self, image_size: Sequence[int]) -> int:
-        """Visual tokens of a picture of ``(height, width)`` pixels, newlines included."""
-        return len(self.visual_index(image_size))
-
-    def visual_index(self, image_size: Sequence[int]) -> np.ndarray:
-        """[V] int64: for each visual token, its row in the picture's ``num_tiles * patches_per_tile`` features, or
-        ``NEWLINE``."""
+    def visual_index(self, image_size: Size) -> np.ndarray:
         return _visual_index(self, int(image_size[0]), int(image_size[1]))
+
+    def feature_grid(self, image_size: Size) -> tuple[int, int]:
+        """Rows and columns of the grid's features without padding and newlines."""
+        rows, columns = (tiles * self.patches_per_side for tiles in self.grid(image_size))
+        top, left = _padding(*image_size, rows, columns)
+        return rows - 2 * top, columns - 2 * left
+
+    def examples(self) -> list[Size]:
+        return list(self.pinpoints)
 
 
 @lru_cache(maxsize=65536)

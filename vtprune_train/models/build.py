@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlavaConfig,
     LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -30,13 +30,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.config import ModelConfig
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import Family, Loop, trained_family
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.stream import IMAGE
 
 log = logging.getLogger(__name__)
 
 Texts = Callable[[], Iterable[str]]
-PROJECTOR_KEYS = ("multi_modal_projector.", "image_newline")
 EMBEDDING_MULTIPLE = 64
 
 
@@ -59,7 +59,7 @@ def resolve_checkpoint(path: str) -> str:
     return path
 
 
-def load_model_config(config: ModelConfig, *, offline: bool = False) -> LlavaNextConfig:
+def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
     """The model's config, without weights.
 
     Args:
@@ -67,39 +67,56 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> LlavaNex
         offline: for well-known hub ids use the recorded sizes instead of asking the hub (dry runs).
 
     Raises:
-        ValueError: there is no such checkpoint, or it is no LLaVA-NeXT.
+        ValueError: there is no such checkpoint, or none of a family that the loop trains.
     """
     if config.path is not None:
         loaded = load_any_config(resolve_checkpoint(config.path), "model.path", offline)
-        if not isinstance(loaded, LlavaNextConfig):
-            raise ValueError(f"model.path={config.path} holds a {loaded.model_type}, not a llava_next checkpoint")
+        trained_family(loaded.model_type, f"model.path={config.path}")
         return loaded
     if config.config is not None:
-        _check_keys(config.config)
-        return LlavaNextConfig(**config.config)
+        return _config_of_sizes(config.config)
     assert config.language_model is not None and config.vision_tower is not None
     text = load_any_config(config.language_model, "model.language_model", offline)
     vision = load_any_config(config.vision_tower, "model.vision_tower", offline)
     vision = getattr(vision, "vision_config", vision)
     if not isinstance(vision, CLIPVisionConfig):
         raise ValueError(f"model.vision_tower={config.vision_tower} is a {vision.model_type}; use a CLIP vision tower")
-    return LlavaNextConfig(
-        text_config=text,
-        vision_config=vision,
-        image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints],
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
+    shared = {
+        "text_config": text,
+        "vision_config": vision,
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
+    if config.image_grid_pinpoints is None:
+        return LlavaConfig(**shared)
+    return LlavaNextConfig(image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints], **shared)
 
 
-def _check_keys(sizes: dict[str, Any]) -> None:
+def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
+    """The family of a config that :func:`load_model_config` returned, and how it is trained."""
+    return trained_family(config.model_type, "this config")
+
+
+def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
+    """A config from the YAML's sizes; ``model_type`` names the family, LLaVA-NeXT where it is left out."""
+    model_type = sizes.get("model_type", LlavaNextConfig.model_type)
+    _, loop = trained_family(model_type, "model.config")
+    if loop.needs_checkpoint:
+        raise ValueError(
+            f"model.config.model_type={model_type!r}: this family is trained from a checkpoint only; set model.path"
+        )
+    _check_keys(sizes, CONFIG_MAPPING[model_type]())
+    return CONFIG_MAPPING[model_type](**{key: value for key, value in sizes.items() if key != "model_type"})
+
+
+def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
     """Refuse keys that transformers would silently store: a typo would leave a size at its default.
 
     Raises:
         ValueError: an unknown key or model type, with the nearest known key.
     """
     known_types = {"text_config": "llama", "vision_config": "clip_vision_model"}
-    sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, LlavaNextConfig())]
+    sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, default)]
     for section, default_type in known_types.items():
         values = sizes.get(section) or {}
         model_type = values.get("model_type", default_type)
@@ -134,34 +151,36 @@ def load_any_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
         raise ValueError(f"{key}={name}: no readable config.json there or on the hub ({first_line(error)})") from error
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaNextForConditionalGeneration:
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
     """The model in ``config.dtype``, with the image token of ``tokenizer``; unmodified transformers classes.
 
     Raises:
         ValueError: a part is missing or does not fit.
     """
     dtype = getattr(torch, config.dtype)
+    model_config = load_model_config(config)
+    family, loop = family_of_config(model_config)
+    image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
+    model_class = getattr(transformers, family.model_class)
     if config.path is not None:
-        path = resolve_checkpoint(config.path)
-        model = LlavaNextForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        model = model_class.from_pretrained(resolve_checkpoint(config.path), dtype=dtype)
     else:
-        model_config = load_model_config(config)
-        model_config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        model_config.image_token_id = image_token_id
         if config.config is not None:
             _fit_special_tokens(model_config, tokenizer)
-        model = LlavaNextForConditionalGeneration(model_config).to(dtype)
+        model = model_class(model_config).to(dtype)
         if config.language_model is not None:
             _load_parts(model, config)
     if config.projector is not None:
-        _load_projector(model, config.projector)
+        _load_projector(model, loop, config.projector)
     vocab = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
-    model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    model.config.image_token_id = image_token_id
     return model
 
 
-def _fit_special_tokens(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     text = config.text_config
     if len(tokenizer) > text.vocab_size:
         raise ValueError(
@@ -171,7 +190,7 @@ def _fit_special_tokens(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerB
     text.pad_token_id = tokenizer.pad_token_id
 
 
-def _load_parts(model: LlavaNextForConditionalGeneration, config: ModelConfig) -> None:
+def _load_parts(model: HFModule, config: ModelConfig) -> None:
     assert config.language_model is not None and config.vision_tower is not None
     dtype = getattr(torch, config.dtype)
     language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
@@ -183,16 +202,17 @@ def _load_parts(model: LlavaNextForConditionalGeneration, config: ModelConfig) -
     model.model.vision_tower.load_state_dict(tower.state_dict())
 
 
-def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None:
-    """Projector and ``image_newline`` of a stage-1 checkpoint; nothing else of it is read.
+def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
+    """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read.
 
     Raises:
         ValueError: the checkpoint lacks one of them or its shapes differ.
     """
     folder = Path(resolve_checkpoint(path))
+    keys = tuple(name.removeprefix("model.") for name in loop.projector)
     files = sorted(folder.glob("*.safetensors"))
-    found = read_projector(files)
-    own = {key: value for key, value in model.model.state_dict().items() if key.startswith(PROJECTOR_KEYS)}
+    found = read_projector(files, keys)
+    own = {key: value for key, value in model.model.state_dict().items() if key.startswith(keys)}
     if missing := sorted(set(own) - set(found)):
         raise ValueError(f"model.projector={path}: no {missing[0]} in {len(files)} safetensors file(s) of {folder}")
     for key, value in own.items():
@@ -204,25 +224,28 @@ def _load_projector(model: LlavaNextForConditionalGeneration, path: str) -> None
         value.copy_(found[key])
 
 
-def read_projector(files: Iterable[Path]) -> dict[str, torch.Tensor]:
-    """Projector and ``image_newline`` in a checkpoint's safetensors files, by their names within the model."""
+def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The projector (names that begin with one of ``keys``) in a checkpoint's files, by its names in the base."""
     found: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(str(file), framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (no mapping)
                 short = key.removeprefix("model.")
-                if short.startswith(PROJECTOR_KEYS):
+                if short.startswith(keys):
                     found[short] = tensors.get_tensor(key)
     return found
 
 
 def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, with ``<image>`` as one token.
+    """The tokenizer, with the family's image token as one token (``<image>`` is added where it is missing).
 
     Args:
         config: the YAML's ``model`` section.
         texts: what to train a tokenizer on, if the model is made from a config and none is named.
         folder: where a tokenizer trained here is kept, and read from when it is there.
+
+    Raises:
+        ValueError: there is no tokenizer, or not one of this family.
     """
     source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
     if source is not None:
@@ -235,11 +258,21 @@ def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTraine
     else:
         assert config.config is not None
         tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
-    if IMAGE not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    _ensure_image_token(tokenizer, family_of_config(load_model_config(config))[1], str(source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, loop: Loop, source: str) -> None:
+    if loop.image_token in tokenizer.get_vocab():
+        return
+    if loop.image_token != IMAGE:
+        raise ValueError(
+            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {loop.model_type}; "
+            "set model.tokenizer to this checkpoint's own"
+        )
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -264,28 +297,42 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def build_processor(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaNextProcessor:
-    """transformers' own processor for this model; its PIL image processor makes the tiles, in training too."""
-    tile = config.vision_config.image_size
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": tile},
-        crop_size={"height": tile, "width": tile},
-        image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints],
-    )
-    return LlavaNextProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-        chat_template=getattr(tokenizer, "chat_template", None),
-    )
+def build_processor(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> Any:
+    """The processor that is saved with the model; its ``image_processor`` makes the tower's input, in training too.
+
+    Args:
+        config: the model's.
+        tokenizer: the model's.
+        path: the checkpoint that the model came from, whose image processor is kept.
+    """
+    _, loop = family_of_config(config)
+    return loop.processor(config, tokenizer, build_image_processor(config, path))
+
+
+def build_image_processor(config: PreTrainedConfig, path: str | None) -> Any:
+    """The image processor of the checkpoint at ``path``, or the family's usual one for this config."""
+    fresh = family_of_config(config)[1].image_processor(config)
+    saved = _saved_image_processor(path) if path is not None else None
+    if not isinstance(saved, type(fresh)):
+        return fresh
+    if hasattr(fresh, "image_grid_pinpoints"):
+        saved.image_grid_pinpoints = fresh.image_grid_pinpoints  # those that the model counts by
+    return saved
+
+
+def _saved_image_processor(path: str) -> Any:
+    """The image processor of a checkpoint, without torchvision; ``None`` if it brings none."""
+    try:
+        return AutoImageProcessor.from_pretrained(resolve_checkpoint(path), backend="pil")
+    except (OSError, ValueError) as error:
+        log.info("%s brings no image processor (%s); the family's usual one is taken", path, first_line(error))
+        return None
 
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
     features are taken, which no gradient reaches."""
+    _, loop = family_of_config(model.config)
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {
         "projector": [],
         "language_model": [],
@@ -293,21 +340,24 @@ def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
         "unused": [],
     }
     for name, parameter in model.named_parameters():
-        if name.startswith("model.vision_tower."):
-            part = "unused" if _behind_features(model.config, name) else "vision_tower"
-        elif name.removeprefix("model.").startswith(PROJECTOR_KEYS):
+        if name.startswith(loop.projector):
             part = "projector"
+        elif name.startswith(loop.vision):
+            part = "unused" if _behind_features(model.config, name) else "vision_tower"
         else:
             part = "language_model"
         parts[part].append((name, parameter))
     return parts
 
 
-def _behind_features(config: LlavaNextConfig, name: str) -> bool:
+def _behind_features(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a tower's parameter lies behind the layer whose features are taken (or in a pooling head)."""
+    chosen = getattr(config, "vision_feature_layer", None)
+    if chosen is None:
+        return False
     num_layers = config.vision_config.num_hidden_layers
-    chosen = config.vision_feature_layer
     last = max(index % (num_layers + 1) for index in ([chosen] if isinstance(chosen, int) else chosen))
-    if "post_layernorm" in name:
+    if "post_layernorm" in name or ".head." in name:
         return True
     _, found, rest = name.partition("encoder.layers.")
     return bool(found) and int(rest.partition(".")[0]) >= last

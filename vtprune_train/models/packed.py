@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.decoder import run_layers
+from vtprune_train.models.decoder import Staging, run_layers
 from vtprune_train.models.padded import State
 from vtprune_train.stream import PackedBatch, StreamPlan
 
@@ -38,18 +38,29 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Forward of the base: [R, C] normed hidden states of the supervised rows, and the rows kept."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
-    features = _image_features(self, batch.pixel_values.to(text_TC.dtype))
-    table = torch.cat([features, self.image_newline.to(features.dtype).unsqueeze(0)])
+    table = _feature_table(self, batch, text_TC.dtype)
     if len(batch.visual_rows):
         visual_VC = table.index_select(0, batch.visual_index)
         embeds_TC = text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype))
     else:
         # A rank without an image still takes part in the gradients of tower, projector and newline.
         embeds_TC = text_TC + (0.0 * table).sum().to(text_TC.dtype)
-    return self.language_model(embeds_TC, batch.plan)
+    return self.language_model(embeds_TC, batch.plan, batch.positions)
 
 
-def _image_features(self: HFModule, pixel_values: Tensor) -> Tensor:
+def _feature_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
+    """[features, C], the rows that ``batch.visual_index`` counts."""
+    pixels = batch.pixel_values.to(dtype)
+    if batch.image_inputs is None:
+        features = _tile_features(self, pixels)
+        newline = getattr(self, "image_newline", None)
+        return features if newline is None else torch.cat([features, newline.to(features.dtype).unsqueeze(0)])
+    # Sizes stay on the host, where the family's code reads them without waiting for the device.
+    inputs = {key: torch.tensor(v) if isinstance(v, tuple) else v for key, v in batch.image_inputs.items()}
+    return torch.cat(list(self.get_image_features(pixels, **inputs, return_dict=True).pooler_output))
+
+
+def _tile_features(self: HFModule, pixel_values: Tensor) -> Tensor:
     """[P * patches, C]: all tiles through tower and projector at once, class tokens dropped."""
     trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
@@ -60,8 +71,12 @@ def _image_features(self: HFModule, pixel_values: Tensor) -> Tensor:
 
 
 def forward_text(
-    self: HFModule, state: State, embeds_TC: Tensor, plan: StreamPlan
+    self: HFModule, state: State, embeds_TC: Tensor, plan: StreamPlan, positions: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Forward of the decoder: [R, C] normed hidden states of ``plan.predict_rows``, and the rows kept."""
-    output = run_layers(self, embeds_TC, plan, state.method)
+    """Forward of the decoder: [R, C] normed hidden states of ``plan.predict_rows``, and the rows kept.
+
+    ``positions`` [parts, T] stay with their tokens; without them each segment counts from 0.
+    """
+    staging = None if positions is None else Staging((positions,))
+    output = run_layers(self, embeds_TC, plan, state.method, staging)
     return self.norm(output.last_hidden_state.index_select(0, plan.predict_rows)), output.kept

@@ -307,7 +307,7 @@ def _listen_to_image_features(
 
 
 def _forward_decoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
-    if len(args) == 2 and isinstance(args[1], StreamPlan):
+    if len(args) > 1 and isinstance(args[1], StreamPlan):
         return packed.forward_text(self, state, *args)
     if args:
         inputs["input_ids"] = args[0]

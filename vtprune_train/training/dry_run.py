@@ -8,23 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+import transformers
 
 from vtprune_train.config import Config, ConfigError
-from vtprune_train.flops import (
-    TYPICAL_TEXT,
-    DecoderGeometry,
-    TowerGeometry,
-    TrainingCost,
-    layers_per_stage,
-    stage_lengths,
+from vtprune_train.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
+from vtprune_train.models import HFModule
+from vtprune_train.models.build import (
+    build_image_processor,
+    family_of_config,
+    load_model_config,
+    parts_of,
+    set_trainable,
 )
-from vtprune_train.models.anyres import AnyRes
-from vtprune_train.models.build import load_model_config, parts_of, set_trainable
-from vtprune_train.models.families import family_of
+from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.stream import Drop
 from vtprune_train.training.engine import engine_config, zero_stage
-from vtprune_train.training.run import with_saved_settings
+from vtprune_train.training.run import training_cost, with_saved_settings
 
 log = logging.getLogger(__name__)
 
@@ -40,34 +39,31 @@ def describe(config: Config) -> str:
     config = with_saved_settings(config)
     settings = engine_config(config)
     model_config = load_model_config(config.model, offline=True)
+    family, loop = family_of_config(model_config)
     with torch.device("meta"):
-        model = LlavaNextForConditionalGeneration(model_config)
+        model = getattr(transformers, family.model_class)(model_config)
+    family.check(model)
     set_trainable(model, config.model.train)
+    local = config.model.path if config.model.path and Path(config.model.path).is_dir() else None
+    layout = loop.layout(model_config, build_image_processor(model_config, local))
     method = config.pruning.build()
-    family_of(model)
     num_layers = model_config.text_config.num_hidden_layers
     try:
         drops = method.drops(num_layers) if method else ()
     except ValueError as error:
         raise ConfigError(f"pruning.{error}") from error
-    cost = TrainingCost(
-        DecoderGeometry.of(model_config.text_config),
-        TowerGeometry.of(model_config),
-        trains_decoder="language_model" in config.model.train,
-        trains_tower="vision_tower" in config.model.train,
-        trains_projector="projector" in config.model.train,
-    )
+    cost = training_cost(config, model_config)
     lines = [
         f"run           {config.run_dir}",
         f"pruning       {'none' if method is None else method.settings()}",
         f"decoder       {num_layers} layers of width {cost.decoder.hidden}, "
         f"stages of {layers_per_stage(drops, num_layers)} layers",
         "",
-        *_samples(model_config, drops, cost),
+        *_samples(layout, drops, cost),
         "",
         *_parameters(config, model, zero_stage(settings)),
         "",
-        *_worst_micro_batch(config, model_config, drops, cost),
+        *_worst_micro_batch(config, layout, drops, cost),
     ]
     missing = [s.path for s in config.sources("train") if not Path(s.path).is_file()]
     if missing:
@@ -75,20 +71,20 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _samples(config: LlavaNextConfig, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:
-    """A table of pictures of the configured resolutions."""
-    anyres = AnyRes.of(config)
+def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:
+    """A table of pictures of the family's resolutions."""
     header = (
         f"{'picture':>12}{'tiles':>7}{'text':>6}  {'tokens in each stage':<30}{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
     )
     lines = [header, f"{'':55}{'/ dense':>7}{'speed-up':>9}{'':>8}"]
-    for height, width in anyres.pinpoints:
-        visual = np.array([anyres.num_tokens((height, width))])
+    for height, width in layout.examples():
+        visual = np.array(layout.tokens([(height, width)]))
+        tiles = layout.tiles([(height, width)])[0]
         lengths = stage_lengths(np.array([TYPICAL_TEXT]), visual, np.array([0]), drops)
-        ratio, decoder, whole = _against_dense(lengths, drops, cost, anyres.num_tiles((height, width)))
+        ratio, decoder, whole = _against_dense(lengths, drops, cost, tiles)
         stages = " / ".join(str(n) for n in lengths[0])
         lines.append(
-            f"{f'{height} x {width}':>12}{anyres.num_tiles((height, width)):>7}{TYPICAL_TEXT:>6}  {stages:<30}"
+            f"{f'{height} x {width}':>12}{tiles:>7}{TYPICAL_TEXT:>6}  {stages:<30}"
             f"{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
         )
     lines.append("FLOPs / dense: forward and backward of everything; speed-ups are FLOP ratios, not measurements")
@@ -109,7 +105,7 @@ def _against_dense(
     return whole / dense, decoder_dense / decoder, dense / whole
 
 
-def _parameters(config: Config, model: LlavaNextForConditionalGeneration, stage: int) -> list[str]:
+def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
     lines, total, trained = [], 0, 0
     for part, parameters in parts_of(model).items():
         count = sum(p.numel() for _, p in parameters)
@@ -131,24 +127,21 @@ def _parameters(config: Config, model: LlavaNextForConditionalGeneration, stage:
     return lines
 
 
-def _worst_micro_batch(
-    config: Config, model_config: LlavaNextConfig, drops: Sequence[Drop], cost: TrainingCost
-) -> list[str]:
+def _worst_micro_batch(config: Config, layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:
     """The largest micro-batch that the limits allow: samples of ``max_length`` up to ``max_tokens``."""
-    anyres = AnyRes.of(model_config)
-    largest = max(anyres.pinpoints, key=anyres.num_tokens)
-    visual = min(anyres.num_tokens(largest), config.data.max_length)
+    largest = max(layout.examples(), key=lambda size: layout.tokens([size]))
+    visual = min(layout.tokens([largest])[0], config.data.max_length)
+    tiles = layout.tiles([largest])[0]
     count = max(1, config.data.max_tokens // config.data.max_length)
     text = config.data.max_length - visual
     lengths = stage_lengths(np.full(count, text), np.full(count, visual), np.arange(count), drops)
-    tiles = count * anyres.num_tiles(largest)
     layers = layers_per_stage(drops, cost.decoder.num_layers)
-    flops = cost.sample(lengths, layers, np.full(count, anyres.num_tiles(largest)), np.full(count, text)).sum()
+    flops = cost.sample(lengths, layers, np.full(count, tiles), np.full(count, text)).sum()
     stored = lengths.sum(axis=0) @ np.array(layers) if config.train.activation_checkpointing else None
     element = BYTES[config.model.dtype]
     lines = [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "
-        f"({visual} visual, {text} text), {tiles} tiles",
+        f"({visual} visual, {text} text), {count * tiles} tiles",
         f"  tokens in each stage {' / '.join(str(n) for n in lengths.sum(axis=0))}, "
         f"{flops / 1e12:.3g} TFLOP forward and backward",
     ]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.config import Config, PruningConfig, dump_config, without_effect
@@ -21,16 +21,18 @@ from vtprune_train.data.collate import Collator
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import read_source, turns_of
-from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, layers_per_stage, stage_lengths
-from vtprune_train.models.anyres import AnyRes
+from vtprune_train.flops import DecoderGeometry, TrainingCost, layers_per_stage, stage_lengths
+from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
     build_model,
     build_processor,
+    family_of_config,
     load_tokenizer,
     resolve_checkpoint,
     saved_pruning,
     set_trainable,
 )
+from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.training import distributed as ranks
@@ -68,7 +70,7 @@ def prepare(config: Config) -> Trainer:
     torch.manual_seed(config.run.seed)
     parts = build_parts(config)
     method = config.pruning.build()
-    cost = training_cost(config, parts.model)
+    cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
     _prepare(config, parts.model, device)
     prune(parts.model, method, attention=config.model.attention)
@@ -97,11 +99,12 @@ def prepare(config: Config) -> Trainer:
 
 @dataclass
 class Parts:
-    """A model with its processor and the encoder of its conversations."""
+    """A model with its processor, the encoder of its conversations and the layout of its pictures."""
 
-    model: LlavaNextForConditionalGeneration
-    processor: LlavaNextProcessor
+    model: HFModule
+    processor: Any
     encoder: ChatEncoder
+    layout: ImageLayout
 
 
 def with_saved_settings(config: Config) -> Config:
@@ -147,8 +150,12 @@ def build_parts(config: Config) -> Parts:
         if config.model.config is not None and not folder.is_dir():
             tokenizer.save_pretrained(str(folder))
     model = build_model(config.model, tokenizer)
-    encoder = ChatEncoder(tokenizer, template, model.config.image_token_id, config.data.image_position)
-    return Parts(model, build_processor(model.config, tokenizer), encoder)
+    _, loop = family_of_config(model.config)
+    encoder = ChatEncoder(
+        tokenizer, template, model.config.image_token_id, config.data.image_position, loop.placeholder
+    )
+    processor = build_processor(model.config, tokenizer, config.model.path)
+    return Parts(model, processor, encoder, loop.layout(model.config, processor.image_processor))
 
 
 def training_texts(config: Config, template: Template) -> Iterator[str]:
@@ -168,11 +175,11 @@ def cache_dir(config: Config) -> Path:
     return Path(datasets_config.HF_DATASETS_CACHE) / "vtprune"
 
 
-def training_cost(config: Config, model: LlavaNextForConditionalGeneration) -> TrainingCost:
+def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCost:
     """How FLOPs are counted for this model and the parts that are trained."""
     return TrainingCost(
-        DecoderGeometry.of(model.config.text_config),
-        TowerGeometry.of(model.config),
+        DecoderGeometry.of(model_config.text_config),
+        family_of_config(model_config)[1].tower(model_config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
         trains_projector="projector" in config.model.train,
@@ -190,7 +197,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
     return build_index(
         [Source(Path(s.path), Path(s.images), s.take) for s in config.sources(which)],
         parts.encoder,
-        AnyRes.of(parts.model.config),
+        parts.layout,
         max_length=config.data.max_length,
         too_long=config.data.too_long,
         max_bad=config.data.max_bad,
@@ -207,7 +214,7 @@ def build_collator(
     return Collator(
         index=build_data_index(config, parts, which),
         encoder=parts.encoder,
-        anyres=AnyRes.of(parts.model.config),
+        layout=parts.layout,
         image_processor=parts.processor.image_processor,
         method=method,
         cost=cost,
@@ -222,7 +229,9 @@ def build_planner(config: Config, collate: Collator, world_size: int) -> Planner
     lengths = stage_lengths(index.text, index.span_tokens, index.span_sample, drops)
     return Planner(
         index.tokens,
-        cost.sample(lengths, layers_per_stage(drops, num_layers), index.tiles, index.supervised),
+        cost.sample(
+            lengths, layers_per_stage(drops, num_layers), index.span_tiles, index.supervised, index.span_sample
+        ),
         global_batch_size=config.train.global_batch_size,
         max_tokens=config.data.max_tokens,
         seed=config.run.seed,
@@ -237,7 +246,7 @@ def _make_run_dir(run_dir: Path) -> None:
         shutil.rmtree(run_dir / "tokenizer")
 
 
-def _prepare(config: Config, model: LlavaNextForConditionalGeneration, device: torch.device) -> None:
+def _prepare(config: Config, model: HFModule, device: torch.device) -> None:
     if config.model.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 

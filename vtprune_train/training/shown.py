@@ -15,6 +15,7 @@ from vtprune_train.data.images import UNREADABLE, load_image
 from vtprune_train.data.records import turns_of
 from vtprune_train.inference.draw import draw
 from vtprune_train.inference.show import look, stage_names
+from vtprune_train.models.anyres import AnyRes
 from vtprune_train.stream import IMAGE
 from vtprune_train.training import distributed as ranks
 
@@ -40,6 +41,9 @@ def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: tor
     Returns:
         for each sample [height, width, 3] uint8.
     """
+    if not isinstance(collate.layout, AnyRes):
+        ranks.log.warning("train.eval_show has no effect: only LLaVA-NeXT's pictures can be drawn")
+        return []
     drawn = []
     for question in ranks.from_rank_0(lambda: _questions(collate, pictures)):
         inputs = {key: value.to(device) for key, value in question.inputs.items()}
@@ -72,7 +76,8 @@ def _question(collate: Collator, sample: int) -> Question:
     loaded = collate.load(sample, sample)
     source = int(index.source[sample])
     row = index.rows[source][int(index.row[sample])]
-    segment, ids, _ = lay_out(loaded.chat, [collate.anyres.visual_index(size) for size in loaded.sizes])
+    sizes, pixels = loaded.pictures.sizes, loaded.pictures.pixels
+    segment, ids = lay_out(loaded.chat, collate.layout.tokens(sizes))
     end = segment.query_offsets[-1] + 1
     asked = [i for i, span in enumerate(segment.spans) if span.end <= end]
     if not asked:
@@ -83,9 +88,9 @@ def _question(collate: Collator, sample: int) -> Question:
     return Question(
         inputs={
             "input_ids": torch.from_numpy(ids[None, :end]),
-            "pixel_values": pad_sequence([loaded.pixel_values[i] for i in asked], batch_first=True),
-            "image_sizes": torch.tensor([loaded.sizes[i] for i in asked]),
+            "pixel_values": pad_sequence([pixels[i] for i in asked], batch_first=True),
+            "image_sizes": torch.tensor([sizes[i] for i in asked]),
         },
-        pictures=[load_image(folder / row["images"][i], loaded.sizes[i]) for i in asked],
+        pictures=[load_image(folder / row["images"][i], sizes[i]) for i in asked],
         text=turns[last - 1].text.replace(IMAGE, "").strip(),
     )

@@ -12,7 +12,7 @@ from vtprune_train.models.families import (
     qwen2_vl,
     qwen3_vl,
 )
-from vtprune_train.models.families.base import Family
+from vtprune_train.models.families.base import Family, Loop
 
 FAMILIES: tuple[Family, ...] = (
     llava_next.FAMILY,
@@ -50,4 +50,17 @@ def family_of(model: HFModule) -> Family:
     raise ValueError(f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}")
 
 
-__all__ = ["FAMILIES", "UNSUPPORTED", "Family", "family_of"]
+def trained_family(model_type: str, place: str) -> tuple[Family, Loop]:
+    """The family that the project's own loop trains under this config's ``model_type``.
+
+    Raises:
+        ValueError: there is none; names ``place``, where the model comes from, and what is trained.
+    """
+    for family in FAMILIES:
+        if family.loop is not None and family.loop.model_type == model_type:
+            return family, family.loop
+    trained = ", ".join(family.loop.model_type for family in FAMILIES if family.loop is not None)
+    raise ValueError(f"{place} holds a {model_type}, which the training loop does not know; it trains: {trained}")
+
+
+__all__ = ["FAMILIES", "UNSUPPORTED", "Family", "Loop", "family_of", "trained_family"]

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from vtprune_train.flops import TowerGeometry, WindowedTowerGeometry
 from vtprune_train.models import HFModule
+from vtprune_train.models.layouts import ImageLayout
+from vtprune_train.stream import IMAGE
 
 
 def one_image_each(features: Sequence[Any]) -> list[int]:
@@ -28,6 +31,35 @@ def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """How the project's own loop trains a family.
+
+    Args:
+        model_type: of its config.
+        layout: ``(config, image_processor) -> ImageLayout``.
+        tower: ``config ->`` sizes of tower and projector, to count FLOPs.
+        image_processor: ``config ->`` transformers' PIL image processor, where a checkpoint brings none.
+        processor: ``(config, tokenizer, image_processor) ->`` what is saved with every export.
+        vision: how names of the tower's parameters begin.
+        projector: how names of the projector's parameters begin (also within ``vision``).
+        image_token: the image token in the vocabulary.
+        placeholder: what stands in a prompt where an image does; ``<image>`` in it is the image token.
+        needs_checkpoint: the model cannot be made from parts or from sizes in the YAML.
+    """
+
+    model_type: str
+    layout: Callable[[Any, Any], ImageLayout]
+    tower: Callable[[Any], TowerGeometry | WindowedTowerGeometry]
+    image_processor: Callable[[Any], Any]
+    processor: Callable[[Any, Any, Any], Any]
+    vision: str = "model.vision_tower."
+    projector: tuple[str, ...] = ("model.multi_modal_projector.", "model.image_newline")
+    image_token: str = IMAGE
+    placeholder: str = IMAGE
+    needs_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """An adapter: where the decoder is, what a visual token is, what must be gathered along with it.
 
@@ -41,6 +73,7 @@ class Family:
         three_part_positions: ``(base, inputs) -> [3, B, L]``, positions (time, height, width) that count each row from
             0 and stay with their tokens; ``None`` where positions count tokens.
         refused: keywords of ``forward`` that a pruned model does not take, with the reason.
+        loop: how the project's own loop trains it; ``None`` where it does not.
     """
 
     title: str
@@ -51,6 +84,7 @@ class Family:
     run_is_one_image: bool = False
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()
+    loop: Loop | None = None
 
     @property
     def decoder(self) -> str:

@@ -1,5 +1,47 @@
 """LLaVA-NeXT: a base tile and a grid of tiles, unpadded, with a newline feature behind every row."""
 
-from vtprune_train.models.families.base import LLAMA_LIKE, Family
+from __future__ import annotations
 
-FAMILY = Family(title="LLaVA-NeXT", model_class="LlavaNextForConditionalGeneration", text_types=LLAMA_LIKE)
+from typing import Any
+
+from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
+
+from vtprune_train.flops import TowerGeometry
+from vtprune_train.models.anyres import AnyRes
+from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
+from vtprune_train.stream import IMAGE
+
+
+def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
+    tile = config.vision_config.image_size
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
+        image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints],
+    )
+
+
+def _processor(config: Any, tokenizer: Any, image_processor: Any) -> LlavaNextProcessor:
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+        chat_template=getattr(tokenizer, "chat_template", None),
+    )
+
+
+FAMILY = Family(
+    title="LLaVA-NeXT",
+    model_class="LlavaNextForConditionalGeneration",
+    text_types=LLAMA_LIKE,
+    loop=Loop(
+        model_type="llava_next",
+        layout=lambda config, _: AnyRes.of(config),
+        tower=TowerGeometry.of,
+        image_processor=_image_processor,
+        processor=_processor,
+    ),
+)

@@ -1,6 +1,30 @@
 """Qwen2.5-VL: as Qwen2-VL, with another vision tower."""
 
-from vtprune_train.models.families.base import VIDEO, Family, rope_index
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Qwen2VLImageProcessorPil
+
+from vtprune_train.flops import WindowedTowerGeometry
+from vtprune_train.models.families.apart import ApartProcessor
+from vtprune_train.models.families.base import VIDEO, Family, Loop, rope_index
+from vtprune_train.models.layouts.qwen2_5_vl import MergedPatches
+from vtprune_train.stream import IMAGE
+
+
+def _image_processor(config: Any) -> Qwen2VLImageProcessorPil:
+    vision = config.vision_config
+    return Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+    )
+
+
+def _processor(config: Any, tokenizer: Any, image_processor: Any) -> ApartProcessor:
+    return ApartProcessor(image_processor, tokenizer, {"processor_class": "Qwen2_5_VLProcessor"})
+
 
 FAMILY = Family(
     title="Qwen2.5-VL",
@@ -8,4 +32,16 @@ FAMILY = Family(
     text_types=("qwen2_5_vl_text",),
     three_part_positions=rope_index,
     refused=(("pixel_values_videos", VIDEO),),
+    loop=Loop(
+        model_type="qwen2_5_vl",
+        layout=MergedPatches.of,
+        tower=WindowedTowerGeometry.of,
+        image_processor=_image_processor,
+        processor=_processor,
+        vision="model.visual.",
+        projector=("model.visual.merger.",),
+        image_token="<|image_pad|>",
+        placeholder=f"<|vision_start|>{IMAGE}<|vision_end|>",
+        needs_checkpoint=True,
+    ),
 )
