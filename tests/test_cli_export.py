@@ -18,6 +18,7 @@ from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, Template, Turn
 from vtprune_train.inference.chatting import load, prompt_text
 from vtprune_train.models.build import _load_projector
+from vtprune_train.models.families import family_of
 from vtprune_train.models.patch import saved_method
 
 QUESTION = "what is shown on the left ?"
@@ -105,7 +106,9 @@ def test_the_projector_is_what_training_reads(run_folder, tmp_path, options):
     assert all(name.startswith(("multi_modal_projector.", "image_newline")) for name in names) and len(names) == 5
     other = tiny_model(seed=9)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    _load_projector(other, str(tmp_path / "projector"))
+    loop = family_of(other).loop
+    assert loop is not None
+    _load_projector(other, loop, str(tmp_path / "projector"))
     own = talkative().state_dict()
     for name, value in other.state_dict().items():
         taken = name.removeprefix("model.") in names

@@ -43,6 +43,7 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     image_grid_pinpoints: list[tuple[int, int]] | None = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+    max_pixels: int | None = Field(None, ge=1)
     attention: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     liger: bool = False

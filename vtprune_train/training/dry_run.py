@@ -45,7 +45,7 @@ def describe(config: Config) -> str:
     family.check(model)
     set_trainable(model, config.model.train)
     local = config.model.path if config.model.path and Path(config.model.path).is_dir() else None
-    layout = loop.layout(model_config, build_image_processor(model_config, local))
+    layout = loop.layout(model_config, build_image_processor(model_config, local, config.model.max_pixels))
     method = config.pruning.build()
     num_layers = model_config.text_config.num_hidden_layers
     try:
@@ -74,9 +74,10 @@ def describe(config: Config) -> str:
 def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:
     """A table of pictures of the family's resolutions."""
     header = (
-        f"{'picture':>12}{'tiles':>7}{'text':>6}  {'tokens in each stage':<30}{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
+        f"{'picture':>12}{layout.unit:>8}{'text':>6}  {'tokens in each stage':<30}"
+        f"{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
     )
-    lines = [header, f"{'':55}{'/ dense':>7}{'speed-up':>9}{'':>8}"]
+    lines = [header, f"{'':56}{'/ dense':>7}{'speed-up':>9}{'':>8}"]
     for height, width in layout.examples():
         visual = np.array(layout.tokens([(height, width)]))
         tiles = layout.tiles([(height, width)])[0]
@@ -84,7 +85,7 @@ def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> 
         ratio, decoder, whole = _against_dense(lengths, drops, cost, tiles)
         stages = " / ".join(str(n) for n in lengths[0])
         lines.append(
-            f"{f'{height} x {width}':>12}{tiles:>7}{TYPICAL_TEXT:>6}  {stages:<30}"
+            f"{f'{height} x {width}':>12}{tiles:>8}{TYPICAL_TEXT:>6}  {stages:<30}"
             f"{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
         )
     lines.append("FLOPs / dense: forward and backward of everything; speed-ups are FLOP ratios, not measurements")
@@ -141,7 +142,7 @@ def _worst_micro_batch(config: Config, layout: ImageLayout, drops: Sequence[Drop
     element = BYTES[config.model.dtype]
     lines = [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "
-        f"({visual} visual, {text} text), {count * tiles} tiles",
+        f"({visual} visual, {text} text), {count * tiles} {layout.unit}",
         f"  tokens in each stage {' / '.join(str(n) for n in lengths.sum(axis=0))}, "
         f"{flops / 1e12:.3g} TFLOP forward and backward",
     ]

@@ -154,7 +154,7 @@ def build_parts(config: Config) -> Parts:
     encoder = ChatEncoder(
         tokenizer, template, model.config.image_token_id, config.data.image_position, loop.placeholder
     )
-    processor = build_processor(model.config, tokenizer, config.model.path)
+    processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels)
     return Parts(model, processor, encoder, loop.layout(model.config, processor.image_processor))
 
 

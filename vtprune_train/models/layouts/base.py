@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ class VisionInputs(NamedTuple):
 
 class ImageLayout(ABC):
     """A family's pictures. The unit of the tower's work is called a tile; families without tiles count patches."""
+
+    unit: ClassVar[str] = "tiles"
 
     @abstractmethod
     def tokens(self, sizes: Sequence[Size]) -> list[int]:

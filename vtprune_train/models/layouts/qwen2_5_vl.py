@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ CHANNELS = 3
 class MergedPatches(ImageLayout):
     """Patches of ``patch_size`` pixels, ``merge_size`` x ``merge_size`` of them one token, in pictures of
     ``min_pixels`` to ``max_pixels``; ``window_size`` pixels a side of an attention window."""
+
+    unit: ClassVar[str] = "patches"
 
     patch_size: int
     merge_size: int
