@@ -138,6 +138,7 @@ class _Calls:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
 def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device) -> _Calls:
     lengths = np.array(segment_lengths)
     groups: list[list[int]] = []
@@ -288,6 +289,11 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps carry no lengths and
         go to transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]."""
         if "cu_seq_lens_q" not in kwargs:
+            if not kwargs.pop("staged_decoding", False):
+                raise ValueError(
+                    f"attention {PREFIX + backend!r} belongs to a pruned model, but this one is not: its config was "
+                    "copied from a pruned model; load it with attn_implementation='sdpa', or unprune before copying"
+                )
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         assert attention_mask is None, "a packed stream has no attention mask"
         q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))

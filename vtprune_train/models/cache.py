@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 @dataclass(frozen=True)
 class Told:
-    """A conversation so far, before any layer: ``embeds`` [B, W, C] in the first layer's columns, and ``image`` [B, W]
-    int64, which of its row's images each column belongs to (-1 for text)."""
+    """A conversation so far, before any layer, in the caller's columns: ``embeds`` [B, W, C], and ``image`` [B, W]
+    int64, which of its row's images each column belongs to, or that it is text or padding."""
+
+    TEXT: ClassVar[int] = -1
+    PADDING: ClassVar[int] = -2
 
     embeds: Tensor
     image: Tensor

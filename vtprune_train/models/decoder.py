@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.models import HFModule
+from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.cache import PackedCache, StageCache
 from vtprune_train.pruning.base import PruningMethod, Ranking
 from vtprune_train.pruning.selection import kept_rows
@@ -69,6 +70,7 @@ def run_layers(
         method: who picks the survivors; may be ``None`` if the plan has no boundary.
         staging: positions, cache and features of a pass over padded rows; ``None`` numbers each segment from 0.
     """
+    check_attention(text_model)
     if staging is None:
         staging = Staging(tuple(stage.position_ids for stage in plan.stages))
     hidden = hidden_TC.unsqueeze(0)
@@ -109,6 +111,20 @@ def run_layers(
         else:
             position_ids = staging.positions[index + 1].unsqueeze(-2)
     return DecoderOutput(hidden.squeeze(0), tuple(kept))
+
+
+def check_attention(text_model: HFModule) -> None:
+    """Refuse a decoder whose attention does not read lengths.
+
+    Raises:
+        ValueError: it was changed after ``prune``.
+    """
+    name = text_model.config._attn_implementation
+    if not str(name).startswith(PREFIX):
+        raise ValueError(
+            f"the attention of this pruned model was set to {name!r}, under which samples of a batch would see each "
+            "other; unprune(model) first, or choose it by prune(..., attention=...)"
+        )
 
 
 class _Deepstack:

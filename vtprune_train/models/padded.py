@@ -9,6 +9,9 @@ Shape suffixes: B rows, L padded length, T tokens of the packed stream, V visual
 from __future__ import annotations
 
 import dataclasses
+import logging
+import pickle
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer, Told, staged
-from vtprune_train.models.decoder import Staging, run_layers
+from vtprune_train.models.decoder import Staging, check_attention, run_layers
 from vtprune_train.models.families import Family
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import (
@@ -37,6 +40,8 @@ from vtprune_train.stream import (
     map_leaves,
     plan_stream,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,6 +67,13 @@ class Call:
     kept: tuple[Tensor, ...] = ()
 
 
+class _InProgress(threading.local):
+    """What runs right now, in each thread for itself."""
+
+    call: Call | None = None
+    prompt_width: int | None = None
+
+
 @dataclass
 class State:
     """What ``prune`` keeps beside a model: its choice, and what it replaced."""
@@ -70,24 +82,35 @@ class State:
     method: PruningMethod | None
     backend: str
     image_token: int
-    originals: dict[str, dict[str, Any]] = field(default_factory=dict)
     attention: str = ""
     pruning: Any = None
-    call: Call | None = None
-    prompt_width: int | None = None
-    warned_of_labels: bool = False
+    warned: set[str] = field(default_factory=set)
+    running: _InProgress = field(default_factory=_InProgress)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return dataclasses.replace(self, warned=set(), running=_InProgress())
+
+    def __reduce__(self) -> Any:
+        raise pickle.PicklingError(
+            "a pruned model cannot be pickled: use save_pretrained, which keeps the settings, or unprune(model) first"
+        )
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            log.warning(message)
 
     @contextmanager
     def calling(self, input_ids: Tensor | None, labels: Tensor | None = None) -> Iterator[Call | None]:
         """Open a call around a forward pass of the whole model (or of its base, when that is called alone)."""
-        if self.call is not None or input_ids is None:
-            yield self.call
+        if self.running.call is not None or input_ids is None:
+            yield self.running.call
             return
-        self.call = Call(input_ids, labels, self.prompt_width)
+        self.running.call = Call(input_ids, labels, self.running.prompt_width)
         try:
-            yield self.call
+            yield self.running.call
         finally:
-            self.call = None
+            self.running.call = None
 
 
 def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np.ndarray]]]:
@@ -167,18 +190,20 @@ def forward_text(
     cache = None
     if use_cache or past_key_values is not None:
         cache = staged(past_key_values, len(text_model.layers))
-    call = state.call or Call(None)
+    call = state.running.call or Call(None)
     has_images = bool(call.image_lengths)
     if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
         hidden = decode(text_model, state.method, inputs_embeds, cache)
         first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
         if first.told is not None:
-            text = torch.full_like(first.told.image[:, :1], -1)
+            text = torch.full_like(first.told.image[:, :1], Told.TEXT)
             first.told = first.told.and_then(inputs_embeds, text)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
     rows = _real_rows(attention_mask, inputs_embeds)
+    verifies_candidates = False
     if call.prompt_width is not None:  # from here on: columns of this call
         call.prompt_width -= 0 if cache is None else cache.get_seq_length()
+        verifies_candidates = call.prompt_width <= 0
         call.prompt_width = call.prompt_width if 0 < call.prompt_width < rows.shape[1] else None
     call.segments = _segments(call, rows, state)
     device = inputs_embeds.device
@@ -186,13 +211,14 @@ def forward_text(
     told = None
     if cache is not None and state.method is not None and state.method.multi_turn == "keep_dense":
         told = _tell(call, rows, inputs_embeds, cache)
-        inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
+        if not verifies_candidates:
+            inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
     plan = _plan(state.method, call.segments, len(text_model.layers))
     token_rows = torch.from_numpy(np.flatnonzero(rows.ravel())).to(device)
     staging = _staging(plan, state.method, len(call.segments), cache, inputs_embeds.shape[1], device)
     if state.family.three_part_positions is not None:
         _use_three_parts(staging, call, position_ids, token_rows, cache)
-    elif position_ids is not None and state.prompt_width is None:
+    elif position_ids is not None and state.running.prompt_width is None:
         _check_positions(position_ids, rows, token_rows, staging)
     if deepstack_visual_embeds:
         assert visual_pos_masks is not None
@@ -214,12 +240,12 @@ def forward_text(
 def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Told:
     """The conversation with this call's columns."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
-    image = np.full(real.shape, -1, dtype=np.int64)
+    image = np.full(real.shape, Told.PADDING, dtype=np.int64)
     already = torch.zeros(len(real), 1, dtype=torch.int64)
     if first.told is not None:
-        already = first.told.image.amax(dim=1, keepdim=True).cpu() + 1
+        already = (first.told.image.amax(dim=1, keepdim=True).cpu() + 1).clamp(min=0)
     for row, segment in enumerate(call.segments):
-        own = np.full(segment.length, -1, dtype=np.int64)
+        own = np.full(segment.length, Told.TEXT, dtype=np.int64)
         for number, span in enumerate(segment.spans):
             own[span.start : span.end] = number + int(already[row])
         image[row, real[row]] = own
@@ -236,14 +262,11 @@ def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     if not first.get_seq_length():
         return real
-    assert first.padding is not None
-    width = first.get_seq_length()
-    old = np.arange(width)[None, :] >= first.padding.cpu().numpy()[:, None]
-    everything = np.concatenate([old, real], axis=1)
     images = told.image.cpu().numpy()
+    everything = images != Told.PADDING
     segments = []
     for row, segment in enumerate(call.segments):
-        before = int(old[row].sum())
+        before = int(everything[row].sum()) - segment.length
         own = images[row][everything[row]]
         spans = [(np.flatnonzero(own == number)[0], int((own == number).sum())) for number in range(own.max() + 1)]
         segments.append(
@@ -296,6 +319,7 @@ def decode(
     Returns:
         [B, 1, C] normed.
     """
+    check_attention(text_model)
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
     num_layers = len(text_model.layers)
     drops = () if method is None else method.drops(num_layers)
@@ -314,7 +338,7 @@ def decode(
                 masks[window] = _decoding_mask(layers[index], window)
             hidden = layer(
                 hidden, attention_mask=masks[window], position_ids=positions, position_embeddings=rotary,
-                past_key_values=cache, use_cache=True,
+                past_key_values=cache, use_cache=True, staged_decoding=True,
             )  # fmt: skip
     return text_model.norm(hidden)
 
@@ -510,11 +534,12 @@ def _use_three_parts(
     first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
     lengths = torch.tensor([segment.length for segment in call.segments], device=counted.device)
     row = torch.repeat_interleave(lengths)
+    continues = first is not None and first.get_seq_length() > 0
     if call.positions is not None:
         positions = call.positions.to(counted.device).flatten(1, 2).index_select(1, token_rows)
         if first is not None and first.get_seq_length():
             positions = positions + first.next_positions()[row]
-    elif position_ids is not None and position_ids.ndim == 3:
+    elif position_ids is not None and position_ids.ndim == 3 and (not continues or call.image_lengths):
         positions = position_ids[-3:].flatten(1, 2).index_select(1, token_rows)
         if call.prompt_width is not None:
             # What generate appends follows the last column, which is padding in rows padded on the right.

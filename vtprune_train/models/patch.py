@@ -8,6 +8,7 @@ were, so checkpoints, optimizers, DeepSpeed's hooks and PEFT see the model they 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import replace
 from types import MethodType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -23,7 +25,7 @@ from vtprune_train.models import HFModule, packed
 from vtprune_train.models.attention import PREFIX, choose_backend
 from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_cross_entropy
-from vtprune_train.models.padded import State, forward_text
+from vtprune_train.models.padded import Call, State, forward_text
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan
@@ -31,6 +33,7 @@ from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan
 log = logging.getLogger(__name__)
 
 _STATE = "_vtprune"
+_REPLACED = "_vtprune_replaced"
 CONFIG_KEY = "pruning"
 SAVED: Literal["saved"] = "saved"
 
@@ -119,15 +122,20 @@ def unprune(model: HFModule) -> HFModule:
     if not is_pruned(inner):
         raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
     state = _state(inner)
-    for name, replaced in state.originals.items():
-        module = inner.get_submodule(name)
-        del module.__dict__[_STATE]
-        for attribute, original in replaced.items():
+    inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
+    for module in inner.modules():  # by what they carry: PEFT may have moved some of them
+        module.__dict__.pop(_STATE, None)
+        for attribute, original in module.__dict__.pop(_REPLACED, {}).items():
             if _is_ours(module.__dict__.get(attribute)):
                 del module.__dict__[attribute]
                 if original is not None:
                     setattr(module, attribute, original)
-    inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
+    for key in [key for key, hook in inner._forward_pre_hooks.items() if hook is _open_call]:
+        inner._forward_pre_hooks.pop(key)
+        inner._forward_pre_hooks_with_kwargs.pop(key)
+    for key in [key for key, hook in inner._forward_hooks.items() if hook is _close_call]:
+        inner._forward_hooks.pop(key)
+        inner._forward_hooks_always_called.pop(key)
     if state.pruning is not None:
         setattr(inner.config, CONFIG_KEY, state.pruning)
     elif CONFIG_KEY in inner.config.__dict__:
@@ -149,7 +157,7 @@ def dense(model: HFModule) -> Iterator[HFModule]:
     try:
         yield model
     finally:
-        _install(inner, replace(state, originals={}, call=None, prompt_width=None))
+        _install(inner, state)
 
 
 def is_pruned(model: HFModule) -> bool:
@@ -187,7 +195,9 @@ def _install(model: HFModule, state: State) -> None:
     for name, attribute, function in replacements:
         module = model.get_submodule(name)
         module.__dict__[_STATE] = state
-        state.originals.setdefault(name, {})[attribute] = _replace(module, attribute, function)
+        module.__dict__.setdefault(_REPLACED, {})[attribute] = _replace(module, attribute, function)
+    model.register_forward_pre_hook(_open_call, prepend=True, with_kwargs=True)
+    model.register_forward_hook(_close_call, always_call=True)
     model.get_submodule(family.decoder).config._attn_implementation = PREFIX + state.backend
     if state.method is not None:
         setattr(model.config, CONFIG_KEY, state.method.settings())
@@ -225,8 +235,23 @@ def _train(self: HFModule, original: Callable[..., Any], state: State, *args: An
     """Stay outermost: TRL's trainers put a ``forward`` of their own on the instance that keeps the labels from the
     decoder; every Trainer calls ``train()`` before it steps, and ``eval()`` (which comes here too) before it scores."""
     if not _is_ours(self.__dict__.get("forward")):
-        state.originals[""]["forward"] = _replace(self, "forward", _forward)
+        self.__dict__[_REPLACED]["forward"] = _replace(self, "forward", _forward)
     return original(*args, **kwargs)
+
+
+def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Before whatever stands as the model's ``forward``: the decoder has to know the labels, even where a Trainer
+    computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
+    state: State = model.__dict__[_STATE]
+    if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
+        labels = inputs.get("labels")
+        if labels is not None:
+            labels = _without_images(labels, inputs["input_ids"], state)
+        state.running.call = Call(inputs["input_ids"], labels, state.running.prompt_width)
+
+
+def _close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
+    model.__dict__[_STATE].running.call = None
 
 
 def _load_state_dict(
@@ -248,22 +273,33 @@ def _forward(self: HFModule, original: Callable[..., Any], state: State, *args: 
     """Forward of the whole model: a :class:`PackedBatch`, or the padded inputs of a Hugging Face processor."""
     if args and isinstance(args[0], PackedBatch):
         return packed.forward(self, state, args[0])
-    if args:
-        inputs["input_ids"], args = args[0], args[1:]
+    inputs = _by_name(original, args, inputs)
     _check_inputs(state, inputs)
     input_ids, labels = inputs["input_ids"], inputs.get("labels")
     if labels is not None:
         labels = inputs["labels"] = _without_images(labels, input_ids, state)
+    elif self.training and torch.is_grad_enabled() and state.method is not None:
+        state.warn_once(
+            "a training forward without labels: the last token of each row ranks the visual tokens, which in "
+            "generation the end of the prompt does (label smoothing and compute_loss_func keep labels from the model)"
+        )
     with state.calling(input_ids, labels):
-        return original(*args, **inputs)
+        return original(**inputs)
+
+
+def _by_name(original: Callable[..., Any], args: tuple[Any, ...], inputs: dict[str, Any]) -> dict[str, Any]:
+    """All inputs as keywords."""
+    if not args:
+        return inputs
+    names = [name for name in inspect.signature(original).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **inputs}
 
 
 def _without_images(labels: Tensor, input_ids: Tensor, state: State) -> Tensor:
     """``labels`` with -100 at image tokens: rows of dropped tokens are no predictions."""
     visual = (input_ids == state.image_token).to(labels.device)
-    if not state.warned_of_labels and bool((visual & (labels != IGNORE)).any()):
-        state.warned_of_labels = True
-        log.warning(
+    if not state.warned and bool((visual & (labels != IGNORE)).any()):
+        state.warn_once(
             "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts them divides "
             "by too many: mask them in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
         )
@@ -282,8 +318,7 @@ def _forward_base(self: HFModule, original: Callable[..., Any], state: State, *a
     """Forward of the base: a :class:`PackedBatch`, or padded inputs, which the family's own code embeds and splices."""
     if args and isinstance(args[0], PackedBatch):
         return packed.forward_base(self, state, args[0])
-    if args:
-        inputs["input_ids"], args = args[0], args[1:]
+    inputs = _by_name(original, args, inputs)
     _check_inputs(state, inputs)
     with state.calling(inputs["input_ids"]) as call:
         assert call is not None
@@ -293,7 +328,7 @@ def _forward_base(self: HFModule, original: Callable[..., Any], state: State, *a
         has_grid = inputs.get("image_grid_thw") is not None
         if state.family.three_part_positions is not None and has_grid and inputs.get("position_ids") is None:
             call.positions = state.family.three_part_positions(self, inputs)
-        return original(*args, **inputs)
+        return original(**inputs)
 
 
 def _listen_to_image_features(
@@ -301,16 +336,15 @@ def _listen_to_image_features(
 ) -> Any:
     """The family's own features; an open call learns how many tokens each image has."""
     features = original(*args, **kwargs)
-    if state.call is not None:
-        state.call.image_lengths = state.family.image_lengths(features.pooler_output)
+    if state.running.call is not None:
+        state.running.call.image_lengths = state.family.image_lengths(features.pooler_output)
     return features
 
 
 def _forward_decoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
     if len(args) > 1 and isinstance(args[1], StreamPlan):
         return packed.forward_text(self, state, *args)
-    if args:
-        inputs["input_ids"] = args[0]
+    inputs = _by_name(original, args, inputs)
     input_ids = inputs.pop("input_ids", None)
     if inputs.get("inputs_embeds") is None:
         inputs["inputs_embeds"] = self.embed_tokens(input_ids)
@@ -343,11 +377,14 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
             f"cache_implementation={setting('cache_implementation')!r}: a pruned model keeps another length in every "
             "layer, which only the dynamic cache does; leave cache_implementation unset"
         )
+    assistant = setting("assistant_model")
+    if assistant is not None and is_pruned(assistant):
+        raise ValueError("assistant_model is pruned: it is shown the prompt without its images; unprune it")
     prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     given = [tensor.shape[1] for tensor in (prompt, kwargs.get("attention_mask")) if tensor is not None]
-    previous = state.prompt_width
-    state.prompt_width = max(given, default=None)
+    previous = state.running.prompt_width
+    state.running.prompt_width = max(given, default=None)
     try:
         return original(*args, **kwargs)
     finally:
-        state.prompt_width = previous
+        state.running.prompt_width = previous
