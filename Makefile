@@ -21,7 +21,7 @@ compare: $(READY)
 	$(BIN)/python scripts/quickstart.py --compare
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 ecosystem: $(READY_ECOSYSTEM)
 

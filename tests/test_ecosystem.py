@@ -256,6 +256,35 @@ def test_peft_before_or_after_prune():
     assert torch.equal(before(**inputs).logits, packed_off)
 
 
+def test_peft_around_the_head_is_undone_by_unprune():
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (make ecosystem)")
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    plain = fresh("plain").eval()(**inputs).logits
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    adapted = peft.get_peft_model(fresh(), config).eval()
+    with dense(adapted):
+        assert torch.allclose(adapted(**inputs).logits, plain, atol=1e-4)
+    unprune(adapted)
+    assert torch.allclose(adapted(**inputs).logits, plain, atol=1e-4)
+
+
+def test_a_reference_model_that_is_never_trained_ranks_by_the_prompt(monkeypatch):
+    """TRL's DPO puts a forward of its own on policy and reference, which keeps the labels from the model."""
+    trl_utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed (make ecosystem)")
+    model = fresh().eval()
+    trl_utils.add_fused_lm_head(model)
+    queries = spy_on_queries(monkeypatch)
+    model(**batch(), fused_lm_head=True)
+    assert queries
+    assert all(offset < length - 1 for offset, length in queries)
+
+
+def test_label_smoothing_is_warned_of(caplog):
+    model = fresh()
+    model(**{key: value for key, value in batch().items() if key != "labels"})
+    assert "a training forward without labels" in caplog.text
+
+
 def test_peft_adapters_are_saved_and_opened(tmp_path):
     peft = pytest.importorskip("peft", reason="PEFT is not installed (make ecosystem)")
     inputs = batch()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import SPECIAL, family_inputs, family_model, family_processor
+from families import SPECIAL, family_inputs, family_model, family_processor, tokenizer
 from helpers import tiny_model
 from transformers import DynamicCache, TextStreamer
 
@@ -289,3 +289,65 @@ def test_keep_dense_through_generate_with_answers_between():
 def test_keep_dense_is_refused_where_positions_are_not_kept():
     with pytest.raises(ValueError, match=r"Qwen2\.5-VL: multi_turn='keep_dense' is not offered"):
         prune(family_model("qwen2_5_vl"), PyramidDrop(keep=(0.5,), multi_turn="keep_dense"))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("turns", [2, 3])
+def test_keep_dense_in_padded_batches(side, turns):
+    """Rows of different lengths, padded anew in every turn, equal single rows and a first call with everything."""
+    method = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), multi_turn="keep_dense")
+    said = [
+        [["user", 0, "what is shown ? assistant :"], ["is the dog red ?"]],
+        [["and", 1, "left ?"], ["and here on the left", 2, "no ? yes"]],
+        [["a red cat on the left ?"], ["round ?", 3, "assistant :"]],
+    ][:turns]
+    model = prune(family_model("llava_next"), method)
+    batched = last_logits(model, said, side)
+    for row in range(2):
+        own = last_logits(model, [[turn_rows[row]] for turn_rows in said], side)
+        assert torch.allclose(batched[row], own[0], atol=1e-4), row
+        whole = [[part for turn_rows in said for part in turn_rows[row]]]
+        assert torch.allclose(own, last_logits(model, whole, side), atol=1e-4), row
+
+
+def last_logits(model, said, side):
+    cache, masks = DynamicCache(), []
+    for texts in said:
+        inputs = family_inputs("llava_next", texts, side)
+        masks.append(inputs.pop("attention_mask"))
+        with torch.no_grad():
+            output = model(**inputs, attention_mask=torch.cat(masks, dim=1), past_key_values=cache, use_cache=True)
+    return output.logits[:, -1]
+
+
+def test_keep_dense_with_assisted_decoding():
+    method = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), multi_turn="keep_dense")
+    model = prune(family_model("llava_next"), method)
+    inputs = family_inputs("llava_next", [["a red cat a red cat a red", 1, "a red cat a red"]])
+    plain = new_tokens(model, inputs, max_new_tokens=24)
+    assert torch.equal(new_tokens(model, inputs, max_new_tokens=24, prompt_lookup_num_tokens=3), plain)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_text_turn_of_three_part_positions(name):
+    """With the mask of the whole conversation, as without one: positions go on where the first turn's ended."""
+    plain, model = family_model(name), prune(family_model(name), PyramidDrop(layers=(2, 4), keep=(1.0, 1.0)))
+    first = family_inputs(name, [["user", 0, "what is shown ?"]])
+    ids = torch.tensor([tokenizer().convert_tokens_to_ids(["and", "the", "left", "?"])])
+    mask = torch.cat([first["attention_mask"], torch.ones_like(ids)], dim=1)
+    logits = []
+    for which, attention_mask in ((plain, None), (model, None), (model, mask)):
+        cache = DynamicCache()
+        with torch.no_grad():
+            which(**first, past_key_values=cache, use_cache=True)
+            made = which(input_ids=ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        logits.append(made.logits)
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)
+    assert torch.allclose(logits[0], logits[2], atol=1e-4)
+
+
+def test_a_pruned_assistant_is_refused():
+    model, assistant = family_model("llava_next"), prune(family_model("llava_next", seed=1), HALF)
+    prune(model, HALF)
+    with pytest.raises(ValueError, match="assistant_model is pruned"):
+        generate(model, family_inputs("llava_next", BATCH_OF_8[:1]), assistant_model=assistant)

@@ -1,5 +1,8 @@
 """The front door on unmodified transformers models."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -164,3 +167,67 @@ def test_what_a_pruned_model_cannot_do_is_said():
         model(**made, position_ids=torch.zeros_like(made["input_ids"]))
     with pytest.raises(ValueError, match="row 2 of the batch has no token"):
         model(**{**made, "attention_mask": made["attention_mask"] * torch.tensor([[1], [1], [0]])})
+
+
+def made_only():
+    made, _ = inputs()
+    return dict(made)
+
+
+def test_positional_inputs():
+    made = made_only()
+    model = prune(tiny_model().eval(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    given = (made["input_ids"], made["pixel_values"], made["image_sizes"], made["attention_mask"])
+    assert torch.equal(model(*given).logits, model(**made).logits)
+    assert torch.equal(model.model(*given).last_hidden_state, model.model(**made).last_hidden_state)
+    text = model.model.language_model
+    ids, mask = torch.tensor([[5, 6, 7], [3, 5, 6]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    assert torch.equal(text(ids, mask).last_hidden_state, text(input_ids=ids, attention_mask=mask).last_hidden_state)
+    assert not torch.equal(text(ids, mask).last_hidden_state, text(ids).last_hidden_state)
+
+
+def test_evaluation_in_inference_mode_before_a_training_step():
+    made, labels = inputs()
+    model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    with torch.inference_mode():
+        model(**made, labels=labels)
+    model(**made, labels=labels).loss.backward()
+
+
+def test_threads_do_not_see_each_others_calls():
+    model = prune(tiny_model().eval(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    processor = tiny_processor()
+    calls = [dict(processor(text=[text], return_tensors="pt")) for text in ("what is a dog ?", "a red")] * 10
+    calls[::2] = [made_only()] * 10
+    with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+        expected = [model(**call).logits for call in calls]
+        got = list(pool.map(lambda call: model(**call).logits.detach(), calls))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_copied_config_does_not_run_silently():
+    model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    with pytest.raises(ValueError, match="its config was copied from a pruned model"):
+        LlavaNextForConditionalGeneration(model.config)(**made_only())
+
+
+def test_attention_set_after_prune_is_refused():
+    model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="the attention of this pruned model was set to 'sdpa'"):
+        model(**made_only())
+
+
+def test_pickling_is_refused(tmp_path):
+    model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    with pytest.raises(pickle.PicklingError, match="use save_pretrained"):
+        torch.save(model, tmp_path / "model.pt")
+
+
+def test_a_failed_call_leaves_nothing_behind():
+    made = made_only()
+    model = prune(tiny_model().eval(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    before = model(**made).logits
+    with pytest.raises(ValueError):
+        model(**{**made, "pixel_values": made["pixel_values"][:1], "image_sizes": made["image_sizes"][:1]})
+    assert torch.equal(model(**made).logits, before)

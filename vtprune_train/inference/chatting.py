@@ -12,6 +12,7 @@ import torch
 import yaml
 from jinja2 import TemplateError
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -127,7 +128,7 @@ def load_weights(folder: str, dtype: str) -> HFModule:
     """
     try:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model {folder}: cannot be loaded ({first_line(error)})") from error
 
 
@@ -290,6 +291,8 @@ def batch(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
         ValueError: see :func:`prompt_text`.
     """
     texts = [prompt_text(loaded, len(pictures), question) for pictures, question in prompts]
+    if not all(texts):
+        raise ValueError("the prompt is empty and there is no picture; ask something")
     pictures = [picture for own, _ in prompts for picture in own]
     bos = loaded.processor.tokenizer.bos_token
     complete = bos is not None and texts[0].startswith(bos)

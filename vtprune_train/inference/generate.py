@@ -59,8 +59,12 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.seed is not None:
             raise ValueError(f"--seed={arguments.seed} has no effect without --temperature; leave it out or set both")
         return {"max_new_tokens": arguments.max_new_tokens}
-    if not arguments.temperature > 0:
-        raise ValueError(f"--temperature={arguments.temperature} is not above 0; leave it out for the likeliest tokens")
+    if not 0.01 <= arguments.temperature <= 100:
+        raise ValueError(
+            f"--temperature={arguments.temperature} is not between 0.01 and 100; leave it out for the likeliest tokens"
+        )
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed={arguments.seed} is not between 0 and 2**63 - 1")
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     return {

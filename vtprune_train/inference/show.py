@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -131,7 +132,7 @@ def _show(arguments: argparse.Namespace) -> None:
     for path in (arguments.out, arguments.html):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if arguments.out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(arguments.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {arguments.out}: unknown kind of picture {arguments.out.suffix!r}; use .png")
     pictures = [_open(path) for path in arguments.image]
     model, processor = _load(arguments.model, arguments)
@@ -160,7 +161,7 @@ def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNe
     path = resolve_checkpoint(source)
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model {source}: no readable config.json there or on the hub") from error
     try:
         if not isinstance(config, LlavaNextConfig):
@@ -170,7 +171,7 @@ def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNe
         if not isinstance(processor, LlavaNextProcessor):
             raise ValueError("it has no processor; save one beside the model (processor.save_pretrained)")
         model = LlavaNextForConditionalGeneration.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model {source}: {str(error).strip().splitlines()[0]}") from error
     return prune(model.to("cuda" if torch.cuda.is_available() else "cpu"), method), processor
 

@@ -18,6 +18,8 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
     Raises:
         ValueError: unknown method or setting, naming what is known.
     """
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"pruning settings {settings!r} are no mapping; write for example {{'method': 'pyramiddrop'}}")
     name = settings.get("method")
     if name in (None, "none"):
         return None
