@@ -306,7 +306,7 @@ def test_keep_dense_in_padded_batches(side, turns):
     for row in range(2):
         own = last_logits(model, [[turn_rows[row]] for turn_rows in said], side)
         assert torch.allclose(batched[row], own[0], atol=1e-4), row
-        whole = [[part for turn_rows in said for part in turn_rows[row]]]
+        whole = [[[part for turn_rows in said for part in turn_rows[row]]]]
         assert torch.allclose(own, last_logits(model, whole, side), atol=1e-4), row
 
 
