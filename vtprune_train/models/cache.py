@@ -79,6 +79,8 @@ class StagedLayer(DynamicLayer):
             self.told = Told(function(self.told.embeds), function(self.told.image))
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): a staged layer is cut by a negative number, tokens to remove")
         super().crop(tokens_to_remove)
         if self.told is not None and tokens_to_remove < 0:
             self.told = Told(self.told.embeds[:, :tokens_to_remove], self.told.image[:, :tokens_to_remove])
