@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from checkpoints import save_run
 from helpers import SPECIAL, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -411,9 +412,9 @@ def test_the_command_takes_flags(folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"image": ("missing.png",)}, ["missing.png does not exist"]),
-        ({"image": ("c.png",)}, ["c.png is no readable picture"]),
-        ({"model": "missing"}, ["missing: no readable config.json"]),
+        ({"image": ("missing.png",)}, ["missing.png cannot be read"]),
+        ({"image": ("c.png",)}, ["c.png cannot be read"]),
+        ({"model": "missing"}, ["missing: there is no such folder"]),
         ({"model": "text"}, ["text: it holds a llama", "llava_next"]),
         ({"model": "plain"}, ["plain: it was saved without pruning settings", "--method pyramiddrop"]),
         ({"model": "plain", "more": ["--keep", "0.5"]}, ["without pruning settings"]),
@@ -566,3 +567,24 @@ def test_no_request_leaves_the_page(tmp_path):
     file = tmp_path / "page.html"
     file.write_text(file.read_text().replace("Content-Security-Policy", "none"))
     assert requests_of_page(tmp_path, address) == {"http://elsewhere.test/leak.png"}
+
+
+def test_a_runs_own_template_writes_the_prompt(tmp_path, monkeypatch):
+    """The same tokens as ``vtprune generate`` asks with, so that the same token ranks."""
+    from vtprune_train.inference import chatting
+    from vtprune_train.inference import show as module
+
+    run = save_run(tmp_path / "run")
+    path = tmp_path / "picture.png"
+    patch_picture((40, 70), MIDDLE).save(path)
+    seen = []
+
+    def spy(model, inputs):
+        seen.append(inputs["input_ids"])
+        return kept_tokens(model, inputs)
+
+    monkeypatch.setattr(module, "kept_tokens", spy)
+    options = ["--image", str(path), "--prompt", "what is here ?", "--out", str(tmp_path / "out.png")]
+    assert main(["show", "--model", str(run), *options]) == 0
+    asked = chatting.batch(chatting.load(str(run)), [([Image.open(path).convert("RGB")], "what is here ?")])
+    assert torch.equal(seen[0], asked["input_ids"])

@@ -14,7 +14,6 @@ from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
@@ -27,7 +26,7 @@ from vtprune_train.data.chat import Template, Turn, get_template
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.data.jinja import chat_template
 from vtprune_train.models import HFModule
-from vtprune_train.models.build import build_processor, first_line, resolve_checkpoint
+from vtprune_train.models.build import build_processor, first_line, load_any_config, resolve_checkpoint
 from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IMAGE
@@ -77,7 +76,7 @@ def load(
     """
     where = choose_device(device)
     folder = resolve_checkpoint(path)
-    config = load_any_config(folder)
+    config = model_config(folder)
     processor = load_processor(folder, config)
     model = load_weights(folder, dtype).to(where).eval()
     if method == SAVED and getattr(config, CONFIG_KEY, None) is None:
@@ -103,7 +102,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(("cuda" if has_cuda else "cpu") if name == "auto" else name)
 
 
-def load_any_config(folder: str) -> PreTrainedConfig:
+def model_config(folder: str) -> PreTrainedConfig:
     """``config.json`` of a model folder or hub id.
 
     Raises:
@@ -111,13 +110,7 @@ def load_any_config(folder: str) -> PreTrainedConfig:
     """
     if not Path(folder).exists() and (folder.startswith(("/", ".", "~")) or folder.count("/") > 1):
         raise ValueError(f"model {folder}: there is no such folder")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model {folder}: no readable config.json there or on the hub ({first_line(error)}); give a run, a "
-            "checkpoint, a Hugging Face folder or a hub id"
-        ) from error
+    return load_any_config(folder, f"model {folder}", offline=False)
 
 
 def load_weights(folder: str, dtype: str) -> HFModule:
@@ -245,10 +238,18 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -> str:
+    """:func:`write_prompt` for a loaded model."""
+    return write_prompt(loaded.processor, loaded.content, pictures, question)
+
+
+def write_prompt(
+    processor: Any, kind: Literal["text", "parts"] | None, pictures: int, question: str | Sequence[Turn]
+) -> str:
     """The text of a prompt, up to where the answer begins.
 
     Args:
-        loaded: see :func:`load`.
+        processor: whose chat template writes it.
+        kind: see :func:`content_of`.
         pictures: how many.
         question: see :data:`Prompt`.
 
@@ -262,12 +263,12 @@ def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -
         turns[first] = Turn("user", IMAGE * pictures + "\n" + turns[first].text)
     elif marked != pictures:
         raise ValueError(f"{pictures} picture(s) but {marked} {IMAGE} in the prompt; leave {IMAGE} out or give as many")
-    token = _image_token(loaded.processor)
-    if loaded.content is None:
+    token = _image_token(processor)
+    if kind is None:
         return "\n".join(turn.text for turn in turns).replace(IMAGE, token)
-    messages = [{"role": turn.role, "content": _content(turn.text, loaded.content, token)} for turn in turns]
+    messages = [{"role": turn.role, "content": _content(turn.text, kind, token)} for turn in turns]
     try:
-        return loaded.processor.apply_chat_template(messages, add_generation_prompt=True)
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
 

@@ -222,7 +222,7 @@ def _from_config(request: Request) -> Subject:
 
 def _from_checkpoint(request: Request) -> Subject:
     assert request.model is not None
-    config = load_any_config(resolve_checkpoint(request.model), "--model", offline=True)
+    config = load_any_config(resolve_checkpoint(request.model), f"--model={request.model}", offline=True)
     saved = getattr(config, "pruning", None)
     if saved is None:
         settings, origin = {"method": "pyramiddrop"}, "PyramidDrop's defaults: the checkpoint has no settings"

@@ -16,9 +16,9 @@ from transformers import LlavaNextConfig
 
 from vtprune_train.inference.chatting import (
     DTYPES,
-    load_any_config,
     load_processor,
     load_weights,
+    model_config,
     recorded_template,
     stop_where_answers_end,
 )
@@ -112,7 +112,7 @@ def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: b
     Raises:
         ValueError: the model or its processor cannot be loaded, or a weight is too large for ``dtype``.
     """
-    config = load_any_config(source)
+    config = model_config(source)
     processor = load_processor(source, config)
     model = load_weights(source, "auto")
     for name, parameter in model.named_parameters():
@@ -135,7 +135,7 @@ def projector_writer(source: str, dtype: torch.dtype, keep_names: bool) -> Calla
     Raises:
         ValueError: the model is no LLaVA-NeXT, lacks them, or a weight is too large for ``dtype``.
     """
-    config = load_any_config(source)
+    config = model_config(source)
     if not isinstance(config, LlavaNextConfig):
         raise ValueError(f"--part projector: {source} holds a {config.model_type}; training reads llava_next's only")
     if not Path(source).is_dir():

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from vtprune_train.inference.chatting import DTYPES, Loaded, load, load_any_config
+from vtprune_train.inference.chatting import DTYPES, Loaded, load, model_config
 from vtprune_train.models.build import resolve_checkpoint
 from vtprune_train.models.patch import CONFIG_KEY, SAVED
 from vtprune_train.pruning import METHODS, method_from_settings
@@ -27,8 +27,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     """``--method`` with its settings, and where the model runs."""
     dropping = parser.add_argument_group("dropping", "left out: the settings saved with the model")
     dropping.add_argument("--method", help=f"{', '.join(METHODS)}, or none for the dense model")
-    dropping.add_argument("--layers", type=_numbers(int, "8,16,24"), help="decoder layers to drop before: 8,16,24")
-    dropping.add_argument("--keep", type=_numbers(float, "0.5,0.25,0.125"), help="shares that stay: 0.5,0.25,0.125")
+    dropping.add_argument("--layers", type=numbers(int, "8,16,24"), help="decoder layers to drop before: 8,16,24")
+    dropping.add_argument("--keep", type=numbers(float, "0.5,0.25,0.125"), help="shares that stay: 0.5,0.25,0.125")
     dropping.add_argument("--rank_with", help="next_layer or this_layer")
     dropping.add_argument("--positions", help="renumber or keep")
     dropping.add_argument("--without_instruction", help="last_visual or uniform")
@@ -37,7 +37,9 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--dtype", choices=[*DTYPES], default="auto", help="auto: as saved")
 
 
-def _numbers(kind: Callable[[str], Number], example: str) -> Callable[[str], list[Number]]:
+def numbers(kind: Callable[[str], Number], example: str) -> Callable[[str], list[Number]]:
+    """An argument type: a list written with commas."""
+
     def parse(text: str) -> list[Number]:
         try:
             return [kind(part) for part in text.strip("[]").split(",")]
@@ -69,7 +71,7 @@ def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["save
         raise ValueError(f"--{next(iter(given))} has no effect: --method is none; leave one of them out")
     if arguments.method is not None:
         return method_from_settings({"method": arguments.method, **given})
-    saved = getattr(load_any_config(resolve_checkpoint(arguments.model)), CONFIG_KEY, None)
+    saved = getattr(model_config(resolve_checkpoint(arguments.model)), CONFIG_KEY, None)
     if saved is None:
         raise ValueError(
             f"--{next(iter(given))} changes the saved settings, but {arguments.model} holds none; name the --method"

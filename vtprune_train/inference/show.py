@@ -11,28 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-)
+from transformers import LlavaNextConfig, LlavaNextProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.data.images import UNREADABLE, image_size, load_image
+from vtprune_train.inference.chatting import content_of, load, model_config, open_picture, write_prompt
 from vtprune_train.inference.draw import ShownImage, draw
+from vtprune_train.inference.options import numbers
 from vtprune_train.inference.page import page
 from vtprune_train.inference.places import anyres_places
 from vtprune_train.models import HFModule
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.build import resolve_checkpoint
 from vtprune_train.models.padded import kept_tokens, stage_layers
-from vtprune_train.models.patch import prune
+from vtprune_train.models.patch import is_pruned, prune
 from vtprune_train.pruning import METHODS, PruningMethod, method_from_settings
-from vtprune_train.stream import IMAGE
 
 
 def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
@@ -90,10 +83,7 @@ def encode(
     """
     if not pictures:
         raise ValueError("there is no picture to show the tokens of; give at least one")
-    text = f"{IMAGE}\n" * len(pictures) + prompt
-    if processor.chat_template is not None:
-        content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = write_prompt(processor, content_of(processor), len(pictures), prompt)
     bos = processor.tokenizer.bos_token
     has_bos = bos is not None and text.startswith(bos)  # written by the template
     made = processor(images=list(pictures), text=text, return_tensors="pt", add_special_tokens=not has_bos)
@@ -103,13 +93,13 @@ def encode(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``vtprune show``."""
     parser.add_argument("--model", required=True, help="a run, one of its checkpoints, a folder, or a hub id")
-    parser.add_argument("--image", required=True, nargs="+", type=Path, help="one picture or several")
+    parser.add_argument("--image", required=True, nargs="+", action="extend", type=Path, help="one picture or several")
     parser.add_argument("--prompt", required=True, help="what is asked about them")
     parser.add_argument("--out", required=True, type=Path, help="the picture to write (.png, .jpg, ...)")
     parser.add_argument("--html", type=Path, help="also write a page with a slider over the stages")
     parser.add_argument("--method", choices=[*METHODS, "none"], help="prune by this instead of the saved settings")
-    parser.add_argument("--layers", nargs="+", type=int, help="drop before these layers, counted from 0")
-    parser.add_argument("--keep", nargs="+", type=float, help="shares of the original tokens that remain")
+    parser.add_argument("--layers", type=numbers(int, "8,16,24"), help="drop before these layers: 8,16,24")
+    parser.add_argument("--keep", type=numbers(float, "0.5,0.25"), help="shares of the tokens that remain: 0.5,0.25")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -134,22 +124,13 @@ def _show(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
     if Image.registered_extensions().get(arguments.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {arguments.out}: unknown kind of picture {arguments.out.suffix!r}; use .png")
-    pictures = [_open(path) for path in arguments.image]
+    pictures = [open_picture(path) for path in arguments.image]
     model, processor = _load(arguments.model, arguments)
     inputs = encode(processor, pictures, arguments.prompt, model.device)
     images, stages = look(model, inputs, pictures), stage_names(model)
     draw(images, stages, arguments.prompt).save(arguments.out)
     if arguments.html is not None:
         arguments.html.write_text(page(images, stages, arguments.prompt), encoding="utf-8")
-
-
-def _open(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise ValueError(f"--image {path} does not exist")
-    try:
-        return load_image(path, image_size(path))
-    except UNREADABLE as error:
-        raise ValueError(f"--image {path} is no readable picture ({error})") from error
 
 
 def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNextProcessor]:
@@ -159,21 +140,11 @@ def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNe
         ValueError: there is no such checkpoint, it is no LLaVA-NeXT, lacks a part, or how to prune it is not known.
     """
     path = resolve_checkpoint(source)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--model {source}: no readable config.json there or on the hub") from error
-    try:
-        if not isinstance(config, LlavaNextConfig):
-            raise ValueError(f"it holds a {config.model_type}; only llava_next models can be shown")
-        method = _method(config, arguments)
-        processor = AutoProcessor.from_pretrained(path, backend="pil")
-        if not isinstance(processor, LlavaNextProcessor):
-            raise ValueError("it has no processor; save one beside the model (processor.save_pretrained)")
-        model = LlavaNextForConditionalGeneration.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--model {source}: {str(error).strip().splitlines()[0]}") from error
-    return prune(model.to("cuda" if torch.cuda.is_available() else "cpu"), method), processor
+    config = model_config(path)
+    if not isinstance(config, LlavaNextConfig):
+        raise ValueError(f"--model {source}: it holds a {config.model_type}; only llava_next models can be shown")
+    loaded = load(source, _method(config, arguments))
+    return (loaded.model if is_pruned(loaded.model) else prune(loaded.model, None)), loaded.processor
 
 
 def _method(config: LlavaNextConfig, arguments: argparse.Namespace) -> PruningMethod | None:
@@ -185,7 +156,7 @@ def _method(config: LlavaNextConfig, arguments: argparse.Namespace) -> PruningMe
     settings = {**(saved if same_method else {}), **given}
     if "method" not in settings:
         raise ValueError(
-            "it was saved without pruning settings, so say how to prune it: for example "
-            "--method pyramiddrop --layers 8 16 24 --keep 0.5 0.25 0.125"
+            f"--model {arguments.model}: it was saved without pruning settings, so say how to prune it: for example "
+            "--method pyramiddrop --layers 8,16,24 --keep 0.5,0.25,0.125"
         )
     return method_from_settings(settings)

@@ -70,14 +70,14 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrain
         ValueError: there is no such checkpoint, or none of a family that the loop trains.
     """
     if config.path is not None:
-        loaded = load_any_config(resolve_checkpoint(config.path), "model.path", offline)
+        loaded = load_any_config(resolve_checkpoint(config.path), f"model.path={config.path}", offline)
         trained_family(loaded.model_type, f"model.path={config.path}")
         return loaded
     if config.config is not None:
         return _config_of_sizes(config.config)
     assert config.language_model is not None and config.vision_tower is not None
-    text = load_any_config(config.language_model, "model.language_model", offline)
-    vision = load_any_config(config.vision_tower, "model.vision_tower", offline)
+    text = load_any_config(config.language_model, f"model.language_model={config.language_model}", offline)
+    vision = load_any_config(config.vision_tower, f"model.vision_tower={config.vision_tower}", offline)
     vision = getattr(vision, "vision_config", vision)
     if not isinstance(vision, CLIPVisionConfig):
         raise ValueError(f"model.vision_tower={config.vision_tower} is a {vision.model_type}; use a CLIP vision tower")
@@ -132,12 +132,12 @@ def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
                 raise ValueError(f"{place}.{key}: unknown key{hint}")
 
 
-def load_any_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
+def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
     """The config in a folder or on the hub, of whatever family.
 
     Args:
         name: folder or hub id.
-        key: the setting that named it, for the error.
+        place: the setting that named it and its value, for the error.
         offline: for well-known hub ids use the recorded sizes.
 
     Raises:
@@ -148,7 +148,7 @@ def load_any_config(name: str, key: str, offline: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key}={name}: no readable config.json there or on the hub ({first_line(error)})") from error
+        raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
@@ -400,7 +400,7 @@ def saved_pruning(path: str) -> dict[str, Any] | None:
     Raises:
         ValueError: there is no such checkpoint.
     """
-    return getattr(load_any_config(resolve_checkpoint(path), "train.init_from", offline=False), "pruning", None)
+    return getattr(load_any_config(resolve_checkpoint(path), f"train.init_from={path}", offline=False), "pruning", None)
 
 
 def first_line(error: Exception) -> str:
