@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vtprune_train.models import HFModule
+from vtprune_train.models.calls import State
 from vtprune_train.models.decoder import Staging, run_layers
-from vtprune_train.models.padded import State
 from vtprune_train.stream import PackedBatch, StreamPlan
 
 

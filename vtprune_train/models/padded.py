@@ -8,13 +8,8 @@ Shape suffixes: B rows, L padded length, T tokens of the packed stream, V visual
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import pickle
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -25,92 +20,22 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer, Told, staged
+from vtprune_train.models.cache import StagedLayer, Told, staged
+from vtprune_train.models.calls import Call, State, state_of
 from vtprune_train.models.decoder import Staging, check_attention, run_layers
 from vtprune_train.models.families import Family
+from vtprune_train.models.staging import plan_staging, use_three_parts
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import (
     IGNORE,
-    Boundary,
     ImageSpan,
-    ScoredSegment,
     SegmentLayout,
-    Stage,
     StreamPlan,
     map_leaves,
     plan_stream,
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Call:
-    """One forward pass in progress: what the decoder must know beside embeddings.
-
-    Args:
-        input_ids: [B, L] int64; ``None`` where the decoder is called alone, with text only.
-        labels: [B, L] int64, -100 at image tokens; ``None`` without a loss.
-        prompt_width: columns of the prompt inside ``generate``, cached ones included; what follows does not rank.
-        image_lengths: tokens of each image, in placeholder order; found while the family's own code runs.
-        positions: [3, B, L], counting each row of this call from 0, where the family has three parts and knows them.
-        segments, kept: the rows' layouts and, for each boundary, the surviving rows of the ending stage; left by the
-            decoder.
-    """
-
-    input_ids: Tensor | None
-    labels: Tensor | None = None
-    prompt_width: int | None = None
-    image_lengths: list[int] = field(default_factory=list)
-    positions: Tensor | None = None
-    segments: list[SegmentLayout] = field(default_factory=list)
-    kept: tuple[Tensor, ...] = ()
-
-
-class _InProgress(threading.local):
-    """What runs right now, in each thread for itself."""
-
-    call: Call | None = None
-    prompt_width: int | None = None
-
-
-@dataclass
-class State:
-    """What ``prune`` keeps beside a model: its choice, and what it replaced."""
-
-    family: Family
-    method: PruningMethod | None
-    backend: str
-    image_token: int
-    attention: str = ""
-    pruning: Any = None
-    warned: set[str] = field(default_factory=set)
-    running: _InProgress = field(default_factory=_InProgress)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> State:
-        return dataclasses.replace(self, warned=set(), running=_InProgress())
-
-    def __reduce__(self) -> Any:
-        raise pickle.PicklingError(
-            "a pruned model cannot be pickled: use save_pretrained, which keeps the settings, or unprune(model) first"
-        )
-
-    def warn_once(self, message: str) -> None:
-        if message not in self.warned:
-            self.warned.add(message)
-            log.warning(message)
-
-    @contextmanager
-    def calling(self, input_ids: Tensor | None, labels: Tensor | None = None) -> Iterator[Call | None]:
-        """Open a call around a forward pass of the whole model (or of its base, when that is called alone)."""
-        if self.running.call is not None or input_ids is None:
-            yield self.running.call
-            return
-        self.running.call = Call(input_ids, labels, self.running.prompt_width)
-        try:
-            yield self.running.call
-        finally:
-            self.running.call = None
 
 
 def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np.ndarray]]]:
@@ -123,7 +48,7 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
     Returns:
         For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens, ascending.
     """
-    state: State = model.__dict__["_vtprune"]
+    state: State = state_of(model)
     with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
         assert call is not None, "kept_tokens inside another forward pass"
         model.get_submodule(state.family.base)(**inputs, use_cache=False)
@@ -141,7 +66,7 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
 
 def stage_layers(model: HFModule) -> list[range]:
     """The decoder layers of each stage of a pruned model, counted from 0."""
-    state: State = model.__dict__["_vtprune"]
+    state: State = state_of(model)
     num_layers = len(model.get_submodule(state.family.decoder).layers)
     drops = () if state.method is None else state.method.drops(num_layers)
     return [range(first, end) for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers])]
@@ -194,11 +119,26 @@ def forward_text(
     has_images = bool(call.image_lengths)
     if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
         hidden = decode(text_model, state.method, inputs_embeds, cache)
-        first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
-        if first.told is not None:
-            text = torch.full_like(first.told.image[:, :1], Told.TEXT)
-            first.told = first.told.and_then(inputs_embeds, text)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+    hidden = _run_rows(
+        text_model, state, call, inputs_embeds, attention_mask, position_ids, cache, visual_pos_masks,
+        deepstack_visual_embeds,
+    )  # fmt: skip
+    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+
+def _run_rows(
+    text_model: HFModule,
+    state: State,
+    call: Call,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: DynamicCache | None,
+    visual_pos_masks: Tensor | None,
+    deepstack_visual_embeds: Sequence[Tensor] | None,
+) -> Tensor:
+    """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
     rows = _real_rows(attention_mask, inputs_embeds)
     verifies_candidates = False
     if call.prompt_width is not None:  # from here on: columns of this call
@@ -215,9 +155,9 @@ def forward_text(
             inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
     plan = _plan(state.method, call.segments, len(text_model.layers))
     token_rows = torch.from_numpy(np.flatnonzero(rows.ravel())).to(device)
-    staging = _staging(plan, state.method, len(call.segments), cache, inputs_embeds.shape[1], device)
+    staging = plan_staging(plan, state.method, len(call.segments), cache, inputs_embeds.shape[1], device)
     if state.family.three_part_positions is not None:
-        _use_three_parts(staging, call, position_ids, token_rows, cache)
+        use_three_parts(staging, call, position_ids, token_rows, cache)
     elif position_ids is not None and state.running.prompt_width is None:
         _check_positions(position_ids, rows, token_rows, staging)
     if deepstack_visual_embeds:
@@ -234,7 +174,7 @@ def forward_text(
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
     if told is not None and cache is not None:
         cache.layers[0].told = told  # type: ignore[attr-defined]
-    return BaseModelOutputWithPast(last_hidden_state=hidden[:, -new_length:], past_key_values=cache)
+    return hidden[:, -new_length:]
 
 
 def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Told:
@@ -296,7 +236,7 @@ def prefill(
     cache = staged(cache, len(text_model.layers))
     plan = _plan(method, segments, len(text_model.layers))
     longest = max(segment.length for segment in segments)
-    staging = _staging(plan, method, len(segments), cache, longest, embeds_TC.device)
+    staging = plan_staging(plan, method, len(segments), cache, longest, embeds_TC.device)
     plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(embeds_TC.device))
     output = run_layers(text_model, embeds_TC, plan, method, staging)
     return text_model.norm(output.last_hidden_state), output.kept, cache
@@ -340,6 +280,8 @@ def decode(
                 hidden, attention_mask=masks[window], position_ids=positions, position_embeddings=rotary,
                 past_key_values=cache, use_cache=True, staged_decoding=True,
             )  # fmt: skip
+    if layers[0].told is not None:
+        layers[0].told = layers[0].told.and_then(hidden_B1C, torch.full_like(layers[0].told.image[:, :1], Told.TEXT))
     return text_model.norm(hidden)
 
 
@@ -452,113 +394,6 @@ def _segment(length: int, labels: np.ndarray | None, spans: tuple[ImageSpan, ...
 
 def _plan(method: PruningMethod | None, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
     return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
-
-
-def _staging(
-    plan: StreamPlan,
-    method: PruningMethod | None,
-    num_rows: int,
-    cache: DynamicCache | None,
-    length: int,
-    device: torch.device,
-) -> Staging:
-    """Positions of every stage, and how its tokens join the cache."""
-    if cache is None:
-        return Staging(tuple(stage.position_ids.to(device) for stage in plan.stages))
-    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
-    width = cache.get_seq_length()
-    cached = [_cached_lengths(layers[stage.first_layer], num_rows) for stage in plan.stages]
-    stages = tuple(
-        StageCache.of(
-            stage.segment_lengths, own, layers[stage.first_layer].get_seq_length(),
-            width + length if index == 0 else None, device,
-        )
-        for index, (stage, own) in enumerate(zip(plan.stages, cached, strict=True))
-    )  # fmt: skip
-    positions = tuple(
-        stage.position_ids.to(device) + torch.from_numpy(np.repeat(own, stage.segment_lengths)).to(device)
-        for stage, own in zip(plan.stages, cached, strict=True)
-    )
-    staging = Staging(positions, PackedCache(cache), stages)
-    if width and method is not None:
-        next_layer = method.rank_with == "next_layer"
-        ranking = list(zip(plan.stages[:-1], plan.boundaries, cached[1:] if next_layer else cached[:-1], strict=True))
-        staging.ranked_keys = tuple(
-            StageCache.of(stage.segment_lengths, own, layers[boundary.layer].get_seq_length(), None, device)
-            for stage, boundary, own in ranking
-            if next_layer
-        )
-        staging.ranked_boundaries = tuple(
-            map_leaves(_behind_cached(boundary, stage, own), Tensor, lambda tensor: tensor.to(device))
-            for stage, boundary, own in ranking
-        )
-    return staging
-
-
-def _cached_lengths(layer: StagedLayer, num_rows: int) -> list[int]:
-    return layer.num_tokens().tolist() if layer.get_seq_length() else [0] * num_rows
-
-
-def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Boundary:
-    """``boundary`` with its rows counted among [cached and new keys], row of the batch after row."""
-    starts = stage.cu_seqlens.numpy().astype(np.int64)
-    above = np.cumsum([0, *cached])  # cached keys of the rows of the batch above each
-    query_rows, in_scored = boundary.query_rows.clone(), boundary.visual_in_scored.clone()
-    segments, cached_so_far, scored_end = [], 0, 0
-    for segment in boundary.segments:
-        row = int(np.searchsorted(starts, segment.start, side="right")) - 1
-        segments.append(
-            ScoredSegment(
-                segment.start + int(above[row]), segment.end + int(above[row + 1]),
-                segment.query_start, segment.query_end,
-            )
-        )  # fmt: skip
-        query_rows[segment.query_start : segment.query_end] += int(above[row + 1])
-        own = (boundary.visual_in_scored >= scored_end) & (
-            boundary.visual_in_scored < scored_end + segment.end - segment.start
-        )
-        cached_so_far += cached[row]
-        in_scored[own] += cached_so_far
-        scored_end += segment.end - segment.start
-    return dataclasses.replace(boundary, query_rows=query_rows, visual_in_scored=in_scored, segments=tuple(segments))
-
-
-def _use_three_parts(
-    staging: Staging, call: Call, position_ids: Tensor | None, token_rows: Tensor, cache: DynamicCache | None
-) -> None:
-    """Put [3, T] positions into the first stage, and how far they lead the tokens' number into the cache.
-
-    They come from the family (counting this call), or from the caller (as ``generate`` passes them), or count tokens.
-    """
-    counted = staging.positions[0]
-    first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
-    lengths = torch.tensor([segment.length for segment in call.segments], device=counted.device)
-    row = torch.repeat_interleave(lengths)
-    continues = first is not None and first.get_seq_length() > 0
-    if call.positions is not None:
-        positions = call.positions.to(counted.device).flatten(1, 2).index_select(1, token_rows)
-        if first is not None and first.get_seq_length():
-            positions = positions + first.next_positions()[row]
-    elif position_ids is not None and position_ids.ndim == 3 and (not continues or call.image_lengths):
-        positions = position_ids[-3:].flatten(1, 2).index_select(1, token_rows)
-        if call.prompt_width is not None:
-            # What generate appends follows the last column, which is padding in rows padded on the right.
-            generated = token_rows % position_ids.shape[-1] >= call.prompt_width
-            ahead = _lead(positions[:, ~generated], counted[~generated], row[~generated], len(lengths))
-            positions = torch.where(generated, counted + ahead[row], positions)
-    else:
-        cached_ahead = None if first is None else first.ahead
-        positions = (counted if cached_ahead is None else counted + cached_ahead[row]).expand(3, -1)
-    staging.positions = (positions, *staging.positions[1:])
-    if first is not None:
-        first.ahead = _lead(positions, counted, row, len(lengths))
-
-
-def _lead(positions: Tensor, counted: Tensor, row: Tensor, num_rows: int) -> Tensor:
-    """[B]: how far each row's highest position lies ahead of its last token's number."""
-    zeros = counted.new_zeros(num_rows)
-    highest = zeros.scatter_reduce(0, row, positions.amax(dim=0), "amax")
-    return highest - zeros.scatter_reduce(0, row, counted, "amax")
 
 
 def _check_positions(position_ids: Tensor, real: np.ndarray, token_rows: Tensor, staging: Staging) -> None:

@@ -23,16 +23,16 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vtprune_train.models import HFModule, packed
 from vtprune_train.models.attention import PREFIX, choose_backend
+from vtprune_train.models.calls import STATE, Call, State, state_of
 from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_cross_entropy
-from vtprune_train.models.padded import Call, State, forward_text
+from vtprune_train.models.padded import forward_text
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan
 
 log = logging.getLogger(__name__)
 
-_STATE = "_vtprune"
 _REPLACED = "_vtprune_replaced"
 CONFIG_KEY = "pruning"
 SAVED: Literal["saved"] = "saved"
@@ -66,7 +66,7 @@ def prune(
     inner = _unwrapped(model)
     family = family_of(inner)
     if is_pruned(inner):
-        raise ValueError(f"this model is pruned already ({_state(inner).method}); call unprune(model) first")
+        raise ValueError(f"this model is pruned already ({state_of(inner).method}); call unprune(model) first")
     if isinstance(method, str):
         method = saved_method(inner)
     text_model = inner.get_submodule(family.decoder)
@@ -121,10 +121,10 @@ def unprune(model: HFModule) -> HFModule:
     inner = _unwrapped(model)
     if not is_pruned(inner):
         raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
-    state = _state(inner)
+    state = state_of(inner)
     inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
     for module in inner.modules():  # by what they carry: PEFT may have moved some of them
-        module.__dict__.pop(_STATE, None)
+        module.__dict__.pop(STATE, None)
         for attribute, original in module.__dict__.pop(_REPLACED, {}).items():
             if _is_ours(module.__dict__.get(attribute)):
                 del module.__dict__[attribute]
@@ -151,7 +151,7 @@ def dense(model: HFModule) -> Iterator[HFModule]:
         ValueError: the model is not pruned.
     """
     inner = _unwrapped(model)
-    state = _state(inner) if is_pruned(inner) else None
+    state = state_of(inner) if is_pruned(inner) else None
     unprune(inner)
     assert state is not None
     try:
@@ -162,16 +162,12 @@ def dense(model: HFModule) -> Iterator[HFModule]:
 
 def is_pruned(model: HFModule) -> bool:
     """Whether :func:`prune` changed this model and :func:`unprune` has not undone it."""
-    return _STATE in _unwrapped(model).__dict__
+    return STATE in _unwrapped(model).__dict__
 
 
 def method_of(model: HFModule) -> PruningMethod | None:
     """The method that a pruned model drops by; ``None`` if it packs without dropping."""
-    return _state(_unwrapped(model)).method
-
-
-def _state(model: HFModule) -> State:
-    return model.__dict__[_STATE]
+    return state_of(_unwrapped(model)).method
 
 
 def _unwrapped(model: HFModule) -> HFModule:
@@ -194,7 +190,7 @@ def _install(model: HFModule, state: State) -> None:
         replacements.append(("lm_head", "forward", _forward_head))
     for name, attribute, function in replacements:
         module = model.get_submodule(name)
-        module.__dict__[_STATE] = state
+        module.__dict__[STATE] = state
         module.__dict__.setdefault(_REPLACED, {})[attribute] = _replace(module, attribute, function)
     model.register_forward_pre_hook(_open_call, prepend=True, with_kwargs=True)
     model.register_forward_hook(_close_call, always_call=True)
@@ -219,7 +215,7 @@ def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) ->
     @functools.wraps(getattr(signature, "__func__", signature))
     def method(self: HFModule, *args: Any, **kwargs: Any) -> Any:
         bound = original or getattr(type(self), attribute).__get__(self)
-        state = self.__dict__.get(_STATE)
+        state = self.__dict__.get(STATE)
         return bound(*args, **kwargs) if state is None else function(self, bound, state, *args, **kwargs)
 
     method._of_vtprune = True  # type: ignore[attr-defined]
@@ -242,7 +238,7 @@ def _train(self: HFModule, original: Callable[..., Any], state: State, *args: An
 def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
     """Before whatever stands as the model's ``forward``: the decoder has to know the labels, even where a Trainer
     computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
-    state: State = model.__dict__[_STATE]
+    state = state_of(model)
     if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
         labels = inputs.get("labels")
         if labels is not None:
@@ -251,7 +247,7 @@ def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -
 
 
 def _close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
-    model.__dict__[_STATE].running.call = None
+    state_of(model).running.call = None
 
 
 def _load_state_dict(

@@ -1,0 +1,97 @@
+"""What ``prune`` keeps beside a model, and what its decoder has to know of the forward pass in progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vtprune_train.models import HFModule
+from vtprune_train.models.families import Family
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.stream import SegmentLayout
+
+log = logging.getLogger(__name__)
+
+STATE = "_vtprune"
+
+
+@dataclass
+class Call:
+    """One forward pass in progress: what the decoder must know beside embeddings.
+
+    Args:
+        input_ids: [B, L] int64; ``None`` where the decoder is called alone, with text only.
+        labels: [B, L] int64, -100 at image tokens; ``None`` without a loss.
+        prompt_width: columns of the prompt inside ``generate``, cached ones included; what follows does not rank.
+        image_lengths: tokens of each image, in placeholder order; found while the family's own code runs.
+        positions: [3, B, L], counting each row of this call from 0, where the family has three parts and knows them.
+        segments, kept: the rows' layouts and, for each boundary, the surviving rows of the ending stage; left by the
+            decoder.
+    """
+
+    input_ids: Tensor | None
+    labels: Tensor | None = None
+    prompt_width: int | None = None
+    image_lengths: list[int] = field(default_factory=list)
+    positions: Tensor | None = None
+    segments: list[SegmentLayout] = field(default_factory=list)
+    kept: tuple[Tensor, ...] = ()
+
+
+class _InProgress(threading.local):
+    """What runs right now, in each thread for itself."""
+
+    call: Call | None = None
+    prompt_width: int | None = None
+
+
+@dataclass
+class State:
+    """What ``prune`` keeps beside a model: its choice, and what it replaced."""
+
+    family: Family
+    method: PruningMethod | None
+    backend: str
+    image_token: int
+    attention: str = ""
+    pruning: Any = None
+    warned: set[str] = field(default_factory=set)
+    running: _InProgress = field(default_factory=_InProgress)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return dataclasses.replace(self, warned=set(), running=_InProgress())
+
+    def __reduce__(self) -> Any:
+        raise pickle.PicklingError(
+            "a pruned model cannot be pickled: use save_pretrained, which keeps the settings, or unprune(model) first"
+        )
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            log.warning(message)
+
+    @contextmanager
+    def calling(self, input_ids: Tensor | None, labels: Tensor | None = None) -> Iterator[Call | None]:
+        """Open a call around a forward pass of the whole model (or of its base, when that is called alone)."""
+        if self.running.call is not None or input_ids is None:
+            yield self.running.call
+            return
+        self.running.call = Call(input_ids, labels, self.running.prompt_width)
+        try:
+            yield self.running.call
+        finally:
+            self.running.call = None
+
+
+def state_of(model: HFModule) -> State:
+    """The state of a pruned model."""
+    return model.__dict__[STATE]
