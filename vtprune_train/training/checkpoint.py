@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vtprune_train.training.distributed import barrier, from_rank_0, gather, rank, world_size
+from vtprune_train.training.weights import full_state_dict, write_export
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,7 @@ class CheckpointFolder:
         engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
         weights = full_state_dict(engine)
         if rank() == 0:
-            engine.module.save_pretrained(partial / "hf", state_dict=weights)
-            processor.save_pretrained(partial / "hf")
+            write_export(engine.module, processor, weights, partial / "hf")
             (partial / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
             (partial / "config.yaml").write_text(config_yaml)
         barrier()
@@ -165,25 +163,6 @@ def load(engine: Any, checkpoint: Path) -> TrainerState:
     if loaded is None:
         raise ValueError(f"DeepSpeed found nothing to load in {checkpoint / TAG}")
     return state
-
-
-def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
-    """All weights on rank 0, gathered over ranks under ZeRO-3 one parameter at a time; ``None`` on other ranks."""
-    import deepspeed
-
-    module = engine.module
-    if engine.zero_optimization_stage() < 3:
-        return module.state_dict() if rank() == 0 else None
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if rank() == 0:
-                weights[name] = parameter.data.detach().cpu().clone()
-    if rank():
-        return None
-    persistent = set(module.state_dict())
-    weights.update({name: b.detach().cpu() for name, b in module.named_buffers() if name in persistent})
-    return weights
 
 
 def _fresh(partial: Path) -> None:
