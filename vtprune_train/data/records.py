@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.data.chat import Turn
-from vtprune_train.data.sources import find_files, open_reader
+from vtprune_train.data.sources import Malformed, find_files, open_reader
 from vtprune_train.stream import IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -51,6 +51,8 @@ class Prompt:
 
     def apply(self, conversation: Conversation) -> Conversation:
         """The conversation as it is trained on."""
+        if self.system is None and not self.prefix and not self.suffix:
+            return conversation
         turns = list(conversation.turns)
         first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
         if first is None:
@@ -89,6 +91,8 @@ def normalize(record: Any, default_id: str) -> Conversation:
     """One record as a conversation; what is wrong with it goes to ``error``."""
     name = default_id
     try:
+        if isinstance(record, Malformed):
+            raise ValueError(record)
         if not isinstance(record, Mapping):
             raise ValueError(f"the record is a {type(record).__name__}, not an object")
         name = default_id if record.get("id") is None else str(record["id"])

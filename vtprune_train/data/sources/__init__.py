@@ -6,13 +6,13 @@ import glob
 from collections.abc import Callable
 from pathlib import Path
 
-from vtprune_train.data.sources.base import Piece, Place, Reader
+from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader
 from vtprune_train.data.sources.json_list import JsonList
 from vtprune_train.data.sources.jsonl import JsonLines
 from vtprune_train.data.sources.tables import DatasetOnDisk, Parquet
 from vtprune_train.data.sources.tars import Tar
 
-__all__ = ["KINDS", "Piece", "Place", "Reader", "find_files", "is_here", "open_reader", "stamp"]
+__all__ = ["KINDS", "Malformed", "Piece", "Place", "Reader", "find_files", "is_here", "open_reader", "stamp"]
 
 KINDS: dict[str, Callable[[Path], Reader]] = {
     ".json": JsonList,

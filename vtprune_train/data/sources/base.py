@@ -12,6 +12,12 @@ PIECE_BYTES = 8 << 20
 PIECE_ROWS = 8192
 
 
+class Malformed(str):
+    """In place of a record that cannot be parsed: what is wrong with it."""
+
+    __slots__ = ()
+
+
 class Piece(NamedTuple):
     """A part of a file that one process measures: bytes, rows or row groups ``[start, stop)``, as the reader counts."""
 

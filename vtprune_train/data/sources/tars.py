@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.data.sources.base import BytesAt, Piece, Place, Reader
+from vtprune_train.data.sources.base import BytesAt, Malformed, Piece, Place, Reader
 from vtprune_train.stream import IMAGE
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -100,7 +100,7 @@ def _record(members: Sequence[Member]) -> Any:
             try:
                 described = json.loads(content)
             except ValueError as error:
-                described = f"{name} is not JSON ({error})"
+                described = Malformed(f"{name} is not JSON ({error})")
         elif extension == "txt":
             caption = content.decode("utf-8", errors="replace").strip()
         elif extension.rpartition(".")[2] in PICTURES:
@@ -111,7 +111,7 @@ def _record(members: Sequence[Member]) -> Any:
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
         return {"id": key, "images": [content for _, content in pictures], "conversations": turns}
     if not isinstance(described, Mapping):
-        return described if isinstance(described, str) else {"id": key}
+        return {"id": key} if described is None else described
     return {"id": key, **described, "images": _chosen(described, pictures), "image": None}
 
 
