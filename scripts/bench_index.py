@@ -2,7 +2,7 @@
 """What the sample index costs: writes synthetic records, builds their index with the real code, opens it and seeks.
 
 python scripts/bench_index.py --records 1000000              # build rate, size, memory, open and seek time
-python scripts/bench_index.py --records 10000000 --folder D  # 10 million
+python scripts/bench_index.py --words 4 --distinct 1500 --template mistral  # 10 million, short records
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def write_shards(folder: Path, records: int, mean_words: int, distinct: int | No
             all_starts = rng.integers(0, len(text) - 20_000, (known, 2))
         chosen = np.arange(count) if distinct is None else rng.integers(0, known, count)
         lengths, starts = all_lengths[chosen], all_starts[chosen]
+        if path.exists():  # of an earlier start in this folder: the build goes on
+            continue
         with path.open("w") as file:
             for number in range(count):
                 (ask, say), (long, longer) = starts[number].tolist(), lengths[number].tolist()
