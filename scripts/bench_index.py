@@ -43,7 +43,7 @@ BATCH = 512
 def words(count: int) -> list[str]:
     """Made-up words of one to four syllables."""
     rng = random.Random(0)
-    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "ar", "en", "is", "ot")]
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "ar", "en", "is", "og")]
     return ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(count)]
 
 

@@ -352,7 +352,7 @@ def test_mixtures_in_files(tmp_path):
 @pytest.mark.parametrize(
     ("mixture", "words"),
     [
-        ([{"path": "a", "wieght": 2}], ["x.yaml, entry 0: wieght: unknown key; did you mean", "weight?"]),
+        ([{"path": "a", "weights": 2}], ["x.yaml, entry 0: weights: unknown key; did you mean", "weight?"]),
         ([{"path": "a"}, {"path": "b", "weight": -1}], ["x.yaml, entry 1: weight", "greater than 0"]),
         ([{"weight": 1}], ["x.yaml, entry 0: path", "required"]),
         ([{"path": "a", "prompt": {"prefix": "<image>"}}], ["prompt.prefix", "brings no picture"]),
