@@ -42,12 +42,13 @@ def evaluate(
         the samples left out because a picture could not be read.
     """
     index = collate.index
-    batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens / index.tokens.mean())))
+    tokens = index.tokens
+    batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens / tokens.mean())))
     planner = Planner(
-        index.tokens,
-        index.tokens.astype(np.float64),
+        len(index),
+        lambda _, samples: (tokens[samples], tokens[samples].astype(np.float64)),
         global_batch_size=batch_size,
-        max_tokens=max(max_tokens, int(index.tokens.max())),
+        max_tokens=max(max_tokens, int(tokens.max())),
         seed=0,
         world_size=ranks.world_size(),
     )
