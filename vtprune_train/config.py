@@ -166,7 +166,9 @@ class PruningConfig(Section):
     def _builds(self) -> PruningConfig:
         method = self.build()
         if method is None and (wanted := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
-            raise ValueError(f"{wanted[0]} is set, but method is none, so no step drops tokens; null it or name a method")
+            raise ValueError(
+                f"{wanted[0]} is set, but method is none, so no step drops tokens; null it or name a method"
+            )
         if self.consistency_weight and not self.full_token_share:
             raise ValueError(
                 f"consistency_weight={self.consistency_weight:g} weighs nothing: no step runs on full tokens; set "
@@ -448,9 +450,8 @@ def _phases_without_effect(pruning: PruningConfig) -> list[str]:
     warmup = pruning.warmup
     if warmup is not None and warmup.kind == "dense" and "start" in warmup.model_fields_set:
         lines.append("pruning.warmup.start has no effect: pruning.warmup.kind is dense")
-    if "consistency_temperature" in pruning.model_fields_set and not pruning.consistency_weight:
-        if pruning.consistency_temperature != 1:
-            lines.append("pruning.consistency_temperature has no effect: pruning.consistency_weight is 0")
+    if pruning.consistency_temperature != 1 and not pruning.consistency_weight:
+        lines.append("pruning.consistency_temperature has no effect: pruning.consistency_weight is 0")
     if warmup is not None and pruning.full_token_share == 1 and not pruning.consistency_weight:
         lines.append("pruning.warmup has no effect: pruning.full_token_share=1 runs every step on full tokens")
     return lines

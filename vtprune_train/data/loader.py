@@ -22,7 +22,7 @@ from vtprune_train.stream import PackedBatch, map_leaves
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one rank in one micro-step of a global step, and whose pictures they get (their own if ``None``)."""
+    """The samples of one rank in one micro-step of ``step``, and whose pictures they get (their own if ``None``)."""
 
     step: int
     samples: tuple[int, ...]

@@ -46,9 +46,7 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
     return PackedOutput(loss_sum, correct, kept, cross_entropy, divergence)
 
 
-def forward_base(
-    self: HFModule, state: State, batch: PackedBatch
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Forward of the base: [R, C] normed hidden states of the supervised rows, the rows kept, and [R, C] what the
     teacher's pass says at the same rows (pictures are looked at once, for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)

@@ -114,7 +114,9 @@ def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> 
             return 1.0
         teacher = Teacher(method, weight, pruning.consistency_temperature) if weight else None
         phases = (1 - share, Phase(method)), (share, Phase(None, teacher))
-        return sum(part * _phase_ratio(phase, layout.tokens([size]), layout.tiles([size]), cost) for part, phase in phases)
+        return sum(
+            part * _phase_ratio(phase, layout.tokens([size]), layout.tiles([size]), cost) for part, phase in phases
+        )
 
     lines = [
         f"mean step at {size[0]} x {size[1]}: {mean_step(method):.3f} of dense FLOPs, {share:.3g} of the steps on full "
@@ -124,7 +126,8 @@ def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> 
         asked = pruning.warmup
         warmup = Warmup(WARMUP_POINTS, asked.kind, asked.start)
         eased = [
-            None if asked.kind == "dense" else method.eased(asked.start, warmup.progress(i)) for i in range(WARMUP_POINTS)
+            None if asked.kind == "dense" else method.eased(asked.start, warmup.progress(i))
+            for i in range(WARMUP_POINTS)
         ]
         length = f"{asked.steps} steps" if asked.steps else f"{asked.ratio:.3g} of all steps"
         lines.append(f"during the warm-up ({asked.kind}, {length}): {np.mean([mean_step(m) for m in eased]):.3f}")
@@ -136,7 +139,9 @@ def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: Traini
     num_layers, text, supervised = cost.decoder.num_layers, np.array([TYPICAL_TEXT]), np.array([TYPICAL_TEXT // 2])
 
     def lengths(drops: Sequence[Drop]) -> tuple[np.ndarray, list[int]]:
-        return stage_lengths(text, np.array(visual), np.zeros(1, dtype=np.int64), drops), layers_per_stage(drops, num_layers)
+        return stage_lengths(text, np.array(visual), np.zeros(1, dtype=np.int64), drops), layers_per_stage(
+            drops, num_layers
+        )
 
     done = cost.sample(*lengths(phase.drops(num_layers)), np.array(tiles), supervised)[0]
     if phase.teacher is not None:
