@@ -173,7 +173,7 @@ class Result:
     micro_steps: float
     most_tokens: int  # of a micro-batch, before dropping (with its padding, where it pads)
     padding: float  # FLOPs with padding / without
-    plan_ms: float  # median time that planning one step takes
+    plan_ms: float  # median CPU time that planning one step takes
     throughput: float = 1.0  # steps in the same time, ours = 1
 
 
@@ -181,22 +181,22 @@ def measure(
     name: str, steps: Iterator[Step], mix: Mix, ranks: int, cost: np.ndarray, method: PyramidDrop | None, pads: bool
 ) -> Result:
     """Go through all steps of one way of dealing."""
-    slowest, even, once, counts, times, tokens = [], [], [], [], [], 0
+    slowest, even, once, counts, times, tokens = [], [], [], [], [], 0.0
     useful, padded = 0.0, 0.0
     while True:
-        began = time.perf_counter()
+        began = time.process_time()
         step = next(steps, None)
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
         if step is None:
             break
         done = np.array([micro_step_cost(micro, mix, cost, method, pads) for micro in step])  # [micro-steps, ranks]
-        own = sum(float(cost[samples].sum()) for micro in step for samples in micro)
+        own = sum(float(summed(micro, cost).sum()) for micro in step)
         useful, padded = useful + own, padded + float(done.sum())
         slowest.append(done.max(axis=1).sum())
         once.append(done.sum(axis=0).max())
         even.append(own / ranks)
         counts.append(len(step))
-        tokens = max(tokens, *(held_tokens(samples, mix, pads) for micro in step for samples in micro))
+        tokens = max(tokens, *(most_tokens(micro, mix, pads) for micro in step))
     return Result(
         name, ranks,
         max_over_mean=sum(slowest) / sum(even),
@@ -214,9 +214,7 @@ def micro_step_cost(
 ) -> np.ndarray:
     """[ranks] FLOPs; where a way of dealing pads, every sample of a micro-batch is as long as its longest."""
     if not pads:
-        ends = np.cumsum([len(samples) for samples in micro])
-        total = np.concatenate([[0.0], np.cumsum(cost[np.concatenate(micro)])])
-        return total[ends] - total[np.concatenate([[0], ends[:-1]])]
+        return summed(micro, cost)
     held = np.stack(micro)  # [ranks, samples]
     text = np.broadcast_to(mix.text[held].max(axis=1, keepdims=True), held.shape).ravel()
     visual = np.broadcast_to(mix.visual[held].max(axis=1, keepdims=True), held.shape).ravel()
@@ -224,11 +222,18 @@ def micro_step_cost(
     return pass_cost(text, visual, mix.tiles[flat], mix.supervised[flat], method).reshape(held.shape).sum(axis=1)
 
 
-def held_tokens(samples: np.ndarray, mix: Mix, pads: bool) -> int:
-    if not len(samples):
-        return 0
-    lengths = mix.tokens[samples]
-    return int(lengths.max() * len(lengths) if pads else lengths.sum())
+def most_tokens(micro: list[np.ndarray], mix: Mix, pads: bool) -> float:
+    """Of any micro-batch of a micro-step."""
+    if pads:
+        held = np.stack(micro)
+        return float(mix.tokens[held].max() * held.shape[1])
+    return float(summed(micro, mix.tokens).max())
+
+
+def summed(micro: list[np.ndarray], values: np.ndarray) -> np.ndarray:
+    """[ranks] the sum over each micro-batch; some may be empty."""
+    rank = np.repeat(np.arange(len(micro)), [len(samples) for samples in micro])
+    return np.bincount(rank, weights=values[np.concatenate(micro)], minlength=len(micro))
 
 
 def our_order(
@@ -249,8 +254,8 @@ def simulate(options: argparse.Namespace, ranks: int, say: Callable[[str], None]
     cost = mix.cost(method)
     tiles = "/".join(f"{(mix.tiles == n).mean():.2f}" for n in (3, 4, 5))
     say(
-        f"{ranks} ranks: {len(cost)} samples, {mix.visual.mean():.0f} visual and {mix.text.mean():.0f} text tokens each "
-        f"(3/4/5 tiles: {tiles})"
+        f"{ranks} ranks: {len(cost)} samples, {mix.visual.mean():.0f} visual and {mix.text.mean():.0f} text tokens "
+        f"each (3/4/5 tiles: {tiles})"
     )
     results = []
     for name, order, pads in (
@@ -270,16 +275,21 @@ def simulate(options: argparse.Namespace, ranks: int, say: Callable[[str], None]
 def table(results: Sequence[Result]) -> str:
     """Markdown."""
     lines = [
-        "| ranks | sampler | max / mean | worst step | once a step | throughput | micro-steps | most tokens | FLOPs with "
-        "padding | planning, ms a step |",
+        "| ranks | sampler | max / mean | worst step | once a step | throughput | micro-steps | most tokens | "
+        "FLOPs with padding | planning, ms a step |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r.ranks} | {r.sampler} | {r.max_over_mean:.3f} | {r.worst_step:.3f} | {r.once:.3f} | {r.throughput:.2f} | "
-        f"{r.micro_steps:.1f} | {r.most_tokens} | {r.padding:.2f} | {f'{r.plan_ms:.0f}' if r.sampler == 'ours' else ''} |"
+        f"{r.micro_steps:.1f} | {r.most_tokens} | {r.padding:.2f} | {_planning(r)} |"
         for r in results
     ]
     return "\n".join(lines)
+
+
+def _planning(result: Result) -> str:
+    """The others order a whole epoch before it starts; only ours plans step by step."""
+    return f"{result.plan_ms:.0f}" if result.sampler == "ours" else ""
 
 
 def positive(text: str) -> int:
