@@ -74,7 +74,7 @@ def prepare(config: Config) -> Trainer:
     method = config.pruning.build()
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
-    steps = -(-len(collate.index) // config.train.global_batch_size)
+    steps = -(-len(collate.index.order()) // config.train.global_batch_size)
     collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
     _prepare(config, parts.model, device)
     prune(parts.model, method, attention=config.model.attention)
