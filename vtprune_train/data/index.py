@@ -248,7 +248,8 @@ def _select(table: Table, *, take: str, seed: int, max_length: int) -> Selection
     drawn = seed if take.startswith("random") else None
     key = json.dumps([table.manifest["generation"], take, drawn, max_length])
     folder = table.folder / f"selection-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not (folder / "manifest.json").is_file():
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         temporary = table.folder / "selection.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -256,6 +257,14 @@ def _select(table: Table, *, take: str, seed: int, max_length: int) -> Selection
         (temporary / "manifest.json").write_text(json.dumps(counts, indent=1))
         temporary.replace(folder)
     return Selection(table, folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a selection is there with all its rows."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    samples = json.loads((folder / "manifest.json").read_text())["samples"]
+    return (folder / "rows.bin").is_file() and (folder / "rows.bin").stat().st_size == 8 * samples
 
 
 def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Path) -> dict[str, Any]:
