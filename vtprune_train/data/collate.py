@@ -14,7 +14,7 @@ import torch
 
 from vtprune_train import flops
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
-from vtprune_train.data.images import UNREADABLE, load_image
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, load_image
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.records import turns_of
 from vtprune_train.models.layouts import ImageLayout, Pictures
@@ -42,6 +42,7 @@ class Collator:
         image_processor: transformers' own; it makes the tower's input.
         method: plans the stages; ``None`` for a dense pass.
         cost: counts FLOPs; its decoder geometry gives the number of layers.
+        max_image_pixels: a picture of more is not read.
     """
 
     index: SampleIndex
@@ -50,6 +51,7 @@ class Collator:
     image_processor: Any
     method: PruningMethod | None
     cost: flops.TrainingCost
+    max_image_pixels: int = MAX_PIXELS
 
     def __call__(self, samples: Sequence[int], pictures_of: Sequence[int] | None = None) -> PackedBatch:
         """Pack ``samples``. Samples whose pictures cannot be read are left out and named in ``unreadable``; if none
@@ -78,12 +80,10 @@ class Collator:
         picture_row = row if picture_sample == sample else self._row(picture_sample)
         folder = self.index.sources[int(self.index.source[picture_sample])].images
         sizes = list(zip(picture_row["image_heights"], picture_row["image_widths"], strict=True))
-        images = []
-        for name, size in zip(picture_row["images"], sizes, strict=True):
-            try:
-                images.append(load_image(folder / name, size))
-            except UNREADABLE as error:
-                raise ValueError(f"image {folder / name}: {error}") from error
+        images = [
+            load_image(folder / name, size, max_pixels=self.max_image_pixels)
+            for name, size in zip(picture_row["images"], sizes, strict=True)
+        ]
         pictures = Pictures(sizes, self.layout.pixels(self.image_processor, images))
         return LoadedSample(self.index.sample_id(sample), self.encoder.encode(turns_of(row)), pictures)
 

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, List, Value
 from filelock import FileLock
 
 from vtprune_train.data.chat import ChatEncoder
-from vtprune_train.data.images import UNREADABLE, image_size
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import FEATURES, read_source, turns_of
 from vtprune_train.models.layouts import ImageLayout
 
@@ -109,6 +109,7 @@ def build_index(
     seed: int,
     workers: int,
     cache_dir: Path,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> SampleIndex:
     """Index all sources. Ranks of one machine wait for the first to build; the others read its cache.
 
@@ -118,7 +119,7 @@ def build_index(
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(str(cache_dir / "index.lock")):
-        tables = [_index_source(source, encoder, layout, workers, cache_dir) for source in sources]
+        tables = [_index_source(source, encoder, layout, workers, cache_dir, max_image_pixels) for source in sources]
     parts: list[dict[str, np.ndarray]] = []
     bad: list[str] = []
     long: list[str] = []
@@ -188,13 +189,25 @@ def _take(source: Source, count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
-def _index_source(source: Source, encoder: ChatEncoder, layout: ImageLayout, workers: int, cache_dir: Path) -> Dataset:
+def _index_source(
+    source: Source, encoder: ChatEncoder, layout: ImageLayout, workers: int, cache_dir: Path, max_image_pixels: int
+) -> Dataset:
     rows = read_source(source.path, str(cache_dir))
-    content = f"{INDEX_VERSION}|{rows._fingerprint}|{source.images.resolve()}|{layout}|{encoder.fingerprint()}"
+    content = "|".join(
+        str(part)
+        for part in (
+            INDEX_VERSION, rows._fingerprint, source.images.resolve(), layout, encoder.fingerprint(), max_image_pixels
+        )
+    )  # fmt: skip
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     workers = workers if len(rows) >= 1000 * workers else 1
     show = datasets.is_progress_bar_enabled()
-    arguments: dict[str, Any] = {"encoder": encoder, "layout": layout, "images": source.images}
+    arguments: dict[str, Any] = {
+        "encoder": encoder,
+        "layout": layout,
+        "images": source.images,
+        "max_image_pixels": max_image_pixels,
+    }
 
     def measure(**options: Any) -> Dataset:
         return rows.map(
@@ -216,7 +229,9 @@ def _index_source(source: Source, encoder: ChatEncoder, layout: ImageLayout, wor
     return table
 
 
-def _measure(row: dict[str, Any], encoder: ChatEncoder, layout: ImageLayout, images: Path) -> dict[str, Any]:
+def _measure(
+    row: dict[str, Any], encoder: ChatEncoder, layout: ImageLayout, images: Path, max_image_pixels: int
+) -> dict[str, Any]:
     """Lengths of one row; what keeps it from being used goes to ``error``."""
     measured: dict[str, Any] = {
         "error": row["error"],
@@ -232,9 +247,9 @@ def _measure(row: dict[str, Any], encoder: ChatEncoder, layout: ImageLayout, ima
     sizes = []
     for name in row["images"]:
         try:
-            sizes.append(image_size(images / name))
+            sizes.append(image_size(images / name, max_pixels=max_image_pixels))
         except UNREADABLE as error:
-            return {**measured, "error": f"{IMAGE_ERROR}{images / name}: {error}"}
+            return {**measured, "error": f"{IMAGE_ERROR}{error}"}
     try:
         chat = encoder.encode(turns_of(row))
         tokens, tiles = layout.tokens(sizes), layout.tiles(sizes)

@@ -234,7 +234,7 @@ def open_picture(path: Path) -> Image.Image:
     try:
         return load_image(path, image_size(path))
     except UNREADABLE as error:
-        raise ValueError(f"picture {path} cannot be read ({first_line(error)})") from error
+        raise ValueError(f"picture {path} cannot be read ({error.reason})") from error
 
 
 def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -> str:
