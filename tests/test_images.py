@@ -150,7 +150,8 @@ def palette(**transparency):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        (encoded(Image.fromarray(np.array([[[9, 9, 9, 0], [0, 0, 0, 128]]], dtype=np.uint8))), [(255,) * 3, (127,) * 3]),
+        (encoded(Image.fromarray(np.array([[[9, 9, 9, 0], [0, 0, 0, 128]]], dtype=np.uint8))),
+         [(255, 255, 255), (127, 127, 127)]),
         (encoded(Image.fromarray(np.array([[[9, 0], [50, 255]]], dtype=np.uint8), "LA")), [(255,) * 3, (50,) * 3]),
         (palette(), [(255, 0, 0), (0, 0, 255)]),
         (palette(transparency=0), [(255, 255, 255), (0, 0, 255)]),

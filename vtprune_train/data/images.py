@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -33,7 +33,7 @@ TURNS = {
 }
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(ValueError):  # noqa: N818 (it is what a caller catches by name)
     """A picture that cannot be used; the message is ``name: reason``."""
 
     def __init__(self, name: str, reason: str):
@@ -84,8 +84,7 @@ def load_image(
     with _reading(name, max_pixels), _open(source, name) as image:
         orientation = _orientation(image)
         image.load()
-        decoded = cast(Image.Image, image.copy())
-        decoded.format = image.format
+    decoded: Image.Image = image
     if orientation in TURNS:
         decoded = _transposed(decoded, orientation)
     if (decoded.height, decoded.width) != tuple(expected_size):

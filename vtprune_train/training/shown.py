@@ -53,7 +53,7 @@ def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: tor
     return drawn
 
 
-class _NothingToShow(ValueError):
+class _NothingToShowError(ValueError):
     """All pictures of a sample follow its last answer."""
 
 
@@ -65,7 +65,7 @@ def _questions(collate: Collator, pictures: int) -> list[Question]:
             break
         try:
             questions.append(_question(collate, sample))
-        except (*UNREADABLE, _NothingToShow) as error:
+        except (*UNREADABLE, _NothingToShowError) as error:
             ranks.log.warning("evaluation: cannot show %s: %s", collate.index.sample_id(sample), error)
     return questions
 
@@ -75,7 +75,7 @@ def _question(collate: Collator, sample: int) -> Question:
 
     Raises:
         UnreadableImage: a picture cannot be read.
-        _NothingToShow: all of them follow the last answer.
+        _NothingToShowError: all of them follow the last answer.
     """
     index = collate.index
     loaded = collate.load(sample, sample)
@@ -86,7 +86,7 @@ def _question(collate: Collator, sample: int) -> Question:
     end = segment.query_offsets[-1] + 1
     asked = [i for i, span in enumerate(segment.spans) if span.end <= end]
     if not asked:
-        raise _NothingToShow("its pictures follow its last answer")
+        raise _NothingToShowError("its pictures follow its last answer")
     folder = index.sources[source].images
     turns = turns_of(row)
     last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
