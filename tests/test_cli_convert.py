@@ -59,7 +59,8 @@ def write_original(folder, family="llava_next", shards="safetensors", tower_trai
     theta = text.pop("rope_parameters")["rope_theta"]
     config = {
         **text, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "rope_theta": theta,
-        "mm_vision_tower": str(tower), "mm_projector_type": "mlp2x_gelu", **MM, **(NEXT if family == "llava_next" else {}),
+        "mm_vision_tower": str(tower), "mm_projector_type": "mlp2x_gelu", **MM,
+        **(NEXT if family == "llava_next" else {}),
         **settings,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
