@@ -126,7 +126,7 @@ def test_the_next_worker_dies_too(pool_of):
 
     pool = pool_of(10, deadly)
     assert [pool.next().sample_ids[0] for _ in range(3)] == ["id0", "id1", "id2"]
-    with pytest.raises(WorkerError, match=r"(?s)exited with code 7 while decoding samples id3.*the 3th worker"):
+    with pytest.raises(WorkerError, match=r"(?s)exited with code 7 while decoding samples id3.*the third worker"):
         pool.next()
 
 

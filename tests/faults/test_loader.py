@@ -36,7 +36,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_bits(runs):
 @pytest.mark.parametrize(
     ("fault", "settings", "said"),
     [
-        ("killed", (), "It is the 3th worker that ends over these samples"),
+        ("killed", (), "It is the third worker in a row that ends over these samples"),
         ("hung", ("data.worker_timeout=3",), "has not finished a batch for data.worker_timeout=3 seconds"),
     ],
 )

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 MESSAGE = 65536  # most bytes of a message; batches go by file descriptor
 ALIGNMENT = 64
-MOST_DEATHS = 3  # over the same batch
+MOST_DEATHS = 3  # in a row, over the same batch
 STACK_SECONDS = 5.0
 END_SECONDS = 5.0
 SENT_TO_ALL = (signal.SIGTERM, signal.SIGINT)
@@ -93,7 +93,7 @@ class _Parcel:
             os.ftruncate(descriptor, start + pixels.nbytes)
             with mmap.mmap(descriptor, 0) as memory:
                 memory[: len(small)] = small
-                memory[start:] = memoryview(pixels.flatten().view(torch.uint8).numpy())
+                memory[start:] = pixels.flatten().view(torch.uint8).numpy().data
             header = pickle.dumps((len(small), pixels.dtype, tuple(pixels.shape)))
             socket.send_fds(connection, [header], [descriptor])
         finally:
@@ -257,7 +257,7 @@ class DecodePool:
         what = f"{self._who(number)} {_end_of(code)} while decoding {over}{_said(dead.stacks)}"
         deaths = dead.deaths + 1
         if deaths >= MOST_DEATHS:
-            raise WorkerError(f"{what}\nIt is the {deaths}th worker that ends over these samples")
+            raise WorkerError(f"{what}\nIt is the third worker in a row that ends over these samples")
         log.warning("%s\nanother one takes its place; the batches stay the same", what)
         dead.stacks.close()
         fresh = self._start(number)
