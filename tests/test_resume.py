@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from runner import Runs, assert_equal_checkpoints, kill, wait_until
 
-VARYING = ("step_time", "data_wait", "tokens_per_second", "peak_memory_bytes")
+VARYING = (
+    "step_time",
+    "data_wait",
+    "data_wait_share",
+    "data_wait_longest",
+    "batches_ready",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)
 
 
 @pytest.fixture(scope="module")

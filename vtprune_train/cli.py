@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": ("vtprune_train.inference.evaluate", "answers, visual tokens and times on a data file"),
     "show": ("vtprune_train.inference.show", "draw which visual tokens of a picture survive each stage"),
     "estimate": ("vtprune_train.inference.estimate", "tokens, FLOPs and cache, dropping beside dense"),
+    "convert": ("vtprune_train.inference.convert", "checkpoints of the original LLaVA code, in and out"),
     "export": ("vtprune_train.inference.export", "a checkpoint's model or projector in half precision"),
 }
 

@@ -139,7 +139,10 @@ class DataConfig(Section):
     max_tokens: int = Field(16384, ge=1)
     too_long: Literal["error", "skip"] = "error"
     max_bad: int = Field(100, ge=0)
+    max_image_pixels: int = Field(89_478_485, ge=1)
     workers: int = Field(4, ge=0)
+    prefetch: int = Field(4, ge=1, le=64)
+    worker_timeout: float | None = Field(600.0, gt=0)
     cache_dir: str | None = None
 
     @field_validator("train", "eval")

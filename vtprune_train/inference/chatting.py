@@ -235,7 +235,7 @@ def open_picture(path: Path | bytes) -> Image.Image:
         return load_image(path, image_size(path))
     except UNREADABLE as error:
         name = "of the record" if isinstance(path, bytes) else path
-        raise ValueError(f"picture {name} cannot be read ({first_line(error)})") from error
+        raise ValueError(f"picture {name} cannot be read ({error.reason})") from error
 
 
 def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -> str:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.config import ModelConfig
-from vtprune_train.models import HFModule
+from vtprune_train.models import HFModule, original
 from vtprune_train.models.families import Family, Loop, trained_family
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.stream import IMAGE
@@ -208,13 +208,20 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
     Raises:
         ValueError: the checkpoint lacks one of them or its shapes differ.
     """
-    folder = Path(resolve_checkpoint(path))
+    source = Path(resolve_checkpoint(path))
     keys = tuple(name.removeprefix("model.") for name in loop.projector)
-    files = sorted(folder.glob("*.safetensors"))
-    found = read_projector(files, keys)
     own = {key: value for key, value in model.model.state_dict().items() if key.startswith(keys)}
+    if source.is_file():
+        found = _read_mm_projector(model, source)
+        if "image_newline" in own and "image_newline" not in found:
+            log.warning("model.projector=%s holds no image_newline; it starts as the model's own", path)
+            del own["image_newline"]
+        place = str(source)
+    else:
+        files = sorted(source.glob("*.safetensors"))
+        found, place = read_projector(files, keys), f"{len(files)} safetensors file(s) of {source}"
     if missing := sorted(set(own) - set(found)):
-        raise ValueError(f"model.projector={path}: no {missing[0]} in {len(files)} safetensors file(s) of {folder}")
+        raise ValueError(f"model.projector={path}: no {missing[0]} in {place}")
     for key, value in own.items():
         if value.shape != found[key].shape:
             raise ValueError(
@@ -222,6 +229,18 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
                 f"{tuple(value.shape)}; it was trained for another language model or tower"
             )
         value.copy_(found[key])
+
+
+def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
+    """The ``mm_projector.bin`` of the original code, by its names in the base.
+
+    Raises:
+        ValueError: it is none, or a linear one and this model's has GELU.
+    """
+    found = original.projector_to_hf(original.read_bin(file), f"model.projector={file}")
+    if original.is_linear(found) and getattr(model.config, "projector_hidden_act", None) != "linear":
+        raise ValueError(f"model.projector={file} is a linear projector; this model's has two layers and GELU")
+    return {name.removeprefix("model."): value for name, value in found.items()}
 
 
 def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -272,7 +291,13 @@ def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, loop: Loop, source: 
             f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {loop.model_type}; "
             "set model.tokenizer to this checkpoint's own"
         )
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    add_image_token(tokenizer)
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ``<image>`` one token, if it is none."""
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -209,6 +209,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         seed=config.run.seed,
         workers=max(1, config.data.workers),
         cache_dir=cache_dir(config),
+        max_image_pixels=config.data.max_image_pixels,
     )
 
 
@@ -234,6 +235,7 @@ def build_collator(
         image_processor=parts.processor.image_processor,
         method=method,
         cost=cost,
+        max_image_pixels=config.data.max_image_pixels,
     )
 
 

@@ -75,6 +75,8 @@ class Trainer:
             rank=ranks.rank(),
             workers=self.config.data.workers,
             device=self.device,
+            prefetch=self.config.data.prefetch,
+            timeout=self.config.data.worker_timeout,
         )
         self.engine.train()
         for callback in self.callbacks:
@@ -84,6 +86,7 @@ class Trainer:
         for plan, batches in loader:
             data_wait = time.perf_counter() - waiting_since
             record, stop = self.step(plan, batches, data_wait)
+            record["batches_ready"] = loader.ready
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if stop or self.state.step % self.config.train.save_every == 0:
@@ -136,6 +139,8 @@ class Trainer:
             **totals,
             "step_time": seconds,
             "data_wait": data_wait,
+            "data_wait_share": data_wait / seconds,
+            "data_wait_longest": ranks.max_over_ranks(data_wait, self.device),
             "tokens_per_second": totals["tokens_stage_0"] / seconds,
             "mfu": totals["flops"] / seconds / (peak * ranks.world_size()) if peak else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
