@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dtypes = [name for name in DTYPES if name != "auto"]
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file, for example 5GB or 500MB")
-    parser.add_argument("--merge", action="store_true", help="fold an adapter into its base: a model that needs no PEFT")
+    parser.add_argument(
+        "--merge", action="store_true", help="fold an adapter into its base: a model that needs no PEFT"
+    )
     parser.add_argument("--keep_names", action="store_true", help="tensors named as in memory, not as published ones")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
 

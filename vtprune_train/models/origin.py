@@ -13,7 +13,7 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ class Base:
         sha256: for each key that names weights, their hash, see :func:`weights_digest`.
         peft: the adapter's settings.
         trained: the parts that are trained, ``lora`` among them.
+        dtype: that of training.
     """
 
     model: dict[str, Any]
     sha256: dict[str, str]
     peft: dict[str, Any]
     trained: list[str]
+    dtype: str
 
     @classmethod
     def of(cls, config: ModelConfig) -> Base:
@@ -65,12 +67,19 @@ class Base:
         keys = ("path",) if config.path is not None else ("language_model", "vision_tower")
         model = {key: _absolute(resolve_checkpoint(getattr(config, key))) for key in keys}
         hashes = {key: weights_digest(source) for key, source in model.items()}
-        if config.path is None and config.image_grid_pinpoints is not None:
-            model["image_grid_pinpoints"] = [list(point) for point in config.image_grid_pinpoints]
-        elif config.path is None:
-            model["image_grid_pinpoints"] = None
-        assert config.peft is not None
-        return cls(model, hashes, config.peft.model_dump(), sorted(config.train))
+        if config.path is None:
+            model["image_grid_pinpoints"] = config.model_dump(mode="json")["image_grid_pinpoints"]
+        return cls(model, hashes, **_how_it_is_trained(config))
+
+    @classmethod
+    def kept(cls, folder: Path, config: ModelConfig) -> Base:
+        """The record of a base that is kept whole in ``folder``."""
+        model = {"path": str(folder.resolve())}
+        return cls(model, {"path": weights_digest(str(folder))}, **_how_it_is_trained(config))
+
+    def trained_by(self, config: ModelConfig) -> Base:
+        """The same base under another run's adapter."""
+        return replace(self, **_how_it_is_trained(config))
 
     @classmethod
     def read(cls, folder: Path) -> Base:
@@ -90,7 +99,7 @@ class Base:
             key: os.path.normpath(folder / value) if isinstance(value, str) and value.startswith(".") else value
             for key, value in base.model.items()
         }
-        return cls(model, base.sha256, base.peft, base.trained)
+        return replace(base, model=model)
 
     def write(self, folder: Path) -> None:
         """Write the record; a base that is kept in the same run is named relative to ``folder``."""
@@ -129,6 +138,11 @@ class Base:
     def build(self, dtype: str, tokenizer: PreTrainedTokenizerBase) -> HFModule:
         """The base in ``dtype``, without its extra tensors."""
         return build_model(ModelConfig(**self.model, dtype=dtype), tokenizer)  # type: ignore[arg-type]
+
+
+def _how_it_is_trained(config: ModelConfig) -> dict[str, Any]:
+    assert config.peft is not None
+    return {"peft": config.peft.model_dump(), "trained": sorted(config.train), "dtype": config.dtype}
 
 
 def _absolute(source: str) -> str:

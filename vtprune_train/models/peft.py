@@ -202,7 +202,7 @@ def open_adapter(folder: str | Path, dtype: str, *, merge: bool) -> HFModule:
         ValueError: the base is gone or another one, or files of the adapter are missing.
     """
     folder = Path(folder)
-    model = _open_base(folder, str(AutoConfig.from_pretrained(folder).dtype).removeprefix("torch.") if dtype == "auto" else dtype)
+    model = _open_base(folder, dtype)
     try:
         tuner = LoraModel(model, PeftConfig.from_pretrained(str(folder)), ADAPTER)
     except (OSError, ValueError) as error:
@@ -222,7 +222,7 @@ def _open_base(folder: Path, dtype: str) -> HFModule:
     """The base with the parts trained beside the adapter, and the adapter's pruning and generation settings."""
     base = Base.read(folder)
     base.check(str(folder))
-    model = base.build(dtype, AutoTokenizer.from_pretrained(folder))
+    model = base.build(base.dtype if dtype == "auto" else dtype, AutoTokenizer.from_pretrained(folder))
     names = published_names(model)
     for file in (EXTRA, TRAINED):
         lay_over(model, load_tensors(folder / file, names), str(folder / file))
@@ -274,4 +274,3 @@ def write_adapter(model: HFModule, processor: Any, weights: dict[str, torch.Tens
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vtprune_train.config import Config, ConfigError
+from vtprune_train.config import Config
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import parts_of, resolve_checkpoint
 from vtprune_train.models.origin import (
@@ -22,7 +21,6 @@ from vtprune_train.models.origin import (
     published_names,
     save_tensors,
     weight_files,
-    weights_digest,
 )
 from vtprune_train.models.peft import (
     ADAPTED,
@@ -42,11 +40,11 @@ log = logging.getLogger(__name__)
 FOLDER = "base"
 
 
-def check_adapter(config: Config, stage: int, device: torch.device) -> None:
+def check_adapter(config: Config, device: torch.device) -> None:
     """What must hold before anything is built.
 
     Raises:
-        ConfigError: a quantised base that cannot be made here or cannot be partitioned.
+        ConfigError: a quantised base that cannot be made here.
         ValueError: the run's checkpoints were written with an adapter and this one has none, or the reverse.
     """
     checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.train.keep_last).steps()
@@ -57,13 +55,8 @@ def check_adapter(config: Config, stage: int, device: torch.device) -> None:
                 f"{checkpoints[-1]} was written {'with' if had_adapter else 'without'} an adapter, but model.peft is "
                 f"{'not ' if had_adapter else ''}set; set it as it was, or start a new run: run.name=NEW"
             )
-    if config.model.peft is None or config.model.peft.kind != "qlora":
-        return
-    if stage == 3:
-        raise ConfigError(
-            "model.peft.kind=qlora: 4-bit weights cannot be partitioned by ZeRO-3; use configs/deepspeed/zero2.json"
-        )
-    check_quantisation(device)
+    if config.model.peft is not None and config.model.peft.kind == "qlora":
+        check_quantisation(device)
 
 
 def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
@@ -90,6 +83,7 @@ def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
     source = _adapter_before(config)
     if source is not None:
         continue_adapter(model, settings, source)
+    model.config.dtype = model.dtype
     model.__dict__[ADAPTED] = Adapted(Base.read(folder), extra, names)
 
 
@@ -117,11 +111,7 @@ def _keep_base(config: Config, model: HFModule, processor: Any, names: dict[str,
     if config.model.config is not None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        hashes = {"path": weights_digest(str(folder))}
-        assert config.model.peft is not None
-        record = Base(
-            {"path": str(folder.resolve())}, hashes, config.model.peft.model_dump(), sorted(config.model.train)
-        )
+        record = Base.kept(folder, config.model)
     else:
         record = _record(config)
         save_tensors(_extra(config, model, names), names, folder / EXTRA)
@@ -132,19 +122,14 @@ def _keep_base(config: Config, model: HFModule, processor: Any, names: dict[str,
 def _record(config: Config) -> Base:
     """The base that the settings name; that of the adapter which is continued, if there is one."""
     before = _adapter_before(config)
-    if before is None:
-        return Base.of(config.model)
-    assert config.model.peft is not None
-    return replace(Base.read(before), peft=config.model.peft.model_dump(), trained=sorted(config.model.train))
+    return Base.of(config.model) if before is None else Base.read(before).trained_by(config.model)
 
 
 def _extra(config: Config, model: HFModule, names: dict[str, str]) -> dict[str, torch.Tensor]:
     before = _adapter_before(config)
     if before is None:
         return extra_tensors(model, config.model)
-    trained_now = {
-        name for part, found in parts_of(model).items() if part in config.model.train for name, _ in found
-    }
+    trained_now = {name for part, found in parts_of(model).items() if part in config.model.train for name, _ in found}
     inherited = load_tensors(before / EXTRA, names) | load_tensors(before / TRAINED, names)
     return {name: tensor for name, tensor in inherited.items() if name not in trained_now}
 
@@ -172,4 +157,3 @@ def _compare_settings(saved: Base, config: Config) -> None:
             f"{config.run_dir} was trained with another adapter: {'; '.join(changed)}. Set them back, or start a new "
             "run: run.name=NEW"
         )
-

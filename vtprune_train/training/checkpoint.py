@@ -161,7 +161,9 @@ def load(engine: Any, checkpoint: Path) -> TrainerState:
             f"{world_size()} with ZeRO {stage}; resume with the same, or start from its weights with "
             f"train.init_from={checkpoint}"
         )
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=not holds_only_trained(engine.module))
+    loaded, _ = engine.load_checkpoint(
+        str(checkpoint), tag=TAG, load_module_strict=not holds_only_trained(engine.module)
+    )
     if loaded is None:
         raise ValueError(f"DeepSpeed found nothing to load in {checkpoint / TAG}")
     return state

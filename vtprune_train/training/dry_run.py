@@ -131,10 +131,10 @@ def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
         f"resuming, optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
     )
     if config.model.peft is not None:
-        frozen = total - trained
+        frozen = (total - trained) * element
         lines.append(
-            f"{'memory':<16}{(frozen * element + trained * 2 * element + master) / 1e9:>12.3f} GB of weights, gradients "
-            f"and optimizer over all ranks, before ZeRO shares them out: frozen base {frozen * element / 1e9:.3f}"
+            f"{'memory':<16}{(frozen + trained * 2 * element + master) / 1e9:>12.3f} GB of weights, gradients and "
+            f"optimizer, before ZeRO shares them out: the frozen base {frozen / 1e9:.3f}"
         )
     return lines
 

@@ -69,7 +69,7 @@ def prepare(config: Config) -> Trainer:
     run_dir = config.run_dir
     ranks.from_rank_0(lambda: _make_run_dir(run_dir))
     torch.manual_seed(config.run.seed)
-    check_adapter(config, zero_stage(settings), device)
+    check_adapter(config, device)
     parts = build_parts(config)
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
