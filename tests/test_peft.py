@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save_pictures
 from families import family_inputs, family_model
 from helpers import tiny_model, tiny_processor
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from runner import TINY, Runs, assert_equal_checkpoints
 from safetensors.torch import load_file, save_file
 from test_build import save_parts
@@ -19,7 +24,7 @@ from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGen
 
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
-from vtprune_train.config import Config, ConfigError, load_config
+from vtprune_train.config import Config, ConfigError, PeftConfig, load_config
 from vtprune_train.inference.chatting import load
 from vtprune_train.models.build import parts_of, resolve_checkpoint, set_trainable
 from vtprune_train.models.origin import Base, weights_digest
@@ -290,22 +295,6 @@ def test_changed_settings_on_resume_are_named(base, tmp_path):
     started(settings_of(tmp_path, {"path": str(base)}, dropout=0.5))
 
 
-def test_a_checkpoint_is_a_small_part_of_a_full_one(tmp_path):
-    """Sizes of real files, on a model large enough for the ratio to mean something."""
-    model = tiny_model()
-    text = model.config.text_config
-    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 512, 1408, 8, 8
-    text.head_dim = 64
-    big = LlavaNextForConditionalGeneration(model.config)
-    big.save_pretrained(tmp_path / "base")
-    tiny_processor().save_pretrained(tmp_path / "base")
-    config = settings_of(tmp_path, {"path": str(tmp_path / "base")}, train={"lora": 1e-3}, r=8)
-    _, hf = trained(config)
-    size = sum(file.stat().st_size for file in hf.iterdir())
-    full = (tmp_path / "base" / "model.safetensors").stat().st_size
-    assert size < 0.05 * full, (size, full)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -388,6 +377,32 @@ def test_export_says_what_to_do(base, tmp_path, capsys):
     assert main(["export", *model, "--part", "projector"]) == 0
 
 
+def test_the_page(tmp_path, monkeypatch, capsys):
+    """Its commands and its code, on a run of the name that it uses."""
+    save_checkpoint("llava_next", tmp_path / "base")
+    config = settings_of(tmp_path / "runs", {"path": str(tmp_path / "base")})
+    run = config.run.model_copy(update={"name": "llava_next_pdrop_lora"})
+    parts, _ = trained(config.model_copy(update={"run": run}))
+    [picture] = save_pictures(tmp_path / "drawn", 1)
+    picture.rename(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "peft.md").read_text()
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
+    lines = [
+        line for kind, body in blocks if kind == "bash" for line in body.splitlines() if line.startswith("vtprune")
+    ]
+    assert len(lines) == 4
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+    names: dict = {}
+    [code] = [body for kind, body in blocks if kind == "python"]
+    exec(code, names)
+    assert torch.equal(logits(names["model"]), logits(parts.model))
+    table = page.partition("| key of")[2].partition("\n\n")[0]
+    keys = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", table, re.MULTILINE)
+    assert {key for pair in keys for key in pair if key} == set(PeftConfig.model_fields)
+
+
 def test_models_of_plain_peft_are_still_what_they_were():
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     assert adapted_of(model) is None and adapted_of(model.get_base_model()) is None
@@ -403,8 +418,9 @@ ZERO3 = "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_thres
 
 
 def test_train_resume_merge_and_open(runs, tmp_path):
-    """Resumed to the bit; what is left opens in plain transformers with the loop's logits."""
-    settings = (*ADAPTER, "model.train={lora: 1.0e-2, projector: 1.0e-2, vision_tower: 1.0e-3}")
+    """Resumed to the bit; small on disk; what is left opens in plain transformers with the loop's logits."""
+    wide = ("model.config.text_config.hidden_size=256", "model.config.text_config.intermediate_size=704")
+    settings = (*ADAPTER, *wide, "model.train={lora: 3.0e-3, projector: 3.0e-3, vision_tower: 1.0e-3}")
     runs.run("whole", *settings)
     runs.run("parted", *settings, "run.stop_after=2")
     runs.run("parted", *settings)
@@ -415,18 +431,28 @@ def test_train_resume_merge_and_open(runs, tmp_path):
     state = torch.load(next((runs.checkpoint("whole") / "deepspeed").glob("mp_rank*")), weights_only=False)["module"]
     held = (".lora_", "multi_modal_projector", "image_newline", "vision_tower")
     assert state and all(any(word in name for word in held) for name in state)
+    runs.run("full", *ADAPTER[1:], *wide, "train.max_steps=1")
+    small, full = (disk_size(runs.checkpoint(name)) for name in ("whole", "full"))
+    assert small < 0.05 * full, (small, full)
+
     out = tmp_path / "merged"
     merge(runs.directory("whole"), out)
     loaded = load(str(runs.directory("whole")))
     assert any(".lora_" in name for name, _ in loaded.model.named_parameters())
-    inputs = loaded.processor(text="how bright is number 3?", return_tensors="pt")
+    assert loaded.model.config.pruning["layers"] == [1, 2, 3]
+    picture = Image.new("RGB", (70, 40), "red")
+    inputs = loaded.processor(images=picture, text="<image>\nhow bright is number 3?", return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with dense(loaded.model), torch.no_grad():
         expected = loaded.model(**inputs).logits
         merged = LlavaNextForConditionalGeneration.from_pretrained(out)(**inputs).logits
-    assert torch.allclose(merged, expected, atol=1e-5)
+    assert (merged - expected).abs().max() < 1e-5
     done = runs.run("parted", *settings, "model.peft=null", "model.train={projector: 1.0e-2}", expect=2)
     assert "was written with an adapter, but model.peft is not set" in done.stderr
+
+
+def disk_size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def test_two_ranks_and_zero_3_train_dora_like_one_rank(runs):

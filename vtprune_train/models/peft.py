@@ -240,7 +240,7 @@ def _load_adapter(model: HFModule, folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"model {folder}: {WEIGHTS} is missing")
     tensors = {name.removeprefix(PREFIX): value for name, value in load_file(folder / WEIGHTS).items()}
-    result = set_peft_model_state_dict(model, tensors, ADAPTER)
+    result: Any = set_peft_model_state_dict(model, tensors, ADAPTER)
     missing = [name for name in result.missing_keys if ".lora_" in name]
     if missing or result.unexpected_keys:
         raise ValueError(f"model {folder}: {WEIGHTS} does not fit, see {[*missing, *result.unexpected_keys][0]}")
