@@ -191,8 +191,9 @@ class WindowedTowerGeometry:
 class TrainingCost:
     """FLOPs of forward and backward: a part costs 3 forwards if it is trained, 2 if gradients only pass through it, 1
     if none reach it. Attention has no weights, so its backward pass costs two forwards in either case. ``adapter`` is
-    what a trained adapter adds to each layer's forward pass of a token. Recomputation under activation checkpointing is
-    not counted (as in MFU). ``tower`` is ``None`` for families whose tower is not counted: :meth:`text` only."""
+    what a trained adapter adds to a token in each layer, forward (DoRA's norms are not counted). Recomputation under
+    activation checkpointing is not counted (as in MFU). ``tower`` is ``None`` for families whose tower is not counted:
+    :meth:`text` only."""
 
     decoder: DecoderGeometry
     tower: TowerGeometry | WindowedTowerGeometry | None

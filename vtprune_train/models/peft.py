@@ -166,6 +166,11 @@ def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMod
     folder = Path(resolve_checkpoint(config.path)) if config.path is not None else None
     if folder is None or not is_adapter(folder):
         return build_model(config, tokenizer)
+    if config.projector is not None:
+        raise ValueError(
+            f"model.projector={config.projector} has no place: {folder} is an adapter with a projector of its own; "
+            "leave model.projector null"
+        )
     if config.peft is None:
         return open_adapter(folder, config.dtype, merge=True)
     return _open_base(folder, config.dtype)
