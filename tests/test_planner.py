@@ -5,17 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.planner import Planner, data_digest
 
 
 def planner(tokens, world_size=1, batch=8, max_tokens=100, seed=0, costs=None):
     tokens = np.array(tokens)
+    costs = tokens.astype(float) if costs is None else np.array(costs, dtype=float)
     return Planner(
-        tokens,
-        tokens.astype(float) if costs is None else np.array(costs, dtype=float),
+        EpochOrder([len(tokens)], seed),
+        lambda samples: (tokens[samples], costs[samples]),
+        longest=tokens.max(initial=0),
         global_batch_size=batch,
         max_tokens=max_tokens,
-        seed=seed,
         world_size=world_size,
     )
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vtprune_train.mixture import expand
+
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRAINABLE = ("projector", "language_model", "vision_tower", "lora")
 
@@ -122,12 +124,32 @@ class ModelConfig(Section):
         return self
 
 
-class SourceConfig(Section):
-    """One data file; ``path`` and ``images`` are relative to ``data.root``."""
+class PromptConfig(Section):
+    """What a source adds to its conversations: a system prompt for those that bring none, text before and after the
+    first user turn's."""
 
-    path: str
+    system: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+
+    @field_validator("system", "prefix", "suffix")
+    @classmethod
+    def _no_image(cls, value: str | None) -> str | None:
+        if value is not None and "<image>" in value:
+            raise ValueError(f"{value!r} holds <image>, but a prompt brings no picture; place <image> in the records")
+        return value
+
+
+class SourceConfig(Section):
+    """A data file, a folder or a glob of files, or a dataset on disk; ``path`` and ``images`` are relative to
+    ``data.root``. An epoch takes ``weight`` times its samples."""
+
+    path: str = Field(min_length=1)
     images: str = "."
     take: str = "all"
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    prompt: PromptConfig = PromptConfig()
+    name: str | None = Field(None, pattern=r"^[^:\s]+$")
 
     @field_validator("take")
     @classmethod
@@ -153,6 +175,14 @@ class DataConfig(Section):
     max_bad: int = Field(100, ge=0)
     workers: int = Field(4, ge=0)
     cache_dir: str | None = None
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _own_names(cls, value: list[SourceConfig]) -> list[SourceConfig]:
+        names = [source.name for source in value if source.name is not None]
+        if again := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two entries are named {again!r}; sample ids begin with the name")
+        return value
 
     @model_validator(mode="after")
     def _room_for_a_sample(self) -> DataConfig:
@@ -244,7 +274,7 @@ class Config(Section):
         """The data files with paths joined to ``data.root``."""
         root = Path(self.data.root)
         return [
-            SourceConfig(path=str(root / source.path), images=str(root / source.images), take=source.take)
+            source.model_copy(update={"path": str(root / source.path), "images": str(root / source.images)})
             for source in getattr(self.data, which)
         ]
 
@@ -283,11 +313,36 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} holds a {type(tree).__name__}, not settings")
-    errors = [message for override in overrides if (message := _apply(tree, override))]
+    errors = _include(tree, file)
+    for override in overrides:
+        errors += [message] if (message := _apply(tree, override)) else _include(tree, file)
     config, found = _validate(tree)
     if errors or found or config is None:
         raise ConfigError("\n".join(errors + found))
     return config
+
+
+def _include(tree: dict[str, Any], file: Path) -> list[str]:
+    """Put the entries of included mixtures in place of their files; what is wrong with these, if anything."""
+    data = tree.get("data")
+    errors = []
+    for which in ("train", "eval"):
+        if isinstance(data, dict) and data.get(which) is not None:
+            try:
+                data[which] = expand(data[which], f"data.{which}", file.resolve(), find_file, _wrong_source)
+            except ValueError as error:
+                errors.append(str(error))
+                del data[which]
+    return errors
+
+
+def _wrong_source(entry: Any) -> list[str]:
+    """What is wrong with an entry of an included mixture, one line each."""
+    try:
+        SourceConfig.model_validate(entry)
+    except ValidationError as error:
+        return [line.removeprefix("data.train.0").removeprefix(".") for line in _explain(error, ("data", "train", 0))]
+    return []
 
 
 def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
@@ -367,11 +422,11 @@ def _apply(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _explain(error: ValidationError) -> list[str]:
-    """One line for each key that is wrong."""
+def _explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
+    """One line for each key that is wrong; ``parents`` is where in the settings what was checked stands."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        location = [part for part in item["loc"] if part not in ("str", "dict[str,any]")]
+        location = [part for part in (*parents, *item["loc"]) if part not in ("str", "dict[str,any]")]
         key = ".".join(str(part) for part in location)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
@@ -416,8 +471,20 @@ def without_effect(config: Config) -> list[str]:
         lines += [f"pruning.{key} has no effect: pruning.method is none" for key in given]
         if config.data.eval and config.train.eval_show:
             lines.append("train.eval_show has no effect: pruning.method is none")
+    for which in ("train", "eval"):
+        lines += _sources_without_effect(config, which)
     if config.model.tokenizer is not None and config.train.init_from is not None:
         lines.append("model.tokenizer has no effect: train.init_from brings its own")
+    return lines
+
+
+def _sources_without_effect(config: Config, which: Literal["train", "eval"]) -> list[str]:
+    lines = []
+    for number, source in enumerate(config.sources(which)):
+        if which == "eval" and source.weight != 1:
+            lines.append(f"data.eval.{number}.weight has no effect: an evaluation takes every sample once")
+        if config.data.template == "plain" and (source.prompt.prefix or source.prompt.suffix):
+            lines.append(f"data.{which}.{number}.prompt: the template plain keeps only the images of user turns")
     return lines
 
 

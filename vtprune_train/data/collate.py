@@ -16,7 +16,7 @@ from vtprune_train import flops
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
 from vtprune_train.data.images import UNREADABLE, load_image
 from vtprune_train.data.index import SampleIndex
-from vtprune_train.data.records import turns_of
+from vtprune_train.data.measure import picture_name
 from vtprune_train.models.layouts import ImageLayout, Pictures
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, plan_stream
@@ -74,18 +74,18 @@ class Collator:
         Raises:
             one of ``UNREADABLE``: a picture cannot be read or has changed.
         """
-        row = self._row(sample)
-        picture_row = row if picture_sample == sample else self._row(picture_sample)
-        folder = self.index.sources[int(self.index.source[picture_sample])].images
-        sizes = list(zip(picture_row["image_heights"], picture_row["image_widths"], strict=True))
+        record = self.index.record(sample)
+        picture_record = record if picture_sample == sample else self.index.record(picture_sample)
+        sizes = self.index.picture_sizes(picture_sample)
         images = []
-        for name, size in zip(picture_row["images"], sizes, strict=True):
+        pictures_of = self.index.pictures(picture_sample, picture_record)
+        for number, (picture, size) in enumerate(zip(pictures_of, sizes, strict=True)):
             try:
-                images.append(load_image(folder / name, size))
+                images.append(load_image(picture, size))
             except UNREADABLE as error:
-                raise ValueError(f"image {folder / name}: {error}") from error
+                raise ValueError(f"image {picture_name(picture, number)}: {error}") from error
         pictures = Pictures(sizes, self.layout.pixels(self.image_processor, images))
-        return LoadedSample(self.index.sample_id(sample), self.encoder.encode(turns_of(row)), pictures)
+        return LoadedSample(self.index.sample_id(sample), self.encoder.encode(record.turns), pictures)
 
     def pack(self, loaded: Sequence[LoadedSample], unreadable: tuple[tuple[str, str], ...] = ()) -> PackedBatch:
         """Lay samples end to end."""
@@ -114,9 +114,6 @@ class Collator:
             image_inputs=vision.image_inputs,
             positions=self.layout.positions(segments, pictures),
         )
-
-    def _row(self, sample: int) -> dict:
-        return self.index.rows[int(self.index.source[sample])][int(self.index.row[sample])]
 
     def _costs(
         self, loaded: Sequence[LoadedSample], plan: StreamPlan, segments: Sequence[SegmentLayout]

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from vtprune_train.config import Config, ConfigError
+from vtprune_train.data.sources import is_here
 from vtprune_train.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -68,7 +69,7 @@ def describe(config: Config) -> str:
         "",
         *_worst_micro_batch(config, layout, drops, cost),
     ]
-    missing = [s.path for s in config.sources("train") if not Path(s.path).is_file()]
+    missing = [source.path for source in config.sources("train") if not is_here(Path(source.path))]
     if missing:
         lines += ["", f"not looked at: data file(s) {', '.join(missing)} (not here)"]
     return "\n".join(lines)

@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from filelock import FileLock
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.config import Config, PruningConfig, dump_config, without_effect
+from vtprune_train.config import Config, PruningConfig, SourceConfig, dump_config, without_effect
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.planner import Planner
-from vtprune_train.data.records import read_source, turns_of
+from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.flops import DecoderGeometry, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -164,9 +165,10 @@ def build_parts(config: Config) -> Parts:
 def training_texts(config: Config, template: Template) -> Iterator[str]:
     """Every conversation of the training data as the template writes it, to train a tokenizer on."""
     for source in config.sources("train"):
-        for row in read_source(Path(source.path), str(cache_dir(config))):
-            if not row["error"]:
-                yield from (text for text, _ in template.pieces(turns_of(row)))
+        prompt = Prompt(**source.prompt.model_dump())
+        for record in read_records(Path(source.path)):
+            if not record.error:
+                yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
 
 
 def cache_dir(config: Config) -> Path:
@@ -200,7 +202,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
     if not config.sources(which):
         raise ValueError(f"data.{which} names no file; for example [{{path: train.json, images: images}}]")
     return build_index(
-        [Source(Path(s.path), Path(s.images), s.take) for s in config.sources(which)],
+        [_source(source) for source in config.sources(which)],
         parts.encoder,
         parts.layout,
         max_length=config.data.max_length,
@@ -209,6 +211,17 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         seed=config.run.seed,
         workers=max(1, config.data.workers),
         cache_dir=cache_dir(config),
+    )
+
+
+def _source(config: SourceConfig) -> Source:
+    return Source(
+        path=Path(config.path),
+        images=Path(config.images),
+        take=config.take,
+        weight=config.weight,
+        prompt=Prompt(**config.prompt.model_dump()),
+        name=config.name or "",
     )
 
 
@@ -231,15 +244,19 @@ def build_planner(config: Config, collate: Collator, world_size: int) -> Planner
     index, cost = collate.index, collate.cost
     num_layers = cost.decoder.num_layers
     drops = collate.method.drops(num_layers) if collate.method else ()
-    lengths = stage_lengths(index.text, index.span_tokens, index.span_sample, drops)
+
+    def tokens_and_costs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        own = index.lengths(samples)
+        lengths = stage_lengths(own.text, own.span_tokens, own.span_sample, drops)
+        layers = layers_per_stage(drops, num_layers)
+        return own.tokens, cost.sample(lengths, layers, own.span_tiles, own.supervised, own.span_sample)
+
     return Planner(
-        index.tokens,
-        cost.sample(
-            lengths, layers_per_stage(drops, num_layers), index.span_tiles, index.supervised, index.span_sample
-        ),
+        index.order(),
+        tokens_and_costs,
+        longest=index.longest,
         global_batch_size=config.train.global_batch_size,
         max_tokens=config.data.max_tokens,
-        seed=config.run.seed,
         world_size=world_size,
     )
 
