@@ -420,7 +420,12 @@ ZERO3 = "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_thres
 def test_train_resume_merge_and_open(runs, tmp_path):
     """Resumed to the bit; small on disk; what is left opens in plain transformers with the loop's logits."""
     wide = ("model.config.text_config.hidden_size=256", "model.config.text_config.intermediate_size=704")
-    settings = (*ADAPTER, *wide, "model.train={lora: 3.0e-3, projector: 3.0e-3, vision_tower: 1.0e-3}")
+    settings = (
+        *ADAPTER,
+        "model.peft.r=2",
+        *wide,
+        "model.train={lora: 3.0e-3, projector: 3.0e-3, vision_tower: 1.0e-3}",
+    )
     runs.run("whole", *settings)
     runs.run("parted", *settings, "run.stop_after=2")
     runs.run("parted", *settings)
