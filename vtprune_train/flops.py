@@ -226,6 +226,14 @@ class TrainingCost:
         per_stage = per_layer * np.asarray(layers_per_stage)
         return per_stage.sum(axis=-1) + passes * self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
+    def forward_text(
+        self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray
+    ) -> np.ndarray:
+        """[samples] a pass of decoder and head without gradients."""
+        tokens = np.asarray(stage_lengths, dtype=np.float64)
+        per_stage = (self.decoder.layer(tokens) + self.adapter * tokens) * np.asarray(layers_per_stage)
+        return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
+
     def vision(self, tiles: np.ndarray) -> np.ndarray:
         """The tower's and the projector's part of :meth:`sample`, [pictures]."""
         assert self.tower is not None, "the tower is not counted for this family"

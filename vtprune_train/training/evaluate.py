@@ -45,13 +45,13 @@ def evaluate(
     index = collate.index
     batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens * len(index) / index.total_tokens)))
 
-    def tokens_and_costs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def measure(_: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens = index.lengths(samples).tokens
         return tokens, tokens.astype(np.float64)
 
     planner = Planner(
         EpochOrder([len(index)], seed=0),
-        tokens_and_costs,
+        measure,
         longest=index.longest,
         global_batch_size=batch_size,
         max_tokens=max(max_tokens, index.longest),

@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from filelock import FileLock
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.config import Config, PruningConfig, SourceConfig, dump_config, without_effect
+from vtprune_train.config import TRAINING_ONLY, Config, PruningConfig, SourceConfig, dump_config, without_effect
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
+from vtprune_train.data.costs import StepCosts
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
-from vtprune_train.flops import DecoderGeometry, TrainingCost, layers_per_stage, stage_lengths
+from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
     build_processor,
@@ -36,6 +36,7 @@ from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
 from vtprune_train.models.peft import open_model
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.adapter import attach_adapter, check_adapter
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
@@ -76,6 +77,8 @@ def prepare(config: Config) -> Trainer:
     method = config.pruning.build()
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
+    steps = -(-len(collate.index) // config.train.global_batch_size)
+    collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
     _prepare(config, parts.model, device)
     prune(parts.model, method, attention=config.model.attention)
     groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
@@ -133,7 +136,7 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
     differences = {
         key: (saved.get(key), value)
         for key, value in result.model_dump().items()
-        if key in explicit and value != saved.get(key)
+        if key in explicit and key not in TRAINING_ONLY and value != saved.get(key)
     }
     if ranks.rank() == 0:
         for key, (before, now) in differences.items():
@@ -240,20 +243,11 @@ def build_collator(
 
 
 def build_planner(config: Config, collate: Collator, world_size: int) -> Planner:
-    """The planner of the training data: cost counts what is left after dropping."""
-    index, cost = collate.index, collate.cost
-    num_layers = cost.decoder.num_layers
-    drops = collate.method.drops(num_layers) if collate.method else ()
-
-    def tokens_and_costs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        own = index.lengths(samples)
-        lengths = stage_lengths(own.text, own.span_tokens, own.span_sample, drops)
-        layers = layers_per_stage(drops, num_layers)
-        return own.tokens, cost.sample(lengths, layers, own.span_tiles, own.supervised, own.span_sample)
-
+    """The planner of the training data: cost counts what a step's own passes do, after dropping."""
+    index = collate.index
     return Planner(
         index.order(),
-        tokens_and_costs,
+        StepCosts(index, collate.cost, collate.phases or Phases(collate.method)),
         longest=index.longest,
         global_batch_size=config.train.global_batch_size,
         max_tokens=config.data.max_tokens,
@@ -299,7 +293,7 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "data.image_position": config.data.image_position,
         "data.max_length": config.data.max_length,
         "number and hash of the samples": index.identity(),
-        "pruning": config.pruning.model_dump(),
+        "pruning": config.pruning.identity(),
     }
 
 
