@@ -255,4 +255,7 @@ def assert_equal_checkpoints(one: Path, two: Path) -> None:
         for part in loaded:
             part.pop("ds_config", None)
         assert_equal_bits(*loaded, place=name)
-    assert (one / "hf" / "model.safetensors").read_bytes() == (two / "hf" / "model.safetensors").read_bytes()
+    exports = sorted(path.name for path in (one / "hf").glob("*.safetensors"))
+    assert exports and exports == sorted(path.name for path in (two / "hf").glob("*.safetensors"))
+    for name in exports:
+        assert (one / "hf" / name).read_bytes() == (two / "hf" / name).read_bytes(), name

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.training.distributed import barrier, from_rank_0, gather, rank, world_size
-from vtprune_train.training.weights import full_state_dict, write_export
+from vtprune_train.training.weights import full_state_dict, holds_only_trained, write_export
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ class CheckpointFolder:
         final = self.folder / f"step_{state.step:08d}"
         partial = final.with_suffix(".partial")
         from_rank_0(lambda: _fresh(partial))
-        engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
+        engine.save_checkpoint(
+            str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=holds_only_trained(engine.module)
+        )
         weights = full_state_dict(engine)
         if rank() == 0:
             write_export(engine.module, processor, weights, partial / "hf")
@@ -161,7 +163,9 @@ def load(engine: Any, checkpoint: Path) -> TrainerState:
             f"{world_size()} with ZeRO {stage}; resume with the same, or start from its weights with "
             f"train.init_from={checkpoint}"
         )
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+    loaded, _ = engine.load_checkpoint(
+        str(checkpoint), tag=TAG, load_module_strict=not holds_only_trained(engine.module)
+    )
     if loaded is None:
         raise ValueError(f"DeepSpeed found nothing to load in {checkpoint / TAG}")
     return state

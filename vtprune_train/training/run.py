@@ -25,7 +25,6 @@ from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
-    build_model,
     build_processor,
     family_of_config,
     load_tokenizer,
@@ -35,9 +34,11 @@ from vtprune_train.models.build import (
 )
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
+from vtprune_train.models.peft import open_model
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.adapter import attach_adapter, check_adapter
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
 from vtprune_train.training.engine import (
@@ -70,7 +71,9 @@ def prepare(config: Config) -> Trainer:
     run_dir = config.run_dir
     ranks.from_rank_0(lambda: _make_run_dir(run_dir))
     torch.manual_seed(config.run.seed)
+    check_adapter(config, device)
     parts = build_parts(config)
+    attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
@@ -153,7 +156,7 @@ def build_parts(config: Config) -> Parts:
         tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
         if config.model.config is not None and not folder.is_dir():
             tokenizer.save_pretrained(str(folder))
-    model = build_model(config.model, tokenizer)
+    model = open_model(config.model, tokenizer)
     _, loop = family_of_config(model.config)
     encoder = ChatEncoder(
         tokenizer, template, model.config.image_token_id, config.data.image_position, loop.placeholder
@@ -182,12 +185,14 @@ def cache_dir(config: Config) -> Path:
 
 def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCost:
     """How FLOPs are counted for this model and the parts that are trained."""
+    decoder, peft = DecoderGeometry.of(model_config.text_config), config.model.peft
     return TrainingCost(
-        DecoderGeometry.of(model_config.text_config),
+        decoder,
         family_of_config(model_config)[1].tower(model_config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
         trains_projector="projector" in config.model.train,
+        adapter=decoder.adapter_per_token(peft.r, peft.target_modules) if peft else 0.0,
     )
 
 
