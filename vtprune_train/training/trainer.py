@@ -66,6 +66,12 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end, or until SIGTERM reaches any rank. Returns the process's exit code."""
+        try:
+            return self._fit()
+        finally:
+            self.checkpoints.settle()
+
+    def _fit(self) -> int:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         loader = StepLoader(
             self.collate,
@@ -92,6 +98,7 @@ class Trainer:
                 break
             waiting_since = time.perf_counter()
         self.save()
+        self.checkpoints.wait()
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
         return EXIT_TERMINATED if stop else 0
@@ -107,6 +114,8 @@ class Trainer:
             raise TrainingError(f"step {plan.step}: no sample of the step has a supervised token that could be read")
         loss_sum, correct = self._forward_backward(batches, ranks.world_size() / supervised)
         totals = self._sum(self._totals(batches, float(loss_sum), float(correct)))
+        if totals.pop("save_failed"):
+            self.checkpoints.wait()  # raises on all ranks
         loss = totals.pop("loss_sum") / supervised
         if not math.isfinite(loss):
             raise TrainingError(
@@ -173,7 +182,9 @@ class Trainer:
         costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
         stop = float(self.terminated)
-        return {"loss_sum": loss_sum, "correct": correct, "unreadable": unreadable, "stop": stop, **costs}
+        failed = float(self.checkpoints.failed)
+        numbers = {"loss_sum": loss_sum, "correct": correct, "unreadable": unreadable}
+        return {**numbers, "stop": stop, "save_failed": failed, **costs}
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
@@ -195,7 +206,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one."""
+        """Begin a checkpoint of the current step, unless there is one."""
         if self._saved_step == self.state.step:
             return
         from vtprune_train.config import dump_config
