@@ -117,11 +117,16 @@ class HashingFile:
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
         self.size += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:  # PyTorch's writer would hide it behind one of its own
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -133,7 +138,10 @@ def write_file(path: Path, state: Any) -> dict[str, Any]:
         hashing = HashingFile(file)
         # Every file has its SHA-256: a checksum of each tensor beside it would only hold the interpreter's lock.
         with serialization.patch("save.compute_crc32", False):
-            torch.save(state, hashing)
+            try:
+                torch.save(state, hashing)
+            except RuntimeError as error:
+                raise hashing.error or error from None
         file.flush()
         os.fsync(file.fileno())
     return {"size": hashing.size, "sha256": hashing.digest.hexdigest()}
