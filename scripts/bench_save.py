@@ -1,7 +1,7 @@
 """The saving suite of ``bench.py``: how long a checkpoint holds the loop, written at once and in the background.
 
-The loop's own pieces on one rank: a LLaVA-NeXT of about 110 million parameters in float32, AdamW, DeepSpeed. Saves of both kinds take turns;
-while the thread writes, training steps go on and are timed against undisturbed ones.
+The loop's own pieces on one rank: a LLaVA-NeXT of about 110 million parameters in float32, AdamW, DeepSpeed. Saves of
+both kinds take turns; while the thread writes, training steps go on and are timed against undisturbed ones.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vtprune_train.models import HFModule
 from vtprune_train.stream import PackedBatch
@@ -52,8 +50,16 @@ def run(model: HFModule, batch: PackedBatch, repeats: int, stage: int, folder: P
         return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory(dir=folder) as where:
-        kinds = {name: CheckpointFolder(Path(where) / name, 1, name == "background") for name in ("at_once", "background")}
-        seconds: dict[str, list[float]] = {"at_once": [], "background": [], "step": [], "step_while_writing": [], "writing": []}
+        kinds = {
+            name: CheckpointFolder(Path(where) / name, 1, name == "background") for name in ("at_once", "background")
+        }
+        seconds: dict[str, list[float]] = {
+            "at_once": [],
+            "background": [],
+            "step": [],
+            "step_while_writing": [],
+            "writing": [],
+        }
         for repeat in range(repeats + 1):
             found = {"step": [step() for _ in range(2)]}
             for name, checkpoints in kinds.items():

@@ -1,7 +1,7 @@
 """``train.py`` with a fault at a named moment of a save; the production code has no hooks for this.
 
-Environment: ``FAULT`` names the moment, ``FAULT_RANK`` the rank (default: rank 0), ``FAULT_STEP`` the checkpoint's step.
-Kills are SIGKILL of the own process, as a scheduler or the kernel does.
+Environment: ``FAULT`` names the moment, ``FAULT_RANK`` the rank (default 0), ``FAULT_STEP`` the checkpoint's step.
+A kill is SIGKILL of the own process, as a scheduler or the kernel does.
 """
 
 import errno

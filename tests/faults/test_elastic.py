@@ -1,4 +1,4 @@
-"""A checkpoint of any ranks and ZeRO stage on any others: the same numbers, the same samples, nearly the same losses."""
+"""A checkpoint of any ranks and ZeRO stage on any others: the same numbers and samples, nearly the same losses."""
 
 import pytest
 from runner import ROOT, WARM, Runs

@@ -122,6 +122,7 @@ def test_two_runs_on_one_folder(runs):
 
 def test_the_lock_survives_neither_its_process_nor_a_fork(tmp_path: Path):
     """A loader worker that outlives a killed rank does not keep the folder."""
+
     def hold(path, ready):
         hold_run(path)
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)

@@ -57,7 +57,9 @@ def resolve_checkpoint(path: str) -> str:
         finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
         finished = [name for name in finished if name.removeprefix("step_").isdigit()]
         if not finished:
-            raise ValueError(f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)")
+            raise ValueError(
+                f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)"
+            )
         return str(latest.parent / (named if named in finished else finished[-1]) / "hf")
     return path
 

@@ -147,7 +147,7 @@ class CheckpointFolder:
     def _rest(self) -> str:
         newest = self.steps()[-1:]
         rest = f"{newest[0]} is untouched" if newest else "There is none before it"
-        return f"{rest}. Mend it (room on the disk: fewer with train.keep_last), start again, and the run goes on from there"
+        return f"{rest}. Mend it (a full disk: lower train.keep_last), start again, and the run goes on from there"
 
     def _check_space(self, partial: Path, needed: int) -> None:
         """Refuse a checkpoint that would not fit, before a byte of it is written.
@@ -165,8 +165,8 @@ class CheckpointFolder:
         found = from_rank_0(free)
         if found < needed:
             raise CheckpointError(
-                f"{self.folder} has {found / 1e9:.2f} GB free, the checkpoint of step {manifest.step_of(partial)} needs "
-                f"{needed / 1e9:.2f} GB; nothing was written. {self._rest()}"
+                f"{self.folder} has {found / 1e9:.2f} GB free, the checkpoint of step {manifest.step_of(partial)} "
+                f"needs {needed / 1e9:.2f} GB; nothing was written. {self._rest()}"
             )
 
     def _publish(self, partial: Path, entries: Entries) -> None:

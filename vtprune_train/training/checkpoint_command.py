@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The actions of the command and their options."""
     actions = parser.add_subparsers(dest="action", required=True)
-    for name, what in (("list", "one line for each checkpoint"), ("verify", "read every file; exit code 1 if any is wrong")):
+    for name, what in (
+        ("list", "one line for each checkpoint"),
+        ("verify", "read every file; exit code 1 if any is wrong"),
+    ):
         action = actions.add_parser(name, help=what, description=what)
         action.add_argument("path", help="a run, its checkpoints folder, or one checkpoint")
     what = "the portable form: optimizer state by parameter, for any number of ranks and any ZeRO stage"
@@ -138,23 +141,26 @@ def convert_checkpoint(path: Path, out: str | None) -> int:
         raise ValueError(f"{source} is damaged: {wrong}")
     if (source / "portable").is_dir():
         raise ValueError(f"{source} has the portable form already")
-    if out is None and source.parent.name == "checkpoints":
-        hold_run(source.parent.parent)  # a running job counts on its checkpoints
     final = source if out is None else Path(out).resolve()
     if out is not None and final.exists():
         raise ValueError(f"--out {out} exists; name a folder that is made here")
     if out is not None and not manifest.STEP.match(final.name):
         final = final / source.name
     partial = final.with_name(f"{final.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
+    in_run = out is None and source.parent.name == "checkpoints"
+    held = hold_run(source.parent.parent) if in_run else None  # a running job counts on its checkpoints
     try:
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
         write_converted(source, partial)
         manifest.put_in_place(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"{final} could not be written ({error}); {source} is untouched") from error
+    finally:
+        if held is not None:
+            os.close(held)
     if out is not None:
         manifest.point_latest(final.parent, final.name)
     log.info("the portable form of %s is in %s", source, final)
@@ -172,7 +178,9 @@ def write_converted(source: Path, partial: Path) -> None:
         if not name.startswith("deepspeed/"):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, partial / name)
-    manifest.write_manifest(partial, {name: manifest.sync_and_hash(partial / name) for name in manifest.files_in(partial)})
+    manifest.write_manifest(
+        partial, {name: manifest.sync_and_hash(partial / name) for name in manifest.files_in(partial)}
+    )
 
 
 def prune_checkpoints(path: Path, keep_last: int | None, keep_every: int | None, dry_run: bool) -> int:

@@ -141,8 +141,8 @@ def read_layouts(folder: Path) -> list[Layout]:
         layouts.append(Layout(content["shapes"], [Piece(*piece) for piece in content["pieces"]]))
     if not layouts:
         raise ValueError(
-            f"{folder} holds no layouts (an older version wrote it): resume with the ranks and ZeRO stage that wrote it, "
-            f"or start from its weights with train.init_from={folder.parent}"
+            f"{folder} holds no layouts (an older version wrote it): resume with the ranks and ZeRO stage that wrote "
+            f"it, or start from its weights with train.init_from={folder.parent}"
         )
     return layouts
 
@@ -170,7 +170,9 @@ class DeepSpeedFiles:
             self.optimizers = [_load(path) for path in _optimizer_files(folder, len(layouts))]
             self.optimizers = [optimizer["optimizer_state_dict"] for optimizer in self.optimizers]
         scaler = self.optimizers[0].get("loss_scaler")
-        self.counters["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {}
+        self.counters["loss_scaler"] = (
+            {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {}
+        )
         self.places: dict[str, list[tuple[int, Piece]]] = {}
         for rank, layout in enumerate(layouts):
             for piece in layout.pieces:
@@ -178,7 +180,10 @@ class DeepSpeedFiles:
 
     def keys(self, name: str) -> list[str]:
         rank, piece = self.places[name][0]
-        return [MASTER, *(k for k, v in self._states(rank, piece.flat).items() if isinstance(v, torch.Tensor) and v.ndim)]
+        return [
+            MASTER,
+            *(k for k, v in self._states(rank, piece.flat).items() if isinstance(v, torch.Tensor) and v.ndim),
+        ]
 
     def step(self, name: str) -> float | None:
         rank, piece = self.places[name][0]

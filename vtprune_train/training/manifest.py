@@ -46,7 +46,9 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             raise ValueError(f"it has format {manifest['format']}, this version reads up to {FORMAT}")
-        files = {str(name): {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()}
+        files = {
+            str(name): {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     if "trainer.json" not in files:

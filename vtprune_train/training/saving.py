@@ -42,7 +42,7 @@ class HostCopies:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, dict):
-            made = OrderedDict() if isinstance(value, OrderedDict) else {}
+            made: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
             made.update((key, self.copy(item)) for key, item in value.items())
             if hasattr(value, "_metadata"):  # of a module's state
                 made._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
@@ -137,9 +137,11 @@ def write_file(path: Path, state: Any) -> dict[str, Any]:
     with path.open("wb") as file:
         hashing = HashingFile(file)
         # Every file has its SHA-256: a checksum of each tensor beside it would only hold the interpreter's lock.
-        with serialization.patch("save.compute_crc32", False):
+        with serialization.patch(  # type: ignore[attr-defined]
+            "save.compute_crc32", False
+        ):
             try:
-                torch.save(state, hashing)
+                torch.save(state, hashing)  # type: ignore[arg-type]
             except RuntimeError as error:
                 raise hashing.error or error from None
         file.flush()
