@@ -56,7 +56,7 @@ def assert_same_course(metrics, expected):
 
 def test_one_to_two_to_one_ranks_and_another_plan(runs, whole):
     zero2 = STAGES.format(2)
-    course = legs(runs, "ranks", (2, 1, zero2), (5, 2, zero2, "data.max_tokens=400"), (8, 1, zero2))
+    course = legs(runs, "ranks", (2, 1, zero2), (5, 2, zero2, "data.max_tokens=300"), (8, 1, zero2))
     assert_same_course(course, whole)
     assert max(m["micro_steps"] for m in course[2:5]) > 1
 
