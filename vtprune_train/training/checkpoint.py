@@ -38,13 +38,15 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class TrainerState:
-    """Where training stands: ``step`` optimizer steps are done (which is also the data position)."""
+    """Where training stands: ``step`` optimizer steps are done (which is also the data position); ``pruning`` is where
+    a schedule of several phases stands (for the reader: it follows from the settings and the step)."""
 
     step: int = 0
     unreadable: list[str] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     zero_stage: int = 0
+    pruning: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointFolder:

@@ -112,12 +112,12 @@ class Trainer:
         supervised = self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"]
         if not supervised:
             raise TrainingError(f"step {plan.step}: no sample of the step has a supervised token that could be read")
-        loss_sum, correct = self._forward_backward(batches, ranks.world_size() / supervised)
-        totals = self._sum(self._totals(batches, float(loss_sum), float(correct)))
+        sums = self._forward_backward(batches, ranks.world_size() / supervised)
+        totals = self._sum({**sums, **self._totals(batches)})
         if totals.pop("save_failed"):
             self.checkpoints.wait()  # raises on all ranks
-        loss = totals.pop("loss_sum") / supervised
-        if not math.isfinite(loss):
+        loss, consistency = totals.pop("cross_entropy") / supervised, totals.pop("consistency") / supervised
+        if not math.isfinite(loss + consistency):
             raise TrainingError(
                 f"step {plan.step}: the loss is {loss}; no parameter was changed. Lower model.train's rates, "
                 f"or look at this step's samples: {[self.collate.index.sample_id(s) for s in plan.samples][:8]} ..."
@@ -141,6 +141,7 @@ class Trainer:
             "micro_steps": len(batches),
             "supervised_tokens": int(supervised),
             "token_accuracy": totals.pop("correct") / supervised,
+            **self._schedule(plan.step, consistency),
             **totals,
             "step_time": seconds,
             "data_wait": data_wait,
@@ -150,20 +151,33 @@ class Trainer:
         }
         return record, stop
 
-    def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> dict[str, float]:
         """Accumulate gradients of ``scale`` times the summed loss (DeepSpeed averages over ranks, so the scale that
-        gives the mean over the step's supervised tokens is ranks / tokens). Returns loss and correct tokens, summed."""
-        loss_sum = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device)
+        gives the mean over the step's supervised tokens is ranks / tokens). Returns this rank's cross-entropy,
+        divergence from the teacher's pass (0 without one) and correct tokens, summed."""
+        sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             output = self.engine(batch.to(self.device))
             self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-            loss_sum += output.loss_sum.detach()
-            correct += output.correct.sum()
+            divergence = torch.zeros_like(output.cross_entropy) if output.consistency is None else output.consistency
+            sums += torch.stack([output.cross_entropy, divergence, output.correct.sum()])
             if index < len(batches) - 1:
                 self.engine.step()
-        return loss_sum, correct
+        return dict(zip(("cross_entropy", "consistency", "correct"), sums.tolist(), strict=True))
+
+    def _schedule(self, step: int, consistency: float) -> dict[str, Any]:
+        """What the step dropped: shares kept in each stage after the first, and what a full-token step adds."""
+        phases = self.collate.phases
+        if phases is None or phases.method is None:
+            return {}
+        shown: dict[str, Any] = {"keep": phases.keep(step, self.collate.cost.decoder.num_layers)}
+        if phases.full.share:
+            phase = phases.of(step)
+            shown["full_tokens"] = phase.full_tokens
+            if phase.teacher is not None:
+                shown["consistency_loss"] = consistency
+        return shown
 
     def _optimizer_step(self) -> float | None:
         norm = None
@@ -173,18 +187,14 @@ class Trainer:
         measured = self.engine.get_global_grad_norm()
         return norm if measured is None else float(measured)
 
-    def _totals(self, batches: Sequence[PackedBatch], loss_sum: float, correct: float) -> dict[str, float]:
-        """This rank's numbers of the step, the same names on every rank."""
-        num_stages = (
-            len(self.collate.method.drops(self.collate.cost.decoder.num_layers)) + 1 if self.collate.method else 1
-        )
-        names = ["flops", "flops_dense", "visual_tokens", *(f"tokens_stage_{i}" for i in range(num_stages))]
+    def _totals(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """This rank's counts of the step, the same names on every rank."""
+        stages = (f"tokens_stage_{i}" for i in range(self.collate.num_stages))
+        names = ["flops", "flops_dense", "visual_tokens", *stages]
         costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
-        stop = float(self.terminated)
         failed = float(self.checkpoints.failed)
-        numbers = {"loss_sum": loss_sum, "correct": correct, "unreadable": unreadable}
-        return {**numbers, "stop": stop, "save_failed": failed, **costs}
+        return {"unreadable": unreadable, "stop": float(self.terminated), "save_failed": failed, **costs}
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
@@ -211,8 +221,20 @@ class Trainer:
             return
         from vtprune_train.config import dump_config
 
+        self._note_schedule()
         self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
         self._saved_step = self.state.step
+
+    def _note_schedule(self) -> None:
+        """Into the checkpoint's ``trainer.json`` and ``config.json``: where the schedule stands. The target's settings
+        are in ``config.json`` as ever (``pruning``); what training did on the way there stands beside them."""
+        phases, config = self.collate.phases, self.engine.module.config
+        num_layers = self.collate.cost.decoder.num_layers
+        self.state.pruning = phases.state(self.state.step, num_layers) if phases is not None else {}
+        if self.state.pruning:
+            config.pruning_training = self.state.pruning
+        elif hasattr(config, "pruning_training"):  # of the checkpoint that this run started from
+            del config.pruning_training
 
     def _sum(self, values: dict[str, float]) -> dict[str, float]:
         return ranks.sum_over_ranks(values, self.device)
