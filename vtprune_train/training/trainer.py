@@ -221,6 +221,7 @@ class Trainer:
             return
         from vtprune_train.config import dump_config
 
+        self.checkpoints.wait()  # its thread reads the model's config
         self._note_schedule()
         self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
         self._saved_step = self.state.step
