@@ -227,6 +227,23 @@ def wait_until(condition: Any, process: Process, seconds: float = 120) -> bool:
     raise TimeoutError("the condition did not come true")
 
 
+VARYING = (
+    "step_time",
+    "data_wait",
+    "data_wait_share",
+    "data_wait_longest",
+    "batches_ready",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)
+
+
+def assert_same_metrics(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    """Every number of every step equal, but for times."""
+    strip = [[{k: v for k, v in m.items() if k not in VARYING} for m in metrics] for metrics in (one, two)]
+    assert strip[0] == strip[1]
+
+
 def assert_equal_bits(one: Any, two: Any, place: str = "") -> None:
     """Nested containers of tensors and numbers, equal to the last bit."""
     assert type(one) is type(two), place

@@ -294,7 +294,8 @@ class TrainConfig(Section):
     eval_every: int | None = Field(None, ge=1)
     eval_shuffled: bool = False
     eval_show: int = Field(0, ge=0)
-    resume: Literal["auto", "never"] = "auto"
+    save_in_background: bool = True
+    resume: Literal["auto", "strict", "never"] = "auto"
     init_from: str | None = None
 
 

@@ -53,9 +53,14 @@ def resolve_checkpoint(path: str) -> str:
         return str(folder / "hf")
     if (folder / "checkpoints").is_dir():
         latest = folder / "checkpoints" / "latest"
-        if not latest.is_file():
-            raise ValueError(f"{folder} has no complete checkpoint yet ({latest} is missing)")
-        return str(folder / "checkpoints" / latest.read_text().strip() / "hf")
+        named = latest.read_text().strip() if latest.is_file() else ""
+        finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
+        finished = [name for name in finished if name.removeprefix("step_").isdigit()]
+        if not finished:
+            raise ValueError(
+                f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)"
+            )
+        return str(latest.parent / (named if named in finished else finished[-1]) / "hf")
     return path
 
 

@@ -40,7 +40,7 @@ from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.adapter import attach_adapter, check_adapter
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
-from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
+from vtprune_train.training.checkpoint import CheckpointFolder
 from vtprune_train.training.engine import (
     engine_config,
     offloads_optimizer,
@@ -48,7 +48,10 @@ from vtprune_train.training.engine import (
     start_engine,
     zero_stage,
 )
+from vtprune_train.training.lock import hold_run
+from vtprune_train.training.manifest import STEP
 from vtprune_train.training.optim import build_optimizer, parameter_groups
+from vtprune_train.training.resume import resume
 from vtprune_train.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -85,8 +88,10 @@ def prepare(config: Config) -> Trainer:
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
     engine = start_engine(parts.model, optimizer, settings)
 
-    checkpoints = CheckpointFolder(run_dir / "checkpoints", config.train.keep_last)
-    state = _resume(_identity(config, collate.index), config, checkpoints, engine, zero_stage(settings))
+    checkpoints = CheckpointFolder(
+        run_dir / "checkpoints", config.train.keep_last, background=config.train.save_in_background
+    )
+    state = resume(_identity(config, collate.index), config.train.resume, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
     callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
     if config.data.eval:
@@ -258,9 +263,11 @@ def build_planner(config: Config, collate: Collator, world_size: int) -> Planner
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    """The run's folder, without the tokenizer of an earlier start that came to no checkpoint."""
+    """The run's folder, for this run alone, without the tokenizer of an earlier start that came to no checkpoint."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "checkpoints" / "latest").is_file() and (run_dir / "tokenizer").exists():
+    hold_run(run_dir)
+    saved = any(STEP.match(path.name) for path in (run_dir / "checkpoints").glob("step_*"))
+    if not saved and (run_dir / "tokenizer").exists():
         shutil.rmtree(run_dir / "tokenizer")
 
 
@@ -297,34 +304,3 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "number and hash of the samples": index.identity(),
         "pruning": config.pruning.identity(),
     }
-
-
-def _resume(
-    identity: dict[str, Any], config: Config, checkpoints: CheckpointFolder, engine: Any, stage: int
-) -> TrainerState:
-    """The newest complete checkpoint of the run, or a fresh start.
-
-    Raises:
-        ValueError: the run's folder holds checkpoints that must not be continued with these settings.
-    """
-    checkpoints.clean()
-    newest = checkpoints.newest_complete()
-    if newest is None:
-        checkpoints.set_aside_newer(None)
-        return TrainerState(identity=identity, world_size=ranks.world_size(), zero_stage=stage)
-    if config.train.resume == "never":
-        raise ValueError(
-            f"{newest} exists and train.resume is never; use another run.name, or remove {checkpoints.folder}"
-        )
-    checkpoints.set_aside_newer(newest)
-    state = load(engine, newest)
-    changed = [key for key, value in identity.items() if state.identity.get(key) != value]
-    if changed:
-        lines = [f"{key}: checkpoint {state.identity.get(key)!r}, now {identity[key]!r}" for key in changed]
-        raise ValueError(
-            f"{newest} was trained with other settings, so its steps would hold other samples: {'; '.join(lines)}. "
-            f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={newest}"
-        )
-    if ranks.rank() == 0:
-        log.info("resuming from %s", newest)
-    return state

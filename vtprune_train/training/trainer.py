@@ -66,6 +66,12 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end, or until SIGTERM reaches any rank. Returns the process's exit code."""
+        try:
+            return self._fit()
+        finally:
+            self.checkpoints.settle()
+
+    def _fit(self) -> int:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         loader = StepLoader(
             self.collate,
@@ -95,6 +101,7 @@ class Trainer:
                 break
             waiting_since = time.perf_counter()
         self.save()
+        self.checkpoints.wait()
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
         return EXIT_TERMINATED if stop else 0
@@ -110,6 +117,8 @@ class Trainer:
             raise TrainingError(f"step {plan.step}: no sample of the step has a supervised token that could be read")
         sums = self._forward_backward(batches, ranks.world_size() / supervised)
         totals = self._sum({**sums, **self._totals(batches)})
+        if totals.pop("save_failed"):
+            self.checkpoints.wait()  # raises on all ranks
         loss, consistency = totals.pop("cross_entropy") / supervised, totals.pop("consistency") / supervised
         if not math.isfinite(loss + consistency):
             raise TrainingError(
@@ -189,7 +198,8 @@ class Trainer:
         names = ["flops", "flops_dense", "visual_tokens", *stages]
         costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
-        return {"unreadable": unreadable, "stop": float(self.terminated), **costs}
+        failed = float(self.checkpoints.failed)
+        return {"unreadable": unreadable, "stop": float(self.terminated), "save_failed": failed, **costs}
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
@@ -211,11 +221,12 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one."""
+        """Begin a checkpoint of the current step, unless there is one."""
         if self._saved_step == self.state.step:
             return
         from vtprune_train.config import dump_config
 
+        self.checkpoints.wait()  # its thread reads the model's config
         self._note_schedule()
         self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
         self._saved_step = self.state.step

@@ -43,7 +43,7 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
     if only_trained:
         return weights
     persistent = set(module.state_dict())
-    weights.update({name: b.detach().cpu() for name, b in module.named_buffers() if name in persistent})
+    weights.update({name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in persistent})
     return weights
 
 
