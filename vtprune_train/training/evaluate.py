@@ -6,7 +6,7 @@ to produce, in one pass: the first wrong token would end the match in either cas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ def evaluate(
     max_tokens: int,
     device: torch.device,
     workers: int,
+    mark: Callable[[str], None],
     shuffle_pictures: bool = False,
 ) -> dict[str, float]:
     """Evaluate on all samples of ``collate.index``; all ranks call this together.
@@ -35,6 +36,7 @@ def evaluate(
         max_tokens: most tokens of a batch, before dropping.
         device: this rank's.
         workers: decode processes.
+        mark: told of every batch (the watchdog's).
         shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
 
     Returns:
@@ -67,6 +69,7 @@ def evaluate(
     with torch.no_grad():
         for _, batches in loader:
             for batch in batches:
+                mark("evaluating")
                 for sample, reason in batch.unreadable:
                     ranks.log.warning("evaluation: left out %s: %s", sample, reason)
                 sums["unreadable"] += len(batch.unreadable)

@@ -41,25 +41,24 @@ from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, lo
 from vtprune_train.training.engine import (
     engine_config,
     offloads_optimizer,
-    start_distributed,
     start_engine,
     zero_stage,
 )
 from vtprune_train.training.optim import build_optimizer, parameter_groups
 from vtprune_train.training.trainer import Trainer
+from vtprune_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: Config) -> Trainer:
-    """Build or resume the training that ``config`` describes, up to its first step.
+def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer:
+    """Build or resume the training that ``config`` describes, up to its first step. The process group stands.
 
     Raises:
         ValueError: settings or data that cannot be trained with (``ConfigError`` included).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # of every export; the run has its own
-    device = start_distributed()
     config = with_saved_settings(config)
     settings = engine_config(config)
     if ranks.rank() == 0:
@@ -67,6 +66,7 @@ def prepare(config: Config) -> Trainer:
             log.warning("%s", line)
     run_dir = config.run_dir
     ranks.from_rank_0(lambda: _make_run_dir(run_dir))
+    ranks.check_shared(run_dir, "run.output_dir")
     torch.manual_seed(config.run.seed)
     parts = build_parts(config)
     method = config.pruning.build()
@@ -81,6 +81,8 @@ def prepare(config: Config) -> Trainer:
     checkpoints = CheckpointFolder(run_dir / "checkpoints", config.train.keep_last)
     state = _resume(_identity(config, collate.index), config, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
+    train = config.train
+    watchdog.watch(run_dir / "watchdog", train.watchdog_timeout, train.collective_timeout)
     callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
     if config.data.eval:
         callbacks.insert(2, Evaluation(run_dir, build_collator(config, parts, cost, method, "eval")))
@@ -94,6 +96,7 @@ def prepare(config: Config) -> Trainer:
         callbacks=callbacks,
         device=device,
         state=state,
+        watchdog=watchdog,
     )
 
 
