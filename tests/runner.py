@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from warm import WarmParent, WarmProcess
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+WARM = WarmParent()
+Process = subprocess.Popen[bytes] | WarmProcess
 
 TINY = {
     "run": {"name": "run", "seed": 3},
@@ -106,15 +110,11 @@ class Runs:
         self.config = folder / "tiny.yaml"
         self.config.write_text(yaml.safe_dump(TINY))
 
-    def command(self, name: str, *settings: str, ranks: int = 1, launcher: str = "python") -> list[str]:
-        launch = {
-            "python": [sys.executable],
-            "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)],
-            "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks)],
-        }["torchrun" if launcher == "python" and ranks > 1 else launcher]
+    def arguments(self, name: str, *settings: str, script: Path = ROOT / "train.py") -> list[str]:
+        """The script and what it is given."""
         own = [f"run.name={name}", f"run.output_dir={self.folder / 'runs'}", f"data.root={self.folder / 'data'}"]
         own.append(f"data.cache_dir={self.folder / 'cache'}")
-        return [*launch, str(ROOT / "train.py"), "--config", str(self.config), *own, *settings]
+        return [str(script), "--config", str(self.config), *own, *settings]
 
     def environment(self) -> dict[str, str]:
         return {
@@ -126,19 +126,53 @@ class Runs:
             "OMP_NUM_THREADS": "1",
         }
 
-    def run(self, name: str, *settings: str, expect: int = 0, **launch: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, name: str, *settings: str, expect: int = 0, timeout: float = 300, **launch: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Train to the end of the process and check its exit code."""
-        command = self.command(name, *settings, **launch)
-        done = subprocess.run(command, cwd=ROOT, env=self.environment(), capture_output=True, text=True, timeout=300)
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = self._start(name, *settings, out=out.fileno(), err=err.fileno(), **launch)
+            try:
+                code = process.wait(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                said = stacks(process.pid)
+                kill(process)
+                err.seek(0)
+                raise AssertionError(f"{name} hangs\n{said}\n{err.read()[-3000:]}") from None
+            out.seek(0)
+            err.seek(0)
+            done = subprocess.CompletedProcess(process.args, code, out.read(), err.read())
         assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done
 
-    def start(self, name: str, *settings: str, **launch: Any) -> subprocess.Popen[bytes]:
-        """Start in a process group of its own."""
-        log = (self.folder / f"{name}.log").open("ab")
-        command = self.command(name, *settings, **launch)
+    def start(self, name: str, *settings: str, **launch: Any) -> Process:
+        """Start in a process group of its own; what it says goes to its log."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return self._start(name, *settings, out=log.fileno(), err=log.fileno(), **launch)
+
+    def _start(
+        self,
+        name: str,
+        *settings: str,
+        out: int,
+        err: int,
+        ranks: int = 1,
+        launcher: str = "warm",
+        script: Path = ROOT / "train.py",
+        env: dict[str, str] | None = None,
+    ) -> Process:
+        """``launcher``: warm (forked from a parent that has imported everything), or python, torchrun, deepspeed."""
+        arguments = self.arguments(name, *settings, script=script)
+        environment = {**self.environment(), **(env or {})}
+        if launcher == "warm":
+            return WARM.start(arguments, ranks=ranks, cwd=ROOT, env=environment, out=out, err=err)
+        launch = {
+            "python": [sys.executable],
+            "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)],
+            "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks)],
+        }[launcher]
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.environment(), stdout=log, stderr=log, start_new_session=True
+            [*launch, *arguments], cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True
         )
 
     def log(self, name: str) -> str:
@@ -158,13 +192,30 @@ class Runs:
         return folder / (folder / "latest").read_text().strip()
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: Process) -> None:
     """SIGKILL to the launcher, all ranks and their workers."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def wait_until(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> bool:
+def stacks(group: int) -> str:
+    """Where every process of a group stands, as far as py-spy is installed and allowed to look."""
+    spy = BIN / "py-spy"
+    members = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if _group_of(entry) == group]
+    if not spy.is_file():
+        return f"processes {members} (their stacks are shown where py-spy is installed)"
+    dumps = [subprocess.run([spy, "dump", "--pid", str(pid)], capture_output=True, text=True) for pid in members]
+    return "\n".join(dump.stdout or dump.stderr for dump in dumps)
+
+
+def _group_of(entry: Path) -> int | None:
+    try:
+        return os.getpgid(int(entry.name))
+    except ProcessLookupError:  # it ended meanwhile
+        return None
+
+
+def wait_until(condition: Any, process: Process, seconds: float = 120) -> bool:
     """Poll until ``condition()``; false if the process ended first."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -80,7 +80,7 @@ def test_stop_after_is_clean_and_resumes(runs, uninterrupted):
 
 def test_sigterm_saves_once_and_all_ranks_stop(runs, uninterrupted):
     settings = (*SETTINGS, "deepspeed=configs/deepspeed/zero3.json", "train.save_every=1000")
-    process = runs.start("terminated", *settings, ranks=2)
+    process = runs.start("terminated", *settings, ranks=2, launcher="torchrun")
     assert wait_until(lambda: len(runs.metrics("terminated")) >= 3, process)
     ranks = children_with(process.pid, "train.py")
     workers = [worker for rank in ranks for worker in children_with(rank, "train.py")]
