@@ -9,12 +9,15 @@ import sys
 import time
 
 from vtprune_train.cli import main, train_main
+from vtprune_train.training import process
 from vtprune_train.training.trainer import Trainer
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 
 
 def fault() -> None:
+    if KIND == "refuse":
+        raise ValueError("a file is missing on this machine alone")
     if KIND == "raise":
         raise RuntimeError("something in this rank alone")
     if KIND == "kill":
@@ -23,14 +26,25 @@ def fault() -> None:
         time.sleep(600)
 
 
-def patched(self, batches, scale, original=Trainer._forward_backward):
+def is_now(step: int) -> bool:
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if first_start and os.environ["RANK"] == RANK and self.state.step + 1 == int(STEP):
+    return first_start and os.environ["RANK"] == RANK and step == int(STEP)
+
+
+def prepare(*arguments, original=process.prepare):
+    if is_now(0):
         fault()
-    return original(self, batches, scale)
+    return original(*arguments)
 
 
-Trainer._forward_backward = patched
+def forward_backward(self, *arguments, original=Trainer._forward_backward):
+    if is_now(self.state.step + 1):
+        fault()
+    return original(self, *arguments)
+
+
+process.prepare = prepare
+Trainer._forward_backward = forward_backward
 
 if __name__ == "__main__":
     sys.exit(main() if sys.argv[1:2] == ["train"] else train_main())

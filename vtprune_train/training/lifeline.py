@@ -205,7 +205,7 @@ class Hub:
 
     def _serve(self) -> None:
         try:
-            while sum(member.left for member in self._members.values()) < self.world_size:
+            while sum(member.left or not member.wire.open for member in self._members.values()) < self.world_size:
                 for key, _ in self._selector.select(timeout=0.1):
                     if key.data is None:
                         self._accept()
@@ -349,8 +349,8 @@ def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
         wire.close()
         reasons.append(f"{address}: something else answers")
     raise ConfigError(
-        f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at port {port} ({'; '.join(reasons)}); the machines "
-        "of a job must reach each other at any port"
+        f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at port {port} ({'; '.join(reasons)}); the "
+        "machines of a job must reach each other at any port"
     )
 
 
