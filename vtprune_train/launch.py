@@ -9,6 +9,7 @@ finish their step and save; torchrun alone would kill them after 30 seconds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -44,21 +45,27 @@ def launch(arguments: Sequence[str]) -> int:
         ValueError: no ``--config``, or settings that cannot be trained with.
     """
     options, training = split_arguments(arguments)
-    config = _settings(training)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
+    command = [*torchrun_options(options, _settings(training)), "-m", RANK_MODULE, "train", *training]
     with tempfile.TemporaryDirectory(prefix="vtprune-") as folder:
         note = Path(folder) / "final"
         os.environ[FINAL_FILE] = str(note)
         signal.signal(signal.SIGTERM, _pass_on)
-        try:
-            torchrun([*torchrun_options(options, config), "-m", RANK_MODULE, "train", *training])
-        except ChildFailedError as error:
-            print(error, file=sys.stderr)
-            code = error.get_first_failure()[1].exitcode
-            return code if code > 0 else 128 - code
-        return int(note.read_text()) if note.exists() else 0
+        code = _torchrun(command)
+        return int(note.read_text()) if note.exists() else code
+
+
+def _torchrun(command: list[str]) -> int:
+    """The exit code of the rank that failed first, as a shell would say it; 0 if none did."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(command)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -106,9 +113,6 @@ def _pass_on(*_: Any) -> None:
     """SIGTERM goes to the ranks alone, and torchrun waits for them to end by themselves."""
     import psutil
 
-    for child in psutil.Process().children():
-        try:
-            if RANK_MODULE in child.cmdline():
-                child.send_signal(signal.SIGTERM)
-        except psutil.NoSuchProcess:
-            continue  # it ended meanwhile
+    for rank in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            rank.send_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """Training with a fault put into one rank at one step: ``FAULT=kind:rank:step python faulty.py --config ...``.
 
-Only the tests start this; the fault is patched in from outside, and only in the first of several starts.
+Only the tests start this; the fault is patched in from outside, and (but for ``always``) only
+in the first of several starts.
 """
 
 import os
@@ -18,7 +19,7 @@ KIND, RANK, STEP = os.environ["FAULT"].split(":")
 def fault() -> None:
     if KIND == "refuse":
         raise ValueError("a file is missing on this machine alone")
-    if KIND == "raise":
+    if KIND in ("raise", "always"):
         raise RuntimeError("something in this rank alone")
     if KIND == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -28,7 +29,7 @@ def fault() -> None:
 
 def is_now(step: int) -> bool:
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    return first_start and os.environ["RANK"] == RANK and step == int(STEP)
+    return (first_start or KIND == "always") and os.environ["RANK"] == RANK and step == int(STEP)
 
 
 def prepare(*arguments, original=process.prepare):

@@ -1,6 +1,7 @@
 """Which rank is to blame: the judges, and the hub with real connections."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -118,6 +119,10 @@ def test_strangers_are_refused(connected):
     hub, lines = connected
     with pytest.raises(ConfigError, match="something else answers"):
         reach(["127.0.0.1"], hub.port, "guess", 1)
+    for garbage in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b'{"kind": "failed"}\n', b"\xff\n"):
+        with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
+            stranger.sendall(garbage)
+            assert stranger.recv(10) == b"", "it is sent away"
     assert heard(lines[0], 0.3) == []
     with pytest.raises(ConfigError, match=r"rank 7 .* cannot reach rank 0 at port 1"):
         reach(["127.0.0.1"], 1, "token", 7)

@@ -4,10 +4,10 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from runner import ROOT, Runs, assert_equal_checkpoints, wait_until
 
@@ -39,7 +39,7 @@ def faulty(runs, name, fault, *settings, ranks=2, expect=1):
 
 def test_a_rank_that_raises_ends_the_job_with_its_own_error(runs, whole):
     said, seconds = faulty(runs, "raised", "raise:1:3")
-    assert seconds < 10
+    assert seconds < 30
     assert f"rank 1 on {HOST} failed (step 3, " in said and "RuntimeError: something in this rank alone" in said
     assert said.count("Traceback") == 1, "the others' broken collectives are no news"
     assert f"rank 0 stops (step 3, backward 1 of 1): rank 1 on {HOST} failed" in said
@@ -49,7 +49,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_error(runs, whole):
 
 def test_a_rank_killed_in_the_middle_of_a_step(runs, whole):
     said, seconds = faulty(runs, "killed", "kill:1:3")
-    assert seconds < 10
+    assert seconds < 30
     assert f"rank 0 stops (step 3, backward 1 of 1): rank 1 on {HOST} is gone without a word" in said
     runs.run("killed", *SETTINGS, ranks=2)
     assert_equal_checkpoints(runs.checkpoint("killed"), whole)
@@ -57,12 +57,12 @@ def test_a_rank_killed_in_the_middle_of_a_step(runs, whole):
 
 def test_rank_0_killed(runs):
     said, seconds = faulty(runs, "killed0", "kill:0:2")
-    assert seconds < 10 and "rank 1 stops (step 2, backward 1 of 1): rank 0 is gone without a word" in said
+    assert seconds < 30 and "rank 1 stops (step 2, backward 1 of 1): rank 0 is gone without a word" in said
 
 
 def test_a_hung_rank_is_named_with_stacks(runs, whole):
     said, seconds = faulty(runs, "hung", "hang:1:3", "train.watchdog_timeout=3")
-    assert seconds < 20
+    assert seconds < 30
     assert f"no progress for 3 s. rank 1 on {HOST}: step 3, counting targets, at fault, {FAULTY}:" in said
     assert "1 other rank(s) wait for it, such as rank 0: step 3, backward 1 of 1, waiting in all_reduce" in said
     stacks = [(runs.directory("hung") / "watchdog" / f"rank_0000{rank}.txt").read_text() for rank in (0, 1)]
@@ -86,37 +86,51 @@ def test_what_one_machine_lacks_is_said_by_it(runs):
     assert "Traceback" not in said
 
 
-def launch(runs, name, *settings, command, **environment):
-    """Start a launcher of its own interpreter; what it says goes to the run's log."""
-    env = {**runs.environment(), "FAULT": "none:0:0", **environment}
-    env["PYTHONPATH"] = f"{ROOT}:{HERE}"
-    given = runs.arguments(name, *SETTINGS, *settings)[1:]
-    with (runs.folder / f"{name}.log").open("ab") as log:
-        return subprocess.Popen([*command, *given], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+LAUNCH = {"script": HERE / "faulty_launch.py", "env": {"FAULT": "none:0:0"}}
 
 
 def test_a_restart_goes_on_with_the_same_bits(runs, whole):
-    command = [sys.executable, str(HERE / "faulty_launch.py"), "--nproc_per_node", "2"]
-    process = launch(runs, "restarted", "train.max_restarts=2", command=command, FAULT="kill:1:3")
-    assert process.wait(timeout=120) == 0, runs.log("restarted")[-3000:]
-    log = runs.log("restarted")
-    assert "restart 1 of at most 2 after a failure" in log and "restart 2" not in log
-    assert "step_00000002" in log.partition("resuming from")[2]
+    env = {**LAUNCH["env"], "FAULT": "kill:1:3"}
+    done = runs.run("restarted", *SETTINGS, "train.max_restarts=2", script=LAUNCH["script"], env=env)
+    assert "restart 1 of at most 2 after a failure" in done.stderr and "restart 2" not in done.stderr
+    assert "step_00000002" in done.stderr.partition("resuming from")[2]
     assert_equal_checkpoints(runs.checkpoint("restarted"), whole)
 
 
 def test_what_a_restart_cannot_mend_is_not_tried_again(runs):
-    command = [sys.executable, str(HERE / "faulty_launch.py")]
     settings = ("train.max_restarts=3", "data.train.0.path=nowhere.json")
-    process = launch(runs, "useless", *settings, command=command)
-    assert process.wait(timeout=60) == 2, runs.log("useless")[-3000:]
-    assert "nowhere.json does not exist" in runs.log("useless") and "restart" not in runs.log("useless")
+    done = runs.run("useless", *SETTINGS, *settings, **LAUNCH, expect=2)
+    assert done.stderr.count("nowhere.json does not exist") == 1 and "restart" not in done.stderr
 
 
-def test_two_machines_under_slurm_train_like_one_and_go_back_to_the_queue(runs, whole):
-    """The batch script with a srun that starts two launchers here: its time is up after a few steps, then it goes on.
-    Each machine has an index of its own."""
-    environment = {
+def test_restarts_are_bounded(runs):
+    env = {**LAUNCH["env"], "FAULT": "always:1:1"}
+    done = runs.run("bounded", *SETTINGS, "train.max_restarts=1", script=LAUNCH["script"], env=env, expect=1)
+    assert done.stderr.count("restart 1 of at most 1") == 1 and "restart 2" not in done.stderr
+    assert "RuntimeError: something in this rank alone" in done.stderr.partition("Root Cause")[2]
+
+
+def test_sigterm_to_the_launcher_saves_and_is_not_restarted(runs):
+    settings = ("train.max_restarts=3", "train.save_every=1000", "train.max_steps=2000", "train.epochs=2000")
+    process = runs.start("told", *SETTINGS, *settings, **LAUNCH)
+    assert wait_until(lambda: runs.metrics("told"), process), runs.log("told")[-3000:]
+    [launcher] = psutil.Process(process.pid).children()
+    launcher.terminate()
+    assert process.wait(timeout=120) == 143, runs.log("told")[-3000:]
+    assert runs.checkpoint("told").name == f"step_{len(runs.metrics('told')):08d}"
+    assert "restart" not in runs.log("told")
+
+
+def test_a_launcher_that_cannot_restart_says_so(runs):
+    done = runs.run("unheeded", *SETTINGS, "train.max_restarts=3", "train.max_steps=1")
+    assert "train.max_restarts=3 has no effect: what started this process restarts nothing" in done.stderr
+
+
+def slurm(runs, *settings, **environment):
+    """The command and environment of the batch script, as SLURM would run it on two machines with one GPU each."""
+    command = [str(ROOT / "scripts" / "cluster" / "slurm.sbatch"), *runs.arguments("slurm", *SETTINGS, *settings)[3:]]
+    env = {
+        **runs.environment(),
         "PATH": f"{HERE / 'fake_slurm'}:{runs.environment()['PATH']}",
         "FAKE_NODES": str(runs.folder / "nodes"),
         "CONFIG": str(runs.config),
@@ -125,27 +139,33 @@ def test_two_machines_under_slurm_train_like_one_and_go_back_to_the_queue(runs, 
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": "2",
         "MASTER_PORT": str(free_port()),
+        **environment,
     }
-    own = ("data.cache_dir=null", "train.save_every=1000")
+    return command, env
 
-    def submit():
-        env = {**runs.environment(), **environment}
-        given = [a for a in runs.arguments("slurm", *SETTINGS, *own)[3:] if not a.startswith("data.cache_dir=/")]
-        command = [str(ROOT / "scripts" / "cluster" / "slurm.sbatch"), *given]
-        with (runs.folder / "slurm.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
 
-    process = submit()
-    assert wait_until(lambda: runs.metrics("slurm"), process), runs.log("slurm")[-3000:]
-    os.kill(process.pid, signal.SIGUSR1)
-    assert process.wait(timeout=60) == 143, runs.log("slurm")[-3000:]
-    assert "requeued 7" in runs.log("slurm")
-    step = int(runs.checkpoint("slurm").name.removeprefix("step_"))
-    assert step == len(runs.metrics("slurm")) < 5
-    assert submit().wait(timeout=120) == 0, runs.log("slurm")[-3000:]
-    assert f"resuming from {runs.directory('slurm')}/checkpoints/step_{step:08d}" in runs.log("slurm")
+def test_two_machines_train_like_one(runs, whole):
+    """The batch script for SLURM, with a srun that starts two launchers here, each with an index of its own."""
+    command, env = slurm(runs, "data.cache_dir=null")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
     assert_equal_checkpoints(runs.checkpoint("slurm"), whole)
     assert all(list((runs.folder / "nodes" / f"node{node}").rglob("index-*.arrow")) for node in (0, 1))
+
+
+@pytest.mark.parametrize(("ended", "queued"), [(143, True), (1, False)])
+def test_the_batch_script_goes_back_to_the_queue_when_its_time_is_up(runs, tmp_path, ended, queued):
+    (tmp_path / "vtprune").write_text(f"#!/bin/bash\ntrap 'sleep 0.2; exit {ended}' TERM\necho up\nsleep 60 & wait\n")
+    (tmp_path / "vtprune").chmod(0o755)
+    command, env = slurm(runs)
+    env["PATH"] = f"{HERE / 'fake_slurm'}:{tmp_path}:{env['PATH']}"
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+    process.send_signal(signal.SIGUSR1)
+    process.wait(timeout=60)
+    os.killpg(process.pid, signal.SIGKILL)  # the stand-ins' sleeps
+    assert process.returncode == ended
+    assert ("requeued 7" in process.stdout.read()) is queued
 
 
 def free_port() -> int:

@@ -25,6 +25,7 @@ EXIT_HUNG = 124  # as timeout(1)
 SETTLE_SECONDS = 1.0  # what failed first may be heard of second
 ROLL_CALL_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
+WELCOME_SECONDS = 60.0  # thousands of ranks come at once
 DEAD_HOST_SECONDS = 30
 
 
@@ -144,7 +145,11 @@ class Wire:
             chunk = b""
         self.open = self.open and bool(chunk)
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:  # not one of ours
+            self.open = False
+            return []
 
     def close(self) -> None:
         self.open = False
@@ -224,18 +229,11 @@ class Hub:
 
     def _hear(self, member: _Member) -> None:
         for message in member.wire.receive():
+            if member.rank < 0:
+                self._admit(member, message)
+                continue
             kind = message.pop("kind")
-            if kind == "hello":
-                if not secrets.compare_digest(message["token"], self.token):
-                    member.wire.open = False
-                    break
-                member.rank, member.host = message["rank"], message["host"]
-                self._members[member.rank] = member
-                member.wire.send("welcome")
-            elif member.rank < 0:
-                member.wire.open = False
-                break
-            elif kind == "bye":
+            if kind == "bye":
                 member.left = True
                 member.wire.send("done")
             elif kind == "failed":
@@ -252,6 +250,16 @@ class Hub:
             member.wire.close()
             if member.rank >= 0 and not member.left:
                 self._failed(Failure(member.rank, member.host))
+
+    def _admit(self, member: _Member, message: Any) -> None:
+        """A rank that knows the token; anything else on the network is sent away."""
+        given = message.get("token") if isinstance(message, dict) else None
+        if not isinstance(given, str) or not secrets.compare_digest(given.encode(), self.token.encode()):
+            member.wire.open = False
+            return
+        member.rank, member.host = message["rank"], message["host"]
+        self._members[member.rank] = member
+        member.wire.send("welcome")
 
     def _failed(self, failure: Failure) -> None:
         known = {heard.rank for heard in self._heard.failures}
@@ -344,6 +352,7 @@ def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
             reasons.append(f"{address}: {error}")
             continue
         wire.send("hello", token=token, rank=rank, host=socket.gethostname())
+        wire.socket.settimeout(WELCOME_SECONDS)
         if [message["kind"] for message in wire.receive()] == ["welcome"]:
             return wire
         wire.close()

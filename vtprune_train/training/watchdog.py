@@ -96,18 +96,19 @@ class Watchdog:
             shown: what the user is to read.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, since the job is ending
-        said = {"error": _first_lines(f"{type(error).__name__}: {error}"), "code": code, "final": final}
+        reason = _first_lines(f"{type(error).__name__}: {error}")
         inside = _in_collective(error)
-        self.lifeline.wire.send("failed", **said, where=self.place().where, in_collective=inside)
+        where = self.place().where
+        self.lifeline.wire.send("failed", error=reason, where=where, code=code, final=final, in_collective=inside)
         self._heard_verdict.wait(ROLL_CALL_SECONDS)
-        verdict = self._verdict or Verdict((ranks.rank(),), said["error"], code, final)
+        verdict = self._verdict or Verdict((ranks.rank(),), reason, code, final)
         if ranks.rank() not in verdict.culprits:
             time.sleep(LINGER_SECONDS)
         with self._ending:
             if ranks.rank() in verdict.culprits and not verdict.hung:
                 _write_error_file(shown)
                 _print(shown)
-            elif not verdict.text.endswith(said["error"]):  # ranks may stumble over the same; it is shown once
+            elif not verdict.text.endswith(reason):  # ranks may stumble over the same; it is shown once
                 self._tell_of(verdict, broken=shown if inside else "")
             end(verdict.code, verdict.final)
 
