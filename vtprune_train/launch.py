@@ -110,9 +110,12 @@ def _settings(training: Sequence[str]) -> Config:
 
 
 def _pass_on(*_: Any) -> None:
-    """SIGTERM goes to the ranks alone, and torchrun waits for them to end by themselves."""
+    """SIGTERM goes to the ranks alone, and torchrun waits for them to end by themselves; without ranks, to this one."""
     import psutil
 
-    for rank in psutil.Process().children():
+    ranks = psutil.Process().children()
+    if not ranks:
+        raise SystemExit(143)
+    for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
             rank.send_signal(signal.SIGTERM)
