@@ -48,6 +48,8 @@ def train(config: Config) -> int:
             log.debug("where it came from", exc_info=True)
             what = "the settings are wrong" if isinstance(error, ConfigError) else "cannot train"
             watchdog.fail(error, EXIT_REFUSED, final=True, shown=refusal(what, error))
+        settings = config.train
+        watchdog.watch(config.run_dir / "watchdog", settings.watchdog_timeout, settings.collective_timeout)
         code = trainer.fit()
         ranks.shut_down()
     except (Exception, KeyboardInterrupt, Terminated) as error:

@@ -81,8 +81,6 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     checkpoints = CheckpointFolder(run_dir / "checkpoints", config.train.keep_last)
     state = _resume(_identity(config, collate.index), config, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
-    train = config.train
-    watchdog.watch(run_dir / "watchdog", train.watchdog_timeout, train.collective_timeout)
     callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
     if config.data.eval:
         callbacks.insert(2, Evaluation(run_dir, build_collator(config, parts, cost, method, "eval")))
