@@ -86,7 +86,7 @@ def test_what_one_machine_lacks_is_said_by_it(runs):
     assert "Traceback" not in said
 
 
-LAUNCH = {"script": HERE / "faulty_launch.py", "env": {"FAULT": "none:0:0"}}
+LAUNCH = {"script": HERE / "faulty_launch.py", "env": {"FAULT": "none:0:0", "PYTHONPATH": f"{ROOT}:{HERE}"}}
 
 
 def test_a_restart_goes_on_with_the_same_bits(runs, whole):
