@@ -22,6 +22,7 @@ from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState
 from vtprune_train.training.engine import total_gradient_norm
 from vtprune_train.training.metrics import device_peak_flops, peak_memory_bytes
 from vtprune_train.training.optim import rate_factor, set_rates
+from vtprune_train.training.watchdog import Watchdog
 
 EXIT_TERMINATED = 143
 
@@ -44,6 +45,7 @@ class Trainer:
         callbacks: called after every step and at the end.
         device: this rank's.
         state: where training stands.
+        watchdog: told of every phase of a step.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class Trainer:
     callbacks: Sequence[Callback]
     device: torch.device
     state: TrainerState
+    watchdog: Watchdog
 
     def __post_init__(self) -> None:
         train = self.config.train
@@ -87,20 +90,24 @@ class Trainer:
         self.engine.train()
         for callback in self.callbacks:
             callback.on_start(self)
+        self.watchdog.mark("waiting for data", self.state.step + 1)
         waiting_since = time.perf_counter()
         stop = False
         for plan, batches in loader:
             data_wait = time.perf_counter() - waiting_since
             record, stop = self.step(plan, batches, data_wait)
             record["batches_ready"] = loader.ready
+            self.watchdog.mark("after the step")
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if stop or self.state.step % self.config.train.save_every == 0:
                 self.save()
             if stop:
                 break
+            self.watchdog.mark("waiting for data", self.state.step + 1)
             waiting_since = time.perf_counter()
         self.save()
+        self.watchdog.mark("at the end")
         self.checkpoints.wait()
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
@@ -108,6 +115,7 @@ class Trainer:
 
     def step(self, plan: StepPlan, batches: Sequence[PackedBatch], data_wait: float) -> tuple[dict[str, Any], bool]:
         """One optimizer step over all micro-batches of all ranks: its metrics, and whether a rank was told to stop."""
+        self.watchdog.mark("counting targets")
         began = time.perf_counter()
         torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
         factor = rate_factor(plan.step, self.total_steps, self.warmup_steps, self.config.train.schedule)
@@ -116,6 +124,7 @@ class Trainer:
         if not supervised:
             raise TrainingError(f"step {plan.step}: no sample of the step has a supervised token that could be read")
         sums = self._forward_backward(batches, ranks.world_size() / supervised)
+        self.watchdog.mark("summing over ranks")
         totals = self._sum({**sums, **self._totals(batches)})
         if totals.pop("save_failed"):
             self.checkpoints.wait()  # raises on all ranks
@@ -163,7 +172,9 @@ class Trainer:
         sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            self.watchdog.mark(f"forward {index + 1} of {len(batches)}")
             output = self.engine(batch.to(self.device))
+            self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
             self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             divergence = torch.zeros_like(output.cross_entropy) if output.consistency is None else output.consistency
             sums += torch.stack([output.cross_entropy, divergence, output.correct.sum()])
@@ -185,6 +196,7 @@ class Trainer:
         return shown
 
     def _optimizer_step(self) -> float | None:
+        self.watchdog.mark("optimizer")
         norm = None
         if not hasattr(self.engine.optimizer, "_global_grad_norm"):  # ZeRO 0 in float32: a plain PyTorch optimizer
             norm = total_gradient_norm(self.engine)
@@ -226,6 +238,7 @@ class Trainer:
             return
         from vtprune_train.config import dump_config
 
+        self.watchdog.mark("saving")
         self.checkpoints.wait()  # its thread reads the model's config
         self._note_schedule()
         self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
