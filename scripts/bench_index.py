@@ -147,12 +147,12 @@ def _opened(pattern: Path, cache: Path, encoder: ChatEncoder, queue: Any) -> Non
     index = build(pattern, cache, 1, encoder)
     result: dict[str, Any] = {"open_seconds": time.perf_counter() - begun}
 
-    def tokens_and_costs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def measure(_: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens = index.lengths(samples).tokens
         return tokens, tokens.astype(float)
 
     planner = Planner(
-        index.order(), tokens_and_costs, longest=index.longest, global_batch_size=BATCH, max_tokens=16384, world_size=8
+        index.order(), measure, longest=index.longest, global_batch_size=BATCH, max_tokens=16384, world_size=8
     )
     steps = planner.steps_per_epoch
     for name, step in (("first", 0), ("middle", steps // 2), ("last", steps - 1), ("epoch_1000", 1000 * steps + 1)):

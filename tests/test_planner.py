@@ -14,7 +14,7 @@ def planner(tokens, world_size=1, batch=8, max_tokens=100, seed=0, costs=None):
     costs = tokens.astype(float) if costs is None else np.array(costs, dtype=float)
     return Planner(
         EpochOrder([len(tokens)], seed),
-        lambda samples: (tokens[samples], costs[samples]),
+        lambda _, samples: (tokens[samples], costs[samples]),
         longest=tokens.max(initial=0),
         global_batch_size=batch,
         max_tokens=max_tokens,
@@ -61,7 +61,7 @@ def test_ranks_share_the_cost():
 
 def test_errors_name_the_setting():
     with pytest.raises(ValueError, match=r"data.max_tokens=100 is smaller than the longest sample .120 tokens"):
-        planner([5, 120])
+        planner([5, 120]).plan(0)
     with pytest.raises(ValueError, match="no samples"):
         planner(np.zeros(0, dtype=int))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vtprune_train.mixture import expand
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-TRAINABLE = ("projector", "language_model", "vision_tower")
+TRAINABLE = ("projector", "language_model", "vision_tower", "lora")
 
 
 class ConfigError(ValueError):
     """All that is wrong with a run's settings, one line each."""
+
+
+def refusal(what: str, error: ValueError) -> str:
+    """What the user reads when settings or data cannot be used: the reasons, without a traceback."""
+    return "\n".join([f"{what}:", *(f"  {line}" for line in str(error).splitlines())])
 
 
 class Section(BaseModel):
@@ -33,6 +39,25 @@ class RunConfig(Section):
     output_dir: str = "runs"
     seed: int = Field(42, ge=0)
     stop_after: int | None = Field(None, ge=1)
+
+
+class PeftConfig(Section):
+    """An adapter on the language model's decoder; its learning rate is ``model.train``'s ``lora``."""
+
+    kind: Literal["lora", "dora", "qlora"] = "lora"
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | None = None
+    use_rslora: bool = False
+    bias: Literal["none", "lora_only"] = "none"
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not value:
+            raise ValueError("names no layer; null adapts all linear layers of the decoder")
+        return value
 
 
 class ModelConfig(Section):
@@ -49,6 +74,7 @@ class ModelConfig(Section):
     attention: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     liger: bool = False
+    peft: PeftConfig | None = None
     train: dict[str, float] = {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6}
 
     @field_validator("attention")
@@ -70,6 +96,21 @@ class ModelConfig(Section):
         if not value:
             raise ValueError("names no part, so nothing would be trained; for example {projector: 1.0e-3}")
         return value
+
+    @model_validator(mode="after")
+    def _adapter_has_a_rate(self) -> ModelConfig:
+        if self.peft is None:
+            if "lora" in self.train:
+                raise ValueError("train names lora, but there is no adapter; set peft, for example peft={r: 16}")
+            return self
+        if "language_model" in self.train:
+            raise ValueError(
+                "train names language_model, which peft freezes under its adapter; give the adapter a rate instead, "
+                "for example train={lora: 2.0e-4, projector: 2.0e-5}, or set peft to null to train it fully"
+            )
+        if "lora" not in self.train:
+            raise ValueError("train has no rate for peft's adapter; for example train={lora: 2.0e-4}")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -138,7 +179,10 @@ class DataConfig(Section):
     max_tokens: int = Field(16384, ge=1)
     too_long: Literal["error", "skip"] = "error"
     max_bad: int = Field(100, ge=0)
+    max_image_pixels: int = Field(89_478_485, ge=1)
     workers: int = Field(4, ge=0)
+    prefetch: int = Field(4, ge=1, le=64)
+    worker_timeout: float | None = Field(600.0, gt=0)
     cache_dir: str | None = None
 
     @field_validator("train", "eval")
@@ -159,8 +203,25 @@ class DataConfig(Section):
         return self
 
 
+class WarmupConfig(Section):
+    """The first steps of training: ``dense`` on all tokens, or keep ratios that go from ``start`` to the method's."""
+
+    steps: int | None = Field(None, ge=1)
+    ratio: float | None = Field(None, gt=0, le=1)
+    kind: Literal["dense", "linear", "cosine"] = "linear"
+    start: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> WarmupConfig:
+        if (self.steps is None) == (self.ratio is None):
+            given = "neither" if self.steps is None else "both"
+            raise ValueError(f"it lasts steps=N or ratio=R (a share of all steps), exactly one of them; {given} is set")
+        return self
+
+
 class PruningConfig(Section):
-    """The method and its schedule; ``layers: null`` splits the decoder evenly."""
+    """The method and its schedule; ``layers: null`` splits the decoder evenly. What training alone does beside it
+    (:data:`TRAINING_ONLY`) is no part of the method."""
 
     method: str = "pyramiddrop"
     layers: list[int] | None = None
@@ -169,17 +230,56 @@ class PruningConfig(Section):
     positions: Literal["renumber", "keep"] = "renumber"
     without_instruction: Literal["last_visual", "uniform"] = "last_visual"
     multi_turn: Literal["drop", "keep_dense"] = "drop"
+    warmup: WarmupConfig | None = None
+    full_token_share: float = Field(0.0, ge=0, le=1)
+    consistency_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    consistency_temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _builds(self) -> PruningConfig:
-        self.build()
+        method = self.build()
+        if method is None and (wanted := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
+            raise ValueError(
+                f"{wanted[0]} is set, but method is none, so no step drops tokens; null it or name a method"
+            )
+        if self.consistency_weight and not self.full_token_share:
+            raise ValueError(
+                f"consistency_weight={self.consistency_weight:g} weighs nothing: no step runs on full tokens; set "
+                "full_token_share too (for example 0.1)"
+            )
+        eases = method is not None and self.warmup is not None and self.warmup.kind != "dense"
+        if eases and self.warmup is not None and self.warmup.start < max(self.keep, default=0.0):
+            raise ValueError(
+                f"warmup.start={self.warmup.start:g} is below keep={self.keep}; a warm-up begins with more tokens"
+            )
         return self
 
     def build(self) -> Any:
         """The method, or ``None`` for ``none``."""
         from vtprune_train.pruning import method_from_settings
 
-        return method_from_settings(self.model_dump())
+        return method_from_settings(self.model_dump(exclude=set(TRAINING_ONLY)))
+
+    def phases(self, total_steps: int, seed: int) -> Any:
+        """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps."""
+        from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
+
+        warmup = None
+        if self.warmup is not None:
+            steps = self.warmup.steps or math.ceil((self.warmup.ratio or 0.0) * total_steps)
+            warmup = Warmup(steps, self.warmup.kind, self.warmup.start)
+        full = FullTokens(self.full_token_share, self.consistency_weight, self.consistency_temperature)
+        return Phases(self.build(), seed, warmup, full)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change on resume; of the training's own part only what is used, so that checkpoints written
+        before it existed can be continued."""
+        values = self.model_dump()
+        defaults = PruningConfig().model_dump()
+        return {key: v for key, v in values.items() if key not in TRAINING_ONLY or v != defaults[key]}
+
+
+TRAINING_ONLY = ("warmup", "full_token_share", "consistency_weight", "consistency_temperature")
 
 
 class TrainConfig(Section):
@@ -199,8 +299,23 @@ class TrainConfig(Section):
     eval_every: int | None = Field(None, ge=1)
     eval_shuffled: bool = False
     eval_show: int = Field(0, ge=0)
-    resume: Literal["auto", "never"] = "auto"
+    save_in_background: bool = True
+    resume: Literal["auto", "strict", "never"] = "auto"
     init_from: str | None = None
+    watchdog_timeout: float | None = Field(600, ge=1)
+    collective_timeout: float = Field(1800, ge=1)
+    max_restarts: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ends_make_sense(self) -> TrainConfig:
+        if self.watchdog_timeout is not None and self.collective_timeout <= self.watchdog_timeout:
+            raise ValueError(
+                f"collective_timeout={self.collective_timeout:g} must be longer than watchdog_timeout="
+                f"{self.watchdog_timeout:g}: otherwise a collective breaks before the hung rank is named; raise it"
+            )
+        if self.max_restarts and self.resume == "never":
+            raise ValueError(f"max_restarts={self.max_restarts} needs resume=auto: a restart continues a checkpoint")
+        return self
 
 
 class Config(Section):
@@ -436,6 +551,8 @@ def without_effect(config: Config) -> list[str]:
         lines += [f"pruning.{key} has no effect: pruning.method is none" for key in given]
         if config.data.eval and config.train.eval_show:
             lines.append("train.eval_show has no effect: pruning.method is none")
+    else:
+        lines += _phases_without_effect(config.pruning)
     for which in ("train", "eval"):
         lines += _sources_without_effect(config, which)
     if config.model.tokenizer is not None and config.train.init_from is not None:
@@ -450,6 +567,18 @@ def _sources_without_effect(config: Config, which: Literal["train", "eval"]) -> 
             lines.append(f"data.eval.{number}.weight has no effect: an evaluation takes every sample once")
         if config.data.template == "plain" and (source.prompt.prefix or source.prompt.suffix):
             lines.append(f"data.{which}.{number}.prompt: the template plain keeps only the images of user turns")
+    return lines
+
+
+def _phases_without_effect(pruning: PruningConfig) -> list[str]:
+    lines = []
+    warmup = pruning.warmup
+    if warmup is not None and warmup.kind == "dense" and "start" in warmup.model_fields_set:
+        lines.append("pruning.warmup.start has no effect: pruning.warmup.kind is dense")
+    if pruning.consistency_temperature != 1 and not pruning.consistency_weight:
+        lines.append("pruning.consistency_temperature has no effect: pruning.consistency_weight is 0")
+    if warmup is not None and pruning.full_token_share == 1 and not pruning.consistency_weight:
+        lines.append("pruning.warmup has no effect: pruning.full_token_share=1 runs every step on full tokens")
     return lines
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from vtprune_train.data.chat import ChatEncoder
+from vtprune_train.data.images import MAX_PIXELS
 from vtprune_train.data.measure import FINE, Measure
 from vtprune_train.data.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
@@ -218,6 +219,7 @@ def build_index(
     seed: int,
     workers: int,
     cache_dir: Path,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> SampleIndex:
     """Index all sources. Ranks of one machine wait for the first to build; the others open what it wrote.
 
@@ -229,7 +231,7 @@ def build_index(
     selections = []
     with FileLock(str(cache_dir / "index.lock")):
         for number, source in enumerate(sources):
-            measure = Measure(encoder, layout, source.images, source.prompt)
+            measure = Measure(encoder, layout, source.images, source.prompt, max_image_pixels)
             folder = cache_dir / f"index-{_slot(source, measure)}"
             table = open_table(folder, find_files(source.path), measure, workers)
             selections.append(_select(table, take=source.take, seed=seed + number, max_length=max_length))

@@ -6,7 +6,7 @@ to produce, in one pass: the first wrong token would end the match in either cas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ def evaluate(
     max_tokens: int,
     device: torch.device,
     workers: int,
+    mark: Callable[[str], None],
+    worker_timeout: float | None = None,
     shuffle_pictures: bool = False,
 ) -> dict[str, float]:
     """Evaluate on all samples of ``collate.index``; all ranks call this together.
@@ -36,6 +38,8 @@ def evaluate(
         max_tokens: most tokens of a batch, before dropping.
         device: this rank's.
         workers: decode processes.
+        mark: told of every batch (the watchdog's).
+        worker_timeout: seconds after which one counts as hung.
         shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
 
     Returns:
@@ -45,13 +49,13 @@ def evaluate(
     index = collate.index
     batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens * len(index) / index.total_tokens)))
 
-    def tokens_and_costs(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def measure(_: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens = index.lengths(samples).tokens
         return tokens, tokens.astype(np.float64)
 
     planner = Planner(
         EpochOrder([len(index)], seed=0),
-        tokens_and_costs,
+        measure,
         longest=index.longest,
         global_batch_size=batch_size,
         max_tokens=max(max_tokens, index.longest),
@@ -66,6 +70,7 @@ def evaluate(
         workers=workers,
         device=device,
         pictures_of=exchange_pictures(collate) if shuffle_pictures else None,
+        timeout=worker_timeout,
     )
     was_training = model.training
     model.eval()
@@ -73,6 +78,7 @@ def evaluate(
     with torch.no_grad():
         for _, batches in loader:
             for batch in batches:
+                mark("evaluating")
                 for sample, reason in batch.unreadable:
                     ranks.log.warning("evaluation: left out %s: %s", sample, reason)
                 sums["unreadable"] += len(batch.unreadable)
