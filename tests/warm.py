@@ -87,7 +87,7 @@ def serve(requests: socket.socket) -> None:
 
 def import_everything() -> None:
     import datasets.io.generator  # noqa: F401
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (every engine asks for it, and it is slow)
+    import deepspeed.runtime.zero.muon.muon_optimizer  # every engine asks for it, and it is slow
     import matplotlib.pyplot  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     from PIL import Image
