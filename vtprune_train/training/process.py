@@ -11,12 +11,12 @@ import traceback
 from typing import Any, NoReturn
 
 from vtprune_train.config import Config, ConfigError, refusal
-from vtprune_train.launch import final_exit
+from vtprune_train.launch import EXIT_TERMINATED, final_exit
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import start_distributed
 from vtprune_train.training.lifeline import connect
 from vtprune_train.training.run import prepare
-from vtprune_train.training.trainer import EXIT_TERMINATED, TrainingError
+from vtprune_train.training.trainer import TrainingError
 from vtprune_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
