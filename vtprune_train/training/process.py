@@ -37,10 +37,13 @@ def train(config: Config) -> int:
     """
     faulthandler.enable()
     signal.signal(signal.SIGTERM, _terminate)
-    device = start_distributed(config.train.collective_timeout)
+    try:
+        device = start_distributed(config.train.collective_timeout)
+        watchdog = Watchdog(connect())
+    except Terminated:
+        return final_exit(EXIT_TERMINATED)
     if ranks.rank() == 0:
         _note_restarts(config.train.max_restarts)
-    watchdog = Watchdog(connect())
     try:
         try:
             trainer = prepare(config, device, watchdog)
