@@ -31,7 +31,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 143 stopped by SIGTERM)."""
+    """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 3 stopped by a guard, 143 by SIGTERM)."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train a vision-language model with token dropping.")
     add_train_arguments(parser)
     return run_train(parser.parse_intermixed_args(argv))
@@ -50,6 +50,7 @@ def run_train(arguments: argparse.Namespace) -> int:
             print(describe(config))
             return 0
         from vtprune_train.training.distributed import shut_down
+        from vtprune_train.training.guards import EXIT_STOPPED, TrainingError
         from vtprune_train.training.run import prepare
 
         trainer = prepare(config)
@@ -58,17 +59,20 @@ def run_train(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
         return _refuse("cannot train", error)
-    code = trainer.fit()
+    try:
+        code = trainer.fit()
+    except TrainingError as error:  # of all ranks at the same step
+        code = _refuse("training stopped", error, EXIT_STOPPED)
     shut_down()
     return code
 
 
-def _refuse(what: str, error: Exception) -> int:
+def _refuse(what: str, error: Exception, code: int = 2) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{what}:", file=sys.stderr)
         for line in str(error).splitlines():
             print(f"  {line}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _start_logging() -> None:

@@ -115,6 +115,7 @@ class DataConfig(Section):
     max_length: int = Field(4096, ge=1)
     max_tokens: int = Field(16384, ge=1)
     too_long: Literal["error", "skip"] = "error"
+    unsupervised: Literal["error", "skip"] = "error"
     max_bad: int = Field(100, ge=0)
     workers: int = Field(4, ge=0)
     cache_dir: str | None = None
@@ -169,6 +170,12 @@ class TrainConfig(Section):
     eval_every: int | None = Field(None, ge=1)
     eval_shuffled: bool = False
     eval_show: int = Field(0, ge=0)
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = Field(20, ge=0)
+    max_skipped_in_a_row: int = Field(3, ge=0)
+    spike_threshold: float | None = Field(10.0, gt=0)
+    spike_window: int = Field(100, ge=20)
+    preflight: Literal["auto", "always", "never"] = "auto"
     resume: Literal["auto", "never"] = "auto"
     init_from: str | None = None
 
@@ -381,6 +388,11 @@ def without_effect(config: Config) -> list[str]:
         lines += [f"pruning.{key} has no effect: pruning.method is none" for key in given]
         if config.data.eval and config.train.eval_show:
             lines.append("train.eval_show has no effect: pruning.method is none")
+    if config.train.spike_threshold is None and "spike_window" in config.train.model_fields_set:
+        lines.append("train.spike_window has no effect: train.spike_threshold is null")
+    if config.train.on_non_finite == "stop" and config.data.unsupervised == "error":
+        given = sorted({"max_skipped", "max_skipped_in_a_row"} & config.train.model_fields_set)
+        lines += [f"train.{key} has no effect: no setting lets a step be skipped" for key in given]
     if config.model.tokenizer is not None and config.train.init_from is not None:
         lines.append("model.tokenizer has no effect: train.init_from brings its own")
     return lines

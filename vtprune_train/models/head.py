@@ -5,7 +5,7 @@ Shape suffixes: R supervised rows, C hidden size, N vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,29 +14,39 @@ from torch import Tensor
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in float32
 
 
+class RowLosses(NamedTuple):
+    """``loss_sum`` [] float32, the only one with a gradient; ``correct`` [R] bool, whether the most likely token is the
+    target; ``row_loss`` [R] float32, which sum up to ``loss_sum``."""
+
+    loss_sum: Tensor
+    correct: Tensor
+    row_loss: Tensor
+
+
 def chunked_cross_entropy(
     hidden_RC: Tensor, weight_NC: Tensor, bias_N: Tensor | None, targets_R: Tensor, chunk_rows: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy over rows, and whether the most likely token is the target.
+) -> RowLosses:
+    """The cross-entropy of each row, and its sum.
 
     Gradients are made in the forward pass, chunk by chunk, so the head's weight is read only while it is there (under
     ZeRO-3 it is partitioned again before the backward pass).
 
-    Returns:
-        ``loss_sum`` [] float32 and ``correct`` [R] bool. No rows give a zero that is still part of the graph.
+    No rows give a zero that is still part of the graph.
     """
     rows = chunk_rows or max(1, CHUNK_LOGITS // weight_NC.shape[0])
     # Inside a Function autograd is always off, so whether gradients are wanted at all is asked here.
-    return _ChunkedCrossEntropy.apply(hidden_RC, weight_NC, bias_N, targets_R, rows, torch.is_grad_enabled())  # type: ignore[no-any-return]
+    return RowLosses(
+        *_ChunkedCrossEntropy.apply(hidden_RC, weight_NC, bias_N, targets_R, rows, torch.is_grad_enabled())
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_rows: int, grad: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = (grad and needed for needed in ctx.needs_input_grad[:3])
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        row_loss = torch.empty_like(targets, dtype=torch.float32)
         correct = torch.empty_like(targets, dtype=torch.bool)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
@@ -45,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             logits = F.linear(hidden[rows], weight, bias).float()
             correct[rows] = logits.argmax(dim=-1) == targets[rows]
-            loss += F.cross_entropy(logits, targets[rows], reduction="sum")
+            row_loss[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
             grad_logits = logits.softmax(dim=-1)
@@ -62,8 +72,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(correct, row_loss)
+        return row_loss.sum(), correct, row_loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,18 +21,19 @@ from vtprune_train.stream import PackedBatch, StreamPlan
 
 class PackedOutput(NamedTuple):
     """``loss_sum`` [] float32, summed over supervised rows; ``correct`` [R] bool, whether greedy decoding agrees;
-    ``kept`` as in :class:`~vtprune_train.models.decoder.DecoderOutput`."""
+    ``kept`` as in :class:`~vtprune_train.models.decoder.DecoderOutput`; ``row_loss`` [R] float32, without gradient."""
 
     loss_sum: Tensor
     correct: Tensor
     kept: tuple[Tensor, ...]
+    row_loss: Tensor
 
 
 def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
     """Forward of the whole model: the loss of one micro-batch."""
     hidden_RC, kept = model.get_submodule(state.family.base)(batch)
-    loss_sum, correct = model.lm_head(hidden_RC, batch.targets)
-    return PackedOutput(loss_sum, correct, kept)
+    scored = model.lm_head(hidden_RC, batch.targets)
+    return PackedOutput(scored.loss_sum, scored.correct, kept, scored.row_loss)
 
 
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:

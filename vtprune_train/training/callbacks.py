@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,8 @@ class Progress(Callback):
         )
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        self.bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
+        loss = record["skipped"] if record["loss"] is None else f"{record['loss']:.3f}"
+        self.bar.set_postfix(loss=loss, tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
         self.bar.update()
 
     def on_end(self, trainer: Trainer, finished: bool) -> None:
@@ -180,7 +182,8 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
 
     steps = [record["step"] for record in records]
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
-    above.plot(steps, [record["loss"] for record in records], linewidth=1)
+    losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
+    above.plot(steps, losses, linewidth=1)
     above.set_ylabel("loss")
     below.plot(steps, [record["tokens_per_second"] for record in records], linewidth=1, color="tab:green")
     below.set_ylabel("tokens/s (before dropping)")

@@ -46,6 +46,7 @@ from vtprune_train.training.engine import (
     zero_stage,
 )
 from vtprune_train.training.optim import build_optimizer, parameter_groups
+from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ def prepare(config: Config) -> Trainer:
     state = _resume(_identity(config, collate.index), config, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
     callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
+    if config.train.spike_threshold is not None:
+        callbacks.append(Spikes(run_dir, config.train.spike_threshold, config.train.spike_window))
     if config.data.eval:
         callbacks.insert(2, Evaluation(run_dir, build_collator(config, parts, cost, method, "eval")))
     return Trainer(

@@ -19,15 +19,12 @@ from vtprune_train.stream import PackedBatch
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState
-from vtprune_train.training.engine import total_gradient_norm
+from vtprune_train.training.gradients import discard, loss_scale, squared_norm
+from vtprune_train.training.guards import Skipped, TrainingError, judge
 from vtprune_train.training.metrics import device_peak_flops, peak_memory_bytes
 from vtprune_train.training.optim import rate_factor, set_rates
 
 EXIT_TERMINATED = 143
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; all ranks raise it at the same step, before the optimizer step."""
 
 
 @dataclass
@@ -62,6 +59,8 @@ class Trainer:
         self.end_step = min(self.total_steps, self.config.run.stop_after or self.total_steps)
         self.warmup_steps = math.ceil(train.warmup_ratio * self.total_steps)
         self.terminated = False
+        self.row_losses: list[torch.Tensor] = []  # of the last step's micro-batches, [R] each
+        self.batches: Sequence[PackedBatch] = ()  # of the last step
         self._saved_step = self.state.step if self.state.step else -1
 
     def fit(self) -> int:
@@ -99,21 +98,22 @@ class Trainer:
     def step(self, plan: StepPlan, batches: Sequence[PackedBatch], data_wait: float) -> tuple[dict[str, Any], bool]:
         """One optimizer step over all micro-batches of all ranks: its metrics, and whether a rank was told to stop."""
         began = time.perf_counter()
-        torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
-        factor = rate_factor(plan.step, self.total_steps, self.warmup_steps, self.config.train.schedule)
+        self._seed(plan)
+        # A step without an update does not move the schedule.
+        updates = plan.step - self.state.skipped - self.state.overflows
+        factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
         rates = set_rates(self.engine.optimizer, self.config.model.train, factor)
         supervised = self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"]
-        if not supervised:
-            raise TrainingError(f"step {plan.step}: no sample of the step has a supervised token that could be read")
-        loss_sum, correct = self._forward_backward(batches, ranks.world_size() / supervised)
+        self.batches, self.row_losses = batches, []
+        loss_sum = correct = torch.zeros(())
+        if supervised:
+            loss_sum, correct = self._forward_backward(batches, ranks.world_size() / supervised)
         totals = self._sum(self._totals(batches, float(loss_sum), float(correct)))
-        loss = totals.pop("loss_sum") / supervised
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {plan.step}: the loss is {loss}; no parameter was changed. Lower model.train's rates, "
-                f"or look at this step's samples: {[self.collate.index.sample_id(s) for s in plan.samples][:8]} ..."
-            )
-        grad_norm = self._optimizer_step()
+        loss = totals.pop("loss_sum") / supervised if supervised else math.nan
+        grad_norm = math.sqrt(totals.pop("squared_norm")) / loss_scale(self.engine)
+        skipped = judge(self, plan, batches, supervised, loss, grad_norm)
+        if skipped is None:
+            skipped = self._optimizer_step()
         self.state.step = plan.step + 1
         if totals["unreadable"]:
             self._note_unreadable(batches)
@@ -124,14 +124,15 @@ class Trainer:
         record = {
             "step": self.state.step,
             "epoch": plan.epoch,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "learning_rates": rates,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "skipped": skipped,
             "samples": len(ids),
             "data_digest": data_digest(ids),
             "micro_steps": len(batches),
             "supervised_tokens": int(supervised),
-            "token_accuracy": totals.pop("correct") / supervised,
+            "token_accuracy": totals.pop("correct") / max(1, supervised),
             **totals,
             "step_time": seconds,
             "data_wait": data_wait,
@@ -143,7 +144,8 @@ class Trainer:
 
     def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Accumulate gradients of ``scale`` times the summed loss (DeepSpeed averages over ranks, so the scale that
-        gives the mean over the step's supervised tokens is ranks / tokens). Returns loss and correct tokens, summed."""
+        gives the mean over the step's supervised tokens is ranks / tokens). Returns loss and correct tokens, summed,
+        and leaves the loss of every token in ``row_losses``."""
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
@@ -152,17 +154,28 @@ class Trainer:
             self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             loss_sum += output.loss_sum.detach()
             correct += output.correct.sum()
+            self.row_losses.append(output.row_loss)
             if index < len(batches) - 1:
                 self.engine.step()
         return loss_sum, correct
 
-    def _optimizer_step(self) -> float | None:
-        norm = None
-        if not hasattr(self.engine.optimizer, "_global_grad_norm"):  # ZeRO 0 in float32: a plain PyTorch optimizer
-            norm = total_gradient_norm(self.engine)
+    def repeat(self, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float) -> None:
+        """Run a step's forward and backward passes once more, to look at them; its gradients are thrown away."""
+        self._seed(plan)
+        self._forward_backward(batches, ranks.world_size() / supervised)
+        discard(self.engine)
+
+    def _optimizer_step(self) -> Skipped | None:
+        """Change the model; ``overflow`` where float16's loss scaling left the step out instead."""
         self.engine.step()
-        measured = self.engine.get_global_grad_norm()
-        return norm if measured is None else float(measured)
+        self.state.skipped_in_a_row = 0
+        if self.engine.was_step_applied():
+            return None
+        self.state.overflows += 1
+        return "overflow"
+
+    def _seed(self, plan: StepPlan) -> None:
+        torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
 
     def _totals(self, batches: Sequence[PackedBatch], loss_sum: float, correct: float) -> dict[str, float]:
         """This rank's numbers of the step, the same names on every rank."""
@@ -173,7 +186,14 @@ class Trainer:
         costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
         stop = float(self.terminated)
-        return {"loss_sum": loss_sum, "correct": correct, "unreadable": unreadable, "stop": stop, **costs}
+        return {
+            "loss_sum": loss_sum,
+            "squared_norm": float(squared_norm(self.engine, ranks.world_size())),
+            "correct": correct,
+            "unreadable": unreadable,
+            "stop": stop,
+            **costs,
+        }
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
