@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtprune_train.stream import PackedBatch
 
-SHOWN = 20  # tensors of a micro-batch that are described; the others are counted
+SHOWN = 8  # tensors of a micro-batch and kind that are described; the others are counted
 
 
 def statistics(tensor: Tensor) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Watch:
 
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         batch: PackedBatch = inputs[0]
-        self.micro_batches.append({"sample_ids": list(batch.sample_ids), "non_finite": 0, "tensors": []})
+        self.micro_batches.append({"sample_ids": list(batch.sample_ids), "non_finite": {}, "tensors": []})
         self.forward = True
         self._look("input", "pixel_values", batch.pixel_values)
 
@@ -90,8 +90,8 @@ class Watch:
         if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
             return
         seen = self.micro_batches[-1]
-        seen["non_finite"] += 1
-        if len(seen["tensors"]) < SHOWN:
+        count = seen["non_finite"][kind] = seen["non_finite"].get(kind, 0) + 1
+        if count <= SHOWN:
             seen["tensors"].append({"kind": kind, "name": name, **statistics(tensor)})
 
 

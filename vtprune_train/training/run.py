@@ -46,6 +46,8 @@ from vtprune_train.training.engine import (
     zero_stage,
 )
 from vtprune_train.training.optim import build_optimizer, parameter_groups
+from vtprune_train.training.preflight import preflight
+from vtprune_train.training.preflight import wanted as preflight_wanted
 from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.trainer import Trainer
 
@@ -87,7 +89,7 @@ def prepare(config: Config) -> Trainer:
         callbacks.append(Spikes(run_dir, config.train.spike_threshold, config.train.spike_window))
     if config.data.eval:
         callbacks.insert(2, Evaluation(run_dir, build_collator(config, parts, cost, method, "eval")))
-    return Trainer(
+    trainer = Trainer(
         config=config,
         engine=engine,
         collate=collate,
@@ -98,6 +100,9 @@ def prepare(config: Config) -> Trainer:
         device=device,
         state=state,
     )
+    if preflight_wanted(config, device):
+        preflight(trainer)
+    return trainer
 
 
 @dataclass
