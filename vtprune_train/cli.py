@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vtprune_train.config import ConfigError, load_config
 
@@ -58,6 +59,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         return _refuse("the settings are wrong", error)
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
+        if getattr(error, "of_one_rank", False):
+            _leave_the_others("cannot train", error)
         return _refuse("cannot train", error)
     try:
         code = trainer.fit()
@@ -69,10 +72,21 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def _refuse(what: str, error: Exception, code: int = 2) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{what}:", file=sys.stderr)
-        for line in str(error).splitlines():
-            print(f"  {line}", file=sys.stderr)
+        _say(what, error)
     return code
+
+
+def _leave_the_others(what: str, error: Exception) -> NoReturn:
+    """End a rank whose peers may be waiting for it in the middle of a pass: the launcher then ends them."""
+    _say(what, error)
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def _say(what: str, error: Exception) -> None:
+    print(f"{what}:", file=sys.stderr)
+    for line in str(error).splitlines():
+        print(f"  {line}", file=sys.stderr)
 
 
 def _start_logging() -> None:

@@ -42,9 +42,6 @@ def fault_the_batches():
     StepLoader.__iter__ = iterate
 
 
-
-
-
 def fault_the_gradient():
     original = Trainer.step
 
@@ -93,9 +90,6 @@ def deal_by_kind():
         original(self)
 
     Trainer.__post_init__ = note
-
-
-
 
 
 def run_out_of_memory():

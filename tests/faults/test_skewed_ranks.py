@@ -13,7 +13,7 @@ SETTINGS = (
     "train.max_steps=200",
     "train.global_batch_size=2",
     "train.activation_checkpointing=false",
-    "train.spike_threshold=3",
+    "train.spike_threshold=1",
 )
 
 
@@ -32,7 +32,7 @@ def test_text_on_one_rank_and_pictures_on_the_other_end_together(tmp_path):
     assert metrics[-1]["loss"] < metrics[0]["loss"] and not any(m["skipped"] for m in metrics)
     spikes = [json.loads(line) for line in (runs.directory("skewed") / "spikes.jsonl").read_text().splitlines()]
     for spike in spikes:
-        assert spike["loss"] == metrics[spike["step"] - 1]["loss"] and spike["z"] > 3
+        assert spike["loss"] == metrics[spike["step"] - 1]["loss"] and spike["z"] > 1
         total = sum(sample["loss"] * sample["tokens"] for sample in spike["samples"])
         assert abs(total / metrics[spike["step"] - 1]["supervised_tokens"] - spike["loss"]) < 1e-4
     assert spikes

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.stream import IGNORE, IMAGE
 
+UNSUPERVISED = "no token is supervised: the conversation has no answer to learn"
 KNOWN_TEXTS = 4096  # texts whose tokens are remembered
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -204,7 +205,7 @@ class ChatEncoder:
         input_ids = np.array(ids, dtype=np.int64)
         flags = np.array(supervised, dtype=bool)
         if not flags.any():
-            raise ValueError("no token is supervised: the conversation has no answer")
+            raise ValueError(UNSUPERVISED)
         if flags[0]:
             raise ValueError("its first token is an answer's, so nothing stands before it to predict it from")
         labels = np.where(flags, input_ids, IGNORE)

@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from filelock import FileLock
 
-from vtprune_train.data.chat import ChatEncoder
+from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.records import FEATURES, read_source, turns_of
 from vtprune_train.models.layouts import ImageLayout
@@ -109,12 +109,14 @@ def build_index(
     seed: int,
     workers: int,
     cache_dir: Path,
+    unsupervised: Literal["error", "skip"] = "error",
 ) -> SampleIndex:
     """Index all sources. Ranks of one machine wait for the first to build; the others read its cache.
 
     Raises:
-        ValueError: a file cannot be read, more than ``max_bad`` records are unusable, or a sample is longer than
-            ``max_length`` and ``too_long`` is ``error``; names the first such ids.
+        ValueError: a file cannot be read, more than ``max_bad`` records are unusable, a sample is longer than
+            ``max_length`` and ``too_long`` is ``error``, or has nothing to learn and ``unsupervised`` is ``error``;
+            names the first such ids.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(str(cache_dir / "index.lock")):
@@ -122,18 +124,22 @@ def build_index(
     parts: list[dict[str, np.ndarray]] = []
     bad: list[str] = []
     long: list[str] = []
+    silent: list[str] = []
     for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
         chosen = _take(source, len(table), seed + number)
         columns = table.with_format("numpy")
         errors = np.array(table["error"][:], dtype=object)[chosen] if len(table) else np.zeros(0, dtype=object)
         visual = np.array([int(sum(t)) for t in table["image_tokens"]], dtype=np.int64)
         lengths = (np.asarray(columns["num_text"][:], dtype=np.int64) + visual)[chosen]
-        is_bad, is_long = errors != "", lengths > max_length
+        is_silent = errors == UNSUPERVISED
+        is_bad, is_long = (errors != "") & ~is_silent, lengths > max_length
         bad += [f"{table[int(i)]['id']}: {e}" for i, e in zip(chosen[is_bad], errors[is_bad], strict=True)]
+        silent += [table[int(i)]["id"] for i in chosen[is_silent]]
         long += [f"{table[int(i)]['id']} ({n})" for i, n in zip(chosen[is_long], lengths[is_long], strict=True)]
-        keep = chosen[~is_bad & ~is_long]
+        keep = chosen[~is_bad & ~is_silent & ~is_long]
         parts.append(_arrays(table, keep, number))
     _report(bad, long, max_bad, max_length, too_long)
+    _report_unsupervised(silent, unsupervised)
     offsets = np.cumsum([0, *(len(part["row"]) for part in parts)])
     for part, offset in zip(parts, offsets[:-1], strict=True):
         part["span_sample"] = part["span_sample"] + offset
@@ -176,6 +182,18 @@ def _report(bad: list[str], long: list[str], max_bad: int, max_length: int, too_
                 f"before dropping; samples are never cut). Raise it or set data.too_long=skip. First: {shown}"
             )
         log.warning("%d sample(s) longer than data.max_length=%d are skipped. First: %s", len(long), max_length, shown)
+
+
+def _report_unsupervised(silent: list[str], policy: str) -> None:
+    if not silent:
+        return
+    shown = ", ".join(silent[: 2 * SHOWN])
+    if policy == "error":
+        raise ValueError(
+            f"{len(silent)} sample(s) have no supervised token: their conversations have no answer to learn from. Mend "
+            f"them or set data.unsupervised=skip. First: {shown}"
+        )
+    log.warning("%d sample(s) without a supervised token are skipped. First: %s", len(silent), shown)
 
 
 def _take(source: Source, count: int, seed: int) -> np.ndarray:

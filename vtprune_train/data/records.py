@@ -14,10 +14,10 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
-from vtprune_train.data.chat import Turn
+from vtprune_train.data.chat import UNSUPERVISED, Turn
 from vtprune_train.stream import IMAGE
 
-FORMAT = 1  # of the rows below; part of their cache's key
+FORMAT = 2  # of the rows below; part of their cache's key
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FEATURES = Features(
     {
@@ -150,6 +150,8 @@ def _check(turns: list[Turn], images: list[str]) -> None:
     expected = ["user", "assistant"] * (len(spoken) // 2 + 1)
     if [turn.role for turn in spoken] != expected[: len(spoken)] or not spoken:
         raise ValueError(f"turns must alternate, the user first; they are {[turn.role for turn in spoken]}")
+    if len(spoken) == 1:
+        raise ValueError(UNSUPERVISED)
     if len(spoken) % 2:
         raise ValueError("the conversation ends with a user turn, so its last question has no answer to learn")
     if any(IMAGE in turn.text for turn in turns if turn.role != "user"):

@@ -22,8 +22,8 @@ def squared_norm(engine: Any, world_size: int) -> Tensor:
     """
     optimizer = engine.optimizer
     if getattr(optimizer, "norm_for_param_grads", None):  # states in host memory: DeepSpeed measured on the way there
-        norms = [torch.as_tensor(norm) for norm in optimizer.norm_for_param_grads.values()]
-        return torch.stack([norm.double() for norm in norms]).square().sum()
+        measured = [torch.as_tensor(norm).double() for norm in optimizer.norm_for_param_grads.values()]
+        return torch.stack(measured).square().sum()
     replicas = 1
     if hasattr(optimizer, "averaged_gradients"):  # ZeRO 1, 2, 3: this rank's partition
         held = [piece for pieces in optimizer.averaged_gradients.values() if pieces is not None for piece in pieces]
@@ -46,7 +46,7 @@ def loss_scale(engine: Any) -> float:
 def scale_may_fall(engine: Any) -> bool:
     """Whether dynamic loss scaling (float16) can still answer an overflow with a smaller scale."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
+    return scaler is not None and bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
 
 
 def discard(engine: Any) -> None:

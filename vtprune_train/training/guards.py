@@ -83,7 +83,8 @@ def _count(trainer: Trainer, kind: Skipped, problem: str, step: int) -> Skipped:
         (state.skipped_in_a_row, train.max_skipped_in_a_row, "max_skipped_in_a_row"),
     ):
         if count > bound:
-            raise TrainingError(f"step {step}: {problem}\n{count} steps were skipped, train.{key}={bound} allows no more")
+            bounded = f"{count} steps were skipped, train.{key}={bound} allows no more"
+            raise TrainingError(f"step {step}: {problem}\n{bounded}")
     if ranks.rank() == 0:
         log.warning("step %d is skipped (%d so far): %s", step, state.skipped, problem)
     return kind

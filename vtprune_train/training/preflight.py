@@ -35,7 +35,9 @@ NO_MEMORY = ("out of memory", "defaultcpuallocator", "alloc_failed", "not enough
 
 
 class MemoryShortageError(ValueError):
-    """The worst micro-batch does not fit."""
+    """The worst micro-batch does not fit into this rank's memory; what the others do is not known."""
+
+    of_one_rank = True
 
 
 def wanted(config: Config, device: torch.device) -> bool:
@@ -154,9 +156,10 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def describe(batches: Sequence[PackedBatch]) -> str:
+    distinct = {id(batch): batch for batch in batches}.values()
     parts = [
-        f"{len(batch.sample_ids)} samples with {len(batch.input_ids)} tokens, {len(batch.pixel_values)} tiles or patches"
-        for batch in {id(batch): batch for batch in batches}.values()
+        f"{len(b.sample_ids)} samples with {len(b.input_ids)} tokens, {len(b.pixel_values)} tiles or patches"
+        for b in distinct
     ]
     return "worst micro-batches (" + "; ".join(parts) + ")"
 

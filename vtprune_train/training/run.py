@@ -212,6 +212,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         seed=config.run.seed,
         workers=max(1, config.data.workers),
         cache_dir=cache_dir(config),
+        unsupervised=config.data.unsupervised,
     )
 
 

@@ -33,7 +33,7 @@ def z_score(loss: float, recent: list[float]) -> float:
 
 def sample_losses(trainer: Trainer) -> list[dict[str, Any]]:
     """This rank's samples of the last step with the mean loss of their tokens, highest first."""
-    found = []
+    found: list[dict[str, Any]] = []
     for batch, row_loss in zip(trainer.batches, trainer.row_losses, strict=True):
         parts = torch.split(row_loss.cpu(), list(batch.targets_per_sample))
         for sample, part in zip(batch.sample_ids, parts, strict=True):
