@@ -14,6 +14,10 @@ SETTINGS = (
     "train.global_batch_size=2",
     "train.activation_checkpointing=false",
     "train.spike_threshold=1",
+    "model.config.text_config.num_hidden_layers=2",  # two hundred steps of as little as there can be
+    "model.config.vision_config.num_hidden_layers=2",
+    "pruning.layers=[1]",
+    "pruning.keep=[0.5]",
 )
 
 
@@ -21,7 +25,7 @@ def test_text_on_one_rank_and_pictures_on_the_other_end_together(tmp_path):
     runs = Runs(tmp_path)
     came = tmp_path / "came"
     env = {"FAULTS": json.dumps({"skewed": str(came)})}
-    runs.run("skewed", *SETTINGS, script=Path(__file__).parent / "inject.py", env=env, ranks=2, timeout=150)
+    runs.run("skewed", *SETTINGS, script=Path(__file__).parent / "inject.py", env=env, ranks=2, timeout=240)
     assert [m["step"] for m in runs.metrics("skewed")] == list(range(1, 201))
     text, pictures = ((tmp_path / f"came.{rank}").read_text().split() for rank in (0, 1))
     assert len(text) == len(pictures) == 200
