@@ -202,9 +202,14 @@ class TrainingCost:
 
     def text(self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray) -> np.ndarray:
         """The decoder's and the head's part of :meth:`sample`."""
+        return self.forward_text(stage_lengths, layers_per_stage, supervised) * (3 if self.trains_decoder else 2)
+
+    def forward_text(
+        self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray
+    ) -> np.ndarray:
+        """[samples] a pass of decoder and head without gradients."""
         per_stage = self.decoder.layer(stage_lengths) * np.asarray(layers_per_stage)
-        decoder = per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
-        return decoder * (3 if self.trains_decoder else 2)
+        return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def vision(self, tiles: np.ndarray) -> np.ndarray:
         """The tower's and the projector's part of :meth:`sample`, [pictures]."""

@@ -22,8 +22,9 @@ from vtprune_train.stream import PackedBatch, map_leaves
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one rank in one micro-step, and whose pictures they get (their own if ``None``)."""
+    """The samples of one rank in one micro-step of ``step``, and whose pictures they get (their own if ``None``)."""
 
+    step: int
     samples: tuple[int, ...]
     pictures_of: tuple[int, ...] | None = None
 
@@ -55,7 +56,7 @@ class _Decoded(Dataset):
         self.collate = collate
 
     def __getitem__(self, micro_batch: MicroBatch) -> _Parcel:  # type: ignore[override]
-        return _Parcel.of(self.collate(micro_batch.samples, micro_batch.pictures_of))
+        return _Parcel.of(self.collate(micro_batch.samples, micro_batch.pictures_of, step=micro_batch.step))
 
 
 class _Order:
@@ -69,7 +70,7 @@ class _Order:
             for ranks in self.planner.plan(step).micro_batches:
                 samples = ranks[self.rank]
                 pictures = None if self.pictures is None else tuple(self.pictures[s] for s in samples)
-                yield MicroBatch(samples, pictures)
+                yield MicroBatch(step, samples, pictures)
 
     def __len__(self) -> int:
         return sum(len(self.planner.plan(step).micro_batches) for step in self.steps)

@@ -225,8 +225,8 @@ def _image_token(processor: Any) -> str:
     return getattr(processor, "image_token", IMAGE)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB, EXIF rotation applied.
+def open_picture(path: Path | bytes) -> Image.Image:
+    """A picture, or its encoded bytes, in RGB, EXIF rotation applied.
 
     Raises:
         ValueError: it is missing or no picture.
@@ -234,7 +234,8 @@ def open_picture(path: Path) -> Image.Image:
     try:
         return load_image(path, image_size(path))
     except UNREADABLE as error:
-        raise ValueError(f"picture {path} cannot be read ({first_line(error)})") from error
+        name = "of the record" if isinstance(path, bytes) else path
+        raise ValueError(f"picture {name} cannot be read ({first_line(error)})") from error
 
 
 def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -> str:

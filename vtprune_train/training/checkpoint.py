@@ -33,7 +33,8 @@ FORMAT = 1
 class TrainerState:
     """Where training stands: ``step`` global steps are done (which is also the data position). ``skipped`` of them were
     left out by a guard, the last ``skipped_in_a_row`` without one between, and ``overflows`` by float16's loss scaling:
-    they changed nothing."""
+    they changed nothing. ``pruning`` is where a schedule of several phases stands (for the reader: it follows from the
+    settings and the step)."""
 
     step: int = 0
     skipped: int = 0
@@ -43,6 +44,7 @@ class TrainerState:
     identity: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     zero_stage: int = 0
+    pruning: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointFolder:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GIB = 2**30
+LOOKED_AT = 1 << 20  # samples whose lengths are in memory together
 # What allocators say without an exception class of their own.
 NO_MEMORY = ("out of memory", "defaultcpuallocator", "alloc_failed", "not enough memory", "cannot allocate memory")
 
@@ -54,7 +55,8 @@ def preflight(trainer: Trainer) -> None:
         MemoryShortageError: this rank has not enough memory; names what to change.
     """
     engine, device = trainer.engine, trainer.device
-    batches = [trainer.collate(samples) for samples in worst_micro_batches(trainer)]
+    step = densest_step(trainer)
+    batches = [trainer.collate(samples, step=step) for samples in worst_micro_batches(trainer)]
     accumulates = len(trainer.planner.plan(trainer.state.step).micro_batches) > 1
     if accumulates and len(batches) == 1:
         batches *= 2
@@ -84,16 +86,39 @@ def preflight(trainer: Trainer) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def densest_step(trainer: Trainer) -> int:
+    """A step to come that drops least: one on all tokens if there is any, otherwise the next one (a warm-up drops ever
+    more)."""
+    phases, first = trainer.collate.phases, trainer.state.step
+    if phases is None or not phases.vary:
+        return first
+    return next((step for step in range(first, trainer.end_step) if phases.of(step).full_tokens), first)
+
+
 def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
     """Micro-batches that ask most of the decoder (text, which is never dropped) and of the tower (tiles)."""
     index: SampleIndex = trainer.collate.index
-    tokens, config = index.tokens, trainer.config
-    found = [
-        heaviest(tokens, weight, config.data.max_tokens, config.train.global_batch_size)
-        for weight in (index.text, index.tiles)
-        if weight.any()
-    ]
+    near: dict[str, list[int]] = {"text": [], "tiles": []}
+    most, limit = trainer.config.train.global_batch_size, trainer.config.data.max_tokens
+    for start in range(0, len(index), LOOKED_AT):  # bounded memory: the best of what is known and the next piece
+        piece = list(range(start, min(start + LOOKED_AT, len(index))))
+        for name, kept in near.items():
+            samples = np.array(kept + piece)
+            lengths = index.lengths(samples)
+            near[name] = samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)].tolist()
+    found = []
+    for name, kept in near.items():
+        samples, lengths = np.array(kept), index.lengths(kept)
+        weight = getattr(lengths, name)
+        if weight.any():
+            found.append(sorted(samples[heaviest(lengths.tokens, weight, limit, most)].tolist()))
     return [samples for number, samples in enumerate(found) if samples not in found[:number]]
+
+
+def foremost(weight: np.ndarray, tokens: np.ndarray, number: int) -> np.ndarray:
+    """Positions of the ``number`` samples of most weight and of the ``number`` of most weight per token, in order."""
+    keys = (weight, weight / np.maximum(tokens, 1))
+    return np.unique(np.concatenate([np.argsort(-key, kind="stable")[:number] for key in keys]))
 
 
 def heaviest(tokens: np.ndarray, weight: np.ndarray, max_tokens: int, most: int) -> list[int]:
@@ -108,11 +133,9 @@ def heaviest(tokens: np.ndarray, weight: np.ndarray, max_tokens: int, most: int)
     """
 
     def fill(key: np.ndarray) -> list[int]:
-        near = min(len(key), 8 * most)
-        candidates = np.argpartition(-key, near - 1)[:near]
         chosen: list[int] = []
         room = max_tokens
-        for sample in candidates[np.argsort(-key[candidates], kind="stable")].tolist():
+        for sample in np.argsort(-key, kind="stable").tolist():
             if tokens[sample] <= room and len(chosen) < most:
                 chosen.append(sample)
                 room -= int(tokens[sample])

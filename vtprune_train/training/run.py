@@ -15,13 +15,14 @@ from filelock import FileLock
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.config import Config, PruningConfig, dump_config, without_effect
+from vtprune_train.config import TRAINING_ONLY, Config, PruningConfig, SourceConfig, dump_config, without_effect
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
+from vtprune_train.data.costs import StepCosts
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.planner import Planner
-from vtprune_train.data.records import read_source, turns_of
-from vtprune_train.flops import DecoderGeometry, TrainingCost, layers_per_stage, stage_lengths
+from vtprune_train.data.records import Prompt, read_records
+from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
     build_model,
@@ -35,6 +36,7 @@ from vtprune_train.models.build import (
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
@@ -75,6 +77,8 @@ def prepare(config: Config) -> Trainer:
     method = config.pruning.build()
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
+    steps = -(-len(collate.index) // config.train.global_batch_size)
+    collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
     _prepare(config, parts.model, device)
     prune(parts.model, method, attention=config.model.attention)
     groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
@@ -137,7 +141,7 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
     differences = {
         key: (saved.get(key), value)
         for key, value in result.model_dump().items()
-        if key in explicit and value != saved.get(key)
+        if key in explicit and key not in TRAINING_ONLY and value != saved.get(key)
     }
     if ranks.rank() == 0:
         for key, (before, now) in differences.items():
@@ -169,9 +173,10 @@ def build_parts(config: Config) -> Parts:
 def training_texts(config: Config, template: Template) -> Iterator[str]:
     """Every conversation of the training data as the template writes it, to train a tokenizer on."""
     for source in config.sources("train"):
-        for row in read_source(Path(source.path), str(cache_dir(config))):
-            if not row["error"]:
-                yield from (text for text, _ in template.pieces(turns_of(row)))
+        prompt = Prompt(**source.prompt.model_dump())
+        for record in read_records(Path(source.path)):
+            if not record.error:
+                yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
 
 
 def cache_dir(config: Config) -> Path:
@@ -203,7 +208,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
     if not config.sources(which):
         raise ValueError(f"data.{which} names no file; for example [{{path: train.json, images: images}}]")
     return build_index(
-        [Source(Path(s.path), Path(s.images), s.take) for s in config.sources(which)],
+        [_source(source) for source in config.sources(which)],
         parts.encoder,
         parts.layout,
         max_length=config.data.max_length,
@@ -213,6 +218,17 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         workers=max(1, config.data.workers),
         cache_dir=cache_dir(config),
         unsupervised=config.data.unsupervised,
+    )
+
+
+def _source(config: SourceConfig) -> Source:
+    return Source(
+        path=Path(config.path),
+        images=Path(config.images),
+        take=config.take,
+        weight=config.weight,
+        prompt=Prompt(**config.prompt.model_dump()),
+        name=config.name or "",
     )
 
 
@@ -231,19 +247,14 @@ def build_collator(
 
 
 def build_planner(config: Config, collate: Collator, world_size: int) -> Planner:
-    """The planner of the training data: cost counts what is left after dropping."""
-    index, cost = collate.index, collate.cost
-    num_layers = cost.decoder.num_layers
-    drops = collate.method.drops(num_layers) if collate.method else ()
-    lengths = stage_lengths(index.text, index.span_tokens, index.span_sample, drops)
+    """The planner of the training data: cost counts what a step's own passes do, after dropping."""
+    index = collate.index
     return Planner(
-        index.tokens,
-        cost.sample(
-            lengths, layers_per_stage(drops, num_layers), index.span_tiles, index.supervised, index.span_sample
-        ),
+        index.order(),
+        StepCosts(index, collate.cost, collate.phases or Phases(collate.method)),
+        longest=index.longest,
         global_batch_size=config.train.global_batch_size,
         max_tokens=config.data.max_tokens,
-        seed=config.run.seed,
         world_size=world_size,
     )
 
@@ -286,7 +297,7 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "data.image_position": config.data.image_position,
         "data.max_length": config.data.max_length,
         "number and hash of the samples": index.identity(),
-        "pruning": config.pruning.model_dump(),
+        "pruning": config.pruning.identity(),
     }
 
 

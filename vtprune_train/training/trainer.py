@@ -105,13 +105,14 @@ class Trainer:
         rates = set_rates(self.engine.optimizer, self.config.model.train, factor)
         supervised = self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"]
         self.batches, self.row_losses = batches, []
-        loss_sum = correct = torch.zeros(())
-        if supervised:
-            loss_sum, correct = self._forward_backward(batches, ranks.world_size() / supervised)
-        totals = self._sum(self._totals(batches, float(loss_sum), float(correct)))
-        loss = totals.pop("loss_sum") / supervised if supervised else math.nan
+        scale = ranks.world_size() / max(1, supervised)
+        sums = self._forward_backward(batches if supervised else (), scale)
+        squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
+        totals = self._sum({**sums, **squares, **self._totals(batches)})
+        per_token = 1 / supervised if supervised else math.nan
+        loss, consistency = totals.pop("cross_entropy") * per_token, totals.pop("consistency") * per_token
         grad_norm = math.sqrt(totals.pop("squared_norm")) / loss_scale(self.engine)
-        skipped = judge(self, plan, batches, supervised, loss, grad_norm)
+        skipped = judge(self, plan, batches, supervised, loss + consistency, grad_norm)
         if skipped is None:
             skipped = self._optimizer_step()
         self.state.step = plan.step + 1
@@ -133,6 +134,7 @@ class Trainer:
             "micro_steps": len(batches),
             "supervised_tokens": int(supervised),
             "token_accuracy": totals.pop("correct") / max(1, supervised),
+            **self._schedule(plan.step, consistency),
             **totals,
             "step_time": seconds,
             "data_wait": data_wait,
@@ -142,22 +144,36 @@ class Trainer:
         }
         return record, stop
 
-    def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> dict[str, float]:
         """Accumulate gradients of ``scale`` times the summed loss (DeepSpeed averages over ranks, so the scale that
-        gives the mean over the step's supervised tokens is ranks / tokens). Returns loss and correct tokens, summed,
-        and leaves the loss of every token in ``row_losses``."""
-        loss_sum = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device)
+        gives the mean over the step's supervised tokens is ranks / tokens). Returns this rank's cross-entropy,
+        divergence from the teacher's pass (0 without one) and correct tokens, summed, and leaves the cross-entropy of
+        every token in ``row_losses``."""
+        sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             output = self.engine(batch.to(self.device))
             self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-            loss_sum += output.loss_sum.detach()
-            correct += output.correct.sum()
             self.row_losses.append(output.row_loss)
+            cross_entropy = output.row_loss.sum()
+            divergence = torch.zeros_like(cross_entropy) if output.consistency is None else output.consistency
+            sums += torch.stack([cross_entropy, divergence, output.correct.sum()])
             if index < len(batches) - 1:
                 self.engine.step()
-        return loss_sum, correct
+        return dict(zip(("cross_entropy", "consistency", "correct"), sums.tolist(), strict=True))
+
+    def _schedule(self, step: int, consistency: float) -> dict[str, Any]:
+        """What the step dropped: shares kept in each stage after the first, and what a full-token step adds."""
+        phases = self.collate.phases
+        if phases is None or phases.method is None:
+            return {}
+        shown: dict[str, Any] = {"keep": phases.keep(step, self.collate.cost.decoder.num_layers)}
+        if phases.full.share:
+            phase = phases.of(step)
+            shown["full_tokens"] = phase.full_tokens
+            if phase.teacher is not None:
+                shown["consistency_loss"] = consistency if math.isfinite(consistency) else None
+        return shown
 
     def repeat(self, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float) -> None:
         """Run a step's forward and backward passes once more, to look at them; its gradients are thrown away."""
@@ -177,23 +193,13 @@ class Trainer:
     def _seed(self, plan: StepPlan) -> None:
         torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
 
-    def _totals(self, batches: Sequence[PackedBatch], loss_sum: float, correct: float) -> dict[str, float]:
-        """This rank's numbers of the step, the same names on every rank."""
-        num_stages = (
-            len(self.collate.method.drops(self.collate.cost.decoder.num_layers)) + 1 if self.collate.method else 1
-        )
-        names = ["flops", "flops_dense", "visual_tokens", *(f"tokens_stage_{i}" for i in range(num_stages))]
+    def _totals(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """This rank's counts of the step, the same names on every rank."""
+        stages = (f"tokens_stage_{i}" for i in range(self.collate.num_stages))
+        names = ["flops", "flops_dense", "visual_tokens", *stages]
         costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
-        stop = float(self.terminated)
-        return {
-            "loss_sum": loss_sum,
-            "squared_norm": float(squared_norm(self.engine, ranks.world_size())),
-            "correct": correct,
-            "unreadable": unreadable,
-            "stop": stop,
-            **costs,
-        }
+        return {"unreadable": unreadable, "stop": float(self.terminated), **costs}
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
@@ -220,8 +226,20 @@ class Trainer:
             return
         from vtprune_train.config import dump_config
 
+        self._note_schedule()
         self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
         self._saved_step = self.state.step
+
+    def _note_schedule(self) -> None:
+        """Into the checkpoint's ``trainer.json`` and ``config.json``: where the schedule stands. The target's settings
+        are in ``config.json`` as ever (``pruning``); what training did on the way there stands beside them."""
+        phases, config = self.collate.phases, self.engine.module.config
+        num_layers = self.collate.cost.decoder.num_layers
+        self.state.pruning = phases.state(self.state.step, num_layers) if phases is not None else {}
+        if self.state.pruning:
+            config.pruning_training = self.state.pruning
+        elif hasattr(config, "pruning_training"):  # of the checkpoint that this run started from
+            del config.pruning_training
 
     def _sum(self, values: dict[str, float]) -> dict[str, float]:
         return ranks.sum_over_ranks(values, self.device)
