@@ -1,7 +1,7 @@
 """Dealing a step: memory is bounded by tokens before dropping, waiting by cost after it."""
 
+import importlib.util
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -101,13 +101,30 @@ def test_thousands_of_ranks_take_a_fraction_of_a_second():
     assert min(times) < 1.0, times
 
 
-def test_the_simulation_runs_and_ours_is_the_most_even(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "simulate_balance.py"), "--quick", "--ranks", "8"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "a.json")], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def simulate():
+    spec = importlib.util.spec_from_file_location("simulate_balance", ROOT / "scripts" / "simulate_balance.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_simulation_runs_and_ours_is_the_most_even(simulate, tmp_path, capsys):
+    simulate.main(["--quick", "--ranks", "8", "--json", str(tmp_path / "a.json")])
+    table = capsys.readouterr().out
     results = {r["sampler"]: r for r in json.loads((tmp_path / "a.json").read_text())["results"]}
+    assert all(f"| 8 | {name} | {r['max_over_mean']:.3f} |" in table for name, r in results.items())
     assert results["ours"]["max_over_mean"] <= 1.03
     assert all(results["ours"]["max_over_mean"] < r["max_over_mean"] for n, r in results.items() if n != "ours")
     assert results["ours"]["most_tokens"] <= 16384
-    wrong = subprocess.run([*command, "--micro_batch", "5"], capture_output=True, text=True, cwd=ROOT)
-    assert wrong.returncode == 2 and "no multiple of --micro_batch 5" in wrong.stderr
+    with pytest.raises(SystemExit):
+        simulate.main(["--micro_batch", "5"])
+    assert "no multiple of --micro_batch 5" in capsys.readouterr().err
+
+
+def test_the_published_split_has_equal_counts_and_about_equal_lengths(simulate):
+    """By hand: the longest first, each to the shortest chunk that is not full; dealt round where counts differ."""
+    lengths = np.array([9, 8, 7, 3, 2, 1])
+    assert simulate.even_chunks(np.arange(6), lengths, 2) == [0, 3, 4, 1, 2, 5]
+    assert simulate.even_chunks(np.arange(5), lengths, 2) == [0, 2, 4, 1, 3]

@@ -16,7 +16,8 @@ from vtprune_train.config import ConfigError, PruningConfig, load_config, withou
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.collate import Collator, LoadedSample
 from vtprune_train.data.costs import StepCosts
-from vtprune_train.data.records import normalize, turns_of
+from vtprune_train.data.index import Lengths
+from vtprune_train.data.records import normalize
 from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.head import Teaching, chunked_consistency
@@ -89,10 +90,10 @@ def parts():
         asked = {"from": "human", "value": "<image>" * len(sizes) + " what is shown"}
         again = {"from": "human", "value": "two ?"}
         said = [asked, {"from": "gpt", "value": "a cat"}, again, {"from": "gpt", "value": "no"}]
-        row = normalize({"image": ["x.png"] * len(sizes), "conversations": said}, "x")
+        record = normalize({"image": ["x.png"] * len(sizes), "conversations": said}, "x")
         images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
         pictures = Pictures(sizes, layout.pixels(processor, images))
-        loaded.append(LoadedSample(str(number), encoder.encode(turns_of(row)), pictures))
+        loaded.append(LoadedSample(str(number), encoder.encode(record.turns), pictures))
     cost = TrainingCost(DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config), True, True)
 
     def collator(phases=None, method=METHOD):
@@ -147,15 +148,19 @@ def test_a_step_of_the_warm_up_is_that_of_its_own_schedule(parts):
 def test_the_planner_counts_what_the_batches_do(parts, phases):
     """Tokens and FLOPs of each sample by itself, but for the ranking."""
     collate = parts.collator(phases, phases.method)
-    tokens = [parts.layout.tokens(sizes) for sizes in SIZES]
-    chats = [sample.chat for sample in parts.loaded]
-    index = SimpleNamespace(
-        text=np.array([len(chat.input_ids) - len(chat.image_offsets) for chat in chats]),
-        supervised=np.array([(chat.labels >= 0).sum() for chat in chats]),
-        span_tokens=np.concatenate([np.array(t, dtype=int) for t in tokens]),
-        span_tiles=np.concatenate([np.array(parts.layout.tiles(sizes), dtype=int) for sizes in SIZES]),
-        span_sample=np.repeat(np.arange(len(SIZES)), [len(t) for t in tokens]),
-    )
+
+    def lengths(samples):
+        chats, sizes = [parts.loaded[s].chat for s in samples], [SIZES[s] for s in samples]
+        tokens, tiles = ([count(of) for of in sizes] for count in (parts.layout.tokens, parts.layout.tiles))
+        return Lengths(
+            text=np.array([len(chat.input_ids) - len(chat.image_offsets) for chat in chats]),
+            supervised=np.array([(chat.labels >= 0).sum() for chat in chats]),
+            span_tokens=np.array([n for of in tokens for n in of], dtype=int),
+            span_tiles=np.array([n for of in tiles for n in of], dtype=int),
+            span_sample=np.repeat(np.arange(len(samples)), [len(t) for t in tokens]),
+        )
+
+    index = SimpleNamespace(lengths=lengths)
     samples = np.array([2, 0, 3, 1])
     before, costs = StepCosts(index, parts.cost, phases)(3, samples)
     for number, sample in enumerate(samples):

@@ -271,6 +271,20 @@ def test_a_file_that_changes_in_use_stops_the_run(tmp_path):
         index.record(3)
 
 
+@pytest.mark.parametrize("name", ["text.npy", "manifest.json", "span_starts.npy"])
+def test_a_damaged_index_is_made_again(tmp_path, caplog, name):
+    records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(5)]
+    index, _ = index_of(tmp_path, records)
+    path = index.selections[0].table.folder / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with caplog.at_level(logging.WARNING):
+        again, _ = index_of(tmp_path, None)
+    assert f"is damaged ({name}" in caplog.text and again.identity() == index.identity()
+    rows = again.selections[0].folder / "rows.bin"
+    rows.write_bytes(rows.read_bytes()[:-8])
+    assert index_of(tmp_path, None)[0].selections[0].rows.tolist() == list(range(5))
+
+
 BUILDER = """
 import sys
 from pathlib import Path

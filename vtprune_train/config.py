@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vtprune_train.mixture import expand
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-TRAINABLE = ("projector", "language_model", "vision_tower")
+TRAINABLE = ("projector", "language_model", "vision_tower", "lora")
 
 
 class ConfigError(ValueError):
@@ -36,6 +36,25 @@ class RunConfig(Section):
     stop_after: int | None = Field(None, ge=1)
 
 
+class PeftConfig(Section):
+    """An adapter on the language model's decoder; its learning rate is ``model.train``'s ``lora``."""
+
+    kind: Literal["lora", "dora", "qlora"] = "lora"
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | None = None
+    use_rslora: bool = False
+    bias: Literal["none", "lora_only"] = "none"
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not value:
+            raise ValueError("names no layer; null adapts all linear layers of the decoder")
+        return value
+
+
 class ModelConfig(Section):
     """Where the model comes from, exactly one of: ``path``; ``language_model`` + ``vision_tower``; ``config``."""
 
@@ -50,6 +69,7 @@ class ModelConfig(Section):
     attention: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     liger: bool = False
+    peft: PeftConfig | None = None
     train: dict[str, float] = {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6}
 
     @field_validator("attention")
@@ -71,6 +91,21 @@ class ModelConfig(Section):
         if not value:
             raise ValueError("names no part, so nothing would be trained; for example {projector: 1.0e-3}")
         return value
+
+    @model_validator(mode="after")
+    def _adapter_has_a_rate(self) -> ModelConfig:
+        if self.peft is None:
+            if "lora" in self.train:
+                raise ValueError("train names lora, but there is no adapter; set peft, for example peft={r: 16}")
+            return self
+        if "language_model" in self.train:
+            raise ValueError(
+                "train names language_model, which peft freezes under its adapter; give the adapter a rate instead, "
+                "for example train={lora: 2.0e-4, projector: 2.0e-5}, or set peft to null to train it fully"
+            )
+        if "lora" not in self.train:
+            raise ValueError("train has no rate for peft's adapter; for example train={lora: 2.0e-4}")
+        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -140,7 +175,10 @@ class DataConfig(Section):
     too_long: Literal["error", "skip"] = "error"
     unsupervised: Literal["error", "skip"] = "error"
     max_bad: int = Field(100, ge=0)
+    max_image_pixels: int = Field(89_478_485, ge=1)
     workers: int = Field(4, ge=0)
+    prefetch: int = Field(4, ge=1, le=64)
+    worker_timeout: float | None = Field(600.0, gt=0)
     cache_dir: str | None = None
 
     @field_validator("train", "eval")
@@ -263,7 +301,8 @@ class TrainConfig(Section):
     spike_threshold: float | None = Field(10.0, gt=0)
     spike_window: int = Field(100, ge=20)
     preflight: Literal["auto", "always", "never"] = "auto"
-    resume: Literal["auto", "never"] = "auto"
+    save_in_background: bool = True
+    resume: Literal["auto", "strict", "never"] = "auto"
     init_from: str | None = None
 
 

@@ -198,7 +198,7 @@ class PackedBatch:
         return map_leaves(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        """Called by ``torch.utils.data.DataLoader(pin_memory=True)``."""
+        """Copy every tensor to pinned memory."""
         return map_leaves(self, Tensor, Tensor.pin_memory)
 
 

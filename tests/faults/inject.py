@@ -1,113 +1,113 @@
-"""``train.py`` with faults: what the environment's FAULTS (JSON) asks for is patched in, then training starts.
+"""``train.py`` with a fault at a named moment of a save; the production code has no hooks for this.
 
-``nan_pixels`` and ``nan_gradient``: a global step (from 0) in which rank 1's pictures, or one gradient of it, are NaN;
-``nothing_to_learn``: a step whose batches have no token at all; ``leave_out``: steps that are never taken;
-``skewed``: a file; rank 0 gets text, rank 1 pictures, and every tenth step rank 0 gets nothing; what came is written to
-the file; ``no_memory``: rank 1 finds none in its first forward pass.
+Environment: ``FAULT`` names the moment, ``FAULT_RANK`` the rank (default 0), ``FAULT_STEP`` the checkpoint's step.
+A kill is SIGKILL of the own process, as a scheduler or the kernel does.
 """
 
-import dataclasses
-import json
+import errno
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vtprune_train.cli import train_main
-from vtprune_train.data.loader import StepLoader
-from vtprune_train.data.planner import Planner
-from vtprune_train.training.trainer import Trainer
+from vtprune_train.training import checkpoint, manifest, saving
 
-FAULTS = json.loads(os.environ["FAULTS"])
-RANK = int(os.environ.get("RANK", "0"))
-COLLATE, VISUAL = [], []  # filled as training starts
+FAULT, STEP = os.environ["FAULT"], int(os.environ["FAULT_STEP"])
+HERE = os.environ.get("RANK", "0") == os.environ.get("FAULT_RANK", "0")
 
 
-def fault_the_batches():
-    original = StepLoader.__iter__
-
-    def iterate(self):
-        for plan, batches in original(self):
-            if RANK == 1 and plan.step == FAULTS.get("nan_pixels"):
-                batches[0].pixel_values[0].view(-1)[5] = float("nan")
-            if plan.step == FAULTS.get("nothing_to_learn"):
-                batches = [COLLATE[0].pack([]) for _ in batches]
-            if path := FAULTS.get("skewed"):
-                kinds = ["".join("v" if len(b.visual_rows) else "t" if b.sample_ids else "-" for b in batches)]
-                with Path(f"{path}.{RANK}").open("a") as file:
-                    file.write("".join(kinds) + "\n")
-            yield plan, batches
-
-    StepLoader.__iter__ = iterate
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fault_the_gradient():
-    original = Trainer.step
-
-    def step(self, plan, batches, data_wait):
-        COLLATE[:] = [self.collate]
-        handle = None
-        if RANK == 1 and plan.step == FAULTS.get("nan_gradient"):
-            parameter = dict(self.engine.module.named_parameters())["model.language_model.norm.weight"]
-            handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
-        try:
-            return original(self, plan, batches, data_wait)
-        finally:
-            if handle is not None:
-                handle.remove()
-
-    Trainer.step = step
+def at_step(path):
+    return f"step_{STEP:08d}" in str(path)
 
 
-def leave_steps_out():
-    original = Planner.plan
+def before(module, name, of=0):
+    """Die when ``module.name`` is called for the step (its argument number ``of`` is a path)."""
+    real = getattr(module, name)
 
-    def plan(self, step):
-        wanted = step
-        for left_out in sorted(FAULTS["leave_out"]):
-            wanted += wanted >= left_out
-        return dataclasses.replace(original(self, wanted), step=step)
+    def dying(*given, **named):
+        if at_step(given[of]):
+            die()
+        return real(*given, **named)
 
-    Planner.plan = plan
-
-
-def deal_by_kind():
-    def deal(self, samples):
-        has_pictures = VISUAL[0][samples]
-        text, pictures = samples[~has_pictures].tolist(), samples[has_pictures].tolist()
-        if samples.sum() % 10 == 0:
-            text = []
-        steps = max(len(text), len(pictures), 1)
-        return tuple((tuple(text[m : m + 1]), tuple(pictures[m : m + 1])) for m in range(steps))
-
-    Planner._deal = deal
-    original = Trainer.__post_init__
-
-    def note(self):
-        index = self.collate.index
-        VISUAL[:] = [index.tokens > index.text]
-        original(self)
-
-    Trainer.__post_init__ = note
+    setattr(module, name, dying)
 
 
-def run_out_of_memory():
-    import deepspeed
+class Shard:
+    """A file in which something happens once ``limit`` bytes are written."""
 
-    def forward(self, *_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+    def __init__(self, file, path, limit, act):
+        self.file, self.path, self.limit, self.act, self.written = file, path, limit, act, 0
 
-    if RANK == 1:
-        deepspeed.DeepSpeedEngine.forward = forward
+    def write(self, data):
+        if self.written + len(data) > self.limit and at_step(self.path):
+            self.file.write(bytes(data)[: self.limit - self.written])
+            self.file.flush()
+            self.act()
+        self.written += len(data)
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
-fault_the_batches()
-fault_the_gradient()
-if "leave_out" in FAULTS:
-    leave_steps_out()
-if "skewed" in FAULTS:
-    deal_by_kind()
-if "no_memory" in FAULTS:
-    run_out_of_memory()
-sys.exit(train_main())
+def in_shard(act):
+    real = saving.HashingFile
+
+    class Broken(real):
+        def __init__(self, file):
+            super().__init__(Shard(file, file.name, 5000, act))
+
+    saving.HashingFile = Broken
+
+
+def disk_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def while_deleting():
+    real = shutil.rmtree
+
+    def half(path, **named):
+        if Path(path).suffix == ".deleting":
+            for number, name in enumerate(manifest.files_in(Path(path))):
+                if number % 2:
+                    (Path(path) / name).unlink()
+            die()
+        return real(path, **named)
+
+    manifest.shutil = type("Shutil", (), {"rmtree": staticmethod(half)})
+
+
+def little_room():
+    usage = shutil.disk_usage
+
+    def small(path):
+        total, used, _ = usage(path)
+        return type(usage(path))(total, used, 1000)
+
+    checkpoint.shutil = type("Shutil", (), {"rmtree": staticmethod(shutil.rmtree), "disk_usage": staticmethod(small)})
+
+
+FAULTS = {
+    "before_weights": lambda: before(checkpoint, "write_part"),
+    "in_shard": lambda: in_shard(die),
+    "before_manifest": lambda: before(manifest, "write_manifest"),
+    "before_rename": lambda: before(manifest, "put_in_place"),
+    "before_latest": lambda: before(manifest, "point_latest", of=1),
+    "while_deleting": while_deleting,
+    "disk_full": lambda: in_shard(disk_full),
+    "little_room": little_room,
+}
+
+if __name__ == "__main__":
+    if HERE:
+        FAULTS[FAULT]()
+    sys.exit(train_main())

@@ -13,7 +13,7 @@ from vtprune_train.training.checkpoint import TrainerState
 from vtprune_train.training.diagnosis import Watch, first_fault, non_finite_parameters, statistics, write_report
 from vtprune_train.training.guards import TrainingError, _count
 
-INJECT = Path(__file__).parent / "inject.py"
+INJECT = Path(__file__).parent / "poison.py"
 SETTINGS = ("data.eval=[]", "data.workers=0", "train.max_steps=6", "train.save_every=2", "data.max_tokens=400")
 
 

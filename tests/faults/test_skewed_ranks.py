@@ -25,7 +25,7 @@ def test_text_on_one_rank_and_pictures_on_the_other_end_together(tmp_path):
     runs = Runs(tmp_path)
     came = tmp_path / "came"
     env = {"FAULTS": json.dumps({"skewed": str(came)})}
-    runs.run("skewed", *SETTINGS, script=Path(__file__).parent / "inject.py", env=env, ranks=2, timeout=240)
+    runs.run("skewed", *SETTINGS, script=Path(__file__).parent / "poison.py", env=env, ranks=2, timeout=240)
     assert [m["step"] for m in runs.metrics("skewed")] == list(range(1, 201))
     text, pictures = ((tmp_path / f"came.{rank}").read_text().split() for rank in (0, 1))
     assert len(text) == len(pictures) == 200

@@ -14,7 +14,7 @@ import torch
 
 from vtprune_train import flops
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
-from vtprune_train.data.images import UNREADABLE, load_image
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, load_image
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.measure import picture_name
 from vtprune_train.models.layouts import ImageLayout, Pictures
@@ -44,6 +44,7 @@ class Collator:
         method: plans the stages; ``None`` for a dense pass.
         cost: counts FLOPs; its decoder geometry gives the number of layers.
         phases: what a step of training does instead of ``method``; ``None`` where every batch drops by it.
+        max_image_pixels: a picture of more is not read.
     """
 
     index: SampleIndex
@@ -53,6 +54,7 @@ class Collator:
     method: PruningMethod | None
     cost: flops.TrainingCost
     phases: Phases | None = None
+    max_image_pixels: int = MAX_PIXELS
 
     def __call__(
         self, samples: Sequence[int], pictures_of: Sequence[int] | None = None, step: int | None = None
@@ -83,13 +85,11 @@ class Collator:
         record = self.index.record(sample)
         picture_record = record if picture_sample == sample else self.index.record(picture_sample)
         sizes = self.index.picture_sizes(picture_sample)
-        images = []
         pictures_of = self.index.pictures(picture_sample, picture_record)
-        for number, (picture, size) in enumerate(zip(pictures_of, sizes, strict=True)):
-            try:
-                images.append(load_image(picture, size))
-            except UNREADABLE as error:
-                raise ValueError(f"image {picture_name(picture, number)}: {error}") from error
+        images = [
+            load_image(picture, size, max_pixels=self.max_image_pixels, name=picture_name(picture, number))
+            for number, (picture, size) in enumerate(zip(pictures_of, sizes, strict=True))
+        ]
         pictures = Pictures(sizes, self.layout.pixels(self.image_processor, images))
         return LoadedSample(self.index.sample_id(sample), self.encoder.encode(record.turns), pictures)
 

@@ -23,6 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from vtprune_train.data.chat import ChatEncoder
+from vtprune_train.data.images import MAX_PIXELS
 from vtprune_train.data.measure import FINE, SILENT, Measure
 from vtprune_train.data.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
@@ -219,6 +220,7 @@ def build_index(
     workers: int,
     cache_dir: Path,
     unsupervised: Literal["error", "skip"] = "error",
+    max_image_pixels: int = MAX_PIXELS,
 ) -> SampleIndex:
     """Index all sources. Ranks of one machine wait for the first to build; the others open what it wrote.
 
@@ -231,7 +233,7 @@ def build_index(
     selections = []
     with FileLock(str(cache_dir / "index.lock")):
         for number, source in enumerate(sources):
-            measure = Measure(encoder, layout, source.images, source.prompt)
+            measure = Measure(encoder, layout, source.images, source.prompt, max_image_pixels)
             folder = cache_dir / f"index-{_slot(source, measure)}"
             table = open_table(folder, find_files(source.path), measure, workers)
             selections.append(_select(table, take=source.take, seed=seed + number, max_length=max_length))
@@ -251,7 +253,8 @@ def _select(table: Table, *, take: str, seed: int, max_length: int) -> Selection
     drawn = seed if take.startswith("random") else None
     key = json.dumps([table.manifest["generation"], take, drawn, max_length])
     folder = table.folder / f"selection-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not (folder / "manifest.json").is_file():
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         temporary = table.folder / "selection.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -259,6 +262,14 @@ def _select(table: Table, *, take: str, seed: int, max_length: int) -> Selection
         (temporary / "manifest.json").write_text(json.dumps(counts, indent=1))
         temporary.replace(folder)
     return Selection(table, folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a selection is there with all its rows."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    samples = json.loads((folder / "manifest.json").read_text())["samples"]
+    return (folder / "rows.bin").is_file() and (folder / "rows.bin").stat().st_size == 8 * samples
 
 
 def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Path) -> dict[str, Any]:

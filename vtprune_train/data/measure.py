@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
-from vtprune_train.data.images import UNREADABLE, image_size
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize
 from vtprune_train.data.sources import Piece, Place, Reader
 from vtprune_train.models.layouts import ImageLayout
@@ -57,12 +57,14 @@ class Measure:
         layout: sizes of pictures to visual tokens.
         images: the folder that pictures are relative to.
         prompt: what the source adds to its conversations.
+        max_image_pixels: a picture of more is not read.
     """
 
     encoder: ChatEncoder
     layout: ImageLayout
     images: Path
     prompt: Prompt
+    max_image_pixels: int = MAX_PIXELS
 
     def fingerprint(self) -> dict[str, Any]:
         """What a change of would change the lengths."""
@@ -73,6 +75,7 @@ class Measure:
             "layout": str(self.layout),
             "images": str(self.images.resolve()),
             "prompt": str(self.prompt),
+            "max_image_pixels": self.max_image_pixels,
         }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Measured]:
@@ -93,12 +96,12 @@ class Measure:
         sizes = []
         for number, picture in enumerate(conversation.pictures(self.images)):
             try:
-                sizes.append(image_size(picture))
+                name = picture_name(picture, number)
+                sizes.append(image_size(picture, max_pixels=self.max_image_pixels, name=name))
             except UNREADABLE as error:
                 # Room is kept for its pictures, so that they can be filled in once they are mended.
                 blank = [(0, 0, 0, 0)] * len(conversation.images)
-                message = f"image {picture_name(picture, number)}: {error}"
-                return Measured(state=NO_PICTURE, spans=blank, error=message)
+                return Measured(state=NO_PICTURE, spans=blank, error=f"image {error}")
         try:
             tokens, tiles = self.layout.tokens(sizes), self.layout.tiles(sizes)
         except ValueError as error:

@@ -38,7 +38,7 @@ class Planner:
         world_size: ranks.
 
     Raises:
-        ValueError: there are no samples.
+        ValueError: there are no samples, or one is longer than ``max_tokens``.
     """
 
     REMEMBERED = 32  # plans: the loader runs ahead of the loop, and both ask
@@ -70,11 +70,7 @@ class Planner:
         return -(-len(self.order) // self.global_batch_size)
 
     def plan(self, step: int) -> StepPlan:
-        """The plan of global step ``step``, counted from 0 over all epochs.
-
-        Raises:
-            ValueError: a sample of the step is longer than ``max_tokens``.
-        """
+        """The plan of global step ``step``, counted from 0 over all epochs."""
         if step not in self._plans:
             while len(self._plans) >= self.REMEMBERED:
                 del self._plans[next(iter(self._plans))]

@@ -120,13 +120,19 @@ def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: i
         ValueError: a file cannot be read; names it.
     """
     stamps = [[str(file.resolve()), *stamp(file)] for file in files]
-    if (folder / "manifest.json").is_file():
+    reason = damage(folder) if folder.is_dir() else ""
+    if folder.is_dir() and not reason:
         table = Table(folder)
         known = [entry[:3] for entry in table.manifest["files"]]
         if known == stamps:
             return _mended(table, measure)
         changed = next((new[0] for new, old in zip(stamps, known, strict=False) if new != old), None)
-        log.warning("%s since it was indexed; indexing again", f"{changed} has changed" if changed else "files changed")
+        log.warning(
+            "%s since it was indexed; indexing again", f"{changed} has changed" if changed else "the files have changed"
+        )
+        shutil.rmtree(folder)
+    elif folder.is_dir():
+        log.warning("the index in %s is damaged (%s); indexing again", folder, reason)
         shutil.rmtree(folder)
     building = folder.with_name(f"{folder.name}.building")
     state = json.dumps({"version": VERSION, "files": stamps})
@@ -138,6 +144,19 @@ def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: i
     _assemble(building, pieces, stamps, measure).replace(folder)
     shutil.rmtree(building)
     return Table(folder)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a table as far as their sizes tell; empty if nothing is."""
+    try:
+        columns = json.loads((folder / "manifest.json").read_text())["columns"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"manifest.json: {error}"
+    for name, size in columns.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is {'cut off or changed' if path.is_file() else 'missing'}"
+    return ""
 
 
 class _Work(NamedTuple):
@@ -283,6 +302,7 @@ def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any
         **_duplicates(hashes),
         "files": [[*entry, start] for entry, start in zip(stamps, first, strict=True)],
     }
+    manifest["columns"] = {path.name: path.stat().st_size for path in sorted(folder.glob("*.npy"))}
     _write_manifest(folder, manifest)
     return folder
 

@@ -216,6 +216,7 @@ def _from_config(request: Request) -> Subject:
         method=_method(config.pruning.model_dump(exclude=set(TRAINING_ONLY)), model_config, "pruning."),
         method_from=f"the settings of {request.config}",
         trained=tuple(config.model.train),
+        peft=config.model.peft,
         dtype=request.dtype or config.model.dtype,
     )
 

@@ -152,6 +152,7 @@ class Evaluation(Callback):
             "max_tokens": trainer.config.data.max_tokens,
             "device": trainer.device,
             "workers": min(1, trainer.config.data.workers),
+            "worker_timeout": trainer.config.data.worker_timeout,
         }
         result = evaluate(trainer.engine.module, self.collate, **options)
         if trainer.config.train.eval_shuffled:

@@ -22,6 +22,7 @@ from vtprune_train.models.build import (
     set_trainable,
 )
 from vtprune_train.models.layouts import ImageLayout
+from vtprune_train.models.peft import adapt
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
@@ -47,6 +48,8 @@ def describe(config: Config) -> str:
     with torch.device("meta"):
         model = getattr(transformers, family.model_class)(model_config)
     family.check(model)
+    if config.model.peft is not None:
+        adapt(model, config.model.peft)
     set_trainable(model, config.model.train)
     local = config.model.path if config.model.path and Path(config.model.path).is_dir() else None
     layout = loop.layout(model_config, build_image_processor(model_config, local, config.model.max_pixels))
@@ -167,6 +170,8 @@ def _against_dense(
 def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
     lines, total, trained = [], 0, 0
     for part, parameters in parts_of(model).items():
+        if not parameters:
+            continue
         count = sum(p.numel() for _, p in parameters)
         rate = config.model.train.get(part)
         state = f"trained, learning rate {rate:g}" if rate else "frozen"
@@ -176,13 +181,19 @@ def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
         total += count
         trained += count if rate else 0
     element = BYTES[config.model.dtype]
-    export = total * element
+    export = (total if config.model.peft is None else trained) * element
     master = trained * 12 if element == 2 or stage else trained * 8
     lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
     lines.append(
         f"{'checkpoint':<16}{(2 * export + master) / 1e9:>12.3f} GB: export {export / 1e9:.3f}, the same weights for "
         f"resuming, optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
     )
+    if config.model.peft is not None:
+        frozen = (total - trained) * element
+        lines.append(
+            f"{'memory':<16}{(frozen + trained * 2 * element + master) / 1e9:>12.3f} GB of weights, gradients and "
+            f"optimizer, before ZeRO shares them out: the frozen base {frozen / 1e9:.3f}"
+        )
     return lines
 
 

@@ -66,6 +66,8 @@ def engine_config(config: Config) -> dict[str, Any]:
     wrong = [f"deepspeed: {key} is decided by {ours}; take it out" for key, ours in OWN_KEYS.items() if key in settings]
     if config.model.dtype == "float16" and not zero_stage(settings):
         wrong.append("model.dtype=float16 needs ZeRO 1 or more (DeepSpeed scales no loss at stage 0); use zero2.json")
+    if config.model.peft is not None and config.model.peft.kind == "qlora" and zero_stage(settings) == 3:
+        wrong.append("model.peft.kind=qlora: 4-bit weights cannot be partitioned by ZeRO-3; use zero2.json")
     if wrong:
         raise ConfigError("\n".join(wrong))
     return {

@@ -26,6 +26,7 @@ def evaluate(
     max_tokens: int,
     device: torch.device,
     workers: int,
+    worker_timeout: float | None = None,
     shuffle_pictures: bool = False,
 ) -> dict[str, float]:
     """Evaluate on all samples of ``collate.index``; all ranks call this together.
@@ -36,6 +37,7 @@ def evaluate(
         max_tokens: most tokens of a batch, before dropping.
         device: this rank's.
         workers: decode processes.
+        worker_timeout: seconds after which one counts as hung.
         shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
 
     Returns:
@@ -66,6 +68,7 @@ def evaluate(
         workers=workers,
         device=device,
         pictures_of=exchange_pictures(collate) if shuffle_pictures else None,
+        timeout=worker_timeout,
     )
     was_training = model.training
     model.eval()

@@ -25,7 +25,6 @@ from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
-    build_model,
     build_processor,
     family_of_config,
     load_tokenizer,
@@ -35,11 +34,13 @@ from vtprune_train.models.build import (
 )
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
+from vtprune_train.models.peft import open_model
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.adapter import attach_adapter, check_adapter
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
-from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
+from vtprune_train.training.checkpoint import CheckpointFolder
 from vtprune_train.training.engine import (
     engine_config,
     offloads_optimizer,
@@ -47,10 +48,13 @@ from vtprune_train.training.engine import (
     start_engine,
     zero_stage,
 )
+from vtprune_train.training.lock import hold_run
+from vtprune_train.training.manifest import STEP
 from vtprune_train.training.optim import build_optimizer, parameter_groups
 from vtprune_train.training.preflight import preflight
 from vtprune_train.training.preflight import wanted as preflight_wanted
 from vtprune_train.training.spikes import Spikes
+from vtprune_train.training.resume import resume
 from vtprune_train.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -73,11 +77,13 @@ def prepare(config: Config) -> Trainer:
     run_dir = config.run_dir
     ranks.from_rank_0(lambda: _make_run_dir(run_dir))
     torch.manual_seed(config.run.seed)
+    check_adapter(config, device)
     parts = build_parts(config)
+    attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
-    steps = -(-len(collate.index) // config.train.global_batch_size)
+    steps = -(-len(collate.index.order()) // config.train.global_batch_size)
     collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
     _prepare(config, parts.model, device)
     prune(parts.model, method, attention=config.model.attention)
@@ -85,8 +91,10 @@ def prepare(config: Config) -> Trainer:
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
     engine = start_engine(parts.model, optimizer, settings)
 
-    checkpoints = CheckpointFolder(run_dir / "checkpoints", config.train.keep_last)
-    state = _resume(_identity(config, collate.index), config, checkpoints, engine, zero_stage(settings))
+    checkpoints = CheckpointFolder(
+        run_dir / "checkpoints", config.train.keep_last, background=config.train.save_in_background
+    )
+    state = resume(_identity(config, collate.index), config.train.resume, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
     callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
     if config.train.spike_threshold is not None:
@@ -161,7 +169,7 @@ def build_parts(config: Config) -> Parts:
         tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
         if config.model.config is not None and not folder.is_dir():
             tokenizer.save_pretrained(str(folder))
-    model = build_model(config.model, tokenizer)
+    model = open_model(config.model, tokenizer)
     _, loop = family_of_config(model.config)
     encoder = ChatEncoder(
         tokenizer, template, model.config.image_token_id, config.data.image_position, loop.placeholder
@@ -190,12 +198,14 @@ def cache_dir(config: Config) -> Path:
 
 def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCost:
     """How FLOPs are counted for this model and the parts that are trained."""
+    decoder, peft = DecoderGeometry.of(model_config.text_config), config.model.peft
     return TrainingCost(
-        DecoderGeometry.of(model_config.text_config),
+        decoder,
         family_of_config(model_config)[1].tower(model_config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
         trains_projector="projector" in config.model.train,
+        adapter=decoder.adapter_per_token(peft.r, peft.target_modules) if peft else 0.0,
     )
 
 
@@ -218,6 +228,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         workers=max(1, config.data.workers),
         cache_dir=cache_dir(config),
         unsupervised=config.data.unsupervised,
+        max_image_pixels=config.data.max_image_pixels,
     )
 
 
@@ -243,6 +254,7 @@ def build_collator(
         image_processor=parts.processor.image_processor,
         method=method,
         cost=cost,
+        max_image_pixels=config.data.max_image_pixels,
     )
 
 
@@ -260,9 +272,11 @@ def build_planner(config: Config, collate: Collator, world_size: int) -> Planner
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    """The run's folder, without the tokenizer of an earlier start that came to no checkpoint."""
+    """The run's folder, for this run alone, without the tokenizer of an earlier start that came to no checkpoint."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "checkpoints" / "latest").is_file() and (run_dir / "tokenizer").exists():
+    hold_run(run_dir)
+    saved = any(STEP.match(path.name) for path in (run_dir / "checkpoints").glob("step_*"))
+    if not saved and (run_dir / "tokenizer").exists():
         shutil.rmtree(run_dir / "tokenizer")
 
 
@@ -299,34 +313,3 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "number and hash of the samples": index.identity(),
         "pruning": config.pruning.identity(),
     }
-
-
-def _resume(
-    identity: dict[str, Any], config: Config, checkpoints: CheckpointFolder, engine: Any, stage: int
-) -> TrainerState:
-    """The newest complete checkpoint of the run, or a fresh start.
-
-    Raises:
-        ValueError: the run's folder holds checkpoints that must not be continued with these settings.
-    """
-    checkpoints.clean()
-    newest = checkpoints.newest_complete()
-    if newest is None:
-        checkpoints.set_aside_newer(None)
-        return TrainerState(identity=identity, world_size=ranks.world_size(), zero_stage=stage)
-    if config.train.resume == "never":
-        raise ValueError(
-            f"{newest} exists and train.resume is never; use another run.name, or remove {checkpoints.folder}"
-        )
-    checkpoints.set_aside_newer(newest)
-    state = load(engine, newest)
-    changed = [key for key, value in identity.items() if state.identity.get(key) != value]
-    if changed:
-        lines = [f"{key}: checkpoint {state.identity.get(key)!r}, now {identity[key]!r}" for key in changed]
-        raise ValueError(
-            f"{newest} was trained with other settings, so its steps would hold other samples: {'; '.join(lines)}. "
-            f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={newest}"
-        )
-    if ranks.rank() == 0:
-        log.info("resuming from %s", newest)
-    return state

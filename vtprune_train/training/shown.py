@@ -52,6 +52,10 @@ def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: tor
     return drawn
 
 
+class _NothingToShowError(ValueError):
+    """All pictures of a sample follow its last answer."""
+
+
 def _questions(collate: Collator, pictures: int) -> list[Question]:
     """Questions with ``pictures`` pictures in all, from the first samples whose files can be read."""
     questions: list[Question] = []
@@ -62,7 +66,7 @@ def _questions(collate: Collator, pictures: int) -> list[Question]:
             break
         try:
             questions.append(_question(collate, sample))
-        except UNREADABLE as error:
+        except (*UNREADABLE, _NothingToShowError) as error:
             ranks.log.warning("evaluation: cannot show %s: %s", collate.index.sample_id(sample), error)
     return questions
 
@@ -71,7 +75,8 @@ def _question(collate: Collator, sample: int) -> Question:
     """The sample up to its last answer: the token before that ranks the visual tokens.
 
     Raises:
-        one of ``UNREADABLE``: a picture cannot be read, or all of them follow the last answer.
+        UnreadableImage: a picture cannot be read.
+        _NothingToShowError: all of them follow the last answer.
     """
     index = collate.index
     loaded = collate.load(sample, sample)
@@ -81,7 +86,7 @@ def _question(collate: Collator, sample: int) -> Question:
     end = segment.query_offsets[-1] + 1
     asked = [i for i, span in enumerate(segment.spans) if span.end <= end]
     if not asked:
-        raise ValueError("its pictures follow its last answer")
+        raise _NothingToShowError("its pictures follow its last answer")
     files = index.pictures(sample, record)
     turns = record.turns
     last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
@@ -91,6 +96,6 @@ def _question(collate: Collator, sample: int) -> Question:
             "pixel_values": pad_sequence([pixels[i] for i in asked], batch_first=True),
             "image_sizes": torch.tensor([sizes[i] for i in asked]),
         },
-        pictures=[load_image(files[i], sizes[i]) for i in asked],
+        pictures=[load_image(files[i], sizes[i], max_pixels=collate.max_image_pixels) for i in asked],
         text=turns[last - 1].text.replace(IMAGE, "").strip(),
     )

@@ -65,6 +65,12 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end, or until SIGTERM reaches any rank. Returns the process's exit code."""
+        try:
+            return self._fit()
+        finally:
+            self.checkpoints.settle()
+
+    def _fit(self) -> int:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         loader = StepLoader(
             self.collate,
@@ -74,6 +80,8 @@ class Trainer:
             rank=ranks.rank(),
             workers=self.config.data.workers,
             device=self.device,
+            prefetch=self.config.data.prefetch,
+            timeout=self.config.data.worker_timeout,
         )
         self.engine.train()
         for callback in self.callbacks:
@@ -83,6 +91,7 @@ class Trainer:
         for plan, batches in loader:
             data_wait = time.perf_counter() - waiting_since
             record, stop = self.step(plan, batches, data_wait)
+            record["batches_ready"] = loader.ready
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if stop or self.state.step % self.config.train.save_every == 0:
@@ -91,6 +100,7 @@ class Trainer:
                 break
             waiting_since = time.perf_counter()
         self.save()
+        self.checkpoints.wait()
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
         return EXIT_TERMINATED if stop else 0
@@ -109,6 +119,8 @@ class Trainer:
         sums = self._forward_backward(batches if supervised else (), scale)
         squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
         totals = self._sum({**sums, **squares, **self._totals(batches)})
+        if totals.pop("save_failed"):
+            self.checkpoints.wait()  # raises on all ranks
         per_token = 1 / supervised if supervised else math.nan
         loss, consistency = totals.pop("cross_entropy") * per_token, totals.pop("consistency") * per_token
         grad_norm = math.sqrt(totals.pop("squared_norm")) / loss_scale(self.engine)
@@ -138,6 +150,8 @@ class Trainer:
             **totals,
             "step_time": seconds,
             "data_wait": data_wait,
+            "data_wait_share": data_wait / seconds,
+            "data_wait_longest": ranks.max_over_ranks(data_wait, self.device),
             "tokens_per_second": totals["tokens_stage_0"] / seconds,
             "mfu": totals["flops"] / seconds / (peak * ranks.world_size()) if peak else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
@@ -199,7 +213,8 @@ class Trainer:
         names = ["flops", "flops_dense", "visual_tokens", *stages]
         costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
-        return {"unreadable": unreadable, "stop": float(self.terminated), **costs}
+        failed = float(self.checkpoints.failed)
+        return {"unreadable": unreadable, "stop": float(self.terminated), "save_failed": failed, **costs}
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
@@ -221,11 +236,12 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one."""
+        """Begin a checkpoint of the current step, unless there is one."""
         if self._saved_step == self.state.step:
             return
         from vtprune_train.config import dump_config
 
+        self.checkpoints.wait()  # its thread reads the model's config
         self._note_schedule()
         self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
         self._saved_step = self.state.step
