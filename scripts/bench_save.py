@@ -38,7 +38,7 @@ def run(model: HFModule, batch: PackedBatch, repeats: int, stage: int, folder: P
         stage: ZeRO's.
         folder: where checkpoints go; ``None``: a temporary folder.
     """
-    device = start_distributed()
+    device = start_distributed(1800)
     optimizer = build_optimizer([{"params": list(model.parameters()), "lr": 1e-6}], (0.9, 0.999), device, False)
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
     engine = start_engine(model, optimizer, {**settings, "zero_force_ds_cpu_optimizer": False})

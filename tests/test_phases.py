@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny_image_processor, tiny_model, tiny_tokenizer
 from PIL import Image
-from runner import Runs, assert_equal_checkpoints
+from runner import Runs, assert_equal_checkpoints, assert_same_metrics
 
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config import ConfigError, PruningConfig, load_config, without_effect
@@ -317,11 +317,6 @@ PHASES = (
     "train.save_every=1000",
     "data.eval=[]",
 )
-VARYING = ("step_time", "data_wait", "tokens_per_second", "peak_memory_bytes")
-
-
-def numbers(metrics):
-    return [{key: value for key, value in record.items() if key not in VARYING} for record in metrics]
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +340,7 @@ def test_dense_steps_of_a_warm_up_are_a_dense_run_and_a_resume_is_exact(runs):
     assert exported["pruning_training"] == saved and exported["pruning"]["keep"] == [0.5, 0.25, 0.125]
 
     runs.run("stopped", *PHASES, zero0)
-    assert numbers(runs.metrics("stopped")) == numbers(runs.metrics("whole"))
+    assert_same_metrics(runs.metrics("stopped"), runs.metrics("whole"))
     assert_equal_checkpoints(runs.checkpoint("stopped"), runs.checkpoint("whole"))
     done = runs.run("stopped", *PHASES, "pruning.full_token_share=0.4", zero0, expect=2)
     assert "full_token_share" in done.stderr and "train.init_from" in done.stderr

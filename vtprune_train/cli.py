@@ -8,9 +8,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from vtprune_train.config import ConfigError, load_config
+from vtprune_train.config import ConfigError, load_config, refusal
+from vtprune_train.launch import USAGE, final_exit, launch
 
 log = logging.getLogger("vtprune_train")
 
@@ -35,7 +35,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 3 stopped by a guard, 143 by SIGTERM)."""
+    """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 143 stopped by SIGTERM)."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train a vision-language model with token dropping.")
     add_train_arguments(parser)
     return run_train(parser.parse_intermixed_args(argv))
@@ -54,43 +54,20 @@ def run_train(arguments: argparse.Namespace) -> int:
 
             print(describe(config))
             return 0
-        from vtprune_train.training.distributed import shut_down
-        from vtprune_train.training.guards import EXIT_STOPPED, TrainingError
-        from vtprune_train.training.run import prepare
+        from vtprune_train.training.process import train
 
-        trainer = prepare(config)
+        return train(config)
     except ConfigError as error:
         return _refuse("the settings are wrong", error)
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
-        if getattr(error, "of_one_rank", False):
-            _leave_the_others("cannot train", error)
         return _refuse("cannot train", error)
-    try:
-        code = trainer.fit()
-    except TrainingError as error:  # of all ranks at the same step
-        code = _refuse("training stopped", error, EXIT_STOPPED)
-    shut_down()
-    return code
 
 
-def _refuse(what: str, error: Exception, code: int = 2) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
-        _say(what, error)
-    return code
-
-
-def _leave_the_others(what: str, error: Exception) -> NoReturn:
-    """End a rank whose peers may be waiting for it in the middle of a pass: the launcher then ends them."""
-    _say(what, error)
-    sys.stderr.flush()
-    os._exit(2)
-
-
-def _say(what: str, error: Exception) -> None:
-    print(f"{what}:", file=sys.stderr)
-    for line in str(error).splitlines():
-        print(f"  {line}", file=sys.stderr)
+def _refuse(what: str, error: ValueError) -> int:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine: they may not have the same files
+        print(refusal(what, error), file=sys.stderr)
+    return final_exit(2)
 
 
 def _start_logging() -> None:
@@ -104,10 +81,13 @@ def _start_logging() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """``vtprune``: returns the exit code (2 for what a user can mend)."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["launch"] and not {"-h", "--help"} & set(given):
+        return _launch(given[1:])
     parser = argparse.ArgumentParser(prog="vtprune", description="Visual-token pruning for training and inference.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train in this process (train.py under a launcher uses several)")
+    train = commands.add_parser("train", help="train in this process (`vtprune launch` uses several)")
     add_train_arguments(train)
+    commands.add_parser("launch", help="train in several processes, through torchrun", usage=USAGE)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in given[:1]:
@@ -118,6 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "train":
         return run_train(arguments)
     return _run_command(arguments)
+
+
+def _launch(arguments: Sequence[str]) -> int:
+    try:
+        return launch(arguments)
+    except ConfigError as error:
+        return _refuse("the settings are wrong", error)
+    except ValueError as error:
+        return _refuse("vtprune launch", error)
 
 
 def _run_command(arguments: argparse.Namespace) -> int:

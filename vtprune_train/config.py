@@ -23,6 +23,11 @@ class ConfigError(ValueError):
     """All that is wrong with a run's settings, one line each."""
 
 
+def refusal(what: str, error: Exception) -> str:
+    """What the user reads when settings or data cannot be used, or a guard stops: the reasons, without a traceback."""
+    return "\n".join([f"{what}:", *(f"  {line}" for line in str(error).splitlines())])
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -304,6 +309,20 @@ class TrainConfig(Section):
     save_in_background: bool = True
     resume: Literal["auto", "strict", "never"] = "auto"
     init_from: str | None = None
+    watchdog_timeout: float | None = Field(600, ge=1)
+    collective_timeout: float = Field(1800, ge=1)
+    max_restarts: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ends_make_sense(self) -> TrainConfig:
+        if self.watchdog_timeout is not None and self.collective_timeout <= self.watchdog_timeout:
+            raise ValueError(
+                f"collective_timeout={self.collective_timeout:g} must be longer than watchdog_timeout="
+                f"{self.watchdog_timeout:g}: otherwise a collective breaks before the hung rank is named; raise it"
+            )
+        if self.max_restarts and self.resume == "never":
+            raise ValueError(f"max_restarts={self.max_restarts} needs resume=auto: a restart continues a checkpoint")
+        return self
 
 
 class Config(Section):

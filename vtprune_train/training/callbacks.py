@@ -153,6 +153,7 @@ class Evaluation(Callback):
             "device": trainer.device,
             "workers": min(1, trainer.config.data.workers),
             "worker_timeout": trainer.config.data.worker_timeout,
+            "mark": trainer.watchdog.mark,
         }
         result = evaluate(trainer.engine.module, self.collate, **options)
         if trainer.config.train.eval_shuffled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ OWN_KEYS = {
 }
 
 
-def start_distributed() -> torch.device:
-    """Join the process group that a launcher describes, or make one of a single process; returns this rank's device."""
+def start_distributed(timeout: float) -> torch.device:
+    """Join the process group that a launcher describes, or make one of a single process; returns this rank's device.
+    A collective that takes longer than ``timeout`` seconds is an error."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -48,11 +50,11 @@ def start_distributed() -> torch.device:
             # Ranks share the machine's cores: more threads than cores make each of them wait for the others.
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
     return device
 
 

@@ -6,7 +6,7 @@ to produce, in one pass: the first wrong token would end the match in either cas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ def evaluate(
     max_tokens: int,
     device: torch.device,
     workers: int,
+    mark: Callable[[str], None],
     worker_timeout: float | None = None,
     shuffle_pictures: bool = False,
 ) -> dict[str, float]:
@@ -37,6 +38,7 @@ def evaluate(
         max_tokens: most tokens of a batch, before dropping.
         device: this rank's.
         workers: decode processes.
+        mark: told of every batch (the watchdog's).
         worker_timeout: seconds after which one counts as hung.
         shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
 
@@ -76,6 +78,7 @@ def evaluate(
     with torch.no_grad():
         for _, batches in loader:
             for batch in batches:
+                mark("evaluating")
                 for sample, reason in batch.unreadable:
                     ranks.log.warning("evaluation: left out %s: %s", sample, reason)
                 sums["unreadable"] += len(batch.unreadable)

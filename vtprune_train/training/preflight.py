@@ -38,8 +38,6 @@ NO_MEMORY = ("out of memory", "defaultcpuallocator", "alloc_failed", "not enough
 class MemoryShortageError(ValueError):
     """The worst micro-batch does not fit into this rank's memory; what the others do is not known."""
 
-    of_one_rank = True
-
 
 def wanted(config: Config, device: torch.device) -> bool:
     """Whether to look before the first step: ``auto`` does on GPUs. (A CPU's memory ends with the process killed, which

@@ -44,7 +44,6 @@ from vtprune_train.training.checkpoint import CheckpointFolder
 from vtprune_train.training.engine import (
     engine_config,
     offloads_optimizer,
-    start_distributed,
     start_engine,
     zero_stage,
 )
@@ -53,22 +52,22 @@ from vtprune_train.training.manifest import STEP
 from vtprune_train.training.optim import build_optimizer, parameter_groups
 from vtprune_train.training.preflight import preflight
 from vtprune_train.training.preflight import wanted as preflight_wanted
-from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.resume import resume
+from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.trainer import Trainer
+from vtprune_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: Config) -> Trainer:
-    """Build or resume the training that ``config`` describes, up to its first step.
+def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer:
+    """Build or resume the training that ``config`` describes, up to its first step. The process group stands.
 
     Raises:
         ValueError: settings or data that cannot be trained with (``ConfigError`` included).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # of every export; the run has its own
-    device = start_distributed()
     config = with_saved_settings(config)
     settings = engine_config(config)
     if ranks.rank() == 0:
@@ -76,6 +75,7 @@ def prepare(config: Config) -> Trainer:
             log.warning("%s", line)
     run_dir = config.run_dir
     ranks.from_rank_0(lambda: _make_run_dir(run_dir))
+    ranks.check_shared(run_dir, "run.output_dir")
     torch.manual_seed(config.run.seed)
     check_adapter(config, device)
     parts = build_parts(config)
@@ -111,6 +111,7 @@ def prepare(config: Config) -> Trainer:
         callbacks=callbacks,
         device=device,
         state=state,
+        watchdog=watchdog,
     )
     if preflight_wanted(config, device):
         preflight(trainer)

@@ -23,6 +23,7 @@ from vtprune_train.training.gradients import discard, loss_scale, squared_norm
 from vtprune_train.training.guards import Skipped, TrainingError, judge
 from vtprune_train.training.metrics import device_peak_flops, peak_memory_bytes
 from vtprune_train.training.optim import rate_factor, set_rates
+from vtprune_train.training.watchdog import Watchdog
 
 EXIT_TERMINATED = 143
 
@@ -41,6 +42,7 @@ class Trainer:
         callbacks: called after every step and at the end.
         device: this rank's.
         state: where training stands.
+        watchdog: told of every phase of a step.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Trainer:
     callbacks: Sequence[Callback]
     device: torch.device
     state: TrainerState
+    watchdog: Watchdog
 
     def __post_init__(self) -> None:
         train = self.config.train
@@ -86,20 +89,24 @@ class Trainer:
         self.engine.train()
         for callback in self.callbacks:
             callback.on_start(self)
+        self.watchdog.mark("waiting for data", self.state.step + 1)
         waiting_since = time.perf_counter()
         stop = False
         for plan, batches in loader:
             data_wait = time.perf_counter() - waiting_since
             record, stop = self.step(plan, batches, data_wait)
             record["batches_ready"] = loader.ready
+            self.watchdog.mark("after the step")
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if stop or self.state.step % self.config.train.save_every == 0:
                 self.save()
             if stop:
                 break
+            self.watchdog.mark("waiting for data", self.state.step + 1)
             waiting_since = time.perf_counter()
         self.save()
+        self.watchdog.mark("at the end")
         self.checkpoints.wait()
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
@@ -107,16 +114,15 @@ class Trainer:
 
     def step(self, plan: StepPlan, batches: Sequence[PackedBatch], data_wait: float) -> tuple[dict[str, Any], bool]:
         """One optimizer step over all micro-batches of all ranks: its metrics, and whether a rank was told to stop."""
+        self.watchdog.mark("counting targets")
         began = time.perf_counter()
         self._seed(plan)
-        # A step without an update does not move the schedule.
-        updates = plan.step - self.state.skipped - self.state.overflows
-        factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
-        rates = set_rates(self.engine.optimizer, self.config.model.train, factor)
+        rates = self._set_rates(plan)
         supervised = self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"]
         self.batches, self.row_losses = batches, []
         scale = ranks.world_size() / max(1, supervised)
         sums = self._forward_backward(batches if supervised else (), scale)
+        self.watchdog.mark("summing over ranks")
         squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
         totals = self._sum({**sums, **squares, **self._totals(batches)})
         if totals.pop("save_failed"):
@@ -166,7 +172,9 @@ class Trainer:
         sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            self.watchdog.mark(f"forward {index + 1} of {len(batches)}")
             output = self.engine(batch.to(self.device))
+            self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
             self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             self.row_losses.append(output.row_loss)
             cross_entropy = output.row_loss.sum()
@@ -197,12 +205,19 @@ class Trainer:
 
     def _optimizer_step(self) -> Skipped | None:
         """Change the model; ``overflow`` where float16's loss scaling left the step out instead."""
+        self.watchdog.mark("optimizer")
         self.engine.step()
         self.state.skipped_in_a_row = 0
         if self.engine.was_step_applied():
             return None
         self.state.overflows += 1
         return "overflow"
+
+    def _set_rates(self, plan: StepPlan) -> dict[str, float]:
+        """The schedule's rates, by part. A step without an update does not move it."""
+        updates = plan.step - self.state.skipped - self.state.overflows
+        factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
+        return set_rates(self.engine.optimizer, self.config.model.train, factor)
 
     def _seed(self, plan: StepPlan) -> None:
         torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
@@ -241,6 +256,7 @@ class Trainer:
             return
         from vtprune_train.config import dump_config
 
+        self.watchdog.mark("saving")
         self.checkpoints.wait()  # its thread reads the model's config
         self._note_schedule()
         self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
