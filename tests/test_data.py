@@ -57,7 +57,8 @@ def collator(index, encoder, method=None):
         ({"id": 1}, "neither 'conversations'"),
         ({"conversations": say("<image> what", "a cat")}, r"0 image\(s\) but 1 <image>"),
         ({"image": "a.png", "conversations": say("what", "a cat")}, r"1 image\(s\) but 0 <image>"),
-        ({"conversations": say("what")}, "ends with a user turn"),
+        ({"conversations": say("what")}, "no token is supervised: .* no answer to learn"),
+        ({"conversations": say("what", "a cat", "and")}, "ends with a user turn"),
         ({"conversations": say("what", "a", "b", "c")[1:]}, "must alternate"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
         ({"conversations": [{"from": "human", "value": 3}]}, "the text of a human turn is 3"),
@@ -239,3 +240,13 @@ def test_exchanged_pictures_are_never_ones_own(tmp_path):
     partners = exchange_pictures(collator(index, encoder))
     assert sorted(partners) == list(range(9))
     assert all(a != b for a, b in enumerate(partners))
+
+
+def test_samples_without_an_answer(tmp_path, caplog):
+    records = [{"id": f"r{i}", "conversations": say("what", "a cat")[: 1 + i % 2]} for i in range(4)]
+    with pytest.raises(ValueError, match=r"2 sample\(s\) have no supervised token.*unsupervised=skip. First: r0, r2"):
+        index_of(tmp_path, records)
+    with caplog.at_level(logging.WARNING):
+        index, _ = index_of(tmp_path, records, unsupervised="skip")
+    assert [index.locate(sample)[1] for sample in range(len(index))] == [1, 3] and index.bad == 0
+    assert "2 sample(s) without a supervised token are skipped" in caplog.text

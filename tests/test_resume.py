@@ -84,5 +84,5 @@ def test_unreadable_pictures_are_counted_and_bounded(tmp_path):
     assert sum(m["unreadable"] for m in metrics) == 2
     state = json.loads((runs.checkpoint("bounded") / "trainer.json").read_text())
     assert len(state["unreadable"]) == 2
-    done = runs.run("over", *settings, "data.max_bad=1", expect=1)
+    done = runs.run("over", *settings, "data.max_bad=1", expect=3)
     assert "more than data.max_bad=1" in done.stderr

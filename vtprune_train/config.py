@@ -23,8 +23,8 @@ class ConfigError(ValueError):
     """All that is wrong with a run's settings, one line each."""
 
 
-def refusal(what: str, error: ValueError) -> str:
-    """What the user reads when settings or data cannot be used: the reasons, without a traceback."""
+def refusal(what: str, error: Exception) -> str:
+    """What the user reads when settings or data cannot be used, or a guard stops: the reasons, without a traceback."""
     return "\n".join([f"{what}:", *(f"  {line}" for line in str(error).splitlines())])
 
 
@@ -178,6 +178,7 @@ class DataConfig(Section):
     max_length: int = Field(4096, ge=1)
     max_tokens: int = Field(16384, ge=1)
     too_long: Literal["error", "skip"] = "error"
+    unsupervised: Literal["error", "skip"] = "error"
     max_bad: int = Field(100, ge=0)
     max_image_pixels: int = Field(89_478_485, ge=1)
     workers: int = Field(4, ge=0)
@@ -299,6 +300,12 @@ class TrainConfig(Section):
     eval_every: int | None = Field(None, ge=1)
     eval_shuffled: bool = False
     eval_show: int = Field(0, ge=0)
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = Field(20, ge=0)
+    max_skipped_in_a_row: int = Field(3, ge=0)
+    spike_threshold: float | None = Field(10.0, gt=0)
+    spike_window: int = Field(100, ge=20)
+    preflight: Literal["auto", "always", "never"] = "auto"
     save_in_background: bool = True
     resume: Literal["auto", "strict", "never"] = "auto"
     init_from: str | None = None
@@ -555,6 +562,11 @@ def without_effect(config: Config) -> list[str]:
         lines += _phases_without_effect(config.pruning)
     for which in ("train", "eval"):
         lines += _sources_without_effect(config, which)
+    if config.train.spike_threshold is None and "spike_window" in config.train.model_fields_set:
+        lines.append("train.spike_window has no effect: train.spike_threshold is null")
+    if config.train.on_non_finite == "stop" and config.data.unsupervised == "error":
+        given = sorted({"max_skipped", "max_skipped_in_a_row"} & config.train.model_fields_set)
+        lines += [f"train.{key} has no effect: no setting lets a step be skipped" for key in given]
     if config.model.tokenizer is not None and config.train.init_from is not None:
         lines.append("model.tokenizer has no effect: train.init_from brings its own")
     return lines

@@ -168,6 +168,7 @@ class PackedBatch:
         answer_of_target: [R] int64, which answer of the batch each belongs to.
         num_answers: answers in the batch.
         sample_ids: the samples packed, in order (host only).
+        targets_per_sample: how many of ``targets`` are each sample's (host only).
         unreadable: ``(sample id, reason)`` of samples left out because an image could not be read (host only).
         costs: numbers for the logs, known from lengths alone (host only).
         image_inputs: what ``get_image_features`` of the family takes beside the pixels: tensors go to the device,
@@ -185,6 +186,7 @@ class PackedBatch:
     answer_of_target: Tensor
     num_answers: int
     sample_ids: tuple[str, ...] = ()
+    targets_per_sample: tuple[int, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
     costs: dict[str, float] = field(default_factory=dict)
     image_inputs: dict[str, Any] | None = None

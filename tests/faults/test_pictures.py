@@ -96,5 +96,5 @@ def test_they_are_trained_on_or_named_and_a_stopped_run_ends_with_the_same_bits(
 def test_one_more_than_allowed_stops_the_run(runs):
     by_header = runs.run("over", *SETTINGS, f"data.max_bad={len(REFUSED) - 1}", expect=2)
     assert f"{len(REFUSED)} records cannot be used, more than data.max_bad={len(REFUSED) - 1}" in by_header.stderr
-    by_pixels = runs.run("over", *SETTINGS, f"data.max_bad={NUM_BAD - 1}", expect=1)
+    by_pixels = runs.run("over", *SETTINGS, f"data.max_bad={NUM_BAD - 1}", expect=3)
     assert f"{NUM_BAD} samples could not be used, more than data.max_bad={NUM_BAD - 1}" in by_pixels.stderr

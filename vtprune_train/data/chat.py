@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vtprune_train.stream import IGNORE, IMAGE
 
+UNSUPERVISED = "no token is supervised: the conversation has no answer to learn"
 KNOWN_TEXTS = 4096  # texts whose tokens are remembered
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -271,7 +272,7 @@ class ChatEncoder:
 
 def _check_supervision(supervised: int, first_is_answer: bool) -> None:
     if not supervised:
-        raise ValueError("no token is supervised: the conversation has no answer")
+        raise ValueError(UNSUPERVISED)
     if first_is_answer:
         raise ValueError("its first token is an answer's, so nothing stands before it to predict it from")
 

@@ -124,6 +124,7 @@ class Collator:
             answer_of_target=torch.from_numpy(_join([a + n for a, n in zip(answers, num_answers, strict=False)])),
             num_answers=int(num_answers[-1]),
             sample_ids=tuple(sample.sample_id for sample in loaded),
+            targets_per_sample=tuple(len(supervised) for supervised in targets),
             unreadable=unreadable,
             costs=self._costs(loaded, plan, teacher, segments) if loaded else {},
             image_inputs=vision.image_inputs,

@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from vtprune_train.data.chat import ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS
-from vtprune_train.data.measure import FINE, Measure
+from vtprune_train.data.measure import FINE, SILENT, Measure
 from vtprune_train.data.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
 from vtprune_train.data.sources import find_files
@@ -79,7 +79,7 @@ class Lengths:
 
 class Selection:
     """The records of a table that are samples, in order. ``manifest`` holds ``samples``, ``longest``, ``tokens``,
-    ``bad``, ``too_long`` and a ``digest`` of the samples' content."""
+    ``bad``, ``too_long``, ``unsupervised`` and a ``digest`` of the samples' content."""
 
     def __init__(self, table: Table, folder: Path):
         self.table, self.folder = table, folder
@@ -219,13 +219,15 @@ def build_index(
     seed: int,
     workers: int,
     cache_dir: Path,
+    unsupervised: Literal["error", "skip"] = "error",
     max_image_pixels: int = MAX_PIXELS,
 ) -> SampleIndex:
     """Index all sources. Ranks of one machine wait for the first to build; the others open what it wrote.
 
     Raises:
-        ValueError: a file cannot be read, more than ``max_bad`` records are unusable, or a sample is longer than
-            ``max_length`` and ``too_long`` is ``error``; names the first such ids.
+        ValueError: a file cannot be read, more than ``max_bad`` records are unusable, a sample is longer than
+            ``max_length`` and ``too_long`` is ``error``, or has nothing to learn and ``unsupervised`` is ``error``;
+            names the first such ids.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     selections = []
@@ -235,6 +237,7 @@ def build_index(
             folder = cache_dir / f"index-{_slot(source, measure)}"
             table = open_table(folder, find_files(source.path), measure, workers)
             selections.append(_select(table, take=source.take, seed=seed + number, max_length=max_length))
+    _report_unsupervised(selections, unsupervised)
     _report(sources, selections, max_bad, max_length, too_long)
     return SampleIndex(list(sources), selections, seed)
 
@@ -273,24 +276,29 @@ def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Pat
     """Write the rows that can be used to ``rows.bin``, those that are broken to ``bad.bin`` (int64); what the usable
     ones measure together, and a digest of their content."""
     digest = hashlib.sha256()
-    counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0}
+    counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0, "unsupervised": 0}
     long: list[list[int]] = []
+    silent: list[int] = []
     with (folder / "rows.bin").open("wb") as kept, (folder / "bad.bin").open("wb") as bad:
         for rows in _take(take, len(table), seed):
             lengths = _tokens(table, rows)
-            fine = table.column("state")[rows] == FINE
+            state = table.column("state")[rows]
+            fine, is_silent = state == FINE, state == SILENT
             is_long = fine & (lengths > max_length)
             long += np.stack([rows, lengths], axis=1)[is_long][: 2 * SHOWN - len(long)].tolist()
             keep, kept_lengths = rows[fine & ~is_long], lengths[fine & ~is_long]
             kept.write(keep.tobytes())
-            bad.write(rows[~fine].tobytes())
+            is_bad = ~fine & ~is_silent
+            silent += rows[is_silent][: 2 * SHOWN - len(silent)].tolist()
+            bad.write(rows[is_bad].tobytes())
             digest.update(keep.tobytes() + table.column("content")[keep].tobytes())
             counts["samples"] += len(keep)
             counts["longest"] = max(counts["longest"], int(kept_lengths.max(initial=0)))
             counts["tokens"] += int(kept_lengths.sum())
-            counts["bad"] += int((~fine).sum())
+            counts["bad"] += int(is_bad.sum())
+            counts["unsupervised"] += int(is_silent.sum())
             counts["too_long"] += int(is_long.sum())
-    return {**counts, "first_too_long": long, "digest": digest.hexdigest()}
+    return {**counts, "first_too_long": long, "first_unsupervised": silent, "digest": digest.hexdigest()}
 
 
 def _tokens(table: Table, rows: np.ndarray) -> np.ndarray:
@@ -347,6 +355,19 @@ def _report(
     for source, selection in zip(sources, selections, strict=True):
         if not len(selection):
             raise ValueError(f"data file {source.path} has no record left that can be used; take the entry out")
+
+
+def _report_unsupervised(selections: Sequence[Selection], policy: str) -> None:
+    """Say which samples have nothing to learn, or raise."""
+    count = sum(selection.manifest["unsupervised"] for selection in selections)
+    shown = ", ".join([s.table.id(row) for s in selections for row in s.manifest["first_unsupervised"]][: 2 * SHOWN])
+    if count and policy == "error":
+        raise ValueError(
+            f"{count} sample(s) have no supervised token: their conversations have no answer to learn from. Mend them "
+            f"or set data.unsupervised=skip. First: {shown}"
+        )
+    if count:
+        log.warning("%d sample(s) without a supervised token are skipped. First: %s", count, shown)
 
 
 def _first_bad(selections: Sequence[Selection], wanted: int) -> list[str]:

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from vtprune_train.data.chat import ChatEncoder
+from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize
 from vtprune_train.data.sources import Piece, Place, Reader
 from vtprune_train.models.layouts import ImageLayout
 
 BATCH = 512  # conversations tokenized in one call
-FINE, BAD, NO_PICTURE = 0, 1, 2
-"""What ``state`` says of a record; pictures that cannot be read may be mended later."""
+FINE, BAD, NO_PICTURE, SILENT = 0, 1, 2, 3
+"""What ``state`` says of a record; pictures that cannot be read may be mended later, and nothing is wrong with a silent
+one but that it has no answer to learn."""
 
 RECORD_COLUMNS: dict[str, Any] = {
     "at": np.int64,
@@ -84,14 +85,14 @@ class Measure:
         counts = self.encoder.count([self.prompt.apply(conversations[number]).turns for number in usable])
         for number, count in zip(usable, counts, strict=True):
             if isinstance(count, ValueError):
-                results[number] = Measured(state=BAD, error=str(count))
+                results[number] = _refused(str(count))
             else:
                 results[number].text, results[number].supervised = count
         return results
 
     def _pictures(self, conversation: Conversation) -> Measured:
         if conversation.error:
-            return Measured(state=BAD, error=conversation.error)
+            return _refused(conversation.error)
         sizes = []
         for number, picture in enumerate(conversation.pictures(self.images)):
             try:
@@ -106,6 +107,10 @@ class Measure:
         except ValueError as error:
             return Measured(state=BAD, error=str(error))
         return Measured(spans=[(*size, n, t) for size, n, t in zip(sizes, tokens, tiles, strict=True)])
+
+
+def _refused(error: str) -> Measured:
+    return Measured(state=SILENT if error == UNSUPERVISED else BAD, error=error)
 
 
 def picture_name(picture: Path | bytes, number: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.data.chat import Turn
+from vtprune_train.data.chat import UNSUPERVISED, Turn
 from vtprune_train.data.sources import Malformed, find_files, open_reader
 from vtprune_train.stream import IMAGE
 
@@ -169,6 +169,8 @@ def _check(turns: list[Turn], images: list[str | bytes]) -> None:
     expected = ["user", "assistant"] * (len(spoken) // 2 + 1)
     if [turn.role for turn in spoken] != expected[: len(spoken)] or not spoken:
         raise ValueError(f"turns must alternate, the user first; they are {[turn.role for turn in spoken]}")
+    if len(spoken) == 1:
+        raise ValueError(UNSUPERVISED)
     if len(spoken) % 2:
         raise ValueError("the conversation ends with a user turn, so its last question has no answer to learn")
     if any(IMAGE in turn.text for turn in turns if turn.role != "user"):

@@ -36,7 +36,7 @@ from vtprune_train.data.sources import Piece, Place, Reader, open_reader, stamp
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the columns and of what they count
+VERSION = 3  # of the columns and of what they count
 WORTH_PROCESSES = 4  # pieces; fewer are measured before a process has started
 SECONDS_BETWEEN_LINES = 30
 KEPT = ("at", "size", "text", "supervised", "state", "content")

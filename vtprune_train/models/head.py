@@ -27,17 +27,18 @@ class Teaching:
 
 def chunked_cross_entropy(
     hidden_RC: Tensor, weight_NC: Tensor, bias_N: Tensor | None, targets_R: Tensor, chunk_rows: int | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the cross-entropy over rows, and whether the most likely token is the target.
 
     Gradients are made in the forward pass, chunk by chunk, so the head's weight is read only while it is there (under
     ZeRO-3 it is partitioned again before the backward pass).
 
     Returns:
-        ``loss_sum`` [] float32 and ``correct`` [R] bool. No rows give a zero that is still part of the graph.
+        ``loss_sum`` [] float32, ``correct`` [R] bool, and for reading ``row_loss`` [R] float32, its parts. No rows give
+        a zero that is still part of the graph.
     """
-    loss, correct, _, _ = chunked_consistency(hidden_RC, weight_NC, bias_N, targets_R, None, chunk_rows)
-    return loss, correct
+    loss, correct, row_loss, _ = chunked_consistency(hidden_RC, weight_NC, bias_N, targets_R, None, chunk_rows)
+    return loss, correct, row_loss
 
 
 def chunked_consistency(
@@ -54,8 +55,8 @@ def chunked_consistency(
     distribution weighs the logarithms.
 
     Returns:
-        ``loss_sum`` [] float32, ``correct`` [R] bool, and for reading ``cross_entropy`` and ``divergence`` (T^2 * KL),
-        [] float32.
+        ``loss_sum`` [] float32, ``correct`` [R] bool, and for reading ``row_loss``, the cross-entropy of each row, [R]
+        float32, and ``divergence`` (T^2 * KL), [] float32.
     """
     rows = chunk_rows or max(1, CHUNK_LOGITS // weight_NC.shape[0] // (1 if teaching is None else 3))
     # Inside a Function autograd is always off, so whether gradients are wanted at all is asked here.
@@ -75,8 +76,8 @@ class _ChunkedLoss(torch.autograd.Function):
         grad: bool,
     ) -> tuple[Tensor, ...]:
         wants_hidden, wants_weight, wants_bias = (grad and needed for needed in ctx.needs_input_grad[:3])
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        divergence = torch.zeros_like(loss)
+        row_loss = torch.empty_like(targets, dtype=torch.float32)
+        divergence = row_loss.new_zeros(())
         correct = torch.empty_like(targets, dtype=torch.bool)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
@@ -85,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             logits = F.linear(hidden[rows], weight, bias).float()
             correct[rows] = logits.argmax(dim=-1) == targets[rows]
-            loss += F.cross_entropy(logits, targets[rows], reduction="sum")
+            row_loss[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
             grad_logits = logits.softmax(dim=-1)
             grad_logits[torch.arange(len(grad_logits), device=grad_logits.device), targets[rows]] -= 1.0
             if teaching is not None:
@@ -105,11 +106,11 @@ class _ChunkedLoss(torch.autograd.Function):
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
-        cross_entropy = loss.clone()
+        loss = row_loss.sum()
         if teaching is not None:
             loss += teaching.weight * divergence
-        ctx.mark_non_differentiable(correct, cross_entropy, divergence)
-        return loss, correct, cross_entropy, divergence
+        ctx.mark_non_differentiable(correct, row_loss, divergence)
+        return loss, correct, row_loss, divergence
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,17 +21,18 @@ from vtprune_train.stream import PackedBatch, StreamPlan
 
 
 class PackedOutput(NamedTuple):
-    """The loss of one micro-batch, summed over supervised rows.
+    """The loss of one micro-batch.
 
-    ``loss_sum`` [] float32 is what training minimises: ``cross_entropy``, with a teacher plus its weight times
-    ``consistency``; those two [] float32 are for reading only. ``correct`` [R] bool, whether greedy decoding agrees;
-    ``kept`` as in :class:`~vtprune_train.models.decoder.DecoderOutput`.
+    ``loss_sum`` [] float32 is what training minimises: the sum of ``row_loss`` [R] float32, the cross-entropy of each
+    supervised row, with a teacher plus its weight times ``consistency`` [] float32; those two are for reading only.
+    ``correct`` [R] bool, whether greedy decoding agrees; ``kept`` as in
+    :class:`~vtprune_train.models.decoder.DecoderOutput`.
     """
 
     loss_sum: Tensor
     correct: Tensor
     kept: tuple[Tensor, ...]
-    cross_entropy: Tensor
+    row_loss: Tensor
     consistency: Tensor | None = None
 
 
@@ -39,11 +40,11 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
     """Forward of the whole model: the loss of one micro-batch."""
     hidden_RC, kept, taught_RC = model.get_submodule(state.family.base)(batch)
     if batch.teacher is None:
-        loss_sum, correct = model.lm_head(hidden_RC, batch.targets)
-        return PackedOutput(loss_sum, correct, kept, loss_sum.detach())
+        loss_sum, correct, row_loss = model.lm_head(hidden_RC, batch.targets)
+        return PackedOutput(loss_sum, correct, kept, row_loss)
     teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
-    loss_sum, correct, cross_entropy, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
-    return PackedOutput(loss_sum, correct, kept, cross_entropy, divergence)
+    loss_sum, correct, row_loss, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
+    return PackedOutput(loss_sum, correct, kept, row_loss, divergence)
 
 
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:

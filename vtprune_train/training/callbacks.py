@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +112,8 @@ class Progress(Callback):
         )
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        shown = {"loss": f"{record['loss']:.3f}", "tok_s": f"{record['tokens_per_second']:.0f}"}
+        loss = str(record["skipped"]) if record["loss"] is None else f"{record['loss']:.3f}"
+        shown = {"loss": loss, "tok_s": f"{record['tokens_per_second']:.0f}"}
         if trainer.collate.phases is not None and trainer.collate.phases.vary:
             shown["keep"] = "/".join(f"{share:.3g}" for share in record["keep"])
         self.bar.set_postfix(shown, refresh=False)
@@ -197,7 +199,8 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
 
     steps = [record["step"] for record in records]
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
-    above.plot(steps, [record["loss"] for record in records], linewidth=1)
+    losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
+    above.plot(steps, losses, linewidth=1)
     above.set_ylabel("loss")
     below.plot(steps, [record["tokens_per_second"] for record in records], linewidth=1, color="tab:green")
     below.set_ylabel("tokens/s (before dropping)")

@@ -38,10 +38,15 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class TrainerState:
-    """Where training stands: ``step`` optimizer steps are done (which is also the data position); ``pruning`` is where
-    a schedule of several phases stands (for the reader: it follows from the settings and the step)."""
+    """Where training stands: ``step`` global steps are done (which is also the data position). ``skipped`` of them were
+    left out by a guard, the last ``skipped_in_a_row`` without one between, and ``overflows`` by float16's loss scaling:
+    they changed nothing. ``pruning`` is where a schedule of several phases stands (for the reader: it follows from the
+    settings and the step)."""
 
     step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    overflows: int = 0
     unreadable: list[str] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1

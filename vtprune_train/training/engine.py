@@ -105,10 +105,3 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: d
 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
-
-
-def total_gradient_norm(engine: Any) -> float:
-    """The norm of the whole gradient at an accumulation boundary, before clipping, for engines that do not measure
-    it (ZeRO 0 in float32)."""
-    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))

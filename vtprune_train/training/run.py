@@ -50,7 +50,10 @@ from vtprune_train.training.engine import (
 from vtprune_train.training.lock import hold_run
 from vtprune_train.training.manifest import STEP
 from vtprune_train.training.optim import build_optimizer, parameter_groups
+from vtprune_train.training.preflight import preflight
+from vtprune_train.training.preflight import wanted as preflight_wanted
 from vtprune_train.training.resume import resume
+from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.trainer import Trainer
 from vtprune_train.training.watchdog import Watchdog
 
@@ -94,9 +97,11 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     state = resume(_identity(config, collate.index), config.train.resume, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
     callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
+    if config.train.spike_threshold is not None:
+        callbacks.append(Spikes(run_dir, config.train.spike_threshold, config.train.spike_window))
     if config.data.eval:
         callbacks.insert(2, Evaluation(run_dir, build_collator(config, parts, cost, method, "eval")))
-    return Trainer(
+    trainer = Trainer(
         config=config,
         engine=engine,
         collate=collate,
@@ -108,6 +113,9 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
         state=state,
         watchdog=watchdog,
     )
+    if preflight_wanted(config, device):
+        preflight(trainer)
+    return trainer
 
 
 @dataclass
@@ -220,6 +228,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         seed=config.run.seed,
         workers=max(1, config.data.workers),
         cache_dir=cache_dir(config),
+        unsupervised=config.data.unsupervised,
         max_image_pixels=config.data.max_image_pixels,
     )
 

@@ -20,14 +20,11 @@ from vtprune_train.stream import PackedBatch
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState
-from vtprune_train.training.engine import total_gradient_norm
+from vtprune_train.training.gradients import discard, loss_scale, squared_norm
+from vtprune_train.training.guards import Skipped, TrainingError, judge
 from vtprune_train.training.metrics import device_peak_flops, peak_memory_bytes
 from vtprune_train.training.optim import rate_factor, set_rates
 from vtprune_train.training.watchdog import Watchdog
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; all ranks raise it at the same step, before the optimizer step."""
 
 
 @dataclass
@@ -64,6 +61,8 @@ class Trainer:
         self.end_step = min(self.total_steps, self.config.run.stop_after or self.total_steps)
         self.warmup_steps = math.ceil(train.warmup_ratio * self.total_steps)
         self.terminated = False
+        self.row_losses: list[torch.Tensor] = []  # of the last step's micro-batches, [R] each
+        self.batches: Sequence[PackedBatch] = ()  # of the last step
         self._saved_step = self.state.step if self.state.step else -1
 
     def fit(self) -> int:
@@ -116,24 +115,23 @@ class Trainer:
         """One optimizer step over all micro-batches of all ranks: its metrics, and whether a rank was told to stop."""
         self.watchdog.mark("counting targets")
         began = time.perf_counter()
-        torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
-        factor = rate_factor(plan.step, self.total_steps, self.warmup_steps, self.config.train.schedule)
-        rates = set_rates(self.engine.optimizer, self.config.model.train, factor)
+        self._seed(plan)
+        rates = self._set_rates(plan)
         supervised = self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"]
-        if not supervised:
-            raise TrainingError(f"step {plan.step}: no sample of the step has a supervised token that could be read")
-        sums = self._forward_backward(batches, ranks.world_size() / supervised)
+        self.batches, self.row_losses = batches, []
+        scale = ranks.world_size() / max(1, supervised)
+        sums = self._forward_backward(batches if supervised else (), scale)
         self.watchdog.mark("summing over ranks")
-        totals = self._sum({**sums, **self._totals(batches)})
+        squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
+        totals = self._sum({**sums, **squares, **self._totals(batches)})
         if totals.pop("save_failed"):
             self.checkpoints.wait()  # raises on all ranks
-        loss, consistency = totals.pop("cross_entropy") / supervised, totals.pop("consistency") / supervised
-        if not math.isfinite(loss + consistency):
-            raise TrainingError(
-                f"step {plan.step}: the loss is {loss}; no parameter was changed. Lower model.train's rates, "
-                f"or look at this step's samples: {[self.collate.index.sample_id(s) for s in plan.samples][:8]} ..."
-            )
-        grad_norm = self._optimizer_step()
+        per_token = 1 / supervised if supervised else math.nan
+        loss, consistency = totals.pop("cross_entropy") * per_token, totals.pop("consistency") * per_token
+        grad_norm = math.sqrt(totals.pop("squared_norm")) / loss_scale(self.engine)
+        skipped = judge(self, plan, batches, supervised, loss + consistency, grad_norm)
+        if skipped is None:
+            skipped = self._optimizer_step()
         self.state.step = plan.step + 1
         if totals["unreadable"]:
             self._note_unreadable(batches)
@@ -144,14 +142,15 @@ class Trainer:
         record = {
             "step": self.state.step,
             "epoch": plan.epoch,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "learning_rates": rates,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "skipped": skipped,
             "samples": len(ids),
             "data_digest": data_digest(ids),
             "micro_steps": len(batches),
             "supervised_tokens": int(supervised),
-            "token_accuracy": totals.pop("correct") / supervised,
+            "token_accuracy": totals.pop("correct") / max(1, supervised),
             **self._schedule(plan.step, consistency),
             **totals,
             "step_time": seconds,
@@ -167,7 +166,8 @@ class Trainer:
     def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> dict[str, float]:
         """Accumulate gradients of ``scale`` times the summed loss (DeepSpeed averages over ranks, so the scale that
         gives the mean over the step's supervised tokens is ranks / tokens). Returns this rank's cross-entropy,
-        divergence from the teacher's pass (0 without one) and correct tokens, summed."""
+        divergence from the teacher's pass (0 without one) and correct tokens, summed, and leaves the cross-entropy of
+        every token in ``row_losses``."""
         sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
@@ -175,8 +175,10 @@ class Trainer:
             output = self.engine(batch.to(self.device))
             self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
             self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-            divergence = torch.zeros_like(output.cross_entropy) if output.consistency is None else output.consistency
-            sums += torch.stack([output.cross_entropy, divergence, output.correct.sum()])
+            self.row_losses.append(output.row_loss)
+            cross_entropy = output.row_loss.sum()
+            divergence = torch.zeros_like(cross_entropy) if output.consistency is None else output.consistency
+            sums += torch.stack([cross_entropy, divergence, output.correct.sum()])
             if index < len(batches) - 1:
                 self.engine.step()
         return dict(zip(("cross_entropy", "consistency", "correct"), sums.tolist(), strict=True))
@@ -191,17 +193,33 @@ class Trainer:
             phase = phases.of(step)
             shown["full_tokens"] = phase.full_tokens
             if phase.teacher is not None:
-                shown["consistency_loss"] = consistency
+                shown["consistency_loss"] = consistency if math.isfinite(consistency) else None
         return shown
 
-    def _optimizer_step(self) -> float | None:
+    def repeat(self, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float) -> None:
+        """Run a step's forward and backward passes once more, to look at them; its gradients are thrown away."""
+        self._seed(plan)
+        self._forward_backward(batches, ranks.world_size() / supervised)
+        discard(self.engine)
+
+    def _optimizer_step(self) -> Skipped | None:
+        """Change the model; ``overflow`` where float16's loss scaling left the step out instead."""
         self.watchdog.mark("optimizer")
-        norm = None
-        if not hasattr(self.engine.optimizer, "_global_grad_norm"):  # ZeRO 0 in float32: a plain PyTorch optimizer
-            norm = total_gradient_norm(self.engine)
         self.engine.step()
-        measured = self.engine.get_global_grad_norm()
-        return norm if measured is None else float(measured)
+        self.state.skipped_in_a_row = 0
+        if self.engine.was_step_applied():
+            return None
+        self.state.overflows += 1
+        return "overflow"
+
+    def _set_rates(self, plan: StepPlan) -> dict[str, float]:
+        """The schedule's rates, by part. A step without an update does not move it."""
+        updates = plan.step - self.state.skipped - self.state.overflows
+        factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
+        return set_rates(self.engine.optimizer, self.config.model.train, factor)
+
+    def _seed(self, plan: StepPlan) -> None:
+        torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
 
     def _totals(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """This rank's counts of the step, the same names on every rank."""
