@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -119,6 +120,12 @@ def private(process: psutil.Process) -> int:
     return memory.rss - memory.shared
 
 
+def cpu_seconds() -> float:
+    """Of this process and its finished children: what a build costs, however many others share the machine."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
 def build(pattern: Path, cache: Path, workers: int, encoder: ChatEncoder) -> SampleIndex:
     return build_index(
         [Source(pattern, pattern.parent)],
@@ -173,9 +180,10 @@ def measure(folder: Path, records: int, mean_words: int, distinct: int | None, w
     begun = time.perf_counter()
     pattern = write_shards(folder / "data", records, mean_words, distinct)
     written = time.perf_counter()
+    before = cpu_seconds()
     with Peak() as peak:
         index = build(pattern, folder / "cache", workers, encoder)
-    seconds = time.perf_counter() - written
+    seconds, cpu = time.perf_counter() - written, cpu_seconds() - before
     files = [path for path in (folder / "cache").rglob("*") if path.is_file()]
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -191,6 +199,7 @@ def measure(folder: Path, records: int, mean_words: int, distinct: int | None, w
         "tokens_per_record": index.total_tokens / len(index),
         "build_seconds": seconds,
         "records_per_second": len(index) / seconds,
+        "records_per_cpu_second": len(index) / cpu,
         "index_mb": sum(path.stat().st_size for path in files) / 1e6,
         "bytes_per_record": sum(path.stat().st_size for path in files) / len(index),
         "builder_peak_mb": peak.own / 1e6,

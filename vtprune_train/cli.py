@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from vtprune_train.config import ConfigError, load_config, refusal
-from vtprune_train.launch import USAGE, final_exit, launch
+from vtprune_train.launch import USAGE, asked_to_stop, final_exit, launch
 
 log = logging.getLogger("vtprune_train")
 
@@ -45,6 +45,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Load the settings, then train or describe."""
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    if asked_to_stop():
+        return 0
     _start_logging()
     try:
         strict = ["train.resume=strict"] if arguments.strict else []

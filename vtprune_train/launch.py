@@ -22,7 +22,14 @@ from vtprune_train.config import Config, load_config
 
 FINAL_FILE = "VTPRUNE_FINAL_FILE"
 RANK_MODULE = "vtprune_train.cli"
+EXIT_TERMINATED = 143
 USAGE = "vtprune launch [torchrun options] --config FILE [key=value ...]"
+
+
+def asked_to_stop() -> bool:
+    """Whether the end was noted before this rank began: it was started again, although all is over."""
+    note = os.environ.get(FINAL_FILE)
+    return note is not None and Path(note).exists()
 
 
 def final_exit(code: int) -> int:
@@ -49,6 +56,8 @@ def launch(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="vtprune-") as folder:
         note = Path(folder) / "final"
         os.environ[FINAL_FILE] = str(note)
+        # PyTorch would let a restart read the addresses of the dead ranks in the store it shares with them.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         signal.signal(signal.SIGTERM, _pass_on)
         code = _torchrun(command)
         return int(note.read_text()) if note.exists() else code
@@ -116,7 +125,8 @@ def _pass_on(*_: Any) -> None:
 
     ranks = psutil.Process().children()
     if not ranks:
-        raise SystemExit(143)
+        raise SystemExit(EXIT_TERMINATED)
+    final_exit(EXIT_TERMINATED)  # a rank that only just began dies of it, and must not be started again
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
             rank.send_signal(signal.SIGTERM)

@@ -50,6 +50,9 @@ def start_distributed(timeout: float) -> torch.device:
             # Ranks share the machine's cores: more threads than cores make each of them wait for the others.
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+        # The shared-memory all-reduce serves inference alone. DeepSpeed would compile it at the first start, under a
+        # lock that a process killed meanwhile leaves behind, and every later start waits for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -11,13 +11,12 @@ import traceback
 from typing import Any, NoReturn
 
 from vtprune_train.config import Config, ConfigError, refusal
-from vtprune_train.launch import final_exit
+from vtprune_train.launch import EXIT_TERMINATED, final_exit
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import start_distributed
 from vtprune_train.training.guards import EXIT_STOPPED, TrainingError
 from vtprune_train.training.lifeline import connect
 from vtprune_train.training.run import prepare
-from vtprune_train.training.trainer import EXIT_TERMINATED
 from vtprune_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -38,10 +37,13 @@ def train(config: Config) -> int:
     """
     faulthandler.enable()
     signal.signal(signal.SIGTERM, _terminate)
-    device = start_distributed(config.train.collective_timeout)
+    try:
+        device = start_distributed(config.train.collective_timeout)
+        watchdog = Watchdog(connect())
+    except Terminated:
+        return final_exit(EXIT_TERMINATED)
     if ranks.rank() == 0:
         _note_restarts(config.train.max_restarts)
-    watchdog = Watchdog(connect())
     try:
         try:
             trainer = prepare(config, device, watchdog)

@@ -15,6 +15,7 @@ from vtprune_train.config import Config
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.planner import Planner, StepPlan, data_digest
+from vtprune_train.launch import EXIT_TERMINATED
 from vtprune_train.stream import PackedBatch
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback
@@ -24,8 +25,6 @@ from vtprune_train.training.guards import Skipped, TrainingError, judge
 from vtprune_train.training.metrics import device_peak_flops, peak_memory_bytes
 from vtprune_train.training.optim import rate_factor, set_rates
 from vtprune_train.training.watchdog import Watchdog
-
-EXIT_TERMINATED = 143
 
 
 @dataclass
