@@ -35,7 +35,7 @@ def test_a_gradient_is_thrown_away_at_every_stage(tmp_path):
         process = WARM.start(script, ranks=2, cwd=ROOT, env=environment, out=log.fileno(), err=log.fileno())
         assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-4000:]
     for results in json.loads(out.read_text()):
-        assert len(results) == 11
+        assert len(results) == 10
         for name, result in results.items():
             assert result["noticed"], f"{name}: the norm of rank 1's NaN is finite"
             assert result["equal"], f"{name}: the step left something behind"
@@ -71,9 +71,8 @@ def test_stop_and_resume(runs):
     runs.run("stopped", *settings, "train.preflight=always", ranks=2)
     runs.run("healthy", *settings, ranks=2)
     assert_equal_checkpoints(runs.checkpoint("stopped"), runs.checkpoint("healthy"))
-    timed = {"step_time", "data_wait", "tokens_per_second", "peak_memory_bytes"}
-    for ours, theirs in zip(runs.metrics("stopped"), runs.metrics("healthy"), strict=True):
-        assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
+    for name in ("loss", "grad_norm", "learning_rates", "data_digest", "token_accuracy"):
+        assert [m[name] for m in runs.metrics("stopped")] == [m[name] for m in runs.metrics("healthy")], name
 
 
 def test_skip(runs):
