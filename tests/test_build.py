@@ -97,6 +97,9 @@ def test_projector_of_stage_1_and_nothing_else(tmp_path):
     export = tmp_path / "run" / "checkpoints" / "step_00000007" / "hf"
     stage_1.save_pretrained(export)
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000007")
+    with pytest.raises(ValueError, match="no complete checkpoint yet"):
+        resolve_checkpoint(str(tmp_path / "run"))
+    (export.parent / "manifest.json").write_text("{}")
     assert resolve_checkpoint(str(tmp_path / "run")) == str(export)
     assert resolve_checkpoint(str(export.parent)) == str(export)
     model = build_model(from_parts(tmp_path, projector=str(tmp_path / "run")), tokenizer)

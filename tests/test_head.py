@@ -16,11 +16,13 @@ def test_equals_plain_cross_entropy(chunk, with_bias):
     bias = torch.randn(17, dtype=torch.float64, requires_grad=True) if with_bias else None
     targets = torch.randint(0, 17, (10,))
     inputs = [x for x in (hidden, weight, bias) if x is not None]
-    loss, correct = chunked_cross_entropy(hidden, weight, bias, targets, chunk_rows=chunk)
+    loss, correct, row_loss = chunked_cross_entropy(hidden, weight, bias, targets, chunk_rows=chunk)
     logits = F.linear(hidden, weight, bias)
     expected = F.cross_entropy(logits, targets, reduction="sum")
     assert abs(loss - expected) < 1e-4  # summed in float32
     assert torch.equal(correct, logits.argmax(-1) == targets)
+    assert (row_loss - F.cross_entropy(logits, targets, reduction="none")).abs().max() < 1e-5
+    assert not row_loss.requires_grad
     for ours, theirs in zip(
         torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * expected, inputs), strict=True
     ):
@@ -30,7 +32,7 @@ def test_equals_plain_cross_entropy(chunk, with_bias):
 def test_no_rows_give_a_zero_that_reaches_the_weights():
     hidden = torch.randn(0, 8, requires_grad=True)
     weight = torch.randn(17, 8, requires_grad=True)
-    loss, correct = chunked_cross_entropy(hidden, weight, None, torch.zeros(0, dtype=torch.int64))
+    loss, correct, _ = chunked_cross_entropy(hidden, weight, None, torch.zeros(0, dtype=torch.int64))
     loss.backward()
     assert loss == 0 and len(correct) == 0
     assert weight.grad is not None and not weight.grad.any()
@@ -39,6 +41,6 @@ def test_no_rows_give_a_zero_that_reaches_the_weights():
 def test_frozen_weight_gets_no_gradient():
     hidden = torch.randn(4, 8, requires_grad=True)
     weight = torch.randn(17, 8)
-    loss, _ = chunked_cross_entropy(hidden, weight, None, torch.zeros(4, dtype=torch.int64))
+    loss, *_ = chunked_cross_entropy(hidden, weight, None, torch.zeros(4, dtype=torch.int64))
     loss.backward()
     assert hidden.grad is not None and weight.grad is None

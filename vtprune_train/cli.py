@@ -20,6 +20,8 @@ COMMANDS = {
     "eval": ("vtprune_train.inference.evaluate", "answers, visual tokens and times on a data file"),
     "show": ("vtprune_train.inference.show", "draw which visual tokens of a picture survive each stage"),
     "estimate": ("vtprune_train.inference.estimate", "tokens, FLOPs and cache, dropping beside dense"),
+    "convert": ("vtprune_train.inference.convert", "checkpoints of the original LLaVA code, in and out"),
+    "checkpoint": ("vtprune_train.training.checkpoint_command", "list, verify, convert and prune checkpoints"),
     "export": ("vtprune_train.inference.export", "a checkpoint's model or projector in half precision"),
 }
 
@@ -27,6 +29,7 @@ COMMANDS = {
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file: a path, or a name in configs/")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what the run would be, and stop")
+    parser.add_argument("--strict", action="store_true", help="train.resume=strict: refuse a damaged newest checkpoint")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by launchers")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.clip=1.0")
 
@@ -46,7 +49,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         return 0
     _start_logging()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        strict = ["train.resume=strict"] if arguments.strict else []
+        config = load_config(arguments.config, [*arguments.overrides, *strict])
         if arguments.dry_run:
             from vtprune_train.training.dry_run import describe
 

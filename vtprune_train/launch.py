@@ -113,8 +113,9 @@ def torchrun_options(given: Sequence[str], config: Config) -> list[str]:
 def _settings(training: Sequence[str]) -> Config:
     parser = argparse.ArgumentParser(prog="vtprune launch", usage=USAGE)
     parser.add_argument("--config", required=True)
+    parser.add_argument("--strict", action="store_true")
     parser.add_argument("overrides", nargs="*")
-    parsed = parser.parse_args(training)
+    parsed = parser.parse_intermixed_args(training)
     return load_config(parsed.config, parsed.overrides)
 
 

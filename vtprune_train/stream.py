@@ -139,6 +139,21 @@ class StreamPlan:
 
 
 @dataclass
+class TeacherPass:
+    """A second pass over the same stream, without gradients, whose output the first is drawn to.
+
+    Args:
+        plan: its stages.
+        weight: of the KL divergence in the loss.
+        temperature: softens both outputs.
+    """
+
+    plan: StreamPlan
+    weight: float
+    temperature: float
+
+
+@dataclass
 class PackedBatch:
     """One micro-batch: samples end to end, without padding.
 
@@ -153,11 +168,13 @@ class PackedBatch:
         answer_of_target: [R] int64, which answer of the batch each belongs to.
         num_answers: answers in the batch.
         sample_ids: the samples packed, in order (host only).
+        targets_per_sample: how many of ``targets`` are each sample's (host only).
         unreadable: ``(sample id, reason)`` of samples left out because an image could not be read (host only).
         costs: numbers for the logs, known from lengths alone (host only).
         image_inputs: what ``get_image_features`` of the family takes beside the pixels: tensors go to the device,
             tuples of integers stay on the host; ``None`` where tiles are gathered.
         positions: [parts, T] int64, positions that stay with their tokens; ``None`` where segments count tokens.
+        teacher: the pruned pass that a step on full tokens learns from; ``None`` elsewhere.
     """
 
     input_ids: Tensor
@@ -169,17 +186,19 @@ class PackedBatch:
     answer_of_target: Tensor
     num_answers: int
     sample_ids: tuple[str, ...] = ()
+    targets_per_sample: tuple[int, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
     costs: dict[str, float] = field(default_factory=dict)
     image_inputs: dict[str, Any] | None = None
     positions: Tensor | None = None
+    teacher: TeacherPass | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy every tensor to ``device`` (asynchronously from pinned memory)."""
         return map_leaves(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        """Called by ``torch.utils.data.DataLoader(pin_memory=True)``."""
+        """Copy every tensor to pinned memory."""
         return map_leaves(self, Tensor, Tensor.pin_memory)
 
 

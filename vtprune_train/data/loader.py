@@ -1,104 +1,25 @@
-"""Batches of global steps, decoded by worker processes in the planner's order."""
+"""Batches of global steps, in the planner's order, decoded by worker processes."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.planner import Planner, StepPlan
-from vtprune_train.stream import PackedBatch, map_leaves
+from vtprune_train.data.workers import DecodePool, MicroBatch
+from vtprune_train.stream import PackedBatch
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The samples of one rank in one micro-step, and whose pictures they get (their own if ``None``)."""
-
-    samples: tuple[int, ...]
-    pictures_of: tuple[int, ...] | None = None
-
-
-@dataclass
-class _Parcel:
-    """A batch on its way from a worker: pixels in shared memory, the many small tensors as one string of bytes. (In
-    shared memory each would cost a file descriptor and a connection, and pickled as a tensor ten times an array.)"""
-
-    small: bytes
-    pixel_values: Tensor
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> _Parcel:
-        pixels = batch.pixel_values
-        small = replace(batch, pixel_values=pixels.new_empty(0))
-        return cls(pickle.dumps(map_leaves(small, Tensor, Tensor.numpy)), pixels)
-
-    def open(self) -> PackedBatch:
-        small = map_leaves(pickle.loads(self.small), np.ndarray, torch.from_numpy)
-        return replace(small, pixel_values=self.pixel_values)
-
-    def pin_memory(self) -> PackedBatch:
-        return self.open().pin_memory()
-
-
-class _Decoded(Dataset):
-    def __init__(self, collate: Collator):
-        self.collate = collate
-
-    def __getitem__(self, micro_batch: MicroBatch) -> _Parcel:  # type: ignore[override]
-        return _Parcel.of(self.collate(micro_batch.samples, micro_batch.pictures_of))
-
-
-class _Order:
-    """The micro-batches of one rank, step after step."""
-
-    def __init__(self, plans: Sequence[int], planner: Planner, rank: int, pictures: Any):
-        self.steps, self.planner, self.rank, self.pictures = plans, planner, rank, pictures
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for step in self.steps:
-            for ranks in self.planner.plan(step).micro_batches:
-                samples = ranks[self.rank]
-                pictures = None if self.pictures is None else tuple(self.pictures[s] for s in samples)
-                yield MicroBatch(samples, pictures)
-
-    def __len__(self) -> int:
-        return sum(len(self.planner.plan(step).micro_batches) for step in self.steps)
-
-
-def _unchanged(parcel: _Parcel) -> _Parcel:
-    return parcel
-
-
-def _opened(arrived: _Parcel | PackedBatch) -> PackedBatch:
-    return arrived.open() if isinstance(arrived, _Parcel) else arrived
-
-
-def _outlive_sigterm(worker: int) -> None:
-    """Launchers and schedulers send SIGTERM to every process. A rank answers with a checkpoint, and needs its workers
-    for the step it is in; they end only when their own rank tells them to."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    rank = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
+PREFETCH = 4
 
 
 class StepLoader:
-    """Iterates over ``(plan, batches)`` of global steps ``[first_step, end_step)`` for one rank.
+    """Iterates once over ``(plan, batches)`` of global steps ``[first_step, end_step)`` for one rank.
+
+    Its workers are forked here: make it before anything that starts threads.
 
     Args:
         collate: samples to batches; runs in the workers.
@@ -107,6 +28,11 @@ class StepLoader:
         workers: decode processes; 0 decodes in this one.
         device: batches for CUDA are pinned.
         pictures_of: whose pictures each sample gets, by sample index; its own if ``None``.
+        prefetch: batches that each worker decodes ahead.
+        timeout: seconds after which a worker counts as hung; ``None``: never.
+
+    ``ready`` is the least number of decoded batches that lay ready when the last step asked for one; ``None`` without
+    workers.
     """
 
     def __init__(
@@ -120,22 +46,86 @@ class StepLoader:
         workers: int,
         device: torch.device,
         pictures_of: Sequence[int] | None = None,
+        prefetch: int = PREFETCH,
+        timeout: float | None = None,
     ):
         self.steps = range(first_step, end_step)
-        self.planner = planner
-        self.loader = DataLoader(
-            _Decoded(collate),
-            batch_size=None,
-            sampler=_Order(self.steps, planner, rank, pictures_of),  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_unchanged,  # type: ignore[arg-type]
-            pin_memory=device.type == "cuda",
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_outlive_sigterm,
-        )
+        self.collate, self.planner, self.rank, self.pictures_of = collate, planner, rank, pictures_of
+        self.device = device
+        self.ready: int | None = None
+        self._planned: deque[StepPlan] = deque()
+        self._pool: DecodePool | None = None
+        if workers and self.steps:
+            self._pool = DecodePool(
+                self._decode, self._order(), workers=workers, prefetch=prefetch, timeout=timeout, names=self._names
+            )
 
     def __iter__(self) -> Iterator[tuple[StepPlan, list[PackedBatch]]]:
-        batches = iter(self.loader)
+        if self._pool is None:
+            for step in self.steps:
+                plan = self.planner.plan(step)
+                batches = [self._decode(task) for task in self._tasks(plan)]
+                yield plan, [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+            return
+        pinned = _Pinned(self._pool, self.device) if self.device.type == "cuda" else None
+        try:
+            for _ in self.steps:
+                yield self._next_step(self._pool, self._pool.next if pinned is None else pinned.next)
+        finally:
+            self._pool.kill()
+            if pinned is not None:
+                pinned.close()
+            self._pool.close()
+
+    def _next_step(
+        self, pool: DecodePool, next_batch: Callable[[], PackedBatch | None]
+    ) -> tuple[StepPlan, list[PackedBatch]]:
+        plan = self._planned.popleft()
+        batches, ready = [], []
+        for _ in plan.micro_batches:
+            batch = next_batch()
+            assert batch is not None, "as many batches as tasks"
+            batches.append(batch)
+            ready.append(pool.ready)
+        self.ready = min(ready)
+        return plan, batches
+
+    def _order(self) -> Iterator[MicroBatch]:
+        """All tasks; each step's plan is noted when its first one is asked for."""
         for step in self.steps:
             plan = self.planner.plan(step)
-            yield plan, [_opened(next(batches)) for _ in plan.micro_batches]
+            self._planned.append(plan)
+            yield from self._tasks(plan)
+
+    def _tasks(self, plan: StepPlan) -> Iterator[MicroBatch]:
+        for ranks in plan.micro_batches:
+            samples = ranks[self.rank]
+            pictures = None if self.pictures_of is None else tuple(self.pictures_of[sample] for sample in samples)
+            yield MicroBatch(plan.step, samples, pictures)
+
+    def _decode(self, task: MicroBatch) -> PackedBatch:
+        return self.collate(task.samples, task.pictures_of, step=task.step)
+
+    def _names(self, task: MicroBatch) -> list[str]:
+        return [self.collate.index.sample_id(sample) for sample in task.samples]
+
+
+class _Pinned:
+    """One batch ahead in pinned memory, copied there by a thread while the one before it is trained on."""
+
+    def __init__(self, pool: DecodePool, device: torch.device):
+        self.pool = pool
+        self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+        self.ahead = self.thread.submit(self._pin)
+
+    def next(self) -> PackedBatch | None:
+        batch = self.ahead.result()
+        self.ahead = self.thread.submit(self._pin)
+        return batch
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    def _pin(self) -> PackedBatch | None:
+        batch = self.pool.next()
+        return None if batch is None else batch.pin_memory()

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.config import ModelConfig
-from vtprune_train.models import HFModule
+from vtprune_train.models import HFModule, original
 from vtprune_train.models.families import Family, Loop, trained_family
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.stream import IMAGE
@@ -53,9 +53,14 @@ def resolve_checkpoint(path: str) -> str:
         return str(folder / "hf")
     if (folder / "checkpoints").is_dir():
         latest = folder / "checkpoints" / "latest"
-        if not latest.is_file():
-            raise ValueError(f"{folder} has no complete checkpoint yet ({latest} is missing)")
-        return str(folder / "checkpoints" / latest.read_text().strip() / "hf")
+        named = latest.read_text().strip() if latest.is_file() else ""
+        finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
+        finished = [name for name in finished if name.removeprefix("step_").isdigit()]
+        if not finished:
+            raise ValueError(
+                f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)"
+            )
+        return str(latest.parent / (named if named in finished else finished[-1]) / "hf")
     return path
 
 
@@ -208,13 +213,20 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
     Raises:
         ValueError: the checkpoint lacks one of them or its shapes differ.
     """
-    folder = Path(resolve_checkpoint(path))
+    source = Path(resolve_checkpoint(path))
     keys = tuple(name.removeprefix("model.") for name in loop.projector)
-    files = sorted(folder.glob("*.safetensors"))
-    found = read_projector(files, keys)
     own = {key: value for key, value in model.model.state_dict().items() if key.startswith(keys)}
+    if source.is_file():
+        found = _read_mm_projector(model, source)
+        if "image_newline" in own and "image_newline" not in found:
+            log.warning("model.projector=%s holds no image_newline; it starts as the model's own", path)
+            del own["image_newline"]
+        place = str(source)
+    else:
+        files = sorted(source.glob("*.safetensors"))
+        found, place = read_projector(files, keys), f"{len(files)} safetensors file(s) of {source}"
     if missing := sorted(set(own) - set(found)):
-        raise ValueError(f"model.projector={path}: no {missing[0]} in {len(files)} safetensors file(s) of {folder}")
+        raise ValueError(f"model.projector={path}: no {missing[0]} in {place}")
     for key, value in own.items():
         if value.shape != found[key].shape:
             raise ValueError(
@@ -222,6 +234,18 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
                 f"{tuple(value.shape)}; it was trained for another language model or tower"
             )
         value.copy_(found[key])
+
+
+def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
+    """The ``mm_projector.bin`` of the original code, by its names in the base.
+
+    Raises:
+        ValueError: it is none, or a linear one and this model's has GELU.
+    """
+    found = original.projector_to_hf(original.read_bin(file), f"model.projector={file}")
+    if original.is_linear(found) and getattr(model.config, "projector_hidden_act", None) != "linear":
+        raise ValueError(f"model.projector={file} is a linear projector; this model's has two layers and GELU")
+    return {name.removeprefix("model."): value for name, value in found.items()}
 
 
 def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -272,7 +296,13 @@ def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, loop: Loop, source: 
             f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {loop.model_type}; "
             "set model.tokenizer to this checkpoint's own"
         )
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    add_image_token(tokenizer)
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ``<image>`` one token, if it is none."""
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -355,16 +385,21 @@ def _saved_image_processor(path: str) -> Any:
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
-    features are taken, which no gradient reaches."""
+    features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included)."""
     _, loop = family_of_config(model.config)
+    adapter = getattr(model, "peft_config", {}).get("default")
+    adapts_bias = adapter is not None and adapter.bias == "lora_only"
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {
         "projector": [],
         "language_model": [],
         "vision_tower": [],
+        "lora": [],
         "unused": [],
     }
     for name, parameter in model.named_parameters():
-        if name.startswith(loop.projector):
+        if adapter is not None and (".lora_" in name or (adapts_bias and name.endswith(".base_layer.bias"))):
+            part = "lora"
+        elif name.startswith(loop.projector):
             part = "projector"
         elif name.startswith(loop.vision):
             part = "unused" if _behind_features(model.config, name) else "vision_tower"

@@ -37,6 +37,14 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
     return dict(zip(values, total.tolist(), strict=True))
 
 
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The greatest of every rank's number."""
+    greatest = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+    return float(greatest)
+
+
 def from_rank_0(make: Callable[[], Result]) -> Result:
     """Call ``make`` on rank 0 and give its result to all; its error ends all ranks."""
     if not dist.is_initialized():

@@ -50,6 +50,9 @@ def start_distributed(timeout: float) -> torch.device:
             # Ranks share the machine's cores: more threads than cores make each of them wait for the others.
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+        # The shared-memory all-reduce serves inference alone. DeepSpeed would compile it at the first start, under a
+        # lock that a process killed meanwhile leaves behind, and every later start waits for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -68,6 +71,8 @@ def engine_config(config: Config) -> dict[str, Any]:
     wrong = [f"deepspeed: {key} is decided by {ours}; take it out" for key, ours in OWN_KEYS.items() if key in settings]
     if config.model.dtype == "float16" and not zero_stage(settings):
         wrong.append("model.dtype=float16 needs ZeRO 1 or more (DeepSpeed scales no loss at stage 0); use zero2.json")
+    if config.model.peft is not None and config.model.peft.kind == "qlora" and zero_stage(settings) == 3:
+        wrong.append("model.peft.kind=qlora: 4-bit weights cannot be partitioned by ZeRO-3; use zero2.json")
     if wrong:
         raise ConfigError("\n".join(wrong))
     return {
@@ -100,10 +105,3 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: d
 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
-
-
-def total_gradient_norm(engine: Any) -> float:
-    """The norm of the whole gradient at an accumulation boundary, before clipping, for engines that do not measure
-    it (ZeRO 0 in float32)."""
-    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))

@@ -14,6 +14,7 @@ from torch import nn
 
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.loader import StepLoader
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.planner import Planner
 from vtprune_train.training import distributed as ranks
 
@@ -26,6 +27,7 @@ def evaluate(
     device: torch.device,
     workers: int,
     mark: Callable[[str], None],
+    worker_timeout: float | None = None,
     shuffle_pictures: bool = False,
 ) -> dict[str, float]:
     """Evaluate on all samples of ``collate.index``; all ranks call this together.
@@ -37,6 +39,7 @@ def evaluate(
         device: this rank's.
         workers: decode processes.
         mark: told of every batch (the watchdog's).
+        worker_timeout: seconds after which one counts as hung.
         shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
 
     Returns:
@@ -44,13 +47,18 @@ def evaluate(
         the samples left out because a picture could not be read.
     """
     index = collate.index
-    batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens / index.tokens.mean())))
+    batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens * len(index) / index.total_tokens)))
+
+    def measure(_: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = index.lengths(samples).tokens
+        return tokens, tokens.astype(np.float64)
+
     planner = Planner(
-        index.tokens,
-        index.tokens.astype(np.float64),
+        EpochOrder([len(index)], seed=0),
+        measure,
+        longest=index.longest,
         global_batch_size=batch_size,
-        max_tokens=max(max_tokens, int(index.tokens.max())),
-        seed=0,
+        max_tokens=max(max_tokens, index.longest),
         world_size=ranks.world_size(),
     )
     loader = StepLoader(
@@ -62,6 +70,7 @@ def evaluate(
         workers=workers,
         device=device,
         pictures_of=exchange_pictures(collate) if shuffle_pictures else None,
+        timeout=worker_timeout,
     )
     was_training = model.training
     model.eval()
@@ -94,7 +103,7 @@ def evaluate(
 def exchange_pictures(collate: Collator) -> Sequence[int]:
     """For each sample one with as many pictures, by a fixed permutation without fixed points (where there are two)."""
     index = collate.index
-    counts = np.bincount(index.span_sample, minlength=len(index))
+    counts = index.num_pictures(np.arange(len(index)))
     partner = np.arange(len(index))
     for count in np.unique(counts):
         members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))

@@ -1,4 +1,4 @@
-"""Optimizer, parameter groups and schedule. The learning rate is a function of the global step alone."""
+"""Optimizer, parameter groups and schedule. The learning rate is a function of the number of updates alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_optimizer(
 
 
 def rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: Schedule) -> float:
-    """What multiplies every base learning rate at global step ``step`` (counted from 0).
+    """What multiplies every base learning rate of the update after ``step`` others.
 
     Linear warm-up from 0, then cosine or linear decay to 0 at ``total_steps``, or no decay (the conventions of
     transformers' schedulers).

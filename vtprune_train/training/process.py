@@ -14,9 +14,9 @@ from vtprune_train.config import Config, ConfigError, refusal
 from vtprune_train.launch import EXIT_TERMINATED, final_exit
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import start_distributed
+from vtprune_train.training.guards import EXIT_STOPPED, TrainingError
 from vtprune_train.training.lifeline import connect
 from vtprune_train.training.run import prepare
-from vtprune_train.training.trainer import TrainingError
 from vtprune_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -67,10 +67,10 @@ def _give_up(watchdog: Watchdog, error: BaseException) -> NoReturn:
         watchdog.fail(error, EXIT_TERMINATED, final=True, shown=shown)
     if isinstance(error, KeyboardInterrupt):
         watchdog.fail(error, EXIT_INTERRUPTED, final=True, shown="interrupted")
+    if isinstance(error, TrainingError):  # of all ranks; resuming repeats the same bits, so it would come again
+        watchdog.fail(error, EXIT_STOPPED, final=True, shown=refusal("training stopped", error))
     place = f"rank {ranks.rank()} on {socket.gethostname()} failed ({watchdog.place().where}):"
-    # Resuming repeats the same bits, so what training itself gives up on would come again.
-    final = isinstance(error, TrainingError)
-    watchdog.fail(error, 1, final=final, shown=f"{place}\n{''.join(traceback.format_exception(error)).rstrip()}")
+    watchdog.fail(error, 1, final=False, shown=f"{place}\n{''.join(traceback.format_exception(error)).rstrip()}")
 
 
 def _note_restarts(wanted: int) -> None:

@@ -20,14 +20,11 @@ from vtprune_train.stream import PackedBatch
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState
-from vtprune_train.training.engine import total_gradient_norm
+from vtprune_train.training.gradients import discard, loss_scale, squared_norm
+from vtprune_train.training.guards import Skipped, TrainingError, judge
 from vtprune_train.training.metrics import device_peak_flops, peak_memory_bytes
 from vtprune_train.training.optim import rate_factor, set_rates
 from vtprune_train.training.watchdog import Watchdog
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; all ranks raise it at the same step, before the optimizer step."""
 
 
 @dataclass
@@ -64,10 +61,18 @@ class Trainer:
         self.end_step = min(self.total_steps, self.config.run.stop_after or self.total_steps)
         self.warmup_steps = math.ceil(train.warmup_ratio * self.total_steps)
         self.terminated = False
+        self.row_losses: list[torch.Tensor] = []  # of the last step's micro-batches, [R] each
+        self.batches: Sequence[PackedBatch] = ()  # of the last step
         self._saved_step = self.state.step if self.state.step else -1
 
     def fit(self) -> int:
         """Train to the end, or until SIGTERM reaches any rank. Returns the process's exit code."""
+        try:
+            return self._fit()
+        finally:
+            self.checkpoints.settle()
+
+    def _fit(self) -> int:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         loader = StepLoader(
             self.collate,
@@ -77,6 +82,8 @@ class Trainer:
             rank=ranks.rank(),
             workers=self.config.data.workers,
             device=self.device,
+            prefetch=self.config.data.prefetch,
+            timeout=self.config.data.worker_timeout,
         )
         self.engine.train()
         for callback in self.callbacks:
@@ -87,6 +94,7 @@ class Trainer:
         for plan, batches in loader:
             data_wait = time.perf_counter() - waiting_since
             record, stop = self.step(plan, batches, data_wait)
+            record["batches_ready"] = loader.ready
             self.watchdog.mark("after the step")
             for callback in self.callbacks:
                 callback.on_step(self, record)
@@ -98,6 +106,7 @@ class Trainer:
             waiting_since = time.perf_counter()
         self.save()
         self.watchdog.mark("at the end")
+        self.checkpoints.wait()
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
         return EXIT_TERMINATED if stop else 0
@@ -106,22 +115,23 @@ class Trainer:
         """One optimizer step over all micro-batches of all ranks: its metrics, and whether a rank was told to stop."""
         self.watchdog.mark("counting targets")
         began = time.perf_counter()
-        torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
-        factor = rate_factor(plan.step, self.total_steps, self.warmup_steps, self.config.train.schedule)
-        rates = set_rates(self.engine.optimizer, self.config.model.train, factor)
+        self._seed(plan)
+        rates = self._set_rates(plan)
         supervised = self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"]
-        if not supervised:
-            raise TrainingError(f"step {plan.step}: no sample of the step has a supervised token that could be read")
-        loss_sum, correct = self._forward_backward(batches, ranks.world_size() / supervised)
+        self.batches, self.row_losses = batches, []
+        scale = ranks.world_size() / max(1, supervised)
+        sums = self._forward_backward(batches if supervised else (), scale)
         self.watchdog.mark("summing over ranks")
-        totals = self._sum(self._totals(batches, float(loss_sum), float(correct)))
-        loss = totals.pop("loss_sum") / supervised
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {plan.step}: the loss is {loss}; no parameter was changed. Lower model.train's rates, "
-                f"or look at this step's samples: {[self.collate.index.sample_id(s) for s in plan.samples][:8]} ..."
-            )
-        grad_norm = self._optimizer_step()
+        squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
+        totals = self._sum({**sums, **squares, **self._totals(batches)})
+        if totals.pop("save_failed"):
+            self.checkpoints.wait()  # raises on all ranks
+        per_token = 1 / supervised if supervised else math.nan
+        loss, consistency = totals.pop("cross_entropy") * per_token, totals.pop("consistency") * per_token
+        grad_norm = math.sqrt(totals.pop("squared_norm")) / loss_scale(self.engine)
+        skipped = judge(self, plan, batches, supervised, loss + consistency, grad_norm)
+        if skipped is None:
+            skipped = self._optimizer_step()
         self.state.step = plan.step + 1
         if totals["unreadable"]:
             self._note_unreadable(batches)
@@ -132,59 +142,93 @@ class Trainer:
         record = {
             "step": self.state.step,
             "epoch": plan.epoch,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "learning_rates": rates,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "skipped": skipped,
             "samples": len(ids),
             "data_digest": data_digest(ids),
             "micro_steps": len(batches),
             "supervised_tokens": int(supervised),
-            "token_accuracy": totals.pop("correct") / supervised,
+            "token_accuracy": totals.pop("correct") / max(1, supervised),
+            **self._schedule(plan.step, consistency),
             **totals,
             "step_time": seconds,
             "data_wait": data_wait,
+            "data_wait_share": data_wait / seconds,
+            "data_wait_longest": ranks.max_over_ranks(data_wait, self.device),
             "tokens_per_second": totals["tokens_stage_0"] / seconds,
             "mfu": totals["flops"] / seconds / (peak * ranks.world_size()) if peak else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         return record, stop
 
-    def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> dict[str, float]:
         """Accumulate gradients of ``scale`` times the summed loss (DeepSpeed averages over ranks, so the scale that
-        gives the mean over the step's supervised tokens is ranks / tokens). Returns loss and correct tokens, summed."""
-        loss_sum = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device)
+        gives the mean over the step's supervised tokens is ranks / tokens). Returns this rank's cross-entropy,
+        divergence from the teacher's pass (0 without one) and correct tokens, summed, and leaves the cross-entropy of
+        every token in ``row_losses``."""
+        sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             self.watchdog.mark(f"forward {index + 1} of {len(batches)}")
             output = self.engine(batch.to(self.device))
             self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
             self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-            loss_sum += output.loss_sum.detach()
-            correct += output.correct.sum()
+            self.row_losses.append(output.row_loss)
+            cross_entropy = output.row_loss.sum()
+            divergence = torch.zeros_like(cross_entropy) if output.consistency is None else output.consistency
+            sums += torch.stack([cross_entropy, divergence, output.correct.sum()])
             if index < len(batches) - 1:
                 self.engine.step()
-        return loss_sum, correct
+        return dict(zip(("cross_entropy", "consistency", "correct"), sums.tolist(), strict=True))
 
-    def _optimizer_step(self) -> float | None:
+    def _schedule(self, step: int, consistency: float) -> dict[str, Any]:
+        """What the step dropped: shares kept in each stage after the first, and what a full-token step adds."""
+        phases = self.collate.phases
+        if phases is None or phases.method is None:
+            return {}
+        shown: dict[str, Any] = {"keep": phases.keep(step, self.collate.cost.decoder.num_layers)}
+        if phases.full.share:
+            phase = phases.of(step)
+            shown["full_tokens"] = phase.full_tokens
+            if phase.teacher is not None:
+                shown["consistency_loss"] = consistency if math.isfinite(consistency) else None
+        return shown
+
+    def repeat(self, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float) -> None:
+        """Run a step's forward and backward passes once more, to look at them; its gradients are thrown away."""
+        self._seed(plan)
+        self._forward_backward(batches, ranks.world_size() / supervised)
+        discard(self.engine)
+
+    def _optimizer_step(self) -> Skipped | None:
+        """Change the model; ``overflow`` where float16's loss scaling left the step out instead."""
         self.watchdog.mark("optimizer")
-        norm = None
-        if not hasattr(self.engine.optimizer, "_global_grad_norm"):  # ZeRO 0 in float32: a plain PyTorch optimizer
-            norm = total_gradient_norm(self.engine)
         self.engine.step()
-        measured = self.engine.get_global_grad_norm()
-        return norm if measured is None else float(measured)
+        self.state.skipped_in_a_row = 0
+        if self.engine.was_step_applied():
+            return None
+        self.state.overflows += 1
+        return "overflow"
 
-    def _totals(self, batches: Sequence[PackedBatch], loss_sum: float, correct: float) -> dict[str, float]:
-        """This rank's numbers of the step, the same names on every rank."""
-        num_stages = (
-            len(self.collate.method.drops(self.collate.cost.decoder.num_layers)) + 1 if self.collate.method else 1
-        )
-        names = ["flops", "flops_dense", "visual_tokens", *(f"tokens_stage_{i}" for i in range(num_stages))]
+    def _set_rates(self, plan: StepPlan) -> dict[str, float]:
+        """The schedule's rates, by part. A step without an update does not move it."""
+        updates = plan.step - self.state.skipped - self.state.overflows
+        factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
+        return set_rates(self.engine.optimizer, self.config.model.train, factor)
+
+    def _seed(self, plan: StepPlan) -> None:
+        torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
+
+    def _totals(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """This rank's counts of the step, the same names on every rank."""
+        stages = (f"tokens_stage_{i}" for i in range(self.collate.num_stages))
+        names = ["flops", "flops_dense", "visual_tokens", *stages]
         costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
-        stop = float(self.terminated)
-        return {"loss_sum": loss_sum, "correct": correct, "unreadable": unreadable, "stop": stop, **costs}
+        failed = float(self.checkpoints.failed)
+        return {"unreadable": unreadable, "stop": float(self.terminated), "save_failed": failed, **costs}
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
@@ -206,14 +250,27 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one."""
+        """Begin a checkpoint of the current step, unless there is one."""
         if self._saved_step == self.state.step:
             return
         from vtprune_train.config import dump_config
 
         self.watchdog.mark("saving")
+        self.checkpoints.wait()  # its thread reads the model's config
+        self._note_schedule()
         self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
         self._saved_step = self.state.step
+
+    def _note_schedule(self) -> None:
+        """Into the checkpoint's ``trainer.json`` and ``config.json``: where the schedule stands. The target's settings
+        are in ``config.json`` as ever (``pruning``); what training did on the way there stands beside them."""
+        phases, config = self.collate.phases, self.engine.module.config
+        num_layers = self.collate.cost.decoder.num_layers
+        self.state.pruning = phases.state(self.state.step, num_layers) if phases is not None else {}
+        if self.state.pruning:
+            config.pruning_training = self.state.pruning
+        elif hasattr(config, "pruning_training"):  # of the checkpoint that this run started from
+            del config.pruning_training
 
     def _sum(self, values: dict[str, float]) -> dict[str, float]:
         return ranks.sum_over_ranks(values, self.device)

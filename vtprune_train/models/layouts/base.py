@@ -18,6 +18,7 @@ from torch import Tensor
 from vtprune_train.stream import SegmentLayout
 
 NEWLINE = -1
+MAX_ASPECT = 200  # Qwen's own limit; a CLIP processor scales the SHORT side to a whole tile
 
 Size = tuple[int, int]
 """``(height, width)`` of a picture in pixels."""
@@ -124,6 +125,19 @@ class GatheredTiles(ImageLayout):
         return VisionInputs(
             pixel_values=torch.cat(every) if every else blank,
             visual_index=torch.from_numpy(np.where(flat == NEWLINE, newline, flat)),
+        )
+
+
+def check_aspect(size: Size) -> None:
+    """Refuse a picture so long that an image processor would blow it up, or refuses it itself.
+
+    Raises:
+        ValueError: with the picture's size.
+    """
+    if max(size) > MAX_ASPECT * min(size):
+        raise ValueError(
+            f"a picture of {size[0]} x {size[1]} pixels is more than {MAX_ASPECT} times as long as wide; "
+            "this family's image processor cannot take it"
         )
 
 

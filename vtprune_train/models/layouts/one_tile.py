@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vtprune_train.models.layouts.base import GatheredTiles, Size, check_class_token_is_dropped
+from vtprune_train.models.layouts.base import GatheredTiles, Size, check_aspect, check_class_token_is_dropped
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class OneTile(GatheredTiles):
         return 1
 
     def visual_index(self, image_size: Size) -> np.ndarray:
+        check_aspect(image_size)
         return _all_patches(self.patches_per_tile)
 
     def examples(self) -> list[Size]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from vtprune_train.models.layouts.base import ImageLayout, Pictures, Size, VisionInputs
+from vtprune_train.models.layouts.base import ImageLayout, Pictures, Size, VisionInputs, check_aspect
 from vtprune_train.stream import SegmentLayout
 
 EXAMPLES = ((224, 224), (448, 448), (768, 1024), (1080, 1920), (2160, 3840))
@@ -68,6 +68,7 @@ class MergedPatches(ImageLayout):
 
     def grid(self, size: Size) -> tuple[int, int]:
         """Rows and columns of patches."""
+        check_aspect(size)
         height, width = smart_resize(
             *size, self.patch_size * self.merge_size, min_pixels=self.min_pixels, max_pixels=self.max_pixels
         )

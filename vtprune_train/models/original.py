@@ -1,0 +1,146 @@
+"""Checkpoints of the original LLaVA code: how it names tensors and settings, and transformers' names for them.
+
+Source: ``LlavaMetaModel``, ``CLIPVisionTower`` and ``build_vision_projector`` of the LLaVA repository. Names on the
+Hugging Face side are those of a model in memory (``model.language_model.``, ...).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+PROJECTOR_TYPES = ("mlp2x_gelu", "linear")
+RENAMED = (  # original, Hugging Face
+    ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+    ("model.image_newline", "model.image_newline"),
+    ("lm_head.", "lm_head."),
+    ("model.", "model.language_model."),
+)
+TEXT_KEYS = re.compile(r"^(lm_head\.weight|model\.(embed_tokens|norm)\.weight|model\.layers\.\d+\..+)$")
+TOWER_KEYS = re.compile(r"^model\.vision_tower\.vision_tower\.vision_model\..+$")
+PROJECTOR_KEYS = re.compile(r"^model\.(mm_projector\.((0|2)\.)?(weight|bias)|image_newline)$")
+COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # old versions saved them
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint in ``*.safetensors`` or ``pytorch_model*.bin`` files.
+
+    Raises:
+        ValueError: there are none, one that the index names is missing, or one is damaged.
+    """
+    for pattern, index, read in (
+        ("*.safetensors", "model.safetensors.index.json", load_file),
+        ("pytorch_model*.bin", "pytorch_model.bin.index.json", read_bin),
+    ):
+        files = sorted(folder.glob(pattern))
+        if (folder / index).is_file():
+            named = set(json.loads((folder / index).read_text())["weight_map"].values())
+            if missing := sorted(named - {file.name for file in files}):
+                raise ValueError(f"{folder}: {missing[0]} is missing, which {index} names")
+            files = [folder / name for name in sorted(named)]
+        weights: dict[str, Tensor] = {}
+        for file in files:
+            try:
+                weights.update(read(file))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read ({error})") from error
+        if weights:
+            return weights
+    raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+
+
+def read_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of ``torch.save``; nothing in it is executed.
+
+    Raises:
+        ValueError: it is damaged or holds something else than named tensors.
+    """
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read as tensors ({str(error).strip().splitlines()[0]})") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"{file} holds no dictionary of tensors")
+    return loaded
+
+
+def projector_to_hf(weights: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
+    """The projector and ``image_newline`` among original weights, by Hugging Face names. A linear projector becomes
+    two layers, the second of which changes nothing (its model needs ``projector_hidden_act`` linear).
+
+    Raises:
+        ValueError: there is no projector, or one of another shape than ``mlp2x_gelu`` and ``linear``.
+    """
+    found = {_full(name): value for name, value in weights.items() if "mm_projector" in name or "image_newline" in name}
+    others = sorted(name for name in found if not PROJECTOR_KEYS.match(name))
+    if others:
+        raise ValueError(f"{place}: {others[0]} is of no projector known here; known: {', '.join(PROJECTOR_TYPES)}")
+    layers = {name for name in found if "mm_projector" in name}
+    if layers == {"model.mm_projector.weight", "model.mm_projector.bias"}:
+        weight, bias = found.pop("model.mm_projector.weight"), found.pop("model.mm_projector.bias")
+        found |= {
+            "model.mm_projector.0.weight": weight,
+            "model.mm_projector.0.bias": bias,
+            "model.mm_projector.2.weight": torch.eye(len(weight), dtype=weight.dtype),
+            "model.mm_projector.2.bias": torch.zeros_like(bias),
+        }
+    elif layers != {f"model.mm_projector.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}:
+        raise ValueError(f"{place}: no whole projector there; found {sorted(layers) or 'nothing'}")
+    return {to_hf(name): value for name, value in found.items()}
+
+
+def is_linear(projector: Mapping[str, Tensor]) -> bool:
+    """Whether a projector by Hugging Face names has a second layer that changes nothing."""
+    weight = projector["model.multi_modal_projector.linear_2.weight"]
+    bias = projector["model.multi_modal_projector.linear_2.bias"]
+    return torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype)) and not bias.any()
+
+
+def projector_to_original(weights: Mapping[str, Tensor], linear: bool) -> dict[str, Tensor]:
+    """Projector and ``image_newline`` among Hugging Face weights, by original names."""
+    own = ("model.multi_modal_projector.", "model.image_newline")
+    found = {to_original(name): value for name, value in weights.items() if name.startswith(own)}
+    if not linear:
+        return found
+    newline = {name: value for name, value in found.items() if name == "model.image_newline"}
+    parts = {f"model.mm_projector.{part}": found[f"model.mm_projector.0.{part}"] for part in ("weight", "bias")}
+    return {**parts, **newline}
+
+
+def to_hf(name: str) -> str:
+    """The Hugging Face name of an original tensor."""
+    return _renamed(name, [(ours, theirs) for ours, theirs in RENAMED])
+
+
+def to_original(name: str) -> str:
+    """The original name of a Hugging Face tensor."""
+    return _renamed(name, [(theirs, ours) for ours, theirs in RENAMED])
+
+
+def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
+    for before, after in pairs:
+        if name.startswith(before):
+            return after + name.removeprefix(before)
+    raise ValueError(f"{name} is no tensor of a LLaVA")
+
+
+def _full(name: str) -> str:
+    """LoRA runs and old versions write other prefixes."""
+    return "model." + name[name.index("mm_projector" if "mm_projector" in name else "image_newline") :]
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is the original code's."""
+    return "vision_config" not in config and ("mm_vision_tower" in config or "mm_projector_type" in config)

@@ -1,0 +1,76 @@
+"""The accumulated gradient of a step, wherever DeepSpeed's engine keeps it: measured, and thrown away.
+
+Both are for the moment between the last backward pass of a step and the optimizer step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def squared_norm(engine: Any, world_size: int) -> Tensor:
+    """This rank's share of the squared gradient norm: summed over ranks it is the whole, with the loss scale still in
+    it. NaN or infinity in any gradient of any rank makes it non-finite.
+
+    One pass over what this rank holds: its partition under ZeRO, otherwise every parameter's gradient.
+
+    Returns:
+        [] float64 on the gradients' device.
+    """
+    optimizer = engine.optimizer
+    if getattr(optimizer, "norm_for_param_grads", None):  # states in host memory: DeepSpeed measured on the way there
+        measured = [torch.as_tensor(norm).double() for norm in optimizer.norm_for_param_grads.values()]
+        return torch.stack(measured).square().sum()
+    replicas = 1
+    if hasattr(optimizer, "averaged_gradients"):  # ZeRO 1, 2, 3: this rank's partition
+        held = [piece for pieces in optimizer.averaged_gradients.values() if pieces is not None for piece in pieces]
+    else:  # whole gradients, equal on all ranks
+        replicas = world_size
+        held = getattr(optimizer, "fp32_groups_gradients_flat", None) or [
+            parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None
+        ]
+    if not held:
+        return torch.zeros((), dtype=torch.float64, device=engine.device)
+    norms = torch._foreach_norm(held, 2, torch.float32)  # float16 would overflow long before its elements do
+    return torch.stack(norms).double().square().sum() / replicas
+
+
+def loss_scale(engine: Any) -> float:
+    """What losses are multiplied by before the backward pass (1 but for float16)."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def scale_may_fall(engine: Any) -> bool:
+    """Whether dynamic loss scaling (float16) can still answer an overflow with a smaller scale."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler is not None and bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
+
+
+def discard(engine: Any) -> None:
+    """Forget the gradients accumulated since the last optimizer step; the next backward pass starts from zero.
+    Parameters, optimizer states and the loss scale stay as they are.
+
+    What DeepSpeed's own optimizers do on an overflow, without their change of the loss scale.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer._pre_step()  # resets what counts micro-steps
+        optimizer._overflow_clean_up(optimizer.loss_scale)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        optimizer.zero_grad(set_to_none=True)
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+            optimizer.reset_cpu_buffers()
+        else:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+    else:
+        optimizer.zero_grad(set_to_none=True)
