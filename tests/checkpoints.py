@@ -45,6 +45,7 @@ def save_run(folder: Path, method: PyramidDrop = HALF, **data: Any) -> Path:
     save_folder(checkpoint / "hf", method)
     settings = DataConfig(**{"template": TEMPLATE, "system": "", **data})
     (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": settings.model_dump(mode="json")}))
+    (checkpoint / "manifest.json").write_text("{}")  # it is finished
     (folder / "checkpoints" / "latest").write_text(checkpoint.name)
     return folder
 

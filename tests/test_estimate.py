@@ -340,6 +340,7 @@ def test_documented_command(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoints = tmp_path / "runs" / "llava_next_pdrop" / "checkpoints"
     checkpoint(checkpoints / "step_00000001" / "hf", method="pyramiddrop", layers=[2, 4], keep=[0.5, 0.25])
+    (checkpoints / "step_00000001" / "manifest.json").write_text("{}")
     (checkpoints / "latest").write_text("step_00000001\n")
     output = stdout_of(capsys, *shlex.split(command)[2:])
     assert "prefill, whole model" in output and "x faster" in output
