@@ -105,8 +105,9 @@ class Trainer:
             self.watchdog.mark("waiting for data", self.state.step + 1)
             waiting_since = time.perf_counter()
         self.save()
-        self.watchdog.mark("at the end")
+        self.watchdog.mark("saving")
         self.checkpoints.wait()
+        self.watchdog.mark("at the end")
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
         return EXIT_TERMINATED if stop else 0
