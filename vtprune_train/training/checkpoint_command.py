@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from vtprune_train.training import manifest
 from vtprune_train.training.lock import hold_run
@@ -53,17 +54,18 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: there are no checkpoints at the path, or they cannot be converted.
     """
+    path = Path(os.path.abspath(arguments.path))  # `.` has neither a name nor a parent to tell a run's folder by
     if arguments.action == "list":
-        return list_checkpoints(Path(arguments.path))
+        return list_checkpoints(path)
     if arguments.action == "verify":
-        return verify_checkpoints(Path(arguments.path))
+        return verify_checkpoints(path)
     if arguments.action == "convert":
-        return convert_checkpoint(Path(arguments.path), arguments.out)
-    return prune_checkpoints(Path(arguments.path), arguments.keep_last, arguments.keep_every, arguments.dry_run)
+        return convert_checkpoint(path, arguments.out)
+    return prune_checkpoints(path, arguments.keep_last, arguments.keep_every, arguments.dry_run)
 
 
 def find(path: Path) -> list[Path]:
-    """The finished checkpoints at a path, oldest first.
+    """The checkpoints at a path, oldest first.
 
     Raises:
         ValueError: there are none.
@@ -74,7 +76,7 @@ def find(path: Path) -> list[Path]:
         return [path]
     found = manifest.steps(path / "checkpoints") or manifest.steps(path)
     if not found:
-        raise ValueError(f"{path} holds no finished checkpoint (step_XXXXXXXX with a {manifest.MANIFEST})")
+        raise ValueError(f"{path} holds no finished checkpoint (a folder step_XXXXXXXX)")
     return found
 
 
@@ -127,6 +129,9 @@ def verify_checkpoints(path: Path) -> int:
     code = 0
     for checkpoint in find(path):
         wrong = manifest.problems(checkpoint)
+        if wrong and not checkpoint.is_dir():
+            print(f"{checkpoint}: removed meanwhile")  # by the running job, which keeps the newest
+            continue
         print(f"{checkpoint}: {'ok' if not wrong else f'{len(wrong)} wrong'}")
         for line in wrong:
             print(f"  {line}")
@@ -155,10 +160,10 @@ def convert_checkpoint(path: Path, out: str | None) -> int:
         partial.mkdir(parents=True)
         write_converted(source, partial)
         manifest.put_in_place(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{final} could not be written ({error}); {source} is untouched") from error
     finally:
+        shutil.rmtree(partial, ignore_errors=True)
         if held is not None:
             os.close(held)
     if out is not None:
