@@ -9,10 +9,11 @@ STAGES = "deepspeed=configs/deepspeed/zero{}.json"
 
 def deal(runs, ranks, *arguments, stages="0123"):
     log = runs.folder / "deal.log"
+    env = {**runs.environment(), "DEAL_STAGES": stages}
     with log.open("w+b") as said:
         process = WARM.start(
             [str(DEAL), *map(str, arguments)],
-            ranks=ranks, cwd=ROOT, env={**runs.environment(), "DEAL_STAGES": stages}, out=said.fileno(), err=said.fileno(),
+            ranks=ranks, cwd=ROOT, env=env, out=said.fileno(), err=said.fileno(),
         )  # fmt: skip
         assert process.wait(timeout=280) == 0, log.read_text()[-4000:]
 

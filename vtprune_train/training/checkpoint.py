@@ -286,8 +286,8 @@ def load(engine: Any, checkpoint: Path) -> TrainerState:
     """Restore weights and optimizer of every rank, and the trainer's state; all ranks call this.
 
     If the engine keeps its numbers as the one that wrote them did (ranks, ZeRO stage, dtype, order of parameters),
-    DeepSpeed loads its own files, to the bit; otherwise (or from the portable form) :mod:`elastic` deals the same numbers
-    anew. Rates, weight decay and betas are the engine's, not the checkpoint's.
+    DeepSpeed loads its own files, to the bit; otherwise (or from the portable form) :mod:`elastic` deals the same
+    numbers anew. Rates, weight decay and betas are the engine's, not the checkpoint's.
 
     Args:
         engine: not stepped yet.

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: there are no checkpoints at the path, or they cannot be converted.
     """
-    path = Path(os.path.abspath(arguments.path))  # `.` has neither a name nor a parent to tell a run's folder by
+    path = Path(arguments.path).absolute()  # `.` has neither a name nor a parent to tell a run's folder by
     if arguments.action == "list":
         return list_checkpoints(path)
     if arguments.action == "verify":

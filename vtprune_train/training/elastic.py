@@ -140,7 +140,7 @@ def _read_layout(path: Path) -> Layout:
 
 
 def has_layout(folder: Path, engine: Any, rank: int) -> bool:
-    """Whether a rank's flat tensors were written as the engine keeps them; older versions wrote no layout to tell by."""
+    """Whether a rank's flat tensors were written as the engine keeps them; older versions wrote no layout."""
     path = _layout_path(folder, rank)
     return not path.is_file() or _read_layout(path) == layout_of(engine)
 
