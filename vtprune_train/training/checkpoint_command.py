@@ -71,7 +71,8 @@ def find(path: Path) -> list[Path]:
         ValueError: there are none.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist; name a run's folder, its checkpoints folder, or one checkpoint")
+        what = "is no folder" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}; name a run's folder, its checkpoints folder, or one checkpoint")
     if manifest.STEP.match(path.name):
         return [path]
     found = manifest.steps(path / "checkpoints") or manifest.steps(path)
