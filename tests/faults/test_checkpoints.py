@@ -60,6 +60,7 @@ DAMAGE = {
     "flipped": (flip, "deepspeed/mp_rank_00_model_states.pt", "does not have the recorded SHA-256"),
     "missing": (Path.unlink, "trainer.json", "trainer.json is missing"),
     "manifest": (truncate, "manifest.json", "manifest.json cannot be read"),
+    "no manifest": (Path.unlink, "manifest.json", "manifest.json cannot be read"),
 }
 
 

@@ -7,12 +7,13 @@ DEAL = ROOT / "tests" / "faults" / "deal.py"
 STAGES = "deepspeed=configs/deepspeed/zero{}.json"
 
 
-def deal(runs, ranks, *arguments):
+def deal(runs, ranks, *arguments, stages="0123"):
     log = runs.folder / "deal.log"
+    env = {**runs.environment(), "DEAL_STAGES": stages}
     with log.open("w+b") as said:
         process = WARM.start(
             [str(DEAL), *map(str, arguments)],
-            ranks=ranks, cwd=ROOT, env=runs.environment(), out=said.fileno(), err=said.fileno(),
+            ranks=ranks, cwd=ROOT, env=env, out=said.fileno(), err=said.fileno(),
         )  # fmt: skip
         assert process.wait(timeout=280) == 0, log.read_text()[-4000:]
 
@@ -31,6 +32,14 @@ def test_every_stage_to_every_stage(runs, dtype):
     deal(runs, 2, "write", folder, dtype)
     deal(runs, 1, "read", folder, dtype, "deepspeed")
     deal(runs, 2, "read", folder, dtype, "portable" if dtype == "float32" else "deepspeed")
+
+
+def test_one_rank_to_two(runs):
+    """ZeRO-3 on one rank has one file, and yet no whole parameter in it."""
+    folder = runs.folder / "one"
+    folder.mkdir()
+    deal(runs, 1, "write", folder, "float32", stages="3")
+    deal(runs, 2, "read", folder, "float32", "deepspeed", stages="3")
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +72,9 @@ def test_one_to_two_to_one_ranks_and_another_plan(runs, whole):
 
 def test_zero_2_to_3_in_the_middle_of_an_epoch(runs, whole):
     assert_same_course(legs(runs, "stages", (3, 2, STAGES.format(2)), (8, 2, STAGES.format(3))), whole)
+
+
+def test_another_dtype_on_the_same_ranks(runs, whole):
+    course = legs(runs, "dtype", (3, 1, STAGES.format(2)), (8, 1, STAGES.format(2), "model.dtype=bfloat16"))
+    assert [m["data_digest"] for m in course] == [m["data_digest"] for m in whole]
+    assert [m["loss"] for m in course] == pytest.approx([m["loss"] for m in whole], rel=0.05)

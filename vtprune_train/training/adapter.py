@@ -48,8 +48,8 @@ def check_adapter(config: Config, device: torch.device) -> None:
         ValueError: the run's checkpoints were written with an adapter and this one has none, or the reverse.
     """
     checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.train.keep_last).steps()
-    if checkpoints and config.train.resume == "auto":
-        had_adapter = is_adapter(checkpoints[-1] / "hf")
+    if checkpoints and config.train.resume != "never":
+        had_adapter = any(is_adapter(checkpoint / "hf") for checkpoint in checkpoints)  # the newest may be damaged
         if had_adapter != (config.model.peft is not None):
             raise ValueError(
                 f"{checkpoints[-1]} was written {'with' if had_adapter else 'without'} an adapter, but model.peft is "

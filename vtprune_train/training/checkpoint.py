@@ -21,7 +21,8 @@ from typing import Any
 
 from vtprune_train.training import manifest
 from vtprune_train.training.distributed import from_rank_0, gather, rank, world_size
-from vtprune_train.training.elastic import layout_of, load_elastic, write_layout
+from vtprune_train.training.elastic import has_layout, layout_of, load_elastic, write_layout
+from vtprune_train.training.engine import precision
 from vtprune_train.training.saving import Entries, Files, HostCopies, Save, collect_files, write_file
 from vtprune_train.training.weights import full_state_dict, holds_only_trained, write_export
 
@@ -51,6 +52,7 @@ class TrainerState:
     identity: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     zero_stage: int = 0
+    dtype: str = ""  # unknown: an older version wrote the checkpoint
     pruning: dict[str, Any] = field(default_factory=dict)
 
 
@@ -283,8 +285,9 @@ def write_part(partial: Path, files: Files) -> Entries:
 def load(engine: Any, checkpoint: Path) -> TrainerState:
     """Restore weights and optimizer of every rank, and the trainer's state; all ranks call this.
 
-    With the ranks and ZeRO stage that wrote it DeepSpeed loads its own files, to the bit; with others (or from the
-    portable form) :mod:`elastic` deals the same numbers anew.
+    If the engine keeps its numbers as the one that wrote them did (ranks, ZeRO stage, dtype, order of parameters),
+    DeepSpeed loads its own files, to the bit; otherwise (or from the portable form) :mod:`elastic` deals the same
+    numbers anew. Rates, weight decay and betas are the engine's, not the checkpoint's.
 
     Args:
         engine: not stepped yet.
@@ -295,21 +298,31 @@ def load(engine: Any, checkpoint: Path) -> TrainerState:
     """
     _agree(lambda: _all_there(checkpoint))
     state = TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
-    now = (world_size(), int(engine.zero_optimization_stage()))
-    if (state.world_size, state.zero_stage) == now and (checkpoint / TAG).is_dir():
+    now = (world_size(), int(engine.zero_optimization_stage()), precision(engine))
+    if _written_alike(state, now, engine, checkpoint):
+        settings = [{key: v for key, v in group.items() if key != "params"} for group in engine.optimizer.param_groups]
         strict = not holds_only_trained(engine.module)
         loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=strict)
         if loaded is None:
             raise ValueError(f"DeepSpeed found nothing to load in {checkpoint / TAG}")
-        return state
-    if rank() == 0:
-        log.warning(
-            "%s was written by %d rank(s) with ZeRO %d; its state is dealt anew to %d with ZeRO %d",
-            checkpoint, state.world_size, state.zero_stage, *now,
-        )  # fmt: skip
-    load_elastic(engine, checkpoint, _agree)
-    state.world_size, state.zero_stage = now
+        for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+    else:
+        if rank() == 0:
+            log.warning(
+                "%s was written by %d rank(s) with ZeRO %d in %s; its state is dealt anew to %d with ZeRO %d in %s",
+                checkpoint, state.world_size, state.zero_stage, state.dtype or "an unknown dtype", *now,
+            )  # fmt: skip
+        load_elastic(engine, checkpoint, _agree)
+    state.world_size, state.zero_stage, state.dtype = now
     return state
+
+
+def _written_alike(state: TrainerState, now: tuple[int, int, str], engine: Any, checkpoint: Path) -> bool:
+    """Whether DeepSpeed's files hold every number where every rank of this run looks for it."""
+    same = (state.world_size, state.zero_stage) == now[:2] and state.dtype in ("", now[2])
+    same = same and (checkpoint / TAG).is_dir() and has_layout(checkpoint / TAG, engine, rank())
+    return all(gather(same))
 
 
 def _all_there(checkpoint: Path) -> None:

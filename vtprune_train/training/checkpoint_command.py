@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from vtprune_train.training import manifest
 from vtprune_train.training.lock import hold_run
@@ -53,28 +54,30 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: there are no checkpoints at the path, or they cannot be converted.
     """
+    path = Path(arguments.path).absolute()  # `.` has neither a name nor a parent to tell a run's folder by
     if arguments.action == "list":
-        return list_checkpoints(Path(arguments.path))
+        return list_checkpoints(path)
     if arguments.action == "verify":
-        return verify_checkpoints(Path(arguments.path))
+        return verify_checkpoints(path)
     if arguments.action == "convert":
-        return convert_checkpoint(Path(arguments.path), arguments.out)
-    return prune_checkpoints(Path(arguments.path), arguments.keep_last, arguments.keep_every, arguments.dry_run)
+        return convert_checkpoint(path, arguments.out)
+    return prune_checkpoints(path, arguments.keep_last, arguments.keep_every, arguments.dry_run)
 
 
 def find(path: Path) -> list[Path]:
-    """The finished checkpoints at a path, oldest first.
+    """The checkpoints at a path, oldest first.
 
     Raises:
         ValueError: there are none.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist; name a run's folder, its checkpoints folder, or one checkpoint")
+        what = "is no folder" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}; name a run's folder, its checkpoints folder, or one checkpoint")
     if manifest.STEP.match(path.name):
         return [path]
     found = manifest.steps(path / "checkpoints") or manifest.steps(path)
     if not found:
-        raise ValueError(f"{path} holds no finished checkpoint (step_XXXXXXXX with a {manifest.MANIFEST})")
+        raise ValueError(f"{path} holds no finished checkpoint (a folder step_XXXXXXXX)")
     return found
 
 
@@ -127,6 +130,9 @@ def verify_checkpoints(path: Path) -> int:
     code = 0
     for checkpoint in find(path):
         wrong = manifest.problems(checkpoint)
+        if wrong and not checkpoint.is_dir():
+            print(f"{checkpoint}: removed meanwhile")  # by the running job, which keeps the newest
+            continue
         print(f"{checkpoint}: {'ok' if not wrong else f'{len(wrong)} wrong'}")
         for line in wrong:
             print(f"  {line}")
@@ -155,10 +161,10 @@ def convert_checkpoint(path: Path, out: str | None) -> int:
         partial.mkdir(parents=True)
         write_converted(source, partial)
         manifest.put_in_place(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{final} could not be written ({error}); {source} is untouched") from error
     finally:
+        shutil.rmtree(partial, ignore_errors=True)
         if held is not None:
             os.close(held)
     if out is not None:

@@ -23,6 +23,7 @@ from vtprune_train.training.manifest import sync_and_hash
 
 PORTABLE = "portable"
 MASTER = "fp32"
+WHOLE_MODEL = "mp_rank_00_model_states.pt"  # of ZeRO 0 to 2; of ZeRO 3 every rank writes its parts
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,25 @@ def _zero3_pieces(optimizer: Any, names: dict[Any, str]) -> Iterator[tuple[Any, 
 
 def write_layout(partial: Path, tag: str, layout: Layout, rank: int) -> dict[str, dict[str, Any]]:
     """Write a rank's layout beside its files. Returns the manifest's entry."""
-    path = partial / tag / f"layout_{rank:05d}.json"
+    path = _layout_path(partial / tag, rank)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"shapes": layout.shapes, "pieces": [list(asdict(p).values()) for p in layout.pieces]}))
     return {str(path.relative_to(partial)): sync_and_hash(path)}
+
+
+def _layout_path(folder: Path, rank: int) -> Path:
+    return folder / f"layout_{rank:05d}.json"
+
+
+def _read_layout(path: Path) -> Layout:
+    content = json.loads(path.read_text())
+    return Layout(content["shapes"], [Piece(*piece) for piece in content["pieces"]])
+
+
+def has_layout(folder: Path, engine: Any, rank: int) -> bool:
+    """Whether a rank's flat tensors were written as the engine keeps them; older versions wrote no layout."""
+    path = _layout_path(folder, rank)
+    return not path.is_file() or _read_layout(path) == layout_of(engine)
 
 
 def read_layouts(folder: Path) -> list[Layout]:
@@ -135,10 +151,7 @@ def read_layouts(folder: Path) -> list[Layout]:
     Raises:
         ValueError: there is none.
     """
-    layouts = []
-    for path in sorted(folder.glob("layout_*.json")):
-        content = json.loads(path.read_text())
-        layouts.append(Layout(content["shapes"], [Piece(*piece) for piece in content["pieces"]]))
+    layouts = [_read_layout(path) for path in sorted(folder.glob("layout_*.json"))]
     if not layouts:
         raise ValueError(
             f"{folder} holds no layouts (an older version wrote it): resume with the ranks and ZeRO stage that wrote "
@@ -170,9 +183,7 @@ class DeepSpeedFiles:
             self.optimizers = [_load(path) for path in _optimizer_files(folder, len(layouts))]
             self.optimizers = [optimizer["optimizer_state_dict"] for optimizer in self.optimizers]
         scaler = self.optimizers[0].get("loss_scaler")
-        self.counters["loss_scaler"] = (
-            {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {}
-        )
+        self.counters["loss_scaler"] = _numbers(scaler)
         self.places: dict[str, list[tuple[int, Piece]]] = {}
         for rank, layout in enumerate(layouts):
             for piece in layout.pieces:
@@ -206,7 +217,7 @@ class DeepSpeedFiles:
     def untrained(self) -> Iterator[tuple[str, torch.Tensor]]:
         main = self.models[0]
         fragments = main.get("frozen_param_fragments") or {}
-        if len(self.models) == 1:  # ZeRO 0 to 2: whole
+        if (self.folder / WHOLE_MODEL).is_file():
             yield from ((name, value) for name, value in main["module"].items() if name not in self.shapes)
             return
         for name in fragments:
@@ -232,13 +243,17 @@ class DeepSpeedFiles:
         return self.models[0]["module"][piece.name]
 
 
+def _numbers(scaler: Any) -> dict[str, float]:
+    return {k: v for k, v in getattr(scaler, "__dict__", {}).items() if isinstance(v, int | float)}
+
+
 def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
 def _model_files(folder: Path, ranks: int) -> list[Path]:
-    if (folder / "mp_rank_00_model_states.pt").is_file():
-        return [folder / "mp_rank_00_model_states.pt"]
+    if (folder / WHOLE_MODEL).is_file():
+        return [folder / WHOLE_MODEL]
     return [_only(folder, f"*zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
 
 
@@ -323,7 +338,8 @@ def _fill_optimizer(engine: Any, saved: SavedState) -> None:
     as_tensor = isinstance(inner, torch.optim.AdamW)  # PyTorch counts steps in a tensor, DeepSpeed's in a number
     flats = flat_tensors(optimizer)
     pieces = layout_of(engine).pieces
-    first = pieces[0].name if pieces else next(iter(saved.shapes))  # all parameters are stepped together
+    # All parameters are stepped together, but for those that never had a gradient, which may have no state.
+    first = next((name for name in saved.shapes if saved.step(name) is not None), next(iter(saved.shapes)))
     for flat in flats:
         states, step = inner.state[flat], saved.step(first)
         if step is None:
@@ -339,8 +355,8 @@ def _fill_optimizer(engine: Any, saved: SavedState) -> None:
             part = target.data.view(-1).narrow(0, piece.offset, piece.numel)
             part.copy_(saved.read(piece.name, key, piece.start, piece.numel))
     scaler = getattr(optimizer, "loss_scaler", None)
-    for name, value in saved.counters["loss_scaler"].items():
-        if hasattr(scaler, name):
+    if saved.counters["loss_scaler"].keys() == _numbers(scaler).keys():  # else another dtype's, of no use here
+        for name, value in saved.counters["loss_scaler"].items():
             setattr(scaler, name, value)
 
 

@@ -99,6 +99,13 @@ def zero_stage(settings: dict[str, Any]) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
+def precision(engine: Any) -> str:
+    """The dtype an engine computes in, as ``model.dtype`` names it."""
+    if engine.bfloat16_enabled():
+        return "bfloat16"
+    return "float16" if engine.fp16_enabled() else "float32"
+
+
 def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
     """A ``DeepSpeedEngine`` around ``model``."""
     import deepspeed

@@ -23,12 +23,11 @@ HASHING_THREADS = 4
 
 
 def steps(folder: Path) -> list[Path]:
-    """Finished checkpoints in a ``checkpoints/`` folder, oldest first (not verified)."""
+    """Checkpoints in a ``checkpoints/`` folder, oldest first (not verified). One without a manifest had it once: a
+    folder gets its name after everything is in it."""
     if not folder.is_dir():
         return []
-    return sorted(
-        (path for path in folder.iterdir() if STEP.match(path.name) and (path / MANIFEST).is_file()), key=step_of
-    )
+    return sorted((path for path in folder.iterdir() if STEP.match(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -52,6 +52,7 @@ def train(config: Config) -> int:
             what = "the settings are wrong" if isinstance(error, ConfigError) else "cannot train"
             watchdog.fail(error, EXIT_REFUSED, final=True, shown=refusal(what, error))
         settings = config.train
+        ranks.barrier()  # a machine may index its data longer than another: that is no hang
         watchdog.watch(config.run_dir / "watchdog", settings.watchdog_timeout, settings.collective_timeout)
         code = trainer.fit()
         ranks.shut_down()

@@ -9,6 +9,7 @@ from typing import Any
 
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
+from vtprune_train.training.engine import precision
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ def resume(
         _check_identity(newest, identity)
     checkpoints.clean()
     if newest is None:
-        state = TrainerState(identity=identity, world_size=ranks.world_size(), zero_stage=stage)
+        state = TrainerState(
+            identity=identity, world_size=ranks.world_size(), zero_stage=stage, dtype=precision(engine)
+        )
     else:
         checkpoints.continue_from(newest)
         state = load(engine, newest)

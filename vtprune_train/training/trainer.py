@@ -105,8 +105,9 @@ class Trainer:
             self.watchdog.mark("waiting for data", self.state.step + 1)
             waiting_since = time.perf_counter()
         self.save()
-        self.watchdog.mark("at the end")
+        self.watchdog.mark("saving")
         self.checkpoints.wait()
+        self.watchdog.mark("at the end")
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
         return EXIT_TERMINATED if stop else 0
@@ -117,15 +118,8 @@ class Trainer:
         began = time.perf_counter()
         self._seed(plan)
         rates = self._set_rates(plan)
-        supervised = self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"]
-        self.batches, self.row_losses = batches, []
-        scale = ranks.world_size() / max(1, supervised)
-        sums = self._forward_backward(batches if supervised else (), scale)
-        self.watchdog.mark("summing over ranks")
-        squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
-        totals = self._sum({**sums, **squares, **self._totals(batches)})
-        if totals.pop("save_failed"):
-            self.checkpoints.wait()  # raises on all ranks
+        supervised = int(self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"])
+        totals = self._gradients(batches, supervised)
         per_token = 1 / supervised if supervised else math.nan
         loss, consistency = totals.pop("cross_entropy") * per_token, totals.pop("consistency") * per_token
         grad_norm = math.sqrt(totals.pop("squared_norm")) / loss_scale(self.engine)
@@ -137,8 +131,6 @@ class Trainer:
             self._note_unreadable(batches)
         stop = totals.pop("stop") > 0
         ids = [self.collate.index.sample_id(sample) for sample in plan.samples]
-        seconds = time.perf_counter() - began + data_wait
-        peak = device_peak_flops(self.device)
         record = {
             "step": self.state.step,
             "epoch": plan.epoch,
@@ -149,10 +141,33 @@ class Trainer:
             "samples": len(ids),
             "data_digest": data_digest(ids),
             "micro_steps": len(batches),
-            "supervised_tokens": int(supervised),
+            "supervised_tokens": supervised,
             "token_accuracy": totals.pop("correct") / max(1, supervised),
             **self._schedule(plan.step, consistency),
             **totals,
+            **self._speed(totals, time.perf_counter() - began + data_wait, data_wait),
+        }
+        return record, stop
+
+    def _gradients(self, batches: Sequence[PackedBatch], supervised: int) -> dict[str, float]:
+        """Accumulate the step's gradients. Returns its losses, counts and flags, summed over ranks.
+
+        Raises:
+            CheckpointError: on all ranks, if the save in flight has failed on one.
+        """
+        self.batches, self.row_losses = batches, []
+        sums = self._forward_backward(batches if supervised else (), ranks.world_size() / max(1, supervised))
+        self.watchdog.mark("summing over ranks")
+        squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
+        totals = self._sum({**sums, **squares, **self._totals(batches)})
+        if totals.pop("save_failed"):
+            self.checkpoints.wait()
+        return totals
+
+    def _speed(self, totals: dict[str, float], seconds: float, data_wait: float) -> dict[str, Any]:
+        """The step's time and memory, and what was done in it; all ranks call this together."""
+        peak = device_peak_flops(self.device)
+        return {
             "step_time": seconds,
             "data_wait": data_wait,
             "data_wait_share": data_wait / seconds,
@@ -161,7 +176,6 @@ class Trainer:
             "mfu": totals["flops"] / seconds / (peak * ranks.world_size()) if peak else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        return record, stop
 
     def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> dict[str, float]:
         """Accumulate gradients of ``scale`` times the summed loss (DeepSpeed averages over ranks, so the scale that
