@@ -48,7 +48,7 @@ def check_adapter(config: Config, device: torch.device) -> None:
         ValueError: the run's checkpoints were written with an adapter and this one has none, or the reverse.
     """
     checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.train.keep_last).steps()
-    if checkpoints and config.train.resume == "auto":
+    if checkpoints and config.train.resume != "never":
         had_adapter = is_adapter(checkpoints[-1] / "hf")
         if had_adapter != (config.model.peft is not None):
             raise ValueError(
