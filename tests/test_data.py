@@ -67,6 +67,8 @@ def collator(index, encoder, method=None):
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message is"),
         ({"image": 3, "conversations": say("<image>", "a")}, "image is 3"),
         ({"image": "a.png", "conversations": say("what", "<image>")}, "outside a user turn"),
+        ({"conversations": say("hi \ud83d", "a")}, r"half of a character \('\\ud83d'\)"),
+        ({"messages": [{"role": "user", "content": [{"url": "A" * 9999}]}]}, r"^a part .{290,300}\.\.\. \(\d{5} char"),
     ],
 )
 def test_malformed_records_keep_their_place_with_an_error(record, error):
@@ -87,6 +89,12 @@ def test_the_forms_of_a_record():
         "images": ["a.png"],
     }
     assert [turn.text for turn in normalize(parts, "x").turns] == ["<image>hi", "yo"]
+
+
+def test_an_id_with_half_of_a_character_can_be_written(tmp_path):
+    records = [{"id": "x\ud83d", "conversations": say("hi", "yo")}]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert index_of(tmp_path, None, "a.json")[0].sample_id(0) == "0:0:x?"
 
 
 def test_json_and_jsonl_read_alike_and_a_changed_file_is_read_again(tmp_path, caplog):

@@ -26,6 +26,7 @@ from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import find_files, json_list, open_reader
 from vtprune_train.models.anyres import AnyRes
+from vtprune_train.training import distributed
 
 
 def build(sources, folder, **settings):
@@ -155,7 +156,9 @@ def test_members_of_a_tar(tmp_path):
         ("a.json", b'[{"id": 1}] x', "something stands behind the list"),
         ("a.json", b"", "a.json: not JSON"),
         ("a.json", b'["\xff"]', "not UTF-8"),
+        ("a.json", b"[" * 99999, "a.json: not JSON .maximum recursion depth"),
         ("a.jsonl", b'{"id": "\xff"}', "line 1: not JSON"),
+        ("a.jsonl", b"[" * 99999, "line 1: not JSON .maximum recursion depth"),
         ("a.jsonl", b"", "a.jsonl holds no record"),
         ("a.json", b"[]", "a.json holds no record"),
         ("*.parquet", None, r"no data file matches .*\*.parquet; check data.root"),
@@ -261,6 +264,12 @@ def test_identity_follows_the_samples(tmp_path):
     assert index_of(tmp_path, records, take="first:4")[0].identity() != first
     records[3]["conversations"][1]["value"] = "a dog"
     assert index_of(tmp_path, records)[0].identity() != first
+
+
+def test_ranks_with_other_samples_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [("one", "8:aa"), ("two", "7:bb")])
+    with pytest.raises(ValueError, match=r"data.train differ between ranks: 8:aa on rank 0 \(one\), 7:bb on rank 1"):
+        distributed.check_same("8:aa", "the samples of data.train")
 
 
 def test_a_file_that_changes_in_use_stops_the_run(tmp_path):
@@ -376,12 +385,16 @@ def test_mixtures_in_files(tmp_path):
         ({"files": []}, ["x.yaml holds no mixture"]),
         ([{"path": "a", "name": "n"}, {"path": "b", "name": "n"}], ["data.train", "two entries are named 'n'"]),
         (["a.json"], ["x.yaml, entry 0"]),
+        ("a.jsonl", ["a.jsonl is a data file, not a mixture"]),
+        ("broken.yaml", ["broken.yaml is not YAML"]),
     ],
 )
 def test_what_is_wrong_with_a_mixture_is_said(tmp_path, mixture, words):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(mixture))
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "broken.yaml").write_bytes(b"\xff")
     with pytest.raises(ConfigError) as raised:
-        load_config(write_config(tmp_path, "x.yaml"))
+        load_config(write_config(tmp_path, mixture if isinstance(mixture, str) else "x.yaml"))
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 

@@ -153,7 +153,7 @@ class SourceConfig(Section):
     path: str = Field(min_length=1)
     images: str = "."
     take: str = "all"
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(1.0, gt=0, le=1e6)
     prompt: PromptConfig = PromptConfig()
     name: str | None = Field(None, pattern=r"^[^:\s]+$")
 
@@ -161,7 +161,7 @@ class SourceConfig(Section):
     @classmethod
     def _valid_take(cls, value: str) -> str:
         kind, _, number = value.partition(":")
-        if value != "all" and not (kind in ("first", "random") and number.isdigit() and int(number) > 0):
+        if value != "all" and not (kind in ("first", "random") and number.isdecimal() and int(number) > 0):
             raise ValueError(f"{value!r} is none of all, first:N, random:N (N at least 1)")
         return value
 
@@ -428,7 +428,8 @@ def _wrong_source(entry: Any) -> list[str]:
     try:
         SourceConfig.model_validate(entry)
     except ValidationError as error:
-        return [line.removeprefix("data.train.0").removeprefix(".") for line in _explain(error, ("data", "train", 0))]
+        lines = _explain(error, ("data", "train", 0))
+        return [line.replace("data.train.0.", "").removeprefix("data.train.0") for line in lines]
     return []
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+DATA = (".json", ".jsonl", ".parquet", ".tar")
 CheckEntry = Callable[[dict[str, Any]], list[str]]
 
 
@@ -57,9 +58,11 @@ def _expanded(
 
 
 def _read(file: Path, key: str) -> tuple[list[Any], Path | None]:
+    if file.suffix in DATA:  # as YAML a large one would be read for hours
+        raise ValueError(f"{key}: {file} is a data file, not a mixture; write [{{path: {file}}}], or include a .yaml")
     try:
         content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}: {file} is not YAML: {error}") from error
     root = None
     if isinstance(content, dict) and "sources" in content and set(content) <= {"root", "sources"}:

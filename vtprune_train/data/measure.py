@@ -14,7 +14,7 @@ import numpy as np
 
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
-from vtprune_train.data.records import Conversation, Prompt, normalize
+from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
 from vtprune_train.data.sources import Piece, Place, Reader
 from vtprune_train.models.layouts import ImageLayout
 
@@ -115,7 +115,7 @@ def _refused(error: str) -> Measured:
 
 def picture_name(picture: Path | bytes, number: int) -> str:
     """What a picture is called in a message."""
-    return f"{number + 1} of the record" if isinstance(picture, bytes) else str(picture)
+    return f"{number + 1} of the record" if isinstance(picture, bytes) else shortened(str(picture))
 
 
 def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path) -> None:

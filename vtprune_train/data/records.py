@@ -17,6 +17,8 @@ from vtprune_train.data.sources import Malformed, find_files, open_reader
 from vtprune_train.stream import IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+LONGEST_ERROR = 300  # characters; a record with a picture as text would fill the log
+_HALF = re.compile(r"[\ud800-\udfff]")  # of a character: what cutting an emoji leaves in JSON, and no UTF-8 can hold
 _LEADING_IMAGES = re.compile(rf"(?:{re.escape(IMAGE)}\s*)*")
 
 
@@ -95,13 +97,18 @@ def normalize(record: Any, default_id: str) -> Conversation:
             raise ValueError(record)
         if not isinstance(record, Mapping):
             raise ValueError(f"the record is a {type(record).__name__}, not an object")
-        name = default_id if record.get("id") is None else str(record["id"])
+        name = default_id if record.get("id") is None else _HALF.sub("?", str(record["id"]))
         turns = _turns(record)
         images = _images(record)
         _check(turns, images)
     except ValueError as error:
-        return Conversation(name, error=str(error))
+        return Conversation(name, error=shortened(str(error)))
     return Conversation(name, tuple(turns), tuple(images))
+
+
+def shortened(text: str) -> str:
+    """``text`` as it may stand in a message."""
+    return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]}... ({len(text)} characters)"
 
 
 def _turns(record: Mapping[str, Any]) -> list[Turn]:
@@ -173,6 +180,8 @@ def _check(turns: list[Turn], images: list[str | bytes]) -> None:
         raise ValueError(UNSUPERVISED)
     if len(spoken) % 2:
         raise ValueError("the conversation ends with a user turn, so its last question has no answer to learn")
+    if half := next(filter(None, (_HALF.search(turn.text) for turn in turns)), None):
+        raise ValueError(f"its text holds half of a character ({half.group()!a}), as cutting an emoji leaves it")
     if any(IMAGE in turn.text for turn in turns if turn.role != "user"):
         raise ValueError(f"{IMAGE} stands outside a user turn")
     placeholders = sum(turn.text.count(IMAGE) for turn in spoken)

@@ -75,6 +75,21 @@ def barrier() -> None:
         dist.barrier()
 
 
+def check_same(value: Any, what: str) -> None:
+    """Make sure that all ranks found the same.
+
+    Raises:
+        ValueError: names ``what`` and two machines that differ.
+    """
+    answers = gather((socket.gethostname(), value))
+    for number, (host, found) in enumerate(answers):
+        if found != answers[0][1]:
+            raise ValueError(
+                f"{what} differ between ranks: {answers[0][1]} on rank 0 ({answers[0][0]}), {found} on rank {number} "
+                f"({host}); give all machines of the job the same files"
+            )
+
+
 def check_shared(folder: Path, key: str) -> None:
     """Make sure that all machines see the same ``folder``.
 

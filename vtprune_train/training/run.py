@@ -211,14 +211,15 @@ def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCos
 
 
 def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval"]) -> SampleIndex:
-    """Index the training or evaluation data.
+    """Index the training or evaluation data; all ranks call this.
 
     Raises:
-        ValueError: no file is named, or see :func:`vtprune_train.data.index.build_index`.
+        ValueError: no file is named, ranks do not find the same (they would plan different steps and wait for each
+            other for ever), or see :func:`vtprune_train.data.index.build_index`.
     """
     if not config.sources(which):
         raise ValueError(f"data.{which} names no file; for example [{{path: train.json, images: images}}]")
-    return build_index(
+    index = build_index(
         [_source(source) for source in config.sources(which)],
         parts.encoder,
         parts.layout,
@@ -231,6 +232,8 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         unsupervised=config.data.unsupervised,
         max_image_pixels=config.data.max_image_pixels,
     )
+    ranks.check_same(f"{index.identity()}, {index.total_tokens} tokens", f"the samples of data.{which}")
+    return index
 
 
 def _source(config: SourceConfig) -> Source:

@@ -115,6 +115,8 @@ class _Window:
             except json.JSONDecodeError as error:
                 if len(self._text) - self._position > LARGEST_RECORD or not self._more(block):
                     raise self.error(error.msg) from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, too deep a nesting
+                raise self.error(str(error)) from error
             else:
                 if end < len(self._text) or not self._more(block):  # a number could go on in the next block
                     self._move(end)

@@ -42,7 +42,7 @@ class JsonLines(Reader):
     def _parse(self, line: bytes, at: int) -> Any:
         try:
             return json.loads(line.removeprefix(b"\xef\xbb\xbf") if at == 0 else line)
-        except ValueError as error:  # not UTF-8 included
+        except (ValueError, RecursionError) as error:  # not UTF-8 included
             raise ValueError(f"{self.path}, line {self._line_number(at)}: not JSON ({error})") from error
 
     def _line_number(self, at: int) -> int:

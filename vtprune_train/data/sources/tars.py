@@ -99,7 +99,7 @@ def _record(members: Sequence[Member]) -> Any:
         if extension == "json":
             try:
                 described = json.loads(content)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 described = Malformed(f"{name} is not JSON ({error})")
         elif extension == "txt":
             caption = content.decode("utf-8", errors="replace").strip()
