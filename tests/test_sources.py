@@ -171,6 +171,20 @@ def test_broken_files_are_named(tmp_path, name, content, message):
         build([Source(tmp_path / name, tmp_path)], tmp_path)
 
 
+def test_broken_tables_are_named(tmp_path):
+    records = [{"id": "1", "conversations": say("hi", "yo")}]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4:64] = b"\xff" * 60
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.parquet is broken in row group 0"):
+        list(read_records(tmp_path / "a.parquet"))
+    Dataset.from_list(records).save_to_disk(str(tmp_path / "disk"))
+    next((tmp_path / "disk").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match="disk cannot be read as a dataset"):
+        list(read_records(tmp_path / "disk"))
+
+
 def test_columns_and_folders_that_cannot_be_read(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"question": "a", "answer": "b"}]), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no column 'conversations' or 'messages'; its columns: question, answer"):

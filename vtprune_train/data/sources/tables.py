@@ -65,8 +65,11 @@ class Parquet(Reader):
         for group in range(piece.start, piece.stop):
             batches = file.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False)
             rows = (row for batch in batches for row in batch.to_pylist())
-            for number, row in enumerate(rows):
-                yield Place(group, number), row
+            try:
+                for number, row in enumerate(rows):
+                    yield Place(group, number), row
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(f"data file {self.path} is broken in row group {group} ({error})") from error
 
     def read(self, place: Place) -> Any:
         file, columns = self._open()
@@ -80,7 +83,10 @@ class DatasetOnDisk(Reader):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        table = load_from_disk(str(path))
+        try:
+            table = load_from_disk(str(path))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ValueError(f"data folder {path} cannot be read as a dataset ({error})") from error
         self._table = table.select_columns(_columns(path, table.column_names)).with_format("arrow")
 
     def pieces(self) -> Iterator[Piece]:
