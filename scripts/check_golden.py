@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,10 +146,10 @@ def _largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="holds NAME.json and NAME.safetensors pairs")
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(argv).folder
     names = sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
     if not names:
         print(f"{folder} holds no golden cases (NAME.json + NAME.safetensors)", file=sys.stderr)

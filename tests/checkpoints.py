@@ -15,6 +15,7 @@ from PIL import Image
 
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config import DataConfig
+from vtprune_train.training.manifest import files_in, sync_and_hash, write_manifest
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 TEMPLATE = {"user": "user : {text}", "assistant": " assistant :", "answer": " {text}{eos}", "separator": "\n"}
@@ -45,7 +46,8 @@ def save_run(folder: Path, method: PyramidDrop = HALF, **data: Any) -> Path:
     save_folder(checkpoint / "hf", method)
     settings = DataConfig(**{"template": TEMPLATE, "system": "", **data})
     (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": settings.model_dump(mode="json")}))
-    (checkpoint / "manifest.json").write_text("{}")  # it is finished
+    (checkpoint / "trainer.json").write_text("{}")
+    write_manifest(checkpoint, {name: sync_and_hash(checkpoint / name) for name in files_in(checkpoint)})
     (folder / "checkpoints" / "latest").write_text(checkpoint.name)
     return folder
 

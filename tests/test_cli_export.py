@@ -147,6 +147,20 @@ def test_the_model_itself_is_never_replaced(capsys, tmp_path, inside):
     load(str(run))
 
 
+def test_damaged_weights_are_not_exported(capsys, tmp_path):
+    run_folder = save_run(tmp_path)
+    checkpoint = run_folder / "checkpoints" / "step_00000008"
+    (checkpoint / "trainer.json").unlink()  # nothing that an export needs
+    export(run_folder, tmp_path / "whole")
+    weights = checkpoint / "hf" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    export(run_folder, tmp_path / "damaged", expect=2)
+    assert "hf/model.safetensors does not have the recorded SHA-256" in capsys.readouterr().err
+    assert not (tmp_path / "damaged").exists()
+
+
 def test_a_failed_export_leaves_what_was_there(run_folder, tmp_path, monkeypatch):
     out = tmp_path / "export"
     export(run_folder, out)

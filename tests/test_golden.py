@@ -1,5 +1,6 @@
 """The published decoder's recorded outputs."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -13,13 +14,21 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 
 
-def check(folder):
-    command = [sys.executable, str(ROOT / "scripts" / "check_golden.py"), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True)
+SCRIPT = ROOT / "scripts" / "check_golden.py"
+
+
+@pytest.fixture(scope="module")
+def check():
+    """The script's ``main`` in this process."""
+    spec = importlib.util.spec_from_file_location("check_golden", SCRIPT)
+    sys.modules["check_golden"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda folder: module.main([str(folder)])
 
 
 def test_all_cases_agree():
-    result = check(GOLDEN)
+    command = [sys.executable, str(SCRIPT), str(GOLDEN)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("ok  ") == 3
 
@@ -27,7 +36,7 @@ def test_all_cases_agree():
 @pytest.mark.parametrize(
     "tamper", ["kept", "loss", "hidden", "gradient", "greedy_tokens", "cache_lengths", "greedy_hidden"]
 )
-def test_a_wrong_recording_is_noticed(tmp_path, tamper):
+def test_a_wrong_recording_is_noticed(tmp_path, tamper, check, capsys):
     name = "prefill_and_decode" if tamper.startswith(("greedy", "cache")) else "train_one_turn"
     for suffix in ("json", "safetensors"):
         shutil.copy(GOLDEN / f"{name}.{suffix}", tmp_path)
@@ -45,10 +54,9 @@ def test_a_wrong_recording_is_noticed(tmp_path, tamper):
         tensors["last_hidden_state" if tamper == "hidden" else "grad_inputs_embeds"][3, 5] += 1e-4
     (tmp_path / f"{name}.json").write_text(json.dumps(case))
     save_file(tensors, tmp_path / f"{name}.safetensors")
-    result = check(tmp_path)
-    assert result.returncode == 1
-    assert "FAIL" in result.stdout
+    assert check(tmp_path) == 1
+    assert "FAIL" in capsys.readouterr().out
 
 
-def test_an_empty_folder_is_an_error(tmp_path):
-    assert check(tmp_path).returncode == 2
+def test_an_empty_folder_is_an_error(tmp_path, check):
+    assert check(tmp_path) == 2

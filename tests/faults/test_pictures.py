@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ def rotated():
 
 
 PNG = encoded(PHOTO, "PNG")
-BOMB = PNG[:16] + (60_000).to_bytes(4, "big") * 2 + PNG[24:]
+HUGE = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + PNG[24:29]
+BOMB = PNG[:12] + HUGE + zlib.crc32(HUGE).to_bytes(4, "big") + PNG[33:]
 
 READ = {
     "rotated.jpg": encoded(PHOTO, "JPEG", exif=rotated()),

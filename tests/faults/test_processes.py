@@ -68,8 +68,8 @@ def test_a_hung_rank_is_named_with_stacks(runs, whole):
     stacks = [(runs.directory("hung") / "watchdog" / f"rank_0000{rank}.txt").read_text() for rank in (0, 1)]
     assert "faulty.py" in stacks[1] and "in fault" in stacks[1] and "in fault" not in stacks[0]
     assert "in all_reduce" in stacks[0] and "all_reduce" not in stacks[1].partition("Thread")[2]
-    worker = stacks[1].partition("loader worker")[2]
-    assert "_worker_loop" in worker
+    worker = stacks[1].partition("decode worker 0 of rank 1")[2]
+    assert "in _work" in worker
     runs.run("hung", *SETTINGS, ranks=2)
     assert_equal_checkpoints(runs.checkpoint("hung"), whole)
     assert not (runs.directory("hung") / "watchdog" / "rank_00002.txt").exists()
@@ -93,7 +93,8 @@ def test_a_restart_goes_on_with_the_same_bits(runs, whole):
     env = {**LAUNCH["env"], "FAULT": "kill:1:3"}
     done = runs.run("restarted", *SETTINGS, "train.max_restarts=2", script=LAUNCH["script"], env=env)
     assert "restart 1 of at most 2 after a failure" in done.stderr and "restart 2" not in done.stderr
-    assert "step_00000002" in done.stderr.partition("resuming from")[2]
+    resumed = done.stderr.partition("resuming from")[2]  # the save of step 2 may have been cut short
+    assert "step_00000002" in resumed or "step_00000001" in resumed
     assert_equal_checkpoints(runs.checkpoint("restarted"), whole)
 
 
@@ -150,7 +151,7 @@ def test_two_machines_train_like_one(runs, whole):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
     assert_equal_checkpoints(runs.checkpoint("slurm"), whole)
-    assert all(list((runs.folder / "nodes" / f"node{node}").rglob("index-*.arrow")) for node in (0, 1))
+    assert all(list((runs.folder / "nodes" / f"node{node}").rglob("index-*/manifest.json")) for node in (0, 1))
 
 
 @pytest.mark.parametrize(("ended", "queued"), [(143, True), (1, False)])

@@ -19,6 +19,7 @@ import socket
 import tempfile
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ STACK_SECONDS = 5.0
 END_SECONDS = 5.0
 SENT_TO_ALL = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
+_LIVE: weakref.WeakSet[DecodePool] = weakref.WeakSet()
 _LIBC = ctypes.CDLL(None)  # loaded here: a forked child should load nothing
 LIKELY = {
     signal.SIGKILL: "most likely the machine ran out of memory: see the kernel's log, lower data.workers or "
@@ -145,6 +147,7 @@ class DecodePool:
     ):
         self.decode, self.tasks, self.timeout, self.names = decode, tasks, timeout, names
         self.workers: list[_Worker] = []
+        _LIVE.add(self)
         for number in range(workers):
             self.workers.append(self._start(number))
         self.turn = self.ready = 0
@@ -270,17 +273,17 @@ class DecodePool:
     def _hung(self, number: int) -> WorkerError:
         """The error for a worker that does not answer, with its stack; the worker is killed."""
         worker = self.workers[number]
-        os.kill(worker.pid, signal.SIGUSR1)
-        deadline = time.monotonic() + STACK_SECONDS
-        while not (said := _said(worker.stacks)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(0.1)  # to the end of the stack
-        said = _said(worker.stacks) or f"\nIt gives no stack (state {_state(worker.pid)})"
+        said = _stack_of(worker)
         return WorkerError(
             f"{self._who(number)} has not finished a batch for data.worker_timeout={self.timeout:g} seconds; it is "
             f"decoding {self._samples(worker.given[0])}. Most likely a file system does not answer; raise "
             f"data.worker_timeout if it is only slow{said}"
         )
+
+    def stacks(self) -> str:
+        """Where every worker stands."""
+        living = [(number, worker) for number, worker in enumerate(self.workers) if not worker.ended]
+        return "\n".join(self._who(number) + _stack_of(worker) for number, worker in living)
 
     def _who(self, number: int) -> str:
         rank, pid = os.environ.get("RANK", "0"), self.workers[number].pid
@@ -323,6 +326,21 @@ def _end_of(code: int | None) -> str:
         return f"was killed by signal {-code}"
     likely = LIKELY.get(name)
     return f"was killed by {name.name}{f' ({likely})' if likely else ''}"
+
+
+def live_stacks() -> str:
+    """Where every worker of this process stands."""
+    return "\n".join(pool.stacks() for pool in list(_LIVE) if pool.workers)
+
+
+def _stack_of(worker: _Worker) -> str:
+    """What a worker answers when it is asked for its stack."""
+    os.kill(worker.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + STACK_SECONDS
+    while not (said := _said(worker.stacks)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.1)  # to the end of the stack
+    return _said(worker.stacks) or f"\nIt gives no stack (state {_state(worker.pid)})"
 
 
 def _said(stacks: IO[bytes]) -> str:

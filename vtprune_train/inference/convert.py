@@ -38,6 +38,7 @@ from vtprune_train.models.build import (
     resolve_checkpoint,
 )
 from vtprune_train.stream import IMAGE
+from vtprune_train.training.manifest import check_export
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: what is wrong with an option or the checkpoint, or something there that must not be replaced.
     """
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
+    check_export(source)
     if arguments.to == "mm_projector":
         _write_mm_projector(source, out, arguments.force)
     else:

@@ -25,6 +25,7 @@ from vtprune_train.inference.chatting import (
 from vtprune_train.inference.options import add_model_option
 from vtprune_train.models.build import read_projector, resolve_checkpoint
 from vtprune_train.models.peft import is_adapter, open_adapter
+from vtprune_train.training.manifest import check_export
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not SHARD_SIZE.match(arguments.max_shard_size):
         raise ValueError(f"--max_shard_size={arguments.max_shard_size} is no size such as 5GB or 500MB")
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
+    check_export(source)
     check_target(out, source, arguments.force)
     if arguments.part == "model":
         check_merge(source, arguments.merge)

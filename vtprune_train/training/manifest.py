@@ -55,10 +55,10 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def problems(checkpoint: Path) -> list[str]:
-    """All that is wrong with a checkpoint's files, one line each."""
+def problems(checkpoint: Path, part: str = "") -> list[str]:
+    """All that is wrong with a checkpoint's files (of those whose names begin with ``part``), one line each."""
     try:
-        files = read_manifest(checkpoint)
+        files = {name: entry for name, entry in read_manifest(checkpoint).items() if name.startswith(part)}
     except ValueError as error:
         return [str(error)]
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the interpreter's lock
@@ -70,6 +70,20 @@ def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in one line, or ``None``."""
     found = problems(checkpoint)
     return "; ".join(found) if found else None
+
+
+def check_export(source: str | Path) -> None:
+    """Before weights are taken from a checkpoint's ``hf/`` folder; another folder, or a hub id, passes.
+
+    Raises:
+        ValueError: a file is not what the checkpoint's manifest says.
+    """
+    checkpoint, part = Path(source).parent, f"{Path(source).name}/"
+    if not (checkpoint / MANIFEST).is_file():
+        return
+    found = problems(checkpoint, part)
+    if found:
+        raise ValueError(f"{checkpoint} is damaged: {'; '.join(found)}. Name an older step_XXXXXXXX of the run")
 
 
 def _problem(path: Path, name: str, entry: dict[str, Any]) -> str | None:

@@ -48,7 +48,8 @@ from vtprune_train.training.engine import (
     zero_stage,
 )
 from vtprune_train.training.lock import hold_run
-from vtprune_train.training.manifest import STEP
+from vtprune_train.training.manifest import STEP, check_export
+from vtprune_train.training.manifest import steps as finished_checkpoints
 from vtprune_train.training.optim import build_optimizer, parameter_groups
 from vtprune_train.training.preflight import preflight
 from vtprune_train.training.preflight import wanted as preflight_wanted
@@ -78,6 +79,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     ranks.check_shared(run_dir, "run.output_dir")
     torch.manual_seed(config.run.seed)
     check_adapter(config, device)
+    ranks.from_rank_0(lambda: _check_start(config))
     parts = build_parts(config)
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
@@ -116,6 +118,15 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     if preflight_wanted(config, device):
         preflight(trainer)
     return trainer
+
+
+def _check_start(config: Config) -> None:
+    """Runs that a new run takes weights from are whole; one that resumes has its own."""
+    if finished_checkpoints(config.run_dir / "checkpoints"):
+        return
+    for path in (config.model.path, config.model.projector):
+        if path is not None:
+            check_export(resolve_checkpoint(path))
 
 
 @dataclass

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from vtprune_train.data.workers import live_stacks
 from vtprune_train.launch import final_exit
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.lifeline import ROLL_CALL_SECONDS, Lifeline, Place, Verdict
@@ -175,12 +176,8 @@ class Watchdog:
         self._file.write(f"{verdict.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
         self._file.flush()
         faulthandler.dump_traceback(file=self._file, all_threads=True)
-        for worker in multiprocessing.active_children():
-            if worker.pid is not None:
-                self._file.write(f"\nloader worker {worker.name}, pid {worker.pid}:\n")
-                self._file.flush()
-                os.kill(worker.pid, signal.SIGUSR1)
-                time.sleep(0.1)
+        self._file.write(f"\n{live_stacks()}\n")
+        self._file.flush()
         if ranks.rank() in verdict.culprits:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
