@@ -3,10 +3,12 @@
 
     python scripts/bench.py --device cpu --geometry small [--step] [--json FILE]
     python scripts/bench.py --suite generate --device cpu --geometry small [--json FILE]
+    python scripts/bench.py --suite save --geometry save [--zero_stage 2] [--folder DIR] [--json FILE]
 
 All rows run the same samples of mixed lengths through the whole LLaVA-NeXT, forward and backward (and with --step an
 AdamW step), interleaved: one repeat of every row, then the next. Reported are medians with their spread, and ratios.
-The suite ``generate`` measures prefill, decoding and cache instead (``bench_generate.py``).
+The suite ``generate`` measures prefill, decoding and cache instead (``bench_generate.py``), the suite ``save`` how long
+a checkpoint holds the loop (``bench_save.py``).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_generate
+import bench_save
 
 from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.data.chat import EncodedChat
@@ -86,6 +89,7 @@ MIXED = (((672, 672), 180), ((336, 672), 60), ((500, 667), 121), ((200, 640), 40
 GEOMETRIES = {
     "tiny": Geometry(llama(128, 352, 8, 4), clip(64, 4, 4), (((336, 672), 40), ((300, 600), 20))),
     "small": Geometry(llama(384, 1024, 16, 6), clip(64, 6, 4), MIXED),
+    "save": Geometry(llama(1024, 2816, 8, 16), clip(64, 2, 4), (((200, 640), 8),)),
     "7b": Geometry({}, {}, (*MIXED, ((600, 600), 121), ((640, 480), 121)), torch.bfloat16, checkpointing=True),
 }
 
@@ -294,18 +298,20 @@ def check_no_sync(rows: list[Row], model: HFModule) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=("train", "generate"), default="train")
+    parser.add_argument("--suite", choices=("train", "generate", "save"), default="train")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--step", action="store_true", help="include an AdamW step")
     parser.add_argument("--decode_steps", type=int, default=16, help="tokens decoded a repeat (suite generate)")
+    parser.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=2, help="DeepSpeed's (suite save)")
+    parser.add_argument("--folder", type=Path, help="where checkpoints go, a temporary folder otherwise (suite save)")
     parser.add_argument("--skip_padded", action="store_true", help="leave out transformers' padded model")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
-    report = run_generation(arguments) if arguments.suite == "generate" else run(arguments)
+    report = {"train": run, "generate": run_generation, "save": run_saves}[arguments.suite](arguments)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -322,6 +328,20 @@ def run_generation(arguments: argparse.Namespace) -> dict[str, Any]:
     result |= {"suite": "generate", **environment(arguments, device)}
     print(f"{result['device']}, torch {result['torch']}, geometry {arguments.geometry}, {arguments.repeats} repeats\n")
     bench_generate.print_report(result)
+    return result
+
+
+def run_saves(arguments: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(arguments.device)
+    geometry = GEOMETRIES[arguments.geometry]
+    model, anyres = build(geometry, device)
+    samples = make_samples(geometry, anyres, model.config.text_config.vocab_size, device)
+    method = PyramidDrop()
+    batch = pack(samples, method, model.config.text_config.num_hidden_layers, device)
+    result = bench_save.run(prune(model, method), batch, arguments.repeats, arguments.zero_stage, arguments.folder)
+    result |= {"suite": "save", **environment(arguments, device)}
+    print(f"{result['device']}, torch {result['torch']}, geometry {arguments.geometry}, {arguments.repeats} repeats\n")
+    bench_save.print_report(result)
     return result
 
 

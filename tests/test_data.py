@@ -11,11 +11,11 @@ from helpers import tiny_image_processor, tiny_model, tiny_tokenizer
 from PIL import Image
 
 from vtprune_train import PyramidDrop
-from vtprune_train.data.chat import ChatEncoder, get_template
+from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.images import image_size, load_image
 from vtprune_train.data.index import Source, build_index
-from vtprune_train.data.records import normalize, read_source
+from vtprune_train.data.records import Conversation, normalize, read_records
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost
 from vtprune_train.models.anyres import AnyRes
@@ -69,20 +69,15 @@ def collator(index, encoder, method=None):
     ],
 )
 def test_malformed_records_keep_their_place_with_an_error(record, error):
-    assert re.search(error, normalize(record, "file-0")["error"])
+    assert re.search(error, normalize(record, "file-0").error)
 
 
 def test_the_forms_of_a_record():
     llava = normalize({"id": 7, "image": "a.png", "conversations": say("<image>\nhi", "yo")}, "x")
-    assert llava == {
-        "id": "7",
-        "images": ["a.png"],
-        "roles": ["user", "assistant"],
-        "texts": ["<image>\nhi", "yo"],
-        "error": "",
-    }
+    turns = (Turn("user", "<image>\nhi"), Turn("assistant", "yo"))
+    assert llava == Conversation("7", turns, ("a.png",))
     text_only = normalize({"system": "Be brief.", "image": None, "conversations": say("hi", "yo")}, "x")
-    assert text_only["roles"] == ["system", "user", "assistant"] and text_only["images"] == []
+    assert [turn.role for turn in text_only.turns] == ["system", "user", "assistant"] and not text_only.images
     parts = {
         "messages": [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]},
@@ -90,17 +85,20 @@ def test_the_forms_of_a_record():
         ],
         "images": ["a.png"],
     }
-    assert normalize(parts, "x")["texts"] == ["<image>hi", "yo"]
+    assert [turn.text for turn in normalize(parts, "x").turns] == ["<image>hi", "yo"]
 
 
-def test_json_and_jsonl_read_alike_and_a_changed_file_is_read_again(tmp_path):
+def test_json_and_jsonl_read_alike_and_a_changed_file_is_read_again(tmp_path, caplog):
     records = [{"id": str(i), "conversations": say(f"q {i}", f"a {i}")} for i in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(records))
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
-    one, two = (read_source(tmp_path / name, str(tmp_path / "cache")) for name in ("a.json", "a.jsonl"))
-    assert one[:] == two[:]
+    one, two = (list(read_records(tmp_path / name)) for name in ("a.json", "a.jsonl"))
+    assert one == two and len(one) == 3
+    assert len(index_of(tmp_path, None, "a.json")[0]) == 3
     (tmp_path / "a.json").write_text(json.dumps(records[:2]))
-    assert len(read_source(tmp_path / "a.json", str(tmp_path / "cache"))) == 2
+    with caplog.at_level(logging.WARNING):
+        assert len(index_of(tmp_path, None, "a.json")[0]) == 2
+    assert "a.json has changed since it was indexed; indexing again" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_source(tmp_path / name, str(tmp_path / "cache"))
+        list(read_records(tmp_path / name))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not part of a checkout")
@@ -141,10 +139,10 @@ def test_real_data(tmp_path):
         cache_dir=tmp_path,
     )
     assert len(index) == 46
-    counts = np.bincount(index.span_sample, minlength=46)
+    counts = index.num_pictures(np.arange(46))
     assert (counts[:20] >= 2).all() and (counts[20:40] == 0).all() and (counts[40:] >= 1).all()
     batch = collator(index, encoder, PyramidDrop())([0, 25, 41])
-    assert not batch.unreadable and batch.plan.stages[0].num_tokens == index.tokens[[0, 25, 41]].sum()
+    assert not batch.unreadable and batch.plan.stages[0].num_tokens == index.lengths([0, 25, 41]).tokens.sum()
 
 
 def test_sizes_from_headers_and_rotation(tmp_path):
@@ -194,25 +192,26 @@ def test_too_long_samples(tmp_path, caplog):
 
 def test_take(tmp_path):
     records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(30)]
-    assert index_of(tmp_path, records, take="first:4")[0].row.tolist() == [0, 1, 2, 3]
-    random_rows = index_of(tmp_path, records, take="random:7")[0].row.tolist()
+    assert index_of(tmp_path, records, take="first:4")[0].selections[0].rows.tolist() == [0, 1, 2, 3]
+    random_rows = index_of(tmp_path, records, take="random:7")[0].selections[0].rows.tolist()
     assert len(set(random_rows)) == 7 and random_rows == sorted(random_rows) != list(range(7))
-    assert index_of(tmp_path, records, take="random:7")[0].row.tolist() == random_rows
-    assert index_of(tmp_path, records, take="first:100")[0].row.tolist() == list(range(30))
+    assert index_of(tmp_path, records, take="random:7")[0].selections[0].rows.tolist() == random_rows
+    assert index_of(tmp_path, records, take="first:100")[0].selections[0].rows.tolist() == list(range(30))
 
 
 def test_the_index_tells_what_the_batch_holds(tmp_path):
     write_dataset(tmp_path, num_train=12, num_eval=1, seed=0)
     index, encoder = index_of(tmp_path, None, workers=2)
     collate = collator(index, encoder, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    lengths = index.lengths(range(len(index)))
     for sample in range(len(index)):
         batch = collate([sample])
-        assert batch.plan.stages[0].num_tokens == index.tokens[sample] == len(batch.input_ids)
-        assert len(batch.targets) == index.supervised[sample]
-        assert len(batch.pixel_values) == index.tiles[sample]
+        assert batch.plan.stages[0].num_tokens == lengths.tokens[sample] == len(batch.input_ids)
+        assert len(batch.targets) == lengths.supervised[sample]
+        assert len(batch.pixel_values) == lengths.tiles[sample]
         assert int(batch.visual_index.max()) == len(batch.pixel_values) * 16, "the newline stands behind all features"
     packed = collate(range(len(index)))
-    assert packed.plan.stages[0].num_tokens == index.tokens.sum()
+    assert packed.plan.stages[0].num_tokens == lengths.tokens.sum() == index.total_tokens
     assert packed.costs["tokens_stage_2"] == packed.plan.stages[2].num_tokens < packed.costs["tokens_stage_0"]
     assert packed.costs["flops"] < packed.costs["flops_dense"]
     assert packed.answer_of_target.unique().tolist() == list(range(packed.num_answers))

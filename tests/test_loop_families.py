@@ -206,8 +206,8 @@ def test_the_index_tells_what_the_batch_holds(setup):
     collate = setup.collator(parts, DROP)
     for sample, (_, pictures) in enumerate(RECORDS):
         batch = collate([sample])
-        assert batch.plan.stages[0].num_tokens == collate.index.tokens[sample] == len(batch.input_ids)
-        assert (len(batch.pixel_values) if pictures else 0) == collate.index.tiles[sample]
+        assert batch.plan.stages[0].num_tokens == collate.index.lengths([sample]).tokens[0] == len(batch.input_ids)
+        assert (len(batch.pixel_values) if pictures else 0) == collate.index.lengths([sample]).tiles[0]
         assert len(batch.visual_rows) == len(batch.visual_index)
         assert (batch.input_ids[batch.visual_rows] == parts.model.config.image_token_id).all()
         assert int((batch.input_ids == parts.model.config.image_token_id).sum()) == len(batch.visual_rows)

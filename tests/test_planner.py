@@ -5,17 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.planner import Planner, data_digest
 
 
 def planner(tokens, world_size=1, batch=8, max_tokens=100, seed=0, costs=None):
     tokens = np.array(tokens)
+    costs = tokens.astype(float) if costs is None else np.array(costs, dtype=float)
     return Planner(
-        tokens,
-        tokens.astype(float) if costs is None else np.array(costs, dtype=float),
+        EpochOrder([len(tokens)], seed),
+        lambda _, samples: (tokens[samples], costs[samples]),
+        longest=tokens.max(initial=0),
         global_batch_size=batch,
         max_tokens=max_tokens,
-        seed=seed,
         world_size=world_size,
     )
 
@@ -59,7 +61,7 @@ def test_ranks_share_the_cost():
 
 def test_errors_name_the_setting():
     with pytest.raises(ValueError, match=r"data.max_tokens=100 is smaller than the longest sample .120 tokens"):
-        planner([5, 120])
+        planner([5, 120]).plan(0)
     with pytest.raises(ValueError, match="no samples"):
         planner(np.zeros(0, dtype=int))
 

@@ -38,7 +38,7 @@ def pool_of():
     pools = []
 
     def make(count, decode=batch_of, **options):
-        tasks = (MicroBatch((number,)) for number in range(count))
+        tasks = (MicroBatch(number, (number,)) for number in range(count))
         settings = {"workers": 2, "prefetch": 2, "timeout": None, "names": lambda task: [f"id{task.samples[0]}"]}
         pools.append(DecodePool(decode, tasks, **{**settings, **options}))
         return pools[-1]
@@ -165,7 +165,7 @@ def test_workers_outlive_what_a_scheduler_sends_and_end_with_their_rank(pool_of)
     rank = os.fork()
     if not rank:
         pool = DecodePool(
-            lambda task: time.sleep(1000), iter([MicroBatch((0,))]), workers=2, prefetch=1, timeout=None, names=str
+            lambda task: time.sleep(1000), iter([MicroBatch(0, (0,))]), workers=2, prefetch=1, timeout=None, names=str
         )
         for worker in pool.workers:
             os.kill(worker.pid, signal.SIGTERM)

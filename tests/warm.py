@@ -7,6 +7,7 @@ environment, a working folder and standard streams of its own. Tests whose subje
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +88,11 @@ def serve(requests: socket.socket) -> None:
 
 
 def import_everything() -> None:
-    import deepspeed  # noqa: F401
+    import datasets.io.generator  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (every engine asks for it, and it is slow)
     import matplotlib.pyplot  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
+    from deepspeed.comm.torch import build_shm_op
     from PIL import Image
     from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaNextForConditionalGeneration  # noqa: F401
 
@@ -97,6 +101,8 @@ def import_everything() -> None:
     import vtprune_train.training.run  # noqa: F401
 
     Image.init()
+    with redirect_stdout(io.StringIO()):
+        build_shm_op()  # compiled at first use
 
 
 def lead(request: dict[str, Any], answer: int, out: int, err: int) -> None:

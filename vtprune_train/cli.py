@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vtprune_train.config import ConfigError, load_config
+from vtprune_train.config import ConfigError, load_config, refusal
+from vtprune_train.launch import USAGE, final_exit, launch
 
 log = logging.getLogger("vtprune_train")
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "show": ("vtprune_train.inference.show", "draw which visual tokens of a picture survive each stage"),
     "estimate": ("vtprune_train.inference.estimate", "tokens, FLOPs and cache, dropping beside dense"),
     "convert": ("vtprune_train.inference.convert", "checkpoints of the original LLaVA code, in and out"),
+    "checkpoint": ("vtprune_train.training.checkpoint_command", "list, verify, convert and prune checkpoints"),
     "export": ("vtprune_train.inference.export", "a checkpoint's model or projector in half precision"),
 }
 
@@ -27,6 +29,7 @@ COMMANDS = {
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file: a path, or a name in configs/")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what the run would be, and stop")
+    parser.add_argument("--strict", action="store_true", help="train.resume=strict: refuse a damaged newest checkpoint")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by launchers")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.clip=1.0")
 
@@ -44,32 +47,27 @@ def run_train(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     _start_logging()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        strict = ["train.resume=strict"] if arguments.strict else []
+        config = load_config(arguments.config, [*arguments.overrides, *strict])
         if arguments.dry_run:
             from vtprune_train.training.dry_run import describe
 
             print(describe(config))
             return 0
-        from vtprune_train.training.distributed import shut_down
-        from vtprune_train.training.run import prepare
+        from vtprune_train.training.process import train
 
-        trainer = prepare(config)
+        return train(config)
     except ConfigError as error:
         return _refuse("the settings are wrong", error)
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
         return _refuse("cannot train", error)
-    code = trainer.fit()
-    shut_down()
-    return code
 
 
-def _refuse(what: str, error: Exception) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{what}:", file=sys.stderr)
-        for line in str(error).splitlines():
-            print(f"  {line}", file=sys.stderr)
-    return 2
+def _refuse(what: str, error: ValueError) -> int:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine: they may not have the same files
+        print(refusal(what, error), file=sys.stderr)
+    return final_exit(2)
 
 
 def _start_logging() -> None:
@@ -83,10 +81,13 @@ def _start_logging() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """``vtprune``: returns the exit code (2 for what a user can mend)."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["launch"] and not {"-h", "--help"} & set(given):
+        return _launch(given[1:])
     parser = argparse.ArgumentParser(prog="vtprune", description="Visual-token pruning for training and inference.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train in this process (train.py under a launcher uses several)")
+    train = commands.add_parser("train", help="train in this process (`vtprune launch` uses several)")
     add_train_arguments(train)
+    commands.add_parser("launch", help="train in several processes, through torchrun", usage=USAGE)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in given[:1]:
@@ -97,6 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "train":
         return run_train(arguments)
     return _run_command(arguments)
+
+
+def _launch(arguments: Sequence[str]) -> int:
+    try:
+        return launch(arguments)
+    except ConfigError as error:
+        return _refuse("the settings are wrong", error)
+    except ValueError as error:
+        return _refuse("vtprune launch", error)
 
 
 def _run_command(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vtprune_train.mixture import expand
+
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-TRAINABLE = ("projector", "language_model", "vision_tower")
+TRAINABLE = ("projector", "language_model", "vision_tower", "lora")
 
 
 class ConfigError(ValueError):
     """All that is wrong with a run's settings, one line each."""
+
+
+def refusal(what: str, error: ValueError) -> str:
+    """What the user reads when settings or data cannot be used: the reasons, without a traceback."""
+    return "\n".join([f"{what}:", *(f"  {line}" for line in str(error).splitlines())])
 
 
 class Section(BaseModel):
@@ -31,6 +39,25 @@ class RunConfig(Section):
     output_dir: str = "runs"
     seed: int = Field(42, ge=0)
     stop_after: int | None = Field(None, ge=1)
+
+
+class PeftConfig(Section):
+    """An adapter on the language model's decoder; its learning rate is ``model.train``'s ``lora``."""
+
+    kind: Literal["lora", "dora", "qlora"] = "lora"
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | None = None
+    use_rslora: bool = False
+    bias: Literal["none", "lora_only"] = "none"
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not value:
+            raise ValueError("names no layer; null adapts all linear layers of the decoder")
+        return value
 
 
 class ModelConfig(Section):
@@ -47,6 +74,7 @@ class ModelConfig(Section):
     attention: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     liger: bool = False
+    peft: PeftConfig | None = None
     train: dict[str, float] = {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6}
 
     @field_validator("attention")
@@ -70,6 +98,21 @@ class ModelConfig(Section):
         return value
 
     @model_validator(mode="after")
+    def _adapter_has_a_rate(self) -> ModelConfig:
+        if self.peft is None:
+            if "lora" in self.train:
+                raise ValueError("train names lora, but there is no adapter; set peft, for example peft={r: 16}")
+            return self
+        if "language_model" in self.train:
+            raise ValueError(
+                "train names language_model, which peft freezes under its adapter; give the adapter a rate instead, "
+                "for example train={lora: 2.0e-4, projector: 2.0e-5}, or set peft to null to train it fully"
+            )
+        if "lora" not in self.train:
+            raise ValueError("train has no rate for peft's adapter; for example train={lora: 2.0e-4}")
+        return self
+
+    @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         parts = self.language_model is not None or self.vision_tower is not None
         given = [name for name, is_set in (("path", self.path), ("config", self.config), ("parts", parts)) if is_set]
@@ -87,12 +130,32 @@ class ModelConfig(Section):
         return self
 
 
-class SourceConfig(Section):
-    """One data file; ``path`` and ``images`` are relative to ``data.root``."""
+class PromptConfig(Section):
+    """What a source adds to its conversations: a system prompt for those that bring none, text before and after the
+    first user turn's."""
 
-    path: str
+    system: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+
+    @field_validator("system", "prefix", "suffix")
+    @classmethod
+    def _no_image(cls, value: str | None) -> str | None:
+        if value is not None and "<image>" in value:
+            raise ValueError(f"{value!r} holds <image>, but a prompt brings no picture; place <image> in the records")
+        return value
+
+
+class SourceConfig(Section):
+    """A data file, a folder or a glob of files, or a dataset on disk; ``path`` and ``images`` are relative to
+    ``data.root``. An epoch takes ``weight`` times its samples."""
+
+    path: str = Field(min_length=1)
     images: str = "."
     take: str = "all"
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    prompt: PromptConfig = PromptConfig()
+    name: str | None = Field(None, pattern=r"^[^:\s]+$")
 
     @field_validator("take")
     @classmethod
@@ -122,6 +185,14 @@ class DataConfig(Section):
     worker_timeout: float | None = Field(600.0, gt=0)
     cache_dir: str | None = None
 
+    @field_validator("train", "eval")
+    @classmethod
+    def _own_names(cls, value: list[SourceConfig]) -> list[SourceConfig]:
+        names = [source.name for source in value if source.name is not None]
+        if again := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two entries are named {again!r}; sample ids begin with the name")
+        return value
+
     @model_validator(mode="after")
     def _room_for_a_sample(self) -> DataConfig:
         if self.max_tokens < self.max_length:
@@ -132,8 +203,25 @@ class DataConfig(Section):
         return self
 
 
+class WarmupConfig(Section):
+    """The first steps of training: ``dense`` on all tokens, or keep ratios that go from ``start`` to the method's."""
+
+    steps: int | None = Field(None, ge=1)
+    ratio: float | None = Field(None, gt=0, le=1)
+    kind: Literal["dense", "linear", "cosine"] = "linear"
+    start: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> WarmupConfig:
+        if (self.steps is None) == (self.ratio is None):
+            given = "neither" if self.steps is None else "both"
+            raise ValueError(f"it lasts steps=N or ratio=R (a share of all steps), exactly one of them; {given} is set")
+        return self
+
+
 class PruningConfig(Section):
-    """The method and its schedule; ``layers: null`` splits the decoder evenly."""
+    """The method and its schedule; ``layers: null`` splits the decoder evenly. What training alone does beside it
+    (:data:`TRAINING_ONLY`) is no part of the method."""
 
     method: str = "pyramiddrop"
     layers: list[int] | None = None
@@ -142,17 +230,56 @@ class PruningConfig(Section):
     positions: Literal["renumber", "keep"] = "renumber"
     without_instruction: Literal["last_visual", "uniform"] = "last_visual"
     multi_turn: Literal["drop", "keep_dense"] = "drop"
+    warmup: WarmupConfig | None = None
+    full_token_share: float = Field(0.0, ge=0, le=1)
+    consistency_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    consistency_temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _builds(self) -> PruningConfig:
-        self.build()
+        method = self.build()
+        if method is None and (wanted := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
+            raise ValueError(
+                f"{wanted[0]} is set, but method is none, so no step drops tokens; null it or name a method"
+            )
+        if self.consistency_weight and not self.full_token_share:
+            raise ValueError(
+                f"consistency_weight={self.consistency_weight:g} weighs nothing: no step runs on full tokens; set "
+                "full_token_share too (for example 0.1)"
+            )
+        eases = method is not None and self.warmup is not None and self.warmup.kind != "dense"
+        if eases and self.warmup is not None and self.warmup.start < max(self.keep, default=0.0):
+            raise ValueError(
+                f"warmup.start={self.warmup.start:g} is below keep={self.keep}; a warm-up begins with more tokens"
+            )
         return self
 
     def build(self) -> Any:
         """The method, or ``None`` for ``none``."""
         from vtprune_train.pruning import method_from_settings
 
-        return method_from_settings(self.model_dump())
+        return method_from_settings(self.model_dump(exclude=set(TRAINING_ONLY)))
+
+    def phases(self, total_steps: int, seed: int) -> Any:
+        """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps."""
+        from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
+
+        warmup = None
+        if self.warmup is not None:
+            steps = self.warmup.steps or math.ceil((self.warmup.ratio or 0.0) * total_steps)
+            warmup = Warmup(steps, self.warmup.kind, self.warmup.start)
+        full = FullTokens(self.full_token_share, self.consistency_weight, self.consistency_temperature)
+        return Phases(self.build(), seed, warmup, full)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change on resume; of the training's own part only what is used, so that checkpoints written
+        before it existed can be continued."""
+        values = self.model_dump()
+        defaults = PruningConfig().model_dump()
+        return {key: v for key, v in values.items() if key not in TRAINING_ONLY or v != defaults[key]}
+
+
+TRAINING_ONLY = ("warmup", "full_token_share", "consistency_weight", "consistency_temperature")
 
 
 class TrainConfig(Section):
@@ -172,8 +299,23 @@ class TrainConfig(Section):
     eval_every: int | None = Field(None, ge=1)
     eval_shuffled: bool = False
     eval_show: int = Field(0, ge=0)
-    resume: Literal["auto", "never"] = "auto"
+    save_in_background: bool = True
+    resume: Literal["auto", "strict", "never"] = "auto"
     init_from: str | None = None
+    watchdog_timeout: float | None = Field(600, ge=1)
+    collective_timeout: float = Field(1800, ge=1)
+    max_restarts: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ends_make_sense(self) -> TrainConfig:
+        if self.watchdog_timeout is not None and self.collective_timeout <= self.watchdog_timeout:
+            raise ValueError(
+                f"collective_timeout={self.collective_timeout:g} must be longer than watchdog_timeout="
+                f"{self.watchdog_timeout:g}: otherwise a collective breaks before the hung rank is named; raise it"
+            )
+        if self.max_restarts and self.resume == "never":
+            raise ValueError(f"max_restarts={self.max_restarts} needs resume=auto: a restart continues a checkpoint")
+        return self
 
 
 class Config(Section):
@@ -212,7 +354,7 @@ class Config(Section):
         """The data files with paths joined to ``data.root``."""
         root = Path(self.data.root)
         return [
-            SourceConfig(path=str(root / source.path), images=str(root / source.images), take=source.take)
+            source.model_copy(update={"path": str(root / source.path), "images": str(root / source.images)})
             for source in getattr(self.data, which)
         ]
 
@@ -251,11 +393,36 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} holds a {type(tree).__name__}, not settings")
-    errors = [message for override in overrides if (message := _apply(tree, override))]
+    errors = _include(tree, file)
+    for override in overrides:
+        errors += [message] if (message := _apply(tree, override)) else _include(tree, file)
     config, found = _validate(tree)
     if errors or found or config is None:
         raise ConfigError("\n".join(errors + found))
     return config
+
+
+def _include(tree: dict[str, Any], file: Path) -> list[str]:
+    """Put the entries of included mixtures in place of their files; what is wrong with these, if anything."""
+    data = tree.get("data")
+    errors = []
+    for which in ("train", "eval"):
+        if isinstance(data, dict) and data.get(which) is not None:
+            try:
+                data[which] = expand(data[which], f"data.{which}", file.resolve(), find_file, _wrong_source)
+            except ValueError as error:
+                errors.append(str(error))
+                del data[which]
+    return errors
+
+
+def _wrong_source(entry: Any) -> list[str]:
+    """What is wrong with an entry of an included mixture, one line each."""
+    try:
+        SourceConfig.model_validate(entry)
+    except ValidationError as error:
+        return [line.removeprefix("data.train.0").removeprefix(".") for line in _explain(error, ("data", "train", 0))]
+    return []
 
 
 def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
@@ -335,11 +502,11 @@ def _apply(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _explain(error: ValidationError) -> list[str]:
-    """One line for each key that is wrong."""
+def _explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
+    """One line for each key that is wrong; ``parents`` is where in the settings what was checked stands."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        location = [part for part in item["loc"] if part not in ("str", "dict[str,any]")]
+        location = [part for part in (*parents, *item["loc"]) if part not in ("str", "dict[str,any]")]
         key = ".".join(str(part) for part in location)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
@@ -384,8 +551,34 @@ def without_effect(config: Config) -> list[str]:
         lines += [f"pruning.{key} has no effect: pruning.method is none" for key in given]
         if config.data.eval and config.train.eval_show:
             lines.append("train.eval_show has no effect: pruning.method is none")
+    else:
+        lines += _phases_without_effect(config.pruning)
+    for which in ("train", "eval"):
+        lines += _sources_without_effect(config, which)
     if config.model.tokenizer is not None and config.train.init_from is not None:
         lines.append("model.tokenizer has no effect: train.init_from brings its own")
+    return lines
+
+
+def _sources_without_effect(config: Config, which: Literal["train", "eval"]) -> list[str]:
+    lines = []
+    for number, source in enumerate(config.sources(which)):
+        if which == "eval" and source.weight != 1:
+            lines.append(f"data.eval.{number}.weight has no effect: an evaluation takes every sample once")
+        if config.data.template == "plain" and (source.prompt.prefix or source.prompt.suffix):
+            lines.append(f"data.{which}.{number}.prompt: the template plain keeps only the images of user turns")
+    return lines
+
+
+def _phases_without_effect(pruning: PruningConfig) -> list[str]:
+    lines = []
+    warmup = pruning.warmup
+    if warmup is not None and warmup.kind == "dense" and "start" in warmup.model_fields_set:
+        lines.append("pruning.warmup.start has no effect: pruning.warmup.kind is dense")
+    if pruning.consistency_temperature != 1 and not pruning.consistency_weight:
+        lines.append("pruning.consistency_temperature has no effect: pruning.consistency_weight is 0")
+    if warmup is not None and pruning.full_token_share == 1 and not pruning.consistency_weight:
+        lines.append("pruning.warmup has no effect: pruning.full_token_share=1 runs every step on full tokens")
     return lines
 
 

@@ -61,6 +61,20 @@ class DecoderGeometry:
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return 2.0 * self.hidden * (2 * query + 2 * key + 3 * self.intermediate)
 
+    def adapter_per_token(self, rank: int, targets: Sequence[str] | None) -> float:
+        """Forward FLOPs for one token of a low-rank adapter on these projections of one layer, or all.
+
+        Raises:
+            ValueError: the decoder has no such projection.
+        """
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        inner = {"gate_proj": self.intermediate, "up_proj": self.intermediate, "down_proj": self.intermediate}
+        other = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query, **inner}
+        targets = list(other) if targets is None else targets
+        if unknown := [name for name in targets if name not in other]:
+            raise ValueError(f"{unknown[0]!r} is no linear layer of the decoder; there are {', '.join(other)}")
+        return 2.0 * rank * sum(self.hidden + other[name] for name in targets)
+
     def layer(self, lengths: np.ndarray) -> np.ndarray:
         """Forward FLOPs of one layer on segments of these lengths (causal attention within each)."""
         n = np.asarray(lengths, dtype=np.float64)
@@ -176,14 +190,17 @@ class WindowedTowerGeometry:
 @dataclass(frozen=True)
 class TrainingCost:
     """FLOPs of forward and backward: a part costs 3 forwards if it is trained, 2 if gradients only pass through it, 1
-    if none reach it. Recomputation under activation checkpointing is not counted (as in MFU). ``tower`` is ``None`` for
-    families whose tower is not counted: :meth:`text` only."""
+    if none reach it. Attention has no weights, so its backward pass costs two forwards in either case. ``adapter`` is
+    what a trained adapter adds to a token in each layer, forward (DoRA's norms are not counted). Recomputation under
+    activation checkpointing is not counted (as in MFU). ``tower`` is ``None`` for families whose tower is not counted:
+    :meth:`text` only."""
 
     decoder: DecoderGeometry
     tower: TowerGeometry | WindowedTowerGeometry | None
     trains_decoder: bool
     trains_tower: bool
     trains_projector: bool = True
+    adapter: float = 0.0
 
     def sample(
         self,
@@ -202,9 +219,20 @@ class TrainingCost:
 
     def text(self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray) -> np.ndarray:
         """The decoder's and the head's part of :meth:`sample`."""
-        per_stage = self.decoder.layer(stage_lengths) * np.asarray(layers_per_stage)
-        decoder = per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
-        return decoder * (3 if self.trains_decoder else 2)
+        passes = 3 if self.trains_decoder else 2
+        tokens = np.asarray(stage_lengths, dtype=np.float64)
+        attention = self.decoder.layer(tokens) - self.decoder.per_token * tokens
+        per_layer = (passes * self.decoder.per_token + 3 * self.adapter) * tokens + 3 * attention
+        per_stage = per_layer * np.asarray(layers_per_stage)
+        return per_stage.sum(axis=-1) + passes * self.decoder.head(np.asarray(supervised, dtype=np.float64))
+
+    def forward_text(
+        self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray
+    ) -> np.ndarray:
+        """[samples] a pass of decoder and head without gradients."""
+        tokens = np.asarray(stage_lengths, dtype=np.float64)
+        per_stage = (self.decoder.layer(tokens) + self.adapter * tokens) * np.asarray(layers_per_stage)
+        return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def vision(self, tiles: np.ndarray) -> np.ndarray:
         """The tower's and the projector's part of :meth:`sample`, [pictures]."""

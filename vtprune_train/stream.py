@@ -139,6 +139,21 @@ class StreamPlan:
 
 
 @dataclass
+class TeacherPass:
+    """A second pass over the same stream, without gradients, whose output the first is drawn to.
+
+    Args:
+        plan: its stages.
+        weight: of the KL divergence in the loss.
+        temperature: softens both outputs.
+    """
+
+    plan: StreamPlan
+    weight: float
+    temperature: float
+
+
+@dataclass
 class PackedBatch:
     """One micro-batch: samples end to end, without padding.
 
@@ -158,6 +173,7 @@ class PackedBatch:
         image_inputs: what ``get_image_features`` of the family takes beside the pixels: tensors go to the device,
             tuples of integers stay on the host; ``None`` where tiles are gathered.
         positions: [parts, T] int64, positions that stay with their tokens; ``None`` where segments count tokens.
+        teacher: the pruned pass that a step on full tokens learns from; ``None`` elsewhere.
     """
 
     input_ids: Tensor
@@ -173,6 +189,7 @@ class PackedBatch:
     costs: dict[str, float] = field(default_factory=dict)
     image_inputs: dict[str, Any] | None = None
     positions: Tensor | None = None
+    teacher: TeacherPass | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy every tensor to ``device`` (asynchronously from pinned memory)."""

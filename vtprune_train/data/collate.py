@@ -16,10 +16,11 @@ from vtprune_train import flops
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, load_image
 from vtprune_train.data.index import SampleIndex
-from vtprune_train.data.records import turns_of
+from vtprune_train.data.measure import picture_name
 from vtprune_train.models.layouts import ImageLayout, Pictures
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, plan_stream
+from vtprune_train.pruning.phases import Phase, Phases
+from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, TeacherPass, plan_stream
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Collator:
         image_processor: transformers' own; it makes the tower's input.
         method: plans the stages; ``None`` for a dense pass.
         cost: counts FLOPs; its decoder geometry gives the number of layers.
+        phases: what a step of training does instead of ``method``; ``None`` where every batch drops by it.
         max_image_pixels: a picture of more is not read.
     """
 
@@ -51,15 +53,19 @@ class Collator:
     image_processor: Any
     method: PruningMethod | None
     cost: flops.TrainingCost
+    phases: Phases | None = None
     max_image_pixels: int = MAX_PIXELS
 
-    def __call__(self, samples: Sequence[int], pictures_of: Sequence[int] | None = None) -> PackedBatch:
+    def __call__(
+        self, samples: Sequence[int], pictures_of: Sequence[int] | None = None, step: int | None = None
+    ) -> PackedBatch:
         """Pack ``samples``. Samples whose pictures cannot be read are left out and named in ``unreadable``; if none
         is left the batch is one blank token without supervision.
 
         Args:
             samples: indices into the index.
             pictures_of: take the pictures from these samples instead (same number of pictures each).
+            step: the global step of training that the batch is for.
         """
         loaded: list[LoadedSample] = []
         unreadable: list[tuple[str, str]] = []
@@ -68,7 +74,7 @@ class Collator:
                 loaded.append(self.load(sample, picture_sample))
             except UNREADABLE as error:
                 unreadable.append((self.index.sample_id(sample), str(error)))
-        return self.pack(loaded, tuple(unreadable))
+        return self.pack(loaded, tuple(unreadable), step)
 
     def load(self, sample: int, picture_sample: int) -> LoadedSample:
         """Tokenize one sample and decode its pictures.
@@ -76,23 +82,32 @@ class Collator:
         Raises:
             one of ``UNREADABLE``: a picture cannot be read or has changed.
         """
-        row = self._row(sample)
-        picture_row = row if picture_sample == sample else self._row(picture_sample)
-        folder = self.index.sources[int(self.index.source[picture_sample])].images
-        sizes = list(zip(picture_row["image_heights"], picture_row["image_widths"], strict=True))
+        record = self.index.record(sample)
+        picture_record = record if picture_sample == sample else self.index.record(picture_sample)
+        sizes = self.index.picture_sizes(picture_sample)
+        pictures_of = self.index.pictures(picture_sample, picture_record)
         images = [
-            load_image(folder / name, size, max_pixels=self.max_image_pixels)
-            for name, size in zip(picture_row["images"], sizes, strict=True)
+            load_image(picture, size, max_pixels=self.max_image_pixels, name=picture_name(picture, number))
+            for number, (picture, size) in enumerate(zip(pictures_of, sizes, strict=True))
         ]
         pictures = Pictures(sizes, self.layout.pixels(self.image_processor, images))
-        return LoadedSample(self.index.sample_id(sample), self.encoder.encode(turns_of(row)), pictures)
+        return LoadedSample(self.index.sample_id(sample), self.encoder.encode(record.turns), pictures)
 
-    def pack(self, loaded: Sequence[LoadedSample], unreadable: tuple[tuple[str, str], ...] = ()) -> PackedBatch:
-        """Lay samples end to end."""
+    def pack(
+        self,
+        loaded: Sequence[LoadedSample],
+        unreadable: tuple[tuple[str, str], ...] = (),
+        step: int | None = None,
+    ) -> PackedBatch:
+        """Lay samples end to end and plan the stages of the step's phase."""
+        phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
         laid_out = [lay_out(sample.chat, self.layout.tokens(sample.pictures.sizes)) for sample in loaded]
         segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
-        num_layers = self.cost.decoder.num_layers
-        plan = plan_stream(segments, (), num_layers) if self.method is None else self.method.plan(segments, num_layers)
+        plan = self._plan(phase.method, segments)
+        teacher = None
+        if phase.teacher is not None:
+            own = self._plan(phase.teacher.method, segments)
+            teacher = TeacherPass(own, phase.teacher.weight, phase.teacher.temperature)
         ids = np.concatenate([ids for _, ids in laid_out]) if laid_out else np.zeros(1, dtype=np.int64)
         answers = [_answer_of_target(sample.chat) for sample in loaded]
         num_answers = np.cumsum([0, *(len(sample.chat.answer_starts) for sample in loaded)])
@@ -110,29 +125,52 @@ class Collator:
             num_answers=int(num_answers[-1]),
             sample_ids=tuple(sample.sample_id for sample in loaded),
             unreadable=unreadable,
-            costs=self._costs(loaded, plan, segments) if loaded else {},
+            costs=self._costs(loaded, plan, teacher, segments) if loaded else {},
             image_inputs=vision.image_inputs,
             positions=self.layout.positions(segments, pictures),
+            teacher=teacher,
         )
 
-    def _row(self, sample: int) -> dict:
-        return self.index.rows[int(self.index.source[sample])][int(self.index.row[sample])]
+    def _plan(self, method: PruningMethod | None, segments: Sequence[SegmentLayout]) -> StreamPlan:
+        num_layers = self.cost.decoder.num_layers
+        return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that the method makes; a pass on all tokens is reported as so many equal ones."""
+        return 1 if self.method is None else len(self.method.drops(self.cost.decoder.num_layers)) + 1
 
     def _costs(
-        self, loaded: Sequence[LoadedSample], plan: StreamPlan, segments: Sequence[SegmentLayout]
+        self,
+        loaded: Sequence[LoadedSample],
+        plan: StreamPlan,
+        teacher: TeacherPass | None,
+        segments: Sequence[SegmentLayout],
     ) -> dict[str, float]:
         tiles = _join([np.array([len(p) for p in sample.pictures.pixels], dtype=np.int64) for sample in loaded])
         sample_of_tiles = np.repeat(np.arange(len(loaded)), [len(sample.pictures.pixels) for sample in loaded])
         supervised = np.array([len(segment.supervised_offsets) for segment in segments])
-        lengths = np.array([stage.segment_lengths for stage in plan.stages]).T
-        layers = [stage.end_layer - stage.first_layer for stage in plan.stages]
-        done = self.cost.sample(lengths, layers, tiles, supervised, sample_of_tiles).sum()
-        if self.method is not None:
-            done += flops.selector_flops(self.cost.decoder, plan, self.method.rank_with == "next_layer")
+        lengths, layers = _stages(plan)
+        done = self.cost.sample(lengths, layers, tiles, supervised, sample_of_tiles).sum() + self._ranking(plan)
+        if teacher is not None:
+            done += self.cost.forward_text(*_stages(teacher.plan), supervised).sum() + self._ranking(teacher.plan)
         dense = self.cost.sample(lengths[:, :1], [sum(layers)], tiles, supervised, sample_of_tiles).sum()
-        per_stage = {f"tokens_stage_{i}": float(stage.num_tokens) for i, stage in enumerate(plan.stages)}
+        tokens = [stage.num_tokens for stage in plan.stages]
+        per_stage = {f"tokens_stage_{i}": float(tokens[min(i, len(tokens) - 1)]) for i in range(self.num_stages)}
         visual = sum(span.length for segment in segments for span in segment.spans)
         return {"flops": float(done), "flops_dense": float(dense), "visual_tokens": float(visual), **per_stage}
+
+    def _ranking(self, plan: StreamPlan) -> float:
+        """FLOPs of choosing the survivors of one pass."""
+        if self.method is None:
+            return 0.0
+        return flops.selector_flops(self.cost.decoder, plan, self.method.rank_with == "next_layer")
+
+
+def _stages(plan: StreamPlan) -> tuple[np.ndarray, list[int]]:
+    """[samples, stages] tokens, and the layers of each stage."""
+    lengths = np.array([stage.segment_lengths for stage in plan.stages]).T
+    return lengths, [stage.end_layer - stage.first_layer for stage in plan.stages]
 
 
 def lay_out(chat: EncodedChat, image_tokens: Sequence[int]) -> tuple[SegmentLayout, np.ndarray]:

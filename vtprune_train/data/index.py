@@ -1,101 +1,211 @@
-"""The sample index: every sample's lengths and image sizes, found once, in parallel, and cached.
+"""The sample index: which records of which sources are trained on, and every sample's lengths, on disk.
 
-Reading, memory-mapping, parallel mapping and caching are the work of ``datasets``; the cache's key is the content that
-would change the lengths (file, template, tokenizer, tiling).
+Reading and measuring the records is the work of :mod:`vtprune_train.data.table`, kept by the content that would change
+the lengths. What is left of them after ``take`` and the limits is a *selection*: the rows that can be used, kept beside
+the table. Opening an index maps these files into memory and reads none of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
-from datasets import Dataset, Features, List, Value
 from filelock import FileLock
 
 from vtprune_train.data.chat import ChatEncoder
-from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
-from vtprune_train.data.records import FEATURES, read_source, turns_of
+from vtprune_train.data.images import MAX_PIXELS
+from vtprune_train.data.measure import FINE, Measure
+from vtprune_train.data.order import EpochOrder, permuted
+from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
+from vtprune_train.data.sources import find_files
+from vtprune_train.data.table import VERSION, Table, open_table
 from vtprune_train.models.layouts import ImageLayout
+from vtprune_train.models.layouts.base import Size
 
 log = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
-INDEX_FEATURES = Features(
-    {
-        **FEATURES,
-        "num_text": Value("int32"),
-        "num_supervised": Value("int32"),
-        "image_heights": List(Value("int32")),
-        "image_widths": List(Value("int32")),
-        "image_tokens": List(Value("int32")),
-        "image_tiles": List(Value("int32")),
-    }
-)
 SHOWN = 5
-IMAGE_ERROR = "image "
+ROWS = 1 << 20  # looked at together
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data file and its folder of images; ``take`` is ``all``, ``first:N`` or ``random:N``."""
+    """One entry of the data: a path (see :func:`vtprune_train.data.sources.find_files`) and its folder of images;
+    ``take`` is ``all``, ``first:N`` or ``random:N``, ``weight`` its share of an epoch, ``name`` what it is called in
+    sample ids instead of its number."""
 
     path: Path
     images: Path
     take: str = "all"
+    weight: float = 1.0
+    prompt: Prompt = NO_PROMPT
+    name: str = ""
 
 
-@dataclass
-class SampleIndex:
-    """The usable samples, as arrays, and where to find their rows.
+@dataclass(frozen=True)
+class Lengths:
+    """What some samples measure: ``text``, ``supervised`` [S]; ``span_tokens``, ``span_tiles`` and ``span_sample``
+    (a position among these samples) [pictures]; all int64."""
 
-    ``tokens`` [samples] before dropping, ``text``, ``supervised`` [samples]; ``span_tokens``, ``span_tiles`` and
-    ``span_sample`` [images]; ``source`` and ``row`` [samples] locate the record, ``ids`` [samples] are its own
-    names; ``bad`` counts samples left out.
-    """
-
-    sources: list[Source]
-    rows: list[Dataset]
-    source: np.ndarray
-    row: np.ndarray
     text: np.ndarray
     supervised: np.ndarray
     span_tokens: np.ndarray
     span_tiles: np.ndarray
     span_sample: np.ndarray
-    ids: np.ndarray
-    bad: int = 0
-    too_long: int = 0
-
-    def __len__(self) -> int:
-        return len(self.row)
 
     @property
     def tokens(self) -> np.ndarray:
-        """[samples] tokens of each sample before dropping."""
-        visual = np.bincount(self.span_sample, weights=self.span_tokens, minlength=len(self))
-        return self.text + visual.astype(np.int64)
+        """[S] tokens of each sample before dropping."""
+        return self.text + self._sum(self.span_tokens)
 
     @property
     def tiles(self) -> np.ndarray:
-        """[samples] tiles (or patches) that the tower sees."""
-        return np.bincount(self.span_sample, weights=self.span_tiles, minlength=len(self)).astype(np.int64)
+        """[S] tiles (or patches) that the tower sees."""
+        return self._sum(self.span_tiles)
+
+    def _sum(self, values: np.ndarray) -> np.ndarray:
+        return np.bincount(self.span_sample, weights=values, minlength=len(self.text)).astype(np.int64)
+
+
+class Selection:
+    """The records of a table that are samples, in order. ``manifest`` holds ``samples``, ``longest``, ``tokens``,
+    ``bad``, ``too_long`` and a ``digest`` of the samples' content."""
+
+    def __init__(self, table: Table, folder: Path):
+        self.table, self.folder = table, folder
+        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"table": self.table, "folder": self.folder, "manifest": self.manifest}
+
+    def __len__(self) -> int:
+        return self.manifest["samples"]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """[samples] int64, memory-mapped."""
+        return np.memmap(self.folder / "rows.bin", np.int64, "r") if len(self) else np.zeros(0, dtype=np.int64)
+
+
+@dataclass
+class SampleIndex:
+    """The samples of all sources, numbered through.
+
+    Args:
+        sources: what was asked for.
+        selections: the samples of each source.
+        seed: of the run; decides the order together with the epoch.
+    """
+
+    sources: list[Source]
+    selections: list[Selection]
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._starts = np.cumsum([0, *(len(selection) for selection in self.selections)]).tolist()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def bad(self) -> int:
+        """Records left out because they cannot be used."""
+        return sum(selection.manifest["bad"] for selection in self.selections)
+
+    @property
+    def too_long(self) -> int:
+        """Samples left out for their length."""
+        return sum(selection.manifest["too_long"] for selection in self.selections)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, before dropping."""
+        return max((selection.manifest["longest"] for selection in self.selections), default=0)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all samples together, before dropping."""
+        return sum(selection.manifest["tokens"] for selection in self.selections)
+
+    def order(self) -> EpochOrder:
+        """Which samples an epoch holds, by the sources' weights."""
+        sizes = [len(selection) for selection in self.selections]
+        return EpochOrder(sizes, self.seed, [source.weight for source in self.sources])
 
     def identity(self) -> str:
-        """Number and hash of all sample ids, in order: equal for equal sets of samples."""
-        digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(f"{self.sample_id(index)}\n".encode())
-        return f"{len(self)}:{digest.hexdigest()[:16]}"
+        """Number and hash of all samples, in order: equal for equal sets of samples with equal texts."""
+        digests = "".join(selection.manifest["digest"] for selection in self.selections)
+        return f"{len(self)}:{hashlib.sha256(digests.encode()).hexdigest()[:16]}"
 
-    def sample_id(self, index: int) -> str:
+    def locate(self, sample: int) -> tuple[int, int]:
+        """``(source, row)`` of a sample."""
+        if not 0 <= sample < len(self):
+            raise IndexError(f"there is no sample {sample} among {len(self)}")
+        source = bisect_right(self._starts, sample) - 1
+        return source, int(self.selections[source].rows[sample - self._starts[source]])
+
+    def sample_id(self, sample: int) -> str:
         """``source:row:id``, unique within the run and the same on every machine."""
-        return f"{self.source[index]}:{self.row[index]}:{self.ids[index]}"
+        source, row = self.locate(sample)
+        return f"{self.sources[source].name or source}:{row}:{self.selections[source].table.id(row)}"
+
+    def record(self, sample: int) -> Conversation:
+        """The conversation as it is trained on, its source's prompt included.
+
+        Raises:
+            RuntimeError: the data file has changed since the index was opened.
+        """
+        source, row = self.locate(sample)
+        return self.sources[source].prompt.apply(self.selections[source].table.read(row))
+
+    def pictures(self, sample: int, record: Conversation) -> list[Path | bytes]:
+        """Where the pictures of a sample are read from."""
+        return record.pictures(self.sources[self.locate(sample)[0]].images)
+
+    def picture_sizes(self, sample: int) -> list[Size]:
+        """``(height, width)`` of each picture, as indexed."""
+        source, row = self.locate(sample)
+        table = self.selections[source].table
+        spans = table.spans(row)
+        return list(zip(table.column("height")[spans].tolist(), table.column("width")[spans].tolist(), strict=True))
+
+    def num_pictures(self, samples: np.ndarray) -> np.ndarray:
+        """[S] pictures of each sample."""
+        return np.bincount(self.lengths(samples).span_sample, minlength=len(samples))
+
+    def lengths(self, samples: Sequence[int] | np.ndarray) -> Lengths:
+        """The lengths of some samples; nothing is read of the others."""
+        samples = np.asarray(samples, dtype=np.int64)
+        source = np.searchsorted(self._starts, samples, side="right") - 1
+        text, supervised, first, num = (np.zeros(len(samples), dtype=np.int64) for _ in range(4))
+        for number in np.unique(source).tolist():
+            own = source == number
+            selection = self.selections[number]
+            rows = selection.rows[samples[own] - self._starts[number]]
+            starts = selection.table.column("span_starts")
+            first[own], num[own] = starts[rows], starts[rows + 1] - starts[rows]
+            text[own], supervised[own] = (
+                selection.table.column("text")[rows],
+                selection.table.column("supervised")[rows],
+            )
+        span_sample = np.repeat(np.arange(len(samples)), num)
+        place = np.arange(len(span_sample)) - np.repeat(np.cumsum(num) - num - first, num)
+        tokens, tiles = np.zeros_like(place), np.zeros_like(place)
+        for number in np.unique(source).tolist():
+            own = source[span_sample] == number
+            table = self.selections[number].table
+            tokens[own], tiles[own] = table.column("tokens")[place[own]], table.column("tiles")[place[own]]
+        return Lengths(text, supervised, tokens, tiles, span_sample)
 
 
 def build_index(
@@ -111,156 +221,141 @@ def build_index(
     cache_dir: Path,
     max_image_pixels: int = MAX_PIXELS,
 ) -> SampleIndex:
-    """Index all sources. Ranks of one machine wait for the first to build; the others read its cache.
+    """Index all sources. Ranks of one machine wait for the first to build; the others open what it wrote.
 
     Raises:
         ValueError: a file cannot be read, more than ``max_bad`` records are unusable, or a sample is longer than
             ``max_length`` and ``too_long`` is ``error``; names the first such ids.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
+    selections = []
     with FileLock(str(cache_dir / "index.lock")):
-        tables = [_index_source(source, encoder, layout, workers, cache_dir, max_image_pixels) for source in sources]
-    parts: list[dict[str, np.ndarray]] = []
-    bad: list[str] = []
-    long: list[str] = []
-    for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
-        chosen = _take(source, len(table), seed + number)
-        columns = table.with_format("numpy")
-        errors = np.array(table["error"][:], dtype=object)[chosen] if len(table) else np.zeros(0, dtype=object)
-        visual = np.array([int(sum(t)) for t in table["image_tokens"]], dtype=np.int64)
-        lengths = (np.asarray(columns["num_text"][:], dtype=np.int64) + visual)[chosen]
-        is_bad, is_long = errors != "", lengths > max_length
-        bad += [f"{table[int(i)]['id']}: {e}" for i, e in zip(chosen[is_bad], errors[is_bad], strict=True)]
-        long += [f"{table[int(i)]['id']} ({n})" for i, n in zip(chosen[is_long], lengths[is_long], strict=True)]
-        keep = chosen[~is_bad & ~is_long]
-        parts.append(_arrays(table, keep, number))
-    _report(bad, long, max_bad, max_length, too_long)
-    offsets = np.cumsum([0, *(len(part["row"]) for part in parts)])
-    for part, offset in zip(parts, offsets[:-1], strict=True):
-        part["span_sample"] = part["span_sample"] + offset
-    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    return SampleIndex(sources=list(sources), rows=tables, bad=len(bad), too_long=len(long), **joined)
+        for number, source in enumerate(sources):
+            measure = Measure(encoder, layout, source.images, source.prompt, max_image_pixels)
+            folder = cache_dir / f"index-{_slot(source, measure)}"
+            table = open_table(folder, find_files(source.path), measure, workers)
+            selections.append(_select(table, take=source.take, seed=seed + number, max_length=max_length))
+    _report(sources, selections, max_bad, max_length, too_long)
+    return SampleIndex(list(sources), selections, seed)
 
 
-def _arrays(table: Dataset, keep: np.ndarray, source: int) -> dict[str, np.ndarray]:
-    chosen = table.select(keep)
-    spans = [np.asarray(tokens, dtype=np.int64) for tokens in chosen["image_tokens"]]
-    tiles = [np.asarray(count, dtype=np.int64) for count in chosen["image_tiles"]]
-    return {
-        "source": np.full(len(keep), source),
-        "row": keep,
-        "ids": np.array(chosen["id"][:], dtype=object),
-        "text": np.array(chosen["num_text"][:], dtype=np.int64),
-        "supervised": np.array(chosen["num_supervised"][:], dtype=np.int64),
-        "span_tokens": np.concatenate([np.zeros(0, dtype=np.int64), *spans]),
-        "span_tiles": np.concatenate([np.zeros(0, dtype=np.int64), *tiles]),
-        "span_sample": np.repeat(np.arange(len(keep)), [len(tokens) for tokens in spans]),
-    }
+def _slot(source: Source, measure: Measure) -> str:
+    """Where a source's table is kept: files that change come to the same place."""
+    content = json.dumps([VERSION, str(source.path.resolve()), measure.fingerprint()], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _report(bad: list[str], long: list[str], max_bad: int, max_length: int, too_long: str) -> None:
-    if bad:
-        shown = "; ".join(bad[:SHOWN])
-        if len(bad) > max_bad:
-            raise ValueError(
-                f"{len(bad)} records cannot be used, more than data.max_bad={max_bad}; mend them or raise it. "
-                f"First: {shown}"
-            )
-        for line in bad:
+def _select(table: Table, *, take: str, seed: int, max_length: int) -> Selection:
+    """The selection for these settings, made once and kept in the table's folder."""
+    drawn = seed if take.startswith("random") else None
+    key = json.dumps([table.manifest["generation"], take, drawn, max_length])
+    folder = table.folder / f"selection-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary = table.folder / "selection.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        counts = _write_rows(table, take, seed, max_length, temporary)
+        (temporary / "manifest.json").write_text(json.dumps(counts, indent=1))
+        temporary.replace(folder)
+    return Selection(table, folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a selection is there with all its rows."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    samples = json.loads((folder / "manifest.json").read_text())["samples"]
+    return (folder / "rows.bin").is_file() and (folder / "rows.bin").stat().st_size == 8 * samples
+
+
+def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Path) -> dict[str, Any]:
+    """Write the rows that can be used to ``rows.bin``, those that are broken to ``bad.bin`` (int64); what the usable
+    ones measure together, and a digest of their content."""
+    digest = hashlib.sha256()
+    counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0}
+    long: list[list[int]] = []
+    with (folder / "rows.bin").open("wb") as kept, (folder / "bad.bin").open("wb") as bad:
+        for rows in _take(take, len(table), seed):
+            lengths = _tokens(table, rows)
+            fine = table.column("state")[rows] == FINE
+            is_long = fine & (lengths > max_length)
+            long += np.stack([rows, lengths], axis=1)[is_long][: 2 * SHOWN - len(long)].tolist()
+            keep, kept_lengths = rows[fine & ~is_long], lengths[fine & ~is_long]
+            kept.write(keep.tobytes())
+            bad.write(rows[~fine].tobytes())
+            digest.update(keep.tobytes() + table.column("content")[keep].tobytes())
+            counts["samples"] += len(keep)
+            counts["longest"] = max(counts["longest"], int(kept_lengths.max(initial=0)))
+            counts["tokens"] += int(kept_lengths.sum())
+            counts["bad"] += int((~fine).sum())
+            counts["too_long"] += int(is_long.sum())
+    return {**counts, "first_too_long": long, "digest": digest.hexdigest()}
+
+
+def _tokens(table: Table, rows: np.ndarray) -> np.ndarray:
+    """[rows] tokens of records in order, before dropping."""
+    starts, tokens = table.column("span_starts"), table.column("tokens")
+    first, end = starts[rows], starts[rows + 1]
+    begin = int(first[0]) if len(rows) else 0
+    sums = np.cumsum(np.concatenate([[0], tokens[begin : int(end[-1])] if len(rows) else []]), dtype=np.int64)
+    return table.column("text")[rows] + sums[end - begin] - sums[first - begin]
+
+
+def _take(take: str, count: int, seed: int) -> Iterator[np.ndarray]:
+    """The rows asked for, in order, some at a time."""
+    kind, _, number = take.partition(":")
+    wanted = count if kind == "all" else min(int(number), count)
+    drawn = np.sort(permuted(np.arange(wanted), count, [seed])) if kind == "random" else None
+    for start in range(0, wanted, ROWS):
+        stop = min(start + ROWS, wanted)
+        yield np.arange(start, stop) if drawn is None else drawn[start:stop]
+
+
+def _report(
+    sources: Sequence[Source], selections: Sequence[Selection], max_bad: int, max_length: int, too_long: str
+) -> None:
+    """Say what is left out, or raise."""
+    for source, selection in zip(sources, selections, strict=True):
+        table = selection.table
+        if table.manifest["duplicates"]:
+            row = table.manifest["duplicate_rows"][0]
+            log.warning(
+                "%s: %d record(s) have the id of another one (first: %s); each is a sample of its own",
+                source.path, table.manifest["duplicates"], table.id(row),
+            )  # fmt: skip
+    num_bad = sum(selection.manifest["bad"] for selection in selections)
+    if num_bad > max_bad:
+        raise ValueError(
+            f"{num_bad} records cannot be used, more than data.max_bad={max_bad}; mend them or raise it. "
+            f"First: {'; '.join(_first_bad(selections, SHOWN))}"
+        )
+    if num_bad:
+        for line in _first_bad(selections, num_bad):
             log.warning("left out: %s", line)
-        log.warning("%d record(s) cannot be used and are left out (data.max_bad=%d)", len(bad), max_bad)
-    if long:
-        shown = ", ".join(long[: 2 * SHOWN])
-        if too_long == "error":
-            raise ValueError(
-                f"{len(long)} sample(s) are longer than data.max_length={max_length} tokens (visual tokens counted "
-                f"before dropping; samples are never cut). Raise it or set data.too_long=skip. First: {shown}"
-            )
-        log.warning("%d sample(s) longer than data.max_length=%d are skipped. First: %s", len(long), max_length, shown)
-
-
-def _take(source: Source, count: int, seed: int) -> np.ndarray:
-    kind, _, number = source.take.partition(":")
-    if kind == "all":
-        return np.arange(count)
-    wanted = min(int(number), count)
-    if kind == "first":
-        return np.arange(wanted)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
-
-
-def _index_source(
-    source: Source, encoder: ChatEncoder, layout: ImageLayout, workers: int, cache_dir: Path, max_image_pixels: int
-) -> Dataset:
-    rows = read_source(source.path, str(cache_dir))
-    content = "|".join(
-        str(part)
-        for part in (
-            INDEX_VERSION, rows._fingerprint, source.images.resolve(), layout, encoder.fingerprint(), max_image_pixels
+        log.warning("%d record(s) cannot be used and are left out (data.max_bad=%d)", num_bad, max_bad)
+    num_long = sum(selection.manifest["too_long"] for selection in selections)
+    first = [(s.table.id(row), n) for s in selections for row, n in s.manifest["first_too_long"]]
+    shown = ", ".join(f"{name} ({n})" for name, n in first[: 2 * SHOWN])
+    if num_long and too_long == "error":
+        raise ValueError(
+            f"{num_long} sample(s) are longer than data.max_length={max_length} tokens (visual tokens counted "
+            f"before dropping; samples are never cut). Raise it or set data.too_long=skip. First: {shown}"
         )
-    )  # fmt: skip
-    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
-    workers = workers if len(rows) >= 1000 * workers else 1
-    show = datasets.is_progress_bar_enabled()
-    arguments: dict[str, Any] = {
-        "encoder": encoder,
-        "layout": layout,
-        "images": source.images,
-        "max_image_pixels": max_image_pixels,
-    }
-
-    def measure(**options: Any) -> Dataset:
-        return rows.map(
-            _measure,
-            fn_kwargs=arguments,
-            num_proc=workers if workers > 1 else None,
-            features=INDEX_FEATURES,
-            new_fingerprint=fingerprint,
-            cache_file_name=str(cache_dir / f"index-{fingerprint}.arrow"),
-            desc=f"index {source.path.name}" if show else None,
-            **options,
-        )
-
-    table = measure()
-    # The cache knows nothing of the pictures: look again at those that could not be read.
-    doubtful = [row for row, error in enumerate(table["error"]) if error.startswith(IMAGE_ERROR)]
-    if any(_measure(rows[row], **arguments)["error"] != table[row]["error"] for row in doubtful):
-        return measure(load_from_cache_file=False)
-    return table
+    if num_long:
+        log.warning("%d sample(s) longer than data.max_length=%d are skipped. First: %s", num_long, max_length, shown)
+    for source, selection in zip(sources, selections, strict=True):
+        if not len(selection):
+            raise ValueError(f"data file {source.path} has no record left that can be used; take the entry out")
 
 
-def _measure(
-    row: dict[str, Any], encoder: ChatEncoder, layout: ImageLayout, images: Path, max_image_pixels: int
-) -> dict[str, Any]:
-    """Lengths of one row; what keeps it from being used goes to ``error``."""
-    measured: dict[str, Any] = {
-        "error": row["error"],
-        "num_text": 0,
-        "num_supervised": 0,
-        "image_heights": [],
-        "image_widths": [],
-        "image_tokens": [],
-        "image_tiles": [],
-    }
-    if row["error"]:
-        return measured
-    sizes = []
-    for name in row["images"]:
-        try:
-            sizes.append(image_size(images / name, max_pixels=max_image_pixels))
-        except UNREADABLE as error:
-            return {**measured, "error": f"{IMAGE_ERROR}{error}"}
-    try:
-        chat = encoder.encode(turns_of(row))
-        tokens, tiles = layout.tokens(sizes), layout.tiles(sizes)
-    except ValueError as error:
-        return {**measured, "error": str(error)}
-    return {
-        **measured,
-        "num_text": len(chat.input_ids) - len(chat.image_offsets),
-        "num_supervised": int((chat.labels >= 0).sum()),
-        "image_heights": [height for height, _ in sizes],
-        "image_widths": [width for _, width in sizes],
-        "image_tokens": tokens,
-        "image_tiles": tiles,
-    }
+def _first_bad(selections: Sequence[Selection], wanted: int) -> list[str]:
+    """``id: error`` of the first records that cannot be used."""
+    lines: list[str] = []
+    for selection in selections:
+        rows = set(np.fromfile(selection.folder / "bad.bin", np.int64, wanted - len(lines)).tolist())
+        if rows:
+            table = selection.table
+            found = (entry for entry in table.errors() if entry["row"] in rows)
+            lines += [f"{table.id(entry['row'])}: {entry['error']}" for entry in islice(found, len(rows))]
+    return lines

@@ -101,10 +101,10 @@ class StepLoader:
         for ranks in plan.micro_batches:
             samples = ranks[self.rank]
             pictures = None if self.pictures_of is None else tuple(self.pictures_of[sample] for sample in samples)
-            yield MicroBatch(samples, pictures)
+            yield MicroBatch(plan.step, samples, pictures)
 
     def _decode(self, task: MicroBatch) -> PackedBatch:
-        return self.collate(task.samples, task.pictures_of)
+        return self.collate(task.samples, task.pictures_of, step=task.step)
 
     def _names(self, task: MicroBatch) -> list[str]:
         return [self.collate.index.sample_id(sample) for sample in task.samples]

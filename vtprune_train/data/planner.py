@@ -1,17 +1,19 @@
 """Global steps: which samples, and how they are dealt to ranks and micro-steps.
 
 A step's samples depend on seed and epoch alone, so they are the same at any world size and the data position is the
-global step. Dealing looks at two limits: tokens BEFORE dropping bound memory, cost AFTER dropping is what ranks share
-evenly.
+global step. How they are dealt is :mod:`vtprune_train.data.dealing`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from vtprune_train.data.dealing import MicroBatches, deal
+from vtprune_train.data.order import EpochOrder
 
 
 @dataclass(frozen=True)
@@ -21,87 +23,68 @@ class StepPlan:
     step: int
     epoch: int
     samples: tuple[int, ...]
-    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    micro_batches: MicroBatches
 
 
 class Planner:
     """Plans global steps.
 
     Args:
-        tokens: [samples] tokens before dropping.
-        costs: [samples] FLOPs after dropping, any unit.
+        order: which sample stands where in each epoch.
+        measure: ``(step, samples)`` to [samples] tokens before dropping and [samples] FLOPs after it (any unit).
+        longest: tokens of the longest sample.
         global_batch_size: samples a step; the last step of an epoch takes what is left.
         max_tokens: most tokens (before dropping) of a micro-batch.
-        seed: decides the order together with the epoch.
         world_size: ranks.
 
     Raises:
-        ValueError: no samples, or one that is longer than ``max_tokens``.
+        ValueError: there are no samples, or one is longer than ``max_tokens``.
     """
+
+    REMEMBERED = 32  # plans: the loader runs ahead of the loop, and both ask
 
     def __init__(
         self,
-        tokens: np.ndarray,
-        costs: np.ndarray,
+        order: EpochOrder,
+        measure: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
         *,
+        longest: int,
         global_batch_size: int,
         max_tokens: int,
-        seed: int,
         world_size: int,
     ):
-        if not len(tokens):
+        if not len(order):
             raise ValueError("there are no samples to train on")
-        if int(tokens.max()) > max_tokens:
+        if longest > max_tokens:
             raise ValueError(
-                f"data.max_tokens={max_tokens} is smaller than the longest sample ({int(tokens.max())} tokens); "
+                f"data.max_tokens={max_tokens} is smaller than the longest sample ({longest} tokens); "
                 "raise it, or lower data.max_length and set data.too_long=skip"
             )
-        self.tokens, self.costs = tokens, costs
+        self.order, self.measure = order, measure
         self.global_batch_size, self.max_tokens = global_batch_size, max_tokens
-        self.seed, self.world_size = seed, world_size
-        self._order: tuple[int, np.ndarray] | None = None
+        self.world_size = world_size
+        self._plans: dict[int, StepPlan] = {}
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.tokens) // self.global_batch_size)
+        return -(-len(self.order) // self.global_batch_size)
 
     def plan(self, step: int) -> StepPlan:
         """The plan of global step ``step``, counted from 0 over all epochs."""
+        if step not in self._plans:
+            while len(self._plans) >= self.REMEMBERED:
+                del self._plans[next(iter(self._plans))]
+            self._plans[step] = self._plan(step)
+        return self._plans[step]
+
+    def _plan(self, step: int) -> StepPlan:
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
-        samples = self._epoch_order(epoch)[start : start + self.global_batch_size]
-        return StepPlan(step, epoch, tuple(samples.tolist()), self._deal(samples))
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens)))
-        return self._order[1]
-
-    def _deal(self, samples: np.ndarray) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Fewest micro-steps that fit; the costliest sample first to the cheapest micro-batch with room."""
-        order = samples[np.argsort(-self.costs[samples], kind="stable")]
-        micro_steps = max(1, -(-int(self.tokens[samples].sum()) // (self.max_tokens * self.world_size)))
-        while (bins := self._fill(order, micro_steps * self.world_size)) is None:
-            micro_steps += 1
-        bins.sort(key=lambda chosen: -float(self.costs[chosen].sum()))
-        # Neighbours in cost share a micro-step: ranks wait for each other at its end.
-        return tuple(
-            tuple(tuple(chosen) for chosen in bins[m * self.world_size : (m + 1) * self.world_size])
-            for m in range(micro_steps)
-        )
-
-    def _fill(self, order: np.ndarray, num_bins: int) -> list[list[int]] | None:
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        cost, room = np.zeros(num_bins), np.full(num_bins, self.max_tokens)
-        for sample in order.tolist():
-            fits = room >= self.tokens[sample]
-            if not fits.any():
-                return None
-            chosen = int(np.argmin(np.where(fits, cost, np.inf)))
-            bins[chosen].append(sample)
-            cost[chosen] += self.costs[sample]
-            room[chosen] -= self.tokens[sample]
-        return bins
+        samples = self.order.samples(epoch, start, start + self.global_batch_size)
+        dealt = deal(*self.measure(step, samples), self.world_size, self.max_tokens)
+        numbers = samples.tolist()
+        micro_batches = tuple(tuple(tuple(numbers[i] for i in rank) for rank in ranks) for ranks in dealt)
+        return StepPlan(step, epoch, tuple(numbers), micro_batches)
 
 
 def data_digest(sample_ids: Sequence[str]) -> str:

@@ -1,105 +1,115 @@
-"""Reading conversations: LLaVA JSON and JSONL, and the ``messages`` + ``images`` form.
+"""Records to conversations: the LLaVA form (``conversations``) and the ``messages`` form, whatever file they came from.
 
-Every record becomes the same flat row, held by ``datasets`` (memory-mapped, cached by fingerprint). A record that is
-malformed keeps its place with an ``error``, so that it can be counted and named instead of ending a run.
+A record that is malformed keeps its place with an ``error``, so that it can be counted and named instead of ending a
+run.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
-
 from vtprune_train.data.chat import Turn
+from vtprune_train.data.sources import Malformed, find_files, open_reader
 from vtprune_train.stream import IMAGE
 
-FORMAT = 1  # of the rows below; part of their cache's key
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "images": List(Value("string")),
-        "roles": List(Value("string")),
-        "texts": List(Value("string")),
-        "error": Value("string"),
-    }
-)
+_LEADING_IMAGES = re.compile(rf"(?:{re.escape(IMAGE)}\s*)*")
 
 
-def read_source(path: Path, cache_dir: str | None = None) -> Dataset:
-    """Rows ``id, images, roles, texts, error`` of one file, read once and cached.
+@dataclass(frozen=True)
+class Conversation:
+    """One record: its turns, and its pictures as names of files or as encoded bytes; ``error`` is empty if it can be
+    used."""
+
+    id: str
+    turns: tuple[Turn, ...] = ()
+    images: tuple[str | bytes, ...] = ()
+    error: str = ""
+
+    def pictures(self, folder: Path) -> list[Path | bytes]:
+        """Where each picture is read from."""
+        return [folder / image if isinstance(image, str) else image for image in self.images]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a source adds to each of its conversations.
+
+    Args:
+        system: the system prompt of conversations that bring none, in place of the template's; empty for none at all.
+        prefix: written before the first user turn's text, behind the ``<image>`` placeholders that lead it.
+        suffix: written at the end of the first user turn.
+    """
+
+    system: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+
+    def apply(self, conversation: Conversation) -> Conversation:
+        """The conversation as it is trained on."""
+        if self.system is None and not self.prefix and not self.suffix:
+            return conversation
+        turns = list(conversation.turns)
+        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+        if first is None:
+            return conversation
+        text = turns[first].text
+        match = _LEADING_IMAGES.match(text)
+        images = match.group() if match else ""
+        turns[first] = Turn("user", f"{images}{self.prefix}{text[len(images) :]}{self.suffix}")
+        if self.system is not None and turns[0].role != "system":
+            turns.insert(0, Turn("system", self.system))
+        return replace(conversation, turns=tuple(turns))
+
+
+NO_PROMPT = Prompt()
+
+
+def read_records(path: Path) -> Iterator[Conversation]:
+    """All conversations of a data file (or a folder, or a glob of files), one at a time.
 
     Raises:
-        ValueError: the file is missing, of an unknown kind, or not JSON; names the file.
+        ValueError: see :func:`vtprune_train.data.sources.find_files` and its readers.
     """
-    if not path.is_file():
-        raise ValueError(f"data file {path} does not exist; check data.root and the path under data.train or data.eval")
-    if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"data file {path}: unknown kind {path.suffix!r}; use .json (a list) or .jsonl")
-    status = path.stat()
-    stamp = f"{FORMAT}-{status.st_size}-{status.st_mtime_ns}"
+    for file in find_files(path):
+        reader = open_reader(file)
+        records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
+        for number, record in enumerate(records):
+            yield normalize(record, default_id(file, number))
+
+
+def default_id(file: Path, number: int) -> str:
+    """What a record without an ``id`` is called."""
+    return f"{file.stem}-{number}"
+
+
+def normalize(record: Any, default_id: str) -> Conversation:
+    """One record as a conversation; what is wrong with it goes to ``error``."""
+    name = default_id
     try:
-        return Dataset.from_generator(
-            _rows, features=FEATURES, cache_dir=cache_dir, gen_kwargs={"path": str(path.resolve()), "stamp": stamp}
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):  # ours, which names the place
-            raise error.__cause__ from None
-        raise
-
-
-def _rows(path: str, stamp: str) -> Iterator[dict[str, Any]]:
-    """``stamp`` is part of the cache's fingerprint: a changed file is read again."""
-    for index, record in enumerate(_json_records(Path(path))):
-        yield normalize(record, f"{Path(path).stem}-{index}")
-
-
-def _json_records(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parse(line, f"{path}, line {number}")
-            return
-        records = _parse(file.read(), str(path))
-    if not isinstance(records, list):
-        raise ValueError(f"data file {path} holds a {type(records).__name__}, not a list of conversations")
-    yield from records
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from error
-
-
-def normalize(record: Any, default_id: str) -> dict[str, Any]:
-    """One record as a row; what is wrong with it goes to ``error`` (empty if nothing is)."""
-    row = {"id": default_id, "images": [], "roles": [], "texts": [], "error": ""}
-    try:
+        if isinstance(record, Malformed):
+            raise ValueError(record)
         if not isinstance(record, Mapping):
             raise ValueError(f"the record is a {type(record).__name__}, not an object")
-        row["id"] = str(record.get("id", default_id))
+        name = default_id if record.get("id") is None else str(record["id"])
         turns = _turns(record)
         images = _images(record)
         _check(turns, images)
     except ValueError as error:
-        return {**row, "error": str(error)}
-    return {**row, "images": images, "roles": [t.role for t in turns], "texts": [t.text for t in turns]}
-
-
-def turns_of(row: Mapping[str, Any]) -> list[Turn]:
-    """The conversation of a row."""
-    return [Turn(role, text) for role, text in zip(row["roles"], row["texts"], strict=True)]
+        return Conversation(name, error=str(error))
+    return Conversation(name, tuple(turns), tuple(images))
 
 
 def _turns(record: Mapping[str, Any]) -> list[Turn]:
-    messages = record.get("conversations", record.get("messages"))
+    messages = record.get("conversations")
+    if messages is None:
+        messages = record.get("messages")
+    if isinstance(messages, Mapping):  # how `datasets` writes a sequence of objects: an object of lists
+        messages = [dict(zip(messages, values, strict=False)) for values in zip(*messages.values(), strict=False)]
     if not isinstance(messages, list) or not messages:
         raise ValueError("it has neither 'conversations' (LLaVA) nor 'messages', or they are empty")
     turns = [_turn(message) for message in messages]
@@ -132,18 +142,27 @@ def _part(part: Any) -> str:
     raise ValueError(f"a part of a message is {part!r}; use {{type: text, text: ...}} or {{type: image}}")
 
 
-def _images(record: Mapping[str, Any]) -> list[str]:
-    images = record.get("images", record.get("image"))
+def _images(record: Mapping[str, Any]) -> list[str | bytes]:
+    images = record.get("images")
+    if images is None:
+        images = record.get("image")
     if images is None or images == "":
         return []
-    if isinstance(images, str):
-        return [images]
-    if isinstance(images, list) and all(isinstance(image, str) for image in images):
-        return images
-    raise ValueError(f"image is {images!r}; use a path or a list of paths")
+    return [_image(image) for image in (images if isinstance(images, list) else [images])]
 
 
-def _check(turns: list[Turn], images: list[str]) -> None:
+def _image(image: Any) -> str | bytes:
+    """A path, bytes, or ``{bytes, path}`` as `datasets` stores pictures."""
+    if isinstance(image, Mapping):
+        inside = image.get("bytes")
+        image = image.get("path") if inside is None else inside
+    if isinstance(image, str | bytes) and image:
+        return image
+    shown = "empty" if image == b"" or image == "" else repr(image)
+    raise ValueError(f"image is {shown}; use a path, bytes, {{bytes, path}}, or a list of them")
+
+
+def _check(turns: list[Turn], images: list[str | bytes]) -> None:
     spoken = [turn for turn in turns if turn.role != "system"]
     if any(turn.role == "system" for turn in turns[1:]):
         raise ValueError("a system turn stands after the first turn")

@@ -55,8 +55,9 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one rank in one micro-step, and whose pictures they get (their own if ``None``)."""
+    """The samples of one rank in one micro-step of ``step``, and whose pictures they get (their own if ``None``)."""
 
+    step: int
     samples: tuple[int, ...]
     pictures_of: tuple[int, ...] | None = None
 

@@ -28,6 +28,7 @@ from vtprune_train.data.jinja import chat_template
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import build_processor, first_line, load_any_config, resolve_checkpoint
 from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune
+from vtprune_train.models.peft import is_adapter, open_adapter
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IMAGE
 
@@ -114,11 +115,13 @@ def model_config(folder: str) -> PreTrainedConfig:
 
 
 def load_weights(folder: str, dtype: str) -> HFModule:
-    """The model on the CPU, without changes.
+    """The model on the CPU, without changes; one trained by an adapter with its base, which is checked.
 
     Raises:
-        ValueError: there are no weights, or they are of no vision-language model.
+        ValueError: there are no weights, or they are of no vision-language model, or an adapter's base is gone.
     """
+    if is_adapter(folder):
+        return open_adapter(folder, dtype, merge=False)
     try:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype])
     except (OSError, ValueError, SafetensorError) as error:
@@ -225,8 +228,8 @@ def _image_token(processor: Any) -> str:
     return getattr(processor, "image_token", IMAGE)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB, EXIF rotation applied.
+def open_picture(path: Path | bytes) -> Image.Image:
+    """A picture, or its encoded bytes, in RGB, EXIF rotation applied.
 
     Raises:
         ValueError: it is missing or no picture.
@@ -234,7 +237,8 @@ def open_picture(path: Path) -> Image.Image:
     try:
         return load_image(path, image_size(path))
     except UNREADABLE as error:
-        raise ValueError(f"picture {path} cannot be read ({error.reason})") from error
+        name = "of the record" if isinstance(path, bytes) else path
+        raise ValueError(f"picture {name} cannot be read ({error.reason})") from error
 
 
 def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from vtprune_train.config import PeftConfig
 from vtprune_train.flops import (
     TYPICAL_TEXT,
     DecoderGeometry,
@@ -30,13 +31,15 @@ TYPICAL_ANSWER = 32
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, how it is pruned, and which parts are trained; ``name`` and ``method_from`` say where they come from."""
+    """A model, how it is pruned, which parts are trained, and the decoder's adapter; ``name`` and ``method_from`` say
+    where they come from."""
 
     name: str
     config: PreTrainedConfig
     method: PruningMethod | None
     method_from: str
     trained: tuple[str, ...] = ("projector", "language_model")
+    peft: PeftConfig | None = None
     dtype: str = "bfloat16"
 
 
@@ -141,6 +144,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         trains_decoder="language_model" in subject.trained,
         trains_tower="vision_tower" in subject.trained,
         trains_projector="projector" in subject.trained,
+        adapter=decoder.adapter_per_token(subject.peft.r, subject.peft.target_modules) if subject.peft else 0.0,
     )
     step = _training_step(cost, subject.method, lengths + sample.answer, layers, sample)
     tiles, not_counted = _tiles(subject.config, tower, sample.pictures)

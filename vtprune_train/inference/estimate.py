@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
-from vtprune_train.config import load_config
+from vtprune_train.config import TRAINING_ONLY, load_config
 from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry
 from vtprune_train.inference.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of
 from vtprune_train.models.build import load_any_config, load_model_config, resolve_checkpoint
@@ -213,9 +213,10 @@ def _from_config(request: Request) -> Subject:
     return Subject(
         name=request.config,
         config=model_config,
-        method=_method(config.pruning.model_dump(), model_config, "pruning."),
+        method=_method(config.pruning.model_dump(exclude=set(TRAINING_ONLY)), model_config, "pruning."),
         method_from=f"the settings of {request.config}",
         trained=tuple(config.model.train),
+        peft=config.model.peft,
         dtype=request.dtype or config.model.dtype,
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vtprune_train.data.sources import find_files
 from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture
 from vtprune_train.inference.ledger import Ledger, open_ledger
 from vtprune_train.inference.options import add_method_options, add_model_option, load_model
@@ -32,7 +33,7 @@ WARM_UP_TOKENS = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="conversations: .json or .jsonl")
+    parser.add_argument("--data", required=True, metavar="FILE", help="conversations: any data that training reads")
     parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
     parser.add_argument("--compare", choices=[DENSE], help="ask the dense model too, batch by batch in turn")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -81,7 +82,7 @@ def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
         "model": str(folder.resolve()) if folder.is_dir() else arguments.model,
         "weights": _files_digest(folder) if folder.is_dir() else None,
         "data": str(Path(arguments.data).resolve()),
-        "data_sha256": hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()[:16],
+        "data_sha256": _data_digest(Path(arguments.data)),
         "images": str(Path(arguments.images).resolve()),
         "limit": arguments.limit,
         "seed": arguments.seed,
@@ -92,6 +93,17 @@ def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
         "device": loaded.model.device.type,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
+
+
+def _data_digest(data: Path) -> str:
+    """Of the content of all files of the data."""
+    digest = hashlib.sha256()
+    for path in find_files(data):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def _files_digest(folder: Path) -> str:

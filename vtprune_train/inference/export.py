@@ -24,6 +24,7 @@ from vtprune_train.inference.chatting import (
 )
 from vtprune_train.inference.options import add_model_option
 from vtprune_train.models.build import read_projector, resolve_checkpoint
+from vtprune_train.models.peft import is_adapter, open_adapter
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dtypes = [name for name in DTYPES if name != "auto"]
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file, for example 5GB or 500MB")
+    parser.add_argument(
+        "--merge", action="store_true", help="fold an adapter into its base: a model that needs no PEFT"
+    )
     parser.add_argument("--keep_names", action="store_true", help="tensors named as in memory, not as published ones")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
 
@@ -53,6 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--max_shard_size={arguments.max_shard_size} is no size such as 5GB or 500MB")
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
     check_target(out, source, arguments.force)
+    if arguments.part == "model":
+        check_merge(source, arguments.merge)
+    elif arguments.merge:
+        raise ValueError("--merge has no effect with --part projector; leave one of them out")
     dtype: torch.dtype = DTYPES[arguments.dtype]  # type: ignore[assignment]
     if arguments.part == "projector":
         write = projector_writer(source, dtype, arguments.keep_names)
@@ -61,6 +69,21 @@ def run(arguments: argparse.Namespace) -> int:
     publish(out, write)
     log.info("%s is in %s", arguments.part, out)
     return 0
+
+
+def check_merge(source: str, merge: bool) -> None:
+    """An adapter is exported folded in only, and nothing else is folded in.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if is_adapter(source) and not merge:
+        raise ValueError(
+            f"{source} holds an adapter: --merge folds it into its base and writes a model that needs no PEFT. The "
+            "adapter itself stands in that folder as PEFT reads it, to be copied from there"
+        )
+    if merge and not is_adapter(source):
+        raise ValueError(f"--merge: {source} holds no adapter; leave --merge out")
 
 
 def check_target(out: Path, source: str, force: bool) -> None:
@@ -114,7 +137,8 @@ def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: b
     """
     config = model_config(source)
     processor = load_processor(source, config)
-    model = load_weights(source, "auto")
+    # An adapter is folded in with full precision, and rounded once.
+    model = open_adapter(source, "float32", merge=True) if is_adapter(source) else load_weights(source, "auto")
     for name, parameter in model.named_parameters():
         check_range(name, parameter, dtype)
     model.to(dtype)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from vtprune_train.data.chat import Turn
-from vtprune_train.data.records import read_source, turns_of
+from vtprune_train.data.records import read_records
 from vtprune_train.stream import IMAGE
 
 
@@ -27,7 +28,7 @@ class Question:
     key: str
     sample: str
     turns: tuple[Turn, ...]
-    images: tuple[Path, ...]
+    images: tuple[Path | bytes, ...]
     reference: str
 
 
@@ -38,7 +39,7 @@ def read_questions(
     records.
 
     Args:
-        data: a .json or .jsonl file.
+        data: a data file of any kind that training reads.
         images: the folder that its pictures are relative to.
         limit: records to take, drawn by ``seed``, in the file's order; all of them for ``None``.
         seed: of the draw.
@@ -48,27 +49,30 @@ def read_questions(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit={limit}: take at least 1 record, or leave it out for all")
-    rows = read_source(data)
-    chosen = np.arange(len(rows))
+    chosen = None
     if limit is not None:
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])
+        count = sum(1 for _ in read_records(data))
+        chosen = set(np.random.default_rng(seed).permutation(count)[:limit].tolist())
     questions: list[Question] = []
     malformed: list[tuple[str, str]] = []
-    for number in chosen.tolist():
-        row = rows[number]
-        if row["error"]:
-            malformed.append((row["id"], row["error"]))
+    asked = 0
+    for number, row in enumerate(read_records(data)):
+        if chosen is not None and number not in chosen:
+            continue
+        asked += 1
+        if row.error:
+            malformed.append((row.id, row.error))
         else:
-            questions += _questions_of(number, row["id"], turns_of(row), [images / name for name in row["images"]])
+            questions += _questions_of(number, row.id, row.turns, row.pictures(images))
     if not questions:
         first = f"; the first is malformed: {malformed[0][1]}" if malformed else ""
-        raise ValueError(f"data file {data} holds no question to ask among {len(chosen)} record(s){first}")
-    if any(question.images for question in questions) and not images.is_dir():
+        raise ValueError(f"data file {data} holds no question to ask among {asked} record(s){first}")
+    if any(isinstance(picture, Path) for question in questions for picture in question.images) and not images.is_dir():
         raise ValueError(f"--images {images} is no folder; it holds the pictures that {data} names")
     return questions, malformed
 
 
-def _questions_of(number: int, sample: str, turns: list[Turn], pictures: list[Path]) -> list[Question]:
+def _questions_of(number: int, sample: str, turns: Sequence[Turn], pictures: list[Path | bytes]) -> list[Question]:
     questions = []
     for place, turn in enumerate(turns):
         if turn.role == "assistant":

@@ -53,9 +53,14 @@ def resolve_checkpoint(path: str) -> str:
         return str(folder / "hf")
     if (folder / "checkpoints").is_dir():
         latest = folder / "checkpoints" / "latest"
-        if not latest.is_file():
-            raise ValueError(f"{folder} has no complete checkpoint yet ({latest} is missing)")
-        return str(folder / "checkpoints" / latest.read_text().strip() / "hf")
+        named = latest.read_text().strip() if latest.is_file() else ""
+        finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
+        finished = [name for name in finished if name.removeprefix("step_").isdigit()]
+        if not finished:
+            raise ValueError(
+                f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)"
+            )
+        return str(latest.parent / (named if named in finished else finished[-1]) / "hf")
     return path
 
 
@@ -380,16 +385,21 @@ def _saved_image_processor(path: str) -> Any:
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
-    features are taken, which no gradient reaches."""
+    features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included)."""
     _, loop = family_of_config(model.config)
+    adapter = getattr(model, "peft_config", {}).get("default")
+    adapts_bias = adapter is not None and adapter.bias == "lora_only"
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {
         "projector": [],
         "language_model": [],
         "vision_tower": [],
+        "lora": [],
         "unused": [],
     }
     for name, parameter in model.named_parameters():
-        if name.startswith(loop.projector):
+        if adapter is not None and (".lora_" in name or (adapts_bias and name.endswith(".base_layer.bias"))):
+            part = "lora"
+        elif name.startswith(loop.projector):
             part = "projector"
         elif name.startswith(loop.vision):
             part = "unused" if _behind_features(model.config, name) else "vision_tower"

@@ -16,27 +16,39 @@ from torch import Tensor
 from vtprune_train.models import HFModule
 from vtprune_train.models.calls import State
 from vtprune_train.models.decoder import Staging, run_layers
+from vtprune_train.models.head import Teaching
 from vtprune_train.stream import PackedBatch, StreamPlan
 
 
 class PackedOutput(NamedTuple):
-    """``loss_sum`` [] float32, summed over supervised rows; ``correct`` [R] bool, whether greedy decoding agrees;
-    ``kept`` as in :class:`~vtprune_train.models.decoder.DecoderOutput`."""
+    """The loss of one micro-batch, summed over supervised rows.
+
+    ``loss_sum`` [] float32 is what training minimises: ``cross_entropy``, with a teacher plus its weight times
+    ``consistency``; those two [] float32 are for reading only. ``correct`` [R] bool, whether greedy decoding agrees;
+    ``kept`` as in :class:`~vtprune_train.models.decoder.DecoderOutput`.
+    """
 
     loss_sum: Tensor
     correct: Tensor
     kept: tuple[Tensor, ...]
+    cross_entropy: Tensor
+    consistency: Tensor | None = None
 
 
 def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
     """Forward of the whole model: the loss of one micro-batch."""
-    hidden_RC, kept = model.get_submodule(state.family.base)(batch)
-    loss_sum, correct = model.lm_head(hidden_RC, batch.targets)
-    return PackedOutput(loss_sum, correct, kept)
+    hidden_RC, kept, taught_RC = model.get_submodule(state.family.base)(batch)
+    if batch.teacher is None:
+        loss_sum, correct = model.lm_head(hidden_RC, batch.targets)
+        return PackedOutput(loss_sum, correct, kept, loss_sum.detach())
+    teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
+    loss_sum, correct, cross_entropy, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
+    return PackedOutput(loss_sum, correct, kept, cross_entropy, divergence)
 
 
-def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Forward of the base: [R, C] normed hidden states of the supervised rows, and the rows kept."""
+def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """Forward of the base: [R, C] normed hidden states of the supervised rows, the rows kept, and [R, C] what the
+    teacher's pass says at the same rows (pictures are looked at once, for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
     table = _feature_table(self, batch, text_TC.dtype)
     if len(batch.visual_rows):
@@ -45,7 +57,11 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
     else:
         # A rank without an image still takes part in the gradients of tower, projector and newline.
         embeds_TC = text_TC + (0.0 * table).sum().to(text_TC.dtype)
-    return self.language_model(embeds_TC, batch.plan, batch.positions)
+    taught_RC = None
+    if batch.teacher is not None:
+        with torch.no_grad():
+            taught_RC, _ = self.language_model(embeds_TC.detach(), batch.teacher.plan, batch.positions)
+    return *self.language_model(embeds_TC, batch.plan, batch.positions), taught_RC
 
 
 def _feature_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:

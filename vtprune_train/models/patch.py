@@ -25,7 +25,7 @@ from vtprune_train.models import HFModule, packed
 from vtprune_train.models.attention import PREFIX, choose_backend
 from vtprune_train.models.calls import STATE, Call, State, state_of
 from vtprune_train.models.families import family_of
-from vtprune_train.models.head import chunked_cross_entropy
+from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.padded import forward_text
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
@@ -348,11 +348,14 @@ def _forward_decoder(self: HFModule, original: Callable[..., Any], state: State,
 
 
 def _forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """Logits, or with targets the chunked cross-entropy; inside the module's own call, where ZeRO-3 has its weight
-    gathered."""
+    """Logits, or with targets the chunked cross-entropy (and with a teacher the divergence from it); inside the
+    module's own call, where ZeRO-3 has its weight gathered."""
     if len(args) == 2:
         hidden, targets = args
         return chunked_cross_entropy(hidden, self.weight, self.bias, targets)
+    if len(args) == 3:
+        hidden, targets, teaching = args
+        return chunked_consistency(hidden, self.weight, self.bias, targets, teaching)
     return original(*args, **kwargs)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -61,6 +61,17 @@ class PruningMethod(ABC):
     def select(self, scores: Tensor, boundary: Boundary) -> Tensor:
         """[K] int64, ascending positions in ``boundary.visual_rows`` that stay, without a device-to-host copy."""
         return top_k_per_span(scores, boundary.span_of_visual, boundary.take)
+
+    def eased(self, start: float, progress: float) -> PruningMethod:
+        """The method on its way from keeping the share ``start`` at every boundary (``progress`` 0) to itself (1).
+
+        Raises:
+            ValueError: it has no ratios ``keep`` that could move.
+        """
+        keep = getattr(self, "keep", None)
+        if not isinstance(keep, tuple):
+            raise ValueError(f"{self.name} has no keep ratios to anneal; use pruning.warmup.kind=dense")
+        return replace(self, keep=tuple(start + (ratio - start) * progress for ratio in keep))  # type: ignore[type-var]
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data, as they stand in a checkpoint's ``config.json`` and in YAML."""

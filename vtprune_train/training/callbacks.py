@@ -81,6 +81,9 @@ class Metrics(Callback):
             return
         self.file.append(record)
         events = [(f"train/{name}", record[name], record["step"]) for name in self.SHOWN if record[name] is not None]
+        events += [(f"train/keep_{i}", share, record["step"]) for i, share in enumerate(record.get("keep", ()), 1)]
+        if "consistency_loss" in record:
+            events.append(("train/consistency_loss", record["consistency_loss"], record["step"]))
         events += [(f"learning_rate/{part}", rate, record["step"]) for part, rate in record["learning_rates"].items()]
         if trainer.engine.monitor.enabled:
             trainer.engine.monitor.write_events(events)
@@ -90,6 +93,15 @@ class Progress(Callback):
     """A progress bar on rank 0."""
 
     def on_start(self, trainer: Trainer) -> None:
+        phases = trainer.collate.phases
+        if phases is not None and phases.vary and not ranks.rank():
+            tqdm.write(f"pruning: {phases.describe()}")
+            if phases.warmup is not None and phases.warmup.steps > trainer.total_steps:
+                ranks.log.warning(
+                    "pruning.warmup lasts %d steps, longer than the training (%d): it never reaches pruning.keep",
+                    phases.warmup.steps,
+                    trainer.total_steps,
+                )
         self.bar = tqdm(
             total=trainer.total_steps,
             initial=trainer.state.step,
@@ -99,7 +111,10 @@ class Progress(Callback):
         )
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        self.bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_second']:.0f}", refresh=False)
+        shown = {"loss": f"{record['loss']:.3f}", "tok_s": f"{record['tokens_per_second']:.0f}"}
+        if trainer.collate.phases is not None and trainer.collate.phases.vary:
+            shown["keep"] = "/".join(f"{share:.3g}" for share in record["keep"])
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
     def on_end(self, trainer: Trainer, finished: bool) -> None:
@@ -136,6 +151,7 @@ class Evaluation(Callback):
             "device": trainer.device,
             "workers": min(1, trainer.config.data.workers),
             "worker_timeout": trainer.config.data.worker_timeout,
+            "mark": trainer.watchdog.mark,
         }
         result = evaluate(trainer.engine.module, self.collate, **options)
         if trainer.config.train.eval_shuffled:

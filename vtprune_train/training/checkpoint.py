@@ -4,115 +4,228 @@ A checkpoint is a folder ``step_00001000/``: ``deepspeed/`` (weights and optimiz
 ``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers) and, last, ``manifest.json`` with sizes
 and SHA-256 of all files. It is written beside as ``.partial``, synced, renamed; then ``latest`` names it. A folder
 without a matching manifest is never loaded. On several nodes the folder must be on a file system they share.
+
+The loop waits for copies in host memory alone; a thread of every rank writes them (``saving.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import logging
-import os
-import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.training.distributed import barrier, from_rank_0, gather, rank, world_size
-from vtprune_train.training.weights import full_state_dict, write_export
+from vtprune_train.training import manifest
+from vtprune_train.training.distributed import from_rank_0, gather, rank, world_size
+from vtprune_train.training.elastic import layout_of, load_elastic, write_layout
+from vtprune_train.training.saving import Entries, Files, HostCopies, Save, collect_files, write_file
+from vtprune_train.training.weights import full_state_dict, holds_only_trained, write_export
 
 log = logging.getLogger(__name__)
 
-STEP = re.compile(r"^step_(\d{8,})$")
 TAG = "deepspeed"
-MANIFEST = "manifest.json"
-FORMAT = 1
+SLACK = 64 * 2**20  # tokenizer, configs, headers of files
+PATIENCE = 60.0  # seconds that rank 0 gives other ranks' files when the run ends with an error
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; all ranks raise it at the same step, and the one before it is untouched."""
 
 
 @dataclass
 class TrainerState:
-    """Where training stands: ``step`` optimizer steps are done (which is also the data position)."""
+    """Where training stands: ``step`` optimizer steps are done (which is also the data position); ``pruning`` is where
+    a schedule of several phases stands (for the reader: it follows from the settings and the step)."""
 
     step: int = 0
     unreadable: list[str] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     zero_stage: int = 0
+    pruning: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointFolder:
-    """The ``checkpoints/`` folder of a run."""
+    """The ``checkpoints/`` folder of a run.
 
-    def __init__(self, folder: Path, keep_last: int):
-        self.folder, self.keep_last = folder, keep_last
+    Args:
+        folder: made with the first checkpoint.
+        keep_last: how many are kept.
+        background: write in a thread; otherwise :meth:`save` returns when all is on disk.
+    """
 
-    def save(self, engine: Any, processor: Any, state: TrainerState, config_yaml: str) -> Path:
-        """Write one checkpoint; all ranks call this at the same step. Returns its folder."""
-        final = self.folder / f"step_{state.step:08d}"
-        partial = final.with_suffix(".partial")
+    def __init__(self, folder: Path, keep_last: int, background: bool = True):
+        self.folder, self.keep_last, self.background = folder, keep_last, background
+        self._copies = HostCopies()
+        self._in_flight: Save | None = None
+        self._processor: Any = None
+
+    def save(self, engine: Any, processor: Any, state: TrainerState, config_yaml: str) -> None:
+        """Begin to write one checkpoint (and wait for the one before); all ranks call this at the same step.
+
+        Raises:
+            CheckpointError: this one does not fit on the disk, or the one before could not be written.
+        """
+        self.wait()
+        partial = self.folder / f"step_{state.step:08d}.partial"
         from_rank_0(lambda: _fresh(partial))
-        engine.save_checkpoint(str(partial), tag=TAG, save_latest=False)
+        self._copies.begin()
+        files = collect_files(engine, partial, TAG, self._copies, holds_only_trained(engine.module))
         weights = full_state_dict(engine)
-        if rank() == 0:
-            write_export(engine.module, processor, weights, partial / "hf")
-            (partial / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
-            (partial / "config.yaml").write_text(config_yaml)
-        barrier()
-        files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-        own = {name: _sync_and_hash(partial / name) for name in files[rank() :: world_size()]}
-        entries = {name: entry for part in gather(own) for name, entry in part.items()}
-        from_rank_0(lambda: self._publish(partial, final, entries))
-        return final
+        if engine.zero_optimization_stage() < 3:  # under ZeRO-3 they are copies already
+            weights = self._copies.copy(weights)
+        self._copies.finish()
+        own_bytes = self._copies.num_bytes() + sum(t.nbytes for t in (weights or {}).values())
+        needed = sum(gather(own_bytes)) + SLACK
+        self._check_space(partial, needed)
+        if self._processor is None:  # the thread's own: a tokenizer must not be used by two threads at once
+            self._processor = copy.deepcopy(processor)
+        texts = {"trainer.json": json.dumps(asdict(state), indent=1), "config.yaml": config_yaml}
+        layout = layout_of(engine)
 
-    def _publish(self, partial: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
-        manifest = {"format": FORMAT, "files": dict(sorted(entries.items()))}
-        _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
-        for folder in sorted({(partial / name).parent for name in entries} | {partial}):
-            _sync_folder(folder)
-        if final.exists():
-            _remove(final)
-        partial.rename(final)
-        _sync_folder(self.folder)
-        _write_synced(self.folder / "latest.tmp", final.name)
-        (self.folder / "latest.tmp").rename(self.folder / "latest")
-        _sync_folder(self.folder)
+        def write() -> Entries:
+            entries = write_part(partial, files)
+            entries.update(write_layout(partial, TAG, layout, rank()))
+            if rank() == 0:
+                write_export(engine.module, self._processor, weights, partial / "hf")
+                for name, text in texts.items():
+                    (partial / name).write_text(text)
+            return entries
+
+        self._in_flight = Save(partial, write, lambda entries: self._publish(partial, entries), rank(), world_size())
+        self._in_flight.start()
+        if not self.background:
+            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's part of the save in flight has ended with an error; :meth:`wait` raises it on all."""
+        return self._in_flight is not None and self._in_flight.error is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread is writing."""
+        return self._in_flight is not None and not self._in_flight.join(0)
+
+    def wait(self) -> None:
+        """Wait until the save in flight is published; all ranks call this together.
+
+        Raises:
+            CheckpointError: it could not be written, on whichever rank; its folder is removed.
+        """
+        save, self._in_flight = self._in_flight, None
+        if save is None:
+            return
+        save.written.wait()
+        errors = _errors(save)
+        if not any(errors):
+            save.join()
+            errors = _errors(save)
+        if not any(errors):
+            return
+        save.cancelled.set()
+        save.join()
+        from_rank_0(lambda: shutil.rmtree(save.partial, ignore_errors=True))
+        step = manifest.step_of(save.partial)
+        raise CheckpointError(f"the checkpoint of step {step} could not be written: {_joined(errors)}. {self._rest()}")
+
+    def settle(self) -> None:
+        """Let the save in flight end, without other ranks: the run ends with an error that they may not know of."""
+        save, self._in_flight = self._in_flight, None
+        if save is None:
+            return
+        save.written.wait()
+        if not save.join(PATIENCE):
+            save.cancelled.set()
+            save.join()
+        if save.error is not None:
+            log.error("the checkpoint in %s could not be written: %s", save.partial, save.error)
+
+    def _rest(self) -> str:
+        newest = self.steps()[-1:]
+        rest = f"{newest[0]} is untouched" if newest else "There is none before it"
+        return f"{rest}. Mend it (a full disk: lower train.keep_last), start again, and the run goes on from there"
+
+    def _check_space(self, partial: Path, needed: int) -> None:
+        """Refuse a checkpoint that would not fit, before a byte of it is written.
+
+        Raises:
+            CheckpointError: naming what is needed and free.
+        """
+
+        def free() -> int:
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                shutil.rmtree(partial, ignore_errors=True)
+            return free
+
+        found = from_rank_0(free)
+        if found < needed:
+            raise CheckpointError(
+                f"{self.folder} has {found / 1e9:.2f} GB free, the checkpoint of step {manifest.step_of(partial)} "
+                f"needs {needed / 1e9:.2f} GB; nothing was written. {self._rest()}"
+            )
+
+    def _publish(self, partial: Path, entries: Entries) -> None:
+        others = (name for name in manifest.files_in(partial) if name not in entries)
+        entries.update({name: manifest.sync_and_hash(partial / name) for name in others})
+        final = partial.with_suffix("")
+        manifest.write_manifest(partial, entries)
+        manifest.put_in_place(partial, final)
+        manifest.point_latest(self.folder, final.name)
         for old in self.steps()[: -self.keep_last]:
-            _remove(old)
+            manifest.remove_checkpoint(old)
 
     def steps(self) -> list[Path]:
         """Finished checkpoints, oldest first (not verified)."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(
-            (path for path in self.folder.iterdir() if STEP.match(path.name) and (path / MANIFEST).is_file()),
-            key=lambda path: int(path.name.removeprefix("step_")),
-        )
+        return manifest.steps(self.folder)
 
-    def newest_complete(self) -> Path | None:
-        """The newest checkpoint whose every file is what its manifest says; damaged ones are named and passed over."""
+    def newest_complete(self, strict: bool = False) -> Path | None:
+        """The newest checkpoint whose every file is what its manifest says; damaged ones are named and passed over.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged; with ``strict``: the newest is.
+        """
 
         def find() -> Path | None:
-            for checkpoint in reversed(self.steps()):
-                problem = verify(checkpoint)
+            found = self.steps()
+            for checkpoint in reversed(found):
+                problem = manifest.verify(checkpoint)
                 if problem is None:
                     return checkpoint
+                if strict:
+                    raise ValueError(
+                        f"checkpoint {checkpoint} is damaged: {problem}. train.resume=auto goes on from the one before"
+                    )
                 log.warning("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
+            if found:
+                raise ValueError(
+                    f"every checkpoint in {self.folder} is damaged ({', '.join(p.name for p in found)}; `vtprune "
+                    "checkpoint verify` says how). To start from the beginning remove them, or use another run.name"
+                )
             return None
 
         return from_rank_0(find)
 
-    def set_aside_newer(self, checkpoint: Path | None) -> None:
-        """Rename what is newer than the checkpoint that training continues from (damaged, or it would have been
-        taken), so that it is neither counted by keep-last nor in the way when its step comes again."""
+    def continue_from(self, checkpoint: Path) -> None:
+        """Make a checkpoint the newest: what is newer (damaged, or it would have been taken) is renamed, so that it is
+        neither counted by keep-last nor in the way when its step comes again, and ``latest`` names it."""
 
         def rename() -> None:
             for newer in self.steps():
-                if checkpoint is None or newer.name > checkpoint.name:
+                if manifest.step_of(newer) > manifest.step_of(checkpoint):
                     aside = newer.with_suffix(".damaged")
                     if aside.exists():
                         shutil.rmtree(aside)
                     log.warning("%s is set aside as %s", newer, aside.name)
                     newer.rename(aside)
+            if manifest.named_latest(self.folder) != checkpoint:
+                log.warning("%s is mended: it names %s now", self.folder / manifest.LATEST, checkpoint.name)
+                manifest.point_latest(self.folder, checkpoint.name)
 
         from_rank_0(rename)
 
@@ -127,80 +240,106 @@ class CheckpointFolder:
 
         from_rank_0(remove)
 
+    def warn_of_space(self, engine: Any, resumed: Path | None) -> None:
+        """Say at the start that the next checkpoint will not fit."""
+        if rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed, free = next_size(engine, resumed), shutil.disk_usage(self.folder).free
+        if free < needed:
+            log.warning(
+                "%s has %.2f GB free, a checkpoint needs about %.2f GB: the first save will stop the run",
+                self.folder, free / 1e9, needed / 1e9,
+            )  # fmt: skip
 
-def verify(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or ``None``."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, entry in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-        if _hash(path) != entry["sha256"]:
-            return f"{name} does not have the recorded SHA-256"
-    return None
+
+def next_size(engine: Any, resumed: Path | None) -> int:
+    """About how many bytes the next checkpoint takes: what the one resumed from took, or weights twice (state and
+    export) and three float32 numbers for each trained one."""
+    if resumed is not None:
+        return sum(entry["size"] for entry in manifest.read_manifest(resumed).values())
+    weights = trained = 0
+    for parameter in engine.module.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        weights += count * parameter.element_size()
+        trained += count if parameter.requires_grad else 0
+    return 2 * weights + 12 * trained + SLACK
+
+
+def write_part(partial: Path, files: Files) -> Entries:
+    """Write one rank's DeepSpeed files."""
+    entries = {}
+    for path, state in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries[str(path.relative_to(partial))] = write_file(path, state)
+    return entries
 
 
 def load(engine: Any, checkpoint: Path) -> TrainerState:
-    """Restore weights and optimizer of every rank, and the trainer's state.
+    """Restore weights and optimizer of every rank, and the trainer's state; all ranks call this.
+
+    With the ranks and ZeRO stage that wrote it DeepSpeed loads its own files, to the bit; with others (or from the
+    portable form) :mod:`elastic` deals the same numbers anew.
+
+    Args:
+        engine: not stepped yet.
+        checkpoint: complete.
 
     Raises:
-        ValueError: the checkpoint was written by another number of ranks or ZeRO stage.
+        ValueError: a rank does not see the files, or they do not fit this model.
     """
+    _agree(lambda: _all_there(checkpoint))
     state = TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
-    stage = int(engine.zero_optimization_stage())
-    if (state.world_size, state.zero_stage) != (world_size(), stage):
-        raise ValueError(
-            f"{checkpoint} was written by {state.world_size} rank(s) with ZeRO {state.zero_stage}, this run has "
-            f"{world_size()} with ZeRO {stage}; resume with the same, or start from its weights with "
-            f"train.init_from={checkpoint}"
-        )
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
-    if loaded is None:
-        raise ValueError(f"DeepSpeed found nothing to load in {checkpoint / TAG}")
+    now = (world_size(), int(engine.zero_optimization_stage()))
+    if (state.world_size, state.zero_stage) == now and (checkpoint / TAG).is_dir():
+        strict = not holds_only_trained(engine.module)
+        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=strict)
+        if loaded is None:
+            raise ValueError(f"DeepSpeed found nothing to load in {checkpoint / TAG}")
+        return state
+    if rank() == 0:
+        log.warning(
+            "%s was written by %d rank(s) with ZeRO %d; its state is dealt anew to %d with ZeRO %d",
+            checkpoint, state.world_size, state.zero_stage, *now,
+        )  # fmt: skip
+    load_elastic(engine, checkpoint, _agree)
+    state.world_size, state.zero_stage = now
     return state
+
+
+def _all_there(checkpoint: Path) -> None:
+    for name, entry in manifest.read_manifest(checkpoint).items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise ValueError(f"{path} is not what rank 0 sees; run.output_dir must be on storage that all nodes share")
+
+
+def _agree(act: Callable[[], None]) -> None:
+    """Do something without collectives on every rank; an error on one rank ends all of them, named."""
+    error: Exception | None = None
+    try:
+        act()
+    except Exception as caught:
+        error = caught
+    errors = gather("" if error is None else f"{type(error).__name__}: {error}")
+    if any(errors):
+        raise ValueError(_joined(errors)) from error
+
+
+def _errors(save: Save) -> list[str]:
+    return gather("" if save.error is None else f"{type(save.error).__name__}: {save.error}")
+
+
+def _joined(errors: list[str]) -> str:
+    """Each rank's error, the same one of several ranks once."""
+    by_text: dict[str, list[int]] = {}
+    for number, text in enumerate(errors):
+        if text:
+            by_text.setdefault(text, []).append(number)
+    return "; ".join(f"rank {', '.join(map(str, numbers))}: {text}" for text, numbers in by_text.items())
 
 
 def _fresh(partial: Path) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Delete so that a half-deleted folder is never taken for a checkpoint."""
-    doomed = checkpoint.with_suffix(".deleting")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _sync_and_hash(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": _hash(path)}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

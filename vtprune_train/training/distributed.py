@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import secrets
+import socket
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from vtprune_train.config import ConfigError
+
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+SHARED_SECONDS = 10.0  # network file systems show another machine's file a moment later
 
 
 def rank() -> int:
@@ -66,6 +73,39 @@ def gather(value: Any) -> list[Any]:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def check_shared(folder: Path, key: str) -> None:
+    """Make sure that all machines see the same ``folder``.
+
+    Args:
+        folder: where rank 0 can write.
+        key: the setting that names it, for the error.
+
+    Raises:
+        ConfigError: names the machines that do not see what rank 0 wrote.
+    """
+    if world_size() == 1:
+        return
+    token = from_rank_0(lambda: _write_token(folder))
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    answers = gather((socket.gethostname(), seen))
+    if rank() == 0:
+        token.unlink()
+    blind = sorted({host for host, sees in answers if not sees})
+    if blind:
+        raise ConfigError(
+            f"{key}: {folder.resolve()} of rank 0 on {answers[0][0]} is not seen on {', '.join(blind[:8])}; "
+            "put it on a file system that all machines of the job share"
+        )
+
+
+def _write_token(folder: Path) -> Path:
+    token = folder / f".shared-{secrets.token_hex(8)}"
+    token.touch()
+    return token
 
 
 def shut_down() -> None:

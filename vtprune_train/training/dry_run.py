@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import transformers
 
-from vtprune_train.config import Config, ConfigError
+from vtprune_train.config import Config, ConfigError, PruningConfig
+from vtprune_train.data.sources import is_here
 from vtprune_train.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -21,12 +22,16 @@ from vtprune_train.models.build import (
     set_trainable,
 )
 from vtprune_train.models.layouts import ImageLayout
+from vtprune_train.models.peft import adapt
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
 from vtprune_train.training.engine import engine_config, zero_stage
 from vtprune_train.training.run import training_cost, with_saved_settings
 
 log = logging.getLogger(__name__)
 
+WARMUP_POINTS = 64  # at which the cost of a warm-up is looked at
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -43,6 +48,8 @@ def describe(config: Config) -> str:
     with torch.device("meta"):
         model = getattr(transformers, family.model_class)(model_config)
     family.check(model)
+    if config.model.peft is not None:
+        adapt(model, config.model.peft)
     set_trainable(model, config.model.train)
     local = config.model.path if config.model.path and Path(config.model.path).is_dir() else None
     layout = loop.layout(model_config, build_image_processor(model_config, local, config.model.max_pixels))
@@ -60,12 +67,13 @@ def describe(config: Config) -> str:
         f"stages of {layers_per_stage(drops, num_layers)} layers",
         "",
         *_samples(layout, drops, cost),
+        *_whole_training(config, layout, cost),
         "",
         *_parameters(config, model, zero_stage(settings)),
         "",
-        *_worst_micro_batch(config, layout, drops, cost),
+        *_worst_micro_batch(config, layout, () if _has_full_steps(config.pruning) else drops, cost),
     ]
-    missing = [s.path for s in config.sources("train") if not Path(s.path).is_file()]
+    missing = [source.path for source in config.sources("train") if not is_here(Path(source.path))]
     if missing:
         lines += ["", f"not looked at: data file(s) {', '.join(missing)} (not here)"]
     return "\n".join(lines)
@@ -92,6 +100,59 @@ def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> 
     return lines
 
 
+def _has_full_steps(pruning: PruningConfig) -> bool:
+    """Whether some step runs on all tokens (or nearly): memory has to hold those."""
+    return pruning.warmup is not None or pruning.full_token_share > 0
+
+
+def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> list[str]:
+    """What warm-up and full-token steps make of the FLOP ratio, for the largest picture."""
+    pruning, method = config.pruning, config.pruning.build()
+    if not _has_full_steps(pruning):
+        return []
+    size = max(layout.examples(), key=lambda size: layout.tokens([size]))
+    share, weight = pruning.full_token_share, pruning.consistency_weight
+
+    def mean_step(method: PruningMethod | None) -> float:
+        if method is None:
+            return 1.0
+        teacher = Teacher(method, weight, pruning.consistency_temperature) if weight else None
+        phases = (1 - share, Phase(method)), (share, Phase(None, teacher))
+        return sum(
+            part * _phase_ratio(phase, layout.tokens([size]), layout.tiles([size]), cost) for part, phase in phases
+        )
+
+    lines = [
+        f"mean step at {size[0]} x {size[1]}: {mean_step(method):.3f} of dense FLOPs, {share:.3g} of the steps on full "
+        "tokens (a teacher's pass counted)"
+    ]
+    if pruning.warmup is not None:
+        asked = pruning.warmup
+        warmup = Warmup(WARMUP_POINTS, asked.kind, asked.start)
+        eased = [
+            None if asked.kind == "dense" else method.eased(asked.start, warmup.progress(i))
+            for i in range(WARMUP_POINTS)
+        ]
+        length = f"{asked.steps} steps" if asked.steps else f"{asked.ratio:.3g} of all steps"
+        lines.append(f"during the warm-up ({asked.kind}, {length}): {np.mean([mean_step(m) for m in eased]):.3f}")
+    return lines
+
+
+def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: TrainingCost) -> float:
+    """FLOPs of one typical sample in a phase, of those of a dense step."""
+    num_layers, text, supervised = cost.decoder.num_layers, np.array([TYPICAL_TEXT]), np.array([TYPICAL_TEXT // 2])
+
+    def lengths(drops: Sequence[Drop]) -> tuple[np.ndarray, list[int]]:
+        return stage_lengths(text, np.array(visual), np.zeros(1, dtype=np.int64), drops), layers_per_stage(
+            drops, num_layers
+        )
+
+    done = cost.sample(*lengths(phase.drops(num_layers)), np.array(tiles), supervised)[0]
+    if phase.teacher is not None:
+        done += cost.forward_text(*lengths(phase.teacher.method.drops(num_layers)), supervised)[0]
+    return float(done / cost.sample(*lengths(()), np.array(tiles), supervised)[0])
+
+
 def _against_dense(
     lengths: np.ndarray, drops: Sequence[Drop], cost: TrainingCost, tiles: int
 ) -> tuple[float, float, float]:
@@ -109,6 +170,8 @@ def _against_dense(
 def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
     lines, total, trained = [], 0, 0
     for part, parameters in parts_of(model).items():
+        if not parameters:
+            continue
         count = sum(p.numel() for _, p in parameters)
         rate = config.model.train.get(part)
         state = f"trained, learning rate {rate:g}" if rate else "frozen"
@@ -118,13 +181,19 @@ def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
         total += count
         trained += count if rate else 0
     element = BYTES[config.model.dtype]
-    export = total * element
+    export = (total if config.model.peft is None else trained) * element
     master = trained * 12 if element == 2 or stage else trained * 8
     lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
     lines.append(
         f"{'checkpoint':<16}{(2 * export + master) / 1e9:>12.3f} GB: export {export / 1e9:.3f}, the same weights for "
         f"resuming, optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
     )
+    if config.model.peft is not None:
+        frozen = (total - trained) * element
+        lines.append(
+            f"{'memory':<16}{(frozen + trained * 2 * element + master) / 1e9:>12.3f} GB of weights, gradients and "
+            f"optimizer, before ZeRO shares them out: the frozen base {frozen / 1e9:.3f}"
+        )
     return lines
 
 

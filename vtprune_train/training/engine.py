@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ OWN_KEYS = {
 }
 
 
-def start_distributed() -> torch.device:
-    """Join the process group that a launcher describes, or make one of a single process; returns this rank's device."""
+def start_distributed(timeout: float) -> torch.device:
+    """Join the process group that a launcher describes, or make one of a single process; returns this rank's device.
+    A collective that takes longer than ``timeout`` seconds is an error."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -48,11 +50,11 @@ def start_distributed() -> torch.device:
             # Ranks share the machine's cores: more threads than cores make each of them wait for the others.
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
     return device
 
 
@@ -66,6 +68,8 @@ def engine_config(config: Config) -> dict[str, Any]:
     wrong = [f"deepspeed: {key} is decided by {ours}; take it out" for key, ours in OWN_KEYS.items() if key in settings]
     if config.model.dtype == "float16" and not zero_stage(settings):
         wrong.append("model.dtype=float16 needs ZeRO 1 or more (DeepSpeed scales no loss at stage 0); use zero2.json")
+    if config.model.peft is not None and config.model.peft.kind == "qlora" and zero_stage(settings) == 3:
+        wrong.append("model.peft.kind=qlora: 4-bit weights cannot be partitioned by ZeRO-3; use zero2.json")
     if wrong:
         raise ConfigError("\n".join(wrong))
     return {

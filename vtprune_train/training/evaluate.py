@@ -6,7 +6,7 @@ to produce, in one pass: the first wrong token would end the match in either cas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.loader import StepLoader
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.planner import Planner
 from vtprune_train.training import distributed as ranks
 
@@ -25,6 +26,7 @@ def evaluate(
     max_tokens: int,
     device: torch.device,
     workers: int,
+    mark: Callable[[str], None],
     worker_timeout: float | None = None,
     shuffle_pictures: bool = False,
 ) -> dict[str, float]:
@@ -36,6 +38,7 @@ def evaluate(
         max_tokens: most tokens of a batch, before dropping.
         device: this rank's.
         workers: decode processes.
+        mark: told of every batch (the watchdog's).
         worker_timeout: seconds after which one counts as hung.
         shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
 
@@ -44,13 +47,18 @@ def evaluate(
         the samples left out because a picture could not be read.
     """
     index = collate.index
-    batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens / index.tokens.mean())))
+    batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens * len(index) / index.total_tokens)))
+
+    def measure(_: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = index.lengths(samples).tokens
+        return tokens, tokens.astype(np.float64)
+
     planner = Planner(
-        index.tokens,
-        index.tokens.astype(np.float64),
+        EpochOrder([len(index)], seed=0),
+        measure,
+        longest=index.longest,
         global_batch_size=batch_size,
-        max_tokens=max(max_tokens, int(index.tokens.max())),
-        seed=0,
+        max_tokens=max(max_tokens, index.longest),
         world_size=ranks.world_size(),
     )
     loader = StepLoader(
@@ -70,6 +78,7 @@ def evaluate(
     with torch.no_grad():
         for _, batches in loader:
             for batch in batches:
+                mark("evaluating")
                 for sample, reason in batch.unreadable:
                     ranks.log.warning("evaluation: left out %s: %s", sample, reason)
                 sums["unreadable"] += len(batch.unreadable)
@@ -94,7 +103,7 @@ def evaluate(
 def exchange_pictures(collate: Collator) -> Sequence[int]:
     """For each sample one with as many pictures, by a fixed permutation without fixed points (where there are two)."""
     index = collate.index
-    counts = np.bincount(index.span_sample, minlength=len(index))
+    counts = index.num_pictures(np.arange(len(index)))
     partner = np.arange(len(index))
     for count in np.unique(counts):
         members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))

@@ -15,16 +15,16 @@ from filelock import FileLock
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.config import Config, PruningConfig, dump_config, without_effect
+from vtprune_train.config import TRAINING_ONLY, Config, PruningConfig, SourceConfig, dump_config, without_effect
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
+from vtprune_train.data.costs import StepCosts
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.planner import Planner
-from vtprune_train.data.records import read_source, turns_of
-from vtprune_train.flops import DecoderGeometry, TrainingCost, layers_per_stage, stage_lengths
+from vtprune_train.data.records import Prompt, read_records
+from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
-    build_model,
     build_processor,
     family_of_config,
     load_tokenizer,
@@ -34,32 +34,37 @@ from vtprune_train.models.build import (
 )
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
+from vtprune_train.models.peft import open_model
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.adapter import attach_adapter, check_adapter
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
-from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
+from vtprune_train.training.checkpoint import CheckpointFolder
 from vtprune_train.training.engine import (
     engine_config,
     offloads_optimizer,
-    start_distributed,
     start_engine,
     zero_stage,
 )
+from vtprune_train.training.lock import hold_run
+from vtprune_train.training.manifest import STEP
 from vtprune_train.training.optim import build_optimizer, parameter_groups
+from vtprune_train.training.resume import resume
 from vtprune_train.training.trainer import Trainer
+from vtprune_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: Config) -> Trainer:
-    """Build or resume the training that ``config`` describes, up to its first step.
+def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer:
+    """Build or resume the training that ``config`` describes, up to its first step. The process group stands.
 
     Raises:
         ValueError: settings or data that cannot be trained with (``ConfigError`` included).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # of every export; the run has its own
-    device = start_distributed()
     config = with_saved_settings(config)
     settings = engine_config(config)
     if ranks.rank() == 0:
@@ -67,19 +72,26 @@ def prepare(config: Config) -> Trainer:
             log.warning("%s", line)
     run_dir = config.run_dir
     ranks.from_rank_0(lambda: _make_run_dir(run_dir))
+    ranks.check_shared(run_dir, "run.output_dir")
     torch.manual_seed(config.run.seed)
+    check_adapter(config, device)
     parts = build_parts(config)
+    attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
+    steps = -(-len(collate.index.order()) // config.train.global_batch_size)
+    collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
     _prepare(config, parts.model, device)
     prune(parts.model, method, attention=config.model.attention)
     groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
     engine = start_engine(parts.model, optimizer, settings)
 
-    checkpoints = CheckpointFolder(run_dir / "checkpoints", config.train.keep_last)
-    state = _resume(_identity(config, collate.index), config, checkpoints, engine, zero_stage(settings))
+    checkpoints = CheckpointFolder(
+        run_dir / "checkpoints", config.train.keep_last, background=config.train.save_in_background
+    )
+    state = resume(_identity(config, collate.index), config.train.resume, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
     callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
     if config.data.eval:
@@ -94,6 +106,7 @@ def prepare(config: Config) -> Trainer:
         callbacks=callbacks,
         device=device,
         state=state,
+        watchdog=watchdog,
     )
 
 
@@ -129,7 +142,7 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
     differences = {
         key: (saved.get(key), value)
         for key, value in result.model_dump().items()
-        if key in explicit and value != saved.get(key)
+        if key in explicit and key not in TRAINING_ONLY and value != saved.get(key)
     }
     if ranks.rank() == 0:
         for key, (before, now) in differences.items():
@@ -149,7 +162,7 @@ def build_parts(config: Config) -> Parts:
         tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
         if config.model.config is not None and not folder.is_dir():
             tokenizer.save_pretrained(str(folder))
-    model = build_model(config.model, tokenizer)
+    model = open_model(config.model, tokenizer)
     _, loop = family_of_config(model.config)
     encoder = ChatEncoder(
         tokenizer, template, model.config.image_token_id, config.data.image_position, loop.placeholder
@@ -161,9 +174,10 @@ def build_parts(config: Config) -> Parts:
 def training_texts(config: Config, template: Template) -> Iterator[str]:
     """Every conversation of the training data as the template writes it, to train a tokenizer on."""
     for source in config.sources("train"):
-        for row in read_source(Path(source.path), str(cache_dir(config))):
-            if not row["error"]:
-                yield from (text for text, _ in template.pieces(turns_of(row)))
+        prompt = Prompt(**source.prompt.model_dump())
+        for record in read_records(Path(source.path)):
+            if not record.error:
+                yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
 
 
 def cache_dir(config: Config) -> Path:
@@ -177,12 +191,14 @@ def cache_dir(config: Config) -> Path:
 
 def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCost:
     """How FLOPs are counted for this model and the parts that are trained."""
+    decoder, peft = DecoderGeometry.of(model_config.text_config), config.model.peft
     return TrainingCost(
-        DecoderGeometry.of(model_config.text_config),
+        decoder,
         family_of_config(model_config)[1].tower(model_config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
         trains_projector="projector" in config.model.train,
+        adapter=decoder.adapter_per_token(peft.r, peft.target_modules) if peft else 0.0,
     )
 
 
@@ -195,7 +211,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
     if not config.sources(which):
         raise ValueError(f"data.{which} names no file; for example [{{path: train.json, images: images}}]")
     return build_index(
-        [Source(Path(s.path), Path(s.images), s.take) for s in config.sources(which)],
+        [_source(source) for source in config.sources(which)],
         parts.encoder,
         parts.layout,
         max_length=config.data.max_length,
@@ -205,6 +221,17 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         workers=max(1, config.data.workers),
         cache_dir=cache_dir(config),
         max_image_pixels=config.data.max_image_pixels,
+    )
+
+
+def _source(config: SourceConfig) -> Source:
+    return Source(
+        path=Path(config.path),
+        images=Path(config.images),
+        take=config.take,
+        weight=config.weight,
+        prompt=Prompt(**config.prompt.model_dump()),
+        name=config.name or "",
     )
 
 
@@ -224,27 +251,24 @@ def build_collator(
 
 
 def build_planner(config: Config, collate: Collator, world_size: int) -> Planner:
-    """The planner of the training data: cost counts what is left after dropping."""
-    index, cost = collate.index, collate.cost
-    num_layers = cost.decoder.num_layers
-    drops = collate.method.drops(num_layers) if collate.method else ()
-    lengths = stage_lengths(index.text, index.span_tokens, index.span_sample, drops)
+    """The planner of the training data: cost counts what a step's own passes do, after dropping."""
+    index = collate.index
     return Planner(
-        index.tokens,
-        cost.sample(
-            lengths, layers_per_stage(drops, num_layers), index.span_tiles, index.supervised, index.span_sample
-        ),
+        index.order(),
+        StepCosts(index, collate.cost, collate.phases or Phases(collate.method)),
+        longest=index.longest,
         global_batch_size=config.train.global_batch_size,
         max_tokens=config.data.max_tokens,
-        seed=config.run.seed,
         world_size=world_size,
     )
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    """The run's folder, without the tokenizer of an earlier start that came to no checkpoint."""
+    """The run's folder, for this run alone, without the tokenizer of an earlier start that came to no checkpoint."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "checkpoints" / "latest").is_file() and (run_dir / "tokenizer").exists():
+    hold_run(run_dir)
+    saved = any(STEP.match(path.name) for path in (run_dir / "checkpoints").glob("step_*"))
+    if not saved and (run_dir / "tokenizer").exists():
         shutil.rmtree(run_dir / "tokenizer")
 
 
@@ -279,36 +303,5 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "data.image_position": config.data.image_position,
         "data.max_length": config.data.max_length,
         "number and hash of the samples": index.identity(),
-        "pruning": config.pruning.model_dump(),
+        "pruning": config.pruning.identity(),
     }
-
-
-def _resume(
-    identity: dict[str, Any], config: Config, checkpoints: CheckpointFolder, engine: Any, stage: int
-) -> TrainerState:
-    """The newest complete checkpoint of the run, or a fresh start.
-
-    Raises:
-        ValueError: the run's folder holds checkpoints that must not be continued with these settings.
-    """
-    checkpoints.clean()
-    newest = checkpoints.newest_complete()
-    if newest is None:
-        checkpoints.set_aside_newer(None)
-        return TrainerState(identity=identity, world_size=ranks.world_size(), zero_stage=stage)
-    if config.train.resume == "never":
-        raise ValueError(
-            f"{newest} exists and train.resume is never; use another run.name, or remove {checkpoints.folder}"
-        )
-    checkpoints.set_aside_newer(newest)
-    state = load(engine, newest)
-    changed = [key for key, value in identity.items() if state.identity.get(key) != value]
-    if changed:
-        lines = [f"{key}: checkpoint {state.identity.get(key)!r}, now {identity[key]!r}" for key in changed]
-        raise ValueError(
-            f"{newest} was trained with other settings, so its steps would hold other samples: {'; '.join(lines)}. "
-            f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={newest}"
-        )
-    if ranks.rank() == 0:
-        log.info("resuming from %s", newest)
-    return state

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtprune_train.data.collate import Collator, lay_out
 from vtprune_train.data.images import UNREADABLE, load_image
-from vtprune_train.data.records import turns_of
 from vtprune_train.inference.draw import draw
 from vtprune_train.inference.show import look, stage_names
 from vtprune_train.models.anyres import AnyRes
@@ -60,7 +59,9 @@ class _NothingToShowError(ValueError):
 def _questions(collate: Collator, pictures: int) -> list[Question]:
     """Questions with ``pictures`` pictures in all, from the first samples whose files can be read."""
     questions: list[Question] = []
-    for sample in np.unique(collate.index.span_sample).tolist():
+    for sample in range(len(collate.index)):
+        if not collate.index.picture_sizes(sample):
+            continue
         if sum(len(question.pictures) for question in questions) >= pictures:
             break
         try:
@@ -79,16 +80,15 @@ def _question(collate: Collator, sample: int) -> Question:
     """
     index = collate.index
     loaded = collate.load(sample, sample)
-    source = int(index.source[sample])
-    row = index.rows[source][int(index.row[sample])]
+    record = index.record(sample)
     sizes, pixels = loaded.pictures.sizes, loaded.pictures.pixels
     segment, ids = lay_out(loaded.chat, collate.layout.tokens(sizes))
     end = segment.query_offsets[-1] + 1
     asked = [i for i, span in enumerate(segment.spans) if span.end <= end]
     if not asked:
         raise _NothingToShowError("its pictures follow its last answer")
-    folder = index.sources[source].images
-    turns = turns_of(row)
+    files = index.pictures(sample, record)
+    turns = record.turns
     last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
     return Question(
         inputs={
@@ -96,6 +96,6 @@ def _question(collate: Collator, sample: int) -> Question:
             "pixel_values": pad_sequence([pixels[i] for i in asked], batch_first=True),
             "image_sizes": torch.tensor([sizes[i] for i in asked]),
         },
-        pictures=[load_image(folder / row["images"][i], sizes[i], max_pixels=collate.max_image_pixels) for i in asked],
+        pictures=[load_image(files[i], sizes[i], max_pixels=collate.max_image_pixels) for i in asked],
         text=turns[last - 1].text.replace(IMAGE, "").strip(),
     )

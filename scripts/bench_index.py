@@ -1,0 +1,227 @@
+#!/usr/bin/env python
+"""What the sample index costs: writes synthetic records, builds their index with the real code, opens it and seeks.
+
+python scripts/bench_index.py --records 1000000              # build rate, size, memory, open and seek time
+python scripts/bench_index.py --words 4 --distinct 1500 --template mistral  # 10 million, short records
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from vtprune_train.data.chat import ChatEncoder, get_template  # noqa: E402
+from vtprune_train.data.index import SampleIndex, Source, build_index  # noqa: E402
+from vtprune_train.data.planner import Planner  # noqa: E402
+from vtprune_train.models.anyres import AnyRes  # noqa: E402
+
+SHARD = 250_000
+VOCABULARY = 8192
+LAYOUT = AnyRes(((336, 672), (672, 336), (672, 672)), 336, 14)
+BATCH = 512
+
+
+def words(count: int) -> list[str]:
+    """Made-up words of one to four syllables."""
+    rng = random.Random(0)
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "ar", "en", "is", "og")]
+    return ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(count)]
+
+
+def write_shards(folder: Path, records: int, mean_words: int, distinct: int | None) -> Path:
+    """JSONL shards of records with a question and an answer of ``mean_words`` words together: slices of one long text,
+    so that writing costs little. All texts differ, or they are drawn from ``distinct`` ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = " ".join(random.Random(1).choices(words(20_000), k=2_000_000))
+    rng = np.random.default_rng(2)
+    known = distinct or SHARD
+    for first in range(0, records, SHARD):
+        path = folder / f"shard-{first // SHARD:04d}.jsonl"
+        count = min(SHARD, records - first)
+        if not first or distinct is None:
+            all_lengths = rng.lognormal(np.log(mean_words * 2.5), 0.5, (known, 2)).astype(int) + 8
+            all_starts = rng.integers(0, len(text) - 20_000, (known, 2))
+        chosen = np.arange(count) if distinct is None else rng.integers(0, known, count)
+        lengths, starts = all_lengths[chosen], all_starts[chosen]
+        if path.exists():  # of an earlier start in this folder: the build goes on
+            continue
+        with path.open("w") as file:
+            for number in range(count):
+                (ask, say), (long, longer) = starts[number].tolist(), lengths[number].tolist()
+                file.write(
+                    f'{{"id": "r{first + number}", "conversations": [{{"from": "human", "value": '
+                    f'"{text[ask : ask + long]}"}}, {{"from": "gpt", "value": "{text[say : say + longer]}"}}]}}\n'
+                )
+    return folder / "shard-*.jsonl"
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of ``VOCABULARY`` tokens, trained on the same words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>", "<image>"], show_progress=False)
+    tokenizer.train_from_iterator([" ".join(words(20_000))], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"]
+    )
+
+
+class Peak:
+    """The largest private memory of this process and of each of its children together, sampled twenty times a second:
+    pages of mapped files are not counted, which the system may drop at any time."""
+
+    def __init__(self) -> None:
+        self.own = self.child = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._done.wait(0.05):
+            self.own = max(self.own, private(me))
+            for child in me.children(recursive=True):
+                try:
+                    self.child = max(self.child, private(child))
+                except psutil.NoSuchProcess:
+                    continue
+
+
+def private(process: psutil.Process) -> int:
+    """Resident bytes without pages of files."""
+    memory = process.memory_info()
+    return memory.rss - memory.shared
+
+
+def build(pattern: Path, cache: Path, workers: int, encoder: ChatEncoder) -> SampleIndex:
+    return build_index(
+        [Source(pattern, pattern.parent)],
+        encoder,
+        LAYOUT,
+        max_length=4096,
+        too_long="error",
+        max_bad=0,
+        seed=42,
+        workers=workers,
+        cache_dir=cache,
+    )
+
+
+def _opened(pattern: Path, cache: Path, encoder: ChatEncoder, queue: Any) -> None:
+    """In a fresh process: how long opening and seeking take, and what they add to its memory."""
+    before = private(psutil.Process())
+    begun = time.perf_counter()
+    index = build(pattern, cache, 1, encoder)
+    result: dict[str, Any] = {"open_seconds": time.perf_counter() - begun}
+
+    def measure(_: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = index.lengths(samples).tokens
+        return tokens, tokens.astype(float)
+
+    planner = Planner(
+        index.order(), measure, longest=index.longest, global_batch_size=BATCH, max_tokens=16384, world_size=8
+    )
+    steps = planner.steps_per_epoch
+    for name, step in (("first", 0), ("middle", steps // 2), ("last", steps - 1), ("epoch_1000", 1000 * steps + 1)):
+        result[f"seek_{name}_ms"] = _milliseconds(lambda step=step: planner.order.samples(*_span(planner, step)))
+        result[f"plan_{name}_ms"] = _milliseconds(lambda step=step: planner.plan(step))
+    result["record_ms"] = _milliseconds(lambda: [index.record(int(s)) for s in planner.order.samples(0, 0, 100)]) / 100
+    result["added_mb"] = (private(psutil.Process()) - before) / 1e6
+    queue.put(result)
+
+
+def _span(planner: Planner, step: int) -> tuple[int, int, int]:
+    epoch, position = divmod(step, planner.steps_per_epoch)
+    return epoch, position * BATCH, (position + 1) * BATCH
+
+
+def _milliseconds(call: Any) -> float:
+    begun = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - begun)
+
+
+def measure(folder: Path, records: int, mean_words: int, distinct: int | None, workers: int, template: str) -> dict:
+    """All numbers of one run."""
+    encoder = ChatEncoder(train_tokenizer(), get_template(template), 2)
+    begun = time.perf_counter()
+    pattern = write_shards(folder / "data", records, mean_words, distinct)
+    written = time.perf_counter()
+    with Peak() as peak:
+        index = build(pattern, folder / "cache", workers, encoder)
+    seconds = time.perf_counter() - written
+    files = [path for path in (folder / "cache").rglob("*") if path.is_file()]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_opened, args=(pattern, folder / "cache", encoder, queue))
+    process.start()
+    opened = queue.get()
+    process.join()
+    return {
+        "records": len(index),
+        "workers": workers,
+        "data_gb": sum(path.stat().st_size for path in (folder / "data").iterdir()) / 1e9,
+        "write_seconds": written - begun,
+        "tokens_per_record": index.total_tokens / len(index),
+        "build_seconds": seconds,
+        "records_per_second": len(index) / seconds,
+        "index_mb": sum(path.stat().st_size for path in files) / 1e6,
+        "bytes_per_record": sum(path.stat().st_size for path in files) / len(index),
+        "builder_peak_mb": peak.own / 1e6,
+        "worker_peak_mb": peak.child / 1e6,
+        **opened,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=int, default=10_000_000)
+    parser.add_argument("--words", type=int, default=40, help="of a record's question and answer together, about")
+    parser.add_argument("--distinct", type=int, help="draw texts from so many; left out: all differ")
+    parser.add_argument("--template", default="vicuna_v1", help="mistral is the shortest: no system prompt")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--folder", type=Path, help="where data and index are written; left out: a temporary one")
+    arguments = parser.parse_args()
+    if arguments.records < 1:
+        parser.error("--records must be at least 1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="bench_index-"))
+    try:
+        result = measure(
+            folder, arguments.records, arguments.words, arguments.distinct, arguments.workers, arguments.template
+        )
+    finally:
+        if arguments.folder is None:
+            shutil.rmtree(folder)
+    print(json.dumps({name: round(value, 4) for name, value in result.items()}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

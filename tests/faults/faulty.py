@@ -1,0 +1,51 @@
+"""Training with a fault put into one rank at one step: ``FAULT=kind:rank:step python faulty.py --config ...``.
+
+Only the tests start this; the fault is patched in from outside, and (but for ``always``) only
+in the first of several starts.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from vtprune_train.cli import main, train_main
+from vtprune_train.training import process
+from vtprune_train.training.trainer import Trainer
+
+KIND, RANK, STEP = os.environ["FAULT"].split(":")
+
+
+def fault() -> None:
+    if KIND == "refuse":
+        raise ValueError("a file is missing on this machine alone")
+    if KIND in ("raise", "always"):
+        raise RuntimeError("something in this rank alone")
+    if KIND == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if KIND == "hang":
+        time.sleep(600)
+
+
+def is_now(step: int) -> bool:
+    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    return (first_start or KIND == "always") and os.environ["RANK"] == RANK and step == int(STEP)
+
+
+def prepare(*arguments, original=process.prepare):
+    if is_now(0):
+        fault()
+    return original(*arguments)
+
+
+def forward_backward(self, *arguments, original=Trainer._forward_backward):
+    if is_now(self.state.step + 1):
+        fault()
+    return original(self, *arguments)
+
+
+process.prepare = prepare
+Trainer._forward_backward = forward_backward
+
+if __name__ == "__main__":
+    sys.exit(main() if sys.argv[1:2] == ["train"] else train_main())

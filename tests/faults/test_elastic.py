@@ -1,0 +1,65 @@
+"""A checkpoint of any ranks and ZeRO stage on any others: the same numbers and samples, nearly the same losses."""
+
+import pytest
+from runner import ROOT, WARM, Runs
+
+DEAL = ROOT / "tests" / "faults" / "deal.py"
+STAGES = "deepspeed=configs/deepspeed/zero{}.json"
+
+
+def deal(runs, ranks, *arguments):
+    log = runs.folder / "deal.log"
+    with log.open("w+b") as said:
+        process = WARM.start(
+            [str(DEAL), *map(str, arguments)],
+            ranks=ranks, cwd=ROOT, env=runs.environment(), out=said.fileno(), err=said.fileno(),
+        )  # fmt: skip
+        assert process.wait(timeout=280) == 0, log.read_text()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("elastic"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_stage_to_every_stage(runs, dtype):
+    """Written on two ranks at ZeRO 0 to 3, loaded on one and on two at each: master weights, moments, steps, frozen
+    parameters and buffers equal to the last bit; from DeepSpeed's files and from the portable form."""
+    folder = runs.folder / dtype
+    folder.mkdir()
+    deal(runs, 2, "write", folder, dtype)
+    deal(runs, 1, "read", folder, dtype, "deepspeed")
+    deal(runs, 2, "read", folder, dtype, "portable" if dtype == "float32" else "deepspeed")
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    runs.run("whole", "data.eval=[]", "data.workers=0", STAGES.format(2))
+    return runs.metrics("whole")
+
+
+def legs(runs, name, *each):
+    """One run in several starts, each of them up to a step (in the middle of an epoch of four steps)."""
+    for stop, ranks, *settings in each:
+        runs.run(name, "data.eval=[]", "data.workers=0", *settings, f"run.stop_after={stop}", ranks=ranks)
+    return runs.metrics(name)
+
+
+def assert_same_course(metrics, expected):
+    assert [m["step"] for m in metrics] == [m["step"] for m in expected]
+    assert [m["data_digest"] for m in metrics] == [m["data_digest"] for m in expected]
+    for ours, theirs in zip(metrics, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-3), ours["step"]
+
+
+def test_one_to_two_to_one_ranks_and_another_plan(runs, whole):
+    zero2 = STAGES.format(2)
+    course = legs(runs, "ranks", (2, 1, zero2), (5, 2, zero2, "data.max_tokens=300"), (8, 1, zero2))
+    assert_same_course(course, whole)
+    assert max(m["micro_steps"] for m in course[2:5]) > 1
+
+
+def test_zero_2_to_3_in_the_middle_of_an_epoch(runs, whole):
+    assert_same_course(legs(runs, "stages", (3, 2, STAGES.format(2)), (8, 2, STAGES.format(3))), whole)

@@ -1,0 +1,138 @@
+"""Which rank is to blame: the judges, and the hub with real connections."""
+
+import os
+import socket
+import time
+
+import pytest
+
+from vtprune_train.config import ConfigError
+from vtprune_train.training import distributed
+from vtprune_train.training.lifeline import (
+    EXIT_HUNG,
+    Failure,
+    Hub,
+    Lifeline,
+    Place,
+    judge_failures,
+    judge_stall,
+    reach,
+)
+
+HOSTS = {0: "a", 1: "a", 2: "b"}
+
+
+def test_the_first_cause_is_blamed_not_its_victims():
+    broken = Failure(0, "a", "RuntimeError: connection closed", in_collective=True)
+    gone = Failure(1, "a")
+    raised = Failure(2, "b", "KeyError: 'x'", where="step 3, forward")
+    assert judge_failures([broken, gone, raised]).culprits == (2,)
+    assert judge_failures([broken, gone]).culprits == (1,)
+    assert judge_failures([broken]).culprits == (0,)
+    verdict = judge_failures([Failure(0, "a", "ValueError: no", code=2, final=True), raised])
+    assert (verdict.culprits, verdict.code, verdict.final) == ((0,), 2, True)
+    assert "rank 2 on b" in judge_failures([raised]).text and "step 3, forward" in judge_failures([raised]).text
+
+
+def test_a_stall_is_blamed_on_who_did_not_come():
+    waiting = Place(9, "step 3, backward", 6.0, "all_reduce", "all_reduce, distributed_c10d.py:1")
+    behind = Place(8, "step 3, forward", 6.1, None, "read, tower.py:7")
+    verdict = judge_stall({0: waiting, 1: behind, 2: waiting}, HOSTS, caller=0)
+    assert (verdict.culprits, verdict.code, verdict.hung) == ((1,), EXIT_HUNG, True)
+    assert "rank 1 on a: step 3, forward, at read, tower.py:7" in verdict.text and "in all_reduce" in verdict.text
+    same_place = Place(9, "step 3, backward", 6.1, None, "sleep, x.py:1")
+    assert judge_stall({0: waiting, 1: waiting, 2: same_place}, HOSTS, caller=0).culprits == (2,)
+    assert judge_stall(dict.fromkeys(HOSTS, waiting), HOSTS, caller=0).culprits == (0, 1, 2)
+    silent = judge_stall({0: waiting, 2: behind}, HOSTS, caller=0)
+    assert silent.culprits == (1,) and "does not answer" in silent.text
+
+
+@pytest.fixture
+def connected():
+    hub = Hub("127.0.0.1", "token", 3)
+    lines = [Lifeline(reach(["127.0.0.1"], hub.port, "token", rank)) for rank in range(3)]
+    yield hub, lines
+    for line in lines:
+        if line.wire.open:
+            line.wire.send("bye")
+    for line in lines:
+        line.wire.close()
+    hub.join()
+
+
+def heard(line, seconds=3.0):
+    """The next messages that reach a rank."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if messages := line.poll(0.05):
+            return messages
+    return []
+
+
+def test_a_closed_connection_is_a_dead_rank(connected):
+    _, lines = connected
+    lines[1].wire.close()
+    for rank in (0, 2):
+        [message] = heard(lines[rank])
+        assert message["kind"] == "verdict" and message["culprits"] == [1] and "without a word" in message["text"]
+
+
+def test_a_rank_that_takes_its_leave_is_not_missed(connected):
+    _, lines = connected
+    lines[1].wire.send("bye")
+    assert heard(lines[1]) == [{"kind": "done"}]
+    lines[1].wire.close()
+    assert heard(lines[0], 1.5) == []
+
+
+def test_roll_call_waits_for_answers_and_forgives_who_goes_on(connected):
+    _, lines = connected
+    lines[0].wire.send("stalled", marks=4)
+    for line in lines:
+        assert heard(line) == [{"kind": "roll_call"}]
+    for line in lines:
+        line.wire.send("place", **vars(Place(5)))
+    assert heard(lines[0], 0.5) == [], "the caller went on meanwhile"
+    lines[0].wire.send("stalled", marks=5)
+    for rank, line in enumerate(lines):
+        assert heard(line) == [{"kind": "roll_call"}]
+        line.wire.send("place", **vars(Place(5 - (rank == 2))))
+    assert [message["culprits"] for message in heard(lines[1])] == [[2]]
+
+
+def test_a_forked_child_does_not_hold_the_connection(connected):
+    """Loader workers outlive a killed rank by seconds."""
+    _, lines = connected
+    child = os.fork()
+    if child == 0:
+        time.sleep(10)
+        os._exit(0)
+    lines[1].wire.close()
+    began = time.monotonic()
+    assert [message["culprits"] for message in heard(lines[0])] == [[1]]
+    assert time.monotonic() - began < 3
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+
+
+def test_strangers_are_refused(connected):
+    hub, lines = connected
+    with pytest.raises(ConfigError, match="something else answers"):
+        reach(["127.0.0.1"], hub.port, "guess", 1)
+    for garbage in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b'{"kind": "failed"}\n', b"\xff\n"):
+        with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
+            stranger.sendall(garbage)
+            assert stranger.recv(10) == b"", "it is sent away"
+    assert heard(lines[0], 0.3) == []
+    with pytest.raises(ConfigError, match=r"rank 7 .* cannot reach rank 0 at port 1"):
+        reach(["127.0.0.1"], 1, "token", 7)
+
+
+def test_a_run_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda answer: [answer, ("node1", False)])
+    with pytest.raises(ConfigError, match=r"run.output_dir: .* is not seen on node1; put it on a file system"):
+        distributed.check_shared(tmp_path, "run.output_dir")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(distributed, "gather", lambda answer: [answer, answer])
+    distributed.check_shared(tmp_path, "run.output_dir")

@@ -1,0 +1,174 @@
+"""Ranks that die, raise, hang or are told to stop: the job ends soon, says why, and goes on where it can."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from runner import ROOT, Runs, assert_equal_checkpoints, wait_until
+
+HERE = Path(__file__).parent
+FAULTY = HERE / "faulty.py"
+SETTINGS = ("train.save_every=1", "train.max_steps=5", "data.eval=[]")
+HOST = socket.gethostname()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """Two ranks, undisturbed."""
+    runs.run("whole", *SETTINGS, ranks=2)
+    return runs.checkpoint("whole")
+
+
+def faulty(runs, name, fault, *settings, ranks=2, expect=1):
+    """A run with a fault; what it said, and how many seconds after the fault's step began it was over."""
+    began = time.time()
+    done = runs.run(name, *SETTINGS, *settings, ranks=ranks, script=FAULTY, env={"FAULT": fault}, expect=expect)
+    metrics = runs.directory(name) / "metrics.jsonl"
+    return done.stderr, time.time() - (metrics.stat().st_mtime if metrics.exists() else began)
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_own_error(runs, whole):
+    said, seconds = faulty(runs, "raised", "raise:1:3")
+    assert seconds < 30
+    assert f"rank 1 on {HOST} failed (step 3, " in said and "RuntimeError: something in this rank alone" in said
+    assert said.count("Traceback") == 1, "the others' broken collectives are no news"
+    assert f"rank 0 stops (step 3, backward 1 of 1): rank 1 on {HOST} failed" in said
+    runs.run("raised", *SETTINGS, ranks=2)
+    assert_equal_checkpoints(runs.checkpoint("raised"), whole)
+
+
+def test_a_rank_killed_in_the_middle_of_a_step(runs, whole):
+    said, seconds = faulty(runs, "killed", "kill:1:3")
+    assert seconds < 30
+    assert f"rank 0 stops (step 3, backward 1 of 1): rank 1 on {HOST} is gone without a word" in said
+    runs.run("killed", *SETTINGS, ranks=2)
+    assert_equal_checkpoints(runs.checkpoint("killed"), whole)
+
+
+def test_rank_0_killed(runs):
+    said, seconds = faulty(runs, "killed0", "kill:0:2")
+    assert seconds < 30 and "rank 1 stops (step 2, backward 1 of 1): rank 0 is gone without a word" in said
+
+
+def test_a_hung_rank_is_named_with_stacks(runs, whole):
+    said, seconds = faulty(runs, "hung", "hang:1:3", "train.watchdog_timeout=3")
+    assert seconds < 30
+    assert f"no progress for 3 s. rank 1 on {HOST}: step 3, counting targets, at fault, {FAULTY}:" in said
+    assert "1 other rank(s) wait for it, such as rank 0: step 3, backward 1 of 1, waiting in all_reduce" in said
+    stacks = [(runs.directory("hung") / "watchdog" / f"rank_0000{rank}.txt").read_text() for rank in (0, 1)]
+    assert "faulty.py" in stacks[1] and "in fault" in stacks[1] and "in fault" not in stacks[0]
+    assert "in all_reduce" in stacks[0] and "all_reduce" not in stacks[1].partition("Thread")[2]
+    worker = stacks[1].partition("loader worker")[2]
+    assert "_worker_loop" in worker
+    runs.run("hung", *SETTINGS, ranks=2)
+    assert_equal_checkpoints(runs.checkpoint("hung"), whole)
+    assert not (runs.directory("hung") / "watchdog" / "rank_00002.txt").exists()
+
+
+def test_a_hang_exits_124_and_a_healthy_run_leaves_no_stacks(runs, whole):
+    faulty(runs, "alone", "hang:0:1", "train.watchdog_timeout=1", ranks=1, expect=124)
+    assert not list((whole.parent.parent / "watchdog").iterdir())
+
+
+def test_what_one_machine_lacks_is_said_by_it(runs):
+    said, seconds = faulty(runs, "refused", "refuse:1:0")
+    assert seconds < 30 and "cannot train:\n  a file is missing on this machine alone" in said
+    assert "Traceback" not in said
+
+
+LAUNCH = {"script": HERE / "faulty_launch.py", "env": {"FAULT": "none:0:0", "PYTHONPATH": f"{ROOT}:{HERE}"}}
+
+
+def test_a_restart_goes_on_with_the_same_bits(runs, whole):
+    env = {**LAUNCH["env"], "FAULT": "kill:1:3"}
+    done = runs.run("restarted", *SETTINGS, "train.max_restarts=2", script=LAUNCH["script"], env=env)
+    assert "restart 1 of at most 2 after a failure" in done.stderr and "restart 2" not in done.stderr
+    assert "step_00000002" in done.stderr.partition("resuming from")[2]
+    assert_equal_checkpoints(runs.checkpoint("restarted"), whole)
+
+
+def test_what_a_restart_cannot_mend_is_not_tried_again(runs):
+    settings = ("train.max_restarts=3", "data.train.0.path=nowhere.json")
+    done = runs.run("useless", *SETTINGS, *settings, **LAUNCH, expect=2)
+    assert done.stderr.count("nowhere.json does not exist") == 1 and "restart" not in done.stderr
+
+
+def test_restarts_are_bounded(runs):
+    env = {**LAUNCH["env"], "FAULT": "always:1:1"}
+    done = runs.run("bounded", *SETTINGS, "train.max_restarts=1", script=LAUNCH["script"], env=env, expect=1)
+    assert done.stderr.count("restart 1 of at most 1") == 1 and "restart 2" not in done.stderr
+    assert "RuntimeError: something in this rank alone" in done.stderr.partition("Root Cause")[2]
+
+
+def test_sigterm_to_the_launcher_saves_and_is_not_restarted(runs):
+    settings = ("train.max_restarts=3", "train.save_every=1000", "train.max_steps=2000", "train.epochs=2000")
+    process = runs.start("told", *SETTINGS, *settings, **LAUNCH)
+    assert wait_until(lambda: runs.metrics("told"), process), runs.log("told")[-3000:]
+    [launcher] = psutil.Process(process.pid).children()
+    launcher.terminate()
+    assert process.wait(timeout=120) == 143, runs.log("told")[-3000:]
+    assert runs.checkpoint("told").name == f"step_{len(runs.metrics('told')):08d}"
+    assert "restart" not in runs.log("told")
+
+
+def test_a_launcher_that_cannot_restart_says_so(runs):
+    done = runs.run("unheeded", *SETTINGS, "train.max_restarts=3", "train.max_steps=1")
+    assert "train.max_restarts=3 has no effect: what started this process restarts nothing" in done.stderr
+
+
+def slurm(runs, *settings, **environment):
+    """The command and environment of the batch script, as SLURM would run it on two machines with one GPU each."""
+    command = [str(ROOT / "scripts" / "cluster" / "slurm.sbatch"), *runs.arguments("slurm", *SETTINGS, *settings)[3:]]
+    env = {
+        **runs.environment(),
+        "PATH": f"{HERE / 'fake_slurm'}:{runs.environment()['PATH']}",
+        "FAKE_NODES": str(runs.folder / "nodes"),
+        "CONFIG": str(runs.config),
+        "GPUS": "1",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+        "MASTER_PORT": str(free_port()),
+        **environment,
+    }
+    return command, env
+
+
+def test_two_machines_train_like_one(runs, whole):
+    """The batch script for SLURM, with a srun that starts two launchers here, each with an index of its own."""
+    command, env = slurm(runs, "data.cache_dir=null")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert_equal_checkpoints(runs.checkpoint("slurm"), whole)
+    assert all(list((runs.folder / "nodes" / f"node{node}").rglob("index-*.arrow")) for node in (0, 1))
+
+
+@pytest.mark.parametrize(("ended", "queued"), [(143, True), (1, False)])
+def test_the_batch_script_goes_back_to_the_queue_when_its_time_is_up(runs, tmp_path, ended, queued):
+    (tmp_path / "vtprune").write_text(f"#!/bin/bash\ntrap 'sleep 0.2; exit {ended}' TERM\necho up\nsleep 60 & wait\n")
+    (tmp_path / "vtprune").chmod(0o755)
+    command, env = slurm(runs)
+    env["PATH"] = f"{HERE / 'fake_slurm'}:{tmp_path}:{env['PATH']}"
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
+    process.send_signal(signal.SIGUSR1)
+    process.wait(timeout=60)
+    os.killpg(process.pid, signal.SIGKILL)  # the stand-ins' sleeps
+    assert process.returncode == ended
+    assert ("requeued 7" in process.stdout.read()) is queued
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

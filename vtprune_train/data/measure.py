@@ -1,0 +1,175 @@
+"""The lengths of records: how many tokens, supervised tokens, visual tokens and tiles each one has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtprune_train.data.chat import ChatEncoder
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
+from vtprune_train.data.records import Conversation, Prompt, normalize
+from vtprune_train.data.sources import Piece, Place, Reader
+from vtprune_train.models.layouts import ImageLayout
+
+BATCH = 512  # conversations tokenized in one call
+FINE, BAD, NO_PICTURE = 0, 1, 2
+"""What ``state`` says of a record; pictures that cannot be read may be mended later."""
+
+RECORD_COLUMNS: dict[str, Any] = {
+    "at": np.int64,
+    "size": np.int64,
+    "text": np.int32,
+    "supervised": np.int32,
+    "state": np.uint8,
+    "content": np.uint64,
+    "num_spans": np.int32,
+    "id_size": np.int32,
+    "id_hash": np.uint64,
+}
+SPAN_COLUMNS = ("height", "width", "tokens", "tiles")
+
+
+@dataclass
+class Measured:
+    """What the index keeps of one conversation; ``spans`` holds (height, width, tokens, tiles) of each picture."""
+
+    text: int = 0
+    supervised: int = 0
+    state: int = FINE
+    spans: list[tuple[int, int, int, int]] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures the conversations of one source.
+
+    Args:
+        encoder: conversations to tokens.
+        layout: sizes of pictures to visual tokens.
+        images: the folder that pictures are relative to.
+        prompt: what the source adds to its conversations.
+        max_image_pixels: a picture of more is not read.
+    """
+
+    encoder: ChatEncoder
+    layout: ImageLayout
+    images: Path
+    prompt: Prompt
+    max_image_pixels: int = MAX_PIXELS
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a change of would change the lengths."""
+        encoder = hashlib.sha256(self.encoder.fingerprint().encode()).hexdigest()[:16]
+        return {
+            "template": self.encoder.template.name,
+            "encoder": encoder,
+            "layout": str(self.layout),
+            "images": str(self.images.resolve()),
+            "prompt": str(self.prompt),
+            "max_image_pixels": self.max_image_pixels,
+        }
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[Measured]:
+        """Lengths of each; what keeps it from being used is its ``error``."""
+        results = [self._pictures(conversation) for conversation in conversations]
+        usable = [number for number, result in enumerate(results) if result.state == FINE]
+        counts = self.encoder.count([self.prompt.apply(conversations[number]).turns for number in usable])
+        for number, count in zip(usable, counts, strict=True):
+            if isinstance(count, ValueError):
+                results[number] = Measured(state=BAD, error=str(count))
+            else:
+                results[number].text, results[number].supervised = count
+        return results
+
+    def _pictures(self, conversation: Conversation) -> Measured:
+        if conversation.error:
+            return Measured(state=BAD, error=conversation.error)
+        sizes = []
+        for number, picture in enumerate(conversation.pictures(self.images)):
+            try:
+                name = picture_name(picture, number)
+                sizes.append(image_size(picture, max_pixels=self.max_image_pixels, name=name))
+            except UNREADABLE as error:
+                # Room is kept for its pictures, so that they can be filled in once they are mended.
+                blank = [(0, 0, 0, 0)] * len(conversation.images)
+                return Measured(state=NO_PICTURE, spans=blank, error=f"image {error}")
+        try:
+            tokens, tiles = self.layout.tokens(sizes), self.layout.tiles(sizes)
+        except ValueError as error:
+            return Measured(state=BAD, error=str(error))
+        return Measured(spans=[(*size, n, t) for size, n, t in zip(sizes, tokens, tiles, strict=True)])
+
+
+def picture_name(picture: Path | bytes, number: int) -> str:
+    """What a picture is called in a message."""
+    return f"{number + 1} of the record" if isinstance(picture, bytes) else str(picture)
+
+
+def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path) -> None:
+    """Measure a piece of a file and write its columns to ``target`` (.npz), whole or not at all."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*RECORD_COLUMNS, *SPAN_COLUMNS, "ids")}
+    errors: list[str] = []
+    done = 0
+    records = reader.scan(piece)
+    while batch := list(islice(records, BATCH)):
+        conversations = [normalize(record, "") for _, record in batch]
+        measured = measure(conversations)
+        for name, values in _columns([place for place, _ in batch], conversations, measured).items():
+            columns[name].append(values)
+        errors += [
+            json.dumps({"row": done + number, "error": result.error, "state": result.state})
+            for number, result in enumerate(measured)
+            if result.state != FINE
+        ]
+        done += len(batch)
+    empty = {name: np.zeros(0, dtype=dtype) for name, dtype in _dtypes().items()}
+    joined = {name: np.concatenate([empty[name], *parts]) for name, parts in columns.items()}
+    temporary = target.with_suffix(".tmp")
+    joined["errors"] = np.frombuffer("\n".join(errors).encode(), dtype=np.uint8)
+    with temporary.open("wb") as file:
+        np.savez(file, **joined)  # type: ignore[arg-type]  # it takes arrays by name
+    temporary.replace(target)
+
+
+def _dtypes() -> dict[str, Any]:
+    return {**RECORD_COLUMNS, **dict.fromkeys(SPAN_COLUMNS, np.int32), "ids": np.uint8}
+
+
+def _columns(
+    places: Sequence[Place], conversations: Sequence[Conversation], measured: Sequence[Measured]
+) -> dict[str, np.ndarray]:
+    ids = [conversation.id.encode() for conversation in conversations]
+    spans = np.array([span for result in measured for span in result.spans], dtype=np.int32).reshape(-1, 4)
+    values: dict[str, Any] = {
+        "at": [place.at for place in places],
+        "size": [place.size for place in places],
+        "text": [result.text for result in measured],
+        "supervised": [result.supervised for result in measured],
+        "state": [result.state for result in measured],
+        "content": [_hash(_content(conversation)) for conversation in conversations],
+        "num_spans": [len(result.spans) for result in measured],
+        "id_size": [len(name) for name in ids],
+        "id_hash": [_hash(name) if name else 0 for name in ids],
+    }
+    columns = {name: np.array(values[name], dtype=dtype) for name, dtype in RECORD_COLUMNS.items()}
+    columns["ids"] = np.frombuffer(b"".join(ids), dtype=np.uint8)
+    return {**columns, **dict(zip(SPAN_COLUMNS, spans.T, strict=True))}
+
+
+def _content(conversation: Conversation) -> bytes:
+    """All that a record says, and the names of its pictures."""
+    texts = [part for turn in conversation.turns for part in (turn.role, turn.text)]
+    names = [image if isinstance(image, str) else str(len(image)) for image in conversation.images]
+    return "\0".join([conversation.id, *texts, *names, conversation.error]).encode(errors="surrogatepass")
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -1,0 +1,92 @@
+"""Data files: what a path of the settings stands for, and the reader of each kind."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from pathlib import Path
+
+from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader
+from vtprune_train.data.sources.json_list import JsonList
+from vtprune_train.data.sources.jsonl import JsonLines
+from vtprune_train.data.sources.tables import DatasetOnDisk, Parquet
+from vtprune_train.data.sources.tars import Tar
+
+__all__ = ["KINDS", "Malformed", "Piece", "Place", "Reader", "find_files", "is_here", "open_reader", "stamp"]
+
+KINDS: dict[str, Callable[[Path], Reader]] = {
+    ".json": JsonList,
+    ".jsonl": JsonLines,
+    ".parquet": Parquet,
+    ".tar": Tar,
+}
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+KNOWN = "use .json (a list), .jsonl, .parquet, .tar, or a folder written by datasets' save_to_disk"
+
+
+def find_files(path: Path) -> list[Path]:
+    """The data files of one entry of ``data.train`` or ``data.eval``: a file, a folder of files of one kind, a glob, or
+    a dataset on disk; sorted.
+
+    Raises:
+        ValueError: there is none, it is of an unknown kind, or a folder holds several kinds; names it.
+    """
+    if path.is_dir():
+        return _in_folder(path)
+    if path.is_file():
+        files = [path]
+    elif any(character in str(path) for character in "*?["):
+        files = _matches(path)
+        if not files:
+            raise ValueError(f"no data file matches {path}; check data.root and the path under data.train or data.eval")
+    else:
+        raise ValueError(f"data file {path} does not exist; check data.root and the path under data.train or data.eval")
+    for file in files:
+        if file.suffix in COMPRESSED:
+            raise ValueError(f"data file {file} is compressed, so no record of it can be reached by itself; unpack it")
+        if file.suffix not in KINDS and not _is_dataset(file):
+            raise ValueError(f"data file {file}: unknown kind {file.suffix!r}; {KNOWN}")
+    return files
+
+
+def is_here(path: Path) -> bool:
+    """Whether there is anything that :func:`find_files` could look at."""
+    return path.exists() or bool(_matches(path))
+
+
+def _matches(path: Path) -> list[Path]:
+    return sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    if _is_dataset(folder):
+        return [folder]
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(part.name for part in folder.iterdir() if _is_dataset(part))
+        raise ValueError(f"data folder {folder} holds several datasets ({', '.join(splits)}); name one of them")
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in KINDS)
+    if not files:
+        raise ValueError(f"data folder {folder} holds no data file; {KNOWN}")
+    if len(kinds := sorted({file.suffix for file in files})) > 1:
+        raise ValueError(f"data folder {folder} holds files of several kinds ({', '.join(kinds)}); name them by a glob")
+    return files
+
+
+def _is_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
+def open_reader(file: Path) -> Reader:
+    """The reader of one of the files that :func:`find_files` gave.
+
+    Raises:
+        ValueError: see the readers.
+    """
+    return DatasetOnDisk(file) if file.is_dir() else KINDS[file.suffix](file)
+
+
+def stamp(file: Path) -> list[int]:
+    """Size in bytes and time of the last change in ns; of a dataset on disk, those of all its files together."""
+    parts = sorted(file.iterdir()) if file.is_dir() else [file]
+    states = [part.stat() for part in parts]
+    return [sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)]

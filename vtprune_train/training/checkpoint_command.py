@@ -1,0 +1,205 @@
+"""``vtprune checkpoint``: list, verify, convert and prune the checkpoints of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vtprune_train.training import manifest
+from vtprune_train.training.lock import hold_run
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The actions of the command and their options."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, what in (
+        ("list", "one line for each checkpoint"),
+        ("verify", "read every file; exit code 1 if any is wrong"),
+    ):
+        action = actions.add_parser(name, help=what, description=what)
+        action.add_argument("path", help="a run, its checkpoints folder, or one checkpoint")
+    what = "the portable form: optimizer state by parameter, for any number of ranks and any ZeRO stage"
+    convert = actions.add_parser("convert", help=what, description=what)
+    convert.add_argument("path", help="a checkpoint, or a run (its newest)")
+    convert.add_argument("--out", metavar="DIR", help="write it there; without, it takes the checkpoint's place")
+    what = "delete old checkpoints; never the one `latest` names, nor the newest that is whole"
+    prune = actions.add_parser("prune", help=what, description=what)
+    prune.add_argument("path", help="a run or its checkpoints folder")
+    prune.add_argument("--keep-last", type=_count, metavar="N", help="keep the newest N")
+    prune.add_argument("--keep-every", type=_count, metavar="N", help="keep those at multiples of N steps")
+    prune.add_argument("--dry-run", action="store_true", help="say what would go")
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do one of the actions; 1 if ``verify`` found something wrong.
+
+    Raises:
+        ValueError: there are no checkpoints at the path, or they cannot be converted.
+    """
+    if arguments.action == "list":
+        return list_checkpoints(Path(arguments.path))
+    if arguments.action == "verify":
+        return verify_checkpoints(Path(arguments.path))
+    if arguments.action == "convert":
+        return convert_checkpoint(Path(arguments.path), arguments.out)
+    return prune_checkpoints(Path(arguments.path), arguments.keep_last, arguments.keep_every, arguments.dry_run)
+
+
+def find(path: Path) -> list[Path]:
+    """The finished checkpoints at a path, oldest first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; name a run's folder, its checkpoints folder, or one checkpoint")
+    if manifest.STEP.match(path.name):
+        return [path]
+    found = manifest.steps(path / "checkpoints") or manifest.steps(path)
+    if not found:
+        raise ValueError(f"{path} holds no finished checkpoint (step_XXXXXXXX with a {manifest.MANIFEST})")
+    return found
+
+
+def list_checkpoints(path: Path) -> int:
+    """Print step, date, size, ranks, ZeRO stage, whether all files are there with their sizes, and the schedule."""
+    found = find(path)
+    latest = manifest.named_latest(found[-1].parent)
+    print(f"{'step':>10}  {'written':16}  {'GB':>8}  {'ranks':>5}  {'ZeRO':>4}  {'complete':8}  pruning")
+    for checkpoint in found:
+        facts = describe(checkpoint)
+        print(
+            f"{manifest.step_of(checkpoint):>10}  {facts['written']:16}  {facts['bytes'] / 1e9:>8.3f}  "
+            f"{facts['ranks']:>5}  {facts['zero']:>4}  {facts['complete']:8}  {facts['pruning']}"
+            f"{'  <- latest' if checkpoint == latest else ''}"
+        )
+    for leftover in sorted(p for p in found[-1].parent.iterdir() if p.suffix in (".partial", ".deleting", ".damaged")):
+        print(f"also there: {leftover.name}")
+    return 0
+
+
+def describe(checkpoint: Path) -> dict[str, Any]:
+    """What ``list`` shows of a checkpoint; a dash for what cannot be read."""
+    facts: dict[str, Any] = {"ranks": "-", "zero": "-", "pruning": "-", "complete": "no", "bytes": 0}
+    written = (checkpoint / manifest.MANIFEST).stat().st_mtime if (checkpoint / manifest.MANIFEST).is_file() else 0
+    facts["written"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(written)) if written else "-"
+    try:
+        files = manifest.read_manifest(checkpoint)
+        facts["bytes"] = sum(entry["size"] for entry in files.values())
+        sizes = {name: (checkpoint / name).stat().st_size for name in files if (checkpoint / name).is_file()}
+        facts["complete"] = "yes" if sizes == {name: entry["size"] for name, entry in files.items()} else "no"
+        state = json.loads((checkpoint / "trainer.json").read_text())
+        portable = (checkpoint / "portable").is_dir()
+        facts["ranks"], facts["zero"] = ("any", "any") if portable else (state["world_size"], state["zero_stage"])
+        facts["pruning"] = schedule(yaml.safe_load((checkpoint / "config.yaml").read_text())["pruning"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        log.debug("%s: %s", checkpoint, error)
+    return facts
+
+
+def schedule(pruning: dict[str, Any]) -> str:
+    """A method and its schedule in a few words."""
+    if pruning["method"] == "none":
+        return "none"
+    where = "evenly" if pruning["layers"] is None else "at " + ",".join(map(str, pruning["layers"]))
+    return f"{pruning['method']} {'/'.join(map(str, pruning['keep']))} {where}"
+
+
+def verify_checkpoints(path: Path) -> int:
+    """Read every file of every checkpoint at the path."""
+    code = 0
+    for checkpoint in find(path):
+        wrong = manifest.problems(checkpoint)
+        print(f"{checkpoint}: {'ok' if not wrong else f'{len(wrong)} wrong'}")
+        for line in wrong:
+            print(f"  {line}")
+        code = code or int(bool(wrong))
+    return code
+
+
+def convert_checkpoint(path: Path, out: str | None) -> int:
+    """Write the portable form of a checkpoint beside it, and let it take its place or that of ``out``."""
+    source = find(path)[-1]
+    if wrong := manifest.verify(source):
+        raise ValueError(f"{source} is damaged: {wrong}")
+    if (source / "portable").is_dir():
+        raise ValueError(f"{source} has the portable form already")
+    final = source if out is None else Path(out).resolve()
+    if out is not None and final.exists():
+        raise ValueError(f"--out {out} exists; name a folder that is made here")
+    if out is not None and not manifest.STEP.match(final.name):
+        final = final / source.name
+    partial = final.with_name(f"{final.name}.partial")
+    in_run = out is None and source.parent.name == "checkpoints"
+    held = hold_run(source.parent.parent) if in_run else None  # a running job counts on its checkpoints
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        write_converted(source, partial)
+        manifest.put_in_place(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"{final} could not be written ({error}); {source} is untouched") from error
+    finally:
+        if held is not None:
+            os.close(held)
+    if out is not None:
+        manifest.point_latest(final.parent, final.name)
+    log.info("the portable form of %s is in %s", source, final)
+    return 0
+
+
+def write_converted(source: Path, partial: Path) -> None:
+    """Fill ``partial`` with the portable form of ``source``, its manifest included."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the files name classes of DeepSpeed, which looks for a device
+    from vtprune_train.training.elastic import open_state
+    from vtprune_train.training.portable import write_portable
+
+    write_portable(open_state(source), partial / "portable")
+    for name in manifest.read_manifest(source):
+        if not name.startswith("deepspeed/"):
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, partial / name)
+    manifest.write_manifest(
+        partial, {name: manifest.sync_and_hash(partial / name) for name in manifest.files_in(partial)}
+    )
+
+
+def prune_checkpoints(path: Path, keep_last: int | None, keep_every: int | None, dry_run: bool) -> int:
+    """Delete what neither rule keeps; safe beside a running job, which only ever looks at its newest."""
+    if keep_last is None and keep_every is None:
+        raise ValueError("say what to keep: --keep-last N, --keep-every N, or both")
+    if manifest.STEP.match(path.name):
+        raise ValueError(f"{path} is one checkpoint; name the run")
+    found = find(path)
+    kept = set(found[-keep_last:]) if keep_last else set()
+    kept |= {c for c in found if keep_every and manifest.step_of(c) % keep_every == 0}
+    latest = manifest.named_latest(found[-1].parent)
+    whole = next((c for c in reversed(found) if manifest.verify(c) is None), None)
+    kept |= {c for c in (latest, whole, found[-1]) if c is not None}
+    for checkpoint in found:
+        if checkpoint in kept:
+            print(f"keep    {checkpoint.name}")
+        else:
+            print(f"{'would remove' if dry_run else 'remove'}  {checkpoint.name}")
+            if not dry_run:
+                manifest.remove_checkpoint(checkpoint)
+    return 0

@@ -1,0 +1,89 @@
+"""The life of one rank's process: joining the others, training, and the ways to end."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import traceback
+from typing import Any, NoReturn
+
+from vtprune_train.config import Config, ConfigError, refusal
+from vtprune_train.launch import final_exit
+from vtprune_train.training import distributed as ranks
+from vtprune_train.training.engine import start_distributed
+from vtprune_train.training.lifeline import connect
+from vtprune_train.training.run import prepare
+from vtprune_train.training.trainer import EXIT_TERMINATED, TrainingError
+from vtprune_train.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+class Terminated(BaseException):
+    """SIGTERM before the first step, when there is nothing to save."""
+
+
+def train(config: Config) -> int:
+    """Train as one rank. Returns the exit code; does not return after a failure of any rank.
+
+    Raises:
+        ConfigError: the ranks cannot reach each other.
+    """
+    faulthandler.enable()
+    signal.signal(signal.SIGTERM, _terminate)
+    device = start_distributed(config.train.collective_timeout)
+    if ranks.rank() == 0:
+        _note_restarts(config.train.max_restarts)
+    watchdog = Watchdog(connect())
+    try:
+        try:
+            trainer = prepare(config, device, watchdog)
+        except ValueError as error:
+            log.debug("where it came from", exc_info=True)
+            what = "the settings are wrong" if isinstance(error, ConfigError) else "cannot train"
+            watchdog.fail(error, EXIT_REFUSED, final=True, shown=refusal(what, error))
+        settings = config.train
+        watchdog.watch(config.run_dir / "watchdog", settings.watchdog_timeout, settings.collective_timeout)
+        code = trainer.fit()
+        ranks.shut_down()
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        _give_up(watchdog, error)
+    watchdog.close()
+    return final_exit(code) if code == EXIT_TERMINATED else code
+
+
+def _give_up(watchdog: Watchdog, error: BaseException) -> NoReturn:
+    if isinstance(error, Terminated):
+        shown = "SIGTERM before the first step: nothing to save"
+        watchdog.fail(error, EXIT_TERMINATED, final=True, shown=shown)
+    if isinstance(error, KeyboardInterrupt):
+        watchdog.fail(error, EXIT_INTERRUPTED, final=True, shown="interrupted")
+    place = f"rank {ranks.rank()} on {socket.gethostname()} failed ({watchdog.place().where}):"
+    # Resuming repeats the same bits, so what training itself gives up on would come again.
+    final = isinstance(error, TrainingError)
+    watchdog.fail(error, 1, final=final, shown=f"{place}\n{''.join(traceback.format_exception(error)).rstrip()}")
+
+
+def _note_restarts(wanted: int) -> None:
+    """Say which restart this is, and whether ``train.max_restarts`` can be kept: only who started the ranks can."""
+    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if done:
+        log.warning("restart %d of at most %d after a failure", done, most)
+    if wanted and wanted != most:
+        log.warning(
+            "train.max_restarts=%d has no effect: what started this process restarts %s. Start with "
+            "`vtprune launch`, or with torchrun --max_restarts %d",
+            wanted,
+            f"{most} times" if most else "nothing",
+            wanted,
+        )
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated
