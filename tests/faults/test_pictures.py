@@ -27,8 +27,8 @@ def rotated():
 
 
 PNG = encoded(PHOTO, "PNG")
-HUGE = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + PNG[24:29]
-BOMB = PNG[:12] + HUGE + zlib.crc32(HUGE).to_bytes(4, "big") + PNG[33:]
+HEADER = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + PNG[24:29]
+BOMB = PNG[:12] + HEADER + zlib.crc32(HEADER).to_bytes(4, "big") + PNG[33:]
 
 READ = {
     "rotated.jpg": encoded(PHOTO, "JPEG", exif=rotated()),
@@ -46,7 +46,7 @@ READ = {
 }
 REFUSED = {
     "bomb.png": (BOMB, "more pixels than data.max_image_pixels=89478485"),
-    "crc.png": (PNG[:20] + b"\xff" + PNG[21:], "broken"),
+    "crc.png": (PNG[:20] + b"\xff" + PNG[21:], "no picture that Pillow can read (it begins with b"),
     "empty.png": (b"", "the file is empty"),
     "words.jpg": (b"<html>404</html>", "no picture that Pillow can read"),
     "heic.jpg": (b"\x00\x00\x00\x18ftypheic" + bytes(40), "HEIC"),

@@ -337,7 +337,7 @@ def _stack_of(worker: _Worker) -> str:
     """What a worker answers when it is asked for its stack."""
     os.kill(worker.pid, signal.SIGUSR1)
     deadline = time.monotonic() + STACK_SECONDS
-    while not (said := _said(worker.stacks)) and time.monotonic() < deadline:
+    while not _said(worker.stacks) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.1)  # to the end of the stack
     return _said(worker.stacks) or f"\nIt gives no stack (state {_state(worker.pid)})"
