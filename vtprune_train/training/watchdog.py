@@ -59,7 +59,7 @@ class Watchdog:
 
     def watch(self, folder: Path, timeout: float | None, saving_timeout: float) -> None:
         """From now on no mark for ``timeout`` seconds (``saving_timeout`` while saving) is a hang; stacks go to
-        ``folder``. ``kill -USR1`` writes them there at any time, of a rank or of one of its workers."""
+        ``folder``. ``kill -USR1`` has a rank write its own there at any time."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"rank_{ranks.rank():05d}.txt").open("a")
         # Workers are forked and inherit handler and file, so their stacks can be asked for as well.
