@@ -16,6 +16,7 @@ from vtprune_train.data.collate import Collator
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.planner import Planner
+from vtprune_train.stream import PackedBatch
 from vtprune_train.training import distributed as ranks
 
 
@@ -46,6 +47,51 @@ def evaluate(
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
         the samples left out because a picture could not be read.
     """
+    loader = _loader(collate, max_tokens, device, workers, worker_timeout, shuffle_pictures)
+    was_training = model.training
+    model.eval()
+    sums = {"loss_sum": 0.0, "tokens": 0.0, "exact": 0.0, "answers": 0.0, "unreadable": 0.0}
+    with torch.no_grad():
+        for _, batches in loader:
+            for batch in batches:
+                mark("evaluating")
+                for name, value in _sums(model, batch, device).items():
+                    sums[name] += value
+    model.train(was_training)
+    total = ranks.sum_over_ranks(sums, device)
+    return {
+        "loss": total["loss_sum"] / max(total["tokens"], 1),
+        "exact_match": total["exact"] / max(total["answers"], 1),
+        "answers": total["answers"],
+        "unreadable": total["unreadable"],
+    }
+
+
+def _sums(model: nn.Module, batch: PackedBatch, device: torch.device) -> dict[str, float]:
+    """What one batch adds."""
+    for sample, reason in batch.unreadable:
+        ranks.log.warning("evaluation: left out %s: %s", sample, reason)
+    output = model(batch.to(device))
+    exact = torch.ones(batch.num_answers, device=device)
+    exact.scatter_reduce_(0, batch.answer_of_target.to(device), output.correct.float(), reduce="amin")
+    return {
+        "loss_sum": float(output.loss_sum),
+        "tokens": len(batch.targets),
+        "exact": float(exact.sum()),
+        "answers": batch.num_answers,
+        "unreadable": len(batch.unreadable),
+    }
+
+
+def _loader(
+    collate: Collator,
+    max_tokens: int,
+    device: torch.device,
+    workers: int,
+    worker_timeout: float | None,
+    shuffle_pictures: bool,
+) -> StepLoader:
+    """All samples once, in batches of about ``max_tokens`` on every rank."""
     index = collate.index
     batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens * len(index) / index.total_tokens)))
 
@@ -61,7 +107,7 @@ def evaluate(
         max_tokens=max(max_tokens, index.longest),
         world_size=ranks.world_size(),
     )
-    loader = StepLoader(
+    return StepLoader(
         collate,
         planner,
         first_step=0,
@@ -72,32 +118,6 @@ def evaluate(
         pictures_of=exchange_pictures(collate) if shuffle_pictures else None,
         timeout=worker_timeout,
     )
-    was_training = model.training
-    model.eval()
-    sums = {"loss_sum": 0.0, "tokens": 0.0, "exact": 0.0, "answers": 0.0, "unreadable": 0.0}
-    with torch.no_grad():
-        for _, batches in loader:
-            for batch in batches:
-                mark("evaluating")
-                for sample, reason in batch.unreadable:
-                    ranks.log.warning("evaluation: left out %s: %s", sample, reason)
-                sums["unreadable"] += len(batch.unreadable)
-                output = model(batch.to(device))
-                exact = torch.ones(batch.num_answers, device=device)
-                answer = batch.answer_of_target.to(device)
-                exact.scatter_reduce_(0, answer, output.correct.float(), reduce="amin")
-                sums["loss_sum"] += float(output.loss_sum)
-                sums["tokens"] += len(batch.targets)
-                sums["exact"] += float(exact.sum())
-                sums["answers"] += batch.num_answers
-    model.train(was_training)
-    total = ranks.sum_over_ranks(sums, device)
-    return {
-        "loss": total["loss_sum"] / max(total["tokens"], 1),
-        "exact_match": total["exact"] / max(total["answers"], 1),
-        "answers": total["answers"],
-        "unreadable": total["unreadable"],
-    }
 
 
 def exchange_pictures(collate: Collator) -> Sequence[int]:

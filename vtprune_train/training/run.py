@@ -98,11 +98,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     )
     state = resume(_identity(config, collate.index), config.train.resume, checkpoints, engine, zero_stage(settings))
     ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
-    callbacks: list[Callback] = [Metrics(run_dir), Progress(), Plot(run_dir)]
-    if config.train.spike_threshold is not None:
-        callbacks.append(Spikes(run_dir, config.train.spike_threshold, config.train.spike_window))
-    if config.data.eval:
-        callbacks.insert(2, Evaluation(run_dir, build_collator(config, parts, cost, method, "eval")))
+    held_out = build_collator(config, parts, cost, method, "eval") if config.data.eval else None
     trainer = Trainer(
         config=config,
         engine=engine,
@@ -110,7 +106,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
         planner=build_planner(config, collate, ranks.world_size()),
         processor=parts.processor,
         checkpoints=checkpoints,
-        callbacks=callbacks,
+        callbacks=build_callbacks(config, held_out),
         device=device,
         state=state,
         watchdog=watchdog,
@@ -118,6 +114,18 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     if preflight_wanted(config, device):
         preflight(trainer)
     return trainer
+
+
+def build_callbacks(config: Config, held_out: Collator | None) -> list[Callback]:
+    """What happens around the loop, in this order."""
+    run_dir, train = config.run_dir, config.train
+    callbacks: list[Callback] = [Metrics(run_dir), Progress()]
+    if held_out is not None:
+        callbacks.append(Evaluation(run_dir, held_out))
+    callbacks.append(Plot(run_dir))
+    if train.spike_threshold is not None:
+        callbacks.append(Spikes(run_dir, train.spike_threshold, train.spike_window))
+    return callbacks
 
 
 def _check_start(config: Config) -> None:
