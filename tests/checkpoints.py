@@ -46,10 +46,15 @@ def save_run(folder: Path, method: PyramidDrop = HALF, **data: Any) -> Path:
     save_folder(checkpoint / "hf", method)
     settings = DataConfig(**{"template": TEMPLATE, "system": "", **data})
     (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": settings.model_dump(mode="json")}))
+    finish(checkpoint)
+    return folder
+
+
+def finish(checkpoint: Path) -> None:
+    """Make a folder what the loop takes for a whole checkpoint, the run's newest."""
     (checkpoint / "trainer.json").write_text("{}")
     write_manifest(checkpoint, {name: sync_and_hash(checkpoint / name) for name in files_in(checkpoint)})
-    (folder / "checkpoints" / "latest").write_text(checkpoint.name)
-    return folder
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
 
 
 def save_pictures(folder: Path, count: int = 5) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save_data, save_pictures, save_run
+from transformers import LlavaNextForConditionalGeneration
 
 from vtprune_train import PyramidDrop
 from vtprune_train.cli import main
@@ -34,15 +35,29 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def save_original():
+    """What the original code left, and the tower that it names."""
+    model = LlavaNextForConditionalGeneration.from_pretrained("runs/llava_next_pdrop/checkpoints/step_00000008/hf")
+    model.model.vision_tower.save_pretrained("tower")
+    for form, out, *tower in (
+        ("original", "llava-v1.6-vicuna-7b", "--vision_tower", "tower"),
+        ("mm_projector", "mm_projector.bin"),
+    ):
+        assert main(["convert", "--model", "runs/llava_next_pdrop", "--to", form, "--out", out, *tower]) == 0
+
+
 @pytest.mark.parametrize("page", ["inference.md", "export.md"])
 def test_commands(page, folder, capsys):
     lines = commands(page)
     assert len(lines) >= 3
+    if page == "export.md":
+        lines = [line.replace("openai/clip-vit-large-patch14-336", "tower") for line in lines]
+        save_original()
     for line in lines:
         capsys.readouterr()
         assert main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
         out = capsys.readouterr().out
-        assert out.strip() or line.startswith("vtprune export"), line
+        assert out.strip() or line.startswith(("vtprune export", "vtprune convert", "vtprune train")), line
     if page == "inference.md":
         assert len(list((folder / "runs" / "eval").iterdir())) == 3
         files = {path.name for path in (folder / "runs" / "eval" / "hundred").iterdir()} - {".lock"}
@@ -51,12 +66,14 @@ def test_commands(page, folder, capsys):
         assert json.loads((folder / "runs" / "eval" / "hundred" / "results.json").read_text())["answers"] == 13
     else:
         made = {path.name for path in (folder / "exports").iterdir()}
-        assert made == {"llava_next_pdrop", "small_files", "projector"}
+        converted = {"original", "mm_projector.bin", "projector_of_bin"}
+        assert made == {"llava_next_pdrop", "small_files", "projector"} | converted
+        assert (folder / "checkpoints" / "llava_next" / "config.json").is_file()
 
 
 def test_commands_of_the_readme(folder):
     (folder / "configs").symlink_to(DOCS.parent / "configs")
-    lines = commands("../README.md")
+    lines = [line for line in commands("../README.md") if "lora" not in line]  # those stand on the adapters' page too
     assert len(lines) == 5
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, line

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_pictures
+from checkpoints import finish, save_pictures
 from families import family_inputs, family_model
 from helpers import tiny_model, tiny_processor
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -81,8 +81,7 @@ def write(config, parts, step=4):
     prune(parts.model, config.pruning.build())
     write_export(parts.model, parts.processor, full_state_dict(Engine(parts.model)), checkpoint / "hf")
     unprune(parts.model)
-    (checkpoint / "manifest.json").write_text("{}")
-    (config.run_dir / "checkpoints" / "latest").write_text(checkpoint.name)
+    finish(checkpoint)
     return checkpoint / "hf"
 
 

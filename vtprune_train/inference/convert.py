@@ -84,6 +84,8 @@ def _writer(source: str, form: str, tower: str | None) -> Callable[[Path], None]
         return lambda folder: save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if Path(source).is_file():
         raise ValueError(f"--to {form}: {source} is a projector alone; --to projector makes what model.projector reads")
+    if form == "hf" and not Path(source).is_dir():
+        raise ValueError(f"--to hf: {source} is no folder here; download the checkpoint first")
     is_original = _original_config(source) is not None
     if form == "hf" and is_original:
         return hf_writer(Path(source), tower)
