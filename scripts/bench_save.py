@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from vtprune_train.models import HFModule
 from vtprune_train.stream import PackedBatch
 from vtprune_train.training import manifest
@@ -38,6 +40,7 @@ def run(model: HFModule, batch: PackedBatch, repeats: int, stage: int, folder: P
         stage: ZeRO's.
         folder: where checkpoints go; ``None``: a temporary folder.
     """
+    disable_progress_bar()
     device = start_distributed(1800)
     optimizer = build_optimizer([{"params": list(model.parameters()), "lr": 1e-6}], (0.9, 0.999), device, False)
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
