@@ -208,28 +208,26 @@ def test_places_without_a_picture(tmp_path):
     assert "null" in reason(tmp_path / "a\0b")
 
 
-def test_permission_denied(tmp_path, monkeypatch):
-    """By its errno: a superuser may read everything."""
+def failing(tmp_path, monkeypatch, number):
+    """A picture that the system does not open, for this reason."""
     path = tmp_path / "a.png"
     path.write_bytes(encoded(PHOTO))
 
-    def deny(self, *_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+    def fail(self, *_):
+        raise OSError(number, os.strerror(number), str(self))
 
-    monkeypatch.setattr(type(path), "open", deny)
-    assert reason(path) == "Permission denied"
+    monkeypatch.setattr(type(path), "open", fail)
+    return path
+
+
+def test_permission_denied(tmp_path, monkeypatch):
+    """By its errno: a superuser may read everything."""
+    assert reason(failing(tmp_path, monkeypatch, errno.EACCES)) == "Permission denied"
 
 
 def test_too_many_open_files_is_no_fault_of_a_picture(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    path.write_bytes(encoded(PHOTO))
-
-    def exhausted(self, *_):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
-
-    monkeypatch.setattr(type(path), "open", exhausted)
     with pytest.raises(OSError, match="Too many open files"):
-        image_size(path)
+        image_size(failing(tmp_path, monkeypatch, errno.EMFILE))
 
 
 def test_errors_of_our_own_are_not_taken_for_broken_pictures(monkeypatch):
