@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vtprune_train.config import Config
+from vtprune_train.config import Config, dump_config
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.planner import Planner, StepPlan, data_digest
@@ -267,8 +267,6 @@ class Trainer:
         """Begin a checkpoint of the current step, unless there is one."""
         if self._saved_step == self.state.step:
             return
-        from vtprune_train.config import dump_config
-
         self.watchdog.mark("saving")
         self.checkpoints.wait()  # its thread reads the model's config
         self._note_schedule()

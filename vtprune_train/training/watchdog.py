@@ -62,7 +62,6 @@ class Watchdog:
         ``folder``. ``kill -USR1`` has a rank write its own there at any time."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"rank_{ranks.rank():05d}.txt").open("a")
-        # Workers are forked and inherit handler and file, so their stacks can be asked for as well.
         faulthandler.register(signal.SIGUSR1, file=self._file, all_threads=True)
         self.timeout, self.saving_timeout = timeout, timeout and max(timeout, saving_timeout)
         self.mark("starting")
@@ -176,7 +175,11 @@ class Watchdog:
         self._file.write(f"{verdict.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
         self._file.flush()
         faulthandler.dump_traceback(file=self._file, all_threads=True)
-        self._file.write(f"\n{live_stacks()}\n")
+        try:
+            workers = live_stacks()
+        except (OSError, ValueError) as error:  # a loader that is being closed just now; the job must end all the same
+            workers = f"the decode workers cannot be asked: {error}"
+        self._file.write(f"\n{workers}\n")
         self._file.flush()
         if ranks.rank() in verdict.culprits:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

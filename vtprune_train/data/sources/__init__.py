@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader
 from vtprune_train.data.sources.json_list import JsonList
-from vtprune_train.data.sources.jsonl import JsonLines
+from vtprune_train.data.sources.jsonl import Jsonl
 from vtprune_train.data.sources.tables import DatasetOnDisk, Parquet
 from vtprune_train.data.sources.tars import Tar
 
@@ -16,7 +16,7 @@ __all__ = ["KINDS", "Malformed", "Piece", "Place", "Reader", "find_files", "is_h
 
 KINDS: dict[str, Callable[[Path], Reader]] = {
     ".json": JsonList,
-    ".jsonl": JsonLines,
+    ".jsonl": Jsonl,
     ".parquet": Parquet,
     ".tar": Tar,
 }

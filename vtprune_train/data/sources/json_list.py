@@ -1,4 +1,8 @@
-"""JSON: a list of records, parsed one at a time so that the file never has to fit into memory."""
+"""JSON: a list of records, parsed one at a time so that the file never has to fit into memory.
+
+Streaming parsers do not tell at which byte an element begins and ends, by which it is read again; the standard
+library's decoder, fed block by block, does.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 from vtprune_train.data.sources.base import PIECE_BYTES, BytesAt, Piece, Place, Reader
 
 
-class JsonLines(Reader):
+class Jsonl(Reader):
     """Empty lines are no records."""
 
     def __init__(self, path: Path):
