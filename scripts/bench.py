@@ -206,13 +206,16 @@ class Stopwatch:
     """Time spent in the selector: scoring, choosing and gathering indices (not the gather of the stream, which the
     shorter stages pay for)."""
 
-    NAMES = ("_score_with_next_layer", "kept_rows")
+    TIMED = (
+        (decoder._Walk, "_rank_with_next_layer"),
+        (decoder._Probe, "__call__"),
+        (PruningMethod, "choose"),
+        (decoder, "next_rows"),
+    )
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, 0.0
-        self.originals = {name: getattr(decoder, name) for name in self.NAMES}
-        self.probe = decoder._Probe.__call__
-        self.select = PruningMethod.select
+        self.originals = [getattr(owner, name) for owner, name in self.TIMED]
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -226,17 +229,13 @@ class Stopwatch:
         return call
 
     def __enter__(self) -> Stopwatch:
-        for name, original in self.originals.items():
-            setattr(decoder, name, self.timed(original))
-        decoder._Probe.__call__ = self.timed(self.probe)  # type: ignore[method-assign]
-        PruningMethod.select = self.timed(self.select)  # type: ignore[method-assign]
+        for (owner, name), original in zip(self.TIMED, self.originals, strict=True):
+            setattr(owner, name, self.timed(original))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, original in self.originals.items():
-            setattr(decoder, name, original)
-        decoder._Probe.__call__ = self.probe  # type: ignore[method-assign]
-        PruningMethod.select = self.select  # type: ignore[method-assign]
+        for (owner, name), original in zip(self.TIMED, self.originals, strict=True):
+            setattr(owner, name, original)
 
 
 def synchronize(device: torch.device) -> None:
@@ -406,8 +405,7 @@ def make_rows(model: HFModule, samples: Samples, device: torch.device) -> list[R
         lengths = np.array([stage.segment_lengths for stage in batch.plan.stages]).T
         layers = [stage.end_layer - stage.first_layer for stage in batch.plan.stages]
         flops = float(cost.sample(lengths, layers, samples.num_tiles, supervised).sum())
-        if method is not None:
-            flops += selector_flops(cost.decoder, batch.plan, method.rank_with == "next_layer")
+        flops += selector_flops(cost.decoder, batch.plan, method)
         rows.append(Row(name, method, packed, flops))
     return rows
 

@@ -122,7 +122,7 @@ def prefill_flops(
             for span, words in zip(spans, text, strict=True)
         ]
         plan = method.plan(segments, decoder.num_layers)
-        total += selector_flops(decoder, plan, method.rank_with == "next_layer")
+        total += selector_flops(decoder, plan, method)
     return total
 
 

@@ -1,9 +1,11 @@
 """Tests run offline and on a CPU."""
 
+import logging
 import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,3 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, print_blob=True)
 settings.load_profile("repeatable")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _levels_of_loggers():
+    """A command run in this process sets how much is logged; the next file finds it as it was."""
+    loggers = [logging.getLogger(name) for name in ("vtprune_train", "vtprune_train.data.index")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)

@@ -296,4 +296,4 @@ def test_uniform_schedules_have_a_row_for_each_stage(options, tmp_path):
     lines = untimed(lines_of(tmp_path / "out"))
     before, *stages = lines["0:1:sample0"]["pruned"]["visual_tokens"]
     drops = PyramidDrop(layers=(1, 2, 3), keep=(0.5, 0.5, 0.2)).drops(6)
-    assert stages == [drop.kept(before) for drop in drops]
+    assert stages == [drop.kept(before, before) for drop in drops]

@@ -1,14 +1,20 @@
 """Settings: every error at once, with key, value and way out."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from vtprune_train import PruningMethod, PyramidDrop
 from vtprune_train.config import ConfigError, ModelConfig, PruningConfig, load_config, without_effect
 from vtprune_train.models.build import load_model_config
+from vtprune_train.stream import Drop
+from vtprune_train.training.checkpoint_command import schedule
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.run import merge_pruning
 
@@ -38,7 +44,27 @@ def errors_of(path, *overrides):
         ("pruning.keep=[0.1, 0.2, 0.3]", ["pruning.keep", "increases", "[0.3, 0.2, 0.1]"]),
         ("pruning.keep=[1.5, 0.2, 0.1]", ["pruning.keep", "1.5 is not in (0, 1]"]),
         ("pruning.keep=[0.5, 0.2, 0.0]", ["pruning.keep", "0.0 is not in (0, 1]"]),
-        ("pruning.method=pyramid", ["pruning", "'pyramid' is unknown", "pyramiddrop"]),
+        ("pruning.method=pyramid", ["pruning", "'pyramid' is unknown", "did you mean pyramiddrop?"]),
+        ("pruning.method=3", ["pruning.method: 3 is no name of a method and no list", "vtprune methods --names"]),
+        ("pruning.method_=fastv", ["'method_' is not a setting of pyramiddrop; did you mean method?"]),
+        ("pruning.keep=0.5", ["pruning.keep=0.5 does not fit; it takes a list such as [0.5]; the default is [0.5, "]),
+        ("pruning={method: fastv, keep: [0.5]}", ["pruning.keep=[0.5] does not fit; it takes a number; the default"]),
+        ("pruning={method: fastv, keep: true}", ["pruning.keep=True does not fit; it takes a number"]),
+        (
+            "pruning={method: feather, layers: [4]}",
+            ["it takes a list of 2 such as [1, 1] or null; the default"],
+        ),
+        ("pruning={method: voco, hidden_after: query}", ["'hidden_after' is not a setting of voco"]),
+        (
+            "pruning.method=[fastv, {method: plphp, keep: 7}]",
+            ["pruning: entry 2 of", "plphp: keep=7.0 is not"],
+        ),
+        ("pruning.method=[fastv, {method_: plphp}]", ["pruning: entry 2 of the list", "names no method; write"]),
+        ("pruning.method=[[fastv], plphp]", ["pruning: entry 1 of the list", "names no method; write"]),
+        ("pruning.method=[none, plphp]", ["pruning: entry 1 of the list", "names no method; write"]),
+        ("pruning.method=[]", ["names at least one method; write none for the dense model"]),
+        ("pruning.method=[pyramiddrop, lvlm_csp]", ["pruning: pyramiddrop drops before layer 2, where lvlm_csp"]),
+        ("pruning.method=[random, {method: fastv, layer: 9}]", ["pruning: fastv: layer=9 does not fit a decoder of 8"]),
         ("data.max_tokens=100", ["data.max_tokens=100", "data.max_length=256", "raise max_tokens"]),
         ("data.train=[{path: a, take: some}]", ["data.train.0.take", "'some'", "first:N"]),
         ("model.attention=flash", ["model.attention", "'flash' is unknown", "varlen_sdpa"]),
@@ -156,3 +182,113 @@ def test_pruning_settings_are_taken_over_unless_set(caplog):
     assert "pruning.positions: the checkpoint was trained with keep, this run uses renumber" in caplog.text
     assert merge_pruning(PruningConfig(method="none"), saved).method == "none"
     assert merge_pruning(PruningConfig(), None).method == "none"
+
+
+def test_keys_of_the_section_are_the_method_s_settings():
+    """Whatever the method; those left out are filled in with its defaults, but count as not given."""
+    pruning = PruningConfig(positions="keep", keep=[0.6, 0.3, 0.1])
+    assert pruning.build() == PyramidDrop(keep=(0.6, 0.3, 0.1), positions="keep")
+    assert pruning.settings == pruning.build().settings()
+    assert pruning.model_fields_set == {"positions", "keep"}
+    dumped = pruning.model_dump()
+    assert dumped["layers"] is None and dumped["rank_with"] == "next_layer" and dumped["warmup"] is None
+    assert PruningConfig(**dumped).identity() == pruning.identity()
+    assert "keep" in PruningConfig(method="none").identity(), "as checkpoints of dense runs have always recorded it"
+    for wrong, words in (
+        ({"kep": [0.5]}, "'kep' is not a setting of pyramiddrop; did you mean keep?"),
+        ({"warmpup": None}, "did you mean warmup?"),
+        ({"keep": "half"}, "keep='half'"),
+        ({"layers": [1.5]}, "layers=[1.5]"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            PruningConfig(**wrong)
+
+
+def test_another_method_begins_with_its_own_defaults(caplog):
+    """What the file set was for the file's method; what the command line sets is for the new one, in any order."""
+    own = f"{__file__}:Every"
+    with caplog.at_level("INFO"):
+        pruning = load_config("quickstart.yaml", ["pruning.share=0.25", f"pruning.method={own}"]).pruning
+    assert pruning.settings == {"method": own, "share": 0.25}
+    assert "pruning.layers, keep of the file belong to pyramiddrop" in caplog.text
+    same = load_config("quickstart.yaml", ["pruning.method=pyramiddrop", "pruning.full_token_share=0.5"]).pruning
+    assert same.layers == [4, 6, 7] and same.full_token_share == 0.5
+    lines = errors_of("quickstart.yaml", f"pruning.method={own}", "pruning.keep=[0.5]")
+    assert lines == [f"pruning: 'keep' is not a setting of {own}; it has: share"]
+
+
+@dataclass(frozen=True)
+class Every(PruningMethod):
+    """A method of one setting."""
+
+    share: float = 0.5
+    name: ClassVar[str] = "every"
+
+    def drops(self, num_layers):
+        return (Drop(1, self.share),)
+
+
+def test_a_list_is_a_combination(caplog):
+    listed = f"pruning.method=[{{method: '{__file__}:Every', share: 0.25}}, pyramiddrop]"
+    config = load_config("quickstart.yaml", [listed, "pruning.full_token_share=0.1"])
+    method = config.pruning.build()
+    assert [drop.layer for drop in method.drops(8)] == [1, 2, 4, 6]
+    assert config.pruning.method[1]["keep"] == [0.5, 0.25, 0.125] and config.pruning.full_token_share == 0.1
+    assert merge_pruning(PruningConfig(), method.settings()).build() == method
+    same = PruningConfig(method=[f"{__file__}:Every", "pyramiddrop"])
+    assert merge_pruning(same, same.settings).build() == same.build()
+    assert "the checkpoint was trained with" not in caplog.text
+    report = describe(config)
+    assert "every + pyramiddrop: before layers 1, 2, 4, 6 of 8 it keeps 0.25, 0.5, 0.25, 0.125" in report
+    assert schedule(config.pruning.model_dump()).endswith("Every + pyramiddrop 0.5/0.25/0.125 evenly")
+    lines = errors_of("quickstart.yaml", "pruning={method: [pyramiddrop, pyramiddrop], keep: [0.5]}")
+    assert len(lines) == 1 and "pruning.keep=[0.5] stands beside a list of methods" in lines[0]
+
+
+def test_one_share_eases_in_too():
+    method = PruningConfig(method="random", keep=0.25, warmup={"steps": 4}).phases(8, 0).of(2).method
+    assert method.keep == 0.625
+    with pytest.raises(ValueError, match=r"warmup.start=0.2 is below keep=0.25"):
+        PruningConfig(method="random", keep=0.25, warmup={"steps": 4, "start": 0.2})
+
+
+def test_published_counts_ease_in_too():
+    """SparseVLM has no ``keep`` where its budget says how much stays."""
+    method = PruningConfig(method="sparsevlm", warmup={"steps": 4}).phases(8, 0).of(2).method
+    assert method.shares == pytest.approx([(1 + kept / 576) / 2 for kept in (300, 200, 110)])
+    with pytest.raises(ValueError, match=r"warmup.start=0.5 is below keep=\[0.52"):
+        PruningConfig(method="sparsevlm", warmup={"steps": 4, "start": 0.5})
+    with pytest.raises(ValueError, match="prumerge has no keep ratios to anneal"):
+        PruningConfig(method="prumerge", warmup={"steps": 4})
+
+
+def test_a_section_of_its_own_file(tmp_path):
+    (tmp_path / "found.yaml").write_text("# searched\npruning: {method: pyramiddrop, layers: [3], keep: [0.3]}\n")
+    config = load_config("quickstart.yaml", [f"pruning={tmp_path}/found.yaml", "pruning.positions=keep"])
+    assert config.pruning.build() == PyramidDrop(layers=(3,), keep=(0.3,), positions="keep")
+    (tmp_path / "bare.yaml").write_text("layers: [3]")
+    assert "has no section pruning" in errors_of("quickstart.yaml", f"pruning={tmp_path}/bare.yaml")[0]
+    assert "nowhere.yaml is neither here nor in" in errors_of("quickstart.yaml", "pruning=nowhere.yaml")[0]
+
+
+def test_the_dry_run_states_the_resolved_schedule():
+    report = describe(load_config("llava_next_pdrop.yaml", ["pruning.layers=null"]))
+    assert "pyramiddrop: before layers 8, 16, 24 of 32 it keeps 0.5, 0.25, 0.125" in report
+    assert "tokens that enter 0.469" in report
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("qwen2_5_vl_pdrop.yaml", ["pruning.method=visionzip"], "visionzip reads the vision tower's attention, which"),
+        ("quickstart.yaml", ["pruning={method: visionzip, layer: 9}"], "visionzip: the vision tower has no layer 9"),
+    ],
+)
+def test_the_dry_run_refuses_what_the_vision_tower_cannot_give(name, overrides, words):
+    with pytest.raises(ConfigError, match=f"^pruning: {words}"):
+        describe(load_config(name, overrides))
+
+
+def test_settings_of_the_checkpoint_that_no_longer_fit_are_named():
+    with pytest.raises(ConfigError, match="'old' is not a setting of pyramiddrop"):
+        merge_pruning(PruningConfig(), {"method": "pyramiddrop", "old": 1})

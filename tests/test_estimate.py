@@ -105,9 +105,7 @@ def test_selector_as_in_training(rank_with):
     geometry, dense = DecoderGeometry.of(config.text_config), subject(config, PyramidDrop(layers=(2,), keep=(1.0,)))
     cost = TrainingCost(geometry, None, trains_decoder=True, trains_tower=False)
     lengths = np.array([[stage.num_tokens for stage in plan.stages]])
-    expected = cost.text(lengths, [2, 2, 2], np.array([4]))[0] + selector_flops(
-        geometry, plan, rank_with == "next_layer"
-    )
+    expected = cost.text(lengths, [2, 2, 2], np.array([4]))[0] + selector_flops(geometry, plan, method)
     result = estimate(subject(config, method), sample(12, 5, text=3, answer=4))
     assert result.training_decoder.pruned == pytest.approx(expected, rel=1e-12)
     assert result.training_decoder.dense == estimate(dense, sample(12, 5, text=3, answer=4)).training_decoder.dense
@@ -221,9 +219,9 @@ def test_where_the_pruning_settings_come_from(tmp_path, capsys):
     plain = checkpoint(tmp_path / "plain")
     for arguments, words in (
         (["--model", saved], ["layers=[1, 5] keep=[0.5, 0.25]", "saved in the checkpoint"]),
-        (["--model", plain], ["layers=[2, 3, 4] keep=[0.5, 0.25, 0.125]", "the checkpoint has no settings"]),
+        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no settings"]),
         (["--model", saved, "--keep", "0.3,0.2"], ["layers=[1, 5] keep=[0.3, 0.2]", "the command line, and"]),
-        (["--model", saved, "--method", "pyramiddrop"], ["layers=[2, 3, 4]", "the command line"]),
+        (["--model", saved, "--method", "pyramiddrop"], ["before layers 2, 3, 4 of 6", "the command line"]),
         (["--model", saved, "--method", "none"], ["none", "no selector"]),
         (["--config", "llava_next_dense.yaml"], ["none", "the settings of llava_next_dense.yaml"]),
         (["--config", "quickstart.yaml", "pruning.layers=[2,3,5]"], ["layers=[2, 3, 5]", "settings of quickstart"]),
@@ -273,6 +271,7 @@ def test_json(tmp_path, capsys):
         (["--layers", "8,16,40"], ["--layers=[8, 16, 40]: layer 40 does not exist in a decoder of 32", "below 32"]),
         (["--layers", "8"], ["--layers=[8] has 1 entries but keep="]),
         (["--method", "pyramid"], ["--method='pyramid' is unknown", "pyramiddrop"]),
+        (["--method", "sparsevlm", "--set", "budget=100"], ["budget=100 is not one of 192, 128, 96, 64"]),
         (["--method", "none", "--keep", "0.5"], ["no effect with --method none"]),
         (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
         (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot be written (No such file"]),

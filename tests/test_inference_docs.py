@@ -46,7 +46,7 @@ def save_original():
         assert main(["convert", "--model", "runs/llava_next_pdrop", "--to", form, "--out", out, *tower]) == 0
 
 
-@pytest.mark.parametrize("page", ["inference.md", "export.md"])
+@pytest.mark.parametrize("page", ["inference.md", "export.md", "methods/search.md"])
 def test_commands(page, folder, capsys):
     lines = commands(page)
     assert len(lines) >= 3
@@ -64,7 +64,7 @@ def test_commands(page, folder, capsys):
         named = re.findall(r"^\| `(\S+)` \|", (DOCS / page).read_text(), re.MULTILINE)
         assert files == set(named) == {"samples.jsonl", "results.json", "settings.json"}
         assert json.loads((folder / "runs" / "eval" / "hundred" / "results.json").read_text())["answers"] == 13
-    else:
+    if page == "export.md":
         made = {path.name for path in (folder / "exports").iterdir()}
         converted = {"original", "mm_projector.bin", "projector_of_bin"}
         assert made == {"llava_next_pdrop", "small_files", "projector"} | converted
@@ -73,10 +73,11 @@ def test_commands(page, folder, capsys):
 
 def test_commands_of_the_readme(folder):
     (folder / "configs").symlink_to(DOCS.parent / "configs")
-    lines = [line for line in commands("../README.md") if "lora" not in line]  # those stand on the adapters' page too
-    assert len(lines) == 5
+    elsewhere = ("lora", "bench-methods", "--help")  # on the adapters' and methods' pages, with tests of their own
+    lines = [line for line in commands("../README.md") if not any(word in line for word in elsewhere)]
+    assert len(lines) == 6
     for line in lines:
-        assert main(shlex.split(line)[1:]) == 0, line
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
     assert (folder / "show.png").is_file() and (folder / "show.html").is_file()
 
 

@@ -18,7 +18,7 @@ from vtprune_train.data.collate import Collator, LoadedSample
 from vtprune_train.data.costs import StepCosts
 from vtprune_train.data.index import Lengths
 from vtprune_train.data.records import normalize
-from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost
+from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.head import Teaching, chunked_consistency
 from vtprune_train.models.layouts import Pictures
@@ -166,7 +166,8 @@ def test_the_planner_counts_what_the_batches_do(parts, phases):
     for number, sample in enumerate(samples):
         batch = collate.pack([parts.loaded[sample]], step=3)
         assert before[number] == len(batch.input_ids)
-        ranking = collate._ranking(batch.plan) + (collate._ranking(batch.teacher.plan) if batch.teacher else 0)
+        plans = [batch.plan, *([batch.teacher.plan] if batch.teacher else [])]
+        ranking = sum(selector_flops(collate.cost.decoder, plan, collate.method) for plan in plans)
         assert costs[number] + ranking == pytest.approx(batch.costs["flops"], rel=1e-12)
 
 

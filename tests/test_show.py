@@ -189,8 +189,8 @@ class Known(PruningMethod):
     def drops(self, num_layers):
         return (Drop(3, self.keep),)
 
-    def score(self, ranking, boundary):
-        assert len(boundary.visual_rows) == len(self.scores)
+    def score(self, candidates):
+        assert len(candidates.boundary.visual_rows) == len(self.scores)
         return torch.tensor(self.scores)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_equivalence import random_segment
 
-from vtprune_train.pruning.selection import kept_rows, top_k_per_span
+from vtprune_train.pruning.selection import next_rows, top_k_per_span
 from vtprune_train.stream import Drop, ImageSpan, SegmentLayout, plan_stream
 
 DROPS = (Drop(2, 0.5), Drop(4, 0.3), Drop(5, 0.1))
@@ -42,7 +42,7 @@ def test_every_place_is_where_the_tokens_really_are(seed, shapes, plain):
                 assert tokens[row] == (segment_index, max(remaining))
         scores = torch.from_numpy(rng.random(len(boundary.visual_rows), dtype=np.float32))
         chosen = top_k_per_span(scores, boundary.span_of_visual, boundary.take)
-        rows = kept_rows(boundary.text_rows, boundary.visual_rows, chosen)
+        rows = next_rows(boundary, chosen)
         tokens = [tokens[i] for i in rows]
         for index, segment in enumerate(segments):
             for span in segment.spans:
@@ -86,10 +86,10 @@ def test_top_k_per_span(spans, seed):
 
 def test_uniform_choice_spreads_over_the_image():
     segment = SegmentLayout(22, (ImageSpan(1, 20),), query_offsets=(20,), supervised_offsets=(21,))
-    plan = plan_stream([segment], (Drop(1, 0.25),), 2, uniform_if_visual_query=True)
+    plan = plan_stream([segment], (Drop(1, 0.25, uniform_without_text=True),), 2)
     assert plan.boundaries[0].uniform.nonzero().flatten().tolist() == [2, 6, 10, 14, 18]
     worded = SegmentLayout(24, (ImageSpan(1, 20),), query_offsets=(22,), supervised_offsets=(23,))
-    assert plan_stream([worded], (Drop(1, 0.25),), 2, uniform_if_visual_query=True).boundaries[0].uniform is None
+    assert plan_stream([worded], (Drop(1, 0.25, uniform_without_text=True),), 2).boundaries[0].uniform is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vtprune_train.mixture import expand
 
+log = logging.getLogger(__name__)
+
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-TRAINABLE = ("projector", "language_model", "vision_tower", "lora")
+TRAINABLE = ("projector", "language_model", "vision_tower", "lora", "pruning")
 
 
 class ConfigError(ValueError):
@@ -26,6 +29,11 @@ class ConfigError(ValueError):
 def refusal(what: str, error: Exception) -> str:
     """What the user reads when settings or data cannot be used, or a guard stops: the reasons, without a traceback."""
     return "\n".join([f"{what}:", *(f"  {line}" for line in str(error).splitlines())])
+
+
+def pruning_refusal(error: Exception) -> str:
+    """What a method refused, with its place in the settings; ``setting=value ...`` is a key of the section."""
+    return f"pruning.{error}" if str(error).partition("=")[0].isidentifier() else f"pruning: {error}"
 
 
 class Section(BaseModel):
@@ -220,25 +228,39 @@ class WarmupConfig(Section):
         return self
 
 
-class PruningConfig(Section):
-    """The method and its schedule; ``layers: null`` splits the decoder evenly. What training alone does beside it
-    (:data:`TRAINING_ONLY`) is no part of the method."""
+TRAINING_ONLY = ("warmup", "full_token_share", "consistency_weight", "consistency_temperature")
 
-    method: str = "pyramiddrop"
-    layers: list[int] | None = None
-    keep: list[float] = [0.5, 0.25, 0.125]
-    rank_with: Literal["next_layer", "this_layer"] = "next_layer"
-    positions: Literal["renumber", "keep"] = "renumber"
-    without_instruction: Literal["last_visual", "uniform"] = "last_visual"
-    multi_turn: Literal["drop", "keep_dense"] = "drop"
+
+class PruningConfig(Section):
+    """The method with its settings: every key beside ``method`` and :data:`TRAINING_ONLY` is one of that method's, and
+    those left out are filled in with its defaults. What training alone does beside it is no part of the method."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    method: str | list[Any] = "pyramiddrop"
     warmup: WarmupConfig | None = None
     full_token_share: float = Field(0.0, ge=0, le=1)
     consistency_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     consistency_temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if not isinstance(value, str | list):
+            raise ValueError(
+                f"{value!r} is no name of a method and no list of them; `vtprune methods --names` has the names, none "
+                "is the dense model"
+            )
+        return value
+
     @model_validator(mode="after")
     def _builds(self) -> PruningConfig:
-        method = self.build()
+        from vtprune_train.pruning import UnknownSettingError
+
+        try:
+            method = self.build()
+        except UnknownSettingError as error:
+            raise UnknownSettingError(error.key, error.method, error.known, ("method", *TRAINING_ONLY)) from None
         if method is None and (wanted := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
             raise ValueError(
                 f"{wanted[0]} is set, but method is none, so no step drops tokens; null it or name a method"
@@ -248,18 +270,35 @@ class PruningConfig(Section):
                 f"consistency_weight={self.consistency_weight:g} weighs nothing: no step runs on full tokens; set "
                 "full_token_share too (for example 0.1)"
             )
-        eases = method is not None and self.warmup is not None and self.warmup.kind != "dense"
-        if eases and self.warmup is not None and self.warmup.start < max(self.keep, default=0.0):
-            raise ValueError(
-                f"warmup.start={self.warmup.start:g} is below keep={self.keep}; a warm-up begins with more tokens"
-            )
+        if method is not None:
+            self._check_warmup(method)
+            resolved = method.settings()
+            self.__dict__["method"] = resolved.pop("method")  # not by assignment: that would count as set by the user
+            assert self.__pydantic_extra__ is not None
+            self.__pydantic_extra__.update(resolved)
         return self
+
+    def _check_warmup(self, method: Any) -> None:
+        if self.warmup is None or self.warmup.kind == "dense":
+            return
+        method.eased(self.warmup.start, 0.0)
+        ratios = method.ratios
+        if self.warmup.start < max(ratios):
+            shown = list(ratios) if len(ratios) > 1 else ratios[0]
+            raise ValueError(
+                f"warmup.start={self.warmup.start:g} is below keep={shown}; a warm-up begins with more tokens"
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method with its settings as plain data, without what training alone does."""
+        return {"method": self.method, **(self.__pydantic_extra__ or {})}
 
     def build(self) -> Any:
         """The method, or ``None`` for ``none``."""
         from vtprune_train.pruning import method_from_settings
 
-        return method_from_settings(self.model_dump(exclude=set(TRAINING_ONLY)))
+        return method_from_settings(self.settings)
 
     def phases(self, total_steps: int, seed: int) -> Any:
         """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps."""
@@ -274,13 +313,13 @@ class PruningConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What must not change on resume; of the training's own part only what is used, so that checkpoints written
-        before it existed can be continued."""
+        before it existed can be continued. Those of dense runs have always recorded PyramidDrop's settings."""
         values = self.model_dump()
         defaults = PruningConfig().model_dump()
-        return {key: v for key, v in values.items() if key not in TRAINING_ONLY or v != defaults[key]}
-
-
-TRAINING_ONLY = ("warmup", "full_token_share", "consistency_weight", "consistency_temperature")
+        used = {key: v for key, v in values.items() if key not in TRAINING_ONLY or v != defaults[key]}
+        if self.method != "none":
+            return used
+        return {**{key: v for key, v in defaults.items() if key not in TRAINING_ONLY}, **used}
 
 
 class TrainConfig(Section):
@@ -348,8 +387,9 @@ class Config(Section):
         if method is not None and isinstance(depth, int):
             try:
                 method.drops(depth)
+                method.key_layers(depth)
             except ValueError as error:
-                raise ValueError(f"pruning.{error}") from error
+                raise ValueError(pruning_refusal(error)) from error
         return self
 
     @property
@@ -400,9 +440,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} holds a {type(tree).__name__}, not settings")
-    errors = _include(tree, file)
+    errors = [*_include(tree, file), *_include_pruning(tree, file)]
+    _change_method(tree, overrides)
     for override in overrides:
         errors += [message] if (message := _apply(tree, override)) else _include(tree, file)
+        errors += _include_pruning(tree, file)
     config, found = _validate(tree)
     if errors or found or config is None:
         raise ConfigError("\n".join(errors + found))
@@ -421,6 +463,56 @@ def _include(tree: dict[str, Any], file: Path) -> list[str]:
                 errors.append(str(error))
                 del data[which]
     return errors
+
+
+def _include_pruning(tree: dict[str, Any], file: Path) -> list[str]:
+    """Put the section in place of ``pruning: FILE``, as ``vtprune search`` writes it; what is wrong with it, if
+    anything."""
+    name = tree.get("pruning")
+    if not isinstance(name, str):
+        return []
+    del tree["pruning"]
+    beside = file.resolve().parent / name
+    try:
+        tree["pruning"] = read_pruning(beside if beside.is_file() else find_file(name, "pruning"))
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def read_pruning(path: Path) -> dict[str, Any]:
+    """The section ``pruning`` of a YAML file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"pruning: {path} cannot be read as YAML ({error})") from error
+    section = tree.get("pruning") if isinstance(tree, dict) else None
+    if not isinstance(section, dict):
+        raise ConfigError(f"pruning: {path} has no section pruning; it begins with a line 'pruning:'")
+    return section
+
+
+def _change_method(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Where an override names another method than the file, the file's settings of its own method go: they are not
+    meant for it. With none they stay, and are warned about."""
+    section, prefix = tree.get("pruning"), "pruning.method="
+    named = [override.removeprefix(prefix) for override in overrides if override.startswith(prefix)]
+    if not named or not isinstance(section, dict) or named[-1] in ("none", section.get("method", "pyramiddrop")):
+        return
+    left_out = [key for key in section if key not in ("method", *TRAINING_ONLY)]
+    for key in left_out:
+        del section[key]
+    if left_out:
+        log.info(
+            "pruning.%s of the file belong to %s; pruning.method=%s begins with its own defaults",
+            ", ".join(left_out),
+            section.get("method", "pyramiddrop"),
+            named[-1],
+        )
 
 
 def _wrong_source(entry: Any) -> list[str]:
@@ -521,7 +613,10 @@ def _explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
             nearest = _nearest(str(location[-1]), _known_keys(location[:-1]), location[:-1])
             line = f"{key}: unknown key{nearest}"
         elif item["type"] == "value_error":
-            names_own_key = key in Config.model_fields and message.partition("=")[0] in _known_keys(location)
+            name = message.partition("=")[0]
+            # A setting of the chosen method is no key that the tree knows.
+            names_own_key = key in Config.model_fields and (key == "pruning" or name in _known_keys(location))
+            names_own_key = names_own_key and name.isidentifier()
             line = f"{key}.{message}" if names_own_key else f"{key}: {message}" if key else message
         else:
             shown = "" if isinstance(item["input"], dict) else f" (it is {item['input']!r})"

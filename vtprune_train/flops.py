@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from vtprune_train.stream import Drop, StreamPlan
+from vtprune_train.stream import Boundary, Drop, StreamPlan, counts_per_stage
+
+if TYPE_CHECKING:
+    from vtprune_train.pruning.base import PruningMethod
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
@@ -252,11 +255,9 @@ def stage_lengths(text: np.ndarray, spans: np.ndarray, sample_of_span: np.ndarra
         sample_of_span: [spans] the sample each image belongs to.
         drops: the schedule.
     """
-    columns = []
-    for keep in (1.0, *(drop.keep for drop in drops)):
-        kept = np.floor(spans * keep).astype(np.int64)
-        columns.append(text + np.bincount(sample_of_span, weights=kept, minlength=len(text)).astype(np.int64))
-    return np.stack(columns, axis=1)
+    counts = counts_per_stage(drops, spans)
+    visual = [np.bincount(sample_of_span, weights=kept, minlength=len(text)).astype(np.int64) for kept in counts]
+    return np.stack([text + own for own in visual], axis=1)
 
 
 def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:
@@ -265,13 +266,113 @@ def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:
     return [end - start for start, end in pairwise(edges)]
 
 
-def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, projects: bool) -> float:
-    """FLOPs that ranking adds to one forward pass of a planned stream."""
+def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, method: PruningMethod | None) -> float:
+    """FLOPs that choosing adds to one forward pass of a planned stream: projections and attention rows of the ranking,
+    and what the method says of its own arithmetic. Rows computed again where keys are hidden are not counted."""
+    if method is None:
+        return 0.0
     total = 0.0
     for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
-        pairs = sum((s.end - s.start) * (s.query_end - s.query_start) for s in boundary.segments)
-        total += geometry.selector(stage.num_tokens, len(boundary.query_rows), pairs, projects)
+        part = method.parts[boundary.drop.owner]
+        if part.rank_with is not None and boundary.drop.ranked:
+            rows, pairs = len(boundary.query_rows), _ranked_pairs(boundary)
+            total += geometry.selector(stage.num_tokens, rows, pairs, part.rank_with == "next_layer")
+        total += part.selector_flops(geometry.hidden, boundary)
+    chooser = next((part for part in method.parts if part.key_layers(plan.outline.num_layers)), None)
+    for stage, layout in zip(plan.stages, plan.key_layouts, strict=True):
+        if layout is not None and chooser is not None:
+            layers = sum(stage.first_layer <= layer < stage.end_layer for layer in plan.outline.key_layers)
+            own = geometry.selector(0.0, 0.0, _ranked_pairs(layout), projects=False)
+            total += layers * (own + chooser.selector_flops(geometry.hidden, layout))
     return total
+
+
+def _ranked_pairs(boundary: Boundary) -> float:
+    """Products of a query row with a key of its segment."""
+    return float(sum((s.end - s.start) * (s.query_end - s.query_start) for s in boundary.segments))
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Visual tokens of a stream at its layers.
+
+    Args:
+        entering: mean over layers of the tokens that enter: the work that is done.
+        leaving: mean over layers of those that leave, as papers count: what a layer's output loses counts as its own.
+        cached: mean over layers of those whose keys stay for decoding.
+    """
+
+    entering: float
+    leaving: float
+    cached: float
+
+    @classmethod
+    def of(cls, per_stage: Sequence[float], layers: Sequence[int], kept_keys: Sequence[float]) -> VisualTokens:
+        """From counts [stages], layers [stages] and the share of its keys that each layer keeps [layers]."""
+        entering = np.repeat(np.asarray(per_stage, dtype=np.float64), layers)
+        leaving = np.append(entering[1:], entering[-1:])
+        return cls(float(entering.mean()), float(leaving.mean()), float((entering * kept_keys).mean()))
+
+
+def kept_keys(
+    method: PruningMethod | None, per_stage: Sequence[float], layers: Sequence[int], images: int
+) -> list[float]:
+    """[layers] the share of a layer's visual keys that stays for later rows, as planned; from counts [stages], layers
+    [stages] and the images that the counts are of."""
+    lengths = np.repeat(np.asarray(per_stage, dtype=np.float64) / max(1, images), layers).tolist()
+    shares = [1.0] * len(lengths)
+    for part in () if method is None else method.parts:
+        for layer in part.key_layers(len(lengths)):
+            shares[layer] = part.kept_key_share(layer, lengths[layer], len(lengths))
+    return shares
+
+
+def is_adaptive(method: PruningMethod, num_layers: int) -> bool:
+    """Whether counts are only known once the method has run."""
+    return bool(method.key_layers(num_layers)) or any(drop.adaptive for drop in method.drops(num_layers))
+
+
+def visual_per_stage(plan: StreamPlan) -> list[int]:
+    """Visual tokens of the whole stream in each stage: text is never dropped."""
+    segments = plan.outline.segments
+    text = sum(segment.length - sum(span.length for span in segment.spans) for segment in segments)
+    return [stage.num_tokens - text for stage in plan.stages]
+
+
+def stage_layers(plan: StreamPlan) -> list[int]:
+    """Layers of each stage of a plan."""
+    return [stage.end_layer - stage.first_layer for stage in plan.stages]
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One pass of a stream with gradients: FLOPs of decoder and head without the selector, and of the selector; visual
+    tokens at its layers; and the numbers (keys and values) that its cache would hold."""
+
+    text: float
+    selector: float
+    visual: VisualTokens
+    cache_values: float
+
+    @property
+    def flops(self) -> float:
+        return self.text + self.selector
+
+    @classmethod
+    def of(cls, cost: TrainingCost, plan: StreamPlan, method: PruningMethod | None, supervised: np.ndarray) -> PassCost:
+        """Count a plan: as laid out, or as it was run; ``supervised`` [samples] tokens."""
+        lengths = np.array([stage.segment_lengths for stage in plan.stages]).T
+        per_stage, layers = visual_per_stage(plan), stage_layers(plan)
+        images = sum(len(segment.spans) for segment in plan.outline.segments)
+        visual = VisualTokens.of(per_stage, layers, kept_keys(method, per_stage, layers, images))
+        tokens = float(np.dot(lengths.sum(axis=0), layers))
+        hidden = cost.decoder.num_layers * (visual.entering - visual.cached)
+        return cls(
+            float(cost.text(lengths, layers, supervised).sum()),
+            selector_flops(cost.decoder, plan, method),
+            visual,
+            cost.decoder.cache_bytes(tokens - hidden, 1),
+        )
 
 
 def published_decoder_flops(

@@ -17,10 +17,10 @@ from vtprune_train.data.chat import ChatEncoder, EncodedChat
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, load_image
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.measure import picture_name
-from vtprune_train.models.layouts import ImageLayout, Pictures
+from vtprune_train.models.layouts import Grids, ImageLayout, Pictures
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
-from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, TeacherPass, plan_stream
+from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, TeacherPass, plan_stream, text_key
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Collator:
     ) -> PackedBatch:
         """Lay samples end to end and plan the stages of the step's phase."""
         phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
-        laid_out = [lay_out(sample.chat, self.layout.tokens(sample.pictures.sizes)) for sample in loaded]
+        laid_out = [_laid_out(sample, self.layout) for sample in loaded]
         segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
         plan = self._plan(phase.method, segments)
         teacher = None
@@ -126,7 +126,7 @@ class Collator:
             sample_ids=tuple(sample.sample_id for sample in loaded),
             targets_per_sample=tuple(len(supervised) for supervised in targets),
             unreadable=unreadable,
-            costs=self._costs(loaded, plan, teacher, segments) if loaded else {},
+            costs=self._costs(loaded, plan, phase, teacher, segments) if loaded else {},
             image_inputs=vision.image_inputs,
             positions=self.layout.positions(segments, pictures),
             teacher=teacher,
@@ -145,37 +145,63 @@ class Collator:
         self,
         loaded: Sequence[LoadedSample],
         plan: StreamPlan,
+        phase: Phase,
         teacher: TeacherPass | None,
         segments: Sequence[SegmentLayout],
     ) -> dict[str, float]:
         tiles = _join([np.array([len(p) for p in sample.pictures.pixels], dtype=np.int64) for sample in loaded])
-        sample_of_tiles = np.repeat(np.arange(len(loaded)), [len(sample.pictures.pixels) for sample in loaded])
         supervised = np.array([len(segment.supervised_offsets) for segment in segments])
-        lengths, layers = _stages(plan)
-        done = self.cost.sample(lengths, layers, tiles, supervised, sample_of_tiles).sum() + self._ranking(plan)
+        own = flops.PassCost.of(self.cost, plan, phase.method, supervised)
+        other = float(self.cost.vision(tiles).sum())
         if teacher is not None:
-            done += self.cost.forward_text(*_stages(teacher.plan), supervised).sum() + self._ranking(teacher.plan)
-        dense = self.cost.sample(lengths[:, :1], [sum(layers)], tiles, supervised, sample_of_tiles).sum()
-        tokens = [stage.num_tokens for stage in plan.stages]
-        per_stage = {f"tokens_stage_{i}": float(tokens[min(i, len(tokens) - 1)]) for i in range(self.num_stages)}
+            assert phase.teacher is not None
+            lengths = np.array([stage.segment_lengths for stage in teacher.plan.stages]).T
+            other += float(self.cost.forward_text(lengths, flops.stage_layers(teacher.plan), supervised).sum())
+            other += flops.selector_flops(self.cost.decoder, teacher.plan, phase.teacher.method)
+        full = np.array(plan.stages[0].segment_lengths)[:, None]
+        dense = self.cost.text(full, [self.cost.decoder.num_layers], supervised).sum() + self.cost.vision(tiles).sum()
         visual = sum(span.length for segment in segments for span in segment.spans)
-        return {"flops": float(done), "flops_dense": float(dense), "visual_tokens": float(visual), **per_stage}
+        return {
+            "flops_dense": float(dense),
+            "flops_other": other,
+            "visual_tokens": float(visual),
+            **self._pass_costs(own, plan, other),
+        }
 
-    def _ranking(self, plan: StreamPlan) -> float:
-        """FLOPs of choosing the survivors of one pass."""
-        if self.method is None:
-            return 0.0
-        return flops.selector_flops(self.cost.decoder, plan, self.method.rank_with == "next_layer")
+    def _pass_costs(self, own: flops.PassCost, plan: StreamPlan, other: float) -> dict[str, float]:
+        """What the logs say of a pass; ``other`` are FLOPs beside it."""
+        tokens = [stage.num_tokens for stage in plan.stages]
+        return {
+            "flops": own.flops + other,
+            "flops_selector": own.selector,
+            "visual_tokens_entering": own.visual.entering,
+            "visual_tokens_leaving": own.visual.leaving,
+            "cache_values": own.cache_values,
+            **{f"tokens_stage_{i}": float(tokens[min(i, len(tokens) - 1)]) for i in range(self.num_stages)},
+        }
+
+    def measured_costs(self, batch: PackedBatch, ran: StreamPlan) -> dict[str, float]:
+        """``batch.costs`` by the plan that a step's pass has really run, which an adaptive method only knows then."""
+        if not batch.costs:
+            return batch.costs
+        own = flops.PassCost.of(self.cost, ran, ran.outline.method, np.array(batch.targets_per_sample))
+        return {**batch.costs, **self._pass_costs(own, ran, batch.costs["flops_other"])}
 
 
-def _stages(plan: StreamPlan) -> tuple[np.ndarray, list[int]]:
-    """[samples, stages] tokens, and the layers of each stage."""
-    lengths = np.array([stage.segment_lengths for stage in plan.stages]).T
-    return lengths, [stage.end_layer - stage.first_layer for stage in plan.stages]
+def _laid_out(sample: LoadedSample, layout: ImageLayout) -> tuple[SegmentLayout, np.ndarray]:
+    sizes = sample.pictures.sizes
+    return lay_out(sample.chat, layout.tokens(sizes), layout.grids(sizes))
 
 
-def lay_out(chat: EncodedChat, image_tokens: Sequence[int]) -> tuple[SegmentLayout, np.ndarray]:
+def lay_out(
+    chat: EncodedChat, image_tokens: Sequence[int], grids: Sequence[Grids] | None = None
+) -> tuple[SegmentLayout, np.ndarray]:
     """Expand each image's single token to its visual tokens.
+
+    Args:
+        chat: one token an image.
+        image_tokens: visual tokens of each image.
+        grids: the rasters of each, for methods that ask where tokens lie.
 
     Returns:
         the segment's layout and its [L] input ids.
@@ -186,17 +212,25 @@ def lay_out(chat: EncodedChat, image_tokens: Sequence[int]) -> tuple[SegmentLayo
         extra[offset + 1] = length - 1
     moved = np.arange(len(chat.input_ids) + 1) + np.cumsum(extra)
     spans = tuple(
-        ImageSpan(int(moved[offset]), length) for offset, length in zip(chat.image_offsets, image_tokens, strict=True)
+        ImageSpan(int(moved[offset]), length, own)
+        for offset, length, own in zip(chat.image_offsets, image_tokens, grids or [()] * len(image_tokens), strict=True)
     )
     repeats = np.ones(len(chat.input_ids), dtype=np.int64)
     repeats[list(chat.image_offsets)] = image_tokens
     segment = SegmentLayout(
+        key=text_key(_prompt(chat)),
         length=int(repeats.sum()),
         spans=spans,
         query_offsets=tuple(int(moved[start]) - 1 for start in chat.answer_starts),
         supervised_offsets=tuple(moved[:-1][chat.labels >= 0].tolist()),
     )
     return segment, np.repeat(chat.input_ids, repeats)
+
+
+def _prompt(chat: EncodedChat) -> np.ndarray:
+    """Ids of the text before the first answer."""
+    first = min(chat.answer_starts, default=len(chat.input_ids))
+    return np.delete(chat.input_ids[:first], [offset for offset in chat.image_offsets if offset < first])
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:

@@ -26,7 +26,13 @@ from vtprune_train.data.chat import Template, Turn, get_template
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.data.jinja import chat_template
 from vtprune_train.models import HFModule
-from vtprune_train.models.build import build_processor, first_line, load_any_config, resolve_checkpoint
+from vtprune_train.models.build import (
+    build_processor,
+    first_line,
+    learned_expected,
+    load_any_config,
+    resolve_checkpoint,
+)
 from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune
 from vtprune_train.models.peft import is_adapter, open_adapter
 from vtprune_train.pruning.base import PruningMethod
@@ -123,7 +129,8 @@ def load_weights(folder: str, dtype: str) -> HFModule:
     if is_adapter(folder):
         return open_adapter(folder, dtype, merge=False)
     try:
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype])
+        with learned_expected():
+            return AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype])
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model {folder}: cannot be loaded ({first_line(error)})") from error
 

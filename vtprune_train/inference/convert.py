@@ -37,6 +37,7 @@ from vtprune_train.models.build import (
     load_any_config,
     resolve_checkpoint,
 )
+from vtprune_train.models.learned import saved_learner
 from vtprune_train.stream import IMAGE
 from vtprune_train.training.manifest import check_export
 
@@ -299,6 +300,8 @@ def original_writer(source: str, tower: str | None) -> Callable[[Path], None]:
     settings = original_config(config, tower, source)
     tokenizer = load_processor(source, config).tokenizer
     model = load_weights(source, "auto")
+    if (method := saved_learner(config)) is not None:
+        log.warning("%s: the parameters of %s are left out, as the original code knows none", source, method.name)
     state = model.state_dict()
     linear = config.projector_hidden_act == "linear"
     weights = original.projector_to_original(state, linear)

@@ -5,6 +5,7 @@ Everything follows from a model's config and lengths; the arithmetic is in :mod:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +18,20 @@ from vtprune_train.config import PeftConfig
 from vtprune_train.flops import (
     TYPICAL_TEXT,
     DecoderGeometry,
+    PassCost,
     TowerGeometry,
     TrainingCost,
-    layers_per_stage,
+    VisualTokens,
+    is_adaptive,
+    kept_keys,
     published_decoder_flops,
-    stage_lengths,
+    selector_flops,
+    stage_layers,
 )
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.pruning import PruningMethod
+from vtprune_train.pruning.describe import schedule
+from vtprune_train.stream import ImageSpan, SegmentLayout, StreamPlan, plan_stream
 
 TYPICAL_ANSWER = 32
 
@@ -74,12 +81,13 @@ class Cost:
     ratio: float = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratio", self.dense / self.pruned)
+        object.__setattr__(self, "ratio", self.dense / self.pruned if self.pruned else math.inf)
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Decoder layers ``[first_layer, end_layer)``: tokens of the prompt, prefill FLOPs and cache bytes, whole batch."""
+    """Decoder layers ``[first_layer, end_layer)``: tokens of the prompt, prefill FLOPs and cache bytes, whole batch.
+    Tokens are those that run through the layers; the cache may hold fewer."""
 
     first_layer: int
     end_layer: int
@@ -96,7 +104,9 @@ class Estimate:
     Prefill runs pictures and text, and the head on one row. A training step is forward and backward with the answer's
     supervised tokens behind them. Pruned totals include the selector. ``*_whole`` add tower and projector; they are
     ``None`` where ``not_counted`` says why. ``cache_answer`` is the cache once the answer has been generated (its last
-    token never enters). ``published`` is the paper's convention, for one sample.
+    token never enters). ``published`` is PyramidDrop's convention, for one sample. ``visual`` are one sample's visual
+    tokens at the layers; where ``expected`` is true the method counts as it runs, and these are what it was planned
+    for. ``schedule`` says where it acts.
     """
 
     model: str
@@ -104,6 +114,9 @@ class Estimate:
     decoder: DecoderGeometry
     pruning: dict[str, Any]
     pruning_from: str
+    schedule: str
+    expected: bool
+    visual: VisualTokens
     trained: tuple[str, ...]
     dtype: str
     sample: Sample
@@ -128,13 +141,13 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         ValueError: the decoder cannot be counted, or the method does not fit its depth.
     """
     decoder, tower = DecoderGeometry.of(subject.config.get_text_config()), tower_of(subject.config)
-    drops = subject.method.drops(decoder.num_layers) if subject.method else ()
-    layers = layers_per_stage(drops, decoder.num_layers)
-    visual = np.array([picture.tokens for picture in sample.pictures])
-    lengths = stage_lengths(np.array([sample.text]), visual, np.zeros_like(visual), drops)[0]  # [stages]
+    method = subject.method
+    plan = _plan(method, sample, decoder.num_layers)
+    layers, lengths = stage_layers(plan), np.array([stage.num_tokens for stage in plan.stages])
+    kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(sample.pictures))
     element_size = getattr(torch, subject.dtype).itemsize
-    stages = _stages(decoder, lengths, layers, sample, element_size)
-    head, selector = sample.batch * decoder.head(1.0), sample.batch * _selector(decoder, subject.method, lengths)
+    stages = _stages(decoder, lengths, layers, kept, sample, element_size)
+    head, selector = sample.batch * decoder.head(1.0), sample.batch * selector_flops(decoder, plan, method)
     prefill = _total([stage.prefill for stage in stages], head, head + selector)
     cache = _total([stage.cache for stage in stages])
     generated = sample.batch * decoder.num_layers * decoder.cache_bytes(sample.answer - 1.0, element_size)
@@ -146,7 +159,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         trains_projector="projector" in subject.trained,
         adapter=decoder.adapter_per_token(subject.peft.r, subject.peft.target_modules) if subject.peft else 0.0,
     )
-    step = _training_step(cost, subject.method, lengths + sample.answer, layers, sample)
+    step = _training_step(cost, method, sample)
     tiles, not_counted = _tiles(subject.config, tower, sample.pictures)
     vision = prefill_whole = step_whole = None
     if tower is not None and tiles is not None:
@@ -157,8 +170,11 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         model=subject.name,
         family=_family(subject.config),
         decoder=decoder,
-        pruning=subject.method.settings() if subject.method else {"method": "none"},
+        pruning=method.settings() if method else {"method": "none"},
         pruning_from=subject.method_from,
+        schedule=schedule(method, decoder.num_layers) if method else "none",
+        expected=method is not None and is_adaptive(method, decoder.num_layers),
+        visual=VisualTokens.of((lengths - sample.text).tolist(), layers, kept),
         trained=subject.trained,
         dtype=subject.dtype,
         sample=sample,
@@ -177,40 +193,59 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     )
 
 
+def _plan(method: PruningMethod | None, sample: Sample, num_layers: int, answer: int = 0) -> StreamPlan:
+    """The stages of one sample: its pictures, its text, which ends with the row that ranks, and ``answer`` tokens."""
+    spans: list[ImageSpan] = []
+    for picture in sample.pictures:
+        spans.append(ImageSpan(spans[-1].end if spans else 0, picture.tokens))
+    asked = sample.text + (spans[-1].end if spans else 0)
+    segment = SegmentLayout(asked + answer, tuple(spans), (asked - 1,), tuple(range(asked, asked + answer)))
+    return plan_stream([segment], (), num_layers) if method is None else method.plan([segment], num_layers)
+
+
 def _stages(
-    decoder: DecoderGeometry, lengths: np.ndarray, layers: Sequence[int], sample: Sample, element_size: int
+    decoder: DecoderGeometry,
+    lengths: np.ndarray,
+    layers: Sequence[int],
+    kept_keys: Sequence[float],
+    sample: Sample,
+    element_size: int,
 ) -> tuple[StageCost, ...]:
-    """The stages of a batch's prefill; lengths [stages] of one sample."""
+    """The stages of a batch's prefill that have layers; lengths [stages] of one sample."""
     flops, cache = sample.batch * decoder.layer(lengths), sample.batch * decoder.cache_bytes(lengths, element_size)
+    dense = sample.text + sum(picture.tokens for picture in sample.pictures)
+    dense_flops = sample.batch * float(decoder.layer(np.array(dense)))
+    dense_cache = sample.batch * decoder.cache_bytes(float(dense), element_size)
     ends = np.cumsum(layers).tolist()
-    return tuple(
-        StageCost(
-            first_layer=end - count,
-            end_layer=end,
-            visual_tokens=sample.batch * int(lengths[i] - sample.text),
-            text_tokens=sample.batch * sample.text,
-            prefill=Cost(count * float(flops[0]), count * float(flops[i])),
-            cache=Cost(count * float(cache[0]), count * float(cache[i])),
+    costs = []
+    for i, (end, count) in enumerate(zip(ends, layers, strict=True)):
+        if not count:
+            continue
+        visual = sample.batch * int(lengths[i] - sample.text)
+        gone = visual * sum(1.0 - kept_keys[layer] for layer in range(end - count, end))
+        costs.append(
+            StageCost(
+                first_layer=end - count,
+                end_layer=end,
+                visual_tokens=visual,
+                text_tokens=sample.batch * sample.text,
+                prefill=Cost(count * dense_flops, count * float(flops[i])),
+                cache=Cost(
+                    count * dense_cache, count * float(cache[i]) - float(decoder.cache_bytes(gone, element_size))
+                ),
+            )
         )
-        for i, (end, count) in enumerate(zip(ends, layers, strict=True))
-    )
+    return tuple(costs)
 
 
-def _training_step(
-    cost: TrainingCost, method: PruningMethod | None, lengths: np.ndarray, layers: Sequence[int], sample: Sample
-) -> Cost:
-    """Forward and backward of a batch's decoder; lengths [stages] of one sample, the answer included."""
+def _training_step(cost: TrainingCost, method: PruningMethod | None, sample: Sample) -> Cost:
+    """Forward and backward of a batch's decoder, the answer included."""
     supervised = np.array([sample.answer])
-    dense = float(cost.text(lengths[None, :1], [cost.decoder.num_layers], supervised)[0])
-    pruned = float(cost.text(lengths[None], layers, supervised)[0]) + _selector(cost.decoder, method, lengths)
-    return Cost(sample.batch * dense, sample.batch * pruned)
-
-
-def _selector(decoder: DecoderGeometry, method: PruningMethod | None, lengths: np.ndarray) -> float:
-    """FLOPs of ranking one sample, with one query row, at the end of every stage but the last; lengths [stages]."""
-    if method is None:
-        return 0.0
-    return sum(decoder.selector(n, 1, n, method.rank_with == "next_layer") for n in lengths[:-1].tolist())
+    own, dense = (
+        PassCost.of(cost, _plan(m, sample, cost.decoder.num_layers, sample.answer), m, supervised).flops
+        for m in (method, None)
+    )
+    return Cost(sample.batch * dense, sample.batch * own)
 
 
 def _tiles(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -14,13 +15,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
-from vtprune_train.config import TRAINING_ONLY, load_config
+from vtprune_train.config import load_config
 from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry
 from vtprune_train.inference.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of
+from vtprune_train.inference.options import METHOD_HELP, add_set_option, changed, named_method, set_values
 from vtprune_train.models.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.pruning import PruningMethod, method_from_settings
 
-LARGEST = 10**9
+LARGEST = 10**6  # tokens of a sample are laid out one by one
+MOST_SAMPLES = 10**9
+OPTIONS = ("method", "layers", "keep")  # of a method that have their own; the others come by --set
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -33,6 +37,7 @@ def render(result: Estimate, *, published: bool = False) -> str:
     """
     scale, unit = _unit(result.prefill_decoder.dense, "FLOP")
     lines = [*_describe(result), "", *_stage_table(result), ""]
+    lines += _visual_lines(result)
     lines += [f"head on the prompt's last row {result.head / scale:.4f} {unit}, {_selector_line(result, scale, unit)}"]
     if result.vision is None:
         lines += [f"tower and projector {result.not_counted}"]
@@ -46,9 +51,10 @@ def render(result: Estimate, *, published: bool = False) -> str:
 
 def _describe(result: Estimate) -> list[str]:
     geometry, sample = result.decoder, result.sample
-    settings = {key: value for key, value in result.pruning.items() if key not in ("method", "layers")}
-    if layers := [str(stage.first_layer) for stage in result.stages[1:]]:
-        settings = {"layers": f"[{', '.join(layers)}]", **settings}
+    settings = {key: value for key, value in result.pruning.items() if key != "method" and value is not None}
+    name = result.pruning["method"]
+    if not isinstance(name, str):
+        name = " + ".join(str(part["method"]) for part in name)
     pictures = [
         f"{picture.label}: {picture.tokens} tokens" + (f" of {picture.tiles} tile(s)" if picture.tiles else "")
         for picture in sample.pictures
@@ -57,14 +63,15 @@ def _describe(result: Estimate) -> list[str]:
         "model": f"{result.model} ({result.family})",
         "decoder": f"{geometry.num_layers} layers of width {geometry.hidden}, MLP of {geometry.intermediate}, "
         f"{geometry.heads} heads, {geometry.kv_heads} for keys and values",
-        "pruning": " ".join([result.pruning["method"], *(f"{key}={value}" for key, value in settings.items())]),
+        "pruning": " ".join([name, *(f"{key}={value}" for key, value in settings.items())]),
         "from": result.pruning_from,
+        **({"schedule": result.schedule} if result.schedule != "none" else {}),
         "sample": "; ".join([*pictures, f"{sample.text} text tokens; an answer of {sample.answer}"]),
         "batch": str(sample.batch),
         "trained": ", ".join(result.trained),
         "cache": f"keys and values in {result.dtype}",
     }
-    return [f"{label:<9}{value}" for label, value in rows.items()]
+    return [f"{label:<10}{value}" for label, value in rows.items()]
 
 
 def _stage_table(result: Estimate) -> list[str]:
@@ -85,12 +92,34 @@ def _stage_table(result: Estimate) -> list[str]:
     return lines
 
 
+def _visual_lines(result: Estimate) -> list[str]:
+    """The same tokens counted in both ways, so that a budget can be compared with a paper's."""
+    visual, whole = result.visual, sum(picture.tokens for picture in result.sample.pictures)
+    rows = [
+        ("enter a layer", visual.entering, "what the layers work on"),
+        ("leave a layer", visual.leaving, "as papers count: a drop behind a layer's work counts for that layer"),
+        ("stay in the cache", visual.cached, "keys that decoding reads"),
+    ]
+    about = ", as planned: the method counts while it runs" if result.expected else ""
+    return [
+        f"visual tokens of a sample, mean over {result.decoder.num_layers} layers, of {whole}{about}",
+        *(f"  {label:<18}{_tenths(count):>9}{count / whole:>9.1%}   {note}" for label, count, note in rows),
+    ]
+
+
+def _tenths(count: float) -> str:
+    """One decimal, halves upwards, as papers round."""
+    return f"{math.floor(10 * count + 0.5) / 10:.1f}"
+
+
 def _selector_line(result: Estimate, scale: float, unit: str) -> str:
-    if len(result.stages) == 1:
-        return "no selector"
-    next_layer = result.pruning["rank_with"] == "next_layer"
-    how = "next_layer projects keys" if next_layer else "this_layer projects nothing"
-    return f"selector {result.selector / scale:.4f} {unit} ({how})"
+    if not result.selector:
+        return "no selector" if result.schedule == "none" else "a selector that computes next to nothing"
+    how = {
+        "next_layer": " (next_layer projects keys)",
+        "this_layer": " (this_layer projects nothing)",
+    }.get(result.pruning.get("rank_with", ""), "")
+    return f"selector {result.selector / scale:.4f} {unit}{how}"
 
 
 def _totals(result: Estimate) -> list[str]:
@@ -140,6 +169,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 
 
@@ -153,10 +183,11 @@ class Request(BaseModel):
     visual_tokens: Annotated[list[Count], BeforeValidator(_split)] = []
     text: Count = TYPICAL_TEXT
     answer: Count = TYPICAL_ANSWER
-    batch: Count = 1
+    batch: Samples = 1
     method: str | None = None
     layers: Annotated[list[int] | None, BeforeValidator(_split)] = None
     keep: Annotated[list[float] | None, BeforeValidator(_split)] = None
+    set: list[str] = []
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     published: bool = False
     report: str | None = None
@@ -171,7 +202,7 @@ class Request(BaseModel):
             key, value = next(iter(self.pruning.items()))
             raise ValueError(f"--{key} belongs to --model; with --config write 'pruning.{key}={value}'")
         if self.method == "none" and len(self.pruning) > 1:
-            raise ValueError("--layers and --keep have no effect with --method none; leave them out")
+            raise ValueError("--layers, --keep and --set have no effect with --method none; leave them out")
         if self.resolution and self.visual_tokens:
             raise ValueError("--resolution and --visual_tokens both say how large the pictures are; give one of them")
         return self
@@ -180,7 +211,7 @@ class Request(BaseModel):
     def pruning(self) -> dict[str, Any]:
         """The pruning settings that were given as options."""
         given = {"method": self.method, "layers": self.layers, "keep": self.keep}
-        return {key: value for key, value in given.items() if value is not None}
+        return {**{key: value for key, value in given.items() if value is not None}, **set_values(self.set)}
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Request:
@@ -213,7 +244,7 @@ def _from_config(request: Request) -> Subject:
     return Subject(
         name=request.config,
         config=model_config,
-        method=_method(config.pruning.model_dump(exclude=set(TRAINING_ONLY)), model_config, "pruning."),
+        method=_method(config.pruning.settings, model_config, "pruning."),
         method_from=f"the settings of {request.config}",
         trained=tuple(config.model.train),
         peft=config.model.peft,
@@ -229,27 +260,33 @@ def _from_checkpoint(request: Request) -> Subject:
         settings, origin = {"method": "pyramiddrop"}, "PyramidDrop's defaults: the checkpoint has no settings"
     else:
         settings, origin = saved, "the settings saved in the checkpoint"
+    given = {key: value for key, value in request.pruning.items() if key != "method"}
     if request.method is not None:
-        settings, origin = request.pruning, "the command line"
-    elif request.pruning:
-        settings, origin = {**settings, **request.pruning}, f"the command line, and {origin}"
-    method = _method(settings, config, "--" if request.pruning else f"pruning in {request.model}: ")
+        settings, origin = named_method(request.method), "the command line"
+    elif given:
+        origin = f"the command line, and {origin}"
+    method = _method(settings, config, None if request.pruning else f"pruning in {request.model}: ", given)
     return Subject(request.model, config, method, origin, dtype=request.dtype or Subject.dtype)
 
 
-def _method(settings: Mapping[str, Any], config: PreTrainedConfig, place: str) -> PruningMethod | None:
-    """The method, if it fits the decoder's depth; ``place`` stands before the setting that does not.
+def _method(
+    settings: Mapping[str, Any], config: PreTrainedConfig, place: str | None, given: Mapping[str, Any] | None = None
+) -> PruningMethod | None:
+    """The method with the settings ``given`` as options, if it fits the decoder's depth; ``place`` stands before what
+    does not, ``None`` for the options themselves.
 
     Raises:
         ValueError: a setting is wrong, or the decoder cannot be counted.
     """
     num_layers = DecoderGeometry.of(config.get_text_config()).num_layers
     try:
-        method = method_from_settings(settings)
+        method = method_from_settings(changed(settings, given or {}))
         if method is not None:
             method.drops(num_layers)
+            method.key_layers(num_layers)
     except ValueError as error:
-        raise ValueError(f"{place}{error}") from error
+        option = str(error).partition("=")[0] in OPTIONS  # else it came by --set
+        raise ValueError(f"{('--' if option else '') if place is None else place}{error}") from error
     return method
 
 
@@ -265,9 +302,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="N", help=f"text tokens without the answer (default {TYPICAL_TEXT})")
     parser.add_argument("--answer", metavar="N", help=f"generated or supervised tokens (default {TYPICAL_ANSWER})")
     parser.add_argument("--batch", metavar="N", help="samples (default 1)")
-    parser.add_argument("--method", help="pyramiddrop or none (default: what the checkpoint has saved, or pyramiddrop)")
+    parser.add_argument("--method", help=f"{METHOD_HELP} (default: what the checkpoint has saved, or pyramiddrop)")
     parser.add_argument("--layers", metavar="N,N", help="drop before these layers")
     parser.add_argument("--keep", metavar="X,X", help="shares of the original tokens that remain")
+    add_set_option(parser)
     parser.add_argument("--dtype", help="of the cache: float32, bfloat16, float16 (default: the config's, or bfloat16)")
     parser.add_argument("--published", action="store_true", help="add FLOPs by the paper's convention")
     parser.add_argument("--json", dest="report", metavar="FILE", help="also write everything as JSON")

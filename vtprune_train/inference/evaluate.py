@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 PRUNED, DENSE = "pruned", "dense"
 WARM_UP_TOKENS = 2
+FORMAT = 2  # of a line of samples.jsonl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +91,7 @@ def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
         "compare": arguments.compare,
         "batch_size": arguments.batch_size,
         "max_new_tokens": arguments.max_new_tokens,
+        "format": FORMAT,
         "device": loaded.model.device.type,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }

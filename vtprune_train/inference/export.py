@@ -24,6 +24,7 @@ from vtprune_train.inference.chatting import (
 )
 from vtprune_train.inference.options import add_model_option
 from vtprune_train.models.build import read_projector, resolve_checkpoint
+from vtprune_train.models.learned import carry
 from vtprune_train.models.peft import is_adapter, open_adapter
 from vtprune_train.training.manifest import check_export
 
@@ -132,7 +133,8 @@ def publish(out: Path, write: Callable[[Path], None]) -> None:
 
 
 def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: bool) -> Callable[[Path], None]:
-    """Writes weights, config with the pruning settings, generation config, and processor with its chat template.
+    """Writes weights (those of the pruning method too), config with the pruning settings, generation config, and
+    processor with its chat template.
 
     Raises:
         ValueError: the model or its processor cannot be loaded, or a weight is too large for ``dtype``.
@@ -141,6 +143,7 @@ def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: b
     processor = load_processor(source, config)
     # An adapter is folded in with full precision, and rounded once.
     model = open_adapter(source, "float32", merge=True) if is_adapter(source) else load_weights(source, "auto")
+    carry(model)
     for name, parameter in model.named_parameters():
         check_range(name, parameter, dtype)
     model.to(dtype)

@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from vtprune_train.inference.chatting import answers, open_picture, prompt_text
 from vtprune_train.inference.options import add_method_options, add_model_option, load_model
+from vtprune_train.inference.timing import plans_run, visual_line
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
         log.warning("the template this model was trained with leaves the text of the prompt out")
     if arguments.stream:
         settings["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    [answer] = answers(loaded, [(pictures, arguments.prompt)], **settings)
+    with plans_run(loaded.model) as plans:
+        [answer] = answers(loaded, [(pictures, arguments.prompt)], **settings)
+    if pictures and plans:
+        log.info("%s", visual_line(plans[0]))
     if not arguments.stream:
         print(answer)
     return 0

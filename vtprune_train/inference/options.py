@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Literal, TypeVar
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import yaml
+
+from vtprune_train.config import TRAINING_ONLY, read_pruning
 from vtprune_train.inference.chatting import DTYPES, Loaded, load, model_config
 from vtprune_train.models.build import resolve_checkpoint
 from vtprune_train.models.patch import CONFIG_KEY, SAVED
-from vtprune_train.pruning import METHODS, method_from_settings
+from vtprune_train.pruning import NONE, method_class, method_from_settings, setting_types
 from vtprune_train.pruning.base import PruningMethod
 
 Number = TypeVar("Number", int, float)
 
 SETTINGS = ("layers", "keep", "rank_with", "positions", "without_instruction")
+METHOD_HELP = (
+    "a name of `vtprune methods --names`, none for the dense model, a path/to/file.py:Class of one's own, a list "
+    "'[visionzip, plphp]', or a YAML file with a section pruning"
+)
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +35,8 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """``--method`` with its settings, and where the model runs."""
     dropping = parser.add_argument_group("dropping", "left out: the settings saved with the model")
-    dropping.add_argument("--method", help=f"{', '.join(METHODS)}, or none for the dense model")
+    dropping.add_argument("--method", help=METHOD_HELP)
+    add_set_option(dropping)
     dropping.add_argument("--layers", type=numbers(int, "8,16,24"), help="decoder layers to drop before: 8,16,24")
     dropping.add_argument("--keep", type=numbers(float, "0.5,0.25,0.125"), help="shares that stay: 0.5,0.25,0.125")
     dropping.add_argument("--rank_with", help="next_layer or this_layer")
@@ -35,6 +45,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     place = parser.add_argument_group("where it runs")
     place.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
     place.add_argument("--dtype", choices=[*DTYPES], default="auto", help="auto: as saved")
+
+
+def add_set_option(parser: Any) -> None:
+    """``--set key=value``."""
+    help_text = "any setting of the method, for example --set keep=0.25; again for every further one"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
 
 
 def numbers(kind: Callable[[str], Number], example: str) -> Callable[[str], list[Number]]:
@@ -65,15 +81,71 @@ def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["save
         ValueError: unknown method or setting, or settings of no method.
     """
     given = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None}
+    shown = [f"--{key}" for key in given] + [f"--set {pair}" for pair in arguments.set]
+    given.update(set_values(arguments.set))
     if arguments.method is None and not given:
         return SAVED
-    if arguments.method == "none" and given:
-        raise ValueError(f"--{next(iter(given))} has no effect: --method is none; leave one of them out")
+    if arguments.method == NONE and given:
+        raise ValueError(f"{shown[0]} has no effect: --method is none; leave one of them out")
     if arguments.method is not None:
-        return method_from_settings({"method": arguments.method, **given})
+        return method_from_settings(changed(named_method(arguments.method), given))
     saved = getattr(model_config(resolve_checkpoint(arguments.model)), CONFIG_KEY, None)
     if saved is None:
-        raise ValueError(
-            f"--{next(iter(given))} changes the saved settings, but {arguments.model} holds none; name the --method"
-        )
-    return method_from_settings({**saved, **given})
+        raise ValueError(f"{shown[0]} changes the saved settings, but {arguments.model} holds none; name the --method")
+    return method_from_settings(changed(saved, given))
+
+
+def set_values(pairs: list[str]) -> dict[str, Any]:
+    """The settings of ``--set key=value``, values read as YAML.
+
+    Raises:
+        ValueError: no such pair.
+    """
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {pair}: write a setting of the method and its value, for example --set keep=0.25")
+        try:
+            values[key] = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {pair}: {text!r} is not YAML ({error})") from error
+    return values
+
+
+def named_method(name: str) -> dict[str, Any]:
+    """The settings that ``--method`` stands for.
+
+    Raises:
+        ValueError: a list or file that cannot be read.
+    """
+    if name.endswith((".yaml", ".yml")):
+        section = read_pruning(Path(name))
+        return {key: value for key, value in section.items() if key not in TRAINING_ONLY}
+    if not name.startswith("["):
+        return {"method": name}
+    try:
+        return {"method": yaml.safe_load(name)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--method={name} is not YAML ({error})") from error
+
+
+def changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with what was given on the command line, where ``--keep 0.25`` serves for a list and a number."""
+    name = settings.get("method")
+    if isinstance(name, str) and name != NONE and given:
+        types = setting_types(method_class(name))
+        given = {
+            key: value[0] if _is_one_number(value) and not takes_list(types.get(key)) else value
+            for key, value in given.items()
+        }
+    return {**settings, **given}
+
+
+def _is_one_number(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 1
+
+
+def takes_list(kind: Any) -> bool:
+    """Whether a setting of this type is a list."""
+    return any(typing.get_origin(part) in (tuple, list) for part in (kind, *typing.get_args(kind)))

@@ -7,7 +7,21 @@ from typing import Any
 
 from vtprune_train.inference.questions import normalized
 
-RATIOS = ("prefill_seconds", "decode_seconds_per_token", "cache_bytes")
+RATIOS = (
+    "entering",
+    "leaving",
+    "cached",
+    "prefill_seconds",
+    "prefill_flops",
+    "decode_seconds_per_token",
+    "cache_bytes",
+)
+
+MEANS = {
+    "entering": "enter a layer, mean over layers",
+    "leaving": "leave a layer (as papers count)",
+    "cached": "stay in a layer's cache",
+}
 
 
 def summary(
@@ -47,11 +61,17 @@ def _means(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "exact_match": sum(sample["exact"] for sample in samples) / count,
         "visual_tokens": [sum(stage) / count for stage in stages],
+        **{key: _mean_of(samples, key) for key in ("entering", "leaving", "cached")},
         "prompt_tokens": sum(sample["prompt_tokens"] for sample in samples) / count,
         "prefill_seconds": sum(sample["prefill_seconds"] for sample in samples) / count,
         "decode_seconds_per_token": sum(sample["decode_seconds"] for sample in samples) / steps if steps else None,
         "cache_bytes": sum(sample["cache_bytes"] for sample in samples) / count,
+        "prefill_flops": None if samples[0]["prefill_flops"] is None else _mean_of(samples, "prefill_flops"),
     }
+
+
+def _mean_of(samples: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(sample[key] for sample in samples) / len(samples)
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:
@@ -67,10 +87,15 @@ def table(results: dict[str, Any]) -> str:
         rows.append([title, *values, *([f"{ratio:.3f}" if ratio is not None else ""] if ratios else [])])
 
     row("exact match", [f"{run['exact_match']:.1%}" for run in runs.values()])
-    for stage, layer in enumerate([0, *results["drop_layers"]]):
-        title = f"visual tokens from layer {layer}" if layer else "visual tokens"
+    for stage, layer in enumerate([None, *results["drop_layers"]]):
+        title = "visual tokens" if layer is None else f"visual tokens from layer {layer}"
         counts = [run["visual_tokens"][min(stage, len(run["visual_tokens"]) - 1)] for run in runs.values()]
         row(title, [f"{count:.1f}" for count in counts])
+    for key, title in MEANS.items():
+        row(title, [f"{run[key]:.1f}" for run in runs.values()], ratios.get(key))
+    flops = [run["prefill_flops"] for run in runs.values()]
+    shown = ["-" if count is None else f"{count / 1e9:.4g}" for count in flops]
+    row("decoder's prefill, GFLOP a sample", shown, ratios.get("prefill_flops"))
     prefill = [f"{1000 * run['prefill_seconds']:.2f}" for run in runs.values()]
     row("prefill, ms a sample", prefill, ratios.get("prefill_seconds"))
     decode = [run["decode_seconds_per_token"] for run in runs.values()]

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.inference.chatting import content_of, load, model_config, open_picture, write_prompt
 from vtprune_train.inference.draw import ShownImage, draw
-from vtprune_train.inference.options import numbers
+from vtprune_train.inference.options import METHOD_HELP, add_set_option, changed, named_method, numbers, set_values
 from vtprune_train.inference.page import page
 from vtprune_train.inference.places import anyres_places
 from vtprune_train.models import HFModule
@@ -25,7 +25,7 @@ from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.build import resolve_checkpoint
 from vtprune_train.models.padded import kept_tokens, stage_layers
 from vtprune_train.models.patch import is_pruned, prune
-from vtprune_train.pruning import METHODS, PruningMethod, method_from_settings
+from vtprune_train.pruning import PruningMethod, method_from_settings
 
 
 def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
@@ -68,6 +68,9 @@ def stage_names(model: HFModule) -> list[str]:
     """``stage 1, layers 0-7`` and so on of a pruned model."""
     names = []
     for number, layers in enumerate(stage_layers(model), start=1):
+        if not layers:  # a drop before the decoder, or two at one place
+            names.append(f"stage {number}, before {f'layer {layers.start}' if layers.start else 'the decoder'}")
+            continue
         several = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
         names.append(f"stage {number}, {several}")
     return names
@@ -97,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="what is asked about them")
     parser.add_argument("--out", required=True, type=Path, help="the picture to write (.png, .jpg, ...)")
     parser.add_argument("--html", type=Path, help="also write a page with a slider over the stages")
-    parser.add_argument("--method", choices=[*METHODS, "none"], help="prune by this instead of the saved settings")
+    parser.add_argument("--method", help=f"instead of the saved settings: {METHOD_HELP}")
+    add_set_option(parser)
     parser.add_argument("--layers", type=numbers(int, "8,16,24"), help="drop before these layers: 8,16,24")
     parser.add_argument("--keep", type=numbers(float, "0.5,0.25"), help="shares of the tokens that remain: 0.5,0.25")
 
@@ -149,14 +153,14 @@ def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNe
 
 def _method(config: LlavaNextConfig, arguments: argparse.Namespace) -> PruningMethod | None:
     """The checkpoint's settings, overruled by the flags."""
-    asked: dict[str, Any] = {key: getattr(arguments, key) for key in ("method", "layers", "keep")}
-    given = {key: value for key, value in asked.items() if value is not None}
-    saved = getattr(config, "pruning", None) or {}
-    same_method = given.get("method", saved.get("method")) == saved.get("method")
-    settings = {**(saved if same_method else {}), **given}
+    given = {key: value for key in ("layers", "keep") if (value := getattr(arguments, key)) is not None}
+    given.update(set_values(arguments.set))
+    settings: dict[str, Any] = getattr(config, "pruning", None) or {}
+    if arguments.method is not None and arguments.method != settings.get("method"):
+        settings = named_method(arguments.method)
     if "method" not in settings:
         raise ValueError(
             f"--model {arguments.model}: it was saved without pruning settings, so say how to prune it: for example "
             "--method pyramiddrop --layers 8,16,24 --keep 0.5,0.25,0.125"
         )
-    return method_from_settings(settings)
+    return method_from_settings(changed(settings, given))

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from vtprune_train.data.chat import Turn
 from vtprune_train.inference.chatting import Prompt, answers, load
+from vtprune_train.inference.options import takes_list
 from vtprune_train.models.patch import SAVED
-from vtprune_train.pruning import method_from_settings
+from vtprune_train.pruning import NONE, method_class, method_from_settings, setting_types
 from vtprune_train.stream import IMAGE
 
 # What a task may ask of generate, and what its names mean there.
 GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
-LISTS = {"layers": int, "keep": float}
 
 
 class _VTPrune(lmms):
@@ -43,8 +43,7 @@ class _VTPrune(lmms):
         super().__init__()
         chosen: Any = SAVED
         if method != SAVED:
-            values = {key: _list(value, LISTS[key]) if key in LISTS else value for key, value in settings.items()}
-            chosen = method_from_settings({"method": method, **values})
+            chosen = method_from_settings({"method": method, **_with_lists(method, settings)})
         elif settings:
             raise ValueError(
                 f"model_args {next(iter(settings))}={next(iter(settings.values()))} has no effect with the saved "
@@ -116,8 +115,10 @@ def manifest() -> Any:
     )
 
 
-def _list(value: Any, kind: type) -> list[Any]:
-    return [kind(part) for part in str(value).split("/")]
+def _with_lists(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings from ``model_args``, where a comma ends a value: lists are written 2/4."""
+    types = {} if method == NONE else setting_types(method_class(method))
+    return {key: str(value).split("/") if takes_list(types.get(key)) else value for key, value in settings.items()}
 
 
 def _gen_kwargs(request: Instance) -> dict[str, Any]:

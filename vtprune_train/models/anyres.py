@@ -9,6 +9,7 @@ Source: ``LlavaNextModel.pack_image_features`` and ``LlavaNextProcessor`` of tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 
-from vtprune_train.models.layouts.base import NEWLINE, GatheredTiles, Size, check_class_token_is_dropped
+from vtprune_train.models.layouts.base import NEWLINE, GatheredTiles, Grids, Size, check_class_token_is_dropped
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class AnyRes(GatheredTiles):
         rows, columns = (tiles * self.patches_per_side for tiles in self.grid(image_size))
         top, left = _padding(*image_size, rows, columns)
         return rows - 2 * top, columns - 2 * left
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        """The base tile; the unpadded tiles with their column of newlines."""
+        side = self.patches_per_side
+        return [((side, side), (rows, columns + 1)) for rows, columns in map(self.feature_grid, sizes)]
 
     def examples(self) -> list[Size]:
         return list(self.pinpoints)

@@ -1,9 +1,10 @@
 """Attention over a packed stream: the backends, and which one ``auto`` takes.
 
 Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME`` and takes the keywords that
-the Hugging Face flash path takes (``cu_seq_lens_q``, ``max_length_q``, ...), plus three of ours: ``segment_lengths``,
-the host's copy of the lengths; ``key_lengths``, where keys begin with cached ones; and ``probe``, called with the
-rotated queries and keys of the layer (which is how a method reads them at no extra cost).
+the Hugging Face flash path takes (``cu_seq_lens_q``, ``max_length_q``, ...), plus four of ours: ``segment_lengths``,
+the host's copy of the lengths; ``key_lengths``, where keys begin with cached ones; ``probe``, called with the rotated
+queries and keys of the layer (which is how a method reads them at no extra cost); and ``key_choice``, called with
+those, the values and the output, which it returns with the rows computed anew that may not see all keys.
 
 Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head size.
 """
@@ -284,6 +285,7 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         value: Tensor,
         attention_mask: Tensor | None,
         probe: Callable[[Tensor, Tensor], None] | None = None,
+        key_choice: Callable[..., Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps carry no lengths and
@@ -299,7 +301,10 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if probe is not None:
             probe(q_THD, k_TGD)
-        return function(q_THD, k_TGD, v_TGD, **kwargs).unsqueeze(0), None
+        out_THD = function(q_THD, k_TGD, v_TGD, **kwargs)
+        if key_choice is not None:
+            out_THD = key_choice(q_THD, k_TGD, v_TGD, out_THD, **kwargs)
+        return out_THD.unsqueeze(0), None
 
     AttentionInterface.register(PREFIX + backend, attention)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers import (
     LlavaConfig,
     LlavaNextConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -30,6 +33,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.config import ModelConfig
 from vtprune_train.models import HFModule, original
+from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.families import Family, Loop, trained_family
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.stream import IMAGE
@@ -38,6 +42,7 @@ log = logging.getLogger(__name__)
 
 Texts = Callable[[], Iterable[str]]
 EMBEDDING_MULTIPLE = 64
+LEARNED_NAME = re.compile(rf"(?:^|\.){PARAMETERS}\.(.+)$")  # what a method adds, in memory and in files
 
 
 def resolve_checkpoint(path: str) -> str:
@@ -156,6 +161,17 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
 
 
+@contextmanager
+def learned_expected() -> Iterator[None]:
+    """Within it, ``from_pretrained`` does not warn of a method's own parameters, which ``prune`` reads by itself."""
+    before = PreTrainedModel._keys_to_ignore_on_load_unexpected
+    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), LEARNED_NAME.pattern]
+    try:
+        yield
+    finally:
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = before
+
+
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
     """The model in ``config.dtype``, with the image token of ``tokenizer``; unmodified transformers classes.
 
@@ -168,7 +184,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMo
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
     model_class = getattr(transformers, family.model_class)
     if config.path is not None:
-        model = model_class.from_pretrained(resolve_checkpoint(config.path), dtype=dtype)
+        with learned_expected():
+            model = model_class.from_pretrained(resolve_checkpoint(config.path), dtype=dtype)
     else:
         model_config.image_token_id = image_token_id
         if config.config is not None:
@@ -385,8 +402,9 @@ def _saved_image_processor(path: str) -> Any:
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
-    features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included)."""
-    _, loop = family_of_config(model.config)
+    features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included); ``pruning``
+    what the method adds."""
+    family, loop = family_of_config(model.config)
     adapter = getattr(model, "peft_config", {}).get("default")
     adapts_bias = adapter is not None and adapter.bias == "lora_only"
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {
@@ -394,11 +412,14 @@ def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
         "language_model": [],
         "vision_tower": [],
         "lora": [],
+        "pruning": [],
         "unused": [],
     }
     for name, parameter in model.named_parameters():
         if adapter is not None and (".lora_" in name or (adapts_bias and name.endswith(".base_layer.bias"))):
             part = "lora"
+        elif name.startswith(f"{family.decoder}.{PARAMETERS}."):
+            part = "pruning"
         elif name.startswith(loop.projector):
             part = "projector"
         elif name.startswith(loop.vision):
@@ -423,10 +444,10 @@ def _behind_features(config: PreTrainedConfig, name: str) -> bool:
 
 
 def set_trainable(model: HFModule, train: dict[str, float]) -> None:
-    """Freeze all parts but the named ones."""
+    """Freeze all parts but the named ones, and what a method adds, which is trained in every run."""
     for part, parameters in parts_of(model).items():
         for _, parameter in parameters:
-            parameter.requires_grad_(part in train)
+            parameter.requires_grad_(part in train or part == "pruning")
 
 
 def saved_pruning(path: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ Shape suffixes: B rows, G key-value heads, W columns of a layer's cache, D head 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,48 +17,105 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from vtprune_train.models.layouts import Grids
+
+# A layer that decodes keeps a sixteenth of its columns free: copying all of them once in so many steps costs little,
+# and so does the memory.
+LEAST_ROOM = 16
+ROOM_SHARE = 16
+
 
 @dataclass(frozen=True)
 class Told:
-    """A conversation so far, before any layer, in the caller's columns: ``embeds`` [B, W, C], and ``image`` [B, W]
-    int64, which of its row's images each column belongs to, or that it is text or padding."""
+    """A conversation so far, before any layer, in the caller's columns: ``embeds`` [B, W, C]; ``image`` [B, W] int64,
+    which of its row's images each column belongs to, or that it is text or padding; ``grids``, of each row's images."""
 
     TEXT: ClassVar[int] = -1
     PADDING: ClassVar[int] = -2
 
     embeds: Tensor
     image: Tensor
+    grids: tuple[tuple[Grids, ...], ...]
 
-    def and_then(self, embeds: Tensor, image: Tensor) -> Told:
-        """With the next columns."""
-        return Told(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1))
+    def and_then(self, embeds: Tensor, image: Tensor, grids: tuple[tuple[Grids, ...], ...] | None = None) -> Told:
+        """With the next columns, and the grids of the images in them."""
+        both = self.grids if grids is None else tuple(a + b for a, b in zip(self.grids, grids, strict=True))
+        return Told(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1), both)
+
+    def rows(self, function: Callable[[Tensor], Tensor]) -> Told:
+        """With other rows: ``function`` picks them from any tensor."""
+        numbers = function(torch.arange(len(self.grids), device=self.image.device)).tolist()
+        return Told(function(self.embeds), function(self.image), tuple(self.grids[number] for number in numbers))
 
 
 class StagedLayer(DynamicLayer):
     """One layer's keys and values [B, G, W, D]; the first ``padding[b]`` columns of row b are not tokens.
 
-    ``padding`` [B] int64; ``is_padded`` is the host's word for whether any of it is positive. ``ahead`` [B] int64 is
-    how far a row's next position lies ahead of its number of tokens, where an image advances positions by less (or
-    more) than its tokens; ``None`` where positions count tokens. ``told``, on the first layer only, is what
-    ``multi_turn: keep_dense`` runs again in a later turn.
+    ``padding`` [B] int64; ``is_padded`` is the host's word for whether any of it is positive; ``compacted``, for
+    whether keys were left out here, so that the padding is this layer's own and not its stage's. ``ahead`` [B] int64 is
+    how far a row's next position lies ahead of its number of tokens, where tokens were left out before or positions
+    were kept, or where an image advances positions by less (or more) than its tokens; ``None`` where positions count
+    tokens. On the first layer only: ``unstored``, columns that the caller counts and the layer does not hold;
+    ``parts``, of a position; ``told``, what ``multi_turn: keep_dense`` runs again in a later turn.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.padding: Tensor | None = None
         self.is_padded = False
+        self.compacted = False
         self.ahead: Tensor | None = None
+        self.unstored = 0
+        self.parts = 1
         self.told: Told | None = None
+        self._room: tuple[Tensor, Tensor] | None = None  # what keys and values are the first columns of
 
     def fill(self, keys: Tensor, values: Tensor, padding: Tensor, is_padded: bool) -> None:
         """Replace the content: keys and values [B, G, W, D], ``padding`` [B]."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.keys, self.values, self.padding, self.is_padded = keys, values, padding, is_padded
+        self._room = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns, in room kept behind the last one: a decoding step writes a column and copies none."""
+        assert self.keys is not None and self.values is not None
+        if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
+        old, end = self.width, self.width + key_states.shape[-2]
+        if not self._has_room(end):
+            self._room = _with_room(self.keys, end), _with_room(self.values, end)
+        assert self._room is not None
+        for store, new in zip(self._room, (key_states, value_states), strict=True):
+            store[:, :, old:end] = new
+        self.keys, self.values = (store[:, :, :end] for store in self._room)
+        return self.keys, self.values
+
+    def _has_room(self, columns: int) -> bool:
+        """Whether the content still lies at the head of the room (it was not reordered or replaced), and fits."""
+        if self._room is None or self._room[0].shape[-2] < columns:
+            return False
+        if self._room[0].is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        return all(
+            own.data_ptr() == store.data_ptr() and own.stride() == store.stride() and own.shape[:2] == store.shape[:2]
+            for own, store in zip((self.keys, self.values), self._room, strict=True)
+        )
+
+    @property
+    def width(self) -> int:
+        """Columns held."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    def get_seq_length(self) -> int:
+        """Columns as the caller counts them (on the first layer, which a cache asks)."""
+        return self.width + self.unstored
 
     def reset(self) -> None:
         super().reset()
         self.padding, self.is_padded, self.ahead, self.told = None, False, None, None
+        self.compacted = False
+        self.unstored, self.parts, self._room = 0, 1, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -76,14 +133,15 @@ class StagedLayer(DynamicLayer):
         self.padding = None if self.padding is None else function(self.padding)
         self.ahead = None if self.ahead is None else function(self.ahead)
         if self.told is not None:
-            self.told = Told(function(self.told.embeds), function(self.told.image))
+            self.told = self.told.rows(function)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): a staged layer is cut by a negative number, tokens to remove")
         super().crop(tokens_to_remove)
         if self.told is not None and tokens_to_remove < 0:
-            self.told = Told(self.told.embeds[:, :tokens_to_remove], self.told.image[:, :tokens_to_remove])
+            embeds, image = (columns[:, :tokens_to_remove] for columns in (self.told.embeds, self.told.image))
+            self.told = replace(self.told, embeds=embeds, image=image)
 
     def next_positions(self) -> Tensor:
         """[B] int64, the position of each row's next token."""
@@ -93,6 +151,13 @@ class StagedLayer(DynamicLayer):
         """[B] int64, the tokens each row holds."""
         assert self.padding is not None, "an empty layer has no rows"
         return self.keys.shape[-2] - self.padding
+
+
+def _with_room(content: Tensor, columns: int) -> Tensor:
+    """[B, G, at least ``columns``, D] that begins with ``content`` [B, G, W, D]."""
+    room = content.new_empty(*content.shape[:2], columns + max(LEAST_ROOM, columns // ROOM_SHARE), content.shape[-1])
+    room[:, :, : content.shape[-2]] = content
+    return room
 
 
 def staged(cache: Cache | None, num_layers: int) -> DynamicCache:
@@ -131,7 +196,7 @@ def is_staged(cache: Cache) -> bool:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values, padding columns included."""
+    """Bytes of all keys and values, padding columns included; without the columns that decoding keeps free."""
     return sum(
         tensor.numel() * tensor.element_size()
         for layer in cache.layers
@@ -142,7 +207,7 @@ def cache_bytes(cache: Cache) -> int:
 
 @dataclass(frozen=True)
 class StageCache:
-    """How the packed tokens of a stage join the cache of its layers; laid out on the host once per stage.
+    """How the packed tokens of a stage join the cache of a layer; laid out on the host once for layers alike.
 
     Args:
         join: [Tk] int64, rows of [the cached columns of all rows; the new stream] that make the packed keys, row after
@@ -160,21 +225,18 @@ class StageCache:
     cu_seqlens_k: Tensor
 
     @classmethod
-    def of(
-        cls, new_lengths: Sequence[int], cached: Sequence[int], cached_width: int, width: int | None, device: Any
-    ) -> StageCache:
-        """Plan one stage.
+    def of(cls, new_lengths: Sequence[int], cached: Sequence[int], cached_width: int, device: Any) -> StageCache:
+        """Plan one layer.
 
         Args:
-            new_lengths: new tokens of each row in this stage.
-            cached: tokens of each row in the layers' cache.
-            cached_width: columns of that cache.
-            width: columns of the new cache; ``None`` for as few as the longest row needs.
+            new_lengths: new tokens of each row.
+            cached: tokens of each row in the layer's cache.
+            cached_width: columns of that cache; the new one has as few as the longest row needs.
             device: where the index tensors go.
         """
         lengths = np.add(new_lengths, cached).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        columns = int(lengths.max()) if width is None else width
+        columns = int(lengths.max())
         padding = columns - lengths
         spread = starts[:-1, None] + np.maximum(np.arange(columns)[None, :] - padding[:, None], 0)
         join = None
@@ -194,6 +256,12 @@ class StageCache:
             cu_seqlens_k=torch.from_numpy(starts.astype(np.int32)).to(device),
         )
 
+    def new_keys(self, new_lengths: Sequence[int]) -> Tensor:
+        """[T] int64, where the new stream's tokens stand among the packed keys."""
+        ends = np.cumsum(self.key_lengths)
+        parts = [np.arange(end - new, end) for end, new in zip(ends, new_lengths, strict=True)]
+        return torch.from_numpy(np.concatenate(parts)).to(self.spread.device)
+
 
 class PackedCache:
     """Stands where a decoder layer expects ``past_key_values`` while a packed stream runs: stores each row's keys and
@@ -202,6 +270,7 @@ class PackedCache:
     def __init__(self, cache: DynamicCache):
         self.cache = cache
         self.stage: StageCache | None = None
+        self.withheld = False  # the layer about to run fills its cache by itself, with the keys it chooses
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """keys and values [1, G, T, D] of the new stream -> [1, G, Tk, D] of cached and new tokens."""
@@ -209,8 +278,31 @@ class PackedCache:
         layer = self.cache.layers[layer_idx]
         keys = self._join(keys, layer.keys)
         values = self._join(values, layer.values)
-        layer.fill(self._spread(keys), self._spread(values), self.stage.padding, self.stage.is_padded)
+        if not self.withheld:
+            layer.fill(self._spread(keys), self._spread(values), self.stage.padding, self.stage.is_padded)
+        self.withheld = False
         return keys, values
+
+    def fill_kept(
+        self, layer_idx: int, keys_TGD: Tensor, values_TGD: Tensor, kept_GT: Tensor, left_out: np.ndarray
+    ) -> None:
+        """Store some of the packed keys, equally many of a row in every head; the others are freed with the stream.
+
+        Args:
+            layer_idx: whose they are.
+            keys_TGD: [Tk, G, D] as :meth:`update` returned them, likewise ``values_TGD``.
+            kept_GT: [G, Tk] bool.
+            left_out: [B] int64, how many of each row are not kept.
+        """
+        assert self.stage is not None
+        lengths = np.array(self.stage.key_lengths) - left_out
+        stored = StageCache.of(lengths.tolist(), [0] * len(lengths), 0, keys_TGD.device)
+        in_order = torch.sort(kept_GT.to(torch.uint8), dim=1, descending=True, stable=True).indices
+        columns = in_order[:, stored.spread].unflatten(1, (len(lengths), -1)).transpose(0, 1)  # [B, G, W]
+        heads = torch.arange(kept_GT.shape[0], device=columns.device)[:, None]
+        layer: StagedLayer = self.cache.layers[layer_idx]  # type: ignore[assignment]
+        layer.fill(keys_TGD[columns, heads], values_TGD[columns, heads], stored.padding, stored.is_padded)
+        layer.compacted = True
 
     def joined_keys(self, keys_TGD: Tensor, layer_idx: int) -> Tensor:
         """[Tk, G, D]: the layer's cached keys and the new stream's, row after row."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import Family
-from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import SegmentLayout
+from vtprune_train.models.layouts import Grids
+from vtprune_train.pruning.base import EncoderSignals, PruningMethod
+from vtprune_train.stream import SegmentLayout, StreamPlan
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +33,23 @@ class Call:
         labels: [B, L] int64, -100 at image tokens; ``None`` without a loss.
         prompt_width: columns of the prompt inside ``generate``, cached ones included; what follows does not rank.
         image_lengths: tokens of each image, in placeholder order; found while the family's own code runs.
+        image_grids: the rasters of each, as far as the family knows them; empty where it knows none.
         positions: [3, B, L], counting each row of this call from 0, where the family has three parts and knows them.
-        segments, kept: the rows' layouts and, for each boundary, the surviving rows of the ending stage; left by the
-            decoder.
+        encoder: what the vision tower thought of the visual tokens; found likewise, where the method asks.
+        segments, survivors, plan: the rows' layouts; for each boundary, the rows of the packed stream that entered the
+            next stage; and the stages that were run. Left by the decoder.
     """
 
     input_ids: Tensor | None
     labels: Tensor | None = None
     prompt_width: int | None = None
     image_lengths: list[int] = field(default_factory=list)
+    image_grids: list[Grids] = field(default_factory=list)
     positions: Tensor | None = None
     segments: list[SegmentLayout] = field(default_factory=list)
-    kept: tuple[Tensor, ...] = ()
+    encoder: EncoderSignals | None = None
+    survivors: tuple[Tensor, ...] = ()
+    plan: StreamPlan | None = None
 
 
 class _InProgress(threading.local):

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vtprune_train.models import HFModule
 from vtprune_train.models.calls import State
-from vtprune_train.models.decoder import Staging, run_layers
+from vtprune_train.models.decoder import DecoderOutput, Staging, run_layers
+from vtprune_train.models.encoder import patch_index, patches_per_tile, reading
 from vtprune_train.models.head import Teaching
+from vtprune_train.pruning.base import EncoderSignals
 from vtprune_train.stream import PackedBatch, StreamPlan
 
 
@@ -25,7 +28,7 @@ class PackedOutput(NamedTuple):
 
     ``loss_sum`` [] float32 is what training minimises: the sum of ``row_loss`` [R] float32, the cross-entropy of each
     supervised row, with a teacher plus its weight times ``consistency`` [] float32; those two are for reading only.
-    ``correct`` [R] bool, whether greedy decoding agrees; ``kept`` as in
+    ``correct`` [R] bool, whether greedy decoding agrees; ``kept`` and ``plan`` (what was run) as in
     :class:`~vtprune_train.models.decoder.DecoderOutput`.
     """
 
@@ -34,24 +37,27 @@ class PackedOutput(NamedTuple):
     kept: tuple[Tensor, ...]
     row_loss: Tensor
     consistency: Tensor | None = None
+    plan: StreamPlan | None = None
 
 
 def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
     """Forward of the whole model: the loss of one micro-batch."""
-    hidden_RC, kept, taught_RC = model.get_submodule(state.family.base)(batch)
+    hidden_RC, ran, taught_RC = model.get_submodule(state.family.base)(batch)
     if batch.teacher is None:
         loss_sum, correct, row_loss = model.lm_head(hidden_RC, batch.targets)
-        return PackedOutput(loss_sum, correct, kept, row_loss)
+        return PackedOutput(loss_sum, correct, ran.kept, row_loss, plan=ran.plan)
     teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
     loss_sum, correct, row_loss, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
-    return PackedOutput(loss_sum, correct, kept, row_loss, divergence)
+    return PackedOutput(loss_sum, correct, ran.kept, row_loss, divergence, ran.plan)
 
 
-def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """Forward of the base: [R, C] normed hidden states of the supervised rows, the rows kept, and [R, C] what the
-    teacher's pass says at the same rows (pictures are looked at once, for both passes)."""
+def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, DecoderOutput, Tensor | None]:
+    """Forward of the base: [R, C] normed hidden states of the supervised rows, what the layers left, and [R, C] what
+    the teacher's pass says at the same rows (pictures are looked at once, for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
-    table = _feature_table(self, batch, text_TC.dtype)
+    with reading(self, state.method) as read:
+        table = _feature_table(self, batch, text_TC.dtype)
+    encoder = None if read is None else read.signals(_patches(self, state, batch))
     if len(batch.visual_rows):
         visual_VC = table.index_select(0, batch.visual_index)
         embeds_TC = text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype))
@@ -61,8 +67,19 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
     taught_RC = None
     if batch.teacher is not None:
         with torch.no_grad():
-            taught_RC, _ = self.language_model(embeds_TC.detach(), batch.teacher.plan, batch.positions)
-    return *self.language_model(embeds_TC, batch.plan, batch.positions), taught_RC
+            taught_RC, _ = self.language_model(embeds_TC.detach(), batch.teacher.plan, batch.positions, encoder)
+    return *self.language_model(embeds_TC, batch.plan, batch.positions, encoder), taught_RC
+
+
+def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
+    """[V] int64, the patch that each visual token shows; out of range for newlines."""
+    if batch.image_inputs is None:
+        return batch.visual_index
+    assert state.family.patches is not None
+    inputs = {key: np.array(value) if isinstance(value, tuple) else value for key, value in batch.image_inputs.items()}
+    layout = state.family.patches(self.config, {**inputs, "pixel_values": batch.pixel_values})
+    index = torch.from_numpy(patch_index(layout, patches_per_tile(self.config)))
+    return index.to(batch.visual_index.device, non_blocking=True).index_select(0, batch.visual_index)
 
 
 def _feature_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
@@ -88,12 +105,22 @@ def _tile_features(self: HFModule, pixel_values: Tensor) -> Tensor:
 
 
 def forward_text(
-    self: HFModule, state: State, embeds_TC: Tensor, plan: StreamPlan, positions: Tensor | None = None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Forward of the decoder: [R, C] normed hidden states of ``plan.predict_rows``, and the rows kept.
+    self: HFModule,
+    state: State,
+    embeds_TC: Tensor,
+    plan: StreamPlan,
+    positions: Tensor | None = None,
+    encoder: EncoderSignals | None = None,
+) -> tuple[Tensor, DecoderOutput]:
+    """Forward of the decoder: [R, C] normed hidden states of the rows that predict, and what the layers left.
 
-    ``positions`` [parts, T] stay with their tokens; without them each segment counts from 0.
+    ``positions`` [parts, T] stay with their tokens; without them each segment counts from 0. ``encoder`` is for methods
+    that ask the vision tower.
     """
-    staging = None if positions is None else Staging((positions,))
-    output = run_layers(self, embeds_TC, plan, state.method, staging)
-    return self.norm(output.last_hidden_state.index_select(0, plan.predict_rows)), output.kept
+    staging = Staging.counted(plan)
+    if positions is not None:
+        staging.positions = (positions, *staging.positions[1:])
+    # A step of a warm-up has settings of its own; on all tokens, the model's method still has parameters to touch.
+    method = plan.outline.method or state.method
+    output = run_layers(self, embeds_TC, plan, method, staging, encoder)
+    return self.norm(output.last_hidden_state.index_select(0, output.plan.predict_rows)), output

@@ -22,9 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import StagedLayer, Told, staged
 from vtprune_train.models.calls import Call, State, state_of
-from vtprune_train.models.decoder import Staging, check_attention, run_layers
+from vtprune_train.models.decoder import check_attention, run_layers
 from vtprune_train.models.families import Family
-from vtprune_train.models.staging import plan_staging, use_three_parts
+from vtprune_train.models.layouts import Grids
+from vtprune_train.models.staging import plan_staging, settle, use_three_parts
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import (
     IGNORE,
@@ -33,6 +34,7 @@ from vtprune_train.stream import (
     StreamPlan,
     map_leaves,
     plan_stream,
+    text_key,
 )
 
 log = logging.getLogger(__name__)
@@ -46,17 +48,14 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
         inputs: what a processor makes, [B, L] and pixels.
 
     Returns:
-        For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens, ascending.
+        For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens; a token
+        made of others is named by one of them.
     """
     state: State = state_of(model)
     with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
         assert call is not None, "kept_tokens inside another forward pass"
         model.get_submodule(state.family.base)(**inputs, use_cache=False)
-    survivors = np.arange(sum(segment.length for segment in call.segments))
-    stages = []
-    for rows in call.kept:
-        survivors = survivors[rows.cpu().numpy()]
-        stages.append(survivors)
+    stages = [rows.cpu().numpy() for rows in call.survivors]
     images, base = [], 0
     for segment in call.segments:
         images.append([[_within(rows, base, span) for rows in stages] for span in segment.spans])
@@ -155,11 +154,12 @@ def _run_rows(
             inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
     plan = _plan(state.method, call.segments, len(text_model.layers))
     token_rows = torch.from_numpy(np.flatnonzero(rows.ravel())).to(device)
-    staging = plan_staging(plan, state.method, len(call.segments), cache, inputs_embeds.shape[1], device)
-    if state.family.three_part_positions is not None:
+    three_parts = state.family.three_part_positions is not None
+    staging = plan_staging(plan, state.method, len(call.segments), cache, device, three_parts)
+    if three_parts:
         use_three_parts(staging, call, position_ids, token_rows, cache)
     elif position_ids is not None and state.running.prompt_width is None:
-        _check_positions(position_ids, rows, token_rows, staging)
+        _check_positions(position_ids, rows, token_rows, plan, bool(cache is not None and cache.get_seq_length()))
     if deepstack_visual_embeds:
         assert visual_pos_masks is not None
         staging.deepstack = tuple(deepstack_visual_embeds)
@@ -167,10 +167,13 @@ def _run_rows(
         staging.visual_rows = torch.nonzero(own).squeeze(1)
     plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(device))
     embeds = inputs_embeds.flatten(0, 1).index_select(0, token_rows)
-    output = run_layers(text_model, embeds, plan, state.method, staging)
-    call.kept = output.kept
-    for kept in output.kept:
-        token_rows = token_rows.index_select(0, kept)
+    output = run_layers(text_model, embeds, plan, state.method, staging, call.encoder)
+    call.survivors, call.plan = output.origins, output.plan
+    if cache is not None:
+        settle(cache, output.plan, state.method, staging.before, inputs_embeds.shape[1])
+    if output.origins:
+        # A token made of others takes the place of one of them, yet stands behind all before it in the stream.
+        token_rows = token_rows.index_select(0, output.origins[-1]).cummax(0).values
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
     if told is not None and cache is not None:
         cache.layers[0].told = told  # type: ignore[attr-defined]
@@ -190,14 +193,16 @@ def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCac
             own[span.start : span.end] = number + int(already[row])
         image[row, real[row]] = own
     new = torch.from_numpy(image).to(inputs_embeds.device)
-    return Told(inputs_embeds, new) if first.told is None else first.told.and_then(inputs_embeds, new)
+    grids = tuple(tuple(span.grids for span in segment.spans) for segment in call.segments)
+    return Told(inputs_embeds, new, grids) if first.told is None else first.told.and_then(inputs_embeds, new, grids)
 
 
 def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np.ndarray:
     """Empty the cache and lay the whole conversation out as this call's segments; returns its real columns.
 
     A later turn thereby equals a first call with everything said so far: every image is there in full, and is dropped
-    by this turn's question. What is kept between turns is the decoder's input, a fraction of a full cache.
+    by this turn's question. Only draws differ, which follow from this turn's text alone. What is kept between turns is
+    the decoder's input, a fraction of a full cache.
     """
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     if not first.get_seq_length():
@@ -212,8 +217,9 @@ def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np
         segments.append(
             SegmentLayout(
                 length=before + segment.length,
-                spans=tuple(ImageSpan(int(start), length) for start, length in spans),
+                spans=tuple(ImageSpan(int(s), n, grids) for (s, n), grids in zip(spans, told.grids[row], strict=True)),
                 query_offsets=tuple(before + offset for offset in segment.query_offsets),
+                key=segment.key,
             )
         )
     call.segments = segments
@@ -235,10 +241,10 @@ def prefill(
     """
     cache = staged(cache, len(text_model.layers))
     plan = _plan(method, segments, len(text_model.layers))
-    longest = max(segment.length for segment in segments)
-    staging = plan_staging(plan, method, len(segments), cache, longest, embeds_TC.device)
+    staging = plan_staging(plan, method, len(segments), cache, embeds_TC.device)
     plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(embeds_TC.device))
     output = run_layers(text_model, embeds_TC, plan, method, staging)
+    settle(cache, output.plan, method, staging.before, max(segment.length for segment in segments))
     return text_model.norm(output.last_hidden_state), output.kept, cache
 
 
@@ -265,19 +271,21 @@ def decode(
     drops = () if method is None else method.drops(num_layers)
     hidden = hidden_B1C
     for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers]):
-        if first == 0 or (method is not None and method.positions == "renumber"):
-            positions = layers[first].next_positions().unsqueeze(1)  # [B, 1]
-            if layers[first].ahead is not None:
-                positions = positions.expand(3, -1, -1)
+        if first == end:
+            continue
+        positions = layers[first].next_positions().unsqueeze(1)  # [B, 1]
+        if layers[0].parts > 1:
+            positions = positions.expand(layers[0].parts, -1, -1)
         rotary = text_model.rotary_emb(hidden, position_ids=positions)
-        masks: dict[int | None, Tensor | None] = {}
+        masks: dict[tuple[int | None, int | None], Tensor | None] = {}
         for index in range(first, end):
             layer = text_model.layers[index]
             window = sliding_window(layer)
-            if window not in masks:
-                masks[window] = _decoding_mask(layers[index], window)
+            sees = window, index if layers[index].compacted else None
+            if sees not in masks:
+                masks[sees] = _decoding_mask(layers[index], window)
             hidden = layer(
-                hidden, attention_mask=masks[window], position_ids=positions, position_embeddings=rotary,
+                hidden, attention_mask=masks[sees], position_ids=positions, position_embeddings=rotary,
                 past_key_values=cache, use_cache=True, staged_decoding=True,
             )  # fmt: skip
     if layers[0].told is not None:
@@ -296,7 +304,7 @@ def sliding_window(layer: HFModule) -> int | None:
 def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:
     """[B, 1, 1, W + 1] bool: the columns a new token sees; ``None`` if that is all of them."""
     assert layer.padding is not None
-    width = layer.get_seq_length() + 1
+    width = layer.width + 1
     if not layer.is_padded and (window is None or window >= width):
         return None
     columns = torch.arange(width, device=layer.padding.device)
@@ -336,7 +344,8 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor) -> np.ndarr
 
 def _segments(call: Call, real: np.ndarray, state: State) -> list[SegmentLayout]:
     """The layout of every row: its images, which tokens rank, which are supervised."""
-    remaining = list(call.image_lengths)
+    grids = call.image_grids or [()] * len(call.image_lengths)
+    remaining = list(zip(call.image_lengths, grids, strict=True))
     visual = np.zeros_like(real) if call.input_ids is None else (call.input_ids == state.image_token).cpu().numpy()
     all_labels = None if call.labels is None else call.labels.cpu().numpy()
     segments = []
@@ -344,15 +353,17 @@ def _segments(call: Call, real: np.ndarray, state: State) -> list[SegmentLayout]
         spans = _spans(visual[row][real[row]], remaining, row, len(call.image_lengths), state.family)
         labels = None if all_labels is None else all_labels[row][real[row]]
         prompt = int(real[row, : call.prompt_width].sum())
-        segments.append(_segment(int(real[row].sum()), labels, spans, prompt))
+        segments.append(_segment(int(real[row].sum()), labels, spans, prompt, _key(call, real, visual, row)))
     if remaining:
         used = len(call.image_lengths) - len(remaining)
         raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
     return segments
 
 
-def _spans(visual: np.ndarray, remaining: list[int], row: int, given: int, family: Family) -> tuple[ImageSpan, ...]:
-    spans = []
+def _spans(
+    visual: np.ndarray, remaining: list[tuple[int, Grids]], row: int, given: int, family: Family
+) -> tuple[ImageSpan, ...]:
+    spans: list[ImageSpan] = []
     for start, length in _runs(visual):
         offset = start
         while offset < start + length:
@@ -361,7 +372,7 @@ def _spans(visual: np.ndarray, remaining: list[int], row: int, given: int, famil
                     f"row {row} has image tokens beyond the {given} images given; pass pixel_values of every image "
                     "whose tokens are in input_ids (all those not cached yet)"
                 )
-            spans.append(ImageSpan(offset, remaining.pop(0)))
+            spans.append(ImageSpan(offset, *remaining.pop(0)))
             offset = spans[-1].end
         if offset != start + length:
             raise ValueError(
@@ -384,22 +395,44 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     return runs
 
 
-def _segment(length: int, labels: np.ndarray | None, spans: tuple[ImageSpan, ...], prompt: int) -> SegmentLayout:
+def _key(call: Call, real: np.ndarray, visual: np.ndarray, row: int) -> int:
+    """The key of a row's prompt, which what is generated or supervised behind it does not change."""
+    if call.input_ids is None:
+        return 0
+    own = np.flatnonzero(real[row] & ~visual[row])
+    if call.labels is not None:
+        supervised = np.flatnonzero((call.labels[row] != IGNORE).cpu().numpy())
+        own = own[own < (supervised[0] if len(supervised) else real.shape[1])]
+    elif call.prompt_width is not None:
+        own = own[own < call.prompt_width]
+    return text_key(call.input_ids[row].cpu().numpy()[own])
+
+
+def _segment(
+    length: int, labels: np.ndarray | None, spans: tuple[ImageSpan, ...], prompt: int, key: int
+) -> SegmentLayout:
     """The row before every supervised run ranks the images; without labels the prompt's last token does."""
     queries: list[int] = []
     if labels is not None:
         queries = [start - 1 for start, _ in _runs(labels != IGNORE) if start]
-    return SegmentLayout(length=length, spans=spans, query_offsets=tuple(queries) or (prompt - 1,))
+    return SegmentLayout(length=length, spans=spans, query_offsets=tuple(queries) or (prompt - 1,), key=key)
 
 
 def _plan(method: PruningMethod | None, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
     return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
 
 
-def _check_positions(position_ids: Tensor, real: np.ndarray, token_rows: Tensor, staging: Staging) -> None:
-    """Refuse positions that do not count each row's tokens."""
+def _check_positions(
+    position_ids: Tensor, real: np.ndarray, token_rows: Tensor, plan: StreamPlan, continues: bool
+) -> None:
+    """Refuse positions that do not count each row's tokens (from what is cached on, if the call ``continues``)."""
     given = position_ids.expand(real.shape).flatten().index_select(0, token_rows)
-    if not torch.equal(given, staging.positions[0]):
+    counted = plan.stages[0].position_ids.to(given.device)
+    if continues:
+        starts = plan.stages[0].cu_seqlens[:-1].to(given.device)
+        lengths = torch.tensor(plan.stages[0].segment_lengths, device=given.device)
+        counted = counted + torch.repeat_interleave(given.index_select(0, starts), lengths)
+    if not torch.equal(given, counted):
         raise ValueError(
             "position_ids must count the tokens of each row from 0 (after what is cached): a pruned model numbers "
             "them itself, and several samples packed into one row are not told apart; leave position_ids unset"

@@ -2,17 +2,19 @@
 
 Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder and head,
 ``generate``, and ``get_image_features`` (which is only listened to). Parameters, names and classes stay what they
-were, so checkpoints, optimizers, DeepSpeed's hooks and PEFT see the model they know.
+were, so checkpoints, optimizers, DeepSpeed's hooks and PEFT see the model they know. A method that learns adds its own
+parameters at ``<decoder>.pruning``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, Literal
 
@@ -24,11 +26,16 @@ from transformers.core_model_loading import revert_weight_conversion
 from vtprune_train.models import HFModule, packed
 from vtprune_train.models.attention import PREFIX, choose_backend
 from vtprune_train.models.calls import STATE, Call, State, state_of
+from vtprune_train.models.decoder import PARAMETERS
+from vtprune_train.models.encoder import SEEN, check_tower, joined, patch_index, patches_per_tile, per_image, reading
 from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
+from vtprune_train.models.layouts import Grids
+from vtprune_train.models.learned import attach, detach
 from vtprune_train.models.padded import forward_text
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.base import EncoderSignals, PruningMethod
+from vtprune_train.pruning.learned import learns
 from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan
 
 log = logging.getLogger(__name__)
@@ -74,14 +81,21 @@ def prune(
         if not isinstance(method, PruningMethod):
             raise ValueError(f"method={method!r} is no pruning method; use for example PyramidDrop(keep=(0.5, 0.25))")
         method.drops(len(text_model.layers))
-        if family.three_part_positions is not None and method.positions == "renumber":
-            log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", family.title)
-            method = replace(method, positions="keep")  # type: ignore[type-var]
+        check_tower(inner.get_submodule(family.base).config, family, method)
+        if family.three_part_positions is not None:
+            method = _keeping_positions(method, family.title)
         if family.three_part_positions is not None and method.multi_turn == "keep_dense":
             raise ValueError(
                 f"{family.title}: multi_turn='keep_dense' is not offered, as its positions are not kept between turns; "
                 "use multi_turn='drop'"
             )
+    if method is not None:
+        attach(inner, method)
+        if inner is not model and learns(method):
+            log.warning(
+                "%s has parameters of its own, which PEFT's save_pretrained leaves out: save them by yourself, from "
+                "model.get_base_model().%s.%s", method.name, family.decoder, PARAMETERS,
+            )  # fmt: skip
     weight = inner.get_output_embeddings().weight
     state = State(
         family=family,
@@ -93,6 +107,16 @@ def prune(
     )
     _install(inner, state)
     return model
+
+
+def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
+    """``method`` for a family whose positions have three parts, which the decoder loop never counts anew."""
+    if all(part.positions == "keep" for part in method.parts):
+        return method
+    log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", title)
+    if "positions" in (field.name for field in dataclasses.fields(method)):  # type: ignore[arg-type]
+        return replace(method, positions="keep")  # type: ignore[type-var]
+    return method
 
 
 def saved_method(model: HFModule) -> PruningMethod | None:
@@ -111,7 +135,8 @@ def saved_method(model: HFModule) -> PruningMethod | None:
 
 
 def unprune(model: HFModule) -> HFModule:
-    """Undo :func:`prune`: methods, attention and config are what they were before.
+    """Undo :func:`prune`: methods, attention and config are what they were before, and parameters that the method
+    brought are gone.
 
     What a Trainer put around a method in the meantime stays, and runs the dense model from now on.
 
@@ -123,6 +148,7 @@ def unprune(model: HFModule) -> HFModule:
         raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
     state = state_of(inner)
     inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
+    detach(inner)
     for module in inner.modules():  # by what they carry: PEFT may have moved some of them
         module.__dict__.pop(STATE, None)
         for attribute, original in module.__dict__.pop(_REPLACED, {}).items():
@@ -152,11 +178,14 @@ def dense(model: HFModule) -> Iterator[HFModule]:
     """
     inner = _unwrapped(model)
     state = state_of(inner) if is_pruned(inner) else None
-    unprune(inner)
+    learned = None if state is None else detach(inner)
+    unprune(inner)  # refuses a model that is not pruned
     assert state is not None
     try:
         yield model
     finally:
+        if learned is not None:
+            setattr(inner.get_submodule(state.family.decoder), PARAMETERS, learned)
         _install(inner, state)
 
 
@@ -320,21 +349,77 @@ def _forward_base(self: HFModule, original: Callable[..., Any], state: State, *a
         assert call is not None
         given = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if given is not None:
-            call.image_lengths = state.family.image_lengths(given.pooler_output)
+            _tell(call, state, given.pooler_output)
         has_grid = inputs.get("image_grid_thw") is not None
         if state.family.three_part_positions is not None and has_grid and inputs.get("position_ids") is None:
             call.positions = state.family.three_part_positions(self, inputs)
         return original(**inputs)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What an image's features cannot say of themselves; carried on the tensor, as ``generate`` asks for the features
+    first and hands them to ``forward`` later."""
+
+    grids: Grids
+    encoder: EncoderSignals | None
+
+
 def _listen_to_image_features(
     self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any
 ) -> Any:
-    """The family's own features; an open call learns how many tokens each image has."""
-    features = original(*args, **kwargs)
+    """The family's own features; an open call learns how many tokens each image has, where they lie and what the
+    vision tower thought of them."""
+    with reading(self, state.method) as read:
+        features = original(*args, **kwargs)
+    images, inputs = features.pooler_output, _by_name(original, args, kwargs)
+    lengths = state.family.image_lengths(images)
+    encoders: list[EncoderSignals | None] = [None] * len(lengths)
+    if read is not None and state.family.patches is not None:
+        shown = state.family.patches(self.config, inputs)
+        if [len(own) for own, _ in shown] != lengths:
+            raise ValueError(
+                f"images of {lengths} visual tokens, where {[len(own) for own, _ in shown]} were expected from the "
+                "config: the vision tower's attention cannot be told to tokens; leave vision_feature_select_strategy "
+                "and vision_aspect_ratio to the config"
+            )
+        index = torch.from_numpy(patch_index(shown, patches_per_tile(self.config))).to(images[0].device)
+        encoders = list(per_image(read.signals(index), lengths))
+    grids = _grids(self, state, inputs, lengths) or [()] * len(lengths)
+    if len(images) == len(lengths):
+        for image, own, encoder in zip(images, grids, encoders, strict=True):
+            setattr(image, SEEN, _Seen(own, encoder))
     if state.running.call is not None:
-        state.running.call.image_lengths = state.family.image_lengths(features.pooler_output)
+        _tell(state.running.call, state, images)
     return features
+
+
+def _tell(call: Call, state: State, images: Sequence[Tensor]) -> None:
+    """Note in an open call what is known of its images."""
+    call.image_lengths = state.family.image_lengths(images)
+    seen: list[_Seen] = [image.__dict__[SEEN] for image in images if SEEN in image.__dict__]
+    if len(seen) < len(call.image_lengths):
+        if state.method is not None and state.method.encoder_layers:
+            raise ValueError(
+                f"{state.method.name} reads the vision tower's attention, but the image features were not made by this "
+                "model's get_image_features as it is; pass pixel_values"
+            )
+        return
+    call.image_grids = [own.grids for own in seen]
+    encoders = [own.encoder for own in seen if own.encoder is not None]
+    call.encoder = joined(encoders) if encoders else None
+
+
+def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[int]) -> list[Grids]:
+    """The rasters of each image; none where the family has no layout for the model's settings."""
+    try:
+        grids = state.family.grids(self.config, inputs)
+    except ValueError:
+        return []
+    if len(grids) != len(lengths):
+        return []
+    fits = [sum(rows * columns for rows, columns in own) == length for own, length in zip(grids, lengths, strict=True)]
+    return [own if fit else () for own, fit in zip(grids, fits, strict=True)]
 
 
 def _forward_decoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from vtprune_train import config as settings_of_runs
 from vtprune_train.config import ConfigError, ModelConfig
 from vtprune_train.models import HFModule
-from vtprune_train.models.build import build_model, first_line, resolve_checkpoint
+from vtprune_train.models.build import LEARNED_NAME, build_model, first_line, resolve_checkpoint
 from vtprune_train.models.families import family_of
+from vtprune_train.models.learned import FILE, SOURCE
 from vtprune_train.models.origin import EXTRA, RECORD, Base, lay_over, load_tensors, published_names, save_tensors
 from vtprune_train.models.patch import CONFIG_KEY
 
@@ -228,6 +229,7 @@ def _open_base(folder: Path, dtype: str) -> HFModule:
     base = Base.read(folder)
     base.check(str(folder))
     model = base.build(base.dtype if dtype == "auto" else dtype, AutoTokenizer.from_pretrained(folder))
+    model.__dict__[SOURCE] = str(folder)
     names = published_names(model)
     for file in (EXTRA, TRAINED):
         lay_over(model, load_tensors(folder / file, names), str(folder / file))
@@ -263,6 +265,9 @@ def write_adapter(model: HFModule, processor: Any, weights: dict[str, torch.Tens
     adapted = adapted_of(model)
     assert adapted is not None
     folder.mkdir(parents=True, exist_ok=True)
+    learned = {match[0].lstrip("."): tensor for name, tensor in weights.items() if (match := LEARNED_NAME.search(name))}
+    if learned:
+        save_file({name: t.contiguous() for name, t in learned.items()}, folder / FILE, metadata={"format": "pt"})
     own = get_peft_model_state_dict(model, weights, ADAPTER, save_embedding_layers=False)
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in own.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -271,7 +276,7 @@ def write_adapter(model: HFModule, processor: Any, weights: dict[str, torch.Tens
     save_tensors(adapted.extra, adapted.names, folder / EXTRA)
     config: LoraConfig = model.peft_config[ADAPTER]
     # With more than the adapter needed, a loader that knows PEFT's files alone must not find a base by itself.
-    alone = not beside and not adapted.extra and list(adapted.base.sha256) == ["path"]
+    alone = not beside and not learned and not adapted.extra and list(adapted.base.sha256) == ["path"]
     config.base_model_name_or_path = adapted.base.model["path"] if alone else None
     config.save_pretrained(str(folder))
     adapted.base.write(folder)

@@ -6,6 +6,7 @@ Shape suffixes: B rows, L padded length, T tokens of the packed stream.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer
 from vtprune_train.models.calls import Call
-from vtprune_train.models.decoder import Staging
+from vtprune_train.models.decoder import Staging, renumbers
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import Boundary, ScoredSegment, Stage, StreamPlan, map_leaves
 
@@ -24,49 +25,115 @@ def plan_staging(
     method: PruningMethod | None,
     num_rows: int,
     cache: DynamicCache | None,
-    length: int,
     device: torch.device,
+    three_parts: bool = False,
 ) -> Staging:
     """Positions of every stage, and how its tokens join the cache."""
     if cache is None:
-        return Staging(tuple(stage.position_ids.to(device) for stage in plan.stages))
-    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
-    width = cache.get_seq_length()
-    cached = [_cached_lengths(layers[stage.first_layer], num_rows) for stage in plan.stages]
-    stages = tuple(
-        StageCache.of(
-            stage.segment_lengths, own, layers[stage.first_layer].get_seq_length(),
-            width + length if index == 0 else None, device,
+        staging = Staging.counted(map_leaves(plan, Tensor, lambda tensor: tensor.to(device)))
+        return replace(staging, replanned=lambda other: plan_staging(other, method, num_rows, None, device))
+    return _staging(plan, method, cache, Before.of(cache, num_rows, three_parts), device)
+
+
+@dataclass(frozen=True)
+class Before:
+    """The cache as a call finds it: for each layer, each row's tokens and next position, and the columns; ``columns``
+    as the caller counts them; ``three_parts`` if the family gives positions of three parts."""
+
+    tokens: list[list[int]]
+    next_positions: list[list[int]]
+    widths: list[int]
+    columns: int
+    three_parts: bool
+
+    @classmethod
+    def of(cls, cache: DynamicCache, num_rows: int, three_parts: bool) -> Before:
+        layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
+        none = [0] * num_rows
+        return cls(
+            [layer.num_tokens().tolist() if layer.width else none for layer in layers],
+            [layer.next_positions().tolist() if layer.width else none for layer in layers],
+            [layer.width for layer in layers],
+            cache.get_seq_length(),
+            three_parts,
         )
-        for index, (stage, own) in enumerate(zip(plan.stages, cached, strict=True))
-    )  # fmt: skip
-    positions = tuple(
-        stage.position_ids.to(device) + torch.from_numpy(np.repeat(own, stage.segment_lengths)).to(device)
-        for stage, own in zip(plan.stages, cached, strict=True)
-    )
-    staging = Staging(positions, PackedCache(cache), stages)
-    if width and method is not None:
-        next_layer = method.rank_with == "next_layer"
-        ranking = list(zip(plan.stages[:-1], plan.boundaries, cached[1:] if next_layer else cached[:-1], strict=True))
-        staging.ranked_keys = tuple(
-            StageCache.of(stage.segment_lengths, own, layers[boundary.layer].get_seq_length(), None, device)
-            for stage, boundary, own in ranking
-            if next_layer
-        )
-        staging.ranked_boundaries = tuple(
-            map_leaves(_behind_cached(boundary, stage, own), Tensor, lambda tensor: tensor.to(device))
-            for stage, boundary, own in ranking
-        )
+
+
+def _staging(
+    plan: StreamPlan, method: PruningMethod | None, cache: DynamicCache, before: Before, device: torch.device
+) -> Staging:
+    joins: list[StageCache] = []
+    for stage in plan.stages:
+        for layer in range(stage.first_layer, stage.end_layer):
+            known = layer > stage.first_layer and before.tokens[layer] == before.tokens[layer - 1]
+            if known and before.widths[layer] == before.widths[layer - 1]:
+                joins.append(joins[-1])
+            else:
+                own = before.tokens[layer]
+                joins.append(StageCache.of(stage.segment_lengths, own, before.widths[layer], device))
+    staging = Staging(_positions(plan, before, device), PackedCache(cache), tuple(joins), before=before)
+    staging.replanned = lambda other: _staging(other, method, cache, before, device)
+    if not before.columns or method is None:
+        return staging
+    keys, boundaries = [], []
+    for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
+        part = method.parts[boundary.drop.owner]
+        layer = boundary.layer if part.rank_with == "next_layer" else max(0, stage.end_layer - 1)
+        own = before.tokens[layer]
+        keys.append(StageCache.of(stage.segment_lengths, own, before.widths[layer], device))
+        boundaries.append(_behind_cached(boundary, stage, own) if part.rotary else boundary)
+    staging.ranked_keys = tuple(keys)
+    staging.ranked_boundaries = map_leaves(tuple(boundaries), Tensor, lambda tensor: tensor.to(device))
+    for stage, layout in zip(plan.stages, plan.key_layouts, strict=True):
+        if layout is not None and layout.spans:
+            for layer in range(stage.first_layer, stage.end_layer):
+                behind = _behind_cached(layout, stage, before.tokens[layer])
+                staging.cached_layouts[layer] = map_leaves(behind, Tensor, lambda tensor: tensor.to(device))
     return staging
 
 
-def _cached_lengths(layer: StagedLayer, num_rows: int) -> list[int]:
-    return layer.num_tokens().tolist() if layer.get_seq_length() else [0] * num_rows
+def _positions(plan: StreamPlan, before: Before, device: torch.device) -> tuple[Tensor, ...]:
+    """Each stage's tokens counted on from the cached ones; three-part positions are set in the first by the family."""
+    positions = []
+    for index, stage in enumerate(plan.stages):
+        count_tokens = before.three_parts and index == 0
+        own = (before.tokens if count_tokens else before.next_positions)[stage.first_layer]
+        shift = torch.from_numpy(np.repeat(own, stage.segment_lengths))
+        positions.append((stage.position_ids.cpu() + shift).to(device))
+    return tuple(positions)
+
+
+def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
+    """After a call: the next position of every layer, and the columns that the caller counts.
+
+    Args:
+        cache: filled.
+        plan: what was run.
+        method: whose it was.
+        before: the cache as the call found it.
+        length: columns of the call.
+    """
+    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
+    if before.three_parts:
+        known = layers[0].ahead
+        following = np.array(before.tokens[0]) + plan.stages[0].segment_lengths
+        following = following + (0 if known is None else known.cpu().numpy())
+        layers[0].parts = 3
+    for index, stage in enumerate(plan.stages):
+        drop = plan.boundaries[index - 1].drop if index else None
+        anew = drop is None or (method is not None and renumbers(method.parts[drop.owner], drop))
+        if anew and not before.three_parts:
+            following = np.array(before.next_positions[stage.first_layer]) + stage.segment_lengths
+        for layer in layers[stage.first_layer : stage.end_layer]:
+            next_position = torch.from_numpy(following).to(layer.keys.device)
+            layer.ahead = None
+            layer.ahead = next_position - layer.num_tokens()
+    layers[0].unstored = before.columns + length - layers[0].width
 
 
 def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Boundary:
     """``boundary`` with its rows counted among [cached and new keys], row of the batch after row."""
-    starts = stage.cu_seqlens.numpy().astype(np.int64)
+    starts = np.cumsum([0, *stage.segment_lengths])
     above = np.cumsum([0, *cached])  # cached keys of the rows of the batch above each
     query_rows, in_scored = boundary.query_rows.clone(), boundary.visual_in_scored.clone()
     segments, cached_so_far, scored_end = [], 0, 0

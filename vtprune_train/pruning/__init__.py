@@ -3,34 +3,176 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+import inspect
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.own import load_class
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
 
-METHODS: dict[str, type[PruningMethod]] = {PyramidDrop.name: PyramidDrop}
+NONE = "none"
+METHODS: dict[str, str] = {
+    "pyramiddrop": "vtprune_train.pruning.pyramiddrop:PyramidDrop",
+    "sparsevlm": "vtprune_train.pruning.sparsevlm:SparseVLM",
+    "plphp": "vtprune_train.pruning.plphp:PLPHP",
+    "fastv": "vtprune_train.pruning.fastv:FastV",
+    "feather": "vtprune_train.pruning.feather:Feather",
+    "prumerge": "vtprune_train.pruning.prumerge:PruMerge",
+    "fopru": "vtprune_train.pruning.fopru:FoPru",
+    "vtc_cls": "vtprune_train.pruning.vtc_cls:VTCCLS",
+    "visionzip": "vtprune_train.pruning.visionzip:VisionZip",
+    "divprune": "vtprune_train.pruning.divprune:DivPrune",
+    "cdpruner": "vtprune_train.pruning.cdpruner:CDPruner",
+    "videollm_mod": "vtprune_train.pruning.videollm_mod:VideoLLMMoD",
+    "victor": "vtprune_train.pruning.victor:Victor",
+    "voco": "vtprune_train.pruning.voco:VoCo",
+    "hidrop": "vtprune_train.pruning.hidrop:HiDrop",
+    "lvlm_csp": "vtprune_train.pruning.lvlm_csp:LVLMCSP",
+    "zipvl": "vtprune_train.pruning.zipvl:ZipVL",
+    "random": "vtprune_train.pruning.random_tokens:Random",
+    "uniform": "vtprune_train.pruning.uniform:Uniform",
+    "pool": "vtprune_train.pruning.pool:Pool",
+}
+
+
+def method_class(name: str) -> type[PruningMethod]:
+    """The class of a method: a name of :data:`METHODS`, or the path of one's own, ``package.module:Class`` or
+    ``path/to/file.py:Class``.
+
+    Raises:
+        ValueError: no such name, or the path leads to no method; names what is known.
+    """
+    path = METHODS.get(name, name)
+    if ":" not in path:
+        nearest = difflib.get_close_matches(name, (*METHODS, NONE), n=1)
+        raise ValueError(
+            f"method={name!r} is unknown; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
+            f"{', '.join(METHODS)}, {NONE}; one's own is named by its path, 'package.module:Class' or "
+            "'path/to/file.py:Class'"
+        )
+    found = load_class(path)
+    if not (inspect.isclass(found) and issubclass(found, PruningMethod) and dataclasses.is_dataclass(found)):
+        module, _, attribute = path.rpartition(":")
+        raise ValueError(f"method={name!r}: {module} has no dataclass {attribute!r} that is a PruningMethod")
+    return found
+
+
+def setting_types(cls: type[PruningMethod]) -> dict[str, Any]:
+    """The type of each setting of a method."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
-    """Build a method from plain data (YAML, a checkpoint's ``config.json``); ``method: none`` gives ``None``.
+    """Build a method from plain data (YAML, a checkpoint's ``config.json``); ``method: none`` gives ``None``, a list
+    of names or of such mappings gives a combination.
 
     Raises:
-        ValueError: unknown method or setting, naming what is known.
+        ValueError: unknown method or setting, or a value that does not fit; names what is known.
     """
     if not isinstance(settings, Mapping):
         raise ValueError(f"pruning settings {settings!r} are no mapping; write for example {{'method': 'pyramiddrop'}}")
     name = settings.get("method")
-    if name in (None, "none"):
-        return None
-    if name not in METHODS:
-        raise ValueError(f"method={name!r} is unknown; known methods: {', '.join(METHODS)}, none")
-    cls = METHODS[name]
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {key: value for key, value in settings.items() if key != "method"}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{unknown[0]!r} is not a setting of {name}; it has: {', '.join(sorted(known))}")
-    return cls(**values)
+    if name in (None, NONE):
+        return None
+    if isinstance(name, Sequence) and not isinstance(name, str):
+        return _combined(name, values)
+    cls = method_class(str(name))
+    types = setting_types(cls)
+    if unknown := sorted(set(values) - set(types)):
+        raise UnknownSettingError(unknown[0], str(name), tuple(types))
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return cls(**{key: _fitting(key, value, types[key], defaults[key]) for key, value in values.items()})
 
 
-__all__ = ["METHODS", "PruningMethod", "PyramidDrop", "method_from_settings"]
+class UnknownSettingError(ValueError):
+    """A setting ``key`` that the method does not have; ``also`` are further keys that may have been meant."""
+
+    def __init__(self, key: str, method: str, known: tuple[str, ...], also: tuple[str, ...] = ()):
+        self.key, self.method, self.known = key, method, known
+        nearest = difflib.get_close_matches(key, (*known, *also), n=1, cutoff=0.5)
+        meant = f"did you mean {nearest[0]}? " if nearest else ""
+        super().__init__(f"{key!r} is not a setting of {method}; {meant}it has: {', '.join(known) or 'none'}")
+
+
+def _combined(entries: Sequence[Any], others: Mapping[str, Any]) -> PruningMethod:
+    if others:
+        key = next(iter(others))
+        raise ValueError(
+            f"{key}={others[key]!r} stands beside a list of methods; write it into the entry it belongs to"
+        )
+    methods = [_part(number, entry) for number, entry in enumerate(entries, start=1)]
+    if not methods:
+        raise ValueError("method=[]: a combination names at least one method; write none for the dense model")
+    from vtprune_train.pruning.combined import Combined
+
+    return Combined(tuple(methods)) if len(methods) > 1 else methods[0]
+
+
+def _part(number: int, entry: Any) -> PruningMethod:
+    """The method of a combination's entry.
+
+    Raises:
+        ValueError: it is none, or see :func:`method_from_settings`; says which entry.
+    """
+    settings = {"method": entry} if isinstance(entry, str) else entry
+    name = settings.get("method") if isinstance(settings, Mapping) else None
+    if not isinstance(name, str) or name == NONE:
+        raise ValueError(
+            f"entry {number} of the list of methods, {entry!r}, names no method; write a name, or a mapping such as "
+            "{method: random, keep: 0.5}"
+        )
+    try:
+        return method_from_settings(settings)  # type: ignore[return-value]
+    except ValueError as error:
+        raise ValueError(f"entry {number} of the list of methods, {name}: {error}") from error
+
+
+def _fitting(key: str, value: Any, kind: Any, default: Any) -> Any:
+    """``value`` as the setting's type has it: lists become tuples, numbers in text become numbers.
+
+    Raises:
+        ValueError: it does not fit; says what does.
+    """
+    choices = typing.get_args(kind) or (kind,)
+    try:
+        if isinstance(value, bool) and bool not in choices and any(part in (int, float) for part in choices):
+            raise ValueError
+        return TypeAdapter(kind).validate_python(value)
+    except ValueError:  # pydantic's among them
+        if typing.get_origin(kind) is typing.Literal:
+            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, choices))}") from None
+        example = "" if default is dataclasses.MISSING else f"; the default is {json.dumps(default)}"
+        raise ValueError(f"{key}={value!r} does not fit; it takes {_in_words(kind)}{example}") from None
+
+
+def _in_words(kind: Any) -> str:
+    """A setting's type as a user would say it."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        entries = ["0.5" if part is float else "1" if part is int else "..." for part in inner if part is not Ellipsis]
+        number = f" of {len(inner)}" if Ellipsis not in inner else ""
+        return f"a list{number} such as [{', '.join(entries)}]"
+    if inner:
+        return " or ".join(_in_words(part) for part in inner)
+    return {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}.get(kind, "a text")
+
+
+__all__ = [
+    "METHODS",
+    "NONE",
+    "PruningMethod",
+    "PyramidDrop",
+    "UnknownSettingError",
+    "method_class",
+    "method_from_settings",
+    "setting_types",
+]

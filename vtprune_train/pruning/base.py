@@ -1,66 +1,257 @@
-"""The contract of a pruning method: where it acts, what it scores, how many tokens stay, which ones.
+"""The contract of a pruning method: where it acts, what it scores, how many tokens stay, and what becomes of the rest.
 
-A method is a frozen dataclass of its settings with pure functions on tensors; it holds no state between steps and
-never sees a model. The decoder loop (:mod:`vtprune_train.models.decoder`) asks it at every boundary.
+A method is a frozen dataclass of its settings with pure functions on tensors; it holds no state between passes and
+never sees a model. The decoder loop (:mod:`vtprune_train.models.decoder`) asks it at every boundary. What becomes of
+the rest:
+
+- dropped: they are not in the :class:`Selection`;
+- merged: :attr:`Selection.values` replaces tokens of the next stage, by means of others or of learned ones;
+- kept aside, skipped: a later :class:`~vtprune_train.stream.Drop` with ``returns`` brings all of them back;
+- dropped from a head's cache: :meth:`PruningMethod.keys` says which keys later rows see in one layer.
+
+Shape suffixes: T tokens in the stream, V candidates (visual tokens before a boundary), K tokens after it, Q query rows,
+H query heads, G key-value heads, D head size, C hidden size.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import dataclasses
+from abc import ABC
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from vtprune_train.pruning.budget import mean_input_share, scaled_to_budget
+from vtprune_train.pruning.own import method_name
 from vtprune_train.pruning.selection import top_k_per_span
 from vtprune_train.stream import Boundary, Drop, SegmentLayout, StreamPlan, plan_stream
 
 RankWith = Literal["next_layer", "this_layer"]
 Positions = Literal["renumber", "keep"]
 MultiTurn = Literal["drop", "keep_dense"]
+HiddenAfter = Literal["query", "span"]
+EncoderRows = Literal["class", "all"]
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Rotated queries and keys of the ranking layer, without gradients.
+    """Queries and keys of the ranking layer, rotated unless the method asked otherwise (``rotary = False``).
 
     ``queries`` [Q, H, D] of ``boundary.query_rows``; ``keys`` [T, G, D] of the whole stream (G key-value heads);
-    ``scaling`` multiplies their products.
+    ``scaling`` multiplies their products. ``ones`` [Q, D] and [V, D], where the method asked for them
+    (``gravity = True``): vectors of ones, rotated as the queries and the candidates' keys are.
     """
 
     queries: Tensor
     keys: Tensor
     scaling: float
+    ones: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class EncoderSignals:
+    """What the vision tower thought of the candidates, read from its own projections (no second pass, no gradient).
+
+    Tokens that are no patch (newlines, learned ones) have NaN attention and zero keys.
+
+    Args:
+        attention: [layers, V] float32, for each layer of :attr:`PruningMethod.encoder_layers`, the attention that a
+            patch receives, averaged over heads: from the class token; in towers without one, or where
+            :attr:`PruningMethod.encoder_rows` asks all, from all tokens of its tile on average.
+        keys: [V, tower hidden] of the last of those layers, all heads side by side.
+        tile: [V] int64, the tile that a token's patch lies in, counted over the batch; -1 where it is no patch.
+    """
+
+    attention: Tensor
+    keys: Tensor
+    tile: Tensor
+
+
+@dataclass
+class Candidates:
+    """What a method sees at a boundary. Candidates stand span after span, in the order of ``boundary.span_of_visual``.
+
+    Args:
+        boundary: what the host knows.
+        hidden: [V, C] the residual stream at the candidates, with gradients; where tokens return, those that were set
+            aside as they were then.
+        before: [V, C] where tokens return: the states of all candidates as they were at the method's last boundary;
+            elsewhere ``hidden``.
+        instruction: [Q, C] the residual stream at ``boundary.query_rows``.
+        ranking: the attention that ranks; ``None`` where ``rank_with`` is ``None``.
+        encoder: where :attr:`PruningMethod.encoder_layers` names layers.
+        memory: the method's own notes of this forward pass, empty at its first boundary.
+        module: what :meth:`PruningMethod.module` made.
+        training: whether gradients are wanted.
+    """
+
+    boundary: Boundary
+    hidden: Tensor
+    before: Tensor
+    instruction: Tensor
+    ranking: Ranking | None = None
+    encoder: EncoderSignals | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
+    training: bool = False
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What enters the next stage.
+
+    Args:
+        chosen: [K] int64, the candidate that each visual token of the next stage is (or whose position it takes), span
+            after span, in the order in which they will stand.
+        at: [R] int64, places in K whose content is replaced; ``None`` where each token stays what it was.
+        values: [R, C], what stands there instead.
+        counts: [spans] int64, tokens of each span in ``chosen``; ``None`` where the plan's counts hold.
+    """
+
+    chosen: Tensor
+    at: Tensor | None = None
+    values: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class PruningMethod(ABC):
-    """One way of dropping visual tokens. Subclasses are frozen dataclasses."""
+    """One way of dropping visual tokens. Subclasses are frozen dataclasses with at least :meth:`drops` or
+    :meth:`key_layers`, and :meth:`score` or :meth:`choose`.
+
+    Class attributes tell what the loop must prepare; a subclass makes one a dataclass field where it is a setting.
+
+    Args:
+        name: in YAML, on the command line and in ``config.json``.
+        paper: its title and arXiv number.
+        where: for the list of methods: ``before the decoder``, ``between layers``, ``key-value cache``, ...
+        trains: for that list: what training does with it, and why not where it cannot.
+        rank_with: whose attention :attr:`Candidates.ranking` holds: ``next_layer``, the first of the stage that begins;
+            ``this_layer``, the last of the stage that ends (free); ``None``, none is needed.
+        rotary: whether queries and keys of the ranking are rotated.
+        gravity: whether the ranking comes with rotated vectors of ones, whose products are what positions alone give.
+        positions: ``renumber`` gives the survivors positions 0, 1, ...; ``keep`` leaves them as they were.
+        differentiable: ranking and choice run with gradients, which may reach the model through
+            :attr:`Selection.values`.
+        multi_turn: what a later turn on the same cache sees of earlier images.
+        encoder_layers: layers of the vision tower whose attention is read; negative ones count from the end, -1 being
+            the last that the decoder's features come from.
+        encoder_rows: whose attention that is: the class token's (``class``), or all of the tile's on average (``all``).
+        hidden_after: from which row on the keys that :meth:`keys` leaves out are not seen: behind the first query row
+            that follows the image, or behind the image's own span.
+    """
 
     name: ClassVar[str]
-    rank_with: RankWith
-    positions: Positions
+    paper: ClassVar[str] = ""
+    where: ClassVar[str] = "between layers"
+    trains: ClassVar[str] = "yes"
+    rank_with: RankWith | None = None
+    rotary: bool = True
+    gravity: bool = False
+    positions: Positions = "keep"
+    differentiable: bool = False
     multi_turn: MultiTurn = "drop"
+    encoder_layers: tuple[int, ...] = ()
+    encoder_rows: EncoderRows = "class"
+    hidden_after: HiddenAfter = "query"
 
-    @abstractmethod
+    @property
+    def parts(self) -> tuple[PruningMethod, ...]:
+        """The methods that :attr:`~vtprune_train.stream.Drop.owner` counts; a combination has several."""
+        return (self,)
+
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        """Where and how many, for a decoder of ``num_layers`` layers.
+        """Where and how many, for a decoder of ``num_layers`` layers, in ascending order of layers.
 
         Raises:
             ValueError: a setting does not fit the decoder, naming the setting, its value and the way out.
         """
+        return ()
 
-    @abstractmethod
-    def score(self, ranking: Ranking, boundary: Boundary) -> Tensor:
-        """[V] float32, the worth of each visual token before ``boundary``; higher stays."""
+    def key_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers in which :meth:`keys` leaves keys out.
+
+        Raises:
+            ValueError: a setting does not fit the decoder.
+        """
+        return ()
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """[V] float32, the worth of each candidate; higher stays. Runs without gradients."""
+        raise NotImplementedError(f"{self.name} neither scores nor chooses")
+
+    def choose(self, candidates: Candidates) -> Selection:
+        """Which candidates enter the next stage; without a device-to-host copy unless the drop is adaptive.
+
+        Runs with gradients, which :attr:`Selection.values` may carry: an own one scores under ``torch.no_grad()``. The
+        default takes the best by :meth:`score`, as many as planned, in their old order.
+        """
+        boundary = candidates.boundary
+        with torch.no_grad():
+            scores = self.score(candidates)
+        return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
+
+    def keys(self, layer: int, ranking: Ranking, boundary: Boundary) -> Tensor:
+        """[G, V] bool, the visual keys of decoder layer ``layer`` that later rows (and the cache) go on seeing.
+
+        Each head of a layer keeps equally many of a span, so that the layer's cache stays rectangular. Runs without
+        gradients; ``ranking`` is that of the layer itself; ``boundary`` describes the stage it lies in (nothing is
+        dropped by it).
+        """
+        raise NotImplementedError(f"{self.name} does not choose keys")
+
+    def module(self, hidden: int, num_layers: int) -> nn.Module | None:
+        """The parameters that the method adds to the model, or ``None``: trained, saved and loaded with it.
+
+        They start as the module makes them, but embeddings as the decoder makes its own. Submodules must be called, not
+        read (a parameter's own value is only there inside its module's ``forward`` when ZeRO-3 shards it), and as often
+        on a rank without images as on others: an empty result must reach :attr:`Selection.values` too. The module's own
+        ``forward`` takes [n, hidden] for any n and gives something of all parameters; with n = 0 it is called on steps
+        that drop nothing.
+        """
+        return None
 
     def plan(self, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
         """Lay out a micro-batch's stages (host only)."""
-        return plan_stream(segments, self.drops(num_layers), num_layers)
+        key_layers = self.key_layers(num_layers)
+        return plan_stream(segments, self.drops(num_layers), num_layers, key_layers=key_layers, method=self)
 
-    def select(self, scores: Tensor, boundary: Boundary) -> Tensor:
-        """[K] int64, ascending positions in ``boundary.visual_rows`` that stay, without a device-to-host copy."""
-        return top_k_per_span(scores, boundary.span_of_visual, boundary.take)
+    def input_share(self, num_layers: int) -> float:
+        """Visual tokens that enter a layer, on average over the layers, as a share of all (what a budget means). A
+        method that only drops keys is measured by the keys that later rows see."""
+        return mean_input_share(self.drops(num_layers), num_layers)
+
+    def kept_key_share(self, layer: int, length: float, num_layers: int) -> float:
+        """The share of an image's keys that layer ``layer`` of :meth:`key_layers` goes on showing, as planned.
+
+        Args:
+            layer: decoder layer, counted from 0.
+            length: the image's tokens there, on average.
+            num_layers: the decoder's depth.
+        """
+        chosen = len(self.key_layers(num_layers))
+        share = (self.input_share(num_layers) * num_layers - (num_layers - chosen)) / chosen
+        return min(1.0, max(0.0, share))
+
+    def for_budget(self, share: float, num_layers: int) -> PruningMethod:
+        """The method with its free setting such that :meth:`input_share` is ``share``; the default scales ``keep``.
+
+        Raises:
+            ValueError: it cannot reach ``share`` on so many layers; says what it can.
+        """
+        return scaled_to_budget(self, share, num_layers)
+
+    def selector_flops(self, hidden: int, boundary: Boundary) -> float:
+        """FLOPs of scoring and choosing at a boundary, beside the ranking's own projections and attention rows."""
+        return 0.0
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The shares of tokens that stay, which a warm-up moves; empty where a method has none."""
+        keep = getattr(self, "keep", None)
+        return keep if isinstance(keep, tuple) else () if keep is None else (keep,)
 
     def eased(self, start: float, progress: float) -> PruningMethod:
         """The method on its way from keeping the share ``start`` at every boundary (``progress`` 0) to itself (1).
@@ -68,12 +259,16 @@ class PruningMethod(ABC):
         Raises:
             ValueError: it has no ratios ``keep`` that could move.
         """
-        keep = getattr(self, "keep", None)
-        if not isinstance(keep, tuple):
+        if not self.ratios:
             raise ValueError(f"{self.name} has no keep ratios to anneal; use pruning.warmup.kind=dense")
-        return replace(self, keep=tuple(start + (ratio - start) * progress for ratio in keep))  # type: ignore[type-var]
+        moved = tuple(start + (ratio - start) * progress for ratio in self.ratios)
+        one = not isinstance(self.keep, tuple)  # type: ignore[attr-defined]
+        return replace(self, keep=moved[0] if one else moved)  # type: ignore[type-var]
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data, as they stand in a checkpoint's ``config.json`` and in YAML."""
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}  # type: ignore[call-overload]
-        return {"method": self.name, **values}
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {
+            "method": method_name(type(self)),
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()},
+        }

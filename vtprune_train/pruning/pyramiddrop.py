@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod, Ranking, RankWith
-from vtprune_train.pruning.schedule import check_schedule, quarters
+from vtprune_train.pruning.base import Candidates, MultiTurn, Positions, PruningMethod, RankWith
+from vtprune_train.pruning.budget import first_that_fits
+from vtprune_train.pruning.checks import check_choice
+from vtprune_train.pruning.schedule import check_schedule, earlier, one_per_layer, quarters
 from vtprune_train.pruning.scoring import mean_query_attention
-from vtprune_train.stream import Boundary, Drop, SegmentLayout, StreamPlan, plan_stream
+from vtprune_train.stream import Drop
 
 
 @dataclass(frozen=True)
@@ -43,31 +45,47 @@ class PyramidDrop(PruningMethod):
     multi_turn: MultiTurn = "drop"
 
     name: ClassVar[str] = "pyramiddrop"
+    paper: ClassVar[str] = (
+        "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction "
+        "(arXiv 2410.17247)"
+    )
+    where: ClassVar[str] = "between layers"
+    trains: ClassVar[str] = "yes"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(float(ratio) for ratio in self.keep))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
         check_schedule(self.layers, self.keep)
-        for setting, allowed in (
-            ("rank_with", ("next_layer", "this_layer")),
-            ("positions", ("renumber", "keep")),
-            ("without_instruction", ("last_visual", "uniform")),
-            ("multi_turn", ("drop", "keep_dense")),
-        ):
-            if getattr(self, setting) not in allowed:
-                raise ValueError(f"{setting}={getattr(self, setting)!r} is not one of {', '.join(allowed)}")
+        check_choice("rank_with", self.rank_with, ("next_layer", "this_layer"))
+        check_choice("positions", self.positions, ("renumber", "keep"))
+        check_choice("without_instruction", self.without_instruction, ("last_visual", "uniform"))
+        check_choice("multi_turn", self.multi_turn, ("drop", "keep_dense"))
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        layers = quarters(num_layers, len(self.keep)) if self.layers is None else self.layers
-        check_schedule(layers, self.keep, num_layers)
-        return tuple(Drop(layer, keep) for layer, keep in zip(layers, self.keep, strict=True))
-
-    def plan(self, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
+        if self.layers is None:  # on fewer layers than drops several fall on one
+            layers = tuple(min(num_layers - 1, max(1, layer)) for layer in quarters(num_layers, len(self.keep)))
+        else:
+            layers = self.layers
+            check_schedule(layers, self.keep, num_layers)
         uniform = self.without_instruction == "uniform"
-        return plan_stream(segments, self.drops(num_layers), num_layers, uniform_if_visual_query=uniform)
+        drops = [Drop(layer, keep, uniform_without_text=uniform) for layer, keep in zip(layers, self.keep, strict=True)]
+        return one_per_layer(drops)
 
-    def score(self, ranking: Ranking, boundary: Boundary) -> Tensor:
+    def for_budget(self, share: float, num_layers: int) -> PruningMethod:
+        """Scales ``keep``; where the layers before the first drop leave too little of ``share``, all come earlier."""
+        return first_that_fits(self._earlier(num_layers), share, num_layers)
+
+    def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:
+        yield self
+        drops = self.drops(num_layers)
+        if len(drops) == len(self.keep):
+            for layers in earlier([drop.layer for drop in drops]):
+                yield replace(self, layers=layers)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        ranking, boundary = candidates.ranking, candidates.boundary
+        assert ranking is not None
         scores = mean_query_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
         if boundary.uniform is None:
             return scores

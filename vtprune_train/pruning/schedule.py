@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+
+from vtprune_train.stream import Drop
 
 
 def quarters(num_layers: int, num_drops: int) -> tuple[int, ...]:
     """``num_drops`` layers that split ``num_layers`` evenly: 8, 16, 24 of 32 for three drops."""
     return tuple(round(num_layers * (i + 1) / (num_drops + 1)) for i in range(num_drops))
+
+
+def scaled_layers(published: Sequence[int], published_depth: int, num_layers: int) -> tuple[int, ...]:
+    """``published`` layers of a decoder of ``published_depth`` at the same share of the depth of ``num_layers``.
+
+    Layer 0 stays layer 0; every other stays between 1 and the last layer. On a shallow decoder several may fall on
+    one layer: see :func:`one_per_layer`.
+    """
+    return tuple(
+        0 if layer == 0 else min(num_layers - 1, max(1, round(layer * num_layers / published_depth)))
+        for layer in published
+    )
+
+
+def earlier(layers: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """``layers`` moved towards the first one a step at a time, in proportion; the first of them stays at 1 or above."""
+    for first in range(layers[0] - 1, 0, -1):
+        moved: list[int] = []
+        for layer in layers:
+            moved.append(max(moved[-1] + 1 if moved else 1, layer * first // layers[0]))
+        yield tuple(moved)
+
+
+def one_per_layer(drops: Sequence[Drop]) -> tuple[Drop, ...]:
+    """Of several drops of one method before the same layer only the last, which keeps least; in ascending order."""
+    return tuple(sorted({drop.layer: drop for drop in drops}.values(), key=lambda drop: drop.layer))
 
 
 def check_schedule(layers: Sequence[int] | None, keep: Sequence[float], num_layers: int | None = None) -> None:
@@ -52,3 +80,11 @@ def _layer_problems(layers: Sequence[int], keep: Sequence[float], num_layers: in
             f"(counted from 0); use layers below {num_layers}"
         )
     return problems
+
+
+class AtLeastOne(Drop):
+    """Keeps at least one token of every image that has any: published counts of a few tokens, as shares, would leave
+    nothing of a small image."""
+
+    def kept(self, length: int, before: int) -> int:
+        return min(before, max(1, int(length * self.keep)))

@@ -5,8 +5,13 @@ Shape suffixes: T tokens, V visual tokens, K kept visual tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from vtprune_train.stream import Boundary, SpanLayout
 
 
 def top_k_per_span(scores_V: Tensor, span_V: Tensor, take_K: Tensor) -> Tensor:
@@ -26,6 +31,29 @@ def top_k_per_span(scores_V: Tensor, span_V: Tensor, take_K: Tensor) -> Tensor:
     return torch.sort(best).values
 
 
-def kept_rows(text_rows: Tensor, visual_rows_V: Tensor, chosen_K: Tensor) -> Tensor:
-    """Rows of the stream that enter the next stage: all text and the chosen visual tokens, in stream order."""
-    return torch.sort(torch.cat([text_rows, visual_rows_V.index_select(0, chosen_K)])).values
+def next_rows(boundary: Boundary, chosen_K: Tensor) -> Tensor:
+    """[T_next] int64, the rows that enter the next stage, in its order: all text and the chosen visual tokens."""
+    rows = torch.cat([boundary.text_rows, boundary.visual_rows.index_select(0, chosen_K)])
+    return rows.index_select(0, boundary.next_order)
+
+
+def all_candidates(boundary: Boundary) -> Tensor:
+    """[V] int64, every candidate in its order."""
+    return torch.arange(len(boundary.span_of_visual), device=boundary.span_of_visual.device)
+
+
+def picked_on_host(boundary: Boundary, pick: Callable[[SpanLayout], np.ndarray]) -> Tensor:
+    """Candidates that the host can name from layouts alone.
+
+    Args:
+        boundary: of a drop that brings nothing back.
+        pick: for an image, int64 places among the tokens of it that the boundary finds.
+
+    Returns:
+        int64, what ``pick`` gave for each image, counted among all candidates; on the boundary's device.
+    """
+    found, start = [np.zeros(0, dtype=np.int64)], 0
+    for span in boundary.spans:
+        found.append(start + pick(span))
+        start += span.before
+    return torch.from_numpy(np.concatenate(found)).to(boundary.span_of_visual.device, non_blocking=True)

@@ -118,11 +118,25 @@ def describe(checkpoint: Path) -> dict[str, Any]:
 
 
 def schedule(pruning: dict[str, Any]) -> str:
-    """A method and its schedule in a few words."""
-    if pruning["method"] == "none":
+    """A method, or several, and the schedule in a few words."""
+    method = pruning["method"]
+    if isinstance(method, list):
+        return " + ".join(schedule(part) for part in method)
+    if method == "none":
         return "none"
-    where = "evenly" if pruning["layers"] is None else "at " + ",".join(map(str, pruning["layers"]))
-    return f"{pruning['method']} {'/'.join(map(str, pruning['keep']))} {where}"
+    words = [method]
+    if pruning.get("keep") is not None:
+        words.append("/".join(map(str, _listed(pruning["keep"]))))
+    where = pruning.get("layers", pruning.get("layer"))
+    if where is not None:
+        words.append("at " + ",".join(map(str, _listed(where))))
+    elif method == "pyramiddrop":
+        words.append("evenly")
+    return " ".join(words)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def verify_checkpoints(path: Path) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from vtprune_train.config import Config, ConfigError, PruningConfig
+from vtprune_train.config import Config, ConfigError, PruningConfig, pruning_refusal
 from vtprune_train.data.sources import is_here
 from vtprune_train.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models import HFModule
@@ -21,9 +21,12 @@ from vtprune_train.models.build import (
     parts_of,
     set_trainable,
 )
+from vtprune_train.models.encoder import check_tower
 from vtprune_train.models.layouts import ImageLayout
+from vtprune_train.models.learned import attach
 from vtprune_train.models.peft import adapt
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
 from vtprune_train.training.engine import engine_config, zero_stage
@@ -57,12 +60,18 @@ def describe(config: Config) -> str:
     num_layers = model_config.text_config.num_hidden_layers
     try:
         drops = method.drops(num_layers) if method else ()
+        schedule_line = [f"schedule      {schedule(method, num_layers)}"] if method else []
+        if method is not None:
+            check_tower(model_config, family, method)
     except ValueError as error:
-        raise ConfigError(f"pruning.{error}") from error
+        raise ConfigError(pruning_refusal(error)) from error
+    if method is not None:
+        attach(model, method)
     cost = training_cost(config, model_config)
     lines = [
         f"run           {config.run_dir}",
         f"pruning       {'none' if method is None else method.settings()}",
+        *schedule_line,
         f"decoder       {num_layers} layers of width {cost.decoder.hidden}, "
         f"stages of {layers_per_stage(drops, num_layers)} layers",
         "",

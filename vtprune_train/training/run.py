@@ -12,10 +12,19 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
+from pydantic import ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.config import TRAINING_ONLY, Config, PruningConfig, SourceConfig, dump_config, without_effect
+from vtprune_train.config import (
+    TRAINING_ONLY,
+    Config,
+    ConfigError,
+    PruningConfig,
+    SourceConfig,
+    dump_config,
+    without_effect,
+)
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.costs import StepCosts
@@ -36,6 +45,8 @@ from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
 from vtprune_train.models.peft import open_model
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.describe import schedule
+from vtprune_train.pruning.learned import learns
 from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.adapter import attach_adapter, check_adapter
@@ -83,6 +94,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     parts = build_parts(config)
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
+    if method is not None and ranks.rank() == 0:
+        log.info("pruning by %s", schedule(method, parts.model.config.get_text_config().num_hidden_layers))
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
     steps = -(-len(collate.index.order()) // config.train.global_batch_size)
@@ -152,12 +165,35 @@ def with_saved_settings(config: Config) -> Config:
     does not set; every difference is printed."""
     source = config.train.init_from
     if source is None:
-        return config
+        return with_pruning_rate(config)
     model = config.model.model_copy(
         update={"path": resolve_checkpoint(source), "config": None, "language_model": None, "vision_tower": None,
                 "projector": None, "tokenizer": None}
     )  # fmt: skip
-    return config.model_copy(update={"model": model, "pruning": merge_pruning(config.pruning, saved_pruning(source))})
+    pruning = merge_pruning(config.pruning, saved_pruning(source))
+    return with_pruning_rate(config.model_copy(update={"model": model, "pruning": pruning}))
+
+
+def with_pruning_rate(config: Config) -> Config:
+    """With a rate for the parameters that the method adds: the projector's, where ``model.train`` names none.
+
+    Raises:
+        ConfigError: there is no rate for them, or one and no such parameters.
+    """
+    train, name = config.model.train, config.pruning.method
+    if not learns(config.pruning.build()):
+        if "pruning" in train:
+            raise ConfigError(f"model.train names pruning, but pruning.method={name} adds no parameters; leave it out")
+        return config
+    if "pruning" in train:
+        return config
+    if "projector" not in train:
+        raise ConfigError(
+            f"pruning.method={name} adds parameters, and model.train names neither pruning nor projector, whose rate "
+            "they would take; for example model.train={pruning: 1.0e-3, language_model: 2.0e-5}"
+        )
+    model = config.model.model_copy(update={"train": {**train, "pruning": train["projector"]}})
+    return config.model_copy(update={"model": model})
 
 
 def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> PruningConfig:
@@ -165,7 +201,11 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
     saved = saved or {"method": "none"}
     explicit = {key: getattr(asked, key) for key in asked.model_fields_set}
     same_method = explicit.get("method", saved["method"]) == saved["method"]
-    result = PruningConfig(**{**(saved if same_method else {}), **explicit})
+    try:
+        result = PruningConfig(**{**(saved if same_method else {}), **explicit})
+    except ValidationError as error:
+        reasons = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        raise ConfigError(f"pruning, with the settings of train.init_from where none are given: {reasons}") from error
     differences = {
         key: (saved.get(key), value)
         for key, value in result.model_dump().items()
@@ -189,6 +229,8 @@ def build_parts(config: Config) -> Parts:
         tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
         if config.model.config is not None and not folder.is_dir():
             tokenizer.save_pretrained(str(folder))
+            # Read back, so that every rank exports the same files, whichever of them came first.
+            tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
     model = open_model(config.model, tokenizer)
     _, loop = family_of_config(model.config)
     encoder = ChatEncoder(

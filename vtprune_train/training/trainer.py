@@ -26,6 +26,17 @@ from vtprune_train.training.metrics import device_peak_flops, peak_memory_bytes
 from vtprune_train.training.optim import rate_factor, set_rates
 from vtprune_train.training.watchdog import Watchdog
 
+# What a step sums over its micro-batches, of what the collator counted in each.
+COUNTED = (
+    "flops",
+    "flops_dense",
+    "flops_selector",
+    "visual_tokens",
+    "visual_tokens_entering",
+    "visual_tokens_leaving",
+    "cache_values",
+)
+
 
 @dataclass
 class Trainer:
@@ -63,6 +74,7 @@ class Trainer:
         self.terminated = False
         self.row_losses: list[torch.Tensor] = []  # of the last step's micro-batches, [R] each
         self.batches: Sequence[PackedBatch] = ()  # of the last step
+        self._measured: dict[int, dict[str, float]] = {}  # costs of its micro-batches that counted on the device
         self._saved_step = self.state.step if self.state.step else -1
 
     def fit(self) -> int:
@@ -155,7 +167,7 @@ class Trainer:
         Raises:
             CheckpointError: on all ranks, if the save in flight has failed on one.
         """
-        self.batches, self.row_losses = batches, []
+        self.batches, self.row_losses, self._measured = batches, [], {}
         sums = self._forward_backward(batches if supervised else (), ranks.world_size() / max(1, supervised))
         self.watchdog.mark("summing over ranks")
         squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
@@ -190,6 +202,8 @@ class Trainer:
             self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
             self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             self.row_losses.append(output.row_loss)
+            if any(boundary.drop.adaptive for boundary in batch.plan.boundaries):
+                self._measured[index] = self.collate.measured_costs(batch, output.plan)
             cross_entropy = output.row_loss.sum()
             divergence = torch.zeros_like(cross_entropy) if output.consistency is None else output.consistency
             sums += torch.stack([cross_entropy, divergence, output.correct.sum()])
@@ -238,8 +252,10 @@ class Trainer:
     def _totals(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """This rank's counts of the step, the same names on every rank."""
         stages = (f"tokens_stage_{i}" for i in range(self.collate.num_stages))
-        names = ["flops", "flops_dense", "visual_tokens", *stages]
-        costs = {name: sum(batch.costs.get(name, 0.0) for batch in batches) for name in names}
+        names = [*COUNTED, *stages]
+        counted = [self._measured.get(index, batch.costs) for index, batch in enumerate(batches)]
+        costs = {name: sum(own.get(name, 0.0) for own in counted) for name in names}
+        costs["cache_bytes"] = costs.pop("cache_values") * getattr(torch, self.config.model.dtype).itemsize
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
         failed = float(self.checkpoints.failed)
         return {"unreadable": unreadable, "stop": float(self.terminated), "save_failed": failed, **costs}

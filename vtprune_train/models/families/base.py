@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,24 @@ from torch import Tensor
 
 from vtprune_train.flops import TowerGeometry, WindowedTowerGeometry
 from vtprune_train.models import HFModule
-from vtprune_train.models.layouts import ImageLayout
+from vtprune_train.models.layouts import Grids, ImageLayout, Shown
 from vtprune_train.stream import IMAGE
 
 
 def one_image_each(features: Sequence[Any]) -> list[int]:
     """Tokens of each image, where ``get_image_features`` returns one tensor [tokens, C] an image."""
     return [len(feature) for feature in features]
+
+
+def no_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
+    """For a family whose tokens' places are not known here."""
+    return []
+
+
+def merged_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
+    """Of Qwen's models: one raster an image, of tokens that are patches merged."""
+    merge = config.vision_config.spatial_merge_size
+    return [((rows // merge, columns // merge),) for _, rows, columns in inputs["image_grid_thw"].tolist()]
 
 
 def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
@@ -69,6 +80,9 @@ class Family:
         text_types: ``model_type`` of the language models whose layers fit.
         base: the submodule that embeds, sees and splices; has ``get_image_features`` and ``language_model``.
         image_lengths: tokens of each entry of ``get_image_features(...).pooler_output``, in placeholder order.
+        grids: ``(config, inputs of get_image_features) ->`` the rasters of each of these entries; none where unknown.
+        patches: ``(config, inputs of get_image_features) ->`` which patches of the tower each of these entries shows;
+            ``None`` where the tower's attention cannot be read.
         run_is_one_image: all entries that fill one unbroken run of image tokens are one image (its tiles).
         three_part_positions: ``(base, inputs) -> [3, B, L]``, positions (time, height, width) that count each row from
             0 and stay with their tokens; ``None`` where positions count tokens.
@@ -81,6 +95,8 @@ class Family:
     text_types: tuple[str, ...]
     base: str = "model"
     image_lengths: Callable[[Sequence[Any]], list[int]] = one_image_each
+    grids: Callable[[Any, Mapping[str, Any]], list[Grids]] = no_grids
+    patches: Callable[[Any, Mapping[str, Any]], list[Shown]] | None = None
     run_is_one_image: bool = False
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()

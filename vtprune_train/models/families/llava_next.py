@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
@@ -9,6 +10,7 @@ from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
 from vtprune_train.flops import TowerGeometry
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
+from vtprune_train.models.layouts import Grids, Shown
 from vtprune_train.stream import IMAGE
 
 
@@ -33,10 +35,22 @@ def _processor(config: Any, tokenizer: Any, image_processor: Any) -> LlavaNextPr
     )
 
 
+def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
+    return AnyRes.of(config).grids(inputs["image_sizes"].tolist())
+
+
+def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
+    layout = AnyRes.of_pinpoints(config)
+    sizes = inputs["image_sizes"].tolist()
+    return [(layout.visual_index(size), layout.num_tiles(size)) for size in sizes]
+
+
 FAMILY = Family(
     title="LLaVA-NeXT",
     model_class="LlavaNextForConditionalGeneration",
     text_types=LLAMA_LIKE,
+    grids=_grids,
+    patches=_patches,
     loop=Loop(
         model_type="llava_next",
         layout=lambda config, _: AnyRes.of(config),

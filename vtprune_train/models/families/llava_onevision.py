@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from transformers import LlavaOnevisionImageProcessorPil
 
 from vtprune_train.flops import TowerGeometry
 from vtprune_train.models.families.apart import ApartProcessor
 from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
+from vtprune_train.models.layouts import Grids, Shown
+from vtprune_train.models.layouts.base import Size
 from vtprune_train.models.layouts.onevision import OneVision
 from vtprune_train.stream import IMAGE
 
@@ -33,10 +38,29 @@ def _processor(config: Any, tokenizer: Any, image_processor: Any) -> ApartProces
     return ApartProcessor(image_processor, tokenizer, settings)
 
 
+def _samples(inputs: Mapping[str, Any]) -> list[list[Size]]:
+    """The sizes of each sample's pictures."""
+    sizes, counts = inputs["image_sizes"].tolist(), inputs.get("batch_num_images")
+    ends = np.cumsum([1] * len(sizes) if counts is None else [int(count) for count in counts])
+    return [sizes[start:end] for start, end in pairwise([0, *ends])]
+
+
+def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
+    layout = OneVision.of(config)
+    return [grids for sizes in _samples(inputs) for grids in layout.grids(sizes)]
+
+
+def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
+    layout = OneVision.of(config)
+    return [shown for sizes in _samples(inputs) for shown in layout.patches(sizes)]
+
+
 FAMILY = Family(
     title="LLaVA-OneVision",
     model_class="LlavaOnevisionForConditionalGeneration",
     text_types=LLAMA_LIKE,
+    grids=_grids,
+    patches=_patches,
     refused=(("pixel_values_videos", VIDEO),),
     loop=Loop(
         model_type="llava_onevision",

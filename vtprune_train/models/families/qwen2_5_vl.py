@@ -8,7 +8,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from vtprune_train.flops import WindowedTowerGeometry
 from vtprune_train.models.families.apart import ApartProcessor
-from vtprune_train.models.families.base import VIDEO, Family, Loop, rope_index
+from vtprune_train.models.families.base import VIDEO, Family, Loop, merged_grids, rope_index
 from vtprune_train.models.layouts.qwen2_5_vl import MergedPatches
 from vtprune_train.stream import IMAGE
 
@@ -30,6 +30,7 @@ FAMILY = Family(
     title="Qwen2.5-VL",
     model_class="Qwen2_5_VLForConditionalGeneration",
     text_types=("qwen2_5_vl_text",),
+    grids=merged_grids,
     three_part_positions=rope_index,
     refused=(("pixel_values_videos", VIDEO),),
     loop=Loop(

@@ -18,10 +18,15 @@ from torch import Tensor
 from vtprune_train.stream import SegmentLayout
 
 NEWLINE = -1
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # in front of the patches, of towers that are read
 MAX_ASPECT = 200  # Qwen's own limit; a CLIP processor scales the SHORT side to a whole tile
 
 Size = tuple[int, int]
 """``(height, width)`` of a picture in pixels."""
+Grids = tuple[tuple[int, int], ...]
+"""See :class:`~vtprune_train.stream.ImageSpan`."""
+Shown = tuple[np.ndarray, int]
+"""The patch of its picture that each visual token shows ([V] int64, or ``NEWLINE``), and the picture's tiles."""
 
 
 @dataclass
@@ -52,6 +57,10 @@ class ImageLayout(ABC):
         Raises:
             ValueError: a size that the family's image processor refuses.
         """
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        """The rasters that each picture's tokens fill, in their order, for the pictures of one sample."""
+        return [() for _ in sizes]
 
     @abstractmethod
     def tiles(self, sizes: Sequence[Size]) -> list[int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from vtprune_train.models.layouts.base import GatheredTiles, Size, check_aspect, check_class_token_is_dropped
+from vtprune_train.models.layouts.base import GatheredTiles, Grids, Size, check_aspect, check_class_token_is_dropped
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class OneTile(GatheredTiles):
     def visual_index(self, image_size: Size) -> np.ndarray:
         check_aspect(image_size)
         return _all_patches(self.patches_per_tile)
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        return [((self.patches_per_side, self.patches_per_side),) for _ in sizes]
 
     def examples(self) -> list[Size]:
         return [(self.tile_size, self.tile_size)]

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vtprune_train.models.anyres import AnyRes
-from vtprune_train.models.layouts.base import ImageLayout, Pictures, Size, VisionInputs
+from vtprune_train.models.layouts.base import NEWLINE, Grids, ImageLayout, Pictures, Shown, Size, VisionInputs
 
 ASPECT = "anyres_max_"
 SHRINK_FROM = 1.1  # as published: a grid this much too large (per side) is shrunk
@@ -51,6 +52,27 @@ class OneVision(ImageLayout):
             return [self.anyres.patches_per_tile + 1 for _ in sizes]
         rows, columns = self._grid(sizes[0])
         return [self.anyres.patches_per_tile + rows * (columns + 1)]
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        tile = (self.anyres.patches_per_side, self.anyres.patches_per_side)
+        if len(sizes) != 1:
+            return [(tile, (1, 1)) for _ in sizes]  # the newline behind the tile
+        rows, columns = self._grid(sizes[0])
+        return [(tile, (rows, columns + 1))]
+
+    def patches(self, sizes: Sequence[Size]) -> list[Shown]:
+        """For the pictures of one sample, which patch each token shows; of a shrunk grid, the one at its middle."""
+        base = np.arange(self.anyres.patches_per_tile)
+        if len(sizes) != 1:
+            return [(np.append(base, NEWLINE), 1) for _ in sizes]
+        whole = self.anyres.feature_grid(sizes[0])
+        full = self.anyres.visual_index(sizes[0])[len(base) :].reshape(whole[0], whole[1] + 1)[:, :-1]
+        rows, columns = (
+            (2 * np.arange(left) + 1) * there // (2 * left)
+            for left, there in zip(self._grid(sizes[0]), whole, strict=True)
+        )
+        shown = np.pad(full[np.ix_(rows, columns)], ((0, 0), (0, 1)), constant_values=NEWLINE)
+        return [(np.concatenate([base, shown.ravel()]), self.anyres.num_tiles(sizes[0]))]
 
     def _grid(self, size: Size) -> tuple[int, int]:
         """Rows and columns of features that remain of the tiles' grid, newlines not counted."""

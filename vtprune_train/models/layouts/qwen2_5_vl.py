@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from vtprune_train.models.layouts.base import ImageLayout, Pictures, Size, VisionInputs, check_aspect
+from vtprune_train.models.layouts.base import Grids, ImageLayout, Pictures, Size, VisionInputs, check_aspect
 from vtprune_train.stream import SegmentLayout
 
 EXAMPLES = ((224, 224), (448, 448), (768, 1024), (1080, 1920), (2160, 3840))
@@ -80,6 +80,9 @@ class MergedPatches(ImageLayout):
 
     def tokens(self, sizes: Sequence[Size]) -> list[int]:
         return [patches // self.merge_size**2 for patches in self.tiles(sizes)]
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        return [((rows // self.merge_size, columns // self.merge_size),) for rows, columns in map(self.grid, sizes)]
 
     def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
         """[patches, channels * frames * patch * patch] of each picture."""

@@ -1,0 +1,149 @@
+"""FEATHER against a slow reading of the paper and its code."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from passes import (
+    DECODERS,
+    SHAPES,
+    best_of_each,
+    check_against,
+    check_singly,
+    image_of,
+    random_batch_of,
+    ranking_rows,
+    text_model_of,
+)
+from reference import run_layer
+
+from vtprune_train.pruning.feather import Feather
+from vtprune_train.stream import ImageSpan, SegmentLayout
+
+
+def on_the_grid(span, stride):
+    """Offsets of every stride-th token of every stride-th row; in one row, one of as many as in a square."""
+    found, cell = set(), span.start
+    for rows, columns in span.grids or ((1, span.length),):
+        for row in range(rows):
+            for column in range(columns):
+                if (column % stride**2 == 0) if rows == 1 else (row % stride == 0 and column % stride == 0):
+                    found.add(cell)
+                cell += 1
+    return found
+
+
+def slow_feather(layers, keep, stride):
+    """The published order of things: the grid is added to the best ``m``, with the m that gives the planned count."""
+
+    def attention_to_images(layer, x, segment, alive):
+        """Mean over heads and ranking rows of a softmax over one image's keys, nothing rotated."""
+        normed, attention = layer.input_layernorm(x), layer.self_attn
+        q = attention.q_proj(normed).view(len(x), -1, attention.head_dim)
+        k = attention.k_proj(normed).view(len(x), -1, attention.head_dim)
+        group = q.shape[1] // k.shape[1]
+        rows, worth = ranking_rows(segment, alive), {}
+        for image in range(len(segment.spans)):
+            places = [place for place, offset in enumerate(alive) if image_of(segment, offset) == image]
+            for place in places:
+                worth[alive[place]] = 0.0
+            for row in rows:
+                if not places or places[0] > row:
+                    continue
+                for head in range(q.shape[1]):
+                    logits = [float(q[row, head] @ k[p, head // group]) / math.sqrt(q.shape[2]) for p in places]
+                    total = sum(math.exp(logit - max(logits)) for logit in logits)
+                    for place, logit in zip(places, logits, strict=True):
+                        worth[alive[place]] += math.exp(logit - max(logits)) / total / q.shape[1] / len(rows)
+        return worth
+
+    def run(text_model, segment, embeds):
+        theta = text_model.config.rope_parameters["rope_theta"]
+        positions, x, alive, stages = torch.arange(len(embeds)), embeds, list(range(len(embeds))), []
+        worth = {}
+        for index, layer in enumerate(text_model.layers):
+            if index in layers:
+                ratio = keep[layers.index(index)]
+                counts = [int(span.length * ratio) for span in segment.spans]
+                if index == layers[0]:
+                    stay = [offset for offset in alive if image_of(segment, offset) is None]
+                    for image, span in enumerate(segment.spans):
+                        order = sorted(range(span.start, span.end), key=lambda o: (-worth[o], o))
+                        grid = on_the_grid(span, stride)
+                        sizes = [len(grid | set(order[:m])) for m in range(span.length + 1)]
+                        stay += sorted(grid | set(order[: sizes.index(counts[image])]))
+                    stay.sort()
+                else:
+                    stay = best_of_each(segment, alive, worth, lambda image, _, counts=counts: counts[image])
+                x = x[[alive.index(offset) for offset in stay]]
+                alive = stay
+                stages.append(alive)
+            if index + 1 in layers:
+                worth = attention_to_images(layer, x, segment, alive)
+            x = run_layer(layer, x, positions[alive], theta)
+        return x, stages
+
+    return run
+
+
+def with_grids(segment):
+    """Images of two rasters: 4 rows of as many columns as fit, and what is over as a row."""
+    spans = [
+        ImageSpan(span.start, span.length, ((4, span.length // 4), (1, span.length % 4))) for span in segment.spans
+    ]
+    return replace(segment, spans=tuple(spans))
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 10_000), SHAPES, DECODERS, st.booleans())
+def test_against_the_paper(seed, shapes, decoder, grids):
+    segments, embeds = random_batch_of(seed, shapes)
+    segments = [with_grids(segment) for segment in segments] if grids else segments
+    method = Feather(layers=(2, 4), keep=(0.6, 0.2), stride=2)
+    check_against(slow_feather([2, 4], [0.6, 0.2], 2), text_model_of(seed, decoder), method, segments, embeds)
+
+
+def test_a_grid_larger_than_what_stays_is_thinned_evenly():
+    segment = SegmentLayout(70, (ImageSpan(1, 64, ((8, 8),)),), (66,), (67,))
+    (boundary, _) = Feather(layers=(2, 4), keep=(0.0625, 0.03), stride=2).plan([segment], 6).boundaries
+    assert boundary.spans[0].after == 4
+    floor = Feather(stride=2)._floor(boundary.spans[0])
+    assert floor.tolist() == [4, 20, 36, 52]
+
+
+def test_a_batch_is_its_samples():
+    segments, embeds = random_batch_of(5, [(2, 1), (0, 1), (1, 3)])
+    for settings_ in ({}, {"rank_with": "next_layer"}, {"positions": "renumber"}):
+        check_singly(text_model_of(), Feather(layers=(2, 3), keep=(0.5, 0.2), **settings_), segments, embeds)
+
+
+@pytest.mark.parametrize(("num_layers", "layers"), [(2, [1]), (6, [2, 3]), (8, [2, 4]), (32, [8, 16]), (40, [10, 20])])
+def test_any_depth(num_layers, layers):
+    assert [drop.layer for drop in Feather().drops(num_layers)] == layers
+    for share in (0.9, 0.5):
+        assert Feather().for_budget(share, num_layers).input_share(num_layers) == pytest.approx(share, abs=1e-3)
+
+
+def test_a_small_budget_moves_both_drops_forward():
+    found = Feather().for_budget(0.1, 32)
+    assert found.input_share(32) == pytest.approx(0.1, abs=1e-3)
+    assert found.layers[0] < 8
+    with pytest.raises(ValueError, match=r"between 0\.167 and 1\.000 of the visual tokens through 6 layers"):
+        Feather().for_budget(0.1, 6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"keep": (0.5,)}, "drops twice"),
+        ({"keep": (0.2, 0.5)}, "increases"),
+        ({"layers": (4, 2)}, "must increase"),
+        ({"stride": 0}, "stride=0"),
+    ],
+)
+def test_settings_are_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Feather(**wrong)

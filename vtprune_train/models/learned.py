@@ -1,0 +1,133 @@
+"""The parameters that a pruning method adds to a model: made, found in a checkpoint, put at ``<decoder>.pruning``.
+
+They are part of the model's state from then on, so optimizers, DeepSpeed and ``save_pretrained`` treat them like any
+other. Only ``from_pretrained`` does not know them: it drops them, and :func:`attach` reads them from the files.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from vtprune_train.models import HFModule
+from vtprune_train.models.build import LEARNED_NAME
+from vtprune_train.models.decoder import PARAMETERS
+from vtprune_train.models.families import family_of
+from vtprune_train.models.origin import weight_files
+from vtprune_train.pruning import method_from_settings
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.learned import learns
+
+log = logging.getLogger(__name__)
+
+SOURCE = "_vtprune_source"  # on a model: the folder that it was read from, where its config names another
+FILE = "pruning.safetensors"  # beside an adapter
+
+
+def attach(model: HFModule, method: PruningMethod) -> None:
+    """Put what ``method.module`` makes at ``<decoder>.pruning``, in the decoder's dtype and on its device; nothing if
+    it makes nothing.
+
+    Values come from the checkpoint that the model was loaded from, if that was saved with the same method; a warning
+    says so where they do not. Fresh ones depend on PyTorch's seed alone, not on what was drawn since it was set.
+
+    Args:
+        model: the Hugging Face model itself, not a PEFT model around it.
+        method: fits the decoder's depth.
+    """
+    text_model = model.get_submodule(family_of(model).decoder)
+    made = _fresh(method, text_model)
+    detach(model)
+    if made is not None:
+        _fill(made, saved_tensors(model, method), model, method)
+        setattr(text_model, PARAMETERS, made)
+
+
+def detach(model: HFModule) -> nn.Module | None:
+    """Take the module of :func:`attach` out of the model; ``None`` if there is none."""
+    return model.get_submodule(family_of(model).decoder)._modules.pop(PARAMETERS, None)
+
+
+def carry(model: HFModule) -> None:
+    """:func:`attach` for a model that is not pruned, but saved again with the settings in its config."""
+    method = saved_learner(model.config)
+    if method is not None:
+        attach(model, method)
+
+
+def saved_learner(config: PreTrainedConfig) -> PruningMethod | None:
+    """The method in a config's settings if it has parameters of its own."""
+    settings = getattr(config, "pruning", None)
+    method = None if settings is None else method_from_settings(settings)
+    return method if learns(method) else None
+
+
+def _fresh(method: PruningMethod, text_model: HFModule) -> nn.Module | None:
+    weight, config = text_model.get_input_embeddings().weight, text_model.config
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(torch.initial_seed())
+        made = method.module(config.hidden_size, len(text_model.layers))
+        if made is None:
+            return None
+        for module in made.modules():
+            if isinstance(module, nn.Embedding):
+                text_model._init_weights(module)
+    return made.to(weight.device, weight.dtype).train(text_model.training)
+
+
+@torch.no_grad()
+def _fill(made: nn.Module, found: dict[str, Tensor], model: HFModule, method: PruningMethod) -> None:
+    own = made.state_dict()
+    missing = [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
+    for name, value in own.items():
+        if name not in missing:
+            value.copy_(found[name])
+    if not missing:
+        return
+    source, names = _source(model), " and ".join(_names(method))
+    if source:
+        log.warning(
+            "%s holds no fitting parameters of %s (%d of %d tensors, first %s): they start fresh and are of no use "
+            "before they are trained", source, names, len(missing), len(own), missing[0],
+        )  # fmt: skip
+    else:
+        log.info("%s adds %d tensors to the model, which start fresh", names, len(own))
+
+
+def _source(model: HFModule) -> str:
+    return model.__dict__.get(SOURCE) or getattr(model.config, "_name_or_path", "") or ""
+
+
+def saved_tensors(model: HFModule, method: PruningMethod) -> dict[str, Tensor]:
+    """The parameters of ``method`` in the files that a model was loaded from, by their names below ``pruning``; none if
+    the checkpoint was saved with another method."""
+    source = _source(model)
+    if not source or _saved_names(model.config) != _names(method):
+        return {}
+    try:
+        files = weight_files(source)
+    except ValueError:
+        return {}
+    found = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            continue
+        with safe_open(str(file), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                if match := LEARNED_NAME.search(key):
+                    found[match[1]] = tensors.get_tensor(key)
+    return found
+
+
+def _names(method: PruningMethod) -> list[str]:
+    return [str(part.settings()["method"]) for part in method.parts]
+
+
+def _saved_names(config: PreTrainedConfig) -> list[str]:
+    """The methods in a config's settings."""
+    named = (getattr(config, "pruning", None) or {}).get("method")
+    return [str(part.get("method")) for part in named] if isinstance(named, list | tuple) else [str(named)]

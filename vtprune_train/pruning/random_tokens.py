@@ -1,0 +1,73 @@
+"""The baseline ``random``: every method has to beat it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, Selection
+from vtprune_train.pruning.checks import check_choice, check_layer, check_share, check_whole
+from vtprune_train.pruning.selection import picked_on_host
+from vtprune_train.stream import Drop, SpanLayout
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """uint64 to uint64, the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def draws(seed: int, key: int, number: int, count: int) -> np.ndarray:
+    """[count] uint64 that look random and depend on the arguments alone: not on the batch, the rank or the step."""
+    state = np.zeros(1, dtype=np.uint64)
+    for word in (seed, key, number):
+        state = mixed(state + GOLDEN + np.uint64(word % 2**64))
+    return mixed(state + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+
+
+@dataclass(frozen=True)
+class Random(PruningMethod):
+    """Each image keeps ``floor(keep * n)`` tokens, drawn by the sample's text, the image's number in it and ``seed``.
+
+    Args:
+        keep: share of tokens that stay, in (0, 1].
+        layer: decoder layer before which they are dropped; 0: before the decoder.
+        seed: other draws.
+        positions: ``keep`` leaves survivors where they were; ``renumber`` numbers them 0, 1, ...
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    keep: float = 0.5
+    layer: int = 0
+    seed: int = 0
+    positions: Positions = "keep"
+
+    name: ClassVar[str] = "random"
+    paper: ClassVar[str] = "baseline"
+    where: ClassVar[str] = "before the decoder"
+    trains: ClassVar[str] = "yes; a sample keeps the same tokens in every epoch"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", float(self.keep))
+        check_share("keep", self.keep)
+        check_whole("layer", self.layer, 0)
+        check_whole("seed", self.seed, 0)
+        check_choice("positions", self.positions, ("keep", "renumber"))
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        check_layer("layer", self.layer, num_layers)
+        return (Drop(self.layer, self.keep),)
+
+    def choose(self, candidates: Candidates) -> Selection:
+        return Selection(picked_on_host(candidates.boundary, self._pick))
+
+    def _pick(self, span: SpanLayout) -> np.ndarray:
+        order = np.argsort(draws(self.seed, span.key, span.number, span.before), kind="stable")
+        return np.sort(order[: span.after])
