@@ -154,19 +154,23 @@ def test_two_machines_train_like_one(runs, whole):
     assert all(list((runs.folder / "nodes" / f"node{node}").rglob("index-*/manifest.json")) for node in (0, 1))
 
 
-@pytest.mark.parametrize(("ended", "queued"), [(143, True), (1, False)])
-def test_the_batch_script_goes_back_to_the_queue_when_its_time_is_up(runs, tmp_path, ended, queued):
+@pytest.mark.parametrize(("ended", "queued", "registration"), [(143, True, 0), (1, False, 0), (143, True, 2)])
+def test_the_batch_script_goes_back_to_the_queue_when_its_time_is_up(runs, tmp_path, ended, queued, registration):
+    """Also where SLURM does not know the step yet (for two seconds): the script asks again, and does not end itself."""
     (tmp_path / "vtprune").write_text(f"#!/bin/bash\ntrap 'sleep 0.2; exit {ended}' TERM\necho up\nsleep 60 & wait\n")
     (tmp_path / "vtprune").chmod(0o755)
-    command, env = slurm(runs)
+    command, env = slurm(runs, FAKE_REGISTRATION_SECONDS=str(registration))
     env["PATH"] = f"{HERE / 'fake_slurm'}:{tmp_path}:{env['PATH']}"
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
     process.send_signal(signal.SIGUSR1)
     process.wait(timeout=60)
     os.killpg(process.pid, signal.SIGKILL)  # the stand-ins' sleeps
     assert process.returncode == ended
     assert ("requeued 7" in process.stdout.read()) is queued
+    assert registration == 0 or "could not be signalled; once more" in process.stderr.read()
 
 
 def free_port() -> int:
