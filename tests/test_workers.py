@@ -83,7 +83,7 @@ def test_no_more_is_decoded_ahead_than_asked(pool_of, tmp_path):
     deadline = time.monotonic() + 20
     while len(list(tmp_path.iterdir())) < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)
+    time.sleep(1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [str(number) for number in range(6)]
     pool.next()
     pool.next()
@@ -145,16 +145,16 @@ def test_a_hung_worker_is_named_with_its_samples_and_stack(pool_of):
             time.sleep(100)
         return batch_of(task)
 
-    pool = pool_of(10, stuck_on_a_dead_disk, timeout=0.5)
+    pool = pool_of(10, stuck_on_a_dead_disk, timeout=2)
     began = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         taken(pool)
     pid = pool.workers[1].pid
     said = str(caught.value)
-    assert f"decode worker 1 of rank 0 (process {pid}) has not finished a batch for data.worker_timeout=0.5" in said
+    assert f"decode worker 1 of rank 0 (process {pid}) has not finished a batch for data.worker_timeout=2" in said
     assert "samples id3" in said and "in stuck_on_a_dead_disk" in said
     pool.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
