@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaModel
+from transformers import DynamicCache, LlamaModel
 
-from vtprune_train.models.attention import PREFIX, choose_backend
+from vtprune_train.flops import DecoderGeometry
+from vtprune_train.inference.stopwatch import make_decoder
 from vtprune_train.models.cache import cache_bytes
 from vtprune_train.models.padded import decode, prefill
 from vtprune_train.pruning.plphp import PLPHP
@@ -46,7 +47,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    model = make_decoder(options.layers, options.hidden, device)
+    width = options.hidden
+    sizes = DecoderGeometry(options.layers, width, width * 11 // 4, width // 64, width // 128, 64, vocab=8)
+    model = make_decoder(sizes, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     rows = []
     for context in options.contexts:
         filled, seconds = fill(model, context)
@@ -59,20 +62,6 @@ def main() -> None:
     }
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def make_decoder(layers: int, hidden: int, device: torch.device) -> LlamaModel:
-    """Random weights, float32 on the CPU, bfloat16 elsewhere."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, vocab_size=1000,
-        max_position_embeddings=32768,
-    )  # fmt: skip
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = LlamaModel(config).to(device, dtype).eval()
-    model.config._attn_implementation = PREFIX + choose_backend("auto", device, dtype)
-    return model
 
 
 def middle_class() -> PLPHP:

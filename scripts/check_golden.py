@@ -93,9 +93,9 @@ def run_case(folder: Path, name: str) -> Outcome:
     with torch.set_grad_enabled(case["train"]):
         if case["train"]:
             output = run_layers(model.model, embeds, plan, method)
-            hidden, kept_rows = model.model.norm(output.last_hidden_state), output.kept
+            hidden = model.model.norm(output.last_hidden_state)
         else:
-            hidden, kept_rows, cache = prefill(model.model, method, embeds, [segment])
+            hidden, output, cache = prefill(model.model, method, embeds, [segment])
     differences = {"hidden": _largest_difference(hidden, tensors["last_hidden_state"])}
     if case["train"]:
         logits = model.lm_head(hidden.index_select(0, plan.predict_rows))
@@ -105,7 +105,7 @@ def run_case(folder: Path, name: str) -> Outcome:
         differences["loss"] = abs(loss.item() - case["loss"])
         differences["gradient"] = _largest_difference(embeds.grad, tensors["grad_inputs_embeds"])
     rows, wrong_stages = torch.arange(len(embeds)), []
-    for index, (kept, expected) in enumerate(zip(kept_rows, case["kept_after_stage"], strict=True)):
+    for index, (kept, expected) in enumerate(zip(output.kept, case["kept_after_stage"], strict=True)):
         rows = rows[kept]
         if rows.tolist() != expected:
             wrong_stages.append(index + 1)

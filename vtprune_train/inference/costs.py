@@ -142,7 +142,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     """
     decoder, tower = DecoderGeometry.of(subject.config.get_text_config()), tower_of(subject.config)
     method = subject.method
-    plan = _plan(method, sample, decoder.num_layers)
+    plan = plan_of(method, [segment_of(sample)], decoder.num_layers)
     layers, lengths = stage_layers(plan), np.array([stage.num_tokens for stage in plan.stages])
     kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(sample.pictures))
     element_size = getattr(torch, subject.dtype).itemsize
@@ -193,14 +193,18 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     )
 
 
-def _plan(method: PruningMethod | None, sample: Sample, num_layers: int, answer: int = 0) -> StreamPlan:
-    """The stages of one sample: its pictures, its text, which ends with the row that ranks, and ``answer`` tokens."""
+def plan_of(method: PruningMethod | None, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
+    """The stages of a stream; without a method there is one."""
+    return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
+
+
+def segment_of(sample: Sample, answer: int = 0) -> SegmentLayout:
+    """One sample laid out: its pictures, its text, which ends with the row that ranks, and ``answer`` tokens."""
     spans: list[ImageSpan] = []
     for picture in sample.pictures:
         spans.append(ImageSpan(spans[-1].end if spans else 0, picture.tokens))
     asked = sample.text + (spans[-1].end if spans else 0)
-    segment = SegmentLayout(asked + answer, tuple(spans), (asked - 1,), tuple(range(asked, asked + answer)))
-    return plan_stream([segment], (), num_layers) if method is None else method.plan([segment], num_layers)
+    return SegmentLayout(asked + answer, tuple(spans), (asked - 1,), tuple(range(asked, asked + answer)))
 
 
 def _stages(
@@ -240,10 +244,9 @@ def _stages(
 
 def _training_step(cost: TrainingCost, method: PruningMethod | None, sample: Sample) -> Cost:
     """Forward and backward of a batch's decoder, the answer included."""
-    supervised = np.array([sample.answer])
+    supervised, segments = np.array([sample.answer]), [segment_of(sample, sample.answer)]
     own, dense = (
-        PassCost.of(cost, _plan(m, sample, cost.decoder.num_layers, sample.answer), m, supervised).flops
-        for m in (method, None)
+        PassCost.of(cost, plan_of(m, segments, cost.decoder.num_layers), m, supervised).flops for m in (method, None)
     )
     return Cost(sample.batch * dense, sample.batch * own)
 

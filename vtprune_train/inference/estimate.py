@@ -12,18 +12,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
 from vtprune_train.config import load_config
 from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry
+from vtprune_train.inference.chatting import choose_device
 from vtprune_train.inference.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of
 from vtprune_train.inference.options import METHOD_HELP, add_set_option, changed, named_method, set_values
+from vtprune_train.inference.stopwatch import Clock, clock
+from vtprune_train.inference.stopwatch import render as render_clock
 from vtprune_train.models.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.pruning import PruningMethod, method_from_settings
 
 LARGEST = 10**6  # tokens of a sample are laid out one by one
 MOST_SAMPLES = 10**9
+MOST_CLOCKED = 1024
 OPTIONS = ("method", "layers", "keep")  # of a method that have their own; the others come by --set
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -170,6 +175,7 @@ def _size(text: str) -> tuple[int, int]:
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Clockable = Annotated[int, Field(ge=1, le=MOST_CLOCKED)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 
 
@@ -190,6 +196,9 @@ class Request(BaseModel):
     set: list[str] = []
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     published: bool = False
+    clock: Annotated[list[Clockable], BeforeValidator(_split)] = []
+    repeats: Clockable = 3
+    device: str = "auto"
     report: str | None = None
 
     @model_validator(mode="after")
@@ -308,6 +317,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_set_option(parser)
     parser.add_argument("--dtype", help="of the cache: float32, bfloat16, float16 (default: the config's, or bfloat16)")
     parser.add_argument("--published", action="store_true", help="add FLOPs by the paper's convention")
+    parser.add_argument(
+        "--clock", metavar="N[,N]", help="also measure seconds here at these batch sizes, with random weights: 1,8"
+    )
+    parser.add_argument("--repeats", metavar="N", help="of --clock (default 3)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of --clock; auto: CUDA if there is one")
     parser.add_argument("--json", dest="report", metavar="FILE", help="also write everything as JSON")
 
 
@@ -317,19 +331,32 @@ def run(arguments: argparse.Namespace) -> int:
         request = Request.of(arguments)
         subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
         pictures = pictures_of(subject.config, request.resolution, request.visual_tokens)
-        result = estimate(subject, Sample(pictures, request.text, request.answer, request.batch))
+        sample = Sample(pictures, request.text, request.answer, request.batch)
+        result = estimate(subject, sample)
+        measured = _measured(request, subject, sample)
         if request.report is not None:
-            _write(Path(request.report), result)
+            _write(Path(request.report), {**asdict(result), "clock": measured and asdict(measured)})
     except ValueError as error:
         for line in str(error).splitlines():
             print(f"vtprune estimate: {line}", file=sys.stderr)
         return 2
     print(render(result, published=request.published))
+    if measured is not None:
+        print("\n".join(["", *render_clock(measured)]))
     return 0
 
 
-def _write(path: Path, result: Estimate) -> None:
+def _measured(request: Request, subject: Subject, sample: Sample) -> Clock | None:
+    """The wall-clock, where it was asked for."""
+    if not request.clock:
+        return None
+    sizes, dtype = DecoderGeometry.of(subject.config.get_text_config()), getattr(torch, subject.dtype)
+    device = choose_device(request.device)
+    return clock(sizes, subject.method, sample, request.clock, repeats=request.repeats, device=device, dtype=dtype)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        path.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"--json={path}: cannot be written ({error.strerror})") from error

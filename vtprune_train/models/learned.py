@@ -40,7 +40,7 @@ def attach(model: HFModule, method: PruningMethod) -> None:
         method: fits the decoder's depth.
     """
     text_model = model.get_submodule(family_of(model).decoder)
-    made = _fresh(method, text_model)
+    made = fresh(method, text_model)
     detach(model)
     if made is not None:
         _fill(made, saved_tensors(model, method), model, method)
@@ -66,7 +66,8 @@ def saved_learner(config: PreTrainedConfig) -> PruningMethod | None:
     return method if learns(method) else None
 
 
-def _fresh(method: PruningMethod, text_model: HFModule) -> nn.Module | None:
+def fresh(method: PruningMethod, text_model: HFModule) -> nn.Module | None:
+    """What ``method.module`` makes for a decoder, in its dtype and on its device; ``None`` if it makes nothing."""
     weight, config = text_model.get_input_embeddings().weight, text_model.config
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(torch.initial_seed())

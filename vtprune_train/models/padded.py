@@ -22,11 +22,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import StagedLayer, Told, staged
 from vtprune_train.models.calls import Call, State, state_of
-from vtprune_train.models.decoder import check_attention, run_layers
+from vtprune_train.models.decoder import DecoderOutput, check_attention, run_layers
 from vtprune_train.models.families import Family
 from vtprune_train.models.layouts import Grids
 from vtprune_train.models.staging import plan_staging, settle, use_three_parts
-from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.stream import (
     IGNORE,
     ImageSpan,
@@ -233,19 +233,28 @@ def prefill(
     embeds_TC: Tensor,
     segments: Sequence[SegmentLayout],
     cache: DynamicCache | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...], DynamicCache]:
+    encoder: EncoderSignals | None = None,
+) -> tuple[Tensor, DecoderOutput, DynamicCache]:
     """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a stream, not rows.
 
+    Args:
+        text_model: the decoder.
+        method: who drops; ``None`` for nobody.
+        embeds_TC: [T, C], segments end to end, images in place.
+        segments: their layouts.
+        cache: of earlier calls; ``None`` begins one.
+        encoder: what the vision tower thought of the visual tokens, for methods that ask.
+
     Returns:
-        [T_last, C] normed hidden states, the rows kept at each boundary, and the cache for :func:`decode`.
+        [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
     """
     cache = staged(cache, len(text_model.layers))
     plan = _plan(method, segments, len(text_model.layers))
     staging = plan_staging(plan, method, len(segments), cache, embeds_TC.device)
     plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(embeds_TC.device))
-    output = run_layers(text_model, embeds_TC, plan, method, staging)
+    output = run_layers(text_model, embeds_TC, plan, method, staging, encoder)
     settle(cache, output.plan, method, staging.before, max(segment.length for segment in segments))
-    return text_model.norm(output.last_hidden_state), output.kept, cache
+    return text_model.norm(output.last_hidden_state), output, cache
 
 
 def decode(
