@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
-from vtprune_train.config import load_config
+from vtprune_train.config_file import load_config
 from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry
 from vtprune_train.inference.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of
 from vtprune_train.inference.options import METHOD_HELP, add_set_option, changed, named_method, set_values
