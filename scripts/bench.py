@@ -42,8 +42,9 @@ from vtprune_train.models import HFModule, decoder
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.models.layouts.base import NEWLINE
+from vtprune_train.plan import plan_stream
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import IGNORE, PackedBatch, SegmentLayout, plan_stream
+from vtprune_train.stream import IGNORE, PackedBatch, SegmentLayout
 from vtprune_train.training.run import checkpoint_activations
 
 IMAGE_TOKEN = 3

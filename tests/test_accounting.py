@@ -30,6 +30,7 @@ from vtprune_train.flops import (
 from vtprune_train.inference.chatting import Loaded
 from vtprune_train.inference.costs import Picture, Sample, Subject, estimate
 from vtprune_train.inference.timing import measured_answers
+from vtprune_train.plan import replan
 from vtprune_train.pruning import METHODS, method_class
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.combined import Combined
@@ -250,7 +251,7 @@ def test_costs_of_an_adaptive_pass_are_those_of_the_plan_that_ran():
     method = Given((Drop(2, 0.5, adaptive=True),), work=7.0)
     collate = Collator(None, None, None, None, method, cost)
     plan = method.plan(segments(), 6)
-    ran = plan.with_counts([np.array([1, 0, 2])])
+    ran = replan(plan, [np.array([1, 0, 2])])
     planned = {"flops_other": 100.0, "flops": -1.0, "flops_dense": 5.0, "tokens_stage_1": 35.0}
     batch = types.SimpleNamespace(costs=planned, targets_per_sample=(2, 1, 1))
     costs = collate.measured_costs(batch, ran)

@@ -11,7 +11,8 @@ from typing import ClassVar
 import pytest
 
 from vtprune_train import PruningMethod, PyramidDrop
-from vtprune_train.config import ConfigError, ModelConfig, PruningConfig, load_config, without_effect
+from vtprune_train.config import ConfigError, ModelConfig, PruningConfig
+from vtprune_train.config_file import load_config, without_effect
 from vtprune_train.models.build import load_model_config
 from vtprune_train.stream import Drop
 from vtprune_train.training.checkpoint_command import schedule

@@ -15,7 +15,8 @@ from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.decoder import run_layers
-from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, plan_stream
+from vtprune_train.plan import plan_stream
+from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout
 from vtprune_train.training.run import checkpoint_activations
 
 IMAGE_ID = 4

@@ -16,7 +16,7 @@ from transformers import LlavaConfig, LlavaOnevisionConfig, MixtralConfig, Qwen2
 
 from vtprune_train import PyramidDrop
 from vtprune_train.cli import main
-from vtprune_train.config import load_config
+from vtprune_train.config_file import load_config
 from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
 from vtprune_train.inference.costs import Picture, Sample, Subject, estimate, pictures_of
 from vtprune_train.inference.estimate import render

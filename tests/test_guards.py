@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vtprune_train.config import load_config, without_effect
+from vtprune_train.config_file import load_config, without_effect
 from vtprune_train.training.preflight import advice, heaviest, is_out_of_memory, unchanged_random_states, wanted
 from vtprune_train.training.spikes import Spikes, sample_losses, z_score
 

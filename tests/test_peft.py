@@ -24,7 +24,8 @@ from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGen
 
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
-from vtprune_train.config import Config, ConfigError, PeftConfig, load_config
+from vtprune_train.config import Config, ConfigError, PeftConfig
+from vtprune_train.config_file import load_config
 from vtprune_train.inference.chatting import load
 from vtprune_train.models.build import parts_of, resolve_checkpoint, set_trainable
 from vtprune_train.models.origin import Base, weights_digest

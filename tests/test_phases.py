@@ -12,7 +12,8 @@ from PIL import Image
 from runner import Runs, assert_equal_checkpoints, assert_same_metrics
 
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config import ConfigError, PruningConfig, load_config, without_effect
+from vtprune_train.config import ConfigError, PruningConfig
+from vtprune_train.config_file import load_config, without_effect
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.collate import Collator, LoadedSample
 from vtprune_train.data.costs import StepCosts

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vtprune_train import PyramidDrop, is_pruned, prune
 from vtprune_train.cli import main
-from vtprune_train.config import load_config
+from vtprune_train.config_file import load_config
 from vtprune_train.flops import DecoderGeometry, selector_flops
 from vtprune_train.inference.calibration import calibrate, prompts_with_pictures
 from vtprune_train.inference.chatting import batch, load, open_picture

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_equivalence import random_segment
 
+from vtprune_train.plan import plan_stream
 from vtprune_train.pruning.selection import next_rows, top_k_per_span
-from vtprune_train.stream import Drop, ImageSpan, SegmentLayout, plan_stream
+from vtprune_train.stream import Drop, ImageSpan, SegmentLayout
 
 DROPS = (Drop(2, 0.5), Drop(4, 0.3), Drop(5, 0.1))
 

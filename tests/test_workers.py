@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vtprune_train.data.workers import DecodePool, MicroBatch, WorkerError
-from vtprune_train.stream import PackedBatch, SegmentLayout, plan_stream
+from vtprune_train.plan import plan_stream
+from vtprune_train.stream import PackedBatch, SegmentLayout
 
 PIXELS = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
 

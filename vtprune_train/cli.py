@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vtprune_train.config import ConfigError, load_config, refusal
+from vtprune_train.config import ConfigError, refusal
+from vtprune_train.config_file import load_config
 from vtprune_train.launch import USAGE, asked_to_stop, final_exit, launch
 
 log = logging.getLogger("vtprune_train")

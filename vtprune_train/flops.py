@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from vtprune_train.stream import Boundary, Drop, StreamPlan, counts_per_stage
+from vtprune_train.plan import counts_per_stage
+from vtprune_train.stream import Boundary, Drop, StreamPlan
 
 if TYPE_CHECKING:
     from vtprune_train.pruning.base import PruningMethod

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.config import Config, load_config
+from vtprune_train.config import Config
+from vtprune_train.config_file import load_config
 
 FINAL_FILE = "VTPRUNE_FINAL_FILE"
 RANK_MODULE = "vtprune_train.cli"

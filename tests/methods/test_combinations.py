@@ -9,6 +9,7 @@ from families import SPECIAL, family_inputs, family_model
 from helpers import tiny_model
 from test_keys import TURNS
 from test_phases import parts  # noqa: F401
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -228,6 +229,14 @@ class _NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoLists(TorchFunctionMode):
+    """Fails on lists that become tensors on the device: such a copy waits for all that the device has to do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor) or "device" not in (kwargs or {}), args
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "prumerge"])
 def test_training_never_waits_for_the_device(parts, name):  # noqa: F811
     """Without adaptive counts; PruMerge counts by default."""
@@ -235,7 +244,7 @@ def test_training_never_waits_for_the_device(parts, name):  # noqa: F811
     model = prune(tiny_model(), part).train()
     batch = parts.collator(Phases(part)).pack(parts.loaded, step=0)
     assert not any(boundary.drop.adaptive for boundary in batch.plan.boundaries)
-    with _NoWaiting():
+    with _NoWaiting(), _NoLists():
         model(batch).loss_sum.backward()
 
 

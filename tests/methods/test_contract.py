@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from vtprune_train import PruningMethod, PyramidDrop, prune
 from vtprune_train.models.padded import kept_tokens
+from vtprune_train.plan import counts_per_stage
 from vtprune_train.pruning.base import Selection
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.scoring import mean_query_attention
 from vtprune_train.pruning.selection import top_k_per_span
-from vtprune_train.stream import Drop, counts_per_stage
+from vtprune_train.stream import Drop
 
 BATCH = [
     [0, "what is shown here ? assistant :"],

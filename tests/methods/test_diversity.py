@@ -7,6 +7,7 @@ import torch
 from families import family_inputs, family_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune_train import prune
 from vtprune_train.models.padded import kept_tokens
@@ -51,6 +52,7 @@ def slow_determinantal(tokens, weights, take):
     return sorted(chosen)
 
 
+WEIGHTS = torch.linspace(0.1, 1, 60)
 IMAGES = st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1)), max_size=4)
 
 
@@ -84,6 +86,25 @@ def test_determinantal(seed, images):
         expected += [start + i for i in slow_determinantal(own, weight, k)]
         start += len(own)
     assert determinantal(tokens, weights, sizes, take).tolist() == expected
+
+
+class _Count(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("search", [max_min_diverse, lambda tokens, *what: determinantal(tokens, WEIGHTS, *what)])
+def test_a_step_starts_no_more_operations_than_the_one_before(search):
+    """Each is a kernel on a GPU, and there are as many steps as tokens stay."""
+    tokens, counted = torch.randn(len(WEIGHTS), 64), []
+    for take in (10, 20, 30):
+        with _Count() as count:
+            search(tokens, [40, 20], [take, take // 2])
+        counted.append(count.operations)
+    assert counted[2] - counted[1] == counted[1] - counted[0]
 
 
 def test_what_adds_no_volume_goes_by_relevance():

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText
 
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
-from vtprune_train.config import Config, ConfigError, load_config
+from vtprune_train.config import Config, ConfigError
+from vtprune_train.config_file import load_config
 from vtprune_train.inference.chatting import load
 from vtprune_train.models.build import parts_of, set_trainable
 from vtprune_train.models.learned import attach

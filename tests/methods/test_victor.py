@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_learned import compared, slow_victor
 
+from vtprune_train.plan import counts_per_stage
 from vtprune_train.pruning.learned import is_register, joined
 from vtprune_train.pruning.victor import Victor
-from vtprune_train.stream import ImageSpan, SegmentLayout, SpanLayout, counts_per_stage
+from vtprune_train.stream import ImageSpan, SegmentLayout, SpanLayout
 
 COUNTS = st.lists(st.integers(1, 9), max_size=5)
 

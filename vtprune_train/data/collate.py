@@ -18,9 +18,10 @@ from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, load_image
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.measure import picture_name
 from vtprune_train.models.layouts import Grids, ImageLayout, Pictures
+from vtprune_train.plan import plan_stream
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
-from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, TeacherPass, plan_stream, text_key
+from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, TeacherPass, text_key
 
 
 @dataclass

@@ -29,9 +29,10 @@ from vtprune_train.flops import (
     stage_layers,
 )
 from vtprune_train.models.anyres import AnyRes
+from vtprune_train.plan import plan_stream
 from vtprune_train.pruning import PruningMethod
 from vtprune_train.pruning.describe import schedule
-from vtprune_train.stream import ImageSpan, SegmentLayout, StreamPlan, plan_stream
+from vtprune_train.stream import ImageSpan, SegmentLayout, StreamPlan
 
 TYPICAL_ANSWER = 32
 

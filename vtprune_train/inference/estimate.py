@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
-from vtprune_train.config import load_config
+from vtprune_train.config_file import load_config
 from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry
 from vtprune_train.inference.chatting import choose_device
 from vtprune_train.inference.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of

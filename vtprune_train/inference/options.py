@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from vtprune_train.config import TRAINING_ONLY, read_pruning
+from vtprune_train.config import TRAINING_ONLY
+from vtprune_train.config_file import read_pruning
 from vtprune_train.inference.chatting import DTYPES, Loaded, load, model_config
 from vtprune_train.models.build import resolve_checkpoint
 from vtprune_train.models.patch import CONFIG_KEY, SAVED

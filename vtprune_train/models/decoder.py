@@ -20,6 +20,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.cache import PackedCache, StageCache
 from vtprune_train.models.keys import StageKeys
+from vtprune_train.plan import replan
 from vtprune_train.pruning.base import Candidates, EncoderSignals, PruningMethod, Ranking
 from vtprune_train.pruning.selection import next_rows
 from vtprune_train.stream import Boundary, Drop, Stage, StreamPlan, map_leaves
@@ -279,7 +280,7 @@ class _Walk:
         if not self.plan.boundaries[index].spans:
             return
         before = [np.array([span.after for span in b.spans]) for b in self.plan.boundaries[:index]]
-        plan = self.plan.with_counts([*before, counts.cpu().numpy()])
+        plan = replan(self.plan, [*before, counts.cpu().numpy()])
         device = self.hidden.device
         self.plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(device))
         staging = (self.staging.replanned or Staging.counted)(self.plan)

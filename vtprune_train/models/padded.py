@@ -26,16 +26,9 @@ from vtprune_train.models.decoder import DecoderOutput, check_attention, run_lay
 from vtprune_train.models.families import Family
 from vtprune_train.models.layouts import Grids
 from vtprune_train.models.staging import plan_staging, settle, use_three_parts
+from vtprune_train.plan import plan_stream
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
-from vtprune_train.stream import (
-    IGNORE,
-    ImageSpan,
-    SegmentLayout,
-    StreamPlan,
-    map_leaves,
-    plan_stream,
-    text_key,
-)
+from vtprune_train.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, map_leaves, text_key
 
 log = logging.getLogger(__name__)
 

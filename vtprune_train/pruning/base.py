@@ -24,10 +24,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vtprune_train.plan import plan_stream
 from vtprune_train.pruning.budget import mean_input_share, scaled_to_budget
 from vtprune_train.pruning.own import method_name
 from vtprune_train.pruning.selection import top_k_per_span
-from vtprune_train.stream import Boundary, Drop, SegmentLayout, StreamPlan, plan_stream
+from vtprune_train.stream import Boundary, Drop, SegmentLayout, StreamPlan
 
 RankWith = Literal["next_layer", "this_layer"]
 Positions = Literal["renumber", "keep"]

@@ -7,7 +7,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from vtprune_train.stream import Drop, counts_per_stage
+from vtprune_train.plan import counts_per_stage
+from vtprune_train.stream import Drop
 
 if TYPE_CHECKING:
     from vtprune_train.pruning.base import PruningMethod

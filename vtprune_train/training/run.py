@@ -16,15 +16,8 @@ from pydantic import ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.config import (
-    TRAINING_ONLY,
-    Config,
-    ConfigError,
-    PruningConfig,
-    SourceConfig,
-    dump_config,
-    without_effect,
-)
+from vtprune_train.config import TRAINING_ONLY, Config, ConfigError, PruningConfig, SourceConfig
+from vtprune_train.config_file import dump_config, without_effect
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.costs import StepCosts

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from vtprune_train.config import Config, dump_config
+from vtprune_train.config import Config
+from vtprune_train.config_file import dump_config
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.planner import Planner, StepPlan, data_digest
