@@ -1,12 +1,13 @@
 """A method's own parameters: made, trained, saved, found again; in our folders, exports and adapters."""
 
 import copy
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import finish, save_folder, save_pictures, save_run, talkative
+from checkpoints import finish, save_data, save_folder, save_pictures, save_run, talkative
 from families import family_inputs, family_model
 from helpers import tiny_model
 from peft import LoraConfig, get_peft_model
@@ -156,15 +157,54 @@ def test_parameters_that_do_not_fit_start_fresh(method, count, tmp_path, caplog)
     torch.manual_seed(3)
     prune(model, method)
     [record] = caplog.records
-    assert "holds no fitting parameters of" in record.message and str(tmp_path) in record.message
+    assert f"{method.name} learns parameters, and {tmp_path} holds none that fit" in record.message
     assert f"{count} of {count} tensors" in record.message
     fresh = tiny_model()
     torch.manual_seed(3)
     assert same(parameters(prune(fresh, method)), parameters(model))
 
 
+COMMANDS = {
+    "generate": ["--prompt", "what ?"],
+    "show": ["--prompt", "what ?", "--out", "{}/shown.png"],
+    "eval": ["--data", "{}/val.json", "--images", "{}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("saved", "asked", "way_out"),
+    [
+        (None, ["--method", "victor"], "pruning.method=victor and"),
+        (VICTOR, ["--set", "registers=4"], "pruning.method=victor and"),
+        (VICTOR, ["--method", "[divprune, voco]"], "pruning.method=[divprune, voco] and"),
+    ],
+    ids=["never", "another_size", "another_method"],
+)
+def test_nothing_answers_with_parameters_that_were_never_trained(command, saved, asked, way_out, tmp_path, capsys):
+    save_folder(tmp_path / "hf", saved)
+    save_data(tmp_path, records=3)
+    given = [word.format(tmp_path) for word in COMMANDS[command]]
+    picture = [] if command == "eval" else ["--image", str(tmp_path / "images" / "0.png")]
+    assert main([command, "--model", str(tmp_path / "hf"), *picture, *given, *asked]) == 2
+    said = capsys.readouterr().err
+    assert f"learns parameters, and {tmp_path / 'hf'} holds none that fit" in said and way_out in said
+
+
+def test_an_export_of_settings_without_their_parameters_is_refused(tmp_path, capsys):
+    save_folder(tmp_path / "hf", VICTOR)
+    settings_file = tmp_path / "hf" / "config.json"
+    config = json.loads(settings_file.read_text())
+    config["pruning"]["registers"] = 5
+    settings_file.write_text(json.dumps(config))
+    assert main(["export", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]) == 2
+    assert "victor learns parameters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_our_loading_is_silent(tmp_path, caplog, capfd):
     save_folder(tmp_path / "hf", VICTOR)
+    caplog.clear()
     caplog.set_level(logging.INFO)
     loaded = load(str(tmp_path / "hf"), device="cpu")
     assert parameters(loaded.model).keys() == {"weight"}
