@@ -10,7 +10,7 @@ import torch
 from checkpoints import finish, save_data, save_folder, save_pictures, save_run, talkative
 from families import family_inputs, family_model
 from helpers import tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_equivalence import random_batch, random_segment
 from test_peft import Engine, settings_of, started
@@ -21,7 +21,7 @@ from vtprune_train.cli import main
 from vtprune_train.config import Config, ConfigError, load_config
 from vtprune_train.inference.chatting import load
 from vtprune_train.models.build import parts_of, set_trainable
-from vtprune_train.models.learned import attach
+from vtprune_train.models.learned import attach, modules_to_save
 from vtprune_train.models.peft import open_adapter
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.divprune import DivPrune
@@ -311,10 +311,24 @@ def test_who_learns():
     assert not learns(PyramidDrop()) and not learns(None)
 
 
-def test_peft_s_own_saving_leaves_them_out_and_it_is_said(caplog):
-    model = get_peft_model(family_model("llava_next"), LoraConfig(target_modules=["q_proj"]))
-    prune(model, VICTOR)
-    assert "PEFT's save_pretrained leaves out" in caplog.text
+@pytest.mark.parametrize("method", [VICTOR, MOD, BOTH], ids=["victor", "mod", "combined"])
+def test_peft_s_own_saving_takes_them_where_it_is_told(method, tmp_path, caplog):
+    base, inputs = family_model("llava_next").eval(), family_inputs("llava_next", TEXTS)
+    plain = copy.deepcopy(base)
+    prune(get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])), method)
+    names = modules_to_save(prune(base, method))
+    assert f"leaves out: prune first, then get_peft_model(model, LoraConfig(modules_to_save={names}" in caplog.text
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=names))
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad and ".pruning." in name}
+    adapted.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert trained and all(adapted.get_parameter(name).grad.any() for name in trained)
+    with torch.no_grad():
+        for parameter in map(adapted.get_parameter, trained):
+            parameter.add_(0.5)
+    adapted.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(prune(plain, method), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(opened(**inputs).logits, adapted.eval()(**inputs).logits)
 
 
 def test_the_original_code_s_folder_has_no_place_for_them(tmp_path, caplog):

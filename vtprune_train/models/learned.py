@@ -53,6 +53,13 @@ def detach(model: HFModule) -> nn.Module | None:
     return model.get_submodule(family_of(model).decoder)._modules.pop(PARAMETERS, None)
 
 
+def modules_to_save(model: HFModule) -> list[str]:
+    """The names by which PEFT's ``modules_to_save`` finds the parameters of :func:`attach`, a module each."""
+    made = model.get_submodule(family_of(model).decoder)._modules.get(PARAMETERS)
+    named = () if made is None else made.named_modules(prefix=PARAMETERS)
+    return [name for name, module in named if next(module.parameters(recurse=False), None) is not None]
+
+
 def carry(model: HFModule) -> None:
     """:func:`attach` for a model that is not pruned, but saved again with the settings in its config.
 

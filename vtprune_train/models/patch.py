@@ -31,7 +31,7 @@ from vtprune_train.models.encoder import SEEN, check_tower, joined, patch_index,
 from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.layouts import Grids
-from vtprune_train.models.learned import attach, detach
+from vtprune_train.models.learned import attach, detach, modules_to_save
 from vtprune_train.models.padded import forward_text
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
@@ -93,8 +93,8 @@ def prune(
         attach(inner, method)
         if inner is not model and learns(method):
             log.warning(
-                "%s has parameters of its own, which PEFT's save_pretrained leaves out: save them by yourself, from "
-                "model.get_base_model().%s.%s", method.name, family.decoder, PARAMETERS,
+                "%s has parameters of its own, which PEFT's save_pretrained leaves out: prune first, then "
+                "get_peft_model(model, LoraConfig(modules_to_save=%s, ...))", method.name, modules_to_save(inner),
             )  # fmt: skip
     weight = inner.get_output_embeddings().weight
     state = State(
