@@ -331,10 +331,15 @@ def test_peft_s_own_saving_takes_them_where_it_is_told(method, tmp_path, caplog)
         assert torch.equal(opened(**inputs).logits, adapted.eval()(**inputs).logits)
 
 
-def test_the_original_code_s_folder_has_no_place_for_them(tmp_path, caplog):
+def test_the_original_code_s_folder_has_no_place_for_them(tmp_path, caplog, capsys):
     save_folder(tmp_path / "hf", VICTOR)
-    out = ["--to", "original", "--out", str(tmp_path / "out"), "--vision_tower", "clip"]
-    assert main(["convert", "--model", str(tmp_path / "hf"), *out]) == 0
+    asked = ["convert", "--model", str(tmp_path / "hf"), "--to", "original", "--vision_tower", "clip"]
+    asked += ["--out", str(tmp_path / "out")]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert "has no place for the parameters of victor" in said and "--without_learned" in said
+    assert not (tmp_path / "out").exists()
+    assert main([*asked, "--without_learned"]) == 0
     assert "the parameters of victor are left out" in caplog.text
 
 
