@@ -285,12 +285,12 @@ def _load_state_dict(
     """Also under the names of the published checkpoints, which ``save_pretrained`` writes: transformers' Trainer
     resumes from such a file without renaming, and would go on with the weights the model was made with."""
     own = self.state_dict()
-    if state_dict and not own.keys() & state_dict.keys():
+    if state_dict.keys() - own.keys():  # some names are the same in both, as Qwen2-VL's lm_head.weight
         name_of = {id(tensor): name for name, tensor in own.items()}
         saved = revert_weight_conversion(self, own)
         if all(id(tensor) in name_of for tensor in saved.values()):
             names = {published: name_of[id(tensor)] for published, tensor in saved.items()}
-            state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+            state_dict = {key if key in own else names.get(key, key): t for key, t in state_dict.items()}
     return original(state_dict, *args, **kwargs)
 
 
