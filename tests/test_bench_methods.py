@@ -162,10 +162,11 @@ def test_a_training_step_leaves_nothing_behind(folder, data):
 
 
 def test_a_learned_method_takes_part_in_its_own_model(tmp_path):
-    saved = save_folder(tmp_path / "saved", method_class("victor")(layers=2), talkative())
+    saved = save_folder(tmp_path / "saved", method_class("victor")(registers=3, layers=2), talkative())
     loaded = load(str(saved), None)
     rivals, absent = rivals_of(["victor", "voco"], [0.5], loaded, "varlen_sdpa")
     assert [rival.title for rival in rivals] == ["dense", "victor 0.5"]
+    assert rivals[1].method.registers == 3, "as many as were trained"
     assert [one.name for one in absent] == ["voco"]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, SPECIAL, family_inputs, family_model
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3ForConditionalGeneration
 
 from vtprune_train import PyramidDrop, dense, prune, unprune
@@ -74,6 +75,18 @@ def test_a_pruned_model_is_saved_and_opened(name, tmp_path):
     assert torch.equal(continuation(opened, inputs), before), "a dense user gets the dense model"
     assert torch.equal(continuation(prune(opened), inputs), pruned), "prune(model) takes the saved settings"
     assert torch.equal(continuation(unprune(model), inputs), before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_trainer_s_checkpoint_is_loaded_under_its_published_names(name, tmp_path):
+    """As a Trainer resumes: the files' tensors into a model made with other weights, unknown names passed over."""
+    saved = prune(family_model(name), HALF)
+    saved.save_pretrained(tmp_path)
+    other = prune(family_model(name, seed=1), HALF)
+    result = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not result.unexpected_keys
+    own = other.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in saved.state_dict().items())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,15 +1,16 @@
 """A method's own parameters: made, trained, saved, found again; in our folders, exports and adapters."""
 
 import copy
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import finish, save_folder, save_pictures, save_run, talkative
+from checkpoints import finish, save_data, save_folder, save_pictures, save_run, talkative
 from families import family_inputs, family_model
 from helpers import tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_equivalence import random_batch, random_segment
 from test_peft import Engine, settings_of, started
@@ -21,7 +22,7 @@ from vtprune_train.config import Config, ConfigError
 from vtprune_train.config_file import load_config
 from vtprune_train.inference.chatting import load
 from vtprune_train.models.build import parts_of, set_trainable
-from vtprune_train.models.learned import attach
+from vtprune_train.models.learned import attach, modules_to_save
 from vtprune_train.models.peft import open_adapter
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.divprune import DivPrune
@@ -157,15 +158,54 @@ def test_parameters_that_do_not_fit_start_fresh(method, count, tmp_path, caplog)
     torch.manual_seed(3)
     prune(model, method)
     [record] = caplog.records
-    assert "holds no fitting parameters of" in record.message and str(tmp_path) in record.message
+    assert f"{method.name} learns parameters, and {tmp_path} holds none that fit" in record.message
     assert f"{count} of {count} tensors" in record.message
     fresh = tiny_model()
     torch.manual_seed(3)
     assert same(parameters(prune(fresh, method)), parameters(model))
 
 
+COMMANDS = {
+    "generate": ["--prompt", "what ?"],
+    "show": ["--prompt", "what ?", "--out", "{}/shown.png"],
+    "eval": ["--data", "{}/val.json", "--images", "{}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("saved", "asked", "way_out"),
+    [
+        (None, ["--method", "victor"], "pruning.method=victor and"),
+        (VICTOR, ["--set", "registers=4"], "pruning.method=victor and"),
+        (VICTOR, ["--method", "[divprune, voco]"], "pruning.method=[divprune, voco] and"),
+    ],
+    ids=["never", "another_size", "another_method"],
+)
+def test_nothing_answers_with_parameters_that_were_never_trained(command, saved, asked, way_out, tmp_path, capsys):
+    save_folder(tmp_path / "hf", saved)
+    save_data(tmp_path, records=3)
+    given = [word.format(tmp_path) for word in COMMANDS[command]]
+    picture = [] if command == "eval" else ["--image", str(tmp_path / "images" / "0.png")]
+    assert main([command, "--model", str(tmp_path / "hf"), *picture, *given, *asked]) == 2
+    said = capsys.readouterr().err
+    assert f"learns parameters, and {tmp_path / 'hf'} holds none that fit" in said and way_out in said
+
+
+def test_an_export_of_settings_without_their_parameters_is_refused(tmp_path, capsys):
+    save_folder(tmp_path / "hf", VICTOR)
+    settings_file = tmp_path / "hf" / "config.json"
+    config = json.loads(settings_file.read_text())
+    config["pruning"]["registers"] = 5
+    settings_file.write_text(json.dumps(config))
+    assert main(["export", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]) == 2
+    assert "victor learns parameters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_our_loading_is_silent(tmp_path, caplog, capfd):
     save_folder(tmp_path / "hf", VICTOR)
+    caplog.clear()
     caplog.set_level(logging.INFO)
     loaded = load(str(tmp_path / "hf"), device="cpu")
     assert parameters(loaded.model).keys() == {"weight"}
@@ -272,16 +312,35 @@ def test_who_learns():
     assert not learns(PyramidDrop()) and not learns(None)
 
 
-def test_peft_s_own_saving_leaves_them_out_and_it_is_said(caplog):
-    model = get_peft_model(family_model("llava_next"), LoraConfig(target_modules=["q_proj"]))
-    prune(model, VICTOR)
-    assert "PEFT's save_pretrained leaves out" in caplog.text
+@pytest.mark.parametrize("method", [VICTOR, MOD, BOTH], ids=["victor", "mod", "combined"])
+def test_peft_s_own_saving_takes_them_where_it_is_told(method, tmp_path, caplog):
+    base, inputs = family_model("llava_next").eval(), family_inputs("llava_next", TEXTS)
+    plain = copy.deepcopy(base)
+    prune(get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])), method)
+    names = modules_to_save(prune(base, method))
+    assert f"leaves out: prune first, then get_peft_model(model, LoraConfig(modules_to_save={names}" in caplog.text
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=names))
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad and ".pruning." in name}
+    adapted.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert trained and all(adapted.get_parameter(name).grad.any() for name in trained)
+    with torch.no_grad():
+        for parameter in map(adapted.get_parameter, trained):
+            parameter.add_(0.5)
+    adapted.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(prune(plain, method), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(opened(**inputs).logits, adapted.eval()(**inputs).logits)
 
 
-def test_the_original_code_s_folder_has_no_place_for_them(tmp_path, caplog):
+def test_the_original_code_s_folder_has_no_place_for_them(tmp_path, caplog, capsys):
     save_folder(tmp_path / "hf", VICTOR)
-    out = ["--to", "original", "--out", str(tmp_path / "out"), "--vision_tower", "clip"]
-    assert main(["convert", "--model", str(tmp_path / "hf"), *out]) == 0
+    asked = ["convert", "--model", str(tmp_path / "hf"), "--to", "original", "--vision_tower", "clip"]
+    asked += ["--out", str(tmp_path / "out")]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert "has no place for the parameters of victor" in said and "--without_learned" in said
+    assert not (tmp_path / "out").exists()
+    assert main([*asked, "--without_learned"]) == 0
     assert "the parameters of victor are left out" in caplog.text
 
 

@@ -33,7 +33,8 @@ from vtprune_train.models.build import (
     load_any_config,
     resolve_checkpoint,
 )
-from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune
+from vtprune_train.models.learned import check_trained
+from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune, saved_method
 from vtprune_train.models.peft import is_adapter, open_adapter
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IMAGE
@@ -79,7 +80,8 @@ def load(
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        ValueError: no readable model or processor there, no such device, or a method that does not fit.
+        ValueError: no readable model or processor there, no such device, or a method that does not fit or whose
+            parameters are not in the checkpoint.
     """
     where = choose_device(device)
     folder = resolve_checkpoint(path)
@@ -89,7 +91,10 @@ def load(
     if method == SAVED and getattr(config, CONFIG_KEY, None) is None:
         log.warning("%s holds no pruning settings: it runs dense; name a method to drop visual tokens", path)
         method = None
+    if method == SAVED:
+        method = saved_method(model)
     if method is not None:
+        check_trained(model, method)
         prune(model, method)
     template = recorded_template(folder)
     if template is not None:

@@ -58,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=FORMS, help="what to write")
     parser.add_argument("--out", required=True, metavar="PATH", help="a folder; for mm_projector a file")
     parser.add_argument("--vision_tower", metavar="DIR", help="CLIP tower; left out: the one that config.json names")
+    help_text = "to original: leave out the parameters that the pruning method learned, for which it has no place"
+    parser.add_argument("--without_learned", action="store_true", help=help_text)
     parser.add_argument("--force", action="store_true", help="replace what is there")
 
 
@@ -73,12 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
         _write_mm_projector(source, out, arguments.force)
     else:
         check_target(out, source, arguments.force)
-        publish(out, _writer(source, arguments.to, arguments.vision_tower))
+        publish(out, _writer(source, arguments.to, arguments.vision_tower, arguments.without_learned))
     log.info("%s is in %s", arguments.to, out)
     return 0
 
 
-def _writer(source: str, form: str, tower: str | None) -> Callable[[Path], None]:
+def _writer(source: str, form: str, tower: str | None, without_learned: bool) -> Callable[[Path], None]:
     if form == "projector":
         projector = _projector(source)[0]
         tensors = {name.removeprefix("model."): value.contiguous() for name, value in projector.items()}
@@ -91,7 +93,7 @@ def _writer(source: str, form: str, tower: str | None) -> Callable[[Path], None]
     if form == "hf" and is_original:
         return hf_writer(Path(source), tower)
     if form == "original" and not is_original:
-        return original_writer(source, tower)
+        return original_writer(source, tower, without_learned)
     raise ValueError(f"--to {form}: {source} is one already")
 
 
@@ -290,18 +292,18 @@ def _grow(weights: dict[str, Tensor], config: PreTrainedConfig, tokens: int) -> 
     config.text_config.vocab_size = size
 
 
-def original_writer(source: str, tower: str | None) -> Callable[[Path], None]:
+def original_writer(source: str, tower: str | None, without_learned: bool) -> Callable[[Path], None]:
     """Writes a Hugging Face folder, or a run, as the original code reads it.
 
     Raises:
-        ValueError: it is no LLaVA, or nothing says which tower it has.
+        ValueError: it is no LLaVA, or nothing says which tower it has, or its pruning method learned parameters that
+            are not to be left out.
     """
     config = _llava_config(source)
+    _check_learned(config, source, without_learned)
     settings = original_config(config, tower, source)
     tokenizer = load_processor(source, config).tokenizer
     model = load_weights(source, "auto")
-    if (method := saved_learner(config)) is not None:
-        log.warning("%s: the parameters of %s are left out, as the original code knows none", source, method.name)
     state = model.state_dict()
     linear = config.projector_hidden_act == "linear"
     weights = original.projector_to_original(state, linear)
@@ -321,6 +323,19 @@ def original_writer(source: str, tower: str | None) -> Callable[[Path], None]:
         tokenizer.save_pretrained(folder)
 
     return write
+
+
+def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool) -> None:
+    method = saved_learner(config)
+    if method is None:
+        return
+    if not without_learned:
+        raise ValueError(
+            f"--to original: the format has no place for the parameters of {method.name} that {source} was trained "
+            "with, and without them it is another, weaker model; --without_learned leaves them out all the same, and "
+            "vtprune export keeps them"
+        )
+    log.warning("%s: the parameters of %s are left out, as the original code knows none", source, method.name)
 
 
 def original_config(config: PreTrainedConfig, tower: str | None, place: str) -> dict[str, Any]:

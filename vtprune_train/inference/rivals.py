@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vtprune_train.inference.chatting import Loaded
-from vtprune_train.models.patch import CONFIG_KEY, prune, unprune
+from vtprune_train.models.learned import check_trained, saved_learner
+from vtprune_train.models.patch import prune, unprune
 from vtprune_train.pruning import NONE, PruningMethod, method_class
-from vtprune_train.pruning.learned import learns
 
 DENSE = "dense"
 
@@ -52,7 +51,6 @@ def rivals_of(
         ValueError: an unknown name.
     """
     num_layers = loaded.model.config.get_text_config().num_hidden_layers
-    saved = getattr(loaded.model.config, CONFIG_KEY, None)
     found, absent = [Rival(DENSE)], []
     for name in names:
         if name == NONE:
@@ -60,8 +58,8 @@ def rivals_of(
         kind = method_class(name)
         for budget in budgets:
             try:
-                method = kind().for_budget(budget, num_layers)
-                _check(method, loaded, saved, attention)
+                method = _starting(kind, loaded).for_budget(budget, num_layers)
+                _check(method, loaded, attention)
             except ValueError as error:
                 absent.append(Absent(name, budget, str(error)))
             else:
@@ -69,17 +67,19 @@ def rivals_of(
     return found, absent
 
 
-def _check(method: PruningMethod, loaded: Loaded, saved: Any, attention: str) -> None:
+def _starting(kind: type[PruningMethod], loaded: Loaded) -> PruningMethod:
+    """A method before it is fitted to a budget: its defaults; where the model brings its parameters, the settings that
+    they were trained with."""
+    saved = saved_learner(loaded.model.config)
+    return saved if saved is not None and type(saved) is kind else kind()
+
+
+def _check(method: PruningMethod, loaded: Loaded, attention: str) -> None:
     """Whether a method can run on the model.
 
     Raises:
         ValueError: it cannot, or it learns parameters that the model does not have.
     """
-    known = saved.get("method") if isinstance(saved, dict) else None
-    if learns(method) and known != method.name:
-        raise ValueError(
-            f"{method.name} learns parameters, and this model was not trained with it; train with "
-            f"pruning.method={method.name} and name that run"
-        )
+    check_trained(loaded.model, method)
     prune(loaded.model, method, attention=attention)
     unprune(loaded.model)

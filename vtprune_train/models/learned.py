@@ -7,6 +7,7 @@ other. Only ``from_pretrained`` does not know them: it drops them, and :func:`at
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from safetensors import safe_open
@@ -52,11 +53,44 @@ def detach(model: HFModule) -> nn.Module | None:
     return model.get_submodule(family_of(model).decoder)._modules.pop(PARAMETERS, None)
 
 
+def modules_to_save(model: HFModule) -> list[str]:
+    """The names by which PEFT's ``modules_to_save`` finds the parameters of :func:`attach`, a module each."""
+    made = model.get_submodule(family_of(model).decoder)._modules.get(PARAMETERS)
+    named = () if made is None else made.named_modules(prefix=PARAMETERS)
+    return [name for name, module in named if next(module.parameters(recurse=False), None) is not None]
+
+
 def carry(model: HFModule) -> None:
-    """:func:`attach` for a model that is not pruned, but saved again with the settings in its config."""
+    """:func:`attach` for a model that is not pruned, but saved again with the settings in its config.
+
+    Raises:
+        ValueError: see :func:`check_trained`.
+    """
     method = saved_learner(model.config)
     if method is not None:
+        check_trained(model, method)
         attach(model, method)
+
+
+def check_trained(model: HFModule, method: PruningMethod) -> None:
+    """Whether the checkpoint that a model was loaded from brings all parameters of ``method``, for those who do not
+    train it.
+
+    Raises:
+        ValueError: it does not, so some would start fresh.
+    """
+    if not learns(method):
+        return
+    made = _fresh(method, model.get_submodule(family_of(model).decoder))
+    if made is None:
+        return
+    own = made.state_dict()
+    if missing := _missing(own, saved_tensors(model, method)):
+        raise ValueError(
+            f"{' and '.join(_names(method))} learns parameters, and {_lack(model, own, missing)}; train with "
+            f"pruning.method={_named(method)} and name that run, with the settings of its training, or name a method "
+            "that learns nothing"
+        )
 
 
 def saved_learner(config: PreTrainedConfig) -> PruningMethod | None:
@@ -83,20 +117,29 @@ def fresh(method: PruningMethod, text_model: HFModule) -> nn.Module | None:
 @torch.no_grad()
 def _fill(made: nn.Module, found: dict[str, Tensor], model: HFModule, method: PruningMethod) -> None:
     own = made.state_dict()
-    missing = [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
+    missing = _missing(own, found)
     for name, value in own.items():
         if name not in missing:
             value.copy_(found[name])
     if not missing:
         return
-    source, names = _source(model), " and ".join(_names(method))
-    if source:
-        log.warning(
-            "%s holds no fitting parameters of %s (%d of %d tensors, first %s): they start fresh and are of no use "
-            "before they are trained", source, names, len(missing), len(own), missing[0],
-        )  # fmt: skip
+    names = " and ".join(_names(method))
+    if _source(model):
+        lack = _lack(model, own, missing)
+        log.warning("%s learns parameters, and %s: they start fresh and are of no use untrained", names, lack)
     else:
         log.info("%s adds %d tensors to the model, which start fresh", names, len(own))
+
+
+def _missing(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """The names in ``own`` that ``found`` does not have in that shape."""
+    return [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
+
+
+def _lack(model: HFModule, own: Mapping[str, Tensor], missing: list[str]) -> str:
+    """What the model's checkpoint does not hold, in words."""
+    found = f"{len(missing)} of {len(own)} tensors are missing or of another shape, first {missing[0]}"
+    return f"{_source(model) or 'this model'} holds none that fit ({found})"
 
 
 def _source(model: HFModule) -> str:
@@ -126,6 +169,12 @@ def saved_tensors(model: HFModule, method: PruningMethod) -> dict[str, Tensor]:
 
 def _names(method: PruningMethod) -> list[str]:
     return [str(part.settings()["method"]) for part in method.parts]
+
+
+def _named(method: PruningMethod) -> str:
+    """What stands behind ``pruning.method=``."""
+    names = _names(method)
+    return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
 
 
 def _saved_names(config: PreTrainedConfig) -> list[str]:

@@ -31,7 +31,7 @@ from vtprune_train.models.encoder import SEEN, check_tower, joined, patch_index,
 from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.layouts import Grids
-from vtprune_train.models.learned import attach, detach
+from vtprune_train.models.learned import attach, detach, modules_to_save
 from vtprune_train.models.padded import forward_text
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
@@ -93,8 +93,8 @@ def prune(
         attach(inner, method)
         if inner is not model and learns(method):
             log.warning(
-                "%s has parameters of its own, which PEFT's save_pretrained leaves out: save them by yourself, from "
-                "model.get_base_model().%s.%s", method.name, family.decoder, PARAMETERS,
+                "%s has parameters of its own, which PEFT's save_pretrained leaves out: prune first, then "
+                "get_peft_model(model, LoraConfig(modules_to_save=%s, ...))", method.name, modules_to_save(inner),
             )  # fmt: skip
     weight = inner.get_output_embeddings().weight
     state = State(
@@ -285,12 +285,12 @@ def _load_state_dict(
     """Also under the names of the published checkpoints, which ``save_pretrained`` writes: transformers' Trainer
     resumes from such a file without renaming, and would go on with the weights the model was made with."""
     own = self.state_dict()
-    if state_dict and not own.keys() & state_dict.keys():
+    if state_dict.keys() - own.keys():  # some names are the same in both, as Qwen2-VL's lm_head.weight
         name_of = {id(tensor): name for name, tensor in own.items()}
         saved = revert_weight_conversion(self, own)
         if all(id(tensor) in name_of for tensor in saved.values()):
             names = {published: name_of[id(tensor)] for published, tensor in saved.items()}
-            state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+            state_dict = {key if key in own else names.get(key, key): t for key, t in state_dict.items()}
     return original(state_dict, *args, **kwargs)
 
 
