@@ -18,6 +18,7 @@ from vtprune_train.config import PruningConfig
 from vtprune_train.inference.chatting import load
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_class, method_from_settings, setting_types
+from vtprune_train.pruning.contract import check_method
 
 NAMES = [
     "pyramiddrop", "sparsevlm", "plphp", "fastv", "feather", "prumerge", "fopru", "vtc_cls", "visionzip", "divprune",
@@ -116,7 +117,10 @@ def test_the_page_s_commands(own, capsys):
     ("path", "words"),
     [
         ("nowhere.py:Outliers", "there is no file nowhere.py (seen from"),
-        ("outliers.py:Inliers", "outliers.py has no dataclass 'Inliers' that is a PruningMethod"),
+        (
+            "outliers.py:Inliers",
+            "outliers.py has no dataclass 'Inliers' that is a PruningMethod; did you mean Outliers?",
+        ),
         ("outliers.py:dataclass", "has no dataclass 'dataclass' that is a PruningMethod"),
         ("json.py:Mine", "another module is named json"),
         ("no.such.module:Mine", "cannot be imported: No module named 'no'"),
@@ -126,6 +130,169 @@ def test_what_is_not_found_is_named(own, path, words):
     (own / "json.py").write_text("")
     with pytest.raises(ValueError, match=re.escape(words)):
         method_from_settings({"method": path})
+
+
+PARTS = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.stream import Drop
+
+
+@dataclass(frozen=True)
+class Whole(PruningMethod):
+    name: ClassVar[str] = "whole"
+
+    def drops(self, num_layers):
+        return (Drop(1, 0.5),)
+
+    def score(self, candidates):
+        return torch.arange(len(candidates.hidden))
+
+
+@dataclass(frozen=True)
+class Nowhere(PruningMethod):
+    name: ClassVar[str] = "nowhere"
+
+
+@dataclass(frozen=True)
+class Nameless(PruningMethod):
+    def drops(self, num_layers):
+        return (Drop(1, 0.5),)
+
+    score = Whole.score
+
+
+@dataclass(frozen=True)
+class Scoreless(PruningMethod):
+    name: ClassVar[str] = "scoreless"
+    drops = Whole.drops
+
+
+@dataclass(frozen=True)
+class Keyless(PruningMethod):
+    name: ClassVar[str] = "keyless"
+
+    def key_layers(self, num_layers):
+        return (0,)
+
+
+@dataclass(frozen=True)
+class Pairs(Whole):
+    def drops(self, num_layers):
+        return ((1, 0.5),)
+
+
+@dataclass(frozen=True)
+class Deep(Whole):
+    def drops(self, num_layers):
+        return (Drop(99, 0.5),)
+
+
+@dataclass(frozen=True)
+class Back(Whole):
+    def drops(self, num_layers):
+        return (Drop(2, 0.5), Drop(1, 0.25))
+
+
+@dataclass(frozen=True)
+class More(Whole):
+    def drops(self, num_layers):
+        return (Drop(1, 1.5),)
+
+
+@dataclass(frozen=True)
+class DeepKeys(Keyless):
+    def key_layers(self, num_layers):
+        return (num_layers,)
+
+    def keys(self, layer, ranking, boundary):
+        return None
+
+
+@dataclass(frozen=True)
+class Flat(Whole):
+    def score(self, candidates):
+        return torch.zeros(3)
+
+
+@dataclass(frozen=True)
+class Mute(Whole):
+    def score(self, candidates):
+        return None
+
+
+@dataclass(frozen=True)
+class Bare(Whole):
+    keep: float
+    drops = Whole.drops
+"""
+
+
+@pytest.fixture
+def parts_of_a_method(own):
+    """A module of classes that each lack something, and one that lacks nothing."""
+    (own / "lacking.py").write_text(PARTS)
+    yield own
+    sys.modules.pop("lacking", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Nowhere", "does not say where it acts; write its drops(num_layers)"),
+        ("Nameless", "has no name; write for example name: ClassVar[str]"),
+        ("Scoreless", "drops tokens but does not say which; write its score(candidates)"),
+        ("Keyless", "leaves keys out but does not say which; write its keys("),
+        ("Pairs", "drops(4) is ((1, 0.5),); return a tuple of Drop(layer, keep)"),
+        ("Deep", "drops(4) drops before layer 99; use 0 to 3"),
+        ("Back", "drops(4) drops before layers [2, 1]; let them ascend"),
+        ("More", "drops(4) keeps 1.5 before layer 1; it is a share of tokens"),
+        ("DeepKeys", "key_layers(4) names layer 4; use 0 to 3"),
+    ],
+)
+def test_a_class_that_lacks_a_part_is_refused(parts_of_a_method, name, words):
+    check_method(method_from_settings({"method": "lacking.py:Whole"}), 4)
+    with pytest.raises(ValueError, match="^" + re.escape(f"lacking.py:{name}") + ".*" + re.escape(words)):
+        check_method(method_from_settings({"method": f"lacking.py:{name}"}), 4)
+
+
+@pytest.mark.parametrize(("name", "given"), [("Flat", "[3]"), ("Mute", "None")])
+def test_scores_of_another_shape_are_refused(parts_of_a_method, capsys, name, given):
+    save_folder(parts_of_a_method / "model", HALF)
+    (picture,) = save_pictures(parts_of_a_method, 1)
+    ask = [
+        "generate",
+        "--model",
+        "model",
+        "--image",
+        str(picture),
+        "--prompt",
+        "what?",
+        "--method",
+        f"lacking.py:{name}",
+    ]
+    assert main(ask) == 2
+    assert f"lacking.py:{name}: score(candidates) gave {given}, not one number for each" in capsys.readouterr().err
+
+
+def test_a_setting_without_a_default_is_asked_for(parts_of_a_method, capsys):
+    assert main(["methods", "lacking.py:Bare"]) == 0
+    assert "keep  required  (float)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^keep of lacking\.py:Bare has no default; give its value"):
+        method_from_settings({"method": "lacking.py:Bare"})
+    assert method_from_settings({"method": "lacking.py:Bare", "keep": 0.5}).keep == 0.5
+
+
+def test_a_file_that_python_cannot_read_is_named(own):
+    (own / "broken.py").write_text("class Mine(:\n")
+    with pytest.raises(
+        ValueError, match=r"method='broken.py:Mine' cannot be imported: invalid syntax \(broken.py, line 1\)$"
+    ):
+        method_from_settings({"method": "broken.py:Mine"})
 
 
 def test_an_importable_module_serves_too(own):
@@ -187,6 +354,7 @@ def test_set_changes_what_is_saved(capsys, tmp_path, monkeypatch, command):
     for option, words in (
         (["--set", "kep=[0.5,0.2]"], "'kep' is not a setting of pyramiddrop; did you mean keep?"),
         (["--set", "keep"], "--set keep: write a setting of the method and its value"),
+        (["--set", "method=random"], "--set method=random: a method is no setting; write --method random"),
         (["--set", "keep=high"], "keep='high'"),
     ):
         assert main([*common, *option]) == 2

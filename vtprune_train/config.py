@@ -399,9 +399,10 @@ class Config(Section):
         depth = ((model.config or {}).get("text_config") or {}).get("num_hidden_layers")
         method = self.pruning.build()
         if method is not None and isinstance(depth, int):
+            from vtprune_train.pruning.contract import check_method
+
             try:
-                method.drops(depth)
-                method.key_layers(depth)
+                check_method(method, depth)
             except ValueError as error:
                 raise ValueError(pruning_refusal(error)) from error
         return self

@@ -114,3 +114,5 @@ def test_settings_are_checked(wrong, message):
         LVLMCSP(**wrong)
     with pytest.raises(ValueError, match="would never return"):
         LVLMCSP(layers=(6, 7)).drops(6)
+    with pytest.raises(ValueError, match=r"layers=\[2, 7\]: in a decoder of 6 layers the tokens would never be pruned"):
+        LVLMCSP(layers=(2, 7)).drops(6)

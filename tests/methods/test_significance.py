@@ -320,8 +320,9 @@ def test_settings_are_checked():
         FoPru(strategy="best")
     with pytest.raises(ValueError, match=r"contextual=1.5 is not in \[0, 1\]"):
         VisionZip(contextual=1.5)
-    with pytest.raises(ValueError, match="spatial=-1 is negative"):
-        PruMerge(spatial=-1)
+    for spatial in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"spatial={spatial} is not a number from 0 on"):
+            PruMerge(spatial=spatial)
     assert PruMerge(spatial=3).drops(8)[0].adaptive and not PruMerge(keep=0.2).drops(8)[0].adaptive
     with pytest.raises(ValueError, match="no keep ratios"):
         PruMerge().eased(1.0, 0.5)

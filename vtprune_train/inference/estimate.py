@@ -25,6 +25,7 @@ from vtprune_train.inference.stopwatch import Clock, clock
 from vtprune_train.inference.stopwatch import render as render_clock
 from vtprune_train.models.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.pruning import PruningMethod, method_from_settings
+from vtprune_train.pruning.contract import check_method
 
 LARGEST = 10**6  # tokens of a sample are laid out one by one
 MOST_SAMPLES = 10**9
@@ -291,8 +292,7 @@ def _method(
     try:
         method = method_from_settings(changed(settings, given or {}))
         if method is not None:
-            method.drops(num_layers)
-            method.key_layers(num_layers)
+            check_method(method, num_layers)
     except ValueError as error:
         option = str(error).partition("=")[0] in OPTIONS  # else it came by --set
         raise ValueError(f"{('--' if option else '') if place is None else place}{error}") from error

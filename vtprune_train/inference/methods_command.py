@@ -17,7 +17,9 @@ NO_BREAK = "\N{NO-BREAK SPACE}"  # a number is searched for with the word in fro
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("method", nargs="?", metavar="NAME", help="one method in full; also package.module:Class")
+    parser.add_argument(
+        "method", nargs="?", metavar="NAME", help="one method in full; also file.py:Class or package.module:Class"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--names", action="store_true", help="names alone, one a line")
     form.add_argument("--json", action="store_true", help="everything, as JSON")

@@ -35,6 +35,7 @@ from vtprune_train.models.learned import attach, detach, modules_to_save
 from vtprune_train.models.padded import forward_text
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
+from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.learned import learns
 from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan
 
@@ -80,7 +81,7 @@ def prune(
     if method is not None:
         if not isinstance(method, PruningMethod):
             raise ValueError(f"method={method!r} is no pruning method; use for example PyramidDrop(keep=(0.5, 0.25))")
-        method.drops(len(text_model.layers))
+        check_method(method, len(text_model.layers))
         check_tower(inner.get_submodule(family.base).config, family, method)
         if family.three_part_positions is not None:
             method = _keeping_positions(method, family.title)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.own import load_class
+from vtprune_train.pruning.own import load_class, names_beside
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
 
 NONE = "none"
@@ -60,7 +60,9 @@ def method_class(name: str) -> type[PruningMethod]:
     found = load_class(path)
     if not (inspect.isclass(found) and issubclass(found, PruningMethod) and dataclasses.is_dataclass(found)):
         module, _, attribute = path.rpartition(":")
-        raise ValueError(f"method={name!r}: {module} has no dataclass {attribute!r} that is a PruningMethod")
+        nearest = difflib.get_close_matches(attribute, names_beside(path), n=1)
+        meant = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"method={name!r}: {module} has no dataclass {attribute!r} that is a PruningMethod{meant}")
     return found
 
 
@@ -90,7 +92,15 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
     if unknown := sorted(set(values) - set(types)):
         raise UnknownSettingError(unknown[0], str(name), tuple(types))
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    _check_given(cls, str(name), values)
     return cls(**{key: _fitting(key, value, types[key], defaults[key]) for key, value in values.items()})
+
+
+def _check_given(cls: type[PruningMethod], name: str, values: Mapping[str, Any]) -> None:
+    """Settings without a default are all there."""
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name not in values and {field.default, field.default_factory} == {dataclasses.MISSING} and field.init:
+            raise ValueError(f"{field.name} of {name} has no default; give its value")
 
 
 class UnknownSettingError(ValueError):

@@ -188,10 +188,20 @@ class PruningMethod(ABC):
 
         Runs with gradients, which :attr:`Selection.values` may carry: an own one scores under ``torch.no_grad()``. The
         default takes the best by :meth:`score`, as many as planned, in their old order.
+
+        Raises:
+            ValueError: :meth:`score` did not give one number a candidate.
         """
         boundary = candidates.boundary
         with torch.no_grad():
             scores = self.score(candidates)
+        expected = boundary.span_of_visual.shape
+        if not isinstance(scores, Tensor) or scores.shape != expected:
+            given = list(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+            raise ValueError(
+                f"{method_name(type(self))}: score(candidates) gave {given}, not one number for each of the "
+                f"{len(boundary.span_of_visual)} candidates; return a tensor {list(expected)}"
+            )
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
     def keys(self, layer: int, ranking: Ranking, boundary: Boundary) -> Tensor:

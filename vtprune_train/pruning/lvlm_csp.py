@@ -36,8 +36,9 @@ class LVLMCSP(PruningMethod):
     all tokens are there; from layer ``layers[1]`` on only those with the most attention.
 
     Args:
-        layers: before which all return, and before which they are pruned; counted from 0. ``None``: 12 and 20 of 32,
-            scaled to the depth (ours: the paper's are not known to us).
+        layers: before which all return, and before which they are pruned; counted from 0; the second may be the
+            depth, for no pruning. ``None``: 12 and 20 of 32, scaled to the depth (ours: the paper's are not known to
+            us).
         keep: clusters, and tokens left in the end, as shares of each image's tokens; at least one stays (ours: with
             these layers 65 % fewer tokens enter a layer, the reduction that the paper reports).
         scatter: ``own``, tokens return as they were; ``cluster`` (ours), each with what its representative has
@@ -77,9 +78,10 @@ class LVLMCSP(PruningMethod):
         prune = max(prune, back + 1)
         if self.layers is not None:
             back, prune = self.layers
-            if back >= num_layers:
+            if back >= num_layers or prune > num_layers:
+                never = "return" if back >= num_layers else "be pruned"
                 raise ValueError(
-                    f"layers={list(self.layers)}: in a decoder of {num_layers} layers the tokens would never return; "
+                    f"layers={list(self.layers)}: in a decoder of {num_layers} layers the tokens would never {never}; "
                     f"use layers below {num_layers}"
                 )
         found = (

@@ -28,9 +28,17 @@ def load_class(path: str) -> Any:
     return getattr(_load_module(place, path), attribute, None)
 
 
+def names_beside(path: str) -> list[str]:
+    """What else the module that ``path`` names defines, once :func:`load_class` has loaded it."""
+    place = path.rpartition(":")[0]
+    return list(vars(sys.modules[Path(place).stem if place.endswith(".py") else place]))
+
+
 def _load_module(name: str, path: str) -> ModuleType:
     try:
         return importlib.import_module(name)
+    except SyntaxError as error:
+        raise ValueError(f"method={path!r} cannot be imported: {error}") from error
     except ImportError as error:
         raise ValueError(
             f"method={path!r} cannot be imported: {error}; its folder must be the working folder's or in PYTHONPATH, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -70,11 +71,14 @@ class PLPHP(PruningMethod):
     def __post_init__(self) -> None:
         if not 0.0 <= self.keep <= 1.0:
             raise ValueError(f"keep={self.keep} is not in [0, 1]; it is the share of visual tokens that a head keeps")
-        if self.delta < 0.0 or self.delta > self.keep or self.keep + self.delta > 1.0:
+        if not (0.0 <= self.delta <= self.keep and self.keep + self.delta <= 1.0):
             raise ValueError(
                 f"delta={self.delta}: keep - delta and keep + delta must lie in [0, 1]; with keep={self.keep} use at "
                 f"most {min(self.keep, 1.0 - self.keep):g}"
             )
+        for setting in ("alpha", "beta"):
+            if math.isnan(getattr(self, setting)):
+                raise ValueError(f"{setting}=nan is no threshold; use a share of attention such as 0.25")
         if self.beta > self.alpha:
             raise ValueError(
                 f"beta={self.beta} is larger than alpha={self.alpha}; a layer is indifferent below beta and attentive "

@@ -5,6 +5,7 @@ Shape suffixes: n tokens of an image, k those that stay, C hidden size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -56,8 +57,8 @@ class PruMerge(PruningMethod):
         object.__setattr__(self, "spatial", float(self.spatial))
         if self.keep is not None:
             check_share("keep", self.keep)
-        if self.spatial < 0:
-            raise ValueError(f"spatial={self.spatial:g} is negative; it is a number of tokens for each outlier")
+        if not 0 <= self.spatial < math.inf:
+            raise ValueError(f"spatial={self.spatial:g} is not a number from 0 on, of tokens for each outlier")
         check_choice("positions", self.positions, ("keep", "renumber"))
 
     @property

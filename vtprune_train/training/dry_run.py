@@ -26,6 +26,7 @@ from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.learned import attach
 from vtprune_train.models.peft import adapt
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
@@ -62,6 +63,7 @@ def describe(config: Config) -> str:
         drops = method.drops(num_layers) if method else ()
         schedule_line = [f"schedule      {schedule(method, num_layers)}"] if method else []
         if method is not None:
+            check_method(method, num_layers)
             check_tower(model_config, family, method)
     except ValueError as error:
         raise ConfigError(pruning_refusal(error)) from error
