@@ -83,4 +83,4 @@ class CDPruner(PruningMethod):
             return Selection(determinantal(hidden, weights, sizes, take))
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
-        return sum(2.0 * span.before * span.after * (hidden + span.after / 2) for span in boundary.spans)
+        return sum(2.0 * hidden * span.after * (span.before + span.after) for span in boundary.spans)

@@ -60,8 +60,9 @@ def determinantal(features_VC: Tensor, relevance_V: Tensor, sizes: Sequence[int]
     the token that adds most volume. Where nothing adds any more (more tokens than dimensions), the most relevant go
     first.
 
-    Sources: CDPruner (arXiv 2506.10967), conditional kernel and its MAP inference; the incremental Cholesky steps are
-    those of Chen et al. 2018 (arXiv 1709.05135), algorithm 1.
+    Sources: CDPruner (arXiv 2506.10967), conditional kernel and its MAP inference; the greedy steps are those of Chen
+    et al. 2018 (arXiv 1709.05135), algorithm 1, with the Cholesky factor's rows as products with orthonormal axes: a
+    step costs the same number of operations whatever was chosen before.
 
     Args:
         features_VC: image after image, any float dtype.
@@ -72,35 +73,40 @@ def determinantal(features_VC: Tensor, relevance_V: Tensor, sizes: Sequence[int]
     Returns:
         [K] int64, image after image, ascending within each: candidates.
     """
-    unit_SNC, real_SN = _padded(F.normalize(features_VC.double(), dim=-1), sizes)
+    weighted = F.normalize(features_VC.double(), dim=-1) * relevance_V.double().unsqueeze(-1)
+    weighted_SNC, real_SN = _padded(weighted, sizes)
     relevance_SN, _ = _padded(relevance_V.double(), sizes)
     own_SN = relevance_SN.square()
     gain_SN = own_SN.clone()
-    factors: list[Tensor] = []  # a row [S, N] of the Cholesky factor for each token chosen
+    axes_SKC = weighted_SNC.new_zeros(len(sizes), max(take, default=0), weighted_SNC.shape[-1])
     picks: list[Tensor] = []
-    for _ in range(max(take, default=0)):
+    for step in range(axes_SKC.shape[1]):
         spent = gain_SN <= 1e-9 * own_SN
         # below any real gain (all positive), the more relevant the higher
         order_SN = torch.where(spent, relevance_SN - 1.0 - relevance_SN.amax(dim=1, keepdim=True), gain_SN)
         best_S = order_SN.masked_fill(~real_SN, -torch.inf).argmax(dim=1)
         picks.append(best_S)
         real_SN = real_SN.scatter(1, best_S[:, None], False)
-        at_best = best_S[:, None]
-        kernel_SN = relevance_SN * _rows_dot(unit_SNC, best_S) * relevance_SN.gather(1, at_best)
-        for factor in factors:
-            kernel_SN = kernel_SN - factor * factor.gather(1, at_best)
-        root_S1 = gain_SN.gather(1, at_best).clamp(min=0).sqrt()
-        no_gain = spent.gather(1, at_best)
-        factor = torch.where(no_gain, 0.0, kernel_SN / torch.where(no_gain, 1.0, root_S1))
-        factors.append(factor)
-        gain_SN = gain_SN - factor.square()
+        axis_S1C = _new_axis(_row_of_each(weighted_SNC, best_S), axes_SKC[:, :step])
+        axes_SKC[:, step] = axis_S1C.squeeze(1).masked_fill(spent.gather(1, best_S[:, None]), 0.0)
+        gain_SN = gain_SN - (weighted_SNC * axes_SKC[:, step : step + 1]).sum(dim=-1).square()
     return _in_order(picks, sizes, take, features_VC.device)
+
+
+def _new_axis(vector_S1C: Tensor, axes_SKC: Tensor) -> Tensor:
+    """[S, 1, C] of length 1: what of each vector lies outside its image's axes (orthonormal, or 0)."""
+    along_SK1 = (axes_SKC * vector_S1C).sum(dim=-1, keepdim=True)
+    return F.normalize(vector_S1C - (axes_SKC * along_SK1).sum(dim=1, keepdim=True), dim=-1)
+
+
+def _row_of_each(values_SNC: Tensor, best_S: Tensor) -> Tensor:
+    """[S, 1, C], of each image the row of its token ``best_S``."""
+    return values_SNC.gather(1, best_S[:, None, None].expand(-1, 1, values_SNC.shape[2]))
 
 
 def _rows_dot(unit_SNC: Tensor, best_S: Tensor) -> Tensor:
     """[S, N] products of every token with its image's token ``best_S``."""
-    chosen_S1C = unit_SNC.gather(1, best_S[:, None, None].expand(-1, 1, unit_SNC.shape[2]))
-    return (unit_SNC * chosen_S1C).sum(dim=-1)
+    return (unit_SNC * _row_of_each(unit_SNC, best_S)).sum(dim=-1)
 
 
 def _padded(values_V: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

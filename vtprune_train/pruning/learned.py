@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -118,7 +118,8 @@ def is_register(span_V: Tensor, number: int) -> Tensor:
 
 def _last(spans: Sequence[SpanLayout], device: torch.device) -> Tensor:
     """[spans] int64, each span's last candidate."""
-    return torch.tensor(list(accumulate(span.before for span in spans)), dtype=torch.int64, device=device) - 1
+    ends = np.cumsum([span.before for span in spans], dtype=np.int64)
+    return torch.from_numpy(ends - 1).to(device, non_blocking=True)
 
 
 def learns(method: PruningMethod | None) -> bool:
