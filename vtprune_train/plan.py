@@ -192,10 +192,10 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def _instruction(segment: SegmentLayout) -> np.ndarray:
     """Offsets of the text behind the last image up to the first query row behind that; where there is none, the
-    segment's first query row."""
+    segment's last query row: the last image's own last token, if an answer follows it at once."""
     last = segment.spans[-1].end
     behind = [offset for offset in segment.query_offsets if offset >= last]
-    return np.arange(last, min(behind) + 1) if behind else np.array([min(segment.query_offsets)])
+    return np.arange(last, min(behind) + 1) if behind else np.array([max(segment.query_offsets)])
 
 
 def _check_segment(segment: SegmentLayout) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from passes import (
@@ -13,6 +14,7 @@ from passes import (
     best_of_each,
     check_against,
     check_singly,
+    fast,
     image_of,
     random_batch_of,
     ranking_rows,
@@ -20,8 +22,10 @@ from passes import (
 )
 from reference import run_layer
 
+from vtprune_train.models.attention import PREFIX
+from vtprune_train.models.decoder import run_layers
 from vtprune_train.pruning.feather import Feather
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.stream import ImageSpan, SegmentLayout, plan_stream
 
 
 def on_the_grid(span, stride):
@@ -112,6 +116,34 @@ def test_a_grid_larger_than_what_stays_is_thinned_evenly():
     assert boundary.spans[0].after == 4
     floor = Feather(stride=2)._floor(boundary.spans[0])
     assert floor.tolist() == [4, 20, 36, 52]
+
+
+@pytest.mark.parametrize("rank_with", ["this_layer", "next_layer"])
+def test_nothing_is_left_of_a_scaled_rotation(rank_with):
+    """YaRN's tables scale what they rotate: the ranking sees what the projections gave all the same."""
+    rope = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+    text_model = tiny_model(rope_parameters=rope).double().eval().model.language_model
+    text_model.config._attn_implementation = PREFIX + "varlen_sdpa"
+    segments, embeds = random_batch_of(0, [(2, 1), (1, 2)])
+    seen = []
+
+    class Spy(Feather):
+        def score(self, candidates):
+            seen.append((candidates.boundary.query_rows, candidates.ranking))
+            return super().score(candidates)
+
+    method = Spy(layers=(1, 3), rank_with=rank_with)
+    with torch.no_grad():
+        dense = run_layers(text_model, embeds, plan_stream(segments, (), 1)).last_hidden_state
+        fast(text_model, method, segments, embeds)
+        layer, x = (text_model.layers[0], embeds) if rank_with == "this_layer" else (text_model.layers[1], dense)
+        normed, attention = layer.input_layernorm(x), layer.self_attn
+        rows, ranking = seen[0]
+        for found, projection in (
+            (ranking.queries, attention.q_proj(normed)[rows]),
+            (ranking.keys, attention.k_proj(normed)),
+        ):
+            torch.testing.assert_close(found.flatten(1), projection, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_is_its_samples():

@@ -18,6 +18,7 @@ from vtprune_train import prune
 from vtprune_train.models.decoder import run_layers
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.budget import layer_counts
+from vtprune_train.pruning.cdpruner import CDPruner
 from vtprune_train.pruning.raters import LEAST_RESPONSE, text_raters
 from vtprune_train.pruning.recycling import density_peaks, merge_clusters, recycled
 from vtprune_train.pruning.scoring import tokens_holding
@@ -82,7 +83,7 @@ def slow_instruction(segment):
     """Offsets of the text behind the last image, up to the first row behind it that predicts an answer."""
     end = segment.spans[-1].end
     answers = [offset for offset in segment.query_offsets if offset >= end]
-    return list(range(end, answers[0] + 1)) if answers else [segment.query_offsets[0]]
+    return list(range(end, answers[0] + 1)) if answers else [segment.query_offsets[-1]]
 
 
 def slow_left(method, step, original, shares):
@@ -203,6 +204,13 @@ def test_equals_the_slow_reference(seed, shapes, variant, kv_heads):
     torch.testing.assert_close(fast.last_hidden_state, slow, rtol=1e-4, atol=2e-4)
     scale = slow_gradient.abs().max()
     torch.testing.assert_close(fast_gradient / scale, slow_gradient / scale, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", [SparseVLM(), CDPruner()], ids=lambda method: method.name)
+def test_a_last_image_without_text_behind_it_is_asked_by_its_last_token(method):
+    """Images that captions follow at once: the row of an earlier caption would not see the last image at all."""
+    segment = SegmentLayout(20, (ImageSpan(1, 6), ImageSpan(10, 6)), (6, 15), (7, 8, 16, 17))
+    assert method.plan([segment], 6).boundaries[0].query_rows.tolist() == [15]
 
 
 @settings(max_examples=25, deadline=None)

@@ -81,7 +81,7 @@ def check_trained(model: HFModule, method: PruningMethod) -> None:
     """
     if not learns(method):
         return
-    made = _fresh(method, model.get_submodule(family_of(model).decoder))
+    made = fresh(method, model.get_submodule(family_of(model).decoder))
     if made is None:
         return
     own = made.state_dict()

@@ -18,8 +18,8 @@ LEAST = 1e-6  # relevance of the least relevant token: none is ruled out
 
 
 def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> Tensor:
-    """[V] float32 in (0, 1]: cosine of each token with its sample's mean instruction embedding, stretched over each
-    image from its least to its most relevant token.
+    """[V] float32 in (0, 1]: cosine of each token with the mean of its sample's instruction embeddings, each of unit
+    length, stretched over each image from its least to its most relevant token.
 
     Source: CDPruner (arXiv 2506.10967), section on conditional diversity; the embedding is the decoder's own.
 
