@@ -163,6 +163,7 @@ def test_the_command_writes_what_train_and_generate_take(folder, capsys, goal):
         (["--flops", "2"], "--flops=2 is not in (0, 1]"),
         (["--kl", "-1"], "--kl=-1 is negative"),
         (["--kl", "0.1", "--steps", "0"], "--steps=0 is below 1"),
+        (["--kl", "0.1", "--steps", "1"], "--steps=1 has no level between nothing and all"),
         (["--kl", "0.1", "--set", "keep=[0.5]"], "--set keep: that is what is searched for"),
         (["--kl", "0"], "no token can be dropped"),
         (["--kl", "0.1", "--out", "nowhere/x.yaml"], "its folder does not exist"),

@@ -108,7 +108,7 @@ def set_values(pairs: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"--set {pair}: write a setting of the method and its value, for example --set keep=0.25")
         if key == "method":
-            raise ValueError(f"--set {pair}: a method is no setting; write --method {text}")
+            raise ValueError(f"--set {pair}: a method is no setting; where one can be chosen, it is by --method")
         try:
             values[key] = yaml.safe_load(text) if text else None
         except yaml.YAMLError as error:

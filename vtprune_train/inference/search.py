@@ -196,6 +196,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     """PyramidDrop's settings beside the schedule. The layer's own attention ranks: so many boundaries would project
     keys again and again; and positions stay, as the model was not trained for others."""
+    if arguments.steps == 1:
+        raise ValueError("--steps=1 has no level between nothing and all; take at least 2")
     for option in ("steps", "batch_size", "max_new_tokens"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option}={getattr(arguments, option)} is below 1")
