@@ -24,8 +24,9 @@ from reference import run_layer
 
 from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.decoder import run_layers
+from vtprune_train.plan import plan_stream
 from vtprune_train.pruning.feather import Feather
-from vtprune_train.stream import ImageSpan, SegmentLayout, plan_stream
+from vtprune_train.stream import ImageSpan, SegmentLayout
 
 
 def on_the_grid(span, stride):

@@ -321,7 +321,8 @@ class _Walk:
 
     def _unrotated(self, ranking: Ranking, index: int) -> Ranking:
         """Queries and keys before the rotary embedding, of the new tokens only."""
-        cos, sin = (table.squeeze(0) for table in self.rotary)
+        scaled = getattr(self.text_model.rotary_emb, "attention_scaling", 1.0)  # YaRN's tables are more than a rotation
+        cos, sin = (table.squeeze(0) / scaled**2 for table in self.rotary)
         rows, keys = self.plan.boundaries[index].query_rows, ranking.keys
         if self.staging.joins:
             stage = self.plan.stages[index]
