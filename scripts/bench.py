@@ -42,7 +42,7 @@ from vtprune_train.models import HFModule, decoder
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.models.layouts.base import NEWLINE
-from vtprune_train.plan import plan_stream
+from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IGNORE, PackedBatch, SegmentLayout
 from vtprune_train.training.run import checkpoint_activations
@@ -169,9 +169,7 @@ def make_samples(geometry: Geometry, anyres: AnyRes, vocab: int, device: torch.d
 
 
 def pack(samples: Samples, method: PruningMethod | None, num_layers: int, device: torch.device) -> PackedBatch:
-    plan = (
-        plan_stream(samples.segments, (), num_layers) if method is None else method.plan(samples.segments, num_layers)
-    )
+    plan = plan_pass(samples.segments, num_layers, method)
     ids = np.concatenate(samples.ids)
     starts = np.cumsum([0, *map(len, samples.ids)])
     supervised = [

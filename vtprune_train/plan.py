@@ -97,6 +97,11 @@ def plan_stream(
     )
 
 
+def plan_pass(segments: Sequence[SegmentLayout], num_layers: int, method: Any) -> StreamPlan:
+    """The stages of a pass by ``method``, or of a dense one if that is ``None``."""
+    return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
+
+
 def replan(plan: StreamPlan, measured: Sequence[np.ndarray]) -> StreamPlan:
     """``plan`` anew (on the host) when its first drops left ``measured`` tokens of each span: a [spans] int64 array for
     each of them."""

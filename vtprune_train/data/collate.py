@@ -18,7 +18,7 @@ from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, load_image
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.measure import picture_name
 from vtprune_train.models.layouts import Grids, ImageLayout, Pictures
-from vtprune_train.plan import plan_stream
+from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
 from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, TeacherPass, text_key
@@ -134,8 +134,7 @@ class Collator:
         )
 
     def _plan(self, method: PruningMethod | None, segments: Sequence[SegmentLayout]) -> StreamPlan:
-        num_layers = self.cost.decoder.num_layers
-        return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
+        return plan_pass(segments, self.cost.decoder.num_layers, method)
 
     @property
     def num_stages(self) -> int:

@@ -29,10 +29,10 @@ from vtprune_train.flops import (
     stage_layers,
 )
 from vtprune_train.models.anyres import AnyRes
-from vtprune_train.plan import plan_stream
+from vtprune_train.plan import plan_pass
 from vtprune_train.pruning import PruningMethod
 from vtprune_train.pruning.describe import schedule
-from vtprune_train.stream import ImageSpan, SegmentLayout, StreamPlan
+from vtprune_train.stream import ImageSpan, SegmentLayout
 
 TYPICAL_ANSWER = 32
 
@@ -143,7 +143,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     """
     decoder, tower = DecoderGeometry.of(subject.config.get_text_config()), tower_of(subject.config)
     method = subject.method
-    plan = plan_of(method, [segment_of(sample)], decoder.num_layers)
+    plan = plan_pass([segment_of(sample)], decoder.num_layers, method)
     layers, lengths = stage_layers(plan), np.array([stage.num_tokens for stage in plan.stages])
     kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(sample.pictures))
     element_size = getattr(torch, subject.dtype).itemsize
@@ -194,11 +194,6 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     )
 
 
-def plan_of(method: PruningMethod | None, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
-    """The stages of a stream; without a method there is one."""
-    return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
-
-
 def segment_of(sample: Sample, answer: int = 0) -> SegmentLayout:
     """One sample laid out: its pictures, its text, which ends with the row that ranks, and ``answer`` tokens."""
     spans: list[ImageSpan] = []
@@ -247,7 +242,7 @@ def _training_step(cost: TrainingCost, method: PruningMethod | None, sample: Sam
     """Forward and backward of a batch's decoder, the answer included."""
     supervised, segments = np.array([sample.answer]), [segment_of(sample, sample.answer)]
     own, dense = (
-        PassCost.of(cost, plan_of(m, segments, cost.decoder.num_layers), m, supervised).flops for m in (method, None)
+        PassCost.of(cost, plan_pass(segments, cost.decoder.num_layers, m), m, supervised).flops for m in (method, None)
     )
     return Cost(sample.batch * dense, sample.batch * own)
 

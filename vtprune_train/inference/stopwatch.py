@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from vtprune_train.flops import DecoderGeometry, VisualTokens, stage_layers, visual_per_stage
-from vtprune_train.inference.costs import Sample, plan_of, segment_of
+from vtprune_train.inference.costs import Sample, segment_of
 from vtprune_train.inference.timing import now
 from vtprune_train.models.attention import PREFIX, choose_backend
 from vtprune_train.models.cache import cache_bytes
 from vtprune_train.models.decoder import PARAMETERS, run_layers
 from vtprune_train.models.learned import fresh
 from vtprune_train.models.padded import decode, prefill
+from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.stream import StreamPlan, map_leaves
 
@@ -182,7 +183,7 @@ def _generate(model: LlamaModel, side: _Side, sample: Sample, batch: int, counts
 
 def _train(model: LlamaModel, side: _Side, sample: Sample, batch: int, counts: bool) -> None:
     """Forward and backward of the layers, the answer behind each prompt."""
-    plan = plan_of(side.method, [segment_of(sample, sample.answer)] * batch, len(model.layers))
+    plan = plan_pass([segment_of(sample, sample.answer)] * batch, len(model.layers), side.method)
     plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(model.device))
     embeds = _random(model, plan.stages[0].num_tokens).requires_grad_()
     encoder = _encoder(side.method, sample, batch, model.device)

@@ -26,7 +26,7 @@ from vtprune_train.models.decoder import DecoderOutput, check_attention, run_lay
 from vtprune_train.models.families import Family
 from vtprune_train.models.layouts import Grids
 from vtprune_train.models.staging import plan_staging, settle, use_three_parts
-from vtprune_train.plan import plan_stream
+from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, map_leaves, text_key
 
@@ -145,7 +145,7 @@ def _run_rows(
         told = _tell(call, rows, inputs_embeds, cache)
         if not verifies_candidates:
             inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
-    plan = _plan(state.method, call.segments, len(text_model.layers))
+    plan = plan_pass(call.segments, len(text_model.layers), state.method)
     token_rows = torch.from_numpy(np.flatnonzero(rows.ravel())).to(device)
     three_parts = state.family.three_part_positions is not None
     staging = plan_staging(plan, state.method, len(call.segments), cache, device, three_parts)
@@ -242,7 +242,7 @@ def prefill(
         [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
     """
     cache = staged(cache, len(text_model.layers))
-    plan = _plan(method, segments, len(text_model.layers))
+    plan = plan_pass(segments, len(text_model.layers), method)
     staging = plan_staging(plan, method, len(segments), cache, embeds_TC.device)
     plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(embeds_TC.device))
     output = run_layers(text_model, embeds_TC, plan, method, staging, encoder)
@@ -418,10 +418,6 @@ def _segment(
     if labels is not None:
         queries = [start - 1 for start, _ in _runs(labels != IGNORE) if start]
     return SegmentLayout(length=length, spans=spans, query_offsets=tuple(queries) or (prompt - 1,), key=key)
-
-
-def _plan(method: PruningMethod | None, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
-    return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
 
 
 def _check_positions(

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, Selection
-from vtprune_train.pruning.checks import check_choice, check_layer, check_share, check_whole
+from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.baseline import Baseline
 from vtprune_train.pruning.grids import image_blocks, rasters_of
 from vtprune_train.pruning.selection import picked_on_host
-from vtprune_train.stream import Boundary, Drop
+from vtprune_train.stream import Boundary
 
 
 def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor
 
 
 @dataclass(frozen=True)
-class Pool(PruningMethod):
+class Pool(Baseline):
     """Each image becomes ``floor(keep * n)`` means over near-square blocks of its rasters, each at the place of its
     block's middle token.
 
@@ -43,24 +43,8 @@ class Pool(PruningMethod):
         ValueError: a setting is out of range.
     """
 
-    keep: float = 0.5
-    layer: int = 0
-    positions: Positions = "keep"
-
     name: ClassVar[str] = "pool"
-    paper: ClassVar[str] = "baseline"
-    where: ClassVar[str] = "before the decoder"
     trains: ClassVar[str] = "yes; gradients reach all tokens of a block"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
-        check_share("keep", self.keep)
-        check_whole("layer", self.layer, 0)
-        check_choice("positions", self.positions, ("keep", "renumber"))
-
-    def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        check_layer("layer", self.layer, num_layers)
-        return (Drop(self.layer, self.keep),)
 
     def choose(self, candidates: Candidates) -> Selection:
         boundary = candidates.boundary

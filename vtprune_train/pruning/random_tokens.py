@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, Selection
-from vtprune_train.pruning.checks import check_choice, check_layer, check_share, check_whole
+from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.baseline import Baseline
+from vtprune_train.pruning.checks import check_whole
 from vtprune_train.pruning.selection import picked_on_host
-from vtprune_train.stream import Drop, SpanLayout
+from vtprune_train.stream import SpanLayout
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -31,39 +32,27 @@ def draws(seed: int, key: int, number: int, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Random(PruningMethod):
+class Random(Baseline):
     """Each image keeps ``floor(keep * n)`` tokens, drawn by the sample's text, the image's number in it and ``seed``.
 
     Args:
         keep: share of tokens that stay, in (0, 1].
         layer: decoder layer before which they are dropped; 0: before the decoder.
-        seed: other draws.
         positions: ``keep`` leaves survivors where they were; ``renumber`` numbers them 0, 1, ...
+        seed: other draws.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
-    keep: float = 0.5
-    layer: int = 0
     seed: int = 0
-    positions: Positions = "keep"
 
     name: ClassVar[str] = "random"
-    paper: ClassVar[str] = "baseline"
-    where: ClassVar[str] = "before the decoder"
     trains: ClassVar[str] = "yes; a sample keeps the same tokens in every epoch"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
-        check_share("keep", self.keep)
-        check_whole("layer", self.layer, 0)
+        super().__post_init__()
         check_whole("seed", self.seed, 0)
-        check_choice("positions", self.positions, ("keep", "renumber"))
-
-    def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        check_layer("layer", self.layer, num_layers)
-        return (Drop(self.layer, self.keep),)
 
     def choose(self, candidates: Candidates) -> Selection:
         return Selection(picked_on_host(candidates.boundary, self._pick))
