@@ -275,6 +275,8 @@ def test_json(tmp_path, capsys):
         (["--method", "none", "--keep", "0.5"], ["no effect with --method none"]),
         (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
         (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot be written (No such file"]),
+        (["--repeats", "5"], ["--repeats has no effect without --clock"]),
+        (["--method", "fopru", "--set", "layer=99"], ["fopru", "99"]),
         (["train.clip=1"], ["'train.clip=1': key=value belongs to --config"]),
     ],
 )
@@ -315,6 +317,15 @@ def test_all_that_is_wrong_at_once(capsys):
 def test_saved_settings_that_do_not_fit(tmp_path, capsys):
     folder = checkpoint(tmp_path / "saved", method="pyramiddrop", layers=[1, 9], keep=[0.5, 0.25])
     assert errors_of(capsys, "--model", folder)[0].startswith(f"pruning in {folder}: layers=[1, 9]: layer 9 does not")
+
+
+def test_a_method_that_reads_a_tower_which_does_not_tell(tmp_path, capsys):
+    Qwen2VLConfig().save_pretrained(tmp_path)
+    [line] = errors_of(capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "visionzip")
+    assert "visionzip reads the vision tower's attention, which Qwen2-VL does not give; use a method" in line
+    assert "pruning   divprune" in stdout_of(
+        capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "divprune"
+    )
 
 
 def test_as_a_user_calls_it(tmp_path):

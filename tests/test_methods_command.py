@@ -60,6 +60,8 @@ def test_one_in_full(capsys):
     assert json.loads(said(capsys, "methods", "pyramiddrop", "--json"))["settings"][1]["default"] == [0.5, 0.25, 0.125]
     assert main(["methods", "tome"]) == 2
     assert "method='tome' is unknown; known methods: pyramiddrop, sparsevlm" in capsys.readouterr().err
+    assert main(["methods", "fastvv", "--names"]) == 2
+    assert "did you mean fastv?" in capsys.readouterr().err
 
 
 def test_every_page_is_there():

@@ -24,6 +24,8 @@ from vtprune_train.inference.options import METHOD_HELP, add_set_option, changed
 from vtprune_train.inference.stopwatch import Clock, clock
 from vtprune_train.inference.stopwatch import render as render_clock
 from vtprune_train.models.build import load_any_config, load_model_config, resolve_checkpoint
+from vtprune_train.models.encoder import check_tower
+from vtprune_train.models.families import family_of_type
 from vtprune_train.pruning import PruningMethod, method_from_settings
 from vtprune_train.pruning.contract import check_method
 
@@ -215,6 +217,8 @@ class Request(BaseModel):
             raise ValueError("--layers, --keep and --set have no effect with --method none; leave them out")
         if self.resolution and self.visual_tokens:
             raise ValueError("--resolution and --visual_tokens both say how large the pictures are; give one of them")
+        if not self.clock and (idle := sorted({"repeats", "device"} & self.model_fields_set)):
+            raise ValueError(f"--{idle[0]} has no effect without --clock; give batch sizes, for example --clock 1,8")
         return self
 
     @property
@@ -286,7 +290,7 @@ def _method(
     does not, ``None`` for the options themselves.
 
     Raises:
-        ValueError: a setting is wrong, or the decoder cannot be counted.
+        ValueError: a setting is wrong, the decoder cannot be counted, or its tower does not give what the method reads.
     """
     num_layers = DecoderGeometry.of(config.get_text_config()).num_layers
     try:
@@ -296,6 +300,9 @@ def _method(
     except ValueError as error:
         option = str(error).partition("=")[0] in OPTIONS  # else it came by --set
         raise ValueError(f"{('--' if option else '') if place is None else place}{error}") from error
+    family = family_of_type(config.model_type)
+    if method is not None and family is not None:
+        check_tower(config, family, method)
     return method
 
 

@@ -32,10 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: there is no such method.
     """
     names = [*METHODS, NONE] if arguments.method is None else [arguments.method]
+    facts = [facts_of(name) for name in names]
     if arguments.names:
         print("\n".join(names))
         return 0
-    facts = [facts_of(name) for name in names]
     if arguments.json:
         print(json.dumps(facts if arguments.method is None else facts[0], indent=2))
     elif arguments.method is None:

@@ -58,7 +58,8 @@ class Staging:
         cached_layouts: for each layer that chooses keys, its stage's layout among cached and new ones; empty likewise.
         visual_rows: [V] int64, rows of the first stage that hold visual tokens, for ``deepstack``.
         deepstack: features [V, C] of all visual tokens, added to their rows after layer 0, 1, ...
-        replanned: the staging of a plan with other counts; ``None`` where segments count from 0 and nothing is cached.
+        replanned: the staging of a plan with other counts, on the host; ``None`` where segments count from 0 and
+            nothing is cached.
         before: the cache as the call finds it.
     """
 
@@ -281,9 +282,9 @@ class _Walk:
             return
         before = [np.array([span.after for span in b.spans]) for b in self.plan.boundaries[:index]]
         plan = replan(self.plan, [*before, counts.cpu().numpy()])
-        device = self.hidden.device
+        device, replanned = self.hidden.device, self.staging.replanned
         self.plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(device))
-        staging = (self.staging.replanned or Staging.counted)(self.plan)
+        staging = Staging.counted(self.plan) if replanned is None else replanned(plan)
         self.staging = replace(staging, positions=(self.staging.positions[0], *staging.positions[1:]))
 
     def _rank_with_next_layer(self, part: PruningMethod, index: int) -> Ranking:

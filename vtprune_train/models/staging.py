@@ -99,7 +99,7 @@ def _positions(plan: StreamPlan, before: Before, device: torch.device) -> tuple[
         count_tokens = before.three_parts and index == 0
         own = (before.tokens if count_tokens else before.next_positions)[stage.first_layer]
         shift = torch.from_numpy(np.repeat(own, stage.segment_lengths))
-        positions.append((stage.position_ids.cpu() + shift).to(device))
+        positions.append((stage.position_ids + shift).to(device))
     return tuple(positions)
 
 

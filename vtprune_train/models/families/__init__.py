@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import (
     internvl,
@@ -50,6 +52,12 @@ def family_of(model: HFModule) -> Family:
     raise ValueError(f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}")
 
 
+def family_of_type(model_type: str) -> Family | None:
+    """The family that transformers builds for a config's ``model_type``; ``None`` where it is not supported."""
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    return next((family for family in FAMILIES if family.model_class == model_class), None)
+
+
 def trained_family(model_type: str, place: str) -> tuple[Family, Loop]:
     """The family that the project's own loop trains under this config's ``model_type``.
 
@@ -63,4 +71,4 @@ def trained_family(model_type: str, place: str) -> tuple[Family, Loop]:
     raise ValueError(f"{place} holds a {model_type}, which the training loop does not know; it trains: {trained}")
 
 
-__all__ = ["FAMILIES", "UNSUPPORTED", "Family", "Loop", "family_of", "trained_family"]
+__all__ = ["FAMILIES", "UNSUPPORTED", "Family", "Loop", "family_of", "family_of_type", "trained_family"]
