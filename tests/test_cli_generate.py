@@ -1,6 +1,7 @@
 """``vtprune generate``, and the loading and prompting behind it, against plain ``generate``."""
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -71,6 +72,24 @@ def test_the_answer_is_that_of_generate(capsys, folder, pictures, number):
     expected = plain_answer("<image>" * number + ("\n" if number else "") + QUESTION, images)
     options = ["--image", *images] if images else []
     assert said(capsys, "--model", folder, *options, "--prompt", QUESTION) == expected + "\n" != "\n"
+
+
+def test_what_a_prompt_took_is_said(caplog, capsys, folder, pictures):
+    """PLPHP, here with every layer in its middle class, drops nothing but keys."""
+    common = ["--model", folder, "--image", pictures[0], "--prompt", QUESTION]
+    fixed = ["--set", "keep=0.5", "--set", "alpha=2", "--set", "beta=0", "--set", "untouched=0"]
+    took = {}
+    for method, settings in (("pyramiddrop", []), ("plphp", fixed), ("uniform", [])):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            said(capsys, *common, "--method", method, *settings)
+        took[method] = [float(n) for n in re.findall(r"[0-9.]+(?= visual| enter| leave| stay)", caplog.text)]
+    whole, enter, leave, stay = took["plphp"]
+    assert enter == leave == whole and stay == whole // 2
+    whole, enter, leave, stay = took["uniform"]
+    assert enter == leave == stay == whole // 2
+    whole, enter, leave, stay = took["pyramiddrop"]
+    assert whole > enter == stay > leave
 
 
 def test_methods_can_be_named_changed_and_left_out(capsys, folder, pictures):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 from vtprune_train.inference.chatting import answers, open_picture, prompt_text
 from vtprune_train.inference.options import add_method_options, add_model_option, load_model
@@ -42,10 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
         log.warning("the template this model was trained with leaves the text of the prompt out")
     if arguments.stream:
         settings["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    cache = DynamicCache()
     with plans_run(loaded.model) as plans:
-        [answer] = answers(loaded, [(pictures, arguments.prompt)], **settings)
+        [answer] = answers(loaded, [(pictures, arguments.prompt)], past_key_values=cache, **settings)
     if pictures and plans:
-        log.info("%s", visual_line(plans[0]))
+        log.info("%s", visual_line(plans[0], cache))
     if not arguments.stream:
         print(answer)
     return 0

@@ -151,13 +151,16 @@ def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_ne
     return counted
 
 
-def visual_line(plan: StreamPlan) -> str:
-    """What a pass took, for a log."""
+def visual_line(plan: StreamPlan, cache: DynamicCache) -> str:
+    """What one prompt's pass took, for a log; ``cache`` holds it and what was generated since."""
     stages, layers = visual_per_stage(plan), stage_layers(plan)
     visual = VisualTokens.of(stages, layers, [1.0] * sum(layers))
     whole = sum(span.length for segment in plan.outline.segments for span in segment.spans)
+    text = cache.get_seq_length() - whole
+    cached = [int(layer.num_tokens()[0]) - text for layer in cache.layers]  # type: ignore[attr-defined]
     return (
-        f"{whole} visual tokens; mean over layers: {visual.entering:.1f} enter a layer, {visual.leaving:.1f} leave one"
+        f"{whole} visual tokens; mean over layers: {visual.entering:.1f} enter a layer, {visual.leaving:.1f} leave "
+        f"one, {sum(cached) / len(cached):.1f} stay in the cache"
     )
 
 
