@@ -228,6 +228,9 @@ class Every(PruningMethod):
     def drops(self, num_layers):
         return (Drop(1, self.share),)
 
+    def score(self, candidates):
+        return candidates.hidden.norm(dim=-1)
+
 
 def test_a_list_is_a_combination(caplog):
     listed = f"pruning.method=[{{method: '{__file__}:Every', share: 0.25}}, pyramiddrop]"

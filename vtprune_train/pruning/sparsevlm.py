@@ -101,6 +101,9 @@ class SparseVLM(PruningMethod):
         if given and self.count != "fixed":
             value = getattr(self, given[0])
             raise ValueError(f"{given[0]}={value} has no effect with count={self.count}; leave it out, or use fixed")
+        for setting, count in (("scale", "rank"), ("mass", "mass")):
+            if self.count != count and (value := getattr(self, setting)) != getattr(type(self), setting):
+                raise ValueError(f"{setting}={value} has no effect with count={self.count}; use count={count}")
         if len(given) == 2:
             raise ValueError(f"budget={self.budget} and keep={list(self.keep or ())} both say how many stay; give one")
         check_schedule(None, self.shares)
