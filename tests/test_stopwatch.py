@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vtprune_train.cli import main
-from vtprune_train.config import load_config
+from vtprune_train.config_file import load_config
 from vtprune_train.flops import DecoderGeometry, is_adaptive
 from vtprune_train.inference import stopwatch
 from vtprune_train.inference.costs import Picture, Sample, Subject, estimate
