@@ -1,8 +1,10 @@
 """``vtprune methods``; methods of one's own, as the page on them shows; every setting on the command line."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -392,3 +394,13 @@ def test_as_a_user_calls_it():
     script = Path(sys.executable).parent / "vtprune"
     done = subprocess.run([script, "methods", "--names"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == NAMES
+
+
+def test_a_reader_who_has_seen_enough():
+    """As ``vtprune methods | head -1``: the pipe is closed before the list is printed."""
+    script = Path(sys.executable).parent / "vtprune"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([script, "methods"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -118,7 +119,12 @@ def _launch(arguments: Sequence[str]) -> int:
 def _run_command(arguments: argparse.Namespace) -> int:
     _start_logging()
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has seen enough, as `vtprune methods | head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        return 128 + signal.SIGPIPE
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
         return _refuse(f"vtprune {arguments.command}", error)

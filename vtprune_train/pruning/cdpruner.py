@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, Selection
-from vtprune_train.pruning.checks import check_choice, check_share
+from vtprune_train.pruning.base import Candidates, Selection
 from vtprune_train.pruning.diversity import determinantal
+from vtprune_train.pruning.one_share import OneShare
 from vtprune_train.stream import Boundary, Drop
 
 LEAST = 1e-6  # relevance of the least relevant token: none is ruled out
@@ -44,7 +44,7 @@ def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> 
 
 
 @dataclass(frozen=True)
-class CDPruner(PruningMethod):
+class CDPruner(OneShare):
     """Each image keeps ``floor(keep * n)`` tokens: those that a determinantal point process, conditioned on the
     instruction, finds most likely together (greedily).
 
@@ -57,19 +57,11 @@ class CDPruner(PruningMethod):
     """
 
     keep: float = 64 / 576
-    positions: Positions = "renumber"
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = (
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (arXiv 2506.10967)"
     )
-    where: ClassVar[str] = "before the decoder"
-    trains: ClassVar[str] = "yes"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
-        check_share("keep", self.keep)
-        check_choice("positions", self.positions, ("keep", "renumber"))
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (Drop(0, self.keep, queries="instruction"),)

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, Selection
-from vtprune_train.pruning.checks import check_choice, check_share
+from vtprune_train.pruning.base import Candidates, Selection
 from vtprune_train.pruning.diversity import max_min_diverse
-from vtprune_train.stream import Boundary, Drop
+from vtprune_train.pruning.one_share import OneShare
+from vtprune_train.stream import Boundary
 
 
 @dataclass(frozen=True)
-class DivPrune(PruningMethod):
+class DivPrune(OneShare):
     """Each image keeps ``floor(keep * n)`` tokens, chosen one after the other so that the smallest cosine distance
     between two of them stays large. Neither the question nor the vision tower's attention is asked.
 
@@ -27,22 +27,11 @@ class DivPrune(PruningMethod):
     """
 
     keep: float = 0.098
-    positions: Positions = "renumber"
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = (
         "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175)"
     )
-    where: ClassVar[str] = "before the decoder"
-    trains: ClassVar[str] = "yes"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
-        check_share("keep", self.keep)
-        check_choice("positions", self.positions, ("keep", "renumber"))
-
-    def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        return (Drop(0, self.keep),)
 
     def choose(self, candidates: Candidates) -> Selection:
         spans = candidates.boundary.spans

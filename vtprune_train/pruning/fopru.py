@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtprune_train.pruning.base import Candidates, EncoderRows, Positions, PruningMethod
-from vtprune_train.pruning.checks import check_choice, check_share
+from vtprune_train.pruning.base import Candidates, EncoderRows
+from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.grids import rasters_of
+from vtprune_train.pruning.one_share import OneShare
 from vtprune_train.pruning.significance import neutral, ranked, signals_of
-from vtprune_train.stream import Boundary, Drop
+from vtprune_train.stream import Boundary
 
 
 @dataclass(frozen=True)
-class FoPru(PruningMethod):
+class FoPru(OneShare):
     """Each image keeps ``floor(keep * n)`` tokens by the attention that they receive in the vision tower, from all
     tokens of their tile on average.
 
@@ -35,26 +36,18 @@ class FoPru(PruningMethod):
     keep: float = 0.25
     strategy: Literal["rank", "row"] = "rank"
     layer: int = -1
-    positions: Positions = "renumber"
 
     name: ClassVar[str] = "fopru"
     paper: ClassVar[str] = "FoPru: Focal Pruning for Efficient Large Vision-Language Models (arXiv 2411.14164)"
-    where: ClassVar[str] = "before the decoder"
-    trains: ClassVar[str] = "yes"
     encoder_rows: ClassVar[EncoderRows] = "all"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
-        check_share("keep", self.keep)
+        super().__post_init__()
         check_choice("strategy", self.strategy, ("rank", "row"))
-        check_choice("positions", self.positions, ("keep", "renumber"))
 
     @property
     def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return (self.layer,)
-
-    def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        return (Drop(0, self.keep),)
 
     def score(self, candidates: Candidates) -> Tensor:
         significance = neutral(signals_of(candidates, 1).attention[0], candidates.boundary)

@@ -25,7 +25,6 @@ class Uniform(Baseline):
     """
 
     name: ClassVar[str] = "uniform"
-    trains: ClassVar[str] = "yes"
 
     def choose(self, candidates: Candidates) -> Selection:
         return Selection(picked_on_host(candidates.boundary, lambda span: even_cells(rasters_of(span), span.after)))

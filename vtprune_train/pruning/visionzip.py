@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, Selection
-from vtprune_train.pruning.checks import check_choice, check_share
+from vtprune_train.pruning.base import Candidates, Selection
 from vtprune_train.pruning.grids import spread
+from vtprune_train.pruning.one_share import OneShare
 from vtprune_train.pruning.schedule import AtLeastOne
 from vtprune_train.pruning.significance import merged, neutral, signals_of, sizes_before
 from vtprune_train.stream import Boundary, Drop
 
 
 @dataclass(frozen=True)
-class VisionZip(PruningMethod):
+class VisionZip(OneShare):
     """Each image keeps ``floor(keep * n)`` tokens: dominant ones as they are, and contextual ones, each the mean of
     one of the rest and of those that resemble it.
 
@@ -39,20 +39,16 @@ class VisionZip(PruningMethod):
     keep: float = 192 / 576
     contextual: float = 10 / 64
     layer: int = -1
-    positions: Positions = "renumber"
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
-    where: ClassVar[str] = "before the decoder"
     trains: ClassVar[str] = "yes; gradients reach merged tokens too"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
+        super().__post_init__()
         object.__setattr__(self, "contextual", float(self.contextual))
-        check_share("keep", self.keep)
         if not 0 <= self.contextual <= 1:
             raise ValueError(f"contextual={self.contextual:g} is not in [0, 1]; it is a share of the tokens that stay")
-        check_choice("positions", self.positions, ("keep", "renumber"))
 
     @property
     def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod
-from vtprune_train.pruning.checks import check_choice, check_share, check_whole
+from vtprune_train.pruning.base import Candidates
+from vtprune_train.pruning.checks import check_whole
+from vtprune_train.pruning.one_share import OneShare
 from vtprune_train.pruning.significance import neutral, signals_of
-from vtprune_train.stream import Drop
 
 
 @dataclass(frozen=True)
-class VTCCLS(PruningMethod):
+class VTCCLS(OneShare):
     """Each image keeps the ``floor(keep * n)`` tokens that the tower's class token attends to most.
 
     Args:
@@ -29,25 +29,17 @@ class VTCCLS(PruningMethod):
 
     keep: float = 0.25
     layers: int = 8
-    positions: Positions = "renumber"
 
     name: ClassVar[str] = "vtc_cls"
     paper: ClassVar[str] = "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs (arXiv 2412.05819)"
-    where: ClassVar[str] = "before the decoder"
-    trains: ClassVar[str] = "yes"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
-        check_share("keep", self.keep)
+        super().__post_init__()
         check_whole("layers", self.layers, 1)
-        check_choice("positions", self.positions, ("keep", "renumber"))
 
     @property
     def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(range(-self.layers, 0))
-
-    def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        return (Drop(0, self.keep),)
 
     def score(self, candidates: Candidates) -> Tensor:
         attention = signals_of(candidates, self.layers).attention
