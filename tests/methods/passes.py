@@ -37,10 +37,10 @@ def text_model_of(seed=0, decoder=(2, "llama"), num_layers=6):
     return text_model
 
 
-def random_batch_of(seed, shapes):
-    """Layouts, and [T, 32] embeddings."""
+def random_batch_of(seed, shapes, plain=False):
+    """Layouts (``plain``: without questions), and [T, 32] embeddings."""
     rng = np.random.default_rng(seed)
-    segments = [random_segment(rng, images, turns) for images, turns in shapes]
+    segments = [random_segment(rng, images, turns, plain) for images, turns in shapes]
     return segments, torch.from_numpy(rng.standard_normal((sum(s.length for s in segments), 32)))
 
 

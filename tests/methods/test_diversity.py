@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune_train import prune
 from vtprune_train.models.padded import kept_tokens
+from vtprune_train.pruning import diversity
 from vtprune_train.pruning.cdpruner import CDPruner, relevance
-from vtprune_train.pruning.diversity import determinantal, max_min_diverse
+from vtprune_train.pruning.diversity import determinantal, max_min_diverse, nearest_other
 from vtprune_train.pruning.divprune import DivPrune
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
@@ -113,6 +114,19 @@ def test_what_adds_no_volume_goes_by_relevance():
     weights = torch.tensor([0.9, 0.5, 0.4, 0.3, 0.8, 0.7])
     assert determinantal(tokens, weights, [6], [2]).tolist() == [0, 4]
     assert determinantal(tokens, weights, [6], [4]).tolist() == [0, 1, 4, 5]
+
+
+def test_what_adds_little_volume_comes_before_what_adds_none():
+    """A token that leans by three degrees, before a more relevant copy."""
+    tokens = torch.tensor([[1.0, 0], [math.cos(0.05), math.sin(0.05)], [1.0, 0]])
+    assert determinantal(tokens, torch.tensor([1.0, 0.5, 0.9]), [3], [2]).tolist() == [0, 1]
+
+
+def test_an_image_of_several_blocks_of_rows(monkeypatch):
+    unit = torch.nn.functional.normalize(torch.randn(11, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    whole = nearest_other(unit)
+    monkeypatch.setattr(diversity, "ROWS_AT_A_TIME", 4)
+    torch.testing.assert_close(nearest_other(unit), whole)
 
 
 def test_copies_are_taken_last():

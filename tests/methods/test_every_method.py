@@ -142,6 +142,35 @@ def test_the_name_alone_fits_any_depth(name, num_layers):
     assert 0 < method.input_share(num_layers) <= 1
 
 
+# as published, or as the method's page says of those that are ours
+DEFAULTS = {
+    "pyramiddrop": {"keep": [0.5, 0.25, 0.125], "rank_with": "next_layer", "positions": "renumber"},
+    "sparsevlm": {"count": "fixed", "recycle": "mean", "positions": "renumber", "heads": 1.0, "gravity": False},
+    "plphp": {"keep": 0.4, "delta": 0.3, "alpha": 0.25, "beta": 0.1},
+    "fastv": {"keep": 0.5, "rank_with": "this_layer", "positions": "keep"},
+    "feather": {"keep": [0.378, 0.034], "stride": 3, "rank_with": "this_layer", "positions": "keep"},
+    "prumerge": {"keep": None, "spatial": 0.0, "positions": "renumber"},
+    "fopru": {"keep": 0.25, "strategy": "rank", "positions": "renumber"},
+    "vtc_cls": {"keep": 0.25, "layers": 8, "positions": "renumber"},
+    "visionzip": {"keep": 192 / 576, "contextual": 30 / 192, "positions": "renumber"},
+    "divprune": {"keep": 0.098, "positions": "renumber"},
+    "cdpruner": {"keep": 64 / 576, "positions": "renumber"},
+    "videollm_mod": {"keep": 0.2},
+    "victor": {"registers": 8},
+    "voco": {"tokens": 1},
+    "hidrop": {"keep": [count / 576 for count in (215, 10, 5, 1)], "differentiable": True},
+    "lvlm_csp": {"keep": [0.16, 0.1], "scatter": "own"},
+    "zipvl": {"tau": 0.975, "keep": 1.0},
+    **{name: {"keep": 0.5, "layer": 0, "positions": "keep"} for name in ("random", "uniform", "pool")},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_name_alone_means_the_published_settings(name):
+    settings = built(name).settings()
+    assert {key: settings[key] for key in DEFAULTS[name]} == DEFAULTS[name]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_its_page_names_every_setting_and_its_paper(name):
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()

@@ -26,6 +26,7 @@ from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.decoder import run_layers
 from vtprune_train.plan import plan_stream
 from vtprune_train.pruning.feather import Feather
+from vtprune_train.pruning.scoring import visual_query_attention
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 
@@ -103,12 +104,19 @@ def with_grids(segment):
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.integers(0, 10_000), SHAPES, DECODERS, st.booleans())
-def test_against_the_paper(seed, shapes, decoder, grids):
-    segments, embeds = random_batch_of(seed, shapes)
+@given(st.integers(0, 10_000), SHAPES, DECODERS, st.booleans(), st.booleans())
+def test_against_the_paper(seed, shapes, decoder, grids, plain):
+    segments, embeds = random_batch_of(seed, shapes, plain)
     segments = [with_grids(segment) for segment in segments] if grids else segments
     method = Feather(layers=(2, 4), keep=(0.6, 0.2), stride=2)
     check_against(slow_feather([2, 4], [0.6, 0.2], 2), text_model_of(seed, decoder), method, segments, embeds)
+
+
+def test_a_row_that_is_an_image_s_last_token_ranks_all_of_it():
+    """As in captions without a question."""
+    (boundary, _) = Feather().plan([SegmentLayout(14, (ImageSpan(1, 9),), (9,), (10,))], 32).boundaries
+    scores = visual_query_attention(torch.randn(1, 2, 4), torch.randn(14, 1, 4), 0.5, boundary)
+    assert scores.sum() == pytest.approx(1.0)
 
 
 def test_a_grid_larger_than_what_stays_is_thinned_evenly():

@@ -18,7 +18,9 @@ from passes import (
 from reference import attention_rows, queries_and_keys, run_layer
 
 from vtprune_train.models.decoder import run_layers
+from vtprune_train.pruning.base import Candidates, Ranking
 from vtprune_train.pruning.hidrop import HiDrop, gates
+from vtprune_train.pruning.scoring import mean_query_attention
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 
@@ -76,9 +78,9 @@ def test_a_batch_is_its_samples():
     check_singly(text_model_of(), HiDrop(enter=1, layers=(2, 4), keep=(0.5, 0.2), leave=5), segments, embeds)
 
 
-def trained(method, segments, embeds):
+def trained(method, segments, embeds, training=True):
     """Hidden states and the gradients of a pass in training."""
-    text_model = text_model_of().train()
+    text_model = text_model_of().train(training)
     leaf = embeds.clone().requires_grad_()
     hidden = run_layers(text_model, leaf, method.plan(segments, 6), method).last_hidden_state
     hidden.square().sum().backward()
@@ -92,12 +94,34 @@ def test_the_gate_changes_no_value_and_its_gradient_reaches_what_ranks():
     hard, hard_grad, hard_model = trained(HiDrop(**where, differentiable=False), segments, embeds)
     assert torch.equal(soft, hard)
     assert not torch.equal(soft_grad, hard_grad)
+    soft_grad, hard_grad = (
+        trained(HiDrop(**where, differentiable=soft), segments, embeds, training=False)[1] for soft in (True, False)
+    )
+    assert torch.equal(soft_grad, hard_grad), "outside training nothing is gated"
     for index in range(6):  # layers 2 and 3 rank; what comes before is reached through them, what comes behind is not
         ours, theirs = (model.layers[index].self_attn.q_proj.weight.grad for model in (soft_model, hard_model))
         assert torch.equal(ours, theirs) == (index > 3), index
     with torch.no_grad():
         plan = HiDrop(**where).plan(segments, 6)
         assert torch.equal(run_layers(text_model_of(), embeds, plan, HiDrop(**where)).last_hidden_state, hard)
+
+
+def test_a_surer_token_is_a_larger_one():
+    """The gradient is that of the kept tokens times their gates, and the tokens' own is as if there were none."""
+    segments, embeds = random_batch_of(13, [(2, 1), (1, 2)])
+    method = HiDrop(enter=0, layers=(1,), keep=(0.4,), leave=6)
+    (boundary,) = method.plan(segments, 6).boundaries
+    hidden = embeds[boundary.visual_rows].requires_grad_()
+    queries = torch.randn(len(boundary.query_rows), 2, 4, dtype=torch.float64, requires_grad=True)
+    ranking = Ranking(queries, torch.randn(len(embeds), 2, 4, dtype=torch.float64), 0.5)
+    found = method.choose(Candidates(boundary, hidden, hidden, hidden[:0], ranking, training=True))
+    upstream = torch.randn(found.values.shape, dtype=torch.float64)
+    to_queries, to_hidden = torch.autograd.grad(found.values, (queries, hidden), upstream)
+    scores = mean_query_attention(queries, ranking.keys, ranking.scaling, boundary)
+    kept = hidden.detach()[found.chosen]
+    gated = kept * gates(scores, boundary, method.temperature)[found.chosen, None]
+    torch.testing.assert_close(to_queries, torch.autograd.grad(gated, queries, upstream)[0])
+    assert torch.equal(to_hidden[found.chosen], upstream)
 
 
 def test_what_keeps_everything_gets_no_gate():
@@ -110,9 +134,15 @@ def test_what_keeps_everything_gets_no_gate():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(0, 1000), st.sampled_from([0.5, 1.0, 3.0]))
-def test_gates(lengths, seed, temperature):
-    """Above a half for those that stay, below for the others; the gradient is the sigmoid's."""
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    st.integers(0, 1000),
+    st.sampled_from([0.5, 1.0, 3.0]),
+    st.sampled_from([1.0, 1e-4]),
+)
+def test_gates(lengths, seed, temperature, apart):
+    """Above a half for those that stay, below for the others; the gradient is the sigmoid's, and no larger where
+    scores are nearly equal."""
     spans, start = [], 1
     for length in lengths:
         spans.append(ImageSpan(start, length))
@@ -121,7 +151,8 @@ def test_gates(lengths, seed, temperature):
     method = HiDrop(enter=0, layers=(1,), keep=(0.4,), leave=6)
     (boundary,) = method.plan([segment], 6).boundaries
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(sum(lengths), generator=generator, dtype=torch.float64, requires_grad=True)
+    scores = 1 - apart * torch.rand(sum(lengths), generator=generator, dtype=torch.float64)
+    scores.requires_grad_()
     found = gates(scores, boundary, temperature)
     (grad,) = torch.autograd.grad(found.sum(), scores) if found.requires_grad else (torch.zeros_like(scores),)
     first = 0
@@ -160,6 +191,12 @@ def test_any_depth(num_layers, expected):
     assert [drop.returns for drop in drops] == [False, True, *[False] * (len(drops) - 2)]
     assert HiDrop().for_budget(0.5, num_layers).input_share(num_layers) == pytest.approx(0.5, abs=2e-3)
     assert len(HiDrop().drops(40)) == 7
+
+
+def test_tokens_leave_later_before_they_enter_earlier():
+    found = HiDrop().for_budget(0.74, 32)
+    assert (found.enter, found.leave) == (None, 32)
+    assert HiDrop().for_budget(0.76, 32).enter == 7
 
 
 @pytest.mark.parametrize(

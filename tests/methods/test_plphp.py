@@ -99,6 +99,13 @@ def test_decoding_equals_the_slow_reference(seed, images, thresholds, kv_heads):
             start += segment.length
 
 
+def test_classes_at_their_thresholds():
+    """Attentive from alpha on, indifferent below beta; in float64, where floor(rate * n) is what Python says."""
+    gamma = torch.tensor([0.5, 0.49, 0.25, 0.24])
+    rates = PLPHP(keep=0.4, delta=0.3, alpha=0.5, beta=0.25).rates(gamma)
+    assert rates.tolist() == [0.4 + 0.3, 0.4, 0.4, 0.4 - 0.3]
+
+
 def test_classes_differ_by_layer_and_by_row():
     """The cases that the comparisons above are about do occur."""
     found = set()

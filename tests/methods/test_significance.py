@@ -15,7 +15,7 @@ from vtprune_train.models.padded import kept_tokens
 from vtprune_train.pruning.base import Candidates, EncoderSignals
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.fopru import FoPru
-from vtprune_train.pruning.prumerge import PruMerge
+from vtprune_train.pruning.prumerge import PruMerge, outliers
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
 from vtprune_train.pruning.visionzip import VisionZip
 from vtprune_train.pruning.vtc_cls import VTCCLS
@@ -145,7 +145,7 @@ def best_of(scores, row):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), SEGMENTS, st.sampled_from([None, 0.1, 0.4, 1.0]), st.sampled_from([0.0, 1.0, 3.0]))
+@given(st.integers(0, 10_000), SEGMENTS, st.sampled_from([None, 0.1, 0.4, 1.0]), st.sampled_from([0.0, 0.7, 3.0]))
 def test_prumerge(seed, segments, keep, spatial):
     method = PruMerge(keep=keep, spatial=spatial)
     scene = Scene(method, segments, seed)
@@ -184,6 +184,19 @@ def test_prumerge(seed, segments, keep, spatial):
             torch.testing.assert_close(contents[place], expected, rtol=1e-5, atol=1e-6)
     if keep == 1.0:
         assert torch.equal(selection.values, scene.hidden), "nothing merged, nothing changed"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 60))
+def test_outliers(seed, length):
+    attention = np.random.default_rng(seed).standard_normal(length).astype(np.float32) ** 3
+    first, third = np.percentile(attention, [25, 75])
+    assert outliers(torch.from_numpy(attention)) == (attention > third + 1.5 * (third - first)).sum()
+
+
+def test_equal_attention_has_no_outlier():
+    assert outliers(torch.full((9,), 0.125)) == 0
+    assert outliers(torch.tensor([0.0, 0.0, 1.0, 1.0, 2.5])) == 0, "on the fence is not above it"
 
 
 @settings(max_examples=25, deadline=None)
@@ -323,6 +336,8 @@ def test_settings_are_checked():
     for spatial in (-1, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"spatial={spatial} is not a number from 0 on"):
             PruMerge(spatial=spatial)
+    assert VTCCLS(layers=3).encoder_layers == (-3, -2, -1)
+    assert (FoPru().encoder_rows, VTCCLS().encoder_rows) == ("all", "class")
     assert PruMerge(spatial=3).drops(8)[0].adaptive and not PruMerge(keep=0.2).drops(8)[0].adaptive
     with pytest.raises(ValueError, match="no keep ratios"):
         PruMerge().eased(1.0, 0.5)

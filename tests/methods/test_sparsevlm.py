@@ -10,6 +10,7 @@ from families import family_model
 from helpers import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passes import ExactRotary
 from reference import attention_rows, queries_and_keys, run_layer
 from test_generate import two_turns
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,20 +20,20 @@ from vtprune_train.models.decoder import run_layers
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.budget import layer_counts
 from vtprune_train.pruning.cdpruner import CDPruner
-from vtprune_train.pruning.raters import LEAST_RESPONSE, text_raters
-from vtprune_train.pruning.recycling import density_peaks, merge_clusters, recycled
+from vtprune_train.pruning.raters import LEAST_RESPONSE, numerical_rank, text_raters
+from vtprune_train.pruning.recycling import SparseDrop, density_peaks, merge_clusters, recycled
 from vtprune_train.pruning.scoring import tokens_holding
 from vtprune_train.pruning.sparsevlm import SparseVLM
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 PLUS = {"recycle": "none", "positions": "keep", "heads": 14 / 32, "gravity": True}
 VARIANTS = {
-    "fixed": {"keep": (0.6, 0.3)},
-    "paper_sum": {"keep": (0.5, 0.2), "recycle": "sum", "positions": "keep"},
+    "fixed": {"keep": (0.3, 0.1)},  # few enough that long images make several clusters
+    "paper_sum": {"keep": (0.2, 0.1), "recycle": "sum", "positions": "keep"},
     "plus": {"keep": (0.5, 0.25), **PLUS},
     "rank": {"count": "rank", "scale": 0.7},
     "rank_plus": {"count": "rank", "scale": 0.4, **PLUS},
-    "mass": {"count": "mass", "mass": 0.6},
+    "mass": {"count": "mass", "mass": 0.3},
 }
 
 
@@ -42,7 +43,7 @@ def sample(rng, num_images, num_turns, plain=False):
     spans, queries, offset = [], [], 1
     for turn in range(num_turns):
         for _ in range(images.count(turn)):
-            spans.append(ImageSpan(offset, int(rng.integers(6, 60))))
+            spans.append(ImageSpan(offset, int(rng.integers(6, 90))))
             offset = spans[-1].end
         offset += 0 if plain else int(rng.integers(2, 7))
         queries.append(offset - 1)
@@ -171,20 +172,21 @@ def slow_image(method, index, segment, number, image, seen, shares, position, x)
     return tokens
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=8, deadline=None)
 @given(
     st.integers(0, 10_000),
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.booleans()), min_size=1, max_size=3),
-    st.sampled_from(sorted(VARIANTS)),
-    st.sampled_from([4, 2, 1]),
+    st.sampled_from([2, 4, 1]),
 )
-def test_equals_the_slow_reference(seed, shapes, variant, kv_heads):
+def test_equals_the_slow_reference(variant, seed, shapes, kv_heads):
     """Several images, several turns, no image, no instruction, grouped queries, batches; with gradients."""
     rng = np.random.default_rng(seed)
     method = SparseVLM(layers=(1, 3), **VARIANTS[variant])
     model = tiny_model(seed, kv_heads=kv_heads).double().eval()
     prune(model, method)
     text_model = model.model.language_model
+    text_model.rotary_emb = ExactRotary(text_model.config)
     segments = [sample(rng, *shape) for shape in shapes]
     embeds = torch.randn(sum(s.length for s in segments), 32, dtype=torch.float64, requires_grad=True)
     fast = run_layers(text_model, embeds, method.plan(segments, 6), method)
@@ -200,10 +202,10 @@ def test_equals_the_slow_reference(seed, shapes, variant, kv_heads):
         assert [span.after for span in boundary.spans] == [n for own in counts if own for n in own[step]]
     slow = torch.cat(slow)
     slow_gradient = torch.autograd.grad((slow * weights).sum(), embeds)[0]
-    # Norms and rotary tables of the layers themselves are float32; another choice would differ by about 1.
-    torch.testing.assert_close(fast.last_hidden_state, slow, rtol=1e-4, atol=2e-4)
+    # Norms of the layers are float32, and one may round otherwise.
+    torch.testing.assert_close(fast.last_hidden_state, slow, rtol=0, atol=1e-6)
     scale = slow_gradient.abs().max()
-    torch.testing.assert_close(fast_gradient / scale, slow_gradient / scale, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(fast_gradient / scale, slow_gradient / scale, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", [SparseVLM(), CDPruner()], ids=lambda method: method.name)
@@ -278,6 +280,26 @@ def test_published_counts_are_exact():
         assert tuple(drop.left(5 * 576, 5 * 576) for drop in drops) == tuple(5 * n for n in kept)
     for deleted in range(1, 4000):
         assert recycled(deleted) == (n := int(0.3 * deleted) + 1, int(n / 10) + 1)
+
+
+def test_counts_of_any_length():
+    """A share that a float rounds down (0.29 of 100) costs no token; of those present the deleted are rounded down."""
+    assert SparseDrop(1, 0.29, recycles=False).kept(100, 100) == 29
+    assert SparseDrop(1, 0.29).left(100, 20) == 20
+    assert [SparseDrop(1, 0.5, of_present=0.5).left(100, before) for before in (5, 6)] == [3, 3]
+    assert [drop.keep for drop in SparseVLM(count="rank", scale=0.5).drops(32)] == [1, 0.5, 0.25, 0.125]
+
+
+def test_the_rank_is_pytorch_s():
+    """Roundings of float32 count by the longer side: 1e-6 is one of 40 columns, not of 2 rows."""
+    for matrix in (torch.zeros(2, 40), torch.eye(2, 40), torch.eye(2, 40) * torch.tensor([[1.0], [1e-6]])):
+        assert numerical_rank(matrix) == torch.linalg.matrix_rank(matrix)
+
+
+def test_a_warm_up_starts_where_it_is_told():
+    assert SparseVLM(count="rank", scale=0.5).eased(0.8, 0.0).scale == pytest.approx(0.2)
+    assert SparseVLM(count="rank", scale=0.5).eased(0.8, 1.0).scale == pytest.approx(0.5)
+    assert SparseVLM(count="mass", mass=0.4).eased(0.8, 0.5).mass == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("num_layers", [2, 6, 8, 32, 40])

@@ -31,6 +31,12 @@ def test_the_fewest_that_hold_the_mass(seed, rows, length, tau):
             assert held.all()
 
 
+def test_a_mass_that_tokens_hold_exactly_needs_no_more():
+    weights = torch.tensor([[0.25, 0.5, 0.25]])
+    assert mass_holders(weights, 0.5).tolist() == [[False, True, False]]
+    assert mass_holders(weights, 0.75).tolist() == [[True, True, False]]
+
+
 SETTINGS = st.sampled_from([{"tau": 0.975, "keep": 1.0}, {"tau": 0.8, "keep": 0.5}, {"tau": 0.4, "keep": 1.0}])
 
 
@@ -113,5 +119,5 @@ def test_a_warm_up_starts_with_all_keys():
     method = ZipVL(tau=0.9)
     assert method.eased(1.0, 0.0).input_share(6) == 1.0
     assert method.eased(1.0, 1.0).tau == pytest.approx(0.9) and method.eased(0.5, 1.0).keep == 1.0
-    assert method.eased(0.5, 0.0).keep == 0.5
+    assert method.eased(0.5, 0.0).keep == 0.5 and method.eased(0.5, 0.0).tau == 1.0
     assert 0.9 < method.eased(1.0, 0.5).tau < 1.0
