@@ -29,6 +29,10 @@ def falling(weight, steps):
     return lambda levels: sum(w * (1 - level / steps) ** 2 for w, level in zip(weight, levels, strict=True))
 
 
+def test_a_tolerance_met_exactly_is_met():
+    assert least_levels(lambda levels: 0.0, 4, 10, 0.0) == [1, 1, 1]
+
+
 @settings(max_examples=25, deadline=None)
 @given(weight=weights, steps=st.integers(1, 9), tolerance=st.floats(0.0, 4.0))
 def test_bisection_finds_what_trying_every_level_finds(weight, steps, tolerance):

@@ -20,6 +20,7 @@ from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.divprune import DivPrune
 from vtprune_train.pruning.fastv import FastV
 from vtprune_train.pruning.feather import Feather
+from vtprune_train.pruning.fopru import FoPru
 from vtprune_train.pruning.hidrop import HiDrop
 from vtprune_train.pruning.lvlm_csp import LVLMCSP
 from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
@@ -162,6 +163,16 @@ def test_training(family, method):
 def test_what_would_lose_tokens_or_find_no_ranking_is_refused(methods, message):
     with pytest.raises(ValueError, match=message):
         prune(family_model("llava_next"), Combined(methods))
+
+
+def test_a_combination_asks_for_what_its_methods_ask():
+    """Whose parts act elsewhere: the one that reads the tower, the one that chooses keys."""
+    first, keys = DivPrune(keep=0.5), PLPHP(multi_turn="keep_dense")
+    both = Combined((first, keys))
+    assert both.input_share(8) == pytest.approx(first.input_share(8) * keys.input_share(8))
+    assert (both.multi_turn, Combined((first, PLPHP())).multi_turn) == ("keep_dense", "drop")
+    assert (both.hidden_after, Combined((first, VoCo())).hidden_after) == ("query", "span")
+    assert (both.encoder_rows, Combined((FoPru(), keys)).encoder_rows) == ("class", "all")
 
 
 def test_what_is_listed_in_the_order_that_works_is_not():

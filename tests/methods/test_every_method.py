@@ -19,8 +19,10 @@ from vtprune_train import prune
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.build import set_trainable
 from vtprune_train.pruning import METHODS, NONE, method_class
-from vtprune_train.pruning.budget import layer_counts
+from vtprune_train.pruning.budget import first_that_fits, layer_counts
+from vtprune_train.pruning.feather import Feather
 from vtprune_train.pruning.phases import Phases
+from vtprune_train.pruning.schedule import earlier
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 NAMES = [*METHODS, NONE]
@@ -218,6 +220,16 @@ def small(lengths, key=0):
         spans.append(ImageSpan(offset, length, ((1, length),)))
         offset += length + 1
     return SegmentLayout(offset + 4, tuple(spans), (offset + 1,), (offset + 2,), key=key)
+
+
+def test_where_all_keep_little_the_one_with_most_room_is_taken():
+    methods = [Feather(layers=layers, keep=(1.0, 1.0)) for layers in ((2, 3), (1, 2))]
+    assert first_that_fits(methods, 0.2, 32).layers == (1, 2)
+
+
+def test_earlier_layers_are_in_proportion():
+    assert list(earlier((4, 8, 9))) == [(3, 6, 7), (2, 4, 5), (1, 2, 3)]
+    assert list(earlier((1, 2))) == []
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not built(name).encoder_layers])

@@ -20,6 +20,7 @@ from vtprune_train import prune
 from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.cache import StagedLayer, cache_bytes
 from vtprune_train.models.decoder import run_layers
+from vtprune_train.models.keys import BlindRows, blind_mask
 from vtprune_train.models.padded import decode, prefill
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod
 from vtprune_train.pruning.heads import keep_best, span_sizes
@@ -152,6 +153,13 @@ def test_decoding_on_what_is_left_equals_masking(seed, images, hidden_after, kv_
         gone = left if index in method.layers else [0] * len(segments)
         assert width == max(s.length - n for s, n in zip(segments, gone, strict=True))
     assert [layer.width - width for layer, width in zip(cache.layers, widths, strict=True)] == [3] * 6
+
+
+def test_a_sliding_window_holds_a_row_and_those_before_it():
+    none = torch.zeros(0, dtype=torch.int64)
+    blind = BlindRows(segment=0, first=5, end=6, visual=slice(0, 0), columns=none, limits=none)
+    seen = blind_mask(blind, torch.ones(1, 0, dtype=torch.bool), 0, 6, sliding_window=3)
+    assert seen.tolist() == [[[False, False, False, True, True, True]]]
 
 
 def test_memory_is_freed_and_keeping_everything_is_dense():
