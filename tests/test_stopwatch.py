@@ -1,5 +1,6 @@
 """``vtprune estimate --clock``: what is measured is what was planned, for every method, at every batch size."""
 
+import itertools
 import json
 
 import pytest
@@ -48,6 +49,13 @@ def test_rows_of_all_batch_sizes_and_what_is_printed():
     text = "\n".join(render(result))
     assert "in float32: a decoder of these sizes with random weights, 1 repeats" in text
     assert "visual tokens taken: enter 68.0, leave 68.0, cached 68.0" in text
+
+
+def test_a_decoding_step_is_one_of_several(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(stopwatch, "now", lambda device: float(next(ticks)))
+    seconds = {row.work: (row.dense, row.pruned) for row in clocked(None).rows}
+    assert seconds == {"prefill": (1, 1), "decoding step": (0.25, 0.25), "training step": (1, 1)}
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):

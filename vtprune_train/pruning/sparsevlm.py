@@ -134,7 +134,7 @@ class SparseVLM(PruningMethod):
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         self._check_layers(num_layers)
-        behind = [layer + 1 for layer in self.layers or LAYERS.get(len(self.shares), LAYERS[3])]
+        behind = [layer + 1 for layer in self.layers or LAYERS[len(self.shares)]]
         if self.layers is None:
             behind = list(scaled_layers(behind, DEPTH, num_layers))
         same: dict[str, Any] = {"queries": "instruction", "recycles": self.recycle != "none"}
