@@ -48,6 +48,12 @@ def test_bisection_finds_what_trying_every_level_finds(weight, steps, tolerance)
     assert found == sorted(found, reverse=True) and distance(found) <= tolerance
 
 
+def test_a_sigmoid_by_hand():
+    """Half of all at half of the depth, 1 / (1 + e) a quarter of it behind; the last layers keep one level."""
+    assert sigmoid_levels(4, 100, 4.0, 0.5) == [73, 50, 27]
+    assert sigmoid_levels(4, 10, 64.0, 0.3) == [10, 1, 1]
+
+
 @settings(max_examples=25, deadline=None)
 @given(weight=weights, steps=st.integers(2, 9), budget=st.floats(0.3, 1.0))
 def test_the_best_sigmoid_is_the_best_of_a_fine_grid(weight, steps, budget):

@@ -58,6 +58,22 @@ def test_a_decoding_step_is_one_of_several(monkeypatch):
     assert seconds == {"prefill": (1, 1), "decoding step": (0.25, 0.25), "training step": (1, 1)}
 
 
+def test_dense_and_pruned_are_not_confused(monkeypatch):
+    """Whichever of the two comes first in a repeat."""
+    seconds = {"uniform": iter([9.0, 1.0, 2.0]), None: iter([9.0, 4.0, 6.0])}  # the first of each warms up
+    generate = stopwatch._generate
+
+    def timed(model, side, *given, counts):
+        generate(model, side, *given, counts=False)
+        side.add("prefill", next(seconds[side.method and side.method.name]), counts)
+
+    monkeypatch.setattr(stopwatch, "_generate", timed)
+    monkeypatch.setattr(stopwatch, "_train", lambda *given, **counts: None)
+    uniform = method_class("uniform")()
+    result = clock(SIZES, uniform, SAMPLE, [1], repeats=2, device=CPU, dtype=torch.float32)
+    assert result.rows == (stopwatch.Clocked("prefill", 1, 5.0, 1.5, 3.5),)
+
+
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     needed = stopwatch._weight_bytes(SIZES, torch.float32)
     monkeypatch.setattr(stopwatch, "_free_bytes", lambda device: 1.5 * needed)
