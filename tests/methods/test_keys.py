@@ -13,6 +13,7 @@ from helpers import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from key_reference import best, masked_forward
+from passes import ExactRotary
 from test_equivalence import _Forbid, assert_close, loss_and_grads, pruned, random_batch, random_segment
 from transformers import DynamicCache
 
@@ -70,9 +71,10 @@ def by_content(spans, groups, share):
 
 
 def packed_decoder(seed, **config):
-    """In float64: rounding must not decide which of two nearly equal keys stays."""
+    """In float64, rotary tables included: rounding must not decide which of two nearly equal keys stays."""
     model = tiny_model(seed, **config).double().eval()
     text_model = model.model.language_model
+    text_model.rotary_emb = ExactRotary(text_model.config)
     text_model.config._attn_implementation = PREFIX + "varlen_sdpa"
     return text_model
 

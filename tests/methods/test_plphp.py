@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from key_reference import masked_forward, plphp
-from test_equivalence import assert_close, random_segment
-from test_keys import packed_decoder, random_prompt, spans_of
+from key_passes import check_decoding, check_pass
+from key_reference import plphp
+from test_equivalence import random_segment
+from test_keys import packed_decoder, random_prompt
 
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.padded import decode, prefill
+from vtprune_train.models.padded import prefill
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.heads import keep_best
 from vtprune_train.pruning.plphp import PLPHP
@@ -62,17 +62,7 @@ def test_a_pass_equals_the_slow_reference(seed, shapes, rates, thresholds, kv_he
     setting = {"keep": rates[0], "delta": rates[1], "alpha": thresholds[0], "beta": thresholds[1]}
     method = PLPHP(**setting, untouched=seed % 3)
     segments = [random_segment(rng, images, turns, plain) for images, turns in shapes]
-    embeds = torch.from_numpy(rng.standard_normal((sum(s.length for s in segments), 32)))
-    expected, start = [], 0
-    with torch.no_grad():
-        output = run_layers(text_model, embeds, method.plan(segments, 6), method)
-        for segment in segments:
-            spans, queries = spans_of(segment), list(segment.query_offsets)
-            own = embeds[start : start + segment.length]
-            choose = plphp(spans, queries, kv_heads, **setting)
-            expected.append(masked_forward(text_model, own, spans, queries, method.key_layers(6), "query", choose))
-            start += segment.length
-    assert_close(output.last_hidden_state, torch.cat(expected), largest=1e-4, mean=1e-5)
+    check_pass(text_model, method, segments, lambda *of: plphp(*of, kv_heads, **setting), rng)
 
 
 @settings(max_examples=12, deadline=None)
@@ -84,19 +74,7 @@ def test_decoding_equals_the_slow_reference(seed, images, thresholds, kv_heads):
     setting = {"keep": 0.4, "delta": 0.3, "alpha": thresholds[0], "beta": thresholds[1]}
     method = PLPHP(**setting)
     segments = [random_prompt(rng, n) for n in images]
-    embeds = torch.from_numpy(rng.standard_normal((sum(s.length for s in segments), 32)))
-    more = torch.from_numpy(rng.standard_normal((len(segments), 2, 32)))
-    with torch.no_grad():
-        _, _, cache = prefill(text_model, method, embeds, segments)
-        decoded = torch.cat([decode(text_model, method, more[:, i : i + 1], cache) for i in range(2)], dim=1)
-        start = 0
-        for row, segment in enumerate(segments):
-            spans, queries = spans_of(segment), list(segment.query_offsets)
-            own = torch.cat([embeds[start : start + segment.length], more[row]])
-            choose = plphp(spans, queries, kv_heads, **setting)
-            expected = masked_forward(text_model, own, spans, queries, method.key_layers(6), "query", choose)
-            assert_close(decoded[row], text_model.norm(expected[-2:]), largest=1e-5, mean=1e-6)
-            start += segment.length
+    check_decoding(text_model, method, segments, lambda *of: plphp(*of, kv_heads, **setting), rng)
 
 
 def test_classes_at_their_thresholds():

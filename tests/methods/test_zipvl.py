@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from key_reference import masked_forward, zipvl
-from test_equivalence import assert_close, random_segment
-from test_keys import packed_decoder, random_prompt, spans_of
+from key_passes import check_decoding, check_pass
+from key_reference import zipvl
+from test_equivalence import random_segment
+from test_keys import packed_decoder, random_prompt
 
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.padded import decode, prefill
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.zipvl import ZipVL, mass_holders
 
@@ -53,17 +52,7 @@ def test_a_pass_equals_the_slow_reference(seed, shapes, setting, kv_heads, plain
     text_model = packed_decoder(seed, kv_heads=kv_heads)
     method = ZipVL(**setting)
     segments = [random_segment(rng, images, turns, plain) for images, turns in shapes]
-    embeds = torch.from_numpy(rng.standard_normal((sum(s.length for s in segments), 32)))
-    expected, start = [], 0
-    with torch.no_grad():
-        output = run_layers(text_model, embeds, method.plan(segments, 6), method)
-        for segment in segments:
-            spans, queries = spans_of(segment), list(segment.query_offsets)
-            own = embeds[start : start + segment.length]
-            choose = zipvl(spans, queries, kv_heads, **setting)
-            expected.append(masked_forward(text_model, own, spans, queries, range(6), "query", choose))
-            start += segment.length
-    assert_close(output.last_hidden_state, torch.cat(expected), largest=1e-4, mean=1e-5)
+    check_pass(text_model, method, segments, lambda *of: zipvl(*of, kv_heads, **setting), rng)
 
 
 @settings(max_examples=10, deadline=None)
@@ -74,20 +63,8 @@ def test_decoding_equals_the_slow_reference(seed, images, setting):
     text_model = packed_decoder(seed)
     method = ZipVL(**setting)
     segments = [random_prompt(rng, n) for n in images]
-    embeds = torch.from_numpy(rng.standard_normal((sum(s.length for s in segments), 32)))
-    more = torch.from_numpy(rng.standard_normal((len(segments), 2, 32)))
-    with torch.no_grad():
-        _, _, cache = prefill(text_model, method, embeds, segments)
-        assert all(layer.width == layer.num_tokens().max() for layer in cache.layers)
-        decoded = torch.cat([decode(text_model, method, more[:, i : i + 1], cache) for i in range(2)], dim=1)
-        start = 0
-        for row, segment in enumerate(segments):
-            spans, queries = spans_of(segment), list(segment.query_offsets)
-            own = torch.cat([embeds[start : start + segment.length], more[row]])
-            choose = zipvl(spans, queries, 2, **setting)
-            expected = masked_forward(text_model, own, spans, queries, range(6), "query", choose)
-            assert_close(decoded[row], text_model.norm(expected[-2:]), largest=1e-5, mean=1e-6)
-            start += segment.length
+    widths = check_decoding(text_model, method, segments, lambda *of: zipvl(*of, 2, **setting), rng)
+    assert all(width == most for width, most in widths)
 
 
 @pytest.mark.parametrize("num_layers", [2, 6, 8, 32, 40])
