@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import family_inputs, family_model
-from helpers import PATCH
+from helpers import PATCH, Reads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
@@ -134,25 +133,6 @@ def test_segments_are_told_by_their_number():
         segments.within(torch.tensor([0, 10]))
 
 
-class Reads(TorchDispatchMode):
-    """Ops whose result or shape the host has to wait for."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "unique", "is_nonzero", "masked_select", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[-1]
-        if not any(isinstance(arg, torch.Tensor) and arg.device.type != "cpu" for arg in tree_leaves(args)):
-            return func(*args, **(kwargs or {}))
-        to_host = name == "_to_copy" and (kwargs or {}).get("device") == torch.device("cpu")
-        if any(read in name for read in self.NAMES) or to_host:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_read_from_the_device(name):
     """Forward, recomputation and backward on meta tensors, which hold no data: a read of one is an error. What is
@@ -211,6 +191,25 @@ def test_a_deep_copy_of_a_pruned_model_has_a_tower_of_its_own():
         holders = [module.config for module in each.model.visual.modules() if hasattr(module, "config")]
         assert len(holders) > 2
         assert all(config is each.config.vision_config for config in holders)
+
+
+@pytest.mark.parametrize("peft_first", [True, False])
+def test_a_tower_that_peft_trains_whole(peft_first):
+    model = family_model("qwen2_5_vl")
+    inputs = family_inputs("qwen2_5_vl", [["what", 0, "is", 1], ["a", 2, 3]])
+    real = inputs["attention_mask"].bool()
+    expected = model(**inputs).logits.detach()
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["visual"])
+    wrapped = prune(get_peft_model(model, config), None) if peft_first else get_peft_model(prune(model, None), config)
+    (trained,) = [part for name, part in model.named_modules() if name.endswith("modules_to_save.default")]
+    assert trained.config._attn_implementation == TOWER_PREFIX + "varlen_sdpa"
+    logits = wrapped(**inputs).logits
+    logits.sum().backward()
+    assert (logits - expected)[real].abs().max() < 1e-4
+    assert all(parameter.grad is not None for parameter in trained.parameters())
+    unprune(wrapped)
+    assert trained.config._attn_implementation == "sdpa"
+    assert (wrapped(**inputs).logits - expected)[real].abs().max() < 1e-4
 
 
 def _reference(q, k, v, cu_seqlens, causal):

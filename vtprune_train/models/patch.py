@@ -34,7 +34,7 @@ from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.layouts import Grids
 from vtprune_train.models.learned import attach, detach, modules_to_save
 from vtprune_train.models.padded import forward_text
-from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config
+from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.pruning.contract import check_method
@@ -110,7 +110,7 @@ def prune(
         pruning=inner.config.__dict__.get(CONFIG_KEY),
     )
     if family.tower is not None:
-        tower = inner.get_submodule(family.tower)
+        tower = next(iter(towers(inner.get_submodule(family.tower)).values()))
         same = (tower.device, tower.dtype) == (weight.device, weight.dtype)
         state.tower_backend = state.backend if same else choose_backend(attention, tower.device, tower.dtype)
     _install(inner, state)
@@ -227,8 +227,9 @@ def _install(model: HFModule, state: State) -> None:
     if hasattr(model.get_submodule(family.base), "pack_image_features"):
         replacements.append((family.base, "pack_image_features", _pack_image_features))
     if family.tower is not None:
-        replacements.append((family.tower, "forward", _forward_tower))
-        replace_config(model.get_submodule(family.tower), state.tower_backend)
+        for name, tower in towers(model.get_submodule(family.tower)).items():
+            replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", _forward_tower))
+            replace_config(tower, state.tower_backend)
     if isinstance(model.get_submodule("lm_head"), nn.Linear):
         replacements.append(("lm_head", "forward", _forward_head))
     for name, attribute, function in replacements:

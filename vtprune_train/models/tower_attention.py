@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from vtprune_train.models import HFModule
 from vtprune_train.models.attention import FUNCTIONS, on_device
@@ -32,6 +32,12 @@ from vtprune_train.models.layouts.tower_inputs import (
 
 TOWER_PREFIX = "packed_flash_tower_"  # "flash" is what transformers looks for
 _CONFIG = "_vtprune_config"
+
+
+def towers(module: nn.Module) -> dict[str, HFModule]:
+    """The tower at ``module``, or those that PEFT keeps there (the original, and a copy for each adapter that trains
+    it whole), by their names within it."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
 
 
 def replace_config(tower: HFModule, backend: str) -> None:
