@@ -11,6 +11,7 @@ from helpers import PATCH, Reads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
@@ -243,6 +244,23 @@ def test_every_backend_lets_a_patch_see_its_whole_segment(monkeypatch, backend):
     )  # fmt: skip
     expected = _reference(*(x[0].transpose(0, 1) for x in (q, k, v)), cu_seqlens, causal=False)
     assert (ours[0] - expected).abs().max() < 1e-5
+
+
+def test_compiled_layers_serve_any_grids():
+    """The first change of shapes makes them dynamic; no later one compiles again."""
+    model, tower = tower_of("qwen2_5_vl")
+    prune(model, None)
+    batches = [GRIDS, GRIDS[:2], GRIDS[1:], ((1, 20, 8),), ((1, 6, 6), (1, 8, 12), (1, 4, 8)), ((3, 4, 4),)]
+    expected = [outputs_and_gradients(tower, own)[1] for own in batches]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for block in tower.blocks:
+        block.compile(backend=counter)
+    frames = []
+    for own, pooled in zip(batches, expected, strict=True):
+        assert (outputs_and_gradients(tower, own)[1] - pooled).abs().max() <= 1e-4 * pooled.abs().max()
+        frames.append(counter.frame_count)
+    assert 0 < frames[0] < frames[1] == frames[-1]
 
 
 class DeviceTensors(TorchFunctionMode):
