@@ -1,4 +1,4 @@
-"""Tensors that claim to be on CUDA and compute on the CPU: finds device mismatches and hidden waits without a GPU.
+"""Tensors that claim to be on CUDA and compute on the CPU: they find device mismatches and hidden waits without a GPU.
 
 ::
 
@@ -7,21 +7,22 @@
         model(batch).loss_sum.backward()
     assert cuda.waits == []
 
-How it works. A :class:`CudaTensor` wraps a CPU tensor and says that it is on ``cuda:0``. For PyTorch's C++ code it is on
-the ``meta`` device, so that composite operators and backward formulas make new tensors on ``meta`` too, and autograd
+How it works. A :class:`CudaTensor` wraps a CPU tensor and says that it is on ``cuda:0``. For PyTorch's C++ code it is
+on the ``meta`` device: composite operators and backward formulas then make new tensors on ``meta`` too, and autograd
 needs no CUDA build. While a :class:`FakeCuda` is active it sees every call twice: as Python makes it
 (``TorchFunctionMode``), where ``device="cuda"`` becomes ``meta`` and memory is marked as pinned; and as the operators
-that it is made of (``TorchDispatchMode``), which it runs on the wrapped tensors. There it
+that the call is made of (``TorchDispatchMode``), which it runs on the wrapped tensors. There it
 
-- raises what PyTorch raises where an operator mixes CPU and CUDA tensors (also in backward passes);
+- raises what PyTorch raises where an operator mixes CPU and CUDA tensors, in backward passes too;
 - records an :class:`Event` for whatever makes the host wait for the device: a ``read`` (``item``, ``tolist``, ``cpu``,
-  ``nonzero``, a boolean index, ...) and a ``blocking copy`` (from the host, without ``non_blocking`` or out of pageable
+  ``nonzero``, a boolean index, ...) or a ``blocking copy`` (from the host, without ``non_blocking`` or out of pageable
   memory, which ``torch.tensor(..., device="cuda")`` and an index on the CPU make too).
 
-What it cannot see: waits inside a kernel's host code beyond those listed in ``READS`` (linear algebra, for one); races
-of asynchronous copies; memory and speed; kernels that exist on one device only, or that want other dtypes or strides;
-code that ``torch.cuda.is_available()`` switches on; 0-dim CPU tensors where an operator does not take them on CUDA. A
-device named ``meta`` is taken for CUDA as well.
+What it cannot see: waits inside an operator that ``READS`` does not list (most of ``torch.linalg``, for one); races of
+asynchronous copies; memory and speed; kernels that CUDA lacks, or that want other dtypes, strides or alignments there;
+code that asks ``torch.cuda.is_available()``; 0-dim CPU tensors in operators that do not take them beside CUDA ones;
+backward passes other than ``loss.backward()`` through layers that are run again. A tensor made on ``meta`` by name
+counts as one on CUDA.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ PASSED_OVER = (str(Path(torch.__file__).parent), __file__, "<")
 
 class Event(NamedTuple):
     """The host waits: ``kind`` is ``READ`` or ``COPY``; ``op`` is what does it; ``where`` is ``file:line`` of the
-    innermost line outside PyTorch, and after ``<-`` of the innermost one in this project, if that is another."""
+    innermost line outside PyTorch, and after ``<-`` of the innermost one in another file of this project."""
 
     kind: str
     op: str
@@ -155,6 +156,8 @@ class FakeCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.device:
+            return func(*args, **kwargs)
         if func is Tensor.pin_memory:
             assert not isinstance(args[0], CudaTensor), "only memory of the host can be pinned"
             return self.pin(args[0])
@@ -296,18 +299,17 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _where() -> str:
+    """The innermost line outside PyTorch and, if any, the innermost one of another file that is this project's."""
     frame: FrameType | None = sys._getframe(1)
-    lines: list[str] = []
-    while frame is not None:
+    found: list[str] = []
+    while frame is not None and len(found) < 2:
         path = frame.f_code.co_filename
         own = path.startswith(str(ROOT / "vtprune_train"))
-        if not path.startswith(PASSED_OVER) and (own or not lines):
-            place = path.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
-            lines.append(f"{place}:{frame.f_lineno}")
-        if own:
-            break
+        place = path.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
+        if not path.startswith(PASSED_OVER) and (not found or (own and not found[0].startswith(place))):
+            found.append(f"{place}:{frame.f_lineno}")
         frame = frame.f_back
-    return " <- ".join(lines)
+    return " <- ".join(found)
 
 
 EMULATED: dict[Any, Callable[..., Any]] = {}

@@ -27,6 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
+from vtprune_train.stream import to_device
+
 log = logging.getLogger(__name__)
 
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")
@@ -160,13 +162,7 @@ def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device) -> _Call
             gather.append(starts[index] + np.minimum(np.arange(width), length - 1))
             scatter[starts[index] : starts[index] + length] = np.arange(offset, offset + length)
             offset += width
-    return _Calls(shapes, _on(np.concatenate(gather), device), _on(scatter, device))
-
-
-def _on(index: np.ndarray, device: torch.device) -> Tensor:
-    """``index`` on ``device``, through pinned memory, so that the host does not wait."""
-    tensor = torch.from_numpy(index)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return _Calls(shapes, *to_device((np.concatenate(gather), scatter), device))
 
 
 def _sdpa_after_cached(
