@@ -45,13 +45,15 @@ from vtprune_train.stream import map_leaves
 DEVICE = torch.device("cuda", 0)
 STAND_IN = torch.device("meta")  # where C++ takes these tensors to be
 READ, COPY = "read", "blocking copy"
-# Operators that copy something to the host on CUDA: a value, or how many elements the output has.
+# Operators that copy something to the host on CUDA: a value, how many elements the output has, or whether it failed.
 READS = {
-    "_local_scalar_dense", "_unique2", "allclose", "bincount", "equal", "is_nonzero", "masked_select", "multinomial",
-    "nonzero", "unique_consecutive", "unique_dim",
+    "_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "_local_scalar_dense", "_unique2", "allclose", "bincount",
+    "equal", "is_nonzero", "linalg_eig", "linalg_lstsq", "masked_select", "multinomial", "nonzero",
+    "unique_consecutive", "unique_dim",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray)
+EMULATED: dict[Any, Callable[..., Any]] = {}  # operators without a CPU kernel: what computes the same
 ROOT = Path(__file__).parent.parent
 PASSED_OVER = (str(Path(torch.__file__).parent), __file__, "<")
 
@@ -164,7 +166,7 @@ class FakeCuda(TorchFunctionMode):
         if func is Tensor.is_pinned:
             return not isinstance(args[0], CudaTensor) and self.is_pinned(args[0])
         if func is Tensor.cuda:
-            return args[0].to(DEVICE, *args[2:], **kwargs)
+            return args[0].to(STAND_IN, *args[2:], **kwargs)
         if func is Tensor.backward:
             return self._backward(args[0])
         args, kwargs = tree_map(_stand_in, (args, kwargs))
@@ -219,9 +221,7 @@ class _Operators(TorchDispatchMode):
             self._indexed(name, args, kwargs)
         else:
             self._computed(name, func, tensors, on_cuda, kwargs)
-        if func in EMULATED:
-            func = EMULATED[func]
-        out = func(*tree_map(_unwrapped, args), **tree_map(_unwrapped, kwargs))
+        out = EMULATED.get(func, func)(*tree_map(_unwrapped, args), **tree_map(_unwrapped, kwargs))
         if name == "_to_copy" and any(out is tensor.elem for tensor in tensors if isinstance(tensor, CudaTensor)):
             out = out.clone()
         written = _written(func, args, kwargs)
@@ -251,7 +251,7 @@ class _Operators(TorchDispatchMode):
                 self.cuda.record(COPY, name)
             elif index.dtype in (torch.bool, torch.uint8) and not fills:
                 self.cuda.record(READ, f"{name} by a boolean mask")
-        _check_device(name, [args[0], *args[2:3]])
+        _check_device(name, [args[0], *args[2:3], *(index for index in indices if isinstance(index, CudaTensor))])
 
     def _computed(self, name: str, func: Any, tensors: list[Tensor], on_cuda: bool, kwargs: dict[str, Any]) -> None:
         _check_device(name, tensors)
@@ -310,6 +310,3 @@ def _where() -> str:
             found.append(f"{place}:{frame.f_lineno}")
         frame = frame.f_back
     return " <- ".join(found)
-
-
-EMULATED: dict[Any, Callable[..., Any]] = {}
