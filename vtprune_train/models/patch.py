@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _REPLACED = "_vtprune_replaced"
 CONFIG_KEY = "pruning"
+SIZES = ("image_sizes", "batch_num_images", "image_grid_thw")  # inputs that tell how large images are
 SAVED: Literal["saved"] = "saved"
 
 
@@ -341,7 +342,7 @@ def _forward_base(self: HFModule, original: Callable[..., Any], state: State, *a
             _tell(call, state, given.pooler_output)
         has_grid = inputs.get("image_grid_thw") is not None
         if state.family.three_part_positions is not None and has_grid and inputs.get("position_ids") is None:
-            call.positions = state.family.three_part_positions(self, inputs)
+            inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
         return original(**inputs)
 
 
@@ -361,7 +362,7 @@ def _listen_to_image_features(
     vision tower thought of them."""
     with reading(self, state.method) as read:
         features = original(*args, **kwargs)
-    images, inputs = features.pooler_output, _by_name(original, args, kwargs)
+    images, inputs = features.pooler_output, _sizes_on_host(_by_name(original, args, kwargs))
     lengths = state.family.image_lengths(images)
     encoders: list[EncoderSignals | None] = [None] * len(lengths)
     if read is not None and state.family.patches is not None:
@@ -381,6 +382,12 @@ def _listen_to_image_features(
     if state.running.call is not None:
         _tell(state.running.call, state, images)
     return features
+
+
+def _sizes_on_host(inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs`` with what tells the images' sizes on the host, each read once."""
+    sizes = {key: inputs[key] for key in SIZES if isinstance(inputs.get(key), Tensor)}
+    return {**inputs, **{key: tensor.cpu() for key, tensor in sizes.items()}}
 
 
 def _tell(call: Call, state: State, images: Sequence[Tensor]) -> None:
