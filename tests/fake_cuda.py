@@ -28,8 +28,7 @@ counts as one on CUDA.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -59,8 +58,8 @@ PASSED_OVER = (str(Path(torch.__file__).parent), __file__, "<")
 
 
 class Event(NamedTuple):
-    """The host waits: ``kind`` is ``READ`` or ``COPY``; ``op`` is what does it; ``where`` is ``file:line`` of the
-    innermost line outside PyTorch, and after ``<-`` of the innermost one in another file of this project."""
+    """The host waits: ``kind`` is ``READ`` or ``COPY``; ``op`` is the operator; ``where`` is ``file:line`` of the
+    innermost line outside PyTorch, and after ``<-`` that of the innermost line in another file of this project."""
 
     kind: str
     op: str
@@ -113,7 +112,6 @@ class FakeCuda(TorchFunctionMode):
         self.waits: list[Event] = []
         self.pinned: dict[int, Tensor] = {}  # by address; kept, so that no other tensor gets it
         self.operators = _Operators(self)
-        self.recording = True
 
     def __enter__(self) -> FakeCuda:
         self.operators.__enter__()
@@ -137,16 +135,8 @@ class FakeCuda(TorchFunctionMode):
                 module._buffers[name] = None if buffer is None else CudaTensor(buffer)
         return value
 
-    @contextmanager
-    def unrecorded(self) -> Iterator[None]:
-        """Waits within are not recorded: for what a test itself reads."""
-        self.recording = False
-        yield
-        self.recording = True
-
     def record(self, kind: str, op: str) -> None:
-        if self.recording:
-            self.waits.append(Event(kind, op, _where()))
+        self.waits.append(Event(kind, op, _where()))
 
     def is_pinned(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self.pinned
@@ -166,7 +156,7 @@ class FakeCuda(TorchFunctionMode):
         if func is Tensor.is_pinned:
             return not isinstance(args[0], CudaTensor) and self.is_pinned(args[0])
         if func is Tensor.cuda:
-            return args[0].to(STAND_IN, *args[2:], **kwargs)
+            return args[0].to(STAND_IN, non_blocking=kwargs.get("non_blocking", args[2:] == (True,)))
         if func is Tensor.backward:
             return self._backward(args[0])
         args, kwargs = tree_map(_stand_in, (args, kwargs))
@@ -220,7 +210,7 @@ class _Operators(TorchDispatchMode):
         elif name in INDEXING:
             self._indexed(name, args, kwargs)
         else:
-            self._computed(name, func, tensors, on_cuda, kwargs)
+            self._computed(name, tensors, on_cuda, kwargs)
         out = EMULATED.get(func, func)(*tree_map(_unwrapped, args), **tree_map(_unwrapped, kwargs))
         if name == "_to_copy" and any(out is tensor.elem for tensor in tensors if isinstance(tensor, CudaTensor)):
             out = out.clone()
@@ -230,17 +220,19 @@ class _Operators(TorchDispatchMode):
         return tree_map(lambda x: CudaTensor(x) if isinstance(x, Tensor) else x, out) if target else out
 
     def _copied(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], target: bool) -> None:
-        """``copy_(to, from, non_blocking)`` or ``_to_copy(from, ..., device=..., non_blocking=...)``."""
-        source = args[1] if name == "copy_" else args[0]
-        if not source.numel():
+        """``copy_(to, from, non_blocking)`` or ``_to_copy(from, ..., device=..., non_blocking=...)``. Only a copy of
+        contiguous pinned memory without a change of dtype runs beside the host."""
+        fills = name == "copy_"
+        source, to_cuda = (args[1], isinstance(args[0], CudaTensor)) if fills else (args[0], target)
+        from_cuda = isinstance(source, CudaTensor)
+        if from_cuda == to_cuda or not source.numel():
             return
-        to_cuda = isinstance(args[0], CudaTensor) if name == "copy_" else target
-        waits = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-        if isinstance(source, CudaTensor):
-            if not to_cuda and (waits or not (name == "copy_" and self.cuda.is_pinned(args[0]))):
-                self.cuda.record(READ, name)
-        elif to_cuda and (waits or not self.cuda.is_pinned(source)):
-            self.cuda.record(COPY, name)
+        on_host = source if to_cuda else args[0] if fills else None  # None: new memory, which is pageable
+        straight = on_host is not None and self.cuda.is_pinned(on_host) and on_host.is_contiguous()
+        straight &= source.dtype == (args[0].dtype if fills else kwargs.get("dtype") or source.dtype)
+        asks_to_wait = not (kwargs.get("non_blocking") or (fills and args[2:] == (True,)))
+        if asks_to_wait or not straight:
+            self.cuda.record(READ if from_cuda else COPY, name)
 
     def _indexed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An index on the CPU is copied; a boolean one is counted first, except to fill with one value."""
@@ -253,7 +245,7 @@ class _Operators(TorchDispatchMode):
                 self.cuda.record(READ, f"{name} by a boolean mask")
         _check_device(name, [args[0], *args[2:3], *(index for index in indices if isinstance(index, CudaTensor))])
 
-    def _computed(self, name: str, func: Any, tensors: list[Tensor], on_cuda: bool, kwargs: dict[str, Any]) -> None:
+    def _computed(self, name: str, tensors: list[Tensor], on_cuda: bool, kwargs: dict[str, Any]) -> None:
         _check_device(name, tensors)
         counts_repeats = name == "repeat_interleave" and kwargs.get("output_size") is None
         checks_lengths = name == "segment_reduce" and not kwargs.get("unsafe")
@@ -285,10 +277,8 @@ def _unwrapped(value: Any) -> Any:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an in-place operator or one with ``out`` returns: the tensors that it wrote to."""
-    if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable or not func._schema.returns:
-        return None
     aliases = [returned.alias_info for returned in func._schema.returns]
-    if any(alias is None or not alias.is_write for alias in aliases):
+    if not aliases or any(alias is None or not alias.is_write for alias in aliases):
         return None
     written = [
         kwargs[argument.name] if argument.name in kwargs else args[place]

@@ -50,6 +50,8 @@ WAITS = [
     (COPY, "_to_copy", lambda x: torch.ones(2).to(x)),
     (COPY, "_to_copy", lambda x: torch.ones(2).to(x.device, non_blocking=True)),  # pageable
     (COPY, "_to_copy", lambda x: torch.ones(2).pin_memory().to("cuda:0")),
+    (COPY, "_to_copy", lambda x: torch.ones(2).pin_memory().to("cuda", torch.float16, non_blocking=True)),
+    (COPY, "_to_copy", lambda x: torch.ones(2, 2).pin_memory()[:, 0].to("cuda", non_blocking=True)),
     (COPY, "copy_", lambda x: x[0].copy_(torch.ones(4))),
     (COPY, "index", lambda x: x[torch.tensor([0, 2])]),
     (COPY, "index", lambda x: x[[0, 2]]),
@@ -73,6 +75,7 @@ NO_WAITS = [
     lambda x: torch.arange(3, device="cuda"),
     lambda x: torch.full((2,), 1.5, device=x.device) + x.new_zeros(2),
     lambda x: torch.ones(2).pin_memory().to("cuda", non_blocking=True),
+    lambda x: torch.ones(2).pin_memory().cuda(non_blocking=True),
     lambda x: torch.ones(3, 4, pin_memory=True).copy_(x, non_blocking=True),
     lambda x: x * torch.tensor(2.0),  # a 0-dim CPU tensor is a number
     lambda x: x.__setitem__((0, slice(1, 3)), 7.0),

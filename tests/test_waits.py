@@ -294,7 +294,6 @@ def test_evaluation_pins_its_batches_and_reads_one_result_each(tmp_path):
     assert files(cuda.waits) == Counter(
         {
             (READ, "vtprune_train/training/evaluate.py"): len(batches),
-            (COPY, "vtprune_train/training/distributed.py"): 1,
             (READ, "vtprune_train/training/distributed.py"): 1,
         }
     )

@@ -215,7 +215,7 @@ def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: t
     tile, generator = torch.cat(tiles), torch.Generator().manual_seed(1)
     attention = torch.rand(len(method.encoder_layers), len(tile), generator=generator)
     keys = torch.randn(len(tile), TOWER_HIDDEN, generator=generator)
-    return EncoderSignals(attention.to(device), keys.to(device), tile.to(device))
+    return to_device(EncoderSignals(attention, keys, tile), device)  # type: ignore[no-any-return]
 
 
 def _taken(plan: StreamPlan, cache: DynamicCache, sample: Sample, batch: int) -> VisualTokens:
