@@ -73,7 +73,6 @@ class CudaTensor(Tensor):
     device = property(lambda self: DEVICE)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, elem: Tensor) -> CudaTensor:
@@ -92,7 +91,7 @@ class CudaTensor(Tensor):
         raise RuntimeError(f"{func} on a fake CUDA tensor outside `with FakeCuda()`")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"CudaTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"CudaTensor({tuple(self.shape)}, {self.dtype})"
 
     def data_ptr(self) -> int:
         return self.elem.data_ptr()
@@ -214,8 +213,7 @@ class _Operators(TorchDispatchMode):
         out = EMULATED.get(func, func)(*tree_map(_unwrapped, args), **tree_map(_unwrapped, kwargs))
         if name == "_to_copy" and any(out is tensor.elem for tensor in tensors if isinstance(tensor, CudaTensor)):
             out = out.clone()
-        written = _written(func, args, kwargs)
-        if written is not None:
+        if (written := _written(func, args, kwargs)) is not None:
             return written
         return tree_map(lambda x: CudaTensor(x) if isinstance(x, Tensor) else x, out) if target else out
 

@@ -1,10 +1,7 @@
 """Attention over a packed stream: the backends, and which one ``auto`` takes.
 
-Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME`` and takes the keywords that
-the Hugging Face flash path takes (``cu_seq_lens_q``, ``max_length_q``, ...), plus four of ours: ``segment_lengths``,
-the host's copy of the lengths; ``key_lengths``, where keys begin with cached ones; ``probe``, called with the rotated
-queries and keys of the layer (which is how a method reads them at no extra cost); and ``key_choice``, called with
-those, the values and the output, which it returns with the rows computed anew that may not see all keys.
+Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME``. A decoder layer hands it one
+keyword of ours, ``packing``, with everything that changes from batch to batch (:class:`Packing`).
 
 Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head size.
 """
@@ -44,6 +41,26 @@ PREFIX = "packed_"
 # few padded rows.
 SHARED_CALL_LENGTH = 512
 SHARED_CALL_PADDING = 1.125
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the attention of one layer needs beside queries, keys and values.
+
+    One object, because a compiled layer specialises on every plain value that it is called with: lengths as keywords
+    would compile it again for each number of segments.
+
+    Args:
+        lengths: keywords of the Hugging Face flash path (``cu_seq_lens_q``, ``max_length_q``, ...), and two of ours:
+            ``segment_lengths``, the host's copy of the lengths, and ``key_lengths``, where keys begin with cached ones.
+        probe: called with the rotated queries and keys; this is how a method reads them at no extra cost.
+        key_choice: called with queries, keys, values and the output, which it returns with those rows computed again
+            that may not see all keys.
+    """
+
+    lengths: dict[str, Any]
+    probe: Callable[[Tensor, Tensor], None] | None = None
+    key_choice: Callable[..., Tensor] | None = None
 
 
 def unavailable_because(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -93,12 +110,14 @@ def varlen_sdpa(
     key_lengths: tuple[int, ...] | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    causal: bool = True,
     **_: Any,
 ) -> Tensor:
     """Causal attention within each segment by PyTorch's SDPA; the reference on every device.
 
     Long segments take one call each. Short ones of similar length share a call, padded on the right: under a causal
-    mask no real token sees what lies to its right, so no mask is needed and the result is the same.
+    mask no real token sees what lies to its right, so no mask is needed and the result is the same. Without ``causal``
+    (every token sees its whole segment) segments of equal length share a call.
 
     With ``key_lengths`` a segment's keys begin with cached ones, which all its queries see.
 
@@ -107,7 +126,7 @@ def varlen_sdpa(
     """
     if key_lengths is not None and key_lengths != segment_lengths:
         return _sdpa_after_cached(q_THD, k_TGD, v_TGD, segment_lengths, key_lengths, scaling, dropout, sliding_window)
-    calls = _plan_calls(segment_lengths, q_THD.device)
+    calls = _plan_calls(segment_lengths, q_THD.device, causal)
     sizes = [batch * width for batch, width in calls.shapes]
     if calls.gather is not None:
         q_THD, k_TGD, v_TGD = (x.index_select(0, calls.gather) for x in (q_THD, k_TGD, v_TGD))
@@ -121,7 +140,7 @@ def varlen_sdpa(
             v,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=mask is None,
+            is_causal=causal and mask is None,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
@@ -133,7 +152,7 @@ def varlen_sdpa(
 @dataclass(frozen=True)
 class _Calls:
     """``shapes`` (segments, width) of each call; ``gather`` [padded T] the stream's row at each place of all calls laid
-    end to end, ``scatter`` [T] the way back; both ``None`` where each segment in order is its own call."""
+    end to end, ``scatter`` [T] the way back; both ``None`` where the calls take the stream as it is."""
 
     shapes: tuple[tuple[int, int], ...]
     gather: Tensor | None
@@ -142,17 +161,20 @@ class _Calls:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
-def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device) -> _Calls:
+def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device, causal: bool = True) -> _Calls:
     lengths = np.array(segment_lengths)
     groups: list[list[int]] = []
     for index in np.argsort(-lengths, kind="stable").tolist():
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest <= SHARED_CALL_LENGTH and longest <= SHARED_CALL_PADDING * lengths[index] + 4:
+        longest, length = (lengths[groups[-1][0]] if groups else 0), lengths[index]
+        similar = longest <= SHARED_CALL_LENGTH and longest <= SHARED_CALL_PADDING * length + 4
+        if groups and (similar if causal else longest == length):
             groups[-1].append(index)
         else:
             groups.append([index])
     if len(groups) == len(lengths):
         return _Calls(tuple((1, length) for length in segment_lengths), None, None)
+    if len(set(segment_lengths)) == 1:
+        return _Calls(((len(lengths), segment_lengths[0]),), None, None)
     starts = np.cumsum([0, *segment_lengths])
     shapes = tuple((len(group), int(lengths[group[0]])) for group in groups)
     gather, scatter, offset = [], np.empty(starts[-1], dtype=np.int64), 0
@@ -211,9 +233,11 @@ def varlen_torch(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    causal: bool = True,
     **_: Any,
 ) -> Tensor:
-    """Causal attention within each segment by ``torch.nn.attention.varlen`` (CUDA, half precision).
+    """Causal attention within each segment by ``torch.nn.attention.varlen`` (CUDA, half precision); without ``causal``
+    every token sees its whole segment.
 
     Returns:
         [T, H, D].
@@ -228,7 +252,7 @@ def varlen_torch(
     groups = q_THD.shape[1] // k_TGD.shape[1]
     if groups > 1:
         k_TGD, v_TGD = (x.repeat_interleave(groups, dim=1) for x in (k_TGD, v_TGD))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0 if causal else -1)
     return varlen_attn(  # type: ignore[return-value]
         q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window
     )
@@ -249,6 +273,7 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
         scaling: float,
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        causal: bool = True,
         **_: Any,
     ) -> Tensor:
         out = _flash_attention_forward(
@@ -257,7 +282,7 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
             v_TGD.unsqueeze(0),
             None,
             query_length=q_THD.shape[0],
-            is_causal=True,
+            is_causal=causal,
             dropout=dropout,
             softmax_scale=scaling,
             sliding_window=sliding_window,
@@ -273,21 +298,21 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
 
 
 def _register(backend: str, function: Callable[..., Tensor]) -> None:
-    @torch.compiler.disable  # lengths change with every batch; a compiled layer runs its graphs around this call
+    @torch.compiler.disable  # a compiled layer runs its graphs around this call
     def attention(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        probe: Callable[[Tensor, Tensor], None] | None = None,
-        key_choice: Callable[..., Tensor] | None = None,
+        packing: Packing | None = None,
+        staged_decoding: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps carry no lengths and
         go to transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]."""
-        if "cu_seq_lens_q" not in kwargs:
-            if not kwargs.pop("staged_decoding", False):
+        if packing is None:
+            if not staged_decoding:
                 raise ValueError(
                     f"attention {PREFIX + backend!r} belongs to a pruned model, but this one is not: its config was "
                     "copied from a pruned model; load it with attn_implementation='sdpa', or unprune before copying"
@@ -295,17 +320,21 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         assert attention_mask is None, "a packed stream has no attention mask"
         q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        if probe is not None:
-            probe(q_THD, k_TGD)
+        if packing.probe is not None:
+            packing.probe(q_THD, k_TGD)
+        kwargs |= packing.lengths
         out_THD = function(q_THD, k_TGD, v_TGD, **kwargs)
-        if key_choice is not None:
-            out_THD = key_choice(q_THD, k_TGD, v_TGD, out_THD, **kwargs)
+        if packing.key_choice is not None:
+            out_THD = packing.key_choice(q_THD, k_TGD, v_TGD, out_THD, **kwargs)
         return out_THD.unsqueeze(0), None
 
     AttentionInterface.register(PREFIX + backend, attention)
 
 
-for _name in FLASH:
-    _register(_name, _flash(_name))
-_register("varlen_torch", varlen_torch)
-_register("varlen_sdpa", varlen_sdpa)
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: _flash(name) for name in FLASH},
+    "varlen_torch": varlen_torch,
+    "varlen_sdpa": varlen_sdpa,
+}
+for _name, _function in FUNCTIONS.items():
+    _register(_name, _function)
