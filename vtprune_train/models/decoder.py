@@ -23,7 +23,7 @@ from vtprune_train.models.keys import StageKeys
 from vtprune_train.plan import replan
 from vtprune_train.pruning.base import Candidates, EncoderSignals, PruningMethod, Ranking
 from vtprune_train.pruning.selection import next_rows
-from vtprune_train.stream import Boundary, Drop, Stage, StreamPlan, map_leaves
+from vtprune_train.stream import Boundary, Drop, Stage, StreamPlan, to_device
 
 PARAMETERS = "pruning"  # the decoder's submodule that holds what a method learns
 
@@ -288,8 +288,8 @@ class _Walk:
             return
         before = [np.array([span.after for span in b.spans]) for b in self.plan.boundaries[:index]]
         plan = replan(self.plan, [*before, counts.cpu().numpy()])
-        device, replanned = self.hidden.device, self.staging.replanned
-        self.plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(device))
+        replanned = self.staging.replanned
+        self.plan = to_device(plan, self.hidden.device)
         staging = Staging.counted(self.plan) if replanned is None else replanned(plan)
         self.staging = replace(staging, positions=(self.staging.positions[0], *staging.positions[1:]))
 
