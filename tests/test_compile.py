@@ -34,7 +34,9 @@ METHODS = {
 def batches(model, method):
     """Of one to four samples, without an image and with several."""
     num_layers = len(model.model.language_model.layers)
-    for seed, shapes in enumerate([[(1, 1), (2, 2), (0, 1)], [(1, 2)], [(2, 1), (1, 1), (1, 3), (3, 1)], [(0, 1), (1, 1)]]):
+    for seed, shapes in enumerate(
+        [[(1, 1), (2, 2), (0, 1)], [(1, 2)], [(2, 1), (1, 1), (1, 3), (3, 1)], [(0, 1), (1, 1)]]
+    ):
         rng = np.random.default_rng(seed)
         segments = [random_segment(rng, images, turns) for images, turns in shapes]
         yield dataclasses.replace(random_batch(model, segments, seed), plan=plan_pass(segments, num_layers, method))

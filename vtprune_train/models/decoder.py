@@ -462,7 +462,8 @@ class _Probe:
             self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
 
     def ranking(self, scaling: float) -> Ranking:
-        """What was taken. The probe lets go of it: a layer that is recomputed keeps its probe until the backward pass."""
+        """What was taken; the probe drops it, because a layer that is recomputed keeps its probe until the backward
+        pass."""
         assert self.taken is not None, "the attention backend did not call the probe"
         (queries, keys), self.taken = self.taken, None
         return Ranking(queries, keys, scaling)
