@@ -97,17 +97,28 @@ def prune(
                 "%s has parameters of its own, which PEFT's save_pretrained leaves out: prune first, then "
                 "get_peft_model(model, LoraConfig(modules_to_save=%s, ...))", method.name, modules_to_save(inner),
             )  # fmt: skip
-    weight = inner.get_output_embeddings().weight
     state = State(
         family=family,
         method=method,
-        backend=choose_backend(attention, weight.device, weight.dtype),
+        backend=backend_for(inner, attention),
         image_token=inner.config.image_token_id,
         attention=text_model.config._attn_implementation,
         pruning=inner.config.__dict__.get(CONFIG_KEY),
     )
     _install(inner, state)
     return model
+
+
+def backend_for(model: HFModule, requested: str = "auto") -> str:
+    """The attention backend for a model's device, dtype and head size: what :func:`prune` takes.
+
+    Raises:
+        ValueError: ``requested`` is unknown or cannot run here.
+    """
+    inner = _unwrapped(model)
+    weight = inner.get_output_embeddings().weight
+    first_layer = inner.get_submodule(family_of(inner).decoder).layers[0]
+    return choose_backend(requested, weight.device, weight.dtype, first_layer.self_attn.head_dim)
 
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
