@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from helpers import PATCH, TILE, tiny_config, tiny_model, tiny_processor
 from PIL import Image
@@ -12,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    GenerationMixin,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -222,6 +226,18 @@ def family_inputs(name: str, texts: list[list[str | int]], side: str = "left") -
     if name != "internvl" and pictures:
         made["mm_token_type_ids"] = (made["input_ids"] == TOKEN_IDS["image_token_id"]).int()
     return made
+
+
+@contextmanager
+def images_repeated(model: Any) -> Iterator[None]:
+    """Around ``generate`` with several answers to rows of several images: refused before transformers 5.18, but for
+    families that repeat them by themselves."""
+    own = "_expand_inputs_for_generation" in type(model).__dict__
+    if own or hasattr(GenerationMixin, "_expand_multimodal_outputs"):
+        yield
+        return
+    with pytest.raises(ValueError, match=r"install transformers>=5\.18"):
+        yield
 
 
 def _internvl_tiles(picture: Image.Image) -> list[Image.Image]:

@@ -112,6 +112,8 @@ class StagedLayer(DynamicLayer):
         return self.width + self.unstored
 
     def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False  # transformers 5.17 would zero the columns and keep them
         super().reset()
         self.padding, self.is_padded, self.ahead, self.told = None, False, None, None
         self.compacted = False

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.core_model_loading import revert_weight_conversion
 
 from vtprune_train.models import HFModule, packed
@@ -477,6 +477,8 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
     if assistant is not None and is_pruned(assistant):
         raise ValueError("assistant_model is pruned: it is shown the prompt without its images; unprune it")
     prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if max(setting("num_beams") or 1, setting("num_return_sequences") or 1) > 1:
+        _check_repeated_images(self, prompt, kwargs.get("pixel_values"))
     given = [tensor.shape[1] for tensor in (prompt, kwargs.get("attention_mask")) if tensor is not None]
     previous = state.running.prompt_width
     state.running.prompt_width = max(given, default=None)
@@ -484,3 +486,18 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
         return original(*args, **kwargs)
     finally:
         state.running.prompt_width = previous
+
+
+def _check_repeated_images(model: HFModule, prompt: Tensor | None, pixel_values: Tensor | None) -> None:
+    """Refuse rows of several images (or tiles) that transformers before 5.18 mixes up: for each beam it repeats every
+    image on its own, not a row's images together."""
+    if hasattr(GenerationMixin, "_expand_multimodal_outputs") or prompt is None or pixel_values is None:
+        return
+    if type(model)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation:
+        return  # Qwen2-VL and those after it do it themselves
+    rows = int((prompt == model.config.image_token_id).any(dim=1).sum())
+    if len(pixel_values) != rows:
+        raise ValueError(
+            f"num_beams or num_return_sequences above 1 with {len(pixel_values)} images or tiles in {rows} rows: "
+            "transformers before 5.18 mixes the images of a row up; install transformers>=5.18, or give each row one"
+        )
