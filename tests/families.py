@@ -55,6 +55,8 @@ VISION: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
     "image_size": TILE, "patch_size": PATCH, "initializer_range": 0.3,
 }  # fmt: skip
+# Not as min_pixels and max_pixels, which change the class's own size in transformers 5.17.
+QWEN_SIZE = {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}
 TOKEN_IDS = {"image_token_id": 8, "video_token_id": 9, "vision_start_token_id": 6, "vision_end_token_id": 7}
 
 
@@ -203,9 +205,7 @@ def family_inputs(name: str, texts: list[list[str | int]], side: str = "left") -
         lengths = [len(own) * 4 for own in tiles]
         start, pad, end = "<img>", "<IMG_CONTEXT>", "</img>"
     else:
-        images = Qwen2VLImageProcessorPil(
-            patch_size=PATCH, merge_size=2, min_pixels=28 * 28, max_pixels=84 * 84, temporal_patch_size=2
-        )
+        images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, size=QWEN_SIZE, temporal_patch_size=2)
         lengths = []
         if pictures:
             made = dict(images(pictures, return_tensors="pt"))
