@@ -53,7 +53,7 @@ HEAD_SIZES: dict[str, dict[int, frozenset[int]]] = {
 
 # Grouped keys and values go to varlen_attn as they are: the kernel takes them, forward and backward. PyTorch 2.13 wants
 # to be told; 2.11 has neither the keyword nor a check.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # Segments up to this length share one SDPA call with others of similar length: below it the call costs more than the
 # few padded rows.
