@@ -1,6 +1,7 @@
 # make quickstart   the main job on an embedded default: a tiny model, two CPU ranks, a few minutes
 # make test         the tests; those of other packages run after `make ecosystem` (TRL, PEFT, lmms-eval, ...)
-# Both create .venv when it is missing. PYTHON names another interpreter (3.11 or newer).
+# make test-floor   those that matter there, with the lowest supported releases, in .venv-floor (5 GB: torch with CUDA)
+# The first two create .venv when it is missing. PYTHON names another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,11 +9,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_ECOSYSTEM := $(VENV)/.ready-ecosystem
+FLOOR := .venv-floor
+READY_FLOOR := $(FLOOR)/.ready
 export HF_HUB_OFFLINE ?= 1
 
 ECOSYSTEM_CONSTRAINTS := $(VENV)/.installed.txt
+# What depends on the releases of PyTorch, transformers, DeepSpeed and PEFT.
+FLOOR_TESTS := $(addprefix tests/test_,allocator.py attention.py build.py equivalence.py families.py generate.py \
+	golden.py head.py loop_families.py peft.py prune.py runs.py stream.py trained.py) \
+	$(addprefix tests/methods/test_,combinations.py contract.py encoder.py keys.py)
 
-.PHONY: quickstart compare test ecosystem lint format bench docs clean
+.PHONY: quickstart compare test test-floor ecosystem lint format bench docs clean
 
 quickstart: $(READY)
 	$(BIN)/python scripts/quickstart.py
@@ -22,6 +29,9 @@ compare: $(READY)
 
 test: $(READY_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-floor: $(READY_FLOOR)
+	$(FLOOR)/bin/python -m pytest --numprocesses 2 --dist loadfile $(FLOOR_TESTS)
 
 ecosystem: $(READY_ECOSYSTEM)
 
@@ -42,7 +52,7 @@ docs: $(READY_DEV)
 	$(BIN)/sphinx-build -W -b html docs site
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) $(FLOOR) runs site
 
 $(READY): requirements.txt pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -52,6 +62,11 @@ $(READY): requirements.txt pyproject.toml
 
 $(READY_DEV): $(READY) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(READY_FLOOR): requirements-floor.txt
+	test -d $(FLOOR) || $(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --requirement requirements-floor.txt
 	touch $@
 
 $(READY_ECOSYSTEM): $(READY_DEV) requirements-ecosystem.txt

@@ -33,8 +33,7 @@ from vtprune_train.inference.chatting import Loaded, batch, load, open_picture  
 from vtprune_train.inference.draw import INK, PAPER, SOFT  # noqa: E402
 from vtprune_train.inference.questions import Question, normalized, read_questions  # noqa: E402
 from vtprune_train.inference.timing import measured_answers  # noqa: E402
-from vtprune_train.models.attention import choose_backend  # noqa: E402
-from vtprune_train.models.patch import CONFIG_KEY  # noqa: E402
+from vtprune_train.models.patch import CONFIG_KEY, backend_for  # noqa: E402
 from vtprune_train.pruning import METHODS, NONE, PruningMethod, method_class  # noqa: E402
 from vtprune_train.pruning.learned import learns  # noqa: E402
 
@@ -163,8 +162,7 @@ def fill(
     if all(cells.of(run, other) is not None for other in methods):
         return
     loaded = load(str(run), None, device="cpu")
-    weight = loaded.model.get_output_embeddings().weight
-    attention = choose_backend("auto", weight.device, weight.dtype)
+    attention = backend_for(loaded.model)
     prompts = [([open_picture(path) for path in question.images], question.turns) for question in questions]
     batches = [batch(loaded, prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     for other, (method, _) in methods.items():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from families import SPECIAL, family_inputs, family_model, family_processor, tokenizer
+from families import SPECIAL, family_inputs, family_model, family_processor, images_repeated, tokenizer
 from helpers import tiny_model
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, GenerationMixin, TextStreamer
 
 from vtprune_train import PyramidDrop, dense, prune
 from vtprune_train.models.padded import kept_tokens
@@ -100,9 +100,10 @@ def test_beam_search(name, settings):
     """With the cache as without, for a batch with images and text-only rows."""
     model = prune(family_model(name), HALF)
     inputs = family_inputs(name, BATCH_OF_8[:3])
-    cached = new_tokens(model, inputs, **settings)
-    assert torch.equal(cached, new_tokens(model, inputs, use_cache=False, **settings))
-    assert not torch.equal(cached[:: settings.get("num_return_sequences", 1)], new_tokens(model, inputs))
+    with images_repeated(model):
+        cached = new_tokens(model, inputs, **settings)
+        assert torch.equal(cached, new_tokens(model, inputs, use_cache=False, **settings))
+        assert not torch.equal(cached[:: settings.get("num_return_sequences", 1)], new_tokens(model, inputs))
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
@@ -120,10 +121,27 @@ def test_sampling(name):
 def test_return_sequences_share_a_prompt():
     model = prune(family_model("llava_next"), HALF)
     inputs = family_inputs("llava_next", BATCH_OF_8[1:3])
-    torch.manual_seed(0)
-    drawn = new_tokens(model, inputs, do_sample=True, num_return_sequences=3)
-    torch.manual_seed(0)
-    assert torch.equal(drawn, new_tokens(model, inputs, do_sample=True, num_return_sequences=3, use_cache=False))
+    with images_repeated(model):
+        torch.manual_seed(0)
+        drawn = new_tokens(model, inputs, do_sample=True, num_return_sequences=3)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, new_tokens(model, inputs, do_sample=True, num_return_sequences=3, use_cache=False))
+
+
+def test_beams_over_one_image_a_row():
+    """What transformers before 5.18 repeats rightly: a row has one image or none."""
+    model = prune(family_model("llava_next"), HALF)
+    inputs = family_inputs("llava_next", [["a red", 1, "cat ?"], ["what is a dog ?"], [3, "left ?"]])
+    cached = new_tokens(model, inputs, num_beams=3)
+    assert torch.equal(cached, new_tokens(model, inputs, num_beams=3, use_cache=False))
+
+
+def test_rows_of_several_images_are_refused_where_transformers_mixes_them_up(monkeypatch):
+    monkeypatch.delattr(GenerationMixin, "_expand_multimodal_outputs", raising=False)
+    model = prune(family_model("llava_next"), HALF)
+    inputs = family_inputs("llava_next", BATCH_OF_8[:3])
+    with pytest.raises(ValueError, match=r"num_return_sequences above 1 with \d images.*in 2 rows.*transformers>=5.18"):
+        generate(model, inputs, num_beams=2)
 
 
 def test_assisted_decoding_gives_the_same_tokens():

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from families import family_model, family_processor
+from families import QWEN_SIZE, family_model, family_processor
 from PIL import Image, ImageFile
 from transformers import Qwen2VLImageProcessorPil
 
@@ -296,7 +296,7 @@ def through_processor(name, size, color=(250, 10, 90)):
     """The layout, the model, and the pixels and features of a picture of one colour."""
     model = family_model(name)
     if name == "qwen2_5_vl":
-        processor = Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, min_pixels=28 * 28, max_pixels=84 * 84)
+        processor = Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, size=QWEN_SIZE)
     else:
         processor = family_processor(name).image_processor
     layout = trained_family(model.config.model_type, "")[1].layout(model.config, processor)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import family_model, family_processor, tokenizer
+from families import QWEN_SIZE, family_model, family_processor, tokenizer
 from helpers import Reads, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +15,6 @@ from PIL import Image
 from runner import TINY, Runs, assert_equal_checkpoints
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
@@ -24,6 +23,7 @@ from transformers import (
     LlavaOnevisionProcessor,
     Qwen2VLImageProcessorPil,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config import Config, ModelConfig
@@ -57,7 +57,7 @@ TEXT_ONLY = 1
 
 def image_processor(name):
     if name == "qwen2_5_vl":
-        return Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, min_pixels=28 * 28, max_pixels=84 * 84)
+        return Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, size=QWEN_SIZE)
     return family_processor(name).image_processor
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from families import TEXT, VISION, family_inputs, family_model
+from families import TEXT, VISION, family_inputs, family_model, images_repeated
 from helpers import tiny_model
 from test_loop_families import RECORDS, TEXT_ONLY, Setup, padded_inputs
 from transformers import (
@@ -219,12 +219,12 @@ def test_generate_asks_for_features_first():
     assert len(expected[1]) == 2
     SEEN.clear()
     inputs = family_inputs("llava_next", TEXTS[:2])
-    with torch.no_grad():
+    with torch.no_grad(), images_repeated(model):
         model.generate(**inputs, max_new_tokens=2, do_sample=True, num_return_sequences=2)
-    images = [len(image) for image in model.model.get_image_features(
-        pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"]).pooler_output]  # fmt: skip
-    one, two = first.attention.split([images[0], sum(images[1:])], dim=1)
-    torch.testing.assert_close(SEEN[0].attention, torch.cat([one, one, two, two], dim=1), equal_nan=True)
+        images = [len(image) for image in model.model.get_image_features(
+            pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"]).pooler_output]  # fmt: skip
+        one, two = first.attention.split([images[0], sum(images[1:])], dim=1)
+        torch.testing.assert_close(SEEN[0].attention, torch.cat([one, one, two, two], dim=1), equal_nan=True)
 
 
 def test_layers():

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.inference.chatting import GREEDY, Loaded, Prompt, batch, padding
-from vtprune_train.models.attention import choose_backend
-from vtprune_train.models.patch import prune, unprune
+from vtprune_train.models.patch import backend_for, prune, unprune
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IGNORE
 
@@ -110,9 +109,7 @@ def calibrate(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int, ba
     ids, masks = zip(*((done.inputs["input_ids"], done.inputs["attention_mask"]) for done in batches), strict=True)
     visual = torch.cat([(own == image_token).sum(dim=1) for own in ids]).cpu().numpy()
     length = torch.cat([own.sum(dim=1) for own in masks]).cpu().numpy()
-    weight = loaded.model.get_output_embeddings().weight
-    backend = choose_backend("auto", weight.device, weight.dtype)
-    return Calibration(loaded, tuple(batches), length - visual, visual, backend)
+    return Calibration(loaded, tuple(batches), length - visual, visual, backend_for(loaded.model))
 
 
 @torch.inference_mode()

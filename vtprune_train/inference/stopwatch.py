@@ -133,7 +133,7 @@ def make_decoder(sizes: DecoderGeometry, device: torch.device, dtype: torch.dtyp
     torch.manual_seed(0)
     with device:
         model = LlamaModel._from_config(_config(sizes, dtype), dtype=dtype).eval()
-    model.config._attn_implementation = PREFIX + choose_backend("auto", device, dtype)
+    model.config._attn_implementation = PREFIX + choose_backend("auto", device, dtype, sizes.head_dim)
     return model
 
 

@@ -8,7 +8,7 @@ Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
@@ -36,6 +37,22 @@ FLASH_INSTALLED = {
 }
 BACKENDS = (*FLASH, "varlen_torch", "varlen_sdpa")
 PREFIX = "packed_"
+
+# The head sizes that each kernel takes, forward and backward, by the major number of the GPU's compute capability.
+# Sources: flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (no backward before 9.0; 12.x has too little shared
+# memory for large heads); hopper/flash_attn_interface.py of FlashAttention 3; csrc/flash_attn/flash_api.cpp of
+# FlashAttention 2, whose Python interface pads heads to multiples of 8; PyTorch's copy of that file, which does not.
+_TO_128, _TO_256 = frozenset(range(8, 129, 8)), frozenset(range(8, 257, 8))
+HEAD_SIZES: dict[str, dict[int, frozenset[int]]] = {
+    "flash_attention_4": {9: _TO_256, 10: _TO_128 | {256}, 11: _TO_128 | {256}, 12: _TO_128},
+    "flash_attention_3": {9: _TO_256},
+    "flash_attention_2": dict.fromkeys(range(8, 13), frozenset(range(1, 257))),
+    "varlen_torch": dict.fromkeys(range(8, 13), _TO_256),
+}
+
+# Grouped keys and values go to varlen_attn as they are: the kernel takes them, forward and backward. PyTorch 2.13 wants
+# to be told; 2.11 has neither the keyword nor a check.
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # Segments up to this length share one SDPA call with others of similar length: below it the call costs more than the
 # few padded rows.
@@ -63,8 +80,10 @@ class Packing:
     key_choice: Callable[..., Tensor] | None = None
 
 
-def unavailable_because(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot run on ``device`` in ``dtype``, or ``None`` if it can.
+def unavailable_because(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+) -> str | None:
+    """Why ``backend`` cannot run on ``device`` in ``dtype`` with heads of ``head_dim`` values, or ``None`` if it can.
 
     Raises:
         ValueError: no such backend.
@@ -77,23 +96,39 @@ def unavailable_because(backend: str, device: torch.device, dtype: torch.dtype) 
         return "needs CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"needs half precision, not {dtype}"
-    if backend in FLASH_INSTALLED:
-        return None if FLASH_INSTALLED[backend]() else "needs its flash-attn package"
-    found = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    return None if found else "needs torch.nn.attention.varlen (PyTorch >= 2.10)"
+    if backend in FLASH_INSTALLED and not FLASH_INSTALLED[backend]():
+        return "needs its flash-attn package"
+    return _refused_gpu(backend, torch.cuda.get_device_capability(device), head_dim)
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def _refused_gpu(backend: str, capability: tuple[int, int], head_dim: int | None) -> str | None:
+    by_major, gpu = HEAD_SIZES[backend], ".".join(map(str, capability))
+    if capability[0] not in by_major:
+        first, last = min(by_major), max(by_major)
+        needed = f"{first}.x" if first == last else f"{first}.x to {last}.x"
+        return f"needs compute capability {needed}, this GPU has {gpu}"
+    if head_dim is not None and head_dim not in by_major[capability[0]]:
+        return f"has no kernel for heads of {head_dim} values at this GPU's compute capability {gpu}"
+    return None
+
+
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
     """Resolve ``auto`` to the first backend that works on ``device`` in ``dtype``, logging which and why.
+
+    Args:
+        requested: ``auto`` or a backend.
+        device: of the model.
+        dtype: of its states.
+        head_dim: values in a head of the decoder; ``None`` skips the check of it.
 
     Raises:
         ValueError: the backend is unknown or cannot run here.
     """
     if requested != "auto":
-        if reason := unavailable_because(requested, device, dtype):
+        if reason := unavailable_because(requested, device, dtype, head_dim):
             raise ValueError(f"attention={requested!r} cannot run here: it {reason}; use attention=auto")
         return requested
-    reasons = {backend: unavailable_because(backend, device, dtype) for backend in BACKENDS}
+    reasons = {backend: unavailable_because(backend, device, dtype, head_dim) for backend in BACKENDS}
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
     passed_over = "; ".join(f"{backend} {reason}" for backend, reason in reasons.items() if reason)
     log.info("attention: %s%s", chosen, f" ({passed_over})" if passed_over else "")
@@ -245,17 +280,13 @@ def varlen_torch(
     Raises:
         ValueError: attention dropout was asked for, which the kernel does not have.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     if dropout:
         raise ValueError("attention=varlen_torch has no attention dropout; set attention_dropout to 0 or use flash")
-    groups = q_THD.shape[1] // k_TGD.shape[1]
-    if groups > 1:
-        k_TGD, v_TGD = (x.repeat_interleave(groups, dim=1) for x in (k_TGD, v_TGD))
     window = (-1 if sliding_window is None else sliding_window - 1, 0 if causal else -1)
     return varlen_attn(  # type: ignore[return-value]
-        q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window
-    )
+        q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
+        scale=scaling, window_size=window, **_GROUPED if q_THD.shape[1] != k_TGD.shape[1] else {},
+    )  # fmt: skip
 
 
 def _flash(implementation: str) -> Callable[..., Tensor]:

@@ -60,6 +60,8 @@ class StagedLayer(DynamicLayer):
     ``parts``, of a position; ``told``, what ``multi_turn: keep_dense`` runs again in a later turn.
     """
 
+    is_initialized: bool
+
     def __init__(self) -> None:
         super().__init__()
         self.padding: Tensor | None = None
@@ -113,6 +115,8 @@ class StagedLayer(DynamicLayer):
         return self.width + self.unstored
 
     def reset(self) -> None:
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False  # first: transformers 5.17 zeroes the columns of a layer that is, and keeps them
         super().reset()
         self.padding, self.is_padded, self.ahead, self.told = None, False, None, None
         self.compacted = False

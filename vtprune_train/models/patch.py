@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.core_model_loading import revert_weight_conversion
 
 from vtprune_train.models import HFModule, packed
-from vtprune_train.models.attention import PREFIX, choose_backend
+from vtprune_train.models.attention import PREFIX, choose_backend, unavailable_because
 from vtprune_train.models.calls import STATE, Call, State, state_of
 from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.encoder import SEEN, check_tower, joined, patch_index, patches_per_tile, per_image, reading
@@ -100,21 +100,38 @@ def prune(
                 "%s has parameters of its own, which PEFT's save_pretrained leaves out: prune first, then "
                 "get_peft_model(model, LoraConfig(modules_to_save=%s, ...))", method.name, modules_to_save(inner),
             )  # fmt: skip
-    weight = inner.get_output_embeddings().weight
     state = State(
         family=family,
         method=method,
-        backend=choose_backend(attention, weight.device, weight.dtype),
+        backend=backend_for(inner, attention),
         image_token=inner.config.image_token_id,
         attention=text_model.config._attn_implementation,
         pruning=inner.config.__dict__.get(CONFIG_KEY),
     )
     if family.tower is not None:
-        tower = next(iter(towers(inner.get_submodule(family.tower)).values()))
-        same = (tower.device, tower.dtype) == (weight.device, weight.dtype)
-        state.tower_backend = state.backend if same else choose_backend(attention, tower.device, tower.dtype)
+        state.tower_backend = _tower_backend(inner.get_submodule(family.tower), state.backend)
     _install(inner, state)
     return model
+
+
+def _tower_backend(module: nn.Module, backend: str) -> str:
+    """The decoder's ``backend`` for the tower at ``module``, or the best one for the tower's dtype and head size where
+    it does not take them."""
+    tower = next(iter(towers(module).values()))
+    sizes = tower.device, tower.dtype, next(m.head_dim for m in tower.modules() if hasattr(m, "head_dim"))
+    return choose_backend("auto", *sizes) if unavailable_because(backend, *sizes) else backend
+
+
+def backend_for(model: HFModule, requested: str = "auto") -> str:
+    """The attention backend for a model's device, dtype and head size: what :func:`prune` takes.
+
+    Raises:
+        ValueError: ``requested`` is unknown or cannot run here.
+    """
+    inner = _unwrapped(model)
+    weight = inner.get_output_embeddings().weight
+    first_layer = inner.get_submodule(family_of(inner).decoder).layers[0]
+    return choose_backend(requested, weight.device, weight.dtype, first_layer.self_attn.head_dim)
 
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
@@ -492,6 +509,8 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
     if assistant is not None and is_pruned(assistant):
         raise ValueError("assistant_model is pruned: it is shown the prompt without its images; unprune it")
     prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if max(setting("num_beams") or 1, setting("num_return_sequences") or 1) > 1:
+        _check_repeated_images(self, prompt, kwargs.get("pixel_values"))
     given = [tensor.shape[1] for tensor in (prompt, kwargs.get("attention_mask")) if tensor is not None]
     previous = state.running.prompt_width
     state.running.prompt_width = max(given, default=None)
@@ -499,3 +518,18 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
         return original(*args, **kwargs)
     finally:
         state.running.prompt_width = previous
+
+
+def _check_repeated_images(model: HFModule, prompt: Tensor | None, pixel_values: Tensor | None) -> None:
+    """Refuse rows of several images (or tiles) that transformers before 5.18 mixes up: for each beam it repeats every
+    image on its own, not a row's images together."""
+    if hasattr(GenerationMixin, "_expand_multimodal_outputs") or prompt is None or pixel_values is None:
+        return
+    if type(model)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation:
+        return  # Qwen2-VL and those after it do it themselves
+    rows = int((prompt == model.config.image_token_id).any(dim=1).sum())
+    if len(pixel_values) != rows:
+        raise ValueError(
+            f"num_beams or num_return_sequences above 1 with {len(pixel_values)} images or tiles in {rows} rows: "
+            "transformers before 5.18 mixes the images of a row up; install transformers>=5.18, or give each row one"
+        )

@@ -10,6 +10,8 @@ import socket
 import traceback
 from typing import Any, NoReturn
 
+import torch
+
 from vtprune_train.config import Config, ConfigError, refusal
 from vtprune_train.launch import EXIT_TERMINATED, final_exit
 from vtprune_train.training import distributed as ranks
@@ -22,6 +24,9 @@ from vtprune_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+# The first is PyTorch's present name, the others are read too.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+GROWING_SEGMENTS = "expandable_segments:True"
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
@@ -39,6 +44,7 @@ def train(config: Config) -> int:
     faulthandler.enable()
     signal.signal(signal.SIGTERM, _terminate)
     be_deterministic(config)
+    set_allocator()
     try:
         device = start_distributed(config.train.collective_timeout)
         watchdog = Watchdog(connect())
@@ -62,6 +68,17 @@ def train(config: Config) -> int:
         _give_up(watchdog, error)
     watchdog.close()
     return final_exit(code) if code == EXIT_TERMINATED else code
+
+
+def set_allocator() -> None:
+    """Let the CUDA allocator's segments grow, unless the environment configures it: no two micro-batches have the same
+    shapes, which fragments segments of fixed size. PyTorch reads the variable when it first allocates on a GPU."""
+    chosen = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
+    if not chosen:
+        os.environ[ALLOCATOR_VARIABLES[0]] = GROWING_SEGMENTS
+        chosen = [f"{ALLOCATOR_VARIABLES[0]}={GROWING_SEGMENTS} (set it yourself for another)"]
+    if torch.cuda.is_available():
+        log.info("CUDA allocator: %s", ", ".join(chosen))
 
 
 def _give_up(watchdog: Watchdog, error: BaseException) -> NoReturn:
