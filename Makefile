@@ -1,6 +1,7 @@
 # make quickstart   the main job on an embedded default: a tiny model, two CPU ranks, a few minutes
 # make test         the tests; those of other packages run after `make ecosystem` (TRL, PEFT, lmms-eval, ...)
-# Both create .venv when it is missing. PYTHON names another interpreter (3.11 or newer).
+# make gpu          on a machine with a GPU: the tests that need one, then scripts/gpu_check.py (under 7 minutes)
+# All create .venv when it is missing. PYTHON names another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 
 ECOSYSTEM_CONSTRAINTS := $(VENV)/.installed.txt
 
-.PHONY: quickstart compare test ecosystem lint format bench docs clean
+.PHONY: quickstart compare test gpu ecosystem lint format bench docs clean
 
 quickstart: $(READY)
 	$(BIN)/python scripts/quickstart.py
@@ -22,6 +23,10 @@ compare: $(READY)
 
 test: $(READY_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+gpu: $(READY_DEV)
+	$(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python scripts/gpu_check.py
 
 ecosystem: $(READY_ECOSYSTEM)
 

@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_generate
-
 from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
 from vtprune_train.models import HFModule, ranges
@@ -97,7 +96,7 @@ GEOMETRIES = {
     ),
     "small": Geometry(llama(384, 1024, 16, 6), clip(64, 6, 4), MIXED),
     "save": Geometry(llama(1024, 2816, 8, 16), clip(64, 2, 4), (((200, 640), 8),)),
-    "7b": Geometry({}, {}, (*MIXED, ((600, 600), 121), ((640, 480), 121)), torch.bfloat16, checkpointing=True),
+    "7b": Geometry({}, {}, (*MIXED, ((600, 600), 121), ((640, 480), 121)), dtype=torch.bfloat16, checkpointing=True),
 }
 
 

@@ -18,6 +18,7 @@ import os
 import signal
 import site
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,14 +28,12 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
-    site.addsitedir(folder)  # packages installed there may bring .pth files (nvidia-cutlass-dsl's)
-for place in (Path(__file__).parent, Path(__file__).parent.parent):
-    sys.path.insert(0, str(place.resolve()))
-
-import time
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its lines would end up among the results
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+
 from gpu_checks import loop, machine, numerics, speed
 from gpu_checks.common import Check, Report
 from gpu_checks.goals import judge_all, print_goals
@@ -115,9 +114,12 @@ def main() -> int:
         parser.error(f"--parts: unknown part {unknown[0]!r}; use {', '.join(PARTS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device; use --device cpu --geometry tiny")
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        site.addsitedir(folder)  # packages installed there may bring .pth files, as FlashAttention 4's do
     device = torch.device(arguments.device)
     attention = arguments.attention or ("varlen_torch" if device.type == "cuda" else "varlen_sdpa")
     check = Check(Report(arguments.out), arguments.out, device, arguments.geometry, attention)
+    check.report.put("run", device=device.type, geometry=arguments.geometry, attention=attention, parts=names)
     for name in names:
         run_part(name, check, began + 60 * arguments.minutes - time.time())
     goals = judge_all(check.report.values)

@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import bench
 import torch
 
+import bench
 from vtprune_train.models import HFModule
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.training.recompute import checkpoint_activations
@@ -44,7 +44,9 @@ class Report:
         temporary.write_text(json.dumps(self.values, indent=1, default=str))
         temporary.replace(self.file)
         for key, value in values.items():
-            print(f"[{time.time() - self.began:6.1f}s] {part}.{key}: {json.dumps(value, default=str)[:400]}", flush=True)
+            print(
+                f"[{time.time() - self.began:6.1f}s] {part}.{key}: {json.dumps(value, default=str)[:400]}", flush=True
+            )
 
 
 @dataclass

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_checks.common import ROOT, Check
 from PIL import Image
 
+from gpu_checks.common import ROOT, Check
 from vtprune_train.data.synthetic import write_dataset
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 
 import torch
+
 from gpu_checks.common import Check
 
 PACKAGES = (

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import bench
 import numpy as np
 import torch
-from gpu_checks.common import Check, device_waits, kept_differ, relative_error, worst_gradient
 from torch import Tensor
 from transformers import AttentionInterface
 
+import bench
+import bench_generate
+from gpu_checks.common import Check, device_waits, kept_differ, relative_error, worst_gradient
 from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.models import HFModule
 from vtprune_train.models import attention as backends
@@ -77,8 +78,8 @@ def attention(check: Check) -> None:
 
 def small_geometry(layers: int = 8, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> bench.Geometry:
     """Sizes at which the CPU keeps up: heads of 64, as many drops as the real schedule has."""
-    geometry = bench.GEOMETRIES["tiny"]
-    return dataclasses.replace(geometry, text=bench.llama(256, 512, layers, 4), dtype=dtype, checkpointing=checkpointing)
+    text = {**bench.llama(256, 512, layers, 4), "initializer_range": 0.06}  # so that answers are not one word again
+    return dataclasses.replace(bench.GEOMETRIES["tiny"], text=text, dtype=dtype, checkpointing=checkpointing)
 
 
 def cast_parameters(model: HFModule, dtype: torch.dtype) -> HFModule:
@@ -182,8 +183,8 @@ def greedy_answers(device: torch.device, method: PruningMethod | None, tokens: i
     geometry = small_geometry()
     model, anyres = bench.build(geometry, CPU)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    samples = bench.make_samples(geometry, anyres, 4096, CPU)
-    inputs = {key: value.to(device) for key, value in samples.padded.items() if key != "labels"}
+    inputs = bench_generate.make_inputs(model, anyres, list(geometry.samples))
+    inputs = {key: value.to(device) for key, value in inputs.items()}
     prune(model.eval().to(device), method)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         answers = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
-import bench
 import numpy as np
 import torch
-from gpu_checks.common import Check, kept_differ, relative_error
-from gpu_checks.numerics import run_backend
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as start_profiler
 
+import bench
+from gpu_checks.common import Check, kept_differ, relative_error
+from gpu_checks.numerics import run_backend
 from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry, PassCost, TowerGeometry, TrainingCost
 from vtprune_train.models import attention as backends
@@ -205,7 +205,7 @@ def compile_layers(layers: Iterable[nn.Module], backend: str) -> None:
     """Compile what each decoder layer computes, with a dynamic number of tokens. Recomputation stays outside: nothing
     that ``torch.utils.checkpoint`` calls is compiled unless it is compiled by itself. :func:`undo_compile` reverts."""
     for layer in layers:
-        forward = type(layer).forward
+        forward: Any = type(layer).forward
         # transformers wraps the call of a layer up to 5.17, and later its forward.
         checkpoints = forward.__code__.co_name == "forward_with_checkpointing"
         compiled = torch.compile(forward.__wrapped__ if checkpoints else forward, dynamic=True, backend=backend)
