@@ -223,7 +223,8 @@ def range_seconds(run: Callable[[], Any], device: torch.device) -> dict[str, flo
     seconds = dict.fromkeys(ranges.RANGES, 0.0)
     for event in profiler.events():
         if event.name in seconds and event.device_type == DeviceType.CPU:
-            seconds[event.name] += 1e-6 * (event.device_time_total if on_cuda else event.cpu_time_total)
+            kernels = sum(child.device_time_total for child in event.cpu_children)
+            seconds[event.name] += 1e-6 * (kernels if on_cuda else event.cpu_time_total)
     return seconds
 
 
