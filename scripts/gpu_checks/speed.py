@@ -178,9 +178,11 @@ def profile(check: Check) -> None:
             trace.unlink()
 
 
-def one_pass(check: Check, samples: bench.Samples | None = None) -> tuple[float, list[Tensor], Tensor]:
-    """Loss, kept rows and one gradient of a dropping step."""
-    method = METHODS[DROPPING]
+def one_pass(
+    check: Check, samples: bench.Samples | None = None, name: str = DROPPING
+) -> tuple[float, list[Tensor], Tensor]:
+    """Loss, kept rows and one gradient of a step."""
+    method = METHODS[name]
     with pruned(check, method):
         out = check.big.model(check.big.pack(method, samples))
         out.loss_sum.backward()
@@ -242,15 +244,14 @@ def num_graphs() -> int:
 
 
 def compile_(check: Check) -> None:
-    """Compiled layers: the same result, time, and whether batches of other lengths compile again."""
+    """Compiled layers: the same result, time, and whether batches of other lengths or methods compile again."""
     before = one_pass(check)
     with compiled(check):
         same_as_before(check, "compile", before)
-        with pruned(check, None):
-            check.big.model(check.big.pack(None)).loss_sum.backward()
+        one_pass(check, name=DENSE)
         warm = num_graphs()
-        for count in (2, 1, len(check.big.samples.ids) - 1):
-            one_pass(check, check.big.other_samples(count))
+        for count, name in ((2, DROPPING), (1, "pyramiddrop_this_layer"), (len(check.big.samples.ids) - 1, DENSE)):
+            one_pass(check, check.big.other_samples(count), name)
         check.report.put("compile", graphs=warm, recompilations=num_graphs() - warm)
         if not check.on_cuda:
             return
