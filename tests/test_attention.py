@@ -75,14 +75,14 @@ def test_gpu_kernels_equal_the_reference(backend):
     cu_seqlens = torch.tensor([0, 130, 207, 508], dtype=torch.int32, device="cuda")
     q, k, v = (torch.randn(1, n, 508, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2))
     module = torch.nn.Module()
-    keywords = {
-        "scaling": 0.125,
+    packing = {
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": 301,
         "max_length_k": 301,
         "segment_lengths": lengths,
     }
+    keywords = {"scaling": 0.125, "packing": attention.Packing(packing)}
     functions = AttentionInterface()
     ours, _ = functions[attention.PREFIX + backend](module, q, k, v, None, **keywords)
     expected, _ = functions[attention.PREFIX + "varlen_sdpa"](module, q, k, v, None, **keywords)

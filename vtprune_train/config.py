@@ -96,6 +96,7 @@ class ModelConfig(Section):
     attention: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     liger: bool = False
+    fp8: bool = False
     peft: PeftConfig | None = None
     train: dict[str, float] = {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6}
 
@@ -358,6 +359,8 @@ class TrainConfig(Section):
     max_skipped_in_a_row: int = Field(3, ge=0)
     spike_threshold: float | None = Field(10.0, gt=0)
     spike_window: int = Field(100, ge=20)
+    compile: Literal["auto", "always", "never"] = "auto"
+    deterministic: bool = False
     preflight: Literal["auto", "always", "never"] = "auto"
     save_in_background: bool = True
     resume: Literal["auto", "strict", "never"] = "auto"

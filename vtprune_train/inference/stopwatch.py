@@ -132,7 +132,7 @@ def make_decoder(sizes: DecoderGeometry, device: torch.device, dtype: torch.dtyp
     """A Llama decoder of ``sizes`` with random weights, in evaluation mode, on the packed attention of the device."""
     torch.manual_seed(0)
     with device:
-        model = LlamaModel(_config(sizes, dtype)).to(dtype).eval()
+        model = LlamaModel._from_config(_config(sizes, dtype), dtype=dtype).eval()
     model.config._attn_implementation = PREFIX + choose_backend("auto", device, dtype)
     return model
 

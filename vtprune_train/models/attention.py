@@ -1,10 +1,7 @@
 """Attention over a packed stream: the backends, and which one ``auto`` takes.
 
-Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME`` and takes the keywords that
-the Hugging Face flash path takes (``cu_seq_lens_q``, ``max_length_q``, ...), plus four of ours: ``segment_lengths``,
-the host's copy of the lengths; ``key_lengths``, where keys begin with cached ones; ``probe``, called with the rotated
-queries and keys of the layer (which is how a method reads them at no extra cost); and ``key_choice``, called with
-those, the values and the output, which it returns with the rows computed anew that may not see all keys.
+Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME``. A decoder layer hands it one
+keyword of ours, ``packing``, with everything that changes from batch to batch (:class:`Packing`).
 
 Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head size.
 """
@@ -42,6 +39,26 @@ PREFIX = "packed_"
 # few padded rows.
 SHARED_CALL_LENGTH = 512
 SHARED_CALL_PADDING = 1.125
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the attention of one layer needs beside queries, keys and values.
+
+    One object, because a compiled layer specialises on every plain value that it is called with: lengths as keywords
+    would compile it again for each number of segments.
+
+    Args:
+        lengths: keywords of the Hugging Face flash path (``cu_seq_lens_q``, ``max_length_q``, ...), and two of ours:
+            ``segment_lengths``, the host's copy of the lengths, and ``key_lengths``, where keys begin with cached ones.
+        probe: called with the rotated queries and keys; this is how a method reads them at no extra cost.
+        key_choice: called with queries, keys, values and the output, which it returns with those rows computed again
+            that may not see all keys.
+    """
+
+    lengths: dict[str, Any]
+    probe: Callable[[Tensor, Tensor], None] | None = None
+    key_choice: Callable[..., Tensor] | None = None
 
 
 def unavailable_because(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -277,21 +294,21 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
 
 
 def _register(backend: str, function: Callable[..., Tensor]) -> None:
-    @torch.compiler.disable  # lengths change with every batch; a compiled layer runs its graphs around this call
+    @torch.compiler.disable  # a compiled layer runs its graphs around this call
     def attention(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        probe: Callable[[Tensor, Tensor], None] | None = None,
-        key_choice: Callable[..., Tensor] | None = None,
+        packing: Packing | None = None,
+        staged_decoding: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps carry no lengths and
         go to transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]."""
-        if "cu_seq_lens_q" not in kwargs:
-            if not kwargs.pop("staged_decoding", False):
+        if packing is None:
+            if not staged_decoding:
                 raise ValueError(
                     f"attention {PREFIX + backend!r} belongs to a pruned model, but this one is not: its config was "
                     "copied from a pruned model; load it with attn_implementation='sdpa', or unprune before copying"
@@ -299,11 +316,12 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         assert attention_mask is None, "a packed stream has no attention mask"
         q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        if probe is not None:
-            probe(q_THD, k_TGD)
+        if packing.probe is not None:
+            packing.probe(q_THD, k_TGD)
+        kwargs |= packing.lengths
         out_THD = function(q_THD, k_TGD, v_TGD, **kwargs)
-        if key_choice is not None:
-            out_THD = key_choice(q_THD, k_TGD, v_TGD, out_THD, **kwargs)
+        if packing.key_choice is not None:
+            out_THD = packing.key_choice(q_THD, k_TGD, v_TGD, out_THD, **kwargs)
         return out_THD.unsqueeze(0), None
 
     AttentionInterface.register(PREFIX + backend, attention)

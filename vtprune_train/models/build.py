@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.config import ModelConfig
@@ -173,7 +175,10 @@ def learned_expected() -> Iterator[None]:
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
-    """The model in ``config.dtype``, with the image token of ``tokenizer``; unmodified transformers classes.
+    """The model, with the image token of ``tokenizer``; unmodified transformers classes.
+
+    Parameters have ``config.dtype``. Buffers keep the dtype that transformers gives them: rotary frequencies rounded to
+    bfloat16 would move the angles of late positions by more than a radian.
 
     Raises:
         ValueError: a part is missing or does not fit.
@@ -190,9 +195,9 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMo
         model_config.image_token_id = image_token_id
         if config.config is not None:
             _fit_special_tokens(model_config, tokenizer)
-        model = model_class(model_config).to(dtype)
-        if config.language_model is not None:
-            _load_parts(model, config)
+            model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+        else:
+            model = _from_parts(config, model_config)
     if config.projector is not None:
         _load_projector(model, loop, config.projector)
     vocab = model.get_input_embeddings().weight.shape[0]
@@ -212,16 +217,25 @@ def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizer
     text.pad_token_id = tokenizer.pad_token_id
 
 
-def _load_parts(model: HFModule, config: ModelConfig) -> None:
+def _from_parts(config: ModelConfig, model_config: PreTrainedConfig) -> HFModule:
+    """A language model and a tower with a new projector between them; only the projector is initialised."""
     assert config.language_model is not None and config.vision_tower is not None
     dtype = getattr(torch, config.dtype)
     language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
-    model.model.language_model.load_state_dict(language.model.state_dict())
-    model.lm_head.load_state_dict(language.lm_head.state_dict())
-    model.generation_config = language.generation_config
-    del language
     tower = CLIPVisionModel.from_pretrained(config.vision_tower, dtype=dtype)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    with no_init_weights():
+        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+    for module, source in (
+        (model.model.language_model, language.model),
+        (model.lm_head, language.lm_head),
+        (model.model.vision_tower, tower),
+    ):
+        module.load_state_dict(source.state_dict(), assign=True)
+        for parameter in module.parameters():
+            parameter._is_hf_initialized = True  # what transformers' own loading marks
+    model.init_weights()
+    model.generation_config = language.generation_config
+    return model
 
 
 def _load_projector(model: HFModule, loop: Loop, path: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from vtprune_train.models import HFModule, ranges
-from vtprune_train.models.attention import PREFIX
+from vtprune_train.models.attention import PREFIX, Packing
 from vtprune_train.models.cache import PackedCache, StageCache
 from vtprune_train.models.keys import StageKeys
 from vtprune_train.plan import replan
@@ -74,6 +74,13 @@ class Staging:
     deepstack: tuple[Tensor, ...] = ()
     replanned: Callable[[StreamPlan], Staging] | None = None
     before: Any = None
+
+    def cache_keywords(self, layer: int) -> dict[str, Any]:
+        """What a decoder layer is told about the cache; makes it ready for that layer."""
+        if self.cache is None:
+            return {"use_cache": False}
+        self.cache.stage = self.joins[layer]
+        return {"use_cache": True, "past_key_values": self.cache}
 
     @classmethod
     def counted(cls, plan: StreamPlan) -> Staging:
@@ -144,12 +151,11 @@ class _Walk:
         keys = StageKeys.of(self.plan, index, self.method, self.staging.cached_layouts)
         for layer_index in range(stage.first_layer, stage.end_layer):
             is_last = layer_index == stage.end_layer - 1
-            extra: dict[str, Any] = {"probe": probe} if probe is not None and is_last else {}
-            if keys is not None and (choice := keys.layer(layer_index, self.staging.cache)) is not None:
-                extra["key_choice"] = choice
+            choice = None if keys is None else keys.layer(layer_index, self.staging.cache)
+            packing = Packing(_lengths(stage, self.staging, layer_index), probe if is_last else None, choice)
             self.hidden = self.text_model.layers[layer_index](
                 self.hidden, attention_mask=None, position_ids=self.position_ids, position_embeddings=self.rotary,
-                **_attention_keywords(stage, self.staging, layer_index), **extra,
+                packing=packing, **self.staging.cache_keywords(layer_index),
             )  # fmt: skip
             self.hidden = self.deepstack.add(self.hidden, layer_index)
         if part is None:
@@ -427,9 +433,9 @@ class _Deepstack:
         self.rows, self.visual = next_rows, visual
 
 
-def _attention_keywords(stage: Stage, staging: Staging, layer: int) -> dict[str, Any]:
-    keywords: dict[str, Any] = {
-        "use_cache": staging.cache is not None,
+def _lengths(stage: Stage, staging: Staging, layer: int) -> dict[str, Any]:
+    """What a layer's attention kernel is told about segments; see :class:`~vtprune_train.models.attention.Packing`."""
+    lengths: dict[str, Any] = {
         "cu_seq_lens_q": stage.cu_seqlens,
         "cu_seq_lens_k": stage.cu_seqlens,
         "max_length_q": stage.max_seqlen,
@@ -438,32 +444,34 @@ def _attention_keywords(stage: Stage, staging: Staging, layer: int) -> dict[str,
     }
     if staging.cache is not None:
         joined = staging.joins[layer]
-        staging.cache.stage = joined
-        keywords |= {
-            "past_key_values": staging.cache,
+        lengths |= {
             "cu_seq_lens_k": joined.cu_seqlens_k,
             "max_length_k": max(joined.key_lengths),
             "key_lengths": joined.key_lengths,
         }
-    return keywords
+    return lengths
 
 
 class _Probe:
-    """Takes queries and keys out of a layer's attention. Recomputing the layer does not take them again."""
+    """Takes queries and keys out of a layer's attention, once: recomputing the layer does not take them again."""
 
     def __init__(self, query_rows: Tensor):
         self.query_rows = query_rows
+        self.called = False
         self.taken: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, q_THD: Tensor, k_TGD: Tensor) -> None:
-        if self.taken is None:
+        if not self.called:
+            self.called = True
             with record_function(ranges.RANK):
                 self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
 
     def ranking(self, scaling: float) -> Ranking:
+        """What was taken. The probe lets go of it: a layer that is recomputed keeps its probe until the backward pass."""
         assert self.taken is not None, "the attention backend did not call the probe"
-        return Ranking(*self.taken, scaling)
+        (queries, keys), self.taken = self.taken, None
+        return Ranking(queries, keys, scaling)
 
 
 def _heads(attention: HFModule, which: str, normed_TC: Tensor) -> Tensor:

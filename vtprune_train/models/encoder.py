@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune_train.models import HFModule
+from vtprune_train.models.compile import eager
 from vtprune_train.models.families import Family
 from vtprune_train.models.layouts.base import CLASS_TOKENS, NEWLINE
 from vtprune_train.pruning.base import EncoderRows, EncoderSignals, PruningMethod
@@ -151,14 +152,15 @@ def mean_attention(queries_PQHD: Tensor, keys_PSHD: Tensor) -> Tensor:
 @contextmanager
 def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | None]:
     """Note what ``method`` asks while the tower of ``base`` runs inside; ``None`` where it asks nothing. The hooks are
-    gone afterwards, before activation checkpointing runs a layer again."""
+    gone afterwards, before activation checkpointing runs a layer again. A compiled tower runs eagerly meanwhile."""
     if method is None or not method.encoder_layers:
         yield None
         return
     notes = Reading(base.config, method.encoder_layers, method.encoder_rows)
     handles = notes.hook(base.vision_tower)
     try:
-        yield notes
+        with eager(base.vision_tower):
+            yield notes
     finally:
         for handle in handles:
             handle.remove()

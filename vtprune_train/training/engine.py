@@ -107,8 +107,20 @@ def precision(engine: Any) -> str:
 
 
 def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """A ``DeepSpeedEngine`` around ``model``."""
+    """A ``DeepSpeedEngine`` around ``model``, whose buffers keep their dtypes.
+
+    Raises:
+        ConfigError: DeepSpeed cast a buffer, such as the rotary frequencies, to half precision.
+    """
     import deepspeed
 
+    before = {name: buffer.dtype for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    for name, buffer in engine.module.named_buffers():
+        if buffer.dtype != before[name]:
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} cast the buffer {name} from {before[name]} to {buffer.dtype}; "
+                "rotary positions need all their digits. Leave data_types.buffer_dtype out of the DeepSpeed JSON, or "
+                "install the DeepSpeed of requirements.txt"
+            )
     return engine

@@ -15,6 +15,7 @@ from vtprune_train.launch import EXIT_TERMINATED, final_exit
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import start_distributed
 from vtprune_train.training.guards import EXIT_STOPPED, TrainingError
+from vtprune_train.training.kernels import be_deterministic
 from vtprune_train.training.lifeline import connect
 from vtprune_train.training.run import prepare
 from vtprune_train.training.watchdog import Watchdog
@@ -37,6 +38,7 @@ def train(config: Config) -> int:
     """
     faulthandler.enable()
     signal.signal(signal.SIGTERM, _terminate)
+    be_deterministic(config)
     try:
         device = start_distributed(config.train.collective_timeout)
         watchdog = Watchdog(connect())

@@ -51,6 +51,7 @@ from vtprune_train.training.engine import (
     start_engine,
     zero_stage,
 )
+from vtprune_train.training.kernels import compile_model, replace_kernels
 from vtprune_train.training.lock import hold_run
 from vtprune_train.training.manifest import STEP, check_export
 from vtprune_train.training.manifest import steps as finished_checkpoints
@@ -96,6 +97,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
     _prepare(config, parts.model, device)
     prune(parts.model, method, attention=config.model.attention)
+    compile_model(config, parts.model, device, zero_stage(settings))
     groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
     engine = start_engine(parts.model, optimizer, settings)
@@ -340,11 +342,7 @@ def _make_run_dir(run_dir: Path) -> None:
 
 
 def _prepare(config: Config, model: HFModule, device: torch.device) -> None:
-    if config.model.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        # Its fused loss would replace a forward function that is ours.
-        _apply_liger_kernel_to_instance(model.model.language_model, fused_linear_cross_entropy=False)
+    replace_kernels(config, model, device)
     set_trainable(model, config.model.train)
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
