@@ -101,6 +101,7 @@ def test_steps_are_timed(report):
 def test_compiled_layers_do_the_same(report):
     compiled = report["compile"]
     assert compiled["graphs"] > 0
+    assert compiled["recompilations"] == 0
     assert compiled["loss"][0] == pytest.approx(compiled["loss"][1], rel=1e-6)
     assert sum(compiled["kept_differ"]) == 0
     assert compiled["gradient_error"] < 1e-5

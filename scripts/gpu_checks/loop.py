@@ -72,6 +72,7 @@ class Loop:
         return [
             "--config", "configs/quickstart.yaml", f"data.root={data}", f"data.cache_dir={self.folder / 'cache'}",
             "data.eval=[]", "data.max_tokens=2048", "model.dtype=bfloat16", f"train.save_every={steps_between_saves}",
+            "train.compile=never",  # each process would compile for longer than it trains
         ]  # fmt: skip
 
     def deepspeed(self, stage: int, accumulation: str) -> str:
@@ -161,5 +162,8 @@ def _large_settings(folder: Path, big: bool) -> dict[str, Any]:
             "max_length": 4096, "max_tokens": 16384 if big else 4096, "workers": 8 if big else 1,
             "cache_dir": str(folder / "cache"),
         },
-        "train": {"global_batch_size": 28 if big else 4, "max_steps": 8 if big else 2, "save_every": 1000},
+        # Compiling would take longer than the steps.
+        "train": {
+            "global_batch_size": 28 if big else 4, "max_steps": 8 if big else 2, "save_every": 1000, "compile": "never",
+        },
     }  # fmt: skip

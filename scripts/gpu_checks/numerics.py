@@ -37,11 +37,13 @@ METHODS_COMPARED: dict[str, PruningMethod | None] = {
 def run_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
     """[1, T, H, D] of one backend for packed q [1, H, T, D], k and v [1, G, T, D], called as a decoder layer does."""
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(q.device)
+    packing = backends.Packing({
+        "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max(lengths),
+        "max_length_k": max(lengths), "segment_lengths": lengths,
+    })  # fmt: skip
     out, _ = AttentionInterface()[backends.PREFIX + backend](
-        torch.nn.Module(), q, k, v, None, scaling=q.shape[-1] ** -0.5, sliding_window=window,
-        cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max(lengths), max_length_k=max(lengths),
-        segment_lengths=lengths,
-    )  # fmt: skip
+        torch.nn.Module(), q, k, v, None, scaling=q.shape[-1] ** -0.5, sliding_window=window, packing=packing
+    )
     return out
 
 

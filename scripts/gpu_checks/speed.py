@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gzip
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from types import MethodType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,9 +24,11 @@ from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry, PassCost, TowerGeometry, TrainingCost
 from vtprune_train.models import attention as backends
 from vtprune_train.models import ranges
+from vtprune_train.models.compile import compile_layers, uncompile_layers
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import map_leaves
+from vtprune_train.training.kernels import use_fp8, use_liger
 
 TYPICAL_VISUAL = 2268  # of an average sample of LLaVA-NeXT's instruction data (arXiv 2410.17247)
 TYPICAL_SAMPLES = 7
@@ -203,39 +203,16 @@ def same_as_before(check: Check, part: str, before: tuple[float, list[Tensor], T
     )
 
 
-def compile_layers(layers: Iterable[nn.Module], backend: str) -> None:
-    """Compile what each decoder layer computes, with a dynamic number of tokens. Recomputation stays outside: nothing
-    that ``torch.utils.checkpoint`` calls is compiled unless it is compiled by itself. :func:`undo_compile` reverts."""
-    for layer in layers:
-        forward: Any = type(layer).forward
-        # transformers wraps the call of a layer up to 5.17, and later its forward.
-        checkpoints = forward.__code__.co_name == "forward_with_checkpointing"
-        compiled = torch.compile(forward.__wrapped__ if checkpoints else forward, dynamic=True, backend=backend)
-
-        def run(self: Any, *args: Any, compiled: Any = compiled, checkpoints: bool = checkpoints, **kwargs: Any) -> Any:
-            function = functools.partial(compiled, self, **kwargs)
-            if checkpoints and self.gradient_checkpointing and self.training:
-                return self._gradient_checkpointing_func(function, *args)
-            return function(*args)
-
-        layer.forward = MethodType(run, layer)
-
-
-def undo_compile(layers: Iterable[nn.Module]) -> None:
-    for layer in layers:
-        del layer.forward
-
-
 @contextlib.contextmanager
 def compiled(check: Check) -> Iterator[None]:
     """The big model with compiled layers; on a CPU they are only traced, which takes no compiler."""
     torch._dynamo.reset()
     counters.clear()
-    compile_layers(check.big.layers, "inductor" if check.on_cuda else "aot_eager")
+    compile_layers(check.big.model, backend="inductor" if check.on_cuda else "aot_eager")
     try:
         yield
     finally:
-        undo_compile(check.big.layers)
+        uncompile_layers(check.big.model)
         torch._dynamo.reset()
 
 
@@ -265,11 +242,8 @@ def compile_(check: Check) -> None:
 @contextlib.contextmanager
 def fp8_linears(check: Check) -> Iterator[None]:
     """The decoder's linear layers in FP8 by torchao, tensorwise scales; afterwards the old ones are put back."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
     linears = {name: module for name, module in check.big.layers.named_modules() if isinstance(module, nn.Linear)}
-    # The weight's gradient sums over tokens, whose number must then be padded to a multiple of 16.
-    convert_to_float8_training(check.big.layers, config=Float8LinearConfig(pad_inner_dim=True))
+    use_fp8(check.big.model.model.language_model, check.device)
     try:
         yield
     finally:
@@ -300,10 +274,8 @@ def liger(check: Check) -> None:
     if not check.on_cuda:
         check.report.put("liger", left_out="its kernels need a GPU")
         return
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
     before = one_pass(check)
-    _apply_liger_kernel_to_instance(check.big.model.model.language_model, fused_linear_cross_entropy=False)
+    use_liger(check.big.model.model.language_model)
     same_as_before(check, "liger", before)
     whole_steps(check, "liger", "liger", (DROPPING, DENSE))
     check.big.recompute(0)
