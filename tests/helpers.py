@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -113,3 +115,25 @@ def tiny_processor() -> LlavaNextProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+
+
+class Reads(TorchDispatchMode):
+    """Ops on tensors of a device whose result or shape the host has to wait for, and ops that take tensors of the host
+    beside them, which are copied there first."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "unique", "is_nonzero", "masked_select", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            name = func._schema.name.split("::")[-1]
+            to_host = name == "_to_copy" and kwargs.get("device") == torch.device("cpu")
+            mixed = any(tensor.device.type == "cpu" and tensor.dim() for tensor in tensors)
+            if to_host or mixed or any(read in name for read in self.NAMES):
+                self.seen.append(name)
+        return func(*args, **kwargs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtprune_train.models.head import chunked_cross_entropy
+from vtprune_train.models.head import chunked_cross_entropy, default_chunk_rows
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -44,3 +44,21 @@ def test_frozen_weight_gets_no_gradient():
     loss, *_ = chunked_cross_entropy(hidden, weight, None, torch.zeros(4, dtype=torch.int64))
     loss.backward()
     assert hidden.grad is not None and weight.grad is None
+
+
+def test_a_scale_is_not_rounded_to_half_precision():
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 8).bfloat16().requires_grad_()
+    weight = torch.randn(17, 8).bfloat16().requires_grad_()
+    loss, *_ = chunked_cross_entropy(hidden, weight, None, torch.randint(0, 17, (6,)))
+    plain = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    scale = 0.33463541  # 0.2 % above its nearest bfloat16
+    for grad, scaled in zip(plain, torch.autograd.grad(loss * scale, (hidden, weight)), strict=True):
+        assert scaled.dtype == torch.bfloat16
+        assert torch.equal(scaled, (grad.float() * scale).bfloat16())
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(32_000, 1048), (152_064, 1024), (400, 83886)])
+def test_rows_of_a_chunk(vocab, rows):
+    assert default_chunk_rows(vocab) == rows
+    assert default_chunk_rows(vocab, taught=True) == rows // 3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import family_model, family_processor, tokenizer
-from helpers import tiny_tokenizer
+from helpers import Reads, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -180,6 +180,18 @@ def test_nothing_dropped_is_transformers_own_model(setup):
     assert_same_gradients(gradients(parts.model), expected)
     trained = {name for part in ("projector", "vision_tower") for name, _ in parts_of(parts.model)[part]}
     assert trained <= expected.keys()
+
+
+def test_the_packed_loop_reads_nothing_from_the_device(setup):
+    """Forward, recomputation and backward on meta tensors, which hold no data: a read of one is an error."""
+    parts = setup.parts()
+    batch = setup.collator(parts, DROP)(range(len(RECORDS)))
+    parts.model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model = prune(parts.model, DROP).to("meta")
+    with Reads() as reads:
+        model(batch.to("meta")).loss_sum.backward()
+    assert reads.seen == []
+    assert all(p.grad is not None for p in model.model.language_model.layers.parameters())
 
 
 @pytest.mark.parametrize("rank_with", ["next_layer", "this_layer"])

@@ -108,12 +108,14 @@ def varlen_sdpa(
     key_lengths: tuple[int, ...] | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    causal: bool = True,
     **_: Any,
 ) -> Tensor:
     """Causal attention within each segment by PyTorch's SDPA; the reference on every device.
 
     Long segments take one call each. Short ones of similar length share a call, padded on the right: under a causal
-    mask no real token sees what lies to its right, so no mask is needed and the result is the same.
+    mask no real token sees what lies to its right, so no mask is needed and the result is the same. Without ``causal``
+    (every token sees its whole segment) segments of equal length share a call.
 
     With ``key_lengths`` a segment's keys begin with cached ones, which all its queries see.
 
@@ -122,7 +124,7 @@ def varlen_sdpa(
     """
     if key_lengths is not None and key_lengths != segment_lengths:
         return _sdpa_after_cached(q_THD, k_TGD, v_TGD, segment_lengths, key_lengths, scaling, dropout, sliding_window)
-    calls = _plan_calls(segment_lengths, q_THD.device)
+    calls = _plan_calls(segment_lengths, q_THD.device, causal)
     sizes = [batch * width for batch, width in calls.shapes]
     if calls.gather is not None:
         q_THD, k_TGD, v_TGD = (x.index_select(0, calls.gather) for x in (q_THD, k_TGD, v_TGD))
@@ -136,7 +138,7 @@ def varlen_sdpa(
             v,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=mask is None,
+            is_causal=causal and mask is None,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
@@ -148,7 +150,7 @@ def varlen_sdpa(
 @dataclass(frozen=True)
 class _Calls:
     """``shapes`` (segments, width) of each call; ``gather`` [padded T] the stream's row at each place of all calls laid
-    end to end, ``scatter`` [T] the way back; both ``None`` where each segment in order is its own call."""
+    end to end, ``scatter`` [T] the way back; both ``None`` where the calls take the stream as it is."""
 
     shapes: tuple[tuple[int, int], ...]
     gather: Tensor | None
@@ -157,17 +159,20 @@ class _Calls:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
-def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device) -> _Calls:
+def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device, causal: bool = True) -> _Calls:
     lengths = np.array(segment_lengths)
     groups: list[list[int]] = []
     for index in np.argsort(-lengths, kind="stable").tolist():
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest <= SHARED_CALL_LENGTH and longest <= SHARED_CALL_PADDING * lengths[index] + 4:
+        longest, length = (lengths[groups[-1][0]] if groups else 0), lengths[index]
+        similar = longest <= SHARED_CALL_LENGTH and longest <= SHARED_CALL_PADDING * length + 4
+        if groups and (similar if causal else longest == length):
             groups[-1].append(index)
         else:
             groups.append([index])
     if len(groups) == len(lengths):
         return _Calls(tuple((1, length) for length in segment_lengths), None, None)
+    if len(set(segment_lengths)) == 1:
+        return _Calls(((len(lengths), segment_lengths[0]),), None, None)
     starts = np.cumsum([0, *segment_lengths])
     shapes = tuple((len(group), int(lengths[group[0]])) for group in groups)
     gather, scatter, offset = [], np.empty(starts[-1], dtype=np.int64), 0
@@ -177,13 +182,12 @@ def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device) -> _Call
             gather.append(starts[index] + np.minimum(np.arange(width), length - 1))
             scatter[starts[index] : starts[index] + length] = np.arange(offset, offset + length)
             offset += width
-    return _Calls(shapes, _on(np.concatenate(gather), device), _on(scatter, device))
+    return _Calls(shapes, *(on_device(torch.from_numpy(x), device) for x in (np.concatenate(gather), scatter)))
 
 
-def _on(index: np.ndarray, device: torch.device) -> Tensor:
-    """``index`` on ``device``, through pinned memory, so that the host does not wait."""
-    tensor = torch.from_numpy(index)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of the host's ``tensor`` on ``device``, through pinned memory, so that the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _sdpa_after_cached(
@@ -232,9 +236,11 @@ def varlen_torch(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    causal: bool = True,
     **_: Any,
 ) -> Tensor:
-    """Causal attention within each segment by ``torch.nn.attention.varlen`` (CUDA, half precision).
+    """Causal attention within each segment by ``torch.nn.attention.varlen`` (CUDA, half precision); without ``causal``
+    every token sees its whole segment.
 
     Returns:
         [T, H, D].
@@ -249,7 +255,7 @@ def varlen_torch(
     groups = q_THD.shape[1] // k_TGD.shape[1]
     if groups > 1:
         k_TGD, v_TGD = (x.repeat_interleave(groups, dim=1) for x in (k_TGD, v_TGD))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0 if causal else -1)
     return varlen_attn(  # type: ignore[return-value]
         q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window
     )
@@ -270,6 +276,7 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
         scaling: float,
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        causal: bool = True,
         **_: Any,
     ) -> Tensor:
         out = _flash_attention_forward(
@@ -278,7 +285,7 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
             v_TGD.unsqueeze(0),
             None,
             query_length=q_THD.shape[0],
-            is_causal=True,
+            is_causal=causal,
             dropout=dropout,
             softmax_scale=scaling,
             sliding_window=sliding_window,
@@ -327,7 +334,10 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
     AttentionInterface.register(PREFIX + backend, attention)
 
 
-for _name in FLASH:
-    _register(_name, _flash(_name))
-_register("varlen_torch", varlen_torch)
-_register("varlen_sdpa", varlen_sdpa)
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: _flash(name) for name in FLASH},
+    "varlen_torch": varlen_torch,
+    "varlen_sdpa": varlen_sdpa,
+}
+for _name, _function in FUNCTIONS.items():
+    _register(_name, _function)

@@ -68,6 +68,7 @@ class State:
     backend: str
     image_token: int
     attention: str = ""
+    tower_backend: str = ""
     pruning: Any = None
     warned: set[str] = field(default_factory=set)
     running: _InProgress = field(default_factory=_InProgress)

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in float32
+# Of a large vocabulary, more: every chunk reads and writes the whole gradient of the weight, so few rows a chunk would
+# move more bytes than they compute.
+LEAST_ROWS = 1024
 
 
 @dataclass
@@ -58,9 +61,14 @@ def chunked_consistency(
         ``loss_sum`` [] float32, ``correct`` [R] bool, and for reading ``row_loss``, the cross-entropy of each row, [R]
         float32, and ``divergence`` (T^2 * KL), [] float32.
     """
-    rows = chunk_rows or max(1, CHUNK_LOGITS // weight_NC.shape[0] // (1 if teaching is None else 3))
+    rows = chunk_rows or default_chunk_rows(weight_NC.shape[0], teaching is not None)
     # Inside a Function autograd is always off, so whether gradients are wanted at all is asked here.
     return _ChunkedLoss.apply(hidden_RC, weight_NC, bias_N, targets_R, teaching, rows, torch.is_grad_enabled())  # type: ignore[no-any-return]
+
+
+def default_chunk_rows(vocab: int, taught: bool = False) -> int:
+    """Rows whose logits exist at a time, in float32 about twice over; with a teacher there are three times as many."""
+    return max(LEAST_ROWS, CHUNK_LOGITS // vocab) // (3 if taught else 1)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -85,15 +93,21 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = F.linear(hidden[rows], weight, bias).float()
-            correct[rows] = logits.argmax(dim=-1) == targets[rows]
-            row_loss[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
-            grad_logits = logits.softmax(dim=-1)
-            grad_logits[torch.arange(len(grad_logits), device=grad_logits.device), targets[rows]] -= 1.0
+            target = targets[rows].unsqueeze(1)
+            correct[rows] = logits.argmax(dim=-1, keepdim=True).eq(target).squeeze(1)
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            row_loss[rows] = (log_sum - logits.gather(1, target)).squeeze(1)
+            pull = None
             if teaching is not None:
                 taught = F.linear(teaching.hidden[rows], weight, bias).float()
-                divergence += _diverge(logits, taught, teaching, grad_logits)
+                chunk_divergence, pull = _diverge(logits, taught, teaching)
+                divergence += chunk_divergence
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
+            grad_logits = logits.sub_(log_sum).exp_()  # the softmax, in the memory of the logits
+            grad_logits.scatter_add_(1, target, grad_logits.new_full((1, 1), -1.0).expand_as(target))
+            if pull is not None:
+                grad_logits += pull
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
             grad_logits = grad_logits.to(hidden.dtype)
@@ -114,15 +128,23 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grads = tuple(None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.grads)
+        # In float32: a scale rounded to bfloat16 would scale the whole gradient of the head by up to 0.4 % too much or
+        # too little.
+        scale = grad_outputs[0].float().reshape(1)
+        grads = tuple(None if grad is None else _scaled(grad, scale) for grad in ctx.grads)
         return (*grads, None, None, None, None)
 
 
-def _diverge(logits: Tensor, taught: Tensor, teaching: Teaching, grad_logits: Tensor) -> Tensor:
-    """T^2 * KL(teacher || model) summed over a chunk's rows; adds its weighted gradient to ``grad_logits`` in place."""
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """``grad`` times ``scale`` [1] float32, computed in float32, in the dtype of ``grad``."""
+    return torch.mul(grad, scale.expand((1,) * grad.ndim), out=torch.empty_like(grad))
+
+
+def _diverge(logits: Tensor, taught: Tensor, teaching: Teaching) -> tuple[Tensor, Tensor]:
+    """T^2 * KL(teacher || model) summed over a chunk's rows, and its weighted gradient."""
     softened = teaching.temperature
     log_model = (logits / softened).log_softmax(dim=-1)
     log_teacher = (taught / softened).log_softmax(dim=-1)
     teacher = log_teacher.exp()
-    grad_logits += teaching.weight * softened * (log_model.exp() - teacher)
-    return softened**2 * (teacher * (log_teacher - log_model)).sum()
+    divergence = softened**2 * (teacher * (log_teacher - log_model)).sum()
+    return divergence, teaching.weight * softened * (log_model.exp() - teacher)

@@ -1,9 +1,9 @@
 """The front door: ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
 
-Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder and head,
-``generate``, and ``get_image_features`` (which is only listened to). Parameters, names and classes stay what they
-were, so checkpoints, optimizers, DeepSpeed's hooks and PEFT see the model they know. A method that learns adds its own
-parameters at ``<decoder>.pruning``.
+Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and
+(where it takes images of any size) vision tower, ``generate``, ``get_image_features`` (which is only listened to) and
+``pack_image_features``. Parameters, names and classes stay what they were, so checkpoints, optimizers, DeepSpeed and
+PEFT see the model they know. A method that learns adds its own parameters at ``<decoder>.pruning``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -33,6 +34,7 @@ from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.layouts import Grids
 from vtprune_train.models.learned import attach, detach, modules_to_save
 from vtprune_train.models.padded import forward_text
+from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.pruning.contract import check_method
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 _REPLACED = "_vtprune_replaced"
 CONFIG_KEY = "pruning"
 SAVED: Literal["saved"] = "saved"
+SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")  # inputs of get_image_features that its code loops over
 
 
 def prune(
@@ -106,6 +109,10 @@ def prune(
         attention=text_model.config._attn_implementation,
         pruning=inner.config.__dict__.get(CONFIG_KEY),
     )
+    if family.tower is not None:
+        tower = next(iter(towers(inner.get_submodule(family.tower)).values()))
+        same = (tower.device, tower.dtype) == (weight.device, weight.dtype)
+        state.tower_backend = state.backend if same else choose_backend(attention, tower.device, tower.dtype)
     _install(inner, state)
     return model
 
@@ -150,8 +157,9 @@ def unprune(model: HFModule) -> HFModule:
     state = state_of(inner)
     inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
     detach(inner)
-    for module in inner.modules():  # by what they carry: PEFT may have moved some of them
+    for module in inner.modules():  # by what they carry: PEFT may have moved some of them, or copied the tower
         module.__dict__.pop(STATE, None)
+        restore_config(module)
         for attribute, original in module.__dict__.pop(_REPLACED, {}).items():
             if _is_ours(module.__dict__.get(attribute)):
                 del module.__dict__[attribute]
@@ -216,6 +224,12 @@ def _install(model: HFModule, state: State) -> None:
         (family.base, "get_image_features", _listen_to_image_features),
         (family.decoder, "forward", _forward_decoder),
     ]
+    if hasattr(model.get_submodule(family.base), "pack_image_features"):
+        replacements.append((family.base, "pack_image_features", _pack_image_features))
+    if family.tower is not None:
+        for name, tower in towers(model.get_submodule(family.tower)).items():
+            replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", _forward_tower))
+            replace_config(tower, state.tower_backend)
     if isinstance(model.get_submodule("lm_head"), nn.Linear):
         replacements.append(("lm_head", "forward", _forward_head))
     for name, attribute, function in replacements:
@@ -371,9 +385,12 @@ def _listen_to_image_features(
 ) -> Any:
     """The family's own features; an open call learns how many tokens each image has, where they lie and what the
     vision tower thought of them."""
+    inputs = _by_name(original, args, kwargs)
+    # Where sizes are on the device, one read of each serves all that follows.
+    inputs |= {key: inputs[key].cpu() for key in SIZES if isinstance(inputs.get(key), Tensor)}
     with reading(self, state.method) as read:
-        features = original(*args, **kwargs)
-    images, inputs = features.pooler_output, _by_name(original, args, kwargs)
+        features = original(**inputs)
+    images = features.pooler_output
     lengths = state.family.image_lengths(images)
     encoders: list[EncoderSignals | None] = [None] * len(lengths)
     if read is not None and state.family.patches is not None:
@@ -393,6 +410,27 @@ def _listen_to_image_features(
     if state.running.call is not None:
         _tell(state.running.call, state, images)
     return features
+
+
+class _TensorsOnHost(TorchFunctionMode):
+    """``torch.tensor(...)`` inside makes its tensor on the host, whatever device it is asked for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor:
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+        return func(*args, **kwargs)
+
+
+def _pack_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """The family's own packing. The lengths that it returns beside the features, which ``get_image_features`` does not
+    use, stay on the host: copying them to the device would wait for all that it has to do."""
+    with _TensorsOnHost():
+        return original(*args, **kwargs)
+
+
+def _forward_tower(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    return original(**complete_inputs(self, _by_name(original, args, inputs)))
 
 
 def _tell(call: Call, state: State, images: Sequence[Tensor]) -> None:

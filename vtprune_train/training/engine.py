@@ -75,6 +75,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         wrong.append("model.peft.kind=qlora: 4-bit weights cannot be partitioned by ZeRO-3; use zero2.json")
     if wrong:
         raise ConfigError("\n".join(wrong))
+    settings = _without_second_norm(settings, config)
     return {
         "steps_per_print": 2**62,
         "zero_force_ds_cpu_optimizer": False,
@@ -86,6 +87,17 @@ def engine_config(config: Config) -> dict[str, Any]:
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "fp16": {"enabled": config.model.dtype == "float16"},
     }
+
+
+def _without_second_norm(settings: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Keep DeepSpeed from computing a gradient norm in float64 beside the loop's own, where it has no use for it: it
+    clips by it, and the ZeRO-1 optimizer that accumulates bfloat16 gradients in float32 cannot go without."""
+    zero = settings.get("zero_optimization", {})
+    accumulates_fp32 = settings.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    needed = config.train.clip or offloads_optimizer(settings) or config.model.dtype == "float16"
+    if needed or zero_stage(settings) not in (1, 2) or (zero_stage(settings) == 1 and accumulates_fp32):
+        return settings
+    return {**settings, "zero_optimization": {"compute_grad_norm": False, **zero}}
 
 
 def offloads_optimizer(settings: dict[str, Any]) -> bool:

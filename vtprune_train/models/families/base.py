@@ -79,6 +79,8 @@ class Family:
         model_class: the transformers class, by name.
         text_types: ``model_type`` of the language models whose layers fit.
         base: the submodule that embeds, sees and splices; has ``get_image_features`` and ``language_model``.
+        tower: the submodule of a vision tower that splits attention by the images' grids (``grid_thw``); ``None`` where
+            it runs over tiles of one size.
         image_lengths: tokens of each entry of ``get_image_features(...).pooler_output``, in placeholder order.
         grids: ``(config, inputs of get_image_features) ->`` the rasters of each of these entries; none where unknown.
         patches: ``(config, inputs of get_image_features) ->`` which patches of the tower each of these entries shows;
@@ -94,6 +96,7 @@ class Family:
     model_class: str
     text_types: tuple[str, ...]
     base: str = "model"
+    tower: str | None = None
     image_lengths: Callable[[Sequence[Any]], list[int]] = one_image_each
     grids: Callable[[Any, Mapping[str, Any]], list[Grids]] = no_grids
     patches: Callable[[Any, Mapping[str, Any]], list[Shown]] | None = None

@@ -30,6 +30,7 @@ FAMILY = Family(
     title="Qwen2.5-VL",
     model_class="Qwen2_5_VLForConditionalGeneration",
     text_types=("qwen2_5_vl_text",),
+    tower="model.visual",
     grids=merged_grids,
     three_part_positions=rope_index,
     refused=(("pixel_values_videos", VIDEO),),

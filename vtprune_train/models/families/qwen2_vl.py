@@ -6,6 +6,7 @@ FAMILY = Family(
     title="Qwen2-VL",
     model_class="Qwen2VLForConditionalGeneration",
     text_types=("qwen2_vl_text",),
+    tower="model.visual",
     grids=merged_grids,
     three_part_positions=rope_index,
     refused=(("pixel_values_videos", VIDEO),),

@@ -7,6 +7,7 @@ FAMILY = Family(
     title="Qwen3-VL",
     model_class="Qwen3VLForConditionalGeneration",
     text_types=("qwen3_vl_text",),
+    tower="model.visual",
     grids=merged_grids,
     three_part_positions=rope_index,
     refused=(("pixel_values_videos", VIDEO),),

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from vtprune_train.models.layouts.base import Grids, ImageLayout, Pictures, Size, VisionInputs, check_aspect
+from vtprune_train.models.layouts.tower_inputs import PatchGrids, TowerShape, tower_inputs
 from vtprune_train.stream import SegmentLayout
 
 EXAMPLES = ((224, 224), (448, 448), (768, 1024), (1080, 1920), (2160, 3840))
@@ -96,21 +96,11 @@ class MergedPatches(ImageLayout):
             grids = [(1, self.merge_size, self.merge_size)]
             per_patch = CHANNELS * self.temporal_patch_size * self.patch_size**2
             every = [torch.zeros(self.merge_size**2, per_patch)]
-        return VisionInputs(torch.cat(every), torch.arange(tokens), self._image_inputs(grids))
+        return VisionInputs(torch.cat(every), torch.arange(tokens), self._image_inputs(tuple(grids)))
 
-    def _image_inputs(self, grids: list[tuple[int, int, int]]) -> dict[str, Any]:
-        grid_thw = torch.tensor(grids)
-        cu_seqlens = get_vision_cu_seqlens(grid_thw)
-        window_index, cu_windows = get_vision_window_index(grid_thw, self.merge_size, self.window_size, self.patch_size)
-        return {
-            "image_grid_thw": tuple(grids),
-            "image_position_ids": get_vision_position_ids(grid_thw, self.merge_size),
-            "image_cu_seqlens": cu_seqlens,
-            "image_max_seqlen": int(cu_seqlens.diff().max()),
-            "image_window_index": window_index,
-            "image_cu_window_seqlens": cu_windows,
-            "image_max_window_seqlen": int(cu_windows.diff().max()),
-        }
+    def _image_inputs(self, grids: PatchGrids) -> dict[str, Any]:
+        made = tower_inputs(TowerShape(self.merge_size, self.patch_size, self.window_size), grids)
+        return {"image_grid_thw": grids, **{f"image_{key}": value for key, value in made.items()}}
 
     def examples(self) -> list[Size]:
         return list(EXAMPLES)

@@ -1,0 +1,120 @@
+"""The kernels that a run asks for: Liger's, FP8, deterministic."""
+
+import dataclasses
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from families import family_model
+from helpers import tiny_model
+from runner import TINY, Runs
+from test_equivalence import random_batch, random_segment
+
+from vtprune_train import PyramidDrop, prune
+from vtprune_train.config import Config, ConfigError
+from vtprune_train.plan import plan_pass
+from vtprune_train.training import kernels
+
+CPU = torch.device("cpu")
+
+
+def test_fp8_changes_products_and_nothing_else():
+    pytest.importorskip("torchao")
+    method = PyramidDrop(layers=(2, 4), keep=(0.5, 0.2))
+    models = [tiny_model().bfloat16().train() for _ in range(2)]
+    for model in models:
+        model.model.language_model.rotary_emb.float()
+    kernels.use_fp8(models[1].model.language_model, CPU)
+    assert [name for name, _ in models[0].named_parameters()] == [name for name, _ in models[1].named_parameters()]
+    swapped = [name for name, m in models[1].named_modules() if type(m).__name__ == "Float8Linear"]
+    assert len(swapped) == 6 * 7 and all(name.startswith("model.language_model.layers.") for name in swapped)
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    segments = [random_segment(np.random.default_rng(seed), 1, 2) for seed in range(3)]
+    losses, norms = [], []
+    for model in models:
+        prune(model, method)
+        batch = random_batch(model, segments)
+        batch = dataclasses.replace(
+            batch, plan=plan_pass(segments, 6, method), pixel_values=batch.pixel_values.bfloat16()
+        )
+        loss = model(batch).loss_sum
+        loss.backward()
+        losses.append(float(loss.detach()))
+        norms.append(float(model.model.language_model.layers[0].mlp.up_proj.weight.grad.float().norm()))
+    assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert norms[1] != norms[0] and norms[1] == pytest.approx(norms[0], rel=0.3)
+
+
+def test_fp8_leaves_sizes_that_its_products_cannot_take():
+    pytest.importorskip("torchao")
+    model = tiny_model(head_dim=6)  # queries of 24 and keys of 12
+    kernels.use_fp8(model.model.language_model, CPU)
+    attention = model.model.language_model.layers[0].self_attn
+    assert type(attention.q_proj) is torch.nn.Linear
+    assert type(model.model.language_model.layers[0].mlp.up_proj).__name__ == "Float8Linear"
+
+
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(ConfigError, match=r"capability 8.9 or newer, and A100 has 8.0; set model.fp8=false"):
+        kernels.use_fp8(tiny_model().model.language_model, torch.device("cuda"))
+
+
+def test_missing_packages_are_named(monkeypatch):
+    for name in ("torchao.float8", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    text_model = tiny_model().model.language_model
+    with pytest.raises(ConfigError, match=r"model.fp8=true needs torchao.*requirements-gpu.txt"):
+        kernels.use_fp8(text_model, CPU)
+    with pytest.raises(ConfigError, match=r"model.liger=true needs liger-kernel.*requirements-gpu.txt"):
+        kernels.use_liger(text_model)
+
+
+def test_liger_is_refused_where_it_would_do_nothing(monkeypatch):
+    """Its own function logs and returns."""
+    applied = []
+    transformers = types.ModuleType("liger_kernel.transformers")
+    transformers._apply_liger_kernel_to_instance = lambda model, **keywords: applied.append((model, keywords))
+    patch = types.ModuleType("liger_kernel.transformers.monkey_patch")
+    patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+    for module in (types.ModuleType("liger_kernel"), transformers, patch):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    llama = tiny_model().model.language_model
+    kernels.use_liger(llama)
+    assert applied == [(llama, {"fused_linear_cross_entropy": False})]
+    with pytest.raises(ConfigError, match="no kernels for model type 'qwen2_5_vl_text'"):
+        kernels.use_liger(family_model("qwen2_5_vl").model.language_model)
+
+
+@pytest.fixture
+def deterministic_afterwards():
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def test_deterministic_kernels_are_asked_for_by_a_setting(monkeypatch, deterministic_afterwards):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.delenv(name, raising=False)
+    kernels.be_deterministic(Config(**TINY))
+    assert not torch.are_deterministic_algorithms_enabled()
+    kernels.be_deterministic(Config(**{**TINY, "train": {**TINY["train"], "deterministic": True}}))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+
+
+def test_a_run_with_deterministic_fp8(tmp_path):
+    pytest.importorskip("torchao")
+    runs = Runs(tmp_path)
+    settings = ["run.stop_after=3", "data.eval=[]", "model.fp8=true", "model.dtype=bfloat16", "train.deterministic=true"]
+    runs.run("fp8", *settings)
+    losses = [row["loss"] for row in runs.metrics("fp8")]
+    assert losses[-1] < losses[0]
+    runs.run("again", *settings)
+    assert [row["loss"] for row in runs.metrics("again")] == losses
