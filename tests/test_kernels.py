@@ -112,7 +112,13 @@ def test_deterministic_kernels_are_asked_for_by_a_setting(monkeypatch, determini
 def test_a_run_with_deterministic_fp8(tmp_path):
     pytest.importorskip("torchao")
     runs = Runs(tmp_path)
-    settings = ["run.stop_after=3", "data.eval=[]", "model.fp8=true", "model.dtype=bfloat16", "train.deterministic=true"]
+    settings = [
+        "run.stop_after=3",
+        "data.eval=[]",
+        "model.fp8=true",
+        "model.dtype=bfloat16",
+        "train.deterministic=true",
+    ]
     runs.run("fp8", *settings)
     losses = [row["loss"] for row in runs.metrics("fp8")]
     assert losses[-1] < losses[0]

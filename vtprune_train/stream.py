@@ -18,6 +18,7 @@ from torch import Tensor
 
 IMAGE = "<image>"  # an image's place in text, and its token
 IGNORE = -100  # a label that is not supervised
+COPY_ALIGNMENT = 16  # bytes: where a tensor of any dtype may begin in a buffer
 
 
 @dataclass(frozen=True)
@@ -283,23 +284,62 @@ class PackedBatch:
     teacher: TeacherPass | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Copy every tensor to ``device`` (asynchronously from pinned memory)."""
-        return map_leaves(self, Tensor, lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy every tensor to ``device``, without waiting for a GPU (see :func:`to_device`)."""
+        return to_device(self, device)
 
     def pin_memory(self) -> PackedBatch:
         """Copy every tensor to pinned memory."""
         return map_leaves(self, Tensor, Tensor.pin_memory)
 
 
-def map_leaves(value: Any, kind: type, function: Any) -> Any:
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """``value`` with every tensor and every NumPy array of it as a tensor on ``device``, without waiting for a GPU.
+
+    A copy from pageable memory would wait until the GPU has done all that was queued before. So what is not pinned is
+    put end to end into one pinned buffer, which goes in one copy.
+
+    Args:
+        value: tensors and arrays in nested dataclasses, tuples and dicts.
+        device: where they go.
+    """
+    leaves: dict[int, Tensor] = {}
+    kinds = (Tensor, np.ndarray)
+    map_leaves(value, kinds, lambda leaf: leaves.setdefault(id(leaf), torch.as_tensor(leaf)))
+    copies = dict(zip(leaves, _copies(list(leaves.values()), torch.device(device)), strict=True))
+    return map_leaves(value, kinds, lambda leaf: copies[id(leaf)])
+
+
+def _copies(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    pageable = [t for t in tensors if device.type == "cuda" and t.device.type == "cpu" and not t.is_pinned()]
+    together = {id(tensor): copy for tensor, copy in zip(pageable, _copied_at_once(pageable, device), strict=True)}
+    return [together.get(id(tensor), tensor).to(device, non_blocking=True) for tensor in tensors]
+
+
+def _copied_at_once(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of CPU tensors on a GPU: parts of one buffer."""
+    if not tensors:
+        return []
+    starts = np.cumsum([0, *(-(-tensor.nbytes // COPY_ALIGNMENT) * COPY_ALIGNMENT for tensor in tensors)]).tolist()
+    places = [slice(start, start + tensor.nbytes) for start, tensor in zip(starts, tensors, strict=False)]
+    pinned = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    for place, tensor in zip(places, tensors, strict=True):
+        pinned[place].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    buffer = pinned.to(device, non_blocking=True)
+    return [buffer[place].view(t.dtype).view(t.shape) for place, t in zip(places, tensors, strict=True)]
+
+
+def map_leaves(value: Any, kind: type | tuple[type, ...], function: Any) -> Any:
     """``value`` with ``function`` applied to everything of type ``kind`` in nested dataclasses, tuples and dicts."""
     if isinstance(value, kind):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: map_leaves(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changes)
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        mapped = {name: map_leaves(part, kind, function) for name, part in parts.items()}
+        changes = {name: part for name, part in mapped.items() if part is not parts[name]}
+        return dataclasses.replace(value, **changes) if changes else value
     if isinstance(value, tuple):
-        return tuple(map_leaves(item, kind, function) for item in value)
+        items = tuple(map_leaves(item, kind, function) for item in value)
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
     if isinstance(value, dict):
         return {key: map_leaves(item, kind, function) for key, item in value.items()}
     return value

@@ -26,7 +26,7 @@ from vtprune_train.models.learned import fresh
 from vtprune_train.models.padded import decode, prefill
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
-from vtprune_train.stream import StreamPlan, map_leaves
+from vtprune_train.stream import StreamPlan, to_device
 
 DECODING_STEPS = 4  # of a repeat
 TOWER_HIDDEN = 1024  # of the keys that methods before the decoder compare
@@ -184,7 +184,7 @@ def _generate(model: LlamaModel, side: _Side, sample: Sample, batch: int, counts
 def _train(model: LlamaModel, side: _Side, sample: Sample, batch: int, counts: bool) -> None:
     """Forward and backward of the layers, the answer behind each prompt."""
     plan = plan_pass([segment_of(sample, sample.answer)] * batch, len(model.layers), side.method)
-    plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(model.device))
+    plan = to_device(plan, model.device)
     embeds = _random(model, plan.stages[0].num_tokens).requires_grad_()
     encoder = _encoder(side.method, sample, batch, model.device)
     model.train()
@@ -215,7 +215,7 @@ def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: t
     tile, generator = torch.cat(tiles), torch.Generator().manual_seed(1)
     attention = torch.rand(len(method.encoder_layers), len(tile), generator=generator)
     keys = torch.randn(len(tile), TOWER_HIDDEN, generator=generator)
-    return EncoderSignals(attention.to(device), keys.to(device), tile.to(device))
+    return to_device(EncoderSignals(attention, keys, tile), device)  # type: ignore[no-any-return]
 
 
 def _taken(plan: StreamPlan, cache: DynamicCache, sample: Sample, batch: int) -> VisualTokens:

@@ -24,6 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
+from vtprune_train.stream import to_device
+
 log = logging.getLogger(__name__)
 
 FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")
@@ -182,12 +184,7 @@ def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device, causal: 
             gather.append(starts[index] + np.minimum(np.arange(width), length - 1))
             scatter[starts[index] : starts[index] + length] = np.arange(offset, offset + length)
             offset += width
-    return _Calls(shapes, *(on_device(torch.from_numpy(x), device) for x in (np.concatenate(gather), scatter)))
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of the host's ``tensor`` on ``device``, through pinned memory, so that the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return _Calls(shapes, *to_device((np.concatenate(gather), scatter), device))
 
 
 def _sdpa_after_cached(

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vtprune_train.models.layouts import Grids
+from vtprune_train.stream import to_device
 
 # A layer that decodes keeps a sixteenth of its columns free: copying all of them once in so many steps costs little,
 # and so does the memory.
@@ -207,7 +208,8 @@ def cache_bytes(cache: Cache) -> int:
 
 @dataclass(frozen=True)
 class StageCache:
-    """How the packed tokens of a stage join the cache of a layer; laid out on the host once for layers alike.
+    """How the packed tokens of a stage join the cache of a layer; laid out on the host once for layers alike, then
+    copied to the device.
 
     Args:
         join: [Tk] int64, rows of [the cached columns of all rows; the new stream] that make the packed keys, row after
@@ -225,14 +227,13 @@ class StageCache:
     cu_seqlens_k: Tensor
 
     @classmethod
-    def of(cls, new_lengths: Sequence[int], cached: Sequence[int], cached_width: int, device: Any) -> StageCache:
-        """Plan one layer.
+    def of(cls, new_lengths: Sequence[int], cached: Sequence[int], cached_width: int) -> StageCache:
+        """Plan one layer, on the host.
 
         Args:
             new_lengths: new tokens of each row.
             cached: tokens of each row in the layer's cache.
             cached_width: columns of that cache; the new one has as few as the longest row needs.
-            device: where the index tensors go.
         """
         lengths = np.add(new_lengths, cached).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -246,21 +247,21 @@ class StageCache:
             for row, (old, new) in enumerate(zip(cached, new_lengths, strict=True)):
                 parts.append(np.arange((row + 1) * cached_width - old, (row + 1) * cached_width))
                 parts.append(np.arange(new_starts[row], new_starts[row] + new))
-            join = torch.from_numpy(np.concatenate(parts)).to(device)
+            join = torch.from_numpy(np.concatenate(parts))
         return cls(
             join=join,
-            spread=torch.from_numpy(spread.ravel()).to(device),
-            padding=torch.from_numpy(padding).to(device),
+            spread=torch.from_numpy(spread.ravel()),
+            padding=torch.from_numpy(padding),
             is_padded=bool(padding.any()),
             key_lengths=tuple(lengths.tolist()),
-            cu_seqlens_k=torch.from_numpy(starts.astype(np.int32)).to(device),
+            cu_seqlens_k=torch.from_numpy(starts.astype(np.int32)),
         )
 
     def new_keys(self, new_lengths: Sequence[int]) -> Tensor:
         """[T] int64, where the new stream's tokens stand among the packed keys."""
         ends = np.cumsum(self.key_lengths)
         parts = [np.arange(end - new, end) for end, new in zip(ends, new_lengths, strict=True)]
-        return torch.from_numpy(np.concatenate(parts)).to(self.spread.device)
+        return to_device(np.concatenate(parts), self.spread.device)  # type: ignore[no-any-return]
 
 
 class PackedCache:
@@ -296,7 +297,7 @@ class PackedCache:
         """
         assert self.stage is not None
         lengths = np.array(self.stage.key_lengths) - left_out
-        stored = StageCache.of(lengths.tolist(), [0] * len(lengths), 0, keys_TGD.device)
+        stored: StageCache = to_device(StageCache.of(lengths.tolist(), [0] * len(lengths), 0), keys_TGD.device)
         in_order = torch.sort(kept_GT.to(torch.uint8), dim=1, descending=True, stable=True).indices
         columns = in_order[:, stored.spread].unflatten(1, (len(lengths), -1)).transpose(0, 1)  # [B, G, W]
         heads = torch.arange(kept_GT.shape[0], device=columns.device)[:, None]

@@ -30,7 +30,7 @@ class Call:
 
     Args:
         input_ids: [B, L] int64; ``None`` where the decoder is called alone, with text only.
-        labels: [B, L] int64, -100 at image tokens; ``None`` without a loss.
+        labels: [B, L] int64, as the caller gave them; ``None`` without a loss.
         prompt_width: columns of the prompt inside ``generate``, cached ones included; what follows does not rank.
         image_lengths: tokens of each image, in placeholder order; found while the family's own code runs.
         image_grids: the rasters of each, as far as the family knows them; empty where it knows none.

@@ -1,9 +1,9 @@
 """Compiled layers: ``torch.compile`` around the forward of every decoder and tower layer, inside activation
 checkpointing.
 
-A whole layer cannot be compiled from outside: PyTorch runs a checkpointed function without compilation when a graph
-breaks inside, and the packed attention is such a break. So each layer gets a subclass of its own class whose ``forward``
-is compiled; transformers checkpoints around it as around any other.
+A layer cannot be compiled from outside its checkpoint: ``torch.utils.checkpoint`` switches the compiler off for the
+function that it runs, unless there is no graph break inside, and the packed attention is one. So each layer gets a
+subclass of its own class whose ``forward`` is compiled; transformers checkpoints around it as around any other.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def is_compiled(layer: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def eager(module: nn.Module) -> Iterator[None]:
-    """Within it, compiled layers inside ``module`` run without compilation: forward hooks on their parts, which compiled
-    code does not see, are called."""
+    """Within it, compiled layers inside ``module`` run without compilation, so that forward hooks on their parts, which
+    compiled code does not see, are called."""
     layers = [layer for layer in module.modules() if is_compiled(layer)]
     for layer in layers:
         setattr(layer, EAGER, True)

@@ -24,7 +24,7 @@ from vtprune_train.models.keys import StageKeys
 from vtprune_train.plan import replan
 from vtprune_train.pruning.base import Candidates, EncoderSignals, PruningMethod, Ranking
 from vtprune_train.pruning.selection import next_rows
-from vtprune_train.stream import Boundary, Drop, Stage, StreamPlan, map_leaves
+from vtprune_train.stream import Boundary, Drop, Stage, StreamPlan, to_device
 
 PARAMETERS = "pruning"  # the decoder's submodule that holds what a method learns
 
@@ -293,8 +293,8 @@ class _Walk:
             return
         before = [np.array([span.after for span in b.spans]) for b in self.plan.boundaries[:index]]
         plan = replan(self.plan, [*before, counts.cpu().numpy()])
-        device, replanned = self.hidden.device, self.staging.replanned
-        self.plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(device))
+        replanned = self.staging.replanned
+        self.plan = to_device(plan, self.hidden.device)
         staging = Staging.counted(self.plan) if replanned is None else replanned(plan)
         self.staging = replace(staging, positions=(self.staging.positions[0], *staging.positions[1:]))
 
@@ -468,7 +468,8 @@ class _Probe:
                 self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
 
     def ranking(self, scaling: float) -> Ranking:
-        """What was taken. The probe lets go of it: a layer that is recomputed keeps its probe until the backward pass."""
+        """What was taken; the probe drops it, because a layer that is recomputed keeps its probe until the backward
+        pass."""
         assert self.taken is not None, "the attention backend did not call the probe"
         (queries, keys), self.taken = self.taken, None
         return Ranking(queries, keys, scaling)

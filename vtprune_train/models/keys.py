@@ -13,7 +13,7 @@ W columns of a layer's cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vtprune_train.models.cache import PackedCache
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod, Ranking
-from vtprune_train.stream import Boundary, SegmentLayout, StreamPlan
+from vtprune_train.stream import Boundary, SegmentLayout, StreamPlan, to_device
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class StageKeys:
         self.method, self.layers, self.layout, self.cached = method, layers, layout, cached
         self.segment_lengths = plan.stages[index].segment_lengths
         blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
-        device = layout.visual_rows.device
-        self.blind = tuple(replace(b, columns=_on(b.columns, device), limits=_on(b.limits, device)) for b in blind)
+        self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
 
     @classmethod
     def of(
@@ -217,7 +216,3 @@ def _attend(q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, seen_GLL: Tensor, scali
         q_GHLD, k, v, attn_mask=seen_GLL.unsqueeze(1), dropout_p=dropout, scale=scaling
     )
     return out.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _on(index: Tensor, device: torch.device) -> Tensor:
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index

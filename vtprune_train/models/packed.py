@@ -21,7 +21,7 @@ from vtprune_train.models.decoder import DecoderOutput, Staging, run_layers
 from vtprune_train.models.encoder import patch_index, patches_per_tile, reading
 from vtprune_train.models.head import Teaching
 from vtprune_train.pruning.base import EncoderSignals
-from vtprune_train.stream import PackedBatch, StreamPlan
+from vtprune_train.stream import PackedBatch, StreamPlan, to_device
 
 
 class PackedOutput(NamedTuple):
@@ -81,8 +81,8 @@ def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
     assert state.family.patches is not None
     inputs = {key: np.array(value) if isinstance(value, tuple) else value for key, value in batch.image_inputs.items()}
     layout = state.family.patches(self.config, {**inputs, "pixel_values": batch.pixel_values})
-    index = torch.from_numpy(patch_index(layout, patches_per_tile(self.config)))
-    return index.to(batch.visual_index.device, non_blocking=True).index_select(0, batch.visual_index)
+    index = to_device(patch_index(layout, patches_per_tile(self.config)), batch.visual_index.device)
+    return index.index_select(0, batch.visual_index)
 
 
 def _feature_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ from vtprune_train.models.layouts import Grids
 from vtprune_train.models.staging import plan_staging, settle, use_three_parts
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
-from vtprune_train.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, map_leaves, text_key
+from vtprune_train.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, text_key, to_device
 
 log = logging.getLogger(__name__)
 
@@ -145,20 +145,19 @@ def _run_rows(
         told = _tell(call, rows, inputs_embeds, cache)
         if not verifies_candidates:
             inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
-    plan = plan_pass(call.segments, len(text_model.layers), state.method)
-    token_rows = torch.from_numpy(np.flatnonzero(rows.ravel())).to(device)
+    planned = plan_pass(call.segments, len(text_model.layers), state.method)
     three_parts = state.family.three_part_positions is not None
-    staging = plan_staging(plan, state.method, len(call.segments), cache, device, three_parts)
+    staging = plan_staging(planned, state.method, len(call.segments), cache, device, three_parts)
+    plan, token_rows, visual_rows = to_device(
+        (planned, np.flatnonzero(rows.ravel()), _visual_rows(call.segments)), device
+    )
     if three_parts:
         use_three_parts(staging, call, position_ids, token_rows, cache)
     elif position_ids is not None and state.running.prompt_width is None:
-        _check_positions(position_ids, rows, token_rows, plan, bool(cache is not None and cache.get_seq_length()))
+        continues = bool(cache is not None and cache.get_seq_length())
+        _check_positions(position_ids, rows.shape, token_rows, plan, continues)
     if deepstack_visual_embeds:
-        assert visual_pos_masks is not None
-        staging.deepstack = tuple(deepstack_visual_embeds)
-        own = visual_pos_masks.to(device).flatten().index_select(0, token_rows)
-        staging.visual_rows = torch.nonzero(own).squeeze(1)
-    plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(device))
+        staging.deepstack, staging.visual_rows = tuple(deepstack_visual_embeds), visual_rows
     embeds = inputs_embeds.flatten(0, 1).index_select(0, token_rows)
     output = run_layers(text_model, embeds, plan, state.method, staging, call.encoder)
     call.survivors, call.plan = output.origins, output.plan
@@ -185,7 +184,7 @@ def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCac
         for number, span in enumerate(segment.spans):
             own[span.start : span.end] = number + int(already[row])
         image[row, real[row]] = own
-    new = torch.from_numpy(image).to(inputs_embeds.device)
+    new = to_device(image, inputs_embeds.device)
     grids = tuple(tuple(span.grids for span in segment.spans) for segment in call.segments)
     return Told(inputs_embeds, new, grids) if first.told is None else first.told.and_then(inputs_embeds, new, grids)
 
@@ -242,9 +241,9 @@ def prefill(
         [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
     """
     cache = staged(cache, len(text_model.layers))
-    plan = plan_pass(segments, len(text_model.layers), method)
-    staging = plan_staging(plan, method, len(segments), cache, embeds_TC.device)
-    plan = map_leaves(plan, Tensor, lambda tensor: tensor.to(embeds_TC.device))
+    planned = plan_pass(segments, len(text_model.layers), method)
+    staging = plan_staging(planned, method, len(segments), cache, embeds_TC.device)
+    plan = to_device(planned, embeds_TC.device)
     output = run_layers(text_model, embeds_TC, plan, method, staging, encoder)
     settle(cache, output.plan, method, staging.before, max(segment.length for segment in segments))
     return text_model.norm(output.last_hidden_state), output, cache
@@ -348,18 +347,33 @@ def _segments(call: Call, real: np.ndarray, state: State) -> list[SegmentLayout]
     """The layout of every row: its images, which tokens rank, which are supervised."""
     grids = call.image_grids or [()] * len(call.image_lengths)
     remaining = list(zip(call.image_lengths, grids, strict=True))
-    visual = np.zeros_like(real) if call.input_ids is None else (call.input_ids == state.image_token).cpu().numpy()
-    all_labels = None if call.labels is None else call.labels.cpu().numpy()
+    ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
+    visual = np.zeros_like(real) if ids is None else ids == state.image_token
+    all_labels = None if call.labels is None else _without_images(call.labels.cpu().numpy(), visual, state)
     segments = []
     for row in range(len(real)):
         spans = _spans(visual[row][real[row]], remaining, row, len(call.image_lengths), state.family)
         labels = None if all_labels is None else all_labels[row][real[row]]
         prompt = int(real[row, : call.prompt_width].sum())
-        segments.append(_segment(int(real[row].sum()), labels, spans, prompt, _key(call, real, visual, row)))
+        key = 0
+        if ids is not None:
+            own_labels = None if all_labels is None else all_labels[row]
+            key = _key(ids[row], own_labels, real[row] & ~visual[row], call.prompt_width)
+        segments.append(_segment(int(real[row].sum()), labels, spans, prompt, key))
     if remaining:
         used = len(call.image_lengths) - len(remaining)
         raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
     return segments
+
+
+def _without_images(labels: np.ndarray, visual: np.ndarray, state: State) -> np.ndarray:
+    """[B, L] ``labels`` with -100 at image tokens."""
+    if (visual & (labels != IGNORE)).any():
+        state.warn_once(
+            "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts them divides "
+            "by too many: mask them in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
+        )
+    return np.where(visual, IGNORE, labels)
 
 
 def _spans(
@@ -397,17 +411,22 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     return runs
 
 
-def _key(call: Call, real: np.ndarray, visual: np.ndarray, row: int) -> int:
-    """The key of a row's prompt, which what is generated or supervised behind it does not change."""
-    if call.input_ids is None:
-        return 0
-    own = np.flatnonzero(real[row] & ~visual[row])
-    if call.labels is not None:
-        supervised = np.flatnonzero((call.labels[row] != IGNORE).cpu().numpy())
-        own = own[own < (supervised[0] if len(supervised) else real.shape[1])]
-    elif call.prompt_width is not None:
-        own = own[own < call.prompt_width]
-    return text_key(call.input_ids[row].cpu().numpy()[own])
+def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_width: int | None) -> int:
+    """The key of a row's prompt, which what is generated or supervised after it does not change.
+
+    Args:
+        ids: [L] int64.
+        labels: [L] int64, or ``None``.
+        text: [L] bool, the row's text tokens.
+        prompt_width: columns of the prompt inside ``generate``, or ``None``.
+    """
+    own = np.flatnonzero(text)
+    if labels is not None:
+        supervised = np.flatnonzero(labels != IGNORE)
+        own = own[own < (supervised[0] if len(supervised) else len(text))]
+    elif prompt_width is not None:
+        own = own[own < prompt_width]
+    return text_key(ids[own])
 
 
 def _segment(
@@ -420,16 +439,25 @@ def _segment(
     return SegmentLayout(length=length, spans=spans, query_offsets=tuple(queries) or (prompt - 1,), key=key)
 
 
+def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
+    """[V] int64, rows of the packed stream that hold visual tokens."""
+    rows, start = [np.zeros(0, dtype=np.int64)], 0
+    for segment in segments:
+        rows += [np.arange(start + span.start, start + span.end) for span in segment.spans]
+        start += segment.length
+    return np.concatenate(rows)
+
+
 def _check_positions(
-    position_ids: Tensor, real: np.ndarray, token_rows: Tensor, plan: StreamPlan, continues: bool
+    position_ids: Tensor, shape: tuple[int, ...], token_rows: Tensor, plan: StreamPlan, continues: bool
 ) -> None:
     """Refuse positions that do not count each row's tokens (from what is cached on, if the call ``continues``)."""
-    given = position_ids.expand(real.shape).flatten().index_select(0, token_rows)
-    counted = plan.stages[0].position_ids.to(given.device)
+    given = position_ids.expand(shape).flatten().index_select(0, token_rows)
+    counted, first = plan.stages[0].position_ids, plan.stages[0].cu_seqlens[:-1]
     if continues:
-        starts = plan.stages[0].cu_seqlens[:-1].to(given.device)
-        lengths = torch.tensor(plan.stages[0].segment_lengths, device=given.device)
-        counted = counted + torch.repeat_interleave(given.index_select(0, starts), lengths)
+        lengths = plan.stages[0].cu_seqlens.diff()
+        starts = given.index_select(0, first)
+        counted = counted + starts.repeat_interleave(lengths, output_size=len(counted))
     if not torch.equal(given, counted):
         raise ValueError(
             "position_ids must count the tokens of each row from 0 (after what is cached): a pruned model numbers "

@@ -39,7 +39,7 @@ from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.learned import learns
-from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan
+from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan, to_device
 
 log = logging.getLogger(__name__)
 
@@ -284,10 +284,7 @@ def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -
     computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
     state = state_of(model)
     if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
-        labels = inputs.get("labels")
-        if labels is not None:
-            labels = _without_images(labels, inputs["input_ids"], state)
-        state.running.call = Call(inputs["input_ids"], labels, state.running.prompt_width)
+        state.running.call = Call(inputs["input_ids"], inputs.get("labels"), state.running.prompt_width)
 
 
 def _close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
@@ -317,7 +314,9 @@ def _forward(self: HFModule, original: Callable[..., Any], state: State, *args: 
     _check_inputs(state, inputs)
     input_ids, labels = inputs["input_ids"], inputs.get("labels")
     if labels is not None:
-        labels = inputs["labels"] = _without_images(labels, input_ids, state)
+        # Rows of dropped tokens are no predictions.
+        visual = (input_ids == state.image_token).to(labels.device)
+        inputs["labels"] = labels.masked_fill(visual, IGNORE)
     elif self.training and torch.is_grad_enabled() and state.method is not None:
         state.warn_once(
             "a training forward without labels: the last token of each row ranks the visual tokens, which in "
@@ -333,17 +332,6 @@ def _by_name(original: Callable[..., Any], args: tuple[Any, ...], inputs: dict[s
         return inputs
     names = [name for name in inspect.signature(original).parameters if name != "self"]
     return {**dict(zip(names, args, strict=False)), **inputs}
-
-
-def _without_images(labels: Tensor, input_ids: Tensor, state: State) -> Tensor:
-    """``labels`` with -100 at image tokens: rows of dropped tokens are no predictions."""
-    visual = (input_ids == state.image_token).to(labels.device)
-    if not state.warned and bool((visual & (labels != IGNORE)).any()):
-        state.warn_once(
-            "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts them divides "
-            "by too many: mask them in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
-        )
-    return labels.masked_fill(visual, IGNORE)
 
 
 def _check_inputs(state: State, inputs: dict[str, Any]) -> None:
@@ -367,7 +355,7 @@ def _forward_base(self: HFModule, original: Callable[..., Any], state: State, *a
             _tell(call, state, given.pooler_output)
         has_grid = inputs.get("image_grid_thw") is not None
         if state.family.three_part_positions is not None and has_grid and inputs.get("position_ids") is None:
-            call.positions = state.family.three_part_positions(self, inputs)
+            inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
         return original(**inputs)
 
 
@@ -401,7 +389,7 @@ def _listen_to_image_features(
                 "config: the vision tower's attention cannot be told to tokens; leave vision_feature_select_strategy "
                 "and vision_aspect_ratio to the config"
             )
-        index = torch.from_numpy(patch_index(shown, patches_per_tile(self.config))).to(images[0].device)
+        index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
     grids = _grids(self, state, inputs, lengths) or [()] * len(lengths)
     if len(images) == len(lengths):

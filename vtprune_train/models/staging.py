@@ -17,7 +17,7 @@ from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer
 from vtprune_train.models.calls import Call
 from vtprune_train.models.decoder import Staging, renumbers
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import Boundary, ScoredSegment, Stage, StreamPlan, map_leaves
+from vtprune_train.stream import Boundary, ScoredSegment, Stage, StreamPlan, to_device
 
 
 def plan_staging(
@@ -30,7 +30,7 @@ def plan_staging(
 ) -> Staging:
     """Positions of every stage, and how its tokens join the cache."""
     if cache is None:
-        staging = Staging.counted(map_leaves(plan, Tensor, lambda tensor: tensor.to(device)))
+        staging = Staging(to_device(tuple(stage.position_ids for stage in plan.stages), device))
         return replace(staging, replanned=lambda other: plan_staging(other, method, num_rows, None, device))
     return _staging(plan, method, cache, Before.of(cache, num_rows, three_parts), device)
 
@@ -49,10 +49,16 @@ class Before:
     @classmethod
     def of(cls, cache: DynamicCache, num_rows: int, three_parts: bool) -> Before:
         layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
-        none = [0] * num_rows
+        filled = [layer for layer in layers if layer.width]
+        none = [[0] * num_rows] * len(layers)
+        tokens, next_positions = none, none
+        if filled:
+            numbers = [*(layer.num_tokens() for layer in filled), *(layer.next_positions() for layer in filled)]
+            read = iter(torch.stack(numbers).tolist())  # the one copy to the host
+            tokens, next_positions = ([next(read) if layer.width else none[0] for layer in layers] for _ in range(2))
         return cls(
-            [layer.num_tokens().tolist() if layer.width else none for layer in layers],
-            [layer.next_positions().tolist() if layer.width else none for layer in layers],
+            tokens,
+            next_positions,
             [layer.width for layer in layers],
             cache.get_seq_length(),
             three_parts,
@@ -70,36 +76,54 @@ def _staging(
                 joins.append(joins[-1])
             else:
                 own = before.tokens[layer]
-                joins.append(StageCache.of(stage.segment_lengths, own, before.widths[layer], device))
-    staging = Staging(_positions(plan, before, device), PackedCache(cache), tuple(joins), before=before)
-    staging.replanned = lambda other: _staging(other, method, cache, before, device)
-    if not before.columns or method is None:
-        return staging
+                joins.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
+    keys: list[StageCache] = []
+    boundaries: list[Boundary] = []
+    layouts: dict[int, Boundary] = {}
+    if before.columns and method is not None:
+        keys, boundaries = _ranked_among_cached(plan, method, before)
+        layouts = _layouts_among_cached(plan, before)
+    positions, on_device, ranked_keys, ranked_boundaries, layouts = to_device(
+        (_positions(plan, before), tuple(joins), tuple(keys), tuple(boundaries), layouts), device
+    )
+    return Staging(
+        positions, PackedCache(cache), on_device, ranked_keys, ranked_boundaries, layouts, before=before,
+        replanned=lambda other: _staging(other, method, cache, before, device),
+    )  # fmt: skip
+
+
+def _ranked_among_cached(
+    plan: StreamPlan, method: PruningMethod, before: Before
+) -> tuple[list[StageCache], list[Boundary]]:
+    """``ranked_keys`` and ``ranked_boundaries`` of :class:`Staging`."""
     keys, boundaries = [], []
     for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
         part = method.parts[boundary.drop.owner]
         layer = boundary.layer if part.rank_with == "next_layer" else max(0, stage.end_layer - 1)
         own = before.tokens[layer]
-        keys.append(StageCache.of(stage.segment_lengths, own, before.widths[layer], device))
+        keys.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
         boundaries.append(_behind_cached(boundary, stage, own) if part.rotary else boundary)
-    staging.ranked_keys = tuple(keys)
-    staging.ranked_boundaries = map_leaves(tuple(boundaries), Tensor, lambda tensor: tensor.to(device))
+    return keys, boundaries
+
+
+def _layouts_among_cached(plan: StreamPlan, before: Before) -> dict[int, Boundary]:
+    """``cached_layouts`` of :class:`Staging`."""
+    layouts: dict[int, Boundary] = {}
     for stage, layout in zip(plan.stages, plan.key_layouts, strict=True):
         if layout is not None and layout.spans:
             for layer in range(stage.first_layer, stage.end_layer):
-                behind = _behind_cached(layout, stage, before.tokens[layer])
-                staging.cached_layouts[layer] = map_leaves(behind, Tensor, lambda tensor: tensor.to(device))
-    return staging
+                layouts[layer] = _behind_cached(layout, stage, before.tokens[layer])
+    return layouts
 
 
-def _positions(plan: StreamPlan, before: Before, device: torch.device) -> tuple[Tensor, ...]:
+def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
     """Each stage's tokens counted on from the cached ones; three-part positions are set in the first by the family."""
     positions = []
     for index, stage in enumerate(plan.stages):
         count_tokens = before.three_parts and index == 0
         own = (before.tokens if count_tokens else before.next_positions)[stage.first_layer]
         shift = torch.from_numpy(np.repeat(own, stage.segment_lengths))
-        positions.append((stage.position_ids + shift).to(device))
+        positions.append(stage.position_ids + shift)
     return tuple(positions)
 
 
@@ -114,19 +138,20 @@ def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, 
         length: columns of the call.
     """
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
-    if before.three_parts:
-        known = layers[0].ahead
-        following = np.array(before.tokens[0]) + plan.stages[0].segment_lengths
-        following = following + (0 if known is None else known.cpu().numpy())
-        layers[0].parts = 3
+    known = layers[0].ahead
+    following, rows = np.array(before.tokens[0]) + plan.stages[0].segment_lengths, []
     for index, stage in enumerate(plan.stages):
         drop = plan.boundaries[index - 1].drop if index else None
         anew = drop is None or (method is not None and renumbers(method.parts[drop.owner], drop))
         if anew and not before.three_parts:
             following = np.array(before.next_positions[stage.first_layer]) + stage.segment_lengths
+        rows.append(following)
+    next_positions = to_device(np.stack(rows), layers[0].keys.device)  # [stages, B]
+    if before.three_parts:
+        layers[0].parts = 3
+        next_positions = next_positions if known is None else next_positions + known
+    for stage, next_position in zip(plan.stages, next_positions, strict=True):
         for layer in layers[stage.first_layer : stage.end_layer]:
-            next_position = torch.from_numpy(following).to(layer.keys.device)
-            layer.ahead = None
             layer.ahead = next_position - layer.num_tokens()
     layers[0].unstored = before.columns + length - layers[0].width
 
@@ -164,8 +189,8 @@ def use_three_parts(
     """
     counted = staging.positions[0]
     first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
-    lengths = torch.tensor([segment.length for segment in call.segments], device=counted.device)
-    row = torch.repeat_interleave(lengths)
+    num_rows = len(call.segments)
+    row = to_device(np.repeat(np.arange(num_rows), [segment.length for segment in call.segments]), counted.device)
     continues = first is not None and first.get_seq_length() > 0
     if call.positions is not None:
         positions = call.positions.to(counted.device).flatten(1, 2).index_select(1, token_rows)
@@ -176,14 +201,14 @@ def use_three_parts(
         if call.prompt_width is not None:
             # What generate appends follows the last column, which is padding in rows padded on the right.
             generated = token_rows % position_ids.shape[-1] >= call.prompt_width
-            ahead = _lead(positions[:, ~generated], counted[~generated], row[~generated], len(lengths))
+            ahead = _lead(positions.masked_fill(generated, 0), counted.masked_fill(generated, 0), row, num_rows)
             positions = torch.where(generated, counted + ahead[row], positions)
     else:
         cached_ahead = None if first is None else first.ahead
         positions = (counted if cached_ahead is None else counted + cached_ahead[row]).expand(3, -1)
     staging.positions = (positions, *staging.positions[1:])
     if first is not None:
-        first.ahead = _lead(positions, counted, row, len(lengths))
+        first.ahead = _lead(positions, counted, row, num_rows)
 
 
 def _lead(positions: Tensor, counted: Tensor, row: Tensor, num_rows: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.attention import FUNCTIONS, on_device
+from vtprune_train.models.attention import FUNCTIONS
 from vtprune_train.models.layouts.tower_inputs import (
     PatchGrids,
     TowerShape,
@@ -29,6 +29,7 @@ from vtprune_train.models.layouts.tower_inputs import (
     tower_inputs,
     window_lengths,
 )
+from vtprune_train.stream import to_device
 
 TOWER_PREFIX = "packed_flash_tower_"  # "flash" is what transformers looks for
 _CONFIG = "_vtprune_config"
@@ -103,7 +104,7 @@ def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
 @torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
 def _inputs_on(device: torch.device, shape: TowerShape, grids: PatchGrids) -> dict[str, Any]:
     made = tower_inputs(shape, grids)
-    return {key: on_device(value, device) if isinstance(value, Tensor) else value for key, value in made.items()}
+    return to_device(made, device)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=256)

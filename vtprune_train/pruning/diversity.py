@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtprune_train.stream import to_device
+
 ROWS_AT_A_TIME = 1024  # of an image's similarity matrix
 
 
@@ -114,9 +116,8 @@ def _padded(values_V: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     longest = max(sizes, default=0)
     columns = np.arange(longest)
     real = columns[None, :] < np.asarray(sizes, dtype=np.int64).reshape(-1, 1)
-    places = torch.from_numpy(np.flatnonzero(real)).to(values_V.device, non_blocking=True)
+    places, mask = to_device((np.flatnonzero(real), real), values_V.device)
     padded = values_V.new_zeros((len(sizes) * longest, *values_V.shape[1:])).index_copy(0, places, values_V)
-    mask = torch.from_numpy(real).to(values_V.device, non_blocking=True)
     return padded.unflatten(0, (len(sizes), longest)), mask
 
 
@@ -126,7 +127,6 @@ def _in_order(picks: list[Tensor], sizes: Sequence[int], take: Sequence[int], de
         return torch.zeros(0, dtype=torch.int64, device=device)
     starts = np.cumsum([0, *sizes])[:-1]
     wanted = np.arange(len(picks))[None, :] < np.asarray(take).reshape(-1, 1)  # [S, steps]
-    places = torch.from_numpy(np.flatnonzero(wanted)).to(device, non_blocking=True)
-    shift = torch.from_numpy(starts).to(device, non_blocking=True)
+    places, shift = to_device((np.flatnonzero(wanted), starts), device)
     rows = torch.stack(picks, dim=1) + shift[:, None]
     return torch.sort(rows.flatten().index_select(0, places)).values

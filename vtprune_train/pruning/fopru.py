@@ -14,7 +14,7 @@ from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.grids import rasters_of
 from vtprune_train.pruning.one_share import OneShare
 from vtprune_train.pruning.significance import neutral, ranked, signals_of
-from vtprune_train.stream import Boundary
+from vtprune_train.stream import Boundary, to_device
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def by_rows(significance_V: Tensor, boundary: Boundary) -> Tensor:
     if not len(significance_V):
         return significance_V
     lengths = np.concatenate([np.repeat([c for _, c in grid], [r for r, _ in grid]) for grid in _grids(boundary)])
-    sizes = torch.from_numpy(lengths).to(significance_V.device, non_blocking=True)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    sizes, of_token = to_device((lengths, rows), significance_V.device)
     # unsafe: do not wait for the device to check the sizes
     means = torch.segment_reduce(significance_V, "mean", lengths=sizes, axis=0, unsafe=True)
     best = torch.sort(means, descending=True, stable=True).indices
     place = torch.empty_like(best)
     place[best] = torch.arange(len(best), device=best.device)
-    of_token = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(best.device, non_blocking=True)
     order = ranked(significance_V, place.index_select(0, of_token))
     scores = torch.empty(len(order), dtype=torch.float32, device=order.device)
     scores[order] = -torch.arange(len(order), dtype=torch.float32, device=order.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune_train.pruning.base import Candidates, PruningMethod, Selection
-from vtprune_train.stream import Drop, SpanLayout
+from vtprune_train.stream import Drop, SpanLayout, to_device
 
 
 class Registers(nn.Embedding):
@@ -119,7 +119,7 @@ def is_register(span_V: Tensor, number: int) -> Tensor:
 def _last(spans: Sequence[SpanLayout], device: torch.device) -> Tensor:
     """[spans] int64, each span's last candidate."""
     ends = np.cumsum([span.before for span in spans], dtype=np.int64)
-    return torch.from_numpy(ends - 1).to(device, non_blocking=True)
+    return to_device(ends - 1, device)  # type: ignore[no-any-return]
 
 
 def learns(method: PruningMethod | None) -> bool:

@@ -13,7 +13,7 @@ from vtprune_train.pruning.base import Candidates, Selection
 from vtprune_train.pruning.baseline import Baseline
 from vtprune_train.pruning.grids import image_blocks, rasters_of
 from vtprune_train.pruning.selection import picked_on_host
-from vtprune_train.stream import Boundary
+from vtprune_train.stream import Boundary, to_device
 
 
 def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Pool(Baseline):
         chosen = picked_on_host(boundary, lambda span: image_blocks(rasters_of(span), span.after)[1])
         if all(span.after == span.before for span in boundary.spans):
             return Selection(chosen)  # every token is its own block
-        members, sizes = (torch.from_numpy(array).to(chosen.device, non_blocking=True) for array in _blocks(boundary))
+        members, sizes = to_device(_blocks(boundary), chosen.device)
         at = torch.arange(len(chosen), device=chosen.device)
         return Selection(chosen, at, block_means(candidates.hidden, members, sizes))
 

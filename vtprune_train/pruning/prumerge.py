@@ -19,7 +19,7 @@ from vtprune_train.pruning.checks import check_choice, check_share
 from vtprune_train.pruning.grids import spread
 from vtprune_train.pruning.schedule import AtLeastOne
 from vtprune_train.pruning.significance import merged, signals_of, sizes_before
-from vtprune_train.stream import Boundary, Drop
+from vtprune_train.stream import Boundary, Drop, to_device
 
 EXPECTED = 1 / 14  # reported: about 14 times fewer tokens, on average over data sets
 FENCE = 1.5  # interquartile ranges above the third quartile
@@ -114,7 +114,7 @@ def outliers(attention_n: Tensor) -> Tensor:
     counts nor is counted; quartiles are interpolated linearly, as in numpy."""
     if not len(attention_n):
         return torch.zeros((), dtype=torch.int64, device=attention_n.device)
-    first, third = torch.nanquantile(attention_n, torch.tensor([0.25, 0.75], device=attention_n.device))
+    first, third = (torch.nanquantile(attention_n, quartile) for quartile in (0.25, 0.75))
     return (attention_n > third + FENCE * (third - first)).sum()
 
 
@@ -123,7 +123,7 @@ def kept_tokens(attention_n: Tensor, best: int, spatial: int) -> Tensor:
     last), and ``spatial`` more, spread evenly over the others in their order."""
     order = torch.sort(attention_n.nan_to_num(-1.0), descending=True, stable=True).indices
     others = torch.sort(order[best:]).values
-    places = torch.from_numpy(spread(spatial, len(others))).to(order.device, non_blocking=True)
+    places = to_device(spread(spatial, len(others)), order.device)
     return torch.sort(torch.cat([order[:best], others.index_select(0, places)])).values
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtprune_train.stream import Boundary, SpanLayout
+from vtprune_train.stream import Boundary, SpanLayout, to_device
 
 
 def top_k_per_span(scores_V: Tensor, span_V: Tensor, take_K: Tensor) -> Tensor:
@@ -56,4 +56,4 @@ def picked_on_host(boundary: Boundary, pick: Callable[[SpanLayout], np.ndarray])
     for span in boundary.spans:
         found.append(start + pick(span))
         start += span.before
-    return torch.from_numpy(np.concatenate(found)).to(boundary.span_of_visual.device, non_blocking=True)
+    return to_device(np.concatenate(found), boundary.span_of_visual.device)  # type: ignore[no-any-return]

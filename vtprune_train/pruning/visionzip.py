@@ -18,7 +18,7 @@ from vtprune_train.pruning.grids import spread
 from vtprune_train.pruning.one_share import OneShare
 from vtprune_train.pruning.schedule import AtLeastOne
 from vtprune_train.pruning.significance import merged, neutral, signals_of, sizes_before
-from vtprune_train.stream import Boundary, Drop
+from vtprune_train.stream import Boundary, Drop, to_device
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def zipped(
     dominant = torch.sort(order[: count - targets]).values
     rest = torch.sort(order[count - targets :]).values
     places = spread(targets, len(rest))
-    among = [torch.from_numpy(own) for own in (places, np.setdiff1d(np.arange(len(rest)), places))]
-    contextual, others = (rest.index_select(0, own.to(rest.device, non_blocking=True)) for own in among)
+    among = to_device((places, np.setdiff1d(np.arange(len(rest)), places)), rest.device)
+    contextual, others = (rest.index_select(0, own) for own in among)
     if not targets:
         return dominant, contextual, hidden_nC[:0]
     unit = normalize(keys.float(), dim=-1)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from vtprune_train.config import ConfigError
+from vtprune_train.stream import to_device
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def world_size() -> int:
 
 def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Sum named numbers over all ranks (float64); every rank must give the same names in the same order."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    total = to_device(torch.tensor(list(values.values()), dtype=torch.float64), device)
     if dist.is_initialized():
         dist.all_reduce(total)
     return dict(zip(values, total.tolist(), strict=True))
@@ -39,7 +40,7 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
 
 def max_over_ranks(value: float, device: torch.device) -> float:
     """The greatest of every rank's number."""
-    greatest = torch.tensor(value, dtype=torch.float64, device=device)
+    greatest = to_device(torch.tensor(value, dtype=torch.float64), device)
     if dist.is_initialized():
         dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
     return float(greatest)

@@ -71,13 +71,15 @@ def _sums(model: nn.Module, batch: PackedBatch, device: torch.device) -> dict[st
     """What one batch adds."""
     for sample, reason in batch.unreadable:
         ranks.log.warning("evaluation: left out %s: %s", sample, reason)
-    output = model(batch.to(device))
+    batch = batch.to(device)
+    output = model(batch)
     exact = torch.ones(batch.num_answers, device=device)
-    exact.scatter_reduce_(0, batch.answer_of_target.to(device), output.correct.float(), reduce="amin")
+    exact.scatter_reduce_(0, batch.answer_of_target, output.correct.float(), reduce="amin")
+    loss_sum, num_exact = torch.stack([output.loss_sum.float(), exact.sum()]).tolist()  # the one copy to the host
     return {
-        "loss_sum": float(output.loss_sum),
+        "loss_sum": loss_sum,
         "tokens": len(batch.targets),
-        "exact": float(exact.sum()),
+        "exact": num_exact,
         "answers": batch.num_answers,
         "unreadable": len(batch.unreadable),
     }

@@ -32,8 +32,8 @@ def be_deterministic(config: Config) -> None:
 
 
 def replace_kernels(config: Config, model: HFModule, device: torch.device) -> None:
-    """Liger's kernels and FP8 products in the decoder, as ``model.liger`` and ``model.fp8`` ask; before the optimizer is
-    made.
+    """Liger's kernels and FP8 products in the decoder, as ``model.liger`` and ``model.fp8`` ask. Call it before the
+    optimizer is made.
 
     Raises:
         ConfigError: the package is missing, or has nothing for this model or device.

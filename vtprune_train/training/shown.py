@@ -15,7 +15,7 @@ from vtprune_train.data.images import UNREADABLE, load_image
 from vtprune_train.inference.draw import draw
 from vtprune_train.inference.show import look, stage_names
 from vtprune_train.models.anyres import AnyRes
-from vtprune_train.stream import IMAGE
+from vtprune_train.stream import IMAGE, to_device
 from vtprune_train.training import distributed as ranks
 
 
@@ -45,7 +45,7 @@ def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: tor
         return []
     drawn = []
     for question in ranks.from_rank_0(lambda: _questions(collate, pictures)):
-        inputs = {key: value.to(device) for key, value in question.inputs.items()}
+        inputs = to_device(question.inputs, device)
         shown = look(model, inputs, question.pictures)
         if ranks.rank() == 0:
             drawn.append(np.asarray(draw(shown, stage_names(model), question.text)))

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import LlavaOnevisionImageProcessorPil
 
 from vtprune_train.flops import TowerGeometry
@@ -41,7 +42,7 @@ def _processor(config: Any, tokenizer: Any, image_processor: Any) -> ApartProces
 def _samples(inputs: Mapping[str, Any]) -> list[list[Size]]:
     """The sizes of each sample's pictures."""
     sizes, counts = inputs["image_sizes"].tolist(), inputs.get("batch_num_images")
-    ends = np.cumsum([1] * len(sizes) if counts is None else [int(count) for count in counts])
+    ends = np.cumsum([1] * len(sizes) if counts is None else torch.as_tensor(counts).tolist())
     return [sizes[start:end] for start, end in pairwise([0, *ends])]
 
 
