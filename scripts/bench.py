@@ -26,26 +26,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_generate
-import bench_save
-
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.data.chat import EncodedChat
-from vtprune_train.data.collate import lay_out
 from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
-from vtprune_train.models import HFModule, decoder
+from vtprune_train.models import HFModule, ranges
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.models.layouts.base import NEWLINE
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import IGNORE, PackedBatch, SegmentLayout
-from vtprune_train.training.run import checkpoint_activations
+from vtprune_train.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout
+from vtprune_train.training.recompute import checkpoint_activations
 
 IMAGE_TOKEN = 3
 BLOCK = 336
@@ -53,11 +51,13 @@ BLOCK = 336
 
 @dataclass(frozen=True)
 class Geometry:
-    """Model sizes, and the samples: ``(height, width)`` of each picture and its text tokens."""
+    """Model sizes, and the samples: ``(height, width)`` of each image and its text tokens. ``pinpoints`` are the
+    resolutions that AnyRes chooses from, LLaVA-NeXT's where none are named."""
 
     text: dict[str, Any]
     vision: dict[str, Any]
     samples: tuple[tuple[tuple[int, int], int], ...]
+    pinpoints: tuple[tuple[int, int], ...] = ()
     dtype: torch.dtype = torch.float32
     checkpointing: bool = False
 
@@ -74,13 +74,13 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, 
     }
 
 
-def clip(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+def clip(hidden: int, layers: int, heads: int, tile: int = BLOCK) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": 4 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "image_size": BLOCK,
+        "image_size": tile,
         "patch_size": 14,
     }
 
@@ -88,10 +88,15 @@ def clip(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 # Pictures whose AnyRes token counts are about 2,900, 1,700, 2,300 and 1,100: the mix of the instruction data.
 MIXED = (((672, 672), 180), ((336, 672), 60), ((500, 667), 121), ((200, 640), 40))
 GEOMETRIES = {
-    "tiny": Geometry(llama(128, 352, 8, 4), clip(64, 4, 4), (((336, 672), 40), ((300, 600), 20))),
+    "tiny": Geometry(
+        llama(64, 176, 8, 4),
+        clip(32, 3, 2, tile=56),
+        (((112, 112), 30), ((56, 112), 12), ((100, 112), 20)),
+        pinpoints=((56, 112), (112, 56), (112, 112)),
+    ),
     "small": Geometry(llama(384, 1024, 16, 6), clip(64, 6, 4), MIXED),
     "save": Geometry(llama(1024, 2816, 8, 16), clip(64, 2, 4), (((200, 640), 8),)),
-    "7b": Geometry({}, {}, (*MIXED, ((600, 600), 121), ((640, 480), 121)), torch.bfloat16, checkpointing=True),
+    "7b": Geometry({}, {}, (*MIXED, ((600, 600), 121), ((640, 480), 121)), dtype=torch.bfloat16, checkpointing=True),
 }
 
 
@@ -104,6 +109,7 @@ def build(geometry: Geometry, device: torch.device) -> tuple[HFModule, AnyRes]:
             KNOWN_CONFIGS["openai/clip-vit-large-patch14-336"]() if is_7b else CLIPVisionConfig(**geometry.vision)
         ),
         image_token_id=IMAGE_TOKEN,
+        **({"image_grid_pinpoints": [list(size) for size in geometry.pinpoints]} if geometry.pinpoints else {}),
     )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -129,18 +135,23 @@ class Samples:
     num_tiles: np.ndarray
 
 
+def segment_of(visual: int, text: int) -> SegmentLayout:
+    """One sample: a text token, the image, a third of the text as the question, and the rest, which is supervised."""
+    question = max(4, text // 3)
+    first = question + visual
+    return SegmentLayout(text + visual, (ImageSpan(1, visual),), (first - 1,), tuple(range(first, text + visual)))
+
+
 def make_samples(geometry: Geometry, anyres: AnyRes, vocab: int, device: torch.device) -> Samples:
     """Random text around random pictures: a third of the text before the picture's question, the rest the answer."""
     rng = np.random.default_rng(0)
     segments, ids, index, tiles, labels = [], [], [], 0, []
     for size, text in geometry.samples:
-        question = max(4, text // 3)
         tokens = rng.integers(5, vocab, text + 1)
         tokens[1] = IMAGE_TOKEN
-        chat_labels = np.where(np.arange(text + 1) > question, tokens, IGNORE)
-        chat = EncodedChat(tokens, chat_labels, (1,), (question + 1,))
         visual = anyres.visual_index(size)
-        segment, expanded = lay_out(chat, [len(visual)])
+        expanded = np.repeat(tokens, np.where(np.arange(text + 1) == 1, len(visual), 1))
+        segment = segment_of(len(visual), text)
         segments.append(segment)
         ids.append(expanded)
         label = np.full(len(expanded), IGNORE)
@@ -201,40 +212,20 @@ class Row:
     peak_memory: int = 0
 
 
-class Stopwatch:
-    """Time spent in the selector: scoring, choosing and gathering indices (not the gather of the stream, which the
-    shorter stages pay for)."""
-
-    TIMED = (
-        (decoder._Walk, "_rank_with_next_layer"),
-        (decoder._Probe, "__call__"),
-        (PruningMethod, "choose"),
-        (decoder, "next_rows"),
-    )
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, 0.0
-        self.originals = [getattr(owner, name) for owner, name in self.TIMED]
-
-    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            synchronize(self.device)
-            began = time.perf_counter()
-            result = function(*args, **kwargs)
-            synchronize(self.device)
-            self.seconds += time.perf_counter() - began
-            return result
-
-        return call
-
-    def __enter__(self) -> Stopwatch:
-        for (owner, name), original in zip(self.TIMED, self.originals, strict=True):
-            setattr(owner, name, self.timed(original))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for (owner, name), original in zip(self.TIMED, self.originals, strict=True):
-            setattr(owner, name, original)
+def range_seconds(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Seconds that a call spends in each range of :mod:`vtprune_train.models.ranges`: on CUDA those of its kernels,
+    which the profiler reads afterwards, so that nothing waits for the device in between."""
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities) as profiler:
+        run()
+        synchronize(device)
+    seconds = dict.fromkeys(ranges.RANGES, 0.0)
+    for event in profiler.events():
+        if event.name in seconds and event.device_type == DeviceType.CPU:
+            kernels = sum(child.device_time_total for child in event.cpu_children)
+            seconds[event.name] += 1e-6 * (kernels if on_cuda else event.cpu_time_total)
+    return seconds
 
 
 def synchronize(device: torch.device) -> None:
@@ -257,9 +248,8 @@ def measure(row: Row, model: HFModule, optimizer: torch.optim.Optimizer | None, 
     model.zero_grad(set_to_none=True)
     row.peak_memory = max(row.peak_memory, peak_memory(device))
     if row.method is not None:
-        with Stopwatch(device) as watch:
-            row.run()
-        row.selector_seconds.append(watch.seconds)
+        seconds = range_seconds(row.run, device)
+        row.selector_seconds.append(sum(seconds[name] for name in ranges.SELECTOR))
     if row.name != "hf_padded":
         unprune(model)
 
@@ -330,6 +320,8 @@ def run_generation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_saves(arguments: argparse.Namespace) -> dict[str, Any]:
+    import bench_save  # needs DeepSpeed; the other suites do without
+
     device = torch.device(arguments.device)
     geometry = GEOMETRIES[arguments.geometry]
     model, anyres = build(geometry, device)

@@ -173,28 +173,3 @@ def test_the_installed_varlen_attn_takes_what_varlen_torch_passes():
     parameters = inspect.signature(attention.varlen_attn).parameters
     assert {"scale", "window_size", *attention._GROUPED} <= parameters.keys()
     assert ("enable_gqa" in parameters) == bool(attention._GROUPED)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: variable-length kernels run on CUDA only")
-@pytest.mark.parametrize("backend", [b for b in attention.BACKENDS if b != "varlen_sdpa"])
-def test_gpu_kernels_equal_the_reference(backend):
-    if reason := attention.unavailable_because(backend, torch.device("cuda"), torch.bfloat16):
-        pytest.skip(f"{backend} {reason}")
-    from transformers import AttentionInterface
-
-    lengths = (130, 77, 301)
-    cu_seqlens = torch.tensor([0, 130, 207, 508], dtype=torch.int32, device="cuda")
-    q, k, v = (torch.randn(1, n, 508, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2))
-    module = torch.nn.Module()
-    packing = {
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": 301,
-        "max_length_k": 301,
-        "segment_lengths": lengths,
-    }
-    keywords = {"scaling": 0.125, "packing": attention.Packing(packing)}
-    functions = AttentionInterface()
-    ours, _ = functions[attention.PREFIX + backend](module, q, k, v, None, **keywords)
-    expected, _ = functions[attention.PREFIX + "varlen_sdpa"](module, q, k, v, None, **keywords)
-    assert (ours.float() - expected.float()).abs().max() < 2e-2

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from vtprune_train.models import HFModule
+from vtprune_train.models import HFModule, ranges
 from vtprune_train.models.attention import PREFIX, Packing
 from vtprune_train.models.cache import PackedCache, StageCache
 from vtprune_train.models.keys import StageKeys
@@ -160,7 +161,8 @@ class _Walk:
         if part is None:
             return None
         if part.rank_with == "next_layer":
-            ranking = self._rank_with_next_layer(part, index)
+            with record_function(ranges.RANK):
+                ranking = self._rank_with_next_layer(part, index)
             return self._with_ones(ranking, index) if part.gravity else ranking
         if probe is None:
             raise ValueError(
@@ -176,7 +178,8 @@ class _Walk:
         part, boundary = self._part(index), self.plan.boundaries[index]
         assert part is not None, "a plan with boundaries needs the method that planned it"
         aside = self._aside(index)
-        selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
+        with record_function(ranges.CHOOSE):
+            selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
         if selection.counts is not None:
             self._replan(index, selection.counts)
             boundary = self.plan.boundaries[index]
@@ -189,8 +192,10 @@ class _Walk:
             self.origin = _joined(self.origin[text_rows], aside.origin, chosen, next_order)
             self.visual = aside.visual.index_select(0, chosen)
         else:
-            rows = next_rows(boundary, chosen)
-            self.hidden = self.hidden.index_select(1, rows)
+            with record_function(ranges.CHOOSE):
+                rows = next_rows(boundary, chosen)
+            with record_function(ranges.GATHER):
+                self.hidden = self.hidden.index_select(1, rows)
             positions = self.position_ids.index_select(-1, rows)
             self.origin = self.origin.index_select(0, rows)
             self.visual = self.visual.index_select(0, chosen)
@@ -459,7 +464,8 @@ class _Probe:
     def __call__(self, q_THD: Tensor, k_TGD: Tensor) -> None:
         if not self.called:
             self.called = True
-            self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
+            with record_function(ranges.RANK):
+                self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
 
     def ranking(self, scaling: float) -> Ranking:
         """What was taken; the probe drops it, because a layer that is recomputed keeps its probe until the backward

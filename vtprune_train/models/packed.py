@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from vtprune_train.models import HFModule
+from vtprune_train.models import HFModule, ranges
 from vtprune_train.models.calls import State
 from vtprune_train.models.decoder import DecoderOutput, Staging, run_layers
 from vtprune_train.models.encoder import patch_index, patches_per_tile, reading
@@ -44,10 +45,12 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
     """Forward of the whole model: the loss of one micro-batch."""
     hidden_RC, ran, taught_RC = model.get_submodule(state.family.base)(batch)
     if batch.teacher is None:
-        loss_sum, correct, row_loss = model.lm_head(hidden_RC, batch.targets)
+        with record_function(ranges.HEAD):
+            loss_sum, correct, row_loss = model.lm_head(hidden_RC, batch.targets)
         return PackedOutput(loss_sum, correct, ran.kept, row_loss, plan=ran.plan)
     teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
-    loss_sum, correct, row_loss, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
+    with record_function(ranges.HEAD):
+        loss_sum, correct, row_loss, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
     return PackedOutput(loss_sum, correct, ran.kept, row_loss, divergence, ran.plan)
 
 
@@ -55,7 +58,7 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
     """Forward of the base: [R, C] normed hidden states of the supervised rows, what the layers left, and [R, C] what
     the teacher's pass says at the same rows (pictures are looked at once, for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
-    with reading(self, state.method) as read:
+    with reading(self, state.method) as read, record_function(ranges.TOWER):
         table = _feature_table(self, batch, text_TC.dtype)
     encoder = None if read is None else read.signals(_patches(self, state, batch))
     if len(batch.visual_rows):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from pydantic import ValidationError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.config import TRAINING_ONLY, Config, ConfigError, PruningConfig, SourceConfig
@@ -58,6 +58,7 @@ from vtprune_train.training.manifest import steps as finished_checkpoints
 from vtprune_train.training.optim import build_optimizer, parameter_groups
 from vtprune_train.training.preflight import preflight
 from vtprune_train.training.preflight import wanted as preflight_wanted
+from vtprune_train.training.recompute import checkpoint_activations
 from vtprune_train.training.resume import resume
 from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.trainer import Trainer
@@ -346,14 +347,6 @@ def _prepare(config: Config, model: HFModule, device: torch.device) -> None:
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
     model.to(device)
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute decoder and tower layers in the backward pass (transformers renamed the switch after 5.17)."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
