@@ -218,7 +218,7 @@ def _worst_micro_batch(config: Config, layout: ImageLayout, drops: Sequence[Drop
     lengths = stage_lengths(np.full(count, text), np.full(count, visual), np.arange(count), drops)
     layers = layers_per_stage(drops, cost.decoder.num_layers)
     flops = cost.sample(lengths, layers, np.full(count, tiles), np.full(count, text)).sum()
-    stored = lengths.sum(axis=0) @ np.array(layers) if config.train.activation_checkpointing else None
+    stored = lengths.sum(axis=0) @ np.array(layers) if config.train.activation_checkpointing == "all" else None
     element = BYTES[config.model.dtype]
     lines = [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "

@@ -190,8 +190,8 @@ def advice(config: Config, batches: Sequence[PackedBatch], device: torch.device,
     settings = config.deepspeed_config()
     stage = zero_stage(settings)
     ways = [f"lower data.max_tokens={config.data.max_tokens} (not below data.max_length={config.data.max_length})"]
-    if not config.train.activation_checkpointing:
-        ways.append("set train.activation_checkpointing=true")
+    if config.train.activation_checkpointing != "all":
+        ways.append("set train.activation_checkpointing=all")
     if stage < 3:
         ways.append(f"raise the ZeRO stage (now {stage}) with deepspeed=configs/deepspeed/zero{max(2, stage + 1)}.json")
     if not offloads_optimizer(settings):

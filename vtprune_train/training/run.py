@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from pydantic import ValidationError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.config import TRAINING_ONLY, Config, ConfigError, PruningConfig, SourceConfig
@@ -57,6 +57,7 @@ from vtprune_train.training.manifest import steps as finished_checkpoints
 from vtprune_train.training.optim import build_optimizer, parameter_groups
 from vtprune_train.training.preflight import preflight
 from vtprune_train.training.preflight import wanted as preflight_wanted
+from vtprune_train.training.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.training.resume import resume
 from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.trainer import Trainer
@@ -93,7 +94,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     collate = build_collator(config, parts, cost, method, "train")
     steps = -(-len(collate.index.order()) // config.train.global_batch_size)
     collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
-    _prepare(config, parts.model, device)
+    _prepare(config, parts, method, device)
     prune(parts.model, method, attention=config.model.attention)
     groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
@@ -338,24 +339,20 @@ def _make_run_dir(run_dir: Path) -> None:
         shutil.rmtree(run_dir / "tokenizer")
 
 
-def _prepare(config: Config, model: HFModule, device: torch.device) -> None:
+def _prepare(config: Config, parts: Parts, method: PruningMethod | None, device: torch.device) -> None:
+    model = parts.model
     if config.model.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         # Its fused loss would replace a forward function that is ours.
         _apply_liger_kernel_to_instance(model.model.language_model, fused_linear_cross_entropy=False)
     set_trainable(model, config.model.train)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(model)
+    level = config.train.activation_checkpointing
+    if level != "none":
+        num_layers = model.config.get_text_config().num_hidden_layers
+        drops = method.drops(num_layers) if method is not None else ()
+        checkpoint_activations(model, recomputed_layers(level, *typical_stages(parts.layout, drops, num_layers)))
     model.to(device)
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute decoder and tower layers in the backward pass (transformers renamed the switch after 5.17)."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
