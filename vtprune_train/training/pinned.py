@@ -27,7 +27,7 @@ class Layout:
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
-        self._shared: list[int] = []  # blocks that several tensors share
+        self._shared: list[int] = []  # which of them several tensors share
         self._ends: list[int] = []  # of what lies in each block
 
     def place(self, size: int) -> tuple[int, int]:
