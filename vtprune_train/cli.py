@@ -35,7 +35,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file: a path, or a name in configs/")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what the run would be, and stop")
     parser.add_argument("--gpus", type=int, help="for --dry_run: how many GPUs train (default: this job's)")
-    parser.add_argument("--memory", type=float, metavar="GB", help="for --dry_run: memory of a GPU, to say what fits")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="for --dry_run: memory of a GPU, to say what fits")
     parser.add_argument("--strict", action="store_true", help="train.resume=strict: refuse a damaged newest checkpoint")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by launchers")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.clip=1.0")

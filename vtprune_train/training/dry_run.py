@@ -31,7 +31,7 @@ from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
 from vtprune_train.training.engine import engine_config, zero_stage
-from vtprune_train.training.memory import GB, Estimate, MicroBatch
+from vtprune_train.training.memory import GIB, Estimate, MicroBatch
 from vtprune_train.training.recompute import typical_stages
 from vtprune_train.training.run import training_cost, with_saved_settings
 
@@ -42,7 +42,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def describe(config: Config, gpus: int = 1, memory: float | None = None) -> str:
-    """The dry run's report, for ``gpus`` GPUs with ``memory`` GB each.
+    """The dry run's report, for ``gpus`` GPUs with ``memory`` GiB each.
 
     Raises:
         ConfigError: settings that only show once the model's sizes are known.
@@ -245,8 +245,8 @@ def _memory(config: Config, estimate: Estimate, gpus: int, memory: float | None)
         f"memory of a GPU, of {gpus} (estimate; --gpus sets how many): that micro-batch after another of its step, "
         f"ZeRO stage {estimate.zero.stage}, train.activation_checkpointing={level}",
         *prediction.lines(),
-        f"  {'peak':<34}{prediction.peak / GB:>9.2f} GB, in {prediction.phase}",
+        f"  {'peak':<34}{prediction.peak / GIB:>9.2f} GiB, in {prediction.phase}",
     ]
     if memory is None:
-        return [*lines, "  --memory GB says which train.activation_checkpointing fits"]
-    return [*lines, f"  {estimate.advice(int(memory * GB))}"]
+        return [*lines, "  --memory GiB says which train.activation_checkpointing fits"]
+    return [*lines, f"  {estimate.advice(int(memory * GIB))}"]

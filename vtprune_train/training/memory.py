@@ -22,7 +22,7 @@ from vtprune_train.training.optim import parameter_groups
 from vtprune_train.training.pinned import pinned_bytes
 from vtprune_train.training.recompute import Level, recomputed_layers
 
-GB = 1e9
+GIB = 2**30
 RESERVED = 0.06  # share of a device's memory for what is not counted
 ALLREDUCE_ELEMENTS = 5 * 10**8  # DeepSpeed's bucket where ZeRO does not partition the reduction
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
@@ -277,7 +277,8 @@ class Geometry:
         Args:
             model_config: of LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL.
             dtype: of weights and activations.
-            train: the parts that are trained, as in ``model.train``.
+            train: the parts that are trained, as in ``model.train``. Under an adapter layers are counted as if they
+                were trained themselves: a little more than norms with frozen weights save, and what the adapter saves.
             attention: the decoder's backend.
         """
         text, vision, e = model_config.text_config, model_config.vision_config, DTYPE_BYTES[dtype]
@@ -425,10 +426,10 @@ class Prediction:
             (f"working set of the {saved.where}", saved.working),
             ("taken by step()", sum(states.step)),
         ]
-        lines = [f"  {name:<34}{size / GB:>9.2f} GB" for name, size in rows]
-        lines[6] += f": {' / '.join(f'{size / GB:.2f}' for size in saved.stages)}"
+        lines = [f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in rows]
+        lines[6] += f": {' / '.join(f'{size / GIB:.2f}' for size in saved.stages)}"
         for name, size in (("host memory, offloaded", states.host), ("pinned host memory for saves", self.pinned)):
-            lines += [f"  {name:<34}{size / GB:>9.2f} GB"] if size else []
+            lines += [f"  {name:<34}{size / GIB:>9.2f} GiB"] if size else []
         return lines
 
 
@@ -494,5 +495,5 @@ class Estimate:
         """Which level fits into ``memory`` bytes."""
         level = self.least_that_fits(memory)
         if level is None:
-            return f"no level of train.activation_checkpointing fits {memory / GB:.0f} GB (estimate)"
-        return f"fits {memory / GB:.0f} GB with train.activation_checkpointing={level} (estimate)"
+            return f"no level of train.activation_checkpointing fits {memory / GIB:.0f} GiB (estimate)"
+        return f"fits {memory / GIB:.0f} GiB with train.activation_checkpointing={level} (estimate)"
