@@ -1,12 +1,8 @@
 # make quickstart   the main job on an embedded default: a tiny model, two CPU ranks, a few minutes
 # make test         the tests; those of other packages run after `make ecosystem` (TRL, PEFT, lmms-eval, ...)
-<<<<<<< HEAD
 # make test-floor   those that matter there, with the lowest supported releases, in .venv-floor (5 GB: torch with CUDA)
-# The first two create .venv when it is missing. PYTHON names another interpreter (3.11 or newer).
-=======
 # make gpu          on a machine with a GPU: the tests that need one, then scripts/gpu_check.py (under 7 minutes)
-# All create .venv when it is missing. PYTHON names another interpreter (3.11 or newer).
->>>>>>> check
+# They create their environment when it is missing. PYTHON names another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,11 +20,7 @@ FLOOR_TESTS := $(addprefix tests/test_,allocator.py attention.py build.py equiva
 	golden.py head.py loop_families.py peft.py prune.py runs.py stream.py trained.py) \
 	$(addprefix tests/methods/test_,combinations.py contract.py encoder.py keys.py)
 
-<<<<<<< HEAD
-.PHONY: quickstart compare test test-floor ecosystem lint format bench docs clean
-=======
-.PHONY: quickstart compare test gpu ecosystem lint format bench docs clean
->>>>>>> check
+.PHONY: quickstart compare test test-floor gpu ecosystem lint format bench docs clean
 
 quickstart: $(READY)
 	$(BIN)/python scripts/quickstart.py
@@ -39,14 +31,12 @@ compare: $(READY)
 test: $(READY_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-<<<<<<< HEAD
 test-floor: $(READY_FLOOR)
 	$(FLOOR)/bin/python -m pytest --numprocesses 2 --dist loadfile $(FLOOR_TESTS)
-=======
+
 gpu: $(READY_DEV)
 	$(BIN)/python -m pytest -m gpu tests
 	$(BIN)/python scripts/gpu_check.py
->>>>>>> check
 
 ecosystem: $(READY_ECOSYSTEM)
 

@@ -103,11 +103,11 @@ def test_when_to_look_and_what_to_advise():
     assert wanted(load_config("quickstart.yaml", ["train.preflight=always"]), CPU)
     assert not wanted(load_config("quickstart.yaml", ["train.preflight=never"]), torch.device("cuda", 0))
     said = advice(config, [], CPU, MemoryError("no"))
-    for words in ("data.max_tokens=4096", "activation_checkpointing=true", "zero3.json", "zero3_offload.json", "LoRA"):
+    for words in ("data.max_tokens=4096", "activation_checkpointing=all", "zero3.json", "zero3_offload.json", "LoRA"):
         assert words in said
     turned = load_config(
         "quickstart.yaml",
-        ["train.activation_checkpointing=true", "deepspeed=configs/deepspeed/zero3_offload.json"],
+        ["train.activation_checkpointing=all", "deepspeed=configs/deepspeed/zero3_offload.json"],
     )
     said = advice(turned, [], CPU, MemoryError("no"))
     assert "activation_checkpointing" not in said and "ZeRO stage" not in said and "offload" not in said

@@ -34,6 +34,8 @@ COMMANDS = {
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file: a path, or a name in configs/")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what the run would be, and stop")
+    parser.add_argument("--gpus", type=int, help="for --dry_run: how many GPUs train (default: this job's)")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="for --dry_run: memory of a GPU, to say what fits")
     parser.add_argument("--strict", action="store_true", help="train.resume=strict: refuse a damaged newest checkpoint")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by launchers")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.clip=1.0")
@@ -59,8 +61,13 @@ def run_train(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             from vtprune_train.training.dry_run import describe
 
-            print(describe(config))
+            gpus = int(os.environ.get("WORLD_SIZE", "1")) if arguments.gpus is None else arguments.gpus
+            if gpus < 1:
+                raise ConfigError(f"--gpus {gpus}: at least one GPU is needed")
+            print(describe(config, gpus, arguments.memory))
             return 0
+        if arguments.gpus is not None or arguments.memory is not None:
+            raise ConfigError("--gpus and --memory are for --dry_run; a launcher decides how many processes train")
         from vtprune_train.training.process import train
 
         return train(config)

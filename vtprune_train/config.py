@@ -348,7 +348,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(0.0, ge=0)
-    activation_checkpointing: bool = True
+    activation_checkpointing: Literal["all", "first_stage", "none"] | int = "all"
     save_every: int = Field(500, ge=1)
     keep_last: int = Field(3, ge=1)
     eval_every: int | None = Field(None, ge=1)
@@ -368,6 +368,15 @@ class TrainConfig(Section):
     watchdog_timeout: float | None = Field(600, ge=1)
     collective_timeout: float = Field(1800, ge=1)
     max_restarts: int = Field(0, ge=0)
+
+    @field_validator("activation_checkpointing", mode="plain")
+    @classmethod
+    def _known_level(cls, value: Any) -> str | int:
+        if isinstance(value, bool):  # what it was before it had levels
+            return "all" if value else "none"
+        if value in ("all", "first_stage", "none") or (isinstance(value, int) and value >= 1):
+            return value  # type: ignore[no-any-return]
+        raise ValueError(f"{value!r} is none of all, first_stage, none, or a number of decoder layers (at least 1)")
 
     @model_validator(mode="after")
     def _ends_make_sense(self) -> TrainConfig:

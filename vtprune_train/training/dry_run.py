@@ -31,6 +31,8 @@ from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
 from vtprune_train.training.engine import engine_config, zero_stage
+from vtprune_train.training.memory import GIB, Estimate, MicroBatch
+from vtprune_train.training.recompute import typical_stages
 from vtprune_train.training.run import training_cost, with_saved_settings
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,8 @@ WARMUP_POINTS = 64  # at which the cost of a warm-up is looked at
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def describe(config: Config) -> str:
-    """The dry run's report.
+def describe(config: Config, gpus: int = 1, memory: float | None = None) -> str:
+    """The dry run's report, for ``gpus`` GPUs with ``memory`` GiB each.
 
     Raises:
         ConfigError: settings that only show once the model's sizes are known.
@@ -70,6 +72,9 @@ def describe(config: Config) -> str:
     if method is not None:
         attach(model, method)
     cost = training_cost(config, model_config)
+    batch = _largest_micro_batch(config, layout, () if _has_full_steps(config.pruning) else drops, num_layers)
+    order = typical_stages(layout, drops, num_layers)
+    estimate = Estimate.of(config, model, settings, gpus, batch, order)
     lines = [
         f"run           {config.run_dir}",
         f"pruning       {'none' if method is None else method.settings()}",
@@ -82,7 +87,9 @@ def describe(config: Config) -> str:
         "",
         *_parameters(config, model, zero_stage(settings)),
         "",
-        *_worst_micro_batch(config, layout, () if _has_full_steps(config.pruning) else drops, cost),
+        *_worst_micro_batch(config, layout, () if _has_full_steps(config.pruning) else drops, cost, batch),
+        "",
+        *_memory(config, estimate, gpus, memory),
     ]
     missing = [source.path for source in config.sources("train") if not is_here(Path(source.path))]
     if missing:
@@ -199,35 +206,47 @@ def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
         f"{'checkpoint':<16}{(2 * export + master) / 1e9:>12.3f} GB: export {export / 1e9:.3f}, the same weights for "
         f"resuming, optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
     )
-    if config.model.peft is not None:
-        frozen = (total - trained) * element
-        lines.append(
-            f"{'memory':<16}{(frozen + trained * 2 * element + master) / 1e9:>12.3f} GB of weights, gradients and "
-            f"optimizer, before ZeRO shares them out: the frozen base {frozen / 1e9:.3f}"
-        )
     return lines
 
 
-def _worst_micro_batch(config: Config, layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:
-    """The largest micro-batch that the limits allow: samples of ``max_length`` up to ``max_tokens``."""
+def _largest_micro_batch(config: Config, layout: ImageLayout, drops: Sequence[Drop], num_layers: int) -> MicroBatch:
+    """The largest micro-batch that the limits allow: samples of ``max_length`` up to ``max_tokens``, each with one
+    image of the largest resolution."""
     largest = max(layout.examples(), key=lambda size: layout.tokens([size]))
     visual = min(layout.tokens([largest])[0], config.data.max_length)
-    tiles = layout.tiles([largest])[0]
     count = max(1, config.data.max_tokens // config.data.max_length)
     text = config.data.max_length - visual
-    lengths = stage_lengths(np.full(count, text), np.full(count, visual), np.arange(count), drops)
-    layers = layers_per_stage(drops, cost.decoder.num_layers)
-    flops = cost.sample(lengths, layers, np.full(count, tiles), np.full(count, text)).sum()
-    stored = lengths.sum(axis=0) @ np.array(layers) if config.train.activation_checkpointing else None
-    element = BYTES[config.model.dtype]
-    lines = [
+    lengths = stage_lengths(np.full(count, text), np.full(count, visual), np.arange(count), drops).sum(axis=0)
+    layers = tuple(layers_per_stage(drops, num_layers))
+    tiles = count * layout.tiles([largest])[0]
+    return MicroBatch(tuple(lengths.tolist()), layers, tiles, count * visual, count * text)
+
+
+def _worst_micro_batch(
+    config: Config, layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, batch: MicroBatch
+) -> list[str]:
+    count = max(1, config.data.max_tokens // config.data.max_length)
+    text, visual = np.full(count, batch.rows // count), np.full(count, batch.visual // count)
+    lengths = stage_lengths(text, visual, np.arange(count), drops)
+    flops = cost.sample(lengths, batch.layers, np.full(count, batch.tiles // count), text).sum()
+    return [
         f"worst micro-batch: {count} sample(s) of data.max_length={config.data.max_length} tokens "
-        f"({visual} visual, {text} text), {count * tiles} {layout.unit}",
-        f"  tokens in each stage {' / '.join(str(n) for n in lengths.sum(axis=0))}, "
+        f"({visual[0]} visual, {text[0]} text), {batch.tiles} {layout.unit}",
+        f"  tokens in each stage {' / '.join(str(n) for n in batch.tokens)}, "
         f"{flops / 1e12:.3g} TFLOP forward and backward",
     ]
-    if stored is not None:
-        lines.append(
-            f"  {stored * cost.decoder.hidden * element / 1e9:.2f} GB of decoder activations kept for recomputation"
-        )
-    return lines
+
+
+def _memory(config: Config, estimate: Estimate, gpus: int, memory: float | None) -> list[str]:
+    """What that micro-batch takes on each GPU, and which level of recomputation fits."""
+    level = config.train.activation_checkpointing
+    prediction = estimate.at(level)
+    lines = [
+        f"memory of a GPU, of {gpus} (estimate; --gpus sets how many): that micro-batch after another of its step, "
+        f"ZeRO stage {estimate.zero.stage}, train.activation_checkpointing={level}",
+        *prediction.lines(),
+        f"  {'peak':<34}{prediction.peak / GIB:>9.2f} GiB, in {prediction.phase}",
+    ]
+    if memory is None:
+        return [*lines, "  --memory GiB says which train.activation_checkpointing fits"]
+    return [*lines, f"  {estimate.advice(int(memory * GIB))}"]

@@ -20,9 +20,12 @@ from vtprune_train.config import Config
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.stream import PackedBatch
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.engine import offloads_optimizer, zero_stage
+from vtprune_train.training.allocations import track_allocations
+from vtprune_train.training.engine import engine_config, offloads_optimizer, zero_stage
 from vtprune_train.training.gradients import discard
+from vtprune_train.training.memory import Estimate, MicroBatch
 from vtprune_train.training.metrics import peak_memory_bytes
+from vtprune_train.training.recompute import Level, typical_stages
 
 if TYPE_CHECKING:
     from vtprune_train.training.trainer import Trainer
@@ -46,8 +49,8 @@ def wanted(config: Config, device: torch.device) -> bool:
 
 
 def preflight(trainer: Trainer) -> None:
-    """Run the worst micro-batches of the data forward and backward, with room for the optimizer's states held back.
-    All ranks call this together, each with the same micro-batches.
+    """Run the worst micro-batches of the data forward and backward, with room for the optimizer's states held back,
+    then take what the optimizer step will allocate on top. All ranks call this together, with the same micro-batches.
 
     Raises:
         MemoryShortageError: this rank has not enough memory; names what to change.
@@ -58,30 +61,57 @@ def preflight(trainer: Trainer) -> None:
     accumulates = len(trainer.planner.plan(trainer.state.step).micro_batches) > 1
     if accumulates and len(batches) == 1:
         batches *= 2
+    estimate = heaviest_estimate(trainer, batches, accumulates)
+    predicted = estimate.at(trainer.config.train.activation_checkpointing, accumulates)
     engine.train()
     with unchanged_random_states(device):
         try:
-            held_back = missing_states(engine)
-            for number, batch in enumerate(batches):
-                last = number == len(batches) - 1
-                engine.set_gradient_accumulation_boundary(last or not accumulates)
-                engine.backward(engine(batch.to(device)).loss_sum, scale_wrt_gas=False)
-                if last or not accumulates:
-                    discard(engine)
+            with track_allocations(device) as memory:
+                held_back = missing_states(engine)
+                for number, batch in enumerate(batches):
+                    boundary = number == len(batches) - 1 or not accumulates
+                    engine.set_gradient_accumulation_boundary(boundary)
+                    with memory.phase("backward"):
+                        engine.backward(engine(batch.to(device)).loss_sum, scale_wrt_gas=False)
+                    if boundary:
+                        with memory.phase("step"):
+                            hold(predicted.states.step, device)
+                        discard(engine)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise MemoryShortageError(advice(trainer.config, batches, device, error)) from error
-    peak = max(ranks.gather(peak_memory_bytes(device)))
-    states = sum(tensor.nbytes for tensor in held_back) / GIB
+            fitting = estimate.least_that_fits(memory_bytes(device))
+            raise MemoryShortageError(advice(trainer.config, batches, device, error, fitting)) from error
+    peaks = [max(peaks) for peaks in zip(*ranks.gather((memory.peaks["backward"], memory.peaks["step"])), strict=True)]
     log.info(
-        "preflight: %s fit: peak %.2f GiB of %.2f GiB, optimizer states of %.2f GiB held back",
-        describe(batches), peak / GIB, memory_bytes(device) / GIB, states,
+        "preflight: %s fit: peak %s of %s (%s in the backward pass, predicted %s; %s in the optimizer step, predicted "
+        "%s), optimizer states of %s held back",
+        describe(batches), readable(max(peaks)), readable(memory_bytes(device)),
+        readable(peaks[0]), readable(predicted.backward), readable(peaks[1]), readable(predicted.stepping),
+        readable(sum(tensor.nbytes for tensor in held_back)),
     )  # fmt: skip
     if device.type == "cuda":
+        log.info("preflight: %s", estimate.advice(memory_bytes(device)))
         del held_back
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def heaviest_estimate(trainer: Trainer, batches: Sequence[PackedBatch], accumulates: bool) -> Estimate:
+    """What the arithmetic says of the batch that takes most."""
+    config, model, collate = trainer.config, trainer.engine.module, trainer.collate
+    num_layers = model.config.get_text_config().num_hidden_layers
+    drops = collate.method.drops(num_layers) if collate.method is not None else ()
+    order, settings = typical_stages(collate.layout, drops, num_layers), engine_config(config)
+    found = [Estimate.of(config, model, settings, ranks.world_size(), MicroBatch.of(batch), order) for batch in batches]
+    level = config.train.activation_checkpointing
+    return max(found, key=lambda estimate: estimate.at(level, accumulates).peak)
+
+
+def hold(sizes: Sequence[int], device: torch.device) -> None:
+    """Allocate tensors of these sizes in bytes together, and let them go."""
+    held = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    del held
 
 
 def densest_step(trainer: Trainer) -> int:
@@ -176,6 +206,11 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def readable(size: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{1024 * size / GIB:.2f} MiB"
+
+
 def describe(batches: Sequence[PackedBatch]) -> str:
     distinct = {id(batch): batch for batch in batches}.values()
     parts = [
@@ -185,13 +220,21 @@ def describe(batches: Sequence[PackedBatch]) -> str:
     return "worst micro-batches (" + "; ".join(parts) + ")"
 
 
-def advice(config: Config, batches: Sequence[PackedBatch], device: torch.device, error: BaseException) -> str:
-    """What happened, with numbers, and every setting that this run can still turn."""
+def advice(
+    config: Config,
+    batches: Sequence[PackedBatch],
+    device: torch.device,
+    error: BaseException,
+    fitting: Level | None = None,
+) -> str:
+    """What happened, with numbers, and every setting that this run can still turn; ``fitting`` is the level of
+    recomputation that fits by estimate."""
     settings = config.deepspeed_config()
     stage = zero_stage(settings)
     ways = [f"lower data.max_tokens={config.data.max_tokens} (not below data.max_length={config.data.max_length})"]
-    if not config.train.activation_checkpointing:
-        ways.append("set train.activation_checkpointing=true")
+    if config.train.activation_checkpointing != "all":
+        level = "all" if fitting in (None, config.train.activation_checkpointing) else fitting
+        ways.append(f"set train.activation_checkpointing={level}{' (fits by estimate)' if fitting == level else ''}")
     if stage < 3:
         ways.append(f"raise the ZeRO stage (now {stage}) with deepspeed=configs/deepspeed/zero{max(2, stage + 1)}.json")
     if not offloads_optimizer(settings):
@@ -200,7 +243,7 @@ def advice(config: Config, batches: Sequence[PackedBatch], device: torch.device,
         ways.append("train fewer parts (model.train), or the language model through LoRA")
     return (
         f"out of memory before the first step on rank {ranks.rank()}: {describe(batches)} need more than there is "
-        f"(peak {peak_memory_bytes(device) / GIB:.2f} GiB, {device} has {memory_bytes(device) / GIB:.2f} GiB)\n"
+        f"(peak {readable(peak_memory_bytes(device))}, {device} has {readable(memory_bytes(device))})\n"
         + "\n".join(f"- {way}" for way in ways)
         + f"\ntrain.preflight=never leaves this look out. The allocator said: {str(error).splitlines()[0]}"
     )

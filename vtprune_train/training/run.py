@@ -58,7 +58,7 @@ from vtprune_train.training.manifest import steps as finished_checkpoints
 from vtprune_train.training.optim import build_optimizer, parameter_groups
 from vtprune_train.training.preflight import preflight
 from vtprune_train.training.preflight import wanted as preflight_wanted
-from vtprune_train.training.recompute import checkpoint_activations
+from vtprune_train.training.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.training.resume import resume
 from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.trainer import Trainer
@@ -95,7 +95,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     collate = build_collator(config, parts, cost, method, "train")
     steps = -(-len(collate.index.order()) // config.train.global_batch_size)
     collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
-    _prepare(config, parts.model, device)
+    _prepare(config, parts, method, device)
     prune(parts.model, method, attention=config.model.attention)
     compile_model(config, parts.model, device, zero_stage(settings))
     groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
@@ -341,11 +341,15 @@ def _make_run_dir(run_dir: Path) -> None:
         shutil.rmtree(run_dir / "tokenizer")
 
 
-def _prepare(config: Config, model: HFModule, device: torch.device) -> None:
+def _prepare(config: Config, parts: Parts, method: PruningMethod | None, device: torch.device) -> None:
+    model = parts.model
     replace_kernels(config, model, device)
     set_trainable(model, config.model.train)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(model)
+    level = config.train.activation_checkpointing
+    if level != "none":
+        num_layers = model.config.get_text_config().num_hidden_layers
+        drops = method.drops(num_layers) if method is not None else ()
+        checkpoint_activations(model, recomputed_layers(level, *typical_stages(parts.layout, drops, num_layers)))
     model.to(device)
 
 

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch.utils.serialization import config as serialization
 
+from vtprune_train.training.pinned import Arena
+
 POLL_SECONDS = 0.02
 Entries = dict[str, dict[str, Any]]
 Files = list[tuple[Path, Any]]
@@ -28,13 +30,15 @@ class HostCopies:
     """Copies of state in host memory (pinned beside a GPU), the same memory for every save."""
 
     def __init__(self) -> None:
-        self._buffers: list[torch.Tensor] = []
+        self._arenas = {on_gpu: Arena(lock=on_gpu) for on_gpu in (False, True)}
         self._taken: dict[tuple[Any, ...], torch.Tensor] = {}
         self._sources: list[torch.Tensor] = []
 
     def begin(self) -> None:
-        """Forget what was copied, keep the memory."""
+        """Forget what was copied, keep the memory: copies made before are overwritten."""
         self._taken, self._sources = {}, []
+        for arena in self._arenas.values():
+            arena.begin()
 
     def copy(self, value: Any) -> Any:
         """``value`` with every tensor in nested dicts, lists and tuples copied to the host, and everything else so
@@ -58,6 +62,8 @@ class HostCopies:
         if any(source.is_cuda for source in self._sources):
             torch.cuda.synchronize()
         self._sources = []
+        for arena in self._arenas.values():
+            arena.trim()
 
     def num_bytes(self) -> int:
         """Size of what was copied since :meth:`begin`."""
@@ -68,22 +74,13 @@ class HostCopies:
         key = (source.data_ptr(), source.dtype, tuple(source.shape), tuple(source.stride()), str(source.device))
         if source.numel() and key in self._taken:
             return self._taken[key]
-        place = len(self._taken) if source.numel() else None
-        if place is None:
+        if not source.numel():
             return source.cpu().clone()
-        if place == len(self._buffers):
-            self._buffers.append(_host_tensor(source))
-        elif self._buffers[place].shape != source.shape or self._buffers[place].dtype != source.dtype:
-            self._buffers[place] = _host_tensor(source)
-        target = self._buffers[place]
+        target = self._arenas[source.is_cuda].cut(source)
         target.copy_(source, non_blocking=source.is_cuda)
         self._taken[key] = target
         self._sources.append(source)  # alive until copied, so that no other tensor gets its address
         return target
-
-
-def _host_tensor(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
 
 def collect_files(engine: Any, folder: Path, tag: str, copies: HostCopies, trained_only: bool) -> Files:
