@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +29,6 @@ from vtprune_train.training.allocations import track_allocations
 from vtprune_train.training.memory import Parameters, States, Zero
 
 WIDTH, LAYERS = 192, 48
-PORT = 29871
 
 
 class Stack(torch.nn.Module):
@@ -71,10 +71,10 @@ def settings_of(stage: int, dtype: str, accumulation: str | None) -> dict[str, A
     return config
 
 
-def measure(rank: int, ranks: int, configs: list[dict[str, Any]], dtype: str, out: str) -> None:
+def measure(rank: int, ranks: int, port: int, configs: list[dict[str, Any]], dtype: str, out: str) -> None:
     """Two steps of two micro-batches under each config; rank 0 writes bytes per trained parameter."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(PORT), "DS_ACCELERATOR": "cpu"}  # fmt: skip
+                   "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}  # fmt: skip
     torch.set_num_threads(1)
     from vtprune_train.training.engine import start_distributed
 
@@ -128,9 +128,12 @@ def run(ranks: int, dtype: str, stages: Sequence[int]) -> list[dict[str, Any]]:
         for stage in stages
         for accumulation in ((None, "fp32") if stage and dtype != "float32" else (None,))
     ]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/found.json"
-        mp.start_processes(measure, (ranks, configs, dtype, out), nprocs=ranks, start_method="spawn")
+        mp.start_processes(measure, (ranks, port, configs, dtype, out), nprocs=ranks, start_method="spawn")
         return json.loads(Path(out).read_text())  # type: ignore[no-any-return]
 
 
