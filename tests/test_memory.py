@@ -317,7 +317,7 @@ def test_preflight_agrees_with_the_prediction(tmp_path, stage, settings):
     runs = Runs(Path(tmp_path), num_train=8)
     zero = {"stage": stage, "reduce_bucket_size": 100_000}
     zero = yaml.safe_dump({"zero_optimization": zero}, default_flow_style=True)
-    wide = [f"model.config.text_config.{key}" for key in ("hidden_size=64", "intermediate_size=172")]
+    wide = [f"model.config.text_config.{key}" for key in ("hidden_size=128", "intermediate_size=344")]
     given = ("train.preflight=always", "data.eval=[]", "data.workers=0", "train.max_steps=1", "data.max_tokens=1200")
     done = runs.run("look", *given, *wide, *settings, f"deepspeed={zero.strip()}")
     size = r"([\d.]+) MiB"

@@ -40,8 +40,8 @@ PREFIX = "packed_"
 
 # The head sizes that each kernel takes, forward and backward, by the major number of the GPU's compute capability.
 # Sources: flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (no backward before 9.0; 12.x has too little shared
-# memory for large heads); hopper/flash_attn_interface.py of FlashAttention 3; csrc/flash_attn/flash_api.cpp of
-# FlashAttention 2, whose Python interface pads heads to multiples of 8; PyTorch's copy of that file, which does not.
+# memory for large heads); PyTorch's copy of FlashAttention 2's flash_api.cpp, which takes multiples of 8, where the
+# package's Python interface pads to them; for FlashAttention 3, its README.
 _TO_128, _TO_256 = frozenset(range(8, 129, 8)), frozenset(range(8, 257, 8))
 HEAD_SIZES: dict[str, dict[int, frozenset[int]]] = {
     "flash_attention_4": {9: _TO_256, 10: _TO_128 | {256}, 11: _TO_128 | {256}, 12: _TO_128},
