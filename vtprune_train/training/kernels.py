@@ -91,10 +91,10 @@ def use_fp8(text_model: HFModule, device: torch.device) -> None:
             f"has {capability[0]}.{capability[1]}; set model.fp8=false"
         )
 
-    def fits(module: nn.Module, _: str) -> bool:
-        return isinstance(module, nn.Linear) and not (
-            module.in_features % FP8_MULTIPLE or module.out_features % FP8_MULTIPLE
-        )
+    def fits(module: nn.Module, name: str) -> bool:
+        if type(module) is not nn.Linear or ".lora_" in name:  # an adapter's own layers are small, and stay exact
+            return False
+        return module.in_features % FP8_MULTIPLE == 0 and module.out_features % FP8_MULTIPLE == 0
 
     # The number of tokens is any number, so products over tokens (weight gradients) are padded.
     settings = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
