@@ -55,6 +55,7 @@ PARTS = {
     "decoder": Part(speed.decoder, 25),
     "seven": Part(speed.seven, 70),
     "compile": Part(speed.compile_, 75),
+    "head": Part(speed.head, 10),
     "methods": Part(numerics.methods, 25),
     "generate": Part(numerics.generate, 15),
     "train": Part(loop.train, 75),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.attention import PREFIX
-from vtprune_train.models.decoder import run_layers
+from vtprune_train.models.decoder import _Probe, run_layers
 from vtprune_train.plan import plan_stream
 from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout
 from vtprune_train.training.run import checkpoint_activations
@@ -256,3 +256,14 @@ def test_a_text_only_batch_reaches_every_trained_part_with_zero_gradients():
         found = [grad for name, grad in grads.items() if part in name]
         assert found, part
         assert all(not grad.any() for grad in found)
+
+
+def test_a_probe_takes_once_and_keeps_nothing():
+    """A layer that is recomputed holds its probe until the backward pass."""
+    probe = _Probe(torch.tensor([1, 3]))
+    q, k = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
+    probe(q, k)
+    ranking = probe.ranking(0.5)
+    assert torch.equal(ranking.queries, q[[1, 3]]) and torch.equal(ranking.keys, k)
+    probe(q + 1, k + 1)
+    assert probe.taken is None

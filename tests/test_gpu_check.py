@@ -15,8 +15,8 @@ from vtprune_train.pruning import METHODS
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 PARTS = [
-    "env", "peaks", "attention", "tiny", "decoder", "seven", "compile", "methods", "generate", "train", "profile",
-    "fp8", "liger", "fa4", "train_large",
+    "env", "peaks", "attention", "tiny", "decoder", "seven", "compile", "head", "methods", "generate", "train",
+    "profile", "fp8", "liger", "fa4", "train_large",
 ]  # fmt: skip
 
 
@@ -45,6 +45,10 @@ def test_every_part_runs(report):
     assert (report["out"] / "trace.json.gz").stat().st_size > 1000
     for part in ("fp8", "liger", "fa4"):
         assert report[part]["left_out"]
+
+
+def test_the_head_is_near_float32(report):
+    assert report["head"]["512 words, chunks"]["weight_gradient_error"] < 0.01
 
 
 def test_attention_is_near_float64(report):

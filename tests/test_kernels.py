@@ -17,6 +17,7 @@ from vtprune_train import PyramidDrop, prune
 from vtprune_train.config import Config, ConfigError
 from vtprune_train.plan import plan_pass
 from vtprune_train.training import kernels
+from vtprune_train.training.engine import engine_config
 
 CPU = torch.device("cpu")
 
@@ -124,3 +125,35 @@ def test_a_run_with_deterministic_fp8(tmp_path):
     assert losses[-1] < losses[0]
     runs.run("again", *settings)
     assert [row["loss"] for row in runs.metrics("again")] == losses
+
+
+def engine(json, **changes):
+    values = {**TINY, **{key: {**TINY.get(key, {}), **value} for key, value in changes.items()}, "deepspeed": json}
+    return engine_config(Config(**values))
+
+
+FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "clip", "dtype", "computed"),
+    [
+        ({"stage": 2}, 0.0, "bfloat16", False),
+        ({"stage": 1}, 0.0, "float32", False),
+        ({"stage": 2, "compute_grad_norm": True}, 0.0, "bfloat16", True),  # as the JSON says
+        ({"stage": 2}, 1.0, "bfloat16", True),
+        ({"stage": 2}, 0.0, "float16", True),
+        ({"stage": 3}, 0.0, "bfloat16", True),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 0.0, "bfloat16", True),
+    ],
+)
+def test_deepspeed_computes_a_norm_only_where_it_uses_it(zero, clip, dtype, computed):
+    made = engine({"zero_optimization": zero}, train={"clip": clip}, model={"dtype": dtype})
+    assert made["zero_optimization"].get("compute_grad_norm", True) is computed
+    with_fp32 = engine({"zero_optimization": zero, **FP32}, train={"clip": clip}, model={"dtype": dtype})
+    assert with_fp32["zero_optimization"].get("compute_grad_norm", True) is (computed or zero["stage"] == 1)
+
+
+def test_fp8_is_refused_under_zero_3():
+    with pytest.raises(ConfigError, match=r"model.fp8=true keeps whole weights.*use zero2.json"):
+        engine({"zero_optimization": {"stage": 3}}, model={"fp8": True})

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity
@@ -25,6 +26,7 @@ from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry, PassCost, TowerGe
 from vtprune_train.models import attention as backends
 from vtprune_train.models import ranges
 from vtprune_train.models.compile import compile_layers, uncompile_layers
+from vtprune_train.models.head import chunked_cross_entropy
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import map_leaves
@@ -32,6 +34,7 @@ from vtprune_train.training.kernels import use_fp8, use_liger
 
 TYPICAL_VISUAL = 2268  # of an average sample of LLaVA-NeXT's instruction data (arXiv 2410.17247)
 TYPICAL_SAMPLES = 7
+HEADS = ((32_064, 4096), (152_064, 3584))  # words and width: LLaVA-NeXT-7B, Qwen2.5-VL-7B
 DENSE, DROPPING = "dense", "pyramiddrop_next_layer"
 METHODS: dict[str, PruningMethod | None] = {
     DENSE: None,
@@ -201,6 +204,48 @@ def same_as_before(check: Check, part: str, before: tuple[float, list[Tensor], T
         kept_differ=kept_differ(kept, before[1]),
         gradient_error=relative_error(gradient, before[2]),
     )
+
+
+def head_losses(check: Check) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Ways to sum the cross-entropy of ``(rows, weight, targets)``."""
+    losses = {"chunks": lambda rows, weight, targets: chunked_cross_entropy(rows, weight, None, targets)[0]}
+    if check.on_cuda and importlib.util.find_spec("liger_kernel") is not None:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+        losses["liger"] = lambda rows, weight, targets: LigerFusedLinearCrossEntropyFunction.apply(
+            rows, weight, targets, None, None, -100, 0.0, 0.0, "sum"
+        )[0]
+    return losses
+
+
+def exact_weight_gradient(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the head's weight, computed in float32 from the same values."""
+    with torch.no_grad():
+        pull = F.linear(rows.float(), weight.float()).softmax(dim=-1)
+        pull[torch.arange(len(pull), device=pull.device), targets] -= 1.0
+        return pull.t() @ rows.float()
+
+
+def head(check: Check) -> None:
+    """The loss over 2,048 supervised rows, in the project's chunks and by Liger's fused kernel: time, memory, and the
+    error of the weight's gradient against float32."""
+    for vocab, hidden in HEADS if check.geometry_name == "7b" else ((512, 64),):
+        torch.manual_seed(0)
+        rows = torch.randn(2048, hidden, device=check.device, dtype=torch.bfloat16, requires_grad=True)
+        weight = (0.02 * torch.randn(vocab, hidden, device=check.device)).bfloat16().requires_grad_()
+        targets = torch.randint(0, vocab, (2048,), device=check.device)
+        reference = exact_weight_gradient(rows, weight, targets)
+        for name, loss in head_losses(check).items():
+
+            def step(loss: Any = loss, inputs: Any = (rows, weight, targets)) -> tuple[Tensor, ...]:
+                return torch.autograd.grad(loss(*inputs), inputs[:2])
+
+            error = relative_error(step()[1], reference)
+            check.free()
+            values = {"weight_gradient_error": error, **check.timed(step, 5, 2)}
+            if check.on_cuda:
+                values["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            check.report.put("head", **{f"{vocab} words, {name}": values})
 
 
 @contextlib.contextmanager

@@ -74,7 +74,9 @@ def engine_config(config: Config) -> dict[str, Any]:
     if config.model.peft is not None and config.model.peft.kind == "qlora" and zero_stage(settings) == 3:
         wrong.append("model.peft.kind=qlora: 4-bit weights cannot be partitioned by ZeRO-3; use zero2.json")
     if config.model.fp8 and zero_stage(settings) == 3:
-        wrong.append("model.fp8=true keeps whole weights for the backward pass, which ZeRO-3 would share out; use zero2.json")
+        wrong.append(
+            "model.fp8=true keeps whole weights for the backward pass, which ZeRO-3 would share out; use zero2.json"
+        )
     if wrong:
         raise ConfigError("\n".join(wrong))
     settings = _without_second_norm(settings, config)
