@@ -284,7 +284,7 @@ def test_offloaded_states_are_in_host_memory():
 def test_the_dry_run_shows_memory_and_what_fits():
     config = load_config("llava_next_pdrop.yaml")
     said = describe(config, gpus=8, memory=80)
-    assert "memory of a GPU, of 8 (estimate" in said and "train.activation_checkpointing=all" in said
+    assert "memory of each of 8 GPU(s), estimated" in said and "train.activation_checkpointing=all" in said
     for line in ("float32 master weights", "optimizer states", "activations, by stage", "pinned host memory for saves"):
         assert re.search(rf"  {line} +\d+\.\d\d GiB", said), line
     assert re.search(r"fits 80 GiB with train\.activation_checkpointing=\w+ \(estimate\)", said)
@@ -298,6 +298,9 @@ def test_settings_of_the_dry_run_alone(capsys):
     assert "--gpus and --memory are for --dry_run" in capsys.readouterr().err
     assert train_main(["--config", "quickstart.yaml", "--dry_run", "--gpus", "0"]) == 2
     assert "at least one GPU" in capsys.readouterr().err
+    for wrong in ("-5", "0", "inf"):
+        assert train_main(["--config", "quickstart.yaml", "--dry_run", f"--memory={wrong}"]) == 2
+        assert f"--memory {wrong}: a positive number of GiB is needed" in capsys.readouterr().err
 
 
 def test_more_recomputed_layers_than_there_are_are_refused_by_the_dry_run(capsys):

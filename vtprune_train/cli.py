@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ def run_train(arguments: argparse.Namespace) -> int:
             gpus = int(os.environ.get("WORLD_SIZE", "1")) if arguments.gpus is None else arguments.gpus
             if gpus < 1:
                 raise ConfigError(f"--gpus {gpus}: at least one GPU is needed")
+            if arguments.memory is not None and not 0 < arguments.memory < math.inf:
+                raise ConfigError(f"--memory {arguments.memory:g}: a positive number of GiB is needed, for example 80")
             print(describe(config, gpus, arguments.memory))
             return 0
         if arguments.gpus is not None or arguments.memory is not None:

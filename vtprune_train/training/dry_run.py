@@ -242,8 +242,8 @@ def _memory(config: Config, estimate: Estimate, gpus: int, memory: float | None)
     level = config.train.activation_checkpointing
     prediction = estimate.at(level)
     lines = [
-        f"memory of a GPU, of {gpus} (estimate; --gpus sets how many): that micro-batch after another of its step, "
-        f"ZeRO stage {estimate.zero.stage}, train.activation_checkpointing={level}",
+        f"memory of each of {gpus} GPU(s), estimated (--gpus sets how many); that micro-batch after another of its "
+        f"step, ZeRO stage {estimate.zero.stage}, train.activation_checkpointing={level}",
         *prediction.lines(),
         f"  {'peak':<34}{prediction.peak / GIB:>9.2f} GiB, in {prediction.phase}",
     ]

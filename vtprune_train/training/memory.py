@@ -419,11 +419,11 @@ class Prediction:
             ("float32 master weights", states.masters),
             ("optimizer states", states.moments),
             ("gradients", states.gradients),
-            ("accumulating them", states.accumulating),
+            ("gradients of one more micro-batch", states.accumulating),
             ("buckets and gathered weights", states.buckets),
             ("activations, by stage", sum(saved.stages)),
             ("tower and projector", saved.tower),
-            (f"working set of the {saved.where}", saved.working),
+            (f"working set of {saved.where}", saved.working),
             ("taken by step()", sum(states.step)),
         ]
         lines = [f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in rows]
