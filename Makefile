@@ -74,8 +74,10 @@ $(READY_FLOOR): requirements-floor.txt
 	$(FLOOR)/bin/python -m pip install --quiet --requirement requirements-floor.txt
 	touch $@
 
-$(READY_ECOSYSTEM): $(READY_DEV) requirements-ecosystem.txt
+$(READY_ECOSYSTEM): $(READY_DEV) requirements-ecosystem.txt requirements-gpu.txt
 	$(BIN)/python -m pip freeze --exclude-editable > $(ECOSYSTEM_CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --constraint $(ECOSYSTEM_CONSTRAINTS) --requirement requirements-ecosystem.txt
 	$(BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/torchao --upgrade \
+		$$(sed -n 's/^\(torchao==[^ ]*\).*/\1/p' requirements-gpu.txt)
 	touch $@

@@ -4,13 +4,14 @@ import dataclasses
 import os
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import family_model
 from helpers import tiny_model
-from runner import TINY, Runs
+from runner import ROOT, TINY, Runs, assert_equal_checkpoints
 from test_equivalence import random_batch, random_segment
 
 from vtprune_train import PyramidDrop, prune
@@ -22,8 +23,19 @@ from vtprune_train.training.engine import engine_config
 CPU = torch.device("cpu")
 
 
+# Where `make ecosystem` puts torchao: among the other packages, every process that imports PEFT would import it, and it
+# logs that it finds no GPU.
+TORCHAO = Path(sys.prefix) / "torchao"
+
+
+@pytest.fixture
+def torchao(monkeypatch):
+    monkeypatch.syspath_prepend(str(TORCHAO))
+    pytest.importorskip("torchao", reason="needs torchao: make ecosystem")
+
+
+@pytest.mark.usefixtures("torchao")
 def test_fp8_changes_products_and_nothing_else():
-    pytest.importorskip("torchao")
     method = PyramidDrop(layers=(2, 4), keep=(0.5, 0.2))
     models = [tiny_model().bfloat16().train() for _ in range(2)]
     for model in models:
@@ -49,8 +61,8 @@ def test_fp8_changes_products_and_nothing_else():
     assert norms[1] != norms[0] and norms[1] == pytest.approx(norms[0], rel=0.3)
 
 
+@pytest.mark.usefixtures("torchao")
 def test_fp8_leaves_sizes_that_its_products_cannot_take():
-    pytest.importorskip("torchao")
     model = tiny_model(head_dim=6)  # queries of 24 and keys of 12
     kernels.use_fp8(model.model.language_model, CPU)
     attention = model.model.language_model.layers[0].self_attn
@@ -58,8 +70,7 @@ def test_fp8_leaves_sizes_that_its_products_cannot_take():
     assert type(model.model.language_model.layers[0].mlp.up_proj).__name__ == "Float8Linear"
 
 
-def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
-    pytest.importorskip("torchao")
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch, torchao):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(ConfigError, match=r"capability 8.9 or newer, and A100 has 8.0; set model.fp8=false"):
@@ -110,21 +121,19 @@ def test_deterministic_kernels_are_asked_for_by_a_setting(monkeypatch, determini
     assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
 
 
+@pytest.mark.usefixtures("torchao")
 def test_a_run_with_deterministic_fp8(tmp_path):
-    pytest.importorskip("torchao")
+    """Stopped and resumed, it ends with the same bits."""
     runs = Runs(tmp_path)
-    settings = [
-        "run.stop_after=3",
-        "data.eval=[]",
-        "model.fp8=true",
-        "model.dtype=bfloat16",
-        "train.deterministic=true",
-    ]
-    runs.run("fp8", *settings)
-    losses = [row["loss"] for row in runs.metrics("fp8")]
+    settings = ("data.eval=[]", "model.fp8=true", "model.dtype=bfloat16", "train.deterministic=true")
+    process = {"launcher": "python", "env": {"PYTHONPATH": f"{ROOT}:{TORCHAO}"}}
+    runs.run("whole", *settings, "run.stop_after=3", **process)
+    losses = [row["loss"] for row in runs.metrics("whole")]
     assert losses[-1] < losses[0]
-    runs.run("again", *settings)
-    assert [row["loss"] for row in runs.metrics("again")] == losses
+    runs.run("halves", *settings, "run.stop_after=2", **process)
+    runs.run("halves", *settings, "run.stop_after=3", **process)
+    assert [row["loss"] for row in runs.metrics("halves")] == losses
+    assert_equal_checkpoints(runs.checkpoint("whole"), runs.checkpoint("halves"))
 
 
 def engine(json, **changes):

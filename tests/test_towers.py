@@ -233,7 +233,7 @@ def _flash_attention_forward(q, k, v, mask, *, is_causal, cu_seq_lens_q, **_):
 @pytest.mark.parametrize("backend", attention.BACKENDS)
 def test_every_backend_lets_a_patch_see_its_whole_segment(monkeypatch, backend):
     """The CUDA kernels, replaced by their meaning, get the arguments of attention without a causal mask."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen_attn)
+    monkeypatch.setattr(attention, "varlen_attn", _varlen_attn)
     monkeypatch.setattr(attention, "_flash_attention_forward", _flash_attention_forward)
     lengths = (16, 8, 16, 4)
     cu_seqlens = torch.tensor([0, 16, 24, 40, 44], dtype=torch.int32)
