@@ -36,7 +36,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaMo
 
 import bench
 from vtprune_train import PyramidDrop
-from vtprune_train.flops import TYPICAL_TEXT
+from vtprune_train.flops import TYPICAL_TEXT, TYPICAL_VISUAL
 from vtprune_train.models import ranges
 from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.decoder import run_layers
@@ -44,10 +44,9 @@ from vtprune_train.models.head import chunked_cross_entropy
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import map_leaves
+from vtprune_train.stream import to_device
 
 META = torch.device("meta")
-TYPICAL_VISUAL = 2268
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 OVERWRITES = {"copy_", "zero_", "fill_", "index_copy_"}  # the first argument is not read
 PICKS = {"index_select", "embedding", "gather", "index"}  # of the first argument only what is returned is read
@@ -225,7 +224,7 @@ def count_decoder(model: LlamaModel, sizes: Sizes, method: PruningMethod | None 
     plan = plan_pass(
         [bench.segment_of(sizes.visual, TYPICAL_TEXT)] * sizes.samples, model.config.num_hidden_layers, method
     )
-    on_meta = map_leaves(plan, Tensor, lambda tensor: tensor.to(META))
+    on_meta = to_device(plan, META)
     hidden = torch.empty(sizes.tokens, model.config.hidden_size, dtype=torch.bfloat16, device=META, requires_grad=True)
     return count(lambda: run_layers(model, hidden, on_meta, method).last_hidden_state, model.parameters())
 

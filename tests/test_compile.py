@@ -1,5 +1,6 @@
 """Compiled layers: the numbers of eager ones, and nothing compiled again for other batches."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -8,13 +9,14 @@ import torch
 import yaml
 from families import family_inputs, family_model
 from helpers import tiny_model
+from peft import LoraConfig, get_peft_model
 from runner import TINY, Runs
 from test_equivalence import random_batch, random_segment
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config import Config, ConfigError
-from vtprune_train.models.compile import compile_layers, is_compiled, uncompile_layers
+from vtprune_train.models.compile import EAGER, compile_layers, is_compiled, uncompile_layers
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.training.kernels import compile_model
@@ -72,9 +74,51 @@ def test_compiled_once_and_equal(name, checkpointed):
         torch.testing.assert_close(output.loss_sum, expected.loss_sum)
         assert all(torch.equal(a, b) for a, b in zip(output.kept, expected.kept, strict=True))
         torch.testing.assert_close(compiled_norms, norms, rtol=1e-3, atol=1e-4)
+    if name == "next_layer" and not checkpointed:
+        single_tile(model, method, backend, graphs[0])
     decoder = 2  # before and after the attention, at the least
     assert graphs[0] >= decoder + (name != "vtc_cls"), "nothing was compiled"
     assert graphs[1:] == [graphs[0]] * 3, "compiled again for another batch"
+
+
+def single_tile(model, method, backend, graphs):
+    """A size of 1 is a case of its own: the tower compiles once more, and no further."""
+    found = []
+    for batch in list(batches(model, method))[1:3]:
+        one = dataclasses.replace(
+            batch, pixel_values=batch.pixel_values[:1], visual_index=batch.visual_index.clamp(max=16)
+        )
+        step(model, one)
+        found.append(backend.frame_count)
+    assert graphs < found[0] <= graphs + 3 and found[1] == found[0]
+
+
+@pytest.mark.parametrize("name", ["visionzip", "fopru", "vtc_cls"])
+def test_a_tower_that_is_read_twice_over_runs_eagerly(name):
+    """LLaVA-OneVision's features are made inside a call that reads the tower, by one that does too."""
+    torch._dynamo.reset()
+    method = method_from_settings({"method": name, **({"layers": 2} if name == "vtc_cls" else {})})
+    model = prune(family_model("llava_onevision"), method).train()
+    inputs = family_inputs("llava_onevision", [["what", "is", 0, "shown"], ["a", 1]])
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits
+        compile_layers(model, backend=CompileCounterWithBackend("eager"))
+        for _ in range(2):
+            torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected)
+    assert not any(EAGER in module.__dict__ for module in model.modules())
+
+
+def test_layers_of_a_peft_model():
+    model = prune(tiny_model(), None)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["vision_tower"]))
+    compile_layers(adapted, backend="eager")
+    tower = adapted.get_base_model().model.vision_tower
+    assert all(is_compiled(layer) for layer in adapted.get_base_model().model.language_model.layers)
+    assert all(is_compiled(layer) for layer in tower.modules_to_save["default"].encoder.layers)
+    copied = copy.deepcopy(adapted)
+    assert is_compiled(copied.get_base_model().model.language_model.layers[0])
+    uncompile_layers(adapted)
+    assert not any(is_compiled(module) for module in adapted.modules())
 
 
 def test_generation_compiles_nothing():
@@ -118,6 +162,7 @@ def config_with(**changes):
     [
         ({}, 3, "ZeRO-3 gathers parameters inside the layers"),
         ({"model": {"liger": True}}, 2, "model.liger=true replaces"),
+        ({"model": {"peft": {"kind": "qlora"}, "train": {"lora": 1e-3}}}, 2, "4-bit weights are unpacked"),
     ],
 )
 def test_what_is_not_compiled(changes, stage, reason):

@@ -17,7 +17,7 @@ from vtprune_train.models.attention import PREFIX
 from vtprune_train.models.decoder import _Probe, run_layers
 from vtprune_train.plan import plan_stream
 from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout
-from vtprune_train.training.run import checkpoint_activations
+from vtprune_train.training.recompute import checkpoint_activations
 
 IMAGE_ID = 4
 SIZES = [(40, 70), (90, 30), (50, 50), (30, 31), (28, 200)]

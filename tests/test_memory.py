@@ -348,3 +348,12 @@ def test_allocations_are_counted_as_they_are_made():
     assert memory.ends["one"] - memory.start == pytest.approx(1_000_000, rel=0.01)
     assert memory.peaks["two"] - memory.start == pytest.approx(1_000_000, rel=0.01)
     assert memory.peak == memory.peaks["one"] and np.isfinite(third.item())
+
+
+def test_a_four_bit_base_takes_a_quarter(capsys):
+    weights = {}
+    for kind in ("lora", "qlora"):
+        assert train_main(["--config", "llava_next_pdrop_lora.yaml", "--dry_run", f"model.peft.kind={kind}"]) == 0
+        weights[kind] = float(re.search(r"^  weights +([\d.]+) GiB", capsys.readouterr().out, re.M)[1])
+    decoder = 6_476_005_376  # of Vicuna-7B's linear layers
+    assert weights["lora"] - weights["qlora"] == pytest.approx((2 - 0.52) * decoder / 2**30, abs=0.02)

@@ -25,7 +25,8 @@ from vtprune_train.models.head import Teaching, chunked_consistency
 from vtprune_train.models.layouts import Pictures
 from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.run import checkpoint_activations, merge_pruning
+from vtprune_train.training.recompute import checkpoint_activations
+from vtprune_train.training.run import merge_pruning
 
 METHOD = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1))
 LAYERS = 6

@@ -45,6 +45,14 @@ def test_what_a_run_leaves(runs, single):
     assert first["learning_rates"]["projector"] == 0 < single[2]["learning_rates"]["projector"]
 
 
+def test_without_clipping(runs, single):
+    """As in the recipes: DeepSpeed then computes no norm, and the loop's own is recorded."""
+    runs.run("unclipped", "train.clip=0.0", "deepspeed=configs/deepspeed/zero2.json", "run.stop_after=2", ranks=2)
+    metrics = runs.metrics("unclipped")
+    assert metrics[0]["grad_norm"] == pytest.approx(single[0]["grad_norm"], rel=5e-3)
+    assert metrics[1]["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_like_one(runs, single, stage):
     """Mixed, many-picture and text-only samples; each ZeRO stage; micro-batches of another size."""

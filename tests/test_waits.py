@@ -27,7 +27,7 @@ from vtprune_train.pruning import METHODS, NONE, method_class, method_from_setti
 from vtprune_train.pruning.phases import FullTokens, Phases
 from vtprune_train.training.evaluate import evaluate
 from vtprune_train.training.gradients import squared_norm
-from vtprune_train.training.run import checkpoint_activations
+from vtprune_train.training.recompute import checkpoint_activations
 from vtprune_train.training.trainer import Trainer
 
 NAMES = [*METHODS, NONE]

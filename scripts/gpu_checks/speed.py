@@ -22,17 +22,16 @@ import bench
 from gpu_checks.common import Check, kept_differ, relative_error
 from gpu_checks.numerics import run_backend
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry, PassCost, TowerGeometry, TrainingCost
+from vtprune_train.flops import TYPICAL_TEXT, TYPICAL_VISUAL, DecoderGeometry, PassCost, TowerGeometry, TrainingCost
 from vtprune_train.models import attention as backends
 from vtprune_train.models import ranges
 from vtprune_train.models.compile import compile_layers, uncompile_layers
 from vtprune_train.models.head import chunked_cross_entropy
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import map_leaves
+from vtprune_train.stream import to_device
 from vtprune_train.training.kernels import use_fp8, use_liger
 
-TYPICAL_VISUAL = 2268  # of an average sample of LLaVA-NeXT's instruction data (arXiv 2410.17247)
 TYPICAL_SAMPLES = 7
 HEADS = ((32_064, 4096), (152_064, 3584))  # words and width: LLaVA-NeXT-7B, Qwen2.5-VL-7B
 DENSE, DROPPING = "dense", "pyramiddrop_next_layer"
@@ -91,7 +90,7 @@ def decoder_steps(check: Check, part: str, label: str, names: tuple[str, ...], r
         with noting_lack_of_memory(check, part, f"{label} {name}"), pruned(check, METHODS[name]):
             plan = plan_pass(segments, decoder.config.num_hidden_layers, METHODS[name])
             flops = PassCost.of(cost, plan, METHODS[name], np.zeros(len(segments))).flops
-            placed = map_leaves(plan, Tensor, lambda tensor: tensor.to(check.device))
+            placed = to_device(plan, check.device)
             weight = torch.randn(len(placed.predict_rows), embeds.shape[1], device=check.device, dtype=embeds.dtype)
 
             def step(placed: Any = placed, weight: Tensor = weight) -> None:

@@ -29,7 +29,7 @@ from vtprune_train.pruning.heads import keep_best, span_sizes
 from vtprune_train.pruning.plphp import PLPHP
 from vtprune_train.pruning.zipvl import ZipVL
 from vtprune_train.stream import Drop, ImageSpan, SegmentLayout
-from vtprune_train.training.run import checkpoint_activations
+from vtprune_train.training.recompute import checkpoint_activations
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
+from vtprune_train.models.tower_attention import towers
 
 BASE = "_vtprune_compiled_base"
 EAGER = "_vtprune_eager"
@@ -28,11 +29,12 @@ RECOMPILE_LIMIT = 32
 def compile_layers(model: HFModule, *, tower: bool = True, backend: str | Callable[..., Any] = "inductor") -> HFModule:
     """Compile the decoder's layers and the vision tower's, in place, for any number of tokens.
 
-    The first training step compiles (a minute or two); later ones do not, whatever the lengths and the number of
-    segments and tiles. Passes that fill a key-value cache, and decoding, run without compilation.
+    The first training step compiles; later ones do not, whatever the lengths and the number of segments and tiles,
+    except for the first batch with a single tile. Passes that fill a key-value cache, and decoding, run without
+    compilation. Compiled layers cannot be pickled.
 
     Args:
-        model: of a supported family; pruned or not.
+        model: of a supported family, or a PEFT model around one; pruned or not.
         tower: compile the tower's layers too.
         backend: of ``torch.compile``.
 
@@ -70,7 +72,7 @@ def is_compiled(layer: nn.Module) -> bool:
 def eager(module: nn.Module) -> Iterator[None]:
     """Within it, compiled layers inside ``module`` run without compilation, so that forward hooks on their parts, which
     compiled code does not see, are called."""
-    layers = [layer for layer in module.modules() if is_compiled(layer)]
+    layers = [layer for layer in module.modules() if is_compiled(layer) and EAGER not in layer.__dict__]
     for layer in layers:
         setattr(layer, EAGER, True)
     try:
@@ -92,11 +94,13 @@ def _compiled_class(base: type[nn.Module], backend: str | Callable[..., Any]) ->
 
 
 def _layers(model: HFModule, tower: bool) -> Iterator[nn.Module]:
-    """The repeated blocks: elements of the longest list of modules in the decoder and in the tower."""
-    family = family_of(model)
-    base = model.get_submodule(family.base)
-    yield from model.get_submodule(family.decoder).layers
+    """The repeated blocks: elements of the longest list of modules in the decoder and in the tower (and in each copy of
+    the tower that PEFT trains whole)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = family_of(inner)
+    base = inner.get_submodule(family.base)
+    yield from inner.get_submodule(family.decoder).layers
     if tower:
         vision = next(module for name, module in base.named_children() if name in ("vision_tower", "visual"))
-        lists = [module for module in vision.modules() if isinstance(module, nn.ModuleList)]
-        yield from max(lists, key=len)
+        for part in towers(vision).values():
+            yield from max((module for module in part.modules() if isinstance(module, nn.ModuleList)), key=len)

@@ -310,10 +310,11 @@ class _Walk:
             attention = layer.self_attn
             normed = layer.input_layernorm(self.hidden).squeeze(0)  # [T, C]
             cos, sin = (table.squeeze(0) for table in self.rotary)  # [T, D]
-            queries = _heads(attention, "q", normed.index_select(0, boundary.query_rows))
+            rows = boundary.query_rows
+            # Without query rows one is projected and dropped: the scale of an FP8 product is a maximum over its rows.
+            queries = _heads(attention, "q", normed.index_select(0, rows) if len(rows) else normed[:1])[: len(rows)]
             keys = _heads(attention, "k", normed)
             if part.rotary:
-                rows = boundary.query_rows
                 queries = _rotate(queries, cos.index_select(0, rows), sin.index_select(0, rows))
                 keys = _rotate(keys, cos, sin)
             if staging.ranked_keys and staging.cache is not None and part.rotary:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in float32
-# Of a large vocabulary, more: every chunk reads and writes the whole gradient of the weight, so few rows a chunk would
-# move more bytes than they compute.
+# A large vocabulary gets more: each chunk reads and writes the whole gradient of the weight, so with few rows a chunk
+# moving it would take longer than computing it.
 LEAST_ROWS = 1024
 
 

@@ -67,8 +67,8 @@ class Segments:
         self._by_number = {len(lengths): lengths for lengths in splits}
 
     def within(self, cu_seqlens: Tensor) -> tuple[int, ...]:
-        """Lengths of the segments that ``cu_seqlens`` [segments + 1] bounds, told by their number: where there are as
-        many windows as frames, each frame is one window.
+        """Lengths of the segments that ``cu_seqlens`` [segments + 1] bounds, identified by their count: where there are
+        as many windows as frames, each frame is one window.
 
         Raises:
             ValueError: neither frames nor windows are that many.

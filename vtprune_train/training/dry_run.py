@@ -31,14 +31,13 @@ from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
 from vtprune_train.training.engine import engine_config, zero_stage
-from vtprune_train.training.memory import GIB, Estimate, MicroBatch
+from vtprune_train.training.memory import DTYPE_BYTES, GIB, Estimate, MicroBatch
 from vtprune_train.training.recompute import typical_stages
 from vtprune_train.training.run import training_cost, with_saved_settings
 
 log = logging.getLogger(__name__)
 
 WARMUP_POINTS = 64  # at which the cost of a warm-up is looked at
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def describe(config: Config, gpus: int = 1, memory: float | None = None) -> str:
@@ -198,7 +197,7 @@ def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
         lines.append(f"{part:<16}{count / 1e6:>12.2f} M parameters, {state}")
         total += count
         trained += count if rate else 0
-    element = BYTES[config.model.dtype]
+    element = DTYPE_BYTES[config.model.dtype]
     export = (total if config.model.peft is None else trained) * element
     master = trained * 12 if element == 2 or stage else trained * 8
     lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")

@@ -29,6 +29,8 @@ def be_deterministic(config: Config) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers' flash path
     torch.use_deterministic_algorithms(True)
+    # No result here depends on what torch.empty holds.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def replace_kernels(config: Config, model: HFModule, device: torch.device) -> None:

@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from vtprune_train.config import Config
 from vtprune_train.flops import DecoderGeometry, stage_layers
 from vtprune_train.models import HFModule, head
+from vtprune_train.models.families import family_of
 from vtprune_train.stream import PackedBatch
+from vtprune_train.training.engine import offloads_optimizer, zero_stage
 from vtprune_train.training.optim import parameter_groups
 from vtprune_train.training.pinned import pinned_bytes
 from vtprune_train.training.recompute import Level, recomputed_layers
@@ -25,6 +28,7 @@ from vtprune_train.training.recompute import Level, recomputed_layers
 GIB = 2**30
 RESERVED = 0.06  # share of a device's memory for what is not counted
 ALLREDUCE_ELEMENTS = 5 * 10**8  # DeepSpeed's bucket where ZeRO does not partition the reduction
+FOUR_BIT_BYTES = 0.52  # a weight's 4 bits, and its share of the scales (NF4, double quantisation)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -61,7 +65,7 @@ class Zero:
     def of(cls, settings: dict[str, Any], dtype: str, ranks: int) -> Zero:
         """Read a DeepSpeed config; keys left out have DeepSpeed's defaults."""
         zero = settings.get("zero_optimization", {})
-        stage, element = int(zero.get("stage", 0)), DTYPE_BYTES[dtype]
+        stage, element = zero_stage(settings), DTYPE_BYTES[dtype]
         accumulation = settings.get("data_types", {}).get("grad_accum_dtype")
         return cls(
             stage,
@@ -70,7 +74,7 @@ class Zero:
             DTYPE_BYTES[accumulation] if accumulation else element,
             int(float(zero.get("reduce_bucket_size", 5e8))) if stage else ALLREDUCE_ELEMENTS,
             2 if stage in (1, 2) and zero.get("overlap_comm", False) else 1,
-            zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            offloads_optimizer(settings),
             zero.get("offload_param", {}).get("device", "none") != "none",
             int(float(zero.get("stage3_max_live_parameters", 1e9))),
             int(float(zero.get("sub_group_size", 1e9))),
@@ -86,26 +90,40 @@ class Zero:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are: ``groups`` of the optimizer, ``frozen`` beside them, ``largest`` tensor among the trained."""
+    """How many there are: ``groups`` of the optimizer, ``frozen`` beside them, ``largest`` tensor among the trained;
+    ``four_bit`` of the frozen are stored in 4 bits (QLoRA)."""
 
     groups: tuple[int, ...]
     frozen: int
     largest: int
+    four_bit: int = 0
 
     @property
     def trained(self) -> int:
         return sum(self.groups)
 
+    def bytes_of_weights(self, element: int) -> int:
+        """Of the whole model, where a weight that is not stored in 4 bits takes ``element`` bytes."""
+        return element * (self.trained + self.frozen - self.four_bit) + int(FOUR_BIT_BYTES * self.four_bit)
+
     @classmethod
-    def of(cls, groups: Sequence[dict[str, Any]], every: Sequence[Any]) -> Parameters:
+    def of(cls, groups: Sequence[dict[str, Any]], every: Sequence[Any], four_bit: int = 0) -> Parameters:
         """Count ``parameter_groups`` and all parameters of a model, partitioned ones as a whole."""
         count = [[_numel(p) for p in group["params"]] for group in groups]
         sums = tuple(sum(numels) for numels in count)
-        return cls(sums, sum(map(_numel, every)) - sum(sums), max(max(numels) for numels in count))
+        return cls(sums, sum(map(_numel, every)) - sum(sums), max(max(numels) for numels in count), four_bit)
 
 
 def _numel(parameter: Any) -> int:
+    if parameter.dtype == torch.uint8:  # two 4-bit weights in each element
+        return 2 * int(parameter.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _four_bit(model: HFModule) -> int:
+    """Weights that QLoRA stores in 4 bits: those of all linear layers of the decoder, the adapter's own left out."""
+    layers = model.get_submodule(family_of(model).decoder).layers
+    return sum(_numel(p) for name, p in layers.named_parameters() if p.ndim == 2 and ".lora_" not in name)
 
 
 @dataclass(frozen=True)
@@ -146,7 +164,7 @@ class States:
         e, a, trained = zero.element, zero.accumulation, parameters.trained
         parts = [-(-group // (zero.ranks if zero.stage else 1)) for group in parameters.groups]
         mine, largest_part = sum(parts), max(parts)
-        weights = e * (trained + parameters.frozen)
+        weights = parameters.bytes_of_weights(e)
         masters = 0 if zero.stage == 0 and e == 4 else 4 * mine
         norm = (8 * min(parameters.largest, largest_part) if zero.norm else 0,)
         cast = 4 if e < 4 else 0
@@ -435,7 +453,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All that a prediction is made of but the level of recomputation; ``order`` is what
+    """Everything that a prediction needs except the recomputation level of recomputation; ``order`` is what
     :func:`~vtprune_train.training.recompute.typical_stages` returns."""
 
     zero: Zero
@@ -467,7 +485,8 @@ class Estimate:
         """
         groups = parameter_groups(model, config.model.train, config.train.weight_decay)
         zero = Zero.of(settings, config.model.dtype, ranks)
-        parameters = Parameters.of(groups, list(model.parameters()))
+        packed = config.model.peft is not None and config.model.peft.kind == "qlora"
+        parameters = Parameters.of(groups, list(model.parameters()), _four_bit(model) if packed else 0)
         attention = str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
         geometry = Geometry.of(model.config, config.model.dtype, list(config.model.train), attention)
         saved = [zero.element * _numel(p) for p in model.parameters() if p.requires_grad or config.model.peft is None]

@@ -23,7 +23,7 @@ from vtprune_train.training import distributed as ranks
 from vtprune_train.training.allocations import track_allocations
 from vtprune_train.training.engine import engine_config, offloads_optimizer, zero_stage
 from vtprune_train.training.gradients import discard
-from vtprune_train.training.memory import Estimate, MicroBatch
+from vtprune_train.training.memory import GIB, Estimate, MicroBatch
 from vtprune_train.training.metrics import peak_memory_bytes
 from vtprune_train.training.recompute import Level, typical_stages
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
+STEPS_LOOKED_AT = 64  # whether any of them accumulates
 LOOKED_AT = 1 << 20  # samples whose lengths are in memory together
 # What allocators say without an exception class of their own.
 NO_MEMORY = ("out of memory", "defaultcpuallocator", "alloc_failed", "not enough memory", "cannot allocate memory")
@@ -58,7 +58,8 @@ def preflight(trainer: Trainer) -> None:
     engine, device = trainer.engine, trainer.device
     step = densest_step(trainer)
     batches = [trainer.collate(samples, step=step) for samples in worst_micro_batches(trainer)]
-    accumulates = len(trainer.planner.plan(trainer.state.step).micro_batches) > 1
+    steps = range(trainer.state.step, min(trainer.state.step + STEPS_LOOKED_AT, trainer.end_step))
+    accumulates = any(len(trainer.planner.plan(step).micro_batches) > 1 for step in steps)
     if accumulates and len(batches) == 1:
         batches *= 2
     estimate = heaviest_estimate(trainer, batches, accumulates)

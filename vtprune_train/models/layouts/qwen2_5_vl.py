@@ -120,7 +120,7 @@ class MergedPatches(ImageLayout):
                 position += max(rows, columns)
                 offset = span.end
             parts.append(_text(position, segment.length - offset))
-        return torch.from_numpy(np.concatenate(parts, axis=1))
+        return torch.from_numpy(np.ascontiguousarray(np.concatenate(parts, axis=1)))
 
 
 def _text(position: int, length: int) -> np.ndarray:
