@@ -170,26 +170,26 @@ class States:
         cast = 4 if e < 4 else 0
         reduced = min(trained, zero.bucket)
         if zero.stage == 0:
-            found = cls(weights, masters, 8 * mine, e * trained, e * reduced, 0, (cast * trained,))
+            states = cls(weights, masters, 8 * mine, e * trained, e * reduced, 0, (cast * trained,))
         elif zero.whole_gradients:
             whole = max(reduced, max(parameters.groups)) if trained > zero.bucket else trained
-            found = cls(weights, masters, 8 * mine, (4 + e) * trained, (4 + e) * whole, 0, norm)
+            states = cls(weights, masters, 8 * mine, (4 + e) * trained, (4 + e) * whole, 0, norm)
         elif zero.stage == 3:
             gathered = min(trained + parameters.frozen, zero.max_live) if zero.ranks > 1 or zero.offloads_weights else 0
             largest = min(largest_part, max(zero.sub_group, 1))
             step: tuple[int, ...] = (a * largest, (4 if a < 4 else 0) * largest)
             weights = 0 if zero.offloads_weights else -(-weights // zero.ranks)
-            found = cls(weights, masters, 8 * mine, a * mine + e * zero.bucket, 0, e * (reduced + gathered), step)
+            states = cls(weights, masters, 8 * mine, a * mine + e * zero.bucket, 0, e * (reduced + gathered), step)
         elif a > e:  # float32 gradients of this rank's part, added up bucket by bucket
             buckets = e * zero.buckets * zero.bucket + (e + 4) * reduced + _oversized(zero, parameters)
-            found = cls(weights, masters, 8 * mine, a * mine, 0, buckets, norm)
+            states = cls(weights, masters, 8 * mine, a * mine, 0, buckets, norm)
         else:
             buckets = e * (zero.buckets * zero.bucket + reduced) + _oversized(zero, parameters)
             waits = accumulates or (zero.stage == 1 and zero.buckets == 1)  # for all gradients, before it reduces any
             more = e * (trained if zero.stage == 1 else mine) if waits else 0
             step = max((e * largest_part, cast * largest_part), norm, key=sum)
-            found = cls(weights, masters, 8 * mine, e * mine, more, buckets, step)
-        return _offloaded(found, zero, parameters, mine) if zero.offloads_optimizer else found
+            states = cls(weights, masters, 8 * mine, e * mine, more, buckets, step)
+        return _offloaded(states, zero, parameters, mine) if zero.offloads_optimizer else states
 
     @property
     def backward(self) -> int:
@@ -250,12 +250,12 @@ class LayerBytes:
         """
         g = DecoderGeometry.of(config)
         q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
-        own = element if trained else 0
-        norms = 2 * (4 * g.hidden + 4 + 2 * own * g.hidden)
+        if_trained = element if trained else 0
+        norms = 2 * (4 * g.hidden + 4 + 2 * if_trained * g.hidden)
         if config.model_type.startswith("qwen3"):
-            norms += (4 + own) * (q + k) + 4 * (g.heads + g.kv_heads)
-        attention = element * 2 * (q + k) + 4 * g.heads + (own * q if copies_output else 0)
-        mlp = (3 * element + own) * g.intermediate
+            norms += (4 + if_trained) * (q + k) + 4 * (g.heads + g.kv_heads)
+        attention = element * 2 * (q + k) + 4 * g.heads + (if_trained * q if copies_output else 0)
+        mlp = (3 * element + if_trained) * g.intermediate
         backward = 2 * element * (g.intermediate + g.hidden)  # gradients in the MLP, where all the rest is still saved
         return cls(norms + attention + mlp, element * g.hidden, backward)
 
@@ -374,14 +374,14 @@ class Activations:
         again = np.isin(np.arange(geometry.num_layers), recomputed)
         kept = np.where(again, layer.input, layer.saved) * tokens
         stages = [int(part.sum()) for part in np.split(kept, np.cumsum(batch.layers)[:-1])]
-        stages = [size + geometry.rotary * own for size, own in zip(stages, batch.tokens, strict=True)]
+        stages = [size + geometry.rotary * tokens for size, tokens in zip(stages, batch.tokens, strict=True)]
         seen = batch.tiles * geometry.tower_tokens
         tower = seen * geometry.projector + geometry.element * batch.visual * geometry.hidden
         tower_working = 0
         if geometry.tower is not None:
-            own = geometry.tower
-            tower += seen * geometry.tower_layers * (own.input if tower_too else own.saved)
-            tower_working = seen * (own.backward + (own.saved if tower_too else 0))
+            tower_layer = geometry.tower
+            tower += seen * geometry.tower_layers * (tower_layer.input if tower_too else tower_layer.saved)
+            tower_working = seen * (tower_layer.backward + (tower_layer.saved if tower_too else 0))
         head_kept, head_working = _head(geometry, batch.rows)
         rotary = np.repeat(np.cumsum(batch.tokens), batch.layers) * geometry.rotary
         below = tower + np.cumsum(kept) + rotary

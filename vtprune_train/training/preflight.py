@@ -104,9 +104,10 @@ def heaviest_estimate(trainer: Trainer, batches: Sequence[PackedBatch], accumula
     num_layers = model.config.get_text_config().num_hidden_layers
     drops = collate.method.drops(num_layers) if collate.method is not None else ()
     order, settings = typical_stages(collate.layout, drops, num_layers), engine_config(config)
-    found = [Estimate.of(config, model, settings, ranks.world_size(), MicroBatch.of(batch), order) for batch in batches]
+    sizes = [MicroBatch.of(batch) for batch in batches]
+    estimates = [Estimate.of(config, model, settings, ranks.world_size(), size, order) for size in sizes]
     level = config.train.activation_checkpointing
-    return max(found, key=lambda estimate: estimate.at(level, accumulates).peak)
+    return max(estimates, key=lambda estimate: estimate.at(level, accumulates).peak)
 
 
 def hold(sizes: Sequence[int], device: torch.device) -> None:
