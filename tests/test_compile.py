@@ -19,7 +19,7 @@ from vtprune_train.config import Config, ConfigError
 from vtprune_train.models.compile import EAGER, compile_layers, is_compiled, uncompile_layers
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.training.kernels import compile_model
+from vtprune_train.training.kernels import compile_model, compile_refusal
 
 CPU = torch.device("cpu")
 METHODS = {
@@ -173,6 +173,17 @@ def test_what_is_not_compiled(changes, stage, reason):
         model = tiny_model()
         assert not compile_model(config_with(**changes, train={"compile": word}), model, CPU, stage)
         assert not any(is_compiled(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("triton", "compilers", "reason"),
+    [(True, {"gcc"}, None), (False, {"gcc"}, "Triton, which"), (True, set(), "Triton needs a C compiler")],
+)
+def test_auto_on_a_gpu_needs_what_writes_the_kernels(monkeypatch, triton, compilers, reason):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in compilers else None)
+    found = compile_refusal(config_with(), torch.device("cuda"), 2)
+    assert found is None if reason is None else found.startswith(reason)
 
 
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path):

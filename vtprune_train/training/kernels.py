@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import shutil
 
 import torch
 from torch import nn
@@ -111,8 +113,14 @@ def compile_refusal(config: Config, device: torch.device, zero_stage: int) -> st
         return "4-bit weights are unpacked inside the layers"
     if config.model.liger:
         return "model.liger=true replaces what would be compiled"
-    if config.train.compile == "auto" and device.type != "cuda":
+    if config.train.compile == "always":
+        return None
+    if device.type != "cuda":
         return "there is no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which writes the kernels, is not installed"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "Triton needs a C compiler, and there is none"
     return None
 
 
