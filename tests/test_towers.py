@@ -293,6 +293,7 @@ def test_lengths_that_packed_features_return_stay_on_the_host(name):
     assert "pack_image_features" not in model.model.__dict__
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: variable-length kernels run on CUDA only")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", [b for b in attention.BACKENDS if b != "varlen_sdpa"])
