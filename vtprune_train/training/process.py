@@ -82,6 +82,7 @@ def set_allocator() -> None:
 
 
 def _give_up(watchdog: Watchdog, error: BaseException) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one rank is gone; this one is ending
     if isinstance(error, Terminated):
         shown = "SIGTERM before the first step: nothing to save"
         watchdog.fail(error, EXIT_TERMINATED, final=True, shown=shown)
