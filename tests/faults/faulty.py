@@ -10,14 +10,14 @@ import sys
 import time
 
 from vtprune_train.cli import main, train_main
-from vtprune_train.training import process
+from vtprune_train.training import lifeline, process, watchdog
 from vtprune_train.training.trainer import Trainer
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 
 
 def fault() -> None:
-    if KIND == "refuse":
+    if KIND in ("refuse", "refuse_early"):
         raise ValueError("a file is missing on this machine alone")
     if KIND in ("raise", "always"):
         raise RuntimeError("something in this rank alone")
@@ -44,6 +44,21 @@ def forward_backward(self, *arguments, original=Trainer._forward_backward):
     return original(self, *arguments)
 
 
+def join_late(*arguments, original=lifeline.reach):
+    """As on a loaded machine: the failing rank is heard of before the others have joined, and ends after that."""
+    if KIND == "refuse_early" and os.environ["RANK"] != RANK:
+        time.sleep(2)
+    return original(*arguments)
+
+
+def end_late(*arguments, original=watchdog.end):
+    if KIND == "refuse_early" and os.environ["RANK"] == RANK:
+        time.sleep(4)
+    original(*arguments)
+
+
+watchdog.end = end_late
+lifeline.reach = join_late
 process.prepare = prepare
 Trainer._forward_backward = forward_backward
 

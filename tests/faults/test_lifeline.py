@@ -3,13 +3,16 @@
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from vtprune_train.config import ConfigError
 from vtprune_train.training import distributed
 from vtprune_train.training.lifeline import (
+    CONSEQUENCE_SECONDS,
     EXIT_HUNG,
+    SETTLE_SECONDS,
     Failure,
     Hub,
     Lifeline,
@@ -69,12 +72,75 @@ def heard(line, seconds=60.0):
     return []
 
 
+def next_message(line):
+    """The next message alone; the others stay to be read."""
+    message, *others = heard(line)
+    line.wire.keep(others)
+    return message
+
+
 def test_a_closed_connection_is_a_dead_rank(connected):
     _, lines = connected
     lines[1].wire.close()
     for rank in (0, 2):
-        [message] = heard(lines[rank])
+        message = next_message(lines[rank])
         assert message["kind"] == "verdict" and message["culprits"] == [1] and "without a word" in message["text"]
+
+
+def failed(line, error, **more):
+    line.wire.send("failed", **{"error": error, "where": "starting", "code": 2, **more})
+
+
+def test_a_rank_that_joins_after_another_failed_is_told():
+    """On a loaded machine a rank may fail before the others have joined."""
+    hub = Hub("127.0.0.1", "token", 2)
+    early = Lifeline(reach(["127.0.0.1"], hub.port, "token", 1))
+    failed(early, "ValueError: a file is missing")
+    assert next_message(early)["culprits"] == [1]
+    early.wire.close()
+    late = Lifeline(reach(["127.0.0.1"], hub.port, "token", 0))
+    verdict = next_message(late)
+    assert verdict["culprits"] == [1] and "a file is missing" in verdict["text"]
+    assert next_message(late) == {"kind": "cause_ended"}
+    late.wire.close()
+    hub.join()
+
+
+def test_what_arrives_with_the_welcome_is_not_lost():
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as thread:
+        reached = thread.submit(reach, ["127.0.0.1"], server.getsockname()[1], "token", 0)
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b'{"kind": "welcome"}\n{"kind": "verdict"}\n')
+            assert reached.result().receive() == [{"kind": "verdict"}]
+
+
+@pytest.mark.parametrize("consequence", ["in_collective", "terminated"])
+def test_a_consequence_that_is_heard_of_first_waits_for_its_cause(connected, consequence):
+    """Longer than a killed process needs to go on a loaded machine."""
+    _, lines = connected
+    failed(lines[0], "RuntimeError: connection closed by peer", **{consequence: True})
+    assert heard(lines[2], SETTLE_SECONDS + 0.5) == []
+    lines[1].wire.close()
+    assert next_message(lines[0])["culprits"] == [1]
+
+
+def test_consequences_on_all_ranks_are_judged_without_a_cause(connected):
+    _, lines = connected
+    for line in lines:
+        failed(line, "SIGTERM", terminated=True)
+    began = time.monotonic()
+    assert next_message(lines[1])["culprits"] == [0]
+    assert time.monotonic() - began < CONSEQUENCE_SECONDS
+
+
+def test_the_end_of_the_cause_is_told(connected):
+    _, lines = connected
+    failed(lines[1], "KeyError: 'x'")
+    assert next_message(lines[0])["culprits"] == [1]
+    assert heard(lines[0], 0.5) == [], "it has not ended yet"
+    lines[1].wire.close()
+    assert next_message(lines[0]) == {"kind": "cause_ended"}
 
 
 def test_a_rank_that_takes_its_leave_is_not_missed(connected):
@@ -97,7 +163,7 @@ def test_roll_call_waits_for_answers_and_forgives_who_goes_on(connected):
     for rank, line in enumerate(lines):
         assert heard(line) == [{"kind": "roll_call"}]
         line.wire.send("place", **vars(Place(5 - (rank == 2))))
-    assert [message["culprits"] for message in heard(lines[1])] == [[2]]
+    assert next_message(lines[1])["culprits"] == [2]
 
 
 def test_a_forked_child_does_not_hold_the_connection(connected):
@@ -108,7 +174,7 @@ def test_a_forked_child_does_not_hold_the_connection(connected):
         time.sleep(600)
         os._exit(0)
     lines[1].wire.close()
-    assert [message["culprits"] for message in heard(lines[0])] == [[1]]
+    assert next_message(lines[0])["culprits"] == [1]
     os.kill(child, 9)
     os.waitpid(child, 0)
 

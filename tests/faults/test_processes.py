@@ -29,10 +29,11 @@ def whole(runs):
     return runs.checkpoint("whole")
 
 
-def faulty(runs, name, fault, *settings, ranks=2, expect=1):
+def faulty(runs, name, fault, *settings, ranks=2, expect=1, **launch):
     """A run with a fault; what it said, and how many seconds after the fault's step began it was over."""
     began = time.time()
-    done = runs.run(name, *SETTINGS, *settings, ranks=ranks, script=FAULTY, env={"FAULT": fault}, expect=expect)
+    launch = {"script": FAULTY, "env": {"FAULT": fault}, **launch}
+    done = runs.run(name, *SETTINGS, *settings, ranks=ranks, expect=expect, **launch)
     metrics = runs.directory(name) / "metrics.jsonl"
     return done.stderr, time.time() - (metrics.stat().st_mtime if metrics.exists() else began)
 
@@ -84,6 +85,15 @@ def test_what_one_machine_lacks_is_said_by_it(runs):
     said, seconds = faulty(runs, "refused", "refuse:1:0")
     assert seconds < 30 and "cannot train:\n  a file is missing on this machine alone" in said
     assert "Traceback" not in said
+
+
+def test_a_rank_that_joins_after_another_failed_says_that_one_s_error(runs):
+    """torchrun, which gives the ranks that are left time to end by themselves."""
+    said, _ = faulty(runs, "late", "refuse_early:1:0", launcher="torchrun")
+    assert "cannot train:\n  a file is missing on this machine alone" in said
+    of_rank_0 = said.partition("rank 0 stops")[2].partition("torch.distributed.elastic")[0]
+    assert f"rank 1 on {HOST} failed (starting): ValueError: a file is missing" in of_rank_0
+    assert "_give_up" not in said and "gloo" not in said.partition("rank 0 stops")[0]
 
 
 LAUNCH = {"script": HERE / "faulty_launch.py", "env": {"FAULT": "none:0:0", "PYTHONPATH": f"{ROOT}:{HERE}"}}

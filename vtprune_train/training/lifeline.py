@@ -23,6 +23,7 @@ from vtprune_train.training import distributed as ranks
 
 EXIT_HUNG = 124  # as timeout(1)
 SETTLE_SECONDS = 1.0  # what failed first may be heard of second
+CONSEQUENCE_SECONDS = 10.0  # how long a failure that another one caused waits for that one
 ROLL_CALL_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
 WELCOME_SECONDS = 60.0  # thousands of ranks come at once
@@ -52,6 +53,12 @@ class Failure:
     code: int = 1
     final: bool = False
     in_collective: bool = False
+    terminated: bool = False
+
+    @property
+    def is_consequence(self) -> bool:
+        """Another rank's end explains it: a collective broke, or the launcher sent SIGTERM."""
+        return self.in_collective or self.terminated
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,10 @@ class Verdict:
 
 def judge_failures(failures: Sequence[Failure]) -> Verdict:
     """The cause among failures in the order heard of. A rank that raised by itself comes before one that is gone, and
-    that before one whose collective broke, since that is what the others' end looks like from inside."""
+    that before one whose collective broke or that got SIGTERM, which is what the others' end looks like from inside."""
 
     def order(failure: Failure) -> int:
-        return 1 if failure.error is None else 2 if failure.in_collective else 0
+        return 1 if failure.error is None else 2 if failure.is_consequence else 0
 
     first = min(failures, key=order)
     name = f"rank {first.rank} on {first.host}"
@@ -116,6 +123,7 @@ class Wire:
         self.open = True
         self._lock = threading.Lock()
         self._buffer = b""
+        self._kept: list[dict[str, Any]] = []
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         options = {
             "TCP_KEEPIDLE": 10,
@@ -137,6 +145,9 @@ class Wire:
 
     def receive(self) -> list[dict[str, Any]]:
         """What has arrived; call when the socket is readable. ``open`` is false once the other side is gone."""
+        if self._kept:
+            kept, self._kept = self._kept, []
+            return kept
         try:
             chunk = self.socket.recv(65536)
         except (TimeoutError, BlockingIOError):
@@ -150,6 +161,10 @@ class Wire:
         except ValueError:  # not one of ours
             self.open = False
             return []
+
+    def keep(self, messages: list[dict[str, Any]]) -> None:
+        """Let the next :meth:`receive` return these, which arrived together with an answer that was waited for."""
+        self._kept += messages
 
     def close(self) -> None:
         self.open = False
@@ -193,7 +208,8 @@ class Hub:
         self.port = self.server.getsockname()[1]
         self._members: dict[int, _Member] = {}
         self._heard = _Heard()
-        self._told = False
+        self._verdict: Verdict | None = None
+        self._cause_ended = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.server, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._serve, name="lifeline hub", daemon=True)
@@ -260,6 +276,10 @@ class Hub:
         member.rank, member.host = message["rank"], message["host"]
         self._members[member.rank] = member
         member.wire.send("welcome")
+        if self._verdict is not None:  # another rank failed before this one had joined
+            member.wire.send("verdict", **asdict(self._verdict))
+            if self._cause_ended:
+                member.wire.send("cause_ended")
 
     def _failed(self, failure: Failure) -> None:
         known = {heard.rank for heard in self._heard.failures}
@@ -269,11 +289,10 @@ class Hub:
 
     def _judge(self) -> None:
         heard, now = self._heard, time.monotonic()
-        if self._told:
-            return
-        if heard.failures:
-            certain = any(failure.error is not None and not failure.in_collective for failure in heard.failures)
-            if certain or now - heard.since > SETTLE_SECONDS:
+        if self._verdict is not None:
+            self._tell_of_the_end(self._verdict)
+        elif heard.failures:
+            if now - heard.since > self._settling():
                 self._pronounce(judge_failures(heard.failures))
         elif heard.caller is not None:
             if heard.caller in heard.places and heard.places[heard.caller].marks != heard.caller_marks:
@@ -283,14 +302,31 @@ class Hub:
             if present.keys() <= heard.places.keys() or now - heard.called > ROLL_CALL_SECONDS:
                 self._pronounce(judge_stall(heard.places, present, heard.caller))
 
+    def _settling(self) -> float:
+        """Seconds from the first failure until the cause is taken to be among those heard of."""
+        failures = self._heard.failures
+        if any(failure.error is not None and not failure.is_consequence for failure in failures):
+            return 0.0
+        if any(failure.error is None for failure in failures) or len(failures) == self.world_size:
+            return SETTLE_SECONDS
+        return CONSEQUENCE_SECONDS
+
     def _pronounce(self, verdict: Verdict) -> None:
-        self._told = True
+        self._verdict = verdict
         self._tell("verdict", **asdict(verdict))
 
+    def _tell_of_the_end(self, verdict: Verdict) -> None:
+        """Once the ranks that are the cause have ended, the others may."""
+        culprits = [self._members[rank] for rank in verdict.culprits if rank in self._members]
+        if not self._cause_ended and not any(member.wire.open for member in culprits):
+            self._cause_ended = True
+            self._tell("cause_ended")
+
     def _tell(self, kind: str, **content: Any) -> None:
-        for member in self._members.values():
-            if member.wire.open:
-                member.wire.send(kind, **content)
+        """To rank 0 last: its process ends this thread when it ends."""
+        for rank in sorted(self._members, reverse=True):
+            if self._members[rank].wire.open:
+                self._members[rank].wire.send(kind, **content)
 
 
 class Lifeline:
@@ -353,7 +389,9 @@ def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
             continue
         wire.send("hello", token=token, rank=rank, host=socket.gethostname())
         wire.socket.settimeout(WELCOME_SECONDS)
-        if [message["kind"] for message in wire.receive()] == ["welcome"]:
+        messages = wire.receive()
+        if messages and messages[0].get("kind") == "welcome":
+            wire.keep(messages[1:])
             return wire
         wire.close()
         reasons.append(f"{address}: something else answers")

@@ -85,7 +85,7 @@ def _give_up(watchdog: Watchdog, error: BaseException) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one rank is gone; this one is ending
     if isinstance(error, Terminated):
         shown = "SIGTERM before the first step: nothing to save"
-        watchdog.fail(error, EXIT_TERMINATED, final=True, shown=shown)
+        watchdog.fail(error, EXIT_TERMINATED, final=True, shown=shown, terminated=True)
     if isinstance(error, KeyboardInterrupt):
         watchdog.fail(error, EXIT_INTERRUPTED, final=True, shown="interrupted")
     if isinstance(error, TrainingError):  # of all ranks; resuming repeats the same bits, so it would come again

@@ -32,7 +32,9 @@ from vtprune_train.training import distributed as ranks
 from vtprune_train.training.lifeline import ROLL_CALL_SECONDS, Lifeline, Place, Verdict
 
 POLL_SECONDS = 0.5
-LINGER_SECONDS = 2.0  # the cause ends first, so that launchers report it and not its victims
+VERDICT_SECONDS = 60.0  # longer than the hub ever needs; it fails to answer only if rank 0 is stopped
+CAUSE_SECONDS = 10.0  # for the rank that is the cause to say so and end
+LINGER_SECONDS = 2.0  # the others end so much later: launchers look every second, and report who ended first
 COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 
 
@@ -51,7 +53,7 @@ class Watchdog:
         self._file: Any = None
         self._complained = -1
         self._verdict: Verdict | None = None
-        self._heard_verdict = threading.Event()
+        self._heard_verdict, self._others_may_end = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -86,7 +88,7 @@ class Watchdog:
             if not Path(self._file.name).stat().st_size:
                 Path(self._file.name).unlink()
 
-    def fail(self, error: BaseException, code: int, *, final: bool, shown: str) -> NoReturn:
+    def fail(self, error: BaseException, code: int, *, final: bool, shown: str, terminated: bool = False) -> NoReturn:
         """End this rank, and with it the job, because of ``error``; prints ``shown`` if this rank is the cause.
 
         Args:
@@ -94,16 +96,19 @@ class Watchdog:
             code: exit code of all ranks.
             final: starting again would end the same way.
             shown: what the user is to read.
+            terminated: it is SIGTERM, which a launcher also sends because another rank failed.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, since the job is ending
         reason = _first_lines(f"{type(error).__name__}: {error}")
         inside = _in_collective(error)
         where = self.place().where
-        self.lifeline.wire.send("failed", error=reason, where=where, code=code, final=final, in_collective=inside)
-        self._heard_verdict.wait(ROLL_CALL_SECONDS)
+        self.lifeline.wire.send(
+            "failed", error=reason, where=where, code=code, final=final, in_collective=inside, terminated=terminated
+        )
+        self._heard_verdict.wait(VERDICT_SECONDS)
         verdict = self._verdict or Verdict((ranks.rank(),), reason, code, final)
         if ranks.rank() not in verdict.culprits:
-            time.sleep(LINGER_SECONDS)
+            self._others_may_end.wait(CAUSE_SECONDS + LINGER_SECONDS)
         with self._ending:
             if ranks.rank() in verdict.culprits and not verdict.hung:
                 _write_error_file(shown)
@@ -124,13 +129,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            for message in self.lifeline.poll(POLL_SECONDS):
+            messages = self.lifeline.poll(POLL_SECONDS)
+            while messages:
+                message = messages.pop(0)
                 kind = message.pop("kind")
                 if kind == "done":
                     return
                 if kind == "roll_call":
                     self.lifeline.wire.send("place", **asdict(self.place()))
                 elif kind == "verdict":
+                    self.lifeline.wire.keep(messages)
                     self._obey(Verdict(**{**message, "culprits": tuple(message["culprits"])}))
                 elif kind == "gone":
                     self._obey(Verdict((0,), "rank 0 is gone without a word (killed? out of host memory?)", 1))
@@ -152,10 +160,22 @@ class Watchdog:
         if verdict.hung:
             self._write_stacks(verdict)
         self._heard_verdict.set()
-        time.sleep(LINGER_SECONDS * (4 if ranks.rank() in verdict.culprits and not verdict.hung else 1))
+        if not verdict.hung:
+            self._await_cause()
+        if ranks.rank() not in verdict.culprits or verdict.hung:
+            time.sleep(LINGER_SECONDS)
+        self._others_may_end.set()
         with self._ending:
             self._tell_of(verdict)
             end(verdict.code, verdict.final)
+
+    def _await_cause(self) -> None:
+        """Wait until the ranks that are the cause have ended; one of them ends by itself meanwhile."""
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            kinds = {message["kind"] for message in self.lifeline.poll(min(left, POLL_SECONDS))}
+            if kinds & {"cause_ended", "gone"}:
+                return
 
     def _tell_of(self, verdict: Verdict, broken: str = "") -> None:
         """Say why the job ends: the culprits, and the first rank of every machine."""
