@@ -8,6 +8,8 @@ which row predicts the first of every answer (the query row), follows from the i
 from __future__ import annotations
 
 import dataclasses
+import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -155,6 +157,18 @@ class EncodedChat:
     answer_starts: tuple[int, ...]
 
 
+def writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the ids of LLaVA's own code are those of a text with more spaces in it.
+
+    That code tokenizes the texts between images by themselves. Tokenizers of SentencePiece with ``legacy: false`` write
+    a word boundary at the beginning of each, which in the whole text takes a space; other tokenizers write one after
+    every added token (``legacy: true``) or never (byte-level), so their ids are the same anyway.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = None if backend is None else json.loads(backend.to_str())["pre_tokenizer"]
+    return kind is not None and kind["type"] == "Metaspace" and kind.get("prepend_scheme") == "first"
+
+
 class ChatEncoder:
     """Tokenizes conversations by a template.
 
@@ -165,6 +179,7 @@ class ChatEncoder:
         image_position: ``as_written``, or ``first``: a message's image goes to its front, as LLaVA's own data code
             does for messages with one image.
         placeholder: what the family writes around the image token, ``<image>`` in its place.
+        tokenization: ``processor``, or ``llava``: with the ids of LLaVA's own code (see :func:`writes_spaces`).
 
     Raises:
         ValueError: the tokenizer lacks what the template needs, does not keep the image token whole, or writes
@@ -178,6 +193,7 @@ class ChatEncoder:
         image_token_id: int,
         image_position: Literal["as_written", "first"] = "as_written",
         placeholder: str = IMAGE,
+        tokenization: Literal["processor", "llava"] = "processor",
     ):
         if "{eos}" in template.answer and tokenizer.eos_token is None:
             raise ValueError(f"template {template.name} ends answers with {{eos}}, but the tokenizer has no eos_token")
@@ -190,6 +206,7 @@ class ChatEncoder:
         self.template = dataclasses.replace(
             template, answer=template.answer.replace("{eos}", tokenizer.eos_token or "")
         )
+        self.spaces = tokenization == "llava" and writes_spaces(tokenizer)
         self._tokens = SectionTokenizer(tokenizer)
         self._added = self._check_tokenizer()
 
@@ -250,7 +267,23 @@ class ChatEncoder:
             if is_answer:
                 places += [len(text), len(text) + len(piece)]
             text += piece
-        return _Rendered(text, places, num_images)
+        chat = _Rendered(text, places, num_images)
+        return self._with_spaces(chat) if self.spaces else chat
+
+    def _with_spaces(self, chat: _Rendered) -> _Rendered:
+        """A space before every text that stands between images, also before one that is an answer's beginning."""
+        text, at, starts = self.bos, len(self.bos), []
+        for number, part in enumerate(chat.text[at:].split(self.placeholder)):
+            if number:
+                text += self.placeholder
+                at += len(self.placeholder)
+            if part and not part.startswith(tuple(self.tokenizer.all_special_tokens)):
+                starts.append(at)
+                text += " "
+            text += part
+            at += len(part)
+        places = [place + bisect_left(starts, place) for place in chat.places]
+        return _Rendered(text, places, chat.num_images)
 
     def _tokenized(self, conversations: Sequence[Sequence[Turn]]) -> list[_Tokenized]:
         rendered = [self._render(turns) for turns in conversations]
@@ -286,7 +319,7 @@ class ChatEncoder:
         """Settings that affect the tokens; used to cache lengths."""
         backend = self.tokenizer.backend_tokenizer.to_str()
         images = f"{self.image_token_id}|{self.placeholder}|{self.image_position}"
-        return f"{TOKENIZED}|{self.template}|{images}|{self.bos}|{self._added}|{backend}"
+        return f"{TOKENIZED}|{self.template}|{images}|{self.spaces}|{self.bos}|{self._added}|{backend}"
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
-from vtprune_train.data.chat import Template
+from vtprune_train.data.chat import ChatEncoder, Template
 from vtprune_train.stream import IMAGE
 
 _PLACE = re.compile(r"(\{text\}|\{eos\})")
 
 
 def chat_template(
-    template: Template, *, image_first: bool = False, placeholder: str = IMAGE, token: str = IMAGE
+    template: Template,
+    *,
+    image_first: bool = False,
+    placeholder: str = IMAGE,
+    token: str = IMAGE,
+    spaces_unless: Sequence[str] | None = None,
 ) -> str:
     """The Jinja source that writes a conversation exactly as ``template`` does for training.
 
@@ -25,6 +31,8 @@ def chat_template(
         image_first: a message's only image goes to its front (``data.image_position: first``).
         placeholder: what the family writes at an image, ``<image>`` standing for its image token.
         token: the family's image token.
+        spaces_unless: a space before every text between images that does not begin with one of these
+            (``data.tokenization: llava``); ``None`` for no spaces.
     """
     image, written = json.dumps(IMAGE), placeholder.replace(IMAGE, token)
     first = (
@@ -44,6 +52,7 @@ def chat_template(
         "{%- else -%}{{- raise_exception('this model takes text and images, not ' ~ part.type) -}}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}{%- endmacro -%}",
         "{%- if bos_token -%}{{- bos_token -}}{%- endif -%}" if template.bos else "",
+        "{%- set conversation -%}" if spaces_unless is not None else "",
         "{%- if messages[0].role == 'system' -%}{%- set text = plain(messages[0].content) -%}"
         f"{{%- else -%}}{{%- set text = {json.dumps(template.default_system)} -%}}{{%- endif -%}}",
         f"{{%- if text -%}}{images}{_writes(template.system)}{{%- endif -%}}",
@@ -60,6 +69,7 @@ def chat_template(
         "{{- raise_exception('no place for a message of ' ~ message.role ~ ' here') -}}",
         "{%- endif -%}{%- endfor -%}",
         f"{{%- if add_generation_prompt -%}}{_writes(template.assistant)}{{%- endif -%}}",
+        f"{{%- endset -%}}{_with_spaces(written, spaces_unless)}" if spaces_unless is not None else "",
     ]
     return "\n".join(line for line in lines if line)
 
@@ -69,3 +79,25 @@ def _writes(pattern: str) -> str:
     names = {"{text}": "text", "{eos}": "eos_token"}
     parts = [names.get(part) or json.dumps(part) for part in _PLACE.split(pattern) if part]
     return f"{{{{- {' ~ '.join(parts)} -}}}}" if parts else ""
+
+
+def _with_spaces(image: str, unless: Sequence[str]) -> str:
+    """Writes ``conversation`` with a space before every text between images."""
+    begins = "".join(f"{json.dumps(mark)}, " for mark in unless)
+    return (
+        f"{{%- for part in conversation.split({json.dumps(image)}) -%}}"
+        f"{{%- if not loop.first -%}}{{{{- {json.dumps(image)} -}}}}{{%- endif -%}}"
+        f"{{%- if part and not part.startswith(({begins})) -%}}{{{{- ' ' -}}}}{{%- endif -%}}"
+        "{{- part -}}{%- endfor -%}"
+    )
+
+
+def written_by(encoder: ChatEncoder) -> str:
+    """The chat template of what ``encoder`` makes: prompts by it have the ids of training."""
+    return chat_template(
+        encoder.template,
+        image_first=encoder.image_position == "first",
+        placeholder=encoder.placeholder,
+        token=encoder.image_token,
+        spaces_unless=encoder.tokenizer.all_special_tokens if encoder.spaces else None,
+    )
