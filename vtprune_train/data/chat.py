@@ -224,7 +224,7 @@ class ChatEncoder:
             after = self.tokenizer.convert_ids_to_tokens(added[place + 1 :])
             raise ValueError(
                 f"the tokenizer adds {after} after every text, so also after a prompt; set add_eos_token to false in "
-                "its tokenizer_config.json"
+                "its tokenizer_config.json, or let the template write a beginning-of-sequence token"
             )
         return added[:place]
 
@@ -317,9 +317,10 @@ class ChatEncoder:
 
     def fingerprint(self) -> str:
         """Settings that affect the tokens; used to cache lengths."""
-        backend = self.tokenizer.backend_tokenizer.to_str()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = str(sorted(self.tokenizer.get_vocab().items())) if backend is None else backend.to_str()
         images = f"{self.image_token_id}|{self.placeholder}|{self.image_position}"
-        return f"{TOKENIZED}|{self.template}|{images}|{self.spaces}|{self.bos}|{self._added}|{backend}"
+        return f"{TOKENIZED}|{self.template}|{images}|{self.spaces}|{self.bos}|{self._added}|{content}"
 
 
 @dataclass(frozen=True)
