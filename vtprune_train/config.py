@@ -198,6 +198,7 @@ class DataConfig(Section):
     template: str | dict[str, Any] = "vicuna_v1"
     system: str | None = None
     image_position: Literal["as_written", "first"] = "as_written"
+    tokenization: Literal["processor", "llava"] = "processor"
     max_length: int = Field(4096, ge=1)
     max_tokens: int = Field(16384, ge=1)
     too_long: Literal["error", "skip"] = "error"

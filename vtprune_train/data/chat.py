@@ -1,12 +1,15 @@
-"""Conversations to tokens: templates as pieces, labels and query rows exact by construction.
+"""Conversations to tokens: templates as pieces, token ids as a prompt has them, labels and query rows.
 
-A template turns a conversation into ``(text, supervised)`` pieces. Each piece is tokenized by itself, so which tokens
-are supervised, and which token predicts the first one of every answer (the query row), is never guessed from labels.
+A template turns a conversation into ``(text, supervised)`` pieces. The whole text is tokenized, as it is when a model
+is prompted with it: the ids before an answer are those of the prompt that asks for it. Which tokens are supervised, and
+which row predicts the first of every answer (the query row), follows from the ids of the text up to the answer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from vtprune_train.data.tokens import Edge, SectionTokenizer
 from vtprune_train.stream import IGNORE, IMAGE
 
 UNSUPERVISED = "no token is supervised: the conversation has no answer to learn"
-KNOWN_TEXTS = 4096  # texts whose tokens are remembered
+TOKENIZED = "whole text"  # how; part of what cached lengths are known by
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -42,7 +46,8 @@ class Template:
 
     Args:
         user: text around a user message, ``{text}`` in its place.
-        assistant: what stands before an answer, not supervised. Its last token is the query row.
+        assistant: what stands before an answer, not supervised. Its last token is the query row. Spaces at its end
+            are moved to the front of ``answer``: most tokenizers join them with the answer's first word.
         answer: text around an answer, all of it supervised; ``{eos}`` is the tokenizer's end-of-sequence token.
         name: shown in errors.
         system: text around the system prompt; left out where there is no prompt.
@@ -61,6 +66,11 @@ class Template:
     default_system: str = ""
     bos: bool = True
     images_only: bool = False
+
+    def __post_init__(self) -> None:
+        kept = self.assistant.rstrip(" ")
+        object.__setattr__(self, "answer", self.assistant[len(kept) :] + self.answer)
+        object.__setattr__(self, "assistant", kept)
 
     def pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
         """``(text, supervised)``, alternating: what leads to an answer, the answer."""
@@ -147,16 +157,33 @@ class EncodedChat:
     answer_starts: tuple[int, ...]
 
 
+def writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the ids of LLaVA's own code are those of a text with more spaces in it.
+
+    That code tokenizes the texts between images by themselves. Tokenizers of SentencePiece with ``legacy: false`` write
+    a word boundary at the beginning of each, which in the whole text takes a space; other tokenizers write one after
+    every added token (``legacy: true``) or never (byte-level), so their ids are the same anyway.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = None if backend is None else json.loads(backend.to_str())["pre_tokenizer"]
+    return kind is not None and kind["type"] == "Metaspace" and kind.get("prepend_scheme") == "first"
+
+
 class ChatEncoder:
     """Tokenizes conversations by a template.
 
     Args:
-        tokenizer: has the image token as one special token.
+        tokenizer: has the image token as one added token.
         template: see :class:`Template`.
         image_token_id: the id written at each image.
         image_position: ``as_written``, or ``first``: a message's image goes to its front, as LLaVA's own data code
             does for messages with one image.
         placeholder: what the family writes around the image token, ``<image>`` in its place.
+        tokenization: ``processor``, or ``llava``: with the ids of LLaVA's own code (see :func:`writes_spaces`).
+
+    Raises:
+        ValueError: the tokenizer lacks what the template needs, does not keep the image token whole, or writes
+            something after every text, which would stand between prompt and answer.
     """
 
     def __init__(
@@ -166,115 +193,165 @@ class ChatEncoder:
         image_token_id: int,
         image_position: Literal["as_written", "first"] = "as_written",
         placeholder: str = IMAGE,
+        tokenization: Literal["processor", "llava"] = "processor",
     ):
-        self.tokenizer = tokenizer
-        self.image_token_id = image_token_id
-        self.image_position = image_position
-        self.placeholder = placeholder
         if "{eos}" in template.answer and tokenizer.eos_token is None:
             raise ValueError(f"template {template.name} ends answers with {{eos}}, but the tokenizer has no eos_token")
-        answer = template.answer.replace("{eos}", tokenizer.eos_token or "")
-        self.template = dataclasses.replace(template, answer=answer)
-        self._known: dict[str, list[int]] = {}  # headers, short questions and answers come again and again
-        self._counts: dict[str, int] = {}  # of the same, where only lengths are asked for
-        self._prepends_space = tokenizer.tokenize("a")[:1] not in (["a"], [])
+        self.tokenizer = tokenizer
+        self.image_token_id = image_token_id
+        self.image_token: str = tokenizer.convert_ids_to_tokens(image_token_id)
+        self.image_position = image_position
+        self.placeholder = placeholder.replace(IMAGE, self.image_token)
+        self.bos = (template.bos and tokenizer.bos_token) or ""
+        self.template = dataclasses.replace(
+            template, answer=template.answer.replace("{eos}", tokenizer.eos_token or "")
+        )
+        self.spaces = tokenization == "llava" and writes_spaces(tokenizer)
+        self._tokens = SectionTokenizer(tokenizer)
+        self._added = self._check_tokenizer()
+
+    def _check_tokenizer(self) -> list[int]:
+        """What the tokenizer adds before a text that has no beginning-of-sequence token."""
+        two = self.tokenizer.encode(f"a{self.image_token}{self.image_token}\na", add_special_tokens=False)
+        if two.count(self.image_token_id) != 2:
+            raise ValueError(
+                f"the tokenizer does not take {self.image_token} for one token wherever it stands (it reads "
+                f"{self.tokenizer.convert_ids_to_tokens(two)}); add it with special=True and normalized=False"
+            )
+        added = self.tokenizer.encode(self.image_token)
+        place = added.index(self.image_token_id)
+        if added[place + 1 :] and not self.bos:
+            after = self.tokenizer.convert_ids_to_tokens(added[place + 1 :])
+            raise ValueError(
+                f"the tokenizer adds {after} after every text, so also after a prompt; set add_eos_token to false in "
+                "its tokenizer_config.json, or let the template write a beginning-of-sequence token"
+            )
+        return added[:place]
 
     def encode(self, turns: Sequence[Turn]) -> EncodedChat:
         """Tokenize one conversation.
 
         Raises:
-            ValueError: nothing is supervised.
+            ValueError: nothing is supervised, or its text holds the image token.
         """
-        ids: list[int] = self._begin()
-        supervised: list[bool] = [False] * len(ids)
-        images: list[int] = []
-        answers: list[int] = []
-        for parts, is_answer in self._pieces(turns):
-            if is_answer:
-                answers.append(len(ids))
-            for part_index, part in enumerate(parts):
-                if part_index:
-                    images.append(len(ids))
-                    ids.append(self.image_token_id)
-                    supervised.append(False)
-                tokens = self._tokenize(part)
-                ids += tokens
-                supervised += [is_answer] * len(tokens)
-        input_ids = np.array(ids, dtype=np.int64)
-        flags = np.array(supervised, dtype=bool)
-        _check_supervision(int(flags.sum()), bool(flags[:1].all()))
-        labels = np.where(flags, input_ids, IGNORE)
-        return EncodedChat(input_ids, labels, tuple(images), tuple(answers))
+        [chat] = self._tokenized([turns])
+        chat.check(self.image_token_id)
+        input_ids = np.array(chat.ids, dtype=np.int64)
+        labels = np.full_like(input_ids, IGNORE)
+        for start, end in chat.answers:
+            labels[start:end] = input_ids[start:end]
+        images = np.flatnonzero(input_ids == self.image_token_id)
+        return EncodedChat(input_ids, labels, tuple(images.tolist()), tuple(start for start, _ in chat.answers))
 
     def count(self, conversations: Sequence[Sequence[Turn]]) -> list[tuple[int, int] | ValueError]:
-        """Tokens without the images' and supervised tokens of each conversation, as :meth:`encode` would make them;
-        the error of one that it refuses. All texts are tokenized in one call, which is several times faster."""
-        pieces = [list(self._pieces(turns)) for turns in conversations]
-        texts = {part for conversation in pieces for parts, _ in conversation for part in parts if part}
-        new = [text for text in texts if text not in self._counts]
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        lengths = [len(encoded) for encoded in backend.encode_batch_fast(new, add_special_tokens=False)]
-        counts = {**self._counts, **dict(zip(new, lengths, strict=True)), "": 0}
-        for text in new[: max(0, KNOWN_TEXTS - len(self._counts))]:
-            self._counts[text] = counts[text]
-        return [self._counted(conversation, counts) for conversation in pieces]
+        """Tokens without the images' and supervised tokens of each conversation, as :meth:`encode` makes them; the
+        error of one that it refuses. All texts are tokenized in one call, which is several times faster."""
+        counts: list[tuple[int, int] | ValueError] = []
+        for chat in self._tokenized(conversations):
+            try:
+                chat.check(self.image_token_id)
+            except ValueError as error:
+                counts.append(error)
+            else:
+                counts.append((len(chat.ids) - chat.num_images, chat.num_supervised))
+        return counts
 
-    def _counted(
-        self, pieces: Sequence[tuple[Sequence[str], bool]], counts: Mapping[str, int]
-    ) -> tuple[int, int] | ValueError:
-        total, supervised, images, first = len(self._begin()), 0, 0, False
-        for parts, is_answer in pieces:
-            length = sum(counts[part] for part in parts)
-            first |= is_answer and bool(length) and not total + images
-            total += length
-            images += len(parts) - 1
-            supervised += length if is_answer else 0
-        try:
-            _check_supervision(supervised, first)
-        except ValueError as error:
-            return error
-        return total, supervised
-
-    def _begin(self) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        return [bos] if self.template.bos and bos is not None else []
-
-    def _pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[list[str], bool]]:
-        """The texts between the images of each piece of the conversation, and whether it is supervised."""
+    def _render(self, turns: Sequence[Turn]) -> _Rendered:
+        """The whole text as the chat template writes it."""
         if self.image_position == "first":
             turns = [_image_first(turn) for turn in turns]
-        for text, is_answer in self.template.pieces(turns):
-            parts = text.replace(IMAGE, self.placeholder).split(IMAGE)
-            if is_answer and self._prepends_space:
-                # The tokenizer writes a word boundary before every text it is given: the space is in that, so that
-                # the answer gets the tokens it would have in the whole text.
-                parts = [part.removeprefix(" ") for part in parts]
-            yield parts, is_answer
+        text, places, num_images = self.bos, [], 0
+        for piece, is_answer in self.template.pieces(turns):
+            num_images += piece.count(IMAGE)
+            piece = piece.replace(IMAGE, self.placeholder)
+            if is_answer:
+                places += [len(text), len(text) + len(piece)]
+            text += piece
+        chat = _Rendered(text, places, num_images)
+        return self._with_spaces(chat) if self.spaces else chat
 
-    def _tokenize(self, text: str) -> list[int]:
-        if not text:
-            return []
-        tokens = self._known.get(text)
-        if tokens is None:
-            tokens = self.tokenizer.encode(text, add_special_tokens=False)
-            if len(self._known) < KNOWN_TEXTS:
-                self._known[text] = tokens
-        return tokens
+    def _with_spaces(self, chat: _Rendered) -> _Rendered:
+        """A space before every text that stands between images, also before one that is an answer's beginning."""
+        text, at, starts = self.bos, len(self.bos), []
+        for number, part in enumerate(chat.text[at:].split(self.placeholder)):
+            if number:
+                text += self.placeholder
+                at += len(self.placeholder)
+            if part and not part.startswith(tuple(self.tokenizer.all_special_tokens)):
+                starts.append(at)
+                text += " "
+            text += part
+            at += len(part)
+        places = [place + bisect_left(starts, place) for place in chat.places]
+        return _Rendered(text, places, chat.num_images)
+
+    def _tokenized(self, conversations: Sequence[Sequence[Turn]]) -> list[_Tokenized]:
+        rendered = [self._render(turns) for turns in conversations]
+        located = self._tokens.locate([(chat.text, chat.places) for chat in rendered])
+        return [self._placed(chat, ids, edges) for chat, (ids, edges) in zip(rendered, located, strict=True)]
+
+    def _placed(self, chat: _Rendered, ids: list[int], edges: list[Edge]) -> _Tokenized:
+        """The tokens of each answer: from the first one on that its prompt, tokenized by itself, does not have."""
+        text, places = chat.text, chat.places
+        if edges and not edges[-2].exact:
+            # The last prompt is tokenized by itself when the model is asked; earlier ones are parts of it by then.
+            start = places[-2]
+            [(prompt, before)] = self._tokens.locate([(text[:start], places[:-2])])
+            ids = prompt + self._continued(text[start:])
+            edges = [*before, Edge(len(prompt), True), Edge(len(ids), True)]
+        added = [] if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token) else self._added
+        answers, done = [], 0
+        for number, (first, last) in enumerate(zip(edges[::2], edges[1::2], strict=True)):
+            begin = max(done, first.index)
+            is_empty = places[2 * number] == places[2 * number + 1]
+            done = begin if is_empty else max(begin, last.index + (not last.exact))
+            answers.append((len(added) + begin, len(added) + done))
+        return _Tokenized(added + ids, answers, chat.num_images)
+
+    def _continued(self, answer: str) -> list[int]:
+        """Tokens of an answer that goes on from other text, without the word boundary that some tokenizers write at
+        the beginning of one."""
+        line = self._tokens("\n")
+        [(ids, [edge])] = self._tokens.locate([("\n" + answer, [1])])
+        return ids[len(line) :] if edge.exact else self._tokens(self.image_token + answer)[1:]
 
     def fingerprint(self) -> str:
-        """What a change of would change the tokens; used to cache lengths."""
-        backend = self.tokenizer.backend_tokenizer.to_str()
+        """Settings that affect the tokens; used to cache lengths."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = str(sorted(self.tokenizer.get_vocab().items())) if backend is None else backend.to_str()
         images = f"{self.image_token_id}|{self.placeholder}|{self.image_position}"
-        return f"{self.template}|{images}|{self.tokenizer.bos_token}|{backend}"
+        return f"{TOKENIZED}|{self.template}|{images}|{self.spaces}|{self.bos}|{self._added}|{content}"
 
 
-def _check_supervision(supervised: int, first_is_answer: bool) -> None:
-    if not supervised:
-        raise ValueError(UNSUPERVISED)
-    if first_is_answer:
-        raise ValueError("its first token is an answer's, so nothing stands before it to predict it from")
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation's text, the characters where each answer begins and ends, in turn, and how many images it has."""
+
+    text: str
+    places: list[int]
+    num_images: int
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    """A conversation's ids, the tokens ``[start, end)`` of each answer, and how many images it has."""
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+    num_images: int
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(end - start for start, end in self.answers)
+
+    def check(self, image_token_id: int) -> None:
+        """Raise a ``ValueError`` where it cannot be trained on."""
+        if not self.num_supervised:
+            raise ValueError(UNSUPERVISED)
+        if next(start for start, end in self.answers if end > start) == 0:
+            raise ValueError("its first token is an answer's, so nothing stands before it to predict it from")
+        if (found := self.ids.count(image_token_id)) != self.num_images:
+            raise ValueError(f"its text holds the image token {found - self.num_images} time(s) besides its images")
 
 
 def _image_first(turn: Turn) -> Turn:

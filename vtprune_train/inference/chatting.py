@@ -24,7 +24,7 @@ from transformers import (
 
 from vtprune_train.data.chat import Template, Turn, get_template
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
-from vtprune_train.data.jinja import chat_template
+from vtprune_train.data.jinja import written_by
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
     build_processor,
@@ -33,9 +33,11 @@ from vtprune_train.models.build import (
     load_any_config,
     resolve_checkpoint,
 )
+from vtprune_train.models.families import trained_family
 from vtprune_train.models.learned import check_trained
 from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune, saved_method
 from vtprune_train.models.peft import is_adapter, open_adapter
+from vtprune_train.models.templates import build_encoder, carry, stop_where_answers_end
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IMAGE
 
@@ -99,7 +101,13 @@ def load(
     template = recorded_template(folder)
     if template is not None:
         stop_where_answers_end(model, processor.tokenizer, template)
-    return Loaded(model, processor, content_of(processor))
+    content = content_of(processor)
+    if content is None:
+        log.warning(
+            "%s has no chat template: prompts are sent as they are written, without roles, which a model that was "
+            "trained on conversations answers badly; save its chat_template.jinja beside the model", path
+        )  # fmt: skip
+    return Loaded(model, processor, content)
 
 
 def choose_device(name: str) -> torch.device:
@@ -161,8 +169,7 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     template = recorded_template(folder)
     if template is not None:
-        image_first = _data_settings(folder)["image_position"] == "first"
-        processor.chat_template = chat_template(template, image_first=image_first)
+        carry(processor, _recorded_source(folder, config, template, tokenizer))
     return processor
 
 
@@ -194,18 +201,12 @@ def recorded_template(folder: str) -> Template | None:
     return template if system is None else replace(template, default_system=system)
 
 
-def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template) -> None:
-    """Let generation stop at the token that ended every answer in training, which need not be the tokenizer's own."""
-    ending = template.answer.partition("{text}")[2].replace("{eos}", tokenizer.eos_token or "")
-    answer = tokenizer.encode("a" + ending, add_special_tokens=False)
-    tokens = answer[len(tokenizer.encode("a", add_special_tokens=False)) :]
-    if len(tokens) != 1:
-        log.warning("the template %s ends answers with %r, which is no single token", template.name, ending)
-        return
-    known = model.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    if tokens[0] not in known:
-        model.generation_config.eos_token_id = [*known, tokens[0]]
+def _recorded_source(folder: str, config: PreTrainedConfig, template: Template, tokenizer: Any) -> str:
+    """The chat template of a checkpoint of this project, which older ones do not hold."""
+    settings = _data_settings(folder)
+    _, loop = trained_family(config.model_type, f"model {folder}")
+    tokenization = settings.get("tokenization", "processor")
+    return written_by(build_encoder(template, tokenizer, loop, settings["image_position"], tokenization))
 
 
 def content_of(processor: Any) -> Literal["text", "parts"] | None:

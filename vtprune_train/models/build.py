@@ -38,6 +38,7 @@ from vtprune_train.models import HFModule, original
 from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.families import Family, Loop, trained_family
 from vtprune_train.models.known import KNOWN_CONFIGS
+from vtprune_train.models.tokenizer import lasting
 from vtprune_train.stream import IMAGE
 
 log = logging.getLogger(__name__)
@@ -291,13 +292,16 @@ def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, to
     return found
 
 
-def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: ModelConfig, texts: Texts, folder: Path, *, offline: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer, with the family's image token as one token (``<image>`` is added where it is missing).
 
     Args:
         config: the YAML's ``model`` section.
         texts: what to train a tokenizer on, if the model is made from a config and none is named.
         folder: where a tokenizer trained here is kept, and read from when it is there.
+        offline: ask no hub (dry runs).
 
     Raises:
         ValueError: there is no tokenizer, or not one of this family.
@@ -305,7 +309,7 @@ def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTraine
     source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
     if source is not None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         except (OSError, ValueError) as error:
             raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
     elif folder.is_dir():
@@ -313,10 +317,11 @@ def load_tokenizer(config: ModelConfig, texts: Texts, folder: Path) -> PreTraine
     else:
         assert config.config is not None
         tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
-    _ensure_image_token(tokenizer, family_of_config(load_model_config(config))[1], str(source))
+    model_config = load_model_config(config, offline=offline)
+    _ensure_image_token(tokenizer, family_of_config(model_config)[1], str(source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
+    return lasting(tokenizer, model_config)
 
 
 def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, loop: Loop, source: str) -> None:

@@ -34,6 +34,7 @@ from vtprune_train.training.engine import engine_config, zero_stage
 from vtprune_train.training.memory import DTYPE_BYTES, GIB, Estimate, MicroBatch
 from vtprune_train.training.recompute import typical_stages
 from vtprune_train.training.run import training_cost, with_saved_settings
+from vtprune_train.training.sample import sample_lines
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None) -> str:
         "",
         *_samples(layout, drops, cost),
         *_whole_training(config, layout, cost),
+        "",
+        *sample_lines(config, loop, layout),
         "",
         *_parameters(config, model, zero_stage(settings)),
         "",

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.config import TRAINING_ONLY, Config, ConfigError, PruningConfig, SourceConfig
 from vtprune_train.config_file import dump_config, without_effect
-from vtprune_train.data.chat import ChatEncoder, Template, get_template
+from vtprune_train.data.chat import ChatEncoder, Template
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.costs import StepCosts
 from vtprune_train.data.index import SampleIndex, Source, build_index
+from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.flops import DecoderGeometry, TrainingCost
@@ -37,6 +38,7 @@ from vtprune_train.models.build import (
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
 from vtprune_train.models.peft import open_model
+from vtprune_train.models.templates import build_encoder, carry, stop_where_answers_end
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.learned import learns
@@ -60,6 +62,7 @@ from vtprune_train.training.preflight import preflight
 from vtprune_train.training.preflight import wanted as preflight_wanted
 from vtprune_train.training.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.training.resume import resume
+from vtprune_train.training.sample import first_sample, template_misfits, template_of
 from vtprune_train.training.spikes import Spikes
 from vtprune_train.training.trainer import Trainer
 from vtprune_train.training.watchdog import Watchdog
@@ -93,6 +96,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
         log.info("pruning by %s", schedule(method, parts.model.config.get_text_config().num_hidden_layers))
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
+    if ranks.rank() == 0:
+        log.info("%s", first_sample(collate))
     steps = -(-len(collate.index.order()) // config.train.global_batch_size)
     collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
     _prepare(config, parts, method, device)
@@ -218,9 +223,7 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
 def build_parts(config: Config) -> Parts:
     """Tokenizer, model and processor. Ranks of one machine take turns where something is made and kept."""
     folder = config.run_dir / "tokenizer"
-    template = get_template(config.data.template)
-    if config.data.system is not None:
-        template = replace(template, default_system=config.data.system)
+    template = template_of(config.data)
     with FileLock(str(config.run_dir / "tokenizer.lock")):
         tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
         if config.model.config is not None and not folder.is_dir():
@@ -229,10 +232,13 @@ def build_parts(config: Config) -> Parts:
             tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
     model = open_model(config.model, tokenizer)
     _, loop = family_of_config(model.config)
-    encoder = ChatEncoder(
-        tokenizer, template, model.config.image_token_id, config.data.image_position, loop.placeholder
-    )
+    encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
+    if ranks.rank() == 0:
+        for line in template_misfits(config, encoder):
+            log.warning("%s", line)
     processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels)
+    carry(processor, written_by(encoder))
+    stop_where_answers_end(model, tokenizer, template)
     return Parts(model, processor, encoder, loop.layout(model.config, processor.image_processor))
 
 
@@ -362,6 +368,7 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "data.template": config.data.template,
         "data.system": config.data.system,
         "data.image_position": config.data.image_position,
+        "data.tokenization": None if config.data.tokenization == "processor" else config.data.tokenization,
         "data.max_length": config.data.max_length,
         "number and hash of the samples": index.identity(),
         "pruning": config.pruning.identity(),
