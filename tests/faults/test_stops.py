@@ -73,7 +73,7 @@ def children_with(parent: int, word: str) -> list[int]:
 
 def test_unreadable_pictures_are_counted_and_bounded(tmp_path):
     runs = Runs(tmp_path)
-    settings = ("deepspeed=configs/deepspeed/zero0.json", "train.epochs=1", "data.eval=[]")
+    settings = ("deepspeed=configs/deepspeed/zero0.json", "train.epochs=1", "data.eval=[]", "data.max_bad_share=0.5")
     runs.run("before", *settings, "run.stop_after=1")  # builds the index while all is well
     for name in ("train-0-0.png", "train-8-0.png"):
         picture = tmp_path / "data" / "images" / name
@@ -86,3 +86,5 @@ def test_unreadable_pictures_are_counted_and_bounded(tmp_path):
     assert len(state["unreadable"]) == 2
     done = runs.run("over", *settings, "data.max_bad=1", expect=3)
     assert "more than data.max_bad=1" in done.stderr
+    done = runs.run("share", *settings, "data.max_bad=9", "data.max_bad_share=0.05", expect=3)
+    assert "2 samples could not be used, more than data.max_bad_share=0.05 of 20" in done.stderr
