@@ -37,7 +37,7 @@ def dry_run(folder, *overrides):
     [
         (["data.train.0.images=image"], ["data.train.0.images: {}/data/image does not exist; did you mean", "images?"]),
         (["data.train.0.images=train.json"], ["data.train.0.images: {}/data/train.json is a file, not a folder"]),
-        (["data.train.0.path=trian.json"], ["data.train.0.path: {}/data/trian.json does not exist", "train.json"]),
+        (["data.train.0.path=train.jsn"], ["data.train.0.path: {}/data/train.jsn does not exist", "train.json"]),
         (["data.eval.0.images=imgs/x"], ["data.eval.0.images: {}/data/imgs/x does not exist (there is no", "imgs)"]),
         (["data.eval.0.path='*.jsonl'"], ["data.eval.0.path: {}/data/*.jsonl does not exist"]),
         (["data.root=/nowhere"], ["data.train.0.path: /nowhere/train.json", "data.eval.0.images: /nowhere/images"]),

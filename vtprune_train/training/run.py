@@ -107,8 +107,9 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     checkpoints = CheckpointFolder(
         run_dir / "checkpoints", config.train.keep_last, background=config.train.save_in_background
     )
-    state = resume(_identity(config, collate.index), config.train.resume, checkpoints, engine, zero_stage(settings))
-    ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
+    identity, config_yaml = _identity(config, collate.index), dump_config(config)
+    state = resume(identity, config.train.resume, checkpoints, engine, zero_stage(settings), config_yaml)
+    ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(config_yaml))
     held_out = build_collator(config, parts, cost, method, "eval") if config.data.eval else None
     trainer = Trainer(
         config=config,
