@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
+import yaml
 
 from vtprune_train import PruningMethod, PyramidDrop
 from vtprune_train.config import ConfigError, ModelConfig, PruningConfig
-from vtprune_train.config_file import load_config, without_effect
+from vtprune_train.config_file import changed_settings, differences, dump_config, load_config, without_effect
 from vtprune_train.models.build import load_model_config
+from vtprune_train.pruning import METHODS, method_class, setting_types
 from vtprune_train.stream import Drop
 from vtprune_train.training.checkpoint_command import schedule
 from vtprune_train.training.dry_run import describe
@@ -296,3 +299,66 @@ def test_the_dry_run_refuses_what_the_vision_tower_cannot_give(name, overrides, 
 def test_settings_of_the_checkpoint_that_no_longer_fit_are_named():
     with pytest.raises(ConfigError, match="'old' is not a setting of pyramiddrop"):
         merge_pruning(PruningConfig(), {"method": "pyramiddrop", "old": 1})
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: PyramidDrop(keep=0.5), r"keep=0.5 does not fit; it takes a list such as \[0.5\]; the default is \["),
+        (lambda: PyramidDrop(layers=8), r"layers=8 does not fit; it takes a list such as \[1\] or null"),
+        (lambda: PyramidDrop(layers=(8.5, 16, 24)), r"layers=\(8.5, 16, 24\) does not fit"),
+        (lambda: PyramidDrop(keep=("a", 0.5, 0.1)), r"keep=\('a', 0.5, 0.1\) does not fit"),
+        (lambda: PyramidDrop(layers=(8, 16)), r"layers=\[8, 16\] has 2 entries but keep=.* has 3; give as many"),
+        (lambda: PyramidDrop(positions=None), r"positions=None is not one of renumber, keep"),
+    ],
+)  # fmt: skip
+def test_a_method_made_in_python_is_checked_as_one_from_yaml_is(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_no_method_takes_a_value_of_another_type(name):
+    cls = method_class(name)
+    for key, kind in setting_types(cls).items():
+        wrong = 0.5 if "tuple" in str(kind) else [0.5]
+        with pytest.raises(ValueError, match=rf"^{key}=.*(does not fit; it takes|is not one of)"):
+            cls(**{key: wrong})
+    with pytest.raises(TypeError, match=f"{cls.__name__} has no setting 'kep'"):
+        cls(kep=0.5)
+
+
+def test_arrays_ranges_and_lists_are_settings_too():
+    assert PyramidDrop(layers=np.array([8, 16, 24]), keep=[0.5, 0.25, 0.125]) == PyramidDrop(layers=range(8, 25, 8))
+
+
+def test_what_changed_between_two_runs_is_told_key_by_key():
+    before = load_config("quickstart.yaml")
+    now = load_config(
+        "quickstart.yaml",
+        [
+            "model.train.projector=0.5",
+            "train.clip=0.25",
+            "data.train.0.weight=2",
+            "pruning.keep=[0.9, 0.5, 0.1]",
+            "deepspeed={zero_optimization: {stage: 1}}",
+            "data.template={user: 'U {text}', assistant: A, answer: ' {text}'}",
+        ],
+    )
+    lines = changed_settings(dump_config(before), dump_config(now))
+    rate, stage = before.model.train["projector"], before.deepspeed_config()["zero_optimization"]["stage"]
+    for line in (
+        f"model.train.projector: {rate} -> 0.5",
+        f"train.clip: {before.train.clip} -> 0.25",
+        "data.train.0.weight: 1.0 -> 2.0",
+        f"pruning.keep: {before.pruning.settings['keep']} -> [0.9, 0.5, 0.1]",
+        f"deepspeed.zero_optimization.stage: {stage} -> 1",
+    ):
+        assert line in lines, lines
+    assert [line for line in lines if line.startswith("data.template: ")] and len(lines) < 12
+    assert not changed_settings(dump_config(before), dump_config(before))
+    older = yaml.safe_load(dump_config(before))
+    del older["data"]["max_bad_share"]
+    older["deepspeed"] = "configs/deepspeed/zero2.json"
+    assert not changed_settings(yaml.safe_dump(older), dump_config(before)), "what an older version did not know"
+    assert differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"c": 2}]}) == ["a.1: not set -> {'c': 2}"]

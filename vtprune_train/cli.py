@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vtprune_train.config import ConfigError, refusal
+from vtprune_train.config import PACKAGED_CONFIGS, ConfigError, find_file, refusal
 from vtprune_train.config_file import load_config
 from vtprune_train.launch import USAGE, asked_to_stop, final_exit, launch
 
@@ -67,7 +67,7 @@ def run_train(arguments: argparse.Namespace) -> int:
                 raise ConfigError(f"--gpus {gpus}: at least one GPU is needed")
             if arguments.memory is not None and not 0 < arguments.memory < math.inf:
                 raise ConfigError(f"--memory {arguments.memory:g}: a positive number of GiB is needed, for example 80")
-            print(describe(config, gpus, arguments.memory))
+            print(describe(config, gpus, arguments.memory, _names_data(arguments)))
             return 0
         if arguments.gpus is not None or arguments.memory is not None:
             raise ConfigError("--gpus and --memory are for --dry_run; a launcher decides how many processes train")
@@ -79,6 +79,14 @@ def run_train(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
         return _refuse("cannot train", error)
+
+
+def _names_data(arguments: argparse.Namespace) -> bool:
+    """Whether it is the user who says where the data is: a recipe of the package names what is seldom there."""
+    if find_file(arguments.config, "--config").resolve().parent != PACKAGED_CONFIGS:
+        return True
+    keys = [override.partition("=")[0].split(".")[:2] for override in arguments.overrides]
+    return any(key in (["data"], ["data", "root"], ["data", "train"], ["data", "eval"]) for key in keys)
 
 
 def _refuse(what: str, error: ValueError) -> int:

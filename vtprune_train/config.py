@@ -179,6 +179,7 @@ class SourceConfig(Section):
     weight: float = Field(1.0, gt=0, le=1e6)
     prompt: PromptConfig = PromptConfig()
     name: str | None = Field(None, pattern=r"^[^:\s]+$")
+    ignore: list[str] = []
 
     @field_validator("take")
     @classmethod
@@ -204,6 +205,7 @@ class DataConfig(Section):
     too_long: Literal["error", "skip"] = "error"
     unsupervised: Literal["error", "skip"] = "error"
     max_bad: int = Field(100, ge=0)
+    max_bad_share: float = Field(0.05, ge=0, le=1)
     max_image_pixels: int = Field(89_478_485, ge=1)
     workers: int = Field(4, ge=0)
     prefetch: int = Field(4, ge=1, le=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from vtprune_train.config import (
 from vtprune_train.mixture import expand
 
 log = logging.getLogger(__name__)
+
+NOT_SET = "not set"
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -274,5 +277,36 @@ def _phases_without_effect(pruning: PruningConfig) -> list[str]:
 
 
 def dump_config(config: Config) -> str:
-    """Everything resolved, as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Everything resolved, DeepSpeed's settings too, as YAML."""
+    tree = {**config.model_dump(mode="json"), "deepspeed": config.deepspeed_config()}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def changed_settings(before: str, now: str) -> list[str]:
+    """``key: old -> new`` of each setting that differs between two results of :func:`dump_config`.
+
+    Settings that ``before`` does not know, because an older version wrote it, count as their defaults.
+    """
+    old, new = yaml.safe_load(before), yaml.safe_load(now)
+    try:
+        old = {**Config.model_validate(old).model_dump(mode="json"), "deepspeed": old["deepspeed"]}
+    except ValueError:  # it has settings that are gone by now: they are differences too
+        log.debug("the settings before cannot be filled in", exc_info=True)
+    if isinstance(old.get("deepspeed"), str):  # a version that wrote only the file's name
+        old, new = ({**tree, "deepspeed": None} for tree in (old, new))
+    return differences(old, new)
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """``key: old -> new`` of each value that differs between two trees, as deep as both have keys."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(name, old.get(name, NOT_SET), new.get(name, NOT_SET)) for name in {**old, **new}]
+    elif isinstance(old, list) and isinstance(new, list) and any(isinstance(item, dict) for item in [*old, *new]):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip_longest(old, new, fillvalue=NOT_SET))]
+    else:
+        return [] if old == new else [f"{key}: {_shown(old)} -> {_shown(new)}"]
+    return [line for name, a, b in pairs for line in differences(a, b, f"{key}.{name}" if key else str(name))]
+
+
+def _shown(value: Any) -> str:
+    return value if value is NOT_SET else repr(value)

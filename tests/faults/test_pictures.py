@@ -56,7 +56,13 @@ REFUSED = {
 }
 CUT = {"cut.png": PNG[:3000], "cut.jpg": encoded(PHOTO, "JPEG")[:900]}
 NUM_BAD = len(REFUSED) + len(CUT)
-SETTINGS = ("data.eval=[]", f"data.max_bad={NUM_BAD}", "deepspeed=configs/deepspeed/zero0.json", "train.epochs=1")
+SETTINGS = (
+    "data.eval=[]",
+    f"data.max_bad={NUM_BAD}",
+    "data.max_bad_share=1",
+    "deepspeed=configs/deepspeed/zero0.json",
+    "train.epochs=1",
+)
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,24 @@ def test_sigterm_saves_once_and_all_ranks_stop(runs, uninterrupted):
     assert_equal_checkpoints(runs.checkpoint("terminated"), runs.checkpoint(uninterrupted[2]))
 
 
+def test_settings_that_changed_are_told_on_resume(runs):
+    settings = (*SETTINGS, "deepspeed=configs/deepspeed/zero0.json")
+    runs.run("changed", *settings, "run.stop_after=1")
+    now = ("model.train.projector=0.005", "train.clip=0.5", "data.workers=0", "run.stop_after=2")
+    done = runs.run("changed", *settings, *now)
+    told = [line.partition("changed since that checkpoint: ")[2] for line in done.stderr.splitlines()]
+    expected = {
+        "run.stop_after: 1 -> 2",
+        "model.train.projector: 0.01 -> 0.005",
+        "train.clip: 1.0 -> 0.5",
+        "data.workers: 1 -> 0",
+    }
+    assert {line for line in told if line} == expected, done.stderr
+    done = runs.run("changed", *settings, "pruning.keep=[0.5, 0.3, 0.125]", "data.train.0.take=first:9", expect=2)
+    assert "  pruning.keep: [0.5, 0.25, 0.125] -> [0.5, 0.3, 0.125]\n" in done.stderr
+    assert "  data.train.0.take: 'all' -> 'first:9'\n" in done.stderr and "pruning.layers:" not in done.stderr
+
+
 def children_with(parent: int, word: str) -> list[int]:
     """Direct children whose command line holds ``word``."""
     found = []
@@ -73,7 +91,7 @@ def children_with(parent: int, word: str) -> list[int]:
 
 def test_unreadable_pictures_are_counted_and_bounded(tmp_path):
     runs = Runs(tmp_path)
-    settings = ("deepspeed=configs/deepspeed/zero0.json", "train.epochs=1", "data.eval=[]")
+    settings = ("deepspeed=configs/deepspeed/zero0.json", "train.epochs=1", "data.eval=[]", "data.max_bad_share=0.5")
     runs.run("before", *settings, "run.stop_after=1")  # builds the index while all is well
     for name in ("train-0-0.png", "train-8-0.png"):
         picture = tmp_path / "data" / "images" / name
@@ -86,3 +104,5 @@ def test_unreadable_pictures_are_counted_and_bounded(tmp_path):
     assert len(state["unreadable"]) == 2
     done = runs.run("over", *settings, "data.max_bad=1", expect=3)
     assert "more than data.max_bad=1" in done.stderr
+    done = runs.run("share", *settings, "data.max_bad=9", "data.max_bad_share=0.05", expect=3)
+    assert "2 samples could not be used, more than data.max_bad_share=0.05 of 20" in done.stderr

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -42,7 +43,8 @@ ROWS = 1 << 20  # looked at together
 class Source:
     """One entry of the data: a path (see :func:`vtprune_train.data.sources.find_files`) and its folder of images;
     ``take`` is ``all``, ``first:N`` or ``random:N``, ``weight`` its share of an epoch, ``name`` what it is called in
-    sample ids instead of its number."""
+    sample ids instead of its number, ``ignore`` fields and marks of its records that change nothing (see
+    :mod:`vtprune_train.data.fields`)."""
 
     path: Path
     images: Path
@@ -50,6 +52,7 @@ class Source:
     weight: float = 1.0
     prompt: Prompt = NO_PROMPT
     name: str = ""
+    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,11 +224,13 @@ def build_index(
     cache_dir: Path,
     unsupervised: Literal["error", "skip"] = "error",
     max_image_pixels: int = MAX_PIXELS,
+    max_bad_share: float = 0.05,
 ) -> SampleIndex:
     """Index all sources. Ranks of one machine wait for the first to build; the others open what it wrote.
 
     Raises:
-        ValueError: a file cannot be read, more than ``max_bad`` records are unusable, a sample is longer than
+        ValueError: a file cannot be read, more records are unusable than ``max_bad`` (of one
+            source: than the share ``max_bad_share``) or all of a source, a sample is longer than
             ``max_length`` and ``too_long`` is ``error``, or has nothing to learn and ``unsupervised`` is ``error``;
             names the first such ids.
     """
@@ -233,12 +238,12 @@ def build_index(
     selections = []
     with FileLock(str(cache_dir / "index.lock")):
         for number, source in enumerate(sources):
-            measure = Measure(encoder, layout, source.images, source.prompt, max_image_pixels)
+            measure = Measure(encoder, layout, source.images, source.prompt, source.ignore, max_image_pixels)
             folder = cache_dir / f"index-{_slot(source, measure)}"
             table = open_table(folder, find_files(source.path), measure, workers)
             selections.append(_select(table, take=source.take, seed=seed + number, max_length=max_length))
     _report_unsupervised(selections, unsupervised)
-    _report(sources, selections, max_bad, max_length, too_long)
+    _report(sources, selections, max_bad, max_bad_share, max_length, too_long)
     return SampleIndex(list(sources), selections, seed)
 
 
@@ -321,9 +326,14 @@ def _take(take: str, count: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _report(
-    sources: Sequence[Source], selections: Sequence[Selection], max_bad: int, max_length: int, too_long: str
+    sources: Sequence[Source],
+    selections: Sequence[Selection],
+    max_bad: int,
+    max_bad_share: float,
+    max_length: int,
+    too_long: str,
 ) -> None:
-    """Say what is left out, or raise."""
+    """Say what is left out or not read, or raise."""
     for source, selection in zip(sources, selections, strict=True):
         table = selection.table
         if table.manifest["duplicates"]:
@@ -332,12 +342,16 @@ def _report(
                 "%s: %d record(s) have the id of another one (first: %s); each is a sample of its own",
                 source.path, table.manifest["duplicates"], table.id(row),
             )  # fmt: skip
+        if unread := table.manifest["unread"]:
+            log.warning("%s: fields that are not read: %s", source.path, shown_fields(unread))
     num_bad = sum(selection.manifest["bad"] for selection in selections)
     if num_bad > max_bad:
         raise ValueError(
             f"{num_bad} records cannot be used, more than data.max_bad={max_bad}; mend them or raise it. "
             f"First: {'; '.join(_first_bad(selections, SHOWN))}"
         )
+    for source, selection in zip(sources, selections, strict=True):
+        _check_bad(source, selection, max_bad_share)
     if num_bad:
         for line in _first_bad(selections, num_bad):
             log.warning("left out: %s", line)
@@ -355,6 +369,34 @@ def _report(
     for source, selection in zip(sources, selections, strict=True):
         if not len(selection):
             raise ValueError(f"data file {source.path} has no record left that can be used; take the entry out")
+
+
+def most_bad(share: float, records: int) -> int:
+    """How many of so many records may be left out by ``data.max_bad_share``; one always."""
+    return max(1, math.floor(share * records))
+
+
+def _check_bad(source: Source, selection: Selection, share: float) -> None:
+    """One source's share of records that cannot be used.
+
+    Raises:
+        ValueError: there are too many, or no others; with the counts and the first reasons.
+    """
+    counts = selection.manifest
+    bad, taken = counts["bad"], sum(counts[key] for key in ("samples", "bad", "too_long", "unsupervised"))
+    if not bad or (bad < taken and bad <= most_bad(share, taken)):
+        return
+    many = f"{bad} of its {taken} records cannot be used, more than data.max_bad_share={share:g}; mend them or raise it"
+    none = f"none of its {taken} records can be used; mend them"
+    raise ValueError(
+        f"data file {source.path} (images in {source.images}): {none if bad == taken else many}. "
+        f"First: {'; '.join(_first_bad([selection], SHOWN))}"
+    )
+
+
+def shown_fields(unread: Mapping[str, int]) -> str:
+    """Names of fields and in how many records they are, for a message."""
+    return ", ".join(f"{name!r} ({count})" for name, count in unread.items())
 
 
 def _report_unsupervised(selections: Sequence[Selection], policy: str) -> None:

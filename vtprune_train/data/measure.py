@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -57,6 +58,7 @@ class Measure:
         layout: sizes of pictures to visual tokens.
         images: the folder that pictures are relative to.
         prompt: what the source adds to its conversations.
+        ignore: fields and marks of its records that change nothing.
         max_image_pixels: a picture of more is not read.
     """
 
@@ -64,6 +66,7 @@ class Measure:
     layout: ImageLayout
     images: Path
     prompt: Prompt
+    ignore: tuple[str, ...] = ()
     max_image_pixels: int = MAX_PIXELS
 
     def fingerprint(self) -> dict[str, Any]:
@@ -75,6 +78,7 @@ class Measure:
             "layout": str(self.layout),
             "images": str(self.images.resolve()),
             "prompt": str(self.prompt),
+            "ignore": list(self.ignore),
             "max_image_pixels": self.max_image_pixels,
         }
 
@@ -122,10 +126,11 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path) 
     """Measure a piece of a file and write its columns to ``target`` (.npz), whole or not at all."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*RECORD_COLUMNS, *SPAN_COLUMNS, "ids")}
     errors: list[str] = []
+    unread: Counter[str] = Counter()
     done = 0
     records = reader.scan(piece)
     while batch := list(islice(records, BATCH)):
-        conversations = [normalize(record, "") for _, record in batch]
+        conversations = [normalize(record, "", measure.ignore) for _, record in batch]
         measured = measure(conversations)
         for name, values in _columns([place for place, _ in batch], conversations, measured).items():
             columns[name].append(values)
@@ -134,11 +139,15 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path) 
             for number, result in enumerate(measured)
             if result.state != FINE
         ]
+        for conversation in conversations:
+            unread.update(conversation.unread)
         done += len(batch)
+    unread.update(dict.fromkeys(reader.unread, done))
     empty = {name: np.zeros(0, dtype=dtype) for name, dtype in _dtypes().items()}
     joined = {name: np.concatenate([empty[name], *parts]) for name, parts in columns.items()}
     temporary = target.with_suffix(".tmp")
     joined["errors"] = np.frombuffer("\n".join(errors).encode(), dtype=np.uint8)
+    joined["unread"] = np.frombuffer(json.dumps(unread).encode(), dtype=np.uint8)
     with temporary.open("wb") as file:
         np.savez(file, **joined)  # type: ignore[arg-type]  # it takes arrays by name
     temporary.replace(target)

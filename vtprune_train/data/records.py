@@ -6,31 +6,46 @@ run.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vtprune_train.data.chat import UNSUPERVISED, Turn
+from vtprune_train.data.fields import (
+    CONVERSATIONS,
+    IMAGES,
+    RECORD,
+    SYSTEM,
+    TURN,
+    check_fields,
+    check_marks,
+    is_empty,
+)
 from vtprune_train.data.sources import Malformed, find_files, open_reader
 from vtprune_train.stream import IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LONGEST_ERROR = 300  # characters; a record with a picture as text would fill the log
 _HALF = re.compile(r"[\ud800-\udfff]")  # of a character: what cutting an emoji leaves in JSON, and no UTF-8 can hold
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+PART_IMAGES = ("image", "image_url", "url", "path", "bytes")
 _LEADING_IMAGES = re.compile(rf"(?:{re.escape(IMAGE)}\s*)*")
 
 
 @dataclass(frozen=True)
 class Conversation:
     """One record: its turns, and its pictures as names of files or as encoded bytes; ``error`` is empty if it can be
-    used."""
+    used. ``unread`` names fields that are not read and may say something."""
 
     id: str
     turns: tuple[Turn, ...] = ()
     images: tuple[str | bytes, ...] = ()
     error: str = ""
+    unread: frozenset[str] = field(default=frozenset(), compare=False)
 
     def pictures(self, folder: Path) -> list[Path | bytes]:
         """Where each picture is read from."""
@@ -71,8 +86,12 @@ class Prompt:
 NO_PROMPT = Prompt()
 
 
-def read_records(path: Path) -> Iterator[Conversation]:
+def read_records(path: Path, ignore: Collection[str] = ()) -> Iterator[Conversation]:
     """All conversations of a data file (or a folder, or a glob of files), one at a time.
+
+    Args:
+        path: see :func:`vtprune_train.data.sources.find_files`.
+        ignore: see :func:`normalize`.
 
     Raises:
         ValueError: see :func:`vtprune_train.data.sources.find_files` and its readers.
@@ -81,7 +100,7 @@ def read_records(path: Path) -> Iterator[Conversation]:
         reader = open_reader(file)
         records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
         for number, record in enumerate(records):
-            yield normalize(record, default_id(file, number))
+            yield normalize(record, default_id(file, number), ignore)
 
 
 def default_id(file: Path, number: int) -> str:
@@ -89,21 +108,33 @@ def default_id(file: Path, number: int) -> str:
     return f"{file.stem}-{number}"
 
 
-def normalize(record: Any, default_id: str) -> Conversation:
-    """One record as a conversation; what is wrong with it goes to ``error``."""
+def normalize(record: Any, default_id: str, ignore: Collection[str] = ()) -> Conversation:
+    """One record as a conversation; what is wrong with it goes to ``error``.
+
+    Args:
+        record: as a reader gives it.
+        default_id: what it is called without an ``id``.
+        ignore: fields and marks (``<video>``) that change nothing here, so that they are not refused.
+    """
     name = default_id
+    unread: set[str] = set()
     try:
         if isinstance(record, Malformed):
             raise ValueError(record)
         if not isinstance(record, Mapping):
             raise ValueError(f"the record is a {type(record).__name__}, not an object")
         name = default_id if record.get("id") is None else _HALF.sub("?", str(record["id"]))
-        turns = _turns(record)
-        images = _images(record)
+        read = _Reading(ignore, unread)
+        turns, brought = read.turns(record)
+        images = _images(record, brought)
+        unread |= check_fields(record, RECORD, ignore, answer=None, has_images=bool(images))
         _check(turns, images)
+        for turn in turns:
+            if turn.role != "assistant":
+                check_marks(turn.text, ignore)
     except ValueError as error:
-        return Conversation(name, error=shortened(str(error)))
-    return Conversation(name, tuple(turns), tuple(images))
+        return Conversation(name, error=shortened(str(error)), unread=frozenset(unread))
+    return Conversation(name, tuple(turns), tuple(images), unread=frozenset(unread))
 
 
 def shortened(text: str) -> str:
@@ -111,62 +142,156 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]}... ({len(text)} characters)"
 
 
-def _turns(record: Mapping[str, Any]) -> list[Turn]:
-    messages = record.get("conversations")
-    if messages is None:
-        messages = record.get("messages")
-    if isinstance(messages, Mapping):  # how `datasets` writes a sequence of objects: an object of lists
-        messages = [dict(zip(messages, values, strict=False)) for values in zip(*messages.values(), strict=False)]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("it has neither 'conversations' (LLaVA) nor 'messages', or they are empty")
-    turns = [_turn(message) for message in messages]
-    if isinstance(record.get("system"), str) and turns[0].role != "system":
-        turns.insert(0, Turn("system", record["system"]))
-    return turns
+@dataclass(frozen=True)
+class _Part:
+    """What a turn's content brings beside its text: an image, or the number of one among the record's."""
+
+    image: str | bytes | None = None
+    index: int | None = None
 
 
-def _turn(message: Any) -> Turn:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"a turn is a {type(message).__name__}, not an object")
-    role = message.get("from", message.get("role"))
-    content = message.get("value", message.get("content"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
-    if isinstance(content, list):
-        content = "".join(_part(part) for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"the text of a {role} turn is {content!r}")
-    return Turn(ROLES[role], content)
+class _Reading:
+    """Reads the turns of one record; fields that are not read and may say something go to ``unread``."""
+
+    def __init__(self, ignore: Collection[str], unread: set[str]):
+        self._ignore, self._unread = ignore, unread
+
+    def turns(self, record: Mapping[str, Any]) -> tuple[list[Turn], list[_Part]]:
+        """The turns, and what their content says of each image."""
+        forms = [self._conversation(key, record[key]) for key in CONVERSATIONS if not is_empty(record.get(key))]
+        if not forms:
+            raise ValueError(
+                "it has neither 'conversations' (LLaVA) nor 'messages', or they are empty; its fields: "
+                f"{', '.join(map(str, record)) or 'none'}"
+            )
+        if forms[1:] and forms[0] != forms[1]:
+            raise ValueError("'conversations' and 'messages' are both there and differ; leave one of them out")
+        turns, parts = forms[0]
+        prompts = {name: record[name] for name in SYSTEM if record.get(name) is not None and name not in self._ignore}
+        for name, prompt in prompts.items():
+            if not isinstance(prompt, str):
+                raise ValueError(f"its field {name!r} is {prompt!r}; a system prompt is a text")
+            if turns[0].role != "system":
+                turns.insert(0, Turn("system", prompt))
+            elif prompt and turns[0].text != prompt:
+                raise ValueError(f"it has two system prompts that differ, one in {name!r}; leave one of them out")
+        return turns, parts
+
+    def _conversation(self, key: str, messages: Any) -> tuple[list[Turn], list[_Part]]:
+        if isinstance(messages, Mapping):  # how `datasets` writes a sequence of objects: an object of lists
+            columns = {name: values for name, values in messages.items() if values is not None}
+            lengths = {len(values) if isinstance(values, list) else None for values in columns.values()}
+            if len(lengths) != 1 or None in lengths:
+                raise ValueError(f"{key!r} is an object, but not one of lists of equal length")
+            messages = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if not isinstance(messages, list):
+            raise ValueError(f"{key!r} is a {type(messages).__name__}, not a list of turns")
+        turns, parts = [], []
+        for number, message in enumerate(messages, 1):
+            try:
+                turn, brought = self._turn(message)
+            except ValueError as error:
+                raise ValueError(f"turn {number}: {error}") from error
+            turns.append(turn)
+            parts += brought
+        return turns, parts
+
+    def _turn(self, message: Any) -> tuple[Turn, list[_Part]]:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"it is a {type(message).__name__}, not an object")
+        role, content = _either(message, "from", "role"), _either(message, "value", "content")
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
+        answer = ROLES[role] == "assistant"
+        self._unread |= check_fields(message, TURN, self._ignore, answer=answer, has_images=False)
+        parts: list[_Part] = []
+        if isinstance(content, list):
+            texts = []
+            for part in content:
+                text, brought = self._part(part)
+                texts.append(text)
+                parts += brought
+            content = "".join(texts)
+        elif isinstance(content, str):
+            parts = [_Part()] * content.count(IMAGE)
+        if not isinstance(content, str):
+            raise ValueError(f"the text of a {role} turn is {content!r}")
+        return Turn(ROLES[role], content), parts
+
+    def _part(self, part: Any) -> tuple[str, list[_Part]]:
+        """The text of one part of a message's content."""
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            self._unread |= check_fields(part, ("type", "text"), self._ignore, answer=None, has_images=False)
+            return part["text"], [_Part()] * part["text"].count(IMAGE)
+        if kind in ("image", "image_url") and is_empty(part.get("text")):
+            read = ("type", "text", "index", *PART_IMAGES)
+            self._unread |= check_fields(part, read, self._ignore, answer=None, has_images=False)
+            images = [part[key] for key in PART_IMAGES if not is_empty(part.get(key))]
+            if len(images) > 1:
+                raise ValueError(f"a part of a message brings {len(images)} images; write a part for each")
+            return IMAGE, [_Part(_image(images[0]) if images else None, part.get("index"))]
+        raise ValueError(
+            f"a part of a message is {part!r}; use {{type: text, text: ...}}, {{type: image}} or {{type: image, image: "
+            "...}}"
+        )
 
 
-def _part(part: Any) -> str:
-    """The text of one part of a message's content."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        return IMAGE
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    raise ValueError(f"a part of a message is {part!r}; use {{type: text, text: ...}} or {{type: image}}")
+def _either(message: Mapping[str, Any], llava: str, openai: str) -> Any:
+    """The value of a field that has a name in each form."""
+    values = [message[key] for key in (llava, openai) if message.get(key) is not None]
+    if values[1:] and values[0] != values[1]:
+        raise ValueError(f"{llava!r} and {openai!r} are both there and differ; leave one of them out")
+    return values[0] if values else None
 
 
-def _images(record: Mapping[str, Any]) -> list[str | bytes]:
-    images = record.get("images")
-    if images is None:
-        images = record.get("image")
-    if images is None or images == "":
-        return []
-    return [_image(image) for image in (images if isinstance(images, list) else [images])]
+def _images(record: Mapping[str, Any], parts: Sequence[_Part]) -> list[str | bytes]:
+    """The pictures in the order of their placeholders: the record's, or those of the parts of its turns."""
+    named = [key for key in IMAGES if not is_empty(record.get(key))]
+    forms = [
+        [_image(image) for image in (record[key] if isinstance(record[key], list) else [record[key]])] for key in named
+    ]
+    if forms[1:] and forms[0] != forms[1]:
+        raise ValueError("'images' and 'image' are both there and differ; leave one of them out")
+    images = forms[0] if forms else []
+    brought = [part.image for part in parts if part.image is not None]
+    if brought and len(brought) != len(parts):
+        raise ValueError(f"{len(parts)} {IMAGE} but {len(brought)} of them bring an image in their part")
+    if brought and images and brought != images:
+        raise ValueError(f"{named[0]!r} and the parts of its turns both bring images, and they differ")
+    indices = [part.index for part in parts]
+    if not brought and any(index is not None for index in indices):
+        if set(indices) != set(range(len(images))):
+            raise ValueError(f"the parts of its turns number the images {indices}, but there are {len(images)}")
+        return [images[index] for index in indices if index is not None]
+    return brought or images
 
 
 def _image(image: Any) -> str | bytes:
-    """A path, bytes, or ``{bytes, path}`` as `datasets` stores pictures."""
+    """A path, bytes, ``{bytes, path}`` as `datasets` stores pictures, ``{url}``, or a data URL."""
     if isinstance(image, Mapping):
         inside = image.get("bytes")
-        image = image.get("path") if inside is None else inside
+        image = (image.get("path") or image.get("url")) if inside is None else inside
+    if isinstance(image, str) and image.startswith("data:"):
+        return _decoded(image)
+    if isinstance(image, str) and (scheme := _URL.match(image)):
+        if scheme.group() != "file://":
+            raise ValueError(f"image {image!r} is not on this machine; download it and name the file")
+        return image.removeprefix("file://")
     if isinstance(image, str | bytes) and image:
         return image
     shown = "empty" if image == b"" or image == "" else repr(image)
     raise ValueError(f"image is {shown}; use a path, bytes, {{bytes, path}}, or a list of them")
+
+
+def _decoded(url: str) -> bytes:
+    kind, _, content = url.partition(",")
+    try:
+        if kind.endswith(";base64") and content:
+            return base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"image {url[:40]}... is not base64 ({error})") from error
+    raise ValueError(f"image {url[:40]}... is a data URL without base64 content")
 
 
 def _check(turns: list[Turn], images: list[str | bytes]) -> None:

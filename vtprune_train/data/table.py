@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -36,7 +37,7 @@ from vtprune_train.data.sources import Piece, Place, Reader, open_reader, stamp
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the columns and of what they count
+VERSION = 4  # of the columns and of what they count
 WORTH_PROCESSES = 4  # pieces; fewer are measured before a process has started
 SECONDS_BETWEEN_LINES = 30
 KEPT = ("at", "size", "text", "supervised", "state", "content")
@@ -46,8 +47,9 @@ BUCKETS = 16
 class Table:
     """The columns of a finished table; opening it reads the manifest alone.
 
-    ``manifest`` holds ``records``, ``pictures``, ``bad``, ``doubtful``, ``files`` (path, size, time, first record),
-    ``generation``, ``duplicates`` and what the table was made with.
+    ``manifest`` holds ``records``, ``pictures``, ``bad``, ``doubtful``, ``unread`` (records that have each field which
+    is not read), ``files`` (path, size, time, first record), ``generation``, ``duplicates`` and what the table was made
+    with.
     """
 
     def __init__(self, folder: Path):
@@ -99,7 +101,8 @@ class Table:
             self._readers[number] = open_reader(Path(path))
         place = Place(int(self.column("at")[row]), int(self.column("size")[row]))
         try:
-            return normalize(self._readers[number].read(place), self.id(row))
+            ignore = self.manifest["made_with"]["ignore"]
+            return normalize(self._readers[number].read(place), self.id(row), ignore)
         except (ValueError, OSError) as error:
             raise RuntimeError(f"data file {path} cannot be read where it was indexed: {error}") from error
 
@@ -272,6 +275,7 @@ def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any
     columns = {name: _new_column(folder, name, dtypes[name], lengths[name]) for name in (*KEPT, *SPAN_COLUMNS, "ids")}
     span_starts, id_starts = (_new_column(folder, name, np.int64, records + 1) for name in ("span_starts", "id_starts"))
     hashes = _new_column(building, "id_hash", np.uint64, records)
+    unread: Counter[str] = Counter()
     row = span = letter = bad = doubtful = 0
     with (folder / "errors.jsonl").open("w", encoding="utf-8") as errors:
         for work, (num, num_spans, num_letters) in zip(pieces, sizes, strict=True):
@@ -286,6 +290,7 @@ def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any
                 hashes[row : row + num] = piece["id_hash"]
                 bad += int((piece["state"] != FINE).sum())
                 doubtful += int((piece["state"] == NO_PICTURE).sum())
+                unread.update(json.loads(piece["unread"].tobytes()))
                 for line in piece["errors"].tobytes().decode().splitlines():
                     entry = json.loads(line)
                     errors.write(json.dumps({**entry, "row": entry["row"] + row}) + "\n")
@@ -298,6 +303,7 @@ def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any
         "letters": letters,
         "bad": bad,
         "doubtful": doubtful,
+        "unread": dict(sorted(unread.items())),
         "generation": 0,
         **_duplicates(hashes),
         "files": [[*entry, start] for entry, start in zip(stamps, first, strict=True)],

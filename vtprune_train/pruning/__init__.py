@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import json
-import typing
 from collections.abc import Mapping, Sequence
-from types import NoneType
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.fitting import setting_types
 from vtprune_train.pruning.own import load_class, names_beside
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
 
@@ -66,12 +62,6 @@ def method_class(name: str) -> type[PruningMethod]:
     return found
 
 
-def setting_types(cls: type[PruningMethod]) -> dict[str, Any]:
-    """The type of each setting of a method."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-
-
 def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
     """Build a method from plain data (YAML, a checkpoint's ``config.json``); ``method: none`` gives ``None``, a list
     of names or of such mappings gives a combination.
@@ -91,9 +81,8 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
     types = setting_types(cls)
     if unknown := sorted(set(values) - set(types)):
         raise UnknownSettingError(unknown[0], str(name), tuple(types))
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     _check_given(cls, str(name), values)
-    return cls(**{key: _fitting(key, value, types[key], defaults[key]) for key, value in values.items()})
+    return cls(**values)
 
 
 def _check_given(cls: type[PruningMethod], name: str, values: Mapping[str, Any]) -> None:
@@ -144,36 +133,6 @@ def _part(number: int, entry: Any) -> PruningMethod:
         return method_from_settings(settings)  # type: ignore[return-value]
     except ValueError as error:
         raise ValueError(f"entry {number} of the list of methods, {name}: {error}") from error
-
-
-def _fitting(key: str, value: Any, kind: Any, default: Any) -> Any:
-    """``value`` as the setting's type has it: lists become tuples, numbers in text become numbers.
-
-    Raises:
-        ValueError: it does not fit; says what does.
-    """
-    choices = typing.get_args(kind) or (kind,)
-    try:
-        if isinstance(value, bool) and bool not in choices and any(part in (int, float) for part in choices):
-            raise ValueError
-        return TypeAdapter(kind).validate_python(value)
-    except ValueError:  # pydantic's among them
-        if typing.get_origin(kind) is typing.Literal:
-            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, choices))}") from None
-        example = "" if default is dataclasses.MISSING else f"; the default is {json.dumps(default)}"
-        raise ValueError(f"{key}={value!r} does not fit; it takes {_in_words(kind)}{example}") from None
-
-
-def _in_words(kind: Any) -> str:
-    """A setting's type as a user would say it."""
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        entries = ["0.5" if part is float else "1" if part is int else "..." for part in inner if part is not Ellipsis]
-        number = f" of {len(inner)}" if Ellipsis not in inner else ""
-        return f"a list{number} such as [{', '.join(entries)}]"
-    if inner:
-        return " or ".join(_in_words(part) for part in inner)
-    return {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}.get(kind, "a text")
 
 
 __all__ = [

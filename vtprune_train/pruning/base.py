@@ -16,7 +16,6 @@ H query heads, G key-value heads, D head size, C hidden size.
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from vtprune_train.plan import plan_stream
 from vtprune_train.pruning.budget import mean_input_share, scaled_to_budget
+from vtprune_train.pruning.fitting import FitsSettings
 from vtprune_train.pruning.own import method_name
 from vtprune_train.pruning.selection import top_k_per_span
 from vtprune_train.stream import Boundary, Drop, SegmentLayout, StreamPlan
@@ -118,7 +118,7 @@ class Selection:
     counts: Tensor | None = None
 
 
-class PruningMethod(ABC):
+class PruningMethod(metaclass=FitsSettings):
     """One way of dropping visual tokens. Subclasses are frozen dataclasses with at least :meth:`drops` or
     :meth:`key_layers`, and :meth:`score` or :meth:`choose`.
 

@@ -69,7 +69,9 @@ def _keep_problems(keep: Sequence[float]) -> list[str]:
 def _layer_problems(layers: Sequence[int], keep: Sequence[float], num_layers: int | None) -> list[str]:
     problems = []
     if len(layers) != len(keep):
-        problems.append(f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}")
+        problems.append(
+            f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}; give as many"
+        )
     if any(later <= earlier for earlier, later in pairwise(layers)):
         problems.append(f"layers={list(layers)} must increase (for example {sorted(set(layers))})")
     if layers and min(layers) < 1:

@@ -1,4 +1,4 @@
-"""What a run would be, without weights, network or data: lengths, FLOPs, memory on disk."""
+"""What a run would be, without weights or network: the first records of its data, lengths, FLOPs, memory on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from vtprune_train.config import Config, ConfigError, PruningConfig, pruning_refusal
-from vtprune_train.data.sources import is_here
 from vtprune_train.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -30,6 +29,7 @@ from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
+from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, look_at_data
 from vtprune_train.training.engine import engine_config, zero_stage
 from vtprune_train.training.memory import DTYPE_BYTES, GIB, Estimate, MicroBatch
 from vtprune_train.training.recompute import typical_stages
@@ -41,14 +41,18 @@ log = logging.getLogger(__name__)
 WARMUP_POINTS = 64  # at which the cost of a warm-up is looked at
 
 
-def describe(config: Config, gpus: int = 1, memory: float | None = None) -> str:
+def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_data: bool = False) -> str:
     """The dry run's report, for ``gpus`` GPUs with ``memory`` GiB each.
 
+    Args:
+        needs_data: whether it is an error that none of the data is on this machine; if some is, all must be.
+
     Raises:
-        ConfigError: settings that only show once the model's sizes are known.
+        ConfigError: settings that only show once the model's sizes are known; data that is missing or cannot be used.
     """
     config = with_saved_settings(config)
     settings = engine_config(config)
+    data = _data(config, needs_data)
     model_config = load_model_config(config.model, offline=True)
     family, loop = family_of_config(model_config)
     with torch.device("meta"):
@@ -77,6 +81,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None) -> str:
     estimate = Estimate.of(config, model, settings, gpus, batch, order)
     lines = [
         f"run           {config.run_dir}",
+        *data,
         f"pruning       {'none' if method is None else method.settings()}",
         *schedule_line,
         f"decoder       {num_layers} layers of width {cost.decoder.hidden}, "
@@ -93,10 +98,20 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None) -> str:
         "",
         *_memory(config, estimate, gpus, memory),
     ]
-    missing = [source.path for source in config.sources("train") if not is_here(Path(source.path))]
-    if missing:
-        lines += ["", f"not looked at: data file(s) {', '.join(missing)} (not here)"]
     return "\n".join(lines)
+
+
+def _data(config: Config, needed: bool) -> list[str]:
+    """What the first records of the data look like."""
+    if not config.data.train and not config.data.eval:
+        return ["data          none: data.train and data.eval are empty"]
+    if not needed and not any_data_here(config):
+        return [f"data          NOT LOOKED AT: none of it is here (data.root={config.data.root})"]
+    try:
+        check_paths(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n{WITHOUT_DATA}") from error
+    return look_at_data(config)
 
 
 def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:

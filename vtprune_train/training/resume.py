@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from vtprune_train.config_file import changed_settings, differences
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
 from vtprune_train.training.engine import precision
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def resume(
-    identity: dict[str, Any], policy: str, checkpoints: CheckpointFolder, engine: Any, stage: int
+    identity: dict[str, Any], policy: str, checkpoints: CheckpointFolder, engine: Any, stage: int, config_yaml: str
 ) -> TrainerState:
     """The newest complete checkpoint of the run loaded into ``engine``, or a fresh start; all ranks call this.
 
@@ -25,6 +26,7 @@ def resume(
         checkpoints: the run's.
         engine: not stepped yet.
         stage: its ZeRO stage.
+        config_yaml: the run's settings, as checkpoints record them; those that have changed are logged.
 
     Raises:
         ValueError: the run's folder holds checkpoints that must not be continued with these settings, or only damaged
@@ -47,16 +49,23 @@ def resume(
         state = load(engine, newest)
         if ranks.rank() == 0:
             log.info("resuming from %s", newest)
+            for line in changed_settings((newest / "config.yaml").read_text(), config_yaml):
+                log.warning("changed since that checkpoint: %s", line)
     checkpoints.warn_of_space(engine, newest)
     return state
 
 
 def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     saved = ranks.from_rank_0(lambda: json.loads((checkpoint / "trainer.json").read_text())["identity"])
-    changed = [key for key, value in identity.items() if saved.get(key) != value]
-    if changed:
-        lines = [f"{key}: checkpoint {saved.get(key)!r}, now {identity[key]!r}" for key in changed]
+    known = {key: value for key, value in saved.items() if key in identity}
+    if lines := differences(known, json.loads(json.dumps(identity))):
         raise ValueError(
-            f"{checkpoint} was trained with other settings, so its steps would hold other samples: {'; '.join(lines)}. "
-            f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={checkpoint}"
+            "\n".join(
+                [
+                    f"{checkpoint} was trained with other settings, so its steps would hold other samples "
+                    "(checkpoint's -> now):",
+                    *(f"  {line}" for line in lines),
+                    f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={checkpoint}",
+                ]
+            )
         )

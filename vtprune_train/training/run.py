@@ -46,6 +46,7 @@ from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.adapter import attach_adapter, check_adapter
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
+from vtprune_train.training.check_data import check_paths
 from vtprune_train.training.checkpoint import CheckpointFolder
 from vtprune_train.training.engine import (
     engine_config,
@@ -80,6 +81,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     disable_progress_bar()  # of every export; the run has its own
     config = with_saved_settings(config)
     settings = engine_config(config)
+    check_paths(config)
     if ranks.rank() == 0:
         for line in without_effect(config):
             log.warning("%s", line)
@@ -110,8 +112,9 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     checkpoints = CheckpointFolder(
         run_dir / "checkpoints", config.train.keep_last, background=config.train.save_in_background
     )
-    state = resume(_identity(config, collate.index), config.train.resume, checkpoints, engine, zero_stage(settings))
-    ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(dump_config(config)))
+    identity, config_yaml = _identity(config, collate.index), dump_config(config)
+    state = resume(identity, config.train.resume, checkpoints, engine, zero_stage(settings), config_yaml)
+    ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(config_yaml))
     held_out = build_collator(config, parts, cost, method, "eval") if config.data.eval else None
     trainer = Trainer(
         config=config,
@@ -246,7 +249,7 @@ def training_texts(config: Config, template: Template) -> Iterator[str]:
     """Every conversation of the training data as the template writes it, to train a tokenizer on."""
     for source in config.sources("train"):
         prompt = Prompt(**source.prompt.model_dump())
-        for record in read_records(Path(source.path)):
+        for record in read_records(Path(source.path), source.ignore):
             if not record.error:
                 yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
 
@@ -294,6 +297,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         cache_dir=cache_dir(config),
         unsupervised=config.data.unsupervised,
         max_image_pixels=config.data.max_image_pixels,
+        max_bad_share=config.data.max_bad_share,
     )
     ranks.check_same(f"{index.identity()}, {index.total_tokens} tokens", f"the samples of data.{which}")
     return index
@@ -307,6 +311,7 @@ def _source(config: SourceConfig) -> Source:
         weight=config.weight,
         prompt=Prompt(**config.prompt.model_dump()),
         name=config.name or "",
+        ignore=tuple(config.ignore),
     )
 
 
@@ -364,7 +369,7 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
     return {
         "run.seed": config.run.seed,
         "train.global_batch_size": config.train.global_batch_size,
-        "data.train": [source.model_dump() for source in config.data.train],
+        "data.train": [_source_identity(source) for source in config.data.train],
         "data.template": config.data.template,
         "data.system": config.data.system,
         "data.image_position": config.data.image_position,
@@ -373,3 +378,8 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "number and hash of the samples": index.identity(),
         "pruning": config.pruning.identity(),
     }
+
+
+def _source_identity(source: SourceConfig) -> dict[str, Any]:
+    """Without what older checkpoints do not know, where it is not used."""
+    return {key: value for key, value in source.model_dump().items() if key != "ignore" or value}

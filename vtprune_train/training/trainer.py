@@ -14,6 +14,7 @@ import torch
 from vtprune_train.config import Config
 from vtprune_train.config_file import dump_config
 from vtprune_train.data.collate import Collator
+from vtprune_train.data.index import most_bad
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.planner import Planner, StepPlan, data_digest
 from vtprune_train.launch import EXIT_TERMINATED
@@ -265,7 +266,7 @@ class Trainer:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
 
         Raises:
-            TrainingError: more than ``data.max_bad`` samples were left out so far.
+            TrainingError: more samples were left out so far than ``data.max_bad`` or ``data.max_bad_share`` allow.
         """
         new = [f"{sample}: {reason}" for batch in batches for sample, reason in batch.unreadable]
         for line in new:
@@ -274,10 +275,14 @@ class Trainer:
         known = set(self.state.unreadable)
         self.state.unreadable += [line for line in new if line not in known]
         count = len(self.state.unreadable) + self.collate.index.bad
-        if count > self.config.data.max_bad:
+        settings, samples = self.config.data, len(self.collate.index)
+        limit = f"data.max_bad={settings.max_bad}" if count > settings.max_bad else ""
+        if len(self.state.unreadable) > most_bad(settings.max_bad_share, samples):
+            limit = limit or f"data.max_bad_share={settings.max_bad_share:g} of {samples}"
+        if limit:
             raise TrainingError(
-                f"{count} samples could not be used, more than data.max_bad={self.config.data.max_bad}; mend them or "
-                f"raise it. Last: {self.state.unreadable[-1]}"
+                f"{count} samples could not be used, more than {limit}; mend them or raise it. "
+                f"Last: {self.state.unreadable[-1]}"
             )
 
     def save(self) -> None:

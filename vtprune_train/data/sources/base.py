@@ -38,6 +38,11 @@ class Reader(ABC):
     def __init__(self, path: Path):
         self.path = path
 
+    @property
+    def unread(self) -> list[str]:
+        """Columns that no record is given."""
+        return []
+
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """Parts in the file's order. They depend on the file alone, so that finished ones can be kept.

@@ -11,23 +11,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_from_disk
 
+from vtprune_train.data.fields import CONVERSATIONS, is_harmless, is_looked_at
 from vtprune_train.data.sources.base import PIECE_ROWS, Piece, Place, Reader
 
-COLUMNS = ("id", "image", "images", "conversations", "messages", "system")
 BATCH = 64  # rows turned to Python objects at a time: pictures are among them
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
-    """The columns that are read.
+    """The columns that are read: those that a record needs, and those that may make it malformed.
 
     Raises:
         ValueError: there is no conversation among them.
     """
-    if "conversations" not in names and "messages" not in names:
+    if not set(CONVERSATIONS) & set(names):
         raise ValueError(
             f"data file {path} has no column 'conversations' or 'messages'; its columns: {', '.join(names)}"
         )
-    return [name for name in COLUMNS if name in names]
+    return [name for name in names if is_looked_at(name)]
+
+
+def _unread(names: Sequence[str]) -> list[str]:
+    return [name for name in names if not is_looked_at(name) and not is_harmless(name)]
 
 
 class Parquet(Reader):
@@ -40,6 +44,10 @@ class Parquet(Reader):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_opened": None, "_group": None}
+
+    @property
+    def unread(self) -> list[str]:
+        return _unread(self._open()[0].schema_arrow.names)
 
     def _open(self) -> tuple[pq.ParquetFile, list[str]]:
         if self._opened is None or self._opened[0] != os.getpid():
@@ -87,7 +95,12 @@ class DatasetOnDisk(Reader):
             table = load_from_disk(str(path))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"data folder {path} cannot be read as a dataset ({error})") from error
+        self._unread = _unread(table.column_names)
         self._table = table.select_columns(_columns(path, table.column_names)).with_format("arrow")
+
+    @property
+    def unread(self) -> list[str]:
+        return self._unread
 
     def pieces(self) -> Iterator[Piece]:
         for start in range(0, len(self._table), PIECE_ROWS):

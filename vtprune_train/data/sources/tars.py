@@ -89,11 +89,13 @@ def _extension(name: str) -> str:
 
 
 def _record(members: Sequence[Member]) -> Any:
-    """The record in the form of its ``.json``, pictures as bytes; made from the ``.txt`` where that is a caption."""
+    """The record in the form of its ``.json``, pictures as bytes; made from the ``.txt`` where that is a caption. Other
+    members are fields by their extension (``.mp4``)."""
     key = _key(members[0][0])
     described: Any = None
     caption = None
     pictures: list[Member] = []
+    others: dict[str, str] = {}
     for name, content in members:
         extension = _extension(name).lower()
         if extension == "json":
@@ -105,20 +107,26 @@ def _record(members: Sequence[Member]) -> Any:
             caption = content.decode("utf-8", errors="replace").strip()
         elif extension.rpartition(".")[2] in PICTURES:
             pictures.append((name, content))
+        else:
+            others[f".{extension.rpartition('.')[2]}"] = name
     talks = isinstance(described, Mapping) and ("conversations" in described or "messages" in described)
     if caption is not None and not talks:
         question = f"{IMAGE}\n" * len(pictures)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
-        return {"id": key, "images": [content for _, content in pictures], "conversations": turns}
+        images = [content for _, content in pictures]
+        record = described if isinstance(described, Mapping) else {}
+        return {"id": key, **record, **others, "images": images, "image": None, "conversations": turns}
     if not isinstance(described, Mapping):
-        return {"id": key} if described is None else described
-    return {"id": key, **described, "images": _chosen(described, pictures), "image": None}
+        return {"id": key, **others} if described is None else described
+    if caption is not None:
+        others[".txt"] = caption
+    return {"id": key, **described, **others, "images": _chosen(described, pictures), "image": None}
 
 
 def _chosen(record: Mapping[str, Any], pictures: Sequence[Member]) -> list[Any]:
     """The pictures in the order in which the record names them; in the tar's if it names none or all by other names. A
     name without a member stays a name, looked up in the source's folder of images."""
-    names = record.get("images", record.get("image"))
+    names = record.get("image") if record.get("images") is None else record["images"]
     contents = [content for _, content in pictures]
     if names is None:
         return contents

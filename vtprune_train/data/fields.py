@@ -1,0 +1,163 @@
+"""What the fields of a record mean: which are read, which would change what is trained, and which say nothing of it.
+
+A field that would change what is trained and cannot be honoured makes its record malformed: training on the rest of
+the record would be training on something else. docs/data.md has the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+CONVERSATIONS = ("conversations", "messages")
+IMAGES = ("images", "image")
+SYSTEM = ("system", "system_prompt", "system_message")
+RECORD = frozenset(("id", *CONVERSATIONS, *IMAGES, *SYSTEM))
+TURN = frozenset(("from", "role", "value", "content"))
+
+FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag of what is trained on", "a weight", "a mask", "an image"
+_FILE = r"(_?(path|file|file_?name|name|url|uri|list|data|bytes|base64|b64|input)s?)?"
+_VIDEO_FILES = "mp4|avi|mov|mkv|webm|m4v|mpe?g|flv|wmv"
+_AUDIO_FILES = "mp3|wav|flac|ogg|m4a|aac|opus|wma"
+_MEDIA = {
+    "a video": rf"(video|video_?clip|clip|movie|frame|video_?frame)s?{_FILE}|{_VIDEO_FILES}",
+    "audio": rf"(audio|speech|sound|voice|music|waveform)s?{_FILE}|input_audio|{_AUDIO_FILES}",
+    "a point cloud or depth map": r"(point_?cloud|depth_?(map|image)|mesh)s?" + _FILE,
+}
+_FORMAT = {
+    "tool use": r"tools?|tool_(calls?|choice|call_ids?|responses?|results?)|functions?|function_(calls?|responses?)"
+    r"|observations?",
+    "a preference": r"(chosen|rejected|preferred|dispreferred)(_(responses?|messages|conversations|images?|texts?))?",
+    "earlier turns": r"history|chat_history|conversation_history",
+    "documents": r"documents?",
+    "reasoning": r"reasoning|reasoning_(content|text)|thinking|thinking_blocks|thoughts?|chain_of_thought|refusal",
+    "a setting of the chat template": r"chat_template|chat_template_kwargs|enable_thinking|add_generation_prompt",
+    "places in the image": r"b_?box(es)?|(bounding_?)?box(es)?|objects|regions?|polygons?|segmentations?|(key)?points"
+    r"|ref_?(objects?|boxes)",
+    NOT_TRAINED: r"masks?|masked|mask_(history|prompt|inputs?)|ignore_?(loss)?|no_?(loss|train)"
+    r"|skip_?(loss|train)|assistant_masks?|labels_mask",
+    "training on prompts": r"train_on_(inputs?|prompts?|source|user)",
+}
+_IMAGE = r"(image|img|picture|photo)s?(_?\d+)?" + _FILE
+_FLAG = r"loss|train|trainable|train_on_turn|learn|learnable|supervised?|kto_tag|desirable|label|loss_mask|train_mask"
+_WEIGHT = r"((sample|loss|token|turn|example|sampling)_)?(weights?|importance)|loss_scale|repeat(s|_times?)?"
+
+_UNSUPPORTED = [(what, re.compile(pattern)) for what, pattern in (_MEDIA | _FORMAT).items()]
+_IS_IMAGE, _IS_FLAG, _IS_WEIGHT = re.compile(_IMAGE), re.compile(_FLAG), re.compile(_WEIGHT)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+# Known to say nothing that is trained on; other unknown fields are allowed too, but said once.
+_HARMLESS = re.compile(
+    r"(.*_)?(id|ids|idx|index|uid|uuid|guid|hash|md5|sha256|source|sources|dataset|datasets|width|height|size|sizes|"
+    r"metadata|meta|info|score|scores|rating|ratings|quality|language|lang|license|licence|author|date|time|timestamp|"
+    r"timestamps|split|subset|category|categories|domain|topic|task|tasks|type|types|tag|tags|model|models|version|"
+    r"url|key|count|length|tokens|num|duration|fps)|num_.*|__.*__|_.*"
+)
+
+_MARK = re.compile(
+    r"<(video|audio|speech|sound|music|point_?cloud|vid|videos|audios)>|<\|(video|audio|image|vision)(_pad|_start)?\|>",
+    re.IGNORECASE,
+)
+WAY_OUT = "take it out, or name it in the entry's `ignore` if it changes nothing here"
+
+
+@lru_cache(4096)
+def plain(name: str) -> str:
+    """``name`` as the rules are written: snake case; ``.mp4`` is a member of a tar by its extension."""
+    return _CAMEL.sub("_", name.lstrip(".")).replace("-", "_").replace(" ", "_").lower()
+
+
+def is_looked_at(name: str) -> bool:
+    """Whether a table's column has to be read: the record needs it, or it may make the record malformed."""
+    return name in RECORD or _unsupported(plain(name)) is not None
+
+
+@lru_cache(4096)
+def is_harmless(name: str) -> bool:
+    """Whether a field that is not read needs no mention."""
+    return _HARMLESS.fullmatch(plain(name)) is not None
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: tables fill the fields that a record lacks."""
+    if isinstance(value, Mapping):
+        return all(is_empty(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_empty(inner) for inner in value)
+    return value is None or value is False or (isinstance(value, str | bytes) and not value.strip())
+
+
+def check_fields(
+    fields: Mapping[str, Any], read: Collection[str], ignore: Collection[str], *, answer: bool | None, has_images: bool
+) -> set[str]:
+    """The fields that are not read and should be mentioned.
+
+    Args:
+        fields: of a record, a turn or a part of a turn's content.
+        read: those that are honoured.
+        ignore: those that the user says change nothing.
+        answer: of a turn, whether it is the assistant's; ``None`` elsewhere.
+        has_images: whether the record brings images where they are read from.
+
+    Raises:
+        ValueError: one would change what is trained; names it.
+    """
+    unread = set()
+    for name, value in fields.items():
+        if name in read or name in ignore:
+            continue
+        what = _unsupported(plain(name))
+        if name == "label" and not isinstance(value, bool):  # a class; a preference's is true or false
+            continue
+        if what == IMAGE_FIELD and has_images:  # where the image came from; those that are read are checked by <image>
+            what = None
+        if what is None:
+            if not is_harmless(name) and not is_empty(value):
+                unread.add(name)
+        elif not _changes_nothing(what, value, answer):
+            raise ValueError(f"its field {name!r} ({_shown(value)}) holds {what}, which is not supported; {WAY_OUT}")
+    return unread
+
+
+def check_marks(text: str, ignore: Collection[str]) -> None:
+    """Placeholders of what is no image, in a prompt; ``<video>`` with ``</video>`` is HTML.
+
+    Raises:
+        ValueError: there is one; names it.
+    """
+    for match in _MARK.finditer(text):
+        mark = match.group()
+        if mark not in ignore and f"</{mark[1:]}".lower() not in text.lower():
+            raise ValueError(f"its text holds {mark}, and only <image> can be trained on; {WAY_OUT}")
+
+
+@lru_cache(4096)
+def _unsupported(name: str) -> str | None:
+    """What a field of this (plain) name holds, if that would change what is trained."""
+    for what, pattern in ((FLAG, _IS_FLAG), (WEIGHT, _IS_WEIGHT), (IMAGE_FIELD, _IS_IMAGE)):
+        if pattern.fullmatch(name):
+            return what
+    return next((what for what, pattern in _UNSUPPORTED if pattern.fullmatch(name)), None)
+
+
+def _changes_nothing(what: str, value: Any, answer: bool | None) -> bool:
+    if what == NOT_TRAINED:
+        return all(leaf == 0 for leaf in _leaves(value))
+    if what not in (FLAG, WEIGHT):
+        return is_empty(value)
+    neutral = ((0,) if what == FLAG else (0, 1)) if answer is False else (1,)  # a prompt is never supervised
+    return all(leaf in neutral for leaf in _leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values within lists, those that are missing left out."""
+    for leaf in value if isinstance(value, list | tuple) else [value]:
+        if leaf is not None and leaf != "":
+            yield leaf
+
+
+def _shown(value: Any) -> str:
+    text = f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

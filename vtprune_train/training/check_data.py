@@ -1,0 +1,123 @@
+"""Before anything starts: the data's files and folders are there, and their first records can be used."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from vtprune_train.config import Config, ConfigError
+from vtprune_train.data.images import UNREADABLE, image_size
+from vtprune_train.data.index import most_bad, shown_fields
+from vtprune_train.data.measure import picture_name
+from vtprune_train.data.records import Conversation, default_id, normalize
+from vtprune_train.data.sources import find_files, is_here, open_reader
+
+LOOKED_AT = 200  # records of each entry
+SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] data.eval=[]"
+
+
+def check_paths(config: Config) -> None:
+    """Make sure that every file and folder which the data settings name is there.
+
+    Raises:
+        ConfigError: one line for each that is missing, with its key and path.
+    """
+    lines = []
+    for key, path in _paths(config):
+        if key.endswith("images"):
+            if not path.is_dir():
+                what = "is a file, not a folder of images" if path.exists() else "does not exist"
+                lines.append(f"{key}: {path} {what}{_nearest(path)}")
+            elif not os.access(path, os.R_OK | os.X_OK):
+                lines.append(f"{key}: {path} cannot be read (permission denied)")
+        elif not is_here(path):
+            lines.append(f"{key}: {path} does not exist{_nearest(path)}")
+        elif path.exists() and not os.access(path, os.R_OK):
+            lines.append(f"{key}: {path} cannot be read (permission denied)")
+    if lines:
+        relative = "" if Path(config.data.root).is_absolute() else f", seen from {Path.cwd()}"
+        raise ConfigError("\n".join([*lines, f"paths are relative to data.root={config.data.root}{relative}"]))
+
+
+def any_data_here(config: Config) -> bool:
+    """Whether any data file of the settings is on this machine."""
+    return any(is_here(path) for key, path in _paths(config) if key.endswith("path"))
+
+
+def look_at_data(config: Config) -> list[str]:
+    """Read the first records of each entry and the headers of their images; a line for each entry.
+
+    Raises:
+        ConfigError: too many of an entry's first records cannot be used; names the entry's key and the first reasons.
+        ValueError: a file cannot be read.
+    """
+    lines, wrong = [], []
+    for which in SPLITS:
+        for number, source in enumerate(config.sources(which)):
+            key, images = f"data.{which}.{number}", Path(source.images)
+            records = _first_records(Path(source.path), source.ignore)
+            reasons = [
+                f"{record.id}: {reason}"
+                for record in records
+                if (reason := _unusable(record, images, config.data.max_image_pixels))
+            ]
+            unread = Counter(name for record in records for name in record.unread)
+            fields = f"; fields that are not read: {shown_fields(unread)}" if unread else ""
+            bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
+            lines.append(f"{key:<14}{source.path}: {len(records)} first record(s) looked at{bad}{fields}")
+            allowed = most_bad(config.data.max_bad_share, len(records))
+            if reasons and (len(reasons) > min(allowed, config.data.max_bad) or len(reasons) == len(records)):
+                wrong.append(
+                    f"{key}: {len(reasons)} of the first {len(records)} records of {source.path} (images in {images}) "
+                    f"cannot be used (data.max_bad={config.data.max_bad}, data.max_bad_share="
+                    f"{config.data.max_bad_share:g}). First: {'; '.join(reasons[:3])}"
+                )
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return lines
+
+
+def _paths(config: Config) -> list[tuple[str, Path]]:
+    return [
+        (f"data.{which}.{number}.{name}", Path(getattr(source, name)))
+        for which in SPLITS
+        for number, source in enumerate(config.sources(which))
+        for name in ("path", "images")
+    ]
+
+
+def _first_records(path: Path, ignore: list[str]) -> list[Conversation]:
+    file = find_files(path)[0]
+    reader = open_reader(file)
+    records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
+    first = [normalize(record, default_id(file, n), ignore) for n, record in enumerate(islice(records, LOOKED_AT))]
+    if not first:
+        raise ValueError(f"data file {file} holds no record")
+    columns = frozenset(reader.unread)
+    return [Conversation(r.id, r.turns, r.images, r.error, r.unread | columns) for r in first]
+
+
+def _unusable(record: Conversation, images: Path, max_pixels: int) -> str:
+    """Why a record cannot be used; empty if it can, as far as headers tell."""
+    if record.error:
+        return record.error
+    for number, picture in enumerate(record.pictures(images)):
+        try:
+            image_size(picture, max_pixels=max_pixels, name=picture_name(picture, number))
+        except UNREADABLE as error:
+            return f"image {error}"
+    return ""
+
+
+def _nearest(path: Path) -> str:
+    """A name beside a path that is missing which it may have meant."""
+    if path.exists() or not path.parent.is_dir():
+        missing = next((parent for parent in reversed(path.parents) if not parent.exists()), None)
+        return f" (there is no {missing})" if missing is not None else ""
+    names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / names[0]}?" if names else ""
