@@ -56,6 +56,11 @@ class SegmentLayout:
     supervised_offsets: tuple[int, ...] = ()
     key: int = 0
 
+    @property
+    def num_text(self) -> int:
+        """Its tokens outside the images."""
+        return self.length - sum(span.length for span in self.spans)
+
 
 def text_key(ids: np.ndarray) -> int:
     """A number made of a sample's text tokens (without its images), the same in every batch: see ``SegmentLayout``."""

@@ -46,8 +46,9 @@ def slow_victor(text_model, embeds: Tensor, spans, registers: Tensor, layers: in
     return x
 
 
-def slow_voco(text_model, embeds: Tensor, spans, tokens: Tensor) -> Tensor:
-    """All rows, those of the image too, which nothing behind its summary sees."""
+def slow_voco(text_model, embeds: Tensor, spans, tokens: Tensor, hide: str = "all_before") -> Tensor:
+    """All rows, those of the image too, which nothing behind its summary sees; nor does it see what precedes the first
+    image, unless only images are hidden."""
     x, kinds = with_tokens(embeds, spans, tokens)
     positions = torch.arange(len(x))
     sees = torch.zeros(len(x), len(x), dtype=torch.bool)
@@ -59,6 +60,9 @@ def slow_voco(text_model, embeds: Tensor, spans, tokens: Tensor) -> Tensor:
     for row in range(len(x)):
         for key in range(row + 1):
             sees[row, key] = kinds[key] != "image" or image[row] == image[key]
+    if hide == "all_before" and "learned" in kinds:
+        summary_end = kinds.index("learned") + len(tokens)
+        sees[summary_end:, : kinds.index("image")] = False
     for layer in text_model.layers:
         attention = layer.self_attn
         q, k = queries_and_keys(layer, x, positions, theta(text_model))
