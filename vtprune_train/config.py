@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from vtprune_train.rounding import ceil_of
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRAINABLE = ("projector", "language_model", "vision_tower", "lora", "pruning")
@@ -321,7 +322,7 @@ class PruningConfig(Section):
 
         warmup = None
         if self.warmup is not None:
-            steps = self.warmup.steps or math.ceil((self.warmup.ratio or 0.0) * total_steps)
+            steps = self.warmup.steps or ceil_of(self.warmup.ratio or 0.0, total_steps)
             warmup = Warmup(steps, self.warmup.kind, self.warmup.start)
         full = FullTokens(self.full_token_share, self.consistency_weight, self.consistency_temperature)
         return Phases(self.build(), seed, warmup, full)

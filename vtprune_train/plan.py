@@ -328,6 +328,6 @@ def _uniform_scores(layout: _StreamLayout, kept: np.ndarray, sizes: list[int]) -
         scores = np.full(size, np.nan, dtype=np.float32)
         if segment in by_visual:
             scores[:] = 0.0
-            scores[((np.arange(keep) + 0.5) * size / max(keep, 1)).astype(np.int64)] = 1.0
+            scores[(2 * np.arange(keep) + 1) * size // (2 * max(keep, 1))] = 1.0
         parts.append(scores)
     return torch.from_numpy(np.concatenate(parts)) if by_visual else None

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtprune_train.rounding import floor_of
+
 IMAGE = "<image>"  # an image's place in text, and its token
 IGNORE = -100  # a label that is not supervised
 COPY_ALIGNMENT = 16  # bytes: where a tensor of any dtype may begin in a buffer
@@ -70,7 +72,8 @@ def text_key(ids: np.ndarray) -> int:
 @dataclass(frozen=True)
 class Drop:
     """Where and how much a method drops: before decoder layer ``layer`` (0: before the decoder), each span keeps
-    ``floor(n * keep)``. A subclass may count otherwise by overriding :meth:`kept`.
+    ``floor(n * keep)``, exactly (:mod:`vtprune_train.rounding`). A subclass may count otherwise by overriding
+    :meth:`kept`.
 
     Args:
         layer: decoder layer, counted from 0, before which tokens change.
@@ -98,13 +101,13 @@ class Drop:
     owner: int = 0
 
     def kept(self, length: int, before: int) -> int:
-        """Tokens of a span that enter the next stage (floor, as PyramidDrop's code counts).
+        """Tokens of a span that enter the next stage.
 
         Args:
             length: the span's tokens at the method's first drop.
             before: its tokens in the stage that ends.
         """
-        return length if self.returns else int(length * self.keep)
+        return length if self.returns else floor_of(self.keep, length)
 
 
 @dataclass

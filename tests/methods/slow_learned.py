@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtprune_train import prune
 from vtprune_train.models.decoder import run_layers
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the norms compute in float32
@@ -85,7 +86,7 @@ def slow_mod(text_model, embeds: Tensor, spans, routers: dict[int, Tensor], keep
         text = set(goes)
         for span in spans:
             best = sorted(range(span.start, span.end), key=lambda o: (-rating[o], o))
-            goes += best[: math.floor(span.length * keep)]
+            goes += best[: floor_of(keep, span.length)]
         goes.sort()
         after = run_layer(layer, x[goes], positions[goes], theta(text_model))
         rows = list(x)
