@@ -94,7 +94,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     cost = training_cost(config, parts.model.config)
     collate = build_collator(config, parts, cost, method, "train")
     steps = -(-len(collate.index.order()) // config.train.global_batch_size)
-    collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
+    collate.phases = config.phases(config.train.max_steps or config.train.epochs * steps)
     _prepare(config, parts, method, device)
     prune(parts.model, method, attention=config.model.attention)
     compile_model(config, parts.model, device, zero_stage(settings))
