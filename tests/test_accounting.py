@@ -141,6 +141,18 @@ def test_only_what_is_computed_is_counted():
     assert selector_flops(geometry, both.plan(segments(), 6), both) == 2000 + sum(fifth) * 2 * 32
 
 
+def test_text_that_voco_hides_is_not_in_the_cache():
+    geometry = DecoderGeometry.of(tiny_config().text_config)
+    cost, supervised = TrainingCost(geometry, None, True, False), np.array([2, 1, 1])
+    values = []
+    for hide in ("image", "all_before"):
+        method = method_class("voco")(hide=hide)
+        values.append(PassCost.of(cost, method.plan(segments(), 6), method, supervised).cache_values)
+    one_token = 6 * 2 * 16
+    assert values[0] == pytest.approx((12 + 6 + 5 + 3 * 2) * one_token)
+    assert values[0] - values[1] == pytest.approx((1 + 2) * one_token)
+
+
 def test_a_pass_with_a_drop_before_the_decoder():
     """Text 12 + 6 + 5, a half of 10 + 8 + 6 visual tokens in all layers: as a dense pass of the shorter stream."""
     geometry = DecoderGeometry.of(tiny_config().text_config)
@@ -201,6 +213,7 @@ def test_every_method_is_estimated(name):
         ("sparsevlm", {"layers": (1, 3), "count": "mass", "mass": 0.6}),
         ("lvlm_csp", {}),
         ("plphp", {}),
+        ("voco", {}),
     ],
 )
 def test_what_is_measured_is_what_the_layers_see(name, values):
@@ -221,9 +234,10 @@ def test_what_is_measured_is_what_the_layers_see(name, values):
     assert sum(one.leaving for one in measured) == pytest.approx(sum([*entering[1:], entering[-1]]) / len(entering))
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
-    held = [int(layer.num_tokens().sum()) - text for layer in cache.layers]
+    hidden = 2 if name == "voco" else 0  # "what is" of the first row; the second begins with its image
+    held = [int(layer.num_tokens().sum()) - text + hidden for layer in cache.layers]
     assert sum(one.cached for one in measured) == pytest.approx(sum(held) / len(held))
-    assert (held != entering) == (name == "plphp")
+    assert (held != entering) == (name in ("plphp", "voco"))
     assert measured[2].entering == measured[2].cached == 0 and measured[0].prefill_flops > 0
 
 

@@ -295,6 +295,27 @@ def test_settings_without_effect_are_named():
     assert "pruning.warmup has no effect" in "\n".join(lines)
 
 
+@pytest.mark.parametrize(
+    ("trained", "share"),
+    [
+        ("{projector: 1.0e-3}", 0.0),
+        ("{projector: 1.0e-3, vision_tower: 1.0e-5}", 0.0),
+        ("{projector: 1.0e-3, language_model: 1.0e-5}", 0.25),
+    ],
+)
+def test_every_step_of_projector_alignment_drops(trained, share):
+    """As in DualSpeed's code, whose steps on full tokens need a decoder that is trained."""
+    asked = [f"model.train={trained}", "pruning.full_token_share=0.25", "pruning.consistency_weight=1"]
+    config = load_config("llava_next_pretrain.yaml", asked)
+    phases = config.phases(400)
+    full = [step for step in range(400) if phases.of(step).full_tokens]
+    assert (len(full) > 50) == bool(share) and phases.full.share == config.full_token_share == share
+    assert all(phases.of(step).method is not None for step in set(range(400)) - set(full))
+    said = [line for line in without_effect(config) if line.startswith("pruning.full_token_share has no effect")]
+    assert len(said) == (share == 0)
+    assert ("0.25 of the steps on full tokens" in describe(config)) == bool(share)
+
+
 def test_the_dry_run_counts_all_phases():
     asked = ["pruning.warmup={ratio: 0.1, kind: dense}", "pruning.full_token_share=0.1", "pruning.consistency_weight=1"]
     report = describe(load_config("llava_next_pdrop.yaml", asked))
@@ -327,6 +348,15 @@ def runs(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("phases"))
     runs.run("whole", *PHASES, "deepspeed=configs/deepspeed/zero0.json")
     return runs
+
+
+def test_a_run_of_projector_alignment_drops_at_every_step(tmp_path):
+    runs = Runs(tmp_path)
+    asked = ["pruning.full_token_share=0.5", "pruning.consistency_weight=1", "data.eval=[]", "train.max_steps=6"]
+    done = runs.run("alignment", *asked, "model.train={projector: 1.0e-3}", "data.template=plain")
+    assert "pruning.full_token_share has no effect: the decoder is frozen" in done.stdout + done.stderr
+    for line in runs.metrics("alignment"):
+        assert not line.get("full_tokens") and line["visual_tokens_entering"] < line["visual_tokens"]
 
 
 def test_dense_steps_of_a_warm_up_are_a_dense_run_and_a_resume_is_exact(runs):

@@ -48,7 +48,7 @@ def test_every_place_is_where_the_tokens_really_are(seed, shapes, plain):
         for index, segment in enumerate(segments):
             for span in segment.spans:
                 left = sum(s == index and span.start <= o < span.end for s, o in tokens)
-                assert left == int(span.length * drop.keep)
+                assert left == drop.kept(span.length, span.length)
     check_stage(plan.stages[-1], tokens, len(segments))
     expected = [(s, o) for s, segment in enumerate(segments) for o in segment.supervised_offsets]
     for row, (segment, offset) in zip(plan.predict_rows.tolist(), expected, strict=True):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from vtprune_train.rounding import ceil_of
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRAINABLE = ("projector", "language_model", "vision_tower", "lora", "pruning")
@@ -319,12 +321,13 @@ class PruningConfig(Section):
         return method_from_settings(self.settings)
 
     def phases(self, total_steps: int, seed: int) -> Any:
-        """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps."""
+        """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps in which the
+        decoder is trained; :meth:`Config.phases` asks whether it is."""
         from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
 
         warmup = None
         if self.warmup is not None:
-            steps = self.warmup.steps or math.ceil((self.warmup.ratio or 0.0) * total_steps)
+            steps = self.warmup.steps or ceil_of(self.warmup.ratio or 0.0, total_steps)
             warmup = Warmup(steps, self.warmup.kind, self.warmup.start)
         full = FullTokens(self.full_token_share, self.consistency_weight, self.consistency_temperature)
         return Phases(self.build(), seed, warmup, full)
@@ -426,6 +429,19 @@ class Config(Section):
     def run_dir(self) -> Path:
         """The run's folder."""
         return Path(self.run.output_dir) / self.run.name
+
+    @property
+    def full_token_share(self) -> float:
+        """The share of this run's steps on full tokens: none where the decoder is frozen, as in projector alignment.
+        There every step drops tokens, as in DualSpeed's code (``is_pretraining_stage``)."""
+        return self.pruning.full_token_share if {"language_model", "lora"} & set(self.model.train) else 0.0
+
+    def phases(self, total_steps: int) -> Any:
+        """The :class:`~vtprune_train.pruning.phases.Phases` of this run, if it has ``total_steps`` steps."""
+        from vtprune_train.pruning.phases import FullTokens
+
+        phases = self.pruning.phases(total_steps, self.run.seed)
+        return phases if self.full_token_share else replace(phases, full=FullTokens())
 
     def sources(self, which: Literal["train", "eval"]) -> list[SourceConfig]:
         """The data files with paths joined to ``data.root``."""

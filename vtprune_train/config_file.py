@@ -16,7 +16,6 @@ from vtprune_train.config import (
     TRAINING_ONLY,
     Config,
     ConfigError,
-    PruningConfig,
     Section,
     SourceConfig,
     did_you_mean,
@@ -241,7 +240,7 @@ def without_effect(config: Config) -> list[str]:
         if config.data.eval and config.train.eval_show:
             lines.append("train.eval_show has no effect: pruning.method is none")
     else:
-        lines += _phases_without_effect(config.pruning)
+        lines += _phases_without_effect(config)
     for which in ("train", "eval"):
         lines += _sources_without_effect(config, which)
     if config.train.spike_threshold is None and "spike_window" in config.train.model_fields_set:
@@ -264,14 +263,19 @@ def _sources_without_effect(config: Config, which: Literal["train", "eval"]) -> 
     return lines
 
 
-def _phases_without_effect(pruning: PruningConfig) -> list[str]:
+def _phases_without_effect(config: Config) -> list[str]:
     lines = []
-    warmup = pruning.warmup
+    pruning, warmup = config.pruning, config.pruning.warmup
+    if pruning.full_token_share and not config.full_token_share:
+        lines.append(
+            "pruning.full_token_share has no effect: the decoder is frozen (projector alignment), so every step drops "
+            "tokens; train language_model or lora too for steps on full tokens"
+        )
     if warmup is not None and warmup.kind == "dense" and "start" in warmup.model_fields_set:
         lines.append("pruning.warmup.start has no effect: pruning.warmup.kind is dense")
     if pruning.consistency_temperature != 1 and not pruning.consistency_weight:
         lines.append("pruning.consistency_temperature has no effect: pruning.consistency_weight is 0")
-    if warmup is not None and pruning.full_token_share == 1 and not pruning.consistency_weight:
+    if warmup is not None and config.full_token_share == 1 and not pruning.consistency_weight:
         lines.append("pruning.warmup has no effect: pruning.full_token_share=1 runs every step on full tokens")
     return lines
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from vtprune_train.plan import counts_per_stage
+from vtprune_train.plan import counts_per_stage, fronts_of
 from vtprune_train.stream import Boundary, Drop, StreamPlan
 
 if TYPE_CHECKING:
@@ -336,9 +336,18 @@ def is_adaptive(method: PruningMethod, num_layers: int) -> bool:
 
 def visual_per_stage(plan: StreamPlan) -> list[int]:
     """Visual tokens of the whole stream in each stage: text is never dropped."""
-    segments = plan.outline.segments
-    text = sum(segment.length - sum(span.length for span in segment.spans) for segment in segments)
+    text = sum(segment.num_text for segment in plan.outline.segments)
     return [stage.num_tokens - text for stage in plan.stages]
+
+
+def hidden_text(plan: StreamPlan, method: PruningMethod | None) -> list[int]:
+    """Text tokens of each segment that no layer's cache holds: those in front of the first image, where the method
+    hides them. In the first call on a cache."""
+    segments = plan.outline.segments
+    layout = next((layout for layout in plan.key_layouts if layout is not None), None)
+    if method is None or not method.hides_front or layout is None:
+        return [0] * len(segments)
+    return [front or 0 for front in fronts_of(segments, layout)]
 
 
 def stage_layers(plan: StreamPlan) -> list[int]:
@@ -368,7 +377,7 @@ class PassCost:
         images = sum(len(segment.spans) for segment in plan.outline.segments)
         visual = VisualTokens.of(per_stage, layers, kept_keys(method, per_stage, layers, images))
         tokens = float(np.dot(lengths.sum(axis=0), layers))
-        hidden = cost.decoder.num_layers * (visual.entering - visual.cached)
+        hidden = cost.decoder.num_layers * (visual.entering - visual.cached + sum(hidden_text(plan, method)))
         return cls(
             float(cost.text(lengths, layers, supervised).sum()),
             selector_flops(cost.decoder, plan, method),

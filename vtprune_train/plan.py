@@ -97,6 +97,19 @@ def plan_stream(
     )
 
 
+def fronts_of(segments: Sequence[SegmentLayout], layout: Boundary) -> list[int | None]:
+    """Tokens of each segment in front of the first image that has any at a stage; ``None`` where there is no such."""
+    fronts: list[int | None] = []
+    laid_out = iter(layout.spans)
+    for segment in segments:
+        counts = [next(laid_out).before for _ in segment.spans]
+        first = next((number for number, count in enumerate(counts) if count), None)
+        fronts.append(
+            None if first is None else segment.spans[first].start - sum(s.length for s in segment.spans[:first])
+        )
+    return fronts
+
+
 def plan_pass(segments: Sequence[SegmentLayout], num_layers: int, method: Any) -> StreamPlan:
     """The stages of a pass by ``method``, or of a dense one if that is ``None``."""
     return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
@@ -315,6 +328,6 @@ def _uniform_scores(layout: _StreamLayout, kept: np.ndarray, sizes: list[int]) -
         scores = np.full(size, np.nan, dtype=np.float32)
         if segment in by_visual:
             scores[:] = 0.0
-            scores[((np.arange(keep) + 0.5) * size / max(keep, 1)).astype(np.int64)] = 1.0
+            scores[(2 * np.arange(keep) + 1) * size // (2 * max(keep, 1))] = 1.0
         parts.append(scores)
     return torch.from_numpy(np.concatenate(parts)) if by_visual else None

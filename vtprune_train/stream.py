@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtprune_train.rounding import floor_of
+
 IMAGE = "<image>"  # an image's place in text, and its token
 IGNORE = -100  # a label that is not supervised
 COPY_ALIGNMENT = 16  # bytes: where a tensor of any dtype may begin in a buffer
@@ -56,6 +58,11 @@ class SegmentLayout:
     supervised_offsets: tuple[int, ...] = ()
     key: int = 0
 
+    @property
+    def num_text(self) -> int:
+        """Its tokens outside the images."""
+        return self.length - sum(span.length for span in self.spans)
+
 
 def text_key(ids: np.ndarray) -> int:
     """A number made of a sample's text tokens (without its images), the same in every batch: see ``SegmentLayout``."""
@@ -65,7 +72,8 @@ def text_key(ids: np.ndarray) -> int:
 @dataclass(frozen=True)
 class Drop:
     """Where and how much a method drops: before decoder layer ``layer`` (0: before the decoder), each span keeps
-    ``floor(n * keep)``. A subclass may count otherwise by overriding :meth:`kept`.
+    ``floor(n * keep)``, exactly (:mod:`vtprune_train.rounding`). A subclass may count otherwise by overriding
+    :meth:`kept`.
 
     Args:
         layer: decoder layer, counted from 0, before which tokens change.
@@ -93,13 +101,13 @@ class Drop:
     owner: int = 0
 
     def kept(self, length: int, before: int) -> int:
-        """Tokens of a span that enter the next stage (floor, as PyramidDrop's code counts).
+        """Tokens of a span that enter the next stage.
 
         Args:
             length: the span's tokens at the method's first drop.
             before: its tokens in the stage that ends.
         """
-        return length if self.returns else int(length * self.keep)
+        return length if self.returns else floor_of(self.keep, length)
 
 
 @dataclass

@@ -12,6 +12,8 @@ import torch
 from reference import attention_rows, queries_and_keys
 from torch import Tensor
 
+from vtprune_train.rounding import as_fraction, floor_of
+
 # (layer, attention rows [H, L, L], keys [H, L, D]) -> for each key-value head, for each span, the offsets kept
 Choose = Callable[[int, Tensor, Tensor], list[list[set[int]]]]
 
@@ -78,11 +80,12 @@ def plphp(spans, queries, groups, *, keep, delta, alpha, beta) -> Choose:
                 for other, m in spans:
                     if (judge((other, m), queries) or max(queries)) == row:
                         gamma += sum(rows[head, row, offset].item() for offset in range(other, other + m)) / heads
-            rate = keep + delta if gamma >= alpha else keep - delta if gamma < beta else keep
+            low, middle, high = (as_fraction(keep) + side * as_fraction(delta) for side in (-1, 0, 1))
+            rate = high if gamma >= alpha else low if gamma < beta else middle
             for group in range(groups):
                 own = range(group * per_group, (group + 1) * per_group)
                 scores = {o: sum(rows[h, row, o].item() for h in own) for o in range(start, start + n)}
-                kept[group].append(best(scores, math.floor(n * rate)))
+                kept[group].append(best(scores, floor_of(rate, n)))
         return kept
 
     return choose
@@ -103,7 +106,7 @@ def zipvl(spans, queries, groups, *, tau, keep) -> Choose:
                 if held < tau or tau >= 1.0:
                     holders.add(offset)
                 held += mass[offset]
-            most = best({o: mass[o] for o in range(start, start + n)}, math.floor(n * keep))
+            most = best({o: mass[o] for o in range(start, start + n)}, floor_of(keep, n))
             kept.append(holders & most)
         return [kept] * groups
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtprune_train import prune
 from vtprune_train.models.decoder import run_layers
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the norms compute in float32
@@ -46,8 +47,9 @@ def slow_victor(text_model, embeds: Tensor, spans, registers: Tensor, layers: in
     return x
 
 
-def slow_voco(text_model, embeds: Tensor, spans, tokens: Tensor) -> Tensor:
-    """All rows, those of the image too, which nothing behind its summary sees."""
+def slow_voco(text_model, embeds: Tensor, spans, tokens: Tensor, hide: str = "all_before") -> Tensor:
+    """All rows, those of the image too, which nothing behind its summary sees; nor does it see what precedes the first
+    image, unless only images are hidden."""
     x, kinds = with_tokens(embeds, spans, tokens)
     positions = torch.arange(len(x))
     sees = torch.zeros(len(x), len(x), dtype=torch.bool)
@@ -59,6 +61,9 @@ def slow_voco(text_model, embeds: Tensor, spans, tokens: Tensor) -> Tensor:
     for row in range(len(x)):
         for key in range(row + 1):
             sees[row, key] = kinds[key] != "image" or image[row] == image[key]
+    if hide == "all_before" and "learned" in kinds:
+        summary_end = kinds.index("learned") + len(tokens)
+        sees[summary_end:, : kinds.index("image")] = False
     for layer in text_model.layers:
         attention = layer.self_attn
         q, k = queries_and_keys(layer, x, positions, theta(text_model))
@@ -81,7 +86,7 @@ def slow_mod(text_model, embeds: Tensor, spans, routers: dict[int, Tensor], keep
         text = set(goes)
         for span in spans:
             best = sorted(range(span.start, span.end), key=lambda o: (-rating[o], o))
-            goes += best[: math.floor(span.length * keep)]
+            goes += best[: floor_of(keep, span.length)]
         goes.sort()
         after = run_layer(layer, x[goes], positions[goes], theta(text_model))
         rows = list(x)

@@ -25,6 +25,7 @@ from vtprune_train.pruning.pool import Pool
 from vtprune_train.pruning.random_tokens import Random, draws
 from vtprune_train.pruning.selection import all_candidates
 from vtprune_train.pruning.uniform import Uniform
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import Drop, ImageSpan, SegmentLayout
 
 RASTERS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
@@ -141,7 +142,7 @@ def test_pool_is_the_mean_of_its_blocks(images, keep, seed):
         found = found.index_copy(0, selection.at, selection.values)
     expected, start = [], 0
     for rasters, length in zip(images, lengths, strict=True):
-        expected += slow_pool(hidden[start : start + length], rasters, int(length * keep))
+        expected += slow_pool(hidden[start : start + length], rasters, floor_of(keep, length))
         start += length
     expected = torch.stack(expected) if expected else hidden[:0]
     torch.testing.assert_close(found, expected)

@@ -159,7 +159,7 @@ DEFAULTS = {
     "cdpruner": {"keep": 64 / 576, "positions": "renumber"},
     "videollm_mod": {"keep": 0.2},
     "victor": {"registers": 8},
-    "voco": {"tokens": 1},
+    "voco": {"tokens": 2, "hide": "all_before"},
     "hidrop": {"keep": [count / 576 for count in (215, 10, 5, 1)], "differentiable": True},
     "lvlm_csp": {"keep": [0.16, 0.1], "scatter": "own"},
     "zipvl": {"tau": 0.975, "keep": 1.0},

@@ -17,6 +17,7 @@ from passes import (
 from reference import attention_rows, queries_and_keys, run_layer
 
 from vtprune_train.pruning.fastv import FastV
+from vtprune_train.rounding import floor_of
 
 
 def slow_fastv(layer_k, keep):
@@ -32,7 +33,7 @@ def slow_fastv(layer_k, keep):
                     for row in rows:
                         received += head[row] / (len(weights) * len(rows))
                 worth = dict(zip(alive, received.tolist(), strict=True))
-                stay = best_of_each(segment, alive, worth, lambda image, _: int(segment.spans[image].length * keep))
+                stay = best_of_each(segment, alive, worth, lambda image, _: floor_of(keep, segment.spans[image].length))
                 x = x[[alive.index(offset) for offset in stay]]
                 alive = stay
             if index == layer_k - 1:

@@ -17,6 +17,7 @@ from passes import (
 from reference import attention_rows, queries_and_keys, run_layer
 
 from vtprune_train.pruning.lvlm_csp import LVLMCSP, clusters, representatives
+from vtprune_train.rounding import floor_of
 
 
 def slow_csp(back, prune, keep, scatter):
@@ -25,7 +26,7 @@ def slow_csp(back, prune, keep, scatter):
         positions, everyone = torch.arange(len(embeds)), list(range(len(embeds)))
         stands_for = {}  # visual token -> its representative
         for span in segment.spans:
-            count = max(1, int(span.length * keep[0]))
+            count = max(1, floor_of(keep[0], span.length))
             for offset in range(span.start, span.end):
                 number = min((offset - span.start) // (span.length // count), count - 1)
                 stands_for[offset] = span.start + number * (span.length // count)
@@ -49,7 +50,7 @@ def slow_csp(back, prune, keep, scatter):
                 weights = attention_rows(*queries_and_keys(layer, x, positions[alive], theta)).mean(dim=0)
                 worth = weights[ranking_rows(segment, alive)].mean(dim=0).tolist()
                 alive = best_of_each(
-                    segment, alive, worth, lambda image, _: max(1, int(segment.spans[image].length * keep[1]))
+                    segment, alive, worth, lambda image, _: max(1, floor_of(keep[1], segment.spans[image].length))
                 )
                 x = x[alive]
                 stages.append(alive)

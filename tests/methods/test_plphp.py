@@ -78,10 +78,10 @@ def test_decoding_equals_the_slow_reference(seed, images, thresholds, kv_heads):
 
 
 def test_classes_at_their_thresholds():
-    """Attentive from alpha on, indifferent below beta; in float64, where floor(rate * n) is what Python says."""
+    """Attentive from alpha on, indifferent below beta."""
     gamma = torch.tensor([0.5, 0.49, 0.25, 0.24])
-    rates = PLPHP(keep=0.4, delta=0.3, alpha=0.5, beta=0.25).rates(gamma)
-    assert rates.tolist() == [0.4 + 0.3, 0.4, 0.4, 0.4 - 0.3]
+    counts = PLPHP(keep=0.4, delta=0.3, alpha=0.5, beta=0.25).counts(gamma, torch.full((4,), 90))
+    assert counts.tolist() == [63, 36, 36, 9]
 
 
 def test_classes_differ_by_layer_and_by_row():
@@ -98,7 +98,7 @@ def test_classes_differ_by_layer_and_by_row():
             for segment, tokens in zip(segments, layer.num_tokens().tolist(), strict=True):
                 n = segment.spans[0].length
                 kept = tokens - (segment.length - n)
-                counts = [math.floor(n * rate) for rate in (0.4 - 0.3, 0.4, 0.4 + 0.3)]
+                counts = [n * tenths // 10 for tenths in (1, 4, 7)]
                 assert kept in counts
                 found |= {counts.index(kept)} if len(set(counts)) == 3 else set()
     assert found == {0, 1, 2}

@@ -19,6 +19,7 @@ from vtprune_train.pruning.prumerge import PruMerge, outliers
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
 from vtprune_train.pruning.visionzip import VisionZip
 from vtprune_train.pruning.vtc_cls import VTCCLS
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 CLASSES = [VTCCLS, FoPru, PruMerge, VisionZip]
@@ -115,7 +116,7 @@ def test_vtc_cls(seed, segments, keep):
         scene.parts, scene.of_images(method.choose(scene.candidates)), strict=True
     ):
         sums = filled(attention.sum(dim=0))
-        assert chosen == sorted(best(sums, int(keep * len(sums))))
+        assert chosen == sorted(best(sums, floor_of(keep, len(sums))))
         assert torch.equal(contents, hidden[chosen])
 
 
@@ -126,7 +127,7 @@ def test_fopru(seed, segments, keep, strategy):
     scene = Scene(method, segments, seed)
     selection = scene.of_images(method.choose(scene.candidates))
     for grids, (attention, _, _), (chosen, _) in zip(scene.images, scene.parts, selection, strict=True):
-        scores, count = filled(attention[0]), int(keep * length_of(grids))
+        scores, count = filled(attention[0]), floor_of(keep, length_of(grids))
         if strategy == "rank":
             assert chosen == sorted(best(scores, count))
             continue
@@ -162,7 +163,7 @@ def test_prumerge(seed, segments, keep, spatial):
             extra = min(n - count, int(count * spatial))
             assert int(selection.counts[number]) == count + extra
         else:
-            together = max(1, int(n * keep + 1e-6))
+            together = max(1, floor_of(keep, n))
             count = min(together, max(1, round(together / (1 + spatial))))
             extra = together - count
         own = [-1.0 if math.isnan(v) else v for v in scores]
@@ -208,7 +209,7 @@ def test_visionzip(seed, segments, keep, contextual):
     for (attention, keys, hidden), (chosen, contents) in zip(scene.parts, selection, strict=True):
         scores = filled(attention[0])
         n = len(scores)
-        count = max(1, int(keep * n + 1e-6))
+        count = max(1, floor_of(keep, n))
         targets = 0 if count == n else int(count * contextual + 1e-6)
         dominant = sorted(best(scores, count - targets))
         rest = [i for i in range(n) if i not in dominant]

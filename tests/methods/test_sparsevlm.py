@@ -24,6 +24,7 @@ from vtprune_train.pruning.raters import LEAST_RESPONSE, numerical_rank, text_ra
 from vtprune_train.pruning.recycling import SparseDrop, density_peaks, merge_clusters, recycled
 from vtprune_train.pruning.scoring import tokens_holding
 from vtprune_train.pruning.sparsevlm import SparseVLM
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 PLUS = {"recycle": "none", "positions": "keep", "heads": 14 / 32, "gravity": True}
@@ -91,7 +92,7 @@ def slow_left(method, step, original, shares):
     """How many of one image's tokens stay; ``shares`` [raters, tokens]."""
     now = shares.shape[1]
     if method.count == "fixed":
-        return min(math.floor(original * method.keep[step] + 1e-9), now)
+        return min(floor_of(method.keep[step], original), now)
     if method.count == "rank":
         return now - math.floor(method.scale * (now - int(torch.linalg.matrix_rank(shares.float()))) + 1e-9)
     p = sorted(shares.mean(dim=0).tolist(), reverse=True)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vtprune_train.rounding import round_of
+
 ROUNDS = 8
 
 
@@ -60,8 +62,8 @@ class EpochOrder:
     """Which sample stands at each position of each epoch of a mixture; decided by the seed and the epoch alone.
 
     Every source is walked through pass after pass, each pass in an order of its own, and an epoch takes the next
-    ``weight x size`` of it: weight 0.5 takes one half in one epoch and the other half in the next, weight 2 takes every
-    sample twice. The takings of all sources are then shuffled together.
+    ``weight x size`` of it (rounded, a half to the even number): weight 0.5 takes one half in one epoch and the other
+    half in the next, weight 2 takes every sample twice. The takings of all sources are then shuffled together.
 
     Args:
         sizes: samples of each source; they are numbered through, source after source.
@@ -73,7 +75,7 @@ class EpochOrder:
         weights = [1.0] * len(sizes) if weights is None else weights
         self.sizes, self.seed = [int(size) for size in sizes], seed
         pairs = zip(self.sizes, weights, strict=True)
-        self.takings = [max(1, round(size * weight)) if size else 0 for size, weight in pairs]
+        self.takings = [max(1, round_of(weight, size)) if size else 0 for size, weight in pairs]
         self._ends = np.cumsum(self.takings)
         self._starts = np.cumsum([0, *self.sizes])
 

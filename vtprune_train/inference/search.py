@@ -115,7 +115,7 @@ def schedule_of(levels: Sequence[int], steps: int, settings: dict[str, Any]) -> 
     if not falls:
         return None
     layers, kept = zip(*falls, strict=True)
-    keep = [round(level / steps, 6) for level in kept]
+    keep = [level / steps for level in kept]
     return method_from_settings({"method": PyramidDrop.name, **settings, "layers": list(layers), "keep": keep})
 
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from vtprune_train.flops import DecoderGeometry, VisualTokens, selector_flops, stage_layers, visual_per_stage
+from vtprune_train.flops import (
+    DecoderGeometry,
+    VisualTokens,
+    hidden_text,
+    selector_flops,
+    stage_layers,
+    visual_per_stage,
+)
 from vtprune_train.inference.chatting import GREEDY, Loaded, decoded, padding
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import StagedLayer, cache_bytes
@@ -156,7 +163,7 @@ def visual_line(plan: StreamPlan, cache: DynamicCache) -> str:
     stages, layers = visual_per_stage(plan), stage_layers(plan)
     visual = VisualTokens.of(stages, layers, [1.0] * sum(layers))
     whole = sum(span.length for segment in plan.outline.segments for span in segment.spans)
-    text = cache.get_seq_length() - whole
+    text = cache.get_seq_length() - whole - sum(hidden_text(plan, plan.outline.method))
     cached = [int(layer.num_tokens()[0]) - text for layer in cache.layers]  # type: ignore[attr-defined]
     return (
         f"{whole} visual tokens; mean over layers: {visual.entering:.1f} enter a layer, {visual.leaving:.1f} leave "
@@ -167,11 +174,12 @@ def visual_line(plan: StreamPlan, cache: DynamicCache) -> str:
 def _visual_tokens(
     plan: StreamPlan | None, first: _AtFirstToken, row: int, before: int, prompt: int
 ) -> tuple[list[int], VisualTokens]:
-    """One row's visual tokens in each stage, and their means; text is never dropped."""
+    """One row's visual tokens in each stage, and their means; no stage drops text."""
     if plan is None:
         return [before], VisualTokens(float(before), float(before), float(before))
     text = prompt - before
     stages = [stage.segment_lengths[row] - text for stage in plan.stages]
+    text -= hidden_text(plan, plan.outline.method)[row]
     kept = [int(tokens[row]) - text for tokens in first.tokens if tokens is not None]
     visual = VisualTokens.of(stages, stage_layers(plan), [1.0] * len(first.tokens))
     return stages, VisualTokens(visual.entering, visual.leaving, sum(kept) / len(kept))

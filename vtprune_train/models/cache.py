@@ -56,8 +56,9 @@ class StagedLayer(DynamicLayer):
     whether keys were left out here, so that the padding is this layer's own and not its stage's. ``ahead`` [B] int64 is
     how far a row's next position lies ahead of its number of tokens, where tokens were left out before or positions
     were kept, or where an image advances positions by less (or more) than its tokens; ``None`` where positions count
-    tokens. On the first layer only: ``unstored``, columns that the caller counts and the layer does not hold;
-    ``parts``, of a position; ``told``, what ``multi_turn: keep_dense`` runs again in a later turn.
+    tokens. On the first layer only: ``has_images`` [B] int64, 1 where a row has had an image; ``unstored``, columns
+    that the caller counts and the layer does not hold; ``parts``, of a position; ``told``, what ``multi_turn:
+    keep_dense`` runs again in a later turn.
     """
 
     is_initialized: bool
@@ -68,6 +69,7 @@ class StagedLayer(DynamicLayer):
         self.is_padded = False
         self.compacted = False
         self.ahead: Tensor | None = None
+        self.has_images: Tensor | None = None
         self.unstored = 0
         self.parts = 1
         self.told: Told | None = None
@@ -118,7 +120,7 @@ class StagedLayer(DynamicLayer):
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False  # first: transformers 5.17 zeroes the columns of a layer that is, and keeps them
         super().reset()
-        self.padding, self.is_padded, self.ahead, self.told = None, False, None, None
+        self.padding, self.is_padded, self.ahead, self.has_images, self.told = None, False, None, None, None
         self.compacted = False
         self.unstored, self.parts, self._room = 0, 1, None
 
@@ -137,6 +139,7 @@ class StagedLayer(DynamicLayer):
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         self.padding = None if self.padding is None else function(self.padding)
         self.ahead = None if self.ahead is None else function(self.ahead)
+        self.has_images = None if self.has_images is None else function(self.has_images)
         if self.told is not None:
             self.told = self.told.rows(function)
 

@@ -148,7 +148,10 @@ class _Walk:
         probe = None
         if part is not None and part.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
             probe = _Probe(self.plan.boundaries[index].query_rows)
-        keys = StageKeys.of(self.plan, index, self.method, self.staging.cached_layouts)
+        before = self.staging.before
+        keys = StageKeys.of(
+            self.plan, index, self.method, self.staging.cached_layouts, None if before is None else before.has_images
+        )
         for layer_index in range(stage.first_layer, stage.end_layer):
             is_last = layer_index == stage.end_layer - 1
             choice = None if keys is None else keys.layer(layer_index, self.staging.cache)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtprune_train.models.cache import PackedCache
+from vtprune_train.plan import fronts_of
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod, Ranking
 from vtprune_train.stream import Boundary, SegmentLayout, StreamPlan, to_device
 
@@ -50,10 +51,17 @@ class StageKeys:
         method: the one that chooses in ``layers``.
         layers: of the stage, in which it does.
         cached: for each layer, the layout among cached and new keys; empty where nothing was cached before.
+        has_images: for each row, whether its cache holds what an image left; ``None`` without a cache.
     """
 
     def __init__(
-        self, plan: StreamPlan, index: int, method: PruningMethod, layers: set[int], cached: dict[int, Boundary]
+        self,
+        plan: StreamPlan,
+        index: int,
+        method: PruningMethod,
+        layers: set[int],
+        cached: dict[int, Boundary],
+        has_images: Sequence[int] | None,
     ):
         layout = plan.key_layouts[index]
         assert layout is not None and layout.spans, "no keys are chosen in this stage"
@@ -61,17 +69,29 @@ class StageKeys:
         self.segment_lengths = plan.stages[index].segment_lengths
         blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
         self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
+        # New keys in front of each segment's first image that, with all cached ones, rows after it do not see.
+        self.fronts: list[int | None] = [None] * len(self.segment_lengths)
+        if method.hides_front:
+            self.fronts = [
+                None if has_images is not None and has_images[index] else front
+                for index, front in enumerate(fronts_of(plan.outline.segments, layout))
+            ]
 
     @classmethod
     def of(
-        cls, plan: StreamPlan, index: int, method: PruningMethod | None, cached: dict[int, Boundary]
+        cls,
+        plan: StreamPlan,
+        index: int,
+        method: PruningMethod | None,
+        cached: dict[int, Boundary],
+        has_images: Sequence[int] | None,
     ) -> StageKeys | None:
         """The choice of a stage, or ``None`` where no layer of it leaves keys out."""
         layout, stage = plan.key_layouts[index], plan.stages[index]
         if method is None or layout is None or not layout.spans:
             return None
         layers = set(method.key_layers(plan.outline.num_layers)) & set(range(stage.first_layer, stage.end_layer))
-        return cls(plan, index, method, layers, cached)
+        return cls(plan, index, method, layers, cached, has_images)
 
     def layer(self, layer: int, cache: PackedCache | None) -> KeyChoice | None:
         """The choice of one layer."""
@@ -117,6 +137,8 @@ class KeyChoice:
             own = slice(ends[blind.segment] - (key_lengths or lengths)[blind.segment], ends[blind.segment])
             cached = own.stop - own.start - lengths[blind.segment]
             seen_GLL = blind_mask(blind, self.kept[:, blind.visual], cached, own.stop - own.start, sliding_window)
+            if (front := stage.fronts[blind.segment]) is not None:
+                seen_GLL = seen_GLL.index_fill(2, torch.arange(cached + front, device=seen_GLL.device), False)
             again = _attend(q_THD[first:end], k_TGD[own], v_TGD[own], seen_GLL, scaling, dropout)
             parts += [out_THD[done:first], again]
             done = end
@@ -138,7 +160,15 @@ class KeyChoice:
         if join.join is not None:
             rows = join.new_keys(self.stage.segment_lengths).index_select(0, rows)
         kept = torch.ones(self.kept.shape[0], num_keys, dtype=torch.bool, device=rows.device)
+        for start, hidden in zip(np.cumsum([0, *join.key_lengths]).tolist(), self._hidden_in_front(), strict=False):
+            kept[:, start : start + hidden] = False
         return kept.index_copy(1, rows, self.kept)
+
+    def _hidden_in_front(self) -> list[int]:
+        """[B] keys in front of each row's first image, cached ones included, that leave the cache."""
+        assert self.cache is not None and self.cache.stage is not None
+        cached = np.subtract(self.cache.stage.key_lengths, self.stage.segment_lengths).tolist()
+        return [0 if front is None else front + old for front, old in zip(self.stage.fronts, cached, strict=True)]
 
     def _left_out(self) -> np.ndarray:
         """[B] keys of each row that leave the cache: the copy to the host.
@@ -156,7 +186,7 @@ class KeyChoice:
                 f"layer {self.layer}; a layer's cache is rectangular, so every head must keep equally many"
             )
         rows = [span.segment for span in spans]
-        return np.bincount(rows, counts[0], len(self.stage.segment_lengths)).astype(np.int64)
+        return np.bincount(rows, counts[0], len(self.stage.segment_lengths)).astype(np.int64) + self._hidden_in_front()
 
 
 def blind_rows(
@@ -187,7 +217,7 @@ def blind_rows(
             limits.append(last if hidden_after == "span" else min(following, default=length))
         visual = slice(first_visual, first_visual + sum(counts))
         first_visual = visual.stop
-        first = min(limits, default=length) + 1
+        first = min((limit for limit, count in zip(limits, counts, strict=True) if count), default=length) + 1
         if first < length:
             columns = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
             of_columns = torch.from_numpy(np.repeat(limits, counts))

@@ -38,30 +38,36 @@ def plan_staging(
 @dataclass(frozen=True)
 class Before:
     """The cache as a call finds it: for each layer, each row's tokens and next position, and the columns; ``columns``
-    as the caller counts them; ``three_parts`` if the family gives positions of three parts."""
+    as the caller counts them; ``three_parts`` if the family gives positions of three parts; ``has_images``, 1 for each
+    row that has had an image."""
 
     tokens: list[list[int]]
     next_positions: list[list[int]]
     widths: list[int]
     columns: int
     three_parts: bool
+    has_images: list[int]
 
     @classmethod
     def of(cls, cache: DynamicCache, num_rows: int, three_parts: bool) -> Before:
         layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
         filled = [layer for layer in layers if layer.width]
         none = [[0] * num_rows] * len(layers)
-        tokens, next_positions = none, none
+        tokens, next_positions, has_images = none, none, none[0]
         if filled:
             numbers = [*(layer.num_tokens() for layer in filled), *(layer.next_positions() for layer in filled)]
+            if layers[0].has_images is not None:
+                numbers.append(layers[0].has_images)
             read = iter(torch.stack(numbers).tolist())  # the one copy to the host
             tokens, next_positions = ([next(read) if layer.width else none[0] for layer in layers] for _ in range(2))
+            has_images = next(read, has_images)
         return cls(
             tokens,
             next_positions,
             [layer.width for layer in layers],
             cache.get_seq_length(),
             three_parts,
+            has_images,
         )
 
 
@@ -128,7 +134,7 @@ def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
 
 
 def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
-    """After a call: the next position of every layer, and the columns that the caller counts.
+    """After a call: the next position of every layer, which rows have had images, and the caller's columns.
 
     Args:
         cache: filled.
@@ -146,7 +152,10 @@ def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, 
         if anew and not before.three_parts:
             following = np.array(before.next_positions[stage.first_layer]) + stage.segment_lengths
         rows.append(following)
-    next_positions = to_device(np.stack(rows), layers[0].keys.device)  # [stages, B]
+    visual = np.array(plan.stages[-1].segment_lengths) - [segment.num_text for segment in plan.outline.segments]
+    has_images = np.maximum(before.has_images, visual > 0)
+    settled = to_device(np.stack([*rows, has_images]), layers[0].keys.device)  # [stages + 1, B]
+    next_positions, layers[0].has_images = settled[:-1], settled[-1]
     if before.three_parts:
         layers[0].parts = 3
         next_positions = next_positions if known is None else next_positions + known

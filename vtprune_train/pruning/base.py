@@ -142,6 +142,8 @@ class PruningMethod(metaclass=FitsSettings):
         encoder_rows: whose attention that is: the class token's (``class``), or all of the tile's on average (``all``).
         hidden_after: from which row on the keys that :meth:`keys` leaves out are not seen: behind the first query row
             that follows the image, or behind the image's own span.
+        hides_front: whether rows after a sample's first image do not see what stands in front of that image either
+            (text, and in a later turn all earlier turns); for ``hidden_after = "span"`` in all layers.
     """
 
     name: ClassVar[str]
@@ -157,6 +159,7 @@ class PruningMethod(metaclass=FitsSettings):
     encoder_layers: tuple[int, ...] = ()
     encoder_rows: EncoderRows = "class"
     hidden_after: HiddenAfter = "query"
+    hides_front: bool = False
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:

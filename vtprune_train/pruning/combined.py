@@ -60,6 +60,10 @@ class Combined(PruningMethod):
     def hidden_after(self) -> Any:  # type: ignore[override]
         return next((method.hidden_after for method in self.methods if _chooses_keys(method)), "query")
 
+    @property
+    def hides_front(self) -> bool:  # type: ignore[override]
+        return any(method.hides_front for method in self.methods)
+
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         drops = [
             dataclasses.replace(drop, owner=owner)

@@ -14,6 +14,7 @@ from vtprune_train.pruning.budget import bisected
 from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.heads import judged_attention, keep_best, of_visual, span_sizes
 from vtprune_train.pruning.schedule import scaled_layers
+from vtprune_train.rounding import as_fraction, floor_of
 from vtprune_train.stream import Boundary
 
 
@@ -42,7 +43,8 @@ class PLPHP(PruningMethod):
     its own attention. The prefill itself sees everything and is not faster.
 
     Args:
-        keep: the rate r of a layer between the two classes: each head keeps ``floor(r * n)`` of an image's n tokens.
+        keep: the rate r of a layer between the two classes: each head keeps ``floor(r * n)`` of an image's n tokens
+            (exactly, see :mod:`vtprune_train.rounding`).
         delta: a vision-attentive layer keeps ``keep + delta``, a vision-indifferent one ``keep - delta``.
         alpha: a layer is vision-attentive from this share of attention on.
         beta: a layer is vision-indifferent below this share of attention.
@@ -101,15 +103,13 @@ class PLPHP(PruningMethod):
         span_V = boundary.span_of_visual
         num_spans = len(boundary.spans)
         judge_S = torch.zeros(num_spans, dtype=torch.int64, device=span_V.device).scatter(0, span_V, judge_V)
-        counts = (span_sizes(span_V, num_spans) * self.rates(gamma_Q).index_select(0, judge_S)).floor().long()
+        counts = self.counts(gamma_Q.index_select(0, judge_S), span_sizes(span_V, num_spans))
         return keep_best(scores_GV, span_V, counts)
 
-    def rates(self, gamma: Tensor) -> Tensor:
-        """float64 retention rates of layers with the attention ``gamma`` to vision, of any shape."""
-        middle, low, high = (
-            torch.full_like(gamma, rate, dtype=torch.float64)
-            for rate in (self.keep, self.keep - self.delta, self.keep + self.delta)
-        )
+    def counts(self, gamma: Tensor, sizes: Tensor) -> Tensor:
+        """int64, how many of ``sizes`` tokens (int64) a head keeps in layers with the attention ``gamma`` to vision."""
+        keep, delta = as_fraction(self.keep), as_fraction(self.delta)
+        low, middle, high = (floor_of(rate, sizes) for rate in (keep - delta, keep, keep + delta))
         return torch.where(gamma >= self.alpha, high, torch.where(gamma < self.beta, low, middle))
 
     def input_share(self, num_layers: int) -> float:

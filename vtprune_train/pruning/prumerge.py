@@ -19,6 +19,7 @@ from vtprune_train.pruning.checks import check_choice, check_share
 from vtprune_train.pruning.grids import spread
 from vtprune_train.pruning.schedule import AtLeastOne
 from vtprune_train.pruning.significance import merged, signals_of, sizes_before
+from vtprune_train.rounding import as_fraction, floor_of
 from vtprune_train.stream import Boundary, Drop, to_device
 
 EXPECTED = 1 / 14  # reported: about 14 times fewer tokens, on average over data sets
@@ -31,8 +32,10 @@ class PruMerge(PruningMethod):
     other patch is averaged into the kept one whose key resembles its own most, weighted by attention.
 
     Args:
-        keep: a share in (0, 1] of tokens to keep instead, best first, spatial ones included; ``None`` counts outliers.
-        spatial: so many tokens more for each outlier, spread evenly over the rest (PruMerge+: 3); 0 for none.
+        keep: a share in (0, 1] of tokens to keep instead (floor, at least one), best first, spatial ones included;
+            ``None`` counts outliers.
+        spatial: so many tokens more for each outlier (floor of the product), spread evenly over the rest (PruMerge+:
+            3); 0 for none.
         layer: layer of the vision tower; -1 is the last that the decoder's features come from.
         positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
 
@@ -97,11 +100,11 @@ class PruMerge(PruningMethod):
     def _counted(self, outlying: int, tokens: int) -> tuple[int, int]:
         """Tokens to keep by their attention, and spread evenly over the rest."""
         best = min(max(1, outlying), tokens)
-        return best, min(tokens - best, int(best * self.spatial + 1e-6))
+        return best, min(tokens - best, floor_of(self.spatial, best))
 
     def _shared(self, count: int) -> tuple[int, int]:
         """As :meth:`_counted`, ``count`` together."""
-        best = min(count, max(1, round(count / (1 + self.spatial))))
+        best = min(count, max(1, round(count / (1 + as_fraction(self.spatial)))))  # a half to the even number
         return best, count - best
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:

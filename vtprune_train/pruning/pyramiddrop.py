@@ -17,9 +17,16 @@ from vtprune_train.pruning.scoring import mean_query_attention
 from vtprune_train.stream import Drop
 
 
+class PublishedDrop(Drop):
+    """Counts as the published code does, by a product of floats: 0.7 of 90 tokens are 62."""
+
+    def kept(self, length: int, before: int) -> int:
+        return int(length * self.keep)
+
+
 @dataclass(frozen=True)
 class PyramidDrop(PruningMethod):
-    """Drop visual tokens before ``layers[i]``, keeping ``floor(keep[i] * n)`` of each image's n original tokens.
+    """Drop visual tokens before ``layers[i]``, keeping ``int(n * keep[i])`` of each image's n original tokens.
 
     Args:
         layers: decoder layers, counted from 0, before which tokens are dropped; increasing. ``None``: after a
@@ -69,7 +76,10 @@ class PyramidDrop(PruningMethod):
             layers = self.layers
             check_schedule(layers, self.keep, num_layers)
         uniform = self.without_instruction == "uniform"
-        drops = [Drop(layer, keep, uniform_without_text=uniform) for layer, keep in zip(layers, self.keep, strict=True)]
+        drops = [
+            PublishedDrop(layer, keep, uniform_without_text=uniform)
+            for layer, keep in zip(layers, self.keep, strict=True)
+        ]
         return one_per_layer(drops)
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vtprune_train.pruning.base import Candidates
 from vtprune_train.pruning.scoring import visual_attention, visual_per_segment
+from vtprune_train.rounding import round_of
 
 LEAST_RESPONSE = 0.05  # of the largest: at a distance of some thousand positions it nears zero and changes sign
 
@@ -78,6 +79,6 @@ def rating_attention(candidates: Candidates, raters: Sequence[Tensor], heads: fl
         if rotated is not None:
             attention = relative_attention(attention, *rotated)
         if heads < 1:
-            attention = most_visual_heads(attention, rates, max(1, round(heads * len(attention))))
+            attention = most_visual_heads(attention, rates, max(1, round_of(heads, len(attention))))
         found += (attention.mean(dim=0) * (rates / rates.sum())[:, None]).split(own, dim=1)
     return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.pruning.base import Selection
+from vtprune_train.rounding import as_fraction, floor_of
 from vtprune_train.stream import Drop
 
 Recycle = Literal["mean", "sum", "none"]
@@ -32,17 +33,16 @@ def recycled(deleted: int) -> tuple[int, int]:
 @dataclass(frozen=True)
 class SparseDrop(Drop):
     """A drop that leaves ``floor(keep * original)`` tokens as they are, or with ``of_present`` that share of those
-    that are there, and clusters made of the deleted (``recycles``)."""
+    that are there (``floor((1 - of_present) * n)`` of n go), and clusters made of the deleted (``recycles``)."""
 
     of_present: float | None = None
     recycles: bool = True
 
     def left(self, length: int, before: int) -> int:
         """Tokens of a span that stay as they are; arguments as in :meth:`kept`."""
-        # A published count is a share that was divided by 576: no rounding may cost it a token.
         if self.of_present is not None:
-            return before - int(before * (1 - self.of_present) + 1e-6)
-        return min(int(length * self.keep + 1e-6), before)
+            return before - floor_of(1 - as_fraction(self.of_present), before)
+        return min(floor_of(self.keep, length), before)
 
     def kept(self, length: int, before: int) -> int:
         left = self.left(length, before)

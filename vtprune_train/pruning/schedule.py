@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import Drop
 
 
 def quarters(num_layers: int, num_drops: int) -> tuple[int, ...]:
-    """``num_drops`` layers that split ``num_layers`` evenly: 8, 16, 24 of 32 for three drops."""
+    """``num_drops`` layers that split ``num_layers`` evenly: 8, 16, 24 of 32 for three drops. Rounded, a half to the
+    even layer: 2, 3, 4 of 6."""
     return tuple(round(num_layers * (i + 1) / (num_drops + 1)) for i in range(num_drops))
 
 
 def scaled_layers(published: Sequence[int], published_depth: int, num_layers: int) -> tuple[int, ...]:
-    """``published`` layers of a decoder of ``published_depth`` at the same share of the depth of ``num_layers``.
+    """``published`` layers of a decoder of ``published_depth`` at the same share of the depth of ``num_layers``,
+    rounded, a half to the even layer.
 
     Layer 0 stays layer 0; every other stays between 1 and the last layer. On a shallow decoder several may fall on
     one layer: see :func:`one_per_layer`.
@@ -89,4 +92,4 @@ class AtLeastOne(Drop):
     nothing of a small image."""
 
     def kept(self, length: int, before: int) -> int:
-        return min(before, max(1, int(length * self.keep)))
+        return min(before, max(1, floor_of(self.keep, length)))

@@ -20,6 +20,7 @@ from vtprune_train.pruning.raters import numerical_rank, raters_per_segment, rat
 from vtprune_train.pruning.recycling import Recycle, SparseDrop, keep_and_recycle, recycled
 from vtprune_train.pruning.schedule import check_schedule, earlier, one_per_layer, scaled_layers
 from vtprune_train.pruning.scoring import tokens_holding, visual_per_segment
+from vtprune_train.rounding import as_fraction, floor_of
 from vtprune_train.stream import Boundary, Drop
 
 Count = Literal["fixed", "rank", "mass"]
@@ -40,9 +41,9 @@ class SparseVLM(PruningMethod):
             rank of the raters' attention go; ``mass``, the fewest that hold the share ``mass`` of it stay.
         budget: published counts, 192, 128, 96 or 64 of 576 tokens on average over the layers. ``None``: 192, or
             ``keep``.
-        keep: for ``fixed``, shares of each image's original tokens that stay at each sparse layer, without recycled
-            ones; not increasing, in (0, 1].
-        scale: the paper's lambda, in [0, 1].
+        keep: for ``fixed``, shares of each image's original tokens that stay at each sparse layer (floor), without
+            recycled ones; not increasing, in (0, 1].
+        scale: the paper's lambda, in [0, 1]: of n tokens in excess ``floor(scale * n)`` go.
         mass: in (0, 1].
         recycle: what clusters of the best 30 % of the deleted become: their ``mean`` (published code) or ``sum``
             (paper); ``none`` drops all of the deleted (SparseVLM+).
@@ -141,7 +142,7 @@ class SparseVLM(PruningMethod):
         if self.count == "fixed":
             drops = [SparseDrop(layer, share, **same) for layer, share in zip(behind, self.shares, strict=True)]
         else:
-            share = 1 - self.scale if self.count == "rank" else self.mass
+            share = float(1 - as_fraction(self.scale)) if self.count == "rank" else self.mass
             same |= {"adaptive": True, "of_present": share}
             drops = [SparseDrop(layer, share**n, **same) for n, layer in enumerate(sorted(set(behind)), start=1)]
         return (Drop(0, 1.0, queries="instruction", ranked=False), *one_per_layer(drops))
@@ -190,7 +191,7 @@ class SparseVLM(PruningMethod):
         if self.count == "mass":
             return tokens_holding(attention_QV.sum(dim=0), self.mass)
         tokens = attention_QV.shape[1]
-        return tokens - (self.scale * (tokens - numerical_rank(attention_QV)) + 1e-6).long()
+        return tokens - floor_of(self.scale, tokens - numerical_rank(attention_QV))
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
         drop, spans = boundary.drop, boundary.spans

@@ -11,6 +11,7 @@ from vtprune_train.pruning.base import Candidates, PruningMethod, Selection
 from vtprune_train.pruning.checks import check_whole
 from vtprune_train.pruning.learned import Joining, Registers, Staying, is_register, join_registers
 from vtprune_train.pruning.schedule import scaled_layers
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import Drop
 
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = 3, 32
@@ -66,7 +67,7 @@ class Victor(PruningMethod):
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
         """As many layers with the image as ``share`` allows: it moves in steps of a layer, and takes no more."""
-        layers = int(share * num_layers + 1e-6)
+        layers = floor_of(share, num_layers)
         if not 1 <= layers < num_layers:
             raise ValueError(
                 f"victor takes between {1 / num_layers:.3f} and {1 - 1 / num_layers:.3f} of the visual tokens through "

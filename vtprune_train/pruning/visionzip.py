@@ -18,6 +18,7 @@ from vtprune_train.pruning.grids import spread
 from vtprune_train.pruning.one_share import OneShare
 from vtprune_train.pruning.schedule import AtLeastOne
 from vtprune_train.pruning.significance import merged, neutral, signals_of, sizes_before
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import Boundary, Drop, to_device
 
 
@@ -28,7 +29,7 @@ class VisionZip(OneShare):
 
     Args:
         keep: share of tokens that come out, in (0, 1]; published 192, 128 and 64 of 576.
-        contextual: share of those that are contextual, in [0, 1]; published 30 of 192, 20 of 128, 10 of 64.
+        contextual: share of those that are contextual (floor), in [0, 1]; published 30 of 192, 20 of 128, 10 of 64.
         layer: layer of the vision tower; -1 is the last that the decoder's features come from.
         positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
 
@@ -78,7 +79,7 @@ class VisionZip(OneShare):
 
     def targets(self, before: int, after: int) -> int:
         """Contextual tokens of an image; none where all tokens stay."""
-        return 0 if before == after else int(after * self.contextual + 1e-6)
+        return 0 if before == after else floor_of(self.contextual, after)
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
         pairs = sum(self.targets(span.before, span.after) * (span.before - span.after) for span in boundary.spans)

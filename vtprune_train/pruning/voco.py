@@ -1,34 +1,39 @@
-"""VoCo-LLaMA (arXiv 2406.12275): learned tokens behind each image see it, and the text sees only them."""
+"""VoCo-LLaMA (arXiv 2406.12275): learned tokens after each image see it, and the text sees only them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from vtprune_train.pruning.base import Candidates, HiddenAfter, PruningMethod, Ranking, Selection
 from vtprune_train.pruning.budget import COUNTED
-from vtprune_train.pruning.checks import check_whole
+from vtprune_train.pruning.checks import check_choice, check_whole
 from vtprune_train.pruning.learned import Joining, Registers, is_register, join_registers
 from vtprune_train.stream import Boundary, Drop
 
 
 @dataclass(frozen=True)
 class VoCo(PruningMethod):
-    """Put ``tokens`` learned tokens behind each image and hide the image's own from everything behind them.
+    """Put ``tokens`` learned tokens after each image and hide what stands before them from everything after them.
 
-    In every layer the summary sees the image, and later text (and later images) see the summary alone. After prefill
-    the image's own tokens leave the cache of every layer. Prefill and training do all the work of a dense pass.
+    In every layer the summary sees all that precedes it; later text (and later images) see the summary, not the image.
+    After prefill the hidden tokens leave the cache of every layer. Prefill and training do all the work of a dense
+    pass.
 
     Args:
         tokens: summary tokens of an image.
+        hide: what rows after a summary do not see. ``all_before`` (default, as published): the images' own tokens and
+            everything before a sample's first image, the beginning-of-sequence token and the system prompt included.
+            ``image``: the images' own tokens alone.
 
     Raises:
-        ValueError: a setting is out of range; names the setting, its value and the way out.
+        ValueError: a setting is out of range; names the setting, its value and how to fix it.
     """
 
-    tokens: int = 1
+    tokens: int = 2
+    hide: Literal["all_before", "image"] = "all_before"
 
     name: ClassVar[str] = "voco"
     paper: ClassVar[str] = "VoCo-LLaMA: Towards Vision Compression with Large Language Models (arXiv 2406.12275)"
@@ -38,6 +43,11 @@ class VoCo(PruningMethod):
 
     def __post_init__(self) -> None:
         check_whole("tokens", self.tokens, 1)
+        check_choice("hide", self.hide, ("all_before", "image"))
+
+    @property
+    def hides_front(self) -> bool:  # type: ignore[override]
+        return self.hide == "all_before"
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (Joining(0, 1.0, adds=True, number=self.tokens),)

@@ -13,6 +13,7 @@ from vtprune_train.pruning.base import MultiTurn, PruningMethod, Ranking
 from vtprune_train.pruning.budget import bisected
 from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.heads import judged_attention, keep_best, of_visual, span_sizes
+from vtprune_train.rounding import floor_of
 from vtprune_train.stream import Boundary
 
 # Share of tokens kept at a mass tau on LLaVA-NeXT-7B (the paper's Table 1), with the ends that any model has.
@@ -40,7 +41,7 @@ class ZipVL(PruningMethod):
 
     Args:
         tau: the mass, in (0, 1]; published are 0.975 and 0.96.
-        keep: at most this share of an image's tokens in any layer; 1 sets no limit.
+        keep: at most ``floor(keep * n)`` of an image's n tokens in any layer; 1 sets no limit.
         multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each layer kept of them;
             ``keep_dense``, all of them, judged anew by that turn's question.
 
@@ -77,7 +78,7 @@ class ZipVL(PruningMethod):
             holders.append(mass_holders(weights_QL, self.tau).gather(0, judge_L[None])[0])
         scores_V, holds_V = of_visual(scores, boundary), of_visual(holders, boundary)
         span_V = boundary.span_of_visual
-        most = (span_sizes(span_V, len(boundary.spans)).double() * self.keep).floor().long()
+        most = floor_of(self.keep, span_sizes(span_V, len(boundary.spans)))
         kept = holds_V & keep_best(scores_V[None], span_V, most)[0]
         return kept.expand(ranking.keys.shape[1], -1)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from vtprune_train.config import Config, ConfigError, PruningConfig, pruning_refusal
+from vtprune_train.config import Config, ConfigError, pruning_refusal
 from vtprune_train.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -76,7 +76,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     if method is not None:
         attach(model, method)
     cost = training_cost(config, model_config)
-    batch = _largest_micro_batch(config, layout, () if _has_full_steps(config.pruning) else drops, num_layers)
+    batch = _largest_micro_batch(config, layout, () if _has_full_steps(config) else drops, num_layers)
     order = typical_stages(layout, drops, num_layers)
     estimate = Estimate.of(config, model, settings, gpus, batch, order)
     lines = [
@@ -94,7 +94,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
         "",
         *_parameters(config, model, zero_stage(settings)),
         "",
-        *_worst_micro_batch(config, layout, () if _has_full_steps(config.pruning) else drops, cost, batch),
+        *_worst_micro_batch(config, layout, () if _has_full_steps(config) else drops, cost, batch),
         "",
         *_memory(config, estimate, gpus, memory),
     ]
@@ -135,18 +135,18 @@ def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> 
     return lines
 
 
-def _has_full_steps(pruning: PruningConfig) -> bool:
+def _has_full_steps(config: Config) -> bool:
     """Whether some step runs on all tokens (or nearly): memory has to hold those."""
-    return pruning.warmup is not None or pruning.full_token_share > 0
+    return config.pruning.warmup is not None or config.full_token_share > 0
 
 
 def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> list[str]:
     """What warm-up and full-token steps make of the FLOP ratio, for the largest picture."""
     pruning, method = config.pruning, config.pruning.build()
-    if not _has_full_steps(pruning):
+    if not _has_full_steps(config):
         return []
     size = max(layout.examples(), key=lambda size: layout.tokens([size]))
-    share, weight = pruning.full_token_share, pruning.consistency_weight
+    share, weight = config.full_token_share, pruning.consistency_weight
 
     def mean_step(method: PruningMethod | None) -> float:
         if method is None:

@@ -95,7 +95,7 @@ def _loader(
 ) -> StepLoader:
     """All samples once, in batches of about ``max_tokens`` on every rank."""
     index = collate.index
-    batch_size = max(1, min(len(index), int(ranks.world_size() * max_tokens * len(index) / index.total_tokens)))
+    batch_size = max(1, min(len(index), ranks.world_size() * max_tokens * len(index) // index.total_tokens))
 
     def measure(_: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens = index.lengths(samples).tokens

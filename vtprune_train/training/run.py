@@ -101,7 +101,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     if ranks.rank() == 0:
         log.info("%s", first_sample(collate))
     steps = -(-len(collate.index.order()) // config.train.global_batch_size)
-    collate.phases = config.pruning.phases(config.train.max_steps or config.train.epochs * steps, config.run.seed)
+    collate.phases = config.phases(config.train.max_steps or config.train.epochs * steps)
     _prepare(config, parts, method, device)
     prune(parts.model, method, attention=config.model.attention)
     compile_model(config, parts.model, device, zero_stage(settings))

@@ -18,6 +18,7 @@ from vtprune_train.data.index import most_bad
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.planner import Planner, StepPlan, data_digest
 from vtprune_train.launch import EXIT_TERMINATED
+from vtprune_train.rounding import ceil_of
 from vtprune_train.stream import PackedBatch
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback
@@ -72,7 +73,7 @@ class Trainer:
         train = self.config.train
         self.total_steps = train.max_steps or train.epochs * self.planner.steps_per_epoch
         self.end_step = min(self.total_steps, self.config.run.stop_after or self.total_steps)
-        self.warmup_steps = math.ceil(train.warmup_ratio * self.total_steps)
+        self.warmup_steps = ceil_of(train.warmup_ratio, self.total_steps)
         self.terminated = False
         self.row_losses: list[torch.Tensor] = []  # of the last step's micro-batches, [R] each
         self.batches: Sequence[PackedBatch] = ()  # of the last step

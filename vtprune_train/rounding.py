@@ -1,0 +1,80 @@
+"""Shares of whole numbers, without floating-point rounding: 0.7 of 90 is 63, though ``0.7 * 90`` is 62.99999999999999.
+
+A share is taken for the fraction that its float stands for: 0.7 for 7/10, ``64 / 576`` for 1/9.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+DIGITS = 17  # tell any two floats in [0.1, 1) apart
+LARGEST = 2**31  # counts in tensors, and denominators for them: their product fits int64
+
+Whole = TypeVar("Whole", int, Tensor)
+
+
+@lru_cache(maxsize=1024)
+def as_fraction(share: float) -> Fraction:
+    """The fraction that ``share`` was rounded from: the nearest one, with the fewest digits in its denominator, that
+    gives this float again.
+
+    Raises:
+        ValueError: ``share`` is not finite.
+    """
+    if not math.isfinite(share):
+        raise ValueError(f"{share} is not a share of anything; use a finite number")
+    exact = Fraction(share)
+    for digits in range(DIGITS + 1):
+        nearest = exact.limit_denominator(10**digits)
+        if float(nearest) == share:
+            return nearest
+    return exact
+
+
+def floor_of(share: float | Fraction, count: Whole) -> Whole:
+    """``floor(share * count)``.
+
+    Args:
+        share: see :func:`as_fraction`; for a tensor in [0, 1].
+        count: a whole number, or int64 ones from 0 to 2 ** 31, of any shape, on any device (nothing is copied to the
+            host).
+    """
+    fraction = _fraction(share)
+    if isinstance(count, Tensor):
+        below = _below(fraction)
+        return torch.div(count * below.numerator, below.denominator, rounding_mode="floor")
+    return fraction.numerator * count // fraction.denominator
+
+
+def ceil_of(share: float | Fraction, count: int) -> int:
+    """``ceil(share * count)``; see :func:`floor_of`."""
+    return -floor_of(share, -count)
+
+
+def round_of(share: float | Fraction, count: int) -> int:
+    """``share * count`` to the nearest whole number, a half to the even one; see :func:`floor_of`."""
+    return round(_fraction(share) * count)
+
+
+def _fraction(share: float | Fraction) -> Fraction:
+    return as_fraction(share) if isinstance(share, float) else Fraction(share)
+
+
+@lru_cache(maxsize=1024)
+def _below(fraction: Fraction) -> Fraction:
+    """The largest fraction that is not above ``fraction``, with a denominator up to :data:`LARGEST`: of counts up to
+    there it has the same floor."""
+    nearest = fraction.limit_denominator(LARGEST)
+    if nearest <= fraction:
+        return nearest
+    # The neighbour c / d below a / b among such fractions: a d - b c = 1, with the largest d.
+    a, b = nearest.numerator, nearest.denominator
+    d = pow(a, -1, b)
+    d += (LARGEST - d) // b * b
+    return Fraction((a * d - 1) // b, d)
