@@ -31,13 +31,13 @@ from vtprune_train.models import original
 from vtprune_train.models.build import (
     EMBEDDING_MULTIPLE,
     add_image_token,
-    build_processor,
     family_of_config,
     first_line,
     load_any_config,
     resolve_checkpoint,
 )
 from vtprune_train.models.learned import saved_learner
+from vtprune_train.models.processors import build_processor
 from vtprune_train.stream import IMAGE
 from vtprune_train.training.manifest import check_export
 
