@@ -107,7 +107,7 @@ def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels
             checkpoint's own cannot be read.
     """
     path = None if path is None else resolve_checkpoint(path)
-    image_processor = _saved_image_processor(path)
+    image_processor = saved_image_processor(path)
     family = family_of_type(config.model_type)
     if family is not None and (loop := family.loop) is not None:
         image_processor = _fitting(image_processor, loop.image_processor(config), loop.image_processors, path)
@@ -143,7 +143,7 @@ def _fitting(saved: Any, usual: Any, classes: tuple[str, ...] | None, path: str 
     return usual
 
 
-def _saved_image_processor(path: str | None) -> Any:
+def saved_image_processor(path: str | None) -> Any:
     """The image processor of a checkpoint, by PIL; ``None`` if there is none."""
     if "image_processor" not in (_read_json(path, PROCESSOR_FILE) or {}) and _read_json(path, IMAGE_FILE) is None:
         return None
