@@ -17,13 +17,13 @@ from transformers import (
 from vtprune_train.config import ModelConfig
 from vtprune_train.models.build import (
     build_model,
-    build_processor,
     load_tokenizer,
     parts_of,
     resolve_checkpoint,
     saved_pruning,
     set_trainable,
 )
+from vtprune_train.models.processors import build_processor
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")
 

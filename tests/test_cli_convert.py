@@ -8,7 +8,9 @@ from families import family_model, family_processor
 from helpers import tiny_model, tiny_processor, tiny_tokenizer
 from huggingface_hub import save_torch_state_dict
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, PreTrainedTokenizerFast
 
 from vtprune_train.cli import main
 from vtprune_train.models.build import _load_projector
@@ -118,10 +120,14 @@ def test_there_and_back_with_the_same_bits_and_logits(tmp_path, family, shards, 
 
 def test_the_vocabulary_grows_for_the_image_token_and_shrinks_again(tmp_path):
     model = tiny_model()
-    rows = len(tiny_tokenizer()) - 1  # as the original code: <image> has no row
+    rows = len(tiny_tokenizer()) - 3
     model.resize_token_embeddings(rows)
     source = tmp_path / "original"
     write_original(source)
+    vocab = {token: number for token, number in tiny_tokenizer().get_vocab().items() if number < rows}
+    vocab["<unused>"] = vocab.pop("<image>")  # as the original code: <image> has no row
+    plain = Tokenizer(WordLevel(vocab, "<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>").save_pretrained(source)
     weights = original_names(model)
     for file in source.glob("*.safetensors*"):
         file.unlink()
@@ -194,7 +200,7 @@ def test_a_linear_projector(tmp_path, capsys):
         ({"model_type": "llava_mpt"}, "model_type='llava_mpt' is not known"),
         ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type='spatial' has no counterpart"),
         ({"mm_vision_tower": "nowhere/clip"}, "the vision tower nowhere/clip (--vision_tower): no readable config"),
-        ({"image_grid_pinpoints": "(1x1),(2x2)"}, "is no list of (height, width)"),
+        ({"image_grid_pinpoints": "1 by 2"}, "image_grid_pinpoints='1 by 2' is not a list of (width, height)"),
         ({"num_hidden_layers": 7}, "tensor(s) are missing, first model.layers.6."),
         ({"num_hidden_layers": 5}, "model.layers.5."),
         ({"intermediate_size": 49}, "config.json asks for"),

@@ -29,15 +29,14 @@ from vtprune_train import PyramidDrop, prune
 from vtprune_train.config import Config, ModelConfig
 from vtprune_train.flops import TowerGeometry, WindowedTowerGeometry
 from vtprune_train.models.build import (
-    build_image_processor,
     build_model,
-    build_processor,
     load_model_config,
     load_tokenizer,
     parts_of,
     set_trainable,
 )
 from vtprune_train.models.families import trained_family
+from vtprune_train.models.processors import build_image_processor, build_processor
 from vtprune_train.stream import IGNORE
 from vtprune_train.training.run import build_collator, build_parts, training_cost
 

@@ -13,21 +13,13 @@ import yaml
 from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    LlavaNextConfig,
-    PreTrainedConfig,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vtprune_train.data.chat import Template, Turn, get_template
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.data.jinja import written_by
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
-    build_processor,
     first_line,
     learned_expected,
     load_any_config,
@@ -37,6 +29,7 @@ from vtprune_train.models.families import trained_family
 from vtprune_train.models.learned import check_trained
 from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune, saved_method
 from vtprune_train.models.peft import is_adapter, open_adapter
+from vtprune_train.models.processors import open_processor
 from vtprune_train.models.templates import build_encoder, carry, stop_where_answers_end
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IMAGE
@@ -152,17 +145,9 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
     """The processor saved with a model, padding on the left; a checkpoint of this project brings its chat template.
 
     Raises:
-        ValueError: there is none that loads.
+        ValueError: see :func:`vtprune_train.models.processors.open_processor`.
     """
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-        if not isinstance(processor, ProcessorMixin):
-            raise ValueError(f"found a {type(processor).__name__} only")
-    except (OSError, ValueError, ImportError) as error:
-        if not isinstance(config, LlavaNextConfig):
-            raise ValueError(f"model {folder}: its processor cannot be loaded ({first_line(error)})") from error
-        log.warning("%s: no processor loads (%s); one is built from the model's config", folder, first_line(error))
-        processor = _built_processor(folder, config)
+    processor = open_processor(folder, config)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -171,16 +156,6 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
     if template is not None:
         carry(processor, _recorded_source(folder, config, template, tokenizer))
     return processor
-
-
-def _built_processor(folder: str, config: LlavaNextConfig) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {folder}: no readable tokenizer there ({first_line(error)})") from error
-    if IMAGE not in tokenizer.get_vocab():
-        raise ValueError(f"model {folder}: its tokenizer has no {IMAGE} token; save the processor with the model")
-    return build_processor(config, tokenizer)
 
 
 def _data_settings(folder: str) -> dict[str, Any]:

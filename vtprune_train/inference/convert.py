@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
@@ -23,7 +25,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.inference.chatting import load_processor, load_weights, model_config
 from vtprune_train.inference.export import check_target, publish
@@ -31,21 +32,22 @@ from vtprune_train.models import original
 from vtprune_train.models.build import (
     EMBEDDING_MULTIPLE,
     add_image_token,
-    build_processor,
     family_of_config,
     first_line,
     load_any_config,
     resolve_checkpoint,
 )
 from vtprune_train.models.learned import saved_learner
+from vtprune_train.models.original_config import hf_config, image_processor, original_config, trains_tower
+from vtprune_train.models.processors import build_processor, saved_image_processor
 from vtprune_train.stream import IMAGE
 from vtprune_train.training.manifest import check_export
 
 log = logging.getLogger(__name__)
 
 FORMS = ("hf", "original", "mm_projector", "projector")
-KEPT = "original_llava"  # in config.json of a converted folder: the config that it came from
-SELECT = {"patch": "default", "cls_patch": "full"}
+MM_PROJECTOR = "mm_projector.bin"
+TOWER = "model.vision_tower."
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -87,14 +89,40 @@ def _writer(source: str, form: str, tower: str | None, without_learned: bool) ->
         return lambda folder: save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if Path(source).is_file():
         raise ValueError(f"--to {form}: {source} is a projector alone; --to projector makes what model.projector reads")
-    if form == "hf" and not Path(source).is_dir():
-        raise ValueError(f"--to hf: {source} is no folder here; download the checkpoint first")
+    if form == "hf":
+        _check_whole(Path(source))
     is_original = _original_config(source) is not None
     if form == "hf" and is_original:
         return hf_writer(Path(source), tower)
     if form == "original" and not is_original:
         return original_writer(source, tower, without_learned)
     raise ValueError(f"--to {form}: {source} is one already")
+
+
+def _check_whole(source: Path) -> None:
+    """Refuse a folder that holds a part of a checkpoint only.
+
+    Raises:
+        ValueError: saying what it holds and what to do.
+    """
+    if not source.is_dir():
+        raise ValueError(f"--to hf: {source} is no folder here; download the checkpoint first")
+    if not (source / "config.json").is_file():
+        raise ValueError(f"--to hf: {source} has no config.json; copy the whole checkpoint")
+    if any((source / name).is_file() for name in ("adapter_config.json", "non_lora_trainables.bin")):
+        raise ValueError(
+            f"--to hf: {source} holds a LoRA adapter of the original code, not a model; merge it first "
+            "(scripts/merge_lora_weights.py there)"
+        )
+    if (source / MM_PROJECTOR).is_file() and not any(source.glob("*.safetensors")) and not _has_bin(source):
+        raise ValueError(
+            f"--to hf: {source} holds a projector alone ({MM_PROJECTOR}, tune_mm_mlp_adapter); --to projector makes "
+            "what model.projector reads"
+        )
+
+
+def _has_bin(source: Path) -> bool:
+    return any(source.glob("pytorch_model*.bin"))
 
 
 def _original_config(source: str) -> dict[str, Any] | None:
@@ -104,8 +132,10 @@ def _original_config(source: str) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again from where the model came from") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__} instead of settings by name")
     return config if original.is_original(config) else None
 
 
@@ -115,8 +145,9 @@ def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
     Raises:
         ValueError: there is none.
     """
-    if Path(source).is_file():
-        found = original.projector_to_hf(original.read_bin(Path(source)), source)
+    file = Path(source) / MM_PROJECTOR if Path(source).is_dir() else Path(source)
+    if file.is_file():
+        found = original.projector_to_hf(original.read_bin(file), source)
         return found, original.is_linear(found)
     if _original_config(source) is not None:
         found = original.projector_to_hf(original.read_weights(Path(source)), source)
@@ -156,10 +187,12 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
     """
     settings = _original_config(str(source))
     assert settings is not None
-    config = hf_config(settings, tower, str(source))
-    name = tower or settings["mm_vision_tower"]
+    name = tower or settings.get("mm_vision_tower") or settings.get("vision_tower")
+    if name is None:
+        raise ValueError(f"{source}: config.json names no mm_vision_tower; give --vision_tower")
+    config = hf_config(settings, _tower_config(name, str(source)), str(source))
     weights = hf_weights(original.read_weights(source), settings, name, str(source))
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(source, settings)
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     _grow(weights, config, len(tokenizer))
     with torch.device("meta"):
@@ -172,16 +205,13 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
     if unexpected := sorted(set(weights) - own):
         raise ValueError(f"{source}: {original.to_original(unexpected[0])} has no place in a {config.model_type}")
     for key, value in model.state_dict().items():
-        if value.shape != weights[key].shape:
-            raise ValueError(
-                f"{source}: {original.to_original(key)} has shape {tuple(weights[key].shape)}, config.json asks for "
-                f"{tuple(value.shape)}"
-            )
+        _check_tensor(weights[key], value, f"{source}: {original.to_original(key)}")
     model.load_state_dict(weights, assign=True)
     config.dtype = model.config.dtype = weights["lm_head.weight"].dtype
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source))
     processor = build_processor(config, tokenizer)
+    processor.image_processor = image_processor(config, settings, _tower_images(name), str(source))
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -190,51 +220,23 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
     return write
 
 
-def hf_config(settings: dict[str, Any], tower: str | None, place: str) -> PreTrainedConfig:
-    """The Hugging Face config for an original one, which is kept in it.
-
-    Raises:
-        ValueError: a setting that transformers' classes do not have, or no CLIP tower.
-    """
-    text_type = original.TEXT_TYPES.get(settings.get("model_type", ""))
-    if text_type is None:
-        known = ", ".join(original.TEXT_TYPES)
-        raise ValueError(f"{place}: model_type={settings.get('model_type')!r} is not known; known: {known}")
-    kind = settings.get("mm_projector_type", "linear")
-    if kind not in original.PROJECTOR_TYPES:
-        known = ", ".join(original.PROJECTOR_TYPES)
-        raise ValueError(f"{place}: mm_projector_type={kind!r} has no counterpart in transformers; known: {known}")
-    merge = settings.get("mm_patch_merge_type", "flat")
-    if merge not in ("flat", "spatial_unpad"):
-        raise ValueError(f"{place}: mm_patch_merge_type={merge!r} has no counterpart; known: flat, spatial_unpad")
-    feature = settings.get("mm_vision_select_feature", "patch")
-    if feature not in SELECT:
-        raise ValueError(f"{place}: mm_vision_select_feature={feature!r} is not known; known: {', '.join(SELECT)}")
-    vision = _tower_config(tower or settings.get("mm_vision_tower"), place)
-    default = CONFIG_MAPPING[text_type]()
-    own = {*default.to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures", "transformers_version"}
-    text = CONFIG_MAPPING[text_type](**{key: value for key, value in settings.items() if key in own})
-    shared: dict[str, Any] = {
-        "text_config": text,
-        "vision_config": vision,
-        "vision_feature_layer": settings.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": SELECT[feature],
-        "projector_hidden_act": "linear" if kind == "linear" else "gelu",
-        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
-        "tie_word_embeddings": text.tie_word_embeddings,
-        KEPT: settings,
-    }
-    if merge == "flat":
-        return LlavaConfig(**shared)
-    pinpoints = settings.get("image_grid_pinpoints")
-    if not isinstance(pinpoints, list):
-        raise ValueError(f"{place}: image_grid_pinpoints={pinpoints!r} is no list of (height, width)")
-    return LlavaNextConfig(image_grid_pinpoints=pinpoints, **shared)
+def _check_tensor(value: Tensor, expected: Tensor, place: str) -> None:
+    if not value.is_floating_point():
+        raise ValueError(f"{place} holds {value.dtype}; quantised weights are not converted")
+    if value.shape != expected.shape:
+        empty = " (it was saved under DeepSpeed ZeRO-3 without gathering it)" if not value.numel() else ""
+        raise ValueError(f"{place} has shape {tuple(value.shape)}{empty}, config.json asks for {tuple(expected.shape)}")
 
 
-def _tower_config(name: str | None, place: str) -> CLIPVisionConfig:
-    if name is None:
-        raise ValueError(f"{place}: config.json names no mm_vision_tower; give --vision_tower")
+def _tower_images(name: str) -> Any:
+    """The image processor in a tower's folder; ``None`` if it brings none, which is said."""
+    images = saved_image_processor(name)
+    if images is None:
+        log.warning("the vision tower %s brings no preprocessor_config.json here; CLIP's usual numbers are used", name)
+    return images
+
+
+def _tower_config(name: str, place: str) -> CLIPVisionConfig:
     loaded = load_any_config(name, f"the vision tower {name} (--vision_tower)", offline=False)
     vision = getattr(loaded, "vision_config", loaded)
     if not isinstance(vision, CLIPVisionConfig):
@@ -254,26 +256,71 @@ def hf_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str,
         if not any(pattern.match(name) for pattern in known):
             raise ValueError(f"{place}: the tensor {name} is not known; is this a LLaVA, and merged if it was a LoRA?")
     found = original.projector_to_hf(weights, place)
+    kind = settings.get("mm_projector_type", "linear")
+    if (kind == "linear") != ("model.mm_projector.weight" in weights):
+        raise ValueError(
+            f"{place}: mm_projector_type={kind!r} in config.json, but the projector's tensors are of another type"
+        )
     if settings.get("mm_patch_merge_type", "flat") == "flat" and found.pop("model.image_newline", None) is not None:
         log.info("%s: image_newline is left out; mm_patch_merge_type flat does not use it", place)
     others = {original.to_hf(n): v for n, v in weights.items() if not original.PROJECTOR_KEYS.match(n)}
-    if not any(name.startswith("model.vision_tower.") for name in others):
-        try:
-            loaded = CLIPVisionModel.from_pretrained(tower, dtype="auto")
-        except (OSError, ValueError) as error:
+    return {**others, **found, **_tower_weights(others, settings, tower, place)}
+
+
+def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str, place: str) -> dict[str, Tensor]:
+    """The tower's weights that the original code would use: the checkpoint's where it was trained, else its own's.
+
+    Raises:
+        ValueError: it was trained and the checkpoint has none, or it was not and cannot be read.
+    """
+    own = {name: value for name, value in weights.items() if name.startswith(TOWER)}
+    if trains_tower(settings):
+        if not own:
             raise ValueError(
-                f"{place} holds no vision tower, and {tower} cannot be read ({first_line(error)}); give --vision_tower"
-            ) from error
-        others |= {f"model.vision_tower.{name}": value for name, value in loaded.state_dict().items()}
-    return {**others, **found}
+                f"{place}: config.json says that the vision tower was trained (unfreeze_mm_vision_tower), but the "
+                "checkpoint has no weights of it"
+            )
+        return own
+    try:
+        loaded = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
+    except (OSError, ValueError, SafetensorError) as error:
+        if own:
+            return own
+        raise ValueError(
+            f"{place} holds no vision tower, and {tower} cannot be read ({first_line(error)}); give --vision_tower"
+        ) from error
+    published = {f"{TOWER}{name}": value for name, value in loaded.items()}
+    if own and _same(own, published):
+        return own
+    if own:
+        log.warning(
+            "%s holds another vision tower than %s, and config.json does not say that it was trained "
+            "(unfreeze_mm_vision_tower): as in the original code, %s is used",
+            place,
+            tower,
+            tower,
+        )
+    return published
 
 
-def _tokenizer(source: Path) -> PreTrainedTokenizerBase:
+def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether two towers are equal in the first one's precision."""
+    return one.keys() == two.keys() and all(
+        one[name].shape == two[name].shape and torch.equal(one[name], two[name].to(one[name].dtype)) for name in one
+    )
+
+
+def _tokenizer(source: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: no readable tokenizer there ({first_line(error)})") from error
     add_image_token(tokenizer)
+    side, length = settings.get("tokenizer_padding_side"), settings.get("tokenizer_model_max_length")
+    if side is not None:
+        tokenizer.padding_side = side
+    if length is not None:
+        tokenizer.model_max_length = length
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -301,10 +348,18 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
     """
     config = _llava_config(source)
     _check_learned(config, source, without_learned)
-    settings = original_config(config, tower, source)
-    tokenizer = load_processor(source, config).tokenizer
+    processor = load_processor(source, config)
+    tokenizer = processor.tokenizer
+    settings = original_config(config, processor.image_processor, tower, source)
+    name = settings["mm_vision_tower"]
+    _check_images(processor.image_processor, saved_image_processor(name), name, source)
     model = load_weights(source, "auto")
     state = model.state_dict()
+    if not _tower_is(state, name):
+        settings["unfreeze_mm_vision_tower"] = True  # or the original code would read the named one instead
+    if more := _tokens_beyond(tokenizer, settings["vocab_size"]):
+        log.info("%s: the vocabulary is kept whole, for tokens such as %s", source, more[0])
+        settings["vocab_size"] = config.text_config.vocab_size
     linear = config.projector_hidden_act == "linear"
     weights = original.projector_to_original(state, linear)
     weights |= {
@@ -325,6 +380,38 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
     return write
 
 
+def _check_images(images: Any, published: Any, tower: str, place: str) -> None:
+    """Refuse an image processor with other numbers than the tower's, which the original code takes.
+
+    Raises:
+        ValueError: naming them.
+    """
+    published = published or CLIPImageProcessorPil()
+    for name in ("image_mean", "image_std"):
+        ours, theirs = (list(getattr(processor, name)) for processor in (images, published))
+        if ours != theirs:
+            raise ValueError(
+                f"{place}: its image processor has {name}={ours}; the original code takes those of the tower {tower}, "
+                f"{theirs}. Give --vision_tower a folder of this tower whose preprocessor_config.json has them"
+            )
+
+
+def _tower_is(state: dict[str, Tensor], tower: str) -> bool:
+    """Whether the tower is the one of that name, as far as that can be read."""
+    try:
+        published = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
+    except (OSError, ValueError, SafetensorError) as error:
+        log.info("the vision tower %s cannot be read here; the model's is written as a trained one (%s)", tower, error)
+        return False
+    own = {name: value for name, value in state.items() if name.startswith(TOWER)}
+    return _same(own, {f"{TOWER}{name}": value for name, value in published.items()})
+
+
+def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+    """Tokens without a row among the first ones, but for ``<image>``, which the original code needs none for."""
+    return [token for token, number in tokenizer.get_vocab().items() if number >= rows and token != IMAGE]
+
+
 def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool) -> None:
     method = saved_learner(config)
     if method is None:
@@ -336,42 +423,3 @@ def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool)
             "vtprune export keeps them"
         )
     log.warning("%s: the parameters of %s are left out, as the original code knows none", source, method.name)
-
-
-def original_config(config: PreTrainedConfig, tower: str | None, place: str) -> dict[str, Any]:
-    """``config.json`` of the original code: the one that was kept, or one made from the Hugging Face config.
-
-    Raises:
-        ValueError: nothing says which tower it has.
-    """
-    kept = getattr(config, KEPT, None)
-    if kept is not None:
-        return {**kept, **({"mm_vision_tower": tower} if tower else {})}
-    if tower is None:
-        raise ValueError(f"{place} does not say which CLIP tower it has; give --vision_tower, for example its hub id")
-    text = config.text_config.to_dict()
-    rope = text.pop("rope_parameters", None) or {}
-    text_type = text["model_type"]
-    types = {ours: theirs for theirs, ours in original.TEXT_TYPES.items() if theirs != "llava_llama"}
-    if text_type not in types:
-        raise ValueError(f"{place}: the original code has no LLaVA over a {text_type}; it has {', '.join(types)}")
-    is_next = isinstance(config, LlavaNextConfig)
-    select = {ours: theirs for theirs, ours in SELECT.items()}
-    return {
-        **{key: value for key, value in text.items() if value is not None},
-        "architectures": [f"Llava{text_type.capitalize().removesuffix('2')}ForCausalLM"],
-        "model_type": types[text_type],
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        **({"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {}),
-        "mm_vision_tower": tower,
-        "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_projector_type": "linear" if config.projector_hidden_act == "linear" else "mlp2x_gelu",
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": select[config.vision_feature_select_strategy],
-        "mm_patch_merge_type": "spatial_unpad" if is_next else "flat",
-        "image_aspect_ratio": "anyres" if is_next else "pad",
-        **({"image_grid_pinpoints": [list(point) for point in config.image_grid_pinpoints]} if is_next else {}),
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "use_mm_proj": True,
-    }

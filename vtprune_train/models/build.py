@@ -31,7 +31,6 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top 5.17 wants torchvision
 
 from vtprune_train.config import ModelConfig
 from vtprune_train.models import HFModule, original
@@ -361,62 +360,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         pad_token="<pad>",
         additional_special_tokens=[IMAGE],
     )
-
-
-def build_processor(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    path: str | None = None,
-    max_pixels: int | None = None,
-) -> Any:
-    """The processor that is saved with the model; its ``image_processor`` makes the tower's input, in training too.
-
-    Args:
-        config: the model's.
-        tokenizer: the model's.
-        path: the checkpoint that the model came from, whose image processor is kept.
-        max_pixels: see :func:`build_image_processor`.
-    """
-    _, loop = family_of_config(config)
-    return loop.processor(config, tokenizer, build_image_processor(config, path, max_pixels))
-
-
-def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels: int | None = None) -> Any:
-    """The image processor of the checkpoint at ``path``, or the family's usual one for this config.
-
-    Args:
-        config: the model's.
-        path: a checkpoint, or ``None``.
-        max_pixels: shrink pictures that have more; for families that take pictures of any size.
-
-    Raises:
-        ValueError: ``max_pixels`` for a family whose pictures have fixed sizes, or below the least size.
-    """
-    fresh = family_of_config(config)[1].image_processor(config)
-    saved = _saved_image_processor(path) if path is not None else None
-    chosen = saved if isinstance(saved, type(fresh)) else fresh
-    if hasattr(fresh, "image_grid_pinpoints"):
-        chosen.image_grid_pinpoints = fresh.image_grid_pinpoints  # those that the model counts by
-    if max_pixels is not None:
-        size = dict(chosen.size)
-        if "longest_edge" not in size:
-            raise ValueError(
-                f"model.max_pixels={max_pixels} is for models that take pictures of any size; those of a "
-                f"{config.model_type} are fixed: leave it null"
-            )
-        if max_pixels < size["shortest_edge"]:
-            raise ValueError(f"model.max_pixels={max_pixels} is below the least size, {size['shortest_edge']} pixels")
-        chosen.size = {**size, "longest_edge": max_pixels}
-    return chosen
-
-
-def _saved_image_processor(path: str) -> Any:
-    """The image processor of a checkpoint, without torchvision; ``None`` if it brings none."""
-    try:
-        return AutoImageProcessor.from_pretrained(resolve_checkpoint(path), backend="pil")
-    except (OSError, ValueError) as error:
-        log.info("%s brings no image processor (%s); the family's usual one is taken", path, first_line(error))
-        return None
 
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:

@@ -46,7 +46,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     ):
         files = sorted(folder.glob(pattern))
         if (folder / index).is_file():
-            named = set(json.loads((folder / index).read_text())["weight_map"].values())
+            named = set(_weight_map(folder / index).values())
             if missing := sorted(named - {file.name for file in files}):
                 raise ValueError(f"{folder}: {missing[0]} is missing, which {index} names")
             files = [folder / name for name in sorted(named)]
@@ -59,6 +59,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if weights:
             return weights
     raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not JSON with a weight_map ({error}); copy it again") from error
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from vtprune_train.config import Config, ConfigError, pruning_refusal
 from vtprune_train.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
-    build_image_processor,
     family_of_config,
     load_model_config,
     parts_of,
@@ -24,6 +23,7 @@ from vtprune_train.models.encoder import check_tower
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.learned import attach
 from vtprune_train.models.peft import adapt
+from vtprune_train.models.processors import build_image_processor
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule

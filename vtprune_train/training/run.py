@@ -28,7 +28,6 @@ from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
-    build_processor,
     family_of_config,
     load_tokenizer,
     resolve_checkpoint,
@@ -38,6 +37,7 @@ from vtprune_train.models.build import (
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.patch import prune
 from vtprune_train.models.peft import open_model
+from vtprune_train.models.processors import build_processor
 from vtprune_train.models.templates import build_encoder, carry, stop_where_answers_end
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.describe import schedule

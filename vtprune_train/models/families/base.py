@@ -11,6 +11,7 @@ from torch import Tensor
 from vtprune_train.flops import TowerGeometry, WindowedTowerGeometry
 from vtprune_train.models import HFModule
 from vtprune_train.models.layouts import Grids, ImageLayout, Shown
+from vtprune_train.models.layouts.base import CLASS_TOKENS
 from vtprune_train.stream import IMAGE
 
 
@@ -22,6 +23,23 @@ def one_image_each(features: Sequence[Any]) -> list[int]:
 def no_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
     """For a family whose tokens' places are not known here."""
     return []
+
+
+def counted_by_the_image_processor(config: Any) -> dict[str, Any]:
+    """For a family whose processor has no settings of its own."""
+    return {}
+
+
+def counted_by_patches(config: Any) -> dict[str, Any]:
+    """Settings of the processors of LLaVA-1.5 and LLaVA-NeXT."""
+    vision = config.vision_config
+    settings = {
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+    if vision.model_type in CLASS_TOKENS:
+        settings["num_additional_image_tokens"] = CLASS_TOKENS[vision.model_type]
+    return settings
 
 
 def merged_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
@@ -50,7 +68,8 @@ class Loop:
         layout: ``(config, image_processor) -> ImageLayout``.
         tower: ``config ->`` sizes of tower and projector, to count FLOPs.
         image_processor: ``config ->`` transformers' PIL image processor, where a checkpoint brings none.
-        processor: ``(config, tokenizer, image_processor) ->`` what is saved with every export.
+        image_processors: class names of the image processors that make what ``layout`` expects, without ``Pil``;
+            ``None`` for any.
         vision: how names of the tower's parameters begin.
         projector: how names of the projector's parameters begin (also within ``vision``).
         image_token: the image token in the vocabulary.
@@ -62,7 +81,7 @@ class Loop:
     layout: Callable[[Any, Any], ImageLayout]
     tower: Callable[[Any], TowerGeometry | WindowedTowerGeometry]
     image_processor: Callable[[Any], Any]
-    processor: Callable[[Any, Any, Any], Any]
+    image_processors: tuple[str, ...] | None
     vision: str = "model.vision_tower."
     projector: tuple[str, ...] = ("model.multi_modal_projector.", "model.image_newline")
     image_token: str = IMAGE
@@ -89,6 +108,7 @@ class Family:
         three_part_positions: ``(base, inputs) -> [3, B, L]``, positions (time, height, width) that count each row from
             0 and stay with their tokens; ``None`` where positions count tokens.
         refused: keywords of ``forward`` that a pruned model does not take, with the reason.
+        counting: ``config ->`` settings of the processor that tokens of an image are counted by.
         loop: how the project's own loop trains it; ``None`` where it does not.
     """
 
@@ -103,6 +123,7 @@ class Family:
     run_is_one_image: bool = False
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()
+    counting: Callable[[Any], dict[str, Any]] = counted_by_the_image_processor
     loop: Loop | None = None
 
     @property

@@ -6,31 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from transformers import CLIPImageProcessorPil, LlavaProcessor
+from transformers import CLIPImageProcessorPil
 
 from vtprune_train.flops import TowerGeometry
-from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
+from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop, counted_by_patches
 from vtprune_train.models.layouts import Grids, Shown
 from vtprune_train.models.layouts.base import CLASS_TOKENS
 from vtprune_train.models.layouts.one_tile import OneTile
-from vtprune_train.stream import IMAGE
 
 
 def _image_processor(config: Any) -> CLIPImageProcessorPil:
     tile = config.vision_config.image_size
     return CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile})
-
-
-def _processor(config: Any, tokenizer: Any, image_processor: Any) -> LlavaProcessor:
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-        chat_template=getattr(tokenizer, "chat_template", None),
-    )
 
 
 def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
@@ -53,12 +40,13 @@ FAMILY = Family(
     text_types=LLAMA_LIKE,
     grids=_grids,
     patches=_patches,
+    counting=counted_by_patches,
     loop=Loop(
         model_type="llava",
         layout=lambda config, _: OneTile.of(config),
         tower=TowerGeometry.of,
         image_processor=_image_processor,
-        processor=_processor,
+        image_processors=None,
         projector=("model.multi_modal_projector.",),
     ),
 )

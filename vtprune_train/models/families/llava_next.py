@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
+from transformers import LlavaNextImageProcessorPil
 
 from vtprune_train.flops import TowerGeometry
 from vtprune_train.models.anyres import AnyRes
-from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
+from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop, counted_by_patches
 from vtprune_train.models.layouts import Grids, Shown
-from vtprune_train.stream import IMAGE
 
 
 def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
@@ -20,18 +19,6 @@ def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
         size={"shortest_edge": tile},
         crop_size={"height": tile, "width": tile},
         image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints],
-    )
-
-
-def _processor(config: Any, tokenizer: Any, image_processor: Any) -> LlavaNextProcessor:
-    return LlavaNextProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-        chat_template=getattr(tokenizer, "chat_template", None),
     )
 
 
@@ -51,11 +38,12 @@ FAMILY = Family(
     text_types=LLAMA_LIKE,
     grids=_grids,
     patches=_patches,
+    counting=counted_by_patches,
     loop=Loop(
         model_type="llava_next",
         layout=lambda config, _: AnyRes.of(config),
         tower=TowerGeometry.of,
         image_processor=_image_processor,
-        processor=_processor,
+        image_processors=("LlavaNextImageProcessor",),
     ),
 )

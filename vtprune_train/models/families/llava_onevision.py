@@ -11,12 +11,10 @@ import torch
 from transformers import LlavaOnevisionImageProcessorPil
 
 from vtprune_train.flops import TowerGeometry
-from vtprune_train.models.families.apart import ApartProcessor
 from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
 from vtprune_train.models.layouts import Grids, Shown
 from vtprune_train.models.layouts.base import Size
 from vtprune_train.models.layouts.onevision import OneVision
-from vtprune_train.stream import IMAGE
 
 
 def _image_processor(config: Any) -> LlavaOnevisionImageProcessorPil:
@@ -27,16 +25,13 @@ def _image_processor(config: Any) -> LlavaOnevisionImageProcessorPil:
     )
 
 
-def _processor(config: Any, tokenizer: Any, image_processor: Any) -> ApartProcessor:
+def _counting(config: Any) -> dict[str, Any]:
     vision = config.vision_config
-    settings = {
-        "processor_class": "LlavaOnevisionProcessor",
+    return {
         "num_image_tokens": (vision.image_size // vision.patch_size) ** 2,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "vision_aspect_ratio": config.vision_aspect_ratio,
-        "image_token": IMAGE,
     }
-    return ApartProcessor(image_processor, tokenizer, settings)
 
 
 def _samples(inputs: Mapping[str, Any]) -> list[list[Size]]:
@@ -62,13 +57,14 @@ FAMILY = Family(
     text_types=LLAMA_LIKE,
     grids=_grids,
     patches=_patches,
+    counting=_counting,
     refused=(("pixel_values_videos", VIDEO),),
     loop=Loop(
         model_type="llava_onevision",
         layout=lambda config, _: OneVision.of(config),
         tower=TowerGeometry.of,
         image_processor=_image_processor,
-        processor=_processor,
+        image_processors=("LlavaOnevisionImageProcessor",),
         needs_checkpoint=True,
     ),
 )

@@ -7,7 +7,6 @@ from typing import Any
 from transformers import Qwen2VLImageProcessorPil
 
 from vtprune_train.flops import WindowedTowerGeometry
-from vtprune_train.models.families.apart import ApartProcessor
 from vtprune_train.models.families.base import VIDEO, Family, Loop, merged_grids, rope_index
 from vtprune_train.models.layouts.qwen2_5_vl import MergedPatches
 from vtprune_train.stream import IMAGE
@@ -20,10 +19,6 @@ def _image_processor(config: Any) -> Qwen2VLImageProcessorPil:
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
     )
-
-
-def _processor(config: Any, tokenizer: Any, image_processor: Any) -> ApartProcessor:
-    return ApartProcessor(image_processor, tokenizer, {"processor_class": "Qwen2_5_VLProcessor"})
 
 
 FAMILY = Family(
@@ -39,7 +34,7 @@ FAMILY = Family(
         layout=MergedPatches.of,
         tower=WindowedTowerGeometry.of,
         image_processor=_image_processor,
-        processor=_processor,
+        image_processors=("Qwen2VLImageProcessor",),
         vision="model.visual.",
         projector=("model.visual.merger.",),
         image_token="<|image_pad|>",
