@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +170,22 @@ def test_all_who_count_tokens_agree():
             assert [length - 4 for length in stage.segment_lengths] == kept.tolist()
     drop = Drop(1, 0.7)
     assert counts_per_stage([drop], np.array([90, 10]))[1].tolist() == [63, 7]
+
+
+@pytest.mark.parametrize(
+    ("page", "method", "counts"),
+    [
+        ("hidrop", {"keep": [0.151042, 0.017362, 0.008681, 0.001737]}, [87, 10, 5, 1]),
+        ("hidrop", {"keep": [0.786459, 0.017362, 0.008681, 0.001737]}, [453, 10, 5, 1]),
+        ("divprune", {"keep": 0.197}, [113]),
+        ("divprune", {"keep": 0.196}, [112]),
+        ("divprune", {"keep": 0.098}, [56]),
+        ("vtc_cls", {"layers": 7, "keep": 0.0625}, [36]),
+        ("prumerge", {"keep": 0.25, "spatial": 1}, [144]),
+    ],
+)
+def test_counts_that_a_page_promises(page, method, counts):
+    drops = method_from_settings({"method": page, **method}).drops(32)
+    assert [drop.kept(576, 576) for drop in drops if 0 < drop.keep < 1] == counts
+    text = (Path(__file__).parent.parent / "docs" / "methods" / f"{page}.md").read_text()
+    assert str(method["keep"] if page != "hidrop" else method["keep"][0]) in text

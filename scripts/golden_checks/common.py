@@ -1,0 +1,140 @@
+"""Recorded cases as they are read from a folder, and what a comparison with one comes to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class CaseError(ValueError):
+    """A case cannot be read: says what is missing or unknown, and where."""
+
+
+class Entries(dict[str, Any]):
+    """An object of a case's JSON; a key that is not there is a :class:`CaseError`."""
+
+    def __missing__(self, key: str) -> Any:
+        raise CaseError(f"the JSON has no {key!r} beside {', '.join(self)}")
+
+
+class Tensors(dict[str, Tensor]):
+    """A case's tensors; a name that is not there is a :class:`CaseError`."""
+
+    def __missing__(self, key: str) -> Tensor:
+        raise CaseError(f"the safetensors file has no tensor {key!r}")
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """float32, those whose names begin with ``prefix``, without it.
+
+        Raises:
+            CaseError: there are none.
+        """
+        found = {key.removeprefix(prefix): value.float() for key, value in self.items() if key.startswith(prefix)}
+        if not found:
+            raise CaseError(f"the safetensors file has no tensor {prefix}*")
+        return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """``NAME.json`` and ``NAME.safetensors``."""
+
+    name: str
+    entries: Entries
+    tensors: Tensors
+
+
+def read_case(folder: Path, name: str) -> Case:
+    """Read one case.
+
+    Raises:
+        CaseError: one of its two files is missing or broken.
+    """
+    for suffix in ("json", "safetensors"):
+        if not (folder / f"{name}.{suffix}").is_file():
+            raise CaseError(f"{folder / name}.{suffix} is missing; a case is a pair NAME.json and NAME.safetensors")
+    try:
+        entries = json.loads((folder / f"{name}.json").read_text(), object_hook=Entries)
+        tensors = Tensors(load_file(folder / f"{name}.safetensors"))
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CaseError(str(error)) from error
+    if not isinstance(entries, Entries):
+        raise CaseError(f"the JSON holds {type(entries).__name__}, not an object")
+    return Case(name, entries, tensors)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison: ``problem`` says what differs, ``None`` if nothing does; ``gap`` is the largest difference of
+    numbers that may differ by a rounding."""
+
+    name: str
+    problem: str | None = None
+    gap: float | None = None
+
+
+def compare(name: str, ours: Any, theirs: Any, tolerance: float | None = None) -> Part:
+    """Our tensor (or numbers) against theirs: every entry the same, or with ``tolerance`` no farther from it."""
+    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs)
+    if ours.shape != theirs.shape:
+        return Part(name, f"{name}: shape {list(ours.shape)} instead of {list(theirs.shape)}")
+    if tolerance is None:
+        wrong, gap = ours != theirs, None
+    else:
+        gaps = (ours.double() - theirs.double()).abs()
+        wrong, gap = ~(gaps <= tolerance), gaps.max().item() if gaps.numel() else 0.0
+    places = wrong.flatten().nonzero().flatten()
+    if not len(places):
+        return Part(name, None, gap)
+    first = int(places[0])
+    of_numbers = "" if gap is None else f" by up to {gap:.2e} (more than {tolerance:g})"
+    return Part(
+        name,
+        f"{name}: {len(places)} of {ours.numel()} entries differ{of_numbers}, the first at {first}: "
+        f"{ours.flatten()[first].item():.6g} instead of {theirs.flatten()[first].item():.6g}",
+        gap,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case.
+
+    Args:
+        name: of the case.
+        parts: all that was compared.
+        documented: the deviation that the method's page states, and which of the parts it touches; the others must be
+            equal.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    documented: str = ""
+    excused: tuple[str, ...] = ()
+
+    @property
+    def differing(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.problem)
+
+    @property
+    def passed(self) -> bool:
+        return all(self.documented and part.name in self.excused for part in self.differing)
+
+    def __str__(self) -> str:
+        problems = "; ".join(part.problem for part in self.differing if part.problem)
+        if not self.passed:
+            return f"FAIL    {self.name}: {problems}"
+        if problems:
+            return f"differs {self.name} (documented: {self.documented}): {problems}"
+        exact = [part.name for part in self.parts if part.gap is None]
+        shown = [f"{' and '.join(exact)} equal"] if exact else []
+        shown += [f"{part.name} {part.gap:.1e}" for part in self.parts if part.gap is not None]
+        note = " (though a deviation is documented)" if self.documented else ""
+        return f"ok      {self.name}: {', '.join(shown)}{note}"
