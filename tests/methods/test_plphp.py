@@ -18,6 +18,7 @@ from vtprune_train.models.padded import prefill
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.heads import keep_best
 from vtprune_train.pruning.plphp import PLPHP
+from vtprune_train.stream import ImageSpan, SegmentLayout
 
 
 @settings(max_examples=25, deadline=None)
@@ -82,6 +83,16 @@ def test_classes_at_their_thresholds():
     gamma = torch.tensor([0.5, 0.49, 0.25, 0.24])
     counts = PLPHP(keep=0.4, delta=0.3, alpha=0.5, beta=0.25).counts(gamma, torch.full((4,), 90))
     assert counts.tolist() == [63, 36, 36, 9]
+
+
+@pytest.mark.parametrize(("alpha", "beta", "kept"), [(0.0, 0.0, 63), (2.0, 0.0, 36), (2.0, 2.0, 9)])
+def test_caches_hold_what_the_rates_promise(alpha, beta, kept):
+    """Of 90 tokens; 0.7 * 90 is 62.99999999999999 in floating point, (0.4 - 0.3) * 90 is 9.000000000000004."""
+    segment = SegmentLayout(96, (ImageSpan(2, 90),), (95,))
+    embeds = torch.from_numpy(np.random.default_rng(0).standard_normal((96, 32)))
+    with torch.no_grad():
+        _, _, cache = prefill(packed_decoder(0), PLPHP(alpha=alpha, beta=beta, untouched=0), embeds, [segment])
+    assert [int(layer.num_tokens()[0]) - 6 for layer in cache.layers] == [kept] * 6
 
 
 def test_classes_differ_by_layer_and_by_row():

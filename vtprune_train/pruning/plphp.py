@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -73,7 +74,8 @@ class PLPHP(PruningMethod):
     def __post_init__(self) -> None:
         if not 0.0 <= self.keep <= 1.0:
             raise ValueError(f"keep={self.keep} is not in [0, 1]; it is the share of visual tokens that a head keeps")
-        if not (0.0 <= self.delta <= self.keep and self.keep + self.delta <= 1.0):
+        within = 0.0 <= self.delta <= self.keep
+        if not within or (self.keep + self.delta > 1.0 and as_fraction(self.keep) + as_fraction(self.delta) > 1):
             raise ValueError(
                 f"delta={self.delta}: keep - delta and keep + delta must lie in [0, 1]; with keep={self.keep} use at "
                 f"most {min(self.keep, 1.0 - self.keep):g}"
@@ -109,7 +111,7 @@ class PLPHP(PruningMethod):
     def counts(self, gamma: Tensor, sizes: Tensor) -> Tensor:
         """int64, how many of ``sizes`` tokens (int64) a head keeps in layers with the attention ``gamma`` to vision."""
         keep, delta = as_fraction(self.keep), as_fraction(self.delta)
-        low, middle, high = (floor_of(rate, sizes) for rate in (keep - delta, keep, keep + delta))
+        low, middle, high = (floor_of(rate, sizes) for rate in (keep - delta, keep, min(keep + delta, Fraction(1))))
         return torch.where(gamma >= self.alpha, high, torch.where(gamma < self.beta, low, middle))
 
     def input_share(self, num_layers: int) -> float:
