@@ -34,6 +34,7 @@ from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.layouts import Grids
 from vtprune_train.models.learned import attach, detach, modules_to_save
 from vtprune_train.models.padded import forward_text
+from vtprune_train.models.sharding import check_attention_function, check_layers, restore_forward
 from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
@@ -81,6 +82,8 @@ def prune(
     if isinstance(method, str):
         method = saved_method(inner)
     text_model = inner.get_submodule(family.decoder)
+    attention_before = text_model.config._attn_implementation
+    check_layers(text_model, attention_before, method.name if learns(method) else None)
     if method is not None:
         if not isinstance(method, PruningMethod):
             raise ValueError(f"method={method!r} is no pruning method; use for example PyramidDrop(keep=(0.5, 0.25))")
@@ -105,7 +108,7 @@ def prune(
         method=method,
         backend=backend_for(inner, attention),
         image_token=inner.config.image_token_id,
-        attention=text_model.config._attn_implementation,
+        attention=attention_before,
         pruning=inner.config.__dict__.get(CONFIG_KEY),
     )
     if family.tower is not None:
@@ -177,6 +180,7 @@ def unprune(model: HFModule) -> HFModule:
     for module in inner.modules():  # by what they carry: PEFT may have moved some of them, or copied the tower
         module.__dict__.pop(STATE, None)
         restore_config(module)
+        restore_forward(module)
         for attribute, original in module.__dict__.pop(_REPLACED, {}).items():
             if _is_ours(module.__dict__.get(attribute)):
                 del module.__dict__[attribute]
@@ -467,6 +471,7 @@ def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[i
 
 
 def _forward_decoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    check_attention_function(state.attention)
     if len(args) > 1 and isinstance(args[1], StreamPlan):
         return packed.forward_text(self, state, *args)
     inputs = _by_name(original, args, inputs)
