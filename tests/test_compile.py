@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config import Config, ConfigError
-from vtprune_train.models.compile import EAGER, compile_layers, is_compiled, uncompile_layers
+from vtprune_train.models.compile import _EAGER, compile_layers, is_compiled, uncompile_layers
 from vtprune_train.plan import plan_pass
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.training.kernels import compile_model, compile_refusal
@@ -105,7 +105,7 @@ def test_a_tower_that_is_read_twice_over_runs_eagerly(name):
         compile_layers(model, backend=CompileCounterWithBackend("eager"))
         for _ in range(2):
             torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected)
-    assert not any(EAGER in module.__dict__ for module in model.modules())
+    assert not _EAGER.layers
 
 
 def test_layers_of_a_peft_model():

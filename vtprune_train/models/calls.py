@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vtprune_train.models import HFModule
+from vtprune_train.models.copies import Source
 from vtprune_train.models.families import Family
 from vtprune_train.models.layouts import Grids
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
@@ -70,6 +71,7 @@ class State:
     attention: str = ""
     tower_backend: str = ""
     pruning: Any = None
+    source: Source | None = None
     warned: set[str] = field(default_factory=set)
     running: _InProgress = field(default_factory=_InProgress)
 

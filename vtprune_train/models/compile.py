@@ -9,6 +9,7 @@ subclass of its own class whose ``forward`` is compiled; transformers checkpoint
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,10 +21,18 @@ from vtprune_train.models.families import family_of
 from vtprune_train.models.tower_attention import towers
 
 BASE = "_vtprune_compiled_base"
-EAGER = "_vtprune_eager"
 # Variants of one function: training and evaluation, with and without recomputation, decoder and tower. PyTorch's own
 # limit of 8 would fall back to eager, with a warning alone.
 RECOMPILE_LIMIT = 32
+
+
+class _Eager(threading.local):
+    """Ids of the layers that run without compilation, in each thread for itself."""
+
+    layers: frozenset[int] = frozenset()
+
+
+_EAGER = _Eager()
 
 
 def compile_layers(model: HFModule, *, tower: bool = True, backend: str | Callable[..., Any] = "inductor") -> HFModule:
@@ -70,16 +79,14 @@ def is_compiled(layer: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def eager(module: nn.Module) -> Iterator[None]:
-    """Within it, compiled layers inside ``module`` run without compilation, so that forward hooks on their parts, which
-    compiled code does not see, are called."""
-    layers = [layer for layer in module.modules() if is_compiled(layer) and EAGER not in layer.__dict__]
-    for layer in layers:
-        setattr(layer, EAGER, True)
+    """Within it, compiled layers inside ``module`` run without compilation in this thread, so that forward hooks on
+    their parts, which compiled code does not see, are called."""
+    previous = _EAGER.layers
+    _EAGER.layers = previous | {id(layer) for layer in module.modules() if is_compiled(layer)}
     try:
         yield
     finally:
-        for layer in layers:
-            delattr(layer, EAGER)
+        _EAGER.layers = previous
 
 
 def _compiled_class(base: type[nn.Module], backend: str | Callable[..., Any]) -> type[nn.Module]:
@@ -88,7 +95,7 @@ def _compiled_class(base: type[nn.Module], backend: str | Callable[..., Any]) ->
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         caches = kwargs.get("past_key_values") is not None
-        return (base.forward if caches or EAGER in self.__dict__ else compiled)(self, *args, **kwargs)
+        return (base.forward if caches or id(self) in _EAGER.layers else compiled)(self, *args, **kwargs)
 
     return type(base.__name__, (base,), {"forward": forward, BASE: base, "__module__": base.__module__})
 

@@ -21,6 +21,7 @@ from vtprune_train.models import HFModule, ranges
 from vtprune_train.models.attention import PREFIX, Packing
 from vtprune_train.models.cache import PackedCache, StageCache
 from vtprune_train.models.keys import StageKeys
+from vtprune_train.models.sharding import call_inside, check_all_heads, check_whole_stream
 from vtprune_train.plan import replan
 from vtprune_train.pruning.base import Candidates, EncoderSignals, PruningMethod, Ranking
 from vtprune_train.pruning.selection import next_rows
@@ -150,7 +151,12 @@ class _Walk:
             probe = _Probe(self.plan.boundaries[index].query_rows)
         before = self.staging.before
         keys = StageKeys.of(
-            self.plan, index, self.method, self.staging.cached_layouts, None if before is None else before.has_images
+            self.plan,
+            index,
+            self.method,
+            self.staging.cached_layouts,
+            self.text_model.config,
+            None if before is None else before.has_images,
         )
         for layer_index in range(stage.first_layer, stage.end_layer):
             is_last = layer_index == stage.end_layer - 1
@@ -160,6 +166,7 @@ class _Walk:
                 self.hidden, attention_mask=None, position_ids=self.position_ids, position_embeddings=self.rotary,
                 packing=packing, **self.staging.cache_keywords(layer_index),
             )  # fmt: skip
+            check_whole_stream(self.hidden, sum(stage.segment_lengths), layer_index)
             self.hidden = self.deepstack.add(self.hidden, layer_index)
         if part is None:
             return None
@@ -173,6 +180,8 @@ class _Walk:
                 "rank_with=next_layer or a later layer"
             )
         ranking = probe.ranking(_scaling(self.text_model.layers[stage.end_layer - 1]))
+        reader = f"{part.name} (decoder layer {stage.end_layer - 1})"
+        check_all_heads(self.text_model.config, reader, ranking.queries.shape[1], ranking.keys.shape[1])
         ranking = ranking if part.rotary else self._unrotated(ranking, index)
         return self._with_ones(ranking, index) if part.gravity else ranking
 
@@ -310,13 +319,12 @@ class _Walk:
         boundary, staging = self.plan.boundaries[index], self.staging
         with torch.set_grad_enabled(torch.is_grad_enabled() and part.differentiable):
             layer = self.text_model.layers[boundary.layer]
-            attention = layer.self_attn
-            normed = layer.input_layernorm(self.hidden).squeeze(0)  # [T, C]
             cos, sin = (table.squeeze(0) for table in self.rotary)  # [T, D]
             rows = boundary.query_rows
-            # Without query rows one is projected and dropped: the scale of an FP8 product is a maximum over its rows.
-            queries = _heads(attention, "q", normed.index_select(0, rows) if len(rows) else normed[:1])[: len(rows)]
-            keys = _heads(attention, "k", normed)
+            queries, keys = call_inside(layer, _layer_heads, self.hidden, rows)
+            check_all_heads(
+                self.text_model.config, f"{part.name} (decoder layer {boundary.layer})", queries.shape[1], keys.shape[1]
+            )
             if part.rotary:
                 queries = _rotate(queries, cos.index_select(0, rows), sin.index_select(0, rows))
                 keys = _rotate(keys, cos, sin)
@@ -477,6 +485,17 @@ class _Probe:
         assert self.taken is not None, "the attention backend did not call the probe"
         (queries, keys), self.taken = self.taken, None
         return Ranking(queries, keys, scaling)
+
+
+def _layer_heads(layer: HFModule, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[Q, H, D] queries of ``rows`` [Q] and [T, G, D] keys, before the rotary embedding, of ``hidden`` [1, T, C]."""
+    return call_inside(layer.self_attn, _attention_heads, layer.input_layernorm(hidden).squeeze(0), rows)
+
+
+def _attention_heads(attention: HFModule, normed_TC: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    # Without query rows one is projected and dropped: the scale of an FP8 product is a maximum over its rows.
+    asking = normed_TC.index_select(0, rows) if len(rows) else normed_TC[:1]
+    return _heads(attention, "q", asking)[: len(rows)], _heads(attention, "k", normed_TC)
 
 
 def _heads(attention: HFModule, which: str, normed_TC: Tensor) -> Tensor:

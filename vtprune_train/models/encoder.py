@@ -7,6 +7,7 @@ heads, D head size, V visual tokens of the stream, M tower hidden size.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.compile import eager
 from vtprune_train.models.families import Family
 from vtprune_train.models.layouts.base import CLASS_TOKENS, NEWLINE
+from vtprune_train.models.sharding import check_all_heads
 from vtprune_train.pruning.base import EncoderRows, EncoderSignals, PruningMethod
 
 SEEN = "_vtprune_seen"
@@ -94,7 +96,9 @@ class Reading:
         self.layers = layers_read(config, wanted)
         self.queries: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
-        self.heads = config.vision_config.num_attention_heads
+        self.vision = config.vision_config
+        self.heads = self.vision.num_attention_heads
+        self.head_size = self.vision.hidden_size // self.heads
 
     def hook(self, tower: HFModule) -> list[Any]:
         handles = []
@@ -105,7 +109,12 @@ class Reading:
         return handles
 
     def _note(self, notes: dict[int, Tensor], layer: int, rows: int) -> Any:
+        reader = threading.get_ident()
+
         def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            if threading.get_ident() != reader:
+                return  # another request on the same model
+            check_all_heads(self.vision, f"layer {layer} of the vision tower", output.shape[-1] // self.head_size)
             noted = output.detach()
             notes[layer] = noted[:, :rows].clone() if rows else noted  # the other queries need not be held
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtprune_train.models.cache import PackedCache
+from vtprune_train.models.sharding import check_all_heads
 from vtprune_train.plan import fronts_of
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod, Ranking
 from vtprune_train.stream import Boundary, SegmentLayout, StreamPlan, to_device
@@ -51,6 +53,7 @@ class StageKeys:
         method: the one that chooses in ``layers``.
         layers: of the stage, in which it does.
         cached: for each layer, the layout among cached and new keys; empty where nothing was cached before.
+        config: of the decoder, which says how many heads there are.
         has_images: for each row, whether its cache holds what an image left; ``None`` without a cache.
     """
 
@@ -61,11 +64,12 @@ class StageKeys:
         method: PruningMethod,
         layers: set[int],
         cached: dict[int, Boundary],
+        config: Any,
         has_images: Sequence[int] | None,
     ):
         layout = plan.key_layouts[index]
         assert layout is not None and layout.spans, "no keys are chosen in this stage"
-        self.method, self.layers, self.layout, self.cached = method, layers, layout, cached
+        self.method, self.layers, self.layout, self.cached, self.config = method, layers, layout, cached, config
         self.segment_lengths = plan.stages[index].segment_lengths
         blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
         self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
@@ -84,6 +88,7 @@ class StageKeys:
         index: int,
         method: PruningMethod | None,
         cached: dict[int, Boundary],
+        config: Any,
         has_images: Sequence[int] | None,
     ) -> StageKeys | None:
         """The choice of a stage, or ``None`` where no layer of it leaves keys out."""
@@ -91,7 +96,7 @@ class StageKeys:
         if method is None or layout is None or not layout.spans:
             return None
         layers = set(method.key_layers(plan.outline.num_layers)) & set(range(stage.first_layer, stage.end_layer))
-        return cls(plan, index, method, layers, cached, has_images)
+        return cls(plan, index, method, layers, cached, config, has_images)
 
     def layer(self, layer: int, cache: PackedCache | None) -> KeyChoice | None:
         """The choice of one layer."""
@@ -148,6 +153,8 @@ class KeyChoice:
     def _choose(self, q_THD: Tensor, k_TGD: Tensor, scaling: float) -> Tensor:
         """[G, V] bool."""
         layout = self.stage.layout
+        reader = f"{self.stage.method.name} (decoder layer {self.layer})"
+        check_all_heads(self.stage.config, reader, q_THD.shape[1], k_TGD.shape[1])
         ranking = Ranking(q_THD.detach().index_select(0, layout.query_rows), k_TGD.detach(), scaling)
         kept = self.stage.method.keys(self.layer, ranking, self.stage.cached.get(self.layer, layout))
         assert kept.shape == (k_TGD.shape[1], len(layout.visual_rows)) and kept.dtype == torch.bool, kept.shape

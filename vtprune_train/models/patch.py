@@ -27,13 +27,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from vtprune_train.models import HFModule, packed
 from vtprune_train.models.attention import PREFIX, choose_backend, unavailable_because
 from vtprune_train.models.calls import STATE, Call, State, state_of
+from vtprune_train.models.copies import Source, follow
 from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.encoder import SEEN, check_tower, joined, patch_index, patches_per_tile, per_image, reading
 from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.layouts import Grids
-from vtprune_train.models.learned import attach, detach, modules_to_save
+from vtprune_train.models.learned import attach, check_trained, detach, modules_to_save
 from vtprune_train.models.padded import forward_text
+from vtprune_train.models.sharding import check_attention_function, check_layers, restore_forward
 from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
@@ -81,6 +83,8 @@ def prune(
     if isinstance(method, str):
         method = saved_method(inner)
     text_model = inner.get_submodule(family.decoder)
+    attention_before = text_model.config._attn_implementation
+    check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
     if method is not None:
         if not isinstance(method, PruningMethod):
             raise ValueError(f"method={method!r} is no pruning method; use for example PyramidDrop(keep=(0.5, 0.25))")
@@ -105,13 +109,32 @@ def prune(
         method=method,
         backend=backend_for(inner, attention),
         image_token=inner.config.image_token_id,
-        attention=text_model.config._attn_implementation,
+        attention=attention_before,
         pruning=inner.config.__dict__.get(CONFIG_KEY),
     )
     if family.tower is not None:
         state.tower_backend = _tower_backend(inner.get_submodule(family.tower), state.backend)
+    if path := getattr(inner.config, "_name_or_path", None):
+        state.source = Source(path, functools.partial(_prune_copy, method=method, backend=state.backend))
+        follow(next(cls for cls in type(inner).__mro__ if cls.__name__ == family.model_class))
     _install(inner, state)
     return model
+
+
+def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> HFModule:
+    """Prune a model that was opened by a pruned model's path as that one is."""
+    if method is not None:
+        try:
+            check_trained(model, method)
+        except ValueError as error:
+            raise ValueError(
+                f"{model.config._name_or_path} was opened as the copy of a model pruned by {method.name}, but does not "
+                "hold its learned parameters. Save the pruned model with save_pretrained, open it from that folder and "
+                "prune it there before you give it to the trainer; or give the trainer a ref_model"
+            ) from error
+    weight = model.get_output_embeddings().weight
+    available = unavailable_because(backend, weight.device, weight.dtype) is None
+    return prune(model, method, attention=backend if available else "auto")
 
 
 def _tower_backend(module: nn.Module, backend: str) -> str:
@@ -177,6 +200,7 @@ def unprune(model: HFModule) -> HFModule:
     for module in inner.modules():  # by what they carry: PEFT may have moved some of them, or copied the tower
         module.__dict__.pop(STATE, None)
         restore_config(module)
+        restore_forward(module)
         for attribute, original in module.__dict__.pop(_REPLACED, {}).items():
             if _is_ours(module.__dict__.get(attribute)):
                 del module.__dict__[attribute]
@@ -188,6 +212,8 @@ def unprune(model: HFModule) -> HFModule:
     for key in [key for key, hook in inner._forward_hooks.items() if hook is _close_call]:
         inner._forward_hooks.pop(key)
         inner._forward_hooks_always_called.pop(key)
+    if state.source is not None:
+        inner.config._name_or_path = state.source.original
     if state.pruning is not None:
         setattr(inner.config, CONFIG_KEY, state.pruning)
     elif CONFIG_KEY in inner.config.__dict__:
@@ -256,6 +282,8 @@ def _install(model: HFModule, state: State) -> None:
     model.register_forward_pre_hook(_open_call, prepend=True, with_kwargs=True)
     model.register_forward_hook(_close_call, always_call=True)
     model.get_submodule(family.decoder).config._attn_implementation = PREFIX + state.backend
+    if state.source is not None:
+        model.config._name_or_path = state.source.name
     if state.method is not None:
         setattr(model.config, CONFIG_KEY, state.method.settings())
     elif CONFIG_KEY in model.config.__dict__:
@@ -467,6 +495,7 @@ def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[i
 
 
 def _forward_decoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    check_attention_function(state.attention)
     if len(args) > 1 and isinstance(args[1], StreamPlan):
         return packed.forward_text(self, state, *args)
     inputs = _by_name(original, args, inputs)

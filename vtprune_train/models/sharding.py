@@ -1,0 +1,198 @@
+"""Models whose parameters are sharded: modules whose parameters exist only during their own call, and heads that are
+split over ranks.
+
+FSDP gathers the parameters of a unit (usually a decoder layer) in hooks around the unit's call, as DeepSpeed does for a
+ZeRO-3 leaf module. Code that uses parts of such a unit has to run inside that call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vtprune_train.models import HFModule
+
+T = TypeVar("T")
+
+_FUNCTION = "_vtprune_function"  # keyword of a call that runs a function in place of the forward
+_FORWARD = "_vtprune_sharded_forward"  # on a module: the instance's forward before ours, or None
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_INSTALLING = threading.Lock()
+
+
+def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor) -> T:
+    """``function(module, *tensors)``, run inside the module's own call where that call gathers its parameters.
+
+    Gradients are reduced as those of the module's forward are: FSDP and ZeRO-3 see one more call of the module.
+
+    Args:
+        module: for example a decoder layer, wrapped or not.
+        function: takes the module without its wrappers, and the tensors.
+        tensors: every tensor that may need a gradient, since FSDP listens to a call's inputs.
+
+    Raises:
+        ValueError: gradients are wanted through a ZeRO-3 leaf module, which DeepSpeed reduces once a backward pass.
+    """
+    if not gathered_by_call(module):
+        return function(module, *tensors)
+    if _is_leaf(module) and torch.is_grad_enabled():
+        raise ValueError(
+            f"a {type(_unwrapped(module)).__name__} is a ZeRO-3 leaf module, and DeepSpeed takes one call of those per "
+            "backward pass, but the method ranks visual tokens by it with gradients: do not make decoder layers leaf "
+            "modules (set_z3_leaf_modules), or set differentiable=False"
+        )
+    inner = _unwrapped(module)
+    with _INSTALLING:
+        if _FORWARD not in inner.__dict__:
+            _replace_forward(inner)
+    return nn.Module.__call__(
+        module, *tensors, **{_FUNCTION: function}
+    )  # not to be checkpointed by a __call__ above it
+
+
+def gathered_by_call(module: nn.Module) -> bool:
+    """Whether a module's parameters are gathered by hooks of its own call rather than by those of its parts."""
+    while True:
+        if isinstance(module, FSDPModule | FullyShardedDataParallel) or _is_leaf(module):
+            return True
+        inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+        if inner is None:
+            return False
+        module = inner
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return getattr(module, "_z3_leaf", False) is True
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undo what :func:`call_inside` did to a module."""
+    if _FORWARD in module.__dict__:
+        original = module.__dict__.pop(_FORWARD)
+        del module.__dict__["forward"]
+        if original is not None:
+            module.forward = original
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    for name in _WRAPPED:
+        if name in module._modules:
+            return _unwrapped(module._modules[name])  # type: ignore[arg-type]
+    return module
+
+
+def _replace_forward(module: nn.Module) -> None:
+    module.__dict__[_FORWARD] = module.__dict__.get("forward")
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        function = kwargs.pop(_FUNCTION, None)
+        if function is not None:
+            return function(self, *args)
+        original = self.__dict__.get(_FORWARD) or type(self).forward.__get__(self)
+        return original(*args, **kwargs)
+
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def check_layers(text_model: HFModule, attention: str, learns: str | None) -> None:
+    """Refuse a decoder that :func:`~vtprune_train.models.patch.prune` finds split in a way that cannot work.
+
+    Args:
+        text_model: the decoder.
+        attention: its attention before ``prune``.
+        learns: the method, where it adds parameters.
+
+    Raises:
+        ValueError: pipeline parallelism, layers on several devices, DeepSpeed's sequence parallelism, or parameters to
+            be added to a decoder that is sharded already.
+    """
+    missing = [index for index, layer in enumerate(text_model.layers) if not hasattr(layer, "self_attn")]
+    if missing:
+        raise ValueError(
+            f"decoder layer {missing[0]} is a {type(text_model.layers[missing[0]]).__name__}, not on this rank: a "
+            "pruned model needs all decoder layers on each rank, so pipeline parallelism does not work; shard the "
+            "model with FSDP or ZeRO"
+        )
+    devices = sorted({str(p.device) for p in text_model.layers.parameters() if p.device.type != "meta"})
+    if len(devices) > 1:
+        raise ValueError(
+            f"the decoder's layers are on {' and '.join(devices)}: a pruned model runs its decoder on one device; load "
+            'it with device_map={"": 0}, or shard it with FSDP or ZeRO-3'
+        )
+    check_attention_function(attention)
+    if learns is not None and (how := _sharded_already(text_model)):
+        raise ValueError(
+            f"{learns} adds parameters to the decoder, which is sharded already ({how}), so that they would differ on "
+            "each rank: prune first, then shard the model"
+        )
+
+
+def check_attention_function(attention: str) -> None:
+    """DeepSpeed's sequence parallelism replaces the attention function of this name, which a pruned model passes by."""
+    function = ALL_ATTENTION_FUNCTIONS.get(attention)
+    if "deepspeed" in getattr(function, "__module__", ""):
+        raise ValueError(
+            f"attention {attention!r} was replaced by DeepSpeed's sequence parallelism (Ulysses): a pruned model needs "
+            "all tokens of a sample on each rank; use sequence_parallel_size=1, and shard the model with FSDP or ZeRO"
+        )
+
+
+def _sharded_already(text_model: HFModule) -> str | None:
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in text_model.modules()):
+        return "FSDP"
+    if any(isinstance(parameter, DTensor) for parameter in text_model.parameters()):
+        return "tensor parallelism"
+    if any(parameter.device.type == "meta" for parameter in text_model.parameters()):
+        return "offloaded by accelerate"
+    return None
+
+
+def check_all_heads(config: Any, reader: str, queries: int, keys: int | None = None) -> None:
+    """Refuse attention heads that are split over ranks (tensor parallelism): each rank would choose by its own.
+
+    Args:
+        config: of the decoder or the vision tower.
+        reader: who reads the attention, for the message.
+        queries: query heads on this rank.
+        keys: key-value heads on this rank, where they are counted apart.
+
+    Raises:
+        ValueError: some heads are missing; says what works.
+    """
+    expected = config.num_attention_heads
+    expected_keys = getattr(config, "num_key_value_heads", None) or expected
+    if queries == expected and keys in (None, expected_keys):
+        return
+    have = f"{queries} of {expected} attention heads" if queries != expected else f"{keys} of {expected_keys} key heads"
+    raise ValueError(
+        f"{reader} reads {have}: tensor parallelism splits them over the ranks (tp_plan, DeepSpeed AutoTP), and each "
+        "rank would keep other visual tokens. Shard the model with FSDP or ZeRO instead (load it without tp_plan), or "
+        "use a method that reads no attention of the decoder: prumerge, divprune, cdpruner, uniform, random or pool"
+    )
+
+
+def check_whole_stream(hidden: Tensor, expected: int, layer: int) -> None:
+    """Refuse layers that return a part of the tokens on each rank (sequence parallelism).
+
+    Args:
+        hidden: [1, T, C], the output of decoder layer ``layer``.
+        expected: T.
+        layer: counted from 0.
+
+    Raises:
+        ValueError: it is another length.
+    """
+    if hidden.shape[1] != expected:
+        raise ValueError(
+            f"decoder layer {layer} returned {hidden.shape[1]} tokens for {expected}: a pruned model needs all tokens "
+            "of a sample on each rank, so sequence and context parallelism do not work; shard the model with FSDP or "
+            "ZeRO"
+        )
