@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vtprune_train.config import PACKAGED_CONFIGS, ConfigError, find_file, refusal
 from vtprune_train.config_file import load_config
@@ -32,6 +33,15 @@ COMMANDS = {
 }
 
 
+class TrainParser(argparse.ArgumentParser):
+    """Tells those who write a setting as an option how it is written."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: --"):
+            message += "; settings are key=value without dashes, for example train.epochs=3"
+        super().error(message)
+
+
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file: a path, or a name in configs/")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what the run would be, and stop")
@@ -44,7 +54,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 143 stopped by SIGTERM)."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a vision-language model with token dropping.")
+    parser = TrainParser(prog="train.py", description="Train a vision-language model with token dropping.")
     add_train_arguments(parser)
     return run_train(parser.parse_intermixed_args(argv))
 
@@ -108,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["launch"] and not {"-h", "--help"} & set(given):
         return _launch(given[1:])
-    parser = argparse.ArgumentParser(prog="vtprune", description="Visual-token pruning for training and inference.")
+    kind = TrainParser if given[:1] == ["train"] else argparse.ArgumentParser
+    parser = kind(prog="vtprune", description="Visual-token pruning for training and inference.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train in this process (`vtprune launch` uses several)")
     add_train_arguments(train)
@@ -146,6 +157,11 @@ def _run_command(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
         return _refuse(f"vtprune {arguments.command}", error)
+    except OSError as error:  # a file that an option names
+        if error.filename is None:
+            raise
+        log.debug("where it came from", exc_info=True)
+        return _refuse(f"vtprune {arguments.command}", ValueError(f"{error.filename}: {error.strerror}"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vtprune_train.parse import read_json
 from vtprune_train.rounding import ceil_of
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -48,8 +48,17 @@ def find_file(name: str, key: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(path.name for path in PACKAGED_CONFIGS.glob("*.yaml")))
-    raise ConfigError(f"{key}: {name} is neither here nor in {PACKAGED_CONFIGS.name}/ (there: {known})")
+    asked = Path(name)
+    if asked.is_dir():
+        raise ConfigError(f"{key}: {name} is a folder; name a file in it")
+    packaged = "deepspeed/*.json" if asked.suffix == ".json" else "*.yaml"
+    known = {path.name: path.relative_to(PACKAGED_CONFIGS.parent) for path in sorted(PACKAGED_CONFIGS.glob(packaged))}
+    files = {**known, **{path.name: path for path in asked.parent.glob("*.[jy]*") if path.is_file()}}
+    nearest = difflib.get_close_matches(asked.name, files, n=1, cutoff=0.6)
+    meant = f"; did you mean {files[nearest[0]]}?" if nearest else ""
+    raise ConfigError(
+        f"{key}: {name} is neither here nor in {PACKAGED_CONFIGS.name}/ (there: {', '.join(known)}){meant}"
+    )
 
 
 class Section(BaseModel):
@@ -461,9 +470,9 @@ class Config(Section):
             return dict(self.deepspeed)
         path = find_file(self.deepspeed, "deepspeed")
         try:
-            loaded = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"deepspeed: {path} is not JSON ({error})") from error
+            loaded = read_json(path)
+        except ValueError as error:
+            raise ConfigError(f"deepspeed: {error}") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"deepspeed: {path} holds no JSON object")
         return loaded

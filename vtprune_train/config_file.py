@@ -22,10 +22,38 @@ from vtprune_train.config import (
     find_file,
 )
 from vtprune_train.mixture import expand
+from vtprune_train.parse import parse_value, read_yaml
 
 log = logging.getLogger(__name__)
 
 NOT_SET = "not set"
+LONGEST_SHOWN = 200  # characters of a value
+OTHER_NAMES = {
+    **dict.fromkeys(
+        ("learning_rate", "lr"), "a rate for each part that is trained: model.train={projector: 1.0e-3, ...}"
+    ),
+    **dict.fromkeys(("batch_size", "train_batch_size"), "train.global_batch_size, in samples of all GPUs together"),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
+        "data.max_tokens, the tokens of a micro-batch; train.global_batch_size decides how many a step needs",
+    ),
+    **dict.fromkeys(("num_epochs", "num_train_epochs"), "train.epochs"),
+    **dict.fromkeys(("steps", "num_steps"), "train.max_steps"),
+    "warmup_steps": "train.warmup_ratio, a share of all steps",
+    **dict.fromkeys(("max_grad_norm", "grad_clip"), "train.clip"),
+    **dict.fromkeys(("lr_scheduler_type", "scheduler"), "train.schedule"),
+    "gradient_checkpointing": "train.activation_checkpointing",
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "precision"), "model.dtype"),
+    **dict.fromkeys(("save_steps", "save_interval"), "train.save_every"),
+    "save_total_limit": "train.keep_last",
+    "eval_steps": "train.eval_every",
+    **dict.fromkeys(("data_path", "train_file", "dataset"), "data.train=[{path: train.json, images: images}]"),
+    **dict.fromkeys(("image_folder", "image_root"), "data.train.0.images"),
+    **dict.fromkeys(("model_name_or_path", "model_path"), "model.path"),
+    **dict.fromkeys(("model_max_length", "max_seq_length"), "data.max_length"),
+    **dict.fromkeys(("lora_r", "lora_rank"), "model.peft.r"),
+    "lora_alpha": "model.peft.alpha",
+}
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -40,9 +68,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     file = find_file(path, "--config")
     try:
-        tree = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from error
+        tree = read_yaml(file) or {}
+    except ValueError as error:
+        raise ConfigError(f"--config: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} holds a {type(tree).__name__}, not settings")
     errors = [*_include(tree, file), *_include_pruning(tree, file)]
@@ -92,9 +120,9 @@ def read_pruning(path: Path) -> dict[str, Any]:
         ConfigError: there is none.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"pruning: {path} cannot be read as YAML ({error})") from error
+        tree = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(f"pruning: {error}") from error
     section = tree.get("pruning") if isinstance(tree, dict) else None
     if not isinstance(section, dict):
         raise ConfigError(f"pruning: {path} has no section pruning; it begins with a line 'pruning:'")
@@ -170,9 +198,9 @@ def _apply(tree: dict[str, Any], override: str) -> str | None:
     if not equals or not key:
         return f"{override!r} is no key=value"
     try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        return f"{key}: {text!r} is not YAML ({error})"
+        value = parse_value(text, key)
+    except ValueError as error:
+        return str(error)
     node: Any = tree
     *parents, last = key.split(".")
     for parent in parents:
@@ -201,8 +229,7 @@ def _explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
         key = ".".join(str(part) for part in location)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            nearest = did_you_mean(str(location[-1]), _known_keys(location[:-1]), location[:-1])
-            line = f"{key}: unknown key{nearest}"
+            line = f"{key}: unknown key{_nearest_key(location)}"
         elif item["type"] == "value_error":
             name = message.partition("=")[0]
             # A setting of the chosen method is no key that the tree knows.
@@ -210,10 +237,30 @@ def _explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
             names_own_key = names_own_key and name.isidentifier()
             line = f"{key}.{message}" if names_own_key else f"{key}: {message}" if key else message
         else:
-            shown = "" if isinstance(item["input"], dict) else f" (it is {item['input']!r})"
-            line = f"{key}: {message}{shown}"
+            if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
+                message = f"it takes keys, not a single value; known: {', '.join(_known_keys(location))}"
+            shown = repr(item["input"])
+            whole = item["type"] == "missing" or len(shown) > LONGEST_SHOWN
+            line = f"{key}: {message}{'' if whole else f' (it is {shown})'}"
         lines.setdefault(key, line)
     return list(lines.values())
+
+
+def _nearest_key(location: Sequence[Any]) -> str:
+    """What an error says behind an unknown key: another library's name for a setting, the same key in another section,
+    or the nearest."""
+    *parents, name = location
+    if name in OTHER_NAMES:
+        return f"; here it is {OTHER_NAMES[name]}"
+    elsewhere = [
+        f"{section}.{name}"
+        for section, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        if name in field.annotation.model_fields
+    ]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    return did_you_mean(str(name), _known_keys(parents), parents)
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from vtprune_train.parse import read_yaml
 
 DATA = (".json", ".jsonl", ".parquet", ".tar")
 CheckEntry = Callable[[dict[str, Any]], list[str]]
@@ -61,9 +61,9 @@ def _read(file: Path, key: str) -> tuple[list[Any], Path | None]:
     if file.suffix in DATA:  # as YAML a large one would be read for hours
         raise ValueError(f"{key}: {file} is a data file, not a mixture; write [{{path: {file}}}], or include a .yaml")
     try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {file} is not YAML: {error}") from error
+        content = read_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
     root = None
     if isinstance(content, dict) and "sources" in content and set(content) <= {"root", "sources"}:
         root = file.parent / str(content["root"]) if content.get("root") is not None else None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -118,7 +119,11 @@ def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
             f"model.config.model_type={model_type!r}: this family is trained from a checkpoint only; set model.path"
         )
     _check_keys(sizes, CONFIG_MAPPING[model_type]())
-    return CONFIG_MAPPING[model_type](**{key: value for key, value in sizes.items() if key != "model_type"})
+    try:
+        return CONFIG_MAPPING[model_type](**{key: value for key, value in sizes.items() if key != "model_type"})
+    except StrictDataclassError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"model.config: transformers refuses these sizes: {reason}") from error
 
 
 def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 from collections import Counter
 from itertools import islice
@@ -42,6 +43,28 @@ def check_paths(config: Config) -> None:
     if lines:
         relative = "" if Path(config.data.root).is_absolute() else f", seen from {Path.cwd()}"
         raise ConfigError("\n".join([*lines, f"paths are relative to data.root={config.data.root}{relative}"]))
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Whether the run's folder can be made and written, without making it.
+
+    Raises:
+        ConfigError: it cannot; says why.
+    """
+    place = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists() or parent.is_symlink())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(unwritable("run.output_dir", run_dir, OSError(errno.EACCES, os.strerror(errno.EACCES))))
+
+
+def unwritable(key: str, folder: Path, error: OSError) -> str:
+    """What to say of a folder that cannot be made or written."""
+    reason = error.strerror or str(error)
+    for part in (folder, *folder.parents):
+        if part.is_symlink() and not part.exists():
+            reason = f"{part} is a link to {part.readlink()}, which does not exist"
+        elif part.exists() and not part.is_dir():
+            reason = f"{part} is a file"
+    return f"{key}: {folder} cannot be written ({reason}); name a folder in which you may write"
 
 
 def any_data_here(config: Config) -> bool:

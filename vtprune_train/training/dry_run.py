@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from vtprune_train.config import Config, ConfigError, pruning_refusal
+from vtprune_train.data.chat import get_template
 from vtprune_train.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -29,7 +30,7 @@ from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.stream import Drop
-from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, look_at_data
+from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
 from vtprune_train.training.engine import engine_config, zero_stage
 from vtprune_train.training.memory import DTYPE_BYTES, GIB, Estimate, MicroBatch
 from vtprune_train.training.recompute import typical_stages
@@ -52,6 +53,8 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     """
     config = with_saved_settings(config)
     settings = engine_config(config)
+    check_run_dir(config.run_dir)
+    get_template(config.data.template)
     data = _data(config, needs_data)
     model_config = load_model_config(config.model, offline=True)
     family, loop = family_of_config(model_config)

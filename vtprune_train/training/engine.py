@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import socket
 from datetime import timedelta
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from vtprune_train.config import Config, ConfigError
@@ -23,6 +25,12 @@ OWN_KEYS = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
 }
+# Keys of a DeepSpeed JSON whose typos are worth finding.
+OFTEN_SET = (
+    *OWN_KEYS, "zero_optimization", "activation_checkpointing", "data_types", "communication_data_type", "tensorboard",
+    "wall_clock_breakdown", "flops_profiler", "comms_logger", "steps_per_print", "zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor", "aio",
+)  # fmt: skip
 
 
 def start_distributed(timeout: float) -> torch.device:
@@ -61,6 +69,29 @@ def start_distributed(timeout: float) -> torch.device:
     return device
 
 
+def check_engine(config: Config, settings: dict[str, Any], device: torch.device) -> None:
+    """Make sure that this device can train in ``model.dtype``, and that DeepSpeed takes ``settings``.
+
+    Raises:
+        ConfigError: names the key, its value and what fits.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+    except ValidationError as error:
+        wrong = [(".".join(map(str, item["loc"])), item["msg"], item["input"]) for item in error.errors()]
+        lines = [f"deepspeed.zero_optimization.{key}: {message} (it is {value!r})" for key, message, value in wrong]
+        raise ConfigError("\n".join(lines)) from error
+    dtype, accelerator = config.model.dtype, get_accelerator()
+    can = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
+    if dtype in can and not can[dtype]():
+        other = next((name for name in ("bfloat16", "float16") if name != dtype and can[name]()), "float32")
+        where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        raise ConfigError(f"model.dtype={dtype}: {where} cannot train in it; use model.dtype={other} or float32")
+
+
 def engine_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed JSON with what the run's settings decide filled in.
 
@@ -68,7 +99,13 @@ def engine_config(config: Config) -> dict[str, Any]:
         ConfigError: the JSON sets a key that belongs to the run's settings.
     """
     settings = config.deepspeed_config()
+    if not isinstance(zero := settings.get("zero_optimization", {}), dict) or not isinstance(zero.get("stage", 0), int):
+        raise ConfigError(f"deepspeed.zero_optimization={zero!r}: it takes keys, for example {{stage: 2}}")
     wrong = [f"deepspeed: {key} is decided by {ours}; take it out" for key, ours in OWN_KEYS.items() if key in settings]
+    for key in settings:  # DeepSpeed passes over keys that it does not know
+        nearest = difflib.get_close_matches(key, OFTEN_SET, n=1, cutoff=0.85)
+        if nearest and key not in OFTEN_SET:
+            wrong.append(f"deepspeed.{key}: unknown key; did you mean {nearest[0]}?")
     if config.model.dtype == "float16" and not zero_stage(settings):
         wrong.append("model.dtype=float16 needs ZeRO 1 or more (DeepSpeed scales no loss at stage 0); use zero2.json")
     if config.model.peft is not None and config.model.peft.kind == "qlora" and zero_stage(settings) == 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -46,9 +47,10 @@ from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.adapter import attach_adapter, check_adapter
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
-from vtprune_train.training.check_data import check_paths
+from vtprune_train.training.check_data import check_paths, unwritable
 from vtprune_train.training.checkpoint import CheckpointFolder
 from vtprune_train.training.engine import (
+    check_engine,
     engine_config,
     offloads_optimizer,
     start_engine,
@@ -82,6 +84,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     config = with_saved_settings(config)
     settings = engine_config(config)
     check_paths(config)
+    check_engine(config, settings, device)
     if ranks.rank() == 0:
         for line in without_effect(config):
             log.warning("%s", line)
@@ -100,6 +103,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     collate = build_collator(config, parts, cost, method, "train")
     if ranks.rank() == 0:
         log.info("%s", first_sample(collate))
+    warn_of_batch(config.train.global_batch_size, len(collate.index.order()))
     steps = -(-len(collate.index.order()) // config.train.global_batch_size)
     collate.phases = config.phases(config.train.max_steps or config.train.epochs * steps)
     _prepare(config, parts, method, device)
@@ -131,6 +135,16 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     if preflight_wanted(config, device):
         preflight(trainer)
     return trainer
+
+
+def warn_of_batch(global_batch_size: int, samples: int) -> None:
+    """Say that a step takes fewer samples than its settings ask for, because there are no more."""
+    if global_batch_size > samples and ranks.rank() == 0:
+        log.warning(
+            "train.global_batch_size=%d is larger than an epoch, which has %d sample(s): every step takes all of them; "
+            "lower it to %d or less for more steps",
+            global_batch_size, samples, samples,
+        )  # fmt: skip
 
 
 def build_callbacks(config: Config, held_out: Collator | None) -> list[Callback]:
@@ -255,12 +269,22 @@ def training_texts(config: Config, template: Template) -> Iterator[str]:
 
 
 def cache_dir(config: Config) -> Path:
-    """Where the indices of the data are kept."""
-    if config.data.cache_dir is not None:
-        return Path(config.data.cache_dir)
+    """Where the indices of the data are kept.
+
+    Raises:
+        ConfigError: it cannot be made or written; says why.
+    """
     from datasets import config as datasets_config
 
-    return Path(datasets_config.HF_DATASETS_CACHE) / "vtprune"
+    named = config.data.cache_dir
+    folder = Path(datasets_config.HF_DATASETS_CACHE) / "vtprune" if named is None else Path(named)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(unwritable("data.cache_dir", folder, error)) from error
+    return folder
 
 
 def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCost:
@@ -344,9 +368,16 @@ def build_planner(config: Config, collate: Collator, world_size: int) -> Planner
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    """The run's folder, for this run alone, without the tokenizer of an earlier start that came to no checkpoint."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    hold_run(run_dir)
+    """The run's folder, for this run alone, without the tokenizer of an earlier start that came to no checkpoint.
+
+    Raises:
+        ConfigError: it cannot be made or written; says why.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        hold_run(run_dir)
+    except OSError as error:
+        raise ConfigError(unwritable("run.output_dir", run_dir, error)) from error
     saved = any(STEP.match(path.name) for path in (run_dir / "checkpoints").glob("step_*"))
     if not saved and (run_dir / "tokenizer").exists():
         shutil.rmtree(run_dir / "tokenizer")

@@ -84,3 +84,14 @@ class BytesAt:
             parts.append(part)
             at, size = at + len(part), size - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def line_and_column(path: Path, at: int) -> str:
+    """Where byte ``at`` of a text file is, both counted from 1 (the column in bytes); read only to name it."""
+    line, begin, position = 1, 0, 0
+    with path.open("rb") as file:
+        while position < at and (block := file.read(min(PIECE_BYTES, at - position))):
+            line += block.count(b"\n")
+            begin = position + block.rfind(b"\n") + 1 if b"\n" in block else begin
+            position += len(block)
+    return f"line {line}, column {at - begin + 1}"

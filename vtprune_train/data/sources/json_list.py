@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.data.sources.base import PIECE_BYTES, BytesAt, Piece, Place, Reader
+from vtprune_train.data.sources.base import PIECE_BYTES, BytesAt, Piece, Place, Reader, line_and_column
 
 BLOCK = 1 << 20
 LARGEST_RECORD = 64 << 20  # characters; a missing quote would have us read on to the end of the file
@@ -44,7 +44,8 @@ class JsonList(Reader):
         try:
             return json.loads(self._bytes.read(*place))
         except ValueError as error:
-            raise ValueError(f"{self.path}, byte {place.at}: not JSON ({error})") from error
+            where = line_and_column(self.path, place.at)
+            raise ValueError(f"{self.path}, byte {place.at}, {where}: not JSON ({error})") from error
 
     def _elements(self, start: int, stop: int | None) -> Iterator[tuple[Place, Any]]:
         """Elements of the list from byte ``start`` to ``stop``; of the whole file if that is ``None``."""
@@ -57,7 +58,8 @@ class JsonList(Reader):
             if first != "[":
                 text.parse()  # not JSON at all has an error of its own
                 kind = {"{": "dict", '"': "str"}.get(first, "value")
-                raise ValueError(f"data file {self.path} holds a {kind}, not a list of conversations")
+                lines = "; if each line holds a record, name it .jsonl" if first == "{" else ""
+                raise ValueError(f"data file {self.path} holds a {kind}, not a list of conversations{lines}")
             text.skip()
         separator = ""
         while (following := text.peek()) not in ("]", ""):
@@ -94,8 +96,10 @@ class _Window:
     def close(self) -> None:
         self._file.close()
 
-    def error(self, message: str) -> ValueError:
-        return ValueError(f"{self.path}: not JSON ({message}, at byte {self.at})")
+    def error(self, message: str, beyond: int = 0) -> ValueError:
+        """``message`` with its place, ``beyond`` characters behind the next one."""
+        at = self.at + len(self._text[self._position : self._position + beyond].encode())
+        return ValueError(f"{self.path}: not JSON ({message}, at byte {at}: {line_and_column(self.path, at)})")
 
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
@@ -118,7 +122,7 @@ class _Window:
                 value, end = json.JSONDecoder().raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 if len(self._text) - self._position > LARGEST_RECORD or not self._more(block):
-                    raise self.error(error.msg) from error
+                    raise self.error(error.msg, error.pos - self._position) from error
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, too deep a nesting
                 raise self.error(str(error)) from error
             else:

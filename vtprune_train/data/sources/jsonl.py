@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.data.sources.base import PIECE_BYTES, BytesAt, Piece, Place, Reader
+from vtprune_train.data.sources.base import PIECE_BYTES, BytesAt, Piece, Place, Reader, line_and_column
 
 
 class Jsonl(Reader):
@@ -43,12 +43,6 @@ class Jsonl(Reader):
         try:
             return json.loads(line.removeprefix(b"\xef\xbb\xbf") if at == 0 else line)
         except (ValueError, RecursionError) as error:  # not UTF-8 included
-            raise ValueError(f"{self.path}, line {self._line_number(at)}: not JSON ({error})") from error
-
-    def _line_number(self, at: int) -> int:
-        """Counted only to name it."""
-        number, position = 1, 0
-        while position < at and (block := self._bytes.read(position, min(PIECE_BYTES, at - position))):
-            number += block.count(b"\n")
-            position += len(block)
-        return number
+            line_number = line_and_column(self.path, at).partition(",")[0]
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{self.path}, {line_number}: not JSON ({what})") from error

@@ -1,0 +1,82 @@
+"""Text of the user's files and overrides to values; what is wrong is told with line and column."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def _read(path: Path, kind: str) -> str:
+    """The text of a file that should be ``kind``.
+
+    Raises:
+        ValueError: it cannot be read, or is not UTF-8; names it.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        reason = f"it is no text in UTF-8 ({error.reason} at byte {error.start})"
+        raise ValueError(f"{path} is not {kind}: {reason}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: it cannot be read, is not YAML or has a key twice; names the line and column.
+    """
+    try:
+        return yaml.load(_read(path, "YAML"), _NoDuplicates)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {_problem(error)}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it cannot be read or is not JSON; names the line and column.
+    """
+    try:
+        return json.loads(_read(path, "JSON"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
+
+
+def parse_value(text: str, key: str) -> Any:
+    """The value of an override; empty text is null.
+
+    Raises:
+        ValueError: it is not YAML; says how to quote it.
+    """
+    try:
+        return yaml.load(text, _NoDuplicates) if text else None
+    except yaml.YAMLError as error:
+        quoted = f"""'{key}="{text}"'"""
+        raise ValueError(f"{key}: {text!r} is not YAML: {_problem(error)}; quote a text: {quoted}") from error
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first value would be dropped without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key != "<<" and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong, and where."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    context = f"{error.context}: " if getattr(error, "context", None) else ""  # type: ignore[attr-defined]
+    return f"{context}{problem}" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
