@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from checkpoints import HALF, save_folder, save_pictures
 from test_ecosystem import ANSWERS, chat_processor, collate, dataset_of, picture
 from test_ecosystem import rows as trainer_rows
 from test_harnesses import TASK, UTILS
-from transformers import InternVLConfig
 
 from vtprune_train import is_pruned
 from vtprune_train.models.families import FAMILIES, UNSUPPORTED
@@ -104,7 +102,4 @@ def test_the_table_of_families_is_complete():
     [code] = blocks("families.md", "python")
     names = {}
     exec(code, names)
-    shown, config = names["FAMILY"], InternVLConfig()
-    [internvl] = [family for family in FAMILIES if family.title == shown.title]
-    assert replace(shown, counting=internvl.counting) == internvl
-    assert shown.counting(config) == internvl.counting(config) == {"image_seq_length": config.image_seq_length}
+    assert names["FAMILY"] in FAMILIES

@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import HALF, save_folder, save_pictures
 from PIL import Image
 
@@ -79,11 +80,11 @@ def task(tmp_path_factory):
     return folder, model, said
 
 
-def lmms_eval(folder, model_args, *more):
+def lmms_eval(folder, model_args, *more, launcher=(sys.executable,)):
     """Run the real command; its exit code is 0 even after a failure, so the results file is what counts."""
     out = folder / f"out-{len(list(folder.glob('out-*')))}"
     command = [
-        sys.executable, "-m", "lmms_eval", "eval", "--model", "vtprune", "--model_args", model_args,
+        *launcher, "-m", "lmms_eval", "eval", "--model", "vtprune", "--model_args", model_args,
         "--tasks", "local_pictures", "--include_path", str(folder / "tasks"), "--output_path", str(out),
         "--log_samples", "--device", "cpu", *more,
     ]  # fmt: skip
@@ -94,6 +95,8 @@ def lmms_eval(folder, model_args, *more):
     samples = next(out.rglob("*_samples_*.jsonl"))
     answered = [json.loads(line) for line in samples.read_text().splitlines()]
     answered.sort(key=lambda row: row["doc_id"])
+    assert [row["doc_id"] for row in answered] == list(range(len(QUESTIONS)))  # each once
+    assert "has no attribute 'manifest'" not in result.stderr
     score = json.loads(files[0].read_text())["results"]["local_pictures"]["exact_match,none"]
     return score, [row["filtered_resps"] for row in answered]
 
@@ -105,6 +108,157 @@ def test_lmms_eval_answers_like_vtprune(task, more):
     score, answered = lmms_eval(folder, f"pretrained={model}", *more)
     assert [answer[0] if isinstance(answer, list) else answer for answer in answered] == said
     assert score == pytest.approx(0.8)
+
+
+LAUNCHERS = {
+    "accelerate": (
+        "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+        "--main_process_port 0"
+    ),
+    "torchrun": "torch.distributed.run --standalone --nproc_per_node 2",
+}
+
+
+@needs_lmms
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+def test_lmms_eval_on_two_processes_answers_like_one(task, launcher):
+    """Five documents over two processes, with the batch size left to the program."""
+    folder, model, said = task
+    more = ["--batch_size", "auto", "--max_batch_size", "2"]
+    score, answered = lmms_eval(
+        folder, f"pretrained={model}", *more, launcher=(sys.executable, "-m", *LAUNCHERS[launcher].split())
+    )
+    assert [answer[0] if isinstance(answer, list) else answer for answer in answered] == said
+    assert score == pytest.approx(0.8)
+
+
+@needs_lmms
+def test_lmms_eval_gives_a_task_that_names_no_length_its_own(task):
+    """And max_gen_toks is the same setting by another name."""
+    folder, model, said = task
+    path = folder / "tasks" / "local_pictures" / "local_pictures.yaml"
+    long = answers(load(str(model)), [([], QUESTIONS[4])], max_new_tokens=1024)[0]
+    try:
+        path.write_text(TASK.replace("  max_new_tokens: 6\n", ""))
+        _, whole = lmms_eval(folder, f"pretrained={model}")
+        _, same = lmms_eval(folder, f"pretrained={model}", "--gen_kwargs", "max_gen_toks=6")
+    finally:
+        path.write_text(TASK)
+    assert len(long.split()) > 20
+    last = whole[-1][0] if isinstance(whole[-1], list) else whole[-1]
+    assert last == long
+    assert [answer[0] if isinstance(answer, list) else answer for answer in same] == said
+
+
+@needs_lmms
+@pytest.mark.parametrize(
+    ("asked", "keywords", "stops"),
+    [
+        ({}, {"max_new_tokens": 1024, "do_sample": False}, []),
+        ({"max_gen_toks": 7, "until": "\n"}, {"max_new_tokens": 7, "do_sample": False}, ["\n"]),
+        ({"max_new_tokens": 7, "max_gen_toks": 7}, {"max_new_tokens": 7, "do_sample": False}, []),
+        ({"temperature": 0, "top_p": 0.9, "do_sample": True}, {"max_new_tokens": 1024, "do_sample": False}, []),
+        (
+            {"temperature": 0.5, "top_k": 3},
+            {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.5, "top_k": 3}, [],
+        ),
+        ({"do_sample": True, "top_p": 0.9}, {"max_new_tokens": 1024, "do_sample": True, "top_p": 0.9}, []),
+        ({"do_sample": False, "temperature": 0.5}, {"max_new_tokens": 1024, "do_sample": False}, []),
+        (
+            {"repetition_penalty": 1.2, "num_beams": 2, "no_repeat_ngram_size": 3, "min_new_tokens": 2, "seed": 1},
+            {
+                "max_new_tokens": 1024, "do_sample": False, "repetition_penalty": 1.2, "num_beams": 2,
+                "no_repeat_ngram_size": 3, "min_new_tokens": 2,
+            },
+            [],
+        ),
+        ({"stop_sequences": ["a", "b"], "image_aspect_ratio": "original"}, {"max_new_tokens": 1024, "do_sample": False},
+         ["a", "b"]),
+    ],
+)  # fmt: skip
+def test_lmms_eval_honours_every_generation_setting(asked, keywords, stops):
+    from vtprune_train.integrations.lmms_eval import _generation
+
+    before = dict(asked)
+    assert _generation(asked) == (keywords, stops)
+    assert asked == before
+
+
+@needs_lmms
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"max_new_tokens": 7, "max_gen_toks": 8}, "are names of the same setting with different values"),
+        ({"num_return_sequences": 2}, "generation_kwargs num_return_sequences=2 is not taken"),
+        ({"max_agentic_steps": 3}, "generation_kwargs max_agentic_steps=3 is not taken"),
+        ({"temperature_": 1}, "generation_kwargs temperature_=1 is not taken"),
+        ({"image_aspect_ratio": "pad"}, "--gen_kwargs image_aspect_ratio=original overrides"),
+        ({"visual_cot": True}, "generation_kwargs visual_cot=True"),
+    ],
+)
+def test_lmms_eval_refuses_other_generation_settings_by_name(asked, said):
+    from vtprune_train.integrations.lmms_eval import _generation
+
+    with pytest.raises(ValueError, match=said):
+        _generation(asked)
+
+
+@needs_lmms
+def test_lmms_eval_halves_an_automatic_batch_when_memory_runs_out(task, monkeypatch):
+    import vtprune_train.integrations.lmms_eval as integration
+
+    sizes = []
+
+    def limited(loaded, prompts, **_):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return [f"answer {len(prompts)}"] * len(prompts)
+
+    monkeypatch.setattr(integration, "answers", limited)
+    monkeypatch.setattr(integration.VTPruneSimple, "prompt", lambda self, request: ([], "what ?"))
+    requests = [types.SimpleNamespace(args=("what ?", {"until": ["."]}, None, n, "t", "test")) for n in range(7)]
+    answered = integration.VTPruneSimple(pretrained=str(task[1]), device="cpu", batch_size="auto", max_batch_size=6)
+    assert len(answered.generate_until(requests)) == 7
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1]
+    fixed = integration.VTPruneSimple(pretrained=str(task[1]), device="cpu", batch_size=4)
+    with pytest.raises(torch.OutOfMemoryError):
+        fixed.generate_until(requests)
+    with pytest.raises(ValueError, match="--batch_size=many is neither a number above 0 nor auto"):
+        integration.VTPruneSimple(pretrained=str(task[1]), device="cpu", batch_size="many")
+
+
+@needs_lmms
+@pytest.mark.parametrize("first", ["vtprune_train.integrations.lmms_eval", "lmms_eval.models"])
+def test_lmms_eval_may_be_imported_before_or_after(first):
+    code = (
+        f"import importlib; importlib.import_module({first!r})\n"
+        "from lmms_eval.models import get_model; print(get_model('vtprune').__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.split()[-1:] == ["VTPruneChat"], result.stderr[-2000:]
+    assert "manifest" not in result.stderr
+
+
+@needs_lmms
+def test_lmms_eval_puts_one_process_on_each_gpu(monkeypatch):
+    from vtprune_train.integrations.lmms_eval import _device_of_rank
+
+    def accelerator(kind, local, processes=2):
+        return types.SimpleNamespace(
+            num_processes=processes, local_process_index=local, device=types.SimpleNamespace(type=kind)
+        )
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [_device_of_rank("cuda", accelerator("cuda", rank)) for rank in (0, 1)] == ["cuda:0", "cuda:1"]
+    assert _device_of_rank("cuda:1", accelerator("cuda", 0, processes=1)) == "cuda:1"
+    assert _device_of_rank("auto", accelerator("cpu", 1)) == "cpu"
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU, there are 2"):
+        _device_of_rank("cuda", accelerator("cuda", 2))
+    with pytest.raises(ValueError, match="accelerate launch --cpu"):
+        _device_of_rank("cpu", accelerator("cuda", 0))
+    with pytest.raises(ValueError, match="these 2 processes have no GPU"):
+        _device_of_rank("cuda", accelerator("cpu", 0))
 
 
 @needs_lmms

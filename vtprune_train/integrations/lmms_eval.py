@@ -3,28 +3,57 @@
 lmms-eval finds it through the entry point ``lmms_eval.models`` of this package; nothing is to be copied. Model
 arguments: ``pretrained`` (whatever ``vtprune generate --model`` takes), ``method`` (``saved``, ``none`` or a method's
 name) with that method's settings, lists written with slashes (``layers=8/16/24,keep=0.5/0.25/0.125``), ``device``,
-``dtype``, ``batch_size``.
+``dtype``, ``batch_size``. Under ``accelerate launch`` or ``torchrun`` every process answers its share of the documents
+on its own GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any
 
-from lmms_eval.api.instance import Instance
-from lmms_eval.api.model import lmms
-from lmms_eval.protocol import ChatMessages
-from tqdm import tqdm
 
-from vtprune_train.data.chat import Turn
-from vtprune_train.inference.chatting import Prompt, answers, load
-from vtprune_train.inference.options import takes_list
-from vtprune_train.models.patch import SAVED
-from vtprune_train.pruning import NONE, method_class, method_from_settings, setting_types
-from vtprune_train.stream import IMAGE
+def manifest() -> Any:
+    """What the entry point gives to lmms-eval's registry.
 
-# What a task may ask of generate, and what its names mean there.
-GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
+    It stands before the imports: importing anything of lmms-eval builds the registry, which imports this module again.
+    """
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    here = __name__
+    return ModelManifest(
+        model_id="vtprune", simple_class_path=f"{here}.VTPruneSimple", chat_class_path=f"{here}.VTPruneChat"
+    )
+
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from lmms_eval.api.instance import Instance  # noqa: E402
+from lmms_eval.api.model import lmms  # noqa: E402
+from lmms_eval.protocol import ChatMessages  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import GenerationConfig  # noqa: E402
+
+from vtprune_train.data.chat import Turn  # noqa: E402
+from vtprune_train.inference.chatting import Loaded, Prompt, answers, load  # noqa: E402
+from vtprune_train.inference.options import takes_list  # noqa: E402
+from vtprune_train.models.patch import SAVED  # noqa: E402
+from vtprune_train.pruning import NONE, method_class, method_from_settings, setting_types  # noqa: E402
+from vtprune_train.stream import IMAGE  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 1024  # lmms-eval's own, for tasks that name none
+AUTO_BATCH = 32  # where --batch_size auto begins, and halves when the GPU's memory runs out
+LENGTH, STOPS = ("max_new_tokens", "max_gen_toks"), ("until", "stop_sequences")  # two names for the same
+# Settings of other models that ask for what is done here anyway.
+ALREADY_SO = {"image_aspect_ratio": "original", "skip_special_tokens": True, "visual_cot": False, "use_cache": True}
+# Of no effect without sampling; transformers warns of them.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+# What transformers' generate knows but changes what an answer is.
+NOT_TAKEN = ("num_return_sequences", "return_dict_in_generate", "max_length", "min_length", "stop_strings")
 
 
 class _VTPrune(lmms):
@@ -49,19 +78,42 @@ class _VTPrune(lmms):
                 f"model_args {next(iter(settings))}={next(iter(settings.values()))} has no effect with the saved "
                 "method; name one, for example method=pyramiddrop"
             )
-        self.loaded = load(str(pretrained), chosen, device=device, dtype=dtype)
-        self.batch_size = int(batch_size)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.batch_size, self.is_auto = _batch_size(batch_size, max_batch_size)
+        where = _device_of_rank(device, self.accelerator)
+        self.loaded: Loaded | None = load(str(pretrained), chosen, device=where, dtype=dtype)
+        self.device = self.loaded.model.device
+
+    def clean(self) -> None:
+        """Free the model's memory when all requests are answered, for a judge."""
+        self.loaded = None
+        super().clean()
 
     def _generate(self, requests: Sequence[Instance]) -> list[str]:
         results: list[str] = []
-        bar = tqdm(total=len(requests), desc="vtprune", disable=self.rank != 0)
-        for batch in _batches(requests, self.batch_size):
-            generation, stops = _generation(_gen_kwargs(batch[0]))
-            texts = answers(self.loaded, [self.prompt(request) for request in batch], **generation)
-            results += [_cut(text, stops) for text in texts]
-            bar.update(len(batch))
-        bar.close()
+        with tqdm(total=len(requests), desc="vtprune", disable=self.rank != 0) as bar:
+            while len(results) < len(requests):
+                batch = _next_batch(requests, len(results), self.batch_size)
+                try:
+                    results += self._answers(batch)
+                except torch.OutOfMemoryError:
+                    if not self.is_auto or len(batch) == 1:
+                        raise
+                    self.batch_size = len(batch) // 2
+                    log.warning("rank %d: out of memory; the batch size is now %d", self.rank, self.batch_size)
+                    continue
+                bar.update(len(batch))
         return results
+
+    def _answers(self, batch: Sequence[Instance]) -> list[str]:
+        assert self.loaded is not None
+        settings = _gen_kwargs(batch[0])
+        generation, stops = _generation(settings)
+        if settings.get("seed") is not None:
+            torch.manual_seed(int(settings["seed"]))
+        texts = answers(self.loaded, [self.prompt(request) for request in batch], **generation)
+        return [_cut(text, stops) for text in texts]
 
     def prompt(self, request: Instance) -> Prompt:
         raise NotImplementedError
@@ -102,17 +154,12 @@ class VTPruneSimple(_VTPrune):
     def prompt(self, request: Instance) -> Prompt:
         context, _, to_visual, doc_id, task, split = request.args
         pictures = to_visual(self.task_dict[task][split][doc_id]) or []
+        for picture in pictures:
+            if not isinstance(picture, Image.Image):
+                raise ValueError(
+                    f"task {task}, document {doc_id}: vtprune takes pictures, not a {type(picture).__name__} (a video?)"
+                )
         return [picture.convert("RGB") for picture in pictures], context
-
-
-def manifest() -> Any:
-    """What the entry point gives to lmms-eval's registry."""
-    from lmms_eval.models.registry_v2 import ModelManifest  # the registry imports this module while it is built
-
-    here = __name__
-    return ModelManifest(
-        model_id="vtprune", simple_class_path=f"{here}.VTPruneSimple", chat_class_path=f"{here}.VTPruneChat"
-    )
 
 
 def _with_lists(method: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -126,24 +173,86 @@ def _gen_kwargs(request: Instance) -> dict[str, Any]:
     return next(argument for argument in request.args[1:3] if isinstance(argument, dict))
 
 
-def _batches(requests: Sequence[Instance], size: int) -> Iterator[Sequence[Instance]]:
-    """Runs of at most ``size`` requests with the same generation settings, in order."""
-    start = 0
-    while start < len(requests):
-        end = start + 1
-        while end < len(requests) and end - start < size and _gen_kwargs(requests[end]) == _gen_kwargs(requests[start]):
-            end += 1
-        yield requests[start:end]
-        start = end
+def _batch_size(asked: int | str, most: int | None) -> tuple[int, bool]:
+    """The batch size to begin with, and whether it may be halved.
+
+    Raises:
+        ValueError: neither a number above 0 nor ``auto``.
+    """
+    if str(asked).partition(":")[0] == "auto":
+        return int(most or AUTO_BATCH), True
+    if not str(asked).isdigit() or int(asked) < 1:
+        raise ValueError(f"--batch_size={asked} is neither a number above 0 nor auto")
+    return int(asked), False
+
+
+def _device_of_rank(asked: str, accelerator: Any) -> str:
+    """One device a process.
+
+    Raises:
+        ValueError: the processes talk over GPUs and the models are to be elsewhere, or there are too few GPUs.
+    """
+    if accelerator.num_processes == 1:
+        return asked
+    if accelerator.device.type != "cuda":
+        if asked.startswith("cuda"):
+            raise ValueError(f"device={asked}: these {accelerator.num_processes} processes have no GPU; use device=cpu")
+        return "cpu"
+    if asked == "cpu":
+        raise ValueError("device=cpu: the processes were started for GPUs; start them by accelerate launch --cpu")
+    local, gpus = accelerator.local_process_index, torch.cuda.device_count()
+    if local >= gpus:
+        raise ValueError(f"process {local} of this machine has no GPU, there are {gpus}; start {gpus} processes")
+    return f"cuda:{local}"
+
+
+def _next_batch(requests: Sequence[Instance], start: int, size: int) -> Sequence[Instance]:
+    """At most ``size`` requests from ``start`` with the same generation settings."""
+    end = start + 1
+    while end < len(requests) and end - start < size and _gen_kwargs(requests[end]) == _gen_kwargs(requests[start]):
+        end += 1
+    return requests[start:end]
 
 
 def _generation(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """``generate``'s keywords, and the strings to stop at."""
-    generation = {key: settings[key] for key in GENERATION if settings.get(key) is not None}
-    if not generation.get("do_sample", bool(generation.get("temperature"))):
-        generation = {key: value for key, value in generation.items() if key in ("max_new_tokens", "num_beams")}
-    until = settings.get("until") or []
-    return generation, [until] if isinstance(until, str) else list(until)
+    """``generate``'s keywords for what a task asks, and the strings to stop at.
+
+    Sampling follows ``do_sample``, or where it is not named whether ``temperature`` is above 0; at temperature 0 there
+    is none.
+
+    Raises:
+        ValueError: a setting that is not known or not taken, or two names with different values.
+    """
+    asked = {key: value for key, value in settings.items() if value is not None}
+    length = _one_value(asked, LENGTH, MAX_NEW_TOKENS)
+    stops = _one_value(asked, STOPS, [])
+    asked.pop("seed", None)
+    for key, value in list(asked.items()):
+        if key in ALREADY_SO:
+            if asked.pop(key) != ALREADY_SO[key]:
+                raise ValueError(
+                    f"generation_kwargs {key}={value!r}: vtprune does as {ALREADY_SO[key]!r} says and nothing else; "
+                    f"--gen_kwargs {key}={ALREADY_SO[key]} overrides the task's"
+                )
+        elif key in NOT_TAKEN or key not in GenerationConfig().to_dict():
+            raise ValueError(
+                f"generation_kwargs {key}={value!r} is not taken by vtprune; it takes the settings of transformers' "
+                f"generate that leave one answer a request, {', '.join((*LENGTH, *STOPS))} and seed"
+            )
+    temperature = asked.get("temperature")
+    asked["do_sample"] = bool(asked.get("do_sample", bool(temperature))) and temperature != 0
+    if not asked["do_sample"]:
+        asked = {key: value for key, value in asked.items() if key not in SAMPLING}
+    return {**asked, "max_new_tokens": int(length)}, [stops] if isinstance(stops, str) else list(stops)
+
+
+def _one_value(asked: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    """Take a setting that has several names out of ``asked``."""
+    values = {name: asked.pop(name) for name in names if name in asked}
+    first = next(iter(values.values()), default)
+    if any(value != first for value in values.values()):
+        raise ValueError(f"generation_kwargs {values} are names of the same setting with different values; keep one")
+    return first
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
