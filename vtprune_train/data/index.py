@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -373,7 +372,7 @@ def _report(
 
 def most_bad(share: float, records: int) -> int:
     """How many of so many records may be left out by ``data.max_bad_share``; one always."""
-    return max(1, math.floor(share * records))
+    return max(1, floor_of(share, records))
 
 
 def _check_bad(source: Source, selection: Selection, share: float) -> None:
