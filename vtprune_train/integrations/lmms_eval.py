@@ -19,8 +19,7 @@ from tqdm import tqdm
 from vtprune_train.data.chat import Turn
 from vtprune_train.inference.chatting import Prompt, answers, load
 from vtprune_train.inference.options import takes_list
-from vtprune_train.models.patch import SAVED
-from vtprune_train.pruning import NONE, method_class, method_from_settings, setting_types
+from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types
 from vtprune_train.stream import IMAGE
 
 # What a task may ask of generate, and what its names mean there.

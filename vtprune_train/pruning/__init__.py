@@ -9,7 +9,7 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -18,6 +18,7 @@ from vtprune_train.pruning.own import load_class, names_beside
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
 
 NONE = "none"
+SAVED: Literal["saved"] = "saved"  # what a checkpoint was saved with, where there is one
 METHODS: dict[str, str] = {
     "pyramiddrop": "vtprune_train.pruning.pyramiddrop:PyramidDrop",
     "sparsevlm": "vtprune_train.pruning.sparsevlm:SparseVLM",
@@ -51,7 +52,7 @@ def method_class(name: str) -> type[PruningMethod]:
     """
     path = METHODS.get(name, name)
     if ":" not in path:
-        nearest = difflib.get_close_matches(name, (*METHODS, NONE), n=1)
+        nearest = difflib.get_close_matches(name.lower(), (*METHODS, NONE, SAVED), n=1)
         raise ValueError(
             f"method={name!r} is unknown; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
             f"{', '.join(METHODS)}, {NONE}; one's own is named by its path, 'package.module:Class' or "
@@ -179,6 +180,7 @@ def _in_words(kind: Any) -> str:
 __all__ = [
     "METHODS",
     "NONE",
+    "SAVED",
     "PruningMethod",
     "PyramidDrop",
     "UnknownSettingError",
