@@ -31,6 +31,7 @@ from vtprune_train.data.sources import find_files
 from vtprune_train.data.table import VERSION, Table, open_table
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.layouts.base import Size
+from vtprune_train.rounding import floor_of
 
 log = logging.getLogger(__name__)
 

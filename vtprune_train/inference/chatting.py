@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,11 @@ from vtprune_train.models.build import (
 )
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.learned import check_trained
-from vtprune_train.models.patch import CONFIG_KEY, SAVED, prune, saved_method
+from vtprune_train.models.patch import CONFIG_KEY, prune, resolve_method
 from vtprune_train.models.peft import is_adapter, open_adapter
 from vtprune_train.models.processors import open_processor
 from vtprune_train.models.templates import build_encoder, carry, stop_where_answers_end
+from vtprune_train.pruning import SAVED
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IMAGE
 
@@ -61,7 +62,7 @@ class Loaded:
 
 def load(
     path: str,
-    method: PruningMethod | Literal["saved"] | None = SAVED,
+    method: PruningMethod | str | Mapping[str, Any] | None = SAVED,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -86,8 +87,7 @@ def load(
     if method == SAVED and getattr(config, CONFIG_KEY, None) is None:
         log.warning("%s holds no pruning settings: it runs dense; name a method to drop visual tokens", path)
         method = None
-    if method == SAVED:
-        method = saved_method(model)
+    method = resolve_method(model, method)
     if method is not None:
         check_trained(model, method)
         prune(model, method)

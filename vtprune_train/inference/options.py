@@ -14,8 +14,8 @@ from vtprune_train.config import TRAINING_ONLY
 from vtprune_train.config_file import read_pruning
 from vtprune_train.inference.chatting import DTYPES, Loaded, load, model_config
 from vtprune_train.models.build import resolve_checkpoint
-from vtprune_train.models.patch import CONFIG_KEY, SAVED
-from vtprune_train.pruning import NONE, method_class, method_from_settings, setting_types
+from vtprune_train.models.patch import CONFIG_KEY
+from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types
 from vtprune_train.pruning.base import PruningMethod
 
 Number = TypeVar("Number", int, float)
@@ -84,12 +84,13 @@ def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["save
     given = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None}
     shown = [f"--{key}" for key in given] + [f"--set {pair}" for pair in arguments.set]
     given.update(set_values(arguments.set))
-    if arguments.method is None and not given:
+    named = None if arguments.method == SAVED else arguments.method
+    if named is None and not given:
         return SAVED
-    if arguments.method == NONE and given:
+    if named == NONE and given:
         raise ValueError(f"{shown[0]} has no effect: --method is none; leave one of them out")
-    if arguments.method is not None:
-        return method_from_settings(changed(named_method(arguments.method), given))
+    if named is not None:
+        return method_from_settings(changed(named_method(named), given))
     saved = getattr(model_config(resolve_checkpoint(arguments.model)), CONFIG_KEY, None)
     if saved is None:
         raise ValueError(f"{shown[0]} changes the saved settings, but {arguments.model} holds none; name the --method")

@@ -39,8 +39,7 @@ from transformers import GenerationConfig  # noqa: E402
 from vtprune_train.data.chat import Turn  # noqa: E402
 from vtprune_train.inference.chatting import Loaded, Prompt, answers, load  # noqa: E402
 from vtprune_train.inference.options import takes_list  # noqa: E402
-from vtprune_train.models.patch import SAVED  # noqa: E402
-from vtprune_train.pruning import NONE, method_class, method_from_settings, setting_types  # noqa: E402
+from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types  # noqa: E402
 from vtprune_train.stream import IMAGE  # noqa: E402
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Any
 from vlmeval.vlm.base import BaseModel
 
 from vtprune_train.inference.chatting import answers, load, open_picture
-from vtprune_train.models.patch import SAVED
+from vtprune_train.pruning import SAVED
 from vtprune_train.stream import IMAGE
 
 

@@ -102,7 +102,12 @@ def forward_text(
     _refuse(keywords, attention_mask)
     if use_cache is None:
         use_cache = bool(text_model.config.use_cache) and not text_model.training
-    if text_model.training and getattr(text_model, "gradient_checkpointing", False):
+    if checkpoints_layers(text_model):
+        if past_key_values is not None:
+            raise ValueError(
+                "past_key_values in training mode with gradient checkpointing, whose layers do not fill a cache; call "
+                "model.eval() or model.gradient_checkpointing_disable() first, or leave past_key_values unset"
+            )
         use_cache = False
     cache = None
     if use_cache or past_key_values is not None:
@@ -119,6 +124,11 @@ def forward_text(
     return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
 
+def checkpoints_layers(text_model: HFModule) -> bool:
+    """Whether layers of the decoder are recomputed in the backward pass, so that they fill no cache."""
+    return text_model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers)
+
+
 def _run_rows(
     text_model: HFModule,
     state: State,
@@ -132,12 +142,12 @@ def _run_rows(
 ) -> Tensor:
     """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
     rows = _real_rows(attention_mask, inputs_embeds)
-    verifies_candidates = False
+    verifies_candidates, said_from = False, rows.shape[1]
     if call.prompt_width is not None:  # from here on: columns of this call
         call.prompt_width -= 0 if cache is None else cache.get_seq_length()
-        verifies_candidates = call.prompt_width <= 0
+        verifies_candidates, said_from = call.prompt_width <= 0, max(call.prompt_width, 0)
         call.prompt_width = call.prompt_width if 0 < call.prompt_width < rows.shape[1] else None
-    call.segments = _segments(call, rows, state)
+    call.segments = _segments(call, rows, state, said_from)
     device = inputs_embeds.device
     new_length = inputs_embeds.shape[1]
     told = None
@@ -343,17 +353,25 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor) -> np.ndarr
     return real
 
 
-def _segments(call: Call, real: np.ndarray, state: State) -> list[SegmentLayout]:
-    """The layout of every row: its images, which tokens rank, which are supervised."""
+def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> list[SegmentLayout]:
+    """The layout of every row: its images, which tokens rank, which are supervised. Columns from ``said_from`` on were
+    generated, and are text whatever their ids are."""
     grids = call.image_grids or [()] * len(call.image_lengths)
     remaining = list(zip(call.image_lengths, grids, strict=True))
     ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
     visual = np.zeros_like(real) if ids is None else ids == state.image_token
+    visual[:, said_from:] = False
     all_labels = None if call.labels is None else _without_images(call.labels.cpu().numpy(), visual, state)
     segments = []
     for row in range(len(real)):
         spans = _spans(visual[row][real[row]], remaining, row, len(call.image_lengths), state.family)
         labels = None if all_labels is None else all_labels[row][real[row]]
+        if labels is not None and state.method is not None and _prompt_is_supervised(labels != IGNORE, spans):
+            state.warn_once(
+                "labels supervise the prompt: a token before a supervised part, here beside an image, ranks the visual "
+                "tokens, which in generation the last token of the prompt does; mask the prompt, with its question, "
+                "in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
+            )
         prompt = int(real[row, : call.prompt_width].sum())
         key = 0
         if ids is not None:
@@ -364,6 +382,33 @@ def _segments(call: Call, real: np.ndarray, state: State) -> list[SegmentLayout]
         used = len(call.image_lengths) - len(remaining)
         raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
     return segments
+
+
+def _prompt_is_supervised(supervised: np.ndarray, spans: Sequence[ImageSpan]) -> bool:
+    """Whether a row's supervised tokens ([length] bool) seem to hold text of its prompt.
+
+    Nothing between an image and a supervised part, or supervised text on both sides of an image with at most one
+    token between it and the image (which marks where an image begins or ends): an answer has its question, and what
+    tells whose turn it is, between it and the images.
+    """
+    if not spans:
+        return False
+    for first, last in _unbroken(spans):
+        before, after = supervised[:first], supervised[last:]
+        if after[:1].any() or (before[-2:].any() and after[:2].any()):
+            return True
+    return False
+
+
+def _unbroken(spans: Sequence[ImageSpan]) -> list[tuple[int, int]]:
+    """``(start, end)`` of each run of images without text between them."""
+    runs: list[tuple[int, int]] = []
+    for span in spans:
+        if runs and runs[-1][1] == span.start:
+            runs[-1] = runs[-1][0], span.end
+        else:
+            runs.append((span.start, span.end))
+    return runs
 
 
 def _without_images(labels: np.ndarray, visual: np.ndarray, state: State) -> np.ndarray:

@@ -12,14 +12,16 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, GenerationMixin
 from transformers.core_model_loading import revert_weight_conversion
@@ -34,10 +36,10 @@ from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.layouts import Grids
 from vtprune_train.models.learned import attach, check_trained, detach, modules_to_save
-from vtprune_train.models.padded import forward_text
+from vtprune_train.models.padded import checkpoints_layers, forward_text
 from vtprune_train.models.sharding import check_attention_function, check_layers, restore_forward
 from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
-from vtprune_train.pruning import method_from_settings
+from vtprune_train.pruning import SAVED, method_from_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.learned import learns
@@ -47,12 +49,14 @@ log = logging.getLogger(__name__)
 
 _REPLACED = "_vtprune_replaced"
 CONFIG_KEY = "pruning"
-SAVED: Literal["saved"] = "saved"
 SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")  # inputs of get_image_features that its code loops over
 
 
 def prune(
-    model: HFModule, method: PruningMethod | Literal["saved"] | None = SAVED, *, attention: str = "auto"
+    model: HFModule,
+    method: PruningMethod | str | Mapping[str, Any] | Sequence[Any] | None = SAVED,
+    *,
+    attention: str = "auto",
 ) -> HFModule:
     """Let ``model`` drop visual tokens inside its forward pass, in training, evaluation and generation.
 
@@ -64,8 +68,10 @@ def prune(
     Args:
         model: a model of one of :data:`vtprune_train.models.families.FAMILIES`, or a PEFT model around one; changed in
             place.
-        method: for example ``PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125))``; ``None`` packs without
-            dropping; left out, the settings that the checkpoint was saved with.
+        method: for example ``PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125))``; or, as in YAML, a name
+            (``"fastv"``, with its defaults), a mapping ``{"method": "fastv", "keep": 0.5}`` or a list of these;
+            ``None`` and ``"none"`` pack without dropping; ``"saved"`` (the default) is what the checkpoint was saved
+            with.
         attention: ``auto`` (the best for the model's device and dtype, so move it first) or a backend of
             :mod:`vtprune_train.models.attention`.
 
@@ -73,21 +79,18 @@ def prune(
         ``model``.
 
     Raises:
-        ValueError: the class is not supported, the model is pruned already, nothing was saved, or the method does not
-            fit its depth.
+        ValueError: the class is not supported, the model is pruned already, the method is unknown, nothing was saved,
+            or the method does not fit its depth.
     """
     inner = _unwrapped(model)
     family = family_of(inner)
     if is_pruned(inner):
         raise ValueError(f"this model is pruned already ({state_of(inner).method}); call unprune(model) first")
-    if isinstance(method, str):
-        method = saved_method(inner)
+    method = resolve_method(inner, method)
     text_model = inner.get_submodule(family.decoder)
     attention_before = text_model.config._attn_implementation
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
     if method is not None:
-        if not isinstance(method, PruningMethod):
-            raise ValueError(f"method={method!r} is no pruning method; use for example PyramidDrop(keep=(0.5, 0.25))")
         check_method(method, len(text_model.layers))
         check_tower(inner.get_submodule(family.base).config, family, method)
         if family.three_part_positions is not None:
@@ -165,6 +168,31 @@ def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
     if "positions" in (field.name for field in dataclasses.fields(method)):  # type: ignore[arg-type]
         return replace(method, positions="keep")  # type: ignore[type-var]
     return method
+
+
+def resolve_method(model: HFModule, method: Any) -> PruningMethod | None:
+    """The method that :func:`prune` is asked for.
+
+    Raises:
+        ValueError: it is unknown or no method, or ``"saved"`` and nothing was saved.
+    """
+    if method is None or isinstance(method, PruningMethod):
+        return method
+    if isinstance(method, str):
+        return saved_method(model) if method == SAVED else method_from_settings({"method": method})
+    if isinstance(method, Mapping):
+        if not isinstance(method.get("method"), str | list | tuple):
+            raise ValueError(f"method={dict(method)!r} names no method; write for example {{'method': 'fastv'}}")
+        return method_from_settings(method)
+    if isinstance(method, list | tuple):
+        return method_from_settings({"method": list(method)})
+    if inspect.isclass(method) and issubclass(method, PruningMethod):
+        raise ValueError(
+            f"method={method.__name__} is a class; make one of it: {method.__name__}(), or with settings of its own"
+        )
+    raise ValueError(
+        f"method={method!r} is not a pruning method; use for example PyramidDrop(keep=(0.5, 0.25)) or its name"
+    )
 
 
 def saved_method(model: HFModule) -> PruningMethod | None:
@@ -252,7 +280,8 @@ def method_of(model: HFModule) -> PruningMethod | None:
 
 
 def _unwrapped(model: HFModule) -> HFModule:
-    """The Hugging Face model inside a PEFT model; any other model as it is."""
+    """The Hugging Face model inside a PEFT model or ``torch.compile``; any other model as it is."""
+    model = model.__dict__.get("_modules", {}).get("_orig_mod", model)
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
@@ -261,6 +290,8 @@ def _install(model: HFModule, state: State) -> None:
     replacements: list[tuple[str, str, Callable[..., Any]]] = [
         ("", "forward", _forward),
         ("", "generate", _generate),
+        ("", "generate_batch", _refuse_continuous_batching),
+        ("", "init_continuous_batching", _refuse_continuous_batching),
         ("", "train", _train),
         ("", "load_state_dict", _load_state_dict),
         (family.base, "forward", _forward_base),
@@ -301,15 +332,40 @@ def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) ->
     original = module.__dict__.get(attribute)
     signature = original or getattr(type(module), attribute)
 
-    @functools.wraps(getattr(signature, "__func__", signature))
-    def method(self: HFModule, *args: Any, **kwargs: Any) -> Any:
+    def run(self: HFModule, *args: Any, **kwargs: Any) -> Any:
         bound = original or getattr(type(self), attribute).__get__(self)
         state = self.__dict__.get(STATE)
         return bound(*args, **kwargs) if state is None else function(self, bound, state, *args, **kwargs)
 
+    @functools.wraps(getattr(signature, "__func__", signature))
+    def method(self: HFModule, *args: Any, **kwargs: Any) -> Any:
+        outside = is_compiling() or torch.jit.is_tracing()
+        return _uncompiled(run, self, *args, **kwargs) if outside else run(self, *args, **kwargs)
+
     method._of_vtprune = True  # type: ignore[attr-defined]
     setattr(module, attribute, MethodType(method, module))
     return original
+
+
+@torch.compiler.disable
+def _uncompiled(run: Callable[..., Any], self: HFModule, *args: Any, **kwargs: Any) -> Any:
+    """``run`` outside the graph of a ``torch.compile`` around the whole model, or any part of it that was replaced:
+    rows are laid out on the host, and lengths change with every call.
+
+    Raises:
+        ValueError: the call is being traced or exported, which would freeze them.
+    """
+    if STATE in self.__dict__ and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        raise ValueError(
+            "a pruned model cannot be traced or exported (torch.jit.trace, torch.export, ONNX): its rows are laid out "
+            "on the host, and their lengths change with every call; export inside `with vtprune_train.dense(model):`"
+        )
+    if (state := self.__dict__.get(STATE)) is not None:
+        state.warn_once(
+            "torch.compile around a whole pruned model leaves its forward uncompiled, since the rows are laid out on "
+            "the host first; compile the layers: vtprune_train.models.compile.compile_layers(model)"
+        )
+    return run(self, *args, **kwargs)
 
 
 def _is_ours(method: Any) -> bool:
@@ -324,14 +380,16 @@ def _train(self: HFModule, original: Callable[..., Any], state: State, *args: An
     return original(*args, **kwargs)
 
 
+@torch.compiler.disable
 def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
     """Before whatever stands as the model's ``forward``: the decoder has to know the labels, even where a Trainer
     computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
     state = state_of(model)
     if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
-        state.running.call = Call(inputs["input_ids"], inputs.get("labels"), state.running.prompt_width)
+        state.running.call = Call(inputs["input_ids"], _supervised(inputs), state.running.prompt_width)
 
 
+@torch.compiler.disable
 def _close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
     state_of(model).running.call = None
 
@@ -357,11 +415,9 @@ def _forward(self: HFModule, original: Callable[..., Any], state: State, *args: 
         return packed.forward(self, state, args[0])
     inputs = _by_name(original, args, inputs)
     _check_inputs(state, inputs)
-    input_ids, labels = inputs["input_ids"], inputs.get("labels")
+    input_ids, labels = inputs["input_ids"], _supervised(inputs)
     if labels is not None:
-        # Rows of dropped tokens are no predictions.
-        visual = (input_ids == state.image_token).to(labels.device)
-        inputs["labels"] = labels.masked_fill(visual, IGNORE)
+        _mask_visual(inputs, input_ids == state.image_token)
     elif self.training and torch.is_grad_enabled() and state.method is not None:
         state.warn_once(
             "a training forward without labels: the last token of each row ranks the visual tokens, which in "
@@ -369,6 +425,45 @@ def _forward(self: HFModule, original: Callable[..., Any], state: State, *args: 
         )
     with state.calling(input_ids, labels):
         return original(**inputs)
+
+
+def _supervised(inputs: dict[str, Any]) -> Tensor | None:
+    """[B, L] int64: the token that each column of ``input_ids`` is supervised as, or -100; ``None`` without labels.
+
+    ``labels`` may be as short as the logits that ``logits_to_keep`` keeps; without them ``shift_labels`` (of sequence
+    parallelism) say it.
+
+    Raises:
+        ValueError: ``labels`` fit neither.
+    """
+    input_ids, labels, shifted = inputs["input_ids"], inputs.get("labels"), inputs.get("shift_labels")
+    if labels is None:
+        return None if shifted is None else F.pad(shifted, (1, 0), value=IGNORE)[:, :-1]
+    if labels.shape == input_ids.shape:
+        return labels
+    kept = inputs.get("logits_to_keep", 0)
+    columns = torch.arange(input_ids.shape[1])[_columns_kept(kept)]
+    if labels.shape != (len(input_ids), len(columns)):
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit input_ids of {tuple(input_ids.shape)} with "
+            f"logits_to_keep={kept}; give a label for each token, -100 where none is supervised"
+        )
+    everywhere = labels.new_full(input_ids.shape, IGNORE)
+    return everywhere.index_copy(1, columns.to(labels.device), labels)
+
+
+def _columns_kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
+
+
+def _mask_visual(inputs: dict[str, Any], visual: Tensor) -> None:
+    """Leave image tokens ([B, L] bool) out of the loss: rows of dropped tokens are no predictions."""
+    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+    if labels is not None:
+        kept = slice(None) if labels.shape == visual.shape else _columns_kept(inputs["logits_to_keep"])
+        inputs["labels"] = labels.masked_fill(visual[:, kept].to(labels.device), IGNORE)
+    if shifted is not None:
+        inputs["shift_labels"] = shifted.masked_fill(F.pad(visual, (0, 1))[:, 1:].to(shifted.device), IGNORE)
 
 
 def _by_name(original: Callable[..., Any], args: tuple[Any, ...], inputs: dict[str, Any]) -> dict[str, Any]:
@@ -381,7 +476,12 @@ def _by_name(original: Callable[..., Any], args: tuple[Any, ...], inputs: dict[s
 
 def _check_inputs(state: State, inputs: dict[str, Any]) -> None:
     if inputs.get("input_ids") is None:
-        raise ValueError("a pruned model needs input_ids (inputs_embeds does not say where the images are)")
+        raise ValueError(
+            "a pruned model needs input_ids: inputs_embeds does not say where the images are; pass input_ids and "
+            "pixel_values, or call the model inside `with vtprune_train.dense(model):`"
+        )
+    if inputs["input_ids"].ndim != 2:
+        raise ValueError(f"input_ids of shape {tuple(inputs['input_ids'].shape)} are not [rows, length]; add the rows")
     for key, reason in state.family.refused:
         if inputs.get(key) is not None:
             raise ValueError(f"a pruned {state.family.title} does not take {key}: {reason}")
@@ -420,9 +520,10 @@ def _listen_to_image_features(
     vision tower thought of them."""
     inputs = _by_name(original, args, kwargs)
     # Where sizes are on the device, one read of each serves all that follows.
-    inputs |= {key: inputs[key].cpu() for key in SIZES if isinstance(inputs.get(key), Tensor)}
+    inputs |= {key: _on_host(inputs[key]) for key in SIZES if inputs.get(key) is not None}
+    as_tuple = inputs.get("return_dict") is False
     with reading(self, state.method) as read:
-        features = original(**inputs)
+        features = original(**{**inputs, "return_dict": True})
     images = features.pooler_output
     lengths = state.family.image_lengths(images)
     encoders: list[EncoderSignals | None] = [None] * len(lengths)
@@ -442,7 +543,14 @@ def _listen_to_image_features(
             setattr(image, SEEN, _Seen(own, encoder))
     if state.running.call is not None:
         _tell(state.running.call, state, images)
-    return features
+    return features.to_tuple() if as_tuple else features
+
+
+def _on_host(sizes: Tensor | Sequence[Any]) -> Tensor:
+    """Sizes as a processor may give them: a tensor or array, or a list of tuples, arrays or tensors."""
+    if isinstance(sizes, Tensor):
+        return sizes.cpu()
+    return torch.stack([torch.as_tensor(size).cpu() for size in sizes]) if len(sizes) else torch.zeros(0, 2)
 
 
 class _TensorsOnHost(TorchFunctionMode):
@@ -519,34 +627,68 @@ def _forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *
 
 def _generate(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
     """``generate``, after refusing what a staged cache cannot do; without a cache every step ranks by the prompt."""
-    config = kwargs.get("generation_config") or self.generation_config or GenerationConfig()
-
-    def setting(name: str) -> Any:
-        return kwargs[name] if name in kwargs else getattr(config, name, None)
-
-    if setting("prefill_chunk_size") is not None:
-        raise ValueError(
-            f"prefill_chunk_size={setting('prefill_chunk_size')}: a pruned model ranks visual tokens by the end of the "
-            "prompt and cannot read it in chunks; leave prefill_chunk_size unset"
-        )
-    if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
-        raise ValueError(
-            f"cache_implementation={setting('cache_implementation')!r}: a pruned model keeps another length in every "
-            "layer, which only the dynamic cache does; leave cache_implementation unset"
-        )
-    assistant = setting("assistant_model")
-    if assistant is not None and is_pruned(assistant):
-        raise ValueError("assistant_model is pruned: it is shown the prompt without its images; unprune it")
-    prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if max(setting("num_beams") or 1, setting("num_return_sequences") or 1) > 1:
-        _check_repeated_images(self, prompt, kwargs.get("pixel_values"))
-    given = [tensor.shape[1] for tensor in (prompt, kwargs.get("attention_mask")) if tensor is not None]
+    inputs = _by_name(original, args, kwargs)
+    config = self._prepare_generation_config(**{"generation_config": None, **inputs})[0]  # the model's own filled in
+    _check_generation(self, config, inputs)
+    if checkpoints_layers(self.get_submodule(state.family.decoder)):
+        inputs["use_cache"] = _without_cache(state, config, inputs)
+    prompt = inputs.get("inputs", inputs.get("input_ids"))
+    if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
+        _check_repeated_images(self, prompt, inputs.get("pixel_values"))
+    given = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
     previous = state.running.prompt_width
     state.running.prompt_width = max(given, default=None)
     try:
-        return original(*args, **kwargs)
+        return original(**inputs)
     finally:
         state.running.prompt_width = previous
+
+
+def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[str, Any]) -> None:
+    """Refuse settings of ``generate`` that a staged cache cannot honour, wherever they are set."""
+    if config.prefill_chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={config.prefill_chunk_size}: a pruned model ranks visual tokens by the end of the "
+            "prompt and cannot read it in chunks; leave prefill_chunk_size unset"
+        )
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r}: a pruned model keeps another length in every "
+            "layer, which only the dynamic cache does; leave cache_implementation unset"
+        )
+    assistant, negative = inputs.get("assistant_model"), inputs.get("negative_prompt_ids")
+    if assistant is not None and is_pruned(assistant):
+        raise ValueError("assistant_model is pruned: it is shown the prompt without its images; unprune it")
+    if negative is not None and (negative == model.config.image_token_id).any():
+        raise ValueError(
+            "negative_prompt_ids hold image tokens, but generate passes no image with them; leave the image tokens "
+            "out of the negative prompt"
+        )
+
+
+def _without_cache(state: State, config: GenerationConfig, inputs: dict[str, Any]) -> bool:
+    """``use_cache`` for a model in training mode whose layers are recomputed, which leave a cache empty."""
+    needs_cache = [key for key in ("past_key_values", "assistant_model") if inputs.get(key) is not None]
+    needs_cache += ["prompt_lookup_num_tokens"] if config.prompt_lookup_num_tokens is not None else []
+    if needs_cache:
+        raise ValueError(
+            f"{needs_cache[0]} needs a cache, which layers with gradient checkpointing do not fill in training mode; "
+            "call model.eval() or model.gradient_checkpointing_disable() before generate"
+        )
+    state.warn_once(
+        "generate in training mode with gradient checkpointing runs without a cache, every step the whole row: call "
+        "model.eval() or model.gradient_checkpointing_disable() first"
+    )
+    return False
+
+
+def _refuse_continuous_batching(
+    self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any
+) -> Any:
+    raise ValueError(
+        f"{original.__name__}: continuous batching packs requests into a paged cache, but a pruned model keeps another "
+        "length in every layer; pad the prompts to one batch and call generate, or use unprune(model)"
+    )
 
 
 def _check_repeated_images(model: HFModule, prompt: Tensor | None, pixel_values: Tensor | None) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.fitting import setting_types
@@ -14,6 +14,7 @@ from vtprune_train.pruning.own import load_class, names_beside
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
 
 NONE = "none"
+SAVED: Literal["saved"] = "saved"  # what a checkpoint was saved with, where there is one
 METHODS: dict[str, str] = {
     "pyramiddrop": "vtprune_train.pruning.pyramiddrop:PyramidDrop",
     "sparsevlm": "vtprune_train.pruning.sparsevlm:SparseVLM",
@@ -47,7 +48,7 @@ def method_class(name: str) -> type[PruningMethod]:
     """
     path = METHODS.get(name, name)
     if ":" not in path:
-        nearest = difflib.get_close_matches(name, (*METHODS, NONE), n=1)
+        nearest = difflib.get_close_matches(name.lower(), (*METHODS, NONE, SAVED), n=1)
         raise ValueError(
             f"method={name!r} is unknown; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
             f"{', '.join(METHODS)}, {NONE}; one's own is named by its path, 'package.module:Class' or "
@@ -138,6 +139,7 @@ def _part(number: int, entry: Any) -> PruningMethod:
 __all__ = [
     "METHODS",
     "NONE",
+    "SAVED",
     "PruningMethod",
     "PyramidDrop",
     "UnknownSettingError",

@@ -1,0 +1,368 @@
+"""Whatever plain transformers takes in ``forward`` and ``generate``: taken alike with nothing dropped, for every family,
+or refused by name."""
+
+import copy
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, SPECIAL, family_inputs, family_model, tokenizer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteriaList,
+)
+
+from vtprune_train import PyramidDrop, dense, prune, unprune
+
+ALL = PyramidDrop(layers=(2, 4), keep=(1.0, 1.0))
+HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
+BATCH = [["user :", 0, "what is shown here ? assistant"], ["a", 1, "red", 2, "blue"], ["what is a dog ?"]]
+ONE = BATCH[:1]
+QWEN = [name for name in FAMILIES if name.startswith("qwen")]
+SIZED = [name for name in FAMILIES if name in ("llava_next", "llava_onevision")]
+
+
+def answer_labels(model, inputs):
+    labels = inputs["input_ids"].clone()
+    labels[:, :-4] = -100
+    return labels.masked_fill(labels == model.config.image_token_id, -100)
+
+
+def positions(inputs):
+    return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+def features(model, inputs):
+    keys = [key for key in ("pixel_values", "image_sizes", "image_grid_thw") if key in inputs]
+    return model.get_image_features(**{key: inputs[key] for key in keys}, return_dict=True)
+
+
+def forward(model, inputs, **more):
+    with torch.no_grad():
+        output = model(**{**inputs, **more})
+    if isinstance(output, tuple):
+        return [part for part in output if isinstance(part, torch.Tensor)]
+    return [part for part in (output.loss, output.logits) if part is not None]
+
+
+def generate(model, inputs, **settings):
+    settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": list(range(len(SPECIAL))), **settings}
+    torch.manual_seed(0)
+    output = model.generate(**{**inputs, **settings})
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = [output.sequences, *(output.get("scores") or ()), *(output.get("logits") or ())]
+    return parts if output.get("sequences_scores") is None else [*parts, output.sequences_scores]
+
+
+def without(inputs, *keys):
+    return {key: value for key, value in inputs.items() if key not in keys}
+
+
+FORWARD = {
+    "as it is": lambda m, n, i: forward(m, i),
+    "return_dict=False": lambda m, n, i: forward(m, i, return_dict=False)[:1],
+    "logits_to_keep=2": lambda m, n, i: forward(m, i, logits_to_keep=2),
+    "logits_to_keep, a tensor": lambda m, n, i: forward(m, i, logits_to_keep=torch.tensor([-3, -1])),
+    "use_cache": lambda m, n, i: forward(m, i, use_cache=True),
+    "labels": lambda m, n, i: forward(m, i, labels=answer_labels(m, i)),
+    "labels and a cache": lambda m, n, i: forward(m, i, labels=answer_labels(m, i), use_cache=True),
+    "labels as short as the logits": lambda m, n, i: forward(
+        m, i, labels=answer_labels(m, i)[:, -5:], logits_to_keep=5
+    ),
+    "labels, all ignored": lambda m, n, i: forward(m, i, labels=torch.full_like(i["input_ids"], -100))[1:],
+    "num_items_in_batch": lambda m, n, i: forward(m, i, labels=answer_labels(m, i), num_items_in_batch=7),
+    "shift_labels": lambda m, n, i: forward(m, i, labels=answer_labels(m, i), shift_labels=shifted(m, i)),
+    "a mask of bool": lambda m, n, i: forward(m, i, attention_mask=i["attention_mask"].bool()),
+    "a mask of floats": lambda m, n, i: forward(m, i, attention_mask=i["attention_mask"].float()),
+    "no mask": lambda m, n, i: forward(m, without(i, "attention_mask")),
+    "ids of int32": lambda m, n, i: forward(m, i, input_ids=i["input_ids"].int()),
+    "text": lambda m, n, i: forward(m, family_inputs(n, BATCH[2:])),
+    "pixel_values=None": lambda m, n, i: forward(m, {**family_inputs(n, BATCH[2:]), "pixel_values": None}),
+    "float64 pixels": lambda m, n, i: forward(m, i, pixel_values=i["pixel_values"].double()),
+    "features made before": lambda m, n, i: forward(
+        m, without(i, "pixel_values"), mm_encoder_outputs={"image": features(m, i)}
+    ),
+    "the base": lambda m, n, i: [m.model(**i).last_hidden_state],
+    "the decoder": lambda m, n, i: [m.model.language_model(input_ids=torch.tensor([[14, 15]])).last_hidden_state],
+    "a cache of two turns": lambda m, n, i: two_turns(m, n),
+    "gradient checkpointing": lambda m, n, i: training_step(m, i),
+}
+
+
+def shifted(model, inputs):
+    return torch.nn.functional.pad(answer_labels(model, inputs), (0, 1), value=-100)[:, 1:].contiguous()
+
+
+def two_turns(model, name):
+    cache = DynamicCache()
+    first, second = family_inputs(name, [["user", 0, "what ?"]]), torch.tensor([[14, 15, 16]])
+    given = {} if name not in QWEN else {"position_ids": None}
+    with torch.no_grad():
+        one = model(**first, past_key_values=cache, use_cache=True)
+        mask = torch.cat([first["attention_mask"], torch.ones_like(second)], dim=1)
+        two = model(input_ids=second, past_key_values=cache, use_cache=True, **({} if given else {"attention_mask": mask}))
+        three = model(input_ids=second[:, :1], past_key_values=cache, use_cache=True)
+    return [one.logits, two.logits, three.logits]
+
+
+def training_step(model, inputs):
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(**inputs, labels=answer_labels(model, inputs)).loss
+    loss.backward()
+    return [loss.detach(), model.model.language_model.layers[0].mlp.up_proj.weight.grad]
+
+
+def close(ours, plain, real):
+    """At real tokens; padding holds different things by design."""
+    assert len(ours) == len(plain) > 0
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+        if not mine.is_floating_point():
+            assert torch.equal(mine, theirs)
+            continue
+        if mine.ndim == 3 and mine.shape[:2] == real.shape:
+            mine, theirs = mine[real], theirs[real]
+        torch.testing.assert_close(mine, theirs, atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("case", FORWARD)
+def test_forward(name, case):
+    inputs = family_inputs(name, BATCH)
+    real = inputs["attention_mask"].bool()
+    if case == "no mask" and name in QWEN:
+        inputs = family_inputs(name, ONE)  # padding would be counted
+        real = inputs["attention_mask"].bool()
+    plain = FORWARD[case](family_model(name), name, copy.deepcopy(inputs))
+    ours = FORWARD[case](prune(family_model(name), ALL), name, copy.deepcopy(inputs))
+    close(ours, plain, real)
+
+
+SIZES = {
+    "lists": lambda sizes: sizes.tolist(),
+    "tuples": lambda sizes: [tuple(size) for size in sizes.tolist()],
+    "arrays": lambda sizes: list(sizes.numpy()),
+    "array": lambda sizes: sizes.numpy(),
+    "tensors": lambda sizes: list(sizes),
+    "int32": lambda sizes: sizes.int(),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("method", [ALL, {"method": "visionzip", "keep": 0.5}], ids=["pyramiddrop", "visionzip"])
+def test_sizes_of_images(name, kind, method):
+    inputs = family_inputs(name, BATCH)
+    sizes = SIZES[kind](inputs["image_sizes"])
+    plain = forward(family_model(name), inputs, image_sizes=sizes)
+    model = prune(family_model(name), method)
+    expected = forward(model, inputs)
+    close(forward(model, inputs, image_sizes=sizes), expected, inputs["attention_mask"].bool())
+    if method is ALL:
+        close(expected, plain, inputs["attention_mask"].bool())
+    single = family_inputs(name, ONE)
+    given = {**single, "image_sizes": SIZES[kind](single["image_sizes"])}
+    assert torch.equal(generate(model, given)[0], generate(model, single)[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_image_features_as_a_tuple(name):
+    inputs = family_inputs(name, ONE)
+    keys = [key for key in ("pixel_values", "image_sizes", "image_grid_thw") if key in inputs]
+    made = [
+        model.model.get_image_features(**{key: inputs[key] for key in keys}, return_dict=False)
+        for model in (family_model(name), prune(family_model(name), ALL))
+    ]
+    assert type(made[0]) is type(made[1]) is tuple and len(made[0]) == len(made[1])
+    torch.testing.assert_close(made[0][0], made[1][0])
+
+
+def test_short_labels_rank_as_long_ones():
+    """With dropping: the row before the answer ranks, wherever the logits begin."""
+    model, inputs = prune(family_model("llava_next"), HALF), family_inputs("llava_next", ONE)
+    labels = answer_labels(model, inputs)
+    whole = forward(model, inputs, labels=labels)
+    for kept in (5, torch.arange(inputs["input_ids"].shape[1])[-5:]):
+        short = forward(model, inputs, labels=labels[:, -5:], logits_to_keep=kept)
+        assert torch.equal(short[0], whole[0]) and torch.equal(short[1], whole[1][:, -5:])
+    shift = shifted(model, inputs)
+    assert torch.equal(forward(model, inputs, labels=labels, shift_labels=shift)[0], whole[0])
+    assert torch.equal(forward(model, inputs, shift_labels=shift)[0], whole[1])
+    with pytest.raises(ValueError, match=r"labels of shape \(1, 3\) do not fit input_ids of .* logits_to_keep=5"):
+        forward(model, inputs, labels=labels[:, -3:], logits_to_keep=5)
+
+
+class Say(LogitsProcessor):
+    """Makes a random model say these tokens first."""
+
+    def __init__(self, prompt, words):
+        self.prompt, self.words = prompt, words
+
+    def __call__(self, ids, scores):
+        scores = scores.clone()
+        scores[:, : len(SPECIAL)] -= 1000
+        said = ids.shape[1] - self.prompt
+        if said < len(self.words):
+            scores[:, self.words[said]] += 3000
+        return scores
+
+
+def saying(inputs, words):
+    return LogitsProcessorList([Say(inputs["input_ids"].shape[1], words)])
+
+
+def language_model():
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, pad_token_id=3, eos_token_id=None)).eval()
+
+
+def image_words(model, name):
+    """The prompt's words before its image, and the image token in the middle of others."""
+    inputs = family_inputs(name, ONE)
+    ids = inputs["input_ids"][0].tolist()
+    first = ids.index(model.config.image_token_id)
+    return inputs, ids[max(first - 3, 0) : first], [20, model.config.image_token_id, 21, model.config.image_token_id]
+
+
+def repeats_the_prompt(model, name, inputs):
+    one, before, _ = image_words(model, name)
+    settings = {"suppress_tokens": None, "max_new_tokens": 12, "logits_processor": saying(one, before)}
+    return generate(model, one, **settings, prompt_lookup_num_tokens=5)
+
+
+def says_image_tokens(model, name, **more):
+    one, _, image = image_words(model, name)
+    return generate(model, one, suppress_tokens=None, max_new_tokens=12, logits_processor=saying(one, image), **more)
+
+
+class Heard:
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, tokens):
+        self.tokens.append(tokens.flatten())
+
+    def end(self):
+        self.tokens.append(torch.tensor([-1]))
+
+
+def streamed(model, name):
+    heard = Heard()
+    return [*generate(model, family_inputs(name, ONE), streamer=heard), torch.cat(heard.tokens)]
+
+
+def sampled_by_hand(model, input_ids, **kwargs):
+    return GenerationMixin._sample(model, input_ids, **kwargs)
+
+
+def generated_twice(model, name):
+    cache, first = DynamicCache(), family_inputs(name, [["user", 0, "what ?"]])
+    said = generate(model, first, past_key_values=cache, max_new_tokens=4)[0]
+    ids = torch.cat([said, torch.tensor([[14, 15, 16]])], dim=1)
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+    return generate(model, more, max_new_tokens=4)
+
+
+def config(**settings):
+    return GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=3, **settings)
+
+
+GENERATE = {
+    "greedy": lambda m, n, i: generate(m, i),
+    "sampling": lambda m, n, i: generate(m, i, do_sample=True, temperature=1.3, top_k=9, top_p=0.9, min_p=0.01),
+    "several answers": lambda m, n, i: generate(m, family_inputs(n, ONE), do_sample=True, num_return_sequences=2),
+    "beams": lambda m, n, i: generate(m, family_inputs(n, ONE), num_beams=3),
+    "beams, sampled": lambda m, n, i: generate(m, family_inputs(n, ONE), num_beams=2, do_sample=True),
+    "beams with scores": lambda m, n, i: generate(
+        m, family_inputs(n, ONE), num_beams=3, num_return_sequences=2, return_dict_in_generate=True, output_scores=True
+    ),
+    "no cache": lambda m, n, i: generate(m, i, use_cache=False),
+    "scores and logits": lambda m, n, i: generate(
+        m, i, return_dict_in_generate=True, output_scores=True, output_logits=True
+    ),
+    "processors": lambda m, n, i: generate(
+        m, i, repetition_penalty=1.5, no_repeat_ngram_size=2, bad_words_ids=[[15]], sequence_bias={(16,): 2.0}
+    ),
+    "guidance": lambda m, n, i: generate(m, i, guidance_scale=1.5),
+    "a negative prompt": lambda m, n, i: generate(
+        m, i, guidance_scale=1.5, negative_prompt_ids=torch.full((3, 90), 15)
+    ),
+    "ends": lambda m, n, i: generate(m, i, eos_token_id=[15, 16, 17, 18]),
+    "stopping": lambda m, n, i: generate(
+        m, i, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(i["input_ids"].shape[1] + 3)])
+    ),
+    "allowed tokens": lambda m, n, i: generate(m, i, prefix_allowed_tokens_fn=lambda row, ids: [15, 16, 17, 20]),
+    "streamed": lambda m, n, i: streamed(m, n),
+    "custom_generate": lambda m, n, i: generate(m, i, custom_generate=sampled_by_hand),
+    "a mask of bool": lambda m, n, i: generate(m, i, attention_mask=i["attention_mask"].bool()),
+    "no mask": lambda m, n, i: generate(m, without(i, "attention_mask")),
+    "ids by position": lambda m, n, i: [m.generate(i["input_ids"], config(), **without(i, "input_ids"))],
+    "inputs=": lambda m, n, i: generate(m, {**without(i, "input_ids"), "inputs": i["input_ids"]}),
+    "two turns": lambda m, n, i: generated_twice(m, n),
+    "text": lambda m, n, i: generate(m, family_inputs(n, BATCH[2:])),
+    "no input": lambda m, n, i: [m.generate(bos_token_id=1, max_new_tokens=4, do_sample=False)],
+    "prompt lookup": lambda m, n, i: repeats_the_prompt(m, n, i),
+    "image tokens said": lambda m, n, i: says_image_tokens(m, n),
+    "image tokens said, in lookup": lambda m, n, i: says_image_tokens(m, n, prompt_lookup_num_tokens=4),
+    "image tokens said, in beams": lambda m, n, i: says_image_tokens(m, n, num_beams=2),
+    "a language model assists": lambda m, n, i: generate(m, family_inputs(n, ONE), assistant_model=language_model()),
+    "image tokens said, assisted": lambda m, n, i: says_image_tokens(m, n, assistant_model=language_model()),
+    "a dense model assists": lambda m, n, i: generate(m, family_inputs(n, ONE), assistant_model=family_model(n, 1)),
+    "training mode": lambda m, n, i: generate(m.train(), i),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("case", GENERATE)
+def test_generate(name, case):
+    inputs = family_inputs(name, BATCH)
+    plain = GENERATE[case](family_model(name), name, copy.deepcopy(inputs))
+    close(GENERATE[case](prune(family_model(name), ALL), name, copy.deepcopy(inputs)), plain, torch.zeros(0, 0))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate_with_gradient_checkpointing(name, caplog):
+    """In training mode transformers' layers fill no cache then, and its own ``generate`` shows every step the last
+    token alone. Here the answer is the model's."""
+    inputs = family_inputs(name, BATCH)
+    model = prune(family_model(name), HALF)
+    expected, beams = generate(model, inputs), generate(model, family_inputs(name, ONE), num_beams=2)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(generate(model, inputs)[0], expected[0])
+    assert torch.equal(generate(model, family_inputs(name, ONE), num_beams=2)[0], beams[0])
+    assert caplog.text.count("runs without a cache") == 1
+    for key, value in {"past_key_values": DynamicCache(), "prompt_lookup_num_tokens": 3}.items():
+        with pytest.raises(ValueError, match=rf"{key} needs a cache, .*gradient_checkpointing_disable"):
+            generate(model, family_inputs(name, ONE), **{key: value})
+    with pytest.raises(ValueError, match="past_key_values in training mode with gradient checkpointing"):
+        model(**inputs, past_key_values=DynamicCache())
+    for layer in model.model.language_model.layers[1:]:
+        layer.gradient_checkpointing = False
+    assert torch.equal(generate(model, inputs)[0], expected[0]), "one layer alone"
+    assert torch.equal(generate(model.eval(), inputs)[0], expected[0])
+
+
+def masked_inside(model, name):
+    ids = torch.tensor([[14, 15, 16, 17, 18]])
+    return model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1]])).logits[0, [0, 1, 3, 4]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masked_columns_inside_a_row_take_no_position(name):
+    model = prune(family_model(name), ALL)
+    with torch.no_grad():
+        torch.testing.assert_close(masked_inside(model, name), model(torch.tensor([[14, 15, 17, 18]])).logits[0])
