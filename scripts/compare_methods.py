@@ -33,8 +33,8 @@ from vtprune_train.inference.chatting import Loaded, batch, load, open_picture  
 from vtprune_train.inference.draw import INK, PAPER, SOFT  # noqa: E402
 from vtprune_train.inference.questions import Question, normalized, read_questions  # noqa: E402
 from vtprune_train.inference.timing import measured_answers  # noqa: E402
-from vtprune_train.models.patch import CONFIG_KEY, backend_for  # noqa: E402
-from vtprune_train.pruning import METHODS, NONE, PruningMethod, method_class  # noqa: E402
+from vtprune_train.models.patch import backend_for  # noqa: E402
+from vtprune_train.pruning import CONFIG_KEY, METHODS, NONE, PruningMethod, method_class  # noqa: E402
 from vtprune_train.pruning.learned import learns  # noqa: E402
 
 DATA = Path("runs/data/quickstart")

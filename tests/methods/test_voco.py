@@ -11,6 +11,7 @@ from slow_learned import TOLERANCE, compared, slow_voco
 
 from vtprune_train import prune
 from vtprune_train.models.padded import decode, prefill
+from vtprune_train.models.patch import saved_method
 from vtprune_train.pruning.base import Ranking
 from vtprune_train.pruning.voco import VoCo
 from vtprune_train.stream import ImageSpan, SegmentLayout
@@ -33,6 +34,16 @@ def test_equals_the_loops(seed, images, tokens, kv_heads, hide):
 
     gradients = compared(VoCo(tokens=tokens, hide=hide), images, seed, kv_heads, slow)
     assert (gradients[1].abs().sum() > 0) == (sum(images) > 0)
+
+
+def test_a_checkpoint_saved_before_hide_was_a_setting_hides_the_image():
+    model = tiny_model()
+    model.config.pruning = {"method": "voco", "tokens": 1}
+    assert saved_method(model) == VoCo(tokens=1, hide="image")
+    model.config.pruning = {"method": [{"method": "fastv"}, {"method": "voco", "tokens": 2}]}
+    assert saved_method(model).methods[1] == VoCo(tokens=2, hide="image")
+    model.config.pruning = VoCo().settings()
+    assert saved_method(model) == VoCo(hide="all_before")
 
 
 def test_only_summaries_are_kept():

@@ -27,11 +27,11 @@ from vtprune_train.models.build import (
 )
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.learned import check_trained
-from vtprune_train.models.patch import CONFIG_KEY, prune, resolve_method
+from vtprune_train.models.patch import prune, resolve_method
 from vtprune_train.models.peft import is_adapter, open_adapter
 from vtprune_train.models.processors import open_processor
 from vtprune_train.models.templates import build_encoder, carry, stop_where_answers_end
-from vtprune_train.pruning import SAVED
+from vtprune_train.pruning import CONFIG_KEY, SAVED
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IMAGE
 

@@ -14,8 +14,7 @@ from vtprune_train.config import TRAINING_ONLY
 from vtprune_train.config_file import read_pruning
 from vtprune_train.inference.chatting import DTYPES, Loaded, load, model_config
 from vtprune_train.models.build import resolve_checkpoint
-from vtprune_train.models.patch import CONFIG_KEY
-from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types
+from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, saved_settings, setting_types
 from vtprune_train.pruning.base import PruningMethod
 
 Number = TypeVar("Number", int, float)
@@ -91,7 +90,7 @@ def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["save
         raise ValueError(f"{shown[0]} has no effect: --method is none; leave one of them out")
     if named is not None:
         return method_from_settings(changed(named_method(named), given))
-    saved = getattr(model_config(resolve_checkpoint(arguments.model)), CONFIG_KEY, None)
+    saved = saved_settings(model_config(resolve_checkpoint(arguments.model)))
     if saved is None:
         raise ValueError(f"{shown[0]} changes the saved settings, but {arguments.model} holds none; name the --method")
     return method_from_settings(changed(saved, given))

@@ -39,6 +39,7 @@ from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.families import Family, Loop, trained_family
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.models.tokenizer import lasting
+from vtprune_train.pruning import saved_settings
 from vtprune_train.stream import IMAGE
 
 log = logging.getLogger(__name__)
@@ -423,7 +424,7 @@ def saved_pruning(path: str) -> dict[str, Any] | None:
     Raises:
         ValueError: there is no such checkpoint.
     """
-    return getattr(load_any_config(resolve_checkpoint(path), f"train.init_from={path}", offline=False), "pruning", None)
+    return saved_settings(load_any_config(resolve_checkpoint(path), f"train.init_from={path}", offline=False))
 
 
 def first_line(error: Exception) -> str:

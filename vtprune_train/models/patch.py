@@ -39,7 +39,7 @@ from vtprune_train.models.learned import attach, check_trained, detach, modules_
 from vtprune_train.models.padded import checkpoints_layers, forward_text
 from vtprune_train.models.sharding import check_attention_function, check_layers, restore_forward
 from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
-from vtprune_train.pruning import SAVED, method_from_settings
+from vtprune_train.pruning import CONFIG_KEY, SAVED, method_from_settings, saved_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.learned import learns
@@ -48,7 +48,6 @@ from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan, to_device
 log = logging.getLogger(__name__)
 
 _REPLACED = "_vtprune_replaced"
-CONFIG_KEY = "pruning"
 SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")  # inputs of get_image_features that its code loops over
 
 
@@ -201,7 +200,7 @@ def saved_method(model: HFModule) -> PruningMethod | None:
     Raises:
         ValueError: there is none, or it is not known here.
     """
-    settings = getattr(_unwrapped(model).config, CONFIG_KEY, None)
+    settings = saved_settings(_unwrapped(model).config)
     if settings is None:
         raise ValueError(
             "config.json of this model holds no pruning settings, so name the method: "

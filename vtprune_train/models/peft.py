@@ -25,7 +25,7 @@ from vtprune_train.models.build import LEARNED_NAME, build_model, first_line, re
 from vtprune_train.models.families import family_of
 from vtprune_train.models.learned import FILE, SOURCE
 from vtprune_train.models.origin import EXTRA, RECORD, Base, lay_over, load_tensors, published_names, save_tensors
-from vtprune_train.models.patch import CONFIG_KEY
+from vtprune_train.pruning import CONFIG_KEY
 
 ADAPTED = "_vtprune_adapted"
 ADAPTER = "default"

@@ -13,6 +13,7 @@ from vtprune_train.pruning.fitting import setting_types
 from vtprune_train.pruning.own import load_class, names_beside
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
 
+CONFIG_KEY = "pruning"  # of a model's config
 NONE = "none"
 SAVED: Literal["saved"] = "saved"  # what a checkpoint was saved with, where there is one
 METHODS: dict[str, str] = {
@@ -84,6 +85,20 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
         raise UnknownSettingError(unknown[0], str(name), tuple(types))
     _check_given(cls, str(name), values)
     return cls(**values)
+
+
+def saved_settings(config: Any) -> dict[str, Any] | None:
+    """The pruning settings in a model's config, or ``None``. A setting that its method did not have when the
+    checkpoint was saved gets the value that does what the method did then."""
+    settings = getattr(config, CONFIG_KEY, None)
+    return None if settings is None else _completed(settings)
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    name = settings.get("method")
+    if isinstance(name, list | tuple):
+        return {**settings, "method": [_completed(part) if isinstance(part, Mapping) else part for part in name]}
+    return {**({} if name in (None, NONE) else method_class(str(name)).before), **settings}
 
 
 def _check_given(cls: type[PruningMethod], name: str, values: Mapping[str, Any]) -> None:

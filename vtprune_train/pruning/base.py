@@ -16,7 +16,7 @@ H query heads, G key-value heads, D head size, C hidden size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -129,6 +129,8 @@ class PruningMethod(metaclass=FitsSettings):
         paper: its title and arXiv number.
         where: for the list of methods: ``before the decoder``, ``between layers``, ``key-value cache``, ...
         trains: for that list: what training does with it, and why not where it cannot.
+        before: settings that the method did not always have, with the values that do what it did then; for checkpoints
+            saved before.
         rank_with: whose attention :attr:`Candidates.ranking` holds: ``next_layer``, the first of the stage that begins;
             ``this_layer``, the last of the stage that ends (free); ``None``, none is needed.
         rotary: whether queries and keys of the ranking are rotated.
@@ -150,6 +152,7 @@ class PruningMethod(metaclass=FitsSettings):
     paper: ClassVar[str] = ""
     where: ClassVar[str] = "between layers"
     trains: ClassVar[str] = "yes"
+    before: ClassVar[Mapping[str, Any]] = {}
     rank_with: RankWith | None = None
     rotary: bool = True
     gravity: bool = False

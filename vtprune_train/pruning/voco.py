@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ class VoCo(PruningMethod):
     where: ClassVar[str] = "attention and key-value cache of every layer"
     trains: ClassVar[str] = "yes, and must be: the summary is learned; training is not faster"
     hidden_after: ClassVar[HiddenAfter] = "span"  # type: ignore[misc]
+    before: ClassVar[dict[str, Any]] = {"hide": "image"}
 
     def __post_init__(self) -> None:
         check_whole("tokens", self.tokens, 1)
