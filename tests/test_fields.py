@@ -204,6 +204,17 @@ def test_every_kind_of_file_tells_of_a_field_that_is_refused_and_of_one_that_is_
         assert [ignoring.record(i).id for i in range(2)] == ["fine", "moving"], name
         questions, malformed = read_questions(tmp_path / name, tmp_path)
         assert [question.sample for question in questions] == ["fine"] and malformed[0][0] == "moving", name
+        assert len(read_questions(tmp_path / name, tmp_path, ignore=["video"])[0]) == 2, name
+
+
+def test_questions_whose_pictures_are_all_elsewhere(tmp_path):
+    records = [{"id": "r", "image": "a.png", "conversations": say("<image> what ?", "a cat")}, {"id": "t", **TALK}]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"--images .*: none of the 1 pictures that .*a.json names is there"):
+        read_questions(tmp_path / "a.json", tmp_path)
+    picture_bytes(tmp_path, 1)
+    (tmp_path / "images" / "1.png").rename(tmp_path / "images" / "a.png")
+    assert len(read_questions(tmp_path / "a.json", tmp_path / "images")[0]) == 2
 
 
 def test_members_of_a_tar_that_are_no_images(tmp_path):

@@ -7,7 +7,7 @@ the record would be training on something else. docs/data.md has the table.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from functools import lru_cache
 from typing import Any
 
@@ -90,7 +90,7 @@ def is_empty(value: Any) -> bool:
 
 
 def check_fields(
-    fields: Mapping[str, Any], read: Collection[str], ignore: Collection[str], *, answer: bool | None, has_images: bool
+    fields: Mapping[str, Any], read: Set[str], ignore: Collection[str], *, answer: bool | None, has_images: bool
 ) -> set[str]:
     """The fields that are not read and should be mentioned.
 
@@ -104,7 +104,9 @@ def check_fields(
     Raises:
         ValueError: one would change what is trained; names it.
     """
-    unread = set()
+    unread: set[str] = set()
+    if fields.keys() <= read:  # as nearly all are
+        return unread
     for name, value in fields.items():
         if name in read or name in ignore:
             continue
