@@ -132,7 +132,7 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = ()) -> Con
         _check(turns, images)
         for turn in turns:
             if turn.role != "assistant":
-                check_marks(turn.text, ignore)
+                check_marks(turn.text, ignore, has_images=bool(images))
     except ValueError as error:
         return Conversation(name, error=shortened(str(error)), unread=frozenset(unread))
     return Conversation(name, tuple(turns), tuple(images), unread=frozenset(unread))
