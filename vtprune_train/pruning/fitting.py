@@ -59,11 +59,8 @@ def _method_checks(kind: Any, value: Any) -> bool:
     a list of another length."""
     if typing.get_origin(kind) is typing.Literal:
         return isinstance(value, str)
-    return (
-        typing.get_origin(kind) is tuple
-        and isinstance(value, tuple | list)
-        and len(value) != len(typing.get_args(kind))
-    )
+    entries = typing.get_args(kind) if typing.get_origin(kind) is tuple else (Ellipsis,)
+    return Ellipsis not in entries and isinstance(value, tuple | list) and len(value) != len(entries)
 
 
 @cache
