@@ -67,7 +67,7 @@ REFUSED = [
     ({"messages": MESSAGES[:1]}, "'conversations' and 'messages' are both there and differ"),
 ]
 REFUSED_TURNS = [
-    (with_turn(1, loss=False), "turn 2: its field 'loss' (False) holds a flag of what is trained on"),
+    (with_turn(1, loss=False), "its field 'loss' (False) holds a flag of what is trained on"),
     (with_turn(1, train=0), "'train'"),
     (with_turn(1, weight=0), "'weight'"),
     (with_turn(1, loss_mask=0), "'loss_mask'"),
@@ -75,7 +75,7 @@ REFUSED_TURNS = [
     (with_turn(1, learn=False), "'learn'"),
     (with_turn(1, calculate_loss=0), "'calculate_loss'"),
     (with_turn(1, is_trained=False), "'is_trained'"),
-    (with_turn(0, loss=True), "turn 1: its field 'loss' (True)"),
+    (with_turn(0, loss=True), "ignore` if it changes nothing here (turn 1)"),
     (with_turn(1, tool_calls=[{"function": {"name": "f"}}]), "'tool_calls'"),
     (with_turn(1, function_call={"name": "f", "arguments": "{}"}), "'function_call'"),
     (with_turn(1, reasoning_content="it must"), "'reasoning_content'"),
@@ -248,9 +248,9 @@ def test_a_source_that_is_partly_or_wholly_unusable_stops_the_run(tmp_path):
         records = [{"id": f"{name}{i}", **TALK, **({"video": "x"} if i < bad else {})} for i in range(10)]
         (tmp_path / f"{name}.json").write_text(json.dumps(records))
     good, poor, none = (Source(tmp_path / f"{name}.json", tmp_path) for name in ("good", "poor", "none"))
-    assert len(build([good], tmp_path, max_bad=100)[0]) == 9
+    assert len(build([good], tmp_path, max_bad=100, max_bad_share=0.05)[0]) == 9
     with pytest.raises(ValueError, match=r"poor.json .*2 of its 10 records cannot be used, more than data.max_bad_sha"):
-        build([good, poor], tmp_path, max_bad=100)
+        build([good, poor], tmp_path, max_bad=100, max_bad_share=0.05)
     assert len(build([good, poor], tmp_path, max_bad=100, max_bad_share=0.2)[0]) == 17
     with pytest.raises(ValueError, match=r"none.json .*none of its 10 records can be used.*none0: its field 'video'"):
         build([good, none], tmp_path, max_bad=100, max_bad_share=1)

@@ -192,7 +192,7 @@ class _Reading:
             try:
                 turn, brought = self._turn(message)
             except ValueError as error:
-                raise ValueError(f"turn {number}: {error}") from error
+                raise ValueError(f"{error} (turn {number})") from error
             turns.append(turn)
             parts += brought
         return turns, parts
