@@ -361,4 +361,4 @@ def test_what_changed_between_two_runs_is_told_key_by_key():
     del older["data"]["max_bad_share"]
     older["deepspeed"] = "configs/deepspeed/zero2.json"
     assert not changed_settings(yaml.safe_dump(older), dump_config(before)), "what an older version did not know"
-    assert differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"c": 2}]}) == ["a.1: not set -> {'c': 2}"]
+    assert differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"c": 2}]}) == [("a.1", "not set", "{'c': 2}")]

@@ -58,19 +58,24 @@ REFUSED = [
     ({"image_path": "a.png"}, "'image_path'"),
     ({"image_1": "a.png"}, "'image_1'"),
     ({"img": "a.png"}, "'img'"),
+    ({"left_image": "a.png"}, "'left_image'"),
+    ({"attachments": ["a.pdf"]}, "'attachments'"),
+    ({"mask_path": "a.png"}, "'mask_path'"),
     ({"system": ["be brief"]}, "'system' is ['be brief']"),
     ({"chat_template_kwargs": {"enable_thinking": True}}, "'chat_template_kwargs'"),
     ({"image": "a.png", "images": ["b.png"]}, "'images' and 'image' are both there and differ"),
     ({"messages": MESSAGES[:1]}, "'conversations' and 'messages' are both there and differ"),
 ]
 REFUSED_TURNS = [
-    (with_turn(1, loss=False), "turn 2: its field 'loss' (False) holds a flag of what is trained on"),
+    (with_turn(1, loss=False), "its field 'loss' (False) holds a flag of what is trained on"),
     (with_turn(1, train=0), "'train'"),
     (with_turn(1, weight=0), "'weight'"),
     (with_turn(1, loss_mask=0), "'loss_mask'"),
     (with_turn(1, mask=True), "'mask'"),
     (with_turn(1, learn=False), "'learn'"),
-    (with_turn(0, loss=True), "turn 1: its field 'loss' (True)"),
+    (with_turn(1, calculate_loss=0), "'calculate_loss'"),
+    (with_turn(1, is_trained=False), "'is_trained'"),
+    (with_turn(0, loss=True), "ignore` if it changes nothing here (turn 1)"),
     (with_turn(1, tool_calls=[{"function": {"name": "f"}}]), "'tool_calls'"),
     (with_turn(1, function_call={"name": "f", "arguments": "{}"}), "'function_call'"),
     (with_turn(1, reasoning_content="it must"), "'reasoning_content'"),
@@ -90,6 +95,10 @@ REFUSED_TURNS = [
     ({**with_content({"type": "image", "index": 1}), "images": ["a.png"]}, "number the images [1], but there are 1"),
     ({"conversations": say("<video>\nwhat ?", "it rains")}, "its text holds <video>"),
     ({"conversations": say("listen: <audio>", "it rains")}, "<audio>"),
+    ({"conversations": say("<Image>\nwhat ?", "it rains")}, "<Image>, but the record has no image"),
+    ({"conversations": say("<image_1> what ?", "it rains")}, "<image_1>"),
+    ({"conversations": say("<img>a.png</img> what ?", "it rains")}, "<img>"),
+    ({"conversations": say("<video_1> what ?", "it rains")}, "<video_1>"),
     ({"conversations": say("<|video_pad|> what ?", "it rains")}, "<|video_pad|>"),
     ({"conversations": {"from": ["human", "gpt"], "value": ["what"]}}, "not one of lists of equal length"),
     ({"conversations": json.dumps(say("what", "it"))}, "'conversations' is a str, not a list of turns"),
@@ -114,7 +123,7 @@ def test_a_turn_that_changes_what_is_trained_is_refused(record, error):
         {"video": None, "videos": [], "audio": "", "tools": None, "objects": {"bbox": [], "ref": None}, "loss": None},
         {"weight": 1, "loss": True, "loss_mask": [1, 1], "label": "rain", "mask": 0},
         {"id": 3, "source": "x", "width": 3, "height": 4, "metadata": {"video": "y"}, "score": 0.1, "language": "en"},
-        {"video_id": "abc", "dataset": "y", "__index_level_0__": 4, "num_frames": 8},
+        {"video_id": "abc", "dataset": "y", "__index_level_0__": 4, "num_frames": 8, "num_images": 0, "image_size": 3},
     ],
 )
 def test_fields_that_change_nothing_stay_allowed(fields):
@@ -204,6 +213,17 @@ def test_every_kind_of_file_tells_of_a_field_that_is_refused_and_of_one_that_is_
         assert [ignoring.record(i).id for i in range(2)] == ["fine", "moving"], name
         questions, malformed = read_questions(tmp_path / name, tmp_path)
         assert [question.sample for question in questions] == ["fine"] and malformed[0][0] == "moving", name
+        assert len(read_questions(tmp_path / name, tmp_path, ignore=["video"])[0]) == 2, name
+
+
+def test_questions_whose_pictures_are_all_elsewhere(tmp_path):
+    records = [{"id": "r", "image": "a.png", "conversations": say("<image> what ?", "a cat")}, {"id": "t", **TALK}]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"--images .*: none of the 1 pictures that .*a.json names is there"):
+        read_questions(tmp_path / "a.json", tmp_path)
+    picture_bytes(tmp_path, 1)
+    (tmp_path / "images" / "1.png").rename(tmp_path / "images" / "a.png")
+    assert len(read_questions(tmp_path / "a.json", tmp_path / "images")[0]) == 2
 
 
 def test_members_of_a_tar_that_are_no_images(tmp_path):
@@ -228,9 +248,9 @@ def test_a_source_that_is_partly_or_wholly_unusable_stops_the_run(tmp_path):
         records = [{"id": f"{name}{i}", **TALK, **({"video": "x"} if i < bad else {})} for i in range(10)]
         (tmp_path / f"{name}.json").write_text(json.dumps(records))
     good, poor, none = (Source(tmp_path / f"{name}.json", tmp_path) for name in ("good", "poor", "none"))
-    assert len(build([good], tmp_path, max_bad=100)[0]) == 9
+    assert len(build([good], tmp_path, max_bad=100, max_bad_share=0.05)[0]) == 9
     with pytest.raises(ValueError, match=r"poor.json .*2 of its 10 records cannot be used, more than data.max_bad_sha"):
-        build([good, poor], tmp_path, max_bad=100)
+        build([good, poor], tmp_path, max_bad=100, max_bad_share=0.05)
     assert len(build([good, poor], tmp_path, max_bad=100, max_bad_share=0.2)[0]) == 17
     with pytest.raises(ValueError, match=r"none.json .*none of its 10 records can be used.*none0: its field 'video'"):
         build([good, none], tmp_path, max_bad=100, max_bad_share=1)

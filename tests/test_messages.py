@@ -101,6 +101,9 @@ def test_a_setting_written_as_an_option(folder, capsys):
         with pytest.raises(SystemExit):
             command(["--config", "tiny.yaml", "--epochs", "3"])
         assert "settings are key=value without dashes, for example train.epochs=3" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            command(["quickstart.yaml"])
+        assert "required: --config; name a YAML file of your own, or one of llava_1_5_pdrop" in capsys.readouterr().err
 
 
 def test_a_file_that_a_command_cannot_write_is_named(folder, capsys):

@@ -39,6 +39,9 @@ class TrainParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):
             message += "; settings are key=value without dashes, for example train.epochs=3"
+        if message.endswith("required: --config"):
+            recipes = ", ".join(sorted(path.name for path in PACKAGED_CONFIGS.glob("*.yaml")))
+            message += f"; name a YAML file of your own, or one of {recipes}"
         super().error(message)
 
 

@@ -345,18 +345,18 @@ def changed_settings(before: str, now: str) -> list[str]:
         log.debug("the settings before cannot be filled in", exc_info=True)
     if isinstance(old.get("deepspeed"), str):  # a version that wrote only the file's name
         old, new = ({**tree, "deepspeed": None} for tree in (old, new))
-    return differences(old, new)
+    return [f"{key}: {before} -> {after}" for key, before, after in differences(old, new)]
 
 
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """``key: old -> new`` of each value that differs between two trees, as deep as both have keys."""
+def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, str, str]]:
+    """``(key, old, new)`` of each value that differs between two trees, as deep as both have keys."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(name, old.get(name, NOT_SET), new.get(name, NOT_SET)) for name in {**old, **new}]
     elif isinstance(old, list) and isinstance(new, list) and any(isinstance(item, dict) for item in [*old, *new]):
         pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip_longest(old, new, fillvalue=NOT_SET))]
     else:
-        return [] if old == new else [f"{key}: {_shown(old)} -> {_shown(new)}"]
-    return [line for name, a, b in pairs for line in differences(a, b, f"{key}.{name}" if key else str(name))]
+        return [] if old == new else [(key, _shown(old), _shown(new))]
+    return [found for name, a, b in pairs for found in differences(a, b, f"{key}.{name}" if key else str(name))]
 
 
 def _shown(value: Any) -> str:

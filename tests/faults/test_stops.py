@@ -71,8 +71,10 @@ def test_settings_that_changed_are_told_on_resume(runs):
     }
     assert {line for line in told if line} == expected, done.stderr
     done = runs.run("changed", *settings, "pruning.keep=[0.5, 0.3, 0.125]", "data.train.0.take=first:9", expect=2)
-    assert "  pruning.keep: [0.5, 0.25, 0.125] -> [0.5, 0.3, 0.125]\n" in done.stderr
-    assert "  data.train.0.take: 'all' -> 'first:9'\n" in done.stderr and "pruning.layers:" not in done.stderr
+    assert "  pruning.keep: checkpoint [0.5, 0.25, 0.125], now [0.5, 0.3, 0.125]\n" in done.stderr
+    assert (
+        "  data.train.0.take: checkpoint 'all', now 'first:9'\n" in done.stderr and "pruning.layers:" not in done.stderr
+    )
 
 
 def children_with(parent: int, word: str) -> list[int]:

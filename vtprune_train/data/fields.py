@@ -7,7 +7,7 @@ the record would be training on something else. docs/data.md has the table.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +25,7 @@ _MEDIA = {
     "a video": rf"(video|video_?clip|clip|movie|frame|video_?frame)s?{_FILE}|{_VIDEO_FILES}",
     "audio": rf"(audio|speech|sound|voice|music|waveform)s?{_FILE}|input_audio|{_AUDIO_FILES}",
     "a point cloud or depth map": r"(point_?cloud|depth_?(map|image)|mesh)s?" + _FILE,
+    "media": r"media|multi_?(modal|media)(_(data|inputs?))?|attachments?",
 }
 _FORMAT = {
     "tool use": r"tools?|tool_(calls?|choice|call_ids?|responses?|results?)|functions?|function_(calls?|responses?)"
@@ -35,13 +36,16 @@ _FORMAT = {
     "reasoning": r"reasoning|reasoning_(content|text)|thinking|thinking_blocks|thoughts?|chain_of_thought|refusal",
     "a setting of the chat template": r"chat_template|chat_template_kwargs|enable_thinking|add_generation_prompt",
     "places in the image": r"b_?box(es)?|(bounding_?)?box(es)?|objects|regions?|polygons?|segmentations?|(key)?points"
-    r"|ref_?(objects?|boxes)",
+    r"|ref_?(objects?|boxes)|(segmentation_|seg_|instance_)?masks?_(path|file|rle|url)s?|seg(mentation)?_masks?",
     NOT_TRAINED: r"masks?|masked|mask_(history|prompt|inputs?)|ignore_?(loss)?|no_?(loss|train)"
     r"|skip_?(loss|train)|assistant_masks?|labels_mask",
     "training on prompts": r"train_on_(inputs?|prompts?|source|user)",
 }
-_IMAGE = r"(image|img|picture|photo)s?(_?\d+)?" + _FILE
-_FLAG = r"loss|train|trainable|train_on_turn|learn|learnable|supervised?|kto_tag|desirable|label|loss_mask|train_mask"
+_IMAGE = r"(?!(num|n|no|has|is|max|with|total)_)(\w+_)?(image|img|picture|photo)s?(_?\d+|_[a-h])?" + _FILE
+_FLAG = (
+    r"(is_|has_|use_|with_|do_|should_|compute_|calc_|calculate_)?(loss|train|trained|trainable|learn|learned|learnable"
+    r"|supervised?)|train_on_turn|kto_tag|desirable|label|(loss|train)_mask"
+)
 _WEIGHT = r"((sample|loss|token|turn|example|sampling)_)?(weights?|importance)|loss_scale|repeat(s|_times?)?"
 
 _UNSUPPORTED = [(what, re.compile(pattern)) for what, pattern in (_MEDIA | _FORMAT).items()]
@@ -57,8 +61,11 @@ _HARMLESS = re.compile(
 )
 
 _MARK = re.compile(
-    r"<(video|audio|speech|sound|music|point_?cloud|vid|videos|audios)>|<\|(video|audio|image|vision)(_pad|_start)?\|>",
+    r"<(video|audio|speech|sound|music|point_?cloud|vid)s?[_ -]?\d*>|<\|(video|audio|vision)(_pad|_start)?\|>",
     re.IGNORECASE,
+)
+_IMAGE_MARK = re.compile(
+    r"<(image[_ -]?\d*|image_?(here|placeholder|pad)|img|picture)>|<\|image(_pad|_\d+)?\|>", re.IGNORECASE
 )
 WAY_OUT = "take it out, or name it in the entry's `ignore` if it changes nothing here"
 
@@ -90,7 +97,7 @@ def is_empty(value: Any) -> bool:
 
 
 def check_fields(
-    fields: Mapping[str, Any], read: Collection[str], ignore: Collection[str], *, answer: bool | None, has_images: bool
+    fields: Mapping[str, Any], read: Set[str], ignore: Collection[str], *, answer: bool | None, has_images: bool
 ) -> set[str]:
     """The fields that are not read and should be mentioned.
 
@@ -104,7 +111,9 @@ def check_fields(
     Raises:
         ValueError: one would change what is trained; names it.
     """
-    unread = set()
+    unread: set[str] = set()
+    if fields.keys() <= read:  # as nearly all are
+        return unread
     for name, value in fields.items():
         if name in read or name in ignore:
             continue
@@ -121,8 +130,9 @@ def check_fields(
     return unread
 
 
-def check_marks(text: str, ignore: Collection[str]) -> None:
-    """Placeholders of what is no image, in a prompt; ``<video>`` with ``</video>`` is HTML.
+def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None:
+    """Placeholders of what is no image, or of images where the record has none, in a prompt; ``<video>`` with
+    ``</video>`` is HTML.
 
     Raises:
         ValueError: there is one; names it.
@@ -131,6 +141,9 @@ def check_marks(text: str, ignore: Collection[str]) -> None:
         mark = match.group()
         if mark not in ignore and f"</{mark[1:]}".lower() not in text.lower():
             raise ValueError(f"its text holds {mark}, and only <image> can be trained on; {WAY_OUT}")
+    for match in () if has_images else _IMAGE_MARK.finditer(text):
+        if (mark := match.group()) not in ignore:
+            raise ValueError(f"its text holds {mark}, but the record has no image by 'image' or 'images'; {WAY_OUT}")
 
 
 @lru_cache(4096)

@@ -224,7 +224,7 @@ def build_index(
     cache_dir: Path,
     unsupervised: Literal["error", "skip"] = "error",
     max_image_pixels: int = MAX_PIXELS,
-    max_bad_share: float = 0.05,
+    max_bad_share: float = 1.0,
 ) -> SampleIndex:
     """Index all sources. Ranks of one machine wait for the first to build; the others open what it wrote.
 

@@ -33,6 +33,7 @@ LONGEST_ERROR = 300  # characters; a record with a picture as text would fill th
 _HALF = re.compile(r"[\ud800-\udfff]")  # of a character: what cutting an emoji leaves in JSON, and no UTF-8 can hold
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 PART_IMAGES = ("image", "image_url", "url", "path", "bytes")
+TEXT_PART, IMAGE_PART = frozenset(("type", "text")), frozenset(("type", "text", "index", *PART_IMAGES))
 _LEADING_IMAGES = re.compile(rf"(?:{re.escape(IMAGE)}\s*)*")
 
 
@@ -131,7 +132,7 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = ()) -> Con
         _check(turns, images)
         for turn in turns:
             if turn.role != "assistant":
-                check_marks(turn.text, ignore)
+                check_marks(turn.text, ignore, has_images=bool(images))
     except ValueError as error:
         return Conversation(name, error=shortened(str(error)), unread=frozenset(unread))
     return Conversation(name, tuple(turns), tuple(images), unread=frozenset(unread))
@@ -191,7 +192,7 @@ class _Reading:
             try:
                 turn, brought = self._turn(message)
             except ValueError as error:
-                raise ValueError(f"turn {number}: {error}") from error
+                raise ValueError(f"{error} (turn {number})") from error
             turns.append(turn)
             parts += brought
         return turns, parts
@@ -222,11 +223,10 @@ class _Reading:
         """The text of one part of a message's content."""
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            self._unread |= check_fields(part, ("type", "text"), self._ignore, answer=None, has_images=False)
+            self._unread |= check_fields(part, TEXT_PART, self._ignore, answer=None, has_images=False)
             return part["text"], [_Part()] * part["text"].count(IMAGE)
         if kind in ("image", "image_url") and is_empty(part.get("text")):
-            read = ("type", "text", "index", *PART_IMAGES)
-            self._unread |= check_fields(part, read, self._ignore, answer=None, has_images=False)
+            self._unread |= check_fields(part, IMAGE_PART, self._ignore, answer=None, has_images=False)
             images = [part[key] for key in PART_IMAGES if not is_empty(part.get(key))]
             if len(images) > 1:
                 raise ValueError(f"a part of a message brings {len(images)} images; write a part for each")
@@ -239,10 +239,10 @@ class _Reading:
 
 def _either(message: Mapping[str, Any], llava: str, openai: str) -> Any:
     """The value of a field that has a name in each form."""
-    values = [message[key] for key in (llava, openai) if message.get(key) is not None]
-    if values[1:] and values[0] != values[1]:
+    first, second = message.get(llava), message.get(openai)
+    if first is not None and second is not None and first != second:
         raise ValueError(f"{llava!r} and {openai!r} are both there and differ; leave one of them out")
-    return values[0] if values else None
+    return second if first is None else first
 
 
 def _images(record: Mapping[str, Any], parts: Sequence[_Part]) -> list[str | bytes]:

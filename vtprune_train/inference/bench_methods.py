@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="conversations: any data that training reads")
     parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="fields of records that change nothing",
+    )
     budget_help = "mean shares of the visual tokens that enter a layer: 0.5,0.25,0.1"
     parser.add_argument("--budget", type=numbers(float, "0.5,0.25,0.1"), default=[0.5, 0.25, 0.1], help=budget_help)
     parser.add_argument("--methods", metavar="A,B", help=f"of {', '.join(METHODS)}; left out: all of them")
@@ -102,7 +109,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _with_pictures(arguments: argparse.Namespace) -> tuple[list[Question], list[Prompt], list[tuple[str, str]]]:
     """Questions that show a picture, their prompts, and ``(id, reason)`` of what was left out."""
-    found, left_out = read_questions(Path(arguments.data), Path(arguments.images), arguments.samples, arguments.seed)
+    found, left_out = read_questions(
+        Path(arguments.data), Path(arguments.images), arguments.samples, arguments.seed, arguments.ignore
+    )
     questions: list[Question] = []
     prompts: list[Prompt] = []
     for question in found:

@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="conversations: any data that training reads")
     parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="fields of records that change nothing",
+    )
     parser.add_argument("--compare", choices=[DENSE], help="ask the dense model too, batch by batch in turn")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=16)
@@ -55,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option}={getattr(arguments, option)} is below 1")
     data, images = Path(arguments.data), Path(arguments.images)
-    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed)
+    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore)
     loaded = load_model(arguments)
     if arguments.compare and not is_pruned(loaded.model):
         raise ValueError("--compare dense: the model runs dense already; name a --method to compare with")
@@ -85,6 +92,7 @@ def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
         "data": str(Path(arguments.data).resolve()),
         "data_sha256": _data_digest(Path(arguments.data)),
         "images": str(Path(arguments.images).resolve()),
+        **({"ignore": sorted(arguments.ignore)} if arguments.ignore else {}),
         "limit": arguments.limit,
         "seed": arguments.seed,
         "method": {"method": "none"} if method is None else method.settings(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Question:
 
 
 def read_questions(
-    data: Path, images: Path, limit: int | None = None, seed: int = 0
+    data: Path, images: Path, limit: int | None = None, seed: int = 0, ignore: Collection[str] = ()
 ) -> tuple[list[Question], list[tuple[str, str]]]:
     """The questions of a file in the forms of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of malformed
     records.
@@ -43,20 +43,22 @@ def read_questions(
         images: the folder that its pictures are relative to.
         limit: records to take, drawn by ``seed``, in the file's order; all of them for ``None``.
         seed: of the draw.
+        ignore: fields and marks that change nothing, see :func:`vtprune_train.data.records.normalize`.
 
     Raises:
-        ValueError: the file cannot be read, ``limit`` is below 1, or there is nothing to ask.
+        ValueError: the file cannot be read, ``limit`` is below 1, there is nothing to ask, or none of the pictures is
+            in ``images``.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit={limit}: take at least 1 record, or leave it out for all")
     chosen = None
     if limit is not None:
-        count = sum(1 for _ in read_records(data))
+        count = sum(1 for _ in read_records(data, ignore))
         chosen = set(np.random.default_rng(seed).permutation(count)[:limit].tolist())
     questions: list[Question] = []
     malformed: list[tuple[str, str]] = []
     asked = 0
-    for number, row in enumerate(read_records(data)):
+    for number, row in enumerate(read_records(data, ignore)):
         if chosen is not None and number not in chosen:
             continue
         asked += 1
@@ -69,6 +71,12 @@ def read_questions(
         raise ValueError(f"data file {data} holds no question to ask among {asked} record(s){first}")
     if any(isinstance(picture, Path) for question in questions for picture in question.images) and not images.is_dir():
         raise ValueError(f"--images {images} is no folder; it holds the pictures that {data} names")
+    pictures = {picture for question in questions for picture in question.images if isinstance(picture, Path)}
+    if pictures and not any(picture.exists() for picture in pictures):
+        raise ValueError(
+            f"--images {images}: none of the {len(pictures)} pictures that {data} names is there; the first: "
+            f"{min(pictures)}"
+        )
     return questions, malformed
 
 

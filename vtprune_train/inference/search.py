@@ -144,6 +144,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="conversations to calibrate on")
     parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="fields of records that change nothing",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="YAML to write: --method FILE, or pruning=FILE")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--kl", type=float, metavar="X", help="G-Search: mean KL to the dense model's answers, in nats")
@@ -168,7 +175,9 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: what is wrong with an option, the model or the data, or nothing can be dropped.
     """
     settings = _checked(arguments)
-    questions, malformed = read_questions(Path(arguments.data), Path(arguments.images), arguments.limit, arguments.seed)
+    questions, malformed = read_questions(
+        Path(arguments.data), Path(arguments.images), arguments.limit, arguments.seed, arguments.ignore
+    )
     for sample, reason in malformed:
         log.warning("left out %s: %s", sample, reason)
     prompts = list(prompts_with_pictures(questions, open_picture))

@@ -37,10 +37,30 @@ class FitsSettings(ABCMeta):
             )
         given = inspect.signature(cls.__init__).bind(None, *args, **settings).arguments
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        fitting = {
-            name: fitted(name, value, types[name], defaults[name]) for name, value in given.items() if name != "self"
-        }
-        return super().__call__(**fitting)
+        fitting: dict[str, Any] = {}
+        late: ValueError | None = None
+        for name, value in given.items():
+            if name == "self":
+                continue
+            try:
+                fitting[name] = fitted(name, value, types[name], defaults[name])
+            except ValueError as error:
+                if not _method_checks(types[name], value):
+                    raise
+                fitting[name], late = value, error
+        method = super().__call__(**fitting)
+        if late is not None:
+            raise late
+        return method
+
+
+def _method_checks(kind: Any, value: Any) -> bool:
+    """Whether what does not fit is left to the method, which may say more of it: a word that is not among the choices,
+    a list of another length."""
+    if typing.get_origin(kind) is typing.Literal:
+        return isinstance(value, str)
+    entries = typing.get_args(kind) if typing.get_origin(kind) is tuple else (Ellipsis,)
+    return Ellipsis not in entries and isinstance(value, tuple | list) and len(value) != len(entries)
 
 
 @cache

@@ -8,9 +8,9 @@ import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from vtprune_train.config import Config, ConfigError
+from vtprune_train.config import Config, ConfigError, SourceConfig
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.index import most_bad, shown_fields
 from vtprune_train.data.measure import picture_name
@@ -79,30 +79,46 @@ def look_at_data(config: Config) -> list[str]:
         ConfigError: too many of an entry's first records cannot be used; names the entry's key and the first reasons.
         ValueError: a file cannot be read.
     """
-    lines, wrong = [], []
-    for which in SPLITS:
-        for number, source in enumerate(config.sources(which)):
-            key, images = f"data.{which}.{number}", Path(source.images)
-            records = _first_records(Path(source.path), source.ignore)
-            reasons = [
-                f"{record.id}: {reason}"
-                for record in records
-                if (reason := _unusable(record, images, config.data.max_image_pixels))
-            ]
-            unread = Counter(name for record in records for name in record.unread)
-            fields = f"; fields that are not read: {shown_fields(unread)}" if unread else ""
-            bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
-            lines.append(f"{key:<14}{source.path}: {len(records)} first record(s) looked at{bad}{fields}")
-            allowed = most_bad(config.data.max_bad_share, len(records))
-            if reasons and (len(reasons) > min(allowed, config.data.max_bad) or len(reasons) == len(records)):
-                wrong.append(
-                    f"{key}: {len(reasons)} of the first {len(records)} records of {source.path} (images in {images}) "
-                    f"cannot be used (data.max_bad={config.data.max_bad}, data.max_bad_share="
-                    f"{config.data.max_bad_share:g}). First: {'; '.join(reasons[:3])}"
-                )
-    if wrong:
+    looks = {
+        f"data.{which}.{number}": _look(f"data.{which}.{number}", source, config)
+        for which in SPLITS
+        for number, source in enumerate(config.sources(which))
+    }
+    if wrong := [look.wrong for look in looks.values() if look.wrong]:
         raise ConfigError("\n".join(wrong))
+    lines = [f"{key:<14}{look.line}" for key, look in looks.items()]
+    counts = [look.records for key, look in looks.items() if key.startswith("data.train")]
+    batch = config.train.global_batch_size
+    if counts and max(counts) < LOOKED_AT and sum(counts) < batch:
+        size = f"train.global_batch_size={batch}"
+        lines.append(f"{'':<14}{size} is larger than these {sum(counts)} record(s) of data.train")
     return lines
+
+
+class _Look(NamedTuple):
+    """What the first records of an entry are like: a line for the report, what is wrong if much is, their number."""
+
+    line: str
+    wrong: str
+    records: int
+
+
+def _look(key: str, source: SourceConfig, config: Config) -> _Look:
+    images, data = Path(source.images), config.data
+    records = _first_records(Path(source.path), source.ignore)
+    number = len(records)
+    found = ((record.id, _unusable(record, images, data.max_image_pixels)) for record in records)
+    reasons = [f"{name}: {reason}" for name, reason in found if reason]
+    unread = Counter(name for record in records for name in record.unread)
+    fields = f"; fields that are not read: {shown_fields(unread)}" if unread else ""
+    bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
+    wrong = ""
+    if reasons and (len(reasons) > min(most_bad(data.max_bad_share, number), data.max_bad) or len(reasons) == number):
+        wrong = (
+            f"{key}: {len(reasons)} of the first {number} records of {source.path} (images in {images}) cannot be used "
+            f"(data.max_bad={data.max_bad}, data.max_bad_share={data.max_bad_share:g}). First: {'; '.join(reasons[:3])}"
+        )
+    return _Look(f"{source.path}: {number} first record(s) looked at{bad}{fields}", wrong, number)
 
 
 def _paths(config: Config) -> list[tuple[str, Path]]:

@@ -58,13 +58,12 @@ def resume(
 def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     saved = ranks.from_rank_0(lambda: json.loads((checkpoint / "trainer.json").read_text())["identity"])
     known = {key: value for key, value in saved.items() if key in identity}
-    if lines := differences(known, json.loads(json.dumps(identity))):
+    if changed := differences(known, json.loads(json.dumps(identity))):
         raise ValueError(
             "\n".join(
                 [
-                    f"{checkpoint} was trained with other settings, so its steps would hold other samples "
-                    "(checkpoint's -> now):",
-                    *(f"  {line}" for line in lines),
+                    f"{checkpoint} was trained with other settings, so its steps would hold other samples than these:",
+                    *(f"  {key}: checkpoint {before}, now {now}" for key, before, now in changed),
                     f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={checkpoint}",
                 ]
             )
