@@ -8,7 +8,6 @@ which row predicts the first of every answer (the query row), follows from the i
 from __future__ import annotations
 
 import dataclasses
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from vtprune_train.data.tokens import Edge, SectionTokenizer
+from vtprune_train.data.tokens import Edge, SectionTokenizer, part_of
 from vtprune_train.stream import IGNORE, IMAGE
 
 UNSUPERVISED = "no token is supervised: the conversation has no answer to learn"
@@ -165,8 +164,8 @@ def writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     every added token (``legacy: true``) or never (byte-level), so their ids are the same anyway.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    kind = None if backend is None else json.loads(backend.to_str())["pre_tokenizer"]
-    return kind is not None and kind["type"] == "Metaspace" and kind.get("prepend_scheme") == "first"
+    kind = part_of(backend and backend.pre_tokenizer)
+    return kind.startswith('{"type":"Metaspace"') and '"prepend_scheme":"first"' in kind
 
 
 class ChatEncoder:

@@ -8,13 +8,17 @@ same in most conversations.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 KNOWN_SECTIONS = 4096  # sections whose ids are remembered
+CUTTABLE = ("", *(f'{{"type":"{form}"}}' for form in ("NFC", "NFD", "NFKC", "NFKD")))  # normalizers
+WORDS = "".join(f"{left} {right}" for left in "aA1.:])?\"'>é你" for right in "aA1.:[(\"'<é你")
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class SectionTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._tokenizer = tokenizer
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         added = {} if self._backend is None else tokenizer.added_tokens_decoder
         # Those that take the spaces beside them, or depend on what stands there, stay within their section.
         self._cuts = {
@@ -62,7 +66,12 @@ class SectionTokenizer:
         # Where several tokens begin at one place the longest is taken, as the tokenizer does.
         verbatim = sorted((token.content for token in added.values() if not token.normalized), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, verbatim)) or r"(?!)")
-        self._anchor = next(iter(self._cuts), "")
+        marks_beginning = self._backend is not None and '"prepend_scheme":"first"' in part_of(
+            self._backend.pre_tokenizer
+        )
+        self._anchor = next(iter(self._cuts), "") if marks_beginning else ""
+        plain = len(self._cuts) == len(added) and not any(character.isspace() for character in "".join(self._cuts))
+        self._cuts_words = self._backend is not None and plain and _cuts_words(self._backend)
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
@@ -76,60 +85,73 @@ class SectionTokenizer:
             texts: each with its places, in characters from its beginning, ascending.
         """
         cut = [(list(self._sections(text, places)), places) for text, places in texts]
-        wanted = (key for sections, places in cut for key in _wanted(sections, places, self._key))
-        ids_of = self._tokenized(dict.fromkeys(wanted))
-        return [self._joined(sections, places, ids_of) for sections, places in cut]
+        ids = self._tokenized(key for sections, places in cut for key in self._keys(sections, places))
+        return [self._joined(sections, places, ids) for sections, places in cut]
 
     def _sections(self, text: str, places: Sequence[int]) -> Iterator[Section]:
         """Cut ``text`` at added tokens, except at one that a place lies inside of: the text before it has no such
-        token."""
+        token. Where words are tokenized by themselves, also at places between a word and a space."""
         done = 0
         for match in self._pattern.finditer(text):
             start, end = match.span()
             token = self._cuts.get(match.group())
             if token is None or any(start < place < end for place in places):
                 continue
-            if start > done:
-                yield Section(text[done:start], done, None)
+            yield from self._words(text, done, start, places)
             yield Section(match.group(), start, token)
             done = end
-        if done < len(text):
-            yield Section(text[done:], done, None)
+        yield from self._words(text, done, len(text), places)
+
+    def _words(self, text: str, start: int, end: int, places: Sequence[int]) -> Iterator[Section]:
+        for place in places if self._cuts_words else ():
+            if start < place < end and text[place] == " " and not text[place - 1].isspace():
+                yield Section(text[start:place], start, None)
+                start = place
+        if start < end:
+            yield Section(text[start:end], start, None)
+
+    def _keys(self, sections: Iterable[Section], places: Sequence[int]) -> Iterator[str]:
+        """What is to be tokenized: the sections, and what of them stands before a place inside."""
+        for section in sections:
+            if section.token is None:
+                yield self._key(section, len(section.text))
+                for place in places:
+                    if section.start < place < section.end:
+                        yield self._key(section, place - section.start)
 
     def _key(self, section: Section, length: int) -> str:
-        """What is given to the tokenizer for a section's first ``length`` characters. An added token stands before it
-        unless it begins the text, where some tokenizers write a word boundary and nowhere else."""
-        return (self._anchor if section.start else "") + section.text[:length]
+        """What is given to the tokenizer for a section's first ``length`` characters. For a tokenizer that writes a
+        word boundary at the beginning of a text and nowhere else, an added token stands before other sections."""
+        return self._anchor + section.text[:length] if section.start else section.text[:length]
 
-    def _tokenized(self, keys: Iterable[str]) -> Callable[[Section, int], list[int]]:
-        new = [key for key in keys if key not in self._known]
-        ids = dict(zip(new, self._encode(new), strict=True))
-
-        def ids_of(section: Section, length: int) -> list[int]:
-            key = self._key(section, length)
-            found = ids[key] if key in ids else self._known[key]
-            return found[1:] if section.start else found
-
+    def _tokenized(self, keys: Iterable[str]) -> Mapping[str, list[int]]:
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
+        found = dict(zip(new, self._encode(new), strict=True))
         for key in new[: max(0, KNOWN_SECTIONS - len(self._known))]:
-            self._known[key] = ids[key]
-        return ids_of
+            self._known[key] = found[key]
+        return ChainMap(found, self._known)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if self._backend is None:
-            return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         self._backend.no_truncation()
         self._backend.no_padding()
         return [encoded.ids for encoded in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def _ids(self, section: Section, length: int, ids: Mapping[str, list[int]]) -> list[int]:
+        found = ids[self._key(section, length)]
+        return found[1:] if section.start and self._anchor else found
+
     def _joined(
-        self, sections: Sequence[Section], places: Sequence[int], ids_of: Callable[[Section, int], list[int]]
+        self, sections: Sequence[Section], places: Sequence[int], known: Mapping[str, list[int]]
     ) -> tuple[list[int], list[Edge]]:
         ids: list[int] = []
         edges: list[Edge] = []
         for section in sections:
-            own = ids_of(section, len(section.text)) if section.token is None else [section.token]
+            own = [section.token] if section.token is not None else self._ids(section, len(section.text), known)
             while len(edges) < len(places) and places[len(edges)] < section.end:
-                before = ids_of(section, length) if (length := places[len(edges)] - section.start) else []
+                length = places[len(edges)] - section.start
+                before = self._ids(section, length, known) if length else []
                 shared = _shared(own, before)
                 edges.append(Edge(len(ids) + shared, shared == len(before)))
             ids += own
@@ -137,12 +159,18 @@ class SectionTokenizer:
         return ids, edges
 
 
-def _wanted(sections: Iterable[Section], places: Sequence[int], key: Callable[[Section, int], str]) -> Iterator[str]:
-    """What is to be tokenized: the sections, and what of them stands before a place inside."""
-    for section in sections:
-        if section.token is None:
-            yield key(section, len(section.text))
-            yield from (key(section, place - section.start) for place in places if section.start < place < section.end)
+def part_of(part: Any) -> str:
+    """The settings of a part of a `tokenizers` tokenizer, as in ``tokenizer.json`` without spaces; empty for none."""
+    return "" if part is None else part.__getstate__().decode()
+
+
+def _cuts_words(backend: Any) -> bool:
+    """Whether a tokenizer cuts before every space that follows something else, so that it gives a text's two sides the
+    same ids as the whole."""
+    if backend.pre_tokenizer is None or part_of(backend.normalizer) not in CUTTABLE:
+        return False
+    starts = {start for _, (start, _) in backend.pre_tokenizer.pre_tokenize_str(WORDS)}
+    return all(place in starts for place, character in enumerate(WORDS) if character == " ")
 
 
 def _shared(one: Sequence[int], two: Sequence[int]) -> int:
