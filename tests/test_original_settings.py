@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_model, tiny_processor
 from huggingface_hub import save_torch_state_dict
 from PIL import Image
 from test_cli_convert import convert, original_names, read, refused, same, write_original
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
 from vtprune_train.models.processors import open_processor
 
@@ -308,3 +309,28 @@ def test_a_folder_of_stage_1_gives_its_projector(tmp_path):
     convert(tmp_path / "original", "projector", tmp_path / "projector")
     convert(tmp_path / "original", "mm_projector", tmp_path / "again.bin")
     same(torch.load(tmp_path / "again.bin", weights_only=True), projector)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("text_type", ["mistral", "qwen2"])
+def test_other_language_models_there_and_back(tmp_path, text_type, tied):
+    """With their own settings, and a head that is the embeddings."""
+    model = tiny_model(text_type=text_type, tie_word_embeddings=tied).eval()
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "clip")
+    model.save_pretrained(tmp_path / "hf")
+    tiny_processor().save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", "original", tmp_path / "original", "--vision_tower", str(tmp_path / "clip"))
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert config["model_type"] == {"mistral": "llava_mistral", "qwen2": "llava_qwen"}[text_type]
+    assert config["unfreeze_mm_vision_tower"] is True and config["tie_word_embeddings"] is tied
+    convert(tmp_path / "original", "hf", tmp_path / "again")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").eval()
+    inputs = opened(tmp_path / "again")(images=picture((70, 40)), text="<image> what", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    convert(tmp_path / "again", "original", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    same(read(tmp_path / "back"), read(tmp_path / "original"))
