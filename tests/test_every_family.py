@@ -1,14 +1,18 @@
 """Every family that the loop trains, from training to answers, by the documented install (without torchvision)."""
 
+import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import same_state
 from PIL import Image
 from test_loop_families import FamilyRuns
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionModel
 
 from vtprune_train.cli import main
+from vtprune_train.inference.chatting import answers, load
 from vtprune_train.models.families import FAMILIES
 from vtprune_train.models.processors import open_processor
 
@@ -19,7 +23,9 @@ LORA = ("model.peft={kind: lora, r: 2}", "model.train={lora: 5e-3, projector: 5e
 
 @pytest.fixture(scope="module", params=NAMES)
 def runs(request, tmp_path_factory):
-    return FamilyRuns(tmp_path_factory.mktemp(request.param), request.param)
+    runs = FamilyRuns(tmp_path_factory.mktemp(request.param), request.param)
+    runs.model_type = request.param
+    return runs
 
 
 def say(capsys, *options):
@@ -50,6 +56,37 @@ def test_from_training_to_answers(runs, capsys):
         say(capsys, "eval", "--model", out, *data, "--out", results, "--max_new_tokens", 3)
         assert json.loads((results / "results.json").read_text())["settings"]["method"]["method"] == "pyramiddrop"
     check_equal_inputs(runs, exports.values())
+    ask_by_lmms_eval(exports["full"], picture)
+    if runs.model_type in ("llava", "llava_next"):
+        convert_there_and_back(runs, exports["full"])
+
+
+def ask_by_lmms_eval(folder, picture):
+    """The integration answers as the command does, where lmms-eval is installed."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        return
+    from vtprune_train.integrations.lmms_eval import VTPruneSimple
+
+    model = VTPruneSimple(pretrained=str(folder), device="cpu")
+    model.task_dict = {"task": {"test": [Image.open(picture).convert("RGB")]}}
+    arguments = ("what is shown here ?", {"max_new_tokens": 4}, lambda doc: [doc], 0, "task", "test")
+    prompt = ([Image.open(picture).convert("RGB")], "what is shown here ?")
+    expected = answers(load(str(folder), device="cpu"), [prompt], max_new_tokens=4)
+    assert model.generate_until([SimpleNamespace(args=arguments)]) == expected
+
+
+def convert_there_and_back(runs, folder):
+    """To the original format and back: the same weights and inputs."""
+    clip = runs.folder / "clip"
+    config = AutoConfig.from_pretrained(folder)
+    CLIPVisionModel(config.vision_config).save_pretrained(clip)
+    original, again = runs.folder / "original", runs.folder / "again"
+    command = ["convert", "--vision_tower", str(clip), "--model"]
+    assert main([*command, str(folder), "--to", "original", "--out", str(original)]) == 0
+    assert main([*command, str(original), "--to", "hf", "--out", str(again)]) == 0
+    one, two = (AutoModelForImageTextToText.from_pretrained(path) for path in (folder, again))
+    same_state(one, two, torch.float32)
+    check_equal_inputs(runs, [again])
 
 
 def check_equal_inputs(runs, folders):

@@ -6,11 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from families import family_model, family_processor, tokenizer
+from helpers import tiny_model, tiny_processor
 from huggingface_hub import save_torch_state_dict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_cli_convert import convert, original_names, read, refused, same, write_original
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
+from vtprune_train.cli import main
+from vtprune_train.config import ModelConfig
+from vtprune_train.models.build import _load_projector, build_model
+from vtprune_train.models.families import family_of
 from vtprune_train.models.processors import open_processor
 
 TILE = 28
@@ -308,3 +315,70 @@ def test_a_folder_of_stage_1_gives_its_projector(tmp_path):
     convert(tmp_path / "original", "projector", tmp_path / "projector")
     convert(tmp_path / "original", "mm_projector", tmp_path / "again.bin")
     same(torch.load(tmp_path / "again.bin", weights_only=True), projector)
+    other = family_model("llava", seed=3)
+    _load_projector(other, family_of(other).loop, str(tmp_path / "original"))
+    same({name: value for name, value in original_names(other).items() if "mm_projector" in name}, projector)
+    other.config.projector_hidden_act = "linear"
+    with pytest.raises(ValueError, match="has two layers and GELU; this model's projector is linear"):
+        _load_projector(other, family_of(other).loop, str(tmp_path / "original"))
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_an_original_folder_is_not_opened_as_a_hugging_face_one(tmp_path, capsys, model_type):
+    """transformers knows model_type llava too, and would start every weight at random."""
+    write_original(tmp_path / "original", "llava", model_type=model_type)
+    assert main(["generate", "--model", str(tmp_path / "original"), "--prompt", "what ?"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: vtprune convert"
+        in said
+    )
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "shape"])
+def test_a_checkpoint_whose_weights_are_not_whole_is_not_opened(tmp_path, capsys, kind):
+    model = family_model("llava")
+    model.save_pretrained(tmp_path)
+    family_processor("llava").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("layers.3.mlp.down_proj.weight"))
+    if kind == "empty":
+        file.write_bytes(b"")
+    else:
+        wrong = {} if kind == "missing" else {name: weights[name][:, :3].contiguous()}
+        weights.pop(name)
+        save_file({**weights, **wrong}, file, {"format": "pt"})
+    said = {
+        "missing": "1 weight(s) of the LlavaForConditionalGeneration are missing, first model.language_model.layers.3"
+    }
+    config = ModelConfig(path=str(tmp_path), dtype="float32")
+    with pytest.raises(ValueError, match=f"model.path={tmp_path}: "):
+        build_model(config, tokenizer())
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "what ?"]) == 2
+    assert said.get(kind, f"model {tmp_path}: cannot be loaded") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("text_type", ["mistral", "qwen2"])
+def test_other_language_models_there_and_back(tmp_path, text_type, tied):
+    """With their own settings, and a head that is the embeddings."""
+    model = tiny_model(text_type=text_type, tie_word_embeddings=tied).eval()
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "clip")
+    model.save_pretrained(tmp_path / "hf")
+    tiny_processor().save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", "original", tmp_path / "original", "--vision_tower", str(tmp_path / "clip"))
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert config["model_type"] == {"mistral": "llava_mistral", "qwen2": "llava_qwen"}[text_type]
+    assert config["unfreeze_mm_vision_tower"] is True and config["tie_word_embeddings"] is tied
+    convert(tmp_path / "original", "hf", tmp_path / "again")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").eval()
+    inputs = opened(tmp_path / "again")(images=picture((70, 40)), text="<image> what", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    convert(tmp_path / "again", "original", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    same(read(tmp_path / "back"), read(tmp_path / "original"))

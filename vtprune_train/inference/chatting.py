@@ -12,7 +12,6 @@ import torch
 import yaml
 from jinja2 import TemplateError
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vtprune_train.data.chat import Template, Turn, get_template
@@ -20,9 +19,8 @@ from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.data.jinja import written_by
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
-    first_line,
-    learned_expected,
     load_any_config,
+    open_whole,
     resolve_checkpoint,
 )
 from vtprune_train.models.families import trained_family
@@ -134,11 +132,7 @@ def load_weights(folder: str, dtype: str) -> HFModule:
     """
     if is_adapter(folder):
         return open_adapter(folder, dtype, merge=False)
-    try:
-        with learned_expected():
-            return AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype])
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model {folder}: cannot be loaded ({first_line(error)})") from error
+    return open_whole(AutoModelForImageTextToText, folder, DTYPES[dtype], f"model {folder}")
 
 
 def load_processor(folder: str, config: PreTrainedConfig) -> Any:

@@ -46,7 +46,6 @@ from vtprune_train.training.manifest import check_export
 log = logging.getLogger(__name__)
 
 FORMS = ("hf", "original", "mm_projector", "projector")
-MM_PROJECTOR = "mm_projector.bin"
 TOWER = "model.vision_tower."
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
@@ -91,7 +90,7 @@ def _writer(source: str, form: str, tower: str | None, without_learned: bool) ->
         raise ValueError(f"--to {form}: {source} is a projector alone; --to projector makes what model.projector reads")
     if form == "hf":
         _check_whole(Path(source))
-    is_original = _original_config(source) is not None
+    is_original = original.read_config(Path(source)) is not None
     if form == "hf" and is_original:
         return hf_writer(Path(source), tower)
     if form == "original" and not is_original:
@@ -114,29 +113,15 @@ def _check_whole(source: Path) -> None:
             f"--to hf: {source} holds a LoRA adapter of the original code, not a model; merge it first "
             "(scripts/merge_lora_weights.py there)"
         )
-    if (source / MM_PROJECTOR).is_file() and not any(source.glob("*.safetensors")) and not _has_bin(source):
+    if (source / original.MM_PROJECTOR).is_file() and not any(source.glob("*.safetensors")) and not _has_bin(source):
         raise ValueError(
-            f"--to hf: {source} holds a projector alone ({MM_PROJECTOR}, tune_mm_mlp_adapter); --to projector makes "
-            "what model.projector reads"
+            f"--to hf: {source} holds a projector alone ({original.MM_PROJECTOR}, tune_mm_mlp_adapter); --to "
+            "projector makes what model.projector reads"
         )
 
 
 def _has_bin(source: Path) -> bool:
     return any(source.glob("pytorch_model*.bin"))
-
-
-def _original_config(source: str) -> dict[str, Any] | None:
-    """``config.json`` of a folder of the original code; ``None`` for others."""
-    path = Path(source) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again from where the model came from") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__} instead of settings by name")
-    return config if original.is_original(config) else None
 
 
 def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
@@ -145,11 +130,11 @@ def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
     Raises:
         ValueError: there is none.
     """
-    file = Path(source) / MM_PROJECTOR if Path(source).is_dir() else Path(source)
+    file = Path(source) / original.MM_PROJECTOR if Path(source).is_dir() else Path(source)
     if file.is_file():
         found = original.projector_to_hf(original.read_bin(file), source)
         return found, original.is_linear(found)
-    if _original_config(source) is not None:
+    if original.read_config(Path(source)) is not None:
         found = original.projector_to_hf(original.read_weights(Path(source)), source)
         return found, original.is_linear(found)
     config = _llava_config(source)
@@ -185,7 +170,7 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
     Raises:
         ValueError: a setting that transformers' classes do not have, a missing tower, missing or unexpected tensors.
     """
-    settings = _original_config(str(source))
+    settings = original.read_config(source)
     assert settings is not None
     name = tower or settings.get("mm_vision_tower") or settings.get("vision_tower")
     if name is None:

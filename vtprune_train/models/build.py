@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -159,14 +159,21 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         offline: for well-known hub ids use the recorded sizes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one of the original LLaVA code.
     """
     if offline and name in KNOWN_CONFIGS and not Path(name).exists():
         return KNOWN_CONFIGS[name]()
     try:
-        return AutoConfig.from_pretrained(name)
+        is_original = original.read_config(Path(name)) is not None
+        config = None if is_original else AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
+    if config is None:
+        raise ValueError(
+            f"{place}: this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: "
+            f"vtprune convert --model {name} --to hf --out DIR"
+        )
+    return config
 
 
 @contextmanager
@@ -178,6 +185,31 @@ def learned_expected() -> Iterator[None]:
         yield
     finally:
         PreTrainedModel._keys_to_ignore_on_load_unexpected = before
+
+
+def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModule:
+    """``model_class.from_pretrained``, which must find every weight: transformers starts missing ones at random.
+
+    Args:
+        model_class: transformers' class.
+        folder: a folder or hub id.
+        dtype: as for ``from_pretrained``.
+        place: for errors.
+
+    Raises:
+        ValueError: a file cannot be read, a weight is missing or has another shape.
+    """
+    try:
+        with learned_expected():
+            model, found = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{place}: cannot be loaded ({first_line(error)})") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{place}: {len(missing)} weight(s) of the {type(model).__name__} are missing, first {missing[0]}; copy "
+            "the whole checkpoint"
+        )
+    return model
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
@@ -195,8 +227,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMo
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
     model_class = getattr(transformers, family.model_class)
     if config.path is not None:
-        with learned_expected():
-            model = model_class.from_pretrained(resolve_checkpoint(config.path), dtype=dtype)
+        model = open_whole(model_class, resolve_checkpoint(config.path), dtype, f"model.path={config.path}")
     else:
         model_config.image_token_id = image_token_id
         if config.config is not None:
@@ -251,6 +282,8 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
         ValueError: the checkpoint lacks one of them or its shapes differ.
     """
     source = Path(resolve_checkpoint(path))
+    if (source / original.MM_PROJECTOR).is_file():  # stage 1 of the original code
+        source = source / original.MM_PROJECTOR
     keys = tuple(name.removeprefix("model.") for name in loop.projector)
     own = {key: value for key, value in model.model.state_dict().items() if key.startswith(keys)}
     if source.is_file():
@@ -280,20 +313,30 @@ def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
         ValueError: it is none, or a linear one and this model's has GELU.
     """
     found = original.projector_to_hf(original.read_bin(file), f"model.projector={file}")
-    if original.is_linear(found) and getattr(model.config, "projector_hidden_act", None) != "linear":
+    is_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
+    if original.is_linear(found) and not is_linear:
         raise ValueError(f"model.projector={file} is a linear projector; this model's has two layers and GELU")
+    if is_linear and not original.is_linear(found):
+        raise ValueError(f"model.projector={file} has two layers and GELU; this model's projector is linear")
     return {name.removeprefix("model."): value for name, value in found.items()}
 
 
 def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The projector (names that begin with one of ``keys``) in a checkpoint's files, by its names in the base."""
+    """The projector (names that begin with one of ``keys``) in a checkpoint's files, by its names in the base.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
     found: dict[str, torch.Tensor] = {}
     for file in files:
-        with safe_open(str(file), framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (no mapping)
-                short = key.removeprefix("model.")
-                if short.startswith(keys):
-                    found[short] = tensors.get_tensor(key)
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                    short = key.removeprefix("model.")
+                    if short.startswith(keys):
+                        found[short] = tensors.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read ({first_line(error)})") from error
     return found
 
 

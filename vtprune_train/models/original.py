@@ -31,6 +31,7 @@ RENAMED = (  # original, Hugging Face
 TEXT_KEYS = re.compile(r"^(lm_head\.weight|model\.(embed_tokens|norm)\.weight|model\.layers\.\d+\..+)$")
 TOWER_KEYS = re.compile(r"^model\.vision_tower\.vision_tower\.vision_model\..+$")
 PROJECTOR_KEYS = re.compile(r"^model\.(mm_projector\.((0|2)\.)?(weight|bias)|image_newline)$")
+MM_PROJECTOR = "mm_projector.bin"  # a projector alone: stage 1, tune_mm_mlp_adapter
 COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # old versions saved them
 
 
@@ -146,6 +147,24 @@ def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
 def _full(name: str) -> str:
     """LoRA runs and old versions write other prefixes."""
     return "model." + name[name.index("mm_projector" if "mm_projector" in name else "image_newline") :]
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """``config.json`` of a folder of the original code; ``None`` for others.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again from where the model came from") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__} instead of settings by name")
+    return config if is_original(config) else None
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

@@ -139,7 +139,7 @@ def _fitting(saved: Any, usual: Any, classes: tuple[str, ...] | None, path: str 
         return saved
     if path is not None:
         found = f"its image processor is a {name}" if name else "there is no image processor"
-        log.warning("%s: %s; a %s with the sizes in the model's config is used", path, found, type(usual).__name__)
+        log.warning("%s: %s; one is built from the model's config, a %s", path, found, type(usual).__name__)
     return usual
 
 
