@@ -54,10 +54,11 @@ class Call:
 
 
 class _InProgress(threading.local):
-    """What runs right now, in each thread for itself."""
+    """What runs right now, in each thread for itself; ``dense``: within ``vtprune_train.dense``."""
 
     call: Call | None = None
     prompt_width: int | None = None
+    dense: bool = False
 
 
 @dataclass

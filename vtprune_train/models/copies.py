@@ -32,7 +32,7 @@ class Source:
 
     def __init__(self, name: str, prune: Callable[[HFModule], HFModule]):
         before = self.of(name)
-        self.original = name if before is None else before.original
+        self.original: str = name if before is None else before.original
         self.name = "".join(list(name))  # an equal string that is another object
         self.prune = prune
         if self.name is not self.original:  # Python has one object for each string of a single character
