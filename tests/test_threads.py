@@ -1,5 +1,6 @@
-"""Several requests at once on one pruned model, a thread each, as servers call models: each gives what it gives alone."""
+"""Several requests at once on one pruned model, a thread each, as servers call it: each gives what it gives alone."""
 
+import asyncio
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,27 @@ def test_dense_is_of_its_own_thread(name):
     own = functions[:3] if name == "llava_next" else functions[4:]
     check_at_once(model, [*functions[:3], *map(densely, own)])
     assert is_pruned(model)
+
+
+def test_dense_is_of_its_own_task():
+    """What a task starts in a thread belongs to it."""
+    model = prune(family_model("llava_next"), HALF)
+
+    async def densely(entered, checked):
+        with dense(model):
+            entered.set()
+            await checked.wait()
+            return is_pruned(model), await asyncio.to_thread(is_pruned, model)
+
+    async def main():
+        entered, checked = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(densely(entered, checked))
+        await entered.wait()
+        elsewhere = is_pruned(model)
+        checked.set()
+        return elsewhere, await task
+
+    assert asyncio.run(main()) == (True, (False, False))
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_vl"])

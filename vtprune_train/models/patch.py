@@ -229,8 +229,8 @@ def unprune(model: HFModule) -> HFModule:
 
 @contextmanager
 def dense(model: HFModule) -> Iterator[HFModule]:
-    """Within ``with dense(model):`` a pruned model runs as the dense one it was, in this thread alone: other threads'
-    requests are pruned meanwhile. Afterwards it is pruned as before.
+    """Within ``with dense(model):`` a pruned model runs as the dense one it was, in this thread (or asyncio task)
+    alone: requests of others are pruned meanwhile. Afterwards it is pruned as before.
 
     Parameters that a method learns stay in the model's state; :func:`unprune` takes them out.
 
@@ -240,18 +240,14 @@ def dense(model: HFModule) -> Iterator[HFModule]:
     inner = _unwrapped(model)
     if not is_pruned(inner):
         raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
-    running = state_of(inner).running
-    running.dense = True
-    try:
+    with state_of(inner).densely():
         yield model
-    finally:
-        running.dense = False
 
 
 def is_pruned(model: HFModule) -> bool:
     """Whether :func:`prune` changed this model, and neither :func:`unprune` nor :func:`dense` undoes it here."""
     inner = _unwrapped(model)
-    return STATE in inner.__dict__ and not state_of(inner).running.dense
+    return STATE in inner.__dict__ and not state_of(inner).is_dense
 
 
 def method_of(model: HFModule) -> PruningMethod | None:
@@ -321,7 +317,7 @@ def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) ->
     def method(self: HFModule, *args: Any, **kwargs: Any) -> Any:
         bound = original or getattr(type(self), attribute).__get__(self)
         state = self.__dict__.get(STATE)
-        if state is None or state.running.dense:
+        if state is None or state.is_dense:
             return bound(*args, **kwargs)
         return function(self, bound, state, *args, **kwargs)
 
@@ -346,16 +342,16 @@ def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -
     """Before whatever stands as the model's ``forward``: the decoder has to know the labels, even where a Trainer
     computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
     state = state_of(model)
-    if state.running.dense:
+    if state.is_dense:
         return
     if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
         state.running.call = Call(inputs["input_ids"], inputs.get("labels"), state.running.prompt_width)
 
 
 def _close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
-    running = state_of(model).running
-    if not running.dense:
-        running.call = None
+    state = state_of(model)
+    if not state.is_dense:
+        state.running.call = None
 
 
 def _load_state_dict(
