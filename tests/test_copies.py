@@ -94,12 +94,14 @@ def test_deep_copies_and_averages_are_pruned(method):
     assert is_pruned(copied) and torch.equal(logits(copied), expected), "a copy of its own"
 
 
-def test_a_model_from_a_pruned_models_config_is_dense_until_it_is_pruned():
+def test_a_model_made_from_a_pruned_models_config_is_pruned_too_or_refused():
     plain = family_model("llava_next")
     model = prune(family_model("llava_next"), HALF)
     made = AutoModelForImageTextToText.from_config(copy.deepcopy(model.config)).float().eval()
     made.load_state_dict(model.state_dict())
-    assert not is_pruned(made) and torch.equal(logits(made), logits(plain))
+    with pytest.raises(ValueError, match=r"its config was copied from a pruned model; prune\(model\) it too"):
+        logits(made)
     assert torch.equal(logits(prune(made)), logits(model))
     with dense(made):
         assert torch.equal(logits(made), logits(plain))
+    assert torch.equal(logits(unprune(made)), logits(plain))

@@ -171,6 +171,73 @@ def lora():
     return peft.LoraConfig(r=4, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
 
 
+def tuned(kind, folder, model, **settings):
+    """What a trainer of TRL that needs a reference logs in two steps; the reference is left to it."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed (make ecosystem)")
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown ?"}]}
+
+    def said(number):
+        return [{"role": "assistant", "content": [{"type": "text", "text": ANSWERS[number % 4]}]}]
+
+    columns = {
+        "DPO": lambda n: {"chosen": said(n), "rejected": said(n + 1)},
+        "KTO": lambda n: {"completion": said(n), "label": bool(n % 2)},
+    }.get(kind, lambda n: {})
+    rows = [{"images": [picture(n)], "prompt": [user], **columns(n)} for n in range(8)]
+    own = {"max_length": None, "per_device_train_batch_size": 2}
+    given = {}
+    if kind in ("GRPO", "RLOO"):
+        own = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+        given = {"reward_funcs": lambda completions, **_: [float(len(str(said)) % 3) for said in completions]}
+    arguments = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), max_steps=2, learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to=[],
+        use_cpu=True, bf16=False, seed=0, **{**own, **settings},
+    )  # fmt: skip
+    made = getattr(trl, f"{kind}Trainer")(
+        model=model, args=arguments, train_dataset=dataset_of(rows), processing_class=chat_processor(), **given
+    )
+    made.train()
+    assert made.ref_model is None or is_pruned(made.accelerator.unwrap_model(made.ref_model)) == is_pruned(model)
+    return made.state.log_history
+
+
+def saved_model(folder):
+    set_seed(0)
+    tiny_model().save_pretrained(folder)
+    chat_processor().save_pretrained(folder)
+    return LlavaNextForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("method", ["plain", HALF], ids=["plain", "dropped"])
+@pytest.mark.parametrize(
+    ("kind", "expected", "settings"),
+    [
+        ("DPO", {"loss": np.log(2), "rewards/margins": 0.0}, {}),
+        ("DPO", {"loss": np.log(2), "rewards/margins": 0.0}, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+        ("KTO", {"loss": 0.5, "rewards/chosen": 0.0, "rewards/rejected": 0.0}, {}),
+        ("GRPO", {"kl": 0.0}, {}),
+        ("RLOO", {"kl": 0.0}, {}),
+    ],
+    ids=["dpo", "dpo_sync", "kto", "grpo", "rloo"],
+)
+def test_the_reference_that_trl_makes_starts_equal_to_the_policy(tmp_path, kind, expected, settings, method):
+    """And is another model from the second step on."""
+    model = saved_model(tmp_path / "model")
+    first, second, *_ = tuned(kind, tmp_path / "run", model if method == "plain" else prune(model, method), **settings)
+    for key, value in expected.items():
+        assert first[key] == pytest.approx(value, abs=1e-5), key
+    assert any(abs(second[key] - value) > 1e-3 for key, value in expected.items())
+
+
+def test_a_reference_by_deepcopy_is_pruned(tmp_path):
+    """As TRL's online DPO and Nash-MD make theirs."""
+    utils = pytest.importorskip("trl.experimental.utils", reason="TRL is not installed (make ecosystem)")
+    policy = prune(saved_model(tmp_path).eval(), HALF)
+    reference = utils.create_reference_model(policy)
+    inputs = batch()
+    assert is_pruned(reference) and torch.equal(reference(**inputs).logits, policy(**inputs).logits)
+
+
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("settings", [{}, {"columns": "messages", "assistant_only_loss": True}], ids=["prompt", "chat"])
 def test_trl_sft_trainer(tmp_path, settings, with_lora, monkeypatch):

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, family_inputs, family_model
 from helpers import tiny_model, tiny_processor
 from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaNextForConditionalGeneration
 
-from vtprune_train import PyramidDrop, is_pruned, prune, unprune
+from vtprune_train import PyramidDrop, dense, is_pruned, prune, unprune
 from vtprune_train.models.padded import kept_tokens
 
 TEXTS = [
@@ -231,3 +232,31 @@ def test_a_failed_call_leaves_nothing_behind():
     with pytest.raises(ValueError):
         model(**{**made, "pixel_values": made["pixel_values"][:1], "image_sizes": made["image_sizes"][:1]})
     assert torch.equal(model(**made).logits, before)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dense_is_the_model_with_its_own_attention(name, attention):
+    """To the last bit: states, attention weights and generated tokens."""
+    model = family_model(name)
+    model.set_attn_implementation(attention)
+    inputs = family_inputs(name, [["user :", 0, "what is shown here ? assistant"], ["a red ?"]])
+
+    def outputs():
+        with torch.no_grad():
+            made = model(**inputs, output_hidden_states=True, output_attentions=attention == "eager")
+            return [
+                made.logits,
+                *made.hidden_states,
+                *(made.attentions or ()),
+                model.generate(**inputs, max_new_tokens=3, do_sample=False),
+                model.generate(**inputs, max_new_tokens=3, do_sample=False, num_beams=2),
+            ]
+
+    expected = outputs()
+    prune(model, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep"))
+    with dense(model):
+        assert all(torch.equal(a, b) for a, b in zip(expected, outputs(), strict=True))
+    unprune(model)
+    assert model.model.language_model.config._attn_implementation == attention
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs(), strict=True))

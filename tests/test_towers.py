@@ -71,8 +71,7 @@ def test_unprune_and_dense_restore_the_tower(name):
     prune(model, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep"))
     assert tower.config._attn_implementation == TOWER_PREFIX + "varlen_sdpa"
     with dense(model):
-        assert tower.config is config
-        assert set(tower.__dict__) == attributes
+        assert all(torch.equal(a, b) for a, b in zip(before, outputs_and_gradients(tower), strict=True))
     assert tower.config._attn_implementation == TOWER_PREFIX + "varlen_sdpa"
     unprune(model)
     assert tower.config is config

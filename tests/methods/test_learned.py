@@ -98,7 +98,7 @@ def test_they_are_as_large_as_embeddings_and_of_the_decoder_s_dtype():
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_unprune_and_dense_take_them_out(method):
+def test_unprune_takes_them_out_and_dense_does_not_use_them(method):
     model = tiny_model()
     before = set(model.state_dict())
     expected = logits(model)
@@ -106,7 +106,6 @@ def test_unprune_and_dense_take_them_out(method):
     values = {name: p.detach().clone() for name, p in moved(prune(unprune(model), method)).named_parameters()}
     pruned = logits(model)
     with dense(model):
-        assert set(model.state_dict()) == before
         assert torch.equal(logits(model), expected)
     assert same(dict(model.named_parameters()), values)
     assert torch.equal(logits(model), pruned)

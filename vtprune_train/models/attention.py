@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from vtprune_train.stream import to_device
@@ -37,6 +40,8 @@ FLASH_INSTALLED = {
 }
 BACKENDS = (*FLASH, "varlen_torch", "varlen_sdpa")
 PREFIX = "packed_"
+OWNED = "_vtprune_owned"  # on the attention modules of a pruned model
+OTHERWISE = "_otherwise_"  # in a name: before the implementation that the dense model has
 
 # The head sizes that each kernel takes, forward and backward, by the major number of the GPU's compute capability.
 # Sources: flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (no backward before 9.0; 12.x has too little shared
@@ -328,7 +333,38 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
     return run
 
 
-def _register(backend: str, function: Callable[..., Tensor]) -> None:
+def attention_name(backend: str, dense: str = "sdpa") -> str:
+    """Under which name a pruned model's decoder finds its attention: ``backend`` in a pass over a packed stream, and
+    the implementation ``dense`` in a pass of the dense model (within ``vtprune_train.dense``, in one thread or in the
+    recomputation of its layers).
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        dense: the model's own implementation, or such a name.
+    """
+    dense = dense_implementation(dense)
+    name = PREFIX + backend + ("" if dense == "sdpa" else OTHERWISE + dense)
+    if name not in AttentionInterface._global_mapping:
+        _register(name, FUNCTIONS[backend], dense)
+    return name
+
+
+def dense_implementation(name: str | None) -> str:
+    """The implementation of the dense model in a name that :func:`attention_name` made, or any other name itself."""
+    if not str(name).startswith(PREFIX):
+        return str(name or "eager")
+    return str(name).partition(OTHERWISE)[2] or "sdpa"
+
+
+def dense_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """transformers' own attention of a module."""
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+    home = next(cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models."))
+    return sys.modules[home].eager_attention_forward  # type: ignore[no-any-return]
+
+
+def _register(name: str, function: Callable[..., Tensor], dense: str) -> None:
     @torch.compiler.disable  # a compiled layer runs its graphs around this call
     def attention(
         module: nn.Module,
@@ -341,14 +377,18 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps carry no lengths and
-        go to transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]."""
-        if packing is None:
-            if not staged_decoding:
-                raise ValueError(
-                    f"attention {PREFIX + backend!r} belongs to a pruned model, but this one is not: its config was "
-                    "copied from a pruned model; load it with attn_implementation='sdpa', or unprune before copying"
-                )
+        go to transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]. Anything else is a
+        pass of the dense model."""
+        if staged_decoding:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if packing is None:
+            if OWNED not in module.__dict__:
+                raise ValueError(
+                    f"attention {name!r} belongs to a pruned model, but this one is not: its config was copied from a "
+                    "pruned model; prune(model) it too, load it with attn_implementation='sdpa', or unprune before "
+                    "copying"
+                )
+            return dense_function(module, dense)(module, query, key, value, attention_mask, **kwargs)
         assert attention_mask is None, "a packed stream has no attention mask"
         q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if packing.probe is not None:
@@ -359,7 +399,9 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
             out_THD = packing.key_choice(q_THD, k_TGD, v_TGD, out_THD, **kwargs)
         return out_THD.unsqueeze(0), None
 
-    AttentionInterface.register(PREFIX + backend, attention)
+    AttentionInterface.register(name, attention)
+    if dense in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[dense])
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -367,5 +409,5 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "varlen_torch": varlen_torch,
     "varlen_sdpa": varlen_sdpa,
 }
-for _name, _function in FUNCTIONS.items():
-    _register(_name, _function)
+for _name in FUNCTIONS:
+    attention_name(_name)

@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from vtprune_train.stream import SegmentLayout, StreamPlan
 log = logging.getLogger(__name__)
 
 STATE = "_vtprune"
+# Ids of the states of models that run densely in this thread or asyncio task.
+_DENSE: ContextVar[frozenset[int]] = ContextVar("vtprune_dense", default=frozenset())
 
 
 @dataclass
@@ -74,6 +77,20 @@ class State:
     source: Source | None = None
     warned: set[str] = field(default_factory=set)
     running: _InProgress = field(default_factory=_InProgress)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model runs as the dense one in this thread or asyncio task."""
+        return id(self) in _DENSE.get()
+
+    @contextmanager
+    def densely(self) -> Iterator[None]:
+        """Let the model run as the dense one, in this thread or asyncio task."""
+        token = _DENSE.set(_DENSE.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _DENSE.reset(token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return dataclasses.replace(self, warned=set(), running=_InProgress())

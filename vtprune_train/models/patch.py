@@ -27,10 +27,15 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.core_model_loading import revert_weight_conversion
 
 from vtprune_train.models import HFModule, packed
-from vtprune_train.models.attention import PREFIX, choose_backend, unavailable_because
+from vtprune_train.models.attention import (
+    OWNED,
+    attention_name,
+    choose_backend,
+    dense_implementation,
+    unavailable_because,
+)
 from vtprune_train.models.calls import STATE, Call, State, state_of
 from vtprune_train.models.copies import Source, follow
-from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.encoder import SEEN, check_tower, joined, patch_index, patches_per_tile, per_image, reading
 from vtprune_train.models.families import family_of
 from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
@@ -83,11 +88,11 @@ def prune(
     """
     inner = _unwrapped(model)
     family = family_of(inner)
-    if is_pruned(inner):
+    if STATE in inner.__dict__:
         raise ValueError(f"this model is pruned already ({state_of(inner).method}); call unprune(model) first")
     method = resolve_method(inner, method)
     text_model = inner.get_submodule(family.decoder)
-    attention_before = text_model.config._attn_implementation
+    attention_before = dense_implementation(text_model.config._attn_implementation)
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
     if method is not None:
         check_method(method, len(text_model.layers))
@@ -226,6 +231,7 @@ def unprune(model: HFModule) -> HFModule:
     detach(inner)
     for module in inner.modules():  # by what they carry: PEFT may have moved some of them, or copied the tower
         module.__dict__.pop(STATE, None)
+        module.__dict__.pop(OWNED, None)
         restore_config(module)
         restore_forward(module)
         for attribute, original in module.__dict__.pop(_REPLACED, {}).items():
@@ -240,7 +246,7 @@ def unprune(model: HFModule) -> HFModule:
         inner._forward_hooks.pop(key)
         inner._forward_hooks_always_called.pop(key)
     if state.source is not None:
-        inner.config._name_or_path = state.source.original
+        _set_path(inner, state.source.original)
     if state.pruning is not None:
         setattr(inner.config, CONFIG_KEY, state.pruning)
     elif CONFIG_KEY in inner.config.__dict__:
@@ -250,27 +256,25 @@ def unprune(model: HFModule) -> HFModule:
 
 @contextmanager
 def dense(model: HFModule) -> Iterator[HFModule]:
-    """Within ``with dense(model):`` a pruned model is the dense one it was; afterwards it is pruned as before.
+    """Within ``with dense(model):`` a pruned model runs as the dense one it was, in this thread (or asyncio task)
+    alone: requests of others are pruned meanwhile. Afterwards it is pruned as before.
+
+    Parameters that a method learns stay in the model's state; :func:`unprune` takes them out.
 
     Raises:
         ValueError: the model is not pruned.
     """
     inner = _unwrapped(model)
-    state = state_of(inner) if is_pruned(inner) else None
-    learned = None if state is None else detach(inner)
-    unprune(inner)  # refuses a model that is not pruned
-    assert state is not None
-    try:
+    if not is_pruned(inner):
+        raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
+    with state_of(inner).densely():
         yield model
-    finally:
-        if learned is not None:
-            setattr(inner.get_submodule(state.family.decoder), PARAMETERS, learned)
-        _install(inner, state)
 
 
 def is_pruned(model: HFModule) -> bool:
-    """Whether :func:`prune` changed this model and :func:`unprune` has not undone it."""
-    return STATE in _unwrapped(model).__dict__
+    """Whether :func:`prune` changed this model, and neither :func:`unprune` nor :func:`dense` undoes it here."""
+    inner = _unwrapped(model)
+    return STATE in inner.__dict__ and not state_of(inner).is_dense
 
 
 def method_of(model: HFModule) -> PruningMethod | None:
@@ -311,13 +315,21 @@ def _install(model: HFModule, state: State) -> None:
         module.__dict__.setdefault(_REPLACED, {})[attribute] = _replace(module, attribute, function)
     model.register_forward_pre_hook(_open_call, prepend=True, with_kwargs=True)
     model.register_forward_hook(_close_call, always_call=True)
-    model.get_submodule(family.decoder).config._attn_implementation = PREFIX + state.backend
+    text_model = model.get_submodule(family.decoder)
+    text_model.config._attn_implementation = attention_name(state.backend, state.attention)
+    for module in text_model.layers.modules():
+        if "q_proj" in module._modules:
+            module.__dict__[OWNED] = True
     if state.source is not None:
-        model.config._name_or_path = state.source.name
+        _set_path(model, state.source.name)
     if state.method is not None:
         setattr(model.config, CONFIG_KEY, state.method.settings())
     elif CONFIG_KEY in model.config.__dict__:
         delattr(model.config, CONFIG_KEY)
+
+
+def _set_path(model: HFModule, path: str) -> None:
+    model.config._name_or_path = model.name_or_path = path
 
 
 def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -334,7 +346,9 @@ def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) ->
     def run(self: HFModule, *args: Any, **kwargs: Any) -> Any:
         bound = original or getattr(type(self), attribute).__get__(self)
         state = self.__dict__.get(STATE)
-        return bound(*args, **kwargs) if state is None else function(self, bound, state, *args, **kwargs)
+        if state is None or state.is_dense:
+            return bound(*args, **kwargs)
+        return function(self, bound, state, *args, **kwargs)
 
     @functools.wraps(getattr(signature, "__func__", signature))
     def method(self: HFModule, *args: Any, **kwargs: Any) -> Any:
@@ -384,13 +398,17 @@ def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -
     """Before whatever stands as the model's ``forward``: the decoder has to know the labels, even where a Trainer
     computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
     state = state_of(model)
+    if state.is_dense:
+        return
     if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
         state.running.call = Call(inputs["input_ids"], _supervised(inputs), state.running.prompt_width)
 
 
 @torch.compiler.disable
 def _close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
-    state_of(model).running.call = None
+    state = state_of(model)
+    if not state.is_dense:
+        state.running.call = None
 
 
 def _load_state_dict(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.attention import FUNCTIONS
+from vtprune_train.models.attention import FUNCTIONS, dense_function
 from vtprune_train.models.layouts.tower_inputs import (
     PatchGrids,
     TowerShape,
@@ -33,6 +33,7 @@ from vtprune_train.stream import to_device
 
 TOWER_PREFIX = "packed_flash_tower_"  # "flash" is what transformers looks for
 _CONFIG = "_vtprune_config"
+_DENSE = "_vtprune_dense"  # on our config of a tower: its own attention
 
 
 def towers(module: nn.Module) -> dict[str, HFModule]:
@@ -47,6 +48,7 @@ def replace_config(tower: HFModule, backend: str) -> None:
     theirs = tower.config
     ours = copy.copy(theirs)
     ours._attn_implementation = TOWER_PREFIX + backend
+    setattr(ours, _DENSE, theirs._attn_implementation)
     for module in tower.modules():
         if module.__dict__.get("config") is theirs:
             module.__dict__[_CONFIG] = theirs
@@ -113,6 +115,22 @@ def _segments(shape: TowerShape, grids: PatchGrids) -> Segments:
     return Segments(frame_lengths(grids), *windows)
 
 
+def _dense_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """What transformers does under the tower's own attention: one call with the bounds if that is a flash one, else a
+    call for each segment."""
+    implementation = getattr(module.config, _DENSE)
+    function = dense_function(module, implementation)
+    if "flash" in implementation:
+        return function(module, query, key, value, None, cu_seq_lens_q=cu_seqlens, **kwargs)  # type: ignore[no-any-return]
+    for bound in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        kwargs.pop(bound)
+    lengths = cu_seqlens.diff().tolist()
+    splits = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([function(module, q, k, v, None, **kwargs)[0] for q, k, v in splits], dim=1), None
+
+
 def _register(backend: str, function: Callable[..., Tensor]) -> None:
     @torch.compiler.disable  # lengths change with every batch; a compiled layer runs its graphs around this call
     def attention(
@@ -123,11 +141,14 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         attention_mask: Tensor | None,
         *,
         cu_seq_lens_q: Tensor,
-        segments: Segments,
+        segments: Segments | None = None,
         is_causal: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """query, key and value [1, H, N, D] -> [1, N, H, D]; each patch sees its own segment."""
+    ) -> tuple[Tensor, Any]:
+        """query, key and value [1, H, N, D] -> [1, N, H, D]; each patch sees its own segment. Without ``segments`` it
+        is a pass of the dense model."""
+        if segments is None:
+            return _dense_attention(module, query, key, value, cu_seq_lens_q, is_causal=is_causal, **kwargs)
         assert attention_mask is None and not is_causal, "a tower's segments have no mask"
         q_NHD, k_NHD, v_NHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         lengths = segments.within(cu_seq_lens_q)
