@@ -635,16 +635,14 @@ def with_labels(name, parts, marks):
     """A row and its labels; image tokens and what marks an image are masked, as collators do."""
     inputs = family_inputs(name, [parts])
     special = set(tokenizer().convert_tokens_to_ids(SPECIAL))
-    wanted = iter(
-        [mark for part, mark in zip(parts, marks, strict=True) if isinstance(part, str) for _ in part.split()]
-    )
-    labels = [
-        token if token not in special and next(wanted) == "s" else -100 for token in inputs["input_ids"][0].tolist()
-    ]
+    words = [(part.split(), mark) for part, mark in zip(parts, marks, strict=True) if isinstance(part, str)]
+    wanted = iter("".join(mark * len(part) for part, mark in words))
+    ids = inputs["input_ids"][0].tolist()
+    labels = [token if token not in special and next(wanted) == "s" else -100 for token in ids]
     return inputs, torch.tensor([labels])
 
 
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
 @pytest.mark.parametrize("case", [*SUPERVISED, *MASKED])
 def test_labels_that_supervise_the_prompt_are_warned_about(name, case, caplog):
     """Where they do not, the row that ranks is generation's."""
@@ -661,6 +659,6 @@ def test_labels_that_supervise_the_prompt_are_warned_about(name, case, caplog):
 
 def test_a_dense_run_is_not_warned(caplog):
     parts, marks = SUPERVISED["everything"]
-    inputs, labels = with_labels("llava_next", parts, marks)
-    prune(family_model("llava_next").train(), None)(**inputs, labels=labels)
+    inputs, labels = with_labels("llava", parts, marks)
+    prune(family_model("llava").train(), None)(**inputs, labels=labels)
     assert "labels supervise text" not in caplog.text
