@@ -99,6 +99,14 @@ def test_transformers_trainer_with_nothing_dropped_is_the_plain_one(tmp_path):
     assert not np.allclose(losses[0], losses[2], atol=1e-2)
 
 
+def test_transformers_trainer_with_torch_compile(tmp_path):
+    eager, compiled = trainer(fresh(), tmp_path / "eager", max_steps=3), fresh()
+    eager.train()
+    made = trainer(compiled, tmp_path / "compiled", max_steps=3, torch_compile=True, torch_compile_backend="eager")
+    made.train()
+    assert np.allclose(made.losses, eager.losses, rtol=1e-4)
+
+
 def test_transformers_trainer_resumes_exactly(tmp_path):
     """6 steps in one go, and 4 + 2 by a new process's model: same losses, same weights."""
     whole = trainer(fresh(), tmp_path / "whole")

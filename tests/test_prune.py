@@ -11,8 +11,10 @@ from helpers import tiny_model, tiny_processor
 from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaNextForConditionalGeneration
 
-from vtprune_train import PyramidDrop, dense, is_pruned, prune, unprune
+from vtprune_train import FastV, PyramidDrop, dense, is_pruned, prune, unprune
 from vtprune_train.models.padded import kept_tokens
+from vtprune_train.models.patch import method_of
+from vtprune_train.pruning import METHODS, method_from_settings
 
 TEXTS = [
     "<s> <image> what is shown here ? assistant : a red cat",
@@ -125,6 +127,60 @@ def test_settings_travel_with_the_checkpoint(tmp_path):
     assert opened.config.pruning["layers"] == [2, 4]
     assert opened.config.pruning["positions"] == "keep"
     assert not is_pruned(opened)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "none"])
+def test_a_string_is_the_name_of_a_method(name):
+    """Whatever was saved with the model."""
+    model = tiny_model()
+    model.config.pruning = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)).settings()
+    method = method_of(prune(model, name))
+    assert method == method_from_settings({"method": name})
+    assert method is None or method.name == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("saved", PyramidDrop(layers=(2,), keep=(0.5,))),
+        ({"method": "fastv", "keep": 0.25}, FastV(keep=0.25)),
+        (["visionzip", {"method": "plphp"}], method_from_settings({"method": ["visionzip", "plphp"]})),
+        ({"method": "none"}, None),
+        (None, None),
+    ],
+)
+def test_what_stands_for_a_method(asked, expected):
+    model = tiny_model()
+    model.config.pruning = PyramidDrop(layers=(2,), keep=(0.5,)).settings()
+    assert method_of(prune(model, asked)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("fastvv", "method='fastvv' is unknown; did you mean fastv?"),
+        ("FastV", "did you mean fastv?"),
+        ("Saved", "did you mean saved?"),
+        ("", "method='' is unknown"),
+        (PyramidDrop, r"method=PyramidDrop is a class; make one of it: PyramidDrop\(\)"),
+        ({"keep": 0.5}, r"names no method; write for example \{'method': 'fastv'\}"),
+        ({}, "names no method"),
+        ({"method": "fastv", "kep": 0.5}, "'kep' is not a setting of fastv; did you mean keep?"),
+        ([], "a combination names at least one method"),
+        ([FastV()], "entry 1 of the list of methods, FastV.* names no method"),
+        (0.5, "method=0.5 is not a pruning method"),
+        (True, "method=True is not a pruning method"),
+    ],
+)
+def test_what_is_no_method_is_refused(asked, message):
+    model = tiny_model()
+    model.config.pruning = PyramidDrop(layers=(2,), keep=(0.5,)).settings()
+    with pytest.raises(ValueError, match=message):
+        prune(model, asked)
+    assert not is_pruned(model)
+    del model.config.pruning
+    with pytest.raises(ValueError, match="holds no pruning settings"):
+        prune(model, "saved")
 
 
 @pytest.mark.parametrize(

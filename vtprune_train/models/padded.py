@@ -368,9 +368,9 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         labels = None if all_labels is None else all_labels[row][real[row]]
         if labels is not None and state.method is not None and _prompt_is_supervised(labels != IGNORE, spans):
             state.warn_once(
-                "labels supervise the prompt: a token before a supervised part, here beside an image, ranks the visual "
-                "tokens, which in generation the last token of the prompt does; mask the prompt, with its question, "
-                "in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
+                "labels supervise text right after an image, so the visual tokens are ranked from there, but in "
+                "generation by the last token of the prompt: mask the whole prompt in the labels (TRL: prompt and "
+                "completion columns, or assistant_only_loss=True), unless the prompt is an image alone"
             )
         prompt = int(real[row, : call.prompt_width].sum())
         key = 0
@@ -385,30 +385,13 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
 
 
 def _prompt_is_supervised(supervised: np.ndarray, spans: Sequence[ImageSpan]) -> bool:
-    """Whether a row's supervised tokens ([length] bool) seem to hold text of its prompt.
-
-    Nothing between an image and a supervised part, or supervised text on both sides of an image with at most one
-    token between it and the image (which marks where an image begins or ends): an answer has its question, and what
-    tells whose turn it is, between it and the images.
-    """
-    if not spans:
-        return False
-    for first, last in _unbroken(spans):
-        before, after = supervised[:first], supervised[last:]
-        if after[:1].any() or (before[-2:].any() and after[:2].any()):
-            return True
-    return False
-
-
-def _unbroken(spans: Sequence[ImageSpan]) -> list[tuple[int, int]]:
-    """``(start, end)`` of each run of images without text between them."""
-    runs: list[tuple[int, int]] = []
+    """Whether a row's supervised tokens ([length] bool) seem to hold text of its prompt: one of the two tokens after an
+    image (the first may mark its end). An answer has whose turn it is, and mostly its question, before it."""
+    images = np.zeros(len(supervised) + 2, dtype=bool)
     for span in spans:
-        if runs and runs[-1][1] == span.start:
-            runs[-1] = runs[-1][0], span.end
-        else:
-            runs.append((span.start, span.end))
-    return runs
+        images[span.start : span.end] = True
+    ends = np.flatnonzero(images[:-1] & ~images[1:]) + 1
+    return any(supervised[end : end + 2].any() for end in ends)
 
 
 def _without_images(labels: np.ndarray, visual: np.ndarray, state: State) -> np.ndarray:

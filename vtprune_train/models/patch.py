@@ -295,6 +295,7 @@ def _install(model: HFModule, state: State) -> None:
         ("", "generate", _generate),
         ("", "generate_batch", _refuse_continuous_batching),
         ("", "init_continuous_batching", _refuse_continuous_batching),
+        ("", "_replicate_for_data_parallel", _refuse_data_parallel),
         ("", "train", _train),
         ("", "load_state_dict", _load_state_dict),
         (family.base, "forward", _forward_base),
@@ -705,6 +706,13 @@ def _refuse_continuous_batching(
     raise ValueError(
         f"{original.__name__}: continuous batching packs requests into a paged cache, but a pruned model keeps another "
         "length in every layer; pad the prompts to one batch and call generate, or use unprune(model)"
+    )
+
+
+def _refuse_data_parallel(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "torch.nn.DataParallel copies a pruned model without what it is pruned by; run one process a device: torchrun, "
+        "deepspeed or accelerate launch (transformers' Trainer takes DataParallel where one process sees several GPUs)"
     )
 
 

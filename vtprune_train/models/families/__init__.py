@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vtprune_train.models import HFModule
@@ -48,6 +49,8 @@ def family_of(model: HFModule) -> Family:
             family.check(model)
             return family
     reason = UNSUPPORTED.get(type(model).__name__)
+    if isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, DeepSpeed's engine, ...
+        reason = "prune the model before it is wrapped"
     supported = ", ".join(family.model_class for family in FAMILIES)
     raise ValueError(f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}")
 
