@@ -2,11 +2,15 @@
 
 import json
 import logging
+import re
 
 import pytest
+import yaml
 from checkpoints import save_folder
+from runner import TINY, write_data
 from tokenizers_made import TOKENIZERS, byte_level
 
+from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn, get_template
 from vtprune_train.data.jinja import written_by
 from vtprune_train.inference.chatting import load
@@ -93,3 +97,16 @@ def test_a_bare_prompt_is_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load(str(tmp_path / "model"), device="cpu")
     assert f"{tmp_path / 'model'} has no chat template: prompts are sent as they are written" in caplog.text
+
+
+def test_a_dry_run_shows_a_sample_and_what_does_not_fit(tmp_path, capsys):
+    write_data(tmp_path / "data")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    settings = [f"data.root={tmp_path / 'data'}", f"run.output_dir={tmp_path}", "data.template=qwen"]
+    assert main(["train", "--config", str(tmp_path / "tiny.yaml"), "--dry_run", *settings]) == 0
+    said = capsys.readouterr().out
+    assert "WARNING       data.template=qwen writes <|im_start|>, <|im_end|>, which are no tokens of" in said
+    assert re.search(r"sample        train0: \d+ tokens, \d+ of them supervised, between \[\[ and \]\]:", said)
+    assert re.search(r"<image> x \d+\nhow bright is number 0\?<\|im_end\|>\n", said) and re.search(
+        r"assistant\n\[\[about \d<", said
+    )
