@@ -2,7 +2,8 @@
 
 sharded.py KIND METHOD...    compares loss, gradients, kept tokens and generated tokens; each rank has another batch
 
-KIND is one of SHARDED. A METHOD is a name of the registry, or one of OTHERS.
+KIND is one of SHARDED or SPLIT. A METHOD is a name of the registry, or one of OTHERS; FAMILY/METHOD is for another
+family than LLaVA-NeXT.
 """
 
 import os
@@ -34,16 +35,22 @@ BATCHES = [
 ANSWER = 3  # supervised tokens at the end of each row
 
 
-def batch_of(number):
-    inputs = family_inputs("llava_next", BATCHES[number])
+def batch_of(number, name=""):
+    inputs = family_inputs(family_of(name), BATCHES[number])
     labels = inputs["input_ids"].clone()
     labels[:, :-ANSWER] = -100
     return {**inputs, "labels": labels}
 
 
+def family_of(name):
+    return name.split("/")[0] if "/" in name else "llava_next"
+
+
 def built(name, checkpointing):
-    method = OTHERS[name]() if name in OTHERS else method_class(name)()
-    model = prune(family_model("llava_next"), method).train()
+    method = name.split("/")[-1]
+    model = prune(
+        family_model(family_of(name)), OTHERS[method]() if method in OTHERS else method_class(method)()
+    ).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -53,14 +60,20 @@ def layers_of(model):
     return model.model.language_model.layers
 
 
+def tower_layers_of(model):
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    return max((module for module in tower.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
+
+
 def mesh():
     return init_device_mesh("cpu", (2,))
 
 
 def fsdp2(model):
-    for layer in (*layers_of(model), *model.model.vision_tower.encoder.layers):
+    for layer in (*layers_of(model), *tower_layers_of(model)):
         fully_shard(layer, mesh=mesh())
-    fully_shard([model.model.language_model.norm, model.lm_head], mesh=mesh())
+    if model.lm_head.weight is not model.model.language_model.embed_tokens.weight:
+        fully_shard([model.model.language_model.norm, model.lm_head], mesh=mesh())
     return fully_shard(model, mesh=mesh())
 
 
@@ -81,7 +94,7 @@ def fsdp2_of_blocks(model):
 
 
 def fsdp1(model):
-    policy = ModuleWrapPolicy({type(layers_of(model)[0]), type(model.model.vision_tower.encoder.layers[0])})
+    policy = ModuleWrapPolicy({type(layers_of(model)[0]), type(tower_layers_of(model)[0])})
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
 
 
@@ -123,14 +136,14 @@ def expected_of(name, checkpointing):
     """Without sharding: losses and generated tokens of both batches, and the mean of their gradients."""
     torch.manual_seed(3)  # of parameters that a method adds
     model = built(name, checkpointing)
-    losses = [model(**batch_of(number)).loss for number in range(2)]
+    losses = [model(**batch_of(number, name)).loss for number in range(2)]
     (sum(losses) / 2).backward()
-    return losses, {key: p.grad for key, p in model.named_parameters()}, [generated(model, n) for n in range(2)]
+    return losses, {key: p.grad for key, p in model.named_parameters()}, [generated(model, n, name) for n in range(2)]
 
 
-def generated(model, number):
+def generated(model, number, name):
     model.eval()
-    inputs = {key: value for key, value in batch_of(number).items() if key != "labels"}
+    inputs = {key: value for key, value in batch_of(number, name).items() if key != "labels"}
     with torch.no_grad():
         return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
 
@@ -143,7 +156,7 @@ def check(kind, name, checkpointing):
     rank = dist.get_rank()
     place = f"{kind} {name} checkpointing={checkpointing}"
     for _ in range(2):
-        loss = wrapped(**batch_of(rank)).loss
+        loss = wrapped(**batch_of(rank, name)).loss
         assert torch.allclose(loss, losses[rank], rtol=1e-6, atol=1e-6), f"{place}: loss {loss} for {losses[rank]}"
     wrapped.backward(loss) if kind.startswith("zero3") else loss.backward()
     largest = max(float(grad.abs().max()) for grad in grads.values() if grad is not None)
@@ -155,7 +168,7 @@ def check(kind, name, checkpointing):
         assert difference < 1e-5 * largest, f"{place}: gradient of {key} differs by {difference} of {largest}"
     if kind.startswith("fsdp2"):
         register_fsdp_forward_method(model, "generate")  # images are encoded outside forward, dense models too
-        assert torch.equal(generated(model, rank), tokens[rank]), f"{place}: other tokens"
+        assert torch.equal(generated(model, rank, name), tokens[rank]), f"{place}: other tokens"
         unprune(model)
         assert not any("_vtprune" in key for module in model.modules() for key in module.__dict__)
 

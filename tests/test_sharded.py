@@ -46,6 +46,13 @@ def test_each_kind_of_method_under_other_shardings(tmp_path, kind):
     assert sharded(tmp_path, kind, *KINDS) == ["equal"] * len(KINDS)
 
 
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+def test_other_families_under_fsdp(tmp_path, kind):
+    """Query and key norms, towers that take images of any size, deepstack, tied heads."""
+    names = [f"{family}/pyramiddrop" for family in ("qwen2_5_vl", "qwen3_vl", "internvl")]
+    assert sharded(tmp_path, kind, *names) == ["equal"] * len(names)
+
+
 def test_a_model_that_is_sharded_before_it_is_pruned(tmp_path):
     names = ("pyramiddrop", "hidrop", "plphp")
     assert sharded(tmp_path, "fsdp2_first", *names) == ["equal"] * len(names)
@@ -65,7 +72,7 @@ def test_heads_split_over_ranks(tmp_path, kind):
     readers = ("pyramiddrop", "sparsevlm", "plphp")
     for name, said in zip(readers, sharded(tmp_path, kind, *readers), strict=True):
         assert said.startswith(name) and "2 of 4 attention heads" in said and "FSDP" in said
-    others = ("prumerge", "divprune", "pool")
+    others = ("prumerge", "divprune", "cdpruner", "uniform", "random", "pool")
     assert sharded(tmp_path / "others", kind, *others) == ["equal"] * len(others)
 
 
