@@ -1,7 +1,7 @@
-"""Run by one rank: bfloat16 logits of every family as training starts it, against ``from_pretrained``.
+"""Run by one rank: half-precision logits of every family as training starts it, against ``from_pretrained``.
 
-Writes to the path given, for each family and origin, whether they are equal at all positions of a long prompt, and
-which buffers differ.
+Writes to the path given, for each family and origin and each ZeRO stage and dtype, whether they are equal at all
+positions of a long prompt, which buffers differ, and the dtypes of parameters.
 """
 
 import json
@@ -13,23 +13,30 @@ import torch
 from families import FAMILIES, family_inputs, family_model, tokenizer
 from helpers import PINPOINTS
 
-from vtprune_train.config import ModelConfig
+from vtprune_train import prune
+from vtprune_train.config import ModelConfig, PeftConfig
 from vtprune_train.models.build import build_model, load_tokenizer
 from vtprune_train.models.families import family_of
+from vtprune_train.models.peft import adapt
 from vtprune_train.training.engine import start_distributed, start_engine
 
 LONG = [["what", "is", "shown", 0, *["a", "red", "cat", "on", "the", "left"] * 200]]
-SETTINGS = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_force_ds_cpu_optimizer": False,
-    "bf16": {"enabled": True},
-    "zero_optimization": {"stage": 2},
-}
+STAGES = {"bfloat16": (0, 1, 2, 3), "float32": (0, 1, 2, 3)}  # DeepSpeed's CPU accelerator has no float16
+
+
+def settings_of(dtype, stage):
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": stage},
+    }
 
 
 def origins(name, checkpoint, folder):
     """The ways in which this family's model comes to training, as ``model`` sections."""
     yield "path", {"path": str(checkpoint)}
+    yield "path with LoRA", {"path": str(checkpoint), "peft": {"kind": "lora", "r": 4}}
     if name not in ("llava", "llava_next"):
         return
     model = family_model(name)
@@ -60,12 +67,33 @@ def started(settings, reference, folder):
     if family_of(reference).loop is None:  # not trained by the loop: as a library's user opens it
         model = type(reference).from_pretrained(settings["path"], dtype=torch.bfloat16)
     else:
-        config = ModelConfig(**settings)
+        config = ModelConfig(**{key: value for key, value in settings.items() if key != "peft"})
         model = build_model(config, load_tokenizer(config, list, folder / "none"))
         if "config" in settings:
             model.load_state_dict(reference.state_dict())
+    if "peft" in settings:
+        adapt(model, PeftConfig(**settings["peft"]))
+    return inside_engine(model, "bfloat16", 2)
+
+
+def inside_engine(model, dtype, stage):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    return start_engine(model.eval(), optimizer, SETTINGS).module
+    return start_engine(model.eval(), optimizer, settings_of(dtype, stage)).module
+
+
+def compared(reference, model, inputs):
+    buffers = dict(model.named_buffers())
+    with torch.no_grad():
+        expected, logits = (m(**inputs).logits for m in (reference, model))
+    return {
+        "positions": logits.shape[1],
+        "dtype": str(logits.dtype),
+        "parameters": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "largest_difference": float((logits.float() - expected.float()).abs().max()),
+        "buffers": [
+            n for n, b in reference.named_buffers() if buffers[n].dtype != b.dtype or not torch.equal(b, buffers[n])
+        ],
+    }
 
 
 def main(out):
@@ -79,16 +107,15 @@ def main(out):
             reference = type(family_model(name)).from_pretrained(folder / "checkpoint", dtype=torch.bfloat16).eval()
             inputs = family_inputs(name, LONG)
             for origin, settings in origins(name, folder / "checkpoint", folder):
-                model = started(settings, reference, folder)
-                buffers = dict(model.named_buffers())
-                with torch.no_grad():
-                    expected, logits = (m(**inputs).logits for m in (reference, model))
-                found[f"{name} from {origin}"] = {
-                    "positions": logits.shape[1],
-                    "dtype": str(logits.dtype),
-                    "largest_difference": float((logits.float() - expected.float()).abs().max()),
-                    "buffers": [n for n, b in reference.named_buffers() if not torch.equal(b, buffers[n])],
-                }
+                found[f"{name} from {origin}"] = compared(reference, started(settings, reference, folder), inputs)
+            for dtype, stages in STAGES.items():
+                for stage in stages if name in ("llava_next", "qwen2_5_vl") or dtype == "bfloat16" else ():
+                    opened = [
+                        type(reference).from_pretrained(folder / "checkpoint", dtype=getattr(torch, dtype)).eval()
+                        for _ in range(2)
+                    ]
+                    model = inside_engine(prune(opened[1], None), dtype, stage)
+                    found[f"{name} in {dtype}, ZeRO-{stage}"] = compared(prune(opened[0], None), model, inputs)
     Path(out).write_text(json.dumps(found))
 
 

@@ -587,6 +587,29 @@ def test_a_compiled_model_is_pruned_and_unpruned():
     assert compiled_step(model, inputs, call) == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_tower_compiled_before_is_refused_where_its_attention_is_read():
+    torch._dynamo.reset()
+    model, inputs = family_model("llava_next"), family_inputs("llava_next", ONE)
+    model.model.vision_tower.compile(backend="eager")
+    forward(model, inputs)
+    with pytest.raises(ValueError, match=r"was not seen: a tower compiled by torch\.compile .*compile_layers"):
+        forward(prune(model, "visionzip"), inputs)
+    unprune(model)
+    forward(prune(model, HALF), inputs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_autocast(name):
+    """As mixed-precision Trainers call it."""
+    inputs, losses = family_inputs(name, BATCH), []
+    for model in (family_model(name), prune(family_model(name), ALL), prune(family_model(name), HALF)):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(**inputs, labels=answer_labels(model, inputs)).loss)
+        losses[-1].backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-2)
+    assert abs(losses[2] - losses[0]) > abs(losses[1] - losses[0])
+
+
 def test_wrapped_models_are_refused():
     with pytest.raises(ValueError, match="cannot prune a DataParallel: prune the model before it is wrapped"):
         prune(torch.nn.DataParallel(family_model("llava_next")), HALF)

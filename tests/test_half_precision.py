@@ -6,12 +6,18 @@ import sys
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, family_inputs, family_model
+from half_precision import LONG
+from helpers import tiny_model
 from runner import ROOT
 from torch import nn
 
+from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.config import ConfigError
+from vtprune_train.inference.chatting import load_weights
 from vtprune_train.training.engine import start_engine
+
+HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +32,86 @@ def measured(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_from_pretrained(measured, family):
     cases = {name: found for name, found in measured.items() if name.partition(" ")[0] == family}
-    assert len(cases) == (3 if family in ("llava", "llava_next") else 1), cases
+    origins = 4 if family in ("llava", "llava_next") else 2
+    engines = 8 if family in ("qwen2_5_vl", "llava_next") else 4
+    assert len(cases) == origins + engines, cases
     for name, found in cases.items():
-        assert found["positions"] > 1000 and found["dtype"] == "torch.bfloat16", (name, found)
-        assert found["buffers"] == [], (name, found)
+        dtype = "torch.float32" if "float32" in name else "torch.bfloat16"
+        assert found["positions"] > 1000 and found["dtype"] == dtype, (name, found)
+        assert found["parameters"] == [dtype] and found["buffers"] == [], (name, found)
         assert found["largest_difference"] == 0.0, (name, found)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of every family."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name in FAMILIES:
+        family_model(name).save_pretrained(folder / name)
+    return folder
+
+
+def logits_and_buffers(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits, dict(model.named_buffers())
+
+
+CASTS = {"to": lambda model: model.to(torch.bfloat16), "half": lambda model: model.half()}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("when", ["before", "after", "and pruned again"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cast_model_computes_what_from_pretrained_does(saved, family, when, cast, caplog):
+    """``model.to(dtype)`` rounds the rotary frequencies; a pruned model computes them again."""
+    kind, inputs = type(family_model(family)), family_inputs(family, LONG)
+    model = kind.from_pretrained(saved / family, dtype=torch.float32)
+    if when != "before":
+        prune(model, HALF)
+    CASTS[cast](model)
+    if when == "and pruned again":
+        unprune(model)
+    if when != "after":
+        prune(model, HALF)
+    logits, buffers = logits_and_buffers(model, inputs)
+    opened = prune(kind.from_pretrained(saved / family, dtype=model.dtype), HALF)
+    expected, own = logits_and_buffers(opened, inputs)
+    assert torch.equal(logits, expected)
+    assert all(buffers[name].dtype == b.dtype and torch.equal(buffers[name], b) for name, b in own.items())
+    towers = sum(name.endswith(".inv_freq") for name in own)
+    assert caplog.text.count("are float32 again") == towers
+    assert f"were cast to {model.dtype}" in caplog.text
+    logits_and_buffers(model, inputs)
+    assert caplog.text.count("are float32 again") == towers, "once"
+
+
+@pytest.mark.parametrize("rope", ["linear", "llama3", "yarn"])
+def test_scaled_frequencies_are_computed_again_as_scaled(rope):
+    scaled = {
+        "rope_type": rope, "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    }  # fmt: skip
+    model = tiny_model(rope_parameters=scaled)
+    rotary = model.model.language_model.rotary_emb
+    before = rotary.inv_freq.clone()
+    assert not torch.equal(before, tiny_model().model.language_model.rotary_emb.inv_freq)
+    prune(model.bfloat16(), None)(torch.tensor([[5, 6, 7]]))
+    assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, before)
+
+
+@pytest.mark.parametrize("method", ["victor", "voco", "pyramiddrop"])
+@pytest.mark.parametrize("family", ["llava_next", "llava", "llava_onevision", "qwen2_5_vl"])
+def test_saved_and_opened_again(saved, tmp_path, family, method):
+    """A pruned bfloat16 model, by plain transformers and by the project's own door."""
+    kind, inputs = type(family_model(family)), family_inputs(family, LONG)
+    model = prune(kind.from_pretrained(saved / family, dtype=torch.bfloat16), method)
+    expected, buffers = logits_and_buffers(model, inputs)
+    model.save_pretrained(tmp_path)
+    for opened in (kind.from_pretrained(tmp_path, dtype="auto"), load_weights(str(tmp_path), "auto")):
+        logits, own = logits_and_buffers(prune(opened), inputs)
+        assert torch.equal(logits, expected)
+        assert {str(p.dtype) for p in opened.parameters()} == {"torch.bfloat16"}
+        assert all(own[name].dtype == b.dtype and torch.equal(own[name], b) for name, b in buffers.items())
 
 
 def test_an_engine_that_casts_buffers_is_refused(monkeypatch):

@@ -126,8 +126,16 @@ class Reading:
 
         Args:
             index: [V] int64, the patch among all P * N that each token shows; P * N or more, or negative, for none.
+
+        Raises:
+            ValueError: the tower's projections were not seen.
         """
-        assert self.keys, "the vision tower did not run"
+        if missing := [layer for layer in self.layers if layer not in self.keys]:
+            raise ValueError(
+                f"the attention of the vision tower's layer {missing[0]} was not seen: a tower compiled by "
+                "torch.compile before it was pruned calls no hooks; compile it with "
+                "vtprune_train.models.compile.compile_layers(model), or leave it uncompiled"
+            )
         received = {layer: self._received(layer) for layer in set(self.layers)}
         keys_PNM = self.keys[self.layers[-1]][:, self.class_tokens :]
         tiles, patches, width = keys_PNM.shape

@@ -42,6 +42,7 @@ from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
 from vtprune_train.models.layouts import Grids
 from vtprune_train.models.learned import attach, check_trained, detach, modules_to_save
 from vtprune_train.models.padded import checkpoints_layers, forward_text
+from vtprune_train.models.rotary import full_frequencies
 from vtprune_train.models.sharding import check_attention_function, check_layers, restore_forward
 from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
 from vtprune_train.pruning import CONFIG_KEY, SAVED, method_from_settings, saved_settings
@@ -589,6 +590,7 @@ def _pack_image_features(self: HFModule, original: Callable[..., Any], state: St
 
 
 def _forward_tower(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    full_frequencies(self)
     return original(**complete_inputs(self, _by_name(original, args, inputs)))
 
 
@@ -622,6 +624,7 @@ def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[i
 
 def _forward_decoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
     check_attention_function(state.attention)
+    full_frequencies(self)
     if len(args) > 1 and isinstance(args[1], StreamPlan):
         return packed.forward_text(self, state, *args)
     inputs = _by_name(original, args, inputs)
