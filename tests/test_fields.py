@@ -61,6 +61,11 @@ REFUSED = [
     ({"left_image": "a.png"}, "'left_image'"),
     ({"attachments": ["a.pdf"]}, "'attachments'"),
     ({"mask_path": "a.png"}, "'mask_path'"),
+    ({"train_last_turn_only": True}, "'train_last_turn_only'"),
+    ({"num_repeats": 2}, "'num_repeats'"),
+    ({"frames_dir": "a"}, "'frames_dir'"),
+    ({"wav_path": "a"}, "'wav_path'"),
+    ({"scene": "a/b.MP4"}, "'scene' ('a/b.MP4') names a video or audio file"),
     ({"system": ["be brief"]}, "'system' is ['be brief']"),
     ({"chat_template_kwargs": {"enable_thinking": True}}, "'chat_template_kwargs'"),
     ({"image": "a.png", "images": ["b.png"]}, "'images' and 'image' are both there and differ"),
@@ -75,6 +80,13 @@ REFUSED_TURNS = [
     (with_turn(1, learn=False), "'learn'"),
     (with_turn(1, calculate_loss=0), "'calculate_loss'"),
     (with_turn(1, is_trained=False), "'is_trained'"),
+    (with_turn(1, for_training=False), "'for_training' (False) holds what seems to be a flag"),
+    (with_turn(1, include_in_loss=0), "'include_in_loss'"),
+    (with_turn(1, exclude_from_loss=True), "'exclude_from_loss'"),
+    (with_turn(1, unmask=False), "'unmask'"),
+    (with_turn(1, train_detail=[{"begin_offset": 0, "train": False}]), "'train_detail'"),
+    (with_turn(0, use_for_loss=True), "'use_for_loss'"),
+    (with_content({"type": "speech", "text": "hi"}), "{type: image} or {type: image, image: ...} (turn 1)"),
     (with_turn(0, loss=True), "ignore` if it changes nothing here (turn 1)"),
     (with_turn(1, tool_calls=[{"function": {"name": "f"}}]), "'tool_calls'"),
     (with_turn(1, function_call={"name": "f", "arguments": "{}"}), "'function_call'"),
@@ -123,6 +135,7 @@ def test_a_turn_that_changes_what_is_trained_is_refused(record, error):
         {"video": None, "videos": [], "audio": "", "tools": None, "objects": {"bbox": [], "ref": None}, "loss": None},
         {"weight": 1, "loss": True, "loss_mask": [1, 1], "label": "rain", "mask": 0},
         {"id": 3, "source": "x", "width": 3, "height": 4, "metadata": {"video": "y"}, "score": 0.1, "language": "en"},
+        {"for_training": True, "exclude_from_loss": False, "train_split": "a", "train_last_turn_only": False},
         {"video_id": "abc", "dataset": "y", "__index_level_0__": 4, "num_frames": 8, "num_images": 0, "image_size": 3},
     ],
 )
@@ -141,6 +154,8 @@ def test_flags_of_turns_that_say_what_is_done_anyway():
 def test_other_fields_are_read_on_and_named():
     assert normalize({**TALK, "context": "a text", "instruction": ""}, "x").unread == {"context"}
     assert normalize(with_turn(0, name="tom"), "x").unread == {"name"}
+    assert normalize(with_turn(1, eos=False), "x").unread == {"eos"}  # false says something, unlike an empty value
+    assert normalize({**TALK, "train_loss": 0.3, "url": "a.mp4"}, "x").unread == {"train_loss"}
     assert normalize({**TALK, "image": "a.png", "image_url": "http://x"}, "x").error, "no <image>"
     seen = {"image": "a.png", "image_path": "x/a.png", "conversations": say("<image> what ?", "it rains")}
     assert normalize(seen, "x").unread == {"image_path"}, "where the image came from"

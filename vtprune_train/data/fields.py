@@ -18,12 +18,14 @@ RECORD = frozenset(("id", *CONVERSATIONS, *IMAGES, *SYSTEM))
 TURN = frozenset(("from", "role", "value", "content"))
 
 FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag of what is trained on", "a weight", "a mask", "an image"
+LIKE_A_FLAG = "what seems to be a flag of what is trained on"
 _FILE = r"(_?(path|file|file_?name|name|url|uri|list|data|bytes|base64|b64|input)s?)?"
+_FOLDER = r"_?(dir|directory|folder|root)s?"
 _VIDEO_FILES = "mp4|avi|mov|mkv|webm|m4v|mpe?g|flv|wmv"
 _AUDIO_FILES = "mp3|wav|flac|ogg|m4a|aac|opus|wma"
 _MEDIA = {
-    "a video": rf"(video|video_?clip|clip|movie|frame|video_?frame)s?{_FILE}|{_VIDEO_FILES}",
-    "audio": rf"(audio|speech|sound|voice|music|waveform)s?{_FILE}|input_audio|{_AUDIO_FILES}",
+    "a video": rf"(vid|video|video_?clip|clip|movie|(key|video)?_?frame|gif|{_VIDEO_FILES})s?({_FILE}|{_FOLDER})",
+    "audio": rf"(audio|speech|sound|voice|music|waveform|{_AUDIO_FILES})s?({_FILE}|{_FOLDER})|input_audio",
     "a point cloud or depth map": r"(point_?cloud|depth_?(map|image)|mesh)s?" + _FILE,
     "media": r"media|multi_?(modal|media)(_(data|inputs?))?|attachments?",
 }
@@ -46,10 +48,15 @@ _FLAG = (
     r"(is_|has_|use_|with_|do_|should_|compute_|calc_|calculate_)?(loss|train|trained|trainable|learn|learned|learnable"
     r"|supervised?)|train_on_turn|kto_tag|desirable|label|(loss|train)_mask"
 )
-_WEIGHT = r"((sample|loss|token|turn|example|sampling)_)?(weights?|importance)|loss_scale|repeat(s|_times?)?"
+_WEIGHT = r"((sample|loss|token|turn|example|sampling)_)?(weights?|importance)|loss_scale|((num|n)_)?repeat(s|_times?)?"
+_SAYS_WHERE = r"loss|train|trained|training|learn|supervised?|supervision|unmask(ed)?"  # a word of a name
+_LESS = r"exclude|excluded|no|not|non|without|skip|ignore|only|last|first|final"  # with it, true trains on less
 
 _UNSUPPORTED = [(what, re.compile(pattern)) for what, pattern in (_MEDIA | _FORMAT).items()]
 _IS_IMAGE, _IS_FLAG, _IS_WEIGHT = re.compile(_IMAGE), re.compile(_FLAG), re.compile(_WEIGHT)
+_IS_LIKE_A_FLAG = re.compile(rf"(.*_)?({_SAYS_WHERE})(_.*)?")
+_TRAINS_LESS = re.compile(rf"(.*_)?({_LESS})(_.*)?")
+_IS_MEDIA_FILE = re.compile(rf"\S.*\.({_VIDEO_FILES}|{_AUDIO_FILES}|gif)", re.IGNORECASE)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 # Known to say nothing that is trained on; other unknown fields are allowed too, but said once.
@@ -122,10 +129,13 @@ def check_fields(
             continue
         if what == IMAGE_FIELD and has_images:  # where the image came from; those that are read are checked by <image>
             what = None
+        if what == LIKE_A_FLAG and not any(isinstance(leaf, Mapping) or leaf in (0, 1) for leaf in _leaves(value)):
+            what = None  # a loss, the name of a split
         if what is None:
-            if not is_harmless(name) and not is_empty(value):
+            if name not in unread and not is_harmless(name) and (value is False or not is_empty(value)):
+                _check_value(name, value)
                 unread.add(name)
-        elif not _changes_nothing(what, value, answer):
+        elif not _changes_nothing(what, name, value, answer):
             raise ValueError(f"its field {name!r} ({_shown(value)}) holds {what}, which is not supported; {WAY_OUT}")
     return unread
 
@@ -152,12 +162,28 @@ def _unsupported(name: str) -> str | None:
     for what, pattern in ((FLAG, _IS_FLAG), (WEIGHT, _IS_WEIGHT), (IMAGE_FIELD, _IS_IMAGE)):
         if pattern.fullmatch(name):
             return what
-    return next((what for what, pattern in _UNSUPPORTED if pattern.fullmatch(name)), None)
+    if found := next((what for what, pattern in _UNSUPPORTED if pattern.fullmatch(name)), None):
+        return found
+    return LIKE_A_FLAG if _IS_LIKE_A_FLAG.fullmatch(name) and not _HARMLESS.fullmatch(name) else None
 
 
-def _changes_nothing(what: str, value: Any, answer: bool | None) -> bool:
+def _check_value(name: str, value: Any) -> None:
+    """A video or audio file is media, whatever its field is called.
+
+    Raises:
+        ValueError: it is one; names it.
+    """
+    for leaf in _leaves(value):
+        if isinstance(leaf, str) and _IS_MEDIA_FILE.fullmatch(leaf.strip()):
+            raise ValueError(f"its field {name!r} ({_shown(value)}) names a video or audio file; {WAY_OUT}")
+
+
+def _changes_nothing(what: str, name: str, value: Any, answer: bool | None) -> bool:
     if what == NOT_TRAINED:
         return all(leaf == 0 for leaf in _leaves(value))
+    if what == LIKE_A_FLAG:
+        as_is = (_TRAINS_LESS.fullmatch(plain(name)) is None) == (answer is not False)
+        return all(leaf is None or leaf == int(as_is) for leaf in _leaves(value))
     if what not in (FLAG, WEIGHT):
         return is_empty(value)
     neutral = ((0,) if what == FLAG else (0, 1)) if answer is False else (1,)  # a prompt is never supervised

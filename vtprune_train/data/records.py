@@ -232,8 +232,8 @@ class _Reading:
                 raise ValueError(f"a part of a message brings {len(images)} images; write a part for each")
             return IMAGE, [_Part(_image(images[0]) if images else None, part.get("index"))]
         raise ValueError(
-            f"a part of a message is {part!r}; use {{type: text, text: ...}}, {{type: image}} or {{type: image, image: "
-            "...}}"
+            f"a part of a message is {part!r}; use {{type: text, text: ...}}, {{type: image}} or "
+            "{type: image, image: ...}"
         )
 
 
