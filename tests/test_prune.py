@@ -166,6 +166,8 @@ def test_what_stands_for_a_method(asked, expected):
         ({"keep": 0.5}, r"names no method; write for example \{'method': 'fastv'\}"),
         ({}, "names no method"),
         ({"method": "fastv", "kep": 0.5}, "'kep' is not a setting of fastv; did you mean keep?"),
+        ({"method": "none", "keep": 0.5}, "has settings, but none drops nothing"),
+        ({"method": "saved"}, r"stands for the settings of a checkpoint that is opened.*prune\(model, 'saved'\)"),
         ([], "a combination names at least one method"),
         ([FastV()], "entry 1 of the list of methods, FastV.* names no method"),
         (0.5, "method=0.5 is not a pruning method"),

@@ -45,7 +45,7 @@ from vtprune_train.models.padded import checkpoints_layers, forward_text
 from vtprune_train.models.rotary import full_frequencies
 from vtprune_train.models.sharding import check_attention_function, check_layers, restore_forward
 from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
-from vtprune_train.pruning import CONFIG_KEY, SAVED, method_from_settings, saved_settings
+from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.learned import learns
@@ -188,6 +188,8 @@ def resolve_method(model: HFModule, method: Any) -> PruningMethod | None:
     if isinstance(method, Mapping):
         if not isinstance(method.get("method"), str | list | tuple):
             raise ValueError(f"method={dict(method)!r} names no method; write for example {{'method': 'fastv'}}")
+        if method["method"] == NONE and len(method) > 1:
+            raise ValueError(f"method={dict(method)!r} has settings, but none drops nothing; leave them out")
         return method_from_settings(method)
     if isinstance(method, list | tuple):
         return method_from_settings({"method": list(method)})

@@ -48,6 +48,11 @@ def method_class(name: str) -> type[PruningMethod]:
         ValueError: no such name, or the path leads to no method; names what is known.
     """
     path = METHODS.get(name, name)
+    if name == SAVED:
+        raise ValueError(
+            f"method={SAVED!r} stands for the settings of a checkpoint that is opened, with none beside it: "
+            f"prune(model, {SAVED!r}); here name one of {', '.join(METHODS)}, {NONE}"
+        )
     if ":" not in path:
         nearest = difflib.get_close_matches(name.lower(), (*METHODS, NONE, SAVED), n=1)
         raise ValueError(
