@@ -71,7 +71,7 @@ def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
         if not is_here(Path(source.path)):
             continue
         prompt = Prompt(**source.prompt.model_dump())
-        for record in islice(read_records(Path(source.path)), LOOKED_AT):
+        for record in islice(read_records(Path(source.path), source.ignore), LOOKED_AT):
             if record.error:
                 continue
             try:
