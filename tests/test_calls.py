@@ -392,6 +392,14 @@ def test_generate_with_gradient_checkpointing(name, caplog):
     assert torch.equal(generate(model.eval(), inputs)[0], expected[0])
 
 
+def test_the_prompt_is_known_beside_inputs_of_none():
+    """Without a cache every step ranks by the end of the prompt, wherever ``generate`` is given it."""
+    model, inputs = prune(family_model("llava_next"), HALF), family_inputs("llava_next", ONE)
+    inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    expected = generate(model, inputs, use_cache=False)
+    assert torch.equal(generate(model, {"inputs": None, **inputs}, use_cache=False)[0], expected[0])
+
+
 def masked_inside(model, name):
     ids = torch.tensor([[14, 15, 16, 17, 18]])
     return model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1]])).logits[0, [0, 1, 3, 4]]

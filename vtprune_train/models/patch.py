@@ -655,7 +655,7 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
     _check_generation(self, config, inputs)
     if checkpoints_layers(self.get_submodule(state.family.decoder)):
         inputs["use_cache"] = _without_cache(state, config, inputs)
-    prompt = inputs.get("inputs", inputs.get("input_ids"))
+    prompt = inputs.get("input_ids") if inputs.get("inputs") is None else inputs["inputs"]
     if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
         _check_repeated_images(self, prompt, inputs.get("pixel_values"))
     given = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
