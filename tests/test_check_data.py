@@ -77,6 +77,13 @@ def test_a_dry_run_looks_at_the_first_records(folder, capsys):
     assert "7 cannot be used (first: r0: image" in capsys.readouterr().out
 
 
+def test_a_dry_run_shows_a_sample_of_records_with_ignored_fields(folder, capsys):
+    records = json.loads((folder / "data" / "train.json").read_text())
+    (folder / "data" / "train.json").write_text(json.dumps([{**record, "video": "a.mp4"} for record in records]))
+    assert dry_run(folder, "data.train=[{path: train.json, images: images, ignore: [video]}]") == 0
+    assert "sample        r0: " in capsys.readouterr().out
+
+
 def test_a_recipe_of_the_package_is_looked_at_without_its_data(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert train_main(["--config", "quickstart.yaml", "--dry_run"]) == 0

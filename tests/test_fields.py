@@ -144,6 +144,18 @@ def test_fields_that_change_nothing_stay_allowed(fields):
     assert not read.error and not read.unread and read.turns == normalize(TALK, "x").turns
 
 
+def test_a_number_is_no_video_and_no_box():
+    read = normalize({**TALK, "clip": 0.31, "frame": 12, "points": 3}, "x")
+    assert not read.error and read.unread == {"clip", "frame", "points"}
+    assert "'video' (True) holds a video" in normalize({**TALK, "video": True}, "x").error
+
+
+def test_tags_of_html_are_no_placeholders():
+    code = "<video src='a.mp4'></video><picture><source srcset='a.png'></picture> <video>x</video>"
+    assert not normalize({"conversations": say(f"mend {code}", "it rains")}, "x").error
+    assert "<picture>" in normalize({"conversations": say("<picture>\nwhat ?", "it rains")}, "x").error
+
+
 def test_flags_of_turns_that_say_what_is_done_anyway():
     for number, fields in ((1, {"loss": True}), (1, {"weight": 1.0}), (0, {"loss": 0}), (0, {"weight": 0})):
         assert not normalize(with_turn(number, **fields), "x").error, fields

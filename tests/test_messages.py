@@ -9,9 +9,10 @@ import yaml
 from runner import TINY, Runs
 
 from vtprune_train.cli import main, train_main
-from vtprune_train.config import Config, ConfigError
+from vtprune_train.config import Config, ConfigError, PruningConfig
 from vtprune_train.training.check_data import check_run_dir
 from vtprune_train.training.engine import engine_config
+from vtprune_train.training.resume import _check_identity
 from vtprune_train.training.run import cache_dir, warn_of_batch
 
 
@@ -158,3 +159,12 @@ def test_every_shipped_deepspeed_file_is_taken():
     for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload"):
         config = Config.model_validate({**TINY, "deepspeed": f"configs/deepspeed/{name}.json"})
         assert engine_config(config)["gradient_clipping"] == config.train.clip
+
+
+def test_a_run_from_before_a_setting_existed_resumes_with_what_it_did(tmp_path):
+    then = PruningConfig(method="voco", tokens=1, hide="image").identity()
+    saved = {key: value for key, value in then.items() if key != "hide"}
+    (tmp_path / "trainer.json").write_text(json.dumps({"identity": {"pruning": saved}}))
+    _check_identity(tmp_path, {"pruning": then})
+    with pytest.raises(ValueError, match=r"pruning\.hide: checkpoint 'image', now 'all_before'"):
+        _check_identity(tmp_path, {"pruning": PruningConfig(method="voco", tokens=1).identity()})

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from checkpoints import save_folder
 from runner import TINY, write_data
+from tokenizers.processors import TemplateProcessing
 from tokenizers_made import TOKENIZERS, byte_level
 
 from vtprune_train.cli import main
@@ -66,11 +67,23 @@ def test_another_template_than_the_checkpoints_is_named_with_the_one_that_fits()
         assert said(encoder, written_by(encoder)) == [], "a run that goes on from its own checkpoint"
 
 
+def test_a_template_that_this_tokenizer_cannot_train_with_is_no_hint_and_no_error():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
+    with pytest.raises(ValueError, match="after every text"):
+        encoder_of(tokenizer, "qwen")
+    [line] = said(encoder_of(tokenizer, "vicuna_v1"), "{{ 'Q: ' }}<image>{{ messages[0].content }}")
+    assert "data.template=vicuna_v1 is not the chat template of model.path=here" in line
+
+
 def test_chat_templates_of_older_processors_are_found(tmp_path):
     tokenizer = TOKENIZERS["gpt2"]()
     assert saved_chat_template(tokenizer, str(tmp_path)) is None
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": OWN}))
     assert saved_chat_template(tokenizer, str(tmp_path)) == OWN
+    (tmp_path / "chat_template.json").write_text('{"chat_template": ')
+    with pytest.raises(ValueError, match=r"chat_template\.json is not JSON: .* \(line 1, column 19\)"):
+        saved_chat_template(tokenizer, str(tmp_path))
     tokenizer.chat_template = {"default": "default", "tool_use": "other"}
     assert saved_chat_template(tokenizer, str(tmp_path)) == "default"
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from vtprune_train.parse import read_json
+from vtprune_train.parse import read_json_object
 from vtprune_train.rounding import ceil_of
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -470,9 +470,6 @@ class Config(Section):
             return dict(self.deepspeed)
         path = find_file(self.deepspeed, "deepspeed")
         try:
-            loaded = read_json(path)
+            return read_json_object(path)
         except ValueError as error:
             raise ConfigError(f"deepspeed: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"deepspeed: {path} holds no JSON object")
-        return loaded

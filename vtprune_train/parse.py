@@ -48,6 +48,18 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds settings by name.
+
+    Raises:
+        ValueError: see :func:`read_json`, or it holds something else.
+    """
+    loaded = read_json(path)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a JSON object")
+    return loaded
+
+
 def parse_value(text: str, key: str) -> Any:
     """The value of an override; empty text is null.
 

@@ -19,6 +19,7 @@ TURN = frozenset(("from", "role", "value", "content"))
 
 FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag of what is trained on", "a weight", "a mask", "an image"
 LIKE_A_FLAG = "what seems to be a flag of what is trained on"
+PLACES = "places in the image"
 _FILE = r"(_?(path|file|file_?name|name|url|uri|list|data|bytes|base64|b64|input)s?)?"
 _FOLDER = r"_?(dir|directory|folder|root)s?"
 _VIDEO_FILES = "mp4|avi|mov|mkv|webm|m4v|mpe?g|flv|wmv"
@@ -37,12 +38,13 @@ _FORMAT = {
     "documents": r"documents?",
     "reasoning": r"reasoning|reasoning_(content|text)|thinking|thinking_blocks|thoughts?|chain_of_thought|refusal",
     "a setting of the chat template": r"chat_template|chat_template_kwargs|enable_thinking|add_generation_prompt",
-    "places in the image": r"b_?box(es)?|(bounding_?)?box(es)?|objects|regions?|polygons?|segmentations?|(key)?points"
+    PLACES: r"b_?box(es)?|(bounding_?)?box(es)?|objects|regions?|polygons?|segmentations?|(key)?points"
     r"|ref_?(objects?|boxes)|(segmentation_|seg_|instance_)?masks?_(path|file|rle|url)s?|seg(mentation)?_masks?",
     NOT_TRAINED: r"masks?|masked|mask_(history|prompt|inputs?)|ignore_?(loss)?|no_?(loss|train)"
     r"|skip_?(loss|train)|assistant_masks?|labels_mask",
     "training on prompts": r"train_on_(inputs?|prompts?|source|user)",
 }
+_NOT_NUMBERS = {*_MEDIA, PLACES}
 _IMAGE = r"(?!(num|n|no|has|is|max|with|total)_)(\w+_)?(image|img|picture|photo)s?(_?\d+|_[a-h])?" + _FILE
 _FLAG = (
     r"(is_|has_|use_|with_|do_|should_|compute_|calc_|calculate_)?(loss|train|trained|trainable|learn|learned|learnable"
@@ -127,6 +129,8 @@ def check_fields(
         what = _unsupported(plain(name))
         if name == "label" and not isinstance(value, bool):  # a class; a preference's is true or false
             continue
+        if what in _NOT_NUMBERS and isinstance(value, int | float) and not isinstance(value, bool):  # a score, a count
+            what = None
         if what == IMAGE_FIELD and has_images:  # where the image came from; those that are read are checked by <image>
             what = None
         if what == LIKE_A_FLAG and not any(isinstance(leaf, Mapping) or leaf in (0, 1) for leaf in _leaves(value)):
@@ -141,8 +145,8 @@ def check_fields(
 
 
 def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None:
-    """Placeholders of what is no image, or of images where the record has none, in a prompt; ``<video>`` with
-    ``</video>`` is HTML.
+    """Placeholders of anything but images, or of images where the record has none, in a prompt; ``<video>`` with
+    ``</video>`` and ``<picture>`` with ``</picture>`` are HTML.
 
     Raises:
         ValueError: there is one; names it.
@@ -152,7 +156,7 @@ def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None
         if mark not in ignore and f"</{mark[1:]}".lower() not in text.lower():
             raise ValueError(f"its text holds {mark}, and only <image> can be trained on; {WAY_OUT}")
     for match in () if has_images else _IMAGE_MARK.finditer(text):
-        if (mark := match.group()) not in ignore:
+        if (mark := match.group()) not in ignore and not (mark == "<picture>" and "</picture>" in text):
             raise ValueError(f"its text holds {mark}, but the record has no image by 'image' or 'images'; {WAY_OUT}")
 
 

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vtprune_train.parse import read_json_object
+
 TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 PROJECTOR_TYPES = ("mlp2x_gelu", "linear")
 RENAMED = (  # original, Hugging Face
@@ -158,12 +160,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again from where the model came from") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__} instead of settings by name")
+    config = read_json_object(path)
     return config if is_original(config) else None
 
 

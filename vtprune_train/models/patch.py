@@ -95,6 +95,7 @@ def prune(
     text_model = inner.get_submodule(family.decoder)
     attention_before = dense_implementation(text_model.config._attn_implementation)
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
+    full_frequencies(text_model)
     if method is not None:
         check_method(method, len(text_model.layers))
         check_tower(inner.get_submodule(family.base).config, family, method)
@@ -309,6 +310,7 @@ def _install(model: HFModule, state: State) -> None:
         replacements.append((family.base, "pack_image_features", _pack_image_features))
     if family.tower is not None:
         for name, tower in towers(model.get_submodule(family.tower)).items():
+            full_frequencies(tower)
             replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", _forward_tower))
             replace_config(tower, state.tower_backend)
     if isinstance(model.get_submodule("lm_head"), nn.Linear):
@@ -655,7 +657,7 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
     _check_generation(self, config, inputs)
     if checkpoints_layers(self.get_submodule(state.family.decoder)):
         inputs["use_cache"] = _without_cache(state, config, inputs)
-    prompt = inputs.get("inputs", inputs.get("input_ids"))
+    prompt = inputs.get("input_ids") if inputs.get("inputs") is None else inputs["inputs"]
     if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
         _check_repeated_images(self, prompt, inputs.get("pixel_values"))
     given = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]

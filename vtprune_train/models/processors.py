@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from vtprune_train.models.build import first_line, resolve_checkpoint
 from vtprune_train.models.families import family_of_type
+from vtprune_train.parse import read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ def build_processor(
         ValueError: a file of the processor is damaged, or the tokenizer lacks a token that the processor needs.
     """
     path = None if path is None else resolve_checkpoint(path)
-    saved = _read_json(path, PROCESSOR_FILE)
-    settings = {**_read_settings(path, saved), **_counting(config, saved, path)}
+    saved = read_settings(path, PROCESSOR_FILE)
+    settings = {**_processor_settings(path, saved), **_counting(config, saved, path)}
     processor_class = _without_videos(_processor_class(config, saved))  # type: ignore[arg-type]
     parts = {"image_processor": build_image_processor(config, path, max_pixels), "tokenizer": tokenizer}
     try:
@@ -145,7 +146,7 @@ def _fitting(saved: Any, usual: Any, classes: tuple[str, ...] | None, path: str 
 
 def saved_image_processor(path: str | None) -> Any:
     """The image processor of a checkpoint, by PIL; ``None`` if there is none."""
-    if "image_processor" not in (_read_json(path, PROCESSOR_FILE) or {}) and _read_json(path, IMAGE_FILE) is None:
+    if "image_processor" not in (read_settings(path, PROCESSOR_FILE) or {}) and read_settings(path, IMAGE_FILE) is None:
         return None
     try:
         return AutoImageProcessor.from_pretrained(path, backend="pil")
@@ -153,30 +154,28 @@ def saved_image_processor(path: str | None) -> Any:
         raise ValueError(f"model {path}: its image processor cannot be loaded ({first_line(error)})") from error
 
 
-def _read_json(path: str | None, name: str) -> dict[str, Any] | None:
+def read_settings(path: str | None, name: str, *, offline: bool = False) -> dict[str, Any] | None:
     """A JSON file of a folder or of a repository on the hub; ``None`` if it is not there.
+
+    Args:
+        path: the folder or hub id; ``None`` for none.
+        name: of the file.
+        offline: look for files of the hub in its cache alone.
 
     Raises:
         ValueError: it is damaged.
     """
     if path is None:
         return None
-    file = Path(path) / name if Path(path).is_dir() else _hub_file(path, name)
-    if file is None or not file.is_file():
-        return None
-    try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy it again from where the model came from") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{file} holds a {type(loaded).__name__} instead of settings by name")
-    return loaded
+    file = Path(path) / name if Path(path).is_dir() else _hub_file(path, name, offline)
+    return read_json_object(file) if file is not None and file.is_file() else None
 
 
-def _hub_file(path: str, name: str) -> Path | None:
+def _hub_file(path: str, name: str, offline: bool) -> Path | None:
     found = cached_file(
         path,
         name,
+        local_files_only=offline,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
@@ -184,7 +183,7 @@ def _hub_file(path: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _read_settings(path: str | None, saved: dict[str, Any] | None) -> dict[str, Any]:
+def _processor_settings(path: str | None, saved: dict[str, Any] | None) -> dict[str, Any]:
     """What ``processor_config.json`` and the chat template's file say, without the parts that have their own files."""
     if path is None:
         return {}
@@ -230,7 +229,7 @@ def _video_settings(
     """What transformers' video processor for this checkpoint is made from, in the order in which it looks."""
     if saved is not None and "video_processor" in saved:
         return saved["video_processor"]
-    found = _read_json(path, VIDEO_FILE) or _read_json(path, IMAGE_FILE)
+    found = read_settings(path, VIDEO_FILE) or read_settings(path, IMAGE_FILE)
     if found is None:
         found = json.loads(image_processor.to_json_string())
     return {name: value for name, value in found.items() if name != "processor_class"}

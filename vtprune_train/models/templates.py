@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, EncodedChat, Template
-from vtprune_train.data.jinja import written_by
+from vtprune_train.data.jinja import chat_template, written_by
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import Loop
+from vtprune_train.models.processors import read_settings
 from vtprune_train.stream import IMAGE
 
 log = logging.getLogger(__name__)
@@ -58,22 +56,22 @@ def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template) 
         model.generation_config.eos_token_id = [*known, tokens[0]]
 
 
-def saved_chat_template(tokenizer: PreTrainedTokenizerBase, place: str | None) -> str | None:
+def saved_chat_template(tokenizer: PreTrainedTokenizerBase, place: str | None, *, offline: bool = False) -> str | None:
     """The chat template that a checkpoint brings; ``None`` if it brings none.
 
     Args:
         tokenizer: as it was opened.
         place: the folder or hub id that it was opened from.
+        offline: ask no hub (dry runs).
+
+    Raises:
+        ValueError: its file is damaged.
     """
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default")
-    if source is None and place is not None:
-        file = cached_file(
-            place, "chat_template.json", _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-        )  # fmt: skip
-        source = None if file is None else json.loads(Path(file).read_text())["chat_template"]
+    if source is None:
+        source = (read_settings(place, "chat_template.json", offline=offline) or {}).get("chat_template")
     return source
 
 
@@ -96,7 +94,7 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
     own = [
         text for text in (_rendered(tokenizer, saved, content) for content in _contents(encoder.image_token)) if text
     ]
-    ours = _prompts(encoder)
+    ours = _prompts(tokenizer, written_by(encoder))
     if not own or any(_same(tokenizer, one, two) for one in own for two in ours):
         return
     others = [other for other in TEMPLATES.values() if other.name != name and _writes(encoder, other, own)]
@@ -122,19 +120,20 @@ def _contents(image_token: str) -> list[Any]:
     return [parts, f"{image_token}\n{QUESTION}", f"{image_token}{QUESTION}"]
 
 
-def _prompts(encoder: ChatEncoder) -> list[str]:
-    source = written_by(encoder)
-    rendered = (_rendered(encoder.tokenizer, source, content) for content in _contents(IMAGE)[1:])
+def _prompts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    rendered = (_rendered(tokenizer, source, content) for content in _contents(IMAGE)[1:])
     return [text for text in rendered if text]
 
 
 def _writes(encoder: ChatEncoder, template: Template, texts: Sequence[str]) -> bool:
     if "{eos}" in template.answer and encoder.tokenizer.eos_token is None:
         return False
-    other = ChatEncoder(
-        encoder.tokenizer, template, encoder.image_token_id, encoder.image_position, encoder.placeholder
+    image_first = encoder.image_position == "first"
+    source = chat_template(
+        template, image_first=image_first, placeholder=encoder.placeholder, token=encoder.image_token
     )
-    return any(_same(encoder.tokenizer, one, two) for one in texts for two in _prompts(other))
+    prompts = _prompts(encoder.tokenizer, source)
+    return any(_same(encoder.tokenizer, one, two) for one in texts for two in prompts)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, content: Any) -> str | None:

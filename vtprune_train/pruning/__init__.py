@@ -93,16 +93,20 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
 
 
 def saved_settings(config: Any) -> dict[str, Any] | None:
-    """The pruning settings in a model's config, or ``None``. A setting that its method did not have when the
-    checkpoint was saved gets the value that does what the method did then."""
+    """The pruning settings in a model's config, see :func:`completed_settings`; ``None`` if it holds none."""
     settings = getattr(config, CONFIG_KEY, None)
-    return None if settings is None else _completed(settings)
+    return None if settings is None else completed_settings(settings)
 
 
-def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def completed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings as a checkpoint recorded them. A setting that the method did not have when the checkpoint was
+    saved gets the value that does what the method did then."""
     name = settings.get("method")
     if isinstance(name, list | tuple):
-        return {**settings, "method": [_completed(part) if isinstance(part, Mapping) else part for part in name]}
+        return {
+            **settings,
+            "method": [completed_settings(part) if isinstance(part, Mapping) else part for part in name],
+        }
     return {**({} if name in (None, NONE) else method_class(str(name)).before), **settings}
 
 

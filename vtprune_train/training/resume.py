@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.config_file import changed_settings, differences
+from vtprune_train.pruning import completed_settings
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
 from vtprune_train.training.engine import precision
@@ -58,6 +59,8 @@ def resume(
 def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     saved = ranks.from_rank_0(lambda: json.loads((checkpoint / "trainer.json").read_text())["identity"])
     known = {key: value for key, value in saved.items() if key in identity}
+    if "pruning" in known:
+        known["pruning"] = completed_settings(known["pruning"])
     if changed := differences(known, json.loads(json.dumps(identity))):
         raise ValueError(
             "\n".join(

@@ -28,13 +28,14 @@ def template_of(data: DataConfig) -> Template:
     return template if data.system is None else replace(template, default_system=data.system)
 
 
-def template_misfits(config: Config, encoder: ChatEncoder) -> list[str]:
-    """See :func:`vtprune_train.models.templates.misfits`; nothing for a tokenizer that was trained for the run."""
+def template_misfits(config: Config, encoder: ChatEncoder, *, offline: bool = False) -> list[str]:
+    """See :func:`vtprune_train.models.templates.misfits`; nothing for a tokenizer that was trained for the run.
+    ``offline``: ask no hub (dry runs)."""
     key = next((key for key in ("path", "tokenizer", "language_model") if getattr(config.model, key) is not None), None)
     if key is None:
         return list(misfits(encoder, None, "this run"))
     name = getattr(config.model, key)
-    saved = saved_chat_template(encoder.tokenizer, resolve_checkpoint(name))
+    saved = saved_chat_template(encoder.tokenizer, resolve_checkpoint(name), offline=offline)
     return list(misfits(encoder, saved, f"model.{key}={name}"))
 
 
@@ -61,7 +62,7 @@ def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     except ValueError as error:
         return [f"sample        not shown: {error}"]
     encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
-    lines = [f"WARNING       {line}" for line in template_misfits(config, encoder)]
+    lines = [f"WARNING       {line}" for line in template_misfits(config, encoder, offline=True)]
     return [*lines, _described(encoder, layout, record, sizes, "sample       ")]
 
 
@@ -71,11 +72,12 @@ def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
         if not is_here(Path(source.path)):
             continue
         prompt = Prompt(**source.prompt.model_dump())
-        for record in islice(read_records(Path(source.path)), LOOKED_AT):
+        for record in islice(read_records(Path(source.path), source.ignore), LOOKED_AT):
             if record.error:
                 continue
             try:
-                sizes = [image_size(picture) for picture in record.pictures(Path(source.images))]
+                pictures = record.pictures(Path(source.images))
+                sizes = [image_size(picture, max_pixels=config.data.max_image_pixels) for picture in pictures]
             except UNREADABLE:
                 continue
             yield prompt.apply(record), sizes
