@@ -251,7 +251,7 @@ def test_unreadable_and_malformed_samples_are_named(caplog, capsys, options, dat
 @pytest.mark.parametrize(
     ("options_more", "message"),
     [
-        (["--data", "/nowhere.json"], "data file /nowhere.json does not exist"),
+        (["--data", "/nowhere.json"], "--data /nowhere.json does not exist"),
         (["--images", "/nowhere"], "--images /nowhere is no folder"),
         (["--model", "/nowhere"], "there is no such folder"),
         (["--method", "tome"], "method='tome' is unknown"),

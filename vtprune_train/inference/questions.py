@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ def read_questions(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit={limit}: take at least 1 record, or leave it out for all")
+    if not glob.has_magic(str(data)) and not data.exists():
+        raise ValueError(f"--data {data} does not exist")
     chosen = None
     if limit is not None:
         count = sum(1 for _ in read_records(data, ignore))
