@@ -266,5 +266,5 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
 
 def _empty(processor_class: type[ProcessorMixin]) -> ProcessorMixin:
     """An instance whose attributes pickle fills in."""
-    made: ProcessorMixin = object.__new__(_without_videos(processor_class))
+    made: ProcessorMixin = object.__new__(_without_videos(processor_class))  # type: ignore[arg-type]
     return made
