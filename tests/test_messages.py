@@ -168,3 +168,11 @@ def test_a_run_from_before_a_setting_existed_resumes_with_what_it_did(tmp_path):
     _check_identity(tmp_path, {"pruning": then})
     with pytest.raises(ValueError, match=r"pruning\.hide: checkpoint 'image', now 'all_before'"):
         _check_identity(tmp_path, {"pruning": PruningConfig(method="voco", tokens=1).identity()})
+
+
+def test_a_run_from_before_a_setting_was_recorded_is_warned_of(tmp_path, caplog):
+    (tmp_path / "trainer.json").write_text(json.dumps({"identity": {"run.seed": 1}}))
+    _check_identity(tmp_path, {"run.seed": 1, "data.tokenization": "processor"})
+    assert "did not have data.tokenization" in caplog.text
+    with pytest.raises(ValueError, match=r"run\.seed: checkpoint 1, now 2"):
+        _check_identity(tmp_path, {"run.seed": 2, "data.tokenization": "processor"})

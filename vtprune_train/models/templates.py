@@ -42,13 +42,15 @@ def carry(processor: Any, source: str) -> None:
     processor.chat_template = processor.tokenizer.chat_template = source
 
 
-def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template) -> None:
-    """Let generation stop at the token that ended every answer in training, which need not be the tokenizer's own."""
+def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template, *, warn: bool = True) -> None:
+    """Let generation stop at the token that ended every answer in training, which need not be the tokenizer's own;
+    ``warn`` if there is no such token."""
     ending = template.answer.partition("{text}")[2].replace("{eos}", tokenizer.eos_token or "")
     answer = tokenizer.encode("a" + ending, add_special_tokens=False)
     tokens = answer[len(tokenizer.encode("a", add_special_tokens=False)) :]
     if len(tokens) != 1:
-        log.warning("the template %s ends answers with %r, which is not a single token", template.name, ending)
+        if warn:
+            log.warning("the template %s ends answers with %r, which is not a single token", template.name, ending)
         return
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [] if known is None else [known]
