@@ -47,8 +47,6 @@ REFUSED = [
     ({"kto_tag": False}, "'kto_tag'"),
     ({"history": [["a", "b"]]}, "'history'"),
     ({"documents": ["a text"]}, "'documents'"),
-    ({"bbox": [[0, 0, 10, 10]]}, "'bbox'"),
-    ({"objects": {"ref": ["cat"], "bbox": [[0, 0, 9, 9]]}}, "'objects'"),
     ({"weight": 0.5}, "'weight' (0.5) holds a weight"),
     ({"sample_weight": 0}, "'sample_weight'"),
     ({"loss": False}, "'loss'"),
@@ -60,7 +58,6 @@ REFUSED = [
     ({"img": "a.png"}, "'img'"),
     ({"left_image": "a.png"}, "'left_image'"),
     ({"attachments": ["a.pdf"]}, "'attachments'"),
-    ({"mask_path": "a.png"}, "'mask_path'"),
     ({"train_last_turn_only": True}, "'train_last_turn_only'"),
     ({"num_repeats": 2}, "'num_repeats'"),
     ({"frames_dir": "a"}, "'frames_dir'"),
@@ -107,6 +104,7 @@ REFUSED_TURNS = [
     ({**with_content({"type": "image", "index": 1}), "images": ["a.png"]}, "number the images [1], but there are 1"),
     ({"conversations": say("<video>\nwhat ?", "it rains")}, "its text holds <video>"),
     ({"conversations": say("listen: <audio>", "it rains")}, "<audio>"),
+    ({"conversations": say("where is <ref-object>?", "<bbox>"), "objects": {"bbox": [[0, 0, 9, 9]]}}, "<ref-object>"),
     ({"conversations": say("<Image>\nwhat ?", "it rains")}, "<Image>, but the record has no image"),
     ({"conversations": say("<image_1> what ?", "it rains")}, "<image_1>"),
     ({"conversations": say("<img>a.png</img> what ?", "it rains")}, "<img>"),
@@ -144,7 +142,13 @@ def test_fields_that_change_nothing_stay_allowed(fields):
     assert not read.error and not read.unread and read.turns == normalize(TALK, "x").turns
 
 
-def test_a_number_is_no_video_and_no_box():
+def test_places_in_the_image_that_no_placeholder_asks_for_are_not_read():
+    places = {"bbox": [[0, 0, 10, 10]], "objects": {"ref": ["cat"], "bbox": [[0, 0, 9, 9]]}, "mask_path": "a.png"}
+    read = normalize({**TALK, **places}, "x")
+    assert not read.error and read.unread == set(places)
+
+
+def test_a_number_is_no_video():
     read = normalize({**TALK, "clip": 0.31, "frame": 12, "points": 3}, "x")
     assert not read.error and read.unread == {"clip", "frame", "points"}
     assert "'video' (True) holds a video" in normalize({**TALK, "video": True}, "x").error

@@ -52,9 +52,9 @@ SETTINGS = [
     ("run.name=a: b", "run.name: Input should be a valid string (it is {'a': 'b'})"),
     ("data.root=@x", "data.root: '@x' is not YAML: while scanning"),
     ("data.root=@x", "quote a text: 'data.root=\"@x\"'"),
-    ("train={clip: 1, clip: 2}", "train: '{clip: 1, clip: 2}' is not YAML: 'clip' stands twice (line 1, column 11)"),
+    ("train={clip: 1, clip: 2}", "train: '{clip: 1, clip: 2}' is not YAML: duplicate key 'clip' (line 1, column 11)"),
     ("deepspeed=ds.json", "deepspeed: ds.json is not JSON: Expecting property name enclosed in double quotes (line 2,"),
-    ("deepspeed=latin.json", "latin.json is not JSON: it is no text in UTF-8 (invalid continuation byte at byte 7)"),
+    ("deepspeed=latin.json", "latin.json is not JSON: it is not UTF-8 text (invalid continuation byte at byte 7)"),
     ("deepspeed=configs/deepspeed/zero9.json", "zero2.json, zero3.json, zero3_offload.json); did you mean configs/dee"),
     ("deepspeed={zero_optimisation: {stage: 2}}", "deepspeed.zero_optimisation: unknown key; did you mean zero_optimi"),
     ("deepspeed={zero_optimization: 2}", "deepspeed.zero_optimization=2: it takes keys, for example {stage: 2}"),
@@ -85,10 +85,10 @@ def test_a_wrong_setting_is_refused_by_a_dry_run(folder, capsys, override, words
         ("lava_next_pdrop.yaml", "did you mean configs/llava_next_pdrop.yaml?"),
         ("configs/quikstart.yaml", "did you mean configs/quickstart.yaml?"),
         ("folder", "--config: folder is a folder; name a file in it"),
-        ("twice.yaml", "--config: twice.yaml is not YAML: 'train' stands twice (line 3, column 1)"),
+        ("twice.yaml", "--config: twice.yaml is not YAML: duplicate key 'train' (line 3, column 1)"),
         ("open.yaml", "open.yaml is not YAML: while parsing a flow mapping: expected ',' or '}', but got ':' (line 2,"),
         ("tab.yaml", "tab.yaml is not YAML: while scanning for the next token: found character '\\t' that cannot star"),
-        ("latin.yaml", "latin.yaml is not YAML: it is no text in UTF-8 (invalid continuation byte at byte 14)"),
+        ("latin.yaml", "latin.yaml is not YAML: it is not UTF-8 text (invalid continuation byte at byte 14)"),
     ],
 )  # fmt: skip
 def test_a_wrong_configuration_is_named(folder, capsys, name, words):
@@ -168,3 +168,11 @@ def test_a_run_from_before_a_setting_existed_resumes_with_what_it_did(tmp_path):
     _check_identity(tmp_path, {"pruning": then})
     with pytest.raises(ValueError, match=r"pruning\.hide: checkpoint 'image', now 'all_before'"):
         _check_identity(tmp_path, {"pruning": PruningConfig(method="voco", tokens=1).identity()})
+
+
+def test_a_run_from_before_a_setting_was_recorded_is_warned_of(tmp_path, caplog):
+    (tmp_path / "trainer.json").write_text(json.dumps({"identity": {"run.seed": 1}}))
+    _check_identity(tmp_path, {"run.seed": 1, "data.tokenization": "processor"})
+    assert "did not have data.tokenization" in caplog.text
+    with pytest.raises(ValueError, match=r"run\.seed: checkpoint 1, now 2"):
+        _check_identity(tmp_path, {"run.seed": 2, "data.tokenization": "processor"})

@@ -1,7 +1,9 @@
 """Processors put together from their parts: equal to transformers' own, without torchvision, and from old files."""
 
+import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaImageProcessorPil, Qwen
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from vtprune_train.inference.chatting import answers, load, load_processor
-from vtprune_train.models.processors import build_image_processor, open_processor
+from vtprune_train.models.processors import build_image_processor, build_processor, open_processor
 
 COUNTING = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 IMAGE = Image.effect_noise((90, 40), 80).convert("RGB")
@@ -47,6 +49,14 @@ def test_equal_to_transformers_where_it_needs_no_torchvision(tmp_path, name):
     family_model(name).config.save_pretrained(tmp_path)
     family_processor(name).save_pretrained(tmp_path)
     assert_same_inputs(inputs_of(opened(tmp_path)), inputs_of(AutoProcessor.from_pretrained(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl"])
+def test_a_processor_goes_to_worker_processes(name):
+    processor = build_processor(family_model(name).config, tokenizer())
+    for other in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):
+        assert type(other) is type(processor) and other.to_dict() == processor.to_dict()
+        assert_same_inputs(inputs_of(other), inputs_of(processor))
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next"])

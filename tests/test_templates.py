@@ -46,9 +46,7 @@ def without_marks():
 
 def test_marks_that_are_no_tokens_are_named():
     [line] = said(encoder_of(without_marks(), "qwen"))
-    assert (
-        "data.template=qwen writes <|im_start|>, <|im_end|>, which are no tokens of the tokenizer of model.path" in line
-    )
+    assert "data.template=qwen writes <|im_start|>, <|im_end|>, which the tokenizer of model.path" in line
     assert said(encoder_of(TOKENIZERS["qwen"](), "qwen")) == []
     assert said(encoder_of(without_marks(), "vicuna_v1")) == [] == said(encoder_of(without_marks(), "mistral"))
 
@@ -118,7 +116,7 @@ def test_a_dry_run_shows_a_sample_and_what_does_not_fit(tmp_path, capsys):
     settings = [f"data.root={tmp_path / 'data'}", f"run.output_dir={tmp_path}", "data.template=qwen"]
     assert main(["train", "--config", str(tmp_path / "tiny.yaml"), "--dry_run", *settings]) == 0
     said = capsys.readouterr().out
-    assert "WARNING       data.template=qwen writes <|im_start|>, <|im_end|>, which are no tokens of" in said
+    assert "WARNING       data.template=qwen writes <|im_start|>, <|im_end|>, which the tokenizer of" in said
     assert re.search(r"sample        train0: \d+ tokens, \d+ of them supervised, between \[\[ and \]\]:", said)
     assert re.search(r"<image> x \d+\nhow bright is number 0\?<\|im_end\|>\n", said) and re.search(
         r"assistant\n\[\[about \d<", said

@@ -11,6 +11,7 @@ from families import FAMILIES, family_inputs, family_model
 
 from vtprune_train import PyramidDrop, dense, is_pruned, prune
 from vtprune_train.models.compile import compile_layers
+from vtprune_train.models.copies import Source
 from vtprune_train.pruning import METHODS, NONE, method_class
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")
@@ -154,3 +155,18 @@ def test_recomputed_layers_are_those_of_their_forward(name, in_dense):
     for backward_in_dense in (False, True):
         found = gradients(True, in_dense, backward_in_dense)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+def test_models_are_opened_while_others_are_pruned():
+    """``from_pretrained`` looks through the paths of pruned models, to which ``prune`` adds."""
+    sources = []
+
+    def prune_many():
+        sources.extend(Source(f"model {number}", lambda model: model) for number in range(2000))
+
+    def open_many():
+        assert all(Source.of("another") is None for _ in range(2000))
+
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(work) for work in (prune_many, open_many, open_many)]:
+            done.result()

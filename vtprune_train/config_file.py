@@ -247,7 +247,7 @@ def _explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
 
 
 def _nearest_key(location: Sequence[Any]) -> str:
-    """What an error says behind an unknown key: another library's name for a setting, the same key in another section,
+    """What an error says after an unknown key: another library's name for a setting, the same key in another section,
     or the nearest."""
     *parents, name = location
     if name in OTHER_NAMES:

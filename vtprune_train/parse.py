@@ -1,4 +1,4 @@
-"""Text of the user's files and overrides to values; what is wrong is told with line and column."""
+"""Parse YAML and JSON files and overrides; errors name the line and column."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _read(path: Path, kind: str) -> str:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        reason = f"it is no text in UTF-8 ({error.reason} at byte {error.start})"
+        reason = f"it is not UTF-8 text ({error.reason} at byte {error.start})"
         raise ValueError(f"{path} is not {kind}: {reason}") from error
 
 
@@ -74,14 +74,14 @@ def parse_value(text: str, key: str) -> Any:
 
 
 class _NoDuplicates(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: the first value would be dropped without a word."""
+    """YAML in which a duplicate key is an error: PyYAML would silently drop the first value."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key != "<<" and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -98,7 +98,7 @@ def plan_stream(
 
 
 def fronts_of(segments: Sequence[SegmentLayout], layout: Boundary) -> list[int | None]:
-    """Tokens of each segment in front of the first image that has any at a stage; ``None`` where there is no such."""
+    """Tokens of each segment in front of the first image that has any at a stage; ``None`` where no image has."""
     fronts: list[int | None] = []
     laid_out = iter(layout.spans)
     for segment in segments:

@@ -207,6 +207,7 @@ class ChatEncoder:
         )
         self.spaces = tokenization == "llava" and writes_spaces(tokenizer)
         self._tokens = SectionTokenizer(tokenizer)
+        self._special = tuple(tokenizer.all_special_tokens)
         self._added = self._check_tokenizer()
 
     def _check_tokenizer(self) -> list[int]:
@@ -276,7 +277,7 @@ class ChatEncoder:
             if number:
                 text += self.placeholder
                 at += len(self.placeholder)
-            if part and not part.startswith(tuple(self.tokenizer.all_special_tokens)):
+            if part and not part.startswith(self._special):
                 starts.append(at)
                 text += " "
             text += part

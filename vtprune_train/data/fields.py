@@ -19,7 +19,6 @@ TURN = frozenset(("from", "role", "value", "content"))
 
 FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag of what is trained on", "a weight", "a mask", "an image"
 LIKE_A_FLAG = "what seems to be a flag of what is trained on"
-PLACES = "places in the image"
 _FILE = r"(_?(path|file|file_?name|name|url|uri|list|data|bytes|base64|b64|input)s?)?"
 _FOLDER = r"_?(dir|directory|folder|root)s?"
 _VIDEO_FILES = "mp4|avi|mov|mkv|webm|m4v|mpe?g|flv|wmv"
@@ -38,13 +37,10 @@ _FORMAT = {
     "documents": r"documents?",
     "reasoning": r"reasoning|reasoning_(content|text)|thinking|thinking_blocks|thoughts?|chain_of_thought|refusal",
     "a setting of the chat template": r"chat_template|chat_template_kwargs|enable_thinking|add_generation_prompt",
-    PLACES: r"b_?box(es)?|(bounding_?)?box(es)?|objects|regions?|polygons?|segmentations?|(key)?points"
-    r"|ref_?(objects?|boxes)|(segmentation_|seg_|instance_)?masks?_(path|file|rle|url)s?|seg(mentation)?_masks?",
     NOT_TRAINED: r"masks?|masked|mask_(history|prompt|inputs?)|ignore_?(loss)?|no_?(loss|train)"
     r"|skip_?(loss|train)|assistant_masks?|labels_mask",
     "training on prompts": r"train_on_(inputs?|prompts?|source|user)",
 }
-_NOT_NUMBERS = {*_MEDIA, PLACES}
 _IMAGE = r"(?!(num|n|no|has|is|max|with|total)_)(\w+_)?(image|img|picture|photo)s?(_?\d+|_[a-h])?" + _FILE
 _FLAG = (
     r"(is_|has_|use_|with_|do_|should_|compute_|calc_|calculate_)?(loss|train|trained|trainable|learn|learned|learnable"
@@ -70,7 +66,8 @@ _HARMLESS = re.compile(
 )
 
 _MARK = re.compile(
-    r"<(video|audio|speech|sound|music|point_?cloud|vid)s?[_ -]?\d*>|<\|(video|audio|vision)(_pad|_start)?\|>",
+    r"<(video|audio|speech|sound|music|point_?cloud|vid)s?[_ -]?\d*>|<(bbox|ref-object)>"
+    r"|<\|(video|audio|vision)(_pad|_start)?\|>",
     re.IGNORECASE,
 )
 _IMAGE_MARK = re.compile(
@@ -129,7 +126,7 @@ def check_fields(
         what = _unsupported(plain(name))
         if name == "label" and not isinstance(value, bool):  # a class; a preference's is true or false
             continue
-        if what in _NOT_NUMBERS and isinstance(value, int | float) and not isinstance(value, bool):  # a score, a count
+        if what in _MEDIA and isinstance(value, int | float) and not isinstance(value, bool):  # a score, a count
             what = None
         if what == IMAGE_FIELD and has_images:  # where the image came from; those that are read are checked by <image>
             what = None
@@ -145,7 +142,8 @@ def check_fields(
 
 
 def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None:
-    """Placeholders of anything but images, or of images where the record has none, in a prompt; ``<video>`` with
+    """Placeholders of anything but images (``<bbox>`` stands for the ``bbox`` of a record's ``objects``), or of images
+    where the record has none, in a prompt; ``<video>`` with
     ``</video>`` and ``<picture>`` with ``</picture>`` are HTML.
 
     Raises:

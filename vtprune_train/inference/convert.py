@@ -105,7 +105,7 @@ def _check_whole(source: Path) -> None:
         ValueError: saying what it holds and what to do.
     """
     if not source.is_dir():
-        raise ValueError(f"--to hf: {source} is no folder here; download the checkpoint first")
+        raise ValueError(f"--to hf: {source} is not a folder on this machine; download the checkpoint first")
     if not (source / "config.json").is_file():
         raise ValueError(f"--to hf: {source} has no config.json; copy the whole checkpoint")
     if any((source / name).is_file() for name in ("adapter_config.json", "non_lora_trainables.bin")):

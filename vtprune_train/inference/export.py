@@ -168,7 +168,7 @@ def projector_writer(source: str, dtype: torch.dtype, keep_names: bool) -> Calla
     if not isinstance(config, LlavaNextConfig):
         raise ValueError(f"--part projector: {source} holds a {config.model_type}; training reads llava_next's only")
     if not Path(source).is_dir():
-        raise ValueError(f"--part projector: {source} is no folder here; download the model first")
+        raise ValueError(f"--part projector: {source} is not a folder on this machine; download the model first")
     found = read_projector(sorted(Path(source).glob("*.safetensors")), PROJECTOR)
     if "image_newline" not in found or len(found) < 2:
         raise ValueError(f"--part projector: {source} holds no projector with image_newline in safetensors files")

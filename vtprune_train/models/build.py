@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 Texts = Callable[[], Iterable[str]]
 EMBEDDING_MULTIPLE = 64
+_LOADING = threading.RLock()  # transformers keeps what it does not warn of on a class
 LEARNED_NAME = re.compile(rf"(?:^|\.){PARAMETERS}\.(.+)$")  # what a method adds, in memory and in files
 
 
@@ -179,12 +181,13 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
 @contextmanager
 def learned_expected() -> Iterator[None]:
     """Within it, ``from_pretrained`` does not warn of a method's own parameters, which ``prune`` reads by itself."""
-    before = PreTrainedModel._keys_to_ignore_on_load_unexpected
-    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), LEARNED_NAME.pattern]
-    try:
-        yield
-    finally:
-        PreTrainedModel._keys_to_ignore_on_load_unexpected = before
+    with _LOADING:
+        before = PreTrainedModel._keys_to_ignore_on_load_unexpected
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), LEARNED_NAME.pattern]
+        try:
+            yield
+        finally:
+            PreTrainedModel._keys_to_ignore_on_load_unexpected = before
 
 
 def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModule:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from vtprune_train.models import HFModule
 log = logging.getLogger(__name__)
 
 _OPENERS = "_vtprune_from_pretrained"  # on a class: its own from_pretrained was replaced
+_LOCK = threading.RLock()  # models are opened in several threads
 
 
 class Source:
@@ -36,18 +38,24 @@ class Source:
         self.name = "".join(list(name))  # an equal string that is another object
         self.prune = prune
         if self.name is not self.original:  # Python has one object for each string of a single character
-            self.known.add(self)
+            with _LOCK:
+                self.known.add(self)
 
     @classmethod
     def of(cls, name: Any) -> Source | None:
         """Whose very string ``name`` is."""
-        return next((source for source in cls.known if source.name is name), None)
+        with _LOCK:
+            return next((source for source in cls.known if source.name is name), None)
 
 
 def follow(model_class: type[HFModule]) -> None:
     """Let ``model_class.from_pretrained`` prune what is opened by the string of a :class:`Source`."""
-    if _OPENERS in model_class.__dict__:
-        return
+    with _LOCK:
+        if _OPENERS not in model_class.__dict__:
+            _replace_opener(model_class)
+
+
+def _replace_opener(model_class: type[HFModule]) -> None:
     opened = model_class.from_pretrained.__func__
 
     @functools.wraps(opened)

@@ -480,7 +480,7 @@ def _columns_kept(logits_to_keep: int | Tensor) -> slice | Tensor:
 
 
 def _mask_visual(inputs: dict[str, Any], visual: Tensor) -> None:
-    """Leave image tokens ([B, L] bool) out of the loss: rows of dropped tokens are no predictions."""
+    """Leave image tokens ([B, L] bool) out of the loss: rows of dropped tokens predict nothing."""
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     if labels is not None:
         kept = slice(None) if labels.shape == visual.shape else _columns_kept(inputs["logits_to_keep"])

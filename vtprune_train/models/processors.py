@@ -257,5 +257,14 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
             video = self.__dict__.get("_video_settings")
             return settings if video is None else {**settings, "video_processor": video}
 
+        def __reduce__(self) -> Any:  # pickle finds no class that was made in a function
+            return _empty, (processor_class,), self.__dict__
+
     ImagesOnly.__name__ = ImagesOnly.__qualname__ = processor_class.__name__
     return ImagesOnly
+
+
+def _empty(processor_class: type[ProcessorMixin]) -> ProcessorMixin:
+    """An instance whose attributes pickle fills in."""
+    made: ProcessorMixin = object.__new__(_without_videos(processor_class))  # type: ignore[arg-type]
+    return made

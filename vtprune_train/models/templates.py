@@ -42,13 +42,15 @@ def carry(processor: Any, source: str) -> None:
     processor.chat_template = processor.tokenizer.chat_template = source
 
 
-def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template) -> None:
-    """Let generation stop at the token that ended every answer in training, which need not be the tokenizer's own."""
+def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template, *, warn: bool = True) -> None:
+    """Let generation stop at the token that ended every answer in training, which need not be the tokenizer's own;
+    ``warn`` if there is no such token."""
     ending = template.answer.partition("{text}")[2].replace("{eos}", tokenizer.eos_token or "")
     answer = tokenizer.encode("a" + ending, add_special_tokens=False)
     tokens = answer[len(tokenizer.encode("a", add_special_tokens=False)) :]
     if len(tokens) != 1:
-        log.warning("the template %s ends answers with %r, which is no single token", template.name, ending)
+        if warn:
+            log.warning("the template %s ends answers with %r, which is not a single token", template.name, ending)
         return
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [] if known is None else [known]
@@ -86,8 +88,8 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
     name, tokenizer = encoder.template.name, encoder.tokenizer
     if broken := [mark for mark in _marks(encoder.template) if not _is_token(tokenizer, mark)]:
         yield (
-            f"data.template={name} writes {', '.join(broken)}, which are no tokens of the tokenizer of {place}: "
-            "the model has not learned it as a mark. Use the template that fits this checkpoint"
+            f"data.template={name} writes {', '.join(broken)}, which the tokenizer of {place} does not have as "
+            "single tokens, so the model has not learned them as marks. Use the template that fits this checkpoint"
         )
     if saved is None:
         return

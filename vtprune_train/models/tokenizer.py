@@ -15,7 +15,7 @@ PROBES = ("A cat.", " A cat", "\nWhat?  Two\n\ncats", "1234 é 你好", "it's   
 def lasting(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, or one with the same ids that keeps them when it is saved beside ``config`` and opened again.
 
-    Some classes of transformers build their tokenizer anew from vocabulary and merges and do not save every setting
+    Some classes of transformers build their tokenizer again from vocabulary and merges and do not save every setting
     that they were made with (``LlamaTokenizer`` forgets ``legacy``).
 
     Raises:

@@ -113,7 +113,9 @@ def _look(key: str, source: SourceConfig, config: Config) -> _Look:
     fields = f"; fields that are not read: {shown_fields(unread)}" if unread else ""
     bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
     wrong = ""
-    if reasons and (len(reasons) > min(most_bad(data.max_bad_share, number), data.max_bad) or len(reasons) == number):
+    # Bad records may stand together at the beginning of a file: where more follow, their share is not known yet.
+    most = data.max_bad if number == LOOKED_AT else min(most_bad(data.max_bad_share, number), data.max_bad)
+    if reasons and (len(reasons) > most or len(reasons) == number):
         wrong = (
             f"{key}: {len(reasons)} of the first {number} records of {source.path} (images in {images}) cannot be used "
             f"(data.max_bad={data.max_bad}, data.max_bad_share={data.max_bad_share:g}). First: {'; '.join(reasons[:3])}"

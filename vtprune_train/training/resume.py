@@ -59,6 +59,12 @@ def resume(
 def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     saved = ranks.from_rank_0(lambda: json.loads((checkpoint / "trainer.json").read_text())["identity"])
     known = {key: value for key, value in saved.items() if key in identity}
+    if (unknown := [key for key in identity if key not in saved]) and ranks.rank() == 0:
+        log.warning(
+            "%s was saved by an older version, which did not have %s: the steps before it may have been trained on "
+            "other tokens than the next ones", checkpoint, ", ".join(unknown),
+        )  # fmt: skip
+    identity = {key: value for key, value in identity.items() if key in saved}
     if "pruning" in known:
         known["pruning"] = completed_settings(known["pruning"])
     if changed := differences(known, json.loads(json.dumps(identity))):

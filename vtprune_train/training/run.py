@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from pydantic import ValidationError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.config import TRAINING_ONLY, Config, ConfigError, PruningConfig, SourceConfig
@@ -238,15 +238,9 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
 
 
 def build_parts(config: Config) -> Parts:
-    """Tokenizer, model and processor. Ranks of one machine take turns where something is made and kept."""
-    folder = config.run_dir / "tokenizer"
+    """Tokenizer, model and processor."""
     template = template_of(config.data)
-    with FileLock(str(config.run_dir / "tokenizer.lock")):
-        tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
-        if config.model.config is not None and not folder.is_dir():
-            tokenizer.save_pretrained(str(folder))
-            # Read back, so that every rank exports the same files, whichever of them came first.
-            tokenizer = load_tokenizer(config.model, lambda: training_texts(config, template), folder)
+    tokenizer = _tokenizer(config, template)
     model = open_model(config.model, tokenizer)
     _, loop = family_of_config(model.config)
     encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
@@ -255,8 +249,25 @@ def build_parts(config: Config) -> Parts:
             log.warning("%s", line)
     processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels)
     carry(processor, written_by(encoder))
-    stop_where_answers_end(model, tokenizer, template)
+    stop_where_answers_end(model, tokenizer, template, warn=ranks.rank() == 0)
     return Parts(model, processor, encoder, loop.layout(model.config, processor.image_processor))
+
+
+def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
+    """The run's tokenizer. Ranks of one machine take turns where it is made and kept."""
+    folder = config.run_dir / "tokenizer"
+
+    def load() -> PreTrainedTokenizerBase:
+        return load_tokenizer(config.model, lambda: training_texts(config, template), folder)
+
+    if config.model.config is None:
+        return load()
+    with FileLock(str(config.run_dir / "tokenizer.lock")):
+        tokenizer = load()
+        if not folder.is_dir():
+            tokenizer.save_pretrained(str(folder))
+            tokenizer = load()  # so that every rank exports the same files, whichever of them came first
+    return tokenizer
 
 
 def training_texts(config: Config, template: Template) -> Iterator[str]:
@@ -404,7 +415,7 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "data.template": config.data.template,
         "data.system": config.data.system,
         "data.image_position": config.data.image_position,
-        "data.tokenization": None if config.data.tokenization == "processor" else config.data.tokenization,
+        "data.tokenization": config.data.tokenization,
         "data.max_length": config.data.max_length,
         "number and hash of the samples": index.identity(),
         "pruning": config.pruning.identity(),

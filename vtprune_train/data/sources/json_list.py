@@ -97,7 +97,7 @@ class _Window:
         self._file.close()
 
     def error(self, message: str, beyond: int = 0) -> ValueError:
-        """``message`` with its place, ``beyond`` characters behind the next one."""
+        """``message`` with its place, ``beyond`` characters after the next one."""
         at = self.at + len(self._text[self._position : self._position + beyond].encode())
         return ValueError(f"{self.path}: not JSON ({message}, at byte {at}: {line_and_column(self.path, at)})")
 
