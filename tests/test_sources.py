@@ -456,7 +456,7 @@ def test_training_on_a_mixture_resumes_to_the_last_bit(tmp_path):
     assert [step["data_digest"] for step in whole] == [step["data_digest"] for step in parts]
     assert_equal_checkpoints(runs.checkpoint("whole"), runs.checkpoint("parts"))
     changed = runs.run("parts", *settings, "data.train.0.weight=1", expect=2)
-    assert "data.train: checkpoint" in changed.stderr
+    assert "data.train.0.weight: checkpoint" in changed.stderr
     shard = tmp_path / "data" / "text.jsonl"
     shard.write_text(shard.read_text().replace("about 3", "about 4"))
     changed = runs.run("parts", *settings, expect=2)
