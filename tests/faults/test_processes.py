@@ -109,9 +109,12 @@ def test_a_restart_goes_on_with_the_same_bits(runs, whole):
 
 
 def test_what_a_restart_cannot_mend_is_not_tried_again(runs):
-    settings = ("train.max_restarts=3", "data.train.0.path=nowhere.json")
-    done = runs.run("useless", *SETTINGS, *settings, **LAUNCH, expect=2)
-    assert done.stderr.count("cannot train:\n  data file") == 1 and "restart" not in done.stderr
+    for setting, words in (
+        ("data.train.0.path=nowhere.json", "the settings are wrong:\n  data.train.0.path"),
+        ("data.max_length=9", "cannot train:\n  20 sample(s) are longer than data.max_length=9"),
+    ):
+        done = runs.run("useless", *SETTINGS, "train.max_restarts=3", setting, **LAUNCH, expect=2)
+        assert done.stderr.count(words) == 1 and "restart" not in done.stderr, done.stderr
 
 
 def test_restarts_are_bounded(runs):

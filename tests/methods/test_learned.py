@@ -167,7 +167,7 @@ def test_parameters_that_do_not_fit_start_fresh(method, count, tmp_path, caplog)
 COMMANDS = {
     "generate": ["--prompt", "what ?"],
     "show": ["--prompt", "what ?", "--out", "{}/shown.png"],
-    "eval": ["--data", "{}/val.json", "--images", "{}"],
+    "eval": ["--data", "{}/val.json", "--images", "{}/images"],
 }
 
 
