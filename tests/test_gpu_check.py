@@ -1,12 +1,14 @@
 """``scripts/gpu_check.py`` on a CPU at tiny size: everything of it that needs no GPU runs and says what it should."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -213,6 +215,8 @@ def test_a_failure_is_written_down_and_the_next_part_runs(tmp_path, monkeypatch,
     monkeypatch.setitem(script.PARTS, "peaks", script.Part(broken, 1))
     monkeypatch.setitem(script.PARTS, "tiny", script.Part(endless, 1))
     names = "peaks,tiny,env,train"
+    clock = itertools.count(step=0.2)  # seconds between two looks, however long they take on a loaded machine
+    monkeypatch.setattr(script, "time", SimpleNamespace(time=lambda: next(clock)))
     monkeypatch.setattr(
         sys, "argv", ["x", "--device", "cpu", "--out", str(tmp_path), "--parts", names, "--minutes", "0.04"]
     )
