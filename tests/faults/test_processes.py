@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"
 SETTINGS = ("train.save_every=1", "train.max_steps=5", "data.eval=[]")
 HOST = socket.gethostname()
+SOON = 150  # seconds, on a loaded machine too; a collective would wait half an hour for a dead rank
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def faulty(runs, name, fault, *settings, ranks=2, expect=1, **launch):
 
 def test_a_rank_that_raises_ends_the_job_with_its_own_error(runs, whole):
     said, seconds = faulty(runs, "raised", "raise:1:3")
-    assert seconds < 30
+    assert seconds < SOON
     assert f"rank 1 on {HOST} failed (step 3, " in said and "RuntimeError: something in this rank alone" in said
     assert said.count("Traceback") == 1, "the others' broken collectives are no news"
     assert f"rank 0 stops (step 3, backward 1 of 1): rank 1 on {HOST} failed" in said
@@ -50,7 +51,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_error(runs, whole):
 
 def test_a_rank_killed_in_the_middle_of_a_step(runs, whole):
     said, seconds = faulty(runs, "killed", "kill:1:3")
-    assert seconds < 30
+    assert seconds < SOON
     assert f"rank 0 stops (step 3, backward 1 of 1): rank 1 on {HOST} is gone without a word" in said
     runs.run("killed", *SETTINGS, ranks=2)
     assert_equal_checkpoints(runs.checkpoint("killed"), whole)
@@ -58,12 +59,12 @@ def test_a_rank_killed_in_the_middle_of_a_step(runs, whole):
 
 def test_rank_0_killed(runs):
     said, seconds = faulty(runs, "killed0", "kill:0:2")
-    assert seconds < 30 and "rank 1 stops (step 2, backward 1 of 1): rank 0 is gone without a word" in said
+    assert seconds < SOON and "rank 1 stops (step 2, backward 1 of 1): rank 0 is gone without a word" in said
 
 
 def test_a_hung_rank_is_named_with_stacks(runs, whole):
     said, seconds = faulty(runs, "hung", "hang:1:3", "train.watchdog_timeout=6")
-    assert seconds < 30
+    assert seconds < SOON
     assert f"no progress for 6 s. rank 1 on {HOST}: step 3, counting targets, at fault, {FAULTY}:" in said
     assert "1 other rank(s) wait for it, such as rank 0: step 3, backward 1 of 1, waiting in all_reduce" in said
     stacks = [(runs.directory("hung") / "watchdog" / f"rank_0000{rank}.txt").read_text() for rank in (0, 1)]
@@ -82,8 +83,8 @@ def test_a_hang_exits_124_and_a_healthy_run_leaves_no_stacks(runs, whole):
 
 
 def test_what_one_machine_lacks_is_said_by_it(runs):
-    said, seconds = faulty(runs, "refused", "refuse:1:0")
-    assert seconds < 30 and "cannot train:\n  a file is missing on this machine alone" in said
+    said, _ = faulty(runs, "refused", "refuse:1:0")
+    assert "cannot train:\n  a file is missing on this machine alone" in said
     assert "Traceback" not in said
 
 
