@@ -20,7 +20,7 @@ from vtprune_train.inference.bench_report import plot, table
 from vtprune_train.inference.calibration import Calibration, calibrate
 from vtprune_train.inference.chatting import DTYPES, Loaded, Prompt, batch, load, open_picture
 from vtprune_train.inference.clocks import clocked, summarized
-from vtprune_train.inference.options import add_model_option, numbers
+from vtprune_train.inference.options import add_data_options, add_model_option, numbers
 from vtprune_train.inference.questions import Question, read_questions
 from vtprune_train.inference.rivals import Rival, rivals_of
 from vtprune_train.pruning import METHODS
@@ -33,15 +33,7 @@ RESULTS, PLOT = "bench_methods.json", "bench_methods.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="conversations: any data that training reads")
-    parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
-    parser.add_argument(
-        "--ignore",
-        nargs="+",
-        default=[],
-        metavar="FIELD",
-        help="fields of records that change nothing",
-    )
+    add_data_options(parser, "conversations: any data that training reads")
     budget_help = "mean shares of the visual tokens that enter a layer: 0.5,0.25,0.1"
     parser.add_argument("--budget", type=numbers(float, "0.5,0.25,0.1"), default=[0.5, 0.25, 0.1], help=budget_help)
     parser.add_argument("--methods", metavar="A,B", help=f"of {', '.join(METHODS)}; left out: all of them")

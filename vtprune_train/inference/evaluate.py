@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vtprune_train.data.sources import find_files
 from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture
 from vtprune_train.inference.ledger import Ledger, open_ledger
-from vtprune_train.inference.options import add_method_options, add_model_option, load_model
+from vtprune_train.inference.options import add_data_options, add_method_options, add_model_option, load_model
 from vtprune_train.inference.questions import Question, normalized, read_questions
 from vtprune_train.inference.report import summary, table
 from vtprune_train.inference.timing import Measured, drop_layers, measured_answers
@@ -34,15 +34,7 @@ FORMAT = 2  # of a line of samples.jsonl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="conversations: any data that training reads")
-    parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
-    parser.add_argument(
-        "--ignore",
-        nargs="+",
-        default=[],
-        metavar="FIELD",
-        help="fields of records that change nothing",
-    )
+    add_data_options(parser, "conversations: any data that training reads")
     parser.add_argument("--compare", choices=[DENSE], help="ask the dense model too, batch by batch in turn")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=16)

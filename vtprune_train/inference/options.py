@@ -32,6 +32,14 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help=help_text)
 
 
+def add_data_options(parser: argparse.ArgumentParser, data: str) -> None:
+    """``--data`` (``data`` is its help), ``--images`` and ``--ignore``."""
+    parser.add_argument("--data", required=True, metavar="FILE", help=data)
+    parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
+    help_text = "fields of records that change nothing"
+    parser.add_argument("--ignore", nargs="+", default=[], metavar="FIELD", help=help_text)
+
+
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """``--method`` with its settings, and where the model runs."""
     dropping = parser.add_argument_group("dropping", "left out: the settings saved with the model")

@@ -21,7 +21,7 @@ import numpy as np
 from vtprune_train.flops import DecoderGeometry, layers_per_stage, stage_lengths
 from vtprune_train.inference.calibration import Calibration, Closeness, calibrate, prompts_with_pictures
 from vtprune_train.inference.chatting import DTYPES, load, open_picture
-from vtprune_train.inference.options import add_model_option, add_set_option, set_values
+from vtprune_train.inference.options import add_data_options, add_model_option, add_set_option, set_values
 from vtprune_train.inference.questions import read_questions
 from vtprune_train.pruning import PyramidDrop, method_from_settings
 from vtprune_train.pruning.base import PruningMethod
@@ -142,15 +142,7 @@ def flop_share(method: PruningMethod | None, geometry: DecoderGeometry, text: np
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="conversations to calibrate on")
-    parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
-    parser.add_argument(
-        "--ignore",
-        nargs="+",
-        default=[],
-        metavar="FIELD",
-        help="fields of records that change nothing",
-    )
+    add_data_options(parser, "conversations to calibrate on")
     parser.add_argument("--out", required=True, metavar="FILE", help="YAML to write: --method FILE, or pruning=FILE")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--kl", type=float, metavar="X", help="G-Search: mean KL to the dense model's answers, in nats")
