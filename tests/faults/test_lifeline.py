@@ -32,6 +32,8 @@ def test_the_first_cause_is_blamed_not_its_victims():
     assert judge_failures([broken, gone, raised]).culprits == (2,)
     assert judge_failures([broken, gone]).culprits == (1,)
     assert judge_failures([broken]).culprits == (0,)
+    stopped = Failure(1, "a", "SIGTERM", terminated=True)
+    assert judge_failures([broken, stopped]).culprits == judge_failures([stopped, broken]).culprits == (0,)
     verdict = judge_failures([Failure(0, "a", "ValueError: no", code=2, final=True), raised])
     assert (verdict.culprits, verdict.code, verdict.final) == ((0,), 2, True)
     assert "rank 2 on b" in judge_failures([raised]).text and "step 3, forward" in judge_failures([raised]).text
@@ -127,7 +129,7 @@ def test_a_consequence_that_is_heard_of_first_waits_for_its_cause(connected, con
 
 def test_consequences_on_all_ranks_are_judged_without_a_cause(connected):
     _, lines = connected
-    for line in lines:
+    for line in reversed(lines):  # in whatever order they arrive
         failed(line, "SIGTERM", terminated=True)
     began = time.monotonic()
     assert next_message(lines[1])["culprits"] == [0]

@@ -74,10 +74,13 @@ class Verdict:
 
 def judge_failures(failures: Sequence[Failure]) -> Verdict:
     """The cause among failures in the order heard of. A rank that raised by itself comes before one that is gone, and
-    that before one whose collective broke or that got SIGTERM, which is what the others' end looks like from inside."""
+    that before one whose collective broke or that got SIGTERM, which is what the others' end looks like from inside.
+    Among the latter the order says nothing: the lowest rank is named, the same one however they arrive."""
 
-    def order(failure: Failure) -> int:
-        return 1 if failure.error is None else 2 if failure.is_consequence else 0
+    def order(failure: Failure) -> tuple[int, int]:
+        if failure.is_consequence:
+            return 2, failure.rank
+        return (1 if failure.error is None else 0), 0
 
     first = min(failures, key=order)
     name = f"rank {first.rank} on {first.host}"
