@@ -77,7 +77,7 @@ def test_seeds_and_epochs_differ_and_seeking_is_slicing():
 
 def test_seeking_takes_no_longer_in_a_large_epoch():
     order = EpochOrder([10**12], 0)
-    begun = time.perf_counter()
+    begun = time.process_time()  # of this process alone, whatever else the machine does
     samples = order.samples(1000, 10**12 - 256, 10**12 + 256)
     assert len(samples) == 256 and samples.max() < 10**12
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
