@@ -10,6 +10,7 @@ from runner import TINY, Runs
 
 from vtprune_train.cli import main, train_main
 from vtprune_train.config import Config, ConfigError, PruningConfig
+from vtprune_train.config_file import load_config
 from vtprune_train.training.check_data import check_run_dir
 from vtprune_train.training.engine import engine_config
 from vtprune_train.training.resume import _check_identity
@@ -49,6 +50,12 @@ SETTINGS = [
     ("num_train_epochs=1", "here it is train.epochs"),
     ("train=3", "train: it takes keys, not a single value; known: global_batch_size, epochs"),
     ("data.train=[train.json]", "data.train.0: it takes keys, not a single value; known: path, images"),
+    ("data.train=train.json", "data.train: train.json is a data file, not a mixture; write [{path: train.json}], or"),
+    ("pruning=fastv", "pruning: fastv is no file; a method is named by pruning.method=fastv"),
+    ("run.name=2024", "run.name: Input should be a valid string; quote a text: 'run.name=\"2024\"' (it is 2024)"),
+    ("data.system=no", "data.system: Input should be a valid string; quote a text: 'data.system=\"...\"' (it is "),
+    ("data.system=<image>", "data.system: '<image>' holds <image>, but a prompt brings no picture"),
+    ("model.train.projector=.inf", "model.train: projector: the learning rate inf is not positive and finite"),
     ("run.name=a: b", "run.name: Input should be a valid string (it is {'a': 'b'})"),
     ("data.root=@x", "data.root: '@x' is not YAML: while scanning"),
     ("data.root=@x", "quote a text: 'data.root=\"@x\"'"),
@@ -95,6 +102,14 @@ def test_a_wrong_configuration_is_named(folder, capsys, name, words):
     assert train_main(["--config", name, "--dry_run"]) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said, said
+
+
+def test_a_key_of_a_named_deepspeed_file_is_changed_alone(folder, capsys):
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": False}}))
+    config = load_config("tiny.yaml", ["deepspeed=ds.json", "deepspeed.zero_optimization.stage=1"])
+    assert config.deepspeed == {"zero_optimization": {"stage": 1, "overlap_comm": False}}
+    assert train_main(["--config", "tiny.yaml", "deepspeed=ds.jsn", "deepspeed.zero_optimization.stage=1"]) == 2
+    assert "deepspeed: ds.jsn is neither here nor in configs/" in capsys.readouterr().err
 
 
 def test_a_setting_written_as_an_option(folder, capsys):

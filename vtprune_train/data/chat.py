@@ -139,10 +139,10 @@ def get_template(spec: str | Mapping[str, Any]) -> Template:
     if missing := sorted({"user", "assistant", "answer"} - set(spec)):
         raise ValueError(f"data.template.{missing[0]} is missing; a custom template needs user, assistant and answer")
     for key, value in spec.items():
-        kind = bool if key in FLAGS else str
-        if not isinstance(value, kind):
-            raise ValueError(f"data.template.{key}={value!r} must be {'true or false' if kind is bool else 'a text'}")
-        if kind is str and IMAGE in value:
+        is_flag = key in FLAGS
+        if type(value) is not (bool if is_flag else str):
+            raise ValueError(f"data.template.{key}={value!r} must be {'true or false' if is_flag else 'a text'}")
+        if not is_flag and IMAGE in value:
             raise ValueError(f"data.template.{key}={value!r} holds {IMAGE}, but images stand in records alone")
         if key in AROUND_TEXT and "{text}" not in value:
             raise ValueError(f"data.template.{key}={value!r} must hold {{text}}, where the message stands")
