@@ -140,7 +140,8 @@ def get_template(spec: str | Mapping[str, Any]) -> Template:
         raise ValueError(f"data.template.{missing[0]} is missing; a custom template needs user, assistant and answer")
     for key, value in spec.items():
         is_flag = key in FLAGS
-        if type(value) is not (bool if is_flag else str):
+        fits = isinstance(value, bool) if is_flag else isinstance(value, str)
+        if not fits:
             raise ValueError(f"data.template.{key}={value!r} must be {'true or false' if is_flag else 'a text'}")
         if not is_flag and IMAGE in value:
             raise ValueError(f"data.template.{key}={value!r} holds {IMAGE}, but images stand in records alone")
