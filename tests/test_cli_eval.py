@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from checkpoints import HALF, save_data, save_folder
 from families import FAMILIES, family_inputs, family_model, tokenizer
 from PIL import Image
@@ -16,7 +18,8 @@ from PIL import Image
 from vtprune_train import PyramidDrop, dense, prune
 from vtprune_train.cli import main
 from vtprune_train.data.chat import Turn
-from vtprune_train.inference.chatting import Loaded, answers, load
+from vtprune_train.data.records import NO_PROMPT
+from vtprune_train.inference.chatting import Loaded, answers, load, recorded_prompt
 from vtprune_train.inference.ledger import Ledger
 from vtprune_train.inference.questions import normalized, read_questions
 from vtprune_train.inference.timing import drop_layers, measured_answers
@@ -87,6 +90,27 @@ def test_every_turn_is_asked_with_its_history(capsys, options, folder, data, tmp
     assert results["runs"]["pruned"]["exact_match"] == sum(exact) / TEN_RECORDS
     assert results["answers"] == TEN_RECORDS and results["left_out"] == [] and "ratios" not in results
     assert "13 answers" in capsys.readouterr().out
+
+
+def test_questions_are_asked_with_the_prompt_that_the_run_adds_to_them(options, folder, data, tmp_path, caplog):
+    step = tmp_path / "step"
+    shutil.copytree(folder, step / "hf")
+    entries = [{"path": data.name, "images": "images", "prompt": {"suffix": " here ?", "system": "yes"}}]
+    trained = {"template": "vicuna_v1", "system": "", "image_position": "as_written", "root": str(data.parent)}
+    (step / "config.yaml").write_text(yaml.safe_dump({"data": {**trained, "train": entries, "eval": []}}))
+    options = [*options, "--model", str(step / "hf"), "--limit", "3"]
+    assert main(options) == 0
+    assert results_of(tmp_path / "out")["settings"]["prompt"] == {"system": "yes", "prefix": "", "suffix": " here ?"}
+    shutil.copy(data, tmp_path / "copy.json")
+    caplog.clear()
+    assert main([*options, "--data", str(tmp_path / "copy.json"), "--out", str(tmp_path / "bare")]) == 0
+    assert (
+        "was trained with prompts of its own (data.train.0: " in caplog.text and "so they are left out" in caplog.text
+    )
+    assert "prompt" not in results_of(tmp_path / "bare")["settings"]
+    for line, bare in zip(lines_of(tmp_path / "out"), lines_of(tmp_path / "bare"), strict=True):
+        assert line["runs"]["pruned"]["prompt_tokens"] == bare["runs"]["pruned"]["prompt_tokens"] + 3
+    assert recorded_prompt(str(folder), data) == NO_PROMPT
 
 
 def test_the_batch_size_changes_no_answer(options, tmp_path):

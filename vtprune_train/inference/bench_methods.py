@@ -18,7 +18,7 @@ from vtprune_train.flops import is_adaptive
 from vtprune_train.inference.agreement import Quality, quality
 from vtprune_train.inference.bench_report import plot, table
 from vtprune_train.inference.calibration import Calibration, calibrate
-from vtprune_train.inference.chatting import DTYPES, Loaded, Prompt, batch, load, open_picture
+from vtprune_train.inference.chatting import DTYPES, Loaded, Prompt, batch, load, open_picture, recorded_prompt
 from vtprune_train.inference.clocks import clocked, summarized
 from vtprune_train.inference.options import add_data_options, add_model_option, numbers
 from vtprune_train.inference.questions import Question, read_questions
@@ -102,8 +102,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _with_pictures(arguments: argparse.Namespace) -> tuple[list[Question], list[Prompt], list[tuple[str, str]]]:
     """Questions that show a picture, their prompts, and ``(id, reason)`` of what was left out."""
     found, left_out = read_questions(
-        Path(arguments.data), Path(arguments.images), arguments.samples, arguments.seed, arguments.ignore
-    )
+        Path(arguments.data), Path(arguments.images), arguments.samples, arguments.seed, arguments.ignore,
+        recorded_prompt(arguments.model, Path(arguments.data)),
+    )  # fmt: skip
     questions: list[Question] = []
     prompts: list[Prompt] = []
     for question in found:

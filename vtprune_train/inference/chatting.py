@@ -17,6 +17,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from vtprune_train.data.chat import Template, Turn, get_template
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.data.jinja import written_by
+from vtprune_train.data.records import NO_PROMPT
+from vtprune_train.data.records import Prompt as AddedPrompt
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
     load_any_config,
@@ -168,6 +170,29 @@ def recorded_template(folder: str) -> Template | None:
     template = get_template(settings["template"])
     system = settings["system"]
     return template if system is None else replace(template, default_system=system)
+
+
+def recorded_prompt(model: str, data: Path) -> AddedPrompt:
+    """What the run that trained a model adds to the conversations of a data file (``prompt`` of an entry of
+    ``data.eval`` or ``data.train``); nothing for a file that it does not name, with a warning where it adds something
+    to others."""
+    settings = _data_settings(resolve_checkpoint(model))
+    entries = [
+        (which, number, entry) for which in ("eval", "train") for number, entry in enumerate(settings.get(which, []))
+    ]
+    prompts = {f"data.{which}.{number}": AddedPrompt(**entry.get("prompt", {})) for which, number, entry in entries}
+    added = [f"{key}: {prompt}" for key, prompt in prompts.items() if prompt != NO_PROMPT]
+    for (key, prompt), (_, _, entry) in zip(prompts.items(), entries, strict=True):
+        if Path(settings["root"], entry["path"]).resolve() == data.resolve():
+            if prompt != NO_PROMPT:
+                log.info("questions are asked with the prompt of the run's %s: %s", key, prompt)
+            return prompt
+    if added:
+        log.warning(
+            "%s was trained with prompts of its own (%s); %s is no file of that run, so they are left out",
+            model, "; ".join(added), data,
+        )  # fmt: skip
+    return NO_PROMPT
 
 
 def _recorded_source(folder: str, config: PreTrainedConfig, template: Template, tokenizer: Any) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.sources import find_files
-from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture
+from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture, recorded_prompt
 from vtprune_train.inference.ledger import Ledger, open_ledger
 from vtprune_train.inference.options import add_data_options, add_method_options, add_model_option, load_model
 from vtprune_train.inference.questions import Question, normalized, read_questions
@@ -54,11 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option}={getattr(arguments, option)} is below 1")
     data, images = Path(arguments.data), Path(arguments.images)
-    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore)
+    added = recorded_prompt(arguments.model, data)
+    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore, added)
     loaded = load_model(arguments)
     if arguments.compare and not is_pruned(loaded.model):
         raise ValueError("--compare dense: the model runs dense already; name a --method to compare with")
     settings = identity(arguments, loaded)
+    if added != NO_PROMPT:
+        settings["prompt"] = asdict(added)
     folder = Path(arguments.out) if arguments.out else default_folder(arguments, settings)
     with open_ledger(folder, settings) as ledger:
         left_out = [*malformed, *_ask_all(loaded, questions, ledger, arguments)]
