@@ -191,6 +191,19 @@ def test_chat_templates_of_other_projects(template, image_token, content, expect
     assert "image" not in prompt_text(loaded, 0, "here ?")
 
 
+def test_spaces_around_pictures_are_kept_for_chat_templates_of_other_projects():
+    """Only line breaks beside a picture are the template's own business."""
+    processor = family_processor("llava")
+    processor.chat_template, processor.image_token = QWEN_TEMPLATE, "<|image_pad|>"
+    loaded = Loaded(None, processor, content_of(processor))
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    for question, expected in (
+        ("is <image> like <image>, or not ?\n", f"is {picture} like {picture}, or not ?\n"),
+        ("\nis it <image>\n<image>\n here ?", f"\nis it {picture}{picture}here ?"),
+    ):
+        assert expected in prompt_text(loaded, 2, question)
+
+
 def test_answers_end_where_training_ended_them(tmp_path):
     """``plain`` ends answers with a line break, ``qwen`` with its own token."""
     from vtprune_train.inference.chatting import stop_where_answers_end

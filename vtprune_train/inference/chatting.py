@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -288,9 +289,13 @@ def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:
     if kind == "text":
         return text.replace(IMAGE, token)
     parts: list[dict[str, str]] = []
-    for index, part in enumerate(text.split(IMAGE)):
-        parts += [{"type": "image"}] if index else []
-        part = part.strip() if IMAGE in text else part  # the template sets line breaks around a picture itself
+    texts = text.split(IMAGE)
+    for index, part in enumerate(texts):  # the template sets line breaks around a picture itself
+        if index:
+            parts.append({"type": "image"})
+            part = re.sub(r"^\s*\n\s*", "", part)
+        if index < len(texts) - 1:
+            part = re.sub(r"\s*\n\s*$", "", part)
         parts += [{"type": "text", "text": part}] if part else []
     return parts
 
