@@ -123,6 +123,16 @@ def test_the_batch_size_changes_no_answer(options, tmp_path):
     assert one == five == all_at_once
 
 
+def test_true_answers_that_are_longer_than_may_be_made_are_told_of(options, data, caplog):
+    assert main([*options, "--limit", "2"]) == 0
+    assert "true answers have more" not in caplog.text
+    records = json.loads(data.read_text())[:2]
+    records[0]["conversations"][1]["value"] = "a red cat on the left ."
+    (data.parent / "long.json").write_text(json.dumps(records))
+    assert main([*options, "--data", str(data.parent / "long.json"), "--out", str(data.parent / "long")]) == 0
+    assert "1 of 3 true answers have more than --max_new_tokens=6 tokens (up to 7)" in caplog.text
+
+
 def test_compare_dense(capsys, options, folder, tmp_path):
     assert main([*options, "--compare", "dense"]) == 0
     out = capsys.readouterr().out

@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load_model(arguments)
     if arguments.compare and not is_pruned(loaded.model):
         raise ValueError("--compare dense: the model runs dense already; name a --method to compare with")
+    warn_of_long_answers(questions, loaded.processor.tokenizer, arguments.max_new_tokens)
     settings = identity(arguments, loaded)
     if added != NO_PROMPT:
         settings["prompt"] = asdict(added)
@@ -76,6 +77,17 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(results))
     log.info("results are in %s", folder)
     return 0
+
+
+def warn_of_long_answers(questions: Sequence[Question], tokenizer: Any, most: int) -> None:
+    """Say that true answers have more tokens than may be made, so that none of these can be met."""
+    lengths = [len(tokenizer.encode(question.reference, add_special_tokens=False)) for question in questions]
+    if long := sum(length > most for length in lengths):
+        log.warning(
+            "%d of %d true answers have more than --max_new_tokens=%d tokens (up to %d), so these answers are cut and "
+            "count as wrong; raise it",
+            long, len(questions), most, max(lengths),
+        )  # fmt: skip
 
 
 def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
