@@ -41,6 +41,7 @@ from vtprune_train.models.learned import saved_learner
 from vtprune_train.models.original_config import PIXELS, hf_config, image_processor, original_config, trains_tower
 from vtprune_train.models.processors import build_processor, saved_image_processor
 from vtprune_train.parse import read_json_object
+from vtprune_train.pruning import NONE, saved_settings
 from vtprune_train.stream import IMAGE
 from vtprune_train.training.manifest import check_export
 
@@ -401,6 +402,12 @@ def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
 
 
 def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool) -> None:
+    settings = saved_settings(config)
+    if settings is not None and settings["method"] != NONE:
+        log.warning(
+            "%s: the original code knows no pruning, so the settings of %s are left out and the model runs on all of "
+            "its visual tokens there", source, settings["method"],
+        )  # fmt: skip
     method = saved_learner(config)
     if method is None:
         return
