@@ -133,6 +133,19 @@ def test_true_answers_that_are_longer_than_may_be_made_are_told_of(options, data
     assert "1 of 3 true answers have more than --max_new_tokens=6 tokens (up to 7)" in caplog.text
 
 
+def test_special_tokens_in_true_answers_count_no_more_than_in_answers(options, data, tmp_path):
+    """Answers are decoded without them."""
+    assert main([*options, "--limit", "2"]) == 0
+    said = {line["id"]: line["runs"]["pruned"]["answer"] for line in lines_of(tmp_path / "out")}
+    records = [record for record in json.loads(data.read_text()) if record["id"] in said]
+    for record in records:
+        record["conversations"][-1]["value"] = f"<pad>{said[record['id']]}<unk>"
+    (data.parent / "special.json").write_text(json.dumps(records))
+    assert main([*options, "--data", str(data.parent / "special.json"), "--out", str(tmp_path / "special")]) == 0
+    last = {line["id"]: line["runs"]["pruned"]["exact"] for line in lines_of(tmp_path / "special")}
+    assert last == dict.fromkeys(said, True)
+
+
 def test_compare_dense(capsys, options, folder, tmp_path):
     assert main([*options, "--compare", "dense"]) == 0
     out = capsys.readouterr().out

@@ -21,7 +21,7 @@ from vtprune_train.inference.calibration import Calibration, calibrate
 from vtprune_train.inference.chatting import DTYPES, Loaded, Prompt, batch, load, open_picture, recorded_prompt
 from vtprune_train.inference.clocks import clocked, summarized
 from vtprune_train.inference.options import add_data_options, add_model_option, numbers
-from vtprune_train.inference.questions import Question, read_questions
+from vtprune_train.inference.questions import Question, as_answered, read_questions
 from vtprune_train.inference.rivals import Rival, rivals_of
 from vtprune_train.pruning import METHODS
 
@@ -129,7 +129,8 @@ def _qualities(
     prompts: Sequence[Prompt],
     arguments: argparse.Namespace,
 ) -> dict[str, Quality]:
-    size, references = arguments.batch_size, [question.reference for question in questions]
+    size, tokenizer = arguments.batch_size, calibration.loaded.processor.tokenizer
+    references = [as_answered(question.reference, tokenizer) for question in questions]
     batches = [batch(calibration.loaded, prompts[i : i + size]) for i in range(0, len(prompts), size)]
     found: dict[str, Quality] = {}
     dense: tuple[str, ...] | None = None

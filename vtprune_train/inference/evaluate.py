@@ -19,7 +19,7 @@ from vtprune_train.data.sources import find_files
 from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture, recorded_prompt
 from vtprune_train.inference.ledger import Ledger, open_ledger
 from vtprune_train.inference.options import add_data_options, add_method_options, add_model_option, load_model
-from vtprune_train.inference.questions import Question, normalized, read_questions
+from vtprune_train.inference.questions import Question, as_answered, normalized, read_questions
 from vtprune_train.inference.report import summary, table
 from vtprune_train.inference.timing import Measured, drop_layers, measured_answers
 from vtprune_train.models.build import resolve_checkpoint
@@ -162,7 +162,8 @@ def _ask_all(
             # Who begins takes turns, so that what drifts during the run meets both.
             order = names if number % 2 == 0 else names[::-1]
             runs = {name: _measure(loaded, inputs, name, arguments.max_new_tokens) for name in order}
-            ledger.append([_line(question, row, names, runs) for row, (question, _) in enumerate(ready)])
+            tokenizer = loaded.processor.tokenizer
+            ledger.append([_line(question, row, names, runs, tokenizer) for row, (question, _) in enumerate(ready)])
             progress.update(len(ready))
     return list(unreadable.items())
 
@@ -182,11 +183,14 @@ def _measure(loaded: Loaded, inputs: Any, name: str, max_new_tokens: int) -> lis
         return measured_answers(loaded, inputs, max_new_tokens)
 
 
-def _line(question: Question, row: int, names: Sequence[str], runs: dict[str, list[Measured]]) -> dict[str, Any]:
+def _line(
+    question: Question, row: int, names: Sequence[str], runs: dict[str, list[Measured]], tokenizer: Any
+) -> dict[str, Any]:
     """One line of ``samples.jsonl``."""
     own = {}
+    expected = as_answered(question.reference, tokenizer)
     for name in names:
         measured = runs[name][row]
-        exact = normalized(measured.answer) == normalized(question.reference)
+        exact = normalized(measured.answer) == normalized(expected)
         own[name] = {**asdict(measured), "exact": exact}
     return {"key": question.key, "id": question.sample, "reference": question.reference, "runs": own}

@@ -6,6 +6,7 @@ import glob
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,13 @@ def _questions_of(number: int, sample: str, turns: Sequence[Turn], pictures: lis
             key = f"{number}:{place}:{sample}"
             questions.append(Question(key, sample, before, tuple(pictures[:seen]), turn.text))
     return questions
+
+
+def as_answered(reference: str, tokenizer: Any) -> str:
+    """A true answer without special tokens (``<|box_start|>``), as answers are decoded."""
+    if not any(token in reference for token in tokenizer.all_special_tokens):
+        return reference
+    return tokenizer.decode(tokenizer.encode(reference, add_special_tokens=False), skip_special_tokens=True)
 
 
 def normalized(answer: str) -> str:
