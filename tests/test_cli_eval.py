@@ -146,6 +146,24 @@ def test_special_tokens_in_true_answers_count_no_more_than_in_answers(options, d
     assert last == dict.fromkeys(said, True)
 
 
+def test_a_question_that_the_chat_template_refuses_is_left_out(options, folder, data, tmp_path):
+    shutil.copytree(folder, tmp_path / "strict")
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    (tmp_path / "strict" / "chat_template.jinja").write_text(template)
+    records = json.loads(data.read_text())[:4]
+    records[1]["system"] = "what is a dog ?"
+    (data.parent / "system.json").write_text(json.dumps(records))
+    options = [*options, "--model", str(tmp_path / "strict"), "--data", str(data.parent / "system.json")]
+    assert main(options) == 0
+    results = results_of(tmp_path / "out")
+    assert results["answers"] == 3
+    [[sample, reason]] = [[left["id"], left["reason"]] for left in results["left_out"]]
+    assert sample == "sample1" and "the model's chat template refuses this conversation: no system here" in reason
+
+
 def test_compare_dense(capsys, options, folder, tmp_path):
     assert main([*options, "--compare", "dense"]) == 0
     out = capsys.readouterr().out

@@ -189,6 +189,9 @@ def test_chat_templates_of_other_projects(template, image_token, content, expect
     for question in ("here ?", "<image>\nhere ?"):
         assert expected in prompt_text(loaded, 1, question)
     assert "image" not in prompt_text(loaded, 0, "here ?")
+    if image_token != "<image>":
+        with pytest.raises(ValueError, match=r"the prompt holds <\|image_pad\|>, .*write <image> for one"):
+            prompt_text(loaded, 1, f"<image> or {image_token} ?")
 
 
 def test_spaces_around_pictures_are_kept_for_chat_templates_of_other_projects():

@@ -266,7 +266,8 @@ def write_prompt(
         question: see :data:`Prompt`.
 
     Raises:
-        ValueError: it marks the places of another number of pictures, or the template refuses the turns.
+        ValueError: it marks the places of another number of pictures, or holds the model's own token for one, or the
+            template refuses the turns.
     """
     turns = [Turn("user", question)] if isinstance(question, str) else list(question)
     marked = sum(turn.text.count(IMAGE) for turn in turns)
@@ -276,6 +277,8 @@ def write_prompt(
     elif marked != pictures:
         raise ValueError(f"{pictures} picture(s) but {marked} {IMAGE} in the prompt; leave {IMAGE} out or give as many")
     token = _image_token(processor)
+    if token != IMAGE and any(token in turn.text for turn in turns):
+        raise ValueError(f"the prompt holds {token}, which stands for a picture in this model; write {IMAGE} for one")
     if kind is None:
         return "\n".join(turn.text for turn in turns).replace(IMAGE, token)
     messages = [{"role": turn.role, "content": _content(turn.text, kind, token)} for turn in turns]

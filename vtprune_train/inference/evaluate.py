@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.sources import find_files
-from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture, recorded_prompt
+from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture, prompt_text, recorded_prompt
 from vtprune_train.inference.ledger import Ledger, open_ledger
 from vtprune_train.inference.options import add_data_options, add_method_options, add_model_option, load_model
 from vtprune_train.inference.questions import Question, as_answered, normalized, read_questions
@@ -150,7 +150,7 @@ def _ask_all(
         for number, start in enumerate(range(0, len(questions), arguments.batch_size)):
             group = questions[start : start + arguments.batch_size]
             waiting = [question for question in group if question.key not in ledger.done]
-            ready = list(_with_pictures(waiting, unreadable))
+            ready = list(_prompts(loaded, waiting, unreadable))
             progress.update(len(waiting) - len(ready))
             if not ready:
                 continue
@@ -168,10 +168,14 @@ def _ask_all(
     return list(unreadable.items())
 
 
-def _with_pictures(questions: Sequence[Question], unreadable: dict[str, str]) -> Iterator[tuple[Question, Prompt]]:
+def _prompts(
+    loaded: Loaded, questions: Sequence[Question], unreadable: dict[str, str]
+) -> Iterator[tuple[Question, Prompt]]:
+    """The questions that can be asked: their pictures can be read, and the chat template takes their turns."""
     for question in questions:
         try:
             pictures = [open_picture(path) for path in question.images]
+            prompt_text(loaded, len(pictures), question.turns)
         except ValueError as error:
             unreadable[question.sample] = str(error)
             continue
