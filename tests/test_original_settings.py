@@ -313,6 +313,10 @@ def broken(folder, kind):
     elif kind == "empty index":
         (folder / "model.safetensors.index.json").write_text("")
         return "model.safetensors.index.json is not JSON with a weight_map"
+    elif kind == "left over":  # and no index says which files count
+        (folder / "model.safetensors.index.json").unlink()
+        save_file({"lm_head.weight": torch.ones(64, 32)}, folder / "old.safetensors", {"format": "pt"})
+        return "holds lm_head.weight, as another file does; remove the one that is left over"
     elif kind == "generation config":
         (folder / "generation_config.json").write_text("{")
         return "generation_config.json is not JSON: Expecting property name"
@@ -338,7 +342,7 @@ def broken(folder, kind):
 
 KINDS = (
     "empty", "cut off", "no config", "empty config", "empty index", "no weights", "projector alone", "LoRA", "ZeRO-3",
-    "int8", "generation config",
+    "int8", "generation config", "left over",
 )  # fmt: skip
 
 

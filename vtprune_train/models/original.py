@@ -41,7 +41,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint in ``*.safetensors`` or ``pytorch_model*.bin`` files.
 
     Raises:
-        ValueError: there are none, one that the index names is missing, or one is damaged.
+        ValueError: there are none, one that the index names is missing, one is damaged, or a tensor stands in two.
     """
     for pattern, index, read in (
         ("*.safetensors", "model.safetensors.index.json", load_file),
@@ -56,9 +56,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for file in files:
             try:
-                weights.update(read(file))
+                found = read(file)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error})") from error
+            if again := sorted(weights.keys() & found.keys()):
+                raise ValueError(f"{file} holds {again[0]}, as another file does; remove the one that is left over")
+            weights.update(found)
         if weights:
             return weights
     raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
