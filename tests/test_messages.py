@@ -11,6 +11,7 @@ from runner import TINY, Runs
 from vtprune_train.cli import main, train_main
 from vtprune_train.config import Config, ConfigError, PruningConfig
 from vtprune_train.config_file import load_config
+from vtprune_train.parse import read_yaml
 from vtprune_train.training.check_data import check_run_dir
 from vtprune_train.training.engine import engine_config
 from vtprune_train.training.resume import _check_identity
@@ -51,6 +52,8 @@ SETTINGS = [
     ("train=3", "train: it takes keys, not a single value; known: global_batch_size, epochs"),
     ("data.train=[train.json]", "data.train.0: it takes keys, not a single value; known: path, images"),
     ("data.train=train.json", "data.train: train.json is a data file, not a mixture; write [{path: train.json}], or"),
+    ("data.train={path: train.json}", "data.train: Input should be a valid list; write it in brackets, [...], or each"),
+    ("model.train=[projector]", "model.train: it takes keys, not a single value (it is ['projector'])"),
     ("pruning=fastv", "pruning: fastv is no file; a method is named by pruning.method=fastv"),
     ("run.name=2024", "run.name: Input should be a valid string; quote a text: 'run.name=\"2024\"' (it is 2024)"),
     ("data.system=no", "data.system: Input should be a valid string; quote a text: 'data.system=\"...\"' (it is "),
@@ -102,6 +105,12 @@ def test_a_wrong_configuration_is_named(folder, capsys, name, words):
     assert train_main(["--config", name, "--dry_run"]) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said, said
+
+
+def test_yaml_that_takes_over_keys_of_another_mapping(folder):
+    text = "a: &a {clip: 1, epochs: 2}\nb: &b\n  <<: *a\n  clip: 3\nc:\n  <<: *b\n  epochs: 4\n"
+    (folder / "merged.yaml").write_text(text)
+    assert read_yaml(folder / "merged.yaml")["c"] == {"clip": 3, "epochs": 4}
 
 
 def test_a_key_of_a_named_deepspeed_file_is_changed_alone(folder, capsys):

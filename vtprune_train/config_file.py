@@ -245,7 +245,10 @@ def _explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
             line = f"{key}.{message}" if names_own_key else f"{key}: {message}" if key else message
         else:
             if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
-                message = f"it takes keys, not a single value; known: {', '.join(_known_keys(location))}"
+                known = ", ".join(_known_keys(location))
+                message = f"it takes keys, not a single value{f'; known: {known}' if known else ''}"
+            if item["type"] == "list_type" and isinstance(item["input"], dict | str):
+                message += "; write it in brackets, [...], or each entry on a line of its own that begins with '- '"
             shown = repr(item["input"])
             if item["type"] == "string_type" and isinstance(item["input"], int | float):
                 text = "..." if isinstance(item["input"], bool) else item["input"]
