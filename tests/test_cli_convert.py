@@ -177,6 +177,15 @@ def test_mm_projector_in_and_out(tmp_path):
         )
 
 
+def test_options_without_effect_are_refused(tmp_path, capsys):
+    for form in ("mm_projector", "projector"):
+        said = refused(capsys, tmp_path, form, tmp_path / "out", "--vision_tower", "clip")
+        assert f"--vision_tower has no effect with --to {form}" in said
+    assert "--without_learned has no effect with --to hf" in refused(
+        capsys, tmp_path, "hf", tmp_path / "out", "--without_learned"
+    )
+
+
 def test_a_linear_projector(tmp_path, capsys):
     model = write_original(tmp_path / "original", "llava", mm_projector_type="linear")
     weights = original_names(model)

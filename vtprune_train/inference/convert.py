@@ -72,6 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: what is wrong with an option or the checkpoint, or something there that must not be replaced.
     """
+    form = arguments.to
+    if arguments.vision_tower is not None and form not in ("hf", "original"):
+        raise ValueError(f"--vision_tower has no effect with --to {form}, which is the projector alone; leave it out")
+    if arguments.without_learned and form != "original":
+        raise ValueError(f"--without_learned has no effect with --to {form}; leave it out")
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
     check_export(source)
     if arguments.to == "mm_projector":
