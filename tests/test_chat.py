@@ -125,11 +125,30 @@ def test_custom_template():
         ({"user": "{text}", "assistant": ""}, r"data.template.answer is missing"),
         ({"user": "hm", "assistant": "", "answer": "{text}"}, r"data.template.user='hm' must hold \{text\}"),
         ({"user": "{text}", "assistant": "", "answer": "{text}", "sys": ""}, r"data.template.sys is unknown"),
+        ({"user": "{text}", "assistant": "", "answer": 5}, r"data.template.answer=5 must be a text"),
+        (
+            {"user": "{text}", "assistant": "", "answer": "{text}", "bos": "no"},
+            r"data.template.bos='no' must be true or",
+        ),
+        ({"user": "{text}", "assistant": "", "answer": "{text}", "system": "S"}, r"data.template.system='S' must hold"),
+        ({"user": "{text}", "assistant": "{text}:", "answer": "{text}"}, r"data.template.assistant='\{text\}:' holds"),
+        ({"user": "<image>{text}", "assistant": "", "answer": "{text}"}, r"data.template.user=.* holds <image>, but"),
     ],
 )
 def test_wrong_templates(spec, message):
     with pytest.raises(ValueError, match=message):
         get_template(spec)
+
+
+def test_the_end_of_sequence_is_written_wherever_a_template_names_it():
+    spec = {"user": "Q: {text}{eos}", "assistant": " A:", "answer": " {text}", "separator": "{eos}\n"}
+    tokenizer, chat = encode(spec, [*TURNS[:3], Turn("assistant", "{eos}")])
+    assert tokenizer.decode(chat.input_ids) == (
+        "<s>Q: <image>\nWhat is this?</s> A: A red cat.</s>\nQ: And that?<image></s> A: {eos}"
+    )
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"template custom writes \{eos\}, but the tokenizer has no eos_token"):
+        encode(spec, tokenizer=tokenizer)
 
 
 def test_nothing_supervised_is_an_error():

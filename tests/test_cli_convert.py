@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, PreTrainedTokenizerFast
 
+from vtprune_train import prune
 from vtprune_train.cli import main
 from vtprune_train.models.build import _load_projector
 from vtprune_train.models.families import family_of
@@ -141,11 +142,16 @@ def test_the_vocabulary_grows_for_the_image_token_and_shrinks_again(tmp_path):
     same(read(tmp_path / "back"), weights)
 
 
-def test_a_folder_of_hugging_face_becomes_an_original_one(tmp_path):
+def test_a_folder_of_hugging_face_becomes_an_original_one(tmp_path, caplog):
     model = tiny_model()
     model.save_pretrained(tmp_path / "hf")
     tiny_processor().save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", "original", tmp_path / "original", "--vision_tower", "openai/clip-vit-large-patch14-336")
+    assert "pruning" not in caplog.text
+    prune(model, "fastv").save_pretrained(tmp_path / "pruned")
+    tiny_processor().save_pretrained(tmp_path / "pruned")
+    convert(tmp_path / "pruned", "original", tmp_path / "dense", "--vision_tower", "openai/clip-vit-large-patch14-336")
+    assert "the original code knows no pruning, so the settings of fastv are left out" in caplog.text
     same(read(tmp_path / "original"), original_names(model))
     config = json.loads((tmp_path / "original" / "config.json").read_text())
     assert config["mm_projector_type"] == "mlp2x_gelu" and config["mm_patch_merge_type"] == "spatial_unpad"
@@ -169,6 +175,15 @@ def test_mm_projector_in_and_out(tmp_path):
         assert torch.equal(
             other.model.multi_modal_projector.linear_2.weight, model.model.multi_modal_projector.linear_2.weight
         )
+
+
+def test_options_without_effect_are_refused(tmp_path, capsys):
+    for form in ("mm_projector", "projector"):
+        said = refused(capsys, tmp_path, form, tmp_path / "out", "--vision_tower", "clip")
+        assert f"--vision_tower has no effect with --to {form}" in said
+    assert "--without_learned has no effect with --to hf" in refused(
+        capsys, tmp_path, "hf", tmp_path / "out", "--without_learned"
+    )
 
 
 def test_a_linear_projector(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from checkpoints import HALF, save_data, save_folder
 from families import FAMILIES, family_inputs, family_model, tokenizer
 from PIL import Image
@@ -16,7 +18,8 @@ from PIL import Image
 from vtprune_train import PyramidDrop, dense, prune
 from vtprune_train.cli import main
 from vtprune_train.data.chat import Turn
-from vtprune_train.inference.chatting import Loaded, answers, load
+from vtprune_train.data.records import NO_PROMPT
+from vtprune_train.inference.chatting import Loaded, answers, load, recorded_prompt
 from vtprune_train.inference.ledger import Ledger
 from vtprune_train.inference.questions import normalized, read_questions
 from vtprune_train.inference.timing import drop_layers, measured_answers
@@ -89,6 +92,27 @@ def test_every_turn_is_asked_with_its_history(capsys, options, folder, data, tmp
     assert "13 answers" in capsys.readouterr().out
 
 
+def test_questions_are_asked_with_the_prompt_that_the_run_adds_to_them(options, folder, data, tmp_path, caplog):
+    step = tmp_path / "step"
+    shutil.copytree(folder, step / "hf")
+    entries = [{"path": data.name, "images": "images", "prompt": {"suffix": " here ?", "system": "yes"}}]
+    trained = {"template": "vicuna_v1", "system": "", "image_position": "as_written", "root": str(data.parent)}
+    (step / "config.yaml").write_text(yaml.safe_dump({"data": {**trained, "train": entries, "eval": []}}))
+    options = [*options, "--model", str(step / "hf"), "--limit", "3"]
+    assert main(options) == 0
+    assert results_of(tmp_path / "out")["settings"]["prompt"] == {"system": "yes", "prefix": "", "suffix": " here ?"}
+    shutil.copy(data, tmp_path / "copy.json")
+    caplog.clear()
+    assert main([*options, "--data", str(tmp_path / "copy.json"), "--out", str(tmp_path / "bare")]) == 0
+    assert (
+        "was trained with prompts of its own (data.train.0: " in caplog.text and "so they are left out" in caplog.text
+    )
+    assert "prompt" not in results_of(tmp_path / "bare")["settings"]
+    for line, bare in zip(lines_of(tmp_path / "out"), lines_of(tmp_path / "bare"), strict=True):
+        assert line["runs"]["pruned"]["prompt_tokens"] == bare["runs"]["pruned"]["prompt_tokens"] + 3
+    assert recorded_prompt(str(folder), data) == NO_PROMPT
+
+
 def test_the_batch_size_changes_no_answer(options, tmp_path):
     for size in ("1", "5", "64"):
         assert main([*options, "--out", str(tmp_path / size), "--batch_size", size]) == 0
@@ -97,6 +121,47 @@ def test_the_batch_size_changes_no_answer(options, tmp_path):
         for lines in (lines_of(tmp_path / size) for size in ("1", "5", "64"))
     )
     assert one == five == all_at_once
+
+
+def test_true_answers_that_are_longer_than_may_be_made_are_told_of(options, data, caplog):
+    assert main([*options, "--limit", "2"]) == 0
+    assert "true answers have more" not in caplog.text
+    records = json.loads(data.read_text())[:2]
+    records[0]["conversations"][1]["value"] = "a red cat on the left ."
+    (data.parent / "long.json").write_text(json.dumps(records))
+    assert main([*options, "--data", str(data.parent / "long.json"), "--out", str(data.parent / "long")]) == 0
+    assert "1 of 3 true answers have more than --max_new_tokens=6 tokens (up to 7)" in caplog.text
+
+
+def test_special_tokens_in_true_answers_count_no_more_than_in_answers(options, data, tmp_path):
+    """Answers are decoded without them."""
+    assert main([*options, "--limit", "2"]) == 0
+    said = {line["id"]: line["runs"]["pruned"]["answer"] for line in lines_of(tmp_path / "out")}
+    records = [record for record in json.loads(data.read_text()) if record["id"] in said]
+    for record in records:
+        record["conversations"][-1]["value"] = f"<pad>{said[record['id']]}<unk>"
+    (data.parent / "special.json").write_text(json.dumps(records))
+    assert main([*options, "--data", str(data.parent / "special.json"), "--out", str(tmp_path / "special")]) == 0
+    last = {line["id"]: line["runs"]["pruned"]["exact"] for line in lines_of(tmp_path / "special")}
+    assert last == dict.fromkeys(said, True)
+
+
+def test_a_question_that_the_chat_template_refuses_is_left_out(options, folder, data, tmp_path):
+    shutil.copytree(folder, tmp_path / "strict")
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    (tmp_path / "strict" / "chat_template.jinja").write_text(template)
+    records = json.loads(data.read_text())[:4]
+    records[1]["system"] = "what is a dog ?"
+    (data.parent / "system.json").write_text(json.dumps(records))
+    options = [*options, "--model", str(tmp_path / "strict"), "--data", str(data.parent / "system.json")]
+    assert main(options) == 0
+    results = results_of(tmp_path / "out")
+    assert results["answers"] == 3
+    [[sample, reason]] = [[left["id"], left["reason"]] for left in results["left_out"]]
+    assert sample == "sample1" and "the model's chat template refuses this conversation: no system here" in reason
 
 
 def test_compare_dense(capsys, options, folder, tmp_path):

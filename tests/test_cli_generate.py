@@ -189,6 +189,22 @@ def test_chat_templates_of_other_projects(template, image_token, content, expect
     for question in ("here ?", "<image>\nhere ?"):
         assert expected in prompt_text(loaded, 1, question)
     assert "image" not in prompt_text(loaded, 0, "here ?")
+    if image_token != "<image>":
+        with pytest.raises(ValueError, match=r"the prompt holds <\|image_pad\|>, .*write <image> for one"):
+            prompt_text(loaded, 1, f"<image> or {image_token} ?")
+
+
+def test_spaces_around_pictures_are_kept_for_chat_templates_of_other_projects():
+    """Only line breaks beside a picture are the template's own business."""
+    processor = family_processor("llava")
+    processor.chat_template, processor.image_token = QWEN_TEMPLATE, "<|image_pad|>"
+    loaded = Loaded(None, processor, content_of(processor))
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    for question, expected in (
+        ("is <image> like <image>, or not ?\n", f"is {picture} like {picture}, or not ?\n"),
+        ("\nis it <image>\n<image>\n here ?", f"\nis it {picture}{picture}here ?"),
+    ):
+        assert expected in prompt_text(loaded, 2, question)
 
 
 def test_answers_end_where_training_ended_them(tmp_path):

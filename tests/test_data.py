@@ -199,13 +199,15 @@ def test_too_long_samples(tmp_path, caplog):
     assert len(index) == 1 and index.too_long == 2
 
 
-def test_take(tmp_path):
+def test_take(tmp_path, caplog):
     records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(30)]
     assert index_of(tmp_path, records, take="first:4")[0].selections[0].rows.tolist() == [0, 1, 2, 3]
     random_rows = index_of(tmp_path, records, take="random:7")[0].selections[0].rows.tolist()
     assert len(set(random_rows)) == 7 and random_rows == sorted(random_rows) != list(range(7))
     assert index_of(tmp_path, records, take="random:7")[0].selections[0].rows.tolist() == random_rows
+    assert "asks for more" not in caplog.text
     assert index_of(tmp_path, records, take="first:100")[0].selections[0].rows.tolist() == list(range(30))
+    assert "train.json: take=first:100 asks for more than its 30 record(s); all are taken" in caplog.text
 
 
 def test_the_index_tells_what_the_batch_holds(tmp_path):

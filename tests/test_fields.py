@@ -81,6 +81,12 @@ REFUSED_TURNS = [
     (with_turn(1, include_in_loss=0), "'include_in_loss'"),
     (with_turn(1, exclude_from_loss=True), "'exclude_from_loss'"),
     (with_turn(1, unmask=False), "'unmask'"),
+    (with_turn(1, is_masked=True), "'is_masked'"),
+    (with_turn(1, skip=1), "'skip'"),
+    (with_turn(1, ignoreTurn=True), "'ignoreTurn'"),
+    (with_turn(1, excluded=True), "'excluded'"),
+    (with_turn(1, backprop=False), "'backprop'"),
+    (with_content({"type": "image", "image": {"path": "a.png", "video": "a.mp4"}}), "'video' ('a.mp4') holds a video"),
     (with_turn(1, train_detail=[{"begin_offset": 0, "train": False}]), "'train_detail'"),
     (with_turn(0, use_for_loss=True), "'use_for_loss'"),
     (with_content({"type": "speech", "text": "hi"}), "{type: image} or {type: image, image: ...} (turn 1)"),
@@ -133,7 +139,13 @@ def test_a_turn_that_changes_what_is_trained_is_refused(record, error):
         {"video": None, "videos": [], "audio": "", "tools": None, "objects": {"bbox": [], "ref": None}, "loss": None},
         {"weight": 1, "loss": True, "loss_mask": [1, 1], "label": "rain", "mask": 0},
         {"id": 3, "source": "x", "width": 3, "height": 4, "metadata": {"video": "y"}, "score": 0.1, "language": "en"},
-        {"for_training": True, "exclude_from_loss": False, "train_split": "a", "train_last_turn_only": False},
+        {
+            "for_training": True,
+            "exclude_from_loss": False,
+            "train_split": "a",
+            "train_last_turn_only": False,
+            "skip": 0,
+        },
         {"video_id": "abc", "dataset": "y", "__index_level_0__": 4, "num_frames": 8, "num_images": 0, "image_size": 3},
     ],
 )
@@ -144,6 +156,7 @@ def test_fields_that_change_nothing_stay_allowed(fields):
 
 def test_places_in_the_image_that_no_placeholder_asks_for_are_not_read():
     places = {"bbox": [[0, 0, 10, 10]], "objects": {"ref": ["cat"], "bbox": [[0, 0, 9, 9]]}, "mask_path": "a.png"}
+    places["object_masks"] = places["object_mask"] = [{"size": [9, 9], "counts": "x"}]
     read = normalize({**TALK, **places}, "x")
     assert not read.error and read.unread == set(places)
 
@@ -197,7 +210,11 @@ def test_images_of_content_parts(tmp_path):
         ({"type": "image_url", "image_url": "file:///x/a.png"}, "/x/a.png"),
     ]:
         read = normalize(with_content(part, text), "x")
-        assert read.images == (image,) and read.turns[0].text == "<image>what ?", part
+        assert read.images == (image,) and read.turns[0].text == "<image>what ?" and not read.unread, part
+    low = {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}
+    assert normalize(with_content(low, text), "x").unread == {"detail"}
+    cut = {"image": [{"path": "a.png", "crop": [0, 0, 9, 9]}], "conversations": say("<image> what ?", "it rains")}
+    assert normalize(cut, "x").unread == {"crop"}
     numbered = {**with_content({"type": "image", "index": 1}, {"type": "image", "index": 0}), "images": ["a", "b"]}
     assert normalize(numbered, "x").images == ("b", "a")
     assert "is not base64" in normalize({**TALK, "image": "data:image/png;base64,*"}, "x").error

@@ -204,6 +204,20 @@ def test_lmms_eval_refuses_other_generation_settings_by_name(asked, said):
 
 
 @needs_lmms
+def test_lmms_eval_takes_pictures_by_name_and_nothing_else(tmp_path):
+    from vtprune_train.integrations.lmms_eval import _pictures
+
+    picture = Image.new("RGB", (9, 7), "red")
+    picture.save(tmp_path / "a.png")
+    named, given = _pictures([str(tmp_path / "a.png"), picture.convert("L")], "t", 3)
+    assert named.tobytes() == picture.tobytes() and given.mode == "RGB"
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    for wrong, said in ((str(tmp_path / "a.mp4"), r"a\.mp4 cannot be read .*is it a video"), ([picture], "not a list")):
+        with pytest.raises(ValueError, match=rf"task t, document 3: .*{said}"):
+            _pictures([wrong], "t", 3)
+
+
+@needs_lmms
 def test_lmms_eval_halves_an_automatic_batch_when_memory_runs_out(task, monkeypatch):
     import vtprune_train.integrations.lmms_eval as integration
 

@@ -10,6 +10,8 @@ from runner import TINY, Runs
 
 from vtprune_train.cli import main, train_main
 from vtprune_train.config import Config, ConfigError, PruningConfig
+from vtprune_train.config_file import load_config
+from vtprune_train.parse import read_yaml
 from vtprune_train.training.check_data import check_run_dir
 from vtprune_train.training.engine import engine_config
 from vtprune_train.training.resume import _check_identity
@@ -49,6 +51,14 @@ SETTINGS = [
     ("num_train_epochs=1", "here it is train.epochs"),
     ("train=3", "train: it takes keys, not a single value; known: global_batch_size, epochs"),
     ("data.train=[train.json]", "data.train.0: it takes keys, not a single value; known: path, images"),
+    ("data.train=train.json", "data.train: train.json is a data file, not a mixture; write [{path: train.json}], or"),
+    ("data.train={path: train.json}", "data.train: Input should be a valid list; write it in brackets, [...], or each"),
+    ("model.train=[projector]", "model.train: it takes keys, not a single value (it is ['projector'])"),
+    ("pruning=fastv", "pruning: fastv is no file; a method is named by pruning.method=fastv"),
+    ("run.name=2024", "run.name: Input should be a valid string; quote a text: 'run.name=\"2024\"' (it is 2024)"),
+    ("data.system=no", "data.system: Input should be a valid string; quote a text: 'data.system=\"...\"' (it is "),
+    ("data.system=<image>", "data.system: '<image>' holds <image>, but a prompt brings no picture"),
+    ("model.train.projector=.inf", "model.train: projector: the learning rate inf is not positive and finite"),
     ("run.name=a: b", "run.name: Input should be a valid string (it is {'a': 'b'})"),
     ("data.root=@x", "data.root: '@x' is not YAML: while scanning"),
     ("data.root=@x", "quote a text: 'data.root=\"@x\"'"),
@@ -95,6 +105,20 @@ def test_a_wrong_configuration_is_named(folder, capsys, name, words):
     assert train_main(["--config", name, "--dry_run"]) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said, said
+
+
+def test_yaml_that_takes_over_keys_of_another_mapping(folder):
+    text = "a: &a {clip: 1, epochs: 2}\nb: &b\n  <<: *a\n  clip: 3\nc:\n  <<: *b\n  epochs: 4\n"
+    (folder / "merged.yaml").write_text(text)
+    assert read_yaml(folder / "merged.yaml")["c"] == {"clip": 3, "epochs": 4}
+
+
+def test_a_key_of_a_named_deepspeed_file_is_changed_alone(folder, capsys):
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": False}}))
+    config = load_config("tiny.yaml", ["deepspeed=ds.json", "deepspeed.zero_optimization.stage=1"])
+    assert config.deepspeed == {"zero_optimization": {"stage": 1, "overlap_comm": False}}
+    assert train_main(["--config", "tiny.yaml", "deepspeed=ds.jsn", "deepspeed.zero_optimization.stage=1"]) == 2
+    assert "deepspeed: ds.jsn is neither here nor in configs/" in capsys.readouterr().err
 
 
 def test_a_setting_written_as_an_option(folder, capsys):
@@ -153,6 +177,11 @@ def test_what_only_a_start_can_tell(tmp_path):
         assert re.search(words, done.stderr) and "Traceback" not in done.stderr, done.stderr
     done = runs.run("big", "train.global_batch_size=50", "train.epochs=1", "data.eval=[]")
     assert "train.global_batch_size=50 is larger than an epoch, which has 3 sample(s)" in done.stderr
+    assert "nothing is trained" not in done.stderr
+    done = runs.run("big", "train.global_batch_size=50", "train.epochs=1", "data.eval=[]")
+    assert (
+        "nothing is trained: the checkpoint of run.name=big is at step 1, and the settings end at step 1" in done.stderr
+    )
 
 
 def test_every_shipped_deepspeed_file_is_taken():

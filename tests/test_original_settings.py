@@ -174,6 +174,10 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres' with mm_patch_merge_type='flat' has"),
         ("llava", {"mm_hidden_size": 48}, "mm_hidden_size=48, but the vision tower's hidden_size is 24"),
         ("llava", {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"}, None),
+        ("llava", {"mm_vision_select_layer": True}, "mm_vision_select_layer=True is not a layer of the vision tower"),
+        ("llava", {"mm_vision_tower": ["clip"]}, "names no mm_vision_tower (it is ['clip']); give --vision_tower"),
+        ("llava", {"vocab_size": "64"}, "transformers refuses a setting of config.json: Field 'vocab_size' expected"),
+        ("llava", {"rope_scaling": {"factor": 2.0}}, "rope_scaling={'factor': 2.0} has none of the types default, "),
         ("llava", {"image_hue": 3}, "image_hue=3 is not known here, and it may change what the model sees"),
         ("llava", {"hidden_act": "silu", "my_note": "x"}, None),
         ("llava_next", {"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9' with mm_patch_merge"),
@@ -191,6 +195,43 @@ def test_each_setting_is_honoured_or_refused_by_name(tmp_path, capsys, family, s
     else:
         assert said in refused(capsys, tmp_path / "original", "hf", tmp_path / "hf")
         assert not (tmp_path / "hf").exists()
+
+
+def test_flags_of_the_tower_s_image_processor_are_kept(tmp_path, capsys):
+    write_original(tmp_path / "original", "llava", image_aspect_ratio="pad")
+    images = tower_images(tmp_path, do_normalize=False, do_rescale=False)
+    convert(tmp_path / "original", "hf", tmp_path / "hf")
+    made = opened(tmp_path / "hf")(images=picture((30, 30)), text="<image> what", return_tensors="pt")["pixel_values"]
+    assert torch.equal(made, images(picture((30, 30)), return_tensors="pt")["pixel_values"])
+    processor = opened(tmp_path / "hf")
+    processor.image_processor.do_rescale = True
+    processor.save_pretrained(tmp_path / "hf")
+    said = refused(capsys, tmp_path / "hf", "original", tmp_path / "back")
+    assert "its image processor has do_rescale=True; the original code takes those of the tower" in said
+    (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
+    said = refused(capsys, tmp_path / "original", "hf", tmp_path / "other")
+    assert "preprocessor_config.json makes images of [None, None, None], but the tower takes 28 x 28" in said
+
+
+WRONG_PROJECTORS = [
+    ("0.weight", torch.ones(0), "model.mm_projector.0.weight is empty (it was saved under DeepSpeed ZeRO-3"),
+    ("0.weight", torch.ones(32, 24, dtype=torch.int8), "0.weight holds torch.int8; quantised weights are not"),
+    ("2.weight", torch.ones(32, 31), "2.weight has shape (32, 31), which does not fit (32, 32)"),
+    ("2.bias", torch.ones(31), "2.bias has shape (31,), which does not fit (32,)"),
+    ("model.embed_tokens.weight", torch.ones(64, 32), "model.embed_tokens.weight was trained with the projector"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), WRONG_PROJECTORS, ids=lambda value: str(value)[:20])
+def test_a_projector_whose_tensors_do_not_fit_is_refused(tmp_path, capsys, name, value, said):
+    weights = {"0.weight": torch.ones(32, 24), "0.bias": torch.ones(32)}
+    weights |= {"2.weight": torch.ones(32, 32), "2.bias": torch.ones(32), name: value}
+    file = tmp_path / "mm_projector.bin"
+    torch.save({n if n.startswith("model.") else f"model.mm_projector.{n}": v for n, v in weights.items()}, file)
+    assert said in refused(capsys, file, "projector", tmp_path / "projector")
+    model = family_model("llava")
+    with pytest.raises(ValueError, match=r"model.projector=.*"):
+        _load_projector(model, family_of(model).loop, str(file))
 
 
 def test_the_class_token_is_kept_where_the_original_keeps_it(tmp_path):
@@ -272,6 +313,13 @@ def broken(folder, kind):
     elif kind == "empty index":
         (folder / "model.safetensors.index.json").write_text("")
         return "model.safetensors.index.json is not JSON with a weight_map"
+    elif kind == "left over":  # and no index says which files count
+        (folder / "model.safetensors.index.json").unlink()
+        save_file({"lm_head.weight": torch.ones(64, 32)}, folder / "old.safetensors", {"format": "pt"})
+        return "holds lm_head.weight, as another file does; remove the one that is left over"
+    elif kind == "generation config":
+        (folder / "generation_config.json").write_text("{")
+        return "generation_config.json is not JSON: Expecting property name"
     elif kind == "no weights":
         [file.unlink() for file in folder.glob("*.safetensors*")]
         return "holds no weights"
@@ -294,7 +342,7 @@ def broken(folder, kind):
 
 KINDS = (
     "empty", "cut off", "no config", "empty config", "empty index", "no weights", "projector alone", "LoRA", "ZeRO-3",
-    "int8",
+    "int8", "generation config", "left over",
 )  # fmt: skip
 
 

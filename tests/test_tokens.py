@@ -23,6 +23,13 @@ CUSTOM = {
     "lines": {"user": "Q: {text}\n", "assistant": "A:", "answer": " {text}{eos}", "separator": "\n"},
     "space": {"user": "Q: {text}\n", "assistant": "A: ", "answer": "{text}{eos}", "bos": False},
     "header": {"user": "user\n{text}</s>", "assistant": "assistant\n", "answer": "{text}</s>", "system": "{text}\n\n"},
+    "eos": {
+        "user": "{text}{eos}",
+        "assistant": "A:{eos}",
+        "answer": " {text}",
+        "system": "{text}{eos}",
+        "separator": "{eos}",
+    },
     "no end": {"user": "Q: {text}", "assistant": " A:", "answer": " {text}\n"},
 }
 SPECS = {**{name: name for name in TEMPLATES}, **CUSTOM}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,8 +126,10 @@ class ModelConfig(Section):
         for part, rate in value.items():
             if part not in TRAINABLE:
                 raise ValueError(f"{part!r} is no part of the model{did_you_mean(part, TRAINABLE)}; parts: {TRAINABLE}")
-            if not rate > 0:
-                raise ValueError(f"{part}: the learning rate {rate} is not positive; leave the part out to freeze it")
+            if not 0 < rate < math.inf:
+                raise ValueError(
+                    f"{part}: the learning rate {rate} is not positive and finite; leave the part out to freeze it"
+                )
         if not value:
             raise ValueError("names no part, so nothing would be trained; for example {projector: 1.0e-3}")
         return value
@@ -164,6 +167,13 @@ class ModelConfig(Section):
         return self
 
 
+def without_image(value: str | None) -> str | None:
+    """A text that is written into prompts, checked."""
+    if value is not None and "<image>" in value:
+        raise ValueError(f"{value!r} holds <image>, but a prompt brings no picture; place <image> in the records")
+    return value
+
+
 class PromptConfig(Section):
     """What a source adds to its conversations: a system prompt for those that bring none, text before and after the
     first user turn's."""
@@ -175,9 +185,7 @@ class PromptConfig(Section):
     @field_validator("system", "prefix", "suffix")
     @classmethod
     def _no_image(cls, value: str | None) -> str | None:
-        if value is not None and "<image>" in value:
-            raise ValueError(f"{value!r} holds <image>, but a prompt brings no picture; place <image> in the records")
-        return value
+        return without_image(value)
 
 
 class SourceConfig(Section):
@@ -222,6 +230,11 @@ class DataConfig(Section):
     prefetch: int = Field(4, ge=1, le=64)
     worker_timeout: float | None = Field(600.0, gt=0)
     cache_dir: str | None = None
+
+    @field_validator("system")
+    @classmethod
+    def _no_image(cls, value: str | None) -> str | None:
+        return without_image(value)
 
     @field_validator("train", "eval")
     @classmethod

@@ -22,7 +22,7 @@ from vtprune_train.config import (
     find_file,
 )
 from vtprune_train.mixture import expand
-from vtprune_train.parse import parse_value, read_yaml
+from vtprune_train.parse import parse_value, read_json_object, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ def _include_pruning(tree: dict[str, Any], file: Path) -> list[str]:
         return []
     del tree["pruning"]
     beside = file.resolve().parent / name
+    if not Path(name).suffix and not beside.is_file():
+        return [f"pruning: {name} is no file; a method is named by pruning.method={name}"]
     try:
         tree["pruning"] = read_pruning(beside if beside.is_file() else find_file(name, "pruning"))
     except ConfigError as error:
@@ -203,6 +205,11 @@ def _apply(tree: dict[str, Any], override: str) -> str | None:
         return str(error)
     node: Any = tree
     *parents, last = key.split(".")
+    if parents[:1] == ["deepspeed"] and isinstance(tree.get("deepspeed"), str):
+        try:  # a key of the file that is named: the others stay as they are there
+            tree["deepspeed"] = read_json_object(find_file(tree["deepspeed"], "deepspeed"))
+        except ValueError as error:
+            return str(error)
     for parent in parents:
         if isinstance(node, list):
             if not parent.isdigit() or int(parent) >= len(node):
@@ -238,8 +245,14 @@ def _explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
             line = f"{key}.{message}" if names_own_key else f"{key}: {message}" if key else message
         else:
             if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
-                message = f"it takes keys, not a single value; known: {', '.join(_known_keys(location))}"
+                known = ", ".join(_known_keys(location))
+                message = f"it takes keys, not a single value{f'; known: {known}' if known else ''}"
+            if item["type"] == "list_type" and isinstance(item["input"], dict | str):
+                message += "; write it in brackets, [...], or each entry on a line of its own that begins with '- '"
             shown = repr(item["input"])
+            if item["type"] == "string_type" and isinstance(item["input"], int | float):
+                text = "..." if isinstance(item["input"], bool) else item["input"]
+                message += f"""; quote a text: '{key}="{text}"'"""
             whole = item["type"] == "missing" or len(shown) > LONGEST_SHOWN
             line = f"{key}: {message}{'' if whole else f' (it is {shown})'}"
         lines.setdefault(key, line)

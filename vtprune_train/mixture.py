@@ -45,6 +45,8 @@ def _expanded(
     if extra := sorted(set(item) - {"include"}):
         raise ValueError(f"{key}: an entry with include has nothing beside it, but this one has {', '.join(extra)}")
     name = str(item["include"])
+    if Path(name).suffix in DATA:  # as YAML a large one would be read for hours
+        raise ValueError(f"{key}: {name} is a data file, not a mixture; write [{{path: {name}}}], or include a .yaml")
     beside = chain[-1].parent / name
     file = (beside if beside.is_file() else find(name, key)).resolve()
     if file in chain:
@@ -58,8 +60,6 @@ def _expanded(
 
 
 def _read(file: Path, key: str) -> tuple[list[Any], Path | None]:
-    if file.suffix in DATA:  # as YAML a large one would be read for hours
-        raise ValueError(f"{key}: {file} is a data file, not a mixture; write [{{path: {file}}}], or include a .yaml")
     try:
         content = read_yaml(file)
     except ValueError as error:

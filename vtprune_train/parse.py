@@ -76,14 +76,17 @@ def parse_value(text: str, key: str) -> Any:
 class _NoDuplicates(yaml.SafeLoader):
     """YAML in which a duplicate key is an error: PyYAML would silently drop the first value."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key != "<<" and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key := (key_node.tag, key_node.value)) in seen:
+                problem = f"duplicate key {key_node.value!r}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _problem(error: yaml.YAMLError) -> str:

@@ -20,6 +20,7 @@ from vtprune_train.data.tokens import Edge, SectionTokenizer, part_of
 from vtprune_train.stream import IGNORE, IMAGE
 
 UNSUPERVISED = "no token is supervised: the conversation has no answer to learn"
+FLAGS, AROUND_TEXT, BETWEEN = ("bos", "images_only"), ("user", "system", "answer"), ("assistant", "separator")
 TOKENIZED = "whole text"  # how; part of what cached lengths are known by
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -47,7 +48,8 @@ class Template:
         user: text around a user message, ``{text}`` in its place.
         assistant: what stands before an answer, not supervised. Its last token is the query row. Spaces at its end
             are moved to the front of ``answer``: most tokenizers join them with the answer's first word.
-        answer: text around an answer, all of it supervised; ``{eos}`` is the tokenizer's end-of-sequence token.
+        answer: text around an answer, all of it supervised. Here and in the other texts ``{eos}`` is the tokenizer's
+            end-of-sequence token.
         name: shown in errors.
         system: text around the system prompt; left out where there is no prompt.
         separator: between an answer and the next user message; not supervised.
@@ -125,7 +127,7 @@ def get_template(spec: str | Mapping[str, Any]) -> Template:
     """A template by name, or a custom one from the fields of :class:`Template`.
 
     Raises:
-        ValueError: unknown name or field, naming what is known.
+        ValueError: unknown name or field, naming what is known, or a field that cannot be so.
     """
     if isinstance(spec, str):
         if spec not in TEMPLATES:
@@ -136,9 +138,17 @@ def get_template(spec: str | Mapping[str, Any]) -> Template:
         raise ValueError(f"data.template.{unknown[0]} is unknown; a template has: {', '.join(fields)}")
     if missing := sorted({"user", "assistant", "answer"} - set(spec)):
         raise ValueError(f"data.template.{missing[0]} is missing; a custom template needs user, assistant and answer")
-    for key in ("user", "answer"):
-        if "{text}" not in spec[key]:
-            raise ValueError(f"data.template.{key}={spec[key]!r} must hold {{text}}, where the message stands")
+    for key, value in spec.items():
+        is_flag = key in FLAGS
+        fits = isinstance(value, bool) if is_flag else isinstance(value, str)
+        if not fits:
+            raise ValueError(f"data.template.{key}={value!r} must be {'true or false' if is_flag else 'a text'}")
+        if not is_flag and IMAGE in value:
+            raise ValueError(f"data.template.{key}={value!r} holds {IMAGE}, but images stand in records alone")
+        if key in AROUND_TEXT and "{text}" not in value:
+            raise ValueError(f"data.template.{key}={value!r} must hold {{text}}, where the message stands")
+        if key in BETWEEN and "{text}" in value:
+            raise ValueError(f"data.template.{key}={value!r} holds {{text}}, but no message stands there")
     return Template(**spec)
 
 
@@ -194,17 +204,17 @@ class ChatEncoder:
         placeholder: str = IMAGE,
         tokenization: Literal["processor", "llava"] = "processor",
     ):
-        if "{eos}" in template.answer and tokenizer.eos_token is None:
-            raise ValueError(f"template {template.name} ends answers with {{eos}}, but the tokenizer has no eos_token")
+        texts = {name: getattr(template, name) for name in (*AROUND_TEXT, *BETWEEN)}
+        if tokenizer.eos_token is None and any("{eos}" in text for text in texts.values()):
+            raise ValueError(f"template {template.name} writes {{eos}}, but the tokenizer has no eos_token")
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image_token: str = tokenizer.convert_ids_to_tokens(image_token_id)
         self.image_position = image_position
         self.placeholder = placeholder.replace(IMAGE, self.image_token)
         self.bos = (template.bos and tokenizer.bos_token) or ""
-        self.template = dataclasses.replace(
-            template, answer=template.answer.replace("{eos}", tokenizer.eos_token or "")
-        )
+        eos = tokenizer.eos_token or ""
+        self.template = dataclasses.replace(template, **{name: t.replace("{eos}", eos) for name, t in texts.items()})
         self.spaces = tokenization == "llava" and writes_spaces(tokenizer)
         self._tokens = SectionTokenizer(tokenizer)
         self._special = tuple(tokenizer.all_special_tokens)

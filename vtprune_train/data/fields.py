@@ -47,8 +47,11 @@ _FLAG = (
     r"|supervised?)|train_on_turn|kto_tag|desirable|label|(loss|train)_mask"
 )
 _WEIGHT = r"((sample|loss|token|turn|example|sampling)_)?(weights?|importance)|loss_scale|((num|n)_)?repeat(s|_times?)?"
-_SAYS_WHERE = r"loss|train|trained|training|learn|supervised?|supervision|unmask(ed)?"  # a word of a name
-_LESS = r"exclude|excluded|no|not|non|without|skip|ignore|only|last|first|final"  # with it, true trains on less
+_LEAVES_OUT = r"exclude|excluded|skip|skipped|ignore|ignored|mask|masked"
+_SAYS_WHERE = (  # a word of a name
+    rf"loss|train|trained|training|learn|supervised?|supervision|unmask(ed)?|grad|gradient|backprop|{_LEAVES_OUT}"
+)
+_LESS = rf"{_LEAVES_OUT}|no|not|non|without|only|last|first|final"  # with it, true trains on less
 
 _UNSUPPORTED = [(what, re.compile(pattern)) for what, pattern in (_MEDIA | _FORMAT).items()]
 _IS_IMAGE, _IS_FLAG, _IS_WEIGHT = re.compile(_IMAGE), re.compile(_FLAG), re.compile(_WEIGHT)
@@ -130,8 +133,8 @@ def check_fields(
             what = None
         if what == IMAGE_FIELD and has_images:  # where the image came from; those that are read are checked by <image>
             what = None
-        if what == LIKE_A_FLAG and not any(isinstance(leaf, Mapping) or leaf in (0, 1) for leaf in _leaves(value)):
-            what = None  # a loss, the name of a split
+        if what == LIKE_A_FLAG and not _may_be_a_flag(plain(name), value):
+            what = None
         if what is None:
             if name not in unread and not is_harmless(name) and (value is False or not is_empty(value)):
                 _check_value(name, value)
@@ -167,6 +170,12 @@ def _unsupported(name: str) -> str | None:
     if found := next((what for what, pattern in _UNSUPPORTED if pattern.fullmatch(name)), None):
         return found
     return LIKE_A_FLAG if _IS_LIKE_A_FLAG.fullmatch(name) and not _HARMLESS.fullmatch(name) else None
+
+
+def _may_be_a_flag(name: str, value: Any) -> bool:
+    """Not a loss, the name of a split, or an object's mask in the image."""
+    of_an_image = "mask" in name.split("_")
+    return any(leaf in (0, 1) or (isinstance(leaf, Mapping) and not of_an_image) for leaf in _leaves(value))
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -344,6 +344,11 @@ def _report(
             )  # fmt: skip
         if unread := table.manifest["unread"]:
             log.warning("%s: fields that are not read: %s", source.path, shown_fields(unread))
+        wanted = source.take.partition(":")[2]
+        if wanted and int(wanted) > len(table):
+            log.warning(
+                "%s: take=%s asks for more than its %d record(s); all are taken", source.path, source.take, len(table)
+            )
     num_bad = sum(selection.manifest["bad"] for selection in selections)
     if num_bad > max_bad:
         raise ValueError(

@@ -33,6 +33,7 @@ LONGEST_ERROR = 300  # characters; a record with a picture as text would fill th
 _HALF = re.compile(r"[\ud800-\udfff]")  # of a character: what cutting an emoji leaves in JSON, and no UTF-8 can hold
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 PART_IMAGES = ("image", "image_url", "url", "path", "bytes")
+IMAGE_VALUE = frozenset(("bytes", "path", "url"))
 TEXT_PART, IMAGE_PART = frozenset(("type", "text")), frozenset(("type", "text", "index", *PART_IMAGES))
 _LEADING_IMAGES = re.compile(rf"(?:{re.escape(IMAGE)}\s*)*")
 
@@ -127,7 +128,7 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = ()) -> Con
         name = default_id if record.get("id") is None else _HALF.sub("?", str(record["id"]))
         read = _Reading(ignore, unread)
         turns, brought = read.turns(record)
-        images = _images(record, brought)
+        images = _images(record, brought, read)
         unread |= check_fields(record, RECORD, ignore, answer=None, has_images=bool(images))
         _check(turns, images)
         for turn in turns:
@@ -219,6 +220,12 @@ class _Reading:
             raise ValueError(f"the text of a {role} turn is {content!r}")
         return Turn(ROLES[role], content), parts
 
+    def image(self, image: Any) -> str | bytes:
+        """See :func:`_image`; what else its object says is read or refused like a record's fields."""
+        if isinstance(image, Mapping):
+            self._unread |= check_fields(image, IMAGE_VALUE, self._ignore, answer=None, has_images=True)
+        return _image(image)
+
     def _part(self, part: Any) -> tuple[str, list[_Part]]:
         """The text of one part of a message's content."""
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -230,7 +237,7 @@ class _Reading:
             images = [part[key] for key in PART_IMAGES if not is_empty(part.get(key))]
             if len(images) > 1:
                 raise ValueError(f"a part of a message brings {len(images)} images; write a part for each")
-            return IMAGE, [_Part(_image(images[0]) if images else None, part.get("index"))]
+            return IMAGE, [_Part(self.image(images[0]) if images else None, part.get("index"))]
         raise ValueError(
             f"a part of a message is {part!r}; use {{type: text, text: ...}}, {{type: image}} or "
             "{type: image, image: ...}"
@@ -245,11 +252,12 @@ def _either(message: Mapping[str, Any], llava: str, openai: str) -> Any:
     return second if first is None else first
 
 
-def _images(record: Mapping[str, Any], parts: Sequence[_Part]) -> list[str | bytes]:
+def _images(record: Mapping[str, Any], parts: Sequence[_Part], read: _Reading) -> list[str | bytes]:
     """The pictures in the order of their placeholders: the record's, or those of the parts of its turns."""
     named = [key for key in IMAGES if not is_empty(record.get(key))]
     forms = [
-        [_image(image) for image in (record[key] if isinstance(record[key], list) else [record[key]])] for key in named
+        [read.image(image) for image in (record[key] if isinstance(record[key], list) else [record[key]])]
+        for key in named
     ]
     if forms[1:] and forms[0] != forms[1]:
         raise ValueError("'images' and 'image' are both there and differ; leave one of them out")

@@ -18,10 +18,10 @@ from vtprune_train.flops import is_adaptive
 from vtprune_train.inference.agreement import Quality, quality
 from vtprune_train.inference.bench_report import plot, table
 from vtprune_train.inference.calibration import Calibration, calibrate
-from vtprune_train.inference.chatting import DTYPES, Loaded, Prompt, batch, load, open_picture
+from vtprune_train.inference.chatting import DTYPES, Loaded, Prompt, batch, load, open_picture, recorded_prompt
 from vtprune_train.inference.clocks import clocked, summarized
 from vtprune_train.inference.options import add_data_options, add_model_option, numbers
-from vtprune_train.inference.questions import Question, read_questions
+from vtprune_train.inference.questions import Question, as_answered, read_questions
 from vtprune_train.inference.rivals import Rival, rivals_of
 from vtprune_train.pruning import METHODS
 
@@ -102,8 +102,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _with_pictures(arguments: argparse.Namespace) -> tuple[list[Question], list[Prompt], list[tuple[str, str]]]:
     """Questions that show a picture, their prompts, and ``(id, reason)`` of what was left out."""
     found, left_out = read_questions(
-        Path(arguments.data), Path(arguments.images), arguments.samples, arguments.seed, arguments.ignore
-    )
+        Path(arguments.data), Path(arguments.images), arguments.samples, arguments.seed, arguments.ignore,
+        recorded_prompt(arguments.model, Path(arguments.data)),
+    )  # fmt: skip
     questions: list[Question] = []
     prompts: list[Prompt] = []
     for question in found:
@@ -128,7 +129,8 @@ def _qualities(
     prompts: Sequence[Prompt],
     arguments: argparse.Namespace,
 ) -> dict[str, Quality]:
-    size, references = arguments.batch_size, [question.reference for question in questions]
+    size, tokenizer = arguments.batch_size, calibration.loaded.processor.tokenizer
+    references = [as_answered(question.reference, tokenizer) for question in questions]
     batches = [batch(calibration.loaded, prompts[i : i + size]) for i in range(0, len(prompts), size)]
     found: dict[str, Quality] = {}
     dense: tuple[str, ...] | None = None

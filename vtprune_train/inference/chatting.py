@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from vtprune_train.data.chat import Template, Turn, get_template
 from vtprune_train.data.images import UNREADABLE, image_size, load_image
 from vtprune_train.data.jinja import written_by
+from vtprune_train.data.records import NO_PROMPT
+from vtprune_train.data.records import Prompt as AddedPrompt
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
     load_any_config,
@@ -170,6 +173,29 @@ def recorded_template(folder: str) -> Template | None:
     return template if system is None else replace(template, default_system=system)
 
 
+def recorded_prompt(model: str, data: Path) -> AddedPrompt:
+    """What the run that trained a model adds to the conversations of a data file (``prompt`` of an entry of
+    ``data.eval`` or ``data.train``); nothing for a file that it does not name, with a warning where it adds something
+    to others."""
+    settings = _data_settings(resolve_checkpoint(model))
+    entries = [
+        (which, number, entry) for which in ("eval", "train") for number, entry in enumerate(settings.get(which, []))
+    ]
+    prompts = {f"data.{which}.{number}": AddedPrompt(**entry.get("prompt", {})) for which, number, entry in entries}
+    added = [f"{key}: {prompt}" for key, prompt in prompts.items() if prompt != NO_PROMPT]
+    for (key, prompt), (_, _, entry) in zip(prompts.items(), entries, strict=True):
+        if Path(settings["root"], entry["path"]).resolve() == data.resolve():
+            if prompt != NO_PROMPT:
+                log.info("questions are asked with the prompt of the run's %s: %s", key, prompt)
+            return prompt
+    if added:
+        log.warning(
+            "%s was trained with prompts of its own (%s); %s is no file of that run, so they are left out",
+            model, "; ".join(added), data,
+        )  # fmt: skip
+    return NO_PROMPT
+
+
 def _recorded_source(folder: str, config: PreTrainedConfig, template: Template, tokenizer: Any) -> str:
     """The chat template of a checkpoint of this project, which older ones do not hold."""
     settings = _data_settings(folder)
@@ -240,7 +266,8 @@ def write_prompt(
         question: see :data:`Prompt`.
 
     Raises:
-        ValueError: it marks the places of another number of pictures, or the template refuses the turns.
+        ValueError: it marks the places of another number of pictures, or holds the model's own token for one, or the
+            template refuses the turns.
     """
     turns = [Turn("user", question)] if isinstance(question, str) else list(question)
     marked = sum(turn.text.count(IMAGE) for turn in turns)
@@ -250,6 +277,8 @@ def write_prompt(
     elif marked != pictures:
         raise ValueError(f"{pictures} picture(s) but {marked} {IMAGE} in the prompt; leave {IMAGE} out or give as many")
     token = _image_token(processor)
+    if token != IMAGE and any(token in turn.text for turn in turns):
+        raise ValueError(f"the prompt holds {token}, which stands for a picture in this model; write {IMAGE} for one")
     if kind is None:
         return "\n".join(turn.text for turn in turns).replace(IMAGE, token)
     messages = [{"role": turn.role, "content": _content(turn.text, kind, token)} for turn in turns]
@@ -263,9 +292,13 @@ def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:
     if kind == "text":
         return text.replace(IMAGE, token)
     parts: list[dict[str, str]] = []
-    for index, part in enumerate(text.split(IMAGE)):
-        parts += [{"type": "image"}] if index else []
-        part = part.strip() if IMAGE in text else part  # the template sets line breaks around a picture itself
+    texts = text.split(IMAGE)
+    for index, part in enumerate(texts):  # the template sets line breaks around a picture itself
+        if index:
+            parts.append({"type": "image"})
+            part = re.sub(r"^\s*\n\s*", "", part)
+        if index < len(texts) - 1:
+            part = re.sub(r"\s*\n\s*$", "", part)
         parts += [{"type": "text", "text": part}] if part else []
     return parts
 

@@ -38,8 +38,10 @@ from vtprune_train.models.build import (
     resolve_checkpoint,
 )
 from vtprune_train.models.learned import saved_learner
-from vtprune_train.models.original_config import hf_config, image_processor, original_config, trains_tower
+from vtprune_train.models.original_config import PIXELS, hf_config, image_processor, original_config, trains_tower
 from vtprune_train.models.processors import build_processor, saved_image_processor
+from vtprune_train.parse import read_json_object
+from vtprune_train.pruning import NONE, saved_settings
 from vtprune_train.stream import IMAGE
 from vtprune_train.training.manifest import check_export
 
@@ -70,6 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: what is wrong with an option or the checkpoint, or something there that must not be replaced.
     """
+    form = arguments.to
+    if arguments.vision_tower is not None and form not in ("hf", "original"):
+        raise ValueError(f"--vision_tower has no effect with --to {form}, which is the projector alone; leave it out")
+    if arguments.without_learned and form != "original":
+        raise ValueError(f"--without_learned has no effect with --to {form}; leave it out")
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
     check_export(source)
     if arguments.to == "mm_projector":
@@ -132,7 +139,7 @@ def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
     """
     file = Path(source) / original.MM_PROJECTOR if Path(source).is_dir() else Path(source)
     if file.is_file():
-        found = original.projector_to_hf(original.read_bin(file), source)
+        found = original.read_projector_file(file, source)
         return found, original.is_linear(found)
     if original.read_config(Path(source)) is not None:
         found = original.projector_to_hf(original.read_weights(Path(source)), source)
@@ -173,8 +180,8 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
     settings = original.read_config(source)
     assert settings is not None
     name = tower or settings.get("mm_vision_tower") or settings.get("vision_tower")
-    if name is None:
-        raise ValueError(f"{source}: config.json names no mm_vision_tower; give --vision_tower")
+    if not isinstance(name, str):
+        raise ValueError(f"{source}: config.json names no mm_vision_tower (it is {name!r}); give --vision_tower")
     config = hf_config(settings, _tower_config(name, str(source)), str(source))
     weights = hf_weights(original.read_weights(source), settings, name, str(source))
     tokenizer = _tokenizer(source, settings)
@@ -194,6 +201,7 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
     model.load_state_dict(weights, assign=True)
     config.dtype = model.config.dtype = weights["lm_head.weight"].dtype
     if (source / "generation_config.json").is_file():
+        read_json_object(source / "generation_config.json")  # names the file where it is damaged
         model.generation_config = GenerationConfig.from_pretrained(str(source))
     processor = build_processor(config, tokenizer)
     processor.image_processor = image_processor(config, settings, _tower_images(name), str(source))
@@ -372,8 +380,9 @@ def _check_images(images: Any, published: Any, tower: str, place: str) -> None:
         ValueError: naming them.
     """
     published = published or CLIPImageProcessorPil()
-    for name in ("image_mean", "image_std"):
-        ours, theirs = (list(getattr(processor, name)) for processor in (images, published))
+    for name in PIXELS:
+        ours, theirs = (getattr(processor, name, None) for processor in (images, published))
+        ours, theirs = (list(value) if isinstance(value, list | tuple) else value for value in (ours, theirs))
         if ours != theirs:
             raise ValueError(
                 f"{place}: its image processor has {name}={ours}; the original code takes those of the tower {tower}, "
@@ -398,6 +407,12 @@ def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
 
 
 def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool) -> None:
+    settings = saved_settings(config)
+    if settings is not None and settings["method"] != NONE:
+        log.warning(
+            "%s: the original code knows no pruning, so the settings of %s are left out and the model runs on all of "
+            "its visual tokens there", source, settings["method"],
+        )  # fmt: skip
     method = saved_learner(config)
     if method is None:
         return

@@ -14,11 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.sources import find_files
-from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture
+from vtprune_train.inference.chatting import Loaded, Prompt, batch, open_picture, prompt_text, recorded_prompt
 from vtprune_train.inference.ledger import Ledger, open_ledger
 from vtprune_train.inference.options import add_data_options, add_method_options, add_model_option, load_model
-from vtprune_train.inference.questions import Question, normalized, read_questions
+from vtprune_train.inference.questions import Question, as_answered, normalized, read_questions
 from vtprune_train.inference.report import summary, table
 from vtprune_train.inference.timing import Measured, drop_layers, measured_answers
 from vtprune_train.models.build import resolve_checkpoint
@@ -54,11 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option}={getattr(arguments, option)} is below 1")
     data, images = Path(arguments.data), Path(arguments.images)
-    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore)
+    added = recorded_prompt(arguments.model, data)
+    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore, added)
     loaded = load_model(arguments)
     if arguments.compare and not is_pruned(loaded.model):
         raise ValueError("--compare dense: the model runs dense already; name a --method to compare with")
+    warn_of_long_answers(questions, loaded.processor.tokenizer, arguments.max_new_tokens)
     settings = identity(arguments, loaded)
+    if added != NO_PROMPT:
+        settings["prompt"] = asdict(added)
     folder = Path(arguments.out) if arguments.out else default_folder(arguments, settings)
     with open_ledger(folder, settings) as ledger:
         left_out = [*malformed, *_ask_all(loaded, questions, ledger, arguments)]
@@ -72,6 +77,17 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(results))
     log.info("results are in %s", folder)
     return 0
+
+
+def warn_of_long_answers(questions: Sequence[Question], tokenizer: Any, most: int) -> None:
+    """Say that true answers have more tokens than may be made, so that none of these can be met."""
+    lengths = [len(tokenizer.encode(question.reference, add_special_tokens=False)) for question in questions]
+    if long := sum(length > most for length in lengths):
+        log.warning(
+            "%d of %d true answers have more than --max_new_tokens=%d tokens (up to %d), so these answers are cut and "
+            "count as wrong; raise it",
+            long, len(questions), most, max(lengths),
+        )  # fmt: skip
 
 
 def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
@@ -134,7 +150,7 @@ def _ask_all(
         for number, start in enumerate(range(0, len(questions), arguments.batch_size)):
             group = questions[start : start + arguments.batch_size]
             waiting = [question for question in group if question.key not in ledger.done]
-            ready = list(_with_pictures(waiting, unreadable))
+            ready = list(_prompts(loaded, waiting, unreadable))
             progress.update(len(waiting) - len(ready))
             if not ready:
                 continue
@@ -146,15 +162,20 @@ def _ask_all(
             # Who begins takes turns, so that what drifts during the run meets both.
             order = names if number % 2 == 0 else names[::-1]
             runs = {name: _measure(loaded, inputs, name, arguments.max_new_tokens) for name in order}
-            ledger.append([_line(question, row, names, runs) for row, (question, _) in enumerate(ready)])
+            tokenizer = loaded.processor.tokenizer
+            ledger.append([_line(question, row, names, runs, tokenizer) for row, (question, _) in enumerate(ready)])
             progress.update(len(ready))
     return list(unreadable.items())
 
 
-def _with_pictures(questions: Sequence[Question], unreadable: dict[str, str]) -> Iterator[tuple[Question, Prompt]]:
+def _prompts(
+    loaded: Loaded, questions: Sequence[Question], unreadable: dict[str, str]
+) -> Iterator[tuple[Question, Prompt]]:
+    """The questions that can be asked: their pictures can be read, and the chat template takes their turns."""
     for question in questions:
         try:
             pictures = [open_picture(path) for path in question.images]
+            prompt_text(loaded, len(pictures), question.turns)
         except ValueError as error:
             unreadable[question.sample] = str(error)
             continue
@@ -166,11 +187,14 @@ def _measure(loaded: Loaded, inputs: Any, name: str, max_new_tokens: int) -> lis
         return measured_answers(loaded, inputs, max_new_tokens)
 
 
-def _line(question: Question, row: int, names: Sequence[str], runs: dict[str, list[Measured]]) -> dict[str, Any]:
+def _line(
+    question: Question, row: int, names: Sequence[str], runs: dict[str, list[Measured]], tokenizer: Any
+) -> dict[str, Any]:
     """One line of ``samples.jsonl``."""
     own = {}
+    expected = as_answered(question.reference, tokenizer)
     for name in names:
         measured = runs[name][row]
-        exact = normalized(measured.answer) == normalized(question.reference)
+        exact = normalized(measured.answer) == normalized(expected)
         own[name] = {**asdict(measured), "exact": exact}
     return {"key": question.key, "id": question.sample, "reference": question.reference, "runs": own}

@@ -6,11 +6,12 @@ import glob
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vtprune_train.data.chat import Turn
-from vtprune_train.data.records import read_records
+from vtprune_train.data.records import NO_PROMPT, Prompt, read_records
 from vtprune_train.stream import IMAGE
 
 
@@ -34,7 +35,12 @@ class Question:
 
 
 def read_questions(
-    data: Path, images: Path, limit: int | None = None, seed: int = 0, ignore: Collection[str] = ()
+    data: Path,
+    images: Path,
+    limit: int | None = None,
+    seed: int = 0,
+    ignore: Collection[str] = (),
+    prompt: Prompt = NO_PROMPT,
 ) -> tuple[list[Question], list[tuple[str, str]]]:
     """The questions of a file in the forms of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of malformed
     records.
@@ -45,6 +51,7 @@ def read_questions(
         limit: records to take, drawn by ``seed``, in the file's order; all of them for ``None``.
         seed: of the draw.
         ignore: fields and marks that change nothing, see :func:`vtprune_train.data.records.normalize`.
+        prompt: added to each conversation, see :func:`vtprune_train.inference.chatting.recorded_prompt`.
 
     Raises:
         ValueError: the file cannot be read, ``limit`` is below 1, there is nothing to ask, or none of the pictures is
@@ -68,7 +75,7 @@ def read_questions(
         if row.error:
             malformed.append((row.id, row.error))
         else:
-            questions += _questions_of(number, row.id, row.turns, row.pictures(images))
+            questions += _questions_of(number, row.id, prompt.apply(row).turns, row.pictures(images))
     if not questions:
         first = f"; the first is malformed: {malformed[0][1]}" if malformed else ""
         raise ValueError(f"data file {data} holds no question to ask among {asked} record(s){first}")
@@ -92,6 +99,13 @@ def _questions_of(number: int, sample: str, turns: Sequence[Turn], pictures: lis
             key = f"{number}:{place}:{sample}"
             questions.append(Question(key, sample, before, tuple(pictures[:seen]), turn.text))
     return questions
+
+
+def as_answered(reference: str, tokenizer: Any) -> str:
+    """A true answer without special tokens (``<|box_start|>``), as answers are decoded."""
+    if not any(token in reference for token in tokenizer.all_special_tokens):
+        return reference
+    return tokenizer.decode(tokenizer.encode(reference, add_special_tokens=False), skip_special_tokens=True)
 
 
 def normalized(answer: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from vtprune_train.flops import DecoderGeometry, layers_per_stage, stage_lengths
 from vtprune_train.inference.calibration import Calibration, Closeness, calibrate, prompts_with_pictures
-from vtprune_train.inference.chatting import DTYPES, load, open_picture
+from vtprune_train.inference.chatting import DTYPES, load, open_picture, recorded_prompt
 from vtprune_train.inference.options import add_data_options, add_model_option, add_set_option, set_values
 from vtprune_train.inference.questions import read_questions
 from vtprune_train.pruning import PyramidDrop, method_from_settings
@@ -168,8 +168,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     settings = _checked(arguments)
     questions, malformed = read_questions(
-        Path(arguments.data), Path(arguments.images), arguments.limit, arguments.seed, arguments.ignore
-    )
+        Path(arguments.data), Path(arguments.images), arguments.limit, arguments.seed, arguments.ignore,
+        recorded_prompt(arguments.model, Path(arguments.data)),
+    )  # fmt: skip
     for sample, reason in malformed:
         log.warning("left out %s: %s", sample, reason)
     prompts = list(prompts_with_pictures(questions, open_picture))

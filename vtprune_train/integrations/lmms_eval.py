@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -37,7 +38,7 @@ from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
 from vtprune_train.data.chat import Turn  # noqa: E402
-from vtprune_train.inference.chatting import Loaded, Prompt, answers, load  # noqa: E402
+from vtprune_train.inference.chatting import Loaded, Prompt, answers, load, open_picture  # noqa: E402
 from vtprune_train.inference.options import takes_list  # noqa: E402
 from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types  # noqa: E402
 from vtprune_train.stream import IMAGE  # noqa: E402
@@ -142,7 +143,7 @@ class VTPruneChat(_VTPrune):
         for message in conversation.to_hf_messages():
             parts = [IMAGE + "\n" if part["type"] == "image" else part["text"] for part in message["content"]]
             turns.append(Turn(message["role"], "".join(parts)))
-        return [picture.convert("RGB") for picture in pictures], turns
+        return _pictures(pictures, task, doc_id), turns
 
 
 class VTPruneSimple(_VTPrune):
@@ -152,13 +153,27 @@ class VTPruneSimple(_VTPrune):
 
     def prompt(self, request: Instance) -> Prompt:
         context, _, to_visual, doc_id, task, split = request.args
-        pictures = to_visual(self.task_dict[task][split][doc_id]) or []
-        for picture in pictures:
-            if not isinstance(picture, Image.Image):
-                raise ValueError(
-                    f"task {task}, document {doc_id}: vtprune takes pictures, not a {type(picture).__name__} (a video?)"
-                )
-        return [picture.convert("RGB") for picture in pictures], context
+        return _pictures(to_visual(self.task_dict[task][split][doc_id]) or [], task, doc_id), context
+
+
+def _pictures(given: Sequence[Any], task: str, document: Any) -> list[Image.Image]:
+    """Pictures in RGB; a task may give their files' names instead.
+
+    Raises:
+        ValueError: something else, or a file that is no picture; names the document.
+    """
+    place = f"task {task}, document {document}"
+    pictures = []
+    for picture in given:
+        if isinstance(picture, str):
+            try:
+                picture = open_picture(Path(picture))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}; vtprune takes pictures (is it a video?)") from error
+        if not isinstance(picture, Image.Image):
+            raise ValueError(f"{place}: vtprune takes pictures, not a {type(picture).__name__} (a video?)")
+        pictures.append(picture.convert("RGB"))
+    return pictures
 
 
 def _with_lists(method: str, settings: dict[str, Any]) -> dict[str, Any]:

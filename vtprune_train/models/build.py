@@ -315,7 +315,7 @@ def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: it is none, or a linear one and this model's has GELU.
     """
-    found = original.projector_to_hf(original.read_bin(file), f"model.projector={file}")
+    found = original.read_projector_file(file, f"model.projector={file}")
     is_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
     if original.is_linear(found) and not is_linear:
         raise ValueError(f"model.projector={file} is a linear projector; this model's has two layers and GELU")

@@ -41,7 +41,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint in ``*.safetensors`` or ``pytorch_model*.bin`` files.
 
     Raises:
-        ValueError: there are none, one that the index names is missing, or one is damaged.
+        ValueError: there are none, one that the index names is missing, one is damaged, or a tensor stands in two.
     """
     for pattern, index, read in (
         ("*.safetensors", "model.safetensors.index.json", load_file),
@@ -56,9 +56,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for file in files:
             try:
-                weights.update(read(file))
+                found = read(file)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error})") from error
+            if again := sorted(weights.keys() & found.keys()):
+                raise ValueError(f"{file} holds {again[0]}, as another file does; remove the one that is left over")
+            weights.update(found)
         if weights:
             return weights
     raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
@@ -91,7 +94,8 @@ def projector_to_hf(weights: Mapping[str, Tensor], place: str) -> dict[str, Tens
     two layers, the second of which changes nothing (its model needs ``projector_hidden_act`` linear).
 
     Raises:
-        ValueError: there is no projector, or one of another shape than ``mlp2x_gelu`` and ``linear``.
+        ValueError: there is no projector, or one of another shape than ``mlp2x_gelu`` and ``linear``, or its tensors do
+            not fit together.
     """
     found = {_full(name): value for name, value in weights.items() if "mm_projector" in name or "image_newline" in name}
     others = sorted(name for name in found if not PROJECTOR_KEYS.match(name))
@@ -108,7 +112,40 @@ def projector_to_hf(weights: Mapping[str, Tensor], place: str) -> dict[str, Tens
         }
     elif layers != {f"model.mm_projector.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}:
         raise ValueError(f"{place}: no whole projector there; found {sorted(layers) or 'nothing'}")
+    _check_projector(found, place)
     return {to_hf(name): value for name, value in found.items()}
+
+
+def read_projector_file(file: Path, place: str) -> dict[str, Tensor]:
+    """The projector in an ``mm_projector.bin``, by Hugging Face names.
+
+    Raises:
+        ValueError: see :func:`projector_to_hf`; or the file holds trained embeddings too.
+    """
+    weights = read_bin(file)
+    if embeddings := [name for name in weights if "embed_tokens" in name or "embed_in" in name]:
+        raise ValueError(
+            f"{place}: {embeddings[0]} was trained with the projector (mm_use_im_start_end): the original code writes "
+            "<im_start> and <im_end> around every image, which transformers' processors do not"
+        )
+    return projector_to_hf(weights, place)
+
+
+def _check_projector(found: Mapping[str, Tensor], place: str) -> None:
+    first, last = (found[f"model.mm_projector.{layer}.weight"] for layer in (0, 2))
+    rows = {
+        "model.mm_projector.0.bias": first.shape[:1],
+        "model.mm_projector.2.weight": (*last.shape[:1], *first.shape[:1]),
+        "model.mm_projector.2.bias": last.shape[:1],
+        "model.image_newline": last.shape[:1],
+    }
+    for name, value in found.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{place}: {name} holds {value.dtype}; quantised weights are not converted")
+        if not value.numel():
+            raise ValueError(f"{place}: {name} is empty (it was saved under DeepSpeed ZeRO-3 without gathering it)")
+        if tuple(value.shape) != tuple(rows.get(name, value.shape)):
+            raise ValueError(f"{place}: {name} has shape {tuple(value.shape)}, which does not fit {tuple(rows[name])}")
 
 
 def is_linear(projector: Mapping[str, Tensor]) -> bool:

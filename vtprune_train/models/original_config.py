@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -21,6 +22,7 @@ from transformers import (
     LlavaNextImageProcessorPil,
     PreTrainedConfig,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -29,6 +31,11 @@ from vtprune_train.models.original import PROJECTOR_TYPES, TEXT_TYPES
 log = logging.getLogger(__name__)
 
 KEPT = "original_llava"  # in config.json of a converted folder: the config that it came from
+# What decides an image processor's pixels beside sizes.
+PIXELS = (
+    *("image_mean", "image_std", "rescale_factor", "resample"),
+    *("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
+)
 SELECT = {"patch": "default", "cls_patch": "full"}
 ANYRES, ONE_TILE = ("spatial_unpad", "anyres"), ("flat", "square", "pad")
 # Settings that change what the model sees, with the values under which transformers' classes do the same, and why
@@ -88,8 +95,14 @@ def hf_config(settings: dict[str, Any], vision: CLIPVisionConfig, place: str) ->
             f"{place}: mm_hidden_size={settings['mm_hidden_size']}, but the vision tower's hidden_size is "
             f"{vision.hidden_size}; give the tower that the model was trained with as --vision_tower"
         )
+    _check_rope(settings, place)
     # A copy: transformers writes into the rope settings that it is given.
-    text = type(default)(**copy.deepcopy({key: value for key, value in settings.items() if key in own}))
+    given = copy.deepcopy({key: value for key, value in settings.items() if key in own})
+    try:
+        text = type(default)(**given)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{place}: transformers refuses a setting of config.json: {reason}") from error
     shared: dict[str, Any] = {
         "text_config": text,
         "vision_config": vision,
@@ -130,12 +143,19 @@ def _is_next(settings: Mapping[str, Any], place: str) -> bool:
 
 def _select_layer(settings: Mapping[str, Any], vision: CLIPVisionConfig, place: str) -> int:
     layer, layers = settings.get("mm_vision_select_layer"), vision.num_hidden_layers
-    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+    if type(layer) is not int or not -layers - 1 <= layer <= layers:
         raise ValueError(
             f"{place}: mm_vision_select_layer={layer!r} is not a layer of the vision tower, which has {layers}; the "
             "original code needs a whole number here (-2 in LLaVA-1.5 and LLaVA-NeXT)"
         )
     return layer
+
+
+def _check_rope(settings: Mapping[str, Any], place: str) -> None:
+    scaling = settings.get("rope_scaling") or {}
+    kind, known = scaling.get("rope_type", scaling.get("type")), ("default", *ROPE_INIT_FUNCTIONS)
+    if scaling and kind not in known:
+        raise ValueError(f"{place}: rope_scaling={scaling} has none of the types {', '.join(known)}")
 
 
 def _check_others(settings: Mapping[str, Any], text: set[str], place: str) -> None:
@@ -210,13 +230,14 @@ def image_processor(config: PreTrainedConfig, settings: Mapping[str, Any], tower
     tile = config.vision_config.image_size
     numbers: dict[str, Any] = {"size": {"shortest_edge": tile}, "crop_size": {"height": tile, "width": tile}}
     if tower is not None:
-        sizes = [tower.size.get("shortest_edge"), tower.crop_size["height"], tower.crop_size["width"]]
+        crop = getattr(tower, "crop_size", None) or {}
+        sizes = [tower.size.get("shortest_edge"), crop.get("height"), crop.get("width")]
         if sizes != [tile] * 3:
             raise ValueError(
                 f"{place}: the tower's preprocessor_config.json makes images of {sizes}, but the tower takes "
                 f"{tile} x {tile}"
             )
-        numbers |= {name: getattr(tower, name) for name in ("image_mean", "image_std", "rescale_factor", "resample")}
+        numbers |= {name: getattr(tower, name) for name in PIXELS}
     if isinstance(config, LlavaNextConfig):
         return LlavaNextImageProcessorPil(image_grid_pinpoints=config.image_grid_pinpoints, **numbers)
     if settings.get("image_aspect_ratio") == "pad":

@@ -100,6 +100,7 @@ class Trainer:
             prefetch=self.config.data.prefetch,
             timeout=self.config.data.worker_timeout,
         )
+        self._warn_of_no_steps()
         self.engine.train()
         for callback in self.callbacks:
             callback.on_start(self)
@@ -126,6 +127,14 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps)
         return EXIT_TERMINATED if stop else 0
+
+    def _warn_of_no_steps(self) -> None:
+        if self.state.step >= self.end_step and ranks.rank() == 0:
+            ranks.log.warning(
+                "nothing is trained: the checkpoint of run.name=%s is at step %d, and the settings end at step %d; "
+                "raise train.epochs or train.max_steps (or run.stop_after), or start another run by another run.name",
+                self.config.run.name, self.state.step, self.end_step,
+            )  # fmt: skip
 
     def step(self, plan: StepPlan, batches: Sequence[PackedBatch], data_wait: float) -> tuple[dict[str, Any], bool]:
         """One optimizer step over all micro-batches of all ranks: its metrics, and whether a rank was told to stop."""
