@@ -103,6 +103,39 @@ FORWARD = {
 }
 
 
+@pytest.mark.parametrize("shape", ["rows", "parts", "one row for all", "one row of parts for all"])
+@pytest.mark.parametrize("name", QWEN)
+def test_positions_of_any_form_are_taken(name, shape):
+    inputs = family_inputs(name, [BATCH[0], BATCH[0]])
+    made = positions(inputs) // 2
+    given = {
+        "rows": made, "parts": made.expand(3, -1, -1), "one row for all": made[:1],
+        "one row of parts for all": made[:1].expand(3, -1, -1),
+    }[shape]  # fmt: skip
+    plain = forward(family_model(name), inputs, position_ids=given)
+    counted = forward(family_model(name), inputs, position_ids=positions(inputs))
+    assert (plain[0] - counted[0]).abs().max() > 0.1
+    close(forward(prune(family_model(name), ALL), inputs, position_ids=given), plain, inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_samples_in_one_row_are_refused(name):
+    """Where transformers tells them apart by a part of the positions that counts each one's tokens."""
+    inputs = without(family_inputs(name, ONE), "attention_mask")
+    model, length = family_model(name), inputs["input_ids"].shape[1]
+    count = torch.arange(length)
+    parts = count.expand(4, 1, -1)
+    twice = {key: torch.cat([value, value], dim=value.ndim - 1) for key, value in inputs.items() if value.ndim == 2}
+    twice |= {key: torch.cat([inputs[key], inputs[key]]) for key in ("pixel_values", "image_grid_thw")}
+    twice |= {"position_ids": torch.cat([parts, parts], dim=2), "use_cache": False}
+    plain = forward(model, inputs, position_ids=parts, use_cache=False)[0]
+    torch.testing.assert_close(forward(model, twice)[0][:, length:], plain, atol=3e-4, rtol=1e-3)
+    prune(model, ALL)
+    torch.testing.assert_close(forward(model, inputs, position_ids=parts)[0], plain, atol=3e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"position_ids must count .*several samples packed into one row"):
+        forward(model, twice)
+
+
 def shifted(model, inputs):
     return torch.nn.functional.pad(answer_labels(model, inputs), (0, 1), value=-100)[:, 1:].contiguous()
 
@@ -501,8 +534,10 @@ REFUSED = {
         (lambda m, i: m(**i, output_hidden_states=True), "output_hidden_states"),
         (lambda m, i: m(**i, output_attentions=True), "output_attentions"),
         (lambda m, i: generate(m, i, output_attentions=True), "output_attentions"),
+        (lambda m, i: asked_by_config(m)(**i), r"output_hidden_states \(set in the config\)"),
     ],
-    "`position_ids` that do not count each row's tokens": [
+    "`position_ids` that do not count each row's tokens, `cu_seq_lens_q`": [
+        (lambda m, i: m(**i, cu_seq_lens_q=torch.tensor([0, 4, 9])), "cu_seq_lens_q says that several samples"),
         (lambda m, i: m(**i, position_ids=torch.zeros_like(i["input_ids"])), "position_ids must count"),
     ],
     "a pruned `assistant_model`": [(lambda m, i: generate(m, i, assistant_model=m), "assistant_model is pruned")],
@@ -518,8 +553,11 @@ REFUSED = {
         (lambda m, i: m(**{**i, "attention_mask": torch.ones(1, 1, 9, 9)}), r"not \(1, 1, 9, 9\)"),
         (lambda m, i: m(**{**i, "attention_mask": {"full_attention": None}}), "not dict"),
     ],
-    "a row without a token, `input_ids` without rows, `labels` of another shape": [
+    "a row without a token, `input_ids` without rows, `attention_mask` or `labels` of another shape": [
         (lambda m, i: m(**{**i, "attention_mask": torch.zeros_like(i["attention_mask"])}), "row 0 of the batch has no"),
+        (lambda m, i: m(**wider(i)), r"attention_mask \(1, \d+\) does not fit inputs of .*a column for each token"),
+        (lambda m, i: generate(m, wider(i)), "does not fit inputs of"),
+        (lambda m, i: m(**{**i, "attention_mask": i["attention_mask"][:, 1:]}), "does not fit inputs of"),
         (lambda m, i: m(torch.tensor([14, 15])), r"input_ids of shape \(2,\) are not \[rows, length\]"),
         (lambda m, i: m(**i, labels=i["input_ids"][:, 1:]), "do not fit input_ids"),
     ],
@@ -528,6 +566,16 @@ REFUSED = {
         (lambda m, i: (m.set_attn_implementation("sdpa"), m(**i)), "was set to 'sdpa'"),
     ],
 }
+
+
+def asked_by_config(model):
+    model.config.text_config.output_hidden_states = True
+    return model
+
+
+def wider(inputs):
+    """With a mask that has columns without tokens."""
+    return {**inputs, "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 2))}
 
 
 def recomputed(model):

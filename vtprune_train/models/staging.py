@@ -199,6 +199,8 @@ def use_three_parts(
     counted = staging.positions[0]
     first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
     num_rows = len(call.segments)
+    if position_ids is not None:  # of one part for all three, or of one row for all, as transformers takes them
+        position_ids = position_ids.expand(3 if position_ids.ndim == 2 else -1, num_rows, -1)
     row = to_device(np.repeat(np.arange(num_rows), [segment.length for segment in call.segments]), counted.device)
     continues = first is not None and first.get_seq_length() > 0
     if call.positions is not None:
