@@ -95,7 +95,7 @@ def prune(
     text_model = inner.get_submodule(family.decoder)
     attention_before = dense_implementation(text_model.config._attn_implementation)
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
-    full_frequencies(text_model)
+    full_frequencies(text_model, look=True)
     if method is not None:
         check_method(method, len(text_model.layers))
         check_tower(inner.get_submodule(family.base).config, family, method)
@@ -310,7 +310,7 @@ def _install(model: HFModule, state: State) -> None:
         replacements.append((family.base, "pack_image_features", _pack_image_features))
     if family.tower is not None:
         for name, tower in towers(model.get_submodule(family.tower)).items():
-            full_frequencies(tower)
+            full_frequencies(tower, look=True)
             replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", _forward_tower))
             replace_config(tower, state.tower_backend)
     if isinstance(model.get_submodule("lm_head"), nn.Linear):
