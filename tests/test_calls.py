@@ -425,6 +425,30 @@ def test_generate_with_gradient_checkpointing(name, caplog):
     assert torch.equal(generate(model.eval(), inputs)[0], expected[0])
 
 
+class Asks(LogitsProcessor):
+    """Calls the model about something else at every step."""
+
+    def __init__(self, run):
+        self.run, self.heard = run, []
+
+    def __call__(self, ids, scores):
+        self.heard.append(self.run())
+        return scores
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "internvl"])
+def test_a_processor_that_calls_the_model_gets_what_it_gets_outside(name, use_cache):
+    model, inputs = prune(family_model(name), HALF), family_inputs(name, ONE)
+    other = family_inputs(name, [["a", 1, "red", 2, "blue . what is shown here ? assistant"]])
+    said = generate(model, inputs, use_cache=use_cache)[0]
+    for run in (lambda: forward(model, other)[0], lambda: generate(model, other, max_new_tokens=2)[0]):
+        expected, asks = run(), Asks(run)
+        heard = generate(model, inputs, use_cache=use_cache, logits_processor=LogitsProcessorList([asks]))[0]
+        assert torch.equal(heard, said) and len(asks.heard) == 8
+        assert all(torch.equal(one, expected) for one in asks.heard)
+
+
 def test_the_prompt_is_known_beside_inputs_of_none():
     """Without a cache every step ranks by the end of the prompt, wherever ``generate`` is given it."""
     model, inputs = prune(family_model("llava_next"), HALF), family_inputs("llava_next", ONE)

@@ -57,10 +57,18 @@ class Call:
 
 
 class _InProgress(threading.local):
-    """What runs right now, in each thread for itself."""
+    """What runs right now, in each thread for itself. ``is_step``: ``generate`` has prepared its next forward pass; any
+    other inside it is a processor's or a criterion's, about something else."""
 
     call: Call | None = None
     prompt_width: int | None = None
+    is_step: bool = False
+
+    def open(self, input_ids: Tensor, labels: Tensor | None) -> Call:
+        """Note that a forward pass begins."""
+        self.call = Call(input_ids, labels, self.prompt_width if self.is_step else None)
+        self.is_step = False
+        return self.call
 
 
 @dataclass
@@ -111,9 +119,8 @@ class State:
         if self.running.call is not None or input_ids is None:
             yield self.running.call
             return
-        self.running.call = Call(input_ids, labels, self.running.prompt_width)
         try:
-            yield self.running.call
+            yield self.running.open(input_ids, labels)
         finally:
             self.running.call = None
 

@@ -1,9 +1,10 @@
 """The front door: ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
 
 Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and
-(where it takes images of any size) vision tower, ``generate``, ``get_image_features`` (which is only listened to) and
-``pack_image_features``. Parameters, names and classes stay what they were, so checkpoints, optimizers, DeepSpeed and
-PEFT see the model they know. A method that learns adds its own parameters at ``<decoder>.pruning``.
+(where it takes images of any size) vision tower, ``generate``, ``prepare_inputs_for_generation`` and
+``get_image_features`` (which are only listened to) and ``pack_image_features``. Parameters, names and classes stay what
+they were, so checkpoints, optimizers, DeepSpeed and PEFT see the model they know. A method that learns adds its own
+parameters at ``<decoder>.pruning``.
 """
 
 from __future__ import annotations
@@ -297,6 +298,7 @@ def _install(model: HFModule, state: State) -> None:
     replacements: list[tuple[str, str, Callable[..., Any]]] = [
         ("", "forward", _forward),
         ("", "generate", _generate),
+        ("", "prepare_inputs_for_generation", _prepare_step),
         ("", "generate_batch", _refuse_continuous_batching),
         ("", "init_continuous_batching", _refuse_continuous_batching),
         ("", "_replicate_for_data_parallel", _refuse_data_parallel),
@@ -407,7 +409,7 @@ def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -
     if state.is_dense:
         return
     if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
-        state.running.call = Call(inputs["input_ids"], _supervised(inputs), state.running.prompt_width)
+        state.running.open(inputs["input_ids"], _supervised(inputs))
 
 
 @torch.compiler.disable
@@ -666,7 +668,13 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
     try:
         return original(**inputs)
     finally:
-        state.running.prompt_width = previous
+        state.running.prompt_width, state.running.is_step = previous, False
+
+
+def _prepare_step(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` does this before each of its own forward passes; only those are about its prompt."""
+    state.running.is_step = True
+    return original(*args, **kwargs)
 
 
 def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[str, Any]) -> None:
