@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from families import FAMILIES, SPECIAL, family_inputs, family_model, tokenizer
+from peft import LoraConfig, get_peft_model
 from runner import ROOT
 from transformers import (
     DynamicCache,
@@ -564,6 +565,11 @@ REFUSED = {
         (lambda m, i: m(**i, cu_seq_lens_q=torch.tensor([0, 4, 9])), "cu_seq_lens_q says that several samples"),
         (lambda m, i: m(**i, position_ids=torch.zeros_like(i["input_ids"])), "position_ids must count"),
     ],
+    "PEFT's `adapter_names`, activated LoRA (`alora_invocation_tokens`)": [
+        (lambda m, i: adapted(m)(**i, adapter_names=["default"]), r"adapter_names: .*set_adapter"),
+        (lambda m, i: generate(adapted(m), i, adapter_names=["default"]), r"adapter_names: .*set_adapter"),
+        (lambda m, i: adapted(m, alora_invocation_tokens=[14])(**i), "does not take alora_offsets"),
+    ],
     "a pruned `assistant_model`": [(lambda m, i: generate(m, i, assistant_model=m), "assistant_model is pruned")],
     "pickling (`torch.save(model)`), `torch.nn.DataParallel`": [
         (lambda m, i: torch.save(m, io.BytesIO()), "use save_pretrained"),
@@ -595,6 +601,10 @@ REFUSED = {
 def asked_by_config(model):
     model.config.text_config.output_hidden_states = True
     return model
+
+
+def adapted(model, **settings):
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM", **settings)).eval()
 
 
 def wider(inputs):

@@ -141,6 +141,7 @@ def _run_rows(
     deepstack_visual_embeds: Sequence[Tensor] | None,
 ) -> Tensor:
     """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
+    _refuse_adapters_of_rows(text_model)
     rows = _real_rows(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
     verifies_candidates, said_from = False, rows.shape[1]
     if call.prompt_width is not None:  # from here on: columns of this call
@@ -346,6 +347,18 @@ def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any
             f"a pruned model takes an attention_mask [rows, length] with 0 for padding, not {shape}; it masks causally "
             "within each row by itself"
         )
+
+
+def _refuse_adapters_of_rows(text_model: HFModule) -> None:
+    """PEFT tells its layers which rows an adapter is for, or from which of their tokens on, by hooks for one call."""
+    for module in text_model.layers.modules():
+        for hook in module._forward_pre_hooks.values():
+            for key in {"adapter_names", "alora_offsets"} & getattr(hook, "keywords", {}).keys():
+                raise ValueError(
+                    f"a pruned model does not take {key}: rows are packed into one, whose tokens all see the same "
+                    "adapters; call the model once for each adapter (set_adapter), or inside "
+                    "`with vtprune_train.dense(model):`"
+                )
 
 
 def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int) -> np.ndarray:
