@@ -547,8 +547,14 @@ REFUSED = {
         (lambda m, i: m.continuous_batching_context_manager().__enter__(), "continuous batching"),
         (lambda m, i: generate(m, i, cache_implementation="paged"), "cache_implementation='paged'"),
     ],
-    "a cache that a dense model filled": [
+    "a cache that a dense model filled, or another method; in a dense model, one that a pruned model filled": [
         (lambda m, i: m(torch.tensor([[14]]), past_key_values=dense_cache(m, i)), "a model that was not pruned"),
+        (
+            lambda m, i: follow_up(m, i, lambda: prune(unprune(m), ALL)),
+            r"keep=\(0.5, 0.25\).* this one is pruned by .*1.0",
+        ),
+        (lambda m, i: follow_up(m, i, lambda: prune(unprune(m), None)), "this one is pruned by None"),
+        (lambda m, i: follow_up(m, i, lambda: unprune(m)), "filled by a pruned model.* runs densely"),
     ],
     "a cache in training mode with gradient checkpointing": [
         (lambda m, i: m(**i, past_key_values=recomputed(m)), "gradient_checkpointing_disable"),
@@ -601,6 +607,14 @@ REFUSED = {
 def asked_by_config(model):
     model.config.text_config.output_hidden_states = True
     return model
+
+
+def follow_up(model, inputs, between):
+    """A second turn on the cache of the first, of a model that was changed in between."""
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache)
+    between()
+    return model(torch.tensor([[14]]), past_key_values=cache)
 
 
 def adapted(model, **settings):

@@ -111,7 +111,7 @@ def forward_text(
         use_cache = False
     cache = None
     if use_cache or past_key_values is not None:
-        cache = staged(past_key_values, len(text_model.layers))
+        cache = staged(past_key_values, len(text_model.layers), state.method)
     call = state.running.call or Call(None)
     has_images = bool(call.image_lengths)
     if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
@@ -254,7 +254,7 @@ def prefill(
     Returns:
         [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
     """
-    cache = staged(cache, len(text_model.layers))
+    cache = staged(cache, len(text_model.layers), method)
     planned = plan_pass(segments, len(text_model.layers), method)
     staging = plan_staging(planned, method, len(segments), cache, embeds_TC.device)
     plan = to_device(planned, embeds_TC.device)

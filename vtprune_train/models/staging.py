@@ -134,7 +134,7 @@ def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
 
 
 def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
-    """After a call: the next position of every layer, which rows have had images, and the caller's columns.
+    """After a call: the next position of every layer, which rows have had images, the method and the caller's columns.
 
     Args:
         cache: filled.
@@ -162,6 +162,7 @@ def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, 
     for stage, next_position in zip(plan.stages, next_positions, strict=True):
         for layer in layers[stage.first_layer : stage.end_layer]:
             layer.ahead = next_position - layer.num_tokens()
+    layers[0].filled_by = method
     layers[0].unstored = before.columns + length - layers[0].width
 
 
