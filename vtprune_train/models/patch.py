@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.core_model_loading import revert_weight_conversion
 
 from vtprune_train.models import HFModule, packed
@@ -308,6 +308,8 @@ def _install(model: HFModule, state: State) -> None:
         (family.base, "get_image_features", _listen_to_image_features),
         (family.decoder, "forward", _forward_decoder),
     ]
+    if family.three_part_positions is not None:
+        replacements.append(("", "_prepare_position_ids_for_generation", _prepare_positions))
     if hasattr(model.get_submodule(family.base), "pack_image_features"):
         replacements.append((family.base, "pack_image_features", _pack_image_features))
     if family.tower is not None:
@@ -523,9 +525,14 @@ def _forward_base(self: HFModule, original: Callable[..., Any], state: State, *a
         given = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if given is not None:
             _tell(call, state, given.pooler_output)
-        has_grid = inputs.get("image_grid_thw") is not None
-        if state.family.three_part_positions is not None and has_grid and inputs.get("position_ids") is None:
-            inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
+        if state.family.three_part_positions is not None and inputs.get("position_ids") is None:
+            cache = inputs.get("past_key_values")
+            if inputs.get("image_grid_thw") is not None:
+                inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
+            elif given is None and isinstance(cache, Cache) and cache.get_seq_length():
+                # Not looked at: a staged cache knows its positions. Transformers would add what the last request on any
+                # cache left on the module.
+                inputs["position_ids"] = inputs["input_ids"].new_zeros(3, *inputs["input_ids"].shape)
         return original(**inputs)
 
 
@@ -675,6 +682,19 @@ def _prepare_step(self: HFModule, original: Callable[..., Any], state: State, *a
     """``generate`` does this before each of its own forward passes; only those are about its prompt."""
     state.running.is_step = True
     return original(*args, **kwargs)
+
+
+def _prepare_positions(
+    self: HFModule, original: Callable[..., Any], state: State, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+) -> Any:
+    """Positions of three parts; in a later turn those of text, which are not looked at: transformers would add what the
+    last request on any cache left on the module."""
+    cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
+    cached = 0 if cache is None else cache.get_seq_length()
+    has_images = model_kwargs.get("image_grid_thw") is not None if types is None else bool(types[:, cached:].any())
+    if not cached or has_images:
+        return original(inputs_tensor, model_kwargs)
+    return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)[None]
 
 
 def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[str, Any]) -> None:

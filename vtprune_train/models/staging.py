@@ -200,15 +200,15 @@ def use_three_parts(
     counted = staging.positions[0]
     first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
     num_rows = len(call.segments)
-    if position_ids is not None:  # of one part for all three, or of one row for all, as transformers takes them
-        position_ids = position_ids.expand(3 if position_ids.ndim == 2 else -1, num_rows, -1)
     row = to_device(np.repeat(np.arange(num_rows), [segment.length for segment in call.segments]), counted.device)
     continues = first is not None and first.get_seq_length() > 0
     if call.positions is not None:
         positions = call.positions.to(counted.device).flatten(1, 2).index_select(1, token_rows)
         if first is not None and continues:
             positions = positions + first.next_positions()[row]
-    elif position_ids is not None and position_ids.ndim == 3 and (not continues or call.image_lengths):
+    elif position_ids is not None and (not continues or call.image_lengths):
+        # Of one part for all three, or of one row for all, as transformers takes them.
+        position_ids = position_ids.expand(3 if position_ids.ndim == 2 else -1, num_rows, -1)
         positions = position_ids[-3:].flatten(1, 2).index_select(1, token_rows)
         if call.prompt_width is not None:
             # What generate appends follows the last column, which is padding in rows padded on the right.
