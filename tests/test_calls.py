@@ -450,6 +450,21 @@ def test_a_processor_that_calls_the_model_gets_what_it_gets_outside(name, use_ca
         assert all(torch.equal(one, expected) for one in asks.heard)
 
 
+def greedy_by_hand(model, input_ids, **kwargs):
+    """A loop of one's own, which prepares nothing."""
+    inputs = {key: kwargs[key] for key in ("pixel_values", "image_sizes", "mm_encoder_outputs") if key in kwargs}
+    for _ in range(8):
+        scores = model(input_ids=input_ids, **inputs, use_cache=False).logits[:, -1]
+        scores[:, : len(SPECIAL)] = -torch.inf
+        input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], dim=1)
+    return input_ids
+
+
+def test_a_loop_of_ones_own_ranks_by_the_prompt():
+    model, inputs = prune(family_model("llava_next"), HALF), family_inputs("llava_next", ONE)
+    assert torch.equal(generate(model, inputs, custom_generate=greedy_by_hand)[0], generate(model, inputs)[0])
+
+
 def test_the_prompt_is_known_beside_inputs_of_none():
     """Without a cache every step ranks by the end of the prompt, wherever ``generate`` is given it."""
     model, inputs = prune(family_model("llava_next"), HALF), family_inputs("llava_next", ONE)

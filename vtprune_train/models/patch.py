@@ -670,12 +670,12 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
     if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
         _check_repeated_images(self, prompt, inputs.get("pixel_values"))
     given = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
-    previous = state.running.prompt_width
-    state.running.prompt_width = max(given, default=None)
+    previous = state.running.prompt_width, state.running.is_step
+    state.running.prompt_width, state.running.is_step = max(given, default=None), None
     try:
         return original(**inputs)
     finally:
-        state.running.prompt_width, state.running.is_step = previous, False
+        state.running.prompt_width, state.running.is_step = previous
 
 
 def _prepare_step(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
