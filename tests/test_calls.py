@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from families import FAMILIES, SPECIAL, family_inputs, family_model, tokenizer
+from peft import LoraConfig, get_peft_model
 from runner import ROOT
 from transformers import (
     DynamicCache,
@@ -101,6 +102,39 @@ FORWARD = {
     "a cache of two turns": lambda m, n, i: two_turns(m, n),
     "gradient checkpointing": lambda m, n, i: training_step(m, i),
 }
+
+
+@pytest.mark.parametrize("shape", ["rows", "parts", "one row for all", "one row of parts for all"])
+@pytest.mark.parametrize("name", QWEN)
+def test_positions_of_any_form_are_taken(name, shape):
+    inputs = family_inputs(name, [BATCH[0], BATCH[0]])
+    made = positions(inputs) // 2
+    given = {
+        "rows": made, "parts": made.expand(3, -1, -1), "one row for all": made[:1],
+        "one row of parts for all": made[:1].expand(3, -1, -1),
+    }[shape]  # fmt: skip
+    plain = forward(family_model(name), inputs, position_ids=given)
+    counted = forward(family_model(name), inputs, position_ids=positions(inputs))
+    assert (plain[0] - counted[0]).abs().max() > 0.1
+    close(forward(prune(family_model(name), ALL), inputs, position_ids=given), plain, inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_samples_in_one_row_are_refused(name):
+    """Where transformers tells them apart by a part of the positions that counts each one's tokens."""
+    inputs = without(family_inputs(name, ONE), "attention_mask")
+    model, length = family_model(name), inputs["input_ids"].shape[1]
+    count = torch.arange(length)
+    parts = count.expand(4, 1, -1)
+    twice = {key: torch.cat([value, value], dim=value.ndim - 1) for key, value in inputs.items() if value.ndim == 2}
+    twice |= {key: torch.cat([inputs[key], inputs[key]]) for key in ("pixel_values", "image_grid_thw")}
+    twice |= {"position_ids": torch.cat([parts, parts], dim=2), "use_cache": False}
+    plain = forward(model, inputs, position_ids=parts, use_cache=False)[0]
+    torch.testing.assert_close(forward(model, twice)[0][:, length:], plain, atol=3e-4, rtol=1e-3)
+    prune(model, ALL)
+    torch.testing.assert_close(forward(model, inputs, position_ids=parts)[0], plain, atol=3e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"position_ids must count .*several samples packed into one row"):
+        forward(model, twice)
 
 
 def shifted(model, inputs):
@@ -392,6 +426,45 @@ def test_generate_with_gradient_checkpointing(name, caplog):
     assert torch.equal(generate(model.eval(), inputs)[0], expected[0])
 
 
+class Asks(LogitsProcessor):
+    """Calls the model about something else at every step."""
+
+    def __init__(self, run):
+        self.run, self.heard = run, []
+
+    def __call__(self, ids, scores):
+        self.heard.append(self.run())
+        return scores
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "internvl"])
+def test_a_processor_that_calls_the_model_gets_what_it_gets_outside(name, use_cache):
+    model, inputs = prune(family_model(name), HALF), family_inputs(name, ONE)
+    other = family_inputs(name, [["a", 1, "red", 2, "blue . what is shown here ? assistant"]])
+    said = generate(model, inputs, use_cache=use_cache)[0]
+    for run in (lambda: forward(model, other)[0], lambda: generate(model, other, max_new_tokens=2)[0]):
+        expected, asks = run(), Asks(run)
+        heard = generate(model, inputs, use_cache=use_cache, logits_processor=LogitsProcessorList([asks]))[0]
+        assert torch.equal(heard, said) and len(asks.heard) == 8
+        assert all(torch.equal(one, expected) for one in asks.heard)
+
+
+def greedy_by_hand(model, input_ids, **kwargs):
+    """A loop of one's own, which prepares nothing."""
+    inputs = {key: kwargs[key] for key in ("pixel_values", "image_sizes", "mm_encoder_outputs") if key in kwargs}
+    for _ in range(8):
+        scores = model(input_ids=input_ids, **inputs, use_cache=False).logits[:, -1]
+        scores[:, : len(SPECIAL)] = -torch.inf
+        input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], dim=1)
+    return input_ids
+
+
+def test_a_loop_of_ones_own_ranks_by_the_prompt():
+    model, inputs = prune(family_model("llava_next"), HALF), family_inputs("llava_next", ONE)
+    assert torch.equal(generate(model, inputs, custom_generate=greedy_by_hand)[0], generate(model, inputs)[0])
+
+
 def test_the_prompt_is_known_beside_inputs_of_none():
     """Without a cache every step ranks by the end of the prompt, wherever ``generate`` is given it."""
     model, inputs = prune(family_model("llava_next"), HALF), family_inputs("llava_next", ONE)
@@ -489,8 +562,14 @@ REFUSED = {
         (lambda m, i: m.continuous_batching_context_manager().__enter__(), "continuous batching"),
         (lambda m, i: generate(m, i, cache_implementation="paged"), "cache_implementation='paged'"),
     ],
-    "a cache that a dense model filled": [
+    "a cache that a dense model filled, or another method; in a dense model, one that a pruned model filled": [
         (lambda m, i: m(torch.tensor([[14]]), past_key_values=dense_cache(m, i)), "a model that was not pruned"),
+        (
+            lambda m, i: follow_up(m, i, lambda: prune(unprune(m), ALL)),
+            r"keep=\(0.5, 0.25\).* this one is pruned by .*1.0",
+        ),
+        (lambda m, i: follow_up(m, i, lambda: prune(unprune(m), None)), "this one is pruned by None"),
+        (lambda m, i: follow_up(m, i, lambda: unprune(m)), "filled by a pruned model.* runs densely"),
     ],
     "a cache in training mode with gradient checkpointing": [
         (lambda m, i: m(**i, past_key_values=recomputed(m)), "gradient_checkpointing_disable"),
@@ -501,9 +580,16 @@ REFUSED = {
         (lambda m, i: m(**i, output_hidden_states=True), "output_hidden_states"),
         (lambda m, i: m(**i, output_attentions=True), "output_attentions"),
         (lambda m, i: generate(m, i, output_attentions=True), "output_attentions"),
+        (lambda m, i: asked_by_config(m)(**i), r"output_hidden_states \(set in the config\)"),
     ],
-    "`position_ids` that do not count each row's tokens": [
+    "`position_ids` that do not count each row's tokens, `cu_seq_lens_q`": [
+        (lambda m, i: m(**i, cu_seq_lens_q=torch.tensor([0, 4, 9])), "cu_seq_lens_q says that several samples"),
         (lambda m, i: m(**i, position_ids=torch.zeros_like(i["input_ids"])), "position_ids must count"),
+    ],
+    "PEFT's `adapter_names`, activated LoRA (`alora_invocation_tokens`)": [
+        (lambda m, i: adapted(m)(**i, adapter_names=["default"]), r"adapter_names: .*set_adapter"),
+        (lambda m, i: generate(adapted(m), i, adapter_names=["default"]), r"adapter_names: .*set_adapter"),
+        (lambda m, i: adapted(m, alora_invocation_tokens=[14])(**i), "does not take alora_offsets"),
     ],
     "a pruned `assistant_model`": [(lambda m, i: generate(m, i, assistant_model=m), "assistant_model is pruned")],
     "pickling (`torch.save(model)`), `torch.nn.DataParallel`": [
@@ -518,8 +604,11 @@ REFUSED = {
         (lambda m, i: m(**{**i, "attention_mask": torch.ones(1, 1, 9, 9)}), r"not \(1, 1, 9, 9\)"),
         (lambda m, i: m(**{**i, "attention_mask": {"full_attention": None}}), "not dict"),
     ],
-    "a row without a token, `input_ids` without rows, `labels` of another shape": [
+    "a row without a token, `input_ids` without rows, `attention_mask` or `labels` of another shape": [
         (lambda m, i: m(**{**i, "attention_mask": torch.zeros_like(i["attention_mask"])}), "row 0 of the batch has no"),
+        (lambda m, i: m(**wider(i)), r"attention_mask \(1, \d+\) does not fit inputs of .*a column for each token"),
+        (lambda m, i: generate(m, wider(i)), "does not fit inputs of"),
+        (lambda m, i: m(**{**i, "attention_mask": i["attention_mask"][:, 1:]}), "does not fit inputs of"),
         (lambda m, i: m(torch.tensor([14, 15])), r"input_ids of shape \(2,\) are not \[rows, length\]"),
         (lambda m, i: m(**i, labels=i["input_ids"][:, 1:]), "do not fit input_ids"),
     ],
@@ -528,6 +617,28 @@ REFUSED = {
         (lambda m, i: (m.set_attn_implementation("sdpa"), m(**i)), "was set to 'sdpa'"),
     ],
 }
+
+
+def asked_by_config(model):
+    model.config.text_config.output_hidden_states = True
+    return model
+
+
+def follow_up(model, inputs, between):
+    """A second turn on the cache of the first, of a model that was changed in between."""
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache)
+    between()
+    return model(torch.tensor([[14]]), past_key_values=cache)
+
+
+def adapted(model, **settings):
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM", **settings)).eval()
+
+
+def wider(inputs):
+    """With a mask that has columns without tokens."""
+    return {**inputs, "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 2))}
 
 
 def recomputed(model):

@@ -267,3 +267,15 @@ def test_a_probe_takes_once_and_keeps_nothing():
     assert torch.equal(ranking.queries, q[[1, 3]]) and torch.equal(ranking.keys, k)
     probe(q + 1, k + 1)
     assert probe.taken is None
+
+
+def test_a_head_replaced_after_prune_is_named():
+    """It would compute logits where the packed forward pass asks it for a loss."""
+    model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    batch = random_batch(model, [random_segment(np.random.default_rng(0), 1, 1)])
+    before = model(batch).loss_sum
+    model.resize_token_embeddings(80, mean_resizing=False)
+    with pytest.raises(ValueError, match=r"lm_head was replaced after prune .*unprune\(model\) and prune it again"):
+        model(batch)
+    prune(unprune(model), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    assert model(batch).loss_sum.isfinite() and before.isfinite()

@@ -85,6 +85,26 @@ def test_a_cast_model_computes_what_from_pretrained_does(saved, family, when, ca
     assert caplog.text.count("are float32 again") == towers, "once"
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_cast_to_half_precision_and_back(saved, family, half, caplog):
+    """Its frequencies are float32, but rounded; those that somebody changed are left alone."""
+    kind, inputs = type(family_model(family)), family_inputs(family, LONG)
+    model = kind.from_pretrained(saved / family, dtype=torch.float32).to(half).float()
+    logits, buffers = logits_and_buffers(prune(model, HALF), inputs)
+    opened = kind.from_pretrained(saved / family, dtype=half).float()
+    expected, own = logits_and_buffers(prune(opened, HALF), inputs)
+    assert torch.equal(logits, expected)
+    assert all(torch.equal(buffers[name], b) for name, b in own.items())
+    assert caplog.text.count("were cast to half precision and back") == sum(n.endswith(".inv_freq") for n in own)
+    caplog.clear()
+    changed = kind.from_pretrained(saved / family, dtype=torch.float32)
+    rotary = changed.get_submodule("model.language_model.rotary_emb")
+    rotary.inv_freq = rotary.inv_freq / 4
+    assert torch.equal(prune(changed, HALF).get_submodule("model.language_model.rotary_emb").inv_freq, rotary.inv_freq)
+    assert "float32 again" not in caplog.text
+
+
 @pytest.mark.parametrize("rope", ["linear", "llama3", "yarn"])
 def test_scaled_frequencies_are_computed_again_as_scaled(rope):
     scaled = {

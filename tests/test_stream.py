@@ -113,3 +113,8 @@ def test_nothing_left_to_predict_from():
     segment = SegmentLayout(4, (ImageSpan(0, 3),), (2,), (3,))
     with pytest.raises(ValueError, match="nothing is left to predict from"):
         plan_stream([segment], (Drop(1, 0.2),), 4)
+    alone, other = SegmentLayout(3, (ImageSpan(0, 3),), (2,)), SegmentLayout(4, (ImageSpan(1, 3),), (3,))
+    for segments in ([alone], [other, alone]):
+        with pytest.raises(ValueError, match="nothing is left to predict from"):
+            plan_stream(segments, (Drop(1, 0.2),), 4)
+        plan_stream(segments, (Drop(1, 0.5),), 4)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from families import FAMILIES, family_inputs, family_model
+from transformers import DynamicCache
 
 from vtprune_train import PyramidDrop, dense, is_pruned, prune
 from vtprune_train.models.compile import compile_layers
@@ -80,6 +81,36 @@ def test_every_method(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
     check_at_once(prune(family_model(name), HALF), requests(name))
+
+
+def follow_up(model, inputs, generates, between):
+    """A second turn on the cache of the first."""
+    cache = DynamicCache()
+    more = torch.tensor([[14, 15, 16]]).expand(len(inputs["input_ids"]), -1)
+    if not generates:
+        model(**inputs, past_key_values=cache)
+        between()
+        return model(input_ids=more, past_key_values=cache).logits
+    said = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=3)
+    between()
+    ids = torch.cat([said, more], dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 3}
+    return model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+
+
+@pytest.mark.parametrize("generates", [False, True], ids=["forward", "generate"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_requests_between_the_turns_of_another(name, generates):
+    """Of other numbers of rows, whose positions transformers keeps on Qwen's modules."""
+    model = prune(family_model(name), HALF)
+    batches = [family_inputs(name, prompts) for prompts in (PROMPTS[1] + PROMPTS[2], *PROMPTS)]
+    with torch.no_grad():
+        for inputs in batches[1:3]:
+            alone = follow_up(model, inputs, generates, lambda: None)
+            for other in batches:
+                for request in (generated, scored):
+                    assert torch.equal(follow_up(model, inputs, generates, lambda: request(model, other)), alone)  # noqa: B023
 
 
 def test_a_compiled_tower_that_is_read():

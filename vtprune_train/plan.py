@@ -65,7 +65,7 @@ def plan_stream(
         measured: [spans] tokens that the first drops left, where a pass has found them out.
 
     Raises:
-        ValueError: no segments, or a span or query row outside its segment.
+        ValueError: no segments, a span or query row outside its segment, or a segment of which nothing is left.
     """
     if not segments:
         raise ValueError("plan_stream needs at least one segment; an empty micro-batch is padded with a blank one")
@@ -77,6 +77,8 @@ def plan_stream(
         _stage(place.of(layout.cu_seqlens), first, end)
         for place, first, end in zip(places, edges[:-1], edges[1:], strict=True)
     )
+    if any(0 in stage.segment_lengths for stage in stages[1:]):
+        raise _nothing_left()
     found: dict[int, np.ndarray] = {}
     boundaries = tuple(
         _boundary(layout, before, after, drop, found.setdefault(drop.owner, before.kept))
@@ -239,11 +241,15 @@ def _rows_before(layout: _StreamLayout, places: _Places, rows: np.ndarray) -> np
     before = places.of(rows) - 1
     segment = np.searchsorted(layout.cu_seqlens, rows - 1, side="right") - 1
     if (before < places.of(layout.cu_seqlens)[segment]).any():
-        raise ValueError(
-            "an image at the very start of a sample keeps no token at this ratio, so nothing is left to predict from; "
-            "raise the keep ratio or begin the template with a token"
-        )
+        raise _nothing_left()
     return before
+
+
+def _nothing_left() -> ValueError:
+    return ValueError(
+        "an image at the very start of a sample keeps no token at this ratio, so nothing is left to predict from; "
+        "raise the keep ratio or begin the template with a token"
+    )
 
 
 def _stage(cu_seqlens: np.ndarray, first_layer: int, end_layer: int) -> Stage:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vtprune_train.models.layouts import Grids
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import to_device
 
 # A layer that decodes keeps a sixteenth of its columns free: copying all of them once in so many steps costs little,
@@ -58,7 +59,7 @@ class StagedLayer(DynamicLayer):
     were kept, or where an image advances positions by less (or more) than its tokens; ``None`` where positions count
     tokens. On the first layer only: ``has_images`` [B] int64, 1 where a row has had an image; ``unstored``, columns
     that the caller counts and the layer does not hold; ``parts``, of a position; ``told``, what ``multi_turn:
-    keep_dense`` runs again in a later turn.
+    keep_dense`` runs again in a later turn; ``filled_by``, the method that dropped.
     """
 
     is_initialized: bool
@@ -73,6 +74,7 @@ class StagedLayer(DynamicLayer):
         self.unstored = 0
         self.parts = 1
         self.told: Told | None = None
+        self.filled_by: PruningMethod | None = None
         self._room: tuple[Tensor, Tensor] | None = None  # what keys and values are the first columns of
 
     def fill(self, keys: Tensor, values: Tensor, padding: Tensor, is_padded: bool) -> None:
@@ -105,6 +107,17 @@ class StagedLayer(DynamicLayer):
         return all(
             own.data_ptr() == store.data_ptr() and own.stride() == store.stride() and own.shape[:2] == store.shape[:2]
             for own, store in zip((self.keys, self.values), self._room, strict=True)
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Asked by a dense model alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "past_key_values was filled by a pruned model, which keeps another length in every layer, but this one "
+            "runs densely; start with a new DynamicCache"
         )
 
     @property
@@ -168,11 +181,12 @@ def _with_room(content: Tensor, columns: int) -> Tensor:
     return room
 
 
-def staged(cache: Cache | None, num_layers: int) -> DynamicCache:
+def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -> DynamicCache:
     """``cache`` with staged layers, changed in place while it is empty; a new one for ``None``.
 
     Raises:
-        ValueError: the cache is of another kind (static, quantized, offloaded), or a dense model filled it.
+        ValueError: the cache is of another kind (static, quantized, offloaded), or was filled by a dense model or by
+            another method than ``method``.
     """
     if cache is None:
         return _with_staged_layers(DynamicCache(), num_layers)
@@ -183,6 +197,12 @@ def staged(cache: Cache | None, num_layers: int) -> DynamicCache:
             "DynamicCache; leave past_key_values and cache_implementation unset"
         )
     if is_staged(cache):
+        filled_by = cache.layers[0].filled_by  # type: ignore[attr-defined]
+        if cache.get_seq_length() and filled_by is not method and filled_by != method:
+            raise ValueError(
+                f"past_key_values was filled by a model pruned by {filled_by}, but this one is pruned by {method}; "
+                "start with a new DynamicCache"
+            )
         return cache
     if cache.get_seq_length():
         raise ValueError(

@@ -57,10 +57,19 @@ class Call:
 
 
 class _InProgress(threading.local):
-    """What runs right now, in each thread for itself."""
+    """What runs right now, in each thread for itself. ``is_step``: whether the next forward pass is one that
+    ``generate`` has prepared (any other inside it is a processor's or a criterion's, about something else); ``None``
+    while it has prepared none, as loops of one's own may never do."""
 
     call: Call | None = None
     prompt_width: int | None = None
+    is_step: bool | None = None
+
+    def open(self, input_ids: Tensor, labels: Tensor | None) -> Call:
+        """Note that a forward pass begins."""
+        self.call = Call(input_ids, labels, None if self.is_step is False else self.prompt_width)
+        self.is_step = False if self.is_step else self.is_step
+        return self.call
 
 
 @dataclass
@@ -111,9 +120,8 @@ class State:
         if self.running.call is not None or input_ids is None:
             yield self.running.call
             return
-        self.running.call = Call(input_ids, labels, self.running.prompt_width)
         try:
-            yield self.running.call
+            yield self.running.open(input_ids, labels)
         finally:
             self.running.call = None
 

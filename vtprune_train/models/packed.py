@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from vtprune_train.models import HFModule, ranges
-from vtprune_train.models.calls import State
+from vtprune_train.models.calls import STATE, State
 from vtprune_train.models.decoder import DecoderOutput, Staging, run_layers
 from vtprune_train.models.encoder import patch_index, patches_per_tile, reading
 from vtprune_train.models.head import Teaching
@@ -42,7 +42,16 @@ class PackedOutput(NamedTuple):
 
 
 def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
-    """Forward of the whole model: the loss of one micro-batch."""
+    """Forward of the whole model: the loss of one micro-batch.
+
+    Raises:
+        ValueError: the head is another than ``prune`` changed.
+    """
+    if not any(STATE in module.__dict__ for module in model.lm_head.modules()):
+        raise ValueError(
+            "lm_head was replaced after prune (resize_token_embeddings, set_output_embeddings), so it computes no loss "
+            "of packed rows; replace it first, or unprune(model) and prune it again"
+        )
     hidden_RC, ran, taught_RC = model.get_submodule(state.family.base)(batch)
     if batch.teacher is None:
         with record_function(ranges.HEAD):

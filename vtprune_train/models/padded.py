@@ -99,7 +99,7 @@ def forward_text(
     Raises:
         ValueError: an input that a packed stream cannot honour.
     """
-    _refuse(keywords, attention_mask)
+    _refuse(keywords, attention_mask, text_model.config)
     if use_cache is None:
         use_cache = bool(text_model.config.use_cache) and not text_model.training
     if checkpoints_layers(text_model):
@@ -111,7 +111,7 @@ def forward_text(
         use_cache = False
     cache = None
     if use_cache or past_key_values is not None:
-        cache = staged(past_key_values, len(text_model.layers))
+        cache = staged(past_key_values, len(text_model.layers), state.method)
     call = state.running.call or Call(None)
     has_images = bool(call.image_lengths)
     if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
@@ -141,7 +141,8 @@ def _run_rows(
     deepstack_visual_embeds: Sequence[Tensor] | None,
 ) -> Tensor:
     """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
-    rows = _real_rows(attention_mask, inputs_embeds)
+    _refuse_adapters_of_rows(text_model)
+    rows = _real_rows(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
     verifies_candidates, said_from = False, rows.shape[1]
     if call.prompt_width is not None:  # from here on: columns of this call
         call.prompt_width -= 0 if cache is None else cache.get_seq_length()
@@ -161,11 +162,14 @@ def _run_rows(
     plan, token_rows, visual_rows = to_device(
         (planned, np.flatnonzero(rows.ravel()), _visual_rows(call.segments)), device
     )
+    if position_ids is not None and state.running.prompt_width is None:
+        continues = bool(cache is not None and cache.get_seq_length())
+        if not three_parts:
+            _check_positions(position_ids, rows.shape, token_rows, plan, continues)
+        elif len(position_ids) == 4 and attention_mask is None:  # the first part tells samples in one row apart
+            _check_positions(position_ids[0], rows.shape, token_rows, plan, continues)
     if three_parts:
         use_three_parts(staging, call, position_ids, token_rows, cache)
-    elif position_ids is not None and state.running.prompt_width is None:
-        continues = bool(cache is not None and cache.get_seq_length())
-        _check_positions(position_ids, rows.shape, token_rows, plan, continues)
     if deepstack_visual_embeds:
         staging.deepstack, staging.visual_rows = tuple(deepstack_visual_embeds), visual_rows
     embeds = inputs_embeds.flatten(0, 1).index_select(0, token_rows)
@@ -250,7 +254,7 @@ def prefill(
     Returns:
         [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
     """
-    cache = staged(cache, len(text_model.layers))
+    cache = staged(cache, len(text_model.layers), method)
     planned = plan_pass(segments, len(text_model.layers), method)
     staging = plan_staging(planned, method, len(segments), cache, embeds_TC.device)
     plan = to_device(planned, embeds_TC.device)
@@ -325,13 +329,18 @@ def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:
     return seen[:, None, None, :]
 
 
-def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None) -> None:
+def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any) -> None:
     for key in ("output_attentions", "output_hidden_states"):
-        if keywords.get(key):
+        if keywords.get(key, getattr(config, key, False)):  # as transformers asks for them
             raise ValueError(
-                f"a pruned model does not take {key}: every stage has another length; call the model inside "
-                "`with vtprune_train.dense(model):` for the dense ones"
+                f"a pruned model does not take {key}{'' if key in keywords else ' (set in the config)'}: every stage "
+                "has another length; call the model inside `with vtprune_train.dense(model):` for the dense ones"
             )
+    if keywords.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "cu_seq_lens_q says that several samples are packed into one row, which a pruned model does not tell "
+            "apart; pad each sample to a row of its own"
+        )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         shape = type(attention_mask).__name__ if not isinstance(attention_mask, Tensor) else tuple(attention_mask.shape)
         raise ValueError(
@@ -340,13 +349,29 @@ def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None) -> None:
         )
 
 
-def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor) -> np.ndarray:
-    """[B, L] bool: which of this call's places are tokens."""
+def _refuse_adapters_of_rows(text_model: HFModule) -> None:
+    """PEFT tells its layers which rows an adapter is for, or from which of their tokens on, by hooks for one call."""
+    for module in text_model.layers.modules():
+        for hook in module._forward_pre_hooks.values():
+            for key in {"adapter_names", "alora_offsets"} & getattr(hook, "keywords", {}).keys():
+                raise ValueError(
+                    f"a pruned model does not take {key}: rows are packed into one, whose tokens all see the same "
+                    "adapters; call the model once for each adapter (set_adapter), or inside "
+                    "`with vtprune_train.dense(model):`"
+                )
+
+
+def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int) -> np.ndarray:
+    """[B, L] bool: which of this call's places are tokens, after ``cached`` columns."""
     shape = inputs_embeds.shape[:2]
     if attention_mask is None:
         return np.ones(shape, dtype=bool)
-    if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
-        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}")
+    if attention_mask.shape[0] != shape[0] or not shape[1] <= attention_mask.shape[1] <= cached + shape[1]:
+        behind = f" after {cached} cached columns" if cached else ""
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}{behind}; give a "
+            "column for each token"
+        )
     real = attention_mask[:, attention_mask.shape[1] - shape[1] :].cpu().numpy().astype(bool)
     if empty := np.flatnonzero(~real.any(axis=1)).tolist():
         raise ValueError(f"row {empty[0]} of the batch has no token: its attention_mask is all 0")

@@ -1,9 +1,10 @@
 """The front door: ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
 
 Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and
-(where it takes images of any size) vision tower, ``generate``, ``get_image_features`` (which is only listened to) and
-``pack_image_features``. Parameters, names and classes stay what they were, so checkpoints, optimizers, DeepSpeed and
-PEFT see the model they know. A method that learns adds its own parameters at ``<decoder>.pruning``.
+(where it takes images of any size) vision tower, ``generate``, ``prepare_inputs_for_generation`` and
+``get_image_features`` (which are only listened to) and ``pack_image_features``. Parameters, names and classes stay what
+they were, so checkpoints, optimizers, DeepSpeed and PEFT see the model they know. A method that learns adds its own
+parameters at ``<decoder>.pruning``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.core_model_loading import revert_weight_conversion
 
 from vtprune_train.models import HFModule, packed
@@ -95,7 +96,7 @@ def prune(
     text_model = inner.get_submodule(family.decoder)
     attention_before = dense_implementation(text_model.config._attn_implementation)
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
-    full_frequencies(text_model)
+    full_frequencies(text_model, look=True)
     if method is not None:
         check_method(method, len(text_model.layers))
         check_tower(inner.get_submodule(family.base).config, family, method)
@@ -297,6 +298,7 @@ def _install(model: HFModule, state: State) -> None:
     replacements: list[tuple[str, str, Callable[..., Any]]] = [
         ("", "forward", _forward),
         ("", "generate", _generate),
+        ("", "prepare_inputs_for_generation", _prepare_step),
         ("", "generate_batch", _refuse_continuous_batching),
         ("", "init_continuous_batching", _refuse_continuous_batching),
         ("", "_replicate_for_data_parallel", _refuse_data_parallel),
@@ -306,11 +308,13 @@ def _install(model: HFModule, state: State) -> None:
         (family.base, "get_image_features", _listen_to_image_features),
         (family.decoder, "forward", _forward_decoder),
     ]
+    if family.three_part_positions is not None:
+        replacements.append(("", "_prepare_position_ids_for_generation", _prepare_positions))
     if hasattr(model.get_submodule(family.base), "pack_image_features"):
         replacements.append((family.base, "pack_image_features", _pack_image_features))
     if family.tower is not None:
         for name, tower in towers(model.get_submodule(family.tower)).items():
-            full_frequencies(tower)
+            full_frequencies(tower, look=True)
             replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", _forward_tower))
             replace_config(tower, state.tower_backend)
     if isinstance(model.get_submodule("lm_head"), nn.Linear):
@@ -407,7 +411,7 @@ def _open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -
     if state.is_dense:
         return
     if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
-        state.running.call = Call(inputs["input_ids"], _supervised(inputs), state.running.prompt_width)
+        state.running.open(inputs["input_ids"], _supervised(inputs))
 
 
 @torch.compiler.disable
@@ -521,9 +525,14 @@ def _forward_base(self: HFModule, original: Callable[..., Any], state: State, *a
         given = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if given is not None:
             _tell(call, state, given.pooler_output)
-        has_grid = inputs.get("image_grid_thw") is not None
-        if state.family.three_part_positions is not None and has_grid and inputs.get("position_ids") is None:
-            inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
+        if state.family.three_part_positions is not None and inputs.get("position_ids") is None:
+            cache = inputs.get("past_key_values")
+            if inputs.get("image_grid_thw") is not None:
+                inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
+            elif given is None and isinstance(cache, Cache) and cache.get_seq_length():
+                # Not looked at: a staged cache knows its positions. Transformers would add what the last request on any
+                # cache left on the module.
+                inputs["position_ids"] = inputs["input_ids"].new_zeros(3, *inputs["input_ids"].shape)
         return original(**inputs)
 
 
@@ -661,12 +670,31 @@ def _generate(self: HFModule, original: Callable[..., Any], state: State, *args:
     if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
         _check_repeated_images(self, prompt, inputs.get("pixel_values"))
     given = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
-    previous = state.running.prompt_width
-    state.running.prompt_width = max(given, default=None)
+    previous = state.running.prompt_width, state.running.is_step
+    state.running.prompt_width, state.running.is_step = max(given, default=None), None
     try:
         return original(**inputs)
     finally:
-        state.running.prompt_width = previous
+        state.running.prompt_width, state.running.is_step = previous
+
+
+def _prepare_step(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` does this before each of its own forward passes; only those are about its prompt."""
+    state.running.is_step = True
+    return original(*args, **kwargs)
+
+
+def _prepare_positions(
+    self: HFModule, original: Callable[..., Any], state: State, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+) -> Any:
+    """Positions of three parts; in a later turn those of text, which are not looked at: transformers would add what the
+    last request on any cache left on the module."""
+    cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
+    cached = 0 if cache is None else cache.get_seq_length()
+    has_images = model_kwargs.get("image_grid_thw") is not None if types is None else bool(types[:, cached:].any())
+    if not cached or has_images:
+        return original(inputs_tensor, model_kwargs)
+    return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)[None]
 
 
 def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[str, Any]) -> None:

@@ -6,13 +6,14 @@ import copy
 import logging
 
 import torch
+from torch import Tensor
 
 from vtprune_train.models import HFModule
 
 log = logging.getLogger(__name__)
 
 
-def full_frequencies(module: HFModule) -> None:
+def full_frequencies(module: HFModule, *, look: bool = False) -> None:
     """Compute the rotary frequencies of a decoder or vision tower again where they were cast to half precision.
 
     ``model.to(dtype)``, ``half()`` and ``bfloat16()`` cast all buffers; ``from_pretrained`` and DeepSpeed do not. In
@@ -20,18 +21,29 @@ def full_frequencies(module: HFModule) -> None:
 
     Args:
         module: one of transformers' models, with a rotary embedding among its children; changed in place.
+        look: also at the values of those in float32, which may have been cast to half precision and back. Reads the
+            device.
     """
     for rotary in module.children():
         frequencies = rotary._buffers.get("inv_freq")
-        if frequencies is None or frequencies.element_size() >= 4:
+        if frequencies is None or (frequencies.element_size() >= 4 and (not look or frequencies.is_meta)):
             continue
         full = copy.copy(rotary)  # filled before another thread sees any of it
         with torch.inference_mode(False):
             full.__dict__["_buffers"] = {name: torch.empty_like(b).float() for name, b in rotary._buffers.items()}
             module._init_weights(full)
+        if frequencies.element_size() >= 4 and not _is_rounded(frequencies, full._buffers["inv_freq"]):
+            continue
         rotary._buffers.update(full._buffers)
         log.warning(
             "the rotary frequencies of %s were cast to %s with the weights and are float32 again: open the model in "
             "its dtype (from_pretrained(..., dtype=...)) rather than casting it",
-            type(module).__name__, frequencies.dtype,
+            type(module).__name__, frequencies.dtype if frequencies.element_size() < 4 else "half precision and back",
         )  # fmt: skip
+
+
+def _is_rounded(frequencies: Tensor, full: Tensor) -> bool:
+    """Whether float32 frequencies are the ``full`` ones as half precision has them."""
+    if torch.equal(frequencies, full):
+        return False
+    return any(torch.equal(frequencies, full.to(half).float()) for half in (torch.bfloat16, torch.float16))

@@ -134,7 +134,7 @@ def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
 
 
 def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
-    """After a call: the next position of every layer, which rows have had images, and the caller's columns.
+    """After a call: the next position of every layer, which rows have had images, the method and the caller's columns.
 
     Args:
         cache: filled.
@@ -162,6 +162,7 @@ def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, 
     for stage, next_position in zip(plan.stages, next_positions, strict=True):
         for layer in layers[stage.first_layer : stage.end_layer]:
             layer.ahead = next_position - layer.num_tokens()
+    layers[0].filled_by = method
     layers[0].unstored = before.columns + length - layers[0].width
 
 
@@ -205,7 +206,9 @@ def use_three_parts(
         positions = call.positions.to(counted.device).flatten(1, 2).index_select(1, token_rows)
         if first is not None and continues:
             positions = positions + first.next_positions()[row]
-    elif position_ids is not None and position_ids.ndim == 3 and (not continues or call.image_lengths):
+    elif position_ids is not None and (not continues or call.image_lengths):
+        # Of one part for all three, or of one row for all, as transformers takes them.
+        position_ids = position_ids.expand(3 if position_ids.ndim == 2 else -1, num_rows, -1)
         positions = position_ids[-3:].flatten(1, 2).index_select(1, token_rows)
         if call.prompt_width is not None:
             # What generate appends follows the last column, which is padding in rows padded on the right.
