@@ -86,6 +86,7 @@ REFUSED_TURNS = [
     (with_turn(1, ignoreTurn=True), "'ignoreTurn'"),
     (with_turn(1, excluded=True), "'excluded'"),
     (with_turn(1, backprop=False), "'backprop'"),
+    (with_turn(1, _loss=False), "'_loss'"),
     (with_content({"type": "image", "image": {"path": "a.png", "video": "a.mp4"}}), "'video' ('a.mp4') holds a video"),
     (with_turn(1, train_detail=[{"begin_offset": 0, "train": False}]), "'train_detail'"),
     (with_turn(0, use_for_loss=True), "'use_for_loss'"),

@@ -163,7 +163,8 @@ def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None
 
 @lru_cache(4096)
 def _unsupported(name: str) -> str | None:
-    """What a field of this (plain) name holds, if that would change what is trained."""
+    """What a field of this (plain) name holds, if that would change what is trained; ``_loss`` is ``loss``."""
+    name = name.strip("_") or name
     for what, pattern in ((FLAG, _IS_FLAG), (WEIGHT, _IS_WEIGHT), (IMAGE_FIELD, _IS_IMAGE)):
         if pattern.fullmatch(name):
             return what
