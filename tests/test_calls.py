@@ -530,6 +530,7 @@ REFUSED = {
     "`inputs_embeds`": [
         (lambda m, i: m(inputs_embeds=torch.zeros(1, 4, 32)), "input_ids"),
         (lambda m, i: m.generate(inputs_embeds=torch.zeros(1, 4, 32), max_new_tokens=2), "input_ids"),
+        (lambda m, i: m.generate(i["input_ids"], inputs_embeds=torch.zeros(1, 4, 32)), "takes no inputs_embeds"),
     ],
     "image tokens in a prompt without `pixel_values`, or in `negative_prompt_ids`": [
         (lambda m, i: m(**text_alone(i)), "pass pixel_values"),

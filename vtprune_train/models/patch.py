@@ -504,8 +504,8 @@ def _by_name(original: Callable[..., Any], args: tuple[Any, ...], inputs: dict[s
 def _check_inputs(state: State, inputs: dict[str, Any]) -> None:
     if inputs.get("input_ids") is None:
         raise ValueError(
-            "a pruned model needs input_ids: inputs_embeds does not say where the images are; pass input_ids and "
-            "pixel_values, or call the model inside `with vtprune_train.dense(model):`"
+            "a pruned model needs input_ids and takes no inputs_embeds, which do not say where the images are; pass "
+            "input_ids and pixel_values alone, or call the model inside `with vtprune_train.dense(model):`"
         )
     if inputs["input_ids"].ndim != 2:
         raise ValueError(f"input_ids of shape {tuple(inputs['input_ids'].shape)} are not [rows, length]; add the rows")
