@@ -145,9 +145,9 @@ def check_fields(
 
 
 def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None:
-    """Placeholders of anything but images (``<bbox>`` stands for the ``bbox`` of a record's ``objects``), or of images
-    where the record has none, in a prompt; ``<video>`` with
-    ``</video>`` and ``<picture>`` with ``</picture>`` are HTML.
+    """Refuse placeholders in a prompt: of anything but images (``<bbox>`` stands for the ``bbox`` of a record's
+    ``objects``), and of images where the record has none. ``<video>`` with ``</video>`` and ``<picture>`` with
+    ``</picture>`` are HTML.
 
     Raises:
         ValueError: there is one; names it.

@@ -691,7 +691,10 @@ def _prepare_positions(
     last request on any cache left on the module."""
     cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
     cached = 0 if cache is None else cache.get_seq_length()
-    if not cached or (model_kwargs.get("image_grid_thw") is not None if types is None else types[:, cached:].any()):
+    if not cached:
+        return original(inputs_tensor, model_kwargs)
+    has_images = model_kwargs.get("image_grid_thw") is not None if types is None else types[:, cached:].any()
+    if has_images:
         return original(inputs_tensor, model_kwargs)
     return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)[None]
 
