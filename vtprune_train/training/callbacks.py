@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 from vtprune_train.data.collate import Collator
+from vtprune_train.disk import naming
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.evaluate import evaluate
+from vtprune_train.training.json_lines import JsonLines
 from vtprune_train.training.shown import survivors
 
 if TYPE_CHECKING:
     from vtprune_train.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 class Callback:
@@ -31,63 +39,56 @@ class Callback:
     def on_end(self, trainer: Trainer, finished: bool) -> None:
         """After the last step of this process and its checkpoint; ``finished`` if training is complete."""
 
+    def files(self) -> list[JsonLines]:
+        """What the callback writes line by line; every checkpoint holds a copy."""
+        return []
 
-class JsonLines:
-    """A file of one JSON object a line, kept in step with training: lines beyond the step resumed from go."""
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def rewind(self, step: int) -> None:
-        """Keep the lines up to ``step``; a line cut off by a crash goes too."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["step"] > step:
-                break
-            kept.append(line + "\n")
-        shorter = self.path.with_suffix(".tmp")
-        shorter.write_text("".join(kept))
-        shorter.replace(self.path)
-
-    def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+@contextmanager
+def only_warning(what: str | Path) -> Iterator[None]:
+    """For what training can do without (plots, pictures, the progress bar): an error is a warning that names it."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("where it came from", exc_info=True)
+        log.warning("%s could not be written (%s: %s); training does without it", what, type(error).__name__, error)
 
 
 class Metrics(Callback):
-    """``metrics.jsonl``, and the same numbers to TensorBoard through DeepSpeed's monitor."""
-
-    SHOWN = ("loss", "grad_norm", "tokens_per_second", "step_time", "data_wait", "token_accuracy")
+    """``metrics.jsonl``: a line for every step."""
 
     def __init__(self, run_dir: Path):
-        self.file = JsonLines(run_dir / "metrics.jsonl")
+        self.file = JsonLines(run_dir / "metrics.jsonl", every_step=True)
 
     def on_start(self, trainer: Trainer) -> None:
         if ranks.rank() == 0:
-            self.file.rewind(trainer.state.step)
+            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        if ranks.rank():
-            return
-        self.file.append(record)
-        events = [(f"train/{name}", record[name], record["step"]) for name in self.SHOWN if record[name] is not None]
-        events += [(f"train/keep_{i}", share, record["step"]) for i, share in enumerate(record.get("keep", ()), 1)]
-        if "consistency_loss" in record:
-            events.append(("train/consistency_loss", record["consistency_loss"], record["step"]))
-        events += [(f"learning_rate/{part}", rate, record["step"]) for part, rate in record["learning_rates"].items()]
-        if trainer.engine.monitor.enabled:
-            trainer.engine.monitor.write_events(events)
+        if ranks.rank() == 0:
+            self.file.append(record)
+
+    def files(self) -> list[JsonLines]:
+        return [self.file]
+
+
+class Screen(ObjectWrapper):
+    """A standard stream that training does without once it cannot be written: its reader is gone, its disk is full."""
+
+    def write(self, text: str) -> None:
+        self._try(self._wrapped.write, text)
+
+    def flush(self) -> None:
+        self._try(self._wrapped.flush)
+
+    def __eq__(self, other: object) -> bool:  # tqdm clears its bar for what is written to the same terminal
+        return bool(self._wrapped == getattr(other, "_wrapped", other))
+
+    def _try(self, act: Callable[..., Any], *given: str) -> None:
+        try:
+            act(*given)
+        except OSError as error:
+            log.debug("%s cannot be written: %s", self._wrapped.name, error)
 
 
 class Progress(Callback):
@@ -96,7 +97,7 @@ class Progress(Callback):
     def on_start(self, trainer: Trainer) -> None:
         phases = trainer.collate.phases
         if phases is not None and phases.vary and not ranks.rank():
-            tqdm.write(f"pruning: {phases.describe()}")
+            tqdm.write(f"pruning: {phases.describe()}", file=Screen(sys.stdout))
             if phases.warmup is not None and phases.warmup.steps > trainer.total_steps:
                 ranks.log.warning(
                     "pruning.warmup lasts %d steps, longer than the training (%d): it never reaches pruning.keep",
@@ -109,6 +110,7 @@ class Progress(Callback):
             desc="train",
             disable=ranks.rank() != 0,
             mininterval=1.0,
+            file=Screen(sys.stderr),
         )
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -132,7 +134,7 @@ class Evaluation(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         def last_recorded() -> int:
-            self.file.rewind(trainer.state.step)
+            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
             return max((record["step"] for record in self.file.read()), default=-1)
 
         self._last_step = ranks.from_rank_0(last_recorded)
@@ -164,19 +166,31 @@ class Evaluation(Callback):
         self._last_step = trainer.state.step
         if ranks.rank():
             return
-        self.file.append({"step": trainer.state.step, **result, "seconds": time.perf_counter() - began})
+        line = {"step": trainer.state.step, **result, "seconds": time.perf_counter() - began}
+        self.file.append(line, sync=True)  # the last one comes after the last checkpoint
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-        tqdm.write(f"step {trainer.state.step}: held-out {shown}")
+        tqdm.write(f"step {trainer.state.step}: held-out {shown}", file=Screen(sys.stdout))
         if trainer.engine.monitor.enabled:
-            trainer.engine.monitor.write_events([(f"eval/{k}", v, trainer.state.step) for k, v in result.items()])
+            trainer.engine.monitor.write_events(eval_scalars(line))
+
+    def files(self) -> list[JsonLines]:
+        return [self.file]
 
     def _show(self, trainer: Trainer) -> None:
         """The first pictures with the tokens that survive, to TensorBoard."""
         pictures = trainer.config.train.eval_show
         drawn = survivors(trainer.engine.module, self.collate, pictures=pictures, device=trainer.device)
-        for number, pixels in enumerate(drawn):  # none but on rank 0
-            writer = trainer.engine.monitor.tb_monitor.summary_writer
-            writer.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
+        board = trainer.engine.monitor.tb_monitor
+        if board is None:  # on the other ranks, or it could not be written
+            return
+        for number, pixels in enumerate(drawn):
+            with only_warning(f"{board.summary_writer.log_dir}: picture {number} of step {trainer.state.step}"):
+                board.summary_writer.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
+
+
+def eval_scalars(line: dict[str, Any]) -> list[tuple[str, float, int]]:
+    """What monitors show of a line of ``eval.jsonl``."""
+    return [(f"eval/{name}", value, line["step"]) for name, value in line.items() if name not in ("step", "seconds")]
 
 
 class Plot(Callback):
@@ -187,7 +201,9 @@ class Plot(Callback):
 
     def on_end(self, trainer: Trainer, finished: bool) -> None:
         if ranks.rank() == 0:
-            plot_training(JsonLines(self.run_dir / "metrics.jsonl").read(), self.run_dir / "loss.png")
+            path = self.run_dir / "loss.png"
+            with only_warning(path):
+                plot_training(JsonLines(self.run_dir / "metrics.jsonl").read(), path)
 
 
 def plot_training(records: list[dict[str, Any]], path: Path) -> None:
@@ -208,5 +224,11 @@ def plot_training(records: list[dict[str, Any]], path: Path) -> None:
     below.set_ylim(bottom=0)
     for axis in (above, below):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with naming(partial):
+            figure.savefig(partial, dpi=120, format="png")
+        partial.replace(path)
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)

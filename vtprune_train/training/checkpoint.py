@@ -1,9 +1,10 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is a folder ``step_00001000/``: ``deepspeed/`` (weights and optimizer, every rank its part),
-``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers) and, last, ``manifest.json`` with sizes
-and SHA-256 of all files. It is written beside as ``.partial``, synced, renamed; then ``latest`` names it. A folder
-without a matching manifest is never loaded. On several nodes the folder must be on a file system they share.
+``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers), ``logs/`` (copies of ``metrics.jsonl``,
+``eval.jsonl`` and ``spikes.jsonl``) and, last, ``manifest.json`` with sizes and SHA-256 of all files. It is written
+beside as ``.partial``, synced, renamed; then ``latest`` names it. A folder without a matching manifest is never loaded.
+On several nodes the folder must be on a file system they share.
 
 The loop waits for copies in host memory alone; a thread of every rank writes them (``saving.py``).
 """
@@ -14,15 +15,18 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from vtprune_train.disk import naming
 from vtprune_train.training import manifest
 from vtprune_train.training.distributed import from_rank_0, gather, rank, world_size
 from vtprune_train.training.elastic import has_layout, layout_of, load_elastic, write_layout
 from vtprune_train.training.engine import precision
+from vtprune_train.training.json_lines import LOGS
 from vtprune_train.training.saving import Entries, Files, HostCopies, Save, collect_files, write_file
 from vtprune_train.training.weights import full_state_dict, holds_only_trained, write_export
 
@@ -70,9 +74,24 @@ class CheckpointFolder:
         self._copies = HostCopies()
         self._in_flight: Save | None = None
         self._processor: Any = None
+        self.resumed: Path | None = None  # the checkpoint that the run continues from
 
-    def save(self, engine: Any, processor: Any, state: TrainerState, config_yaml: str) -> None:
+    def save(
+        self,
+        engine: Any,
+        processor: Any,
+        state: TrainerState,
+        config_yaml: str,
+        logs: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         """Begin to write one checkpoint (and wait for the one before); all ranks call this at the same step.
+
+        Args:
+            engine: its weights and optimizer are saved.
+            processor: saved with the export.
+            state: where training stands.
+            config_yaml: the run's settings.
+            logs: on rank 0, copies of the files that the run writes line by line, by name (see ``JsonLines.copy``).
 
         Raises:
             CheckpointError: this one does not fit on the disk, or the one before could not be written.
@@ -86,21 +105,26 @@ class CheckpointFolder:
         if engine.zero_optimization_stage() < 3:  # under ZeRO-3 they are copies already
             weights = self._copies.copy(weights)
         self._copies.finish()
+        texts = {"trainer.json": json.dumps(asdict(state), indent=1).encode(), "config.yaml": config_yaml.encode()}
+        texts |= {f"{LOGS}/{name}.gz": copied for name, copied in logs.items()}
         own_bytes = self._copies.num_bytes() + sum(t.nbytes for t in (weights or {}).values())
+        own_bytes += sum(map(len, texts.values()))
         needed = sum(gather(own_bytes)) + SLACK
         self._check_space(partial, needed)
         if self._processor is None:  # the thread's own: a tokenizer must not be used by two threads at once
             self._processor = copy.deepcopy(processor)
-        texts = {"trainer.json": json.dumps(asdict(state), indent=1), "config.yaml": config_yaml}
         layout = layout_of(engine)
 
         def write() -> Entries:
             entries = write_part(partial, files)
             entries.update(write_layout(partial, TAG, layout, rank()))
             if rank() == 0:
-                write_export(engine.module, self._processor, weights, partial / "hf")
+                with naming(partial / "hf"):
+                    write_export(engine.module, self._processor, weights, partial / "hf")
                 for name, text in texts.items():
-                    (partial / name).write_text(text)
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    with naming(partial / name):
+                        (partial / name).write_bytes(text)
             return entries
 
         self._in_flight = Save(partial, write, lambda entries: self._publish(partial, entries), rank(), world_size())
@@ -235,6 +259,7 @@ class CheckpointFolder:
                 manifest.point_latest(self.folder, checkpoint.name)
 
         from_rank_0(rename)
+        self.resumed = checkpoint
 
     def clean(self) -> None:
         """Remove what interrupted saves and deletions left behind."""

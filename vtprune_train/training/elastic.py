@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vtprune_train.disk import naming
 from vtprune_train.training.manifest import sync_and_hash
 
 PORTABLE = "portable"
@@ -126,7 +127,9 @@ def write_layout(partial: Path, tag: str, layout: Layout, rank: int) -> dict[str
     """Write a rank's layout beside its files. Returns the manifest's entry."""
     path = _layout_path(partial / tag, rank)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"shapes": layout.shapes, "pieces": [list(asdict(p).values()) for p in layout.pieces]}))
+    pieces = [list(asdict(piece).values()) for piece in layout.pieces]
+    with naming(path):
+        path.write_text(json.dumps({"shapes": layout.shapes, "pieces": pieces}))
     return {str(path.relative_to(partial)): sync_and_hash(path)}
 
 

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vtprune_train.disk import naming, replace_synced, sync_folder, write_synced
+
 STEP = re.compile(r"^step_(\d{8,})$")
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -107,7 +109,7 @@ def hash_file(path: Path) -> str:
 
 def sync_and_hash(path: Path) -> dict[str, Any]:
     """The manifest's entry of a file, which is on disk when this returns."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": hash_file(path)}
 
@@ -135,9 +137,7 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 def point_latest(folder: Path, name: str) -> None:
     """Let ``latest`` name a checkpoint of the folder."""
-    write_synced(folder / f"{LATEST}.tmp", name)
-    (folder / f"{LATEST}.tmp").rename(folder / LATEST)
-    sync_folder(folder)
+    replace_synced(folder / LATEST, name)
 
 
 def named_latest(folder: Path) -> Path | None:
@@ -160,20 +160,3 @@ def remove_checkpoint(checkpoint: Path) -> None:
     except FileNotFoundError:  # the other one was faster
         return
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a small file; it is on disk when this returns."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

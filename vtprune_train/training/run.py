@@ -26,6 +26,7 @@ from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
+from vtprune_train.disk import replace_synced
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -67,6 +68,7 @@ from vtprune_train.training.recompute import checkpoint_activations, recomputed_
 from vtprune_train.training.resume import resume
 from vtprune_train.training.sample import first_sample, template_misfits, template_of
 from vtprune_train.training.spikes import Spikes
+from vtprune_train.training.trackers import Trackers
 from vtprune_train.training.trainer import Trainer
 from vtprune_train.training.watchdog import Watchdog
 
@@ -118,7 +120,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     )
     identity, config_yaml = _identity(config, collate.index), dump_config(config)
     state = resume(identity, config.train.resume, checkpoints, engine, zero_stage(settings), config_yaml)
-    ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(config_yaml))
+    ranks.from_rank_0(lambda: replace_synced(run_dir / "config.yaml", config_yaml))
     held_out = build_collator(config, parts, cost, method, "eval") if config.data.eval else None
     trainer = Trainer(
         config=config,
@@ -153,7 +155,7 @@ def build_callbacks(config: Config, held_out: Collator | None) -> list[Callback]
     callbacks: list[Callback] = [Metrics(run_dir), Progress()]
     if held_out is not None:
         callbacks.append(Evaluation(run_dir, held_out))
-    callbacks.append(Plot(run_dir))
+    callbacks += [Trackers(run_dir), Plot(run_dir)]
     if train.spike_threshold is not None:
         callbacks.append(Spikes(run_dir, train.spike_threshold, train.spike_window))
     return callbacks

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.utils.serialization import config as serialization
 
+from vtprune_train.disk import naming
 from vtprune_train.training.pinned import Arena
 
 POLL_SECONDS = 0.02
@@ -131,7 +132,7 @@ class HashingFile:
 
 def write_file(path: Path, state: Any) -> dict[str, Any]:
     """Serialise as ``torch.save`` does; on disk when this returns. Returns the manifest's entry."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         hashing = HashingFile(file)
         # Every file has its SHA-256: a checksum of each tensor beside it would only hold the interpreter's lock.
         with serialization.patch(  # type: ignore[attr-defined]
@@ -210,5 +211,6 @@ def part_path(partial: Path, rank: int) -> Path:
 
 def _say_written(partial: Path, rank: int, entries: Entries) -> None:
     path = part_path(partial, rank)
-    path.with_suffix(".tmp").write_text(json.dumps(entries))
+    with naming(path):
+        path.with_suffix(".tmp").write_text(json.dumps(entries))
     path.with_suffix(".tmp").rename(path)

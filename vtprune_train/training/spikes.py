@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.callbacks import Callback, JsonLines
+from vtprune_train.training.callbacks import Callback
+from vtprune_train.training.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from vtprune_train.training.trainer import Trainer
@@ -60,7 +61,7 @@ class Spikes(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         def known() -> list[float]:
-            self.file.rewind(trainer.state.step)
+            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
             lines = [line for line in self.metrics.read() if line["step"] <= trainer.state.step]
             return [line["loss"] for line in lines if line["loss"] is not None][-(self.recent.maxlen or 0) :]
 
@@ -74,6 +75,9 @@ class Spikes(Callback):
         self.recent.append(loss)
         if score > self.threshold:  # on all ranks or on none: they know the same losses
             self._tell(trainer, record["step"], loss, score)
+
+    def files(self) -> list[JsonLines]:
+        return [self.file]
 
     def _tell(self, trainer: Trainer, step: int, loss: float, score: float) -> None:
         worst = [entry for part in ranks.gather(sample_losses(trainer)) for entry in part]

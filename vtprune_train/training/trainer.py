@@ -302,7 +302,9 @@ class Trainer:
         self.watchdog.mark("saving")
         self.checkpoints.wait()  # its thread reads the model's config
         self._note_schedule()
-        self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config))
+        files = [] if ranks.rank() else [file for callback in self.callbacks for file in callback.files()]
+        logs = {file.path.name: file.copy() for file in files}
+        self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config), logs)
         self._saved_step = self.state.step
 
     def _note_schedule(self) -> None:
