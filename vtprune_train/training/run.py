@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
+from vtprune_train.durable import MANIFEST, damage, publish, remove, seal_as_it_is, write_replacing
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -118,7 +118,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     )
     identity, config_yaml = _identity(config, collate.index), dump_config(config)
     state = resume(identity, config.train.resume, checkpoints, engine, zero_stage(settings), config_yaml)
-    ranks.from_rank_0(lambda: (run_dir / "config.yaml").write_text(config_yaml))
+    ranks.from_rank_0(lambda: write_replacing(run_dir / "config.yaml", config_yaml.encode()))
     held_out = build_collator(config, parts, cost, method, "eval") if config.data.eval else None
     trainer = Trainer(
         config=config,
@@ -263,9 +263,16 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
     if config.model.config is None:
         return load()
     with FileLock(str(config.run_dir / "tokenizer.lock")):
+        if (folder / MANIFEST).exists() and (what := damage(folder)):  # older versions wrote no manifest
+            log.warning("the tokenizer in %s is damaged (%s); training it again", folder, what)
+            remove(folder)
         tokenizer = load()
         if not folder.is_dir():
-            tokenizer.save_pretrained(str(folder))
+            temporary = folder.with_name("tokenizer.tmp")
+            remove(temporary)
+            tokenizer.save_pretrained(str(temporary))
+            seal_as_it_is(temporary)
+            publish(temporary, folder)
             tokenizer = load()  # so that every rank exports the same files, whichever of them came first
     return tokenizer
 
@@ -390,8 +397,8 @@ def _make_run_dir(run_dir: Path) -> None:
     except OSError as error:
         raise ConfigError(unwritable("run.output_dir", run_dir, error)) from error
     saved = any(STEP.match(path.name) for path in (run_dir / "checkpoints").glob("step_*"))
-    if not saved and (run_dir / "tokenizer").exists():
-        shutil.rmtree(run_dir / "tokenizer")
+    if not saved:
+        remove(run_dir / "tokenizer")
 
 
 def _prepare(config: Config, parts: Parts, method: PruningMethod | None, device: torch.device) -> None:
