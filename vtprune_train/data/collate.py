@@ -82,8 +82,15 @@ class Collator:
 
         Raises:
             one of ``UNREADABLE``: a picture cannot be read or has changed.
+            RuntimeError: the sample is not as long as it was indexed, so the plan of its step is wrong.
         """
         record = self.index.record(sample)
+        chat = self.encoder.encode(record.turns)
+        lengths = self.index.lengths([sample, picture_sample])
+        supervised = int((chat.labels >= 0).sum())
+        self._compare(sample, "text tokens", len(chat.input_ids) - len(chat.image_offsets), int(lengths.text[0]))
+        self._compare(sample, "supervised tokens", supervised, int(lengths.supervised[0]))
+        self._compare(sample, "images", len(chat.image_offsets), int((lengths.span_sample == 0).sum()))
         picture_record = record if picture_sample == sample else self.index.record(picture_sample)
         sizes = self.index.picture_sizes(picture_sample)
         pictures_of = self.index.pictures(picture_sample, picture_record)
@@ -91,8 +98,16 @@ class Collator:
             load_image(picture, size, max_pixels=self.max_image_pixels, name=picture_name(picture, number))
             for number, (picture, size) in enumerate(zip(pictures_of, sizes, strict=True))
         ]
+        visual = int(lengths.span_tokens[lengths.span_sample == 1].sum())
+        self._compare(picture_sample, "visual tokens", sum(self.layout.tokens(sizes)), visual)
         pictures = Pictures(sizes, self.layout.pixels(self.image_processor, images))
-        return LoadedSample(self.index.sample_id(sample), self.encoder.encode(record.turns), pictures)
+        return LoadedSample(self.index.sample_id(sample), chat, pictures)
+
+    def _compare(self, sample: int, name: str, here: int, indexed: int) -> None:
+        if here != indexed:
+            raise self.index.distrusted(
+                sample, f"sample {self.index.sample_id(sample)} has {here} {name}, but {indexed} in the index"
+            )
 
     def pack(
         self,

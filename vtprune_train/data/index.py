@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,15 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock
 
+from vtprune_train.data.building import VERSION
 from vtprune_train.data.chat import ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS
 from vtprune_train.data.measure import FINE, SILENT, Measure
 from vtprune_train.data.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
 from vtprune_train.data.sources import find_files
-from vtprune_train.data.table import VERSION, Table, open_table
+from vtprune_train.data.table import Table, open_table
+from vtprune_train.durable import SummedFile, damage, publish, read_manifest, remove, seal
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.layouts.base import Size
 from vtprune_train.rounding import floor_of
@@ -86,7 +87,7 @@ class Selection:
 
     def __init__(self, table: Table, folder: Path):
         self.table, self.folder = table, folder
-        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        self.manifest = read_manifest(folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"table": self.table, "folder": self.folder, "manifest": self.manifest}
@@ -170,6 +171,10 @@ class SampleIndex:
         """
         source, row = self.locate(sample)
         return self.sources[source].prompt.apply(self.selections[source].table.read(row))
+
+    def distrusted(self, sample: int, reason: str) -> RuntimeError:
+        """See :meth:`vtprune_train.data.table.Table.distrusted`: of the table that a sample is in."""
+        return self.selections[self.locate(sample)[0]].table.distrusted(reason)
 
     def pictures(self, sample: int, record: Conversation) -> list[Path | bytes]:
         """Where the pictures of a sample are read from."""
@@ -258,33 +263,26 @@ def _select(table: Table, *, take: str, seed: int, max_length: int) -> Selection
     drawn = seed if take.startswith("random") else None
     key = json.dumps([table.manifest["generation"], take, drawn, max_length])
     folder = table.folder / f"selection-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not _is_whole(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+    reason = damage(folder) if folder.exists() else ""
+    if reason:
+        log.warning("the selection in %s is damaged (%s); selecting again", folder, reason)
+    if reason or not folder.exists():
         temporary = table.folder / "selection.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir()
-        counts = _write_rows(table, take, seed, max_length, temporary)
-        (temporary / "manifest.json").write_text(json.dumps(counts, indent=1))
-        temporary.replace(folder)
+        _write_rows(table, take, seed, max_length, temporary)
+        publish(temporary, folder)
     return Selection(table, folder)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a selection is there with all its rows."""
-    if not (folder / "manifest.json").is_file():
-        return False
-    samples = json.loads((folder / "manifest.json").read_text())["samples"]
-    return (folder / "rows.bin").is_file() and (folder / "rows.bin").stat().st_size == 8 * samples
-
-
-def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Path) -> dict[str, Any]:
-    """Write the rows that can be used to ``rows.bin``, those that are broken to ``bad.bin`` (int64); what the usable
-    ones measure together, and a digest of their content."""
+def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Path) -> None:
+    """Write the rows that can be used to ``rows.bin``, those that are broken to ``bad.bin`` (int64), and to the
+    manifest what the usable ones measure together, and a digest of their content."""
     digest = hashlib.sha256()
     counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0, "unsupervised": 0}
     long: list[list[int]] = []
     silent: list[int] = []
-    with (folder / "rows.bin").open("wb") as kept, (folder / "bad.bin").open("wb") as bad:
+    with SummedFile(folder / "rows.bin") as kept, SummedFile(folder / "bad.bin") as bad:
         for rows in _take(take, len(table), seed):
             lengths = _tokens(table, rows)
             state = table.column("state")[rows]
@@ -303,7 +301,9 @@ def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Pat
             counts["bad"] += int(is_bad.sum())
             counts["unsupervised"] += int(is_silent.sum())
             counts["too_long"] += int(is_long.sum())
-    return {**counts, "first_too_long": long, "first_unsupervised": silent, "digest": digest.hexdigest()}
+    first = {"first_too_long": long, "first_unsupervised": silent}
+    sums = {file.path.name: file.sums for file in (kept, bad)}
+    seal(folder, {**counts, **first, "digest": digest.hexdigest()}, sums)
 
 
 def _tokens(table: Table, rows: np.ndarray) -> np.ndarray:

@@ -104,7 +104,10 @@ class StepLoader:
             yield MicroBatch(plan.step, samples, pictures)
 
     def _decode(self, task: MicroBatch) -> PackedBatch:
-        return self.collate(task.samples, task.pictures_of, step=task.step)
+        batch = self.collate(task.samples, task.pictures_of, step=task.step)
+        if task.pictures_of is None:  # pictures of other samples have other lengths
+            assert batch.plan.stages[0].num_tokens <= self.planner.max_tokens, "a micro-batch beyond data.max_tokens"
+        return batch
 
     def _names(self, task: MicroBatch) -> list[str]:
         return [self.collate.index.sample_id(sample) for sample in task.samples]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
 from vtprune_train.data.sources import Piece, Place, Reader
+from vtprune_train.durable import write_sealed
 from vtprune_train.models.layouts import ImageLayout
 
 BATCH = 512  # conversations tokenized in one call
@@ -122,8 +124,8 @@ def picture_name(picture: Path | bytes, number: int) -> str:
     return f"{number + 1} of the record" if isinstance(picture, bytes) else shortened(str(picture))
 
 
-def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path) -> None:
-    """Measure a piece of a file and write its columns to ``target`` (.npz), whole or not at all."""
+def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, identity: str) -> None:
+    """Measure a piece of a file and write its columns to ``target``, whole or not at all: a sealed .npz."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*RECORD_COLUMNS, *SPAN_COLUMNS, "ids")}
     errors: list[str] = []
     unread: Counter[str] = Counter()
@@ -145,12 +147,11 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path) 
     unread.update(dict.fromkeys(reader.unread, done))
     empty = {name: np.zeros(0, dtype=dtype) for name, dtype in _dtypes().items()}
     joined = {name: np.concatenate([empty[name], *parts]) for name, parts in columns.items()}
-    temporary = target.with_suffix(".tmp")
     joined["errors"] = np.frombuffer("\n".join(errors).encode(), dtype=np.uint8)
     joined["unread"] = np.frombuffer(json.dumps(unread).encode(), dtype=np.uint8)
-    with temporary.open("wb") as file:
-        np.savez(file, **joined)  # type: ignore[arg-type]  # it takes arrays by name
-    temporary.replace(target)
+    content = io.BytesIO()
+    np.savez(content, **joined)  # type: ignore[arg-type]  # it takes arrays by name
+    write_sealed(target, content.getvalue(), identity)
 
 
 def _dtypes() -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _columns(
         "text": [result.text for result in measured],
         "supervised": [result.supervised for result in measured],
         "state": [result.state for result in measured],
-        "content": [_hash(_content(conversation)) for conversation in conversations],
+        "content": [content_hash(conversation) for conversation in conversations],
         "num_spans": [len(result.spans) for result in measured],
         "id_size": [len(name) for name in ids],
         "id_hash": [_hash(name) if name else 0 for name in ids],
@@ -178,11 +179,11 @@ def _columns(
     return {**columns, **dict(zip(SPAN_COLUMNS, spans.T, strict=True))}
 
 
-def _content(conversation: Conversation) -> bytes:
-    """All that a record says, and the names of its pictures."""
+def content_hash(conversation: Conversation) -> int:
+    """Of all that a record says, and of the names of its pictures (of pictures as bytes: their sizes)."""
     texts = [part for turn in conversation.turns for part in (turn.role, turn.text)]
     names = [image if isinstance(image, str) else str(len(image)) for image in conversation.images]
-    return "\0".join([conversation.id, *texts, *names, conversation.error]).encode(errors="surrogatepass")
+    return _hash("\0".join([conversation.id, *texts, *names, conversation.error]).encode(errors="surrogatepass"))
 
 
 def _hash(content: bytes) -> int:

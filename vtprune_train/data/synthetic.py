@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from vtprune_train.durable import write_replacing
+
 COLOURS = {
     "red": (214, 40, 40),
     "green": (44, 160, 60),
@@ -76,7 +78,7 @@ def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> 
     """Write ``train.json``, ``eval.json`` and ``images/*.png``; nothing if a whole set of the same make is there."""
     stamp = folder / "made.json"
     made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 1}
-    if stamp.is_file() and json.loads(stamp.read_text()) == made:
+    if stamp.is_file() and stamp.read_text(errors="replace") == json.dumps(made):
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -88,4 +90,4 @@ def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> 
             image.save(folder / "images" / name)
             records.append({"id": f"{split}-{number}", "image": name, "conversations": _conversation(rng, truth)})
         (folder / f"{split}.json").write_text(json.dumps(records, indent=0))
-    stamp.write_text(json.dumps(made))
+    write_replacing(stamp, json.dumps(made).encode())

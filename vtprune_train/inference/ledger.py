@@ -11,6 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from vtprune_train.durable import write_replacing
+
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 
@@ -59,9 +61,7 @@ class Ledger:
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """A whole file of the folder, or none."""
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.rename(self.folder / name)
+        write_replacing(self.folder / name, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
     def _check(self, settings: dict[str, Any]) -> None:
         settings = json.loads(json.dumps(settings))
@@ -71,7 +71,10 @@ class Ledger:
                 raise ValueError(f"--out {self.folder} holds {SAMPLES} without {SETTINGS}; use another folder")
             self.write(SETTINGS, settings)
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it, or use another --out") from error
         changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if changed:
             lines = "; ".join(f"{key}: there {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.disk import replace_synced
+from vtprune_train.durable import MANIFEST, damage, publish, remove, seal_as_it_is
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -265,9 +265,16 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
     if config.model.config is None:
         return load()
     with FileLock(str(config.run_dir / "tokenizer.lock")):
+        if (folder / MANIFEST).exists() and (what := damage(folder)):  # older versions wrote no manifest
+            log.warning("the tokenizer in %s is damaged (%s); training it again", folder, what)
+            remove(folder)
         tokenizer = load()
         if not folder.is_dir():
-            tokenizer.save_pretrained(str(folder))
+            temporary = folder.with_name("tokenizer.tmp")
+            remove(temporary)
+            tokenizer.save_pretrained(str(temporary))
+            seal_as_it_is(temporary)
+            publish(temporary, folder)
             tokenizer = load()  # so that every rank exports the same files, whichever of them came first
     return tokenizer
 
@@ -392,8 +399,8 @@ def _make_run_dir(run_dir: Path) -> None:
     except OSError as error:
         raise ConfigError(unwritable("run.output_dir", run_dir, error)) from error
     saved = any(STEP.match(path.name) for path in (run_dir / "checkpoints").glob("step_*"))
-    if not saved and (run_dir / "tokenizer").exists():
-        shutil.rmtree(run_dir / "tokenizer")
+    if not saved:
+        remove(run_dir / "tokenizer")
 
 
 def _prepare(config: Config, parts: Parts, method: PruningMethod | None, device: torch.device) -> None:

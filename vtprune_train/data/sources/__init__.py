@@ -86,7 +86,12 @@ def open_reader(file: Path) -> Reader:
 
 
 def stamp(file: Path) -> list[int]:
-    """Size in bytes and time of the last change in ns; of a dataset on disk, those of all its files together."""
+    """Size in bytes, time of the last change in ns, and time of the last change of anything (``ctime``), which no
+    program can set back; of a dataset on disk, those of all its files together."""
     parts = sorted(file.iterdir()) if file.is_dir() else [file]
     states = [part.stat() for part in parts]
-    return [sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)]
+    return [
+        sum(state.st_size for state in states),
+        max(state.st_mtime_ns for state in states),
+        max(state.st_ctime_ns for state in states),
+    ]

@@ -1,0 +1,300 @@
+"""Measures the records of one source in parallel, piece by piece, and joins the pieces to the columns of a table.
+
+A finished piece is a sealed file (see :mod:`vtprune_train.durable`) in a folder beside the table. A build that was cut
+off goes on from the pieces that are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vtprune_train.data.measure import FINE, NO_PICTURE, RECORD_COLUMNS, SPAN_COLUMNS, Measure, measure_piece
+from vtprune_train.data.sources import Piece, Reader, open_reader
+from vtprune_train.durable import SummedFile, naming, publish, read_sealed, remove, seal
+
+log = logging.getLogger(__name__)
+
+VERSION = 5  # of the columns and of what they count
+WORTH_PROCESSES = 4  # pieces; fewer are measured before a process has started
+SECONDS_BETWEEN_LINES = 30
+KEPT = ("at", "size", "text", "supervised", "state", "content")
+STARTS = {"span_starts": "num_spans", "id_starts": "id_size"}
+BUCKETS = 16
+
+
+def build_table(
+    folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]], measure: Measure, workers: int
+) -> None:
+    """Build the table of ``files`` in ``folder``, also from finished pieces of earlier starts.
+
+    Args:
+        stamps: path and stamp of each file; pieces of other ones are removed.
+
+    Raises:
+        ValueError: a file cannot be read, or there is no record; names it.
+    """
+    state = hashlib.sha256(json.dumps([VERSION, stamps]).encode()).hexdigest()[:8]
+    building = folder.with_name(f"{folder.name}.{state}.building")
+    remove_builds(folder, keep=building)
+    if not building.is_dir():
+        remove(building)
+        with naming(building):
+            building.mkdir(parents=True)
+    pieces = _build_pieces(building, files, measure, workers)
+    publish(_assemble(building, pieces, stamps, measure), folder)
+    remove_builds(folder)
+
+
+def remove_builds(folder: Path, keep: Path | None = None) -> None:
+    """Remove what builds of a table have left."""
+    for path in folder.parent.glob(f"{folder.name}.*building"):
+        if path != keep:
+            remove(path)
+
+
+class _Work(NamedTuple):
+    """One piece of one file, and where its columns go."""
+
+    file_number: int
+    file: Path
+    piece: Piece
+    target: Path
+
+    @property
+    def identity(self) -> str:
+        return f"{self.target.parent.name} {self.target.name} {self.piece.start} {self.piece.stop}"
+
+    def load(self) -> Mapping[str, np.ndarray]:
+        """The columns of the finished piece.
+
+        Raises:
+            RuntimeError: it was damaged after it was looked at or written.
+        """
+        try:
+            return np.load(io.BytesIO(read_sealed(self.target, self.identity)))
+        except (OSError, ValueError) as error:
+            raise RuntimeError(
+                f"{self.target}, a piece of the index, was whole and is not any more ({error}); start again to measure "
+                "it again, and check the disk"
+            ) from error
+
+    def is_finished(self) -> bool:
+        """Whether it need not be measured; a file that cannot be used is named."""
+        try:
+            read_sealed(self.target, self.identity)
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            log.warning("%s, a piece of the index, cannot be used (%s); measuring it again", self.target, error)
+            return False
+        return True
+
+
+def _build_pieces(building: Path, files: Sequence[Path], measure: Measure, workers: int) -> list[_Work]:
+    """Measure what is not there yet; all pieces, in order."""
+    every: list[_Work] = []
+    kept = 0
+
+    def missing() -> Iterator[_Work]:
+        nonlocal kept
+        for number, file in enumerate(files):
+            for piece in open_reader(file).pieces():
+                work = _Work(number, file, piece, building / f"{len(every):07d}.npz")
+                every.append(work)
+                if work.is_finished():
+                    kept += 1
+                else:
+                    yield work
+
+    todo = missing()
+    first = list(islice(todo, WORTH_PROCESSES))
+    if kept:
+        log.info("%s: going on with %d finished piece(s) of an earlier start", files[0].name, kept)
+    if workers > 1 and len(first) == WORTH_PROCESSES:
+        _measure_in_processes(chain(first, todo), measure, workers, files[0].name)
+    else:
+        worker = _Worker(measure)
+        for work in chain(first, todo):
+            worker(work)
+    return every
+
+
+class _Worker:
+    """Measures pieces; keeps the last file open."""
+
+    def __init__(self, measure: Measure):
+        self.measure = measure
+        self._reader: Reader | None = None
+
+    def __call__(self, work: _Work) -> None:
+        if self._reader is None or self._reader.path != work.file:
+            self._reader = open_reader(work.file)
+        measure_piece(self.measure, self._reader, work.piece, work.target, work.identity)
+
+
+_worker: _Worker  # of a process that builds
+
+
+def _start_process(measure: Measure) -> None:
+    """A process that builds: it ends with the one that started it, even if that was killed."""
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _worker = _Worker(measure)
+
+
+def _measure(work: _Work) -> None:
+    _worker(work)
+
+
+def _measure_in_processes(todo: Iterator[_Work], measure: Measure, workers: int, name: str) -> None:
+    # Spawned, not forked: the training process has threads by now, and a fork would copy their locks as they stand.
+    context = multiprocessing.get_context("spawn")
+    begun = said = time.monotonic()
+    done = 0
+    with ProcessPoolExecutor(workers, context, _start_process, (measure,)) as pool:
+        running: set[Future[None]] = {pool.submit(_measure, work) for work in islice(todo, 2 * workers)}
+        try:
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                done += len(finished)
+                running |= {pool.submit(_measure, work) for work in islice(todo, len(finished))}
+                if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    log.info("indexing %s: %d pieces in %.0f s", name, done, said - begun)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a process that indexed {name} was killed, perhaps for its memory; start again, with fewer "
+                "data.workers: finished pieces are kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class ColumnFile(SummedFile):
+    """A ``.npy`` file of ``length`` values, written from front to back: a full disk is an error that names it, where
+    writing by a memory mapping would end the process without a word."""
+
+    def __init__(self, path: Path, dtype: Any, length: int):
+        super().__init__(path)
+        self.dtype = np.dtype(dtype)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(self, header)  # type: ignore[arg-type]  # it only writes
+
+    def append(self, values: np.ndarray) -> None:
+        self.write(values.astype(self.dtype).tobytes())
+
+
+def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any]], measure: Measure) -> Path:
+    """Join the pieces' columns in a folder that becomes the table; in memory there is one piece at a time."""
+    folder = building / "table"
+    remove(folder)
+    with naming(folder):
+        folder.mkdir()
+    first, records, pictures, letters = _sizes(pieces, len(stamps))
+    if not records:
+        raise ValueError(f"data file {stamps[0][0]}{' and the others hold' if stamps[1:] else ' holds'} no record")
+    lengths = {**dict.fromkeys(SPAN_COLUMNS, pictures), **dict.fromkeys(STARTS, records + 1), "ids": letters}
+    dtypes = {**RECORD_COLUMNS, **dict.fromkeys(SPAN_COLUMNS, np.int32), **dict.fromkeys(STARTS, np.int64)}
+    with ExitStack() as stack:
+        columns: dict[str, ColumnFile] = {
+            name: stack.enter_context(
+                ColumnFile(folder / f"{name}.npy", dtypes.get(name, np.uint8), lengths.get(name, records))
+            )
+            for name in (*KEPT, *SPAN_COLUMNS, *STARTS, "ids")
+        }
+        hashes = stack.enter_context(ColumnFile(building / "id_hash.npy", np.uint64, records))
+        errors = stack.enter_context(SummedFile(folder / "errors.jsonl"))
+        counts = _join(pieces, columns, hashes, errors)
+    manifest = {
+        "version": VERSION,
+        "made_with": measure.fingerprint(),
+        "records": records,
+        "pictures": pictures,
+        "letters": letters,
+        **counts,
+        "generation": 0,
+        **_duplicates(np.load(hashes.path, mmap_mode="r")),
+        "files": [[*entry, start] for entry, start in zip(stamps, first, strict=True)],
+    }
+    seal(folder, manifest, {file.path.name: file.sums for file in (*columns.values(), errors)})
+    return folder
+
+
+def _join(
+    pieces: Sequence[_Work], columns: Mapping[str, ColumnFile], hashes: ColumnFile, errors: SummedFile
+) -> dict[str, Any]:
+    """Append each piece to the columns; what the manifest counts."""
+    unread: Counter[str] = Counter()
+    row = bad = doubtful = 0
+    ends = dict.fromkeys(STARTS, 0)
+    for name in STARTS:
+        columns[name].append(np.zeros(1, dtype=np.int64))
+    for work in pieces:
+        piece = work.load()
+        for name in (*KEPT, *SPAN_COLUMNS, "ids"):
+            columns[name].append(piece[name])
+        for name, lengths in STARTS.items():
+            starts = ends[name] + np.cumsum(piece[lengths], dtype=np.int64)
+            columns[name].append(starts)
+            ends[name] = int(starts[-1]) if len(starts) else ends[name]
+        hashes.append(piece["id_hash"])
+        state = piece["state"]
+        bad += int((state != FINE).sum())
+        doubtful += int((state == NO_PICTURE).sum())
+        unread.update(json.loads(piece["unread"].tobytes()))
+        entries = map(json.loads, piece["errors"].tobytes().decode().splitlines())
+        errors.write("".join(json.dumps({**entry, "row": entry["row"] + row}) + "\n" for entry in entries).encode())
+        row += len(state)
+    return {"bad": bad, "doubtful": doubtful, "unread": dict(sorted(unread.items()))}
+
+
+def _sizes(pieces: Sequence[_Work], num_files: int) -> tuple[list[int], int, int, int]:
+    """The first record of each file; records, pictures and letters of ids of all pieces together."""
+    of_file = np.zeros(num_files, dtype=np.int64)
+    pictures = letters = 0
+    for work in pieces:
+        piece = work.load()
+        of_file[work.file_number] += len(piece["at"])
+        pictures += len(piece["height"])
+        letters += len(piece["ids"])
+    return (np.cumsum(of_file) - of_file).tolist(), int(of_file.sum()), pictures, letters
+
+
+def _duplicates(hashes: np.ndarray) -> dict[str, Any]:
+    """How many records have an id that another one before has too, and the rows of one such pair; a share of the
+    hashes at a time."""
+    count, rows = 0, None
+    for bucket in range(BUCKETS):
+        own = np.sort(hashes[(hashes % BUCKETS == bucket) & (hashes != 0)])
+        again = np.flatnonzero(own[1:] == own[:-1])
+        count += len(again)
+        if rows is None and len(again):
+            rows = np.flatnonzero(hashes == own[again[0]])[:2].tolist()
+    return {"duplicates": count, "duplicate_rows": rows}

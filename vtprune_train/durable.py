@@ -1,0 +1,176 @@
+"""Files that outlive a power cut: whole under their name or not there at all, on disk before they count, and checked
+before they are trusted.
+
+A *sealed* file holds bytes with a digest of them and of what they belong to. A *sealed folder* has a ``manifest.json``,
+written last, with the size and the CRC-32 of each of its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+MANIFEST = "manifest.json"
+DIGEST_BYTES = 16
+BLOCK = 1 << 20
+
+Sums = Mapping[str, list[int]]  # of each file of a folder: its size in bytes and its CRC-32
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the system's errors name ``path`` where they name no file: those of writing (a full disk) do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's list of names, to disk."""
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete whatever is there: a file, a link or a folder with all it holds; nothing is fine too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Rename a file or folder that is on disk to its name, in place of whatever has it; the name is on disk then."""
+    if temporary.is_dir() or target.is_dir():
+        remove(target)
+    temporary.replace(target)
+    sync(target.parent)
+
+
+def write_replacing(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    with SummedFile(temporary) as file:
+        file.write(content)
+    publish(temporary, path)
+
+
+class SummedFile:
+    """A new file, written from front to back; on disk once it is closed. ``sums`` are its size and CRC-32."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sums = [0, 0]
+        with naming(path):
+            self._file = path.open("wb", buffering=0)
+
+    def write(self, content: bytes) -> None:
+        self.sums = [self.sums[0] + len(content), zlib.crc32(content, self.sums[1])]
+        view = memoryview(content)
+        with naming(self.path):
+            while view:
+                view = view[self._file.write(view) :]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        with self._file, naming(self.path):
+            if kind is None:
+                os.fsync(self._file.fileno())
+
+
+def write_sealed(path: Path, content: bytes, identity: str) -> None:
+    """Write ``content`` as what ``identity`` says, whole or not at all."""
+    write_replacing(path, content + _digest(identity.encode()) + _digest(content))
+
+
+def read_sealed(path: Path, identity: str) -> bytes:
+    """What :func:`write_sealed` wrote.
+
+    Raises:
+        ValueError: it is damaged, or was written as something else; says which.
+        OSError: it cannot be read.
+    """
+    whole = path.read_bytes()
+    content, name, digest = whole[: -2 * DIGEST_BYTES], whole[-2 * DIGEST_BYTES : -DIGEST_BYTES], whole[-DIGEST_BYTES:]
+    if len(whole) < 2 * DIGEST_BYTES or _digest(content) != digest:
+        raise ValueError(f"its {len(whole)} bytes are cut off or changed")
+    if name != _digest(identity.encode()):
+        raise ValueError("it belongs to something else")
+    return content
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def seal(folder: Path, manifest: Mapping[str, Any], sums: Sums) -> None:
+    """Write the manifest of a folder whose files are on disk."""
+    text = json.dumps({**manifest, "sums": dict(sums)}, indent=1)
+    content = json.dumps({**json.loads(text), "checksum": zlib.crc32(text.encode())}, indent=1)
+    write_replacing(folder / MANIFEST, content.encode())
+
+
+def seal_as_it_is(folder: Path) -> None:
+    """Seal a folder of files that others have written."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        sync(path)
+    seal(folder, {}, {str(path.relative_to(folder)): checksum(path) for path in files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a sealed folder, its ``sums`` included; its files are not looked at.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(manifest, dict):
+        raise ValueError("no JSON object")
+    checksum = manifest.pop("checksum", None)
+    if zlib.crc32(json.dumps(manifest, indent=1).encode()) != checksum:
+        raise ValueError("its content does not fit its checksum")
+    return manifest
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a sealed folder; empty if nothing is. Reads all of its files."""
+    try:
+        sums = read_manifest(folder)["sums"]
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in sums.items():
+        try:
+            found = checksum(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != expected:
+            return f"{name} is cut off or changed"
+    return ""
+
+
+def checksum(path: Path) -> list[int]:
+    """Size in bytes and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
