@@ -151,6 +151,10 @@ def _launch(arguments: Sequence[str]) -> int:
 def _run_command(arguments: argparse.Namespace) -> int:
     _start_logging()
     try:
+        if getattr(arguments, "trust_remote_code", False):
+            from vtprune_train.inference.options import trust
+
+            trust(arguments)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code

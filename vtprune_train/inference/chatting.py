@@ -32,7 +32,7 @@ from vtprune_train.models.patch import prune, resolve_method
 from vtprune_train.models.peft import is_adapter, open_adapter
 from vtprune_train.models.processors import open_processor
 from vtprune_train.models.templates import build_encoder, carry, stop_where_answers_end
-from vtprune_train.pruning import CONFIG_KEY, SAVED
+from vtprune_train.pruning import CONFIG_KEY, SAVED, saved_settings, trust_saved
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.stream import IMAGE
 
@@ -67,6 +67,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """A model of any supported family, ready to answer.
 
@@ -75,14 +76,19 @@ def load(
         method: as for :func:`vtprune_train.prune`; where nothing was saved the model runs dense, and a warning says so.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: run the code of a method outside of the package that the checkpoint names.
 
     Raises:
         ValueError: no readable model or processor there, no such device, or a method that does not fit or whose
-            parameters are not in the checkpoint.
+            parameters are not in the checkpoint, or whose code nobody has named.
     """
     where = choose_device(device)
     folder = resolve_checkpoint(path)
     config = model_config(folder)
+    if trust_remote_code:
+        trust_saved(config)
+    if method == SAVED:
+        saved_settings(config)  # refuses a method whose code is not to be run, before anything large is read
     processor = load_processor(folder, config)
     model = load_weights(folder, dtype).to(where).eval()
     if method == SAVED and getattr(config, CONFIG_KEY, None) is None:

@@ -28,6 +28,7 @@ from transformers import (
 
 from vtprune_train.inference.chatting import load_processor, load_weights, model_config
 from vtprune_train.inference.export import check_target, publish
+from vtprune_train.inference.options import add_trust_option
 from vtprune_train.models import original
 from vtprune_train.models.build import (
     EMBEDDING_MULTIPLE,
@@ -37,11 +38,12 @@ from vtprune_train.models.build import (
     load_any_config,
     resolve_checkpoint,
 )
+from vtprune_train.models.files import check_weights
 from vtprune_train.models.learned import saved_learner
 from vtprune_train.models.original_config import PIXELS, hf_config, image_processor, original_config, trains_tower
 from vtprune_train.models.processors import build_processor, saved_image_processor
 from vtprune_train.parse import read_json_object
-from vtprune_train.pruning import NONE, saved_settings
+from vtprune_train.pruning import CONFIG_KEY, NONE
 from vtprune_train.stream import IMAGE
 from vtprune_train.training.manifest import check_export
 
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a LLaVA folder of the original code, an mm_projector.bin, a run of this project, or a Hugging Face folder"
     )
     parser.add_argument("--model", required=True, metavar="PATH", help=help_text)
+    add_trust_option(parser)
     parser.add_argument("--to", required=True, choices=FORMS, help="what to write")
     parser.add_argument("--out", required=True, metavar="PATH", help="a folder; for mm_projector a file")
     parser.add_argument("--vision_tower", metavar="DIR", help="CLIP tower; left out: the one that config.json names")
@@ -274,6 +277,7 @@ def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: 
                 "checkpoint has no weights of it"
             )
         return own
+    check_weights(tower, f"the vision tower {tower}")
     try:
         loaded = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
     except (OSError, ValueError, SafetensorError) as error:
@@ -305,7 +309,7 @@ def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 def _tokenizer(source: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: no readable tokenizer there ({first_line(error)})") from error
     add_image_token(tokenizer)
@@ -392,6 +396,7 @@ def _check_images(images: Any, published: Any, tower: str, place: str) -> None:
 
 def _tower_is(state: dict[str, Tensor], tower: str) -> bool:
     """Whether the tower is the one of that name, as far as that can be read."""
+    check_weights(tower, f"the vision tower {tower}")
     try:
         published = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
     except (OSError, ValueError, SafetensorError) as error:
@@ -407,13 +412,13 @@ def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
 
 
 def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool) -> None:
-    settings = saved_settings(config)
+    settings = getattr(config, CONFIG_KEY, None)
     if settings is not None and settings["method"] != NONE:
         log.warning(
             "%s: the original code knows no pruning, so the settings of %s are left out and the model runs on all of "
             "its visual tokens there", source, settings["method"],
         )  # fmt: skip
-    method = saved_learner(config)
+    method = saved_learner(config, source)
     if method is None:
         return
     if not without_learned:

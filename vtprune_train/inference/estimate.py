@@ -20,13 +20,20 @@ from vtprune_train.config_file import load_config
 from vtprune_train.flops import TYPICAL_TEXT, DecoderGeometry
 from vtprune_train.inference.chatting import choose_device
 from vtprune_train.inference.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of
-from vtprune_train.inference.options import METHOD_HELP, add_set_option, changed, named_method, set_values
+from vtprune_train.inference.options import (
+    METHOD_HELP,
+    add_set_option,
+    add_trust_option,
+    changed,
+    named_method,
+    set_values,
+)
 from vtprune_train.inference.stopwatch import Clock, clock
 from vtprune_train.inference.stopwatch import render as render_clock
 from vtprune_train.models.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.models.encoder import check_tower
 from vtprune_train.models.families import family_of_type
-from vtprune_train.pruning import PruningMethod, method_from_settings
+from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_settings, saved_settings
 from vtprune_train.pruning.contract import check_method
 
 LARGEST = 10**6  # tokens of a sample are laid out one by one
@@ -269,11 +276,12 @@ def _from_config(request: Request) -> Subject:
 def _from_checkpoint(request: Request) -> Subject:
     assert request.model is not None
     config = load_any_config(resolve_checkpoint(request.model), f"--model={request.model}", offline=True)
-    saved = getattr(config, "pruning", None)
+    saved = getattr(config, CONFIG_KEY, None)
     if saved is None:
         settings, origin = {"method": "pyramiddrop"}, "PyramidDrop's defaults: the checkpoint has no settings"
     else:
-        settings, origin = saved, "the settings saved in the checkpoint"
+        origin = "the settings saved in the checkpoint"
+        settings = saved if request.method is not None else saved_settings(config) or {}
     given = {key: value for key, value in request.pruning.items() if key != "method"}
     if request.method is not None:
         settings, origin = named_method(request.method), "the command line"
@@ -311,6 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML file of a run: a path, or a name in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over --config")
     parser.add_argument("--model", help="instead of --config: a checkpoint's folder, a run's folder, or a hub id")
+    add_trust_option(parser)
     parser.add_argument(
         "--resolution", action="append", metavar="WIDTHxHEIGHT", help="a picture in pixels; again for more pictures"
     )

@@ -13,8 +13,17 @@ import yaml
 from vtprune_train.config import TRAINING_ONLY
 from vtprune_train.config_file import read_pruning
 from vtprune_train.inference.chatting import DTYPES, Loaded, load, model_config
+from vtprune_train.models import original
 from vtprune_train.models.build import resolve_checkpoint
-from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, saved_settings, setting_types
+from vtprune_train.pruning import (
+    NONE,
+    SAVED,
+    method_class,
+    method_from_settings,
+    saved_settings,
+    setting_types,
+    trust_saved,
+)
 from vtprune_train.pruning.base import PruningMethod
 
 Number = TypeVar("Number", int, float)
@@ -30,6 +39,28 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     """``--model``."""
     help_text = "a run of this project, one of its checkpoints, a Hugging Face folder, or a hub id"
     parser.add_argument("--model", required=True, metavar="DIR", help=help_text)
+    add_trust_option(parser)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """``--trust_remote_code``, which :func:`trust` follows."""
+    help_text = "run the code of a pruning method outside of vtprune_train that the model's config.json names"
+    parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=help_text)
+
+
+def trust(arguments: argparse.Namespace) -> None:
+    """Before a command runs: import the method that the model's ``config.json`` names, if the options say so.
+
+    Raises:
+        ValueError: there is no model, or no such method here.
+    """
+    if not getattr(arguments, "trust_remote_code", False):
+        return
+    if arguments.model is None:
+        raise ValueError("--trust_remote_code has no effect without --model; leave it out")
+    source = resolve_checkpoint(arguments.model)
+    if original.read_config(Path(source)) is None and not Path(source).is_file():
+        trust_saved(model_config(source))
 
 
 def add_data_options(parser: argparse.ArgumentParser, data: str) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from vtprune_train.inference.chatting import Loaded
 from vtprune_train.models.learned import check_trained, saved_learner
 from vtprune_train.models.patch import prune, unprune
-from vtprune_train.pruning import NONE, PruningMethod, method_class
+from vtprune_train.pruning import CONFIG_KEY, NONE, PruningMethod, method_class
+from vtprune_train.pruning.own import method_name
 
 DENSE = "dense"
 
@@ -70,8 +71,10 @@ def rivals_of(
 def _starting(kind: type[PruningMethod], loaded: Loaded) -> PruningMethod:
     """A method before it is fitted to a budget: its defaults; where the model brings its parameters, the settings that
     they were trained with."""
-    saved = saved_learner(loaded.model.config)
-    return saved if saved is not None and type(saved) is kind else kind()
+    config = loaded.model.config
+    if (getattr(config, CONFIG_KEY, None) or {}).get("method") != method_name(kind):
+        return kind()
+    return saved_learner(config) or kind()
 
 
 def _check(method: PruningMethod, loaded: Loaded, attention: str) -> None:

@@ -17,7 +17,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.inference.chatting import content_of, load, model_config, open_picture, write_prompt
 from vtprune_train.inference.draw import ShownImage, draw
-from vtprune_train.inference.options import METHOD_HELP, add_set_option, changed, named_method, numbers, set_values
+from vtprune_train.inference.options import (
+    METHOD_HELP,
+    add_set_option,
+    add_trust_option,
+    changed,
+    named_method,
+    numbers,
+    set_values,
+)
 from vtprune_train.inference.page import page
 from vtprune_train.inference.places import anyres_places
 from vtprune_train.models import HFModule
@@ -25,7 +33,7 @@ from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.build import resolve_checkpoint
 from vtprune_train.models.padded import kept_tokens, stage_layers
 from vtprune_train.models.patch import is_pruned, prune
-from vtprune_train.pruning import PruningMethod, method_from_settings
+from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_class, method_from_settings, saved_settings
 
 
 def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
@@ -96,6 +104,7 @@ def encode(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``vtprune show``."""
     parser.add_argument("--model", required=True, help="a run, one of its checkpoints, a folder, or a hub id")
+    add_trust_option(parser)
     parser.add_argument("--image", required=True, nargs="+", action="extend", type=Path, help="one picture or several")
     parser.add_argument("--prompt", required=True, help="what is asked about them")
     parser.add_argument("--out", required=True, type=Path, help="the picture to write (.png, .jpg, ...)")
@@ -155,9 +164,11 @@ def _method(config: LlavaNextConfig, arguments: argparse.Namespace) -> PruningMe
     """The checkpoint's settings, overruled by the flags."""
     given = {key: value for key in ("layers", "keep") if (value := getattr(arguments, key)) is not None}
     given.update(set_values(arguments.set))
-    settings: dict[str, Any] = getattr(config, "pruning", None) or {}
-    if arguments.method is not None and arguments.method != settings.get("method"):
-        settings = named_method(arguments.method)
+    recorded = (getattr(config, CONFIG_KEY, None) or {}).get("method")
+    if arguments.method is not None and arguments.method == recorded:
+        method_class(recorded)  # named by the user, and so to be imported
+    named = arguments.method not in (None, recorded)
+    settings: dict[str, Any] = named_method(arguments.method) if named else saved_settings(config) or {}
     if "method" not in settings:
         raise ValueError(
             f"--model {arguments.model}: it was saved without pruning settings, so say how to prune it: for example "

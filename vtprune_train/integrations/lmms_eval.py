@@ -3,8 +3,8 @@
 lmms-eval finds it through the entry point ``lmms_eval.models`` of this package; nothing is to be copied. Model
 arguments: ``pretrained`` (whatever ``vtprune generate --model`` takes), ``method`` (``saved``, ``none`` or a method's
 name) with that method's settings, lists written with slashes (``layers=8/16/24,keep=0.5/0.25/0.125``), ``device``,
-``dtype``, ``batch_size``. Under ``accelerate launch`` or ``torchrun`` every process answers its share of the documents
-on its own GPU.
+``dtype``, ``batch_size``, ``trust_remote_code`` (run the code of a method that the checkpoint names). Under
+``accelerate launch`` or ``torchrun`` every process answers its share of the documents on its own GPU.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class _VTPrune(lmms):
         dtype: str = "auto",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        trust_remote_code: bool | str = False,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -82,7 +83,8 @@ class _VTPrune(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size, self.is_auto = _batch_size(batch_size, max_batch_size)
         where = _device_of_rank(device, self.accelerator)
-        self.loaded: Loaded | None = load(str(pretrained), chosen, device=where, dtype=dtype)
+        trusted = str(trust_remote_code).lower() == "true"
+        self.loaded: Loaded | None = load(str(pretrained), chosen, device=where, dtype=dtype, trust_remote_code=trusted)
         self.device = self.loaded.model.device
 
     def clean(self) -> None:

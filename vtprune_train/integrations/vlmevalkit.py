@@ -29,7 +29,7 @@ class VTPrune(BaseModel):
     Args:
         model_path: a run, checkpoint, Hugging Face folder or hub id.
         method: a pruning method, ``None`` for the dense model; left out, the settings saved with the model.
-        device, dtype: as for :func:`vtprune_train.inference.chatting.load`.
+        device, dtype, trust_remote_code: as for :func:`vtprune_train.inference.chatting.load`.
         generation: passed to ``generate``.
     """
 
@@ -37,10 +37,16 @@ class VTPrune(BaseModel):
     INTERLEAVE = True
 
     def __init__(
-        self, model_path: str, method: Any = SAVED, device: str = "auto", dtype: str = "auto", **generation: Any
+        self,
+        model_path: str,
+        method: Any = SAVED,
+        device: str = "auto",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        **generation: Any,
     ) -> None:
         super().__init__()
-        self.loaded = load(model_path, method, device=device, dtype=dtype)
+        self.loaded = load(model_path, method, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         self.generation = {"max_new_tokens": 512, **generation}
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:

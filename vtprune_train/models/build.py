@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -38,9 +39,10 @@ from vtprune_train.config import ModelConfig
 from vtprune_train.models import HFModule, original
 from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.families import Family, Loop, trained_family
+from vtprune_train.models.files import check_weights
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.models.tokenizer import lasting
-from vtprune_train.pruning import saved_settings
+from vtprune_train.pruning import CONFIG_KEY, check_trusted, completed_settings
 from vtprune_train.stream import IMAGE
 
 log = logging.getLogger(__name__)
@@ -167,7 +169,7 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         return KNOWN_CONFIGS[name]()
     try:
         is_original = original.read_config(Path(name)) is not None
-        config = None if is_original else AutoConfig.from_pretrained(name)
+        config = None if is_original else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
     if config is None:
@@ -202,10 +204,13 @@ def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModul
     Raises:
         ValueError: a file cannot be read, a weight is missing or has another shape.
     """
+    check_weights(folder, place)
     try:
         with learned_expected():
-            model, found = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            model, found = model_class.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"{place}: cannot be loaded ({first_line(error)})") from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
@@ -261,7 +266,9 @@ def _from_parts(config: ModelConfig, model_config: PreTrainedConfig) -> HFModule
     """A language model and a tower with a new projector between them; only the projector is initialised."""
     assert config.language_model is not None and config.vision_tower is not None
     dtype = getattr(torch, config.dtype)
-    language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype)
+    check_weights(config.language_model, f"model.language_model={config.language_model}")
+    check_weights(config.vision_tower, f"model.vision_tower={config.vision_tower}")
+    language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, trust_remote_code=False)
     tower = CLIPVisionModel.from_pretrained(config.vision_tower, dtype=dtype)
     with no_init_weights():
         model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
@@ -360,11 +367,11 @@ def load_tokenizer(
     source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
     if source is not None:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
     elif folder.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     else:
         assert config.config is not None
         tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
@@ -464,14 +471,27 @@ def set_trainable(model: HFModule, train: dict[str, float]) -> None:
             parameter.requires_grad_(part in train or part == "pruning")
 
 
-def saved_pruning(path: str) -> dict[str, Any] | None:
+def saved_pruning(path: str, asked: Any = None) -> dict[str, Any] | None:
     """The pruning settings in a checkpoint's ``config.json``; ``None`` if it was trained without dropping.
 
+    Args:
+        path: of ``train.init_from``.
+        asked: the method that the user named, if any; the settings of another one are returned as they are.
+
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: there is no such checkpoint, or its method is code outside the package that nobody named.
     """
-    return saved_settings(load_any_config(resolve_checkpoint(path), f"train.init_from={path}", offline=False))
+    place = f"train.init_from={path}"
+    settings = getattr(load_any_config(resolve_checkpoint(path), place, offline=False), CONFIG_KEY, None)
+    if settings is None or asked not in (None, settings.get("method")):
+        return settings
+    named = settings.get("method")
+    check_trusted(settings, place, f"name it in this run's own settings: pruning.method={named}")
+    return completed_settings(settings)
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    if "custom code which must be executed" in str(error):
+        return "it brings code of its own (auto_map), which is not run; only transformers' own classes are opened"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

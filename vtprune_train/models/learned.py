@@ -19,7 +19,7 @@ from vtprune_train.models.build import LEARNED_NAME
 from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.families import family_of
 from vtprune_train.models.origin import weight_files
-from vtprune_train.pruning import method_from_settings
+from vtprune_train.pruning import UntrustedMethodError, method_from_settings, saved_settings
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.learned import learns
 
@@ -64,9 +64,9 @@ def carry(model: HFModule) -> None:
     """:func:`attach` for a model that is not pruned, but saved again with the settings in its config.
 
     Raises:
-        ValueError: see :func:`check_trained`.
+        ValueError: see :func:`check_trained` and :func:`saved_learner`.
     """
-    method = saved_learner(model.config)
+    method = saved_learner(model.config, _source(model))
     if method is not None:
         check_trained(model, method)
         attach(model, method)
@@ -93,9 +93,22 @@ def check_trained(model: HFModule, method: PruningMethod) -> None:
         )
 
 
-def saved_learner(config: PreTrainedConfig) -> PruningMethod | None:
-    """The method in a config's settings if it has parameters of its own."""
-    settings = getattr(config, "pruning", None)
+def saved_learner(config: PreTrainedConfig, source: str = "") -> PruningMethod | None:
+    """The method in a config's settings if it has parameters of its own.
+
+    Args:
+        config: a model's.
+        source: the folder or hub id with the model's files.
+
+    Raises:
+        UntrustedMethodError: it is code outside the package that nobody named, and its parameters are in ``source``.
+    """
+    try:
+        settings = saved_settings(config)
+    except UntrustedMethodError:
+        if _learned_tensors(source):
+            raise
+        return None
     method = None if settings is None else method_from_settings(settings)
     return method if learns(method) else None
 
@@ -150,7 +163,12 @@ def saved_tensors(model: HFModule, method: PruningMethod) -> dict[str, Tensor]:
     """The parameters of ``method`` in the files that a model was loaded from, by their names below ``pruning``; none if
     the checkpoint was saved with another method."""
     source = _source(model)
-    if not source or _saved_names(model.config) != _names(method):
+    return _learned_tensors(source) if _saved_names(model.config) == _names(method) else {}
+
+
+def _learned_tensors(source: str) -> dict[str, Tensor]:
+    """The parameters of a method in a checkpoint's files."""
+    if not source:
         return {}
     try:
         files = weight_files(source)

@@ -6,7 +6,6 @@ Hugging Face side are those of a model in memory (``model.language_model.``, ...
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vtprune_train import pickles
+from vtprune_train.models.files import weight_map
 from vtprune_train.parse import read_json_object
 
 TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -49,7 +50,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     ):
         files = sorted(folder.glob(pattern))
         if (folder / index).is_file():
-            named = set(_weight_map(folder / index).values())
+            named = set(weight_map(folder / index).values())
             if missing := sorted(named - {file.name for file in files}):
                 raise ValueError(f"{folder}: {missing[0]} is missing, which {index} names")
             files = [folder / name for name in sorted(named)]
@@ -67,19 +68,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not JSON with a weight_map ({error}); copy it again") from error
-
-
 def read_bin(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of ``torch.save``; nothing in it is executed.
 
     Raises:
-        ValueError: it is damaged or holds something else than named tensors.
+        ValueError: it is damaged, names code, or holds something else than named tensors.
     """
+    pickles.check(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:

@@ -46,7 +46,7 @@ from vtprune_train.models.padded import checkpoints_layers, forward_text
 from vtprune_train.models.rotary import full_frequencies
 from vtprune_train.models.sharding import check_attention_function, check_layers, restore_forward
 from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
-from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings
+from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.learned import learns
@@ -63,6 +63,7 @@ def prune(
     method: PruningMethod | str | Mapping[str, Any] | Sequence[Any] | None = SAVED,
     *,
     attention: str = "auto",
+    trust_remote_code: bool = False,
 ) -> HFModule:
     """Let ``model`` drop visual tokens inside its forward pass, in training, evaluation and generation.
 
@@ -80,6 +81,8 @@ def prune(
             with.
         attention: ``auto`` (the best for the model's device and dtype, so move it first) or a backend of
             :mod:`vtprune_train.models.attention`.
+        trust_remote_code: with ``"saved"``: run the code of a method outside of the package that ``config.pruning``
+            names and that was not imported yet.
 
     Returns:
         ``model``.
@@ -92,6 +95,8 @@ def prune(
     family = family_of(inner)
     if STATE in inner.__dict__:
         raise ValueError(f"this model is pruned already ({state_of(inner).method}); call unprune(model) first")
+    if trust_remote_code and method == SAVED:
+        trust_saved(inner.config)
     method = resolve_method(inner, method)
     text_model = inner.get_submodule(family.decoder)
     attention_before = dense_implementation(text_model.config._attn_implementation)

@@ -228,12 +228,14 @@ def _open_base(folder: Path, dtype: str) -> HFModule:
     """The base with the parts trained beside the adapter, and the adapter's pruning and generation settings."""
     base = Base.read(folder)
     base.check(str(folder))
-    model = base.build(base.dtype if dtype == "auto" else dtype, AutoTokenizer.from_pretrained(folder))
+    model = base.build(
+        base.dtype if dtype == "auto" else dtype, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    )
     model.__dict__[SOURCE] = str(folder)
     names = published_names(model)
     for file in (EXTRA, TRAINED):
         lay_over(model, load_tensors(folder / file, names), str(folder / file))
-    pruning = getattr(AutoConfig.from_pretrained(folder), CONFIG_KEY, None)
+    pruning = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), CONFIG_KEY, None)
     if pruning is not None:
         setattr(model.config, CONFIG_KEY, pruning)
     else:

@@ -43,7 +43,7 @@ def open_processor(folder: str, config: PreTrainedConfig) -> Any:
         ValueError: there is no readable tokenizer, it has no image token, or a file of the processor is damaged.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
     return build_processor(config, tokenizer, folder)
@@ -149,7 +149,7 @@ def saved_image_processor(path: str | None) -> Any:
     if "image_processor" not in (read_settings(path, PROCESSOR_FILE) or {}) and read_settings(path, IMAGE_FILE) is None:
         return None
     try:
-        return AutoImageProcessor.from_pretrained(path, backend="pil")
+        return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"model {path}: its image processor cannot be loaded ({first_line(error)})") from error
 

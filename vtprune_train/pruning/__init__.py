@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.fitting import setting_types
-from vtprune_train.pruning.own import load_class, names_beside
+from vtprune_train.pruning.own import load_class, loaded_class, names_beside
 from vtprune_train.pruning.pyramiddrop import PyramidDrop
+
+log = logging.getLogger(__name__)
 
 CONFIG_KEY = "pruning"  # of a model's config
 NONE = "none"
@@ -92,15 +95,71 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
     return cls(**values)
 
 
+class UntrustedMethodError(ValueError):
+    """A checkpoint names a method outside the package, which nobody else has named: its code is not run."""
+
+
 def saved_settings(config: Any) -> dict[str, Any] | None:
-    """The pruning settings in a model's config, see :func:`completed_settings`; ``None`` if it holds none."""
+    """The pruning settings in a model's config, see :func:`completed_settings`; ``None`` if it holds none.
+
+    Raises:
+        UntrustedMethodError: they name a method outside the package that was not imported before.
+    """
     settings = getattr(config, CONFIG_KEY, None)
-    return None if settings is None else completed_settings(settings)
+    if settings is None:
+        return None
+    check_trusted(settings, str(getattr(config, "_name_or_path", "") or "this model"))
+    return completed_settings(settings)
+
+
+def outside_methods(settings: Any) -> list[str]:
+    """The paths of methods outside the package in settings that a checkpoint recorded."""
+    name = settings.get("method") if isinstance(settings, Mapping) else settings
+    if isinstance(name, list | tuple):
+        return [path for part in name for path in outside_methods(part)]
+    known = name in METHODS or name in METHODS.values()
+    return [name] if isinstance(name, str) and ":" in name and not known else []
+
+
+def check_trusted(settings: Any, place: str, name_it: str = "") -> None:
+    """Make sure that settings which a checkpoint recorded lead to no code but the package's and what this process has
+    imported already: the user's YAML, options or script named that.
+
+    Args:
+        settings: as recorded.
+        place: the checkpoint, for the error.
+        name_it: what else names the method here; left out: any of the usual ways, or to trust the checkpoint.
+
+    Raises:
+        UntrustedMethodError: names the checkpoint, the method and what to do.
+    """
+    for path in outside_methods(settings):
+        found = loaded_class(path)
+        if not (inspect.isclass(found) and issubclass(found, PruningMethod)):
+            ways = name_it or (
+                f"name the method yourself (--method {path}, or prune(model, method)), or allow what the checkpoint "
+                "names: --trust_remote_code, in Python trust_remote_code=True"
+            )
+            raise UntrustedMethodError(
+                f"{place} was saved with the method {path}, which is code outside of vtprune_train. Opening a "
+                f"checkpoint runs no such code unasked; if you trust that file, {ways}"
+            )
+
+
+def trust_saved(config: Any) -> None:
+    """Import the methods that a model's config names, as the user allowed; :func:`saved_settings` takes them then.
+
+    Raises:
+        ValueError: see :func:`method_class`.
+    """
+    for path in outside_methods(getattr(config, CONFIG_KEY, None)):
+        log.warning("running the code of %s, which %s names", path, getattr(config, "_name_or_path", "this model"))
+        method_class(path)
 
 
 def completed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's settings as a checkpoint recorded them. A setting that the method did not have when the checkpoint was
-    saved gets the value that does what the method did then."""
+    """A method's settings as a checkpoint recorded them, after :func:`check_trusted`. A setting that the method did not
+    have when the checkpoint was saved gets the value that does what the method did then."""
     name = settings.get("method")
     if isinstance(name, list | tuple):
         return {
@@ -167,6 +226,7 @@ __all__ = [
     "PruningMethod",
     "PyramidDrop",
     "UnknownSettingError",
+    "UntrustedMethodError",
     "method_class",
     "method_from_settings",
     "setting_types",

@@ -28,6 +28,18 @@ def load_class(path: str) -> Any:
     return getattr(_load_module(place, path), attribute, None)
 
 
+def loaded_class(path: str) -> Any:
+    """What :func:`load_class` gives where its module was imported already, by whomever; else ``None``. Runs nothing."""
+    place, _, attribute = path.rpartition(":")
+    if not place.endswith(".py"):
+        module = sys.modules.get(place)
+        return None if module is None else vars(module).get(attribute)
+    file, module = Path(place).expanduser(), sys.modules.get(Path(place).stem)
+    if module is None or getattr(module, "__file__", None) is None or not file.is_file():
+        return None
+    return vars(module).get(attribute) if Path(str(module.__file__)).samefile(file) else None
+
+
 def names_beside(path: str) -> list[str]:
     """What else the module that ``path`` names defines, once :func:`load_class` has loaded it."""
     place = path.rpartition(":")[0]

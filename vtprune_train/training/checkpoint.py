@@ -21,10 +21,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from vtprune_train import pickles
 from vtprune_train.disk import naming
 from vtprune_train.training import manifest
 from vtprune_train.training.distributed import from_rank_0, gather, rank, world_size
-from vtprune_train.training.elastic import has_layout, layout_of, load_elastic, write_layout
+from vtprune_train.training.elastic import (
+    fill_scaler,
+    has_layout,
+    layout_of,
+    load_elastic,
+    scaler_numbers,
+    write_layout,
+)
 from vtprune_train.training.engine import precision
 from vtprune_train.training.json_lines import LOGS
 from vtprune_train.training.saving import Entries, Files, HostCopies, Save, collect_files, write_file
@@ -219,7 +227,8 @@ class CheckpointFolder:
         """The newest checkpoint whose every file is what its manifest says; damaged ones are named and passed over.
 
         Raises:
-            ValueError: there are checkpoints, and all are damaged; with ``strict``: the newest is.
+            ValueError: there are checkpoints, and all are damaged; with ``strict``: the newest is; or one of its files
+                names code, which no damage brings about.
         """
 
         def find() -> Path | None:
@@ -227,6 +236,7 @@ class CheckpointFolder:
             for checkpoint in reversed(found):
                 problem = manifest.verify(checkpoint)
                 if problem is None:
+                    _check_pickles(checkpoint)
                     return checkpoint
                 if strict:
                     raise ValueError(
@@ -327,7 +337,8 @@ def load(engine: Any, checkpoint: Path) -> TrainerState:
     if _written_alike(state, now, engine, checkpoint):
         settings = [{key: v for key, v in group.items() if key != "params"} for group in engine.optimizer.param_groups]
         strict = not holds_only_trained(engine.module)
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=strict)
+        with pickles.for_torch_load(lambda state: _with_scaler(state, engine.optimizer)):
+            loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=strict)
         if loaded is None:
             raise ValueError(f"DeepSpeed found nothing to load in {checkpoint / TAG}")
         for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
@@ -343,11 +354,27 @@ def load(engine: Any, checkpoint: Path) -> TrainerState:
     return state
 
 
+def _with_scaler(state: Any, optimizer: Any) -> Any:
+    """A file's content with the optimizer's own loss scaler, which takes the numbers of the one in the file."""
+    inner = state.get("optimizer_state_dict") if isinstance(state, dict) else None
+    if isinstance(inner, dict) and "loss_scaler" in inner:
+        fill_scaler(optimizer, scaler_numbers(inner["loss_scaler"]))
+        inner["loss_scaler"] = optimizer.loss_scaler
+    return state
+
+
 def _written_alike(state: TrainerState, now: tuple[int, int, str], engine: Any, checkpoint: Path) -> bool:
     """Whether DeepSpeed's files hold every number where every rank of this run looks for it."""
     same = (state.world_size, state.zero_stage) == now[:2] and state.dtype in ("", now[2])
     same = same and (checkpoint / TAG).is_dir() and has_layout(checkpoint / TAG, engine, rank())
     return all(gather(same))
+
+
+def _check_pickles(checkpoint: Path) -> None:
+    try:
+        pickles.check_folder(checkpoint / TAG)
+    except pickles.ForeignCodeError as error:
+        raise ValueError(f"{error}. To go on from the checkpoint before, remove {checkpoint}") from error
 
 
 def _all_there(checkpoint: Path) -> None:

@@ -189,7 +189,6 @@ def convert_checkpoint(path: Path, out: str | None) -> int:
 
 def write_converted(source: Path, partial: Path) -> None:
     """Fill ``partial`` with the portable form of ``source``, its manifest included."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the files name classes of DeepSpeed, which looks for a device
     from vtprune_train.training.elastic import open_state
     from vtprune_train.training.portable import write_portable
 

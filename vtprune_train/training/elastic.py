@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vtprune_train import pickles
 from vtprune_train.disk import naming
 from vtprune_train.training.manifest import sync_and_hash
 
@@ -176,17 +177,16 @@ class DeepSpeedFiles:
     def __init__(self, folder: Path):
         self.folder, layouts = folder, read_layouts(folder)
         self.shapes = layouts[0].shapes
-        self.models = [_load(path) for path in _model_files(folder, len(layouts))]
+        self.models = [pickles.read(path, mmap=True) for path in _model_files(folder, len(layouts))]
         main = self.models[0]
         self.counters = {name: main[name] for name in ("global_steps", "global_samples", "skipped_steps")}
         if main["optimizer"] is not None:  # ZeRO 0: every rank has everything, rank 0 wrote it
             layouts = layouts[:1]
             self.optimizers = [main["optimizer"]]
         else:
-            self.optimizers = [_load(path) for path in _optimizer_files(folder, len(layouts))]
+            self.optimizers = [pickles.read(path, mmap=True) for path in _optimizer_files(folder, len(layouts))]
             self.optimizers = [optimizer["optimizer_state_dict"] for optimizer in self.optimizers]
-        scaler = self.optimizers[0].get("loss_scaler")
-        self.counters["loss_scaler"] = _numbers(scaler)
+        self.counters["loss_scaler"] = scaler_numbers(self.optimizers[0].get("loss_scaler"))
         self.places: dict[str, list[tuple[int, Piece]]] = {}
         for rank, layout in enumerate(layouts):
             for piece in layout.pieces:
@@ -246,12 +246,9 @@ class DeepSpeedFiles:
         return self.models[0]["module"][piece.name]
 
 
-def _numbers(scaler: Any) -> dict[str, float]:
+def scaler_numbers(scaler: Any) -> dict[str, float]:
+    """What of a loss scaler changes."""
     return {k: v for k, v in getattr(scaler, "__dict__", {}).items() if isinstance(v, int | float)}
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
 def _model_files(folder: Path, ranks: int) -> list[Path]:
@@ -357,9 +354,14 @@ def _fill_optimizer(engine: Any, saved: SavedState) -> None:
             target = flat if key == MASTER else inner.state[flat][key]
             part = target.data.view(-1).narrow(0, piece.offset, piece.numel)
             part.copy_(saved.read(piece.name, key, piece.start, piece.numel))
+    fill_scaler(optimizer, saved.counters["loss_scaler"])
+
+
+def fill_scaler(optimizer: Any, saved: dict[str, float]) -> None:
+    """The numbers of float16's loss scaler; those of another dtype's are of no use here."""
     scaler = getattr(optimizer, "loss_scaler", None)
-    if saved.counters["loss_scaler"].keys() == _numbers(scaler).keys():  # else another dtype's, of no use here
-        for name, value in saved.counters["loss_scaler"].items():
+    if saved.keys() == scaler_numbers(scaler).keys():
+        for name, value in saved.items():
             setattr(scaler, name, value)
 
 

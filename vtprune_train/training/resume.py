@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.config_file import changed_settings, differences
-from vtprune_train.pruning import completed_settings
+from vtprune_train.pruning import UntrustedMethodError, check_trusted, completed_settings
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
 from vtprune_train.training.engine import precision
@@ -66,7 +66,7 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
         )  # fmt: skip
     identity = {key: value for key, value in identity.items() if key in saved}
     if "pruning" in known:
-        known["pruning"] = completed_settings(known["pruning"])
+        known["pruning"] = _completed(known["pruning"], checkpoint)
     if changed := differences(known, json.loads(json.dumps(identity))):
         raise ValueError(
             "\n".join(
@@ -77,3 +77,12 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
                 ]
             )
         )
+
+
+def _completed(pruning: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Recorded pruning settings, as they are where this run does not use their method: they will differ then."""
+    try:
+        check_trusted(pruning, str(checkpoint))
+    except UntrustedMethodError:
+        return pruning
+    return completed_settings(pruning)

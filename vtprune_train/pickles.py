@@ -1,0 +1,192 @@
+"""Files of ``torch.save``, read without running what they name.
+
+A pickle names functions and calls them, so opening a foreign one runs foreign code. What is read here holds tensors,
+numbers and containers alone: every name in a file is compared with a list before the file is opened, and opened it is
+by PyTorch's restricted unpickler (``weights_only``), which has a list of its own. Classes that DeepSpeed writes are
+read as plain numbers, so DeepSpeed is not needed to look at its files.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as pickles of protocol 2 name things
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import torch
+
+# What DeepSpeed's files name, and what is made of it: neither can do anything.
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": SimpleNamespace,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": SimpleNamespace,
+    "deepspeed.utils.tensor_fragment.fragment_address": SimpleNamespace,
+}
+TENSORS = frozenset(
+    {
+        "collections.OrderedDict", "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
+    }
+)  # fmt: skip
+SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+UNKNOWN, UNREADABLE = "a name made while it is read", "instructions that cannot be made out"
+LEGACY_PICKLES = 5  # that torch.save wrote one after the other before it wrote zip files
+
+
+class ForeignCodeError(ValueError):
+    """A file names code that opening it would run; nothing of it was run."""
+
+
+def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> Any:
+    """What :func:`torch.save` wrote to a file.
+
+    Args:
+        path: of the file.
+        mmap: map the tensors instead of reading them.
+        map_location: as for :func:`torch.load`.
+
+    Raises:
+        ForeignCodeError: it names something else than tensors, numbers and what DeepSpeed's files hold.
+        ValueError: it is damaged, or not such a file.
+    """
+    check(Path(path))
+    stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+    try:
+        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+            return _torch_load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} cannot be read as tensors and numbers ({line})") from error
+
+
+_torch_load = torch.load
+
+
+@contextmanager
+def for_torch_load(finish: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it, whatever calls :func:`torch.load` gets :func:`read`, followed by ``finish``: for a library that opens
+    its files with ``weights_only=False``."""
+
+    def load(f: Any, map_location: Any = "cpu", *_: Any, mmap: bool | None = None, **__: Any) -> Any:
+        return finish(read(f, mmap=bool(mmap), map_location=map_location))
+
+    before = torch.load
+    torch.load = load
+    try:
+        yield
+    finally:
+        torch.load = before
+
+
+def check(path: Path) -> None:
+    """Look at what a file names.
+
+    Raises:
+        ForeignCodeError: naming the file and what is not taken.
+    """
+    if names := foreign_names(path):
+        raise ForeignCodeError(
+            f"{path} names {', '.join(names)}: reading it the usual way would run that code. Nothing of it was run. "
+            "Checkpoints hold tensors and numbers alone, so this file was not written by training, or was changed "
+            "since: take it from a copy that you trust"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """:func:`check` for all files in a folder and below.
+
+    Raises:
+        ForeignCodeError: for the first file with such names.
+    """
+    for path in pickled_files(folder):
+        check(path)
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """Files in a folder and below that are pickles, or called like one."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in found if path.suffix in SUFFIXES or _begins_as_pickle(path)]
+
+
+def foreign_names(path: Path) -> list[str]:
+    """The functions and classes that a file names beyond those that :func:`read` takes, as ``module.name``. The file is
+    not opened as a pickle, only its instructions are looked at; one that is no pickle names nothing."""
+    with path.open("rb") as file:
+        names = _names_in_zip(path) if zipfile.is_zipfile(file) else _names_in_stream(file, _begins_as_pickle(path))
+    return sorted(name for name in names if not _is_taken(name))
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    """By its first bytes; the oldest protocols have no such bytes."""
+    with path.open("rb") as file:
+        begin = file.read(2)
+    return len(begin) == 2 and begin[0] == pickle.PROTO[0] and begin[1] <= pickle.HIGHEST_PROTOCOL
+
+
+def _is_taken(name: str) -> bool:
+    module, _, last = name.rpartition(".")
+    if module == "torch" and isinstance(vars(torch).get(last), torch.dtype):
+        return True
+    return name in TENSORS or name in STAND_INS or (module in ("torch", "torch.storage") and last.endswith("Storage"))
+
+
+def _names_in_zip(path: Path) -> set[str]:
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))  # Python's refuses files that were written without checksums
+        records = reader.get_all_records()
+        names: set[str] = {"torch.jit (a program)"} if "constants.pkl" in records else set()
+        for record in records:
+            if record.endswith(".pkl"):
+                names |= _names_in_stream(BytesIO(reader.get_record(record)), is_pickle=True)
+    except RuntimeError:  # damaged, or no file of torch.save: reading it says so
+        return set()
+    return names
+
+
+def _names_in_stream(file: BinaryIO, is_pickle: bool) -> set[str]:
+    names: set[str] = set()
+    file.seek(0)
+    for number in range(LEGACY_PICKLES):
+        try:
+            for name in _names_in_pickle(file):
+                names.add(name)
+        except Exception:  # no pickle (any more): pickletools raises whatever bytes bring about
+            return names | {UNREADABLE} if is_pickle and number == 0 else names
+    return names
+
+
+def _names_in_pickle(file: BinaryIO) -> Iterator[str]:
+    """Names in one pickle, as they come."""
+    memo: dict[int, str | None] = {}
+    pushed: list[str | None] = [None, None]  # what the last two instructions put on the stack, where it is a text
+    instructions: Iterator[tuple[Any, Any, Any]] = pickletools.genops(file)
+    for operation, argument, _ in instructions:
+        name = operation.name
+        if name in ("GLOBAL", "INST"):
+            yield _named(*argument.split(" ", 1))
+        elif name == "STACK_GLOBAL":
+            module, attribute = pushed[-2:]
+            yield UNKNOWN if module is None or attribute is None else _named(module, attribute)
+        elif name.startswith("EXT"):
+            yield UNKNOWN
+        if name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if argument is None else argument] = pushed[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            pushed.append(memo.get(argument))
+        elif name != "FRAME":
+            pushed.append(argument if "UNICODE" in name else None)
+        del pushed[:-2]
+
+
+def _named(module: str, name: str) -> str:
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[module, name]
+    else:
+        module = IMPORT_MAPPING.get(module, module)
+    return f"{module}.{name}"
