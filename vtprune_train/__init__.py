@@ -9,20 +9,35 @@ The front door::
 Every class of :data:`vtprune_train.pruning.METHODS` is found here by its name: ``from vtprune_train import FastV``.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from vtprune_train.models.patch import dense, is_pruned, prune, unprune
-from vtprune_train.pruning import METHODS, PruningMethod, PyramidDrop, method_class
-from vtprune_train.pruning.combined import Combined
+if TYPE_CHECKING:
+    from vtprune_train.models.patch import dense, is_pruned, prune, unprune
+    from vtprune_train.pruning.base import PruningMethod
+    from vtprune_train.pruning.combined import Combined
+    from vtprune_train.pruning.pyramiddrop import PyramidDrop
 
 __version__ = "0.1.0"
 
 __all__ = ["Combined", "PruningMethod", "PyramidDrop", "dense", "is_pruned", "prune", "unprune"]
 
+# Imported when they are asked for: training processes listen for signals before PyTorch is imported, which takes long.
+_PLACES = {
+    "vtprune_train.models.patch": ("dense", "is_pruned", "prune", "unprune"),
+    "vtprune_train.pruning.base": ("PruningMethod",),
+    "vtprune_train.pruning.combined": ("Combined",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """The other methods, imported when they are asked for."""
-    for method, path in METHODS.items():
-        if path.endswith(f":{name}"):
-            return method_class(method)
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    if name[:1].isupper():  # a submodule is asked for here too, before it is imported
+        from vtprune_train.pruning import METHODS, method_class
+
+        for method, path in METHODS.items():
+            if path.endswith(f":{name}"):
+                return method_class(method)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vtprune_train.config import PACKAGED_CONFIGS, ConfigError, find_file, refusal
-from vtprune_train.config_file import load_config
-from vtprune_train.launch import USAGE, asked_to_stop, final_exit, launch
+from vtprune_train import stops
+
+# Whatever takes long to import is imported by the functions that need it, once signals are heard.
 
 log = logging.getLogger("vtprune_train")
 
@@ -40,6 +40,8 @@ class TrainParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: --"):
             message += "; settings are key=value without dashes, for example train.epochs=3"
         if message.endswith("required: --config"):
+            from vtprune_train.config import PACKAGED_CONFIGS
+
             recipes = ", ".join(sorted(path.name for path in PACKAGED_CONFIGS.glob("*.yaml")))
             message += f"; name a YAML file of your own, or one of {recipes}"
         super().error(message)
@@ -57,6 +59,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 143 stopped by SIGTERM)."""
+    if argv is None:  # this process is its own, not a test's or a notebook's
+        stops.STOP.listen()
     parser = TrainParser(prog="train.py", description="Train a vision-language model with token dropping.")
     add_train_arguments(parser)
     return run_train(parser.parse_intermixed_args(argv))
@@ -66,9 +70,12 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Load the settings, then train or describe."""
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    if asked_to_stop():
+    if stops.asked_to_stop():
         return 0
     _start_logging()
+    from vtprune_train.config import ConfigError
+    from vtprune_train.config_file import load_config
+
     try:
         strict = ["train.resume=strict"] if arguments.strict else []
         config = load_config(arguments.config, [*arguments.overrides, *strict])
@@ -96,6 +103,8 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def _names_data(arguments: argparse.Namespace) -> bool:
     """Whether it is the user who says where the data is: a recipe of the package names what is seldom there."""
+    from vtprune_train.config import PACKAGED_CONFIGS, find_file
+
     if find_file(arguments.config, "--config").resolve().parent != PACKAGED_CONFIGS:
         return True
     keys = [override.partition("=")[0].split(".")[:2] for override in arguments.overrides]
@@ -103,9 +112,11 @@ def _names_data(arguments: argparse.Namespace) -> bool:
 
 
 def _refuse(what: str, error: ValueError) -> int:
+    from vtprune_train.config import refusal
+
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine: they may not have the same files
         print(refusal(what, error), file=sys.stderr)
-    return final_exit(2)
+    return stops.final_exit(2)
 
 
 def _start_logging() -> None:
@@ -120,13 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``vtprune``: returns the exit code (2 for what a user can mend)."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["launch"] and not {"-h", "--help"} & set(given):
+        if argv is None:
+            stops.quit_on_signals()
         return _launch(given[1:])
+    if given[:1] == ["train"] and argv is None:
+        stops.STOP.listen()
     kind = TrainParser if given[:1] == ["train"] else argparse.ArgumentParser
     parser = kind(prog="vtprune", description="Visual-token pruning for training and inference.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train in this process (`vtprune launch` uses several)")
     add_train_arguments(train)
-    commands.add_parser("launch", help="train in several processes, through torchrun", usage=USAGE)
+    commands.add_parser("launch", help="train in several processes, through torchrun", usage=stops.LAUNCH_USAGE)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in given[:1]:
@@ -140,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launch(arguments: Sequence[str]) -> int:
+    from vtprune_train.config import ConfigError
+    from vtprune_train.launch import launch
+
     try:
         return launch(arguments)
     except ConfigError as error:

@@ -1,9 +1,9 @@
 """``vtprune launch``: torchrun with what the settings ask for (``train.max_restarts``), started on every machine.
 
 torchrun starts all ranks again whenever one of them fails. Two kinds of end must not lead there: those that would only
-repeat themselves (wrong settings, a loss that is not finite), and SIGTERM, which asks for the end. Ranks note such an
-end in a file and return 0, and the launcher returns the noted code. SIGTERM to the launcher goes to the ranks, which
-finish their step and save; torchrun alone would kill them after 30 seconds.
+repeat themselves (wrong settings, a loss that is not finite), and signals that ask for the end. Ranks note such an
+end in a file and return 0, and the launcher returns the noted code. SIGINT, SIGTERM and SIGHUP to the launcher go to
+the ranks, which finish their step and save; torchrun alone would kill them after 30 seconds. SIGQUIT ends all at once.
 """
 
 from __future__ import annotations
@@ -18,28 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.config import Config
+from vtprune_train.config import Config, ConfigError
 from vtprune_train.config_file import load_config
+from vtprune_train.launchers import announce
+from vtprune_train.stops import FINAL_FILE, LAUNCH_USAGE, STOPPING, asked_file, exit_code
+from vtprune_train.streams import keep_streams
+from vtprune_train.training.lock import check_free, port_taken
 
-FINAL_FILE = "VTPRUNE_FINAL_FILE"
 RANK_MODULE = "vtprune_train.cli"
-EXIT_TERMINATED = 143
-USAGE = "vtprune launch [torchrun options] --config FILE [key=value ...]"
-
-
-def asked_to_stop() -> bool:
-    """Whether the end was noted before this rank began: it was started again, although all is over."""
-    note = os.environ.get(FINAL_FILE)
-    return note is not None and Path(note).exists()
-
-
-def final_exit(code: int) -> int:
-    """What a rank returns for an end that a restart cannot mend: ``code``, unless the launcher wants it noted."""
-    note = os.environ.get(FINAL_FILE)
-    if note is None:
-        return code
-    Path(note).write_text(str(code))
-    return 0
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -50,31 +36,52 @@ def launch(arguments: Sequence[str]) -> int:
             ``--config FILE`` and ``key=value`` settings.
 
     Raises:
-        ValueError: no ``--config``, or settings that cannot be trained with.
+        ValueError: no ``--config``, settings that cannot be trained with, a run that another process is at, or a port
+            that is taken.
     """
     options, training = split_arguments(arguments)
-    command = [*torchrun_options(options, _settings(training)), "-m", RANK_MODULE, "train", *training]
+    config = _settings(training)
+    command = [*torchrun_options(options, config), "-m", RANK_MODULE, "train", *training]
+    keep_streams()
+    announce()
     with tempfile.TemporaryDirectory(prefix="vtprune-") as folder:
         note = Path(folder) / "final"
         os.environ[FINAL_FILE] = str(note)
         # PyTorch would let a restart read the addresses of the dead ranks in the store it shares with them.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        signal.signal(signal.SIGTERM, _pass_on)
-        code = _torchrun(command)
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _pass_on)
+        code = _torchrun(command, config)
         return int(note.read_text()) if note.exists() else code
 
 
-def _torchrun(command: list[str]) -> int:
+def _torchrun(command: list[str], config: Config) -> int:
     """The exit code of the rank that failed first, as a shell would say it; 0 if none did."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    nodes = _value_of(command, "nnodes")
+    if nodes in (None, "1", "1:1"):  # of several machines another one may have started the ranks of this very job
+        check_free(config.run_dir)
     try:
         torchrun(command)
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
+        if not asked_file(os.environ[FINAL_FILE]).exists():
+            print(error, file=sys.stderr)
         code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
+        return code if code > 0 else exit_code(-code)
+    except SignalException as error:
+        return exit_code(error.sigval)
+    except Exception as error:
+        if not port_taken(error):
+            raise
+        check_free(config.run_dir)
+        raise ConfigError(
+            f"the port of --master_port or --rdzv_endpoint {_value_of(command, 'master_port', 'rdzv_endpoint')} is "
+            "taken by another program; give another one, or leave the option out on one machine"
+        ) from error
     return 0
 
 
@@ -87,7 +94,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     for position, argument in enumerate(arguments):
         if argument == "--config" or argument.startswith("--config="):
             return list(arguments[:position]), list(arguments[position:])
-    raise ValueError(f"--config is missing; {USAGE}")
+    raise ValueError(f"--config is missing; {LAUNCH_USAGE}")
 
 
 def torchrun_options(given: Sequence[str], config: Config) -> list[str]:
@@ -98,21 +105,34 @@ def torchrun_options(given: Sequence[str], config: Config) -> list[str]:
     """
     import torch
 
-    names = {option.partition("=")[0].replace("-", "_").lstrip("_") for option in given if option.startswith("-")}
+    names = {_name(option) for option in given if option.startswith("-")}
     if "max_restarts" in names:
         raise ValueError("--max_restarts is decided by train.max_restarts; give it as train.max_restarts=N")
     if "signals_to_handle" in names:
-        raise ValueError("--signals_to_handle is decided by vtprune launch, which passes SIGTERM on to the ranks")
+        raise ValueError("--signals_to_handle is decided by vtprune launch, which passes signals on to the ranks")
     options = [*given, "--max_restarts", str(config.train.max_restarts)]
-    if "nnodes" not in names:
+    if not names & {"nnodes", "standalone", "master_port", "rdzv_endpoint"}:
         options.append("--standalone")
     if "nproc_per_node" not in names:
         options += ["--nproc_per_node", "gpu" if torch.cuda.is_available() else "1"]
-    return [*options, "--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT"]
+    return [*options, "--signals_to_handle", "SIGQUIT"]
+
+
+def _name(option: str) -> str:
+    return option.partition("=")[0].replace("-", "_").lstrip("_")
+
+
+def _value_of(options: Sequence[str], *names: str) -> str | None:
+    """What the first of the options ``names`` that is there was given, as ``--name VALUE`` or ``--name=VALUE``."""
+    for position, option in enumerate(options):
+        if option.startswith("-") and _name(option) in names:
+            _, equals, value = option.partition("=")
+            return value if equals else (*options, "")[position + 1]
+    return None
 
 
 def _settings(training: Sequence[str]) -> Config:
-    parser = argparse.ArgumentParser(prog="vtprune launch", usage=USAGE)
+    parser = argparse.ArgumentParser(prog="vtprune launch", usage=LAUNCH_USAGE)
     parser.add_argument("--config", required=True)
     parser.add_argument("--strict", action="store_true")
     parser.add_argument("overrides", nargs="*")
@@ -120,14 +140,17 @@ def _settings(training: Sequence[str]) -> Config:
     return load_config(parsed.config, parsed.overrides)
 
 
-def _pass_on(*_: Any) -> None:
-    """SIGTERM goes to the ranks alone, and torchrun waits for them to end by themselves; without ranks, to this one."""
+def _pass_on(number: int, frame: Any) -> None:
+    """A signal goes to the ranks alone, and torchrun waits for them to end by themselves; without ranks, to this
+    process. The first one is noted, so that a rank that only just began dies of it and is not started again."""
     import psutil
 
+    asked = asked_file(os.environ[FINAL_FILE])
+    if not asked.exists():
+        asked.write_text(str(exit_code(number)))
     ranks = psutil.Process().children()
     if not ranks:
-        raise SystemExit(EXIT_TERMINATED)
-    final_exit(EXIT_TERMINATED)  # a rank that only just began dies of it, and must not be started again
+        raise SystemExit(int(asked.read_text()))
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            rank.send_signal(signal.SIGTERM)
+            rank.send_signal(number)

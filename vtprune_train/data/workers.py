@@ -39,7 +39,7 @@ ALIGNMENT = 64
 MOST_DEATHS = 3  # in a row, over the same batch
 STACK_SECONDS = 5.0
 END_SECONDS = 5.0
-SENT_TO_ALL = (signal.SIGTERM, signal.SIGINT)
+SENT_TO_ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 _LIVE: weakref.WeakSet[DecodePool] = weakref.WeakSet()
 _LIBC = ctypes.CDLL(None)  # loaded here: a forked child should load nothing
@@ -355,7 +355,7 @@ def _state(pid: int) -> str:
 
 def _live_with(rank: int) -> None:
     """End with the rank, even if it is killed, and with nothing else. Launchers and schedulers send SIGTERM to every
-    process, terminals SIGINT: the rank answers with a checkpoint, and needs its workers for the step it is in."""
+    process, terminals SIGINT and SIGHUP: the rank answers with a checkpoint, and needs its workers for its step."""
     for number in SENT_TO_ALL:
         signal.signal(number, signal.SIG_IGN)
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

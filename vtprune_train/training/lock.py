@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import struct
 import time
 from pathlib import Path
 
 LOCK = "run.lock"
+FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
 
 
 def hold_run(run_dir: Path) -> int:
@@ -28,16 +30,41 @@ def hold_run(run_dir: Path) -> int:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        holder = path.read_text().strip() or "another process"
         os.close(descriptor)
         if not isinstance(error, BlockingIOError | PermissionError):
             raise ValueError(
                 f"{path} cannot be locked ({error}); put run.output_dir on a file system with locks"
             ) from error
-        raise ValueError(
-            f"{run_dir} is in use by {holder}; wait for it, stop it, or give this run another run.name"
-        ) from error
+        raise _in_use(run_dir) from error
     os.ftruncate(descriptor, 0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
     return descriptor
+
+
+def check_free(run_dir: Path) -> None:
+    """Make sure that no process is at the run. Nothing is taken or made: rank 0 does that later.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path = run_dir / LOCK
+    if not os.access(path, os.R_OK):  # there is no such run yet; or rank 0 says what is wrong
+        return
+    with path.open() as file:
+        try:
+            found = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        except OSError:  # a file system without locks: rank 0 says so
+            return
+    if struct.unpack(FLOCK, found)[0] != fcntl.F_UNLCK:
+        raise _in_use(run_dir)
+
+
+def _in_use(run_dir: Path) -> ValueError:
+    holder = (run_dir / LOCK).read_text().strip() or "another process"
+    return ValueError(f"{run_dir} is in use by {holder}; wait for it, stop it, or give this run another run.name")
+
+
+def port_taken(error: BaseException) -> bool:
+    """Whether a launcher or rank 0 failed because its port is in use."""
+    return "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()

@@ -8,17 +8,20 @@ import os
 import signal
 import socket
 import traceback
-from typing import Any, NoReturn
+from functools import partial
+from typing import NoReturn
 
 import torch
 
 from vtprune_train.config import Config, ConfigError, refusal
-from vtprune_train.launch import EXIT_TERMINATED, final_exit
+from vtprune_train.stops import BEFORE_TRAINING, STOP, exit_code, final_exit
+from vtprune_train.streams import keep_streams
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import start_distributed
 from vtprune_train.training.guards import EXIT_STOPPED, TrainingError
 from vtprune_train.training.kernels import be_deterministic
 from vtprune_train.training.lifeline import connect
+from vtprune_train.training.lock import check_free, port_taken
 from vtprune_train.training.run import prepare
 from vtprune_train.training.watchdog import Watchdog
 
@@ -28,11 +31,10 @@ log = logging.getLogger(__name__)
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 GROWING_SEGMENTS = "expandable_segments:True"
 EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
 
 
-class Terminated(BaseException):
-    """SIGTERM before the first step, when there is nothing to save."""
+class StopRequestError(Exception):
+    """A signal before the first step, when there is nothing to save."""
 
 
 def train(config: Config) -> int:
@@ -41,15 +43,14 @@ def train(config: Config) -> int:
     Raises:
         ConfigError: the ranks cannot reach each other.
     """
+    keep_streams()
+    STOP.listen()
     faulthandler.enable()
-    signal.signal(signal.SIGTERM, _terminate)
     be_deterministic(config)
     set_allocator()
-    try:
-        device = start_distributed(config.train.collective_timeout)
-        watchdog = Watchdog(connect())
-    except Terminated:
-        return final_exit(EXIT_TERMINATED)
+    device = _join(config)
+    watchdog = Watchdog(connect())
+    STOP.act = partial(_stop_before_training, watchdog)
     if ranks.rank() == 0:
         _note_restarts(config.train.max_restarts)
     try:
@@ -62,12 +63,34 @@ def train(config: Config) -> int:
         settings = config.train
         ranks.barrier()  # a machine may index its data longer than another: that is no hang
         watchdog.watch(config.run_dir / "watchdog", settings.watchdog_timeout, settings.collective_timeout)
+        STOP.train()
         code = trainer.fit()
+        STOP.end()
         ranks.shut_down()
-    except (Exception, KeyboardInterrupt, Terminated) as error:
+    except Exception as error:
         _give_up(watchdog, error)
     watchdog.close()
-    return final_exit(code) if code == EXIT_TERMINATED else code
+    return final_exit(code) if code else 0
+
+
+def _join(config: Config) -> torch.device:
+    """Join the process group; returns this rank's device.
+
+    Raises:
+        ValueError: another process is at this run, or at its port; said by rank 0.
+    """
+    try:
+        return start_distributed(config.train.collective_timeout)
+    except Exception as error:
+        if not port_taken(error):
+            raise
+        check_free(config.run_dir)  # most likely it is the same run, started twice
+        port = os.environ["MASTER_PORT"]
+        raise ConfigError(
+            f"port {port} of {os.environ['MASTER_ADDR']}, where the ranks meet, is taken by another program (another "
+            "training?); give the launcher another one, such as --master_port "
+            f"{int(port) + 1}"
+        ) from error
 
 
 def set_allocator() -> None:
@@ -81,13 +104,12 @@ def set_allocator() -> None:
         log.info("CUDA allocator: %s", ", ".join(chosen))
 
 
-def _give_up(watchdog: Watchdog, error: BaseException) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one rank is gone; this one is ending
-    if isinstance(error, Terminated):
-        shown = "SIGTERM before the first step: nothing to save"
-        watchdog.fail(error, EXIT_TERMINATED, final=True, shown=shown, terminated=True)
-    if isinstance(error, KeyboardInterrupt):
-        watchdog.fail(error, EXIT_INTERRUPTED, final=True, shown="interrupted")
+def _stop_before_training(watchdog: Watchdog, number: int) -> NoReturn:
+    shown = f"{signal.Signals(number).name} {BEFORE_TRAINING}"
+    watchdog.fail(StopRequestError(shown), exit_code(number), final=True, shown=shown, terminated=True)
+
+
+def _give_up(watchdog: Watchdog, error: Exception) -> NoReturn:
     if isinstance(error, TrainingError):  # of all ranks; resuming repeats the same bits, so it would come again
         watchdog.fail(error, EXIT_STOPPED, final=True, shown=refusal("training stopped", error))
     place = f"rank {ranks.rank()} on {socket.gethostname()} failed ({watchdog.place().where}):"
@@ -107,7 +129,3 @@ def _note_restarts(wanted: int) -> None:
             f"{most} times" if most else "nothing",
             wanted,
         )
-
-
-def _terminate(*_: Any) -> NoReturn:
-    raise Terminated

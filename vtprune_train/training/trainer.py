@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from vtprune_train.data.collate import Collator
 from vtprune_train.data.index import most_bad
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.planner import Planner, StepPlan, data_digest
-from vtprune_train.launch import EXIT_TERMINATED
 from vtprune_train.rounding import ceil_of
+from vtprune_train.stops import STOP, agreed_code
 from vtprune_train.stream import PackedBatch
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback
@@ -74,21 +73,19 @@ class Trainer:
         self.total_steps = train.max_steps or train.epochs * self.planner.steps_per_epoch
         self.end_step = min(self.total_steps, self.config.run.stop_after or self.total_steps)
         self.warmup_steps = ceil_of(train.warmup_ratio, self.total_steps)
-        self.terminated = False
         self.row_losses: list[torch.Tensor] = []  # of the last step's micro-batches, [R] each
         self.batches: Sequence[PackedBatch] = ()  # of the last step
         self._measured: dict[int, dict[str, float]] = {}  # costs of its micro-batches that counted on the device
         self._saved_step = self.state.step if self.state.step else -1
 
     def fit(self) -> int:
-        """Train to the end, or until SIGTERM reaches any rank. Returns the process's exit code."""
+        """Train to the end, or until a signal asks any rank to stop. Returns the process's exit code."""
         try:
             return self._fit()
         finally:
             self.checkpoints.settle()
 
     def _fit(self) -> int:
-        signal.signal(signal.SIGTERM, self._on_sigterm)
         loader = StepLoader(
             self.collate,
             self.planner,
@@ -106,7 +103,7 @@ class Trainer:
             callback.on_start(self)
         self.watchdog.mark("waiting for data", self.state.step + 1)
         waiting_since = time.perf_counter()
-        stop = False
+        stop = 0
         for plan, batches in loader:
             data_wait = time.perf_counter() - waiting_since
             record, stop = self.step(plan, batches, data_wait)
@@ -124,9 +121,14 @@ class Trainer:
         self.watchdog.mark("saving")
         self.checkpoints.wait()
         self.watchdog.mark("at the end")
+        stop = stop or self._stop_code()
         for callback in self.callbacks:
-            callback.on_end(self, finished=self.state.step >= self.total_steps)
-        return EXIT_TERMINATED if stop else 0
+            callback.on_end(self, finished=self.state.step >= self.total_steps and not stop)
+        return stop or self._stop_code()
+
+    def _stop_code(self) -> int:
+        """The exit code for the signals that ranks have heard until now, the same on all; 0 without one."""
+        return agreed_code(self._sum(STOP.requested()))
 
     def _warn_of_no_steps(self) -> None:
         if self.state.step >= self.end_step and ranks.rank() == 0:
@@ -136,8 +138,9 @@ class Trainer:
                 self.config.run.name, self.state.step, self.end_step,
             )  # fmt: skip
 
-    def step(self, plan: StepPlan, batches: Sequence[PackedBatch], data_wait: float) -> tuple[dict[str, Any], bool]:
-        """One optimizer step over all micro-batches of all ranks: its metrics, and whether a rank was told to stop."""
+    def step(self, plan: StepPlan, batches: Sequence[PackedBatch], data_wait: float) -> tuple[dict[str, Any], int]:
+        """One optimizer step over all micro-batches of all ranks: its metrics, and the exit code if a rank was told to
+        stop (else 0)."""
         self.watchdog.mark("counting targets")
         began = time.perf_counter()
         self._seed(plan)
@@ -153,7 +156,7 @@ class Trainer:
         self.state.step = plan.step + 1
         if totals["unreadable"]:
             self._note_unreadable(batches)
-        stop = totals.pop("stop") > 0
+        stop = agreed_code(totals)
         ids = [self.collate.index.sample_id(sample) for sample in plan.samples]
         record = {
             "step": self.state.step,
@@ -270,7 +273,7 @@ class Trainer:
         costs["cache_bytes"] = costs.pop("cache_values") * getattr(torch, self.config.model.dtype).itemsize
         unreadable = float(sum(len(batch.unreadable) for batch in batches))
         failed = float(self.checkpoints.failed)
-        return {"unreadable": unreadable, "stop": float(self.terminated), "save_failed": failed, **costs}
+        return {"unreadable": unreadable, "save_failed": failed, **STOP.requested(), **costs}
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
         """Count pictures that could not be read, on every rank alike; too many stop the run.
@@ -320,6 +323,3 @@ class Trainer:
 
     def _sum(self, values: dict[str, float]) -> dict[str, float]:
         return ranks.sum_over_ranks(values, self.device)
-
-    def _on_sigterm(self, *_: Any) -> None:
-        self.terminated = True

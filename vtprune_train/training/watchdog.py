@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from vtprune_train.data.workers import live_stacks
-from vtprune_train.launch import final_exit
+from vtprune_train.stops import STOP, final_exit, launcher_was_asked
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.lifeline import ROLL_CALL_SECONDS, Lifeline, Place, Verdict
 
@@ -35,6 +35,7 @@ POLL_SECONDS = 0.5
 VERDICT_SECONDS = 60.0  # longer than the hub ever needs; it fails to answer only if rank 0 is stopped
 CAUSE_SECONDS = 10.0  # for the rank that is the cause to say so and end
 LINGER_SECONDS = 2.0  # the others end so much later: launchers look every second, and report who ended first
+ORPHAN_SECONDS = 600.0  # without train.watchdog_timeout, once the launcher is gone
 COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 
 
@@ -98,7 +99,7 @@ class Watchdog:
             shown: what the user is to read.
             terminated: it is SIGTERM, which a launcher also sends because another rank failed.
         """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, since the job is ending
+        STOP.end()  # a launcher sends SIGTERM as soon as one rank is gone
         reason = _first_lines(f"{type(error).__name__}: {error}")
         inside = _in_collective(error)
         where = self.place().where
@@ -147,6 +148,8 @@ class Watchdog:
     def _look(self) -> None:
         """Whether this rank makes progress; the thread being here shows that Python's lock is free."""
         limit = self._limit()
+        if limit is None and STOP.orphaned:  # nobody is there to end it
+            limit = ORPHAN_SECONDS
         if limit is None:
             return
         faulthandler.dump_traceback_later(limit + 3 * ROLL_CALL_SECONDS, exit=True, file=self._file)
@@ -157,6 +160,7 @@ class Watchdog:
     def _obey(self, verdict: Verdict) -> None:
         """End this rank as all end. The cause itself is given the time to say what it has to say."""
         self._verdict = verdict
+        STOP.end()
         if verdict.hung:
             self._write_stacks(verdict)
         self._heard_verdict.set()
@@ -192,6 +196,14 @@ class Watchdog:
 
     def _write_stacks(self, verdict: Verdict) -> None:
         """Stacks of all threads and of the loader workers, in the rank's file; a culprit's on stderr as well."""
+        try:
+            self._write_stack_file(verdict)
+        except OSError as error:  # a full disk: the rank must end all the same
+            _print(f"the stacks of rank {ranks.rank()} cannot be written to {self._file.name}: {error}")
+        if ranks.rank() in verdict.culprits:
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+    def _write_stack_file(self, verdict: Verdict) -> None:
         self._file.write(f"{verdict.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
         self._file.flush()
         faulthandler.dump_traceback(file=self._file, all_threads=True)
@@ -201,8 +213,6 @@ class Watchdog:
             workers = f"the decode workers cannot be asked: {error}"
         self._file.write(f"\n{workers}\n")
         self._file.flush()
-        if ranks.rank() in verdict.culprits:
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
 
 def end(code: int, final: bool) -> NoReturn:
@@ -211,7 +221,7 @@ def end(code: int, final: bool) -> NoReturn:
         worker.kill()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(final_exit(code) if final else code)
+    os._exit(final_exit(code) if final or launcher_was_asked() else code)
 
 
 def _print(text: str) -> None:
@@ -224,7 +234,10 @@ def _write_error_file(text: str) -> None:
     if path is None:
         return
     details = {"py_callstack": text, "timestamp": str(int(time.time()))}
-    Path(path).write_text(json.dumps({"message": {"message": _first_lines(text), "extraInfo": details}}))
+    try:
+        Path(path).write_text(json.dumps({"message": {"message": _first_lines(text), "extraInfo": details}}))
+    except OSError as error:  # a full disk: the rank must end all the same
+        _print(f"{path}, from which torchrun shows why rank {ranks.rank()} ended, cannot be written: {error}")
 
 
 def _first_lines(text: str) -> str:
