@@ -1,4 +1,5 @@
-"""``train.py`` with a fault at a named moment of a save; the production code has no hooks for this.
+"""``train.py`` with a fault at a named moment of a save, or while a step's numbers are written; the production code has
+no hooks for this.
 
 Environment: ``FAULT`` names the moment, ``FAULT_RANK`` the rank (default 0), ``FAULT_STEP`` the checkpoint's step.
 A kill is SIGKILL of the own process, as a scheduler or the kernel does.
@@ -6,6 +7,7 @@ A kill is SIGKILL of the own process, as a scheduler or the kernel does.
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -15,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vtprune_train.cli import train_main
 from vtprune_train.training import checkpoint, manifest, saving
+from vtprune_train.training.json_lines import JsonLines
 
 FAULT, STEP = os.environ["FAULT"], int(os.environ["FAULT_STEP"])
 HERE = os.environ.get("RANK", "0") == os.environ.get("FAULT_RANK", "0")
@@ -72,6 +75,38 @@ def disk_full():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def lines_full():
+    """The kernel writes the first bytes of the step's line of ``metrics.jsonl``, then refuses."""
+    real = JsonLines.append
+
+    def append(file, line, **named):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if file.path.name == "metrics.jsonl" and line["step"] == STEP:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.path.stat().st_size + 20, before[1]))
+        try:
+            real(file, line, **named)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    JsonLines.append = append
+
+
+def board_full():
+    """From the step on TensorBoard's thread has no room."""
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    real, append = LocalFileSystem.append, JsonLines.append
+
+    def full(*given):
+        disk_full()
+
+    def begin(file, line, **named):
+        LocalFileSystem.append = full if line["step"] >= STEP else real
+        append(file, line, **named)
+
+    JsonLines.append = begin
+
+
 def while_deleting():
     real = shutil.rmtree
 
@@ -105,6 +140,8 @@ FAULTS = {
     "while_deleting": while_deleting,
     "disk_full": lambda: in_shard(disk_full),
     "little_room": little_room,
+    "lines_full": lines_full,
+    "board_full": board_full,
 }
 
 if __name__ == "__main__":

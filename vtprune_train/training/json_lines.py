@@ -11,14 +11,16 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vtprune_train.disk import naming, replace_synced
 
 log = logging.getLogger(__name__)
 
+Lines = list[tuple[int, bytes]]  # a step and its line, with the newline
 LOGS = "logs"  # the folder of a checkpoint
 SHOWN = 8  # ranges of steps in a message
 
@@ -48,9 +50,9 @@ class JsonLines:
             checkpoint: the one that it continues from.
         """
         content = self.path.read_bytes() if self.path.is_file() else b""
-        order, unreadable = _parse(content)
-        written = dict(order)
-        saved = {number: line for number, line in _parse(_read_copy(checkpoint, self.path.name))[0] if number <= step}
+        copied = dict(_parse(_read_copy(checkpoint, self.path.name))[0])
+        order, unreadable = _parse(content, {line: number for number, line in copied.items()})
+        written, saved = dict(order), {number: line for number, line in copied.items() if number <= step}
         kept = {number: line for number, line in written.items() if number <= step} | saved
         lines = b"".join(kept[number] for number in sorted(kept))
         whose = "no checkpoint" if checkpoint is None else checkpoint.name
@@ -108,27 +110,30 @@ class JsonLines:
         return [json.loads(lines[number]) for number in sorted(lines)]
 
     def _remember(self, lines: bytes) -> None:
-        self._size, self._packer = len(lines), zlib.compressobj(wbits=31)  # 31: as gzip writes it
+        self._size, self._packer = len(lines), zlib.compressobj(1, wbits=31)  # 31: as gzip writes it
         self._packed = bytearray(self._packer.compress(lines))
 
 
-def _parse(content: bytes) -> tuple[list[tuple[int, bytes]], list[int]]:
-    """Steps and their lines (with their newline) as they follow, and the numbers of the lines that are damaged."""
-    lines: list[tuple[int, bytes]] = []
+def _parse(content: bytes, known: Mapping[bytes, int] = MappingProxyType({})) -> tuple[Lines, list[int]]:
+    """The lines with their steps, in order, and the numbers of those that are damaged; ``known`` need no parsing."""
+    lines: Lines = []
     unreadable = []
     for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:  # UnicodeDecodeError too
-            record = None
-        step = record.get("step") if isinstance(record, dict) else None
-        if type(step) is int:
-            lines.append((step, line + b"\n"))
-        else:
+        whole = line + b"\n"
+        if (step := known[whole] if whole in known else _step_of(line)) is not None:
+            lines.append((step, whole))
+        elif line:
             unreadable.append(number)
     return lines, unreadable
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # UnicodeDecodeError too
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int else None
 
 
 def _read_copy(checkpoint: Path | None, name: str) -> bytes:

@@ -1,0 +1,217 @@
+"""The files that a run writes line by line: restored from a checkpoint's copy, whole on a full disk."""
+
+import contextlib
+import gzip
+import json
+import os
+import random
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vtprune_train.disk import naming, replace_synced, write_synced
+from vtprune_train.training import saving
+from vtprune_train.training.json_lines import JsonLines, ranges
+from vtprune_train.training.trackers import hide_from, steps_shown, train_scalars
+
+
+def line(step):
+    return {"step": step, "loss": 1 / (step + 1), "name": f"caf\u00e9 {step}"}
+
+
+def written(folder, steps, **options):
+    """A file with a line for each of the steps, and a checkpoint that holds a copy of it."""
+    file = JsonLines(folder / "metrics.jsonl", **options)
+    file.rewind(0)
+    for step in steps:
+        file.append(line(step))
+    checkpoint = folder / f"step_{max(steps):08d}"
+    (checkpoint / "logs").mkdir(parents=True)
+    (checkpoint / "logs" / "metrics.jsonl.gz").write_bytes(file.copy())
+    return file, checkpoint
+
+
+@contextlib.contextmanager
+def small_disk(size):
+    """No file can grow beyond ``size`` bytes: the kernel writes what fits, then refuses."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def keep(*numbers):
+    return lambda lines: b"".join(lines[number - 1] for number in numbers)
+
+
+DAMAGE = {
+    "the end is missing": (keep(1, 2, 3), "the line(s) of step 4 to 5"),
+    "a line is cut": (lambda lines: b"".join(lines)[:-20], "the line(s) of step 5"),
+    "a tail of zeros": (lambda lines: b"".join(lines[:3]) + bytes(500), "the line(s) of step 4 to 5"),
+    "zeros in the middle": (lambda lines: lines[0] + bytes(len(lines[1])) + b"".join(lines[2:]), "step 2 to 3"),
+    "garbage": (lambda lines: b"".join([*lines[:2], b"\xff\xfe{]\n", *lines[2:]]), "1 unreadable line(s) removed"),
+    "no object": (lambda lines: b"".join([lines[0], b'7\n{"step": "x"}\n', *lines[1:]]), "2 unreadable line(s)"),
+    "a line is missing": (keep(1, 2, 4, 5), "the line(s) of step 3"),
+    "another number": (lambda lines: b"".join(lines).replace(b"0.25", b"0.35"), "the line(s) of step 3"),
+    "another order": (keep(5, 1, 2, 4, 3), "put in order"),
+    "twice": (keep(1, 2, 3, 3, 4, 5, 1), "put in order, one line for each step"),
+    "empty": (keep(), "the line(s) of step 1 to 5"),
+}
+
+
+@pytest.mark.parametrize("later", [0, 2], ids=["to the checkpoint", "further"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_is_damaged_is_restored(tmp_path, caplog, kind, later):
+    """Whatever became of the file, and whether the run went on after the checkpoint or not."""
+    file, checkpoint = written(tmp_path, range(1, 6), every_step=True)
+    whole = file.path.read_bytes()
+    damage, said = DAMAGE[kind]
+    file.path.write_bytes(damage(whole.splitlines(True)) + b"".join(b'{"step": %d}\n' % (6 + n) for n in range(later)))
+    again = JsonLines(file.path, every_step=True)
+    again.rewind(5, checkpoint)
+    assert file.path.read_bytes() == whole and said in caplog.text and str(file.path) in caplog.text
+    again.append(line(6))
+    assert [record["step"] for record in again.read()] == [1, 2, 3, 4, 5, 6]
+    assert gzip.decompress(again.copy()) == file.path.read_bytes()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_that_is_whole_is_cut_without_a_warning(tmp_path, caplog):
+    file, checkpoint = written(tmp_path, range(1, 6), every_step=True)
+    whole = file.path.read_bytes()
+    file.append(line(6))
+    file.rewind(5, checkpoint)
+    assert file.path.read_bytes() == whole and not caplog.records
+    file.path.unlink()
+    file.rewind(3, checkpoint)
+    assert file.path.read_bytes() == b"".join(whole.splitlines(True)[:3]), "no more than the step that is resumed"
+
+
+def test_without_a_copy_the_gap_is_named_and_lines_after_it_are_kept(tmp_path, caplog):
+    file, _ = written(tmp_path, range(1, 10), every_step=True)
+    lines = file.path.read_bytes().splitlines(True)
+    file.path.write_bytes(b"".join([lines[0], b"\0\0\0\n", lines[2], *lines[5:]]))
+    older = tmp_path / "step_00000008"
+    older.mkdir()
+    file.rewind(8, older)
+    assert [record["step"] for record in file.read()] == [1, 3, 6, 7, 8]
+    assert "1 unreadable line(s) removed, the first was line 2" in caplog.text
+    assert "lost, for step_00000008 has no copy of them: the line(s) of step 2, 4 to 5" in caplog.text
+
+
+def test_a_line_of_the_checkpoints_step_that_came_after_it_is_kept(tmp_path, caplog):
+    """The evaluation at the end of training comes after the last checkpoint."""
+    file, checkpoint = written(tmp_path, [2, 4])
+    file.append(line(5), sync=True)
+    file.rewind(5, checkpoint)
+    assert [record["step"] for record in file.read()] == [2, 4, 5] and not caplog.records
+
+
+@pytest.mark.parametrize("room", [0, 1, 30])
+def test_a_full_disk_leaves_whole_lines(tmp_path, room):
+    file, _ = written(tmp_path, range(1, 4))
+    before = file.path.read_bytes()
+    with small_disk(len(before) + room), pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'") as error:
+        file.append(line(4))
+    assert error.value.__notes__ == [
+        "Make room (or mend the disk) and start again: the run resumes from its last checkpoint"
+    ]
+    assert file.path.read_bytes() == before
+    file.append(line(4))
+    assert [record["step"] for record in file.read()] == [1, 2, 3, 4]
+
+
+def test_a_file_that_is_removed_or_cut_while_it_is_written_comes_back(tmp_path, caplog):
+    file, _ = written(tmp_path, range(1, 4))
+    for step, act in ((4, os.unlink), (5, lambda path: os.truncate(path, 10))):
+        act(file.path)
+        file.append(line(step))
+        assert caplog.text.count("is written again") == step - 3
+    assert [record["step"] for record in file.read()] == [1, 2, 3, 4, 5]
+
+
+def test_a_copy_is_small(tmp_path):
+    """And taking it does not read the file."""
+    rng = random.Random(0)
+    path = tmp_path / "metrics.jsonl"
+    record = {f"number_{n}": rng.random() for n in range(20)}
+    content = b"".join(json.dumps({**record, "step": step}).encode() + b"\n" for step in range(1, 5001))
+    path.write_bytes(content)
+    file = JsonLines(path, every_step=True)
+    file.rewind(5000)
+    path.write_bytes(b"")
+    assert gzip.decompress(file.copy()) == content and len(file.copy()) < len(content) / 2
+
+
+def test_ranges():
+    assert ranges([3, 1, 2, 5]) == "1 to 3, 5"
+    assert ranges(range(0, 30, 2)) == "0, 2, 4, 6, 8, 10, 12, 14 and 7 more"
+
+
+WRITERS = {
+    "write_synced": lambda path: write_synced(path, "x" * 100),
+    "replace_synced": lambda path: replace_synced(path, "x" * 100),
+    "a shard": lambda path: saving.write_file(path, {"weight": torch.ones(1000)}),
+    "safetensors": lambda path: save_file({"weight": torch.ones(1000)}, path),
+    "a rank's part": lambda path: saving._say_written(path.parent, 0, {"a": {"size": 1, "sha256": "0" * 64}}),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_error_of_the_disk_names_the_file(tmp_path, kind):
+    path = tmp_path / "file"
+    with small_disk(50), pytest.raises(OSError) as error, naming(path):
+        WRITERS[kind](path)
+    assert error.value.errno == 27 and str(tmp_path) in error.value.filename and "File too large" in str(error.value)
+    assert not path.exists() or kind != "replace_synced"
+
+
+def test_naming_leaves_other_errors_alone(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"), naming(tmp_path / "another"):
+        (tmp_path / "gone").read_text()
+    with pytest.raises(ValueError, match="no number"), naming(tmp_path):
+        raise ValueError("no number")
+
+
+def record(step):
+    names = ("loss", "grad_norm", "tokens_per_second", "step_time", "data_wait", "token_accuracy")
+    return {"step": step, "learning_rates": {"projector": 0.1}, **dict.fromkeys(names, 1.0)}
+
+
+def board(folder, steps, hidden_from=None):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder), filename_suffix=f".{len(list(folder.glob('*')))}")
+    if hidden_from is not None:
+        hide_from(writer, hidden_from)
+    for step in steps:
+        for event in train_scalars(record(step)):
+            writer.add_scalar(*event)
+    writer.close()
+
+
+def test_steps_that_tensorboard_shows(tmp_path):
+    """As TensorBoard itself says: what came after a resumed checkpoint is hidden, a damaged end is left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tmp_path = tmp_path / "board"
+    tmp_path.mkdir()
+
+    def shown():
+        accumulator = EventAccumulator(str(tmp_path)).Reload()
+        return [event.step for event in accumulator.Scalars("train/loss")]
+
+    board(tmp_path, range(1, 7))
+    assert steps_shown(tmp_path) == {1, 2, 3, 4, 5, 6} and shown() == [1, 2, 3, 4, 5, 6]
+    board(tmp_path, [5, 6, 7], hidden_from=5)
+    assert steps_shown(tmp_path) == set(range(1, 8)) and shown() == list(range(1, 8))
+    board(tmp_path, [6], hidden_from=6)
+    assert steps_shown(tmp_path) == set(range(1, 7)) and shown() == list(range(1, 7))
+    first = sorted(tmp_path.iterdir())[0]
+    content = first.read_bytes()
+    first.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    assert steps_shown(tmp_path) == set(shown()) == {1, 2, 3, 5, 6}
