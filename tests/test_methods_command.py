@@ -98,13 +98,18 @@ def test_the_page_s_method_trains_and_is_found_again(own, capsys):
     metrics = runs.metrics("own")
     assert metrics[0]["tokens_stage_1"] < metrics[0]["tokens_stage_0"]
     runs.run("own", "data.workers=2", "run.stop_after=3", ranks=2)
-    loaded = load(str(runs.directory("own")))
+    with pytest.raises(ValueError, match=f"was saved with the method {own}/outliers.py:Outliers, which is code"):
+        load(str(runs.directory("own")))
+    loaded = load(str(runs.directory("own")), trust_remote_code=True)
     assert method_of(loaded.model).settings() == section["pruning"]
+    sys.modules.pop("outliers")
     picture = str(next((own / "training" / "data" / "images").glob("train-0-*.png")))
     ask = ["generate", "--model", str(runs.directory("own")), "--image", picture, "--prompt", "how bright is it?"]
-    said(capsys, *ask, "--max_new_tokens", "2")
-    (own / "outliers.py").rename(own / "moved.py")
     assert main(ask) == 2
+    assert "or allow what the checkpoint names: --trust_remote_code" in capsys.readouterr().err
+    said(capsys, *ask, "--max_new_tokens", "2", "--trust_remote_code")
+    (own / "outliers.py").rename(own / "moved.py")
+    assert main([*ask, "--trust_remote_code"]) == 2
     error = capsys.readouterr().err
     assert f"there is no file {own}/outliers.py" in error and "put it there" in error
 

@@ -261,7 +261,7 @@ class CheckpointFolder:
                 if manifest.step_of(newer) > manifest.step_of(checkpoint):
                     aside = newer.with_suffix(".damaged")
                     if aside.exists():
-                        shutil.rmtree(aside)
+                        manifest.remove_tree(aside)
                     log.warning("%s is set aside as %s", newer, aside.name)
                     newer.rename(aside)
             if manifest.named_latest(self.folder) != checkpoint:
@@ -278,7 +278,7 @@ class CheckpointFolder:
             if self.folder.is_dir():
                 for leftover in [*self.folder.glob("*.partial"), *self.folder.glob("*.deleting")]:
                     log.warning("removing %s, left by an interrupted run", leftover)
-                    shutil.rmtree(leftover)
+                    manifest.remove_tree(leftover)
 
         from_rank_0(remove)
 
@@ -410,6 +410,6 @@ def _joined(errors: list[str]) -> str:
 
 
 def _fresh(partial: Path) -> None:
-    if partial.exists():
-        shutil.rmtree(partial)
+    if partial.exists() or partial.is_symlink():
+        manifest.remove_tree(partial)
     partial.mkdir(parents=True)

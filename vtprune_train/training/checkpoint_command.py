@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
+from vtprune_train import pickles
+from vtprune_train.pruning import CONFIG_KEY, outside_methods
 from vtprune_train.training import manifest
 from vtprune_train.training.lock import hold_run
 
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     for name, what in (
         ("list", "one line for each checkpoint"),
-        ("verify", "read every file; exit code 1 if any is wrong"),
+        ("verify", "read every file; exit code 1 if any is wrong or names code"),
     ):
         action = actions.add_parser(name, help=what, description=what)
         action.add_argument("path", help="a run, its checkpoints folder, or one checkpoint")
@@ -140,18 +142,53 @@ def _listed(value: Any) -> list[Any]:
 
 
 def verify_checkpoints(path: Path) -> int:
-    """Read every file of every checkpoint at the path."""
+    """Read every file of every checkpoint at the path, and say what code they name; none of it is run."""
     code = 0
     for checkpoint in find(path):
-        wrong = manifest.problems(checkpoint)
+        wrong = [*manifest.problems(checkpoint), *pickled_code(checkpoint)]
         if wrong and not checkpoint.is_dir():
             print(f"{checkpoint}: removed meanwhile")  # by the running job, which keeps the newest
             continue
         print(f"{checkpoint}: {'ok' if not wrong else f'{len(wrong)} wrong'}")
         for line in wrong:
             print(f"  {line}")
+        for line in named_code(checkpoint):
+            print(f"  note: {line}")
         code = code or int(bool(wrong))
     return code
+
+
+def pickled_code(checkpoint: Path) -> list[str]:
+    """A line for each file that names more than tensors and numbers, wherever it lies in the checkpoint."""
+    lines = []
+    for path in pickles.pickled_files(checkpoint):
+        if names := pickles.foreign_names(path):
+            lines.append(
+                f"{path.relative_to(checkpoint)} names {', '.join(names)}, code that reading it as a pickle would run; "
+                "training writes no such file"
+            )
+    return lines
+
+
+def named_code(checkpoint: Path) -> list[str]:
+    """A line for each file that names code which opening the checkpoint does not run unasked."""
+    lines = []
+    for path in sorted(checkpoint.rglob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):  # damage is the manifest's matter
+            continue
+        if not isinstance(content, dict):
+            continue
+        name = path.relative_to(checkpoint)
+        lines += [
+            f"{name} names the method {method}, code outside of vtprune_train, which is run where you name it yourself "
+            "or give --trust_remote_code"
+            for method in outside_methods(content.get(CONFIG_KEY))
+        ]
+        if "auto_map" in content:
+            lines.append(f"{name} names code of its own (auto_map), which is never run here")
+    return lines
 
 
 def convert_checkpoint(path: Path, out: str | None) -> int:
@@ -170,8 +207,8 @@ def convert_checkpoint(path: Path, out: str | None) -> int:
     in_run = out is None and source.parent.name == "checkpoints"
     held = hold_run(source.parent.parent) if in_run else None  # a running job counts on its checkpoints
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
+        if partial.exists() or partial.is_symlink():
+            manifest.remove_tree(partial)
         partial.mkdir(parents=True)
         write_converted(source, partial)
         manifest.put_in_place(partial, final)

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vtprune_train.disk import naming, replace_synced, sync_folder, write_synced
@@ -41,7 +41,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """The files of a checkpoint: name -> ``{size, sha256}``.
 
     Raises:
-        ValueError: the manifest is missing, no JSON, or not of this form.
+        ValueError: the manifest is missing, no JSON, or not of this form, or names a file outside the checkpoint.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -54,7 +54,15 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     if "trainer.json" not in files:
         raise ValueError(f"{MANIFEST} does not list trainer.json")
+    if outside := sorted(name for name in files if not _is_inside(name)):
+        raise ValueError(f"{MANIFEST} names {outside[0]}, which is no file of the checkpoint")
     return files
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative name stays below the folder that it is seen from."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and str(path) == name
 
 
 def problems(checkpoint: Path, part: str = "") -> list[str]:
@@ -92,6 +100,8 @@ def _problem(path: Path, name: str, entry: dict[str, Any]) -> str | None:
     try:
         if not path.is_file():
             return f"{name} is missing"
+        if not path.resolve().is_relative_to(path.parents[name.count("/")].resolve()):
+            return f"{name} is a link to {path.resolve()}, outside of the checkpoint"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
         if hash_file(path) != entry["sha256"]:
@@ -143,10 +153,10 @@ def point_latest(folder: Path, name: str) -> None:
 def named_latest(folder: Path) -> Path | None:
     """The checkpoint that ``latest`` names, if it is there."""
     try:
-        named = folder / (folder / LATEST).read_text().strip()
+        name = (folder / LATEST).read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return named if STEP.match(named.name) and (named / MANIFEST).is_file() else None
+    return folder / name if STEP.match(name) and (folder / name / MANIFEST).is_file() else None
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -154,9 +164,17 @@ def remove_checkpoint(checkpoint: Path) -> None:
     at the same time."""
     doomed = checkpoint.with_suffix(".deleting")
     if doomed.exists():
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_tree(doomed, ignore_errors=True)
     try:
         checkpoint.rename(doomed)
     except FileNotFoundError:  # the other one was faster
         return
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed, ignore_errors=True)
+
+
+def remove_tree(folder: Path, ignore_errors: bool = False) -> None:
+    """Delete a folder; of a link to one only the link."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=ignore_errors)

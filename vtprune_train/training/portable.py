@@ -35,6 +35,8 @@ class PortableFiles:
         self.counters: dict[str, Any] = index["counters"]
         self._steps: dict[str, float | None] = index["steps"]
         self._files: dict[str, str] = index["tensors"]
+        if outside := sorted(name for name in self._files.values() if Path(name).name != name or name == ".."):
+            raise ValueError(f"{folder / INDEX} names {outside[0]}, which is no file of its folder")
         self._open = {name: safe_open(folder / name, "pt") for name in set(self._files.values())}
 
     def keys(self, name: str) -> list[str]:
