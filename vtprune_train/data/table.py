@@ -98,11 +98,12 @@ class Table:
         if number not in self._readers:
             if stamp(Path(path)) != [size, changed]:
                 raise RuntimeError(f"data file {path} has changed while it is in use; start again to index it anew")
-            self._readers[number] = open_reader(Path(path))
+            self._readers[number] = open_reader(Path(path), self.manifest["made_with"]["bounds"][0])
         place = Place(int(self.column("at")[row]), int(self.column("size")[row]))
         try:
-            ignore = self.manifest["made_with"]["ignore"]
-            return normalize(self._readers[number].read(place), self.id(row), ignore)
+            made_with = self.manifest["made_with"]
+            record = self._readers[number].read(place)
+            return normalize(record, self.id(row), made_with["ignore"], made_with["bounds"][1])
         except (ValueError, OSError) as error:
             raise RuntimeError(f"data file {path} cannot be read where it was indexed: {error}") from error
 
@@ -179,7 +180,7 @@ def _build_pieces(building: Path, files: Sequence[Path], measure: Measure, worke
     def missing() -> Iterator[_Work]:
         nonlocal kept
         for number, file in enumerate(files):
-            for piece in open_reader(file).pieces():
+            for piece in open_reader(file, measure.bounds.record).pieces():
                 work = _Work(number, file, piece, building / f"{len(every):07d}.npz")
                 every.append(work)
                 if work.target.is_file():
@@ -209,7 +210,7 @@ class _Worker:
 
     def __call__(self, work: _Work) -> None:
         if self._reader is None or self._reader.path != work.file:
-            self._reader = open_reader(work.file)
+            self._reader = open_reader(work.file, self.measure.bounds.record)
         measure_piece(self.measure, self._reader, work.piece, work.target)
 
 
