@@ -226,6 +226,8 @@ class DataConfig(Section):
     max_bad: int = Field(100, ge=0)
     max_bad_share: float = Field(0.05, ge=0, le=1)
     max_image_pixels: int = Field(89_478_485, ge=1)
+    max_record_bytes: int = Field(32 << 20, ge=1)
+    max_text_bytes: int = Field(1 << 20, ge=1)
     workers: int = Field(4, ge=0)
     prefetch: int = Field(4, ge=1, le=64)
     worker_timeout: float | None = Field(600.0, gt=0)
@@ -235,6 +237,21 @@ class DataConfig(Section):
     @classmethod
     def _no_image(cls, value: str | None) -> str | None:
         return without_image(value)
+
+    @model_validator(mode="after")
+    def _short_texts(self) -> DataConfig:
+        texts = {"system": self.system or ""}
+        for which in ("train", "eval"):
+            for number, source in enumerate(getattr(self, which)):
+                for name in ("system", "prefix", "suffix"):
+                    texts[f"{which}.{number}.prompt.{name}"] = getattr(source.prompt, name) or ""
+        for key, text in texts.items():
+            if len(text.encode(errors="surrogatepass")) > self.max_text_bytes:
+                raise ValueError(
+                    f"{key} has {len(text)} characters, so that every record's text has more bytes than "
+                    f"data.max_text_bytes={self.max_text_bytes}; shorten it or raise max_text_bytes"
+                )
+        return self
 
     @field_validator("train", "eval")
     @classmethod

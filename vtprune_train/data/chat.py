@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from vtprune_train.data.sources.base import BOUNDS, TooLarge, utf8_length
 from vtprune_train.data.tokens import Edge, SectionTokenizer, part_of
 from vtprune_train.stream import IGNORE, IMAGE
 
@@ -244,7 +245,7 @@ class ChatEncoder:
         Raises:
             ValueError: nothing is supervised, or its text holds the image token.
         """
-        [chat] = self._tokenized([turns])
+        [chat] = self._tokenized([self._render(turns)])
         chat.check(self.image_token_id)
         input_ids = np.array(chat.ids, dtype=np.int64)
         labels = np.full_like(input_ids, IGNORE)
@@ -253,11 +254,22 @@ class ChatEncoder:
         images = np.flatnonzero(input_ids == self.image_token_id)
         return EncodedChat(input_ids, labels, tuple(images.tolist()), tuple(start for start, _ in chat.answers))
 
-    def count(self, conversations: Sequence[Sequence[Turn]]) -> list[tuple[int, int] | ValueError]:
+    def count(
+        self, conversations: Sequence[Sequence[Turn]], max_bytes: int = BOUNDS.text
+    ) -> list[tuple[int, int] | ValueError]:
         """Tokens without the images' and supervised tokens of each conversation, as :meth:`encode` makes them; the
-        error of one that it refuses. All texts are tokenized in one call, which is several times faster."""
+        error of one that it refuses, or whose text has more than ``max_bytes`` bytes as the template writes it, which
+        is not tokenized. All others are tokenized in one call, which is several times faster."""
         counts: list[tuple[int, int] | ValueError] = []
-        for chat in self._tokenized(conversations):
+        rendered = [self._render(turns) for turns in conversations]
+        sizes = [utf8_length(chat.text) for chat in rendered]
+        tokenized = iter(self._tokenized([chat for chat, n in zip(rendered, sizes, strict=True) if n <= max_bytes]))
+        for size in sizes:
+            if size > max_bytes:
+                what = f"its text has {size} bytes as the template writes it, more than data.max_text_bytes={max_bytes}"
+                counts.append(ValueError(TooLarge(what)))
+                continue
+            chat = next(tokenized)
             try:
                 chat.check(self.image_token_id)
             except ValueError as error:
@@ -295,8 +307,7 @@ class ChatEncoder:
         places = [place + bisect_left(starts, place) for place in chat.places]
         return _Rendered(text, places, chat.num_images)
 
-    def _tokenized(self, conversations: Sequence[Sequence[Turn]]) -> list[_Tokenized]:
-        rendered = [self._render(turns) for turns in conversations]
+    def _tokenized(self, rendered: Sequence[_Rendered]) -> list[_Tokenized]:
         located = self._tokens.locate([(chat.text, chat.places) for chat in rendered])
         return [self._placed(chat, ids, edges) for chat, (ids, edges) in zip(rendered, located, strict=True)]
 

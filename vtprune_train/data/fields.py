@@ -17,6 +17,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 RECORD = frozenset(("id", *CONVERSATIONS, *IMAGES, *SYSTEM))
 TURN = frozenset(("from", "role", "value", "content"))
 
+LONGEST_NAME = 256  # characters of a field's
 FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag of what is trained on", "a weight", "a mask", "an image"
 LIKE_A_FLAG = "what seems to be a flag of what is trained on"
 _FILE = r"(_?(path|file|file_?name|name|url|uri|list|data|bytes|base64|b64|input)s?)?"
@@ -69,12 +70,12 @@ _HARMLESS = re.compile(
 )
 
 _MARK = re.compile(
-    r"<(video|audio|speech|sound|music|point_?cloud|vid)s?[_ -]?\d*>|<(bbox|ref-object)>"
-    r"|<\|(video|audio|vision)(_pad|_start)?\|>",
+    r"<(?:video|audio|speech|sound|music|point_?cloud|vid)s?[_ -]?\d*>|<(?:bbox|ref-object)>"
+    r"|<\|(?:video|audio|vision)(?:_pad|_start)?\|>",
     re.IGNORECASE,
 )
 _IMAGE_MARK = re.compile(
-    r"<(image[_ -]?\d*|image_?(here|placeholder|pad)|img|picture)>|<\|image(_pad|_\d+)?\|>", re.IGNORECASE
+    r"<(?:image[_ -]?\d*|image_?(?:here|placeholder|pad)|img|picture)>|<\|image(?:_pad|_\d+)?\|>", re.IGNORECASE
 )
 WAY_OUT = "take it out, or name it in the entry's `ignore` if it changes nothing here"
 
@@ -126,6 +127,8 @@ def check_fields(
     for name, value in fields.items():
         if name in read or name in ignore:
             continue
+        if len(name) > LONGEST_NAME:
+            raise ValueError(f"the name of one of its fields has {len(name)} characters ({_shown(name)})")
         what = _unsupported(plain(name))
         if name == "label" and not isinstance(value, bool):  # a class; a preference's is true or false
             continue
@@ -152,12 +155,12 @@ def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None
     Raises:
         ValueError: there is one; names it.
     """
-    for match in _MARK.finditer(text):
-        mark = match.group()
-        if mark not in ignore and f"</{mark[1:]}".lower() not in text.lower():
+    lowered = text.lower() if (marks := dict.fromkeys(_MARK.findall(text))) else ""
+    for mark in marks:
+        if mark not in ignore and f"</{mark[1:]}".lower() not in lowered:
             raise ValueError(f"its text holds {mark}, and only <image> can be trained on; {WAY_OUT}")
-    for match in () if has_images else _IMAGE_MARK.finditer(text):
-        if (mark := match.group()) not in ignore and not (mark == "<picture>" and "</picture>" in text):
+    for mark in () if has_images else dict.fromkeys(_IMAGE_MARK.findall(text)):
+        if mark not in ignore and not (mark == "<picture>" and "</picture>" in text):
             raise ValueError(f"its text holds {mark}, but the record has no image by 'image' or 'images'; {WAY_OUT}")
 
 

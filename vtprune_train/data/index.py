@@ -24,10 +24,10 @@ from filelock import FileLock
 from vtprune_train.data.building import VERSION
 from vtprune_train.data.chat import ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS
-from vtprune_train.data.measure import FINE, SILENT, Measure
+from vtprune_train.data.measure import FINE, LARGE, SILENT, Measure
 from vtprune_train.data.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
-from vtprune_train.data.sources import find_files
+from vtprune_train.data.sources import BOUNDS, Bounds, find_files
 from vtprune_train.data.table import Table, open_table
 from vtprune_train.durable import SummedFile, damage, publish, read_manifest, remove, seal
 from vtprune_train.models.layouts import ImageLayout
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 SHOWN = 5
 ROWS = 1 << 20  # looked at together
+TO_MEND = "Shorten or split them, raise the setting that is named, or set data.too_long=skip to leave them out"
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ class SampleIndex:
 
     @property
     def too_long(self) -> int:
-        """Samples left out for their length."""
-        return sum(selection.manifest["too_long"] for selection in self.selections)
+        """Samples left out for their length or their bytes."""
+        return sum(s.manifest["too_long"] + s.manifest["too_large"] for s in self.selections)
 
     @property
     def longest(self) -> int:
@@ -230,24 +231,26 @@ def build_index(
     unsupervised: Literal["error", "skip"] = "error",
     max_image_pixels: int = MAX_PIXELS,
     max_bad_share: float = 1.0,
+    bounds: Bounds = BOUNDS,
 ) -> SampleIndex:
     """Index all sources. Ranks of one machine wait for the first to build; the others open what it wrote.
 
     Raises:
         ValueError: a file cannot be read, more records are unusable than ``max_bad`` (of one
             source: than the share ``max_bad_share``) or all of a source, a sample is longer than
-            ``max_length`` and ``too_long`` is ``error``, or has nothing to learn and ``unsupervised`` is ``error``;
-            names the first such ids.
+            ``max_length`` or has more bytes than ``bounds`` and ``too_long`` is ``error``, or has nothing to learn and
+            ``unsupervised`` is ``error``; names the first such ids.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     selections = []
     with FileLock(str(cache_dir / "index.lock")):
         for number, source in enumerate(sources):
-            measure = Measure(encoder, layout, source.images, source.prompt, source.ignore, max_image_pixels)
+            measure = Measure(encoder, layout, source.images, source.prompt, source.ignore, max_image_pixels, bounds)
             folder = cache_dir / f"index-{_slot(source, measure)}"
             table = open_table(folder, find_files(source.path), measure, workers)
             selections.append(_select(table, take=source.take, seed=seed + number, max_length=max_length))
     _report_unsupervised(selections, unsupervised)
+    _report_large(sources, selections, too_long)
     _report(sources, selections, max_bad, max_bad_share, max_length, too_long)
     return SampleIndex(list(sources), selections, seed)
 
@@ -279,19 +282,21 @@ def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Pat
     """Write the rows that can be used to ``rows.bin``, those that are broken to ``bad.bin`` (int64), and to the
     manifest what the usable ones measure together, and a digest of their content."""
     digest = hashlib.sha256()
-    counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0, "unsupervised": 0}
+    counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0, "too_large": 0, "unsupervised": 0}
+    large: list[int] = []
     long: list[list[int]] = []
     silent: list[int] = []
     with SummedFile(folder / "rows.bin") as kept, SummedFile(folder / "bad.bin") as bad:
         for rows in _take(take, len(table), seed):
             lengths = _tokens(table, rows)
             state = table.column("state")[rows]
-            fine, is_silent = state == FINE, state == SILENT
+            fine, is_silent, is_large = state == FINE, state == SILENT, state == LARGE
             is_long = fine & (lengths > max_length)
             long += np.stack([rows, lengths], axis=1)[is_long][: 2 * SHOWN - len(long)].tolist()
             keep, kept_lengths = rows[fine & ~is_long], lengths[fine & ~is_long]
             kept.write(keep.tobytes())
-            is_bad = ~fine & ~is_silent
+            is_bad = ~fine & ~is_silent & ~is_large
+            large += rows[is_large][: 2 * SHOWN - len(large)].tolist()
             silent += rows[is_silent][: 2 * SHOWN - len(silent)].tolist()
             bad.write(rows[is_bad].tobytes())
             digest.update(keep.tobytes() + table.column("content")[keep].tobytes())
@@ -301,7 +306,8 @@ def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Pat
             counts["bad"] += int(is_bad.sum())
             counts["unsupervised"] += int(is_silent.sum())
             counts["too_long"] += int(is_long.sum())
-    first = {"first_too_long": long, "first_unsupervised": silent}
+            counts["too_large"] += int(is_large.sum())
+    first = {"first_too_long": long, "first_too_large": large, "first_unsupervised": silent}
     sums = {file.path.name: file.sums for file in (kept, bad)}
     seal(folder, {**counts, **first, "digest": digest.hexdigest()}, sums)
 
@@ -388,7 +394,7 @@ def _check_bad(source: Source, selection: Selection, share: float) -> None:
         ValueError: there are too many, or no others; with the counts and the first reasons.
     """
     counts = selection.manifest
-    bad, taken = counts["bad"], sum(counts[key] for key in ("samples", "bad", "too_long", "unsupervised"))
+    bad, taken = counts["bad"], sum(counts[key] for key in ("samples", "bad", "too_long", "too_large", "unsupervised"))
     if not bad or (bad < taken and bad <= most_bad(share, taken)):
         return
     many = f"{bad} of its {taken} records cannot be used, more than data.max_bad_share={share:g}; mend them or raise it"
@@ -417,13 +423,32 @@ def _report_unsupervised(selections: Sequence[Selection], policy: str) -> None:
         log.warning("%d sample(s) without a supervised token are skipped. First: %s", count, shown)
 
 
+def _report_large(sources: Sequence[Source], selections: Sequence[Selection], policy: str) -> None:
+    """Say which records have too many bytes to be read or tokenized, or raise."""
+    count = sum(selection.manifest["too_large"] for selection in selections)
+    shown = "; ".join(
+        f"{source.path}: {line}"
+        for source, selection in zip(sources, selections, strict=True)
+        for line in _errors(selection, selection.manifest["first_too_large"])
+    )
+    if count and policy == "error":
+        raise ValueError(f"{count} record(s) are too large. {TO_MEND}. First: {shown}")
+    if count:
+        log.warning("%d record(s) are too large and are skipped (data.too_long=skip). First: %s", count, shown)
+
+
 def _first_bad(selections: Sequence[Selection], wanted: int) -> list[str]:
     """``id: error`` of the first records that cannot be used."""
     lines: list[str] = []
     for selection in selections:
-        rows = set(np.fromfile(selection.folder / "bad.bin", np.int64, wanted - len(lines)).tolist())
-        if rows:
-            table = selection.table
-            found = (entry for entry in table.errors() if entry["row"] in rows)
-            lines += [f"{table.id(entry['row'])}: {entry['error']}" for entry in islice(found, len(rows))]
+        lines += _errors(selection, np.fromfile(selection.folder / "bad.bin", np.int64, wanted - len(lines)).tolist())
     return lines
+
+
+def _errors(selection: Selection, rows: Sequence[int]) -> list[str]:
+    """``id: error`` of some records that cannot be used."""
+    if not rows:
+        return []
+    table, wanted = selection.table, set(rows)
+    found = (entry for entry in table.errors() if entry["row"] in wanted)
+    return [f"{table.id(entry['row'])}: {entry['error']}" for entry in islice(found, len(wanted))]

@@ -6,9 +6,8 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,16 @@ import numpy as np
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
-from vtprune_train.data.sources import Piece, Place, Reader
+from vtprune_train.data.sources import BOUNDS, Bounds, Piece, Place, Reader, TooLarge
 from vtprune_train.durable import write_sealed
 from vtprune_train.models.layouts import ImageLayout
 
 BATCH = 512  # conversations tokenized in one call
-FINE, BAD, NO_PICTURE, SILENT = 0, 1, 2, 3
-"""What ``state`` says of a record; pictures that cannot be read may be mended later, and nothing is wrong with a silent
-one but that it has no answer to learn."""
+BATCH_BYTES = BOUNDS.text  # of text among them: tokenizing takes more than a hundred times as much memory
+BATCH_PICTURES = BOUNDS.record  # bytes of pictures among them
+FINE, BAD, NO_PICTURE, SILENT, LARGE = 0, 1, 2, 3, 4
+"""What ``state`` says of a record; pictures that cannot be read may be mended later, nothing is wrong with a silent
+one but that it has no answer to learn, and with a large one but its size."""
 
 RECORD_COLUMNS: dict[str, Any] = {
     "at": np.int64,
@@ -62,6 +63,7 @@ class Measure:
         prompt: what the source adds to its conversations.
         ignore: fields and marks of its records that change nothing.
         max_image_pixels: a picture of more is not read.
+        bounds: a record of more bytes is not read, a text of more is not tokenized.
     """
 
     encoder: ChatEncoder
@@ -70,6 +72,7 @@ class Measure:
     prompt: Prompt
     ignore: tuple[str, ...] = ()
     max_image_pixels: int = MAX_PIXELS
+    bounds: Bounds = BOUNDS
 
     def fingerprint(self) -> dict[str, Any]:
         """What a change of would change the lengths."""
@@ -82,16 +85,19 @@ class Measure:
             "prompt": str(self.prompt),
             "ignore": list(self.ignore),
             "max_image_pixels": self.max_image_pixels,
+            "bounds": list(self.bounds),
         }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Measured]:
         """Lengths of each; what keeps it from being used is its ``error``."""
         results = [self._pictures(conversation) for conversation in conversations]
         usable = [number for number, result in enumerate(results) if result.state == FINE]
-        counts = self.encoder.count([self.prompt.apply(conversations[number]).turns for number in usable])
+        counts = self.encoder.count(
+            [self.prompt.apply(conversations[number]).turns for number in usable], self.bounds.text
+        )
         for number, count in zip(usable, counts, strict=True):
             if isinstance(count, ValueError):
-                results[number] = _refused(str(count))
+                results[number] = _refused(count.args[0])
             else:
                 results[number].text, results[number].supervised = count
         return results
@@ -116,7 +122,8 @@ class Measure:
 
 
 def _refused(error: str) -> Measured:
-    return Measured(state=SILENT if error == UNSUPERVISED else BAD, error=error)
+    state = LARGE if isinstance(error, TooLarge) else SILENT if error == UNSUPERVISED else BAD
+    return Measured(state=state, error=error)
 
 
 def picture_name(picture: Path | bytes, number: int) -> str:
@@ -130,9 +137,9 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
     errors: list[str] = []
     unread: Counter[str] = Counter()
     done = 0
-    records = reader.scan(piece)
-    while batch := list(islice(records, BATCH)):
-        conversations = [normalize(record, "", measure.ignore) for _, record in batch]
+    read = ((place, normalize(record, "", measure.ignore, measure.bounds.text)) for place, record in reader.scan(piece))
+    for batch in _batches(read):
+        conversations = [conversation for _, conversation in batch]
         measured = measure(conversations)
         for name, values in _columns([place for place, _ in batch], conversations, measured).items():
             columns[name].append(values)
@@ -152,6 +159,22 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
     content = io.BytesIO()
     np.savez(content, **joined)  # type: ignore[arg-type]  # it takes arrays by name
     write_sealed(target, content.getvalue(), identity)
+
+
+def _batches(read: Iterator[tuple[Place, Conversation]]) -> Iterator[list[tuple[Place, Conversation]]]:
+    """Up to ``BATCH`` conversations together, fewer where they are long or bring their pictures."""
+    batch: list[tuple[Place, Conversation]] = []
+    text = pictures = 0
+    for place, conversation in read:
+        more = sum(len(turn.text) for turn in conversation.turns)
+        encoded = sum(len(image) for image in conversation.images if isinstance(image, bytes))
+        if batch and (len(batch) == BATCH or text + more > BATCH_BYTES or pictures + encoded > BATCH_PICTURES):
+            yield batch
+            batch, text, pictures = [], 0, 0
+        batch.append((place, conversation))
+        text, pictures = text + more, pictures + encoded
+    if batch:
+        yield batch
 
 
 def _dtypes() -> dict[str, Any]:

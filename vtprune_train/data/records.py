@@ -25,10 +25,13 @@ from vtprune_train.data.fields import (
     check_marks,
     is_empty,
 )
-from vtprune_train.data.sources import Malformed, find_files, open_reader
+from vtprune_train.data.sources import BOUNDS, Bounds, Malformed, TooLarge, find_files, open_reader
+from vtprune_train.data.sources.base import utf8_length
 from vtprune_train.stream import IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+LONGEST_ID = 4096  # characters; ids stand in logs, metrics and checkpoints
+TURN_BYTES = 256  # that a turn counts beside its text: for what the template writes around it, and as an object
 LONGEST_ERROR = 300  # characters; a record with a picture as text would fill the log
 _HALF = re.compile(r"[\ud800-\udfff]")  # of a character: what cutting an emoji leaves in JSON, and no UTF-8 can hold
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -41,7 +44,8 @@ _LEADING_IMAGES = re.compile(rf"(?:{re.escape(IMAGE)}\s*)*")
 @dataclass(frozen=True)
 class Conversation:
     """One record: its turns, and its pictures as names of files or as encoded bytes; ``error`` is empty if it can be
-    used. ``unread`` names fields that are not read and may say something."""
+    used, and a :class:`~vtprune_train.data.sources.TooLarge` where only its size is wrong. ``unread`` names fields that
+    are not read and may say something."""
 
     id: str
     turns: tuple[Turn, ...] = ()
@@ -88,21 +92,22 @@ class Prompt:
 NO_PROMPT = Prompt()
 
 
-def read_records(path: Path, ignore: Collection[str] = ()) -> Iterator[Conversation]:
+def read_records(path: Path, ignore: Collection[str] = (), bounds: Bounds = BOUNDS) -> Iterator[Conversation]:
     """All conversations of a data file (or a folder, or a glob of files), one at a time.
 
     Args:
         path: see :func:`vtprune_train.data.sources.find_files`.
         ignore: see :func:`normalize`.
+        bounds: what a record may have in bytes; a larger one comes with an ``error``, its content is left alone.
 
     Raises:
         ValueError: see :func:`vtprune_train.data.sources.find_files` and its readers.
     """
     for file in find_files(path):
-        reader = open_reader(file)
+        reader = open_reader(file, bounds.record)
         records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
         for number, record in enumerate(records):
-            yield normalize(record, default_id(file, number), ignore)
+            yield normalize(record, default_id(file, number), ignore, bounds.text)
 
 
 def default_id(file: Path, number: int) -> str:
@@ -110,33 +115,63 @@ def default_id(file: Path, number: int) -> str:
     return f"{file.stem}-{number}"
 
 
-def normalize(record: Any, default_id: str, ignore: Collection[str] = ()) -> Conversation:
+def normalize(record: Any, default_id: str, ignore: Collection[str] = (), max_text: int = BOUNDS.text) -> Conversation:
     """One record as a conversation; what is wrong with it goes to ``error``.
 
     Args:
         record: as a reader gives it.
         default_id: what it is called without an ``id``.
         ignore: fields and marks (``<video>``) that change nothing here, so that they are not refused.
+        max_text: bytes of text that it may have (see :func:`text_bytes`).
     """
     name = default_id
     unread: set[str] = set()
+    if isinstance(record, TooLarge):
+        return Conversation(name, error=record)
     try:
         if isinstance(record, Malformed):
             raise ValueError(record)
         if not isinstance(record, Mapping):
             raise ValueError(f"the record is a {type(record).__name__}, not an object")
-        name = default_id if record.get("id") is None else _HALF.sub("?", str(record["id"]))
+        name = default_id if record.get("id") is None else _id(record["id"])
         read = _Reading(ignore, unread)
         turns, brought = read.turns(record)
+        if (size := text_bytes(turns)) > max_text:
+            return Conversation(name, error=too_much_text(size, len(turns), max_text), unread=frozenset(unread))
         images = _images(record, brought, read)
         unread |= check_fields(record, RECORD, ignore, answer=None, has_images=bool(images))
         _check(turns, images)
         for turn in turns:
             if turn.role != "assistant":
                 check_marks(turn.text, ignore, has_images=bool(images))
+    except RecursionError:
+        return Conversation(name, error="its values are nested too deeply", unread=frozenset(unread))
     except ValueError as error:
         return Conversation(name, error=shortened(str(error)), unread=frozenset(unread))
     return Conversation(name, tuple(turns), tuple(images), unread=frozenset(unread))
+
+
+def text_bytes(turns: Sequence[Turn]) -> int:
+    """Bytes of all texts of a conversation, and ``TURN_BYTES`` for each turn."""
+    return sum(utf8_length(turn.text) for turn in turns) + TURN_BYTES * len(turns)
+
+
+def too_much_text(size: int, turns: int, bound: int) -> TooLarge:
+    """Of a conversation whose text has ``size`` bytes."""
+    counted = f" ({TURN_BYTES} are counted for each turn)" if TURN_BYTES * turns > bound // 2 else ""
+    return TooLarge(f"its text has {size} bytes in {turns} turns{counted}, more than data.max_text_bytes={bound}")
+
+
+def _id(value: Any) -> str:
+    """An id as a text that fits into messages.
+
+    Raises:
+        ValueError: it is too long for one.
+    """
+    name = _HALF.sub("?", str(value))
+    if len(name) > LONGEST_ID:
+        raise ValueError(f"its id has {len(name)} characters, more than {LONGEST_ID}; shorten it or leave it out")
+    return name
 
 
 def shortened(text: str) -> str:

@@ -76,15 +76,15 @@ class Table:
         Raises:
             RuntimeError: the file, or this record of it, has changed since it was indexed.
         """
-        number = self._file(row)
+        number, made_with = self._file(row), self.manifest["made_with"]
         path, size, changed, *_ = self.manifest["files"][number]
         if number not in self._readers:
             if stamp(Path(path))[:2] != [size, changed]:
                 raise RuntimeError(f"data file {path} has changed while it is in use; start again to index it anew")
-            self._readers[number] = open_reader(Path(path))
+            self._readers[number] = open_reader(Path(path), made_with["bounds"][0])
         place = Place(int(self.column("at")[row]), int(self.column("size")[row]))
         try:
-            record = normalize(self._readers[number].read(place), "", self.manifest["made_with"]["ignore"])
+            record = normalize(self._readers[number].read(place), "", made_with["ignore"], made_with["bounds"][1])
         except (ValueError, OSError) as error:
             raise self.distrusted(f"data file {path} cannot be read where it was indexed: {error}") from error
         if content_hash(record) != self.column("content")[row]:
@@ -156,11 +156,12 @@ def _still_holds(table: Table, number: int, file: Path) -> bool:
     """Whether the records of a file are those that were indexed, at the same places. Pictures are not looked at."""
     bounds = [*(entry[-1] for entry in table.manifest["files"]), len(table)]
     row = bounds[number]
-    reader, ignore = open_reader(file), table.manifest["made_with"]["ignore"]
+    made_with = table.manifest["made_with"]
+    reader = open_reader(file, made_with["bounds"][0])
     records = (entry for piece in reader.pieces() for entry in reader.scan(piece))
     while batch := list(islice(records, BATCH)):
         rows = slice(row, row + len(batch))
-        found = [(*place, content_hash(normalize(record, "", ignore))) for place, record in batch]
+        found = [(*place, content_hash(normalize(record, "", made_with["ignore"], made_with["bounds"][1]))) for place, record in batch]
         for name, values in zip(("at", "size", "content"), zip(*found, strict=True), strict=True):
             if table.column(name)[rows].tolist() != list(values):
                 return False

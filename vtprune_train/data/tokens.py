@@ -8,6 +8,7 @@ same in most conversations.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 KNOWN_SECTIONS = 4096  # sections whose ids are remembered
+LONGEST_KNOWN = 2048  # characters of such a section; system prompts and headers are shorter
 CUTTABLE = ("", *(f'{{"type":"{form}"}}' for form in ("NFC", "NFD", "NFKC", "NFKD")))  # normalizers
 WORDS = "".join(f"{left} {right}" for left in "aA1.:])?\"'>é你" for right in "aA1.:[(\"'<é你")
 
@@ -95,7 +97,7 @@ class SectionTokenizer:
         for match in self._pattern.finditer(text):
             start, end = match.span()
             token = self._cuts.get(match.group())
-            if token is None or any(start < place < end for place in places):
+            if token is None or _inside(places, start, end):
                 continue
             yield from self._words(text, done, start, places)
             yield Section(match.group(), start, token)
@@ -103,8 +105,8 @@ class SectionTokenizer:
         yield from self._words(text, done, len(text), places)
 
     def _words(self, text: str, start: int, end: int, places: Sequence[int]) -> Iterator[Section]:
-        for place in places if self._cuts_words else ():
-            if start < place < end and text[place] == " " and not text[place - 1].isspace():
+        for place in _inside(places, start, end) if self._cuts_words else ():
+            if start < place and text[place] == " " and not text[place - 1].isspace():
                 yield Section(text[start:place], start, None)
                 start = place
         if start < end:
@@ -115,9 +117,8 @@ class SectionTokenizer:
         for section in sections:
             if section.token is None:
                 yield self._key(section, len(section.text))
-                for place in places:
-                    if section.start < place < section.end:
-                        yield self._key(section, place - section.start)
+                for place in _inside(places, section.start, section.end):
+                    yield self._key(section, place - section.start)
 
     def _key(self, section: Section, length: int) -> str:
         """What is given to the tokenizer for a section's first ``length`` characters. For a tokenizer that writes a
@@ -127,7 +128,8 @@ class SectionTokenizer:
     def _tokenized(self, keys: Iterable[str]) -> Mapping[str, list[int]]:
         new = [key for key in dict.fromkeys(keys) if key not in self._known]
         found = dict(zip(new, self._encode(new), strict=True))
-        for key in new[: max(0, KNOWN_SECTIONS - len(self._known))]:
+        short = [key for key in new if len(key) <= LONGEST_KNOWN]
+        for key in short[: max(0, KNOWN_SECTIONS - len(self._known))]:
             self._known[key] = found[key]
         return ChainMap(found, self._known)
 
@@ -157,6 +159,11 @@ class SectionTokenizer:
             ids += own
         edges += [Edge(len(ids), True)] * (len(places) - len(edges))
         return ids, edges
+
+
+def _inside(places: Sequence[int], start: int, end: int) -> Sequence[int]:
+    """The places between ``start`` and ``end``, both excluded; they ascend."""
+    return places[bisect_right(places, start) : bisect_left(places, end)]
 
 
 def part_of(part: Any) -> str:

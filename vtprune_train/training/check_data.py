@@ -6,16 +6,18 @@ import difflib
 import errno
 import os
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vtprune_train.config import Config, ConfigError, SourceConfig
 from vtprune_train.data.images import UNREADABLE, image_size
-from vtprune_train.data.index import most_bad, shown_fields
+from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
 from vtprune_train.data.measure import picture_name
 from vtprune_train.data.records import Conversation, default_id, normalize
-from vtprune_train.data.sources import find_files, is_here, open_reader
+from vtprune_train.data.sources import Bounds, TooLarge, find_files, is_here, open_reader
 
 LOOKED_AT = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
@@ -105,22 +107,33 @@ class _Look(NamedTuple):
 
 def _look(key: str, source: SourceConfig, config: Config) -> _Look:
     images, data = Path(source.images), config.data
-    records = _first_records(Path(source.path), source.ignore)
-    number = len(records)
-    found = ((record.id, _unusable(record, images, data.max_image_pixels)) for record in records)
-    reasons = [f"{name}: {reason}" for name, reason in found if reason]
-    unread = Counter(name for record in records for name in record.unread)
+    number, reasons, large = 0, [], []
+    unread: Counter[str] = Counter()
+    for record in _first_records(Path(source.path), source.ignore, Bounds(data.max_record_bytes, data.max_text_bytes)):
+        number += 1  # its pictures, which may be inside, go with it
+        unread.update(record.unread)
+        if isinstance(record.error, TooLarge):
+            large.append(f"{record.id}: {record.error}")
+        elif reason := _unusable(record, images, data.max_image_pixels):
+            reasons.append(f"{record.id}: {reason}")
     fields = f"; fields that are not read: {shown_fields(unread)}" if unread else ""
     bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
+    skipped = f", {len(large)} are too large (first: {large[0]})" if large else ""
+    if large and (data.too_long == "error" or len(large) == number):
+        wrong = (
+            f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {TO_MEND}. "
+            f"First: {'; '.join(large[:3])}"
+        )
+        return _Look("", wrong, number)
     wrong = ""
     # Bad records may stand together at the beginning of a file: where more follow, their share is not known yet.
     most = data.max_bad if number == LOOKED_AT else min(most_bad(data.max_bad_share, number), data.max_bad)
-    if reasons and (len(reasons) > most or len(reasons) == number):
+    if reasons and (len(reasons) > most or len(reasons) + len(large) == number):
         wrong = (
             f"{key}: {len(reasons)} of the first {number} records of {source.path} (images in {images}) cannot be used "
             f"(data.max_bad={data.max_bad}, data.max_bad_share={data.max_bad_share:g}). First: {'; '.join(reasons[:3])}"
         )
-    return _Look(f"{source.path}: {number} first record(s) looked at{bad}{fields}", wrong, number)
+    return _Look(f"{source.path}: {number} first record(s) looked at{bad}{skipped}{fields}", wrong, number)
 
 
 def _paths(config: Config) -> list[tuple[str, Path]]:
@@ -132,15 +145,16 @@ def _paths(config: Config) -> list[tuple[str, Path]]:
     ]
 
 
-def _first_records(path: Path, ignore: list[str]) -> list[Conversation]:
+def _first_records(path: Path, ignore: list[str], bounds: Bounds) -> Iterator[Conversation]:
     file = find_files(path)[0]
-    reader = open_reader(file)
+    reader = open_reader(file, bounds.record)
     records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
-    first = [normalize(record, default_id(file, n), ignore) for n, record in enumerate(islice(records, LOOKED_AT))]
-    if not first:
+    number = -1
+    for number, content in enumerate(islice(records, LOOKED_AT)):
+        record = normalize(content, default_id(file, number), ignore, bounds.text)
+        yield replace(record, unread=record.unread | frozenset(reader.unread))
+    if number < 0:
         raise ValueError(f"data file {file} holds no record")
-    columns = frozenset(reader.unread)
-    return [Conversation(r.id, r.turns, r.images, r.error, r.unread | columns) for r in first]
 
 
 def _unusable(record: Conversation, images: Path, max_pixels: int) -> str:

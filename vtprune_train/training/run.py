@@ -25,6 +25,7 @@ from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
+from vtprune_train.data.sources import Bounds
 from vtprune_train.disk import replace_synced
 from vtprune_train.durable import MANIFEST, damage, publish, remove, seal_as_it_is
 from vtprune_train.flops import DecoderGeometry, TrainingCost
@@ -284,7 +285,8 @@ def training_texts(config: Config, template: Template) -> Iterator[str]:
     """Every conversation of the training data as the template writes it, to train a tokenizer on."""
     for source in config.sources("train"):
         prompt = Prompt(**source.prompt.model_dump())
-        for record in read_records(Path(source.path), source.ignore):
+        bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
+        for record in read_records(Path(source.path), source.ignore, bounds):
             if not record.error:
                 yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
 
@@ -343,6 +345,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
         unsupervised=config.data.unsupervised,
         max_image_pixels=config.data.max_image_pixels,
         max_bad_share=config.data.max_bad_share,
+        bounds=Bounds(config.data.max_record_bytes, config.data.max_text_bytes),
     )
     ranks.check_same(f"{index.identity()}, {index.total_tokens} tokens", f"the samples of data.{which}")
     return index

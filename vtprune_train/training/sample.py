@@ -13,7 +13,7 @@ from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.collate import Collator
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, read_records
-from vtprune_train.data.sources import is_here
+from vtprune_train.data.sources import Bounds, is_here
 from vtprune_train.models.build import load_tokenizer, resolve_checkpoint
 from vtprune_train.models.families import Loop
 from vtprune_train.models.layouts import ImageLayout
@@ -72,7 +72,8 @@ def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
         if not is_here(Path(source.path)):
             continue
         prompt = Prompt(**source.prompt.model_dump())
-        for record in islice(read_records(Path(source.path), source.ignore), LOOKED_AT):
+        bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
+        for record in islice(read_records(Path(source.path), source.ignore, bounds), LOOKED_AT):
             if record.error:
                 continue
             try:

@@ -6,15 +6,28 @@ import glob
 from collections.abc import Callable
 from pathlib import Path
 
-from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader
+from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, Piece, Place, Reader, TooLarge
 from vtprune_train.data.sources.json_list import JsonList
 from vtprune_train.data.sources.jsonl import Jsonl
 from vtprune_train.data.sources.tables import DatasetOnDisk, Parquet
 from vtprune_train.data.sources.tars import Tar
 
-__all__ = ["KINDS", "Malformed", "Piece", "Place", "Reader", "find_files", "is_here", "open_reader", "stamp"]
+__all__ = [
+    "BOUNDS",
+    "KINDS",
+    "Bounds",
+    "Malformed",
+    "Piece",
+    "Place",
+    "Reader",
+    "TooLarge",
+    "find_files",
+    "is_here",
+    "open_reader",
+    "stamp",
+]
 
-KINDS: dict[str, Callable[[Path], Reader]] = {
+KINDS: dict[str, Callable[[Path, int], Reader]] = {
     ".json": JsonList,
     ".jsonl": Jsonl,
     ".parquet": Parquet,
@@ -76,13 +89,13 @@ def _is_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
-def open_reader(file: Path) -> Reader:
-    """The reader of one of the files that :func:`find_files` gave.
+def open_reader(file: Path, max_bytes: int = BOUNDS.record) -> Reader:
+    """The reader of one of the files that :func:`find_files` gave; a record of more than ``max_bytes`` is not read.
 
     Raises:
         ValueError: see the readers.
     """
-    return DatasetOnDisk(file) if file.is_dir() else KINDS[file.suffix](file)
+    return DatasetOnDisk(file, max_bytes) if file.is_dir() else KINDS[file.suffix](file, max_bytes)
 
 
 def stamp(file: Path) -> list[int]:

@@ -10,12 +10,52 @@ from typing import Any, BinaryIO, NamedTuple
 
 PIECE_BYTES = 8 << 20
 PIECE_ROWS = 8192
+BLOCK = 1 << 20  # bytes read at a time of what is passed over
+MOST_VALUES = 1 << 20  # of one record: as Python objects, millions of tiny values take many times their bytes
 
 
 class Malformed(str):
     """In place of a record that cannot be parsed: what is wrong with it."""
 
     __slots__ = ()
+
+
+class TooLarge(Malformed):
+    """In place of a record that is not read because of its size: how large it is, and the bound."""
+
+    __slots__ = ()
+
+
+class Bounds(NamedTuple):
+    """Bytes of one record beyond which it is left alone (``data.max_record_bytes``, ``data.max_text_bytes``): as it
+    stands in its file, with its pictures where they are inside; and of its text."""
+
+    record: int = 32 << 20
+    text: int = 1 << 20
+
+
+BOUNDS = Bounds()
+
+
+def too_many_bytes(size: int, bound: int, at: str = "") -> TooLarge:
+    """Of a record that has ``size`` bytes; ``at`` says where it is."""
+    return TooLarge(f"it has {size} bytes{at and f' ({at})'}, more than data.max_record_bytes={bound}")
+
+
+def too_many_values(content: bytes, at: int) -> TooLarge | None:
+    """Of a record written in JSON that begins at byte ``at``; what its texts hold is counted too."""
+    if len(content) <= MOST_VALUES:
+        return None
+    count = sum(map(content.count, (b",", b"[", b"{")))
+    if count <= MOST_VALUES:
+        return None
+    return TooLarge(f"it holds {count} values in {len(content)} bytes (from byte {at} on), more than {MOST_VALUES}")
+
+
+def unparsed(error: Exception) -> Malformed:
+    """Of a record that is JSON, but not what Python reads: nested too deeply, or a number of thousands of digits."""
+    too_deep = "its values are nested too deeply to be read"
+    return Malformed(too_deep if isinstance(error, RecursionError) else f"it cannot be read ({error})")
 
 
 class Piece(NamedTuple):
@@ -33,10 +73,15 @@ class Place(NamedTuple):
 
 
 class Reader(ABC):
-    """One data file. A reader may be used in processes forked from the one that made it."""
+    """One data file. A reader may be used in processes forked from the one that made it.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        path: the file.
+        max_bytes: a record of more is not read (see :class:`Bounds`).
+    """
+
+    def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
+        self.path, self.max_bytes = path, max_bytes
 
     @property
     def unread(self) -> list[str]:
@@ -53,7 +98,8 @@ class Reader(ABC):
 
     @abstractmethod
     def scan(self, piece: Piece) -> Iterator[tuple[Place, Any]]:
-        """The records of a piece, one at a time, and their places.
+        """The records of a piece, one at a time, and their places; :class:`Malformed` in place of one that cannot be
+        read, of which :class:`TooLarge` takes no memory.
 
         Raises:
             ValueError: the file is broken; names the place.
@@ -84,6 +130,11 @@ class BytesAt:
             parts.append(part)
             at, size = at + len(part), size - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def utf8_length(text: str) -> int:
+    """Bytes of a text in UTF-8; half a character counts three."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 def line_and_column(path: Path, at: int) -> str:

@@ -1,7 +1,8 @@
 """JSON: a list of records, parsed one at a time so that the file never has to fit into memory.
 
 Streaming parsers do not tell at which byte an element begins and ends, by which it is read again; the standard
-library's decoder, fed block by block, does.
+library's decoder, fed block by block, does. The end of an element that is larger than some blocks is looked for first,
+so that one of too many bytes is passed over without being kept or parsed.
 """
 
 from __future__ import annotations
@@ -14,16 +15,30 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.data.sources.base import PIECE_BYTES, BytesAt, Piece, Place, Reader, line_and_column
+import numpy as np
 
-BLOCK = 1 << 20
-LARGEST_RECORD = 64 << 20  # characters; a missing quote would have us read on to the end of the file
+from vtprune_train.data.sources.base import (
+    BLOCK,
+    BOUNDS,
+    MOST_VALUES,
+    PIECE_BYTES,
+    BytesAt,
+    Piece,
+    Place,
+    Reader,
+    line_and_column,
+    too_many_bytes,
+    too_many_values,
+    unparsed,
+)
+
+PARSED_BLOCKS = 4  # of an element whose end is not known
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonList(Reader):
-    def __init__(self, path: Path):
-        super().__init__(path)
+    def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
+        super().__init__(path, max_bytes)
         self._bytes = BytesAt(path)
 
     def pieces(self) -> Iterator[Piece]:
@@ -41,11 +56,18 @@ class JsonList(Reader):
         return self._elements(piece.start, piece.stop)
 
     def read(self, place: Place) -> Any:
+        if place.size > self.max_bytes:
+            return too_many_bytes(place.size, self.max_bytes, f"from byte {place.at} on")
+        content = self._bytes.read(*place)
+        if (too_many := too_many_values(content, place.at)) is not None:
+            return too_many
         try:
-            return json.loads(self._bytes.read(*place))
-        except ValueError as error:
+            return json.loads(content)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             where = line_and_column(self.path, place.at)
             raise ValueError(f"{self.path}, byte {place.at}, {where}: not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            return unparsed(error)
 
     def _elements(self, start: int, stop: int | None) -> Iterator[tuple[Place, Any]]:
         """Elements of the list from byte ``start`` to ``stop``; of the whole file if that is ``None``."""
@@ -70,7 +92,8 @@ class JsonList(Reader):
                 text.peek()
             at = text.at
             value = text.parse()
-            yield Place(at, text.at - at), value
+            place = Place(at, text.at - at)
+            yield place, self.read(place) if value is _LARGE or place.size > MOST_VALUES else value
             separator = ","
         if whole:
             if following != "]":
@@ -78,6 +101,44 @@ class JsonList(Reader):
             text.skip()
             if text.peek():
                 raise text.error("something stands behind the list")
+
+
+class _End:
+    """Looks for the end of a list, an object or a text, in UTF-8 and block by block: what stands between quotes and how
+    deep it is nested is computed for a whole block at once, so that no content of a value makes it slow."""
+
+    def __init__(self) -> None:
+        self._quoted, self._backslashes, self._depth = False, 0, 0
+
+    def within(self, block: bytes) -> int:
+        """Bytes of ``block`` up to the end of the value; 0 if it goes on behind it."""
+        letters = np.frombuffer(block, np.uint8)
+        quotes = letters == ord('"')
+        quotes &= self._is_plain(block, letters)
+        if self._quoted and not quotes.any():
+            return 0
+        quoted = (np.cumsum(quotes, dtype=np.int32) + self._quoted) % 2 == 1
+        opened = (letters == ord("[")) | (letters == ord("{"))
+        closed = (letters == ord("]")) | (letters == ord("}"))
+        steps = np.where(quoted, 0, opened.astype(np.int8) - closed.astype(np.int8))
+        depth = self._depth + np.cumsum(steps, dtype=np.int64)
+        ends = np.flatnonzero((depth <= 0) & ((steps < 0) | (quotes & ~quoted)))
+        self._quoted, self._depth = bool(quoted[-1]), int(depth[-1])
+        return int(ends[0]) + 1 if len(ends) else 0
+
+    def _is_plain(self, block: bytes, letters: np.ndarray) -> np.ndarray:
+        """[letters] bool: an even number of backslashes stands before it, so that it is not escaped."""
+        if not self._backslashes and b"\\" not in block:
+            return np.ones(len(letters), dtype=bool)
+        places = np.arange(len(letters), dtype=np.int32)
+        others = np.maximum.accumulate(np.where(letters != ord("\\"), places, -1))  # the last that is none
+        before = np.concatenate([[-1], others[:-1]])
+        runs = places - 1 - before + np.where(before < 0, self._backslashes, 0)
+        self._backslashes = (len(letters) - 1 - int(others[-1]) + (self._backslashes if others[-1] < 0 else 0)) % 2
+        return runs % 2 == 0
+
+
+_LARGE = object()  # in place of a value that was passed over: it is large, or cannot be parsed
 
 
 class _Window:
@@ -115,21 +176,39 @@ class _Window:
         self._move(self._position + 1)
 
     def parse(self) -> Any:
-        """The value that begins here."""
-        block = BLOCK
+        """The value that begins here; ``_LARGE`` for one that was passed over."""
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                if len(self._text) - self._position > LARGEST_RECORD or not self._more(block):
+                if len(self._text) - self._position >= PARSED_BLOCKS * BLOCK:
+                    return self._pass_over(error.msg, error.pos - self._position)
+                if not self._more(BLOCK):
                     raise self.error(error.msg, error.pos - self._position) from error
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, too deep a nesting
-                raise self.error(str(error)) from error
+                return self._pass_over(str(error))
             else:
-                if end < len(self._text) or not self._more(block):  # a number could go on in the next block
+                if end < len(self._text) or not self._more(BLOCK):  # a number could go on in the next block
                     self._move(end)
                     return value
-            block *= 2
+
+    def _pass_over(self, message: str, beyond: int = 0) -> Any:
+        """Go to the end of the value that begins here, keeping nothing of it.
+
+        Raises:
+            ValueError: it has none, with ``message``: what kept it from being parsed.
+        """
+        at, stop, end = self.at, self._file.tell() + self._left, _End()
+        self._file.seek(at)
+        while block := self._file.read(min(BLOCK, stop - at)):
+            if size := end.within(block):
+                at += size
+                self._file.seek(at)
+                self._decode.reset()
+                self.at, self._left, self._text, self._position = at, stop - at, "", 0
+                return _LARGE
+            at += len(block)
+        raise self.error(message, beyond)
 
     def _move(self, position: int) -> None:
         self.at += len(self._text[self._position : position].encode())

@@ -12,9 +12,16 @@ import pyarrow.parquet as pq
 from datasets import load_from_disk
 
 from vtprune_train.data.fields import CONVERSATIONS, is_harmless, is_looked_at
-from vtprune_train.data.sources.base import PIECE_ROWS, Piece, Place, Reader
-
-BATCH = 64  # rows turned to Python objects at a time: pictures are among them
+from vtprune_train.data.sources.arrow_rows import (
+    BATCH,
+    BATCH_BYTES,
+    Rows,
+    batches_apart,
+    batches_of,
+    has_large_page,
+    within,
+)
+from vtprune_train.data.sources.base import BOUNDS, PIECE_ROWS, Piece, Place, Reader, too_many_bytes
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
@@ -34,16 +41,28 @@ def _unread(names: Sequence[str]) -> list[str]:
     return [name for name in names if not is_looked_at(name) and not is_harmless(name)]
 
 
+def _objects(rows: Rows, bound: int) -> Iterator[dict[str, Any] | int]:
+    """Each row, or its bytes where they are more than ``bound``."""
+    batch, sizes = rows
+    if sizes[sizes <= bound].sum() <= BATCH_BYTES:
+        found = iter(batch.to_pylist())
+    else:
+        found = (batch.slice(number, 1).to_pylist()[0] for number in range(len(batch)))
+    for row, size in zip(found, sizes.tolist(), strict=True):
+        yield row if size <= bound else size
+
+
 class Parquet(Reader):
     """A place is ``(row group, row in it)``: reading a record reads the columns of its row group."""
 
-    def __init__(self, path: Path):
-        super().__init__(path)
+    def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
+        super().__init__(path, max_bytes)
         self._opened: tuple[int, pq.ParquetFile, list[str]] | None = None
         self._group: tuple[int, pa.Table] | None = None
+        self._apart: dict[int, bool] = {}  # row groups, and whether they are read by another process
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_opened": None, "_group": None}
+        return {**self.__dict__, "_opened": None, "_group": None}
 
     @property
     def unread(self) -> list[str]:
@@ -69,28 +88,53 @@ class Parquet(Reader):
                 start, rows = group + 1, 0
 
     def scan(self, piece: Piece) -> Iterator[tuple[Place, Any]]:
-        file, columns = self._open()
         for group in range(piece.start, piece.stop):
-            batches = file.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False)
-            rows = (row for batch in batches for row in batch.to_pylist())
+            number = 0
             try:
-                for number, row in enumerate(rows):
-                    yield Place(group, number), row
+                for rows in self._batches(group):
+                    for row in _objects(rows, self.max_bytes):
+                        yield Place(group, number), self._record(row, group, number)
+                        number += 1
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(f"data file {self.path} is broken in row group {group} ({error})") from error
 
     def read(self, place: Place) -> Any:
-        file, columns = self._open()
         if self._group is None or self._group[0] != place.at:
-            self._group = (place.at, file.read_row_group(place.at, columns=columns, use_threads=False))
-        return self._group[1].slice(place.size, 1).to_pylist()[0]
+            self._group = (place.at, self._read_group(place.at))
+        [batch] = self._group[1].slice(place.size, 1).combine_chunks().to_batches()
+        [row] = _objects(within(batch, self.max_bytes), self.max_bytes)
+        return self._record(row, *place)
+
+    def _record(self, row: dict[str, Any] | int, group: int, number: int) -> Any:
+        if isinstance(row, int):
+            return too_many_bytes(row, self.max_bytes, f"row {number} of row group {group}")
+        return row
+
+    def _batches(self, group: int) -> Iterator[Rows]:
+        file, columns = self._open()
+        if group not in self._apart:
+            self._apart[group] = has_large_page(self.path, file, group, columns)
+        if not self._apart[group]:
+            yield from batches_of(file, group, columns, self.max_bytes)
+            return
+        has_large = False
+        for batch, sizes in batches_apart(self.path, group, columns, self.max_bytes):
+            has_large = has_large or bool((sizes > self.max_bytes).any())
+            yield batch, sizes
+        self._apart[group] = has_large  # of many values that are all within the bound: Arrow may read it here
+
+    def _read_group(self, group: int) -> pa.Table:
+        file, columns = self._open()
+        if self._apart.get(group, True) and (batches := [batch for batch, _ in self._batches(group)]):
+            return pa.Table.from_batches(batches)
+        return file.read_row_group(group, columns=columns, use_threads=False)
 
 
 class DatasetOnDisk(Reader):
     """A place is ``(row, 0)``. Pictures of an ``Image`` feature come as they are stored, not decoded."""
 
-    def __init__(self, path: Path):
-        super().__init__(path)
+    def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
+        super().__init__(path, max_bytes)
         try:
             table = load_from_disk(str(path))
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -108,9 +152,17 @@ class DatasetOnDisk(Reader):
 
     def scan(self, piece: Piece) -> Iterator[tuple[Place, Any]]:
         for start in range(piece.start, piece.stop, BATCH):
-            rows = self._table[start : min(start + BATCH, piece.stop)].to_pylist()
-            for number, row in enumerate(rows):
-                yield Place(start + number, 0), row
+            yield from self._rows(start, min(start + BATCH, piece.stop))
 
     def read(self, place: Place) -> Any:
-        return self._table[place.at : place.at + 1].to_pylist()[0]
+        return next(self._rows(place.at, place.at + 1))[1]
+
+    def _rows(self, start: int, stop: int) -> Iterator[tuple[Place, Any]]:
+        number = start
+        for batch in self._table[start:stop].to_batches():
+            for row in _objects(within(batch, self.max_bytes), self.max_bytes):
+                if isinstance(row, int):
+                    yield Place(number, 0), too_many_bytes(row, self.max_bytes, f"row {number}")
+                else:
+                    yield Place(number, 0), row
+                number += 1

@@ -5,78 +5,128 @@ The key of ``a/0001.left.jpg`` is ``a/0001``, its extension ``left.jpg``.
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.data.sources.base import BytesAt, Malformed, Piece, Place, Reader
+from vtprune_train.data.sources.base import (
+    Malformed,
+    Piece,
+    Place,
+    Reader,
+    too_many_bytes,
+    too_many_values,
+    unparsed,
+)
 from vtprune_train.stream import IMAGE
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+LONGEST_NAME = 1 << 20  # bytes of what stands before a member: its name where that is long, times, attributes
 Member = tuple[str, bytes]
 
 
 class Tar(Reader):
-    """One piece, as a tar can only be read from its beginning. A place spans the record's members."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._bytes = BytesAt(path)
+    """One piece, as a tar can only be read from its beginning. A place spans the record's members. Members that no
+    record is made of are not read, and no member of a record of too many bytes."""
 
     def pieces(self) -> Iterator[Piece]:
         yield Piece(0, self.path.stat().st_size)
 
     def scan(self, piece: Piece) -> Iterator[tuple[Place, Any]]:
-        with self._open() as tar:
-            members: list[Member] = []
-            start = 0
-            for offset, name, content in _members(tar, self.path):
-                if members and _key(members[0][0]) != _key(name):
-                    yield Place(start, offset - start), _record(members)
-                    members = []
-                if not members:
-                    start = offset
-                members.append((name, content))
-            if members:
-                yield Place(start, tar.offset - start), _record(members)
+        yield from self._records(*piece)
 
     def read(self, place: Place) -> Any:
-        with tarfile.open(fileobj=io.BytesIO(self._bytes.read(*place)), mode="r:") as tar:
-            return _record([(name, content) for _, name, content in _members(tar, self.path)])
+        return next(record for _, record in self._records(place.at, place.at + place.size))
 
-    def _open(self) -> tarfile.TarFile:
-        try:
-            return tarfile.open(self.path, "r:")
-        except tarfile.ReadError as error:
-            raise ValueError(
-                f"data file {self.path} is no plain tar ({error}); is it compressed or cut off?"
-            ) from error
+    def _records(self, start: int, stop: int) -> Iterator[tuple[Place, Any]]:
+        """The records of the members from byte ``start`` to ``stop``."""
+        with self.path.open("rb") as file:
+            file.seek(start)
+            try:
+                tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
+            except tarfile.ReadError as error:
+                raise ValueError(
+                    f"data file {self.path} is no plain tar ({error}); is it compressed or cut off?"
+                ) from error
+            group = _Group(tar, start)
+            for header in _headers(tar, self.path, stop):
+                if group.key is not None and group.key != _key(header.name):
+                    yield Place(group.at, header.offset - group.at), group.record(self.max_bytes)
+                    group = _Group(tar, header.offset)
+                group.add(header, self.max_bytes)
+            if group.key is not None:
+                yield Place(group.at, tar.offset - group.at), group.record(self.max_bytes)
 
 
-def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[int, str, bytes]]:
-    """``(offset of its header, name, content)`` of each regular file.
+class _Header(tarfile.TarInfo):
+    """A member's header; :mod:`tarfile` would read a name of any length."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        is_name = self.type in (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if self.size < 0 or (is_name and self.type != tarfile.GNUTYPE_SPARSE and self.size > LONGEST_NAME):
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]  # the documented place to add to
+
+
+class _Group:
+    """The members that share a key, from byte ``at`` on; they are read when all are known."""
+
+    def __init__(self, tar: tarfile.TarFile, at: int):
+        self.key: str | None = None
+        self.at = at
+        self._tar, self._bytes = tar, 0
+        self._members: list[tarfile.TarInfo] = []
+
+    def add(self, header: tarfile.TarInfo, max_bytes: int) -> None:
+        if self.key is None:
+            self.key, self.at = _key(header.name), header.offset
+        self._bytes += tarfile.BLOCKSIZE + (header.size if _is_read(header.name) else 0)
+        if self._bytes <= max_bytes:
+            self._members.append(header)
+
+    def record(self, max_bytes: int) -> Any:
+        if self._bytes > max_bytes:
+            return too_many_bytes(self._bytes, max_bytes, f"members named {self.key}.* from byte {self.at} on")
+        return _record([(header.name, self._content(header)) for header in self._members], self.at)
+
+    def _content(self, header: tarfile.TarInfo) -> bytes:
+        file = self._tar.extractfile(header) if _is_read(header.name) else None
+        return file.read() if file else b""
+
+
+def _headers(tar: tarfile.TarFile, path: Path, stop: int) -> Iterator[tarfile.TarInfo]:
+    """The header of each regular file before byte ``stop``.
 
     Raises:
-        ValueError: the tar is cut off.
+        ValueError: the tar is broken or cut off.
     """
+    size = path.stat().st_size
     while True:
         try:
-            member = tar.next()
+            header = tar.next()
             tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-            if member is None:
-                return
-            if not member.isfile():
-                continue
-            file = tar.extractfile(member)
-            content = file.read() if file else b""
         except tarfile.TarError as error:
             raise ValueError(f"data file {path} is broken at byte {tar.offset} ({error})") from error
-        if len(content) != member.size:
-            raise ValueError(f"data file {path} is cut off within {member.name}")
-        yield member.offset, member.name, content
+        if header is None:
+            break
+        end = tar.offset - tarfile.BLOCKSIZE if header.issparse() else header.offset_data + header.size
+        if tar.offset <= header.offset or end > size:
+            raise ValueError(f"data file {path} is cut off within {header.name}")
+        if header.isfile():
+            yield header
+        if tar.offset >= stop:
+            return
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise ValueError(f"data file {path} is broken at byte {tar.offset} (no header of a member stands there)")
+
+
+def _is_read(name: str) -> bool:
+    kind = _extension(name).lower()
+    return kind in ("json", "txt") or kind.rpartition(".")[2] in PICTURES
 
 
 def _key(name: str) -> str:
@@ -88,7 +138,7 @@ def _extension(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2]
 
 
-def _record(members: Sequence[Member]) -> Any:
+def _record(members: Sequence[Member], at: int) -> Any:
     """The record in the form of its ``.json``, pictures as bytes; made from the ``.txt`` where that is a caption. Other
     members are fields by their extension (``.mp4``)."""
     key = _key(members[0][0])
@@ -99,10 +149,7 @@ def _record(members: Sequence[Member]) -> Any:
     for name, content in members:
         extension = _extension(name).lower()
         if extension == "json":
-            try:
-                described = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                described = Malformed(f"{name} is not JSON ({error})")
+            described = _parsed(name, content, at)
         elif extension == "txt":
             caption = content.decode("utf-8", errors="replace").strip()
         elif extension.rpartition(".")[2] in PICTURES:
@@ -121,6 +168,15 @@ def _record(members: Sequence[Member]) -> Any:
     if caption is not None:
         others[".txt"] = caption
     return {"id": key, **described, **others, "images": _chosen(described, pictures), "image": None}
+
+
+def _parsed(name: str, content: bytes, at: int) -> Any:
+    try:
+        return too_many_values(content, at) or json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return Malformed(f"{name} is not JSON ({error})")
+    except (ValueError, RecursionError) as error:
+        return unparsed(error)
 
 
 def _chosen(record: Mapping[str, Any], pictures: Sequence[Member]) -> list[Any]:
