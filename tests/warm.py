@@ -7,6 +7,8 @@ environment, a working folder and standard streams of its own. Tests whose subje
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -15,9 +17,10 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL to the ranks that are left when one fails
 
@@ -72,6 +75,8 @@ class WarmParent:
 def serve(requests: socket.socket) -> None:
     """Fork a leader for every request until the tests' process is gone."""
     import_everything()
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy the memory of everything imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the leaders report for themselves
     while True:
         message, descriptors, *_ = socket.recv_fds(requests, 1 << 20, 3)
@@ -141,15 +146,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def become_rank(request: dict[str, Any], environment: dict[str, str]) -> None:
-    """In a rank: run the script as ``python SCRIPT ARGUMENTS`` does, and leave as it does (exit handlers included)."""
+def become_rank(request: dict[str, Any], environment: dict[str, str]) -> NoReturn:
+    """In a rank: run the script as ``python SCRIPT ARGUMENTS`` does, and leave as it does, but for the two seconds in
+    which Python frees every object: threads are waited for, exit handlers run, streams are flushed."""
     os.environ.clear()
     os.environ.update(request["env"] | environment)
     os.chdir(request["cwd"])
     sys.argv = request["argv"]
     sys.path.insert(0, str(Path(request["argv"][0]).parent))
-    runpy.run_path(request["argv"][0], run_name="__main__")
-    sys.exit(0)
+    code: Any = 0
+    try:
+        runpy.run_path(request["argv"][0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def wait_for(children: list[int]) -> int:
