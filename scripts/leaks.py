@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from runner import Runs, kill
+from runner import Runs, kill  # noqa: E402
 
 MEMORY = ("rss", "pss", "uss", "shared_pages")
 COUNTS = ("batches_mapped", "descriptors", "threads", "children")
