@@ -96,9 +96,8 @@ def hammer(
 def tell(result: Result, done: int, trials: int) -> None:
     settings, faults = result.trial.settings, ", then ".join(map(str, result.trial.faults))
     setting = f"{settings.ranks} rank(s), ZeRO {settings.zero}, background {'on' if settings.background else 'off'}"
-    print(
-        f"[{done}/{trials}] trial {result.trial.number}: {result.outcome} in {result.seconds:.0f} s; {setting}: {faults}"
-    )
+    ended = f"{result.outcome} in {result.seconds:.0f} s"
+    print(f"[{done}/{trials}] trial {result.trial.number}: {ended}; {setting}: {faults}")
     if result.reason:
         print("  " + result.reason.replace("\n", "\n  "))
     sys.stdout.flush()

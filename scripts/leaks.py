@@ -31,11 +31,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 from runner import Runs, kill  # noqa: E402
 
 MEMORY = ("rss", "pss", "uss", "shared_pages")
-COUNTS = ("batches_mapped", "descriptors", "threads", "children")
-MACHINE = ("dev_shm_files", "sysv_segments")
+COUNTS = ("batches_mapped", "shared_segments", "descriptors", "threads", "children")
 # What decides. Pages that a worker was forked with count as the rank's own as soon as either of them writes to them, so
 # a process's PSS and USS move without a byte more in use; the PSS of the whole run does not.
-DECIDING = {"whole run": ("pss",), "": ("rss", "shared_pages", *COUNTS, *MACHINE)}
+DECIDING = {"whole run": ("pss",), "": ("rss", "shared_pages", *COUNTS)}
 MOST_GROWTH = 0.01  # of the first quarter's median, from there to the last quarter
 LEAST_BYTES = 2**20  # growth below this is noise, of memory
 
@@ -43,7 +42,8 @@ LEAST_BYTES = 2**20  # growth below this is noise, of memory
 @dataclass(frozen=True)
 class Sample:
     """One process at one ``moment`` (seconds). Memory in bytes: resident, proportional, its own alone,
-    and resident pages of shared memory; ``batches_mapped`` counts batches of loader workers that are mapped."""
+    and resident pages of shared memory; ``batches_mapped`` counts batches of loader workers that are
+    mapped, ``shared_segments`` what is mapped of /dev/shm and of System V's shared memory."""
 
     step: int
     moment: float
@@ -54,11 +54,10 @@ class Sample:
     uss: int
     shared_pages: int
     batches_mapped: int
+    shared_segments: int
     descriptors: int
     threads: int
     children: int
-    dev_shm_files: int
-    sysv_segments: int
 
 
 class Trend(NamedTuple):
@@ -98,6 +97,7 @@ def sample(name: str, process: psutil.Process, step: int, moment: float) -> Samp
     with process.oneshot():
         memory = process.memory_full_info()
         folder = Path("/proc") / str(process.pid)
+        maps = (folder / "maps").read_text()
         status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
         if "RssShmem" not in status:
             raise psutil.ZombieProcess(process.pid)
@@ -110,12 +110,11 @@ def sample(name: str, process: psutil.Process, step: int, moment: float) -> Samp
             pss=memory.pss,
             uss=memory.uss,
             shared_pages=1024 * int(status["RssShmem"].split()[0]),
-            batches_mapped=(folder / "maps").read_text().count("memfd:vtprune-batch"),
+            batches_mapped=maps.count("memfd:vtprune-batch"),
+            shared_segments=maps.count("/dev/shm/") + maps.count("/SYSV"),
             descriptors=process.num_fds(),
             threads=process.num_threads(),
             children=len(process.children()),
-            dev_shm_files=len(list(Path("/dev/shm").iterdir())),
-            sysv_segments=len(Path("/proc/sysvipc/shm").read_text().splitlines()) - 1,
         )
 
 
@@ -170,7 +169,7 @@ def trends_of(samples: Sequence[Sample]) -> list[Trend]:
     for name, series in by_process.items():
         if len(series) >= 0.9 * longest:
             steps = [one.step for one in series]
-            for quantity in (*MEMORY, *COUNTS, *(MACHINE if name == "launcher" else ())):
+            for quantity in (*MEMORY, *COUNTS):
                 trends.append(trend(name, quantity, steps, [getattr(one, quantity) for one in series]))
     return trends
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+SUMS = "sha256.json"
 PROBES = ("A cat.", " A cat", "\nWhat?  Two\n\ncats", "1234 é 你好", "it's   x ")
 
 
@@ -60,3 +63,29 @@ def _as_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     )
     kept.chat_template, kept.padding_side = tokenizer.chat_template, tokenizer.padding_side
     return kept
+
+
+def keep(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer with the SHA-256 of each file, whole or not at all."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save_pretrained(str(partial))
+    (partial / SUMS).write_text(json.dumps({path.name: _sum(path) for path in sorted(partial.iterdir())}, indent=1))
+    partial.rename(folder)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a kept tokenizer, in one line; empty if nothing is, or if an older version kept no sums."""
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+        wrong = [name for name, kept in sums.items() if not (folder / name).is_file() or _sum(folder / name) != kept]
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{SUMS} cannot be read: {error}"
+    return f"{', '.join(wrong)} missing or changed" if wrong else ""
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -40,6 +40,8 @@ from vtprune_train.models.patch import prune
 from vtprune_train.models.peft import open_model
 from vtprune_train.models.processors import build_processor
 from vtprune_train.models.templates import build_encoder, carry, stop_where_answers_end
+from vtprune_train.models.tokenizer import damage as tokenizer_damage
+from vtprune_train.models.tokenizer import keep as keep_tokenizer
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.learned import learns
@@ -254,7 +256,8 @@ def build_parts(config: Config) -> Parts:
 
 
 def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
-    """The run's tokenizer. Ranks of one machine take turns where it is made and kept."""
+    """The run's tokenizer. Ranks of one machine take turns where it is made and kept; a damaged one is made again, from
+    the same data."""
     folder = config.run_dir / "tokenizer"
 
     def load() -> PreTrainedTokenizerBase:
@@ -263,9 +266,12 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
     if config.model.config is None:
         return load()
     with FileLock(str(config.run_dir / "tokenizer.lock")):
+        if folder.is_dir() and (reason := tokenizer_damage(folder)):
+            log.warning("%s is damaged (%s) and made again", folder, reason)
+            shutil.rmtree(folder)
         tokenizer = load()
         if not folder.is_dir():
-            tokenizer.save_pretrained(str(folder))
+            keep_tokenizer(tokenizer, folder)
             tokenizer = load()  # so that every rank exports the same files, whichever of them came first
     return tokenizer
 
