@@ -1,4 +1,4 @@
-"""Every method alike: 50 steps of training under ZeRO-3, stopped and resumed; gradients; batches and single rows."""
+"""Every method alike: two dozen steps of training under ZeRO-3, stopped and resumed; gradients; batches and single rows."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from vtprune_train.pruning.schedule import earlier
 from vtprune_train.stream import ImageSpan, SegmentLayout
 
 NAMES = [*METHODS, NONE]
-STEPS, STOP = 50, 40
+STEPS, STOP = 24, 16
 # Before the decoder, without regard to newlines: few of them or none stay.
 NEWLINES_GO = ("vtc_cls", "fopru", "prumerge", "cdpruner")
 
@@ -65,13 +65,13 @@ def built(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_under_zero_3_and_resumes_bit_for_bit(runs, name):
-    """A fresh process that finds only the checkpoint of step 40 ends as the run did that went on."""
+    """A fresh process that finds only an earlier checkpoint ends as the run did that went on."""
     runs.run(name, f"pruning.method={name}", ranks=2)
     metrics, whole = runs.metrics(name), runs.checkpoint(name)
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     losses = [m["loss"] for m in metrics]
     assert all(map(math.isfinite, losses))
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
     if name != NONE:
         exported = json.loads((whole / "hf" / "config.json").read_text())
         assert exported["pruning"]["method"] == name
