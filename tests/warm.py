@@ -149,6 +149,7 @@ def free_port() -> int:
 def become_rank(request: dict[str, Any], environment: dict[str, str]) -> NoReturn:
     """In a rank: run the script as ``python SCRIPT ARGUMENTS`` does, and leave as it does, but for the two seconds in
     which Python frees every object: threads are waited for, exit handlers run, streams are flushed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests beside itself
     os.environ.clear()
     os.environ.update(request["env"] | environment)
     os.chdir(request["cwd"])

@@ -161,7 +161,10 @@ def _still_holds(table: Table, number: int, file: Path) -> bool:
     records = (entry for piece in reader.pieces() for entry in reader.scan(piece))
     while batch := list(islice(records, BATCH)):
         rows = slice(row, row + len(batch))
-        found = [(*place, content_hash(normalize(record, "", made_with["ignore"], made_with["bounds"][1]))) for place, record in batch]
+        found = [
+            (*place, content_hash(normalize(record, "", made_with["ignore"], made_with["bounds"][1])))
+            for place, record in batch
+        ]
         for name, values in zip(("at", "size", "content"), zip(*found, strict=True), strict=True):
             if table.column(name)[rows].tolist() != list(values):
                 return False

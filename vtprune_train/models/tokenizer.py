@@ -46,7 +46,7 @@ def _reopened(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> P
         tokenizer.save_pretrained(folder)
         # The class that opens it depends on the model beside it.
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": config.model_type}))
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def _as_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:

@@ -258,7 +258,8 @@ def build_parts(config: Config) -> Parts:
 
 
 def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
-    """The run's tokenizer. Ranks of one machine take turns where it is made and kept."""
+    """The run's tokenizer. Ranks of one machine take turns where it is made and kept; a damaged one is made again, from
+    the same data."""
     folder = config.run_dir / "tokenizer"
 
     def load() -> PreTrainedTokenizerBase:

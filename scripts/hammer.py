@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""Break a tiny training run in every way that a machine does, start it again, and compare it bit for bit.
+
+    python scripts/hammer.py --trials 200 --seed 0
+    python scripts/hammer.py --seed 0 --only 37     # trial 37 again, alone
+
+Each trial draws from its own seed: ranks, ZeRO stage, saves in the background or not, loader workers, evaluation, and
+one to three faults, one after the other. A fault is a kill, a stop or a full disk at a named moment, or a file that is
+damaged between two starts. Then the run is started until it is finished. Weights, optimizer states, ``metrics.jsonl``
+and ``eval.jsonl`` must be those of a run that nothing happened to; exit codes and words those of the documentation; and
+no file or process may be left over. Ends with a table, and with exit code 1 if a trial failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "scripts", ROOT / "tests"):
+    sys.path.insert(0, str(folder))
+
+import torch  # noqa: E402
+from runner import Runs  # noqa: E402
+
+from hammering.plans import DAMAGED, END, IN_SAVE, IN_STEP, LINES, START, Choices, draw  # noqa: E402
+from hammering.trial import References, Result, run_trial  # noqa: E402
+
+COLUMNS = {"kill": "kill", "stop": "stop", "disk": "full disk"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    torch.set_num_threads(1)
+    out = arguments.out.resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    began = time.monotonic()
+    background = [value == "on" for value in arguments.background]
+    choices = Choices(arguments.seed, arguments.ranks, arguments.zero, background, arguments.kinds)
+    numbers = arguments.only or range(arguments.trials)
+    results = hammer(choices, numbers, Runs(out), out, arguments.jobs, arguments.stop)
+    lines = report(results, time.monotonic() - began)
+    failed = [result for result in results if result.outcome == "failed"]
+    lines += [f"trial {result.trial.number}: {repeat(arguments, result.trial.number)}" for result in failed]
+    (out / "hammer.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return int(bool(failed))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these trials alone")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--zero", type=int, nargs="+", choices=(0, 1, 2, 3), default=[0, 2, 3])
+    parser.add_argument("--background", nargs="+", choices=("on", "off"), default=["on", "off"], help="saves")
+    parser.add_argument("--kinds", nargs="+", choices=(*COLUMNS, "damage"), default=[*COLUMNS, "damage"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at a time")
+    parser.add_argument("--stop", action="store_true", help="begin no trial after the first that fails")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "hammer", help="emptied first; keeps what failed")
+    return parser.parse_args(argv)
+
+
+def hammer(
+    choices: Choices, numbers: Sequence[int], runs: Runs, out: Path, jobs: int, stop: bool = False
+) -> list[Result]:
+    """Run the trials, some at a time, each told as it ends."""
+    trials = [draw(choices, number) for number in numbers]
+    references = References(runs, out / "references")
+    results = []
+    with ThreadPoolExecutor(jobs) as pool:
+        kinds = {(trial.settings.ranks, trial.settings.zero): trial.settings for trial in trials}
+        list(pool.map(references.make, kinds.values()))
+        running = [
+            pool.submit(run_trial, runs, trial, out / f"trial_{trial.number:04d}", references) for trial in trials
+        ]
+        for future in as_completed(running):
+            results.append(future.result())
+            tell(results[-1], len(results), len(trials))
+            if stop and results[-1].outcome == "failed":
+                pool.shutdown(wait=True, cancel_futures=True)
+                break
+    return sorted(results, key=lambda result: result.trial.number)
+
+
+def tell(result: Result, done: int, trials: int) -> None:
+    settings, faults = result.trial.settings, ", then ".join(map(str, result.trial.faults))
+    setting = f"{settings.ranks} rank(s), ZeRO {settings.zero}, background {'on' if settings.background else 'off'}"
+    ended = f"{result.outcome} in {result.seconds:.0f} s"
+    print(f"[{done}/{trials}] trial {result.trial.number}: {ended}; {setting}: {faults}")
+    if result.reason:
+        print("  " + result.reason.replace("\n", "\n  "))
+    sys.stdout.flush()
+
+
+def report(results: Sequence[Result], seconds: float) -> list[str]:
+    """Two tables, of moments and of damaged files, and the totals."""
+    cells: dict[tuple[str, str], Counter[str]] = {}
+    for result in results:
+        for fault in result.trial.faults:
+            column = fault.what if fault.kind == "damage" else fault.kind
+            outcome = "missed" if fault in result.missed else result.outcome
+            cells.setdefault((fault.moment, column), Counter())[outcome] += 1
+    moments = ("a step", *START, *IN_STEP, *IN_SAVE, *END)
+    lines = matrix("moment", moments, COLUMNS, cells) if any(key[1] in COLUMNS for key in cells) else []
+    if any(key[0] in DAMAGED for key in cells):
+        hows = (*LINES, *DAMAGED["leftover"])
+        lines += ["", *matrix("damaged", tuple(DAMAGED), dict(zip(hows, hows, strict=True)), cells)]
+    outcomes = Counter(result.outcome for result in results)
+    faults = sum(len(result.trial.faults) for result in results)
+    missed = sum(len(result.missed) for result in results)
+    counts = ", ".join(f"{outcomes[name]} {name}" for name in ("equal", "refused", "failed"))
+    total = f"{len(results)} trials, {faults} faults ({missed} whose moment did not come) in {seconds / 60:.1f} minutes"
+    return [*lines, "", f"{total}: {counts}"]
+
+
+def matrix(
+    title: str, rows: Sequence[str], columns: dict[str, str], cells: dict[tuple[str, str], Counter[str]]
+) -> list[str]:
+    """Rows and columns of which anything was tried."""
+    columns = {name: shown for name, shown in columns.items() if any((row, name) in cells for row in rows)}
+    lines = [f"| {title} | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    for row in rows:
+        shown = [cell(cells.get((row, name), Counter())) for name in columns]
+        if any(shown):
+            lines.append(f"| {row} | {' | '.join(shown)} |")
+    return lines
+
+
+def cell(counts: Counter[str]) -> str:
+    others = [f"{counts[name]} {name}" for name in ("refused", "failed", "missed") if counts[name]]
+    return ", ".join([*([str(counts["equal"])] if counts["equal"] else []), *others])
+
+
+def repeat(arguments: argparse.Namespace, number: int) -> str:
+    """The command that runs a trial again."""
+    drawn_from = [
+        option
+        for name, default in (("ranks", [1, 2]), ("zero", [0, 2, 3]), ("background", ["on", "off"]))
+        if (values := getattr(arguments, name)) != default
+        for option in (f"--{name}", *map(str, values))
+    ]
+    if arguments.kinds != [*COLUMNS, "damage"]:
+        drawn_from += ["--kinds", *arguments.kinds]
+    return shlex.join(
+        ["python", "scripts/hammer.py", "--seed", str(arguments.seed), "--only", str(number), *drawn_from]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
