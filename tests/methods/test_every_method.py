@@ -1,4 +1,4 @@
-"""Every method alike: two dozen steps of training under ZeRO-3, stopped and resumed; gradients; batches and single rows."""
+"""Every method alike: a short training under ZeRO-3, stopped and resumed; gradients; batches and single rows."""
 
 import json
 import math
