@@ -90,11 +90,14 @@ def check(path: Path) -> None:
     Raises:
         ForeignCodeError: naming the file and what is not taken.
     """
-    if names := foreign_names(path):
+    names = foreign_names(path)
+    if names == [UNREADABLE]:
+        raise ForeignCodeError(f"{path} is damaged: a pickle in it cannot be made out, so it is not opened")
+    if names:
         raise ForeignCodeError(
             f"{path} names {', '.join(names)}: reading it the usual way would run that code. Nothing of it was run. "
-            "Checkpoints hold tensors and numbers alone, so this file was not written by training, or was changed "
-            "since: take it from a copy that you trust"
+            "Weights and optimizer states are tensors and numbers alone, so this file was made for something else, or "
+            "changed since: take it from a copy that you trust"
         )
 
 
