@@ -30,7 +30,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
 }
 TENSORS = frozenset(
     {
-        "collections.OrderedDict", "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v2",
+        "builtins.set", "collections.OrderedDict", "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
     }
 )  # fmt: skip
