@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,11 @@ def test_names_are_found_in_every_form(tmp_path, form):
     with pytest.raises(ValueError, match=r"some\.bin names .*posix\.system.*Nothing of it was run"):
         pickles.read(path)
     assert not mark.exists()
+    if isinstance(form, int):
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert mark.exists(), "the payload does something where a file is opened the usual way"
 
 
 @pytest.mark.parametrize(
