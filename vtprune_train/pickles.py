@@ -30,7 +30,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
 }
 TENSORS = frozenset(
     {
-        "collections.OrderedDict", "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v2",
+        "builtins.set", "collections.OrderedDict", "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
     }
 )  # fmt: skip
@@ -90,11 +90,14 @@ def check(path: Path) -> None:
     Raises:
         ForeignCodeError: naming the file and what is not taken.
     """
-    if names := foreign_names(path):
+    names = foreign_names(path)
+    if names == [UNREADABLE]:
+        raise ForeignCodeError(f"{path} is damaged: a pickle in it cannot be made out, so it is not opened")
+    if names:
         raise ForeignCodeError(
             f"{path} names {', '.join(names)}: reading it the usual way would run that code. Nothing of it was run. "
-            "Checkpoints hold tensors and numbers alone, so this file was not written by training, or was changed "
-            "since: take it from a copy that you trust"
+            "Weights and optimizer states are tensors and numbers alone, so this file was made for something else, or "
+            "changed since: take it from a copy that you trust"
         )
 
 
