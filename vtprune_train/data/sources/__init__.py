@@ -82,8 +82,8 @@ def _in_folder(folder: Path) -> list[Path]:
         splits = sorted(part.name for part in folder.iterdir() if _is_dataset(part))
         raise ValueError(f"data folder {folder} holds several datasets ({', '.join(splits)}); name one of them")
     with os.scandir(folder) as entries:
-        kinds = tuple(KINDS)  # compared before the system is asked what each of the entries is
-        names = sorted(entry.name for entry in entries if entry.name[1:].endswith(kinds) and entry.is_file())
+        endings = tuple(KINDS)  # compared before the system is asked what each of the entries is
+        names = sorted(entry.name for entry in entries if entry.name[1:].endswith(endings) and entry.is_file())
     files = [folder / name for name in names]
     if not files:
         raise ValueError(f"data folder {folder} holds no data file; {KNOWN}")
