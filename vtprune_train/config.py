@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,8 @@ from vtprune_train.parse import read_json_object
 from vtprune_train.rounding import ceil_of
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+COMPARED_NAMES = 500
+SETTINGS = (".yaml", ".yml", ".json")
 TRAINABLE = ("projector", "language_model", "vision_tower", "lora", "pruning")
 
 
@@ -30,6 +34,22 @@ def refusal(what: str, error: Exception) -> str:
 def pruning_refusal(error: Exception) -> str:
     """What a method refused, with its place in the settings; ``setting=value ...`` is a key of the section."""
     return f"pruning.{error}" if str(error).partition("=")[0].isidentifier() else f"pruning: {error}"
+
+
+def nearest_name(name: str, names: Iterable[str], cutoff: float) -> str | None:
+    """The one of ``names`` that is most like ``name``, as :mod:`difflib` compares; of tens of thousands it compares
+    those that begin and end most like it."""
+    found = list(names)
+    if len(found) > COMPARED_NAMES:
+        found = heapq.nlargest(
+            COMPARED_NAMES, found, key=lambda other: _shared(name, other) + _shared(name[::-1], other[::-1])
+        )
+    return next(iter(difflib.get_close_matches(name, found, n=1, cutoff=cutoff)), None)
+
+
+def _shared(one: str, two: str) -> int:
+    """Characters that both begin with."""
+    return len(os.path.commonprefix((one, two)))  # noqa: RUF071 (of names)
 
 
 def did_you_mean(word: str, known: Sequence[str], parents: Sequence[Any] = ()) -> str:
@@ -54,9 +74,9 @@ def find_file(name: str, key: str) -> Path:
         raise ConfigError(f"{key}: {name} is a folder; name a file in it")
     packaged = "deepspeed/*.json" if asked.suffix == ".json" else "*.yaml"
     known = {path.name: path.relative_to(PACKAGED_CONFIGS.parent) for path in sorted(PACKAGED_CONFIGS.glob(packaged))}
-    files = {**known, **{path.name: path for path in asked.parent.glob("*.[jy]*") if path.is_file()}}
-    nearest = difflib.get_close_matches(asked.name, files, n=1, cutoff=0.6)
-    meant = f"; did you mean {files[nearest[0]]}?" if nearest else ""
+    files = {**known, **{path.name: path for path in asked.parent.glob("*.[jy]*") if path.suffix in SETTINGS}}
+    nearest = nearest_name(asked.name, (name for name, path in files.items() if path.is_file()), 0.6)
+    meant = f"; did you mean {files[nearest]}?" if nearest else ""
     raise ConfigError(
         f"{key}: {name} is neither here nor in {PACKAGED_CONFIGS.name}/ (there: {', '.join(known)}){meant}"
     )

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -126,7 +127,9 @@ def _data_digest(data: Path) -> str:
 
 def _files_digest(folder: Path) -> str:
     """Changes when a model's files do, without reading them."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.stat()) for entry in entries)
+    files = [(name, state.st_size, state.st_mtime_ns) for name, state in found]
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 from collections import Counter
@@ -12,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vtprune_train.config import Config, ConfigError, SourceConfig
+from vtprune_train.config import Config, ConfigError, SourceConfig, nearest_name
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
 from vtprune_train.data.measure import picture_name
@@ -174,5 +173,6 @@ def _nearest(path: Path) -> str:
     if path.exists() or not path.parent.is_dir():
         missing = next((parent for parent in reversed(path.parents) if not parent.exists()), None)
         return f" (there is no {missing})" if missing is not None else ""
-    names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / names[0]}?" if names else ""
+    with os.scandir(path.parent) as entries:
+        name = nearest_name(path.name, (entry.name for entry in entries), 0.5)
+    return f"; did you mean {path.parent / name}?" if name else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,28 +48,31 @@ def find_files(path: Path) -> list[Path]:
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():
-        files = [path]
+        found = [str(path)]
     elif any(character in str(path) for character in "*?["):
-        files = _matches(path)
-        if not files:
+        found = _matches(path)
+        if not found:
             raise ValueError(f"no data file matches {path}; check data.root and the path under data.train or data.eval")
     else:
         raise ValueError(f"data file {path} does not exist; check data.root and the path under data.train or data.eval")
-    for file in files:
+    files = []
+    for file in map(Path, found):
         if file.suffix in COMPRESSED:
             raise ValueError(f"data file {file} is compressed, so no record of it can be reached by itself; unpack it")
         if file.suffix not in KINDS and not _is_dataset(file):
             raise ValueError(f"data file {file}: unknown kind {file.suffix!r}; {KNOWN}")
+        files.append(file)
     return files
 
 
 def is_here(path: Path) -> bool:
     """Whether there is anything that :func:`find_files` could look at."""
-    return path.exists() or bool(_matches(path))
+    return path.exists() or next(glob.iglob(str(path), recursive=True), None) is not None  # noqa: PTH207
 
 
-def _matches(path: Path) -> list[Path]:
-    return sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns)
+def _matches(path: Path) -> list[str]:
+    names = glob.glob(str(path), recursive=True)  # noqa: PTH207 (absolute patterns)
+    return sorted(names, key=lambda name: name.split(os.sep))  # noqa: PTH206 (many times faster)
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -77,7 +81,10 @@ def _in_folder(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(part.name for part in folder.iterdir() if _is_dataset(part))
         raise ValueError(f"data folder {folder} holds several datasets ({', '.join(splits)}); name one of them")
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in KINDS)
+    with os.scandir(folder) as entries:
+        endings = tuple(KINDS)  # compared before the system is asked what each of the entries is
+        names = sorted(entry.name for entry in entries if entry.name[1:].endswith(endings) and entry.is_file())
+    files = [folder / name for name in names]
     if not files:
         raise ValueError(f"data folder {folder} holds no data file; {KNOWN}")
     if len(kinds := sorted({file.suffix for file in files})) > 1:

@@ -112,11 +112,12 @@ class _End:
 
     def within(self, block: bytes) -> int:
         """Bytes of ``block`` up to the end of the value; 0 if it goes on behind it."""
-        letters = np.frombuffer(block, np.uint8)
-        quotes = letters == ord('"')
-        quotes &= self._is_plain(block, letters)
-        if self._quoted and not quotes.any():
+        if self._quoted and b'"' not in block:  # as nearly all of a long text
+            run = len(block) - len(block.rstrip(b"\\"))
+            self._backslashes = (run + (self._backslashes if run == len(block) else 0)) % 2
             return 0
+        letters = np.frombuffer(block, np.uint8)
+        quotes = (letters == ord('"')) & self._is_plain(block, letters)
         quoted = (np.cumsum(quotes, dtype=np.int32) + self._quoted) % 2 == 1
         opened = (letters == ord("[")) | (letters == ord("{"))
         closed = (letters == ord("]")) | (letters == ord("}"))

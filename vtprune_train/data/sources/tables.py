@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_from_disk
@@ -58,7 +59,7 @@ class Parquet(Reader):
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         super().__init__(path, max_bytes)
         self._opened: tuple[int, pq.ParquetFile, list[str]] | None = None
-        self._group: tuple[int, pa.Table] | None = None
+        self._group: tuple[int, pa.Table, np.ndarray | None] | None = None  # bytes of rows read by another process
         self._apart: dict[int, bool] = {}  # row groups, and whether they are read by another process
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,9 +101,11 @@ class Parquet(Reader):
 
     def read(self, place: Place) -> Any:
         if self._group is None or self._group[0] != place.at:
-            self._group = (place.at, self._read_group(place.at))
-        [batch] = self._group[1].slice(place.size, 1).combine_chunks().to_batches()
-        [row] = _objects(within(batch, self.max_bytes), self.max_bytes)
+            self._group = (place.at, *self._read_group(place.at))
+        _, table, sizes = self._group
+        [batch] = table.slice(place.size, 1).combine_chunks().to_batches()
+        rows = within(batch, self.max_bytes) if sizes is None else (batch, sizes[place.size : place.size + 1])
+        [row] = _objects(rows, self.max_bytes)
         return self._record(row, *place)
 
     def _record(self, row: dict[str, Any] | int, group: int, number: int) -> Any:
@@ -123,11 +126,14 @@ class Parquet(Reader):
             yield batch, sizes
         self._apart[group] = has_large  # of many values that are all within the bound: Arrow may read it here
 
-    def _read_group(self, group: int) -> pa.Table:
+    def _read_group(self, group: int) -> tuple[pa.Table, np.ndarray | None]:
         file, columns = self._open()
-        if self._apart.get(group, True) and (batches := [batch for batch, _ in self._batches(group)]):
-            return pa.Table.from_batches(batches)
-        return file.read_row_group(group, columns=columns, use_threads=False)
+        if group not in self._apart:
+            self._apart[group] = has_large_page(self.path, file, group, columns)
+        if not self._apart[group]:
+            return file.read_row_group(group, columns=columns, use_threads=False), None
+        batches, sizes = zip(*self._batches(group), strict=True)
+        return pa.Table.from_batches(batches), np.concatenate(sizes)
 
 
 class DatasetOnDisk(Reader):
