@@ -107,7 +107,12 @@ def test_lines_that_no_checkpoint_holds_are_named(runs, stopped):
     files = {name: entry for name, entry in manifest.read_manifest(newest).items() if not name.startswith("logs/")}
     manifest.write_manifest(newest, files)
     the_middle_is_missing(stopped)
+    shutil.rmtree(stopped / "tensorboard")
+    (stopped / "tensorboard").touch()
     done = runs.run(stopped.name, *SETTINGS)
+    assert (
+        f"TensorBoardMonitor of DeepSpeed could not write to {stopped / 'tensorboard'} (FileExistsError" in done.stderr
+    )
     assert "metrics.jsonl: 1 unreadable line(s) removed, the first was line 3; lost, for step_00000005" in done.stderr
     assert "no copy of them: the line(s) of step 2, 4" in done.stderr
     assert "eval.jsonl: 1 unreadable line(s) removed, the first was line 1" in done.stderr
