@@ -18,7 +18,7 @@ from vtprune_train.training.trackers import hide_from, steps_shown, train_scalar
 
 
 def line(step):
-    return {"step": step, "loss": 1 / (step + 1), "name": f"caf\u00e9 {step}"}
+    return {"step": step, "loss": 1 / (step + 1), "name": f"\u00fc {step}"}
 
 
 def written(folder, steps, **options):
