@@ -26,7 +26,7 @@ from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
-from vtprune_train.disk import replace_synced
+from vtprune_train.disk import naming, replace_synced
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -267,7 +267,8 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
     with FileLock(str(config.run_dir / "tokenizer.lock")):
         tokenizer = load()
         if not folder.is_dir():
-            tokenizer.save_pretrained(str(folder))
+            with naming(folder):
+                tokenizer.save_pretrained(str(folder))
             tokenizer = load()  # so that every rank exports the same files, whichever of them came first
     return tokenizer
 
