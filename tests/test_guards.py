@@ -30,7 +30,12 @@ def step_of(losses_of_samples):
         targets_per_sample=tuple(len(losses) for losses in losses_of_samples),
     )
     rows = torch.tensor([loss for losses in losses_of_samples for loss in losses])
-    return SimpleNamespace(batches=[batch], row_losses=[rows], state=SimpleNamespace(step=0))
+    return SimpleNamespace(
+        batches=[batch],
+        row_losses=[rows],
+        state=SimpleNamespace(step=0),
+        checkpoints=SimpleNamespace(resumed=None),
+    )
 
 
 def test_sample_losses_are_the_samples_own():

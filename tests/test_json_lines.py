@@ -18,7 +18,7 @@ from vtprune_train.training.trackers import hide_from, steps_shown, train_scalar
 
 
 def line(step):
-    return {"step": step, "loss": 1 / (step + 1), "name": f"caf\u00e9 {step}"}
+    return {"step": step, "loss": 1 / (step + 1), "name": f"\u00fc {step}"}
 
 
 def written(folder, steps, **options):
@@ -117,9 +117,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, room):
     before = file.path.read_bytes()
     with small_disk(len(before) + room), pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'") as error:
         file.append(line(4))
-    assert error.value.__notes__ == [
-        "Make room (or mend the disk) and start again: the run resumes from its last checkpoint"
-    ]
+    assert error.value.__notes__ == ["Make room there and start again; training goes on from the newest checkpoint"]
     assert file.path.read_bytes() == before
     file.append(line(4))
     assert [record["step"] for record in file.read()] == [1, 2, 3, 4]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers report an error of the system
 
 
@@ -22,14 +24,21 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
+        _complete(error, path)
         raise
     except Exception as error:
         number = RUST_ERROR.search(str(error))
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise _complete(OSError(int(number[1]), os.strerror(int(number[1]))), path) from error
+
+
+def _complete(error: OSError, path: Path) -> OSError:
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
+    if error.errno in NO_ROOM and not hasattr(error, "__notes__"):
+        error.add_note("Make room there and start again; training goes on from the newest checkpoint")
+    return error
 
 
 def write_synced(path: Path, data: str | bytes) -> None:

@@ -129,5 +129,7 @@ def test_a_fault_that_does_not_come_again_and_broken_parameters_are_told_apart(t
         model.bias[1] = float("inf")
     report["parameters"] = non_finite_parameters(model)
     assert "parameter bias is not finite itself" in first_fault([report])
-    write_report(tmp_path / "a" / "b.json", {"x": [float("nan"), (1.0, float("-inf"))]})
+    path = tmp_path / "a" / "b.json"
+    assert write_report(path, {"x": [float("nan"), (1.0, float("-inf"))]}) == f"written to {path}"
+    assert "b.json/c.json (" in write_report(path / "c.json", {}), "what is wrong with the step is said all the same"
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": ["nan", [1.0, "-inf"]]}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vtprune_train.config import Config
+from vtprune_train.disk import naming
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import parts_of, resolve_checkpoint
 from vtprune_train.models.origin import (
@@ -69,7 +70,12 @@ def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
     if settings is None:
         return
     names, folder = published_names(model), config.run_dir / FOLDER
-    ranks.from_rank_0(lambda: _keep_base(config, model, processor, names))
+
+    def keep() -> None:
+        with naming(folder):
+            _keep_base(config, model, processor, names)
+
+    ranks.from_rank_0(keep)
     if config.model.config is not None:
         for file in weight_files(str(folder)):
             if file.name != EXTRA:

@@ -181,7 +181,7 @@ class Evaluation(Callback):
         pictures = trainer.config.train.eval_show
         drawn = survivors(trainer.engine.module, self.collate, pictures=pictures, device=trainer.device)
         board = trainer.engine.monitor.tb_monitor
-        if board is None:  # on the other ranks, or it could not be written
+        if board is None or not board.enabled:  # on the other ranks, or it could not be written
             return
         for number, pixels in enumerate(drawn):
             with only_warning(f"{board.summary_writer.log_dir}: picture {number} of step {trainer.state.step}"):

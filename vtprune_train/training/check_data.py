@@ -65,6 +65,8 @@ def unwritable(key: str, folder: Path, error: OSError) -> str:
             reason = f"{part} is a link to {part.readlink()}, which does not exist"
         elif part.exists() and not part.is_dir():
             reason = f"{part} is a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{key}: {folder} cannot be written ({reason}); make room, or name another folder"
     return f"{key}: {folder} cannot be written ({reason}); name a folder in which you may write"
 
 

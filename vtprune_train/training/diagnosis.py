@@ -131,10 +131,14 @@ def first_fault(reports: list[dict[str, Any]]) -> str:
     return "it did not come again when the step was repeated: sums over ranks overflow, or a device is at fault"
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """JSON that any reader takes: numbers that are not finite become strings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_printable(report), indent=1))
+def write_report(path: Path, report: dict[str, Any]) -> str:
+    """JSON that any reader takes: numbers that are not finite become strings. Returns where it is, or why it is not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_printable(report), indent=1))
+    except OSError as error:
+        return f"its report could not be written to {path} ({error})"
+    return f"written to {path}"
 
 
 def _printable(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from vtprune_train.config import Config, ConfigError
+from vtprune_train.training.monitors import optional_monitors
 
 # What the loop sets itself; a DeepSpeed JSON that sets one of these otherwise would be silently overruled.
 OWN_KEYS = {
@@ -168,7 +169,8 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     import deepspeed
 
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    with optional_monitors():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     for name, buffer in engine.module.named_buffers():
         if buffer.dtype != before[name]:
             raise ConfigError(

@@ -105,5 +105,4 @@ def _examine(trainer: Trainer, plan: StepPlan, batches: Sequence[PackedBatch], s
     reports = ranks.gather(own)
     path = trainer.config.run_dir / "non_finite" / f"step_{plan.step + 1:08d}.json"
     report = {"step": plan.step + 1, "what": what, "fault": first_fault(reports), "ranks": reports}
-    ranks.from_rank_0(lambda: write_report(path, report))
-    return f"{report['fault']}\nwritten to {path}"
+    return f"{report['fault']}\n{ranks.from_rank_0(lambda: write_report(path, report))}"

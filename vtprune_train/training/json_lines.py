@@ -92,9 +92,8 @@ class JsonLines:
                     rest = rest[file.write(rest) :]
                 if sync:
                     os.fsync(file.fileno())
-            except OSError as error:
+            except OSError:
                 os.ftruncate(file.fileno(), self._size)
-                error.add_note("Make room (or mend the disk) and start again: the run resumes from its last checkpoint")
                 raise
         self._packed += self._packer.compress(line)
         self._size += len(line)

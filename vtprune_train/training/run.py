@@ -26,7 +26,7 @@ from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.data.sources import Bounds
-from vtprune_train.disk import replace_synced
+from vtprune_train.disk import naming, replace_synced
 from vtprune_train.durable import MANIFEST, damage, publish, remove, seal_as_it_is
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
@@ -275,7 +275,8 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
         if not folder.is_dir():
             temporary = folder.with_name("tokenizer.tmp")
             remove(temporary)
-            tokenizer.save_pretrained(str(temporary))
+            with naming(temporary):
+                tokenizer.save_pretrained(str(temporary))
             seal_as_it_is(temporary)
             publish(temporary, folder)
             tokenizer = load()  # so that every rank exports the same files, whichever of them came first

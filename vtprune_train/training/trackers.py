@@ -1,27 +1,25 @@
-"""TensorBoard and DeepSpeed's other monitors (wandb, CSV, Comet): the numbers of ``metrics.jsonl`` and ``eval.jsonl``.
+"""The numbers of ``metrics.jsonl`` and ``eval.jsonl`` in TensorBoard and DeepSpeed's other monitors.
 
-A monitor that fails is warned of and left out: training does not depend on it. On resume TensorBoard hides what came
-after the checkpoint, and what its files lack is written again.
+On resume TensorBoard hides what came after the checkpoint, and what its files lack is written again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback, eval_scalars, only_warning
 from vtprune_train.training.json_lines import JsonLines, ranges
+from vtprune_train.training.monitors import Scalar
 
 if TYPE_CHECKING:
     from vtprune_train.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-Scalar = tuple[str, float, int]
-MONITORS = ("tb_monitor", "wandb_monitor", "csv_monitor", "comet_monitor")
 SHOWN = ("loss", "grad_norm", "tokens_per_second", "step_time", "data_wait", "token_accuracy")
 IN_EVERY_STEP = "train/tokens_per_second"
 
@@ -44,11 +42,7 @@ class Trackers(Callback):
     def on_start(self, trainer: Trainer) -> None:
         if ranks.rank() or not trainer.engine.monitor.enabled:
             return
-        monitors = trainer.engine.monitor
-        for name in MONITORS:
-            if (monitor := getattr(monitors, name, None)) is not None:
-                monitor.write_events = _guarded(monitors, name, monitor.write_events)
-        if (board := monitors.tb_monitor) is not None and board.summary_writer is not None:
+        if (board := trainer.engine.monitor.tb_monitor) is not None:
             with only_warning(board.summary_writer.log_dir):
                 self._continue(board, trainer.state.step)
 
@@ -74,25 +68,6 @@ class Trackers(Callback):
         for line in JsonLines(self.run_dir / "eval.jsonl").read():
             if line["step"] >= first:
                 board.write_events(eval_scalars(line))
-
-
-def _guarded(monitors: Any, name: str, write: Callable[[list[Scalar]], None]) -> Callable[[list[Scalar]], None]:
-    """A monitor's ``write_events`` that leaves the monitor out once it fails. DeepSpeed writes to it as well: the rate,
-    at a step that counts the micro-batches of all ranks, where everything here counts global steps."""
-    per_step = ranks.world_size()
-
-    def guarded(events: list[Scalar]) -> None:
-        try:
-            write([(tag, v, step // per_step if tag.startswith("Train/Samples/") else step) for tag, v, step in events])
-        except Exception as error:
-            setattr(monitors, name, None)
-            log.debug("where it came from", exc_info=True)
-            log.warning(
-                "DeepSpeed's %s could not write (%s: %s); training goes on without it, metrics.jsonl has the numbers",
-                name, type(error).__name__, error,
-            )  # fmt: skip
-
-    return guarded
 
 
 def hide_from(writer: Any, step: int) -> None:
