@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from runner import Runs, kill  # noqa: E402
+from runner import Runs  # noqa: E402
 
 MEMORY = ("rss", "pss", "uss", "shared_pages")
 COUNTS = ("batches_mapped", "shared_segments", "descriptors", "threads", "children")
@@ -247,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = watch(run, runs.directory("run") / "metrics.jsonl", arguments.interval, out / "samples.csv")
     finally:
         if run.poll() is None:
-            kill(run)
+            os.kill(run.pid, signal.SIGTERM)  # torchrun ends the ranks, which have groups of their own
+            run.wait(timeout=120)
     if run.returncode:
         print(f"the run ended with exit code {run.returncode}; see {out / 'run.log'}", file=sys.stderr)
         return 1
