@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from vtprune_train.cli import train_main
-from vtprune_train.data import table, workers
+from vtprune_train.data import workers
 from vtprune_train.data.measure import Measure
 from vtprune_train.data.sources import json_list
 from vtprune_train.training import callbacks, checkpoint, evaluate, manifest, resume, saving
@@ -155,10 +155,10 @@ def patch(owner: Any, name: str, when: Callable[..., bool], first: bool) -> None
 
 
 def opening(*parts: str) -> None:
-    """Act when a file whose path holds all ``parts`` is opened for writing."""
+    """Act when a file whose path holds all ``parts`` is opened for writing, or such a folder made."""
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        if event == "os.mkdir" or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             path = str(arguments[0])
             if all(part in path for part in parts):
                 act()
@@ -245,9 +245,9 @@ def later_piece() -> None:
 
 
 START: dict[str, Callable[[], Any]] = {
-    "in_tokenizer": lambda: opening("/tokenizer"),
+    "in_tokenizer": lambda: opening("/run/tokenizer", ".json"),
     "in_piece": later_piece,
-    "assembling": lambda: before(table, "_assemble"),
+    "assembling": lambda: opening(".building/table"),
     "writing_index": lambda: opening(".building", ".npy"),
     "selecting": lambda: opening("selection", "rows.bin"),
     "loading": lambda: before(resume, "load"),
