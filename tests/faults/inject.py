@@ -9,6 +9,7 @@ SIGKILL, as a scheduler or the kernel sends it. The fault happens once; a line t
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -197,10 +198,8 @@ def in_shard() -> None:
 def in_backward() -> None:
     """Within autograd, at its beginning."""
     real = DeepSpeedEngine.backward
-    entered: list[int] = []
 
     def backward(self: Any, loss: Any, *given: Any, **named: Any) -> Any:
-        entered.append(1)
         if self.global_steps + 1 >= STEP:
             loss.register_hook(lambda _: act())
         return real(self, loss, *given, **named)
@@ -240,8 +239,8 @@ def disk_full_in_shard() -> None:
 
 def later_piece() -> None:
     """In the second piece of the index."""
-    calls: list[int] = []
-    before(Measure, "__call__", lambda *_: calls.append(1) or len(calls) == 2)
+    calls = itertools.count(1)
+    before(Measure, "__call__", lambda *_: next(calls) == 2)
 
 
 START: dict[str, Callable[[], Any]] = {
