@@ -17,6 +17,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -66,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--background", nargs="+", choices=("on", "off"), default=["on", "off"], help="saves")
     parser.add_argument("--kinds", nargs="+", choices=(*COLUMNS, "damage"), default=[*COLUMNS, "damage"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at a time")
-    parser.add_argument("--stop", action="store_true", help="begin no trial after the first that fails")
+    parser.add_argument("--stop", action="store_true", help="begin no trial after one that fails")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "hammer", help="emptied first; keeps what failed")
     return parser.parse_args(argv)
 
@@ -79,17 +80,19 @@ def hammer(
     references = References(runs, out / "references")
     results = []
     with ThreadPoolExecutor(jobs) as pool:
-        kinds = {(trial.settings.ranks, trial.settings.zero): trial.settings for trial in trials}
-        list(pool.map(references.make, kinds.values()))
-        running = [
-            pool.submit(run_trial, runs, trial, out / f"trial_{trial.number:04d}", references) for trial in trials
-        ]
-        for future in as_completed(running):
-            results.append(future.result())
-            tell(results[-1], len(results), len(trials))
-            if stop and results[-1].outcome == "failed":
-                pool.shutdown(wait=True, cancel_futures=True)
-                break
+        try:
+            kinds = {(trial.settings.ranks, trial.settings.zero): trial.settings for trial in trials}
+            list(pool.map(references.make, kinds.values()))
+            running = [
+                pool.submit(run_trial, runs, trial, out / f"trial_{trial.number:04d}", references) for trial in trials
+            ]
+            for future in as_completed(running):
+                results.append(future.result())
+                tell(results[-1], len(results), len(trials))
+                if stop and results[-1].outcome == "failed":
+                    break
+        finally:  # trials that have begun are ended, with their file systems
+            pool.shutdown(wait=True, cancel_futures=True)
     return sorted(results, key=lambda result: result.trial.number)
 
 
@@ -158,4 +161,5 @@ def repeat(arguments: argparse.Namespace, number: int) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what ends the processes below
     sys.exit(main())

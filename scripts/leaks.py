@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from runner import Runs, kill  # noqa: E402
+from runner import Runs  # noqa: E402
 
 MEMORY = ("rss", "pss", "uss", "shared_pages")
 COUNTS = ("batches_mapped", "shared_segments", "descriptors", "threads", "children")
@@ -37,6 +39,7 @@ COUNTS = ("batches_mapped", "shared_segments", "descriptors", "threads", "childr
 DECIDING = {"whole run": ("pss",), "": ("rss", "shared_pages", *COUNTS)}
 MOST_GROWTH = 0.01  # of the first quarter's median, from there to the last quarter
 LEAST_BYTES = 2**20  # growth below this is noise, of memory
+WARM_UP = 0.1  # of the steps, left out: caches and memory for saves fill
 
 
 @dataclass(frozen=True)
@@ -155,13 +158,13 @@ def watch(run: Any, metrics: Path, interval: float, out: Path) -> list[Sample]:
 
 
 def trends_of(samples: Sequence[Sample]) -> list[Trend]:
-    """Of the whole run, and of the processes that lived through it; workers of evaluations come and go. Samples of the
-    last step do not count: the run is ending."""
+    """Of the whole run, and of the processes that lived through it; workers of evaluations come and go. The warm-up
+    does not count, nor do samples of the last step: the run is ending."""
     end = samples[-1].step
     by_process: dict[str, list[Sample]] = defaultdict(list)
     whole: Counter[tuple[int, float]] = Counter()
     for one in samples:
-        if one.step < end:
+        if WARM_UP * end <= one.step < end:
             by_process[one.process].append(one)
             whole[one.step, one.moment] += one.pss
     longest = max(len(series) for series in by_process.values())
@@ -181,14 +184,21 @@ def trend(process: str, quantity: str, steps: Sequence[int], values: Sequence[fl
 
 
 def table(trends: Sequence[Trend]) -> list[str]:
-    lines = ["| process | | first quarter | last quarter | slope, per 1,000 steps |", "|---|---|---|---|---|"]
-    for trend in trends:
-        in_bytes = trend.quantity in MEMORY
-        numbers = (trend.first, trend.last, trend.per_1000_steps)
-        first, last, slope = (f"{n / 2**20:.2f} MiB" if in_bytes else f"{n:.3g}" for n in numbers)
-        mark = " (grows)" if trend.grows else ""
-        lines.append(f"| {trend.process} | {trend.quantity} | {first} | {last}{mark} | {slope} |")
+    """A row a process, a column a quantity: medians of the first and last quarter, and the slope in 1,000 steps."""
+    quantities = {**dict.fromkeys(MEMORY, " (MiB)"), **dict.fromkeys(COUNTS, "")}
+    titles = [f"{name.replace('_', ' ')}{unit}" for name, unit in quantities.items()]
+    lines = [f"| process | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    cells = {(one.process, one.quantity): cell(one) for one in trends}
+    for process in dict.fromkeys(one.process for one in trends):
+        lines.append(f"| {process} | {' | '.join(cells.get((process, name), '') for name in quantities)} |")
     return lines
+
+
+def cell(trend: Trend) -> str:
+    scale = 2**20 if trend.quantity in MEMORY else 1
+    first, last, slope = (number / scale for number in (trend.first, trend.last, trend.per_1000_steps))
+    mark = ", grows" if trend.grows else ""
+    return f"{first:.4g} → {last:.4g} ({slope:+.2f}{mark})"
 
 
 def draw(samples: Sequence[Sample], names: Sequence[str], path: Path) -> None:
@@ -238,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = watch(run, runs.directory("run") / "metrics.jsonl", arguments.interval, out / "samples.csv")
     finally:
         if run.poll() is None:
-            kill(run)
+            os.kill(run.pid, signal.SIGTERM)  # torchrun ends the ranks, which have groups of their own
+            run.wait(timeout=120)
     if run.returncode:
         print(f"the run ended with exit code {run.returncode}; see {out / 'run.log'}", file=sys.stderr)
         return 1
@@ -254,4 +265,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what ends the processes below
     sys.exit(main())

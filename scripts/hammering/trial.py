@@ -21,6 +21,7 @@ from runner import ROOT, WARM, Process, Runs, assert_equal_checkpoints, assert_s
 
 from hammering import damage
 from hammering.plans import INDEXING, SAVED_STEPS, STEPS, Fault, Settings, Trial
+from vtprune_train.models.tokenizer import SUMS
 from vtprune_train.training import manifest
 
 STARTING = threading.Lock()  # trials run side by side and share the parent
@@ -31,8 +32,11 @@ DISK = "160m"  # a checkpoint needs 64 MiB of room beside its own size
 MOST_STARTS = 3  # undisturbed ones, until the run is finished
 TRACEBACK = "Traceback (most recent call last)"
 REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
-NAMED_IN_LOG = ("checkpoint", "manifest", "latest", "index column", "index manifest", "index piece", "leftover")
-SEEN_BY_NOBODY = (("remove", "index piece"), ("garbage", "index piece"))  # measured as if never begun; read as if whole
+NAMED_IN_LOG = (
+    "checkpoint", "manifest", "latest", "index column", "index manifest", "index piece", "tokenizer", "leftover",
+)  # fmt: skip
+# Measured as if it had never been; whole up to the end; without sums, as older versions kept it.
+NOT_SEEN = (("remove", "index piece"), ("garbage", "index piece"), ("remove", SUMS))
 
 
 class Failed(Exception):  # noqa: N818 (the outcome of a trial)
@@ -299,14 +303,17 @@ def judge_full_disk(fault: Fault, started: Started) -> None:
 
 def judge_damage(run: Run, fault: Fault, path: Path, started: Started) -> None:
     said, name = started.said, path.name
+    seen = (fault.what, fault.moment) not in NOT_SEEN and (fault.what, name) not in NOT_SEEN
     if fault.moment in ("checkpoint", "manifest"):
         name = path.relative_to(run.run_dir / "checkpoints").parts[0]
+    elif fault.moment == "tokenizer":
+        name = str(path.parent)
     if started.ended_with(REFUSED) and TRACEBACK not in said and name in said:
         raise Refused(said.strip().splitlines()[-1])
     check(started.code == 0, f"exit code {started.code} after {path} was damaged", said)
     check(TRACEBACK not in said, f"a traceback after {path} was damaged", said)
-    if fault.moment in NAMED_IN_LOG and (fault.what, fault.moment) not in SEEN_BY_NOBODY:
-        check(name in said, f"nothing is said of {path}", said)
+    if fault.moment in NAMED_IN_LOG and seen:
+        check(name in said, f"{path} was damaged, and nothing says so", said)
 
 
 def compare(run: Run, whole: Path) -> None:

@@ -9,6 +9,7 @@ SIGKILL, as a scheduler or the kernel sends it. The fault happens once; a line t
 
 import contextlib
 import errno
+import itertools
 import os
 import resource
 import shutil
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from vtprune_train.cli import train_main
-from vtprune_train.data import building, workers
+from vtprune_train.data import workers
 from vtprune_train.data.measure import Measure
 from vtprune_train.data.sources import json_list
 from vtprune_train.training import callbacks, checkpoint, evaluate, manifest, resume, saving
@@ -157,10 +158,10 @@ def patch(owner: Any, name: str, when: Callable[..., bool], first: bool) -> None
 
 
 def opening(*parts: str) -> None:
-    """Act when a file whose path holds all ``parts`` is opened for writing."""
+    """Act when a file whose path holds all ``parts`` is opened for writing, or such a folder made."""
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        if event == "os.mkdir" or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             path = str(arguments[0])
             if all(part in path for part in parts):
                 act()
@@ -199,10 +200,8 @@ def in_shard() -> None:
 def in_backward() -> None:
     """Within autograd, at its beginning."""
     real = DeepSpeedEngine.backward
-    entered: list[int] = []
 
     def backward(self: Any, loss: Any, *given: Any, **named: Any) -> Any:
-        entered.append(1)
         if self.global_steps + 1 >= STEP:
             loss.register_hook(lambda _: act())
         return real(self, loss, *given, **named)
@@ -274,14 +273,14 @@ def disk_full_in_shard() -> None:
 
 def later_piece() -> None:
     """In the second piece of the index."""
-    calls: list[int] = []
-    before(Measure, "__call__", lambda *_: calls.append(1) or len(calls) == 2)
+    calls = itertools.count(1)
+    before(Measure, "__call__", lambda *_: next(calls) == 2)
 
 
 START: dict[str, Callable[[], Any]] = {
-    "in_tokenizer": lambda: opening("/tokenizer"),
+    "in_tokenizer": lambda: opening("/run/tokenizer", ".json"),
     "in_piece": later_piece,
-    "assembling": lambda: before(building, "_assemble"),
+    "assembling": lambda: opening(".building/table"),
     "writing_index": lambda: opening(".building", ".npy"),
     "selecting": lambda: opening("selection", "rows.bin"),
     "loading": lambda: before(resume, "load"),

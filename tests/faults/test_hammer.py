@@ -34,7 +34,7 @@ FAULTS = {
     "full": [Fault("disk", "fill", "in_shard", offset=3)],
     "damaged": [
         Fault("damage", "flip", "checkpoint", pick=0.7),
-        Fault("damage", "flip", "tokenizer", pick=0.99),
+        Fault("damage", "flip", "tokenizer", pick=0.5),
         Fault("damage", "remove", "latest"),
     ],
 }

@@ -8,7 +8,9 @@ TABLE = HERE.parent.parent / "docs" / "faults.md"
 
 
 def test_every_row_names_tests_that_are_there():
-    rows = [line.split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| ")][1:]
+    rows = [
+        line.split(" | ") for line in TABLE.read_text().partition("\n## ")[0].splitlines() if line.startswith("| ")
+    ][1:]
     assert len(rows) > 20
     for row in rows:
         names = re.findall(r"`([^`]+)`", row[-1])
