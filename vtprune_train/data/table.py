@@ -95,7 +95,10 @@ class Table:
 
     def distrusted(self, reason: str) -> RuntimeError:
         """The error for a table that does not fit its data; the next start builds it again."""
-        (self.folder / DISTRUSTED).write_text(reason)
+        try:
+            (self.folder / DISTRUSTED).write_text(reason)
+        except OSError as error:
+            return RuntimeError(f"{reason}; remove {self.folder} and start again to index it anew ({error})")
         return RuntimeError(f"{reason}; start again to index it anew")
 
     def errors(self) -> Iterator[dict[str, Any]]:
