@@ -286,8 +286,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     process.start()
     opened = queue.get()
     process.join()
-    killed = Hammer(pattern, folder / "cache", workers, encoder, seconds, kills).run() if kills else {}
-    return {
+    result = {
         "records": len(index),
         "workers": workers,
         "data_gb": sum(path.stat().st_size for path in (folder / "data").iterdir()) / 1e9,
@@ -302,8 +301,15 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "worker_peak_mb": peak.child / 1e6,
         "together_peak_pss_mb": peak.together / 1e6,
         **opened,
-        **killed,
     }
+    if kills:
+        logging.info("left alone: %s", rounded(result))
+        result |= Hammer(pattern, folder / "cache", workers, encoder, seconds, kills).run()
+    return result
+
+
+def rounded(result: dict[str, Any]) -> str:
+    return json.dumps({name: round(value, 4) for name, value in result.items()}, indent=1)
 
 
 def main() -> int:
@@ -326,7 +332,7 @@ def main() -> int:
     finally:
         if arguments.folder is None:
             shutil.rmtree(folder)
-    print(json.dumps({name: round(value, 4) for name, value in result.items()}, indent=1))
+    print(rounded(result))
     return 0
 
 

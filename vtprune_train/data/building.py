@@ -30,7 +30,7 @@ import numpy as np
 
 from vtprune_train.data.measure import FINE, NO_PICTURE, RECORD_COLUMNS, SPAN_COLUMNS, Measure, measure_piece
 from vtprune_train.data.sources import Piece, Reader, open_reader
-from vtprune_train.durable import SummedFile, naming, publish, read_sealed, remove, seal
+from vtprune_train.durable import SummedFile, publish, read_sealed, remove, seal
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def build_table(
     remove_builds(folder, keep=building)
     if not building.is_dir():
         remove(building)
-        with naming(building):
-            building.mkdir(parents=True)
+        building.mkdir(parents=True)
     pieces = _build_pieces(building, files, measure, workers)
     publish(_assemble(building, pieces, stamps, measure), folder)
     remove_builds(folder)
@@ -237,8 +236,7 @@ def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any
     """Join the pieces' columns in a folder that becomes the table; in memory there is one piece at a time."""
     folder = building / "table"
     remove(folder)
-    with naming(folder):
-        folder.mkdir()
+    folder.mkdir()
     first, records, pictures, letters = _sizes(pieces, len(stamps))
     if not records:
         raise ValueError(f"data file {stamps[0][0]}{' and the others hold' if stamps[1:] else ' holds'} no record")

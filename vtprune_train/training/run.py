@@ -25,7 +25,7 @@ from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
-from vtprune_train.durable import MANIFEST, damage, publish, remove, seal_as_it_is, write_replacing
+from vtprune_train.durable import MANIFEST, damage, naming, publish, remove, seal_as_it_is, write_replacing
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -270,7 +270,8 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
         if not folder.is_dir():
             temporary = folder.with_name("tokenizer.tmp")
             remove(temporary)
-            tokenizer.save_pretrained(str(temporary))
+            with naming(temporary):
+                tokenizer.save_pretrained(str(temporary))
             seal_as_it_is(temporary)
             publish(temporary, folder)
             tokenizer = load()  # so that every rank exports the same files, whichever of them came first
