@@ -3,11 +3,13 @@
 
 python scripts/bench_index.py --records 1000000              # build rate, size, memory, open and seek time
 python scripts/bench_index.py --words 4 --distinct 1500 --template mistral  # 10 million, short records
+python scripts/bench_index.py --records 300000 --shard 10000 --kills 12  # compared with a build killed at random
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import logging
 import multiprocessing
@@ -15,6 +17,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -35,7 +38,6 @@ from vtprune_train.data.index import SampleIndex, Source, build_index  # noqa: E
 from vtprune_train.data.planner import Planner  # noqa: E402
 from vtprune_train.models.anyres import AnyRes  # noqa: E402
 
-SHARD = 250_000
 VOCABULARY = 8192
 LAYOUT = AnyRes(((336, 672), (672, 336), (672, 672)), 336, 14)
 BATCH = 512
@@ -48,16 +50,16 @@ def words(count: int) -> list[str]:
     return ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(count)]
 
 
-def write_shards(folder: Path, records: int, mean_words: int, distinct: int | None) -> Path:
-    """JSONL shards of records with a question and an answer of ``mean_words`` words together: slices of one long text,
-    so that writing costs little. All texts differ, or they are drawn from ``distinct`` ones."""
+def write_shards(folder: Path, records: int, mean_words: int, distinct: int | None, shard: int) -> Path:
+    """JSONL files of ``shard`` records with a question and an answer of ``mean_words`` words together: slices of one
+    long text, so that writing costs little. All texts differ, or they are drawn from ``distinct`` ones."""
     folder.mkdir(parents=True, exist_ok=True)
     text = " ".join(random.Random(1).choices(words(20_000), k=2_000_000))
     rng = np.random.default_rng(2)
-    known = distinct or SHARD
-    for first in range(0, records, SHARD):
-        path = folder / f"shard-{first // SHARD:04d}.jsonl"
-        count = min(SHARD, records - first)
+    known = distinct or shard
+    for first in range(0, records, shard):
+        path = folder / f"shard-{first // shard:04d}.jsonl"
+        count = min(shard, records - first)
         if not first or distinct is None:
             all_lengths = rng.lognormal(np.log(mean_words * 2.5), 0.5, (known, 2)).astype(int) + 8
             all_starts = rng.integers(0, len(text) - 20_000, (known, 2))
@@ -92,11 +94,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Peak:
-    """The largest private memory of this process and of each of its children together, sampled twenty times a second:
-    pages of mapped files are not counted, which the system may drop at any time."""
+    """The largest private memory of this process and of any of its children, and the proportional set size (PSS) of
+    all together, sampled twenty times a second. Private memory leaves out pages of mapped files, which the system may
+    drop at any time; PSS counts them."""
 
     def __init__(self) -> None:
-        self.own = self.child = 0
+        self.own = self.child = self.together = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -111,12 +114,20 @@ class Peak:
     def _watch(self) -> None:
         me = psutil.Process()
         while not self._done.wait(0.05):
-            self.own = max(self.own, private(me))
+            self.own, together = max(self.own, private(me)), proportional(me)
             for child in me.children(recursive=True):
                 try:
                     self.child = max(self.child, private(child))
-                except psutil.NoSuchProcess:
+                    together += proportional(child)
+                except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
                     continue
+            self.together = max(self.together, together)
+
+
+def proportional(process: psutil.Process) -> int:
+    """Resident bytes, shared ones divided by the processes that share them."""
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def private(process: psutil.Process) -> int:
@@ -143,6 +154,84 @@ def build(pattern: Path, cache: Path, workers: int, encoder: ChatEncoder) -> Sam
         workers=workers,
         cache_dir=cache,
     )
+
+
+class Hammer:
+    """Builds the index in a process group of its own that is killed at random moments, and starts again.
+
+    Args:
+        pattern, workers, encoder: as of the build that was left alone.
+        cache: of that build, to compare with.
+        seconds: it took.
+        kills: how many there shall be.
+    """
+
+    def __init__(self, pattern: Path, cache: Path, workers: int, encoder: ChatEncoder, seconds: float, kills: int):
+        self.pattern, self.cache, self.workers, self.encoder = pattern, cache, workers, encoder
+        self.seconds, self.kills = seconds, kills
+        self.mine = cache.with_name(f"{cache.name}-killed")
+        self.rng = random.Random(3)
+        self.context = multiprocessing.get_context("spawn")
+        self.kinds = {"group": 0, "builder": 0, "worker": 0}
+
+    def run(self) -> dict[str, Any]:
+        """Kill, go on and compare until there have been as many kills as asked for and a table was finished."""
+        tables = 0
+        shutil.rmtree(self.mine, ignore_errors=True)
+        while sum(self.kinds.values()) < self.kills or not tables:
+            if self._finishes():
+                compare(self.cache, self.mine)
+                tables += 1
+                shutil.rmtree(self.mine)
+        return {**{f"kills_{kind}": count for kind, count in self.kinds.items()}, "equal_tables": tables}
+
+    def _finishes(self) -> bool:
+        """One start; true if the build came to its end."""
+        ready, child = self.context.Pipe(duplex=False)
+        process = self.context.Process(
+            target=_grouped_build, args=(child, self.pattern, self.mine, self.workers, self.encoder)
+        )
+        process.start()
+        child.close()
+        ready.recv()
+        if sum(self.kinds.values()) < self.kills:
+            process.join(self.rng.uniform(0, 2 * self.seconds / self.kills))
+            if process.is_alive():
+                self._kill(process.pid or 0)
+        process.join()
+        return process.exitcode == 0
+
+    def _kill(self, pid: int) -> None:
+        pieces = len(list(self.mine.glob("*.building/*.npz")))
+        workers = [child.pid for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        kind = self.rng.choice(["group", "builder", *(["worker"] if workers else [])])
+        if kind == "group":
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid if kind == "builder" else self.rng.choice(workers), signal.SIGKILL)
+        self.kinds[kind] += 1
+        logging.info("killed the %s with %d piece(s) finished", kind, pieces)
+
+
+def _grouped_build(ready: Any, pattern: Path, cache: Path, workers: int, encoder: ChatEncoder) -> None:
+    os.setsid()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    ready.send(True)
+    build(pattern, cache, workers, encoder)
+
+
+def compare(one: Path, two: Path) -> None:
+    """Check that two caches hold the same files, byte for byte.
+
+    Raises:
+        SystemExit: they do not; names the file.
+    """
+    names = [sorted(path.relative_to(cache) for path in cache.rglob("*") if path.is_file()) for cache in (one, two)]
+    if names[0] != names[1]:
+        sys.exit(f"{one} and {two} hold different files: {sorted(set(names[0]) ^ set(names[1]))}")
+    for name in names[0]:
+        if not filecmp.cmp(one / name, two / name, shallow=False):
+            sys.exit(f"{name} differs between {one} and {two}")
 
 
 def _opened(pattern: Path, cache: Path, encoder: ChatEncoder, queue: Any) -> None:
@@ -179,11 +268,12 @@ def _milliseconds(call: Any) -> float:
     return 1000 * (time.perf_counter() - begun)
 
 
-def measure(folder: Path, records: int, mean_words: int, distinct: int | None, workers: int, template: str) -> dict:
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All numbers of one run."""
-    encoder = ChatEncoder(train_tokenizer(), get_template(template), 2)
+    encoder = ChatEncoder(train_tokenizer(), get_template(arguments.template), 2)
+    workers, kills = arguments.workers, arguments.kills
     begun = time.perf_counter()
-    pattern = write_shards(folder / "data", records, mean_words, distinct)
+    pattern = write_shards(folder / "data", arguments.records, arguments.words, arguments.distinct, arguments.shard)
     written = time.perf_counter()
     before = cpu_seconds()
     with Peak() as peak:
@@ -196,7 +286,7 @@ def measure(folder: Path, records: int, mean_words: int, distinct: int | None, w
     process.start()
     opened = queue.get()
     process.join()
-    return {
+    result = {
         "records": len(index),
         "workers": workers,
         "data_gb": sum(path.stat().st_size for path in (folder / "data").iterdir()) / 1e9,
@@ -209,8 +299,17 @@ def measure(folder: Path, records: int, mean_words: int, distinct: int | None, w
         "bytes_per_record": sum(path.stat().st_size for path in files) / len(index),
         "builder_peak_mb": peak.own / 1e6,
         "worker_peak_mb": peak.child / 1e6,
+        "together_peak_pss_mb": peak.together / 1e6,
         **opened,
     }
+    if kills:
+        logging.info("left alone: %s", rounded(result))
+        result |= Hammer(pattern, folder / "cache", workers, encoder, seconds, kills).run()
+    return result
+
+
+def rounded(result: dict[str, Any]) -> str:
+    return json.dumps({name: round(value, 4) for name, value in result.items()}, indent=1)
 
 
 def main() -> int:
@@ -221,19 +320,19 @@ def main() -> int:
     parser.add_argument("--template", default="vicuna_v1", help="mistral is the shortest: no system prompt")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, help="where data and index are written; left out: a temporary one")
+    parser.add_argument("--shard", type=int, default=250_000, help="records of a file")
+    parser.add_argument("--kills", type=int, default=0, help="also build with so many kills, and compare the tables")
     arguments = parser.parse_args()
-    if arguments.records < 1:
-        parser.error("--records must be at least 1")
+    if min(arguments.records, arguments.shard) < 1 or arguments.kills < 0:
+        parser.error("--records and --shard must be at least 1 and --kills at least 0")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="bench_index-"))
     try:
-        result = measure(
-            folder, arguments.records, arguments.words, arguments.distinct, arguments.workers, arguments.template
-        )
+        result = measure(folder, arguments)
     finally:
         if arguments.folder is None:
             shutil.rmtree(folder)
-    print(json.dumps({name: round(value, 4) for name, value in result.items()}, indent=1))
+    print(rounded(result))
     return 0
 
 

@@ -345,9 +345,11 @@ def test_a_killed_build_goes_on(tmp_path, caplog):
     found = sorted(tmp_path.glob("cache/*.building/*.npz"))
     assert 2 <= len(found) < 10
     assert all(path.stat().st_mtime_ns == changed for path, changed in written.items())
+    found[0].write_bytes(found[0].read_bytes()[:-1])
     with caplog.at_level(logging.INFO):
         resumed, _ = build([Source(Path(pattern), Path())], tmp_path)
-    assert f"going on with {len(found)} finished piece(s)" in caplog.text
+    assert f"going on with {len(found) - 1} finished piece(s)" in caplog.text
+    assert f"{found[0]}, a piece of the index, cannot be used" in caplog.text
     whole, _ = build([Source(Path(pattern), Path())], tmp_path / "other")
     assert len(resumed) == 20_000 and resumed.identity() == whole.identity()
     folders = [index.selections[0].table.folder for index in (resumed, whole)]

@@ -76,8 +76,7 @@ class SummedFile:
     def __init__(self, path: Path):
         self.path = path
         self.sums = [0, 0]
-        with naming(path):
-            self._file = path.open("wb", buffering=0)
+        self._file = path.open("wb", buffering=0)
 
     def write(self, content: bytes) -> None:
         self.sums = [self.sums[0] + len(content), zlib.crc32(content, self.sums[1])]

@@ -12,6 +12,8 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import chain, islice
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +30,7 @@ import numpy as np
 
 from vtprune_train.data.measure import FINE, NO_PICTURE, RECORD_COLUMNS, SPAN_COLUMNS, Measure, measure_piece
 from vtprune_train.data.sources import Piece, Reader, open_reader
-from vtprune_train.durable import SummedFile, naming, publish, read_sealed, remove, seal
+from vtprune_train.durable import SummedFile, publish, read_sealed, remove, seal
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,7 @@ def build_table(
     remove_builds(folder, keep=building)
     if not building.is_dir():
         remove(building)
-        with naming(building):
-            building.mkdir(parents=True)
+        building.mkdir(parents=True)
     pieces = _build_pieces(building, files, measure, workers)
     publish(_assemble(building, pieces, stamps, measure), folder)
     remove_builds(folder)
@@ -149,6 +151,24 @@ class _Worker:
         measure_piece(self.measure, self._reader, work.piece, work.target, work.identity)
 
 
+class _Handed:
+    """A measure for processes that are started, in a file without a name. Pickled with what starts a process it would
+    be more than a pipe holds, and then a process that is killed while it starts blocks its parent for ever."""
+
+    def __init__(self, measure: Measure):
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as processes may start)
+        pickle.dump(measure, self._file)
+        self._file.flush()
+
+    def __reduce__(self) -> Any:
+        return _handed, (DupFd(self._file.fileno()),)
+
+
+def _handed(descriptor: Any) -> Measure:
+    number = descriptor.detach()
+    return pickle.loads(os.pread(number, os.fstat(number).st_size, 0))  # the file's position is shared
+
+
 _worker: _Worker  # of a process that builds
 
 
@@ -174,9 +194,10 @@ def _measure(work: _Work) -> None:
 def _measure_in_processes(todo: Iterator[_Work], measure: Measure, workers: int, name: str) -> None:
     # Spawned, not forked: the training process has threads by now, and a fork would copy their locks as they stand.
     context = multiprocessing.get_context("spawn")
+    handed: Any = _Handed(measure)  # where it comes out it is a Measure
     begun = said = time.monotonic()
     done = 0
-    with ProcessPoolExecutor(workers, context, _start_process, (measure,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_process, (handed,)) as pool:
         running: set[Future[None]] = {pool.submit(_measure, work) for work in islice(todo, 2 * workers)}
         try:
             while running:
@@ -215,8 +236,7 @@ def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any
     """Join the pieces' columns in a folder that becomes the table; in memory there is one piece at a time."""
     folder = building / "table"
     remove(folder)
-    with naming(folder):
-        folder.mkdir()
+    folder.mkdir()
     first, records, pictures, letters = _sizes(pieces, len(stamps))
     if not records:
         raise ValueError(f"data file {stamps[0][0]}{' and the others hold' if stamps[1:] else ' holds'} no record")

@@ -64,7 +64,7 @@ class Table:
     def id(self, row: int) -> str:
         """The record's own id, or what it is called without one."""
         starts = self.column("id_starts")
-        name = self.column("ids")[int(starts[row]) : int(starts[row + 1])].tobytes().decode()
+        name = self.column("ids")[int(starts[row]) : int(starts[row + 1])].tobytes().decode(errors="replace")
         if name:
             return name
         file = self._file(row)
@@ -85,17 +85,20 @@ class Table:
         place = Place(int(self.column("at")[row]), int(self.column("size")[row]))
         try:
             record = normalize(self._readers[number].read(place), "", made_with["ignore"], made_with["bounds"][1])
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            raise RuntimeError(f"data file {path} cannot be read where it was indexed: {error}") from error
+        except ValueError as error:
             raise self.distrusted(f"data file {path} cannot be read where it was indexed: {error}") from error
         if content_hash(record) != self.column("content")[row]:
-            raise self.distrusted(
-                f"data file {path}: record {self.id(row)} is not what was indexed, though size and time of the file are"
-            )
+            raise self.distrusted(f"data file {path}: record {self.id(row)} is not what was indexed")
         return record if record.id else replace(record, id=self.id(row))
 
     def distrusted(self, reason: str) -> RuntimeError:
         """The error for a table that does not fit its data; the next start builds it again."""
-        (self.folder / DISTRUSTED).write_text(reason)
+        try:
+            (self.folder / DISTRUSTED).write_text(reason)
+        except OSError as error:
+            return RuntimeError(f"{reason}; remove {self.folder} and start again to index it anew ({error})")
         return RuntimeError(f"{reason}; start again to index it anew")
 
     def errors(self) -> Iterator[dict[str, Any]]:
@@ -136,11 +139,7 @@ def _outdated(folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]]) 
     known = [entry[:-1] for entry in table.manifest["files"]]
     if [entry[:3] for entry in known] != [entry[:3] for entry in stamps]:
         changed = next((new[0] for new, old in zip(stamps, known, strict=False) if new[:3] != old[:3]), None)
-        return (
-            f"{changed} has changed since it was indexed"
-            if changed
-            else "the files have changed since they were indexed"
-        )
+        return f"{changed or 'the list of data files'} has changed since it was indexed"
     touched = [number for number, entry in enumerate(stamps) if entry != known[number]]
     for number in touched:
         log.info("%s was written, moved or copied since it was indexed; comparing its records", files[number])
