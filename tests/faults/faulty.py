@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from vtprune_train.cli import main, train_main
 from vtprune_train.training import lifeline, process, watchdog
@@ -66,7 +67,7 @@ def end_late(*arguments, original=watchdog.end):
 
 
 if KIND == "full_disk" and os.environ["RANK"] == RANK:  # the log and torchrun's files are on that disk too
-    sys.stderr = open("/dev/full", "w")  # noqa: SIM115
+    sys.stderr = Path("/dev/full").open("w")  # noqa: SIM115
     os.environ["TORCHELASTIC_ERROR_FILE"] = "/nowhere/error.json"
 watchdog.end = end_late
 lifeline.reach = join_late

@@ -187,7 +187,7 @@ def test_a_full_disk_is_named_by_all_ranks(runs):
     """Rank 0 raises, and can write neither to its log nor to torchrun's file; the other one names its error."""
     said, seconds = faulty(runs, "full", "full_disk:0:3")
     assert seconds < SOON
-    named = f"rank 0 on {HOST} failed (step 3, backward 1 of 1): OSError: [Errno 28] No space left on device: "
+    named = f"rank 0 on {HOST} failed (step 3, counting targets): OSError: [Errno 28] No space left on device: "
     assert f"rank 1 stops (step 3, backward 1 of 1): {named}'metrics.jsonl'" in said, said[-3000:]
 
 
