@@ -21,7 +21,7 @@ from typing import Any
 from vtprune_train.config import Config, ConfigError
 from vtprune_train.config_file import load_config
 from vtprune_train.launchers import announce
-from vtprune_train.stops import FINAL_FILE, LAUNCH_USAGE, STOPPING, asked_file, exit_code
+from vtprune_train.stops import FINAL_FILE, LAUNCH_USAGE, STOPPING, asked_file, exit_code, launcher_was_asked
 from vtprune_train.streams import keep_streams
 from vtprune_train.training.lock import check_free, port_taken
 
@@ -42,6 +42,8 @@ def launch(arguments: Sequence[str]) -> int:
     options, training = split_arguments(arguments)
     config = _settings(training)
     command = [*torchrun_options(options, config), "-m", RANK_MODULE, "train", *training]
+    if _value_of(options, "nnodes") in (None, "1", "1:1"):  # else another machine may have started this very job
+        check_free(config.run_dir)
     keep_streams()
     announce()
     with tempfile.TemporaryDirectory(prefix="vtprune-") as folder:
@@ -52,8 +54,11 @@ def launch(arguments: Sequence[str]) -> int:
         for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _pass_on)
-        code = _torchrun(command, config)
-        return int(note.read_text()) if note.exists() else code
+        try:
+            code = _torchrun(command, config)
+            return int(note.read_text()) if note.exists() else code
+        finally:
+            del os.environ[FINAL_FILE]  # it is for ranks
 
 
 def _torchrun(command: list[str], config: Config) -> int:
@@ -62,13 +67,10 @@ def _torchrun(command: list[str], config: Config) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    nodes = _value_of(command, "nnodes")
-    if nodes in (None, "1", "1:1"):  # of several machines another one may have started the ranks of this very job
-        check_free(config.run_dir)
     try:
         torchrun(command)
     except ChildFailedError as error:
-        if not asked_file(os.environ[FINAL_FILE]).exists():
+        if not launcher_was_asked():
             print(error, file=sys.stderr)
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else exit_code(-code)
@@ -78,9 +80,10 @@ def _torchrun(command: list[str], config: Config) -> int:
         if not port_taken(error):
             raise
         check_free(config.run_dir)
+        place = _value_of(command, "rdzv_endpoint", "master_port")
         raise ConfigError(
-            f"the port of --master_port or --rdzv_endpoint {_value_of(command, 'master_port', 'rdzv_endpoint')} is "
-            "taken by another program; give another one, or leave the option out on one machine"
+            f"the port of --rdzv_endpoint or --master_port ({place}) is taken by another program; give another one, or "
+            "leave the option out on one machine"
         ) from error
     return 0
 

@@ -141,20 +141,22 @@ class Stop:
         gone = next((launcher for launcher in self._launchers if not launcher.is_alive()), None)
         if gone is not None:
             self.orphaned = True
-            _say(f"{gone.name} (process {gone.pid}), which started this rank, is gone: as after SIGTERM")
-            self._asked(signal.SIGTERM)
+            self._asked(signal.SIGTERM, f"{gone.name} (process {gone.pid}), which started this rank, is gone")
 
-    def _asked(self, number: int) -> None:
+    def _asked(self, number: int, why: str = "") -> None:
         self._note(number, None)
         if self._acted:
             return
         self._acted = True
         if self.act is not None:
+            if why:
+                _say(why)
             self.act(number)
         else:
+            why = why or signal.Signals(number).name
             _say(
-                f"{signal.Signals(number).name}: finishing this step and saving; the same signal again changes nothing "
-                "(SIGQUIT or SIGKILL would end it at once, without a checkpoint)"
+                f"{why}: finishing this step and saving. Another signal changes nothing; SIGQUIT or SIGKILL ends at "
+                "once, without a checkpoint"
             )
 
 

@@ -4,10 +4,13 @@ Only the tests start this; the fault is patched in from outside, and (but for ``
 in the first of several starts.
 """
 
+import ctypes
+import errno
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from vtprune_train.cli import main, train_main
 from vtprune_train.training import lifeline, process, watchdog
@@ -25,6 +28,12 @@ def fault() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if KIND == "hang":
         time.sleep(600)
+    if KIND == "hang_in_c":  # no Python runs meanwhile in this thread
+        ctypes.CDLL(None).sleep(600)
+    if KIND == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    if KIND == "full_disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
 
 def is_now(step: int) -> bool:
@@ -57,6 +66,9 @@ def end_late(*arguments, original=watchdog.end):
     original(*arguments)
 
 
+if KIND == "full_disk" and os.environ["RANK"] == RANK:  # the log and torchrun's files are on that disk too
+    sys.stderr = Path("/dev/full").open("w")  # noqa: SIM115
+    os.environ["TORCHELASTIC_ERROR_FILE"] = "/nowhere/error.json"
 watchdog.end = end_late
 lifeline.reach = join_late
 process.prepare = prepare

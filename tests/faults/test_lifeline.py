@@ -34,6 +34,12 @@ def test_the_first_cause_is_blamed_not_its_victims():
     assert judge_failures([broken]).culprits == (0,)
     stopped = Failure(1, "a", "SIGTERM", terminated=True)
     assert judge_failures([broken, stopped]).culprits == judge_failures([stopped, broken]).culprits == (0,)
+    told = Failure(1, "a", "OSError: full", where="saving", told_by=0)
+    assert judge_failures([told, raised]).culprits == (2,), "what a rank raised itself comes first"
+    known = judge_failures([Failure(0, "a"), told, broken])
+    assert known.culprits == (1,) and known.text == "rank 0 failed (saving): OSError: full", (
+        "it is gone, its error known"
+    )
     verdict = judge_failures([Failure(0, "a", "ValueError: no", code=2, final=True), raised])
     assert (verdict.culprits, verdict.code, verdict.final) == ((0,), 2, True)
     assert "rank 2 on b" in judge_failures([raised]).text and "step 3, forward" in judge_failures([raised]).text
@@ -115,6 +121,14 @@ def test_what_arrives_with_the_welcome_is_not_lost():
         with connection:
             connection.sendall(b'{"kind": "welcome"}\n{"kind": "verdict"}\n')
             assert reached.result().receive() == [{"kind": "verdict"}]
+
+
+def test_an_error_told_to_all_waits_for_the_rank_that_raised_it(connected):
+    _, lines = connected
+    failed(lines[1], "OSError: full", told_by=0)
+    assert heard(lines[2], SETTLE_SECONDS) == []
+    failed(lines[0], "OSError: full")
+    assert next_message(lines[2])["culprits"] == [0]
 
 
 @pytest.mark.parametrize("consequence", ["in_collective", "terminated"])

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -125,15 +126,77 @@ def test_restarts_are_bounded(runs):
     assert "RuntimeError: something in this rank alone" in done.stderr.partition("Root Cause")[2]
 
 
-def test_sigterm_to_the_launcher_saves_and_is_not_restarted(runs):
-    settings = ("train.max_restarts=3", "train.save_every=1000", "train.max_steps=2000", "train.epochs=2000")
-    process = runs.start("told", *SETTINGS, *settings, **LAUNCH)
-    assert wait_until(lambda: runs.metrics("told"), process), runs.log("told")[-3000:]
+LONG = ("train.max_restarts=3", "train.save_every=1000", "train.max_steps=20000", "train.epochs=20000")
+
+
+def launched(runs, name):
+    """`vtprune launch` in the middle of training; the process, and the launcher as psutil has it."""
+    process = runs.start(name, *SETTINGS, *LONG, **LAUNCH)
+    assert wait_until(lambda: runs.metrics(name), process), runs.log(name)[-3000:]
     [launcher] = psutil.Process(process.pid).children()
+    return process, launcher
+
+
+def assert_saved_without_restart(runs, name):
+    assert runs.checkpoint(name).name == f"step_{len(runs.metrics(name)):08d}"
+    assert "restart" not in runs.log(name) and "Traceback" not in runs.log(name), runs.log(name)[-3000:]
+
+
+def test_sigterm_to_the_launcher_saves_and_is_not_restarted(runs):
+    process, launcher = launched(runs, "told")
     launcher.terminate()
     assert process.wait(timeout=120) == 143, runs.log("told")[-3000:]
-    assert runs.checkpoint("told").name == f"step_{len(runs.metrics('told')):08d}"
-    assert "restart" not in runs.log("told")
+    assert_saved_without_restart(runs, "told")
+
+
+def test_ctrl_c_twice_and_a_second_start_meanwhile(runs):
+    process, launcher = launched(runs, "interrupted")
+    said = runs.run("interrupted", *SETTINGS, *LONG, **LAUNCH, expect=2).stderr
+    assert f"is in use by process {launcher.children()[0].pid} on {HOST}, since " in said
+    assert said.count("\n") == 2, "the launcher itself says so, before it starts ranks"
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP):
+        launcher.send_signal(number)
+    assert process.wait(timeout=120) == 130, runs.log("interrupted")[-3000:]
+    assert_saved_without_restart(runs, "interrupted")
+
+
+def test_the_launcher_is_killed(runs):
+    """Its ranks save and stop by themselves, and nothing of the run is left."""
+    process, launcher = launched(runs, "orphaned")
+    everyone = launcher.children(recursive=True)
+    assert len(everyone) >= 4, "ranks and their loader workers"
+    launcher.kill()
+    assert not psutil.wait_procs(everyone, timeout=SOON)[1]
+    process.wait(timeout=60)
+    assert f"vtprune launch (process {launcher.pid}), which started this rank, is gone" in runs.log("orphaned")
+    assert_saved_without_restart(runs, "orphaned")
+
+
+def test_a_signal_to_the_launcher_before_there_are_ranks(runs):
+    """While it imports PyTorch; started as a user does."""
+    command = [sys.executable, "-m", "vtprune_train.cli", "launch", *runs.arguments("never")[1:]]
+    process = subprocess.Popen(command, cwd=ROOT, env=runs.environment(), stderr=subprocess.PIPE, text=True)
+    caught = Path(f"/proc/{process.pid}/status")
+    bit = 1 << (signal.SIGHUP - 1)
+    assert wait_until(lambda: int(caught.read_text().partition("SigCgt:")[2].split()[0], 16) & bit, process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 130
+
+
+def test_a_full_disk_is_named_by_all_ranks(runs):
+    """Rank 0 raises, and can write neither to its log nor to torchrun's file; the other one names its error."""
+    said, seconds = faulty(runs, "full", "full_disk:0:3")
+    assert seconds < SOON
+    named = f"rank 0 on {HOST} failed (step 3, counting targets): OSError: [Errno 28] No space left on device: "
+    assert f"rank 1 stops (step 3, backward 1 of 1): {named}'metrics.jsonl'" in said, said[-3000:]
+
+
+def test_an_error_that_rank_0_tells_all_is_its_own(runs):
+    (runs.directory("told_all") / "config.yaml").mkdir(parents=True)
+    said, _ = faulty(runs, "told_all", "none:0:0")
+    error = f"IsADirectoryError: [Errno 21] Is a directory: '{runs.directory('told_all') / 'config.yaml'}'"
+    assert said.count("Traceback") == 1 and f"rank 0 on {HOST} failed (starting):" in said
+    assert "rank 1 on" not in said and error in said
 
 
 def test_a_launcher_that_cannot_restart_says_so(runs):

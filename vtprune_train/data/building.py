@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ import numpy as np
 from vtprune_train.data.measure import FINE, NO_PICTURE, RECORD_COLUMNS, SPAN_COLUMNS, Measure, measure_piece
 from vtprune_train.data.sources import Piece, Reader, open_reader
 from vtprune_train.durable import SummedFile, publish, read_sealed, remove, seal
+from vtprune_train.stops import STOPPING
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +175,11 @@ _worker: _Worker  # of a process that builds
 
 
 def _start_process(measure: Measure) -> None:
-    """A process that builds: it ends with the one that started it, even if that was killed."""
+    """A process that builds: it ends with the one that started it, even if that was killed, and with nothing else."""
     global _worker
+    for number in STOPPING:  # terminals and launchers send them to all: the rank decides
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
     parent = multiprocessing.parent_process()
 
@@ -198,14 +203,14 @@ def _measure_in_processes(todo: Iterator[_Work], measure: Measure, workers: int,
     begun = said = time.monotonic()
     done = 0
     with ProcessPoolExecutor(workers, context, _start_process, (handed,)) as pool:
-        running: set[Future[None]] = {pool.submit(_measure, work) for work in islice(todo, 2 * workers)}
+        running = {_submitted(pool, work) for work in islice(todo, 2 * workers)}
         try:
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     future.result()
                 done += len(finished)
-                running |= {pool.submit(_measure, work) for work in islice(todo, len(finished))}
+                running |= {_submitted(pool, work) for work in islice(todo, len(finished))}
                 if time.monotonic() - said > SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
                     log.info("indexing %s: %d pieces in %.0f s", name, done, said - begun)
@@ -216,6 +221,15 @@ def _measure_in_processes(todo: Iterator[_Work], measure: Measure, workers: int,
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, work: _Work) -> Future[None]:
+    """Hand in a piece. A process that is started for it blocks signals until it is ready to ignore them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        return pool.submit(_measure, work)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class ColumnFile(SummedFile):

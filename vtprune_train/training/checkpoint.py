@@ -24,7 +24,7 @@ from typing import Any
 from vtprune_train import pickles
 from vtprune_train.disk import naming
 from vtprune_train.training import manifest
-from vtprune_train.training.distributed import from_rank_0, gather, rank, world_size
+from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by, world_size
 from vtprune_train.training.elastic import (
     fill_scaler,
     has_layout,
@@ -170,7 +170,8 @@ class CheckpointFolder:
         save.join()
         from_rank_0(lambda: shutil.rmtree(save.partial, ignore_errors=True))
         step = manifest.step_of(save.partial)
-        raise CheckpointError(f"the checkpoint of step {step} could not be written: {_joined(errors)}. {self._rest()}")
+        said = f"the checkpoint of step {step} could not be written: {_joined(errors)}. {self._rest()}"
+        raise told_by([bool(error) for error in errors].index(True), CheckpointError(said))
 
     def settle(self) -> None:
         """Let the save in flight end, without other ranks: the run ends with an error that they may not know of."""
@@ -204,10 +205,11 @@ class CheckpointFolder:
 
         found = from_rank_0(free)
         if found < needed:
-            raise CheckpointError(
+            said = (
                 f"{self.folder} has {found / 1e9:.2f} GB free, the checkpoint of step {manifest.step_of(partial)} "
                 f"needs {needed / 1e9:.2f} GB; nothing was written. {self._rest()}"
             )
+            raise told_by(0, CheckpointError(said))
 
     def _publish(self, partial: Path, entries: Entries) -> None:
         others = (name for name in manifest.files_in(partial) if name not in entries)

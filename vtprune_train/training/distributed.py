@@ -19,6 +19,7 @@ from vtprune_train.stream import to_device
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Failed = TypeVar("Failed", bound=BaseException)
 SHARED_SECONDS = 10.0  # network file systems show another machine's file a moment later
 
 
@@ -58,8 +59,15 @@ def from_rank_0(make: Callable[[], Result]) -> Result:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise box[1]
+        raise told_by(0, box[1])
     return box[0]
+
+
+def told_by(source: int, error: Failed) -> Failed:
+    """An error that all ranks raise because of what rank ``source`` found: that one is to be named for it."""
+    if rank() != source:
+        error.told_by = source  # type: ignore[attr-defined]
+    return error
 
 
 def gather(value: Any) -> list[Any]:
@@ -85,10 +93,11 @@ def check_same(value: Any, what: str) -> None:
     answers = gather((socket.gethostname(), value))
     for number, (host, found) in enumerate(answers):
         if found != answers[0][1]:
-            raise ValueError(
+            error = ValueError(
                 f"{what} differ between ranks: {answers[0][1]} on rank 0 ({answers[0][0]}), {found} on rank {number} "
                 f"({host}); give all machines of the job the same files"
             )
+            raise told_by(0, error)
 
 
 def check_shared(folder: Path, key: str) -> None:
@@ -112,10 +121,11 @@ def check_shared(folder: Path, key: str) -> None:
         token.unlink()
     blind = sorted({host for host, sees in answers if not sees})
     if blind:
-        raise ConfigError(
+        error = ConfigError(
             f"{key}: {folder.resolve()} of rank 0 on {answers[0][0]} is not seen on {', '.join(blind[:8])}; "
             "put it on a file system that all machines of the job share"
         )
+        raise told_by(0, error)
 
 
 def _write_token(folder: Path) -> Path:

@@ -44,7 +44,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that raised (``error``), or is gone without a word (``error`` is ``None``)."""
+    """A rank that raised (``error``), or is gone without a word (``error`` is ``None``). ``told_by``: the rank whose
+    error it is, which that one has told all others of."""
 
     rank: int
     host: str
@@ -54,11 +55,12 @@ class Failure:
     final: bool = False
     in_collective: bool = False
     terminated: bool = False
+    told_by: int | None = None
 
     @property
     def is_consequence(self) -> bool:
-        """Another rank's end explains it: a collective broke, or the launcher sent SIGTERM."""
-        return self.in_collective or self.terminated
+        """Another rank's end explains it: a collective broke, the launcher sent SIGTERM, or it is that one's error."""
+        return self.in_collective or self.terminated or self.told_by is not None
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,20 @@ class Verdict:
 
 
 def judge_failures(failures: Sequence[Failure]) -> Verdict:
-    """The cause among failures in the order heard of. A rank that raised by itself comes before one that is gone, and
-    that before one whose collective broke or that got SIGTERM, which is what the others' end looks like from inside.
-    Among the latter the order says nothing: the lowest rank is named, the same one however they arrive."""
+    """The cause among failures in the order heard of. A rank that raised by itself comes before one that knows its
+    error, that before one that is gone, and that before one whose collective broke or that got SIGTERM, which is what
+    the others' end looks like from inside. Among consequences the order says nothing: the lowest rank is taken, the
+    same one however they arrive."""
 
     def order(failure: Failure) -> tuple[int, int]:
+        if failure.told_by is not None:
+            return 1, failure.rank
         if failure.is_consequence:
-            return 2, failure.rank
-        return (1 if failure.error is None else 0), 0
+            return 3, failure.rank
+        return (2 if failure.error is None else 0), 0
 
     first = min(failures, key=order)
-    name = f"rank {first.rank} on {first.host}"
+    name = f"rank {first.rank} on {first.host}" if first.told_by is None else f"rank {first.told_by}"
     if first.error is None:
         text = f"{name} is gone without a word (killed? out of host memory?)"
     else:

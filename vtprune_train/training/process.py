@@ -111,6 +111,7 @@ def _stop_before_training(watchdog: Watchdog, number: int) -> NoReturn:
 
 def _give_up(watchdog: Watchdog, error: Exception) -> NoReturn:
     if isinstance(error, TrainingError):  # of all ranks; resuming repeats the same bits, so it would come again
+        ranks.told_by(0, error)
         watchdog.fail(error, EXIT_STOPPED, final=True, shown=refusal("training stopped", error))
     place = f"rank {ranks.rank()} on {socket.gethostname()} failed ({watchdog.place().where}):"
     watchdog.fail(error, 1, final=False, shown=f"{place}\n{''.join(traceback.format_exception(error)).rstrip()}")

@@ -102,10 +102,11 @@ class Watchdog:
         STOP.end()  # a launcher sends SIGTERM as soon as one rank is gone
         reason = _first_lines(f"{type(error).__name__}: {error}")
         inside = _in_collective(error)
-        where = self.place().where
+        told_by = getattr(error, "told_by", None)
         self.lifeline.wire.send(
-            "failed", error=reason, where=where, code=code, final=final, in_collective=inside, terminated=terminated
-        )
+            "failed", error=reason, where=self.place().where, code=code, final=final, in_collective=inside,
+            terminated=terminated, told_by=told_by,
+        )  # fmt: skip
         self._heard_verdict.wait(VERDICT_SECONDS)
         verdict = self._verdict or Verdict((ranks.rank(),), reason, code, final)
         if ranks.rank() not in verdict.culprits:
@@ -237,6 +238,7 @@ def _write_error_file(text: str) -> None:
     try:
         Path(path).write_text(json.dumps({"message": {"message": _first_lines(text), "extraInfo": details}}))
     except OSError as error:  # a full disk: the rank must end all the same
+        Path(path).unlink(missing_ok=True)  # torchrun cannot read half of one
         _print(f"{path}, from which torchrun shows why rank {ranks.rank()} ended, cannot be written: {error}")
 
 

@@ -1,0 +1,248 @@
+"""Ctrl-C, SIGHUP, SIGTERM and the death of a launcher, at any moment: saved once, the documented exit code."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import psutil
+import pytest
+from runner import BIN, ROOT, Runs, wait_until
+
+from vtprune_train import launchers
+from vtprune_train.data.table import _start_process
+from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name
+from vtprune_train.stops import STOP, STOPPING, agreed_code
+
+HERE = Path(__file__).parent
+FAULTY = HERE / "faulty.py"
+LONG = ("train.save_every=1000", "train.max_steps=100000", "train.epochs=100000", "data.eval=[]")
+INT, HUP, TERM = signal.SIGINT, signal.SIGHUP, signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("signals"))
+
+
+def below(process):
+    """The ranks (and launchers) of a run, and the loader workers."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def started(runs, name, *settings, steps=2, **launch):
+    process = runs.start(name, *LONG, *settings, **launch)
+    assert wait_until(lambda: len(runs.metrics(name)) >= steps, process), runs.log(name)[-3000:]
+    return process
+
+
+def assert_saved_once(runs, name):
+    """One checkpoint, of the last step that the metrics know."""
+    saved = runs.checkpoint(name)
+    assert [path.name for path in saved.parent.glob("step_*")] == [saved.name]
+    assert saved.name == f"step_{len(runs.metrics(name)):08d}"
+    assert "Traceback" not in runs.log(name), runs.log(name)[-3000:]
+
+
+@pytest.mark.parametrize("signals", [(INT,), (HUP, TERM), (TERM, INT, INT)])
+def test_a_signal_to_all_processes_saves_once(runs, signals):
+    name = "-".join(number.name for number in signals)
+    process = started(runs, name)
+    told = below(process)
+    assert len(told) == 2, "the rank and its loader worker"
+    for number in signals:
+        for one in told:
+            one.send_signal(number)
+    assert process.wait(timeout=120) == 128 + signals[0], runs.log(name)[-3000:]
+    assert_saved_once(runs, name)
+    assert f"{signals[0].name}: finishing this step and saving" in runs.log(name)
+
+
+def test_ranks_that_hear_different_signals_agree(runs):
+    """And signals that come while the checkpoint is written change nothing."""
+    process = started(runs, "mixed", ranks=2)
+    first, second = psutil.Process(process.pid).children()
+    second.send_signal(TERM)
+    first.send_signal(INT)
+    folder = runs.directory("mixed") / "checkpoints"
+    assert wait_until(lambda: list(folder.glob("*.partial")), process)
+    for rank in (first, second):
+        rank.send_signal(INT)
+        rank.send_signal(HUP)
+    process.wait(timeout=120)
+    assert_saved_once(runs, "mixed")
+    sums = {"loss": 1.0, "stop_2": 1.0, "stop_1": 0.0, "stop_15": 1.0}
+    assert (agreed_code(sums), sums) == (130, {"loss": 1.0}), "on all ranks what the first of them heard"
+    assert agreed_code(dict.fromkeys(STOP.requested(), 0.0)) == 0
+
+
+def test_output_that_nobody_reads_costs_no_checkpoint(runs):
+    """Ctrl-C ends ``tee`` as well; a closed terminal takes standard output and error with it."""
+    reader, writer = os.pipe()
+    process = runs._start("unread", *LONG, out=writer, err=writer, ranks=1)
+    os.close(writer)
+    assert wait_until(lambda: len(runs.metrics("unread")) >= 2, process)
+    os.close(reader)
+    steps = len(runs.metrics("unread"))
+    assert wait_until(lambda: len(runs.metrics("unread")) > steps, process), "the bar breaks, training goes on"
+    [rank] = psutil.Process(process.pid).children()
+    rank.send_signal(HUP)
+    assert process.wait(timeout=120) == 129
+    assert runs.checkpoint("unread").name == f"step_{len(runs.metrics('unread')):08d}"
+
+
+@pytest.mark.parametrize("where", ["hang", "hang_in_c"])
+def test_a_signal_before_the_first_step(runs, where):
+    """Also while the main thread is inside an extension, where Python runs no handler."""
+    name = f"early-{where}"
+    environment = {"FAULT": f"{where}:0:0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = runs.start(name, *LONG, script=FAULTY, env=environment)
+    assert wait_until(lambda: any(thread_at(rank, where) for rank in below(process)), process)
+    for rank in below(process):
+        rank.send_signal(INT)
+    assert process.wait(timeout=60) == 130, runs.log(name)[-3000:]
+    assert "SIGINT before the first step: nothing to save" in runs.log(name)
+    assert "Traceback" not in runs.log(name)
+
+
+def thread_at(rank, where):
+    """Whether a rank has come to its fault, which is after it has joined the others: it holds the hub's sockets."""
+    return len([one for one in rank.net_connections() if one.status == psutil.CONN_ESTABLISHED]) >= 2 and where
+
+
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_next_start(runs):
+    settings = ("train.max_steps=3", "train.save_every=1000", "deepspeed=configs/deepspeed/zero0.json")
+    environment = {"FAULT": "interrupt:0:3", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    runs.run("last", *settings, script=FAULTY, env=environment, expect=130)
+    assert runs.checkpoint("last").name == "step_00000003"
+    assert not (runs.directory("last") / "eval.jsonl").exists()
+    runs.run("last", *settings)
+    assert (runs.directory("last") / "eval.jsonl").exists() and len(runs.metrics("last")) == 3
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    """``nohup`` ignores SIGHUP; a shell in the background SIGINT."""
+    code = "import signal; from vtprune_train.stops import STOP; STOP.listen(); signal.raise_signal(signal.SIGHUP); "
+    code += "print(STOP.number); signal.raise_signal(signal.SIGINT); import time; time.sleep(60)"
+    done = subprocess.run(["sh", "-c", f"trap '' HUP; {sys.executable} -c '{code}'"], cwd=ROOT, capture_output=True)
+    assert done.stdout == b"None\n" and done.returncode == 130
+    assert done.stderr == b"\nSIGINT before the first step: nothing to save\n"
+
+
+def test_processes_that_index_outlive_signals_to_all():
+    with ProcessPoolExecutor(1, get_context("spawn"), _start_process, (None,)) as pool:
+        pid = pool.submit(os.getpid).result()
+        for number in STOPPING:
+            os.kill(pid, number)
+        assert pool.submit(os.getpid).result() == pid
+
+
+COMMANDS = {
+    "torchrun": "/env/bin/python3.11 /env/bin/torchrun --standalone train.py",
+    "python -m torch.distributed.run": "python -u -X dev -m torch.distributed.run --nproc_per_node 2 train.py",
+    "deepspeed": "/env/bin/python /env/bin/deepspeed --num_gpus 2 train.py",
+    "python -m deepspeed.launcher.launch": "/env/bin/python -u -m deepspeed.launcher.launch --world_info=x train.py",
+    "accelerate": "python /env/bin/accelerate launch train.py",
+    "vtprune launch": "/env/bin/python /env/bin/vtprune launch --config torchrun",
+}
+
+
+def test_launchers_are_known_by_their_command_line():
+    for name, command in COMMANDS.items():
+        assert launcher_name(command.split()) == name
+    assert launcher_name(["python", "-m", "vtprune_train.cli", "launch"]) == "vtprune launch"
+    others = ("bash -c torchrun", "nohup torchrun", "python train.py torchrun", "python -c torchrun", "python",
+              "vtprune train --config launch", "python -m vtprune_train.cli train", "sh torchrun.sh", "")  # fmt: skip
+    for other in others:
+        assert launcher_name(other.split()) is None, other
+
+
+def test_a_launcher_is_gone_when_it_is_a_zombie_or_another_process_has_its_number():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        state = launchers._process(process.pid)
+        launcher = Launcher("x", process.pid, state.started)
+        assert launcher.is_alive() and not Launcher("x", process.pid, state.started - 1).is_alive()
+        process.kill()
+        deadline = time.monotonic() + 20
+        while launcher.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not launcher.is_alive(), "nobody has waited for it yet"
+    assert not launcher.is_alive()
+
+
+def test_ranks_that_lose_their_launcher_save_and_stop(runs):
+    with subprocess.Popen(["sleep", "600"]) as launcher:
+        announced = f"{launcher.pid} {launchers._process(launcher.pid).started}"
+        process = started(runs, "orphans", ranks=2, env={LAUNCHER: announced})
+        everyone = below(process)
+        launcher.kill()
+    process.wait(timeout=120)
+    assert_saved_once(runs, "orphans")
+    assert f"vtprune launch (process {launcher.pid}), which started this rank, is gone: finish" in runs.log("orphans")
+    assert not psutil.wait_procs(everyone, timeout=20)[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "killed"),
+    [
+        (("torchrun", "--standalone", "--nproc_per_node", "2"), ["torchrun"]),
+        (("deepspeed", "--num_gpus", "2"), ["deepspeed"]),
+        (("deepspeed", "--num_gpus", "2"), ["deepspeed", "deepspeed.launcher.launch"]),
+    ],
+)
+def test_ranks_notice_that_a_launcher_is_killed(runs, tmp_path, command, killed):
+    """The launchers themselves, above ranks that need no time to start."""
+    command = [str(BIN / command[0]), *command[1:]]
+    if killed[0] == "deepspeed":
+        command += ["--master_port", str(free_port())]
+    command += [str(HERE / "listener.py"), str(tmp_path / "heard")]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=runs.environment(), stdout=log, stderr=log, start_new_session=True
+        )
+    assert wait_until(lambda: len(list(tmp_path.glob("heard.up.*"))) == 2, process), (tmp_path / "log").read_text()
+    everyone = [psutil.Process(process.pid), *below(process)]
+    for name in killed:
+        [one] = [one for one in everyone if one.is_running() and runs_program(one, name)]
+        one.kill()
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 30
+    while len(heard := [path for path in tmp_path.glob("heard.[01]") if path.read_text()]) < 2:
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    assert {path.read_text() for path in heard} == {str(int(TERM))}
+    assert not psutil.wait_procs(everyone, timeout=30)[1], "nothing is left of it"
+
+
+def runs_program(process, name):
+    words = process.cmdline()[1:4]
+    return name in (Path(words[0]).name, words[-1])
+
+
+def test_a_second_start_names_the_run_although_the_port_is_taken(runs):
+    """DeepSpeed's launcher gives every job the same port."""
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    rank["MASTER_PORT"] = str(free_port())
+    first = started(runs, "held", env=rank)
+    [holder] = psutil.Process(first.pid).children()
+    said = runs.run("held", *LONG, env=rank, expect=2).stderr
+    assert f"is in use by process {holder.pid} on {socket.gethostname()}, since " in said and "Traceback" not in said
+    said = runs.run("other", *LONG, env=rank, expect=2).stderr
+    assert f"port {rank['MASTER_PORT']} of 127.0.0.1, where the ranks meet, is taken" in said
+    assert "--master_port" in said and "Traceback" not in said
+    holder.send_signal(TERM)
+    assert first.wait(timeout=120) == 143
+    assert_saved_once(runs, "held")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
