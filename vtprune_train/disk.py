@@ -1,10 +1,12 @@
-"""Files that are on disk when a function returns, and errors that name the file."""
+"""Files that are on disk when a function returns, whole under their name or not there at all, and errors that name the
+file."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,20 +55,36 @@ def replace_synced(path: Path, data: str | bytes) -> None:
     """Write a file anew: at any moment ``path`` holds the old content or the new one, and it is on disk when this
     returns."""
     partial = path.with_name(f"{path.name}.tmp")
+    remove(partial)
     try:
         write_synced(partial, data)
-        partial.replace(path)
+        publish(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with naming(folder):
+def publish(partial: Path, path: Path) -> None:
+    """Rename a file or folder that is on disk to its name, in place of whatever has it; the name is on disk then."""
+    if partial.is_dir() or path.is_dir():
+        remove(path)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete whatever is there: a file, a link or a folder with all it holds; nothing is fine too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's list of names, to disk."""
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)

@@ -21,7 +21,6 @@ from runner import ROOT, WARM, Process, Runs, assert_equal_checkpoints, assert_s
 
 from hammering import damage
 from hammering.plans import INDEXING, SAVED_STEPS, STEPS, Fault, Settings, Trial
-from vtprune_train.models.tokenizer import SUMS
 from vtprune_train.training import manifest
 
 STARTING = threading.Lock()  # trials run side by side and share the parent
@@ -35,8 +34,8 @@ REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
 NAMED_IN_LOG = (
     "checkpoint", "manifest", "latest", "index column", "index manifest", "index piece", "tokenizer", "leftover",
 )  # fmt: skip
-# Measured as if it had never been; whole up to the end; without sums, as older versions kept it.
-NOT_SEEN = (("remove", "index piece"), ("garbage", "index piece"), ("remove", SUMS))
+# Measured as if it had never been; without a manifest, as older versions kept it.
+NOT_SEEN = (("remove", "index piece", "*.npz"), ("remove", "tokenizer", "manifest.json"))
 
 
 class Failed(Exception):  # noqa: N818 (the outcome of a trial)
@@ -303,7 +302,7 @@ def judge_full_disk(fault: Fault, started: Started) -> None:
 
 def judge_damage(run: Run, fault: Fault, path: Path, started: Started) -> None:
     said, name = started.said, path.name
-    seen = (fault.what, fault.moment) not in NOT_SEEN and (fault.what, name) not in NOT_SEEN
+    seen = not any((fault.what, fault.moment) == case[:2] and path.match(case[2]) for case in NOT_SEEN)
     if fault.moment in ("checkpoint", "manifest"):
         name = path.relative_to(run.run_dir / "checkpoints").parts[0]
     elif fault.moment == "tokenizer":

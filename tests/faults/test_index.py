@@ -19,7 +19,7 @@ from runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from test_data import collator, index_of, say, write_picture
 from test_sources import build
 
-from vtprune_train import durable
+from vtprune_train import sealed
 from vtprune_train.data import building, table
 from vtprune_train.data.index import Source
 from vtprune_train.data.loader import StepLoader
@@ -258,7 +258,7 @@ def test_a_kill_while_mended_pictures_are_entered(tmp_path, caplog, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(table, "write_replacing", killed)
+        patched.setattr(table, "replace_synced", killed)
         index_of(tmp_path, None, max_bad=1)
     again = index_of(tmp_path, None, max_bad=1)[0]
     assert len(again) == 6 and again.lengths([5]).span_tokens[0] > 0
@@ -323,8 +323,8 @@ def test_lengths_that_never_fitted_are_measured_again(tmp_path, caplog):
     index, encoder = index_of(tmp_path, [{"id": "r", "conversations": say("what", "a cat")}])
     made = index.selections[0].table.folder
     zero_body(made / "text.npy")
-    manifest = durable.read_manifest(made)
-    durable.seal(made, manifest, {**manifest["sums"], "text.npy": durable.checksum(made / "text.npy")})
+    manifest = sealed.read_manifest(made)
+    sealed.seal(made, manifest, {**manifest["sums"], "text.npy": sealed.checksum(made / "text.npy")})
     index, encoder = index_of(tmp_path, None)
     with pytest.raises(RuntimeError, match=r"sample 0:0:r has \d+ text tokens, but 0 in the index"):
         collator(index, encoder)([0])

@@ -29,10 +29,11 @@ from vtprune_train.data.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
 from vtprune_train.data.sources import BOUNDS, Bounds, find_files
 from vtprune_train.data.table import Table, open_table
-from vtprune_train.durable import SummedFile, damage, publish, read_manifest, remove, seal
+from vtprune_train.disk import publish, remove
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.layouts.base import Size
 from vtprune_train.rounding import floor_of
+from vtprune_train.sealed import SummedFile, damage, read_manifest, seal
 
 log = logging.getLogger(__name__)
 

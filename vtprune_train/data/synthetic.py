@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from vtprune_train.durable import write_replacing
+from vtprune_train.disk import replace_synced
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -90,4 +90,4 @@ def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> 
             image.save(folder / "images" / name)
             records.append({"id": f"{split}-{number}", "image": name, "conversations": _conversation(rng, truth)})
         (folder / f"{split}.json").write_text(json.dumps(records, indent=0))
-    write_replacing(stamp, json.dumps(made).encode())
+    replace_synced(stamp, json.dumps(made).encode())

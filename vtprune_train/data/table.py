@@ -1,6 +1,6 @@
 """The measured records of one source as columns on disk, opened by memory mapping.
 
-A table is a sealed folder (see :mod:`vtprune_train.durable`) of ``.npy`` columns, which
+A table is a sealed folder (see :mod:`vtprune_train.sealed`) of ``.npy`` columns, which
 :mod:`vtprune_train.data.building` makes.
 """
 
@@ -20,7 +20,8 @@ from vtprune_train.data.building import build_table, remove_builds
 from vtprune_train.data.measure import BATCH, FINE, NO_PICTURE, SPAN_COLUMNS, Measure, Measured, content_hash
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import Place, Reader, open_reader, stamp
-from vtprune_train.durable import checksum, damage, read_manifest, remove, seal, sync, write_replacing
+from vtprune_train.disk import remove, replace_synced, sync
+from vtprune_train.sealed import checksum, damage, read_manifest, seal
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def _mended(table: Table, measure: Measure) -> Table:
     if not found:
         return table
     names = _enter(table.folder, found, table)
-    write_replacing(table.folder / "errors.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    replace_synced(table.folder / "errors.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
     counts = {"bad": len(entries), "doubtful": doubtful, "generation": table.manifest["generation"] + 1}
     changed = {name: checksum(table.folder / name) for name in ("errors.jsonl", *names)}
     seal(table.folder, {**table.manifest, **counts}, {**table.manifest["sums"], **changed})

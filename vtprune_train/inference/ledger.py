@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vtprune_train.durable import write_replacing
+from vtprune_train.disk import replace_synced
 
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
@@ -61,7 +61,7 @@ class Ledger:
 
     def write(self, name: str, values: dict[str, Any]) -> None:
         """A whole file of the folder, or none."""
-        write_replacing(self.folder / name, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+        replace_synced(self.folder / name, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
     def _check(self, settings: dict[str, Any]) -> None:
         settings = json.loads(json.dumps(settings))

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vtprune_train.disk import naming, replace_synced, sync_folder, write_synced
+from vtprune_train.disk import naming, replace_synced, sync, write_synced
 
 STEP = re.compile(r"^step_(\d{8,})$")
 MANIFEST = "manifest.json"
@@ -134,7 +134,7 @@ def write_manifest(partial: Path, entries: dict[str, dict[str, Any]]) -> None:
     manifest = {"format": FORMAT, "files": dict(sorted(entries.items()))}
     write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
     for folder in sorted({(partial / name).parent for name in entries} | {partial}):
-        sync_folder(folder)
+        sync(folder)
 
 
 def put_in_place(partial: Path, final: Path) -> None:
@@ -142,7 +142,7 @@ def put_in_place(partial: Path, final: Path) -> None:
     if final.exists():
         remove_checkpoint(final)
     partial.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def point_latest(folder: Path, name: str) -> None:

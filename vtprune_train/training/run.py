@@ -26,8 +26,7 @@ from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.data.sources import Bounds
-from vtprune_train.disk import naming, replace_synced
-from vtprune_train.durable import MANIFEST, damage, publish, remove, seal_as_it_is
+from vtprune_train.disk import naming, publish, remove, replace_synced
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
@@ -46,6 +45,7 @@ from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.learned import learns
 from vtprune_train.pruning.phases import Phases
+from vtprune_train.sealed import MANIFEST, damage, seal_as_it_is
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.adapter import attach_adapter, check_adapter
 from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress

@@ -1,5 +1,4 @@
-"""Files that outlive a power cut: whole under their name or not there at all, on disk before they count, and checked
-before they are trusted.
+"""Files that are checked before they are trusted.
 
 A *sealed* file holds bytes with a digest of them and of what they belong to. A *sealed folder* has a ``manifest.json``,
 written last, with the size and the CRC-32 of each of its files.
@@ -10,64 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
+
+from vtprune_train.disk import naming, replace_synced, sync
 
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
 BLOCK = 1 << 20
 
 Sums = Mapping[str, list[int]]  # of each file of a folder: its size in bytes and its CRC-32
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let the system's errors name ``path`` where they name no file: those of writing (a full disk) do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's list of names, to disk."""
-    with naming(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Delete whatever is there: a file, a link or a folder with all it holds; nothing is fine too."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Rename a file or folder that is on disk to its name, in place of whatever has it; the name is on disk then."""
-    if temporary.is_dir() or target.is_dir():
-        remove(target)
-    temporary.replace(target)
-    sync(target.parent)
-
-
-def write_replacing(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    remove(temporary)
-    with SummedFile(temporary) as file:
-        file.write(content)
-    publish(temporary, path)
 
 
 class SummedFile:
@@ -96,7 +49,7 @@ class SummedFile:
 
 def write_sealed(path: Path, content: bytes, identity: str) -> None:
     """Write ``content`` as what ``identity`` says, whole or not at all."""
-    write_replacing(path, content + _digest(identity.encode()) + _digest(content))
+    replace_synced(path, content + _digest(identity.encode()) + _digest(content))
 
 
 def read_sealed(path: Path, identity: str) -> bytes:
@@ -123,7 +76,7 @@ def seal(folder: Path, manifest: Mapping[str, Any], sums: Sums) -> None:
     """Write the manifest of a folder whose files are on disk."""
     text = json.dumps({**manifest, "sums": dict(sums)}, indent=1)
     content = json.dumps({**json.loads(text), "checksum": zlib.crc32(text.encode())}, indent=1)
-    write_replacing(folder / MANIFEST, content.encode())
+    replace_synced(folder / MANIFEST, content)
 
 
 def seal_as_it_is(folder: Path) -> None:
