@@ -36,6 +36,7 @@ TENSORS = frozenset(
 )  # fmt: skip
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 UNKNOWN, UNREADABLE = "a name made while it is read", "instructions that cannot be made out"
+ZIP_START = b"PK\x03\x04"
 LEGACY_PICKLES = 5  # that torch.save wrote one after the other before it wrote zip files
 
 
@@ -120,8 +121,12 @@ def pickled_files(folder: Path) -> list[Path]:
 def foreign_names(path: Path) -> list[str]:
     """The functions and classes that a file names beyond those that :func:`read` takes, as ``module.name``. The file is
     not opened as a pickle, only its instructions are looked at; one that is no pickle names nothing."""
+    # Files of other kinds (safetensors, DeepSpeed's swap files) may begin as a pickle does, by chance.
+    is_pickle = path.suffix in SUFFIXES and _begins_as_pickle(path)
+    names = _names_in_zip(path) if zipfile.is_zipfile(path) else set()
     with path.open("rb") as file:
-        names = _names_in_zip(path) if zipfile.is_zipfile(file) else _names_in_stream(file, _begins_as_pickle(path))
+        if file.read(len(ZIP_START)) != ZIP_START:  # PyTorch reads a pickle then, whatever stands at the end
+            names |= _names_in_stream(file, is_pickle)
     return sorted(name for name in names if not _is_taken(name))
 
 

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from checkpoints import save_folder, save_pictures
 from hostile import as_bin, infect, module, name_method, pickled, seal
 from runner import ROOT, WARM, Runs, assert_equal_checkpoints
+from safetensors.torch import save_file
 
 from vtprune_train import pickles, prune
 from vtprune_train.cli import main
@@ -185,6 +187,27 @@ def test_names_are_found_in_every_form(tmp_path, form):
 def test_no_trick_hides_a_name(tmp_path, code):
     (tmp_path / "a.pkl").write_bytes(code)
     assert pickles.foreign_names(tmp_path / "a.pkl")
+
+
+def test_a_zip_file_at_the_end_hides_no_name(tmp_path):
+    """PyTorch tells a zip file by its beginning, Python's ``zipfile`` by its end."""
+    path, mark = tmp_path / "a.pt", tmp_path / "ran"
+    pickled(path, mark, 2)
+    torch.save({"weight": torch.ones(2)}, tmp_path / "b.pt")
+    path.write_bytes(path.read_bytes() + (tmp_path / "b.pt").read_bytes())
+    assert zipfile.is_zipfile(path) and "posix.system" in pickles.foreign_names(path)
+    with pytest.raises(ValueError, match=r"names posix\.system"):
+        pickles.read(path)
+    assert not mark.exists()
+
+
+def test_files_of_other_kinds_are_no_pickles_by_chance(tmp_path):
+    save_file({f"t{number:03d}": torch.zeros(2) for number in range(11)}, tmp_path / "model.safetensors")
+    (tmp_path / "0_param.tensor.swp").write_bytes(b"\x80\x02" + bytes(range(1, 200)))
+    assert (tmp_path / "model.safetensors").read_bytes()[:2] == b"\x80\x02", "it begins as a pickle does"
+    pickles.check_folder(tmp_path)
+    with pytest.raises(ValueError, match="cannot be made out"):
+        pickles.check((tmp_path / "0_param.tensor.swp").rename(tmp_path / "damaged.pt"))
 
 
 def test_verify_finds_pickles_wherever_they_lie_and_needs_no_deepspeed(runs, trained, tmp_path, capsys):
