@@ -7,6 +7,7 @@ changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ class Launcher:
     started: int
 
     def is_alive(self) -> bool:
-        process = _process(self.pid)
+        try:
+            process = _process(self.pid)
+        except OSError:  # it cannot be told: no file can be opened, or /proc shows it no more
+            return True
         return process is not None and process.started == self.started and process.state not in ENDED
 
 
@@ -65,14 +69,15 @@ def announce() -> None:
 
 
 def launchers_above() -> list[Launcher]:
-    """The launchers among this process's ancestors, the nearest first."""
+    """The launchers among this process's ancestors, the nearest first; those of other users may not be seen."""
     found = []
     pid = os.getppid()
-    while pid > 0 and (process := _process(pid)) is not None:
-        name = launcher_name(_command(pid))
-        if name is not None:
-            found.append(Launcher(name, pid, process.started))
-        pid = process.parent
+    with contextlib.suppress(PermissionError):  # /proc mounted with hidepid=1, as clusters do
+        while pid > 0 and (process := _process(pid)) is not None:
+            name = launcher_name(_command(pid))
+            if name is not None:
+                found.append(Launcher(name, pid, process.started))
+            pid = process.parent
     announced = os.environ.get(LAUNCHER)
     if announced is not None:
         launcher = Launcher("vtprune launch", *map(int, announced.split()))

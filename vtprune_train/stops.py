@@ -148,10 +148,11 @@ class Stop:
         if self._acted:
             return
         self._acted = True
-        if self.act is not None:
+        act = self.act  # the main thread may change it meanwhile
+        if act is not None:
             if why:
                 _say(why)
-            self.act(number)
+            act(number)
         else:
             why = why or signal.Signals(number).name
             _say(

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGHUP, SIGTERM and the death of a launcher, at any moment: saved once, the documented exit code."""
 
+import errno
 import os
 import signal
 import socket
@@ -15,8 +16,8 @@ import pytest
 from runner import BIN, ROOT, Runs, wait_until
 
 from vtprune_train import launchers
-from vtprune_train.data.table import _start_process
-from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name
+from vtprune_train.data.building import _start_process
+from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name, launchers_above
 from vtprune_train.stops import STOP, STOPPING, agreed_code
 
 HERE = Path(__file__).parent
@@ -174,6 +175,25 @@ def test_a_launcher_is_gone_when_it_is_a_zombie_or_another_process_has_its_numbe
         while launcher.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not launcher.is_alive(), "nobody has waited for it yet"
+    assert not launcher.is_alive()
+
+
+def test_processes_that_may_not_be_looked_at_are_no_news(monkeypatch):
+    """``/proc`` hides other users' processes with ``hidepid=1``; without descriptors nothing can be opened."""
+    launcher = Launcher("x", os.getpid(), launchers._process(os.getpid()).started)
+
+    def refuse(number):
+        def read_text(self):
+            raise OSError(number, os.strerror(number), str(self))
+
+        return read_text
+
+    monkeypatch.setattr(Path, "read_text", refuse(errno.EPERM))
+    assert launchers_above() == []
+    for number in (errno.EPERM, errno.EMFILE):
+        monkeypatch.setattr(Path, "read_text", refuse(number))
+        assert launcher.is_alive()
+    monkeypatch.setattr(Path, "read_text", refuse(errno.ENOENT))
     assert not launcher.is_alive()
 
 
