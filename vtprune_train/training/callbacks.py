@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
-from tqdm.utils import ObjectWrapper
 
 from vtprune_train.data.collate import Collator
 from vtprune_train.disk import naming
@@ -72,32 +70,13 @@ class Metrics(Callback):
         return [self.file]
 
 
-class Screen(ObjectWrapper):
-    """A standard stream that training does without once it cannot be written: its reader is gone, its disk is full."""
-
-    def write(self, text: str) -> None:
-        self._try(self._wrapped.write, text)
-
-    def flush(self) -> None:
-        self._try(self._wrapped.flush)
-
-    def __eq__(self, other: object) -> bool:  # tqdm clears its bar for what is written to the same terminal
-        return bool(self._wrapped == getattr(other, "_wrapped", other))
-
-    def _try(self, act: Callable[..., Any], *given: str) -> None:
-        try:
-            act(*given)
-        except OSError as error:
-            log.debug("%s cannot be written: %s", self._wrapped.name, error)
-
-
 class Progress(Callback):
     """A progress bar on rank 0."""
 
     def on_start(self, trainer: Trainer) -> None:
         phases = trainer.collate.phases
         if phases is not None and phases.vary and not ranks.rank():
-            tqdm.write(f"pruning: {phases.describe()}", file=Screen(sys.stdout))
+            tqdm.write(f"pruning: {phases.describe()}")
             if phases.warmup is not None and phases.warmup.steps > trainer.total_steps:
                 ranks.log.warning(
                     "pruning.warmup lasts %d steps, longer than the training (%d): it never reaches pruning.keep",
@@ -110,7 +89,6 @@ class Progress(Callback):
             desc="train",
             disable=ranks.rank() != 0,
             mininterval=1.0,
-            file=Screen(sys.stderr),
         )
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -169,7 +147,7 @@ class Evaluation(Callback):
         line = {"step": trainer.state.step, **result, "seconds": time.perf_counter() - began}
         self.file.append(line, sync=True)  # the last one comes after the last checkpoint
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-        tqdm.write(f"step {trainer.state.step}: held-out {shown}", file=Screen(sys.stdout))
+        tqdm.write(f"step {trainer.state.step}: held-out {shown}")
         if trainer.engine.monitor.enabled:
             trainer.engine.monitor.write_events(eval_scalars(line))
 
