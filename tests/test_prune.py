@@ -11,6 +11,7 @@ from helpers import tiny_model, tiny_processor
 from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaNextForConditionalGeneration
 
+import vtprune_train
 from vtprune_train import FastV, PyramidDrop, dense, is_pruned, prune, unprune
 from vtprune_train.models.padded import kept_tokens
 from vtprune_train.models.patch import method_of
@@ -318,3 +319,8 @@ def test_dense_is_the_model_with_its_own_attention(name, attention):
     unprune(model)
     assert model.model.language_model.config._attn_implementation == attention
     assert all(torch.equal(a, b) for a, b in zip(expected, outputs(), strict=True))
+
+
+def test_names_that_are_imported_late_are_listed():
+    assert set(vtprune_train.__all__) <= set(dir(vtprune_train))
+    assert all(getattr(vtprune_train, name).__name__ == name for name in vtprune_train.__all__)
