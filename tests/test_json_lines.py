@@ -1,17 +1,19 @@
 """The files that a run writes line by line: restored from a checkpoint's copy, whole on a full disk."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
 import random
 import resource
+import stat
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from vtprune_train.disk import naming, replace_synced, write_synced
+from vtprune_train.disk import naming, replace_synced, sync, write_synced
 from vtprune_train.training import saving
 from vtprune_train.training.json_lines import JsonLines, ranges
 from vtprune_train.training.trackers import hide_from, steps_shown, train_scalars
@@ -173,6 +175,28 @@ def test_naming_leaves_other_errors_alone(tmp_path):
         (tmp_path / "gone").read_text()
     with pytest.raises(ValueError, match="no number"), naming(tmp_path):
         raise ValueError("no number")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch, number):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or path.name == "refused":
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:  # a device that fails is another matter
+        with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}'"):
+            replace_synced(path, "x")
+        return
+    replace_synced(path, "x")
+    assert path.read_text() == "x"
+    path = path.rename(tmp_path / "refused")
+    with pytest.raises(OSError, match="refused"):  # a file that is not synced is an error everywhere
+        sync(path)
 
 
 def record(step):

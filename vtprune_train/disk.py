@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # of a folder
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers report an error of the system
 
 
@@ -81,10 +82,14 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's list of names, to disk."""
+    """Bring a file's bytes, or a folder's list of names, to disk. Some network file systems refuse the latter; there it
+    is left to them, as databases do."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in NO_SYNC or not path.is_dir():
+                raise
         finally:
             os.close(descriptor)
