@@ -333,6 +333,13 @@ def test_lengths_that_never_fitted_are_measured_again(tmp_path, caplog):
     collator(index, encoder)([0])
 
 
+def test_a_reason_that_a_full_disk_left_empty_counts(tmp_path, caplog):
+    index, _ = index_of(tmp_path, [{"id": "r", "conversations": say("what", "a cat")}])
+    (index.selections[0].table.folder / "distrusted.txt").touch()
+    index_of(tmp_path, None)
+    assert "does not fit its data; indexing again" in caplog.text
+
+
 def test_no_micro_batch_is_beyond_its_limit(tmp_path):
     index, encoder = index_of(tmp_path, [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(4)])
     collate = collator(index, encoder)

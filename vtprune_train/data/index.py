@@ -2,7 +2,7 @@
 
 Reading and measuring the records is the work of :mod:`vtprune_train.data.table`, kept by the content that would change
 the lengths. What is left of them after ``take`` and the limits is a *selection*: the rows that can be used, kept beside
-the table. Opening an index maps these files into memory and reads none of them.
+the table. A start reads these files once, to compare their checksums; from then on they are mapped into memory.
 """
 
 from __future__ import annotations

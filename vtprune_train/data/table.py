@@ -135,7 +135,8 @@ def _outdated(folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]]) 
     if what := damage(folder):
         return f"the index in {folder} is damaged ({what})"
     if (folder / DISTRUSTED).exists():
-        return (folder / DISTRUSTED).read_text(errors="replace")
+        # It may be empty, from a disk that was full.
+        return (folder / DISTRUSTED).read_text(errors="replace") or f"the index in {folder} does not fit its data"
     table = Table(folder)
     known = [entry[:-1] for entry in table.manifest["files"]]
     if [entry[:3] for entry in known] != [entry[:3] for entry in stamps]:
