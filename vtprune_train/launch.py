@@ -148,12 +148,16 @@ def _pass_on(number: int, frame: Any) -> None:
     process. The first one is noted, so that a rank that only just began dies of it and is not started again."""
     import psutil
 
-    asked = asked_file(os.environ[FINAL_FILE])
-    if not asked.exists():
-        asked.write_text(str(exit_code(number)))
+    asked, code = asked_file(os.environ[FINAL_FILE]), exit_code(number)
+    try:
+        if not asked.exists():
+            asked.write_text(str(code))
+        code = int(asked.read_text())
+    except OSError as error:  # a full disk: the ranks must hear of the signal all the same
+        print(f"{asked}, which keeps ranks from being started again, cannot be written: {error}", file=sys.stderr)
     ranks = psutil.Process().children()
     if not ranks:
-        raise SystemExit(int(asked.read_text()))
+        raise SystemExit(code)
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
             rank.send_signal(number)

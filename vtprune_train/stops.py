@@ -63,7 +63,8 @@ def asked_to_stop() -> bool:
     if note is None:
         return False
     if asked_file(note).exists():
-        _note_if_none(note, int(asked_file(note).read_text()))
+        code = asked_file(note).read_text()  # empty while the launcher writes it
+        _note_if_none(note, int(code or exit_code(signal.SIGTERM)))
     return Path(note).exists()
 
 

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,8 +18,9 @@ from runner import BIN, ROOT, Runs, wait_until
 
 from vtprune_train import launchers
 from vtprune_train.data.building import _start_process
+from vtprune_train.launch import _pass_on
 from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name, launchers_above
-from vtprune_train.stops import STOP, STOPPING, agreed_code
+from vtprune_train.stops import FINAL_FILE, STOP, STOPPING, agreed_code
 
 HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"
@@ -135,6 +137,20 @@ def test_signals_that_are_ignored_stay_ignored():
     done = subprocess.run(["sh", "-c", f"trap '' HUP; {sys.executable} -c '{code}'"], cwd=ROOT, capture_output=True)
     assert done.stdout == b"None\n" and done.returncode == 130
     assert done.stderr == b"\nSIGINT before the first step: nothing to save\n"
+
+
+def test_ranks_hear_of_a_signal_that_cannot_be_noted(tmp_path, monkeypatch, capsys):
+    """The launcher's disk is full (here: its folder is gone)."""
+    heard = []
+    ranks = [SimpleNamespace(send_signal=heard.append)]
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(children=lambda: ranks))
+    monkeypatch.setenv(FINAL_FILE, str(tmp_path / "gone" / "final"))
+    _pass_on(INT, None)
+    assert heard == [INT] and f"{tmp_path / 'gone' / 'asked'}, which keeps ranks" in capsys.readouterr().err
+    ranks.clear()
+    with pytest.raises(SystemExit) as ended:
+        _pass_on(INT, None)
+    assert ended.value.code == 130
 
 
 def test_processes_that_index_outlive_signals_to_all():
