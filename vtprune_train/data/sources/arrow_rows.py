@@ -180,9 +180,8 @@ def batches_apart(path: Path, group: int, columns: Sequence[str], bound: int) ->
         OSError: it failed; with what it said.
     """
     asked = json.dumps([str(path), group, list(columns), bound])
-    with subprocess.Popen(
-        [sys.executable, __file__, asked], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    command = [sys.executable, "-P", __file__, asked]  # -P: no import finds the modules beside this file
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         try:
             with pa.ipc.open_stream(process.stdout) as stream:
