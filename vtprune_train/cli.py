@@ -133,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == ["launch"] and not {"-h", "--help"} & set(given):
         if argv is None:
             stops.quit_on_signals()
-        return _launch(given[1:])
+        code = _launch(given[1:])
+        if argv is None:
+            stops.ignore_signals()  # the first one has decided the exit code
+        return code
     if given[:1] == ["train"] and argv is None:
         stops.STOP.listen()
     kind = TrainParser if given[:1] == ["train"] else argparse.ArgumentParser

@@ -51,13 +51,16 @@ def launch(arguments: Sequence[str]) -> int:
         os.environ[FINAL_FILE] = str(note)
         # PyTorch would let a restart read the addresses of the dead ranks in the store it shares with them.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
+        for number, handler in handlers.items():
+            if handler is not signal.SIG_IGN:
                 signal.signal(number, _pass_on)
         try:
             code = _torchrun(command, config)
             return int(note.read_text()) if note.exists() else code
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             del os.environ[FINAL_FILE]  # it is for ranks
 
 

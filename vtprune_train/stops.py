@@ -184,6 +184,12 @@ def quit_on_signals() -> None:
             signal.signal(number, leave)
 
 
+def ignore_signals() -> None:
+    """From now on this process, which is ending, cannot be asked to end."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _say(text: str) -> None:
     """Once on every machine."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -16,9 +16,8 @@ import psutil
 import pytest
 from runner import BIN, ROOT, Runs, wait_until
 
-from vtprune_train import launchers
+from vtprune_train import launch, launchers
 from vtprune_train.data.building import _start_process
-from vtprune_train.launch import _pass_on
 from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name, launchers_above
 from vtprune_train.stops import FINAL_FILE, STOP, STOPPING, agreed_code
 
@@ -145,12 +144,29 @@ def test_ranks_hear_of_a_signal_that_cannot_be_noted(tmp_path, monkeypatch, caps
     ranks = [SimpleNamespace(send_signal=heard.append)]
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(children=lambda: ranks))
     monkeypatch.setenv(FINAL_FILE, str(tmp_path / "gone" / "final"))
-    _pass_on(INT, None)
+    launch._pass_on(INT, None)
     assert heard == [INT] and f"{tmp_path / 'gone' / 'asked'}, which keeps ranks" in capsys.readouterr().err
     ranks.clear()
     with pytest.raises(SystemExit) as ended:
-        _pass_on(INT, None)
+        launch._pass_on(INT, None)
     assert ended.value.code == 130
+
+
+def test_a_signal_after_the_ranks_finds_no_handler_of_theirs(runs, monkeypatch):
+    """A second Ctrl-C while the launcher's interpreter shuts down."""
+    before = [signal.getsignal(number) for number in STOPPING]
+    handlers = []
+
+    def torchrun(command, config):
+        handlers.extend(signal.getsignal(number) for number in STOPPING)
+        return 0
+
+    monkeypatch.setattr(launch, "_torchrun", torchrun)
+    monkeypatch.setattr(launch, "keep_streams", lambda: None)
+    monkeypatch.setenv(LAUNCHER, "")
+    assert launch.launch(["--config", "llava_next_pdrop.yaml", f"run.output_dir={runs.folder}"]) == 0
+    assert handlers == [launch._pass_on] * 3
+    assert [signal.getsignal(number) for number in STOPPING] == before
 
 
 def test_processes_that_index_outlive_signals_to_all():
