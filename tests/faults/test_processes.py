@@ -1,5 +1,6 @@
 """Ranks that die, raise, hang or are told to stop: the job ends soon, says why, and goes on where it can."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -154,8 +155,11 @@ def test_ctrl_c_twice_and_a_second_start_meanwhile(runs):
     said = runs.run("interrupted", *SETTINGS, *LONG, **LAUNCH, expect=2).stderr
     assert f"is in use by process {launcher.children()[0].pid} on {HOST}, since " in said
     assert said.count("\n") == 2, "the launcher itself says so, before it starts ranks"
-    for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP):
-        launcher.send_signal(number)
+    launcher.send_signal(signal.SIGINT)
+    launcher.send_signal(signal.SIGINT)
+    assert wait_until(lambda: "SIGINT: finishing" in runs.log("interrupted"), process)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher.send_signal(signal.SIGHUP)
     assert process.wait(timeout=120) == 130, runs.log("interrupted")[-3000:]
     assert_saved_without_restart(runs, "interrupted")
 
