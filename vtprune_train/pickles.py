@@ -62,7 +62,8 @@ def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             return _torch_load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # before it stands how to run the code
+        line = said.splitlines()[0] if said else type(error).__name__
         raise ValueError(f"{path} cannot be read as tensors and numbers ({line})") from error
 
 

@@ -21,6 +21,7 @@ from vtprune_train import pickles, prune
 from vtprune_train.cli import main
 from vtprune_train.inference.chatting import load
 from vtprune_train.models.build import resolve_checkpoint
+from vtprune_train.models.original import read_bin
 from vtprune_train.training import manifest
 
 CLI = ROOT / "vtprune_train" / "cli.py"
@@ -208,6 +209,15 @@ def test_files_of_other_kinds_are_no_pickles_by_chance(tmp_path):
     pickles.check_folder(tmp_path)
     with pytest.raises(ValueError, match="cannot be made out"):
         pickles.check((tmp_path / "0_param.tensor.swp").rename(tmp_path / "damaged.pt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"\x80\x02", b"PK\x03\x04", b"\x80\x02]q\x00.", bytes(100)])
+def test_a_damaged_file_is_named_and_nobody_is_told_to_run_it(tmp_path, content):
+    (tmp_path / "a.bin").write_bytes(content)
+    for reader in (pickles.read, read_bin):
+        with pytest.raises(ValueError, match=r"a\.bin (cannot be read as tensors|is damaged)") as error:
+            reader(tmp_path / "a.bin")
+        assert "weights_only" not in str(error.value)
 
 
 def test_verify_finds_pickles_wherever_they_lie_and_needs_no_deepspeed(runs, trained, tmp_path, capsys):

@@ -6,7 +6,6 @@ Hugging Face side are those of a model in memory (``model.language_model.``, ...
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,11 +73,7 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: it is damaged, names code, or holds something else than named tensors.
     """
-    pickles.check(file)
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read as tensors ({str(error).strip().splitlines()[0]})") from error
+    loaded = pickles.read(file)
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{file} holds no dictionary of tensors")
     return loaded
