@@ -89,6 +89,17 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(runs, whole, copied):
     assert_equal_checkpoints(step(copied, 4), step(whole, 4))
 
 
+def test_leftovers_are_removed_whatever_they_are(tmp_path):
+    folder, outside = tmp_path / "checkpoints", tmp_path / "outside"
+    (folder / "step_00000001.partial" / "deepspeed").mkdir(parents=True)
+    (folder / "step_00000002.partial").write_text("a file")
+    (outside / "kept").mkdir(parents=True)
+    (folder / "step_00000003.deleting").symlink_to(outside)
+    (folder / "step_00000004.deleting").symlink_to(tmp_path / "nowhere")
+    CheckpointFolder(folder, 3).clean()
+    assert not list(folder.iterdir()) and (outside / "kept").is_dir()
+
+
 def test_no_whole_checkpoint_is_left(runs, copied):
     for checkpoint in manifest.steps(copied / "checkpoints"):
         truncate(checkpoint / "config.yaml")

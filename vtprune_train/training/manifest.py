@@ -173,8 +173,8 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def remove_tree(folder: Path, ignore_errors: bool = False) -> None:
-    """Delete a folder; of a link to one only the link."""
-    if folder.is_symlink():
+    """Delete a folder; of a link to one only the link. A file in its place is deleted too."""
+    if folder.is_symlink() or not folder.is_dir():
         folder.unlink(missing_ok=True)
     else:
         shutil.rmtree(folder, ignore_errors=ignore_errors)
