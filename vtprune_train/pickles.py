@@ -8,9 +8,12 @@ read as plain numbers, so DeepSpeed is not needed to look at its files.
 
 from __future__ import annotations
 
+import os
 import pickle
 import pickletools
+import struct
 import zipfile
+import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as pickles of protocol 2 name things
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +38,11 @@ TENSORS = frozenset(
     }
 )  # fmt: skip
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+UNPICKLER = "WeightsUnpickler error:"  # what PyTorch writes before what is wrong
 UNKNOWN, UNREADABLE = "a name made while it is read", "instructions that cannot be made out"
+NAMING = ("GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # instructions of those that are older than STACK_GLOBAL
+LARGEST_PICKLE = 1 << 30  # bytes, in a zip file
+ZIP = b"PK\x03\x04"
 LEGACY_PICKLES = 5  # that torch.save wrote one after the other before it wrote zip files
 
 
@@ -43,8 +50,8 @@ class ForeignCodeError(ValueError):
     """A file names code that opening it would run; nothing of it was run."""
 
 
-def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> Any:
-    """What :func:`torch.save` wrote to a file.
+def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> dict[str, Any]:
+    """The dictionary that :func:`torch.save` wrote to a file.
 
     Args:
         path: of the file.
@@ -59,10 +66,14 @@ def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
     stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
-            return _torch_load(path, map_location=map_location, mmap=mmap, weights_only=True)
+            content = _torch_load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = str(error).rpartition(UNPICKLER)[2].strip()  # behind PyTorch's advice to trust the file
+        line = said.splitlines()[0] if said else type(error).__name__
         raise ValueError(f"{path} cannot be read as tensors and numbers ({line})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the tensors that training writes, by name")
+    return content
 
 
 _torch_load = torch.load
@@ -121,14 +132,25 @@ def foreign_names(path: Path) -> list[str]:
     """The functions and classes that a file names beyond those that :func:`read` takes, as ``module.name``. The file is
     not opened as a pickle, only its instructions are looked at; one that is no pickle names nothing."""
     with path.open("rb") as file:
-        names = _names_in_zip(path) if zipfile.is_zipfile(file) else _names_in_stream(file, _begins_as_pickle(path))
+        names = _names_in_zip(path) if zipfile.is_zipfile(file) else set()
+        if file.seek(0) == 0 and file.read(len(ZIP)) != ZIP:  # read from its beginning, whatever stands at its end
+            names |= _names_in_stream(file, _begins_as_pickle(path))
     return sorted(name for name in names if not _is_taken(name))
 
 
 def _begins_as_pickle(path: Path) -> bool:
-    """By its first bytes; the oldest protocols have no such bytes."""
+    """By its first bytes; one of the oldest protocols, which begin with anything, by all of its instructions."""
     with path.open("rb") as file:
-        begin = file.read(2)
+        if _is_pickle(file.read(2)):
+            return True
+        file.seek(0)
+        try:
+            return any(operation.name in NAMING for operation, *_ in list(pickletools.genops(file)))
+        except Exception:  # no pickle: pickletools raises whatever bytes bring about
+            return False
+
+
+def _is_pickle(begin: bytes) -> bool:
     return len(begin) == 2 and begin[0] == pickle.PROTO[0] and begin[1] <= pickle.HIGHEST_PROTOCOL
 
 
@@ -140,16 +162,31 @@ def _is_taken(name: str) -> bool:
 
 
 def _names_in_zip(path: Path) -> set[str]:
+    """Names in all pickles of a zip file, also in those that PyTorch would pass over."""
+    names: set[str] = set()
     try:
-        reader = torch._C.PyTorchFileReader(str(path))  # Python's refuses files that were written without checksums
-        records = reader.get_all_records()
-        names: set[str] = {"torch.jit (a program)"} if "constants.pkl" in records else set()
-        for record in records:
-            if record.endswith(".pkl"):
-                names |= _names_in_stream(BytesIO(reader.get_record(record)), is_pickle=True)
-    except RuntimeError:  # damaged, or no file of torch.save: reading it says so
-        return set()
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for entry in archive.infolist():
+                is_pickle = entry.filename.lower().endswith(".pkl")
+                if is_pickle or _is_pickle(_unpacked(file, entry, 2)):
+                    content = BytesIO(_unpacked(file, entry, LARGEST_PICKLE))
+                    names |= _names_in_stream(content, is_pickle)
+                if entry.filename.endswith("/constants.pkl"):
+                    names.add("torch.jit (a program)")
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error):
+        return names | {UNREADABLE}
     return names
+
+
+def _unpacked(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> bytes:
+    """The first bytes of an entry. Its checksum is not looked at: PyTorch can write files without."""
+    file.seek(entry.header_offset + 26)
+    file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+    if entry.compress_type == zipfile.ZIP_STORED:
+        return file.read(min(entry.file_size, size))
+    if entry.compress_type != zipfile.ZIP_DEFLATED:
+        raise NotImplementedError(entry.compress_type)
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(min(entry.compress_size, size + 64)), size)
 
 
 def _names_in_stream(file: BinaryIO, is_pickle: bool) -> set[str]:
