@@ -299,3 +299,17 @@ def test_a_folder_of_many_pictures_is_listed_at_once(tmp_path, monkeypatch):
     for path in Path(tmp_path).iterdir():
         path.is_file()
     assert spent < 4 * (time.process_time() - begun), "comparing all names takes more than ten times as long"
+
+
+@pytest.mark.parametrize("digits", [5_000, 5 * base.BLOCK, 3 * base.BLOCK - 1])
+def test_a_long_number_in_a_list_takes_no_neighbour_with_it(tmp_path, digits):
+    (tmp_path / "a.json").write_text(f'[{{"id": "a"}},{"1" * digits},{{"id": "b"}}]')
+    reader = open_reader(tmp_path / "a.json")
+    records = [record for piece in reader.pieces() for _, record in reader.scan(piece)]
+    assert [records[0], records[2]] == [{"id": "a"}, {"id": "b"}] and "it cannot be read" in records[1]
+
+
+def test_a_long_word_in_a_list_is_no_json(tmp_path):
+    (tmp_path / "a.json").write_text(f'[{{"id": "a"}},{"a" * 5 * base.BLOCK},{{"id": "b"}}]')
+    with pytest.raises(ValueError, match=r"a\.json: not JSON \(Expecting value"):
+        list(open_reader(tmp_path / "a.json").pieces())

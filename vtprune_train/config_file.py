@@ -351,7 +351,13 @@ def changed_settings(before: str, now: str) -> list[str]:
 
     Settings that ``before`` does not know, because an older version wrote it, count as their defaults.
     """
-    old, new = yaml.safe_load(before), yaml.safe_load(now)
+    new = yaml.safe_load(now)
+    try:
+        old = yaml.safe_load(before)
+    except yaml.YAMLError:
+        old = None
+    if not isinstance(old, dict):
+        return ["its config.yaml cannot be read"]
     try:
         old = {**Config.model_validate(old).model_dump(mode="json"), "deepspeed": old["deepspeed"]}
     except ValueError:  # it has settings that are gone by now: they are differences too

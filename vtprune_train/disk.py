@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # of a folder
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers report an error of the system
@@ -42,6 +44,13 @@ def _complete(error: OSError, path: Path) -> OSError:
     if error.errno in NO_ROOM and not hasattr(error, "__notes__"):
         error.add_note("Make room there and start again; training goes on from the newest checkpoint")
     return error
+
+
+def locked(path: Path) -> FileLock:
+    """A lock by a file, to be entered. A folder or a link that has its name goes: no process can hold that."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        remove(path)
+    return FileLock(str(path))
 
 
 def write_synced(path: Path, data: str | bytes) -> None:

@@ -8,9 +8,12 @@ read as plain numbers, so DeepSpeed is not needed to look at its files.
 
 from __future__ import annotations
 
+import os
 import pickle
 import pickletools
+import struct
 import zipfile
+import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as pickles of protocol 2 name things
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,8 +38,11 @@ TENSORS = frozenset(
     }
 )  # fmt: skip
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+UNPICKLER = "WeightsUnpickler error:"  # what PyTorch writes before what is wrong
 UNKNOWN, UNREADABLE = "a name made while it is read", "instructions that cannot be made out"
-ZIP_START = b"PK\x03\x04"
+NAMING = ("GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # instructions of those that are older than STACK_GLOBAL
+LARGEST_PICKLE = 1 << 30  # bytes, in a zip file
+ZIP = b"PK\x03\x04"
 LEGACY_PICKLES = 5  # that torch.save wrote one after the other before it wrote zip files
 
 
@@ -44,8 +50,8 @@ class ForeignCodeError(ValueError):
     """A file names code that opening it would run; nothing of it was run."""
 
 
-def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> Any:
-    """What :func:`torch.save` wrote to a file.
+def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> dict[str, Any]:
+    """The dictionary that :func:`torch.save` wrote to a file.
 
     Args:
         path: of the file.
@@ -60,11 +66,14 @@ def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
     stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
-            return _torch_load(path, map_location=map_location, mmap=mmap, weights_only=True)
+            content = _torch_load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # before it stands how to run the code
+        said = str(error).rpartition(UNPICKLER)[2].strip()  # behind PyTorch's advice to trust the file
         line = said.splitlines()[0] if said else type(error).__name__
         raise ValueError(f"{path} cannot be read as tensors and numbers ({line})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the tensors that training writes, by name")
+    return content
 
 
 _torch_load = torch.load
@@ -126,15 +135,24 @@ def foreign_names(path: Path) -> list[str]:
     is_pickle = path.suffix in SUFFIXES and _begins_as_pickle(path)
     names = _names_in_zip(path) if zipfile.is_zipfile(path) else set()
     with path.open("rb") as file:
-        if file.read(len(ZIP_START)) != ZIP_START:  # PyTorch reads a pickle then, whatever stands at the end
+        if file.read(len(ZIP)) != ZIP:  # read from its beginning then, whatever stands at its end
             names |= _names_in_stream(file, is_pickle)
     return sorted(name for name in names if not _is_taken(name))
 
 
 def _begins_as_pickle(path: Path) -> bool:
-    """By its first bytes; the oldest protocols have no such bytes."""
+    """By its first bytes; one of the oldest protocols, which begin with anything, by all of its instructions."""
     with path.open("rb") as file:
-        begin = file.read(2)
+        if _is_pickle(file.read(2)):
+            return True
+        file.seek(0)
+        try:
+            return any(operation.name in NAMING for operation, *_ in list(pickletools.genops(file)))
+        except Exception:  # no pickle: pickletools raises whatever bytes bring about
+            return False
+
+
+def _is_pickle(begin: bytes) -> bool:
     return len(begin) == 2 and begin[0] == pickle.PROTO[0] and begin[1] <= pickle.HIGHEST_PROTOCOL
 
 
@@ -146,16 +164,31 @@ def _is_taken(name: str) -> bool:
 
 
 def _names_in_zip(path: Path) -> set[str]:
+    """Names in all pickles of a zip file, also in those that PyTorch would pass over."""
+    names: set[str] = set()
     try:
-        reader = torch._C.PyTorchFileReader(str(path))  # Python's refuses files that were written without checksums
-        records = reader.get_all_records()
-        names: set[str] = {"torch.jit (a program)"} if "constants.pkl" in records else set()
-        for record in records:
-            if record.endswith(".pkl"):
-                names |= _names_in_stream(BytesIO(reader.get_record(record)), is_pickle=True)
-    except RuntimeError:  # damaged, or no file of torch.save: reading it says so
-        return set()
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for entry in archive.infolist():
+                is_pickle = entry.filename.lower().endswith(".pkl")
+                if is_pickle or _is_pickle(_unpacked(file, entry, 2)):
+                    content = BytesIO(_unpacked(file, entry, LARGEST_PICKLE))
+                    names |= _names_in_stream(content, is_pickle)
+                if entry.filename.endswith("/constants.pkl"):
+                    names.add("torch.jit (a program)")
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error):
+        return names | {UNREADABLE}
     return names
+
+
+def _unpacked(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> bytes:
+    """The first bytes of an entry. Its checksum is not looked at: PyTorch can write files without."""
+    file.seek(entry.header_offset + 26)
+    file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+    if entry.compress_type == zipfile.ZIP_STORED:
+        return file.read(min(entry.file_size, size))
+    if entry.compress_type != zipfile.ZIP_DEFLATED:
+        raise NotImplementedError(entry.compress_type)
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(min(entry.compress_size, size + 64)), size)
 
 
 def _names_in_stream(file: BinaryIO, is_pickle: bool) -> set[str]:

@@ -6,9 +6,11 @@ written last, with the size and the CRC-32 of each of its files.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +61,7 @@ def read_sealed(path: Path, identity: str) -> bytes:
         ValueError: it is damaged, or was written as something else; says which.
         OSError: it cannot be read.
     """
+    check_regular(path)
     whole = path.read_bytes()
     content, name, digest = whole[: -2 * DIGEST_BYTES], whole[-2 * DIGEST_BYTES : -DIGEST_BYTES], whole[-DIGEST_BYTES:]
     if len(whole) < 2 * DIGEST_BYTES or _digest(content) != digest:
@@ -94,6 +97,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: it is damaged.
         OSError: it cannot be read.
     """
+    check_regular(folder / MANIFEST)
     manifest = json.loads((folder / MANIFEST).read_bytes())
     if not isinstance(manifest, dict):
         raise ValueError("no JSON object")
@@ -119,8 +123,22 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def check_regular(path: Path) -> None:
+    """Refuse to read what is no regular file: a pipe or a device may have no end.
+
+    Raises:
+        OSError: there is something else, or nothing.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+
+
 def checksum(path: Path) -> list[int]:
     """Size in bytes and CRC-32 of a file."""
+    check_regular(path)
     size = crc = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(BLOCK):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from changed import edit, zero_body
+from PIL import Image
 from runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from test_data import collator, index_of, say, write_picture
 from test_sources import build
@@ -24,6 +25,7 @@ from vtprune_train.data import building, table
 from vtprune_train.data.index import Source
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.planner import Planner
+from vtprune_train.data.sources import BOUNDS, Bounds
 
 SCRIPT = Path(__file__).parent / "changed.py"
 SHORT = ("data.eval=[]", "train.epochs=1")
@@ -76,7 +78,13 @@ def link_to_nothing(path):
     path.symlink_to("gone")
 
 
-DAMAGES = [truncate, zero, flip, flip_first, flip_last, empty, pickled, folder, link_to_nothing]
+def pipe(path):
+    """Reading it would never end."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = [truncate, zero, flip, flip_first, flip_last, empty, pickled, folder, link_to_nothing, pipe]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +204,7 @@ def test_leftovers_of_a_kill_after_the_table_was_finished_are_removed(shards, tm
     assert not left.exists()
 
 
-CHANGED = [zero, zero_end, truncate, flip, flip_last, empty, folder, link_to_nothing]
+CHANGED = [zero, zero_end, truncate, flip, flip_last, empty, folder, link_to_nothing, pipe]
 
 
 @pytest.mark.parametrize("damage", CHANGED)
@@ -245,6 +253,43 @@ def test_a_table_that_is_a_file_is_made_again(tmp_path):
     shutil.rmtree(made.folder)
     made.folder.write_text("")
     assert len(index_of(tmp_path, None)[0]) == 5
+
+
+def test_a_whole_selection_of_another_table_is_made_again(tmp_path, caplog):
+    """Its rows would be others, or none; its files fit its manifest."""
+    made = {}
+    for name, num in (("few", 5), ("many", 40)):
+        (tmp_path / name).mkdir()
+        records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(num)]
+        made[name] = index_of(tmp_path / name, records)[0].selections[0].folder
+    shutil.rmtree(made["few"])
+    shutil.copytree(made["many"], made["few"])
+    caplog.clear()
+    assert len(index_of(tmp_path / "few", None)[0]) == 5
+    assert f"the selection in {made['few']} is damaged (it belongs to another index); selecting again" in caplog.text
+
+
+def test_a_whole_table_of_other_settings_is_made_again(tmp_path, caplog):
+    records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(5)]
+    made = index_of(tmp_path, records)[0].selections[0].table.folder
+    other = index_of(tmp_path, None, bounds=Bounds(record=10_000, text=1_000))[0].selections[0].table.folder
+    shutil.rmtree(made)
+    shutil.copytree(other, made)
+    caplog.clear()
+    again = index_of(tmp_path, None)[0].selections[0].table
+    assert f"the index in {made} was made with other settings; indexing again" in caplog.text
+    assert again.manifest["made_with"]["bounds"] == list(BOUNDS)
+
+
+@pytest.mark.parametrize("name", ["distrusted.txt", "../index.lock"])
+@pytest.mark.parametrize("leave", [Path.mkdir, lambda path: path.symlink_to("gone")])
+def test_a_name_that_is_taken_blocks_no_start(tmp_path, name, leave):
+    made = index_of(tmp_path, [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(5)])[0]
+    path = made.selections[0].table.folder / name
+    path.unlink(missing_ok=True)
+    leave(path)
+    assert len(index_of(tmp_path, None)[0]) == 5
+    assert not path.is_dir() and not path.is_symlink()
 
 
 def test_a_kill_while_mended_pictures_are_entered(tmp_path, caplog, monkeypatch):
@@ -427,7 +472,29 @@ def test_data_edited_under_a_run_stops_it(runs):
     assert_equal_checkpoints(runs.checkpoint("edited"), runs.checkpoint("whole"))
 
 
-@pytest.mark.parametrize("damage", [zero, folder])
+def test_a_picture_of_another_size_is_measured_at_the_next_start(runs, tmp_path):
+    shutil.copytree(runs.folder / "data", tmp_path / "data")
+    picture = tmp_path / "data" / "images" / "train-0-0.png"
+    settings = (*SHORT, f"data.root={tmp_path / 'data'}", "data.workers=0")
+    runs.run("resized", *settings, "run.stop_after=1")
+    state, size = picture.stat(), Image.open(picture).size
+    Image.new("RGB", (size[0] * 3, size[1])).save(picture)
+    os.utime(picture, ns=(state.st_atime_ns, state.st_mtime_ns))
+    said = f"image {picture}: it is {size[1]} x {3 * size[0]}, but was {size[::-1]} when the data was indexed; "
+    shutil.rmtree(runs.directory("resized"))
+    done = runs.run("resized", *settings, expect=3)
+    assert f"{said}start again to index it anew" in done.stderr
+    done = runs.run("resized", *settings)
+    assert f"{said}indexing again" in done.stderr and not runs.metrics("resized")[-1].get("unreadable")
+
+
+def zero_without_manifest(path):
+    """As in the folder of an older version."""
+    zero(path)
+    (path.parent / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [zero, folder, zero_without_manifest])
 def test_a_damaged_tokenizer_of_a_run_is_trained_again(runs, damage):
     """Also one whose checkpoints go on with it."""
     name = f"tokenizer_{damage.__name__}"
@@ -435,6 +502,9 @@ def test_a_damaged_tokenizer_of_a_run_is_trained_again(runs, damage):
     kept = runs.directory(name) / "tokenizer"
     damage(kept / "tokenizer.json")
     (kept.parent / "tokenizer.tmp").mkdir()
+    (kept.parent / "tokenizer.lock").unlink(missing_ok=True)
+    (kept.parent / "tokenizer.lock").mkdir()
     done = runs.run(name, *SHORT)
-    assert f"the tokenizer in {kept} is damaged (tokenizer.json" in done.stderr
+    what = "there is no manifest.json" if damage is zero_without_manifest else "tokenizer.json"
+    assert f"the tokenizer in {kept} is damaged ({what}" in done.stderr
     assert_equal_checkpoints(runs.checkpoint(name), runs.checkpoint("whole"))

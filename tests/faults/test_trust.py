@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import save_folder, save_pictures
-from hostile import as_bin, infect, module, name_method, pickled, seal
+from hostile import Payload, as_bin, infect, module, name_method, pickled, seal
 from runner import ROOT, WARM, Runs, assert_equal_checkpoints
 from safetensors.torch import save_file
 
@@ -218,6 +218,54 @@ def test_a_damaged_file_is_named_and_nobody_is_told_to_run_it(tmp_path, content)
         with pytest.raises(ValueError, match=r"a\.bin (cannot be read as tensors|is damaged)") as error:
             reader(tmp_path / "a.bin")
         assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["before", "data.pkl", "more/data.PKL", "archive/note"])
+def test_a_pickle_in_or_before_a_zip_file_is_found(tmp_path, place):
+    """Also one that PyTorch would pass over, as another reader may not."""
+    path, mark = tmp_path / "some.pt", tmp_path / "ran"
+    torch.save({"weight": torch.ones(2)}, path)
+    assert pickles.foreign_names(path) == []
+    hidden = pickle.dumps(Payload(mark))
+    if place == "before":
+        path.write_bytes(hidden + path.read_bytes())
+    else:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(place if "/" in place else f"some/{place}", hidden, zipfile.ZIP_DEFLATED)
+    assert pickles.foreign_names(path) == ["posix.system"] and not mark.exists()
+
+
+def test_an_old_pickle_is_found_whatever_its_name(tmp_path):
+    pickled(tmp_path / "notes.txt", tmp_path / "ran", 0)
+    (tmp_path / "text.txt").write_text("confusion\nmatrix\n")
+    assert pickles.pickled_files(tmp_path) == [tmp_path / "notes.txt"]
+
+
+@pytest.mark.parametrize("content", [None, [1, 2], "text"])
+def test_a_file_that_holds_no_state_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt holds a \w+, not the tensors"):
+        pickles.read(tmp_path / "a.pt")
+
+
+def test_settings_of_an_adapter_that_name_a_module_are_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    adapter = {"peft_type": "LORA", "target_modules": ["q_proj"], "megatron_config": {"a": 1}, "megatron_core": "evil"}
+    (tmp_path / "hf" / "adapter_config.json").write_text(json.dumps(adapter))
+    assert main(["export", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]) == 2
+    assert "adapter_config.json has megatron_config, for which PEFT imports code" in capsys.readouterr().err
+
+
+def test_code_named_deep_inside_is_noted(runs, trained, capsys):
+    copy_of(runs, trained("zero2", "float32"), "deep")
+    file = runs.checkpoint("deep") / "hf" / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_processor": {"auto_map": {"A": "evil.Evil"}}}))
+    name_method(file.parent, {"method": ["evil.py:Evil"]})
+    seal(runs.checkpoint("deep"))
+    assert main(["checkpoint", "verify", str(runs.checkpoint("deep"))]) == 0
+    said = capsys.readouterr().out
+    assert "note: hf/processor_config.json names code of its own (auto_map)" in said
+    assert "note: hf/config.json names the method evil.py:Evil" in said
 
 
 def test_verify_finds_pickles_wherever_they_lie_and_needs_no_deepspeed(runs, trained, tmp_path, capsys):

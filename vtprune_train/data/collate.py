@@ -14,7 +14,7 @@ import torch
 
 from vtprune_train import flops
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
-from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, load_image
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, ChangedImage, load_image
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.measure import picture_name
 from vtprune_train.models.layouts import Grids, ImageLayout, Pictures
@@ -61,7 +61,8 @@ class Collator:
         self, samples: Sequence[int], pictures_of: Sequence[int] | None = None, step: int | None = None
     ) -> PackedBatch:
         """Pack ``samples``. Samples whose pictures cannot be read are left out and named in ``unreadable``; if none
-        is left the batch is one blank token without supervision.
+        is left the batch is one blank token without supervision. Where a picture has another size than was indexed, the
+        next start indexes its source anew.
 
         Args:
             samples: indices into the index.
@@ -73,6 +74,9 @@ class Collator:
         for sample, picture_sample in zip(samples, samples if pictures_of is None else pictures_of, strict=True):
             try:
                 loaded.append(self.load(sample, picture_sample))
+            except ChangedImage as error:
+                said = self.index.distrusted(picture_sample, f"image {error}")
+                unreadable.append((self.index.sample_id(sample), str(said)))
             except UNREADABLE as error:
                 unreadable.append((self.index.sample_id(sample), str(error)))
         return self.pack(loaded, tuple(unreadable), step)

@@ -44,6 +44,10 @@ class UnreadableImage(ValueError):  # noqa: N818 (it is what a caller catches by
         return f"{self.name}: {self.reason}"
 
 
+class ChangedImage(UnreadableImage):
+    """A picture that is not of the size that it was planned with."""
+
+
 UNREADABLE = (UnreadableImage,)
 
 
@@ -78,7 +82,8 @@ def load_image(
         expected_size: its ``(height, width)`` when the data was indexed.
 
     Raises:
-        UnreadableImage: it cannot be decoded, or is not of ``expected_size``.
+        UnreadableImage: it cannot be decoded.
+        ChangedImage: it is not of ``expected_size``.
     """
     name = name or _name(source)
     with _reading(name, max_pixels), _open(source, name) as image:
@@ -88,10 +93,9 @@ def load_image(
     if orientation in TURNS:
         decoded = _transposed(decoded, orientation)
     if (decoded.height, decoded.width) != tuple(expected_size):
-        raise UnreadableImage(
+        raise ChangedImage(
             name,
-            f"it is {decoded.height} x {decoded.width}, but was {tuple(expected_size)} when the data was "
-            "indexed; remove the index (data.cache_dir) to measure it again",
+            f"it is {decoded.height} x {decoded.width}, but was {tuple(expected_size)} when the data was indexed",
         )
     return _rgb(decoded, name)
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
 
 from vtprune_train.data.building import VERSION
 from vtprune_train.data.chat import ChatEncoder
@@ -29,7 +28,7 @@ from vtprune_train.data.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
 from vtprune_train.data.sources import BOUNDS, Bounds, find_files
 from vtprune_train.data.table import Table, open_table
-from vtprune_train.disk import publish, remove
+from vtprune_train.disk import locked, publish, remove
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.layouts.base import Size
 from vtprune_train.rounding import floor_of
@@ -244,7 +243,7 @@ def build_index(
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     selections = []
-    with FileLock(str(cache_dir / "index.lock")):
+    with locked(cache_dir / "index.lock"):
         for number, source in enumerate(sources):
             measure = Measure(encoder, layout, source.images, source.prompt, source.ignore, max_image_pixels, bounds)
             folder = cache_dir / f"index-{_slot(source, measure)}"
@@ -267,21 +266,29 @@ def _select(table: Table, *, take: str, seed: int, max_length: int) -> Selection
     drawn = seed if take.startswith("random") else None
     key = json.dumps([table.manifest["generation"], take, drawn, max_length])
     folder = table.folder / f"selection-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    reason = damage(folder) if folder.exists() else ""
+    of = [table.folder.name, table.manifest["sums"]["content.npy"]]
+    reason = _unusable(folder, of) if folder.exists() else ""
     if reason:
         log.warning("the selection in %s is damaged (%s); selecting again", folder, reason)
     if reason or not folder.exists():
         temporary = table.folder / "selection.tmp"
         remove(temporary)
         temporary.mkdir()
-        _write_rows(table, take, seed, max_length, temporary)
+        _write_rows(table, take, seed, max_length, temporary, of)
         publish(temporary, folder)
     return Selection(table, folder)
 
 
-def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Path) -> None:
+def _unusable(folder: Path, of: list[Any]) -> str:
+    """What is wrong with a selection of the table that ``of`` says; empty if nothing is."""
+    if what := damage(folder):
+        return what
+    return "" if read_manifest(folder).get("of", of) == of else "it belongs to another index"
+
+
+def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Path, of: list[Any]) -> None:
     """Write the rows that can be used to ``rows.bin``, those that are broken to ``bad.bin`` (int64), and to the
-    manifest what the usable ones measure together, and a digest of their content."""
+    manifest what the usable ones measure together, a digest of their content, and ``of``: of which table they are."""
     digest = hashlib.sha256()
     counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0, "too_large": 0, "unsupervised": 0}
     large: list[int] = []
@@ -310,7 +317,7 @@ def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Pat
             counts["too_large"] += int(is_large.sum())
     first = {"first_too_long": long, "first_too_large": large, "first_unsupervised": silent}
     sums = {file.path.name: file.sums for file in (kept, bad)}
-    seal(folder, {**counts, **first, "digest": digest.hexdigest()}, sums)
+    seal(folder, {**counts, **first, "digest": digest.hexdigest(), "of": of}, sums)
 
 
 def _tokens(table: Table, rows: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -120,7 +121,7 @@ def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: i
     """
     stamps = [[str(file.resolve()), *stamp(file)] for file in files]
     if folder.exists():
-        reason = _outdated(folder, files, stamps)
+        reason = _outdated(folder, files, stamps, measure)
         if not reason:
             remove_builds(folder)
             return _mended(Table(folder), measure)
@@ -130,14 +131,17 @@ def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: i
     return Table(folder)
 
 
-def _outdated(folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]]) -> str:
+def _outdated(folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]], measure: Measure) -> str:
     """Why a table must be built again; empty if it need not be."""
     if what := damage(folder):
         return f"the index in {folder} is damaged ({what})"
-    if (folder / DISTRUSTED).exists():
-        # It may be empty, from a disk that was full.
-        return (folder / DISTRUSTED).read_text(errors="replace") or f"the index in {folder} does not fit its data"
+    distrusted = folder / DISTRUSTED
+    if os.path.lexists(distrusted):
+        reason = distrusted.read_text(errors="replace") if distrusted.is_file() else f"{distrusted} is no file"
+        return reason or f"the index in {folder} does not fit its data"  # empty, from a disk that was full
     table = Table(folder)
+    if table.manifest["made_with"] != measure.fingerprint():
+        return f"the index in {folder} was made with other settings"
     known = [entry[:-1] for entry in table.manifest["files"]]
     if [entry[:3] for entry in known] != [entry[:3] for entry in stamps]:
         changed = next((new[0] for new, old in zip(stamps, known, strict=False) if new[:3] != old[:3]), None)

@@ -22,6 +22,7 @@ from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.records import Prompt as AddedPrompt
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
+    first_line,
     load_any_config,
     open_whole,
     resolve_checkpoint,
@@ -162,11 +163,19 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
 
 
 def _data_settings(folder: str) -> dict[str, Any]:
-    """The ``data`` section that a checkpoint of this project was trained with; empty for other folders."""
+    """The ``data`` section that a checkpoint of this project was trained with; empty for other folders.
+
+    Raises:
+        ValueError: its file cannot be read; names it.
+    """
     record = Path(folder).parent / "config.yaml"
     if Path(folder).name != "hf" or not record.is_file():
         return {}
-    return yaml.safe_load(record.read_text())["data"]
+    try:
+        return yaml.safe_load(record.read_text())["data"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        said = f"{record} holds no settings of a run ({first_line(error)}); copy the checkpoint again"
+        raise ValueError(said) from error
 
 
 def recorded_template(folder: str) -> Template | None:

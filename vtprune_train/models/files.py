@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from vtprune_train import pickles
+from vtprune_train.parse import read_json_object
 
 
 def check_weights(folder: str, place: str) -> None:
@@ -17,8 +18,9 @@ def check_weights(folder: str, place: str) -> None:
         place: for errors.
 
     Raises:
-        ValueError: an index names a file outside the folder, or a ``*.bin`` file names code.
+        ValueError: an index names a file outside the folder, or a ``*.bin`` file or an adapter's settings name code.
     """
+    check_adapter(Path(folder), place)
     for index in sorted(Path(folder).glob("*.index.json")):
         weight_map(index)
     if any(Path(folder).glob("*.safetensors")):  # which are read instead
@@ -28,6 +30,19 @@ def check_weights(folder: str, place: str) -> None:
             pickles.check(file)
         except pickles.ForeignCodeError as error:
             raise ValueError(f"{place}: {error}") from error
+
+
+def check_adapter(folder: Path, place: str) -> None:
+    """Look at the settings that PEFT is about to read: it imports the module that ``megatron_core`` names.
+
+    Raises:
+        ValueError: they are damaged or name one.
+    """
+    file = folder / "adapter_config.json"
+    if file.is_file() and read_json_object(file).get("megatron_config"):
+        raise ValueError(
+            f"{place}: {file} has megatron_config, for which PEFT imports code (megatron_core); set it to null"
+        )
 
 
 def weight_map(index: Path) -> dict[str, str]:

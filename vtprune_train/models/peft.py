@@ -23,6 +23,7 @@ from vtprune_train.config import ConfigError, ModelConfig
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import LEARNED_NAME, build_model, first_line, resolve_checkpoint
 from vtprune_train.models.families import family_of
+from vtprune_train.models.files import check_adapter
 from vtprune_train.models.learned import FILE, SOURCE
 from vtprune_train.models.origin import EXTRA, RECORD, Base, lay_over, load_tensors, published_names, save_tensors
 from vtprune_train.pruning import CONFIG_KEY
@@ -208,6 +209,7 @@ def open_adapter(folder: str | Path, dtype: str, *, merge: bool) -> HFModule:
         ValueError: the base is gone or another one, or files of the adapter are missing.
     """
     folder = Path(folder)
+    check_adapter(folder, f"model {folder}")
     model = _open_base(folder, dtype)
     try:
         tuner = LoraModel(model, PeftConfig.from_pretrained(str(folder)), ADAPTER)

@@ -117,8 +117,11 @@ def outside_methods(settings: Any) -> list[str]:
     name = settings.get("method") if isinstance(settings, Mapping) else settings
     if isinstance(name, list | tuple):
         return [path for part in name for path in outside_methods(part)]
-    known = name in METHODS or name in METHODS.values()
-    return [name] if isinstance(name, str) and ":" in name and not known else []
+    if isinstance(name, Mapping):
+        return outside_methods(name)
+    if not isinstance(name, str) or ":" not in name or name in METHODS or name in METHODS.values():
+        return []
+    return [name]
 
 
 def check_trusted(settings: Any, place: str, name_it: str = "") -> None:

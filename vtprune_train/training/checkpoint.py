@@ -334,7 +334,10 @@ def load(engine: Any, checkpoint: Path) -> TrainerState:
         ValueError: a rank does not see the files, or they do not fit this model.
     """
     _agree(lambda: _all_there(checkpoint))
-    state = TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
+    try:
+        state = TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint / 'trainer.json'} is not what this version writes ({error})") from error
     now = (world_size(), int(engine.zero_optimization_stage()), precision(engine))
     if _written_alike(state, now, engine, checkpoint):
         settings = [{key: v for key, v in group.items() if key != "params"} for group in engine.optimizer.param_groups]

@@ -186,9 +186,16 @@ def named_code(checkpoint: Path) -> list[str]:
             "or give --trust_remote_code"
             for method in outside_methods(content.get(CONFIG_KEY))
         ]
-        if "auto_map" in content:
+        if _has_key(content, "auto_map"):
             lines.append(f"{name} names code of its own (auto_map), which is never run here")
     return lines
+
+
+def _has_key(content: Any, key: str) -> bool:
+    """Whether an object has a key, itself or anywhere inside."""
+    if isinstance(content, dict):
+        return key in content or any(_has_key(value, key) for value in content.values())
+    return isinstance(content, list) and any(_has_key(value, key) for value in content)
 
 
 def convert_checkpoint(path: Path, out: str | None) -> int:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from pydantic import ValidationError
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.config import TRAINING_ONLY, Config, ConfigError, PruningConfig, SourceConfig
@@ -26,11 +25,12 @@ from vtprune_train.data.jinja import written_by
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.data.sources import Bounds
-from vtprune_train.disk import naming, publish, remove, replace_synced
+from vtprune_train.disk import locked, naming, publish, remove, replace_synced
 from vtprune_train.flops import DecoderGeometry, TrainingCost
 from vtprune_train.models import HFModule
 from vtprune_train.models.build import (
     family_of_config,
+    first_line,
     load_tokenizer,
     resolve_checkpoint,
     saved_pruning,
@@ -267,8 +267,8 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
 
     if config.model.config is None:
         return load()
-    with FileLock(str(config.run_dir / "tokenizer.lock")):
-        if (folder / MANIFEST).exists() and (what := damage(folder)):  # older versions wrote no manifest
+    with locked(config.run_dir / "tokenizer.lock"):
+        if folder.exists() and (what := _tokenizer_damage(folder)):
             log.warning("the tokenizer in %s is damaged (%s); training it again", folder, what)
             remove(folder)
         tokenizer = load()
@@ -281,6 +281,17 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
             publish(temporary, folder)
             tokenizer = load()  # so that every rank exports the same files, whichever of them came first
     return tokenizer
+
+
+def _tokenizer_damage(folder: Path) -> str:
+    """What is wrong with a run's tokenizer; empty if nothing is."""
+    if (folder / MANIFEST).exists():
+        return damage(folder)
+    try:  # older versions wrote no manifest
+        AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing more special
+        return f"there is no {MANIFEST}, and it cannot be opened: {first_line(error)}"
+    return ""
 
 
 def training_texts(config: Config, template: Template) -> Iterator[str]:

@@ -110,12 +110,12 @@ class _End:
     def __init__(self) -> None:
         self._quoted, self._backslashes, self._depth = False, 0, 0
 
-    def within(self, block: bytes) -> int:
-        """Bytes of ``block`` up to the end of the value; 0 if it goes on behind it."""
+    def within(self, block: bytes) -> int | None:
+        """Bytes of ``block`` up to the end of the value; ``None`` if it goes on behind it."""
         if self._quoted and b'"' not in block:  # as nearly all of a long text
             run = len(block) - len(block.rstrip(b"\\"))
             self._backslashes = (run + (self._backslashes if run == len(block) else 0)) % 2
-            return 0
+            return None
         letters = np.frombuffer(block, np.uint8)
         quotes = (letters == ord('"')) & self._is_plain(block, letters)
         quoted = (np.cumsum(quotes, dtype=np.int32) + self._quoted) % 2 == 1
@@ -125,7 +125,7 @@ class _End:
         depth = self._depth + np.cumsum(steps, dtype=np.int64)
         ends = np.flatnonzero((depth <= 0) & ((steps < 0) | (quotes & ~quoted)))
         self._quoted, self._depth = bool(quoted[-1]), int(depth[-1])
-        return int(ends[0]) + 1 if len(ends) else 0
+        return int(ends[0]) + 1 if len(ends) else None
 
     def _is_plain(self, block: bytes, letters: np.ndarray) -> np.ndarray:
         """[letters] bool: an even number of backslashes stands before it, so that it is not escaped."""
@@ -137,6 +137,14 @@ class _End:
         runs = places - 1 - before + np.where(before < 0, self._backslashes, 0)
         self._backslashes = (len(letters) - 1 - int(others[-1]) + (self._backslashes if others[-1] < 0 else 0)) % 2
         return runs % 2 == 0
+
+
+class _EndOfNumber:
+    """The same for a number, which ends where something else begins."""
+
+    def within(self, block: bytes) -> int | None:
+        size = len(block) - len(block.lstrip(b"+-.0123456789Ee"))
+        return size if size < len(block) else None
 
 
 _LARGE = object()  # in place of a value that was passed over: it is large, or cannot be parsed
@@ -199,10 +207,14 @@ class _Window:
         Raises:
             ValueError: it has none, with ``message``: what kept it from being parsed.
         """
-        at, stop, end = self.at, self._file.tell() + self._left, _End()
+        first = self._text[self._position]
+        if first not in '[{"-0123456789':
+            raise self.error(message, beyond)
+        at, stop = self.at, self._file.tell() + self._left
+        end = _End() if first in '[{"' else _EndOfNumber()
         self._file.seek(at)
         while block := self._file.read(min(BLOCK, stop - at)):
-            if size := end.within(block):
+            if (size := end.within(block)) is not None:
                 at += size
                 self._file.seek(at)
                 self._decode.reset()
