@@ -21,7 +21,15 @@ from typing import Any
 from vtprune_train.config import Config, ConfigError
 from vtprune_train.config_file import load_config
 from vtprune_train.launchers import announce
-from vtprune_train.stops import FINAL_FILE, LAUNCH_USAGE, STOPPING, asked_file, exit_code, launcher_was_asked
+from vtprune_train.stops import (
+    FINAL_FILE,
+    LAUNCH_USAGE,
+    STOPPING,
+    asked_file,
+    exit_code,
+    ignore_signals,
+    launcher_was_asked,
+)
 from vtprune_train.streams import keep_streams
 from vtprune_train.training.lock import check_free, port_taken
 
@@ -58,6 +66,7 @@ def launch(arguments: Sequence[str]) -> int:
             code = _torchrun(command, config)
             return int(note.read_text()) if note.exists() else code
         finally:
+            ignore_signals()  # there are no ranks any more
             del os.environ[FINAL_FILE]  # it is for ranks
 
 
@@ -153,6 +162,7 @@ def _pass_on(number: int, frame: Any) -> None:
         asked.write_text(str(exit_code(number)))
     ranks = psutil.Process().children()
     if not ranks:
+        ignore_signals()
         raise SystemExit(int(asked.read_text()))
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile

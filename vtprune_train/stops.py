@@ -8,6 +8,7 @@ module is imported before PyTorch is, which takes seconds.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -103,6 +104,7 @@ class Stop:
         if self._listening:
             return
         self._listening = True
+        atexit.register(ignore_signals)
         self._launchers = launchers_above()
         self._read, write = os.pipe()
         os.set_blocking(write, False)
@@ -171,8 +173,16 @@ def agreed_code(totals: dict[str, float]) -> int:
     return exit_code(heard[0]) if heard else 0
 
 
+def ignore_signals() -> None:
+    """This process is ending with its code. Without this, Python restores the default handlers while it shuts down,
+    and a signal that arrives then kills the process, whatever its code would have been."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def quit_on_signals() -> None:
     """End this process without a traceback; for a launcher that has not started ranks yet."""
+    atexit.register(ignore_signals)
 
     def leave(number: int, frame: Any) -> None:
         os._exit(exit_code(number))

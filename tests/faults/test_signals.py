@@ -15,7 +15,7 @@ import pytest
 from runner import BIN, ROOT, Runs, wait_until
 
 from vtprune_train import launchers
-from vtprune_train.data.table import _start_process
+from vtprune_train.data.building import _start_process
 from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name
 from vtprune_train.stops import STOP, STOPPING, agreed_code
 
@@ -134,6 +134,27 @@ def test_signals_that_are_ignored_stay_ignored():
     done = subprocess.run(["sh", "-c", f"trap '' HUP; {sys.executable} -c '{code}'"], cwd=ROOT, capture_output=True)
     assert done.stdout == b"None\n" and done.returncode == 130
     assert done.stderr == b"\nSIGINT before the first step: nothing to save\n"
+
+
+LATE = """
+import os, signal
+from vtprune_train import stops
+
+class Late:
+    def __del__(self):  # globals are cleared last of all
+        for number in stops.STOPPING:
+            os.kill(os.getpid(), number)
+
+late = Late()
+stops.{listen}()
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("listen", ["STOP.listen", "quit_on_signals"])
+def test_a_signal_while_python_shuts_down_does_not_change_the_exit_code(listen):
+    done = subprocess.run([sys.executable, "-c", LATE.format(listen=listen)], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (7, b"")
 
 
 def test_processes_that_index_outlive_signals_to_all():

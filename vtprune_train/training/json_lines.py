@@ -129,10 +129,10 @@ def _parse(content: bytes, known: Mapping[bytes, int] = MappingProxyType({})) ->
 def _step_of(line: bytes) -> int | None:
     try:
         record = json.loads(line)
-    except ValueError:  # UnicodeDecodeError too
+    except (ValueError, RecursionError):  # UnicodeDecodeError too; brackets without an end
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    return step if type(step) is int else None
+    return step if type(step) is int and step > 0 else None
 
 
 def _read_copy(checkpoint: Path | None, name: str) -> bytes:
