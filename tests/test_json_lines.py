@@ -55,6 +55,11 @@ DAMAGE = {
     "zeros in the middle": (lambda lines: lines[0] + bytes(len(lines[1])) + b"".join(lines[2:]), "step 2 to 3"),
     "garbage": (lambda lines: b"".join([*lines[:2], b"\xff\xfe{]\n", *lines[2:]]), "1 unreadable line(s) removed"),
     "no object": (lambda lines: b"".join([lines[0], b'7\n{"step": "x"}\n', *lines[1:]]), "2 unreadable line(s)"),
+    "brackets without an end": (lambda lines: b"".join([*lines, b"[" * 100_000]), "the first was line 6"),
+    "steps that no step has": (
+        lambda lines: b"".join([b'{"step": 0}\n{"step": -1}\n', *lines]),
+        "2 unreadable line(s)",
+    ),
     "a line is missing": (keep(1, 2, 4, 5), "the line(s) of step 3"),
     "another number": (lambda lines: b"".join(lines).replace(b"0.25", b"0.35"), "the line(s) of step 3"),
     "another order": (keep(5, 1, 2, 4, 3), "put in order"),
