@@ -29,6 +29,9 @@ from vtprune_train.stops import (
     exit_code,
     ignore_signals,
     launcher_was_asked,
+    make_notes,
+    note_code,
+    noted,
 )
 from vtprune_train.streams import keep_streams
 from vtprune_train.training.lock import check_free, port_taken
@@ -55,7 +58,7 @@ def launch(arguments: Sequence[str]) -> int:
     keep_streams()
     announce()
     with tempfile.TemporaryDirectory(prefix="vtprune-") as folder:
-        note = Path(folder) / "final"
+        note = make_notes(Path(folder))
         os.environ[FINAL_FILE] = str(note)
         # PyTorch would let a restart read the addresses of the dead ranks in the store it shares with them.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -64,7 +67,8 @@ def launch(arguments: Sequence[str]) -> int:
                 signal.signal(number, _pass_on)
         try:
             code = _torchrun(command, config)
-            return int(note.read_text()) if note.exists() else code
+            final = noted(note)
+            return code if final is None else final
         finally:
             ignore_signals()  # there are no ranks any more
             del os.environ[FINAL_FILE]  # it is for ranks
@@ -158,12 +162,12 @@ def _pass_on(number: int, frame: Any) -> None:
     import psutil
 
     asked = asked_file(os.environ[FINAL_FILE])
-    if not asked.exists():
-        asked.write_text(str(exit_code(number)))
+    if noted(asked) is None:
+        note_code(asked, exit_code(number))
     ranks = psutil.Process().children()
     if not ranks:
         ignore_signals()
-        raise SystemExit(int(asked.read_text()))
+        raise SystemExit(noted(asked) or exit_code(number))
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
             rank.send_signal(number)

@@ -17,7 +17,19 @@ from runner import BIN, ROOT, Runs, wait_until
 from vtprune_train import launchers
 from vtprune_train.data.building import _start_process
 from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name
-from vtprune_train.stops import STOP, STOPPING, agreed_code
+from vtprune_train.stops import (
+    FINAL_FILE,
+    STOP,
+    STOPPING,
+    agreed_code,
+    asked_file,
+    asked_to_stop,
+    final_exit,
+    launcher_was_asked,
+    make_notes,
+    note_code,
+    noted,
+)
 
 HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"
@@ -155,6 +167,26 @@ raise SystemExit(7)
 def test_a_signal_while_python_shuts_down_does_not_change_the_exit_code(listen):
     done = subprocess.run([sys.executable, "-c", LATE.format(listen=listen)], cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stderr) == (7, b"")
+
+
+def test_codes_are_noted_on_a_full_disk(tmp_path, monkeypatch):
+    """The launcher's and the ranks', so that a signal is neither lost nor followed by a restart."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "notes", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        note = make_notes(tmp_path)
+        monkeypatch.setenv(FINAL_FILE, str(note))
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "filler").write_bytes(bytes(2**17))
+        assert not launcher_was_asked() and not asked_to_stop() and noted(note) is None
+        note_code(asked_file(str(note)), 130)
+        assert launcher_was_asked() and asked_to_stop() and noted(note) == 130
+        assert (final_exit(2), noted(note)) == (0, 2)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert final_exit(3) == 3, "someone has removed the folder"
 
 
 def test_processes_that_index_outlive_signals_to_all():
