@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, room):
     before = file.path.read_bytes()
     with small_disk(len(before) + room), pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'") as error:
         file.append(line(4))
-    assert error.value.__notes__ == ["Make room there and start again; training goes on from the newest checkpoint"]
+    assert error.value.__notes__ == ["Make room there and start again; what is finished is kept"]
     assert file.path.read_bytes() == before
     file.append(line(4))
     assert [record["step"] for record in file.read()] == [1, 2, 3, 4]
