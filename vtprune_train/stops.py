@@ -165,7 +165,7 @@ class Stop:
         gone = next((launcher for launcher in self._launchers if not launcher.is_alive()), None)
         if gone is not None:
             self.orphaned = True
-            self._asked(signal.SIGTERM, f"{gone.name} (process {gone.pid}), which started this rank, is gone")
+            self._asked(signal.SIGTERM, f"{gone}, which started this rank, is gone")
 
     def _asked(self, number: int, why: str = "") -> None:
         self._note(number, None)

@@ -230,6 +230,18 @@ def test_a_launcher_is_gone_when_it_is_a_zombie_or_another_process_has_its_numbe
     assert not launcher.is_alive()
 
 
+@pytest.mark.parametrize(("variable", "name"), launchers.THEIRS.items())
+def test_a_launcher_that_was_killed_before_its_rank_could_look_is_gone(monkeypatch, variable, name):
+    above = {os.getppid(): "sh", 1: "/sbin/init"}
+    monkeypatch.setattr(launchers, "_command", lambda pid: [above.get(pid, "bash")])
+    assert launchers.launchers_above() == [], "nothing says that there was one"
+    monkeypatch.setenv(variable, "1")
+    [launcher] = launchers.launchers_above()
+    assert str(launcher) == name and not launcher.is_alive()
+    above[os.getppid()] = "/env/bin/python3"
+    assert launchers.launchers_above() == [], "a launcher that is not known"
+
+
 def test_ranks_that_lose_their_launcher_save_and_stop(runs):
     with subprocess.Popen(["sleep", "600"]) as launcher:
         announced = f"{launcher.pid} {launchers._process(launcher.pid).started}"
