@@ -137,6 +137,20 @@ def test_a_file_that_is_removed_or_cut_while_it_is_written_comes_back(tmp_path, 
     assert [record["step"] for record in file.read()] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/nowhere/file"), lambda path: path.mkdir()])
+@pytest.mark.parametrize("later", [False, True])
+def test_what_is_no_file_does_not_block_a_run(tmp_path, caplog, make, later):
+    """A link that leads nowhere, before a run's first line."""
+    file = JsonLines(tmp_path / "eval.jsonl")
+    if not later:
+        make(file.path)
+    file.rewind(0)
+    if later:
+        make(file.path)
+    file.append(line(1))
+    assert file.read() == [line(1)] and str(file.path) in caplog.text
+
+
 def test_a_copy_is_small(tmp_path):
     """And taking it does not read the file."""
     rng = random.Random(0)
