@@ -29,6 +29,7 @@ from vtprune_train.stops import (
     exit_code,
     ignore_signals,
     launcher_was_asked,
+    listens,
     make_notes,
     note_code,
     noted,
@@ -86,6 +87,9 @@ def _torchrun(command: list[str], config: Config) -> int:
         if not launcher_was_asked():
             print(error, file=sys.stderr)
         code = error.get_first_failure()[1].exitcode
+        asked = noted(asked_file(os.environ[FINAL_FILE]))
+        if asked is not None and code == -signal.SIGTERM:  # it was not listening yet
+            return asked
         return code if code > 0 else exit_code(-code)
     except SignalException as error:
         return exit_code(error.sigval)
@@ -170,4 +174,5 @@ def _pass_on(number: int, frame: Any) -> None:
         raise SystemExit(noted(asked) or exit_code(number))
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            rank.send_signal(number)
+            # Before a rank listens, Python answers SIGINT by a traceback.
+            rank.send_signal(number if listens(rank.pid) else signal.SIGTERM)

@@ -90,6 +90,13 @@ def asked_to_stop() -> bool:
     return noted(Path(note)) is not None
 
 
+def listens(pid: int) -> bool:
+    """Whether a process has begun to listen (:meth:`Stop.listen`), by its handler for SIGTERM."""
+    path = Path(f"/proc/{pid}/status")
+    caught = path.read_text().partition("SigCgt:")[2].split() if path.exists() else []
+    return not caught or bool(int(caught[0], 16) & 1 << (signal.SIGTERM - 1))
+
+
 def leave_before_joining(number: int) -> None:
     """End this rank before it has joined the others. The launcher ends those, unless it told all of them itself."""
     _say(f"{signal.Signals(number).name} {BEFORE_TRAINING}")

@@ -26,6 +26,7 @@ from vtprune_train.stops import (
     asked_to_stop,
     final_exit,
     launcher_was_asked,
+    listens,
     make_notes,
     note_code,
     noted,
@@ -187,6 +188,20 @@ def test_codes_are_noted_on_a_full_disk(tmp_path, monkeypatch):
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
     assert final_exit(3) == 3, "someone has removed the folder"
+
+
+def test_a_rank_that_does_not_listen_yet_is_known():
+    """Python would answer SIGINT by a traceback; the launcher sends it SIGTERM."""
+    code = "import sys; from vtprune_train.stops import STOP; print(flush=True); input(); STOP.listen(); "
+    code += "print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as rank:
+        for listening in (False, True):
+            rank.stdout.readline()
+            assert listens(rank.pid) == listening
+            rank.stdin.write("\n")
+            rank.stdin.flush()
 
 
 def test_processes_that_index_outlive_signals_to_all():
