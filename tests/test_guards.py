@@ -79,6 +79,16 @@ def test_spikes_are_found_and_a_resumed_run_judges_alike(tmp_path, resume_at, ca
     assert found == again and list(recent) == list(recent_again) and len(recent) == 30
 
 
+def test_lines_that_have_lost_their_loss_do_not_block_a_resume(tmp_path):
+    """An older version's checkpoint has no copy to restore them from."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2}\n{"step": 3, "loss": "no"}\n')
+    trainer = step_of([[1.0]])
+    trainer.state.step = 3
+    spikes = Spikes(tmp_path, threshold=8, window=30)
+    spikes.on_start(trainer)
+    assert list(spikes.recent) == [2.5]
+
+
 def test_heaviest_fills_the_limit():
     tokens = np.array([10, 60, 50, 45, 100])
     weight = np.array([9, 50, 49, 44, 70])

@@ -57,6 +57,11 @@ DAMAGE = {
     "zeros in the middle": (lambda lines: lines[0] + bytes(len(lines[1])) + b"".join(lines[2:]), "step 2 to 3"),
     "garbage": (lambda lines: b"".join([*lines[:2], b"\xff\xfe{]\n", *lines[2:]]), "1 unreadable line(s) removed"),
     "no object": (lambda lines: b"".join([lines[0], b'7\n{"step": "x"}\n', *lines[1:]]), "2 unreadable line(s)"),
+    "brackets without an end": (lambda lines: b"".join([*lines, b"[" * 100_000]), "the first was line 6"),
+    "steps that no step has": (
+        lambda lines: b"".join([b'{"step": 0}\n{"step": -1}\n', *lines]),
+        "2 unreadable line(s)",
+    ),
     "a line is missing": (keep(1, 2, 4, 5), "the line(s) of step 3"),
     "another number": (lambda lines: b"".join(lines).replace(b"0.25", b"0.35"), "the line(s) of step 3"),
     "another order": (keep(5, 1, 2, 4, 3), "put in order"),
@@ -119,7 +124,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, room):
     before = file.path.read_bytes()
     with small_disk(len(before) + room), pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'") as error:
         file.append(line(4))
-    assert error.value.__notes__ == ["Make room there and start again; training goes on from the newest checkpoint"]
+    assert error.value.__notes__ == ["Make room there and start again; what is finished is kept"]
     assert file.path.read_bytes() == before
     file.append(line(4))
     assert [record["step"] for record in file.read()] == [1, 2, 3, 4]
@@ -132,6 +137,20 @@ def test_a_file_that_is_removed_or_cut_while_it_is_written_comes_back(tmp_path, 
         file.append(line(step))
         assert caplog.text.count("is written again") == step - 3
     assert [record["step"] for record in file.read()] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/nowhere/file"), lambda path: path.mkdir()])
+@pytest.mark.parametrize("later", [False, True])
+def test_what_is_no_file_does_not_block_a_run(tmp_path, caplog, make, later):
+    """A link that leads nowhere, before a run's first line."""
+    file = JsonLines(tmp_path / "eval.jsonl")
+    if not later:
+        make(file.path)
+    file.rewind(0)
+    if later:
+        make(file.path)
+    file.append(line(1))
+    assert file.read() == [line(1)] and str(file.path) in caplog.text
 
 
 def test_a_copy_is_small(tmp_path):

@@ -42,7 +42,7 @@ def _complete(error: OSError, path: Path) -> OSError:
     if error.errno is not None and error.filename is None:
         error.filename = str(path)
     if error.errno in NO_ROOM and not hasattr(error, "__notes__"):
-        error.add_note("Make room there and start again; training goes on from the newest checkpoint")
+        error.add_note("Make room there and start again; what is finished is kept")
     return error
 
 

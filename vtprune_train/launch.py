@@ -21,7 +21,19 @@ from typing import Any
 from vtprune_train.config import Config, ConfigError
 from vtprune_train.config_file import load_config
 from vtprune_train.launchers import announce
-from vtprune_train.stops import FINAL_FILE, LAUNCH_USAGE, STOPPING, asked_file, exit_code, launcher_was_asked
+from vtprune_train.stops import (
+    FINAL_FILE,
+    LAUNCH_USAGE,
+    STOPPING,
+    asked_file,
+    exit_code,
+    ignore_signals,
+    launcher_was_asked,
+    listens,
+    make_notes,
+    note_code,
+    noted,
+)
 from vtprune_train.streams import keep_streams
 from vtprune_train.training.lock import check_free, port_taken
 
@@ -47,7 +59,7 @@ def launch(arguments: Sequence[str]) -> int:
     keep_streams()
     announce()
     with tempfile.TemporaryDirectory(prefix="vtprune-") as folder:
-        note = Path(folder) / "final"
+        note = make_notes(Path(folder))
         os.environ[FINAL_FILE] = str(note)
         # PyTorch would let a restart read the addresses of the dead ranks in the store it shares with them.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -57,7 +69,8 @@ def launch(arguments: Sequence[str]) -> int:
                 signal.signal(number, _pass_on)
         try:
             code = _torchrun(command, config)
-            return int(note.read_text()) if note.exists() else code
+            final = noted(note)
+            return code if final is None else final
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -76,6 +89,9 @@ def _torchrun(command: list[str], config: Config) -> int:
         if not launcher_was_asked():
             print(error, file=sys.stderr)
         code = error.get_first_failure()[1].exitcode
+        asked = noted(asked_file(os.environ[FINAL_FILE]))
+        if asked is not None and code == -signal.SIGTERM:  # it was not listening yet
+            return asked
         return code if code > 0 else exit_code(-code)
     except SignalException as error:
         return exit_code(error.sigval)
@@ -151,16 +167,14 @@ def _pass_on(number: int, frame: Any) -> None:
     process. The first one is noted, so that a rank that only just began dies of it and is not started again."""
     import psutil
 
-    asked, code = asked_file(os.environ[FINAL_FILE]), exit_code(number)
-    try:
-        if not asked.exists():
-            asked.write_text(str(code))
-        code = int(asked.read_text())
-    except OSError as error:  # a full disk: the ranks must hear of the signal all the same
-        print(f"{asked}, which keeps ranks from being started again, cannot be written: {error}", file=sys.stderr)
+    asked = asked_file(os.environ[FINAL_FILE])
+    if noted(asked) is None:
+        note_code(asked, exit_code(number))
     ranks = psutil.Process().children()
     if not ranks:
-        raise SystemExit(code)
+        ignore_signals()
+        raise SystemExit(noted(asked) or exit_code(number))
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            rank.send_signal(number)
+            # Before a rank listens, Python answers SIGINT by a traceback.
+            rank.send_signal(number if listens(rank.pid) else signal.SIGTERM)

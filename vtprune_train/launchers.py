@@ -24,6 +24,7 @@ MODULES = {
     "accelerate.commands.accelerate_cli",
 }
 OURS = {"vtprune", "vtprune_train.cli"}
+THEIRS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed"}  # variables that ranks get from them
 WITH_VALUE = ("-W", "-X")  # options of Python that take the next word
 ENDED = ("Z", "X")  # states: a zombie, dead
 
@@ -35,6 +36,9 @@ class Launcher:
     name: str
     pid: int
     started: int
+
+    def __str__(self) -> str:
+        return f"{self.name} (process {self.pid})" if self.pid else self.name
 
     def is_alive(self) -> bool:
         try:
@@ -69,21 +73,33 @@ def announce() -> None:
 
 
 def launchers_above() -> list[Launcher]:
-    """The launchers among this process's ancestors, the nearest first; those of other users may not be seen."""
+    """The launchers among this process's ancestors, the nearest first; those of other users may not be seen, and one
+    that is gone already has the number 0."""
     found = []
     pid = os.getppid()
+    python = False
     with contextlib.suppress(PermissionError):  # /proc mounted with hidepid=1, as clusters do
         while pid > 0 and (process := _process(pid)) is not None:
-            name = launcher_name(_command(pid))
+            command = _command(pid)
+            name = launcher_name(command)
             if name is not None:
                 found.append(Launcher(name, pid, process.started))
+            python |= _is_python(command)
             pid = process.parent
     announced = os.environ.get(LAUNCHER)
     if announced is not None:
         launcher = Launcher("vtprune launch", *map(int, announced.split()))
         if launcher.pid not in [above.pid for above in found]:
             found.append(launcher)
+    if not found and not python and _started_here():
+        found = [Launcher(name, 0, 0) for variable, name in THEIRS.items() if variable in os.environ][:1]
     return found
+
+
+def _started_here() -> bool:
+    """Not in a container by a launcher outside of it, which cannot be seen. If there is no Python above this process
+    either (all launchers are, those that are not known too), its launcher was killed before this process could look."""
+    return os.getppid() > 0 and os.getsid(0) > 0
 
 
 def _command(pid: int) -> list[str]:
@@ -96,7 +112,7 @@ def _command(pid: int) -> list[str]:
 def launcher_name(command: Sequence[str]) -> str | None:
     """What a command line runs, if that is a launcher: ``python bin/torchrun``, ``python -m torch.distributed.run``."""
     words = list(command)
-    if words and Path(words[0]).name.startswith(("python", "pypy")):
+    if _is_python(words):
         words.pop(0)
         while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
             del words[: 2 if words[0] in WITH_VALUE else 1]
@@ -107,6 +123,10 @@ def launcher_name(command: Sequence[str]) -> str | None:
         return None
     name = Path(words[0]).name
     return name if name in SCRIPTS else _ours(name, words[1:])
+
+
+def _is_python(command: Sequence[str]) -> bool:
+    return bool(command) and Path(command[0]).name.startswith(("python", "pypy"))
 
 
 def _ours(name: str, given: Sequence[str]) -> str | None:

@@ -8,6 +8,7 @@ module is imported before PyTorch is, which takes seconds.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -23,6 +24,7 @@ from vtprune_train.launchers import Launcher, launchers_above
 # Where ranks have heard different ones, the first of these counts: launchers send SIGTERM because of the others.
 STOPPING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 FINAL_FILE = "VTPRUNE_FINAL_FILE"
+NO_CODE = "   "
 LAUNCH_USAGE = "vtprune launch [torchrun options] --config FILE [key=value ...]"
 POLL_SECONDS = 0.5
 BEFORE_TRAINING = "before the first step: nothing to save"
@@ -33,17 +35,38 @@ def exit_code(number: int) -> int:
     return 128 + number
 
 
+def make_notes(folder: Path) -> Path:
+    """Files for the two codes that a launcher and its ranks tell each other; returns the one for ``FINAL_FILE``. Their
+    bytes are there from now on, so that noting a code needs no room on the disk."""
+    note = folder / "final"
+    for path in (note, asked_file(str(note))):
+        path.write_text(NO_CODE)
+    return note
+
+
+def noted(note: Path) -> int | None:
+    """The code in one of the files of :func:`make_notes`; ``None`` while there is none."""
+    text = note.read_text() if note.exists() else NO_CODE
+    return None if text == NO_CODE else int(text)
+
+
+def note_code(note: Path, code: int) -> None:
+    """Write a code over what the file holds."""
+    try:
+        with note.open("r+") as file:
+            file.write(f"{code:{len(NO_CODE)}}")
+    except OSError as error:  # someone has cleaned up: the process must end all the same
+        with contextlib.suppress(OSError):
+            print(f"{note}, which tells the launcher not to start again, cannot be written: {error}", file=sys.stderr)
+
+
 def final_exit(code: int) -> int:
     """What a rank returns for an end that a restart cannot mend: ``code``, unless the launcher wants it noted."""
     note = os.environ.get(FINAL_FILE)
     if note is None:
         return code
-    try:
-        Path(note).write_text(str(code))
-    except OSError as error:  # a full disk: the rank must end all the same
-        print(f"{note}, which tells the launcher not to start again, cannot be written: {error}", file=sys.stderr)
-        return code
-    return 0
+    note_code(Path(note), code)
+    return 0 if noted(Path(note)) is not None else code
 
 
 def asked_file(note: str) -> Path:
@@ -54,7 +77,7 @@ def asked_file(note: str) -> Path:
 def launcher_was_asked() -> bool:
     """Whether ``vtprune launch`` was asked to end, and has told all ranks of the machine."""
     note = os.environ.get(FINAL_FILE)
-    return note is not None and asked_file(note).exists()
+    return note is not None and noted(asked_file(note)) is not None
 
 
 def asked_to_stop() -> bool:
@@ -62,10 +85,16 @@ def asked_to_stop() -> bool:
     note = os.environ.get(FINAL_FILE)
     if note is None:
         return False
-    if asked_file(note).exists():
-        code = asked_file(note).read_text()  # empty while the launcher writes it
-        _note_if_none(note, int(code or exit_code(signal.SIGTERM)))
-    return Path(note).exists()
+    if (asked := noted(asked_file(note))) is not None:
+        _note_if_none(note, asked)
+    return noted(Path(note)) is not None
+
+
+def listens(pid: int) -> bool:
+    """Whether a process has begun to listen (:meth:`Stop.listen`), by its handler for SIGTERM."""
+    path = Path(f"/proc/{pid}/status")
+    caught = path.read_text().partition("SigCgt:")[2].split() if path.exists() else []
+    return not caught or bool(int(caught[0], 16) & 1 << (signal.SIGTERM - 1))
 
 
 def leave_before_joining(number: int) -> None:
@@ -78,8 +107,8 @@ def leave_before_joining(number: int) -> None:
 
 
 def _note_if_none(note: str, code: int) -> None:
-    with contextlib.suppress(FileExistsError), Path(note).open("x") as file:
-        file.write(str(code))
+    if noted(Path(note)) is None:
+        note_code(Path(note), code)
 
 
 class Stop:
@@ -104,6 +133,7 @@ class Stop:
         if self._listening:
             return
         self._listening = True
+        atexit.register(ignore_signals)
         self._launchers = launchers_above()
         self._read, write = os.pipe()
         os.set_blocking(write, False)
@@ -142,7 +172,7 @@ class Stop:
         gone = next((launcher for launcher in self._launchers if not launcher.is_alive()), None)
         if gone is not None:
             self.orphaned = True
-            self._asked(signal.SIGTERM, f"{gone.name} (process {gone.pid}), which started this rank, is gone")
+            self._asked(signal.SIGTERM, f"{gone}, which started this rank, is gone")
 
     def _asked(self, number: int, why: str = "") -> None:
         self._note(number, None)
@@ -173,8 +203,16 @@ def agreed_code(totals: dict[str, float]) -> int:
     return exit_code(heard[0]) if heard else 0
 
 
+def ignore_signals() -> None:
+    """This process is ending with its code. Without this, Python restores the default handlers while it shuts down,
+    and a signal that arrives then kills the process, whatever its code would have been."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def quit_on_signals() -> None:
     """End this process without a traceback; for a launcher that has not started ranks yet."""
+    atexit.register(ignore_signals)
 
     def leave(number: int, frame: Any) -> None:
         os._exit(exit_code(number))
@@ -182,12 +220,6 @@ def quit_on_signals() -> None:
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, leave)
-
-
-def ignore_signals() -> None:
-    """From now on this process, which is ending, cannot be asked to end."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from runner import ROOT, VARYING, Runs, assert_equal_checkpoints, assert_same_metrics
@@ -156,3 +158,9 @@ def test_a_new_run_from_a_checkpoint_has_lines_of_its_own(runs, stopped):
     )
     assert [line["step"] for line in runs.metrics("new")] == [1]
     assert set(runs.metrics("new")[0]) >= set(VARYING)
+
+
+def test_training_starts_without_matplotlib():
+    """Missing or broken, it costs ``loss.png`` alone, which is drawn at the end."""
+    code = "import sys; sys.modules['matplotlib'] = None; import vtprune_train.training.process"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,7 +19,20 @@ from runner import BIN, ROOT, Runs, wait_until
 from vtprune_train import launch, launchers
 from vtprune_train.data.building import _start_process
 from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name, launchers_above
-from vtprune_train.stops import FINAL_FILE, STOP, STOPPING, agreed_code
+from vtprune_train.stops import (
+    FINAL_FILE,
+    STOP,
+    STOPPING,
+    agreed_code,
+    asked_file,
+    asked_to_stop,
+    final_exit,
+    launcher_was_asked,
+    listens,
+    make_notes,
+    note_code,
+    noted,
+)
 
 HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"
@@ -141,20 +153,6 @@ def test_signals_that_are_ignored_stay_ignored():
     assert done.stderr == b"\nSIGINT before the first step: nothing to save\n"
 
 
-def test_ranks_hear_of_a_signal_that_cannot_be_noted(tmp_path, monkeypatch, capsys):
-    """The launcher's disk is full (here: its folder is gone)."""
-    heard = []
-    ranks = [SimpleNamespace(send_signal=heard.append)]
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(children=lambda: ranks))
-    monkeypatch.setenv(FINAL_FILE, str(tmp_path / "gone" / "final"))
-    launch._pass_on(INT, None)
-    assert heard == [INT] and f"{tmp_path / 'gone' / 'asked'}, which keeps ranks" in capsys.readouterr().err
-    ranks.clear()
-    with pytest.raises(SystemExit) as ended:
-        launch._pass_on(INT, None)
-    assert ended.value.code == 130
-
-
 def test_a_signal_after_the_ranks_finds_no_handler_of_theirs(runs, monkeypatch):
     """A second Ctrl-C while the launcher's interpreter shuts down."""
     before = [signal.getsignal(number) for number in STOPPING]
@@ -170,6 +168,61 @@ def test_a_signal_after_the_ranks_finds_no_handler_of_theirs(runs, monkeypatch):
     assert launch.launch(["--config", "llava_next_pdrop.yaml", f"run.output_dir={runs.folder}"]) == 0
     assert handlers == [launch._pass_on] * 3
     assert [signal.getsignal(number) for number in STOPPING] == before
+
+
+LATE = """
+import os, signal
+from vtprune_train import stops
+
+class Late:
+    def __del__(self):  # globals are cleared last of all
+        for number in stops.STOPPING:
+            os.kill(os.getpid(), number)
+
+late = Late()
+stops.{listen}()
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("listen", ["STOP.listen", "quit_on_signals"])
+def test_a_signal_while_python_shuts_down_does_not_change_the_exit_code(listen):
+    done = subprocess.run([sys.executable, "-c", LATE.format(listen=listen)], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (7, b"")
+
+
+def test_codes_are_noted_on_a_full_disk(tmp_path, monkeypatch):
+    """The launcher's and the ranks', so that a signal is neither lost nor followed by a restart."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "notes", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        note = make_notes(tmp_path)
+        monkeypatch.setenv(FINAL_FILE, str(note))
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "filler").write_bytes(bytes(2**17))
+        assert not launcher_was_asked() and not asked_to_stop() and noted(note) is None
+        note_code(asked_file(str(note)), 130)
+        assert launcher_was_asked() and asked_to_stop() and noted(note) == 130
+        assert (final_exit(2), noted(note)) == (0, 2)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert final_exit(3) == 3, "someone has removed the folder"
+
+
+def test_a_rank_that_does_not_listen_yet_is_known():
+    """Python would answer SIGINT by a traceback; the launcher sends it SIGTERM."""
+    code = "import sys; from vtprune_train.stops import STOP; print(flush=True); input(); STOP.listen(); "
+    code += "print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as rank:
+        for listening in (False, True):
+            rank.stdout.readline()
+            assert listens(rank.pid) == listening
+            rank.stdin.write("\n")
+            rank.stdin.flush()
 
 
 def test_processes_that_index_outlive_signals_to_all():
@@ -230,6 +283,18 @@ def test_processes_that_may_not_be_looked_at_are_no_news(monkeypatch):
         assert launcher.is_alive()
     monkeypatch.setattr(Path, "read_text", refuse(errno.ENOENT))
     assert not launcher.is_alive()
+
+
+@pytest.mark.parametrize(("variable", "name"), launchers.THEIRS.items())
+def test_a_launcher_that_was_killed_before_its_rank_could_look_is_gone(monkeypatch, variable, name):
+    above = {os.getppid(): "sh", 1: "/sbin/init"}
+    monkeypatch.setattr(launchers, "_command", lambda pid: [above.get(pid, "bash")])
+    assert launchers.launchers_above() == [], "nothing says that there was one"
+    monkeypatch.setenv(variable, "1")
+    [launcher] = launchers.launchers_above()
+    assert str(launcher) == name and not launcher.is_alive()
+    above[os.getppid()] = "/env/bin/python3"
+    assert launchers.launchers_above() == [], "a launcher that is not known"
 
 
 def test_ranks_that_lose_their_launcher_save_and_stop(runs):

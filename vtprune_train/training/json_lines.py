@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 Lines = list[tuple[int, bytes]]  # a step and its line, with the newline
 LOGS = "logs"  # the folder of a checkpoint
+NO_FILE = -1  # size of a link that leads nowhere, or of a folder
 SHOWN = 8  # ranges of steps in a message
 
 
@@ -65,12 +66,14 @@ class JsonLines:
             told.append(f"lost, for {whose} has no copy of them: the line(s) of step {ranges(lost)}")
         if len(written) < len(order) or sorted(written) != list(written):
             told.append("put in order, one line for each step")
+        if self._found() == NO_FILE:
+            told.append("it was no file, and is replaced by one")
         if told:
             log.warning("%s: %s", self.path, "; ".join(told))
         if repeated := [number for number in written if number > step]:
             log.info("%s: the line(s) of step %s are removed, training continues after step %d",
                      self.path, ranges(repeated), step)  # fmt: skip
-        if lines != content:
+        if lines != content or self._found() == NO_FILE:
             replace_synced(self.path, lines)
         self._remember(lines)
 
@@ -82,7 +85,7 @@ class JsonLines:
         """
         assert self._packer is not None, "rewind first"
         line = json.dumps(record).encode() + b"\n"
-        if self._size != (self.path.stat().st_size if self.path.is_file() else 0):
+        if self._size != self._found():
             log.warning("%s was changed or removed while training was running; it is written again", self.path)
             replace_synced(self.path, gzip.decompress(self.copy()))
         with naming(self.path), self.path.open("ab", buffering=0) as file:
@@ -108,6 +111,12 @@ class JsonLines:
         lines = dict(_parse(self.path.read_bytes())[0]) if self.path.is_file() else {}
         return [json.loads(lines[number]) for number in sorted(lines)]
 
+    def _found(self) -> int:
+        """Size of the file, 0 if there is none."""
+        if self.path.is_file():
+            return self.path.stat().st_size
+        return NO_FILE if self.path.is_symlink() or self.path.exists() else 0
+
     def _remember(self, lines: bytes) -> None:
         self._size, self._packer = len(lines), zlib.compressobj(1, wbits=31)  # 31: as gzip writes it
         self._packed = bytearray(self._packer.compress(lines))
@@ -129,10 +138,10 @@ def _parse(content: bytes, known: Mapping[bytes, int] = MappingProxyType({})) ->
 def _step_of(line: bytes) -> int | None:
     try:
         record = json.loads(line)
-    except ValueError:  # UnicodeDecodeError too
+    except (ValueError, RecursionError):  # UnicodeDecodeError too; brackets without an end
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    return step if type(step) is int else None
+    return step if type(step) is int and step > 0 else None
 
 
 def _read_copy(checkpoint: Path | None, name: str) -> bytes:

@@ -63,7 +63,8 @@ class Spikes(Callback):
         def known() -> list[float]:
             self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
             lines = [line for line in self.metrics.read() if line["step"] <= trainer.state.step]
-            return [line["loss"] for line in lines if line["loss"] is not None][-(self.recent.maxlen or 0) :]
+            losses = [line.get("loss") for line in lines]  # a line that no checkpoint holds may have lost its own
+            return [loss for loss in losses if isinstance(loss, float)][-(self.recent.maxlen or 0) :]
 
         self.recent.extend(ranks.from_rank_0(known))
 
