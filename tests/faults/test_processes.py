@@ -156,7 +156,8 @@ def test_ctrl_c_twice_and_a_second_start_meanwhile(runs):
     assert said.count("\n") == 2, "the launcher itself says so, before it starts ranks"
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP):
         launcher.send_signal(number)
-    assert process.wait(timeout=120) == 130, runs.log("interrupted")[-3000:]
+    code = process.wait(timeout=120)
+    assert code in (129, 130), (code, runs.log("interrupted")[-3000:])  # Python hears what comes at once by number
     assert_saved_without_restart(runs, "interrupted")
 
 
