@@ -75,7 +75,7 @@ def find_file(name: str, key: str) -> Path:
     packaged = "deepspeed/*.json" if asked.suffix == ".json" else "*.yaml"
     known = {path.name: path.relative_to(PACKAGED_CONFIGS.parent) for path in sorted(PACKAGED_CONFIGS.glob(packaged))}
     files = {**known, **{path.name: path for path in asked.parent.glob("*.[jy]*") if path.suffix in SETTINGS}}
-    nearest = nearest_name(asked.name, (name for name, path in files.items() if path.is_file()), 0.6)
+    nearest = nearest_name(asked.name, (name for name in files if name in known or files[name].is_file()), 0.6)
     meant = f"; did you mean {files[nearest]}?" if nearest else ""
     raise ConfigError(
         f"{key}: {name} is neither here nor in {PACKAGED_CONFIGS.name}/ (there: {', '.join(known)}){meant}"

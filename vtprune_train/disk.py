@@ -63,21 +63,27 @@ def write_synced(path: Path, data: str | bytes) -> None:
 
 def replace_synced(path: Path, data: str | bytes) -> None:
     """Write a file anew: at any moment ``path`` holds the old content or the new one, and it is on disk when this
-    returns."""
+    returns.
+
+    Raises:
+        OSError: it cannot be written, or there is a folder in its place that holds something; names ``path``.
+    """
     partial = path.with_name(f"{path.name}.tmp")
     remove(partial)
     try:
         write_synced(partial, data)
-        publish(partial, path)
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    sync(path.parent)
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Rename a file or folder that is on disk to its name, in place of whatever has it; the name is on disk then."""
-    if partial.is_dir() or path.is_dir():
-        remove(path)
+    """Rename a folder that is on disk to its name, in place of whatever has it; the name is on disk then."""
+    remove(path)
     partial.replace(path)
     sync(path.parent)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from vtprune_train.disk import naming, replace_synced, sync
+from vtprune_train.disk import naming, remove, replace_synced, sync
 
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
@@ -50,7 +50,9 @@ class SummedFile:
 
 
 def write_sealed(path: Path, content: bytes, identity: str) -> None:
-    """Write ``content`` as what ``identity`` says, whole or not at all."""
+    """Write ``content`` as what ``identity`` says, whole or not at all, in place of whatever has the name."""
+    if path.is_dir():
+        remove(path)
     replace_synced(path, content + _digest(identity.encode()) + _digest(content))
 
 

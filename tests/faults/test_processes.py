@@ -196,9 +196,9 @@ def test_a_full_disk_is_named_by_all_ranks(runs):
 
 
 def test_an_error_that_rank_0_tells_all_is_its_own(runs):
-    (runs.directory("told_all") / "config.yaml").mkdir(parents=True)
+    (runs.directory("told_all") / "config.yaml" / "of_the_user").mkdir(parents=True)
     said, _ = faulty(runs, "told_all", "none:0:0")
-    error = f"IsADirectoryError: [Errno 21] Is a directory: '{runs.directory('told_all') / 'config.yaml'}'"
+    error = f"OSError: [Errno 39] Directory not empty: '{runs.directory('told_all') / 'config.yaml'}'"
     assert said.count("Traceback") == 1 and f"rank 0 on {HOST} failed (starting):" in said
     assert "rank 1 on" not in said and error in said
 

@@ -23,6 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import chain, islice
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,15 +198,25 @@ def _measure(work: _Work) -> None:
     _worker(work)
 
 
+class _Process(SpawnProcess):
+    """It ignores SIGTERM, so the pool, which ends the others when one is gone, needs SIGKILL."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
 def _measure_in_processes(todo: Iterator[_Work], measure: Measure, workers: int, name: str) -> None:
     # Spawned, not forked: the training process has threads by now, and a fork would copy their locks as they stand.
-    context = multiprocessing.get_context("spawn")
     handed: Any = _Handed(measure)  # where it comes out it is a Measure
     begun = said = time.monotonic()
     done = 0
-    with ProcessPoolExecutor(workers, context, _start_process, (handed,)) as pool:
-        running = {_submitted(pool, work) for work in islice(todo, 2 * workers)}
+    with ProcessPoolExecutor(workers, _Context(), _start_process, (handed,)) as pool:
         try:
+            running = {_submitted(pool, work) for work in islice(todo, 2 * workers)}
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -216,6 +227,9 @@ def _measure_in_processes(todo: Iterator[_Work], measure: Measure, workers: int,
                     said = time.monotonic()
                     log.info("indexing %s: %d pieces in %.0f s", name, done, said - begun)
         except BrokenProcessPool as error:
+            for process in multiprocessing.active_children():
+                if isinstance(process, _Process):  # one that was being started meanwhile is waited for, but not ended
+                    process.kill()
             raise RuntimeError(
                 f"a process that indexed {name} was killed, perhaps for its memory; start again, with fewer "
                 "data.workers: finished pieces are kept"
@@ -229,6 +243,8 @@ def _submitted(pool: ProcessPoolExecutor, work: _Work) -> Future[None]:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         return pool.submit(_measure, work)
+    except (OSError, ValueError) as error:  # its pipes are gone, because the pool breaks just now
+        raise BrokenProcessPool(str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
