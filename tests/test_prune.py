@@ -1,6 +1,8 @@
 """The front door on unmodified transformers models."""
 
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -324,3 +326,8 @@ def test_dense_is_the_model_with_its_own_attention(name, attention):
 def test_names_that_are_imported_late_are_listed():
     assert set(vtprune_train.__all__) <= set(dir(vtprune_train))
     assert all(getattr(vtprune_train, name).__name__ == name for name in vtprune_train.__all__)
+
+
+def test_submodules_are_there_without_an_import_of_their_own():
+    code = "import vtprune_train; assert vtprune_train.pruning.PyramidDrop is vtprune_train.PyramidDrop"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,7 @@ Every class of :data:`vtprune_train.pruning.METHODS` is found here by its name: 
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def __getattr__(name: str) -> Any:
     for module, names in _PLACES.items():
         if name in names:
             return getattr(import_module(module), name)
-    if name[:1].isupper():  # a submodule is asked for here too, before it is imported
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    if name[:1].isupper():
         from vtprune_train.pruning import METHODS, method_class
 
         for method, path in METHODS.items():
