@@ -29,7 +29,9 @@ def fault() -> None:
     if KIND == "hang":
         time.sleep(600)
     if KIND == "hang_in_c":  # no Python runs meanwhile in this thread
-        ctypes.CDLL(None).sleep(600)
+        mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)  # zeros: a mutex that is free
+        for _ in range(2):  # a signal would end a sleep, but not this wait for itself
+            library.pthread_mutex_lock(mutex)
     if KIND == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
     if KIND == "full_disk":
