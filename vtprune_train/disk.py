@@ -88,10 +88,11 @@ def publish(partial: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def remove(path: Path) -> None:
-    """Delete whatever is there: a file, a link or a folder with all it holds; nothing is fine too."""
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Delete whatever is there: a file, a link (not what it leads to) or a folder with all it holds; nothing is fine
+    too. With ``ignore_errors`` what cannot be deleted in a folder stays."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)
 

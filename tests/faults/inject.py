@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from vtprune_train import disk
 from vtprune_train.cli import train_main
 from vtprune_train.data import workers
 from vtprune_train.data.measure import Measure
@@ -252,7 +253,7 @@ def while_deleting() -> None:
             act()
         real(path, **named)
 
-    manifest.shutil = type("Shutil", (), {"rmtree": staticmethod(half)})
+    disk.shutil = type("Shutil", (), {"rmtree": staticmethod(half)})
 
 
 def little_room() -> None:

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from vtprune_train import pickles
 from vtprune_train.config import ModelConfig
 from vtprune_train.models import HFModule, original
 from vtprune_train.models.decoder import PARAMETERS
@@ -494,4 +495,5 @@ def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     if "custom code which must be executed" in str(error):
         return "it brings code of its own (auto_map), which is not run; only transformers' own classes are opened"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error).rpartition(pickles.UNPICKLER)[2].strip()  # behind PyTorch's advice to trust the file
+    return said.splitlines()[0] if said else type(error).__name__

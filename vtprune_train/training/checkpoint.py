@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vtprune_train import pickles
-from vtprune_train.disk import naming
+from vtprune_train.disk import naming, remove
 from vtprune_train.training import manifest
 from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by, world_size
 from vtprune_train.training.elastic import (
@@ -263,7 +263,7 @@ class CheckpointFolder:
                 if manifest.step_of(newer) > manifest.step_of(checkpoint):
                     aside = newer.with_suffix(".damaged")
                     if aside.exists():
-                        manifest.remove_tree(aside)
+                        remove(aside)
                     log.warning("%s is set aside as %s", newer, aside.name)
                     newer.rename(aside)
             if manifest.named_latest(self.folder) != checkpoint:
@@ -276,13 +276,13 @@ class CheckpointFolder:
     def clean(self) -> None:
         """Remove what interrupted saves and deletions left behind."""
 
-        def remove() -> None:
+        def remove_all() -> None:
             if self.folder.is_dir():
                 for leftover in [*self.folder.glob("*.partial"), *self.folder.glob("*.deleting")]:
                     log.warning("removing %s, left by an interrupted run", leftover)
-                    manifest.remove_tree(leftover)
+                    remove(leftover)
 
-        from_rank_0(remove)
+        from_rank_0(remove_all)
 
     def warn_of_space(self, engine: Any, resumed: Path | None) -> None:
         """Say at the start that the next checkpoint will not fit."""
@@ -415,6 +415,5 @@ def _joined(errors: list[str]) -> str:
 
 
 def _fresh(partial: Path) -> None:
-    if partial.exists() or partial.is_symlink():
-        manifest.remove_tree(partial)
+    remove(partial)
     partial.mkdir(parents=True)

@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from vtprune_train import pickles
+from vtprune_train.disk import remove
 from vtprune_train.pruning import CONFIG_KEY, outside_methods
 from vtprune_train.training import manifest
 from vtprune_train.training.lock import hold_run
@@ -214,8 +215,7 @@ def convert_checkpoint(path: Path, out: str | None) -> int:
     in_run = out is None and source.parent.name == "checkpoints"
     held = hold_run(source.parent.parent) if in_run else None  # a running job counts on its checkpoints
     try:
-        if partial.exists() or partial.is_symlink():
-            manifest.remove_tree(partial)
+        remove(partial)
         partial.mkdir(parents=True)
         write_converted(source, partial)
         manifest.put_in_place(partial, final)

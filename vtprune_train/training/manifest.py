@@ -9,13 +9,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vtprune_train.disk import naming, replace_synced, sync, write_synced
+from vtprune_train.disk import naming, remove, replace_synced, sync, write_synced
 
 STEP = re.compile(r"^step_(\d{8,})$")
 MANIFEST = "manifest.json"
@@ -164,17 +163,9 @@ def remove_checkpoint(checkpoint: Path) -> None:
     at the same time."""
     doomed = checkpoint.with_suffix(".deleting")
     if doomed.exists():
-        remove_tree(doomed, ignore_errors=True)
+        remove(doomed, ignore_errors=True)
     try:
         checkpoint.rename(doomed)
     except FileNotFoundError:  # the other one was faster
         return
-    remove_tree(doomed, ignore_errors=True)
-
-
-def remove_tree(folder: Path, ignore_errors: bool = False) -> None:
-    """Delete a folder; of a link to one only the link. A file in its place is deleted too."""
-    if folder.is_symlink() or not folder.is_dir():
-        folder.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=ignore_errors)
+    remove(doomed, ignore_errors=True)
