@@ -18,7 +18,7 @@ from runner import BIN, ROOT, Runs, wait_until
 
 from vtprune_train import launch, launchers
 from vtprune_train.data.building import _start_process
-from vtprune_train.launchers import LAUNCHER, Launcher, launcher_name, launchers_above
+from vtprune_train.launchers import LAUNCHER, Launcher, _Process, launcher_name, launchers_above
 from vtprune_train.stops import (
     FINAL_FILE,
     STOP,
@@ -287,13 +287,19 @@ def test_processes_that_may_not_be_looked_at_are_no_news(monkeypatch):
 
 @pytest.mark.parametrize(("variable", "name"), launchers.THEIRS.items())
 def test_a_launcher_that_was_killed_before_its_rank_could_look_is_gone(monkeypatch, variable, name):
-    above = {os.getppid(): "sh", 1: "/sbin/init"}
-    monkeypatch.setattr(launchers, "_command", lambda pid: [above.get(pid, "bash")])
+    parents, commands = {300: 200, 200: 1, 1: 0}, {300: "sh", 200: "bash", 1: "/sbin/init"}
+    monkeypatch.setattr(os, "getppid", lambda: 300)
+    monkeypatch.setattr(launchers, "_process", lambda pid: _Process(parents[pid], "S", 1) if pid in parents else None)
+    monkeypatch.setattr(launchers, "_command", lambda pid: [commands[pid]])
+    monkeypatch.setattr(os, "getsid", lambda pid: 400)
     assert launchers.launchers_above() == [], "nothing says that there was one"
     monkeypatch.setenv(variable, "1")
     [launcher] = launchers.launchers_above()
     assert str(launcher) == name and not launcher.is_alive()
-    above[os.getppid()] = "/env/bin/python3"
+    monkeypatch.setattr(os, "getsid", lambda pid: 0)
+    assert launchers.launchers_above() == [], "started from outside of this container"
+    monkeypatch.setattr(os, "getsid", lambda pid: 400)
+    commands[300] = "/env/bin/python3"
     assert launchers.launchers_above() == [], "a launcher that is not known"
 
 
