@@ -35,6 +35,7 @@ from runner import Runs  # noqa: E402
 from hammering.plans import DAMAGED, END, IN_SAVE, IN_STEP, LINES, START, Choices, draw  # noqa: E402
 from hammering.trial import References, Result, run_trial  # noqa: E402
 
+TABLE = "hammer.md"  # its folder is the hammer's own, and emptied by the next
 COLUMNS = {"kill": "kill", "stop": "stop", "disk": "full disk"}
 
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = arguments.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / TABLE).write_text("not finished\n")
     began = time.monotonic()
     background = [value == "on" for value in arguments.background]
     choices = Choices(arguments.seed, arguments.ranks, arguments.zero, background, arguments.kinds)
@@ -52,24 +54,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = report(results, time.monotonic() - began)
     failed = [result for result in results if result.outcome == "failed"]
     lines += [f"trial {result.trial.number}: {repeat(arguments, result.trial.number)}" for result in failed]
-    (out / "hammer.md").write_text("\n".join(lines) + "\n")
+    (out / TABLE).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return int(bool(failed))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=positive, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these trials alone")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
     parser.add_argument("--zero", type=int, nargs="+", choices=(0, 1, 2, 3), default=[0, 2, 3])
     parser.add_argument("--background", nargs="+", choices=("on", "off"), default=["on", "off"], help="saves")
     parser.add_argument("--kinds", nargs="+", choices=(*COLUMNS, "damage"), default=[*COLUMNS, "damage"])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at a time")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="trials at a time")
     parser.add_argument("--stop", action="store_true", help="begin no trial after one that fails")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "hammer", help="emptied first; keeps what failed")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if min(arguments.only or [0]) < 0:
+        parser.error("--only: trials are numbered from 0")
+    out = arguments.out
+    if out.exists() and not (out.is_dir() and ((out / TABLE).is_file() or not any(out.iterdir()))):
+        parser.error(f"--out: {out} would be emptied, and is not a folder of an earlier hammer: name a new one")
+    return arguments
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def hammer(

@@ -102,3 +102,17 @@ def test_command(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"hammer.md", "references", "data", "tiny.yaml"}
     again = hammer.repeat(hammer.parse(drawn_from), 7)
     assert again == "python scripts/hammer.py --seed 3 --only 7 --ranks 2 --zero 3 --kinds kill"
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--trials", "0"), ("--jobs", "0"), ("--ranks", "0"), ("--only", "-1"), ("--zero", "7"), ("--out", ".")]
+)
+def test_refuses(wrong, tmp_path, monkeypatch, capsys):
+    """Nothing tried is no success; a folder of somebody's files is not emptied."""
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "thesis.tex"
+    kept.write_text("x")
+    with pytest.raises(SystemExit) as stopped:
+        hammer.main(["--out", "new", *wrong])
+    assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [kept]
