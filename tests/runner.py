@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from PIL import Image
@@ -225,6 +226,23 @@ def wait_until(condition: Any, process: Process, seconds: float = 120) -> bool:
             return False
         time.sleep(0.002)
     raise TimeoutError("the condition did not come true")
+
+
+def all_end(processes: list[psutil.Process], seconds: float) -> bool:
+    """Whether they end in time; those that wait for a parent have ended (in a container, process 1 may fetch none)."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return False
+
+    deadline = time.monotonic() + seconds
+    while any(map(runs, processes)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 VARYING = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runner import ROOT, Runs, assert_equal_checkpoints, wait_until
+from runner import ROOT, Runs, all_end, assert_equal_checkpoints, wait_until
 
 HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"
@@ -170,7 +170,7 @@ def test_the_launcher_is_killed(runs):
     everyone = launcher.children(recursive=True)
     assert len(everyone) >= 4, "ranks and their loader workers"
     launcher.kill()
-    assert not psutil.wait_procs(everyone, timeout=SOON)[1]
+    assert all_end(everyone, SOON)
     process.wait(timeout=60)
     assert f"vtprune launch (process {launcher.pid}), which started this rank, is gone" in runs.log("orphaned")
     assert_saved_without_restart(runs, "orphaned")

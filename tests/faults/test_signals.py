@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runner import BIN, ROOT, Runs, wait_until
+from runner import BIN, ROOT, Runs, all_end, wait_until
 
 from vtprune_train import launch, launchers
 from vtprune_train.data.building import _start_process
@@ -312,7 +312,7 @@ def test_ranks_that_lose_their_launcher_save_and_stop(runs):
     process.wait(timeout=120)
     assert_saved_once(runs, "orphans")
     assert f"vtprune launch (process {launcher.pid}), which started this rank, is gone: finish" in runs.log("orphans")
-    assert not psutil.wait_procs(everyone, timeout=20)[1]
+    assert all_end(everyone, 20)
 
 
 @pytest.mark.parametrize(
@@ -344,12 +344,12 @@ def test_ranks_notice_that_a_launcher_is_killed(runs, tmp_path, command, killed)
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.05)
     assert {path.read_text() for path in heard} == {str(int(TERM))}
-    assert not psutil.wait_procs(everyone, timeout=30)[1], "nothing is left of it"
+    assert all_end(everyone, 30), "nothing is left of it"
 
 
 def runs_program(process, name):
-    words = process.cmdline()[1:4]
-    return name in (Path(words[0]).name, words[-1])
+    words = process.cmdline()[1:4]  # none, if it was just killed
+    return bool(words) and name in (Path(words[0]).name, words[-1])
 
 
 def test_a_second_start_names_the_run_although_the_port_is_taken(runs):
