@@ -61,30 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=positive, default=20)
+    parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these trials alone")
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--zero", type=int, nargs="+", choices=(0, 1, 2, 3), default=[0, 2, 3])
     parser.add_argument("--background", nargs="+", choices=("on", "off"), default=["on", "off"], help="saves")
     parser.add_argument("--kinds", nargs="+", choices=(*COLUMNS, "damage"), default=[*COLUMNS, "damage"])
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="trials at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at a time")
     parser.add_argument("--stop", action="store_true", help="begin no trial after one that fails")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "hammer", help="emptied first; keeps what failed")
     arguments = parser.parse_args(argv)
-    if min(arguments.only or [0]) < 0:
-        parser.error("--only: trials are numbered from 0")
+    if min(arguments.trials, arguments.jobs, *arguments.ranks) < 1 or min(arguments.only or [0]) < 0:
+        parser.error("--trials, --jobs and --ranks must be at least 1, and --only at least 0")
     out = arguments.out
     if out.exists() and not (out.is_dir() and ((out / TABLE).is_file() or not any(out.iterdir()))):
         parser.error(f"--out: {out} would be emptied, and is not a folder of an earlier hammer: name a new one")
     return arguments
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
 
 
 def hammer(

@@ -39,7 +39,9 @@ COUNTS = ("batches_mapped", "shared_segments", "descriptors", "threads", "childr
 DECIDING = {"whole run": ("pss",), "": ("rss", "shared_pages", *COUNTS)}
 MOST_GROWTH = 0.01  # of the first quarter's median, from there to the last quarter
 LEAST_BYTES = 2**20  # growth below this is noise, of memory
-WARM_UP = 0.1  # of the steps, left out: caches and memory for saves fill
+# Of the steps, left out: caches and memory for saves fill, and the first full garbage collection (after some 800 steps)
+# writes to pages that a rank shares with its workers, so that it gets its own.
+WARM_UP = 0.2
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "leaks", help="must not exist")
     arguments = parser.parse_args(argv)
     out, steps = arguments.out.resolve(), arguments.steps
+    if min(steps, arguments.ranks) < 1 or arguments.workers < 0 or arguments.interval <= 0:
+        parser.error("--steps and --ranks must be at least 1, --workers at least 0 and --interval above 0")
+    if out.exists():
+        parser.error(f"--out: {out} exists; name a new folder, or remove it")
     out.mkdir(parents=True)
     runs = Runs(out, num_train=60)
     settings = (
@@ -252,6 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.wait(timeout=120)
     if run.returncode:
         print(f"the run ended with exit code {run.returncode}; see {out / 'run.log'}", file=sys.stderr)
+        return 1
+    if not any(WARM_UP * steps <= one.step < steps for one in samples):
+        print("no sample was taken between the warm-up and the end; raise --steps or lower --interval", file=sys.stderr)
         return 1
     trends = trends_of(samples)
     lines = table(trends)

@@ -3,6 +3,7 @@
 import csv
 import sys
 
+import pytest
 from runner import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -39,8 +40,18 @@ def test_slopes():
     made = samples(lambda step: 500 * MIB + step * 20_000)
     [trend] = [trend for trend in leaks.trends_of(made) if trend[:2] == ("rank 0", "rss")]
     assert round(trend.per_1000_steps) == 20_000_000
-    assert [line for line in leaks.table([trend]) if line.startswith("| rank 0 | 503.9 → 516.9 (+19.07, grows) |")]
+    assert [line for line in leaks.table([trend]) if line.startswith("| rank 0 | 505.6 → 517.1 (+19.07, grows) |")]
     assert {trend.process for trend in leaks.trends_of(made)} == {"whole run", "rank 0"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--steps", "0"), ("--ranks", "0"), ("--workers", "-1"), ("--interval", "0"), ("--out", ".")]
+)
+def test_refuses(wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        leaks.main(["--out", "new", *wrong])
+    assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 def test_a_real_run(tmp_path, capsys):
