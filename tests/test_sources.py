@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -25,7 +26,7 @@ from vtprune_train.config_file import load_config, without_effect
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.records import Conversation, Prompt, read_records
-from vtprune_train.data.sources import find_files, json_list, open_reader
+from vtprune_train.data.sources import arrow_rows, find_files, json_list, open_reader, tables
 from vtprune_train.models.anyres import AnyRes
 from vtprune_train.training import distributed
 
@@ -184,6 +185,52 @@ def test_broken_tables_are_named(tmp_path):
     next((tmp_path / "disk").glob("*.arrow")).unlink()
     with pytest.raises(ValueError, match="disk cannot be read as a dataset"):
         list(read_records(tmp_path / "disk"))
+
+
+def test_a_parquet_file_with_a_damaged_footer_is_named(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"id": "1", "conversations": say("hi", "yo")}]), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[footer + 40 : footer + 60] = b"\xff" * 20
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.parquet is not parquet, or is cut off or damaged \(.*hrift"):
+        build([Source(tmp_path / "a.parquet", tmp_path)], tmp_path)
+
+
+@pytest.mark.parametrize("bound", [10**6, 2500])
+def test_of_a_large_row_group_a_part_is_held(tmp_path, monkeypatch, bound):
+    """Whatever the order of the reads; rows of more than the bound are passed over."""
+    monkeypatch.setattr(arrow_rows, "BATCH", 4)
+    monkeypatch.setattr(tables, "LARGEST_HELD", 9000)
+    records = [{"id": f"{i}", "conversations": say("hi", f"{i} yo" * (900 if i % 7 == 3 else 200))} for i in range(60)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    reader = tables.Parquet(tmp_path / "a.parquet", bound)
+    scanned = dict(reader.scan(next(reader.pieces())))
+    assert len(scanned) == 60 and len({isinstance(record, dict) for record in scanned.values()}) == 1 + (bound < 10**6)
+    for place in sorted(scanned, key=lambda place: hash(place)):
+        assert reader.read(place) == scanned[place] and len(reader._held.table) < 30
+
+
+@pytest.mark.parametrize("damage", ["offset", "utf-8"])
+def test_a_dataset_that_is_damaged_in_place_is_named(tmp_path, damage):
+    """Arrow maps the file unchecked: an offset may lead anywhere."""
+    Dataset.from_list([{"id": name, "conversations": say("hi", "yo")} for name in ("aaa", "bbb")]).save_to_disk(
+        str(tmp_path / "disk")
+    )
+    [arrow] = (tmp_path / "disk").glob("*.arrow")
+    content = bytearray(arrow.read_bytes())
+    if damage == "utf-8":
+        content[content.index(b"aaabbb")] = 0xFF
+    else:
+        offsets = content.index(struct.pack("<3i", 0, 3, 6))
+        content[offsets + 4 : offsets + 8] = struct.pack("<i", 1 << 30)
+    index = build([Source(tmp_path / "disk", tmp_path)], tmp_path)[0]
+    state = arrow.stat()
+    arrow.write_bytes(content)
+    os.utime(arrow, ns=(state.st_atime_ns, state.st_mtime_ns))
+    for use in (lambda: index.record(0), lambda: build([Source(tmp_path / "disk", tmp_path)], tmp_path)):
+        with pytest.raises((RuntimeError, ValueError), match=r"data folder .*/disk is broken in rows 0 to [01] \("):
+            use()
 
 
 def test_columns_and_folders_that_cannot_be_read(tmp_path):

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # not where a signal is handled: another one may come in the middle of an import
+
 from vtprune_train.config import Config, ConfigError
 from vtprune_train.config_file import load_config
 from vtprune_train.launchers import announce
@@ -165,8 +167,6 @@ def _settings(training: Sequence[str]) -> Config:
 def _pass_on(number: int, frame: Any) -> None:
     """A signal goes to the ranks alone, and torchrun waits for them to end by themselves; without ranks, to this
     process. The first one is noted, so that a rank that only just began dies of it and is not started again."""
-    import psutil
-
     asked = asked_file(os.environ[FINAL_FILE])
     if noted(asked) is None:
         note_code(asked, exit_code(number))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,6 +124,50 @@ def damage(folder: Path) -> str:
         if found != expected:
             return f"{name} is cut off or changed"
     return ""
+
+
+class Watch:
+    """Notices that a file of a sealed folder is changed in place while it is mapped. One that is removed, or replaced
+    by another, stays what it was for those who have mapped it.
+
+    Args:
+        folder: whose files have just been checked.
+        sums: of its manifest.
+    """
+
+    PAUSE = 50  # after each look, in times of what it took: file systems differ
+
+    def __init__(self, folder: Path, sums: Sums):
+        self.folder, self.sums = folder, sums
+        self._stamps = {name: _stamp(folder / name) for name in sums}
+        self._next = 0.0
+
+    def changed(self) -> str:
+        """The name of a file that was changed since the last look; empty if there is none."""
+        began = time.monotonic()
+        if began < self._next:
+            return ""
+        name = next((name for name in self._stamps if self._is_changed(name)), "")
+        self._next = time.monotonic() + self.PAUSE * (time.monotonic() - began)
+        return name
+
+    def _is_changed(self, name: str) -> bool:
+        found, known = _stamp(self.folder / name), self._stamps[name]
+        if found == known or not found or not known or found[0] != known[0]:
+            return False
+        if checksum(self.folder / name) != self.sums[name]:
+            return True
+        self._stamps[name] = found  # another owner, another link to it
+        return False
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes with every change in place, whatever times are given to the file; empty if there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ()
+    return state.st_ino, state.st_dev, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def check_regular(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``train.py`` whose data (``CHANGED=train.json``) or table (``CHANGED=text.npy``) changes once its index is opened."""
+"""``train.py`` whose data (``CHANGED=train.json``) or index (``CHANGED=text.npy``) changes once it is opened."""
 
 import os
 import sys
@@ -20,22 +20,23 @@ def edit(path, old, new):
 
 
 def zero_body(path):
-    """All values of a column; its header stays, and so does its size."""
+    """All values of a column; its header stays, and so does its size. The rows of a selection have no header."""
+    header = 128 if path.suffix == ".npy" else 0
     size = path.stat().st_size
     with path.open("r+b") as file:
-        file.seek(128)
-        file.write(bytes(size - 128))
+        file.seek(header)
+        file.write(bytes(size - header))
 
 
 def main():
     real = run.build_planner
 
     def changing(config, collate, world_size):
-        table = collate.index.selections[0].table
-        if os.environ["CHANGED"] == "train.json":
-            edit(Path(table.manifest["files"][0][0]), b"how bright", b"HOW bright")
+        selection, changed = collate.index.selections[0], os.environ["CHANGED"]
+        if changed == "train.json":
+            edit(Path(selection.table.manifest["files"][0][0]), b"how bright", b"HOW bright")
         else:
-            zero_body(table.folder / os.environ["CHANGED"])
+            zero_body((selection.folder if changed == "rows.bin" else selection.table.folder) / changed)
         return real(config, collate, world_size)
 
     run.build_planner = changing

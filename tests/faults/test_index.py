@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -293,7 +294,7 @@ def test_a_name_that_is_taken_blocks_no_start(tmp_path, name, leave):
 
 
 def test_a_kill_while_mended_pictures_are_entered(tmp_path, caplog, monkeypatch):
-    """Pictures that can be read by now are entered in place; a kill in the middle of that is seen."""
+    """Pictures that can be read by now are entered; a kill in the middle of that is seen."""
     records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(5)]
     records.append({"id": "p", "image": "a.png", "conversations": say("<image> what", "a cat")})
     assert len(index_of(tmp_path, records, max_bad=1)[0]) == 5
@@ -350,8 +351,9 @@ def test_an_edit_that_breaks_the_record_is_named(tmp_path):
     [("text", "text tokens"), ("supervised", "supervised tokens"), ("tokens", "visual tokens"),
      ("span_starts", "images")],
 )  # fmt: skip
-def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, column, said):
-    """Columns damaged under a running process, as far as a decode worker sees them."""
+def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, monkeypatch, column, said):
+    """Columns damaged under a running process, should the file system not tell of it."""
+    monkeypatch.setattr(sealed.Watch, "changed", lambda self: "")
     write_picture(tmp_path / "images" / "a.png")
     record = {"id": "r", "image": "a.png", "conversations": say("<image> what", "a cat")}
     index, encoder = index_of(tmp_path, [record, {**record, "id": "s"}])
@@ -361,6 +363,44 @@ def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, colu
     again, encoder = index_of(tmp_path, None)
     assert "indexing again" in caplog.text
     collator(again, encoder).load(1, 1)
+
+
+@pytest.mark.parametrize("damage", [zero_end, truncate, flip])
+@pytest.mark.parametrize("name", ["rows.bin", "tokens.npy", "tiles.npy", "ids.npy", "at.npy", "span_starts.npy"])
+def test_a_file_changed_in_place_is_noticed(tmp_path, caplog, monkeypatch, name, damage):
+    """Also where neither lengths nor contents would tell; by the process that plans and by those that decode."""
+    monkeypatch.setattr(sealed.Watch, "PAUSE", 0)
+    write_picture(tmp_path / "images" / "a.png")
+    record = {"image": "a.png", "conversations": say("<image> what", "a cat")}
+    index = index_of(tmp_path, [{"id": f"r{number}", **record} for number in range(9)])[0]
+    before = index.lengths(range(9)).tokens.tolist()
+    selection = index.selections[0]
+    folder = selection.folder if name == "rows.bin" else selection.table.folder
+    state = (folder / name).stat()
+    damage(folder / name)
+    os.utime(folder / name, ns=(state.st_atime_ns, state.st_mtime_ns))
+    for use in (index.lengths, index.locate, pickle.loads(pickle.dumps(index)).locate):
+        with pytest.raises(RuntimeError, match=rf"{folder / name} was changed while it was in use; start again to"):
+            use(np.array([3]) if use == index.lengths else 3)
+    again = index_of(tmp_path, None)[0]
+    assert ("selecting again" if name == "rows.bin" else "indexing again") in caplog.text
+    assert again.lengths(range(9)).tokens.tolist() == before
+
+
+def test_a_file_that_is_replaced_or_only_touched_is_no_change(tmp_path, monkeypatch):
+    """Another start that indexes again, enters pictures or selects again writes new files."""
+    monkeypatch.setattr(sealed.Watch, "PAUSE", 0)
+    index = index_of(tmp_path, [{"id": f"r{number}", "conversations": say("what", "a cat")} for number in range(9)])[0]
+    selection = index.selections[0]
+    (selection.folder / "rows.bin").chmod(0o600)
+    os.link(selection.table.folder / "text.npy", tmp_path / "link")
+    assert index.locate(3) == (0, 3) and index.lengths([3]).text[0] > 0
+    shutil.copytree(selection.table.folder, tmp_path / "other")
+    shutil.rmtree(selection.table.folder)
+    assert index.locate(3) == (0, 3) and index.lengths([3]).text[0] > 0
+    (tmp_path / "other").rename(selection.table.folder)
+    zero(selection.table.folder / "text.npy")
+    assert index.locate(3) == (0, 3) and index.lengths([3]).text[0] > 0
 
 
 def test_lengths_that_never_fitted_are_measured_again(tmp_path, caplog):
@@ -441,17 +481,18 @@ def test_a_run_on_a_damaged_table_indexes_again(runs):
     assert digests[0] == digests[1]
 
 
-def test_a_table_zeroed_under_a_run_stops_it(runs):
-    """The next start indexes again and goes on to the same bits."""
-    changed = {"CHANGED": "text.npy"}
+@pytest.mark.parametrize("name", ["text.npy", "rows.bin"])
+def test_a_table_zeroed_under_a_run_stops_it(runs, name):
+    """The next start indexes or selects again and goes on to the same bits."""
     settings = (*SHORT, "train.save_every=1")
-    runs.run("stopped", *settings, "run.stop_after=1")
-    done = runs.run("stopped", *settings, expect=1, script=SCRIPT, env=changed)
-    assert "text tokens, but 0 in the index; start again to index it anew" in done.stderr
-    done = runs.run("stopped", *settings)
-    assert "text tokens, but 0 in the index; indexing again" in done.stderr or "is damaged (text.npy" in done.stderr
-    assert_same_metrics(runs.metrics("stopped"), runs.metrics("whole"))
-    assert_equal_checkpoints(runs.checkpoint("stopped"), runs.checkpoint("whole"))
+    runs.run(name, *settings, "run.stop_after=1")
+    done = runs.run(name, *settings, expect=1, script=SCRIPT, env={"CHANGED": name})
+    assert f"{name} was changed while it was in use; start again to" in done.stderr
+    assert [line["step"] for line in runs.metrics(name)] == [1]
+    done = runs.run(name, *settings)
+    assert f"is damaged ({name}" in done.stderr
+    assert_same_metrics(runs.metrics(name), runs.metrics("whole"))
+    assert_equal_checkpoints(runs.checkpoint(name), runs.checkpoint("whole"))
 
 
 def test_data_edited_under_a_run_stops_it(runs):

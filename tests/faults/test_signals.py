@@ -144,6 +144,26 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_next_start(runs)
     assert (runs.directory("last") / "eval.jsonl").exists() and len(runs.metrics("last")) == 3
 
 
+def test_nothing_is_imported_while_a_signal_is_handled(tmp_path):
+    """A second signal would find the module half imported."""
+    code = f"""
+import os, signal, subprocess, sys
+from pathlib import Path
+from vtprune_train import launch, stops
+os.environ[stops.FINAL_FILE] = str(stops.make_notes(Path({str(tmp_path)!r})))
+class Refuse:
+    def find_spec(self, name, *_):
+        raise AssertionError(name + " is imported in a handler")
+with subprocess.Popen(["sleep", "20"]) as rank:
+    sys.meta_path.insert(0, Refuse())
+    signal.signal(signal.SIGINT, launch._pass_on)
+    signal.raise_signal(signal.SIGINT)
+    sys.exit(rank.wait() + 30)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 30 - TERM and not done.stderr, "`sleep` listens to none of ours: it gets SIGTERM"
+
+
 def test_signals_that_are_ignored_stay_ignored():
     """``nohup`` ignores SIGHUP; a shell in the background SIGINT."""
     code = "import signal; from vtprune_train.stops import STOP; STOP.listen(); signal.raise_signal(signal.SIGHUP); "

@@ -32,7 +32,7 @@ from vtprune_train.disk import locked, publish, remove
 from vtprune_train.models.layouts import ImageLayout
 from vtprune_train.models.layouts.base import Size
 from vtprune_train.rounding import floor_of
-from vtprune_train.sealed import SummedFile, damage, read_manifest, seal
+from vtprune_train.sealed import SummedFile, Watch, damage, read_manifest, seal
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +89,23 @@ class Selection:
     def __init__(self, table: Table, folder: Path):
         self.table, self.folder = table, folder
         self.manifest = read_manifest(folder)
+        self._watch = Watch(folder, self.manifest["sums"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"table": self.table, "folder": self.folder, "manifest": self.manifest}
+        return {name: value for name, value in self.__dict__.items() if name != "rows"}
 
     def __len__(self) -> int:
         return self.manifest["samples"]
+
+    def check(self) -> None:
+        """Look whether its files and those of its table are what they were when they were opened.
+
+        Raises:
+            RuntimeError: one was changed in place.
+        """
+        self.table.check()
+        if name := self._watch.changed():
+            raise RuntimeError(f"{self.folder / name} was changed while it was in use; start again to select anew")
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -157,6 +168,7 @@ class SampleIndex:
         if not 0 <= sample < len(self):
             raise IndexError(f"there is no sample {sample} among {len(self)}")
         source = bisect_right(self._starts, sample) - 1
+        self.selections[source].check()
         return source, int(self.selections[source].rows[sample - self._starts[source]])
 
     def sample_id(self, sample: int) -> str:
@@ -200,6 +212,7 @@ class SampleIndex:
         for number in np.unique(source).tolist():
             own = source == number
             selection = self.selections[number]
+            selection.check()
             rows = selection.rows[samples[own] - self._starts[number]]
             starts = selection.table.column("span_starts")
             first[own], num[own] = starts[rows], starts[rows + 1] - starts[rows]

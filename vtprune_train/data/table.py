@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -22,7 +23,7 @@ from vtprune_train.data.measure import BATCH, FINE, NO_PICTURE, SPAN_COLUMNS, Me
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import Place, Reader, open_reader, stamp
 from vtprune_train.disk import remove, replace_synced, sync
-from vtprune_train.sealed import checksum, damage, read_manifest, seal
+from vtprune_train.sealed import Watch, checksum, damage, read_manifest, seal
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,13 @@ class Table:
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = read_manifest(folder)
+        self._watch = Watch(folder, self.manifest["sums"])
         self._columns: dict[str, np.ndarray] = {}
         self._readers: dict[int, Reader] = {}
         self._first = np.array([first for *_, first in self.manifest["files"]], dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest, "_first": self._first, "_columns": {}, "_readers": {}}
+        return {**self.__dict__, "_columns": {}, "_readers": {}}
 
     def __len__(self) -> int:
         return self.manifest["records"]
@@ -80,12 +82,12 @@ class Table:
         """
         number, made_with = self._file(row), self.manifest["made_with"]
         path, size, changed, *_ = self.manifest["files"][number]
-        if number not in self._readers:
-            if stamp(Path(path))[:2] != [size, changed]:
-                raise RuntimeError(f"data file {path} has changed while it is in use; start again to index it anew")
-            self._readers[number] = open_reader(Path(path), made_with["bounds"][0])
+        if number not in self._readers and stamp(Path(path))[:2] != [size, changed]:
+            raise RuntimeError(f"data file {path} has changed while it is in use; start again to index it anew")
         place = Place(int(self.column("at")[row]), int(self.column("size")[row]))
         try:
+            if number not in self._readers:
+                self._readers[number] = open_reader(Path(path), made_with["bounds"][0])
             record = normalize(self._readers[number].read(place), "", made_with["ignore"], made_with["bounds"][1])
         except OSError as error:
             raise RuntimeError(f"data file {path} cannot be read where it was indexed: {error}") from error
@@ -94,6 +96,15 @@ class Table:
         if content_hash(record) != self.column("content")[row]:
             raise self.distrusted(f"data file {path}: record {self.id(row)} is not what was indexed")
         return record if record.id else replace(record, id=self.id(row))
+
+    def check(self) -> None:
+        """Look whether the columns are what they were when they were opened.
+
+        Raises:
+            RuntimeError: one was changed in place.
+        """
+        if name := self._watch.changed():
+            raise self.distrusted(f"{self.folder / name} was changed while it was in use")
 
     def distrusted(self, reason: str) -> RuntimeError:
         """The error for a table that does not fit its data; the next start builds it again."""
@@ -203,11 +214,11 @@ def _mended(table: Table, measure: Measure) -> Table:
 
 
 def _enter(folder: Path, found: dict[int, Measured], table: Table) -> list[str]:
-    """Write what was measured in place (room for the pictures was kept); the names of the columns' files."""
-    opened = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+")
-        for name in ("text", "supervised", *(SPAN_COLUMNS if table.manifest["pictures"] else ()), "state")
-    }
+    """Write what was measured to copies of the columns (room for the pictures was kept), and put these in their place:
+    runs that have mapped the columns go on with what they know. Returns the names of the files."""
+    names = ("text", "supervised", *(SPAN_COLUMNS if table.manifest["pictures"] else ()), "state")
+    copies = {name: Path(shutil.copyfile(folder / f"{name}.npy", folder / f"{name}.tmp")) for name in names}
+    opened = {name: np.lib.format.open_memmap(copy, mode="r+") for name, copy in copies.items()}
     for row, result in found.items():
         opened["text"][row], opened["supervised"][row] = result.text, result.supervised
         for name, values in zip(SPAN_COLUMNS, zip(*result.spans, strict=True), strict=True):
@@ -215,8 +226,9 @@ def _enter(folder: Path, found: dict[int, Measured], table: Table) -> list[str]:
         opened["state"][row] = result.state
     for name, column in opened.items():
         column.flush()  # type: ignore[attr-defined]
-        sync(folder / f"{name}.npy")
-    return [f"{name}.npy" for name in opened]
+        sync(copies[name])
+        copies[name].replace(folder / f"{name}.npy")
+    return [f"{name}.npy" for name in names]
 
 
 def _length(part: slice) -> int:

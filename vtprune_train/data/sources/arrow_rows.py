@@ -63,7 +63,12 @@ def row_bytes(array: pa.Array) -> np.ndarray:
 
 
 def within(batch: pa.RecordBatch, bound: int) -> Rows:
-    """The rows of a batch, those of more than ``bound`` bytes as null."""
+    """The rows of a batch, those of more than ``bound`` bytes as null.
+
+    Raises:
+        pyarrow.ArrowInvalid: the batch is broken. Arrow checks no file that it maps, and would read outside of it.
+    """
+    batch.validate(full=True)
     sizes = sum((row_bytes(column) for column in batch.columns), np.zeros(len(batch), np.int64))
     if not (sizes > bound).any():
         return batch, sizes

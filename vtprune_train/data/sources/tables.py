@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +19,13 @@ from vtprune_train.data.sources.arrow_rows import (
     Rows,
     batches_apart,
     batches_of,
+    chunks,
     has_large_page,
     within,
 )
 from vtprune_train.data.sources.base import BOUNDS, PIECE_ROWS, Piece, Place, Reader, too_many_bytes
+
+LARGEST_HELD = 128 << 20  # bytes of the rows of a row group that are held
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
@@ -53,17 +56,27 @@ def _objects(rows: Rows, bound: int) -> Iterator[dict[str, Any] | int]:
         yield row if size <= bound else size
 
 
+class _Held(NamedTuple):
+    """Consecutive rows of a row group; ``sizes`` [rows] are their bytes, unless they are still to be counted."""
+
+    group: int
+    first: int
+    table: pa.Table
+    sizes: np.ndarray | None
+
+
 class Parquet(Reader):
-    """A place is ``(row group, row in it)``: reading a record reads the columns of its row group."""
+    """A place is ``(row group, row in it)``: reading a record reads the columns of its row group, and holds them, or of
+    a large one a part."""
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         super().__init__(path, max_bytes)
         self._opened: tuple[int, pq.ParquetFile, list[str]] | None = None
-        self._group: tuple[int, pa.Table, np.ndarray | None] | None = None  # bytes of rows read by another process
+        self._held: _Held | None = None
         self._apart: dict[int, bool] = {}  # row groups, and whether they are read by another process
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None, "_group": None}
+        return {**self.__dict__, "_opened": None, "_held": None}
 
     @property
     def unread(self) -> list[str]:
@@ -73,10 +86,12 @@ class Parquet(Reader):
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 file = pq.ParquetFile(self.path)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"data file {self.path} is not parquet, or is cut off ({error})") from error
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own have no number
+                    raise
+                raise ValueError(f"data file {self.path} is not parquet, or is cut off or damaged ({error})") from error
             self._opened = (os.getpid(), file, _columns(self.path, file.schema_arrow.names))
-            self._group = None
+            self._held = None
         return self._opened[1:]
 
     def pieces(self) -> Iterator[Piece]:
@@ -100,13 +115,16 @@ class Parquet(Reader):
                 raise ValueError(f"data file {self.path} is broken in row group {group} ({error})") from error
 
     def read(self, place: Place) -> Any:
-        if self._group is None or self._group[0] != place.at:
-            self._group = (place.at, *self._read_group(place.at))
-        _, table, sizes = self._group
-        [batch] = table.slice(place.size, 1).combine_chunks().to_batches()
-        rows = within(batch, self.max_bytes) if sizes is None else (batch, sizes[place.size : place.size + 1])
-        [row] = _objects(rows, self.max_bytes)
-        return self._record(row, *place)
+        group, row = place
+        held = self._held
+        if held is None or held.group != group or not held.first <= row < held.first + len(held.table):
+            self._held = held = None  # before others are read
+            self._held = held = self._hold(group, row)
+        at = row - held.first
+        [batch] = held.table.slice(at, 1).combine_chunks().to_batches()
+        rows = within(batch, self.max_bytes) if held.sizes is None else (batch, held.sizes[at : at + 1])
+        [found] = _objects(rows, self.max_bytes)
+        return self._record(found, group, row)
 
     def _record(self, row: dict[str, Any] | int, group: int, number: int) -> Any:
         if isinstance(row, int):
@@ -126,14 +144,26 @@ class Parquet(Reader):
             yield batch, sizes
         self._apart[group] = has_large  # of many values that are all within the bound: Arrow may read it here
 
-    def _read_group(self, group: int) -> tuple[pa.Table, np.ndarray | None]:
+    def _hold(self, group: int, row: int) -> _Held:
+        """The row group, or the part of it with ``row`` where its rows within the bound are more than may be held."""
         file, columns = self._open()
         if group not in self._apart:
             self._apart[group] = has_large_page(self.path, file, group, columns)
-        if not self._apart[group]:
-            return file.read_row_group(group, columns=columns, use_threads=False), None
-        batches, sizes = zip(*self._batches(group), strict=True)
-        return pa.Table.from_batches(batches), np.concatenate(sizes)
+        size = sum(leaf.total_uncompressed_size for leaf in chunks(file, group, columns))
+        if not self._apart[group] and size <= LARGEST_HELD:
+            return _Held(group, 0, file.read_row_group(group, columns=columns, use_threads=False), None)
+        first = num_bytes = 0
+        held: list[Rows] = []
+        for batch, sizes in self._batches(group):
+            if num_bytes > LARGEST_HELD:
+                end = first + sum(len(rows) for rows, _ in held)
+                if row < end:
+                    break
+                first, num_bytes, held = end, 0, []
+            held.append((batch, sizes))
+            num_bytes += int(sizes[sizes <= self.max_bytes].sum())
+        batches, counted = zip(*held, strict=True)
+        return _Held(group, first, pa.Table.from_batches(batches), np.concatenate(counted))
 
 
 class DatasetOnDisk(Reader):
@@ -143,8 +173,14 @@ class DatasetOnDisk(Reader):
         super().__init__(path, max_bytes)
         try:
             table = load_from_disk(str(path))
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(f"data folder {path} cannot be read as a dataset ({error})") from error
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            pa.ArrowException,
+        ) as error:  # of damaged JSON beside the data
+            raise ValueError(f"data folder {path} cannot be read as a dataset ({error!r})") from error
         self._unread = _unread(table.column_names)
         self._table = table.select_columns(_columns(path, table.column_names)).with_format("arrow")
 
@@ -166,7 +202,13 @@ class DatasetOnDisk(Reader):
     def _rows(self, start: int, stop: int) -> Iterator[tuple[Place, Any]]:
         number = start
         for batch in self._table[start:stop].to_batches():
-            for row in _objects(within(batch, self.max_bytes), self.max_bytes):
+            try:
+                rows = within(batch, self.max_bytes)
+            except pa.ArrowException as error:
+                raise ValueError(
+                    f"data folder {self.path} is broken in rows {number} to {number + len(batch) - 1} ({error})"
+                ) from error
+            for row in _objects(rows, self.max_bytes):
                 if isinstance(row, int):
                     yield Place(number, 0), too_many_bytes(row, self.max_bytes, f"row {number}")
                 else:
