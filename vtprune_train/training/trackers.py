@@ -1,6 +1,6 @@
 """The numbers of ``metrics.jsonl`` and ``eval.jsonl`` in TensorBoard and DeepSpeed's other monitors.
 
-On resume TensorBoard hides what came after the checkpoint, and what its files lack is written again.
+On resume TensorBoard hides what came after the checkpoint, and what its files lack or show wrongly is written again.
 """
 
 from __future__ import annotations
