@@ -51,7 +51,7 @@ ADVICE = "In PyTorch 2.6, we changed"  # what its advice to trust a file begins 
 LARGEST_PICKLE = 1 << 30  # bytes, in a zip file
 LARGEST_UNPACKED = 1 << 26  # bytes, of a compressed file
 ZIP, NUMPY, TAR, TAR_AT = b"PK\x03\x04", b"\x93NUMPY", b"ustar", 257
-COMPRESSED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 CONTAINERS = (ZIP, NUMPY, *COMPRESSED)  # files that may hold pickles, by their first bytes
 OBJECTS = re.compile(rb"['\"][|<>=]?O\d*['\"]")  # the dtype in the header of a NumPy array that is a pickle
 HUFFMAN = 1 << 10  # bytes, more than the tables before the first compressed byte take
@@ -189,7 +189,7 @@ def _names_in(file: BinaryIO, is_pickle: bool, depth: int) -> set[str]:
         names |= _names_in_tar(file, depth)
     file.seek(0)
     if begin.startswith(NUMPY):
-        return _names_in_array(file)
+        return names | _names_in_array(file)
     for magic, unpack in COMPRESSED.items():
         if begin.startswith(magic):
             return names | _names_in_packed(unpack(file), depth)
