@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from vtprune_train.disk import naming, replace_synced, sync, write_synced
 from vtprune_train.training import saving
 from vtprune_train.training.json_lines import JsonLines, ranges
-from vtprune_train.training.trackers import hide_from, steps_shown, train_scalars
+from vtprune_train.training.trackers import hide_from, scalars_shown, steps_lacking, train_scalars
 
 
 def line(step):
@@ -116,6 +116,21 @@ def test_a_line_of_the_checkpoints_step_that_came_after_it_is_kept(tmp_path, cap
     file.append(line(5), sync=True)
     file.rewind(5, checkpoint)
     assert [record["step"] for record in file.read()] == [2, 4, 5] and not caplog.records
+
+
+@pytest.mark.parametrize("steps", [[], [2, 4]], ids=["an empty copy", "a copy"])
+def test_lines_that_the_checkpoint_would_hold_are_removed(tmp_path, caplog, steps):
+    """They are another run's, or their step is damaged. Lines of the checkpoint's own step may have come after it."""
+    checkpoint = tmp_path / "step_00000005"
+    (checkpoint / "logs").mkdir(parents=True)
+    content = b"".join(json.dumps(line(step)).encode() + b"\n" for step in steps)
+    (checkpoint / "logs" / "eval.jsonl.gz").write_bytes(gzip.compress(content))
+    file = JsonLines(tmp_path / "eval.jsonl")
+    file.path.write_text("".join(json.dumps(line(step)) + "\n" for step in (1, 2, 3, 4, 5, 6)))
+    file.rewind(5, checkpoint)
+    assert [record["step"] for record in file.read()] == [*steps, 5]
+    foreign = ranges({1, 2, 3, 4} - set(steps))
+    assert f"removed, for step_00000005 does not hold them: the line(s) of step {foreign}" in caplog.text
 
 
 @pytest.mark.parametrize("room", [0, 1, 30])
@@ -246,13 +261,38 @@ def test_steps_that_tensorboard_shows(tmp_path):
         accumulator = EventAccumulator(str(tmp_path)).Reload()
         return [event.step for event in accumulator.Scalars("train/loss")]
 
+    def steps_shown():
+        return {step for step, scalars in scalars_shown(tmp_path).items() if "train/loss" in scalars}
+
     board(tmp_path, range(1, 7))
-    assert steps_shown(tmp_path) == {1, 2, 3, 4, 5, 6} and shown() == [1, 2, 3, 4, 5, 6]
+    assert steps_shown() == {1, 2, 3, 4, 5, 6} and shown() == [1, 2, 3, 4, 5, 6]
     board(tmp_path, [5, 6, 7], hidden_from=5)
-    assert steps_shown(tmp_path) == set(range(1, 8)) and shown() == list(range(1, 8))
+    assert steps_shown() == set(range(1, 8)) and shown() == list(range(1, 8))
     board(tmp_path, [6], hidden_from=6)
-    assert steps_shown(tmp_path) == set(range(1, 7)) and shown() == list(range(1, 7))
+    assert steps_shown() == set(range(1, 7)) and shown() == list(range(1, 7))
     first = sorted(tmp_path.iterdir())[0]
     content = first.read_bytes()
     first.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
-    assert steps_shown(tmp_path) == set(shown()) == {1, 2, 3, 5, 6}
+    assert steps_shown() == set(shown()) == {1, 2, 3, 5, 6}
+
+
+def test_steps_whose_scalars_are_not_all_there(tmp_path):
+    """A record missing or with another value is seen; float32, NaN and what is no file are not taken for damage."""
+    events = [event for step in range(1, 6) for event in train_scalars({**record(step), "loss": 0.1 * step})]
+    events += [("eval/loss", 0.3, 4), ("eval/exact_match", float("nan"), 4), ("eval/large", 1e300, 4)]
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for event in events:
+            writer.add_scalar(*event)
+    (tmp_path / "a.tfevents.folder").mkdir()
+    (tmp_path / "a.tfevents.link").symlink_to("gone")
+    shown = scalars_shown(tmp_path)
+    assert steps_lacking(events, shown) == []
+    for tag, _, step in events:
+        value = shown[step].pop(tag)
+        assert steps_lacking(events, shown) == [step]
+        shown[step][tag] = 7.0
+        assert steps_lacking(events, shown) == [step]
+        shown[step][tag] = value
+    assert steps_lacking(events, shown) == []

@@ -8,16 +8,22 @@ read as plain numbers, so DeepSpeed is not needed to look at its files.
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
 import pickle
 import pickletools
+import re
 import struct
+import tarfile
 import zipfile
 import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as pickles of protocol 2 name things
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -41,9 +47,17 @@ SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 UNPICKLER = "WeightsUnpickler error:"  # what PyTorch writes before what is wrong
 UNKNOWN, UNREADABLE = "a name made while it is read", "instructions that cannot be made out"
 NAMING = ("GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # instructions of those that are older than STACK_GLOBAL
+ADVICE = "In PyTorch 2.6, we changed"  # what its advice to trust a file begins with
 LARGEST_PICKLE = 1 << 30  # bytes, in a zip file
-ZIP = b"PK\x03\x04"
+LARGEST_UNPACKED = 1 << 26  # bytes, of a compressed file
+ZIP, NUMPY, TAR, TAR_AT = b"PK\x03\x04", b"\x93NUMPY", b"ustar", 257
+COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+CONTAINERS = (ZIP, NUMPY, *COMPRESSED)  # files that may hold pickles, by their first bytes
+OBJECTS = re.compile(rb"['\"][|<>=]?O\d*['\"]")  # the dtype in the header of a NumPy array that is a pickle
+HUFFMAN = 1 << 10  # bytes, more than the tables before the first compressed byte take
+DEEPEST = 3  # containers in containers
 LEGACY_PICKLES = 5  # that torch.save wrote one after the other before it wrote zip files
+MOST_PICKLES = 10_000  # in one file
 
 
 class ForeignCodeError(ValueError):
@@ -68,12 +82,17 @@ def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             content = _torch_load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        said = str(error).rpartition(UNPICKLER)[2].strip()  # behind PyTorch's advice to trust the file
-        line = said.splitlines()[0] if said else type(error).__name__
-        raise ValueError(f"{path} cannot be read as tensors and numbers ({line})") from error
+        raise ValueError(f"{path} cannot be read as tensors and numbers ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the tensors that training writes, by name")
     return content
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line, without PyTorch's advice to trust the file."""
+    lines = [line.partition(ADVICE)[0].strip() for line in str(error).rpartition(UNPICKLER)[2].splitlines()]
+    said = [line for line in lines if line and line != "Weights only load failed."]
+    return said[0] if said else type(error).__name__
 
 
 _torch_load = torch.load
@@ -123,33 +142,112 @@ def check_folder(folder: Path) -> None:
 
 
 def pickled_files(folder: Path) -> list[Path]:
-    """Files in a folder and below that are pickles, or called like one."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in found if path.suffix in SUFFIXES or _begins_as_pickle(path)]
+    """Files in a folder and below that are pickles, may hold some, or are called like one."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and may_hold_pickles(path)]
+
+
+def may_hold_pickles(path: Path) -> bool:
+    """Whether a file is a pickle or a container of some by its content, or is called like a pickle."""
+    with path.open("rb") as file:
+        return _has_suffix(path) or _is_container(file) or _begins_as_pickle(file)
 
 
 def foreign_names(path: Path) -> list[str]:
     """The functions and classes that a file names beyond those that :func:`read` takes, as ``module.name``. The file is
-    not opened as a pickle, only its instructions are looked at; one that is no pickle names nothing."""
-    # Files of other kinds (safetensors, DeepSpeed's swap files) may begin as a pickle does, by chance.
-    is_pickle = path.suffix in SUFFIXES and _begins_as_pickle(path)
-    names = _names_in_zip(path) if zipfile.is_zipfile(path) else set()
+    not opened as a pickle, only its instructions are looked at, also in archives, compressed files and NumPy's; one
+    that is no pickle names nothing."""
     with path.open("rb") as file:
-        if file.read(len(ZIP)) != ZIP:  # read from its beginning then, whatever stands at its end
-            names |= _names_in_stream(file, is_pickle)
-    return sorted(name for name in names if not _is_taken(name))
+        # Files of other kinds (safetensors, DeepSpeed's swap files) may begin as a pickle does, by chance.
+        is_pickle = _has_suffix(path) and _is_pickle(file.read(2))
+        return sorted(name for name in _names_in(file, is_pickle, 0) if not _is_taken(name))
 
 
-def _begins_as_pickle(path: Path) -> bool:
+def _has_suffix(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _is_container(file: BinaryIO) -> bool:
+    file.seek(0)
+    return file.read(8).startswith(CONTAINERS) or zipfile.is_zipfile(file) or _is_tar(file)
+
+
+def _is_tar(file: BinaryIO) -> bool:
+    file.seek(TAR_AT)
+    return file.read(len(TAR)) == TAR
+
+
+def _names_in(file: BinaryIO, is_pickle: bool, depth: int) -> set[str]:
+    """Names in a file, or in one inside a container."""
+    file.seek(0)
+    begin = file.read(8)
+    names = _names_in_zip(file, depth) if zipfile.is_zipfile(file) else set()
+    if begin.startswith(ZIP):
+        return names
+    if not is_pickle:
+        names.discard(UNREADABLE)  # the end of another file, which looks like a zip file's by chance
+    if _is_tar(file):
+        names |= _names_in_tar(file, depth)
+    file.seek(0)
+    if begin.startswith(NUMPY):
+        return names | _names_in_array(file)
+    for magic, unpack in COMPRESSED.items():
+        if begin.startswith(magic):
+            return names | _names_in_packed(unpack(file), depth)
+    return names | _names_in_stream(file, is_pickle)  # from its beginning, whatever stands at its end
+
+
+def _names_in_content(content: BytesIO, is_pickle: bool, depth: int) -> set[str]:
+    """Names in what lay in a container."""
+    if not (is_pickle or _is_container(content) or _begins_as_pickle(content)):
+        return set()
+    return {UNREADABLE} if depth >= DEEPEST else _names_in(content, is_pickle, depth + 1)
+
+
+def _names_in_packed(file: Any, depth: int) -> set[str]:
+    content = BytesIO()
+    try:
+        while content.tell() < LARGEST_UNPACKED and (block := file.read(1 << 20)):
+            content.write(block)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        pass  # it ends early; what came before would have been read
+    content.seek(0)
+    return _names_in_content(content, _is_pickle(content.read(2)), depth)
+
+
+def _names_in_tar(file: BinaryIO, depth: int) -> set[str]:
+    names: set[str] = set()
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for entry in archive:
+                if entry.isfile() and (packed := archive.extractfile(entry)) is not None:
+                    names |= _names_in_content(BytesIO(packed.read(LARGEST_UNPACKED)), False, depth)
+    except tarfile.TarError:
+        return names | {UNREADABLE}
+    return names
+
+
+def _names_in_array(file: BinaryIO) -> set[str]:
+    """Names in the pickle that an array of objects is; other arrays name nothing."""
+    header = file.read(12)
+    wide = header[6:7] > b"\x01"
+    length = int.from_bytes(header[8:12] if wide else header[8:10], "little")
+    file.seek(12 if wide else 10)
+    if not OBJECTS.search(file.read(min(length, 1 << 16))):
+        return set()
+    return _names_in_stream(file, True)
+
+
+def _begins_as_pickle(file: BinaryIO) -> bool:
     """By its first bytes; one of the oldest protocols, which begin with anything, by all of its instructions."""
-    with path.open("rb") as file:
-        if _is_pickle(file.read(2)):
-            return True
-        file.seek(0)
-        try:
-            return any(operation.name in NAMING for operation, *_ in list(pickletools.genops(file)))
-        except Exception:  # no pickle: pickletools raises whatever bytes bring about
-            return False
+    file.seek(0)
+    if _is_pickle(file.read(2)):
+        return True
+    file.seek(0)
+    try:
+        return any(operation.name in NAMING for operation, *_ in list(pickletools.genops(file)))
+    except Exception:  # no pickle: pickletools raises whatever bytes bring about
+        return False
 
 
 def _is_pickle(begin: bytes) -> bool:
@@ -163,16 +261,17 @@ def _is_taken(name: str) -> bool:
     return name in TENSORS or name in STAND_INS or (module in ("torch", "torch.storage") and last.endswith("Storage"))
 
 
-def _names_in_zip(path: Path) -> set[str]:
+def _names_in_zip(file: BinaryIO, depth: int) -> set[str]:
     """Names in all pickles of a zip file, also in those that PyTorch would pass over."""
     names: set[str] = set()
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 is_pickle = entry.filename.lower().endswith(".pkl")
-                if is_pickle or _is_pickle(_unpacked(file, entry, 2)):
+                begin = _unpacked(file, entry, 8)
+                if is_pickle or _is_pickle(begin[:2]) or begin.startswith(CONTAINERS):
                     content = BytesIO(_unpacked(file, entry, LARGEST_PICKLE))
-                    names |= _names_in_stream(content, is_pickle)
+                    names |= _names_in_content(content, is_pickle, depth)
                 if entry.filename.endswith("/constants.pkl"):
                     names.add("torch.jit (a program)")
     except (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error):
@@ -188,18 +287,26 @@ def _unpacked(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> bytes:
         return file.read(min(entry.file_size, size))
     if entry.compress_type != zipfile.ZIP_DEFLATED:
         raise NotImplementedError(entry.compress_type)
-    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(min(entry.compress_size, size + 64)), size)
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(min(entry.compress_size, size + HUFFMAN)), size)
 
 
 def _names_in_stream(file: BinaryIO, is_pickle: bool) -> set[str]:
+    """Names in the pickles that stand one after the other, from here on."""
     names: set[str] = set()
-    file.seek(0)
-    for number in range(LEGACY_PICKLES):
+    for number in count():
+        if number == MOST_PICKLES:
+            return names | {UNREADABLE}
+        begin = file.tell()
+        found: set[str] = set()
         try:
             for name in _names_in_pickle(file):
-                names.add(name)
+                found.add(name)
         except Exception:  # no pickle (any more): pickletools raises whatever bytes bring about
+            file.seek(begin)
+            if number < LEGACY_PICKLES or _is_pickle(file.read(2)):  # else the numbers behind torch.save's pickles
+                names |= found
             return names | {UNREADABLE} if is_pickle and number == 0 else names
+        names |= found
     return names
 
 

@@ -10,6 +10,7 @@ from runner import ROOT, VARYING, Runs, assert_equal_checkpoints, assert_same_me
 
 from vtprune_train.training import manifest
 
+LOGS = {"metrics.jsonl.gz", "eval.jsonl.gz", "spikes.jsonl.gz"}
 INJECT = ROOT / "tests" / "faults" / "inject.py"
 SETTINGS = (
     "train.save_every=3",
@@ -85,10 +86,43 @@ def removed_and_the_newest_checkpoint_is_damaged(folder):
     (folder / "checkpoints" / "step_00000005" / "logs" / "eval.jsonl.gz").write_bytes(b"")
 
 
+def foreign_lines(folder):
+    """Of another run, and of steps at which none was due."""
+    lines = [line.replace(b'"step": 4', b'"step": 3') for line in lines_of(folder / "eval.jsonl")]
+    (folder / "eval.jsonl").write_bytes(b"".join(lines))
+    (folder / "spikes.jsonl").write_text('{"step": 2, "loss": 1.0, "z": 9, "samples": []}\n')
+    change_events(folder, lambda record: b"" if b"eval/" in record else record)
+
+
+def change_events(folder, change):
+    """Rewrite TensorBoard's only file, with ``change(record)`` for each of its records."""
+    (path,) = (folder / "tensorboard").iterdir()
+    content, records = path.read_bytes(), []
+    while content:
+        end = 16 + int.from_bytes(content[:8], "little")
+        records.append(change(content[:end]))
+        content = content[end:]
+    path.write_bytes(b"".join(records))
+
+
+def a_number_on_the_board_is_wrong(folder):
+    (path,) = (folder / "tensorboard").iterdir()
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"train/loss") + 12] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGE = {
     the_end_is_missing: ("the line(s) of step 4 to 5", "the line(s) of step 2, 4", "lacks step 1 to 5"),
     zeros: ("1 unreadable line(s) removed, the first was line 4", "the line(s) of step 4"),
     the_middle_is_missing: ("the line(s) of step 2, 4", "the first was line 1", "from metrics.jsonl and eval.jsonl"),
+    foreign_lines: (
+        "eval.jsonl: restored from step_00000005: the line(s) of step 4; "
+        "removed, for step_00000005 does not hold them: the line(s) of step 3",
+        "spikes.jsonl: removed, for step_00000005 does not hold them: the line(s) of step 2",
+        "lacks step 2, 4",
+    ),
+    a_number_on_the_board_is_wrong: ("lacks step 5: the scalars from step 5 on",),
     removed_and_the_newest_checkpoint_is_damaged: ("step_00000005 is damaged", "the line(s) of step 1 to 3"),
 }
 
@@ -100,6 +134,19 @@ def test_lines_that_a_checkpoint_holds_are_restored(runs, stopped, damage):
     for said in DAMAGE[damage]:
         assert said in done.stderr
     assert_nothing_is_missing(runs, stopped)
+
+
+def test_lines_outlast_steps_without_evaluation(runs, stopped):
+    """The checkpoint of step 6 holds the lines too, though nothing was evaluated or looked at since step 5."""
+    off = ("data.eval=[]", "train.eval_every=null", "train.spike_threshold=null")
+    settings = [setting for setting in SETTINGS if "eval" not in setting]
+    runs.run(stopped.name, *settings, *off, "run.stop_after=6")
+    assert {path.name for path in (runs.checkpoint(stopped.name) / "logs").iterdir()} == LOGS
+    (stopped / "eval.jsonl").unlink()
+    done = runs.run(stopped.name, *SETTINGS)
+    assert "eval.jsonl: restored from step_00000006: the line(s) of step 2, 4" in done.stderr
+    expected = evaluations(runs.directory("whole"))
+    assert evaluations(stopped) == [line for line in expected if line["step"] != 6]
 
 
 def test_lines_that_no_checkpoint_holds_are_named(runs, stopped):

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -280,7 +281,7 @@ def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: 
     check_weights(tower, f"the vision tower {tower}")
     try:
         loaded = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         if own:
             return own
         raise ValueError(
@@ -399,8 +400,12 @@ def _tower_is(state: dict[str, Tensor], tower: str) -> bool:
     check_weights(tower, f"the vision tower {tower}")
     try:
         published = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
-    except (OSError, ValueError, SafetensorError) as error:
-        log.info("the vision tower %s cannot be read here; the model's is written as a trained one (%s)", tower, error)
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        log.info(
+            "the vision tower %s cannot be read here; the model's is written as a trained one (%s)",
+            tower,
+            first_line(error),
+        )
         return False
     own = {name: value for name, value in state.items() if name.startswith(TOWER)}
     return _same(own, {f"{TOWER}{name}": value for name, value in published.items()})

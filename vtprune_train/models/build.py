@@ -40,7 +40,7 @@ from vtprune_train.config import ModelConfig
 from vtprune_train.models import HFModule, original
 from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.families import Family, Loop, trained_family
-from vtprune_train.models.files import check_weights
+from vtprune_train.models.files import check_weights, hub_kernels
 from vtprune_train.models.known import KNOWN_CONFIGS
 from vtprune_train.models.tokenizer import lasting
 from vtprune_train.pruning import CONFIG_KEY, check_trusted, completed_settings
@@ -173,12 +173,28 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         config = None if is_original else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
-    if config is None:
+    if config is not None:
+        check_attention(name, place)
+    else:
         raise ValueError(
             f"{place}: this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: "
             f"vtprune convert --model {name} --to hf --out DIR"
         )
     return config
+
+
+def check_attention(name: str, place: str) -> None:
+    """Look at the attention that a ``config.json`` asks for: transformers downloads kernels of the hub and runs them.
+
+    Raises:
+        ValueError: it names one.
+    """
+    content, _ = PreTrainedConfig.get_config_dict(name)
+    for key, value in hub_kernels(content):
+        raise ValueError(
+            f"{place}: config.json of {name} has {key}={value!r}, a kernel of the hub, whose code is not run; remove "
+            "the key or set it to sdpa"
+        )
 
 
 @contextmanager
@@ -191,6 +207,14 @@ def learned_expected() -> Iterator[None]:
             yield
         finally:
             PreTrainedModel._keys_to_ignore_on_load_unexpected = before
+
+
+@contextmanager
+def _loading(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{place}: cannot be loaded ({first_line(error)})") from error
 
 
 def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModule:
@@ -206,13 +230,10 @@ def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModul
         ValueError: a file cannot be read, a weight is missing or has another shape.
     """
     check_weights(folder, place)
-    try:
-        with learned_expected():
-            model, found = model_class.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"{place}: cannot be loaded ({first_line(error)})") from error
+    with _loading(place), learned_expected():
+        model, found = model_class.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{place}: {len(missing)} weight(s) of the {type(model).__name__} are missing, first {missing[0]}; copy "
@@ -267,10 +288,13 @@ def _from_parts(config: ModelConfig, model_config: PreTrainedConfig) -> HFModule
     """A language model and a tower with a new projector between them; only the projector is initialised."""
     assert config.language_model is not None and config.vision_tower is not None
     dtype = getattr(torch, config.dtype)
-    check_weights(config.language_model, f"model.language_model={config.language_model}")
-    check_weights(config.vision_tower, f"model.vision_tower={config.vision_tower}")
-    language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, trust_remote_code=False)
-    tower = CLIPVisionModel.from_pretrained(config.vision_tower, dtype=dtype)
+    places = f"model.language_model={config.language_model}", f"model.vision_tower={config.vision_tower}"
+    check_weights(config.language_model, places[0])
+    check_weights(config.vision_tower, places[1])
+    with _loading(places[0]):
+        language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, trust_remote_code=False)
+    with _loading(places[1]):
+        tower = CLIPVisionModel.from_pretrained(config.vision_tower, dtype=dtype)
     with no_init_weights():
         model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
     for module, source in (
@@ -495,5 +519,4 @@ def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     if "custom code which must be executed" in str(error):
         return "it brings code of its own (auto_map), which is not run; only transformers' own classes are opened"
-    said = str(error).rpartition(pickles.UNPICKLER)[2].strip()  # behind PyTorch's advice to trust the file
-    return said.splitlines()[0] if said else type(error).__name__
+    return pickles.first_line(error)

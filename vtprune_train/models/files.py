@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vtprune_train import pickles
 from vtprune_train.parse import read_json_object
+
+ATTENTION = "attn_implementation"  # also with underscores around, and in the settings of a model's parts
 
 
 def check_weights(folder: str, place: str) -> None:
@@ -18,18 +22,41 @@ def check_weights(folder: str, place: str) -> None:
         place: for errors.
 
     Raises:
-        ValueError: an index names a file outside the folder, or a ``*.bin`` file or an adapter's settings name code.
+        ValueError: an index names a file outside the folder, or a file of weights or an adapter's settings name code.
     """
     check_adapter(Path(folder), place)
-    for index in sorted(Path(folder).glob("*.index.json")):
-        weight_map(index)
-    if any(Path(folder).glob("*.safetensors")):  # which are read instead
-        return
-    for file in sorted(Path(folder).glob("*.bin")):
+    for file in _weights_files(Path(folder)):
         try:
-            pickles.check(file)
+            if pickles.may_hold_pickles(file):
+                pickles.check(file)
         except pickles.ForeignCodeError as error:
             raise ValueError(f"{place}: {error}") from error
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """What transformers or PEFT may choose among, whatever lies beside it."""
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    for index in sorted(folder.glob("*.index.json")):
+        files |= {folder / name for name in weight_map(index).values()}
+    config = folder / "config.json"
+    named = read_json_object(config).get("transformers_weights") if config.is_file() else None
+    if isinstance(named, str):
+        files.add(folder / named)
+    return sorted(file for file in files if file.is_file())
+
+
+def hub_kernels(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Kernels of the hub that the settings of a model name as their attention, as ``key, value``; ``a.b`` is ``b`` in
+    the section ``a``. Attention that is part of transformers or of this package has no slash in its name."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from hub_kernels(value, f"{key}.{name}" if key else name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from hub_kernels(value, key)
+    elif isinstance(content, str) and "/" in content and ATTENTION in key:
+        yield key.rstrip("."), content
 
 
 def check_adapter(folder: Path, place: str) -> None:

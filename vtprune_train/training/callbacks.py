@@ -52,22 +52,30 @@ def only_warning(what: str | Path) -> Iterator[None]:
         log.warning("%s could not be written (%s: %s); training does without it", what, type(error).__name__, error)
 
 
-class Metrics(Callback):
-    """``metrics.jsonl``: a line for every step."""
+class Carried(Callback):
+    """A file that goes on with the run, from checkpoint to checkpoint, even while nothing adds lines to it (evaluation
+    is switched off)."""
 
-    def __init__(self, run_dir: Path):
-        self.file = JsonLines(run_dir / "metrics.jsonl", every_step=True)
+    def __init__(self, file: JsonLines):
+        self.file = file
 
     def on_start(self, trainer: Trainer) -> None:
         if ranks.rank() == 0:
             self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
 
+    def files(self) -> list[JsonLines]:
+        return [self.file]
+
+
+class Metrics(Carried):
+    """``metrics.jsonl``: a line for every step."""
+
+    def __init__(self, run_dir: Path):
+        super().__init__(JsonLines(run_dir / "metrics.jsonl", every_step=True))
+
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         if ranks.rank() == 0:
             self.file.append(record)
-
-    def files(self) -> list[JsonLines]:
-        return [self.file]
 
 
 class Progress(Callback):

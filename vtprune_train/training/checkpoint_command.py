@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from vtprune_train import pickles
 from vtprune_train.disk import remove
+from vtprune_train.models.files import hub_kernels
 from vtprune_train.pruning import CONFIG_KEY, outside_methods
 from vtprune_train.training import manifest
 from vtprune_train.training.lock import hold_run
@@ -189,6 +190,10 @@ def named_code(checkpoint: Path) -> list[str]:
         ]
         if _has_key(content, "auto_map"):
             lines.append(f"{name} names code of its own (auto_map), which is never run here")
+        lines += [
+            f"{name} names a kernel of the hub ({key}={value}), which is never run here"
+            for key, value in hub_kernels(content)
+        ]
     return lines
 
 

@@ -44,17 +44,21 @@ class JsonLines:
 
     def rewind(self, step: int, checkpoint: Path | None = None) -> None:
         """Keep the lines up to ``step``, and restore from the checkpoint's copy those that are missing or damaged; says
-        what was restored, and what is lost.
+        what was restored, and what is lost. Lines of earlier steps that the copy lacks are not the run's, and are
+        removed; one of ``step`` itself may have come after the checkpoint.
 
         Args:
             step: training continues after it.
             checkpoint: the one that it continues from.
         """
         content = self.path.read_bytes() if self.path.is_file() else b""
-        copied = dict(_parse(_read_copy(checkpoint, self.path.name))[0])
+        copy = _read_copy(checkpoint, self.path.name)
+        copied = dict(_parse(copy or b"")[0])
         order, unreadable = _parse(content, {line: number for number, line in copied.items()})
         written, saved = dict(order), {number: line for number, line in copied.items() if number <= step}
         kept = {number: line for number, line in written.items() if number <= step} | saved
+        foreign = set() if copy is None else {number for number in kept if number < step} - saved.keys()
+        kept = {number: line for number, line in kept.items() if number not in foreign}
         lines = b"".join(kept[number] for number in sorted(kept))
         whose = "no checkpoint" if checkpoint is None else checkpoint.name
         told = []
@@ -62,6 +66,8 @@ class JsonLines:
             told.append(f"{len(unreadable)} unreadable line(s) removed, the first was line {unreadable[0]}")
         if restored := [number for number, line in saved.items() if written.get(number) != line]:
             told.append(f"restored from {whose}: the line(s) of step {ranges(restored)}")
+        if foreign:
+            told.append(f"removed, for {whose} does not hold them: the line(s) of step {ranges(foreign)}")
         if self.every_step and (lost := set(range(1, step + 1)) - kept.keys()):
             told.append(f"lost, for {whose} has no copy of them: the line(s) of step {ranges(lost)}")
         if len(written) < len(order) or sorted(written) != list(written):
@@ -144,10 +150,10 @@ def _step_of(line: bytes) -> int | None:
     return step if type(step) is int and step > 0 else None
 
 
-def _read_copy(checkpoint: Path | None, name: str) -> bytes:
-    """A checkpoint's copy of a file; empty for one that an older version wrote."""
+def _read_copy(checkpoint: Path | None, name: str) -> bytes | None:
+    """A checkpoint's copy of a file; None for one that an older version wrote."""
     path = checkpoint and checkpoint / LOGS / f"{name}.gz"
-    return gzip.decompress(path.read_bytes()) if path and path.is_file() else b""
+    return gzip.decompress(path.read_bytes()) if path and path.is_file() else None
 
 
 def ranges(steps: Iterable[int]) -> str:

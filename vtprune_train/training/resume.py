@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.config_file import changed_settings, differences
+from vtprune_train.parse import read_json_object
 from vtprune_train.pruning import UntrustedMethodError, check_trusted, completed_settings
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
@@ -57,7 +58,7 @@ def resume(
 
 
 def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    saved = ranks.from_rank_0(lambda: json.loads((checkpoint / "trainer.json").read_text())["identity"])
+    saved = ranks.from_rank_0(lambda: read_json_object(checkpoint / "trainer.json")["identity"])
     known = {key: value for key, value in saved.items() if key in identity}
     if (unknown := [key for key in identity if key not in saved]) and ranks.rank() == 0:
         log.warning(

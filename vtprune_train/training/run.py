@@ -48,7 +48,7 @@ from vtprune_train.pruning.phases import Phases
 from vtprune_train.sealed import MANIFEST, damage, seal_as_it_is
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.adapter import attach_adapter, check_adapter
-from vtprune_train.training.callbacks import Callback, Evaluation, Metrics, Plot, Progress
+from vtprune_train.training.callbacks import Callback, Carried, Evaluation, Metrics, Plot, Progress
 from vtprune_train.training.check_data import check_paths, unwritable
 from vtprune_train.training.checkpoint import CheckpointFolder
 from vtprune_train.training.engine import (
@@ -58,6 +58,7 @@ from vtprune_train.training.engine import (
     start_engine,
     zero_stage,
 )
+from vtprune_train.training.json_lines import JsonLines
 from vtprune_train.training.kernels import compile_model, replace_kernels
 from vtprune_train.training.lock import hold_run
 from vtprune_train.training.manifest import STEP, check_export
@@ -153,13 +154,13 @@ def warn_of_batch(global_batch_size: int, samples: int) -> None:
 def build_callbacks(config: Config, held_out: Collator | None) -> list[Callback]:
     """What happens around the loop, in this order."""
     run_dir, train = config.run_dir, config.train
-    callbacks: list[Callback] = [Metrics(run_dir), Progress()]
+    evaluation: Callback = Carried(JsonLines(run_dir / "eval.jsonl"))
+    spikes: Callback = Carried(JsonLines(run_dir / "spikes.jsonl"))
     if held_out is not None:
-        callbacks.append(Evaluation(run_dir, held_out))
-    callbacks += [Trackers(run_dir), Plot(run_dir)]
+        evaluation = Evaluation(run_dir, held_out)
     if train.spike_threshold is not None:
-        callbacks.append(Spikes(run_dir, train.spike_threshold, train.spike_window))
-    return callbacks
+        spikes = Spikes(run_dir, train.spike_threshold, train.spike_window)
+    return [Metrics(run_dir), Progress(), evaluation, Trackers(run_dir), Plot(run_dir), spikes]
 
 
 def _check_start(config: Config) -> None:

@@ -1,14 +1,17 @@
 """The numbers of ``metrics.jsonl`` and ``eval.jsonl`` in TensorBoard and DeepSpeed's other monitors.
 
-On resume TensorBoard hides what came after the checkpoint, and what its files lack is written again.
+On resume TensorBoard hides what came after the checkpoint, and what its files lack or show wrongly is written again.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.callbacks import Callback, eval_scalars, only_warning
@@ -21,16 +24,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHOWN = ("loss", "grad_norm", "tokens_per_second", "step_time", "data_wait", "token_accuracy")
-IN_EVERY_STEP = "train/tokens_per_second"
 
 
 def train_scalars(record: dict[str, Any]) -> list[Scalar]:
     """What is shown of a line of ``metrics.jsonl``."""
-    events = [(f"train/{name}", record[name], record["step"]) for name in SHOWN if record[name] is not None]
+    events = [(f"train/{name}", record[name], record["step"]) for name in SHOWN if record.get(name) is not None]
     events += [(f"train/keep_{i}", share, record["step"]) for i, share in enumerate(record.get("keep", ()), 1)]
     if record.get("consistency_loss") is not None:
         events.append(("train/consistency_loss", record["consistency_loss"], record["step"]))
-    return events + [(f"learning_rate/{part}", rate, record["step"]) for part, rate in record["learning_rates"].items()]
+    return events + [
+        (f"learning_rate/{part}", rate, record["step"]) for part, rate in record.get("learning_rates", {}).items()
+    ]
 
 
 class Trackers(Callback):
@@ -51,23 +55,20 @@ class Trackers(Callback):
             trainer.engine.monitor.write_events(train_scalars(record))
 
     def _continue(self, board: Any, step: int) -> None:
-        """Have TensorBoard show the steps up to ``step`` alone, and write again those from the first that its files
-        lack."""
+        """Have TensorBoard show the steps up to ``step`` alone, and write again those from the first whose scalars its
+        files lack or show with other values."""
         folder = Path(board.summary_writer.log_dir)
-        trained = {line["step"]: line for line in JsonLines(self.run_dir / "metrics.jsonl").read()}
-        lacking = sorted(trained.keys() - steps_shown(folder))
+        events = [event for line in JsonLines(self.run_dir / "metrics.jsonl").read() for event in train_scalars(line)]
+        events += [event for line in JsonLines(self.run_dir / "eval.jsonl").read() for event in eval_scalars(line)]
+        events = [event for event in events if isinstance(event[1], int | float)]  # a damaged line without a copy
+        lacking = steps_lacking(events, scalars_shown(folder))
         first = lacking[0] if lacking else step + 1
         hide_from(board.summary_writer, first)
         if not lacking:
             return
         log.warning("%s lacks step %s: the scalars from step %d on are written again from metrics.jsonl and eval.jsonl "
                     "(pictures are not)", folder, ranges(lacking), first)  # fmt: skip
-        for number in sorted(trained):
-            if number >= first:
-                board.write_events(train_scalars(trained[number]))
-        for line in JsonLines(self.run_dir / "eval.jsonl").read():
-            if line["step"] >= first:
-                board.write_events(eval_scalars(line))
+        board.write_events([event for event in events if event[2] >= first])
 
 
 def hide_from(writer: Any, step: int) -> None:
@@ -79,17 +80,30 @@ def hide_from(writer: Any, step: int) -> None:
     writer.flush()
 
 
-def steps_shown(folder: Path) -> set[int]:
-    """Global steps whose scalars TensorBoard would show, by the event files in a folder."""
+def steps_lacking(events: list[Scalar], shown: dict[int, dict[str, float]]) -> list[int]:
+    """Steps of ``events`` that are not shown whole, with the same values in float32; in order."""
+    with np.errstate(over="ignore"):
+        values = np.array([value for _, value, _ in events], np.float64).astype(np.float32).tolist()
+    lacking = set()
+    for (tag, _, step), value in zip(events, values, strict=True):
+        found = shown.get(step, {}).get(tag)
+        if found != value and (found is None or found == found or value == value):  # NaN is shown as NaN
+            lacking.add(step)
+    return sorted(lacking)
+
+
+def scalars_shown(folder: Path) -> dict[int, dict[str, float]]:
+    """What TensorBoard would show of each step, by tag, by the event files in a folder."""
     from tensorboard.compat.proto.event_pb2 import SessionLog
 
-    shown: set[int] = set()
-    for path in sorted(folder.glob("*tfevents*")):
+    shown: dict[int, dict[str, float]] = {}
+    for path in sorted(path for path in folder.glob("*tfevents*") if path.is_file()):
         for event in _events(path):
             if event.session_log.status == SessionLog.START:
-                shown = {step for step in shown if step < event.step}
-            elif any(value.tag == IN_EVERY_STEP for value in event.summary.value):
-                shown.add(event.step)
+                shown = {step: scalars for step, scalars in shown.items() if step < event.step}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    shown.setdefault(event.step, {})[sys.intern(value.tag)] = value.simple_value
     return shown
 
 
