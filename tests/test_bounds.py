@@ -314,12 +314,18 @@ def test_a_folder_of_many_pictures_is_listed_at_once(tmp_path, monkeypatch):
     assert len(asked) < 100 and len(compared) < 2000
 
 
-@pytest.mark.parametrize("digits", [5_000, 5 * base.BLOCK, 3 * base.BLOCK - 1])
-def test_a_long_number_in_a_list_takes_no_neighbour_with_it(tmp_path, digits):
-    (tmp_path / "a.json").write_text(f'[{{"id": "a"}},{"1" * digits},{{"id": "b"}}]')
+@pytest.mark.parametrize("digits", [5_000, 5 * base.BLOCK, 3 * base.BLOCK - 1, 9 << 20])
+@pytest.mark.parametrize("behind", [',{"id": "b"}]', "]", "\n]"])
+def test_a_long_number_in_a_list_takes_no_neighbour_with_it(tmp_path, digits, behind):
+    """Not even where the list, or a piece of it, ends with it."""
+    (tmp_path / "a.json").write_text(f'[{{"id": "a"}},{"1" * digits}{behind}')
     reader = open_reader(tmp_path / "a.json")
-    records = [record for piece in reader.pieces() for _, record in reader.scan(piece)]
-    assert [records[0], records[2]] == [{"id": "a"}, {"id": "b"}] and "it cannot be read" in records[1]
+    first, number, *rest = (record for piece in reader.pieces() for _, record in reader.scan(piece))
+    assert first == {"id": "a"} and rest == ([{"id": "b"}] if "b" in behind else [])
+    assert "it cannot be read" in number or "more than data.max_record_bytes" in number
+    (tmp_path / "cut.json").write_text(f'[{{"id": "a"}},{"1" * digits}')
+    with pytest.raises(ValueError, match="the list has no end"):
+        list(open_reader(tmp_path / "cut.json").pieces())
 
 
 def test_a_long_word_in_a_list_is_no_json(tmp_path):

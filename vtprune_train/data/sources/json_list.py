@@ -213,15 +213,16 @@ class _Window:
         at, stop = self.at, self._file.tell() + self._left
         end = _End() if first in '[{"' else _EndOfNumber()
         self._file.seek(at)
-        while block := self._file.read(min(BLOCK, stop - at)):
-            if (size := end.within(block)) is not None:
-                at += size
-                self._file.seek(at)
-                self._decode.reset()
-                self.at, self._left, self._text, self._position = at, stop - at, "", 0
-                return _LARGE
-            at += len(block)
-        raise self.error(message, beyond)
+        size = None
+        while size is None and (block := self._file.read(min(BLOCK, stop - at))):
+            size = end.within(block)
+            at += len(block) if size is None else size
+        if size is None and first in '[{"':  # a number may end with the piece
+            raise self.error(message, beyond)
+        self._file.seek(at)
+        self._decode.reset()
+        self.at, self._left, self._text, self._position = at, stop - at, "", 0
+        return _LARGE
 
     def _move(self, position: int) -> None:
         self.at += len(self._text[self._position : position].encode())
