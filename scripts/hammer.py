@@ -35,7 +35,7 @@ from runner import Runs  # noqa: E402
 from hammering.plans import DAMAGED, END, IN_SAVE, IN_STEP, LINES, START, Choices, draw  # noqa: E402
 from hammering.trial import References, Result, run_trial  # noqa: E402
 
-TABLE = "hammer.md"  # its folder is the hammer's own, and emptied by the next
+TABLE = "hammer.md"  # marks a folder as the hammer's, which the next start empties
 COLUMNS = {"kill": "kill", "stop": "stop", "disk": "full disk"}
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import stat
-import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,21 +134,13 @@ class Watch:
         sums: of its manifest.
     """
 
-    PAUSE = 50  # after each look, in times of what it took: file systems differ
-
     def __init__(self, folder: Path, sums: Sums):
         self.folder, self.sums = folder, sums
         self._stamps = {name: _stamp(folder / name) for name in sums}
-        self._next = 0.0
 
     def changed(self) -> str:
-        """The name of a file that was changed since the last look; empty if there is none."""
-        began = time.monotonic()
-        if began < self._next:
-            return ""
-        name = next((name for name in self._stamps if self._is_changed(name)), "")
-        self._next = time.monotonic() + self.PAUSE * (time.monotonic() - began)
-        return name
+        """The name of a file that was changed; empty if there is none."""
+        return next((name for name in self._stamps if self._is_changed(name)), "")
 
     def _is_changed(self, name: str) -> bool:
         found, known = _stamp(self.folder / name), self._stamps[name]

@@ -23,7 +23,7 @@ from test_sources import build
 
 from vtprune_train import sealed
 from vtprune_train.data import building, table
-from vtprune_train.data.index import Source
+from vtprune_train.data.index import SampleIndex, Source
 from vtprune_train.data.loader import StepLoader
 from vtprune_train.data.planner import Planner
 from vtprune_train.data.sources import BOUNDS, Bounds
@@ -369,7 +369,7 @@ def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, monk
 @pytest.mark.parametrize("name", ["rows.bin", "tokens.npy", "tiles.npy", "ids.npy", "at.npy", "span_starts.npy"])
 def test_a_file_changed_in_place_is_noticed(tmp_path, caplog, monkeypatch, name, damage):
     """Also where neither lengths nor contents would tell; by the process that plans and by those that decode."""
-    monkeypatch.setattr(sealed.Watch, "PAUSE", 0)
+    monkeypatch.setattr(SampleIndex, "PAUSE", 0)
     write_picture(tmp_path / "images" / "a.png")
     record = {"image": "a.png", "conversations": say("<image> what", "a cat")}
     index = index_of(tmp_path, [{"id": f"r{number}", **record} for number in range(9)])[0]
@@ -389,7 +389,7 @@ def test_a_file_changed_in_place_is_noticed(tmp_path, caplog, monkeypatch, name,
 
 def test_a_file_that_is_replaced_or_only_touched_is_no_change(tmp_path, monkeypatch):
     """Another start that indexes again, enters pictures or selects again writes new files."""
-    monkeypatch.setattr(sealed.Watch, "PAUSE", 0)
+    monkeypatch.setattr(SampleIndex, "PAUSE", 0)
     index = index_of(tmp_path, [{"id": f"r{number}", "conversations": say("what", "a cat")} for number in range(9)])[0]
     selection = index.selections[0]
     (selection.folder / "rows.bin").chmod(0o600)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -105,7 +106,9 @@ class Selection:
         """
         self.table.check()
         if name := self._watch.changed():
-            raise RuntimeError(f"{self.folder / name} was changed while it was in use; start again to select anew")
+            raise RuntimeError(
+                f"{self.folder / name} was changed while it was in use; start again to make a new selection"
+            )
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -123,11 +126,14 @@ class SampleIndex:
         seed: of the run; decides the order together with the epoch.
     """
 
+    PAUSE: ClassVar = 50  # between two looks at the files, in times of what a look takes: file systems differ
+
     sources: list[Source]
     selections: list[Selection]
     seed: int
 
     def __post_init__(self) -> None:
+        self._next_look = 0.0
         self._starts = np.cumsum([0, *(len(selection) for selection in self.selections)]).tolist()
 
     def __len__(self) -> int:
@@ -167,8 +173,8 @@ class SampleIndex:
         """``(source, row)`` of a sample."""
         if not 0 <= sample < len(self):
             raise IndexError(f"there is no sample {sample} among {len(self)}")
+        self._look_at_files()
         source = bisect_right(self._starts, sample) - 1
-        self.selections[source].check()
         return source, int(self.selections[source].rows[sample - self._starts[source]])
 
     def sample_id(self, sample: int) -> str:
@@ -200,19 +206,33 @@ class SampleIndex:
         spans = table.spans(row)
         return list(zip(table.column("height")[spans].tolist(), table.column("width")[spans].tolist(), strict=True))
 
+    def _look_at_files(self) -> None:
+        """Now and then, whether they are what they were when they were opened.
+
+        Raises:
+            RuntimeError: one was changed in place.
+        """
+        began = time.monotonic()
+        if began < self._next_look:
+            return
+        for selection in self.selections:
+            selection.check()
+        ended = time.monotonic()
+        self._next_look = ended + self.PAUSE * (ended - began)
+
     def num_pictures(self, samples: np.ndarray) -> np.ndarray:
         """[S] pictures of each sample."""
         return np.bincount(self.lengths(samples).span_sample, minlength=len(samples))
 
     def lengths(self, samples: Sequence[int] | np.ndarray) -> Lengths:
         """The lengths of some samples; nothing is read of the others."""
+        self._look_at_files()
         samples = np.asarray(samples, dtype=np.int64)
         source = np.searchsorted(self._starts, samples, side="right") - 1
         text, supervised, first, num = (np.zeros(len(samples), dtype=np.int64) for _ in range(4))
         for number in np.unique(source).tolist():
             own = source == number
             selection = self.selections[number]
-            selection.check()
             rows = selection.rows[samples[own] - self._starts[number]]
             starts = selection.table.column("span_starts")
             first[own], num[own] = starts[rows], starts[rows + 1] - starts[rows]

@@ -190,7 +190,9 @@ def check_attention(name: str, place: str) -> None:
         ValueError: it names one.
     """
     content, _ = PreTrainedConfig.get_config_dict(name)
-    for key, value in hub_kernels(content):
+    found = next(hub_kernels(content), None)
+    if found is not None:
+        key, value = found
         raise ValueError(
             f"{place}: config.json of {name} has {key}={value!r}, a kernel of the hub, whose code is not run; remove "
             "the key or set it to sdpa"
