@@ -35,15 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_generate
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
-from vtprune_train.models import HFModule, ranges
-from vtprune_train.models.anyres import AnyRes
-from vtprune_train.models.known import KNOWN_CONFIGS
-from vtprune_train.models.layouts.base import NEWLINE
-from vtprune_train.plan import plan_pass
+from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.core.plan import plan_pass
+from vtprune_train.core.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout
+from vtprune_train.models import HFModule
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.forward import ranges
+from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout
-from vtprune_train.training.recompute import checkpoint_activations
+from vtprune_train.training.loop.recompute import checkpoint_activations
 
 IMAGE_TOKEN = 3
 BLOCK = 336
@@ -213,8 +214,8 @@ class Row:
 
 
 def range_seconds(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds that a call spends in each range of :mod:`vtprune_train.models.ranges`: on CUDA those of its kernels,
-    which the profiler reads afterwards, so that nothing waits for the device in between."""
+    """Seconds that a call spends in each range of :mod:`vtprune_train.models.forward.ranges`: on CUDA those of its
+    kernels, which the profiler reads afterwards, so that nothing waits for the device in between."""
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaModel
 
-from vtprune_train.flops import DecoderGeometry
-from vtprune_train.inference.stopwatch import make_decoder
+from vtprune_train.bench.decoder_time import make_decoder
+from vtprune_train.core.flops import DecoderGeometry
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.cache import cache_bytes
-from vtprune_train.models.padded import decode, prefill
-from vtprune_train.pruning.plphp import PLPHP
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.padded import decode, prefill
+from vtprune_train.pruning.methods.plphp import PLPHP
 
 TEXT = 100  # before, between and behind the images
 IMAGE = 2900  # a LLaVA-NeXT picture of five tiles

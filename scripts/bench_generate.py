@@ -18,12 +18,12 @@ import torch
 from transformers import DynamicCache
 
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.flops import DecoderGeometry, TowerGeometry, layers_per_stage, selector_flops, stage_lengths
+from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, layers_per_stage, selector_flops, stage_lengths
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models import HFModule
-from vtprune_train.models.anyres import AnyRes
 from vtprune_train.models.cache import cache_bytes
+from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import ImageSpan, SegmentLayout
 
 HF = "transformers"
 BATCHES = (1, 8)

@@ -15,12 +15,12 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
-from vtprune_train.stream import PackedBatch
-from vtprune_train.training import manifest
-from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState
-from vtprune_train.training.engine import start_distributed, start_engine
-from vtprune_train.training.optim import build_optimizer
+from vtprune_train.training.checkpoint import manifest
+from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
+from vtprune_train.training.engine.start import start_distributed, start_engine
+from vtprune_train.training.loop.optimizer import build_optimizer
 
 
 class NoProcessor:

@@ -27,15 +27,15 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from vtprune_train.bench.calibration import pruned_by  # noqa: E402
 from vtprune_train.data.synthetic import write_dataset  # noqa: E402
-from vtprune_train.inference.calibration import pruned_by  # noqa: E402
-from vtprune_train.inference.chatting import Loaded, batch, load, open_picture  # noqa: E402
-from vtprune_train.inference.draw import INK, PAPER, SOFT  # noqa: E402
-from vtprune_train.inference.questions import Question, normalized, read_questions  # noqa: E402
-from vtprune_train.inference.timing import measured_answers  # noqa: E402
+from vtprune_train.evaluation.answering import Loaded, batch, load, open_picture  # noqa: E402
+from vtprune_train.evaluation.questions import Question, normalized, read_questions  # noqa: E402
+from vtprune_train.evaluation.timing import measured_answers  # noqa: E402
 from vtprune_train.models.patch import backend_for  # noqa: E402
 from vtprune_train.pruning import CONFIG_KEY, METHODS, NONE, PruningMethod, method_class  # noqa: E402
 from vtprune_train.pruning.learned import learns  # noqa: E402
+from vtprune_train.viz.draw import INK, PAPER, SOFT  # noqa: E402
 
 DATA = Path("runs/data/quickstart")
 CONFIG = Path("configs/quickstart.yaml")

@@ -36,15 +36,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaMo
 
 import bench
 from vtprune_train import PyramidDrop
-from vtprune_train.flops import TYPICAL_TEXT, TYPICAL_VISUAL
-from vtprune_train.models import ranges
-from vtprune_train.models.attention import PREFIX
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.head import chunked_cross_entropy
-from vtprune_train.models.known import KNOWN_CONFIGS
-from vtprune_train.plan import plan_pass
+from vtprune_train.core.flops import TYPICAL_TEXT, TYPICAL_VISUAL
+from vtprune_train.core.plan import plan_pass
+from vtprune_train.core.stream import to_device
+from vtprune_train.models.forward import ranges
+from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.forward.head import chunked_cross_entropy
+from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import to_device
 
 META = torch.device("meta")
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}

@@ -25,8 +25,8 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vtprune_train.training.allocations import track_allocations
-from vtprune_train.training.memory import Parameters, States, Zero
+from vtprune_train.training.memory.predict import Parameters, States, Zero
+from vtprune_train.training.memory.track import track_allocations
 
 WIDTH, LAYERS = 192, 48
 
@@ -76,7 +76,7 @@ def measure(rank: int, ranks: int, port: int, configs: list[dict[str, Any]], dty
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}  # fmt: skip
     torch.set_num_threads(1)
-    from vtprune_train.training.engine import start_distributed
+    from vtprune_train.training.engine.start import start_distributed
 
     start_distributed(60)
     found = [_measure(settings, dtype, ranks) for settings in configs]

@@ -14,8 +14,8 @@ from helpers import tiny_model, tiny_processor
 from PIL import Image
 
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config import DataConfig
-from vtprune_train.training.manifest import files_in, sync_and_hash, write_manifest
+from vtprune_train.config.settings import DataConfig
+from vtprune_train.training.checkpoint.manifest import files_in, sync_and_hash, write_manifest
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 TEMPLATE = {"user": "user : {text}", "assistant": " assistant :", "answer": " {text}{eos}", "separator": "\n"}

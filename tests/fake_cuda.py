@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from vtprune_train.stream import map_leaves
+from vtprune_train.core.stream import map_leaves
 
 DEVICE = torch.device("cuda", 0)
 STAND_IN = torch.device("meta")  # where C++ takes these tensors to be

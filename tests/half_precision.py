@@ -14,11 +14,11 @@ from families import FAMILIES, family_inputs, family_model, tokenizer
 from helpers import PINPOINTS
 
 from vtprune_train import prune
-from vtprune_train.config import ModelConfig, PeftConfig
-from vtprune_train.models.build import build_model, load_tokenizer
+from vtprune_train.config.settings import ModelConfig, PeftConfig
 from vtprune_train.models.families import family_of
-from vtprune_train.models.peft import adapt
-from vtprune_train.training.engine import start_distributed, start_engine
+from vtprune_train.models.io.build import build_model, load_tokenizer
+from vtprune_train.models.io.peft import adapt
+from vtprune_train.training.engine.start import start_distributed, start_engine
 
 LONG = [["what", "is", "shown", 0, *["a", "red", "cat", "on", "the", "left"] * 200]]
 STAGES = {"bfloat16": (0, 1, 2, 3), "float32": (0, 1, 2, 3)}  # DeepSpeed's CPU accelerator has no float16

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vtprune_train.training import manifest
+from vtprune_train.training.checkpoint import manifest
 
 
 class Payload:

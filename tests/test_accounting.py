@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from runner import Runs
 
 from vtprune_train import PyramidDrop, prune
+from vtprune_train.bench.costs import Picture, Sample, Subject, estimate
 from vtprune_train.cli import main
-from vtprune_train.data.collate import Collator
-from vtprune_train.flops import (
+from vtprune_train.core.flops import (
     DecoderGeometry,
     PassCost,
     TrainingCost,
@@ -27,14 +27,14 @@ from vtprune_train.flops import (
     stage_lengths,
     visual_per_stage,
 )
-from vtprune_train.inference.chatting import Loaded
-from vtprune_train.inference.costs import Picture, Sample, Subject, estimate
-from vtprune_train.inference.timing import measured_answers
-from vtprune_train.plan import replan
+from vtprune_train.core.plan import replan
+from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
+from vtprune_train.data.load.collate import Collator
+from vtprune_train.evaluation.answering import Loaded
+from vtprune_train.evaluation.timing import measured_answers
 from vtprune_train.pruning import METHODS, method_class
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.combined import Combined
-from vtprune_train.stream import Drop, ImageSpan, SegmentLayout
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 

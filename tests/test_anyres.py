@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextImageProcessorPil, LlavaNextProcessor
 
 from vtprune_train.data.images import image_size, load_image
-from vtprune_train.models.anyres import AnyRes
-from vtprune_train.models.layouts.base import NEWLINE
-from vtprune_train.models.processors import build_processor
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.io.processors import build_processor
 
 PHOTOS = Path(__file__).parent.parent.parent / "shared" / "data" / "photos"
 AWKWARD = [

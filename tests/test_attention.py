@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import tiny_model
 
-from vtprune_train.models import attention, patch
+from vtprune_train.models import patch
+from vtprune_train.models.forward import attention
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,13 @@ from checkpoints import save_data, save_folder, talkative
 from runner import ROOT
 
 from vtprune_train import dense, prune, unprune
-from vtprune_train.cli import main
-from vtprune_train.inference import bench_methods, clocks
-from vtprune_train.inference.bench_report import plot, table
-from vtprune_train.inference.chatting import answers, load, open_picture
-from vtprune_train.inference.questions import normalized, read_questions
-from vtprune_train.inference.rivals import rivals_of
-from vtprune_train.models.padded import kept_tokens
+from vtprune_train.bench import latency
+from vtprune_train.bench.report import plot, table
+from vtprune_train.bench.rivals import rivals_of
+from vtprune_train.cli import bench_methods, main
+from vtprune_train.evaluation.answering import answers, load, open_picture
+from vtprune_train.evaluation.questions import normalized, read_questions
+from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.pruning import method_class
 
 NAMES = "none,pyramiddrop,random,plphp,victor"
@@ -141,8 +141,11 @@ def test_clocks(compared):
 
 def test_ratios_are_those_of_one_repeat():
     """A machine that is three times slower in the second repeat changes no ratio."""
-    times = {"dense": clocks.Times([1, 3, 1], [1, 3, 1], [], 10.0), "x": clocks.Times([2, 6, 2.2], [1, 1, 1], [], 5.0)}
-    found = clocks.summarized(times)["x"]
+    times = {
+        "dense": latency.Times([1, 3, 1], [1, 3, 1], [], 10.0),
+        "x": latency.Times([2, 6, 2.2], [1, 1, 1], [], 5.0),
+    }
+    found = latency.summarized(times)["x"]
     assert found["prefill"]["ratio"] == 2 and found["prefill"]["seconds"] == 2.2 and found["train"] is None
     assert found["decode"]["ratio"] == 1 and found["cache_ratio"] == 0.5
 
@@ -154,11 +157,11 @@ def test_a_training_step_leaves_nothing_behind(folder, data):
     question = next(q for q in read_questions(data, data.parent / "images", 3)[0] if q.images)
     prompts = [([open_picture(path) for path in question.images], question.turns)]
     keywords = {"sizes": [2], "repeats": 1, "new_tokens": 2, "attention": "varlen_sdpa"}
-    times = clocks.clocked(loaded, rivals, prompts, train=True, **keywords)[2]
+    times = latency.clocked(loaded, rivals, prompts, train=True, **keywords)[2]
     assert all(len(own.train) == len(own.prefill) == 1 for own in times.values())
     assert not loaded.model.training and all(p.grad is None for p in loaded.model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in loaded.model.state_dict().items())
-    assert not clocks.clocked(loaded, rivals, prompts, train=False, **keywords)[2]["dense"].train
+    assert not latency.clocked(loaded, rivals, prompts, train=False, **keywords)[2]["dense"].train
 
 
 def test_a_learned_method_takes_part_in_its_own_model(tmp_path):

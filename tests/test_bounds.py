@@ -17,7 +17,7 @@ from helpers import tiny_tokenizer
 from test_data import index_of, say
 from test_sources import build, write_tar
 
-from vtprune_train.config import Config, ConfigError, find_file, nearest_name
+from vtprune_train.config.settings import Config, ConfigError, find_file, nearest_name
 from vtprune_train.data import records as record_module
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source
@@ -25,7 +25,7 @@ from vtprune_train.data.measure import Measure, Measured, measure_piece
 from vtprune_train.data.records import TURN_BYTES, normalize, read_records
 from vtprune_train.data.sources import Bounds, TooLarge, arrow_rows, base, find_files, json_list, open_reader, tables
 from vtprune_train.data.tokens import SectionTokenizer
-from vtprune_train.sealed import read_sealed
+from vtprune_train.files.checksums import read_sealed
 
 BOUND = 50_000
 HUGE = "a cat " * 50_000

@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vtprune_train.config import ModelConfig
-from vtprune_train.models.build import (
+from vtprune_train.config.settings import ModelConfig
+from vtprune_train.models.io.build import (
     build_model,
     load_tokenizer,
     parts_of,
@@ -23,7 +23,7 @@ from vtprune_train.models.build import (
     saved_pruning,
     set_trainable,
 )
-from vtprune_train.models.processors import build_processor
+from vtprune_train.models.io.processors import build_processor
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")
 

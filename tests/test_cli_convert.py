@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionM
 
 from vtprune_train import prune
 from vtprune_train.cli import main
-from vtprune_train.models.build import _load_projector
 from vtprune_train.models.families import family_of
+from vtprune_train.models.io.build import _load_projector
 
 MM = {"mm_hidden_size": 24, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "use_mm_proj": True}
 NEXT = {
@@ -81,7 +81,7 @@ def refused(capsys, source, form, out, *more):
 
 
 def read(folder):
-    from vtprune_train.models.original import read_weights
+    from vtprune_train.models.io.original import read_weights
 
     return read_weights(folder)
 

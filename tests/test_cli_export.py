@@ -16,9 +16,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNext
 
 from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, Template, Turn
-from vtprune_train.inference.chatting import load, prompt_text
-from vtprune_train.models.build import _load_projector
+from vtprune_train.evaluation.answering import load, prompt_text
 from vtprune_train.models.families import family_of
+from vtprune_train.models.io.build import _load_projector
 from vtprune_train.models.patch import saved_method
 
 QUESTION = "what is shown on the left ?"

@@ -16,7 +16,7 @@ from PIL import Image
 from vtprune_train import PyramidDrop, is_pruned, prune
 from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Template, Turn
-from vtprune_train.inference.chatting import Loaded, answers, batch, content_of, load, prompt_text
+from vtprune_train.evaluation.answering import Loaded, answers, batch, content_of, load, prompt_text
 
 QUESTION = "what is shown on the left ?"
 LLAVA_TEMPLATE = (
@@ -209,7 +209,7 @@ def test_spaces_around_pictures_are_kept_for_chat_templates_of_other_projects():
 
 def test_answers_end_where_training_ended_them(tmp_path):
     """``plain`` ends answers with a line break, ``qwen`` with its own token."""
-    from vtprune_train.inference.chatting import stop_where_answers_end
+    from vtprune_train.evaluation.answering import stop_where_answers_end
 
     words = {"\n": [9], "<|im_end|>": [7], " the end": [4, 5], "</s>": [2]}
 

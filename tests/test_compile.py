@@ -15,11 +15,11 @@ from test_equivalence import random_batch, random_segment
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config import Config, ConfigError
-from vtprune_train.models.compile import _EAGER, compile_layers, is_compiled, uncompile_layers
-from vtprune_train.plan import plan_pass
+from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.core.plan import plan_pass
+from vtprune_train.models.forward.compile import _EAGER, compile_layers, is_compiled, uncompile_layers
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.training.kernels import compile_model, compile_refusal
+from vtprune_train.training.loop.kernels import compile_model, compile_refusal
 
 CPU = torch.device("cpu")
 METHODS = {

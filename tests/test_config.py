@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from vtprune_train import PruningMethod, PyramidDrop
-from vtprune_train.config import ConfigError, ModelConfig, PruningConfig
-from vtprune_train.config_file import changed_settings, differences, dump_config, load_config, without_effect
-from vtprune_train.models.build import load_model_config
+from vtprune_train.cli.checkpoint import schedule
+from vtprune_train.config.load import changed_settings, differences, dump_config, load_config, without_effect
+from vtprune_train.config.settings import ConfigError, ModelConfig, PruningConfig
+from vtprune_train.core.stream import Drop
+from vtprune_train.models.io.build import load_model_config
 from vtprune_train.pruning import METHODS, method_class, setting_types
-from vtprune_train.stream import Drop
-from vtprune_train.training.checkpoint_command import schedule
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.run import merge_pruning
+from vtprune_train.training.loop.run import merge_pruning
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGen
 
 from vtprune_train import PyramidDrop, dense, is_pruned, prune, unprune
 from vtprune_train.models.patch import method_of
-from vtprune_train.pruning.victor import Victor
+from vtprune_train.pruning.methods.victor import Victor
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 PROMPTS = [["user :", 0, "what is shown here ? assistant"]]

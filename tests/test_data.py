@@ -11,15 +11,15 @@ from helpers import tiny_image_processor, tiny_model, tiny_tokenizer
 from PIL import Image
 
 from vtprune_train import PyramidDrop
+from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
-from vtprune_train.data.collate import Collator
 from vtprune_train.data.images import image_size, load_image
 from vtprune_train.data.index import Source, build_index
+from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, normalize, read_records
 from vtprune_train.data.synthetic import write_dataset
-from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost
-from vtprune_train.models.anyres import AnyRes
-from vtprune_train.training.evaluate import exchange_pictures
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.training.loop.evaluate import exchange_pictures
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 CONFIG = tiny_model().config

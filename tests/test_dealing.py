@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune_train.data.dealing import deal, fewest_bins
+from vtprune_train.data.plan.dealing import deal, fewest_bins
 
 ROOT = Path(__file__).parent.parent
 STEPS = st.lists(st.tuples(st.integers(1, 100), st.floats(0, 1e15)), max_size=80)

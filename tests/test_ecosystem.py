@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
 from vtprune_train import PyramidDrop, dense, is_pruned, prune, unprune
-from vtprune_train.models.padded import kept_tokens
+from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.models.patch import method_of
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))

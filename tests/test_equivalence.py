@@ -12,12 +12,12 @@ from reference import pyramiddrop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.models.anyres import AnyRes
-from vtprune_train.models.attention import PREFIX
-from vtprune_train.models.decoder import _Probe, run_layers
-from vtprune_train.plan import plan_stream
-from vtprune_train.stream import ImageSpan, PackedBatch, SegmentLayout
-from vtprune_train.training.recompute import checkpoint_activations
+from vtprune_train.core.plan import plan_stream
+from vtprune_train.core.stream import ImageSpan, PackedBatch, SegmentLayout
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.decoder import _Probe, run_layers
+from vtprune_train.training.loop.recompute import checkpoint_activations
 
 IMAGE_ID = 4
 SIZES = [(40, 70), (90, 30), (50, 50), (30, 31), (28, 200)]

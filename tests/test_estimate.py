@@ -15,13 +15,13 @@ from helpers import tiny_config, tiny_model
 from transformers import LlavaConfig, LlavaOnevisionConfig, MixtralConfig, Qwen2VLConfig
 
 from vtprune_train import PyramidDrop
+from vtprune_train.bench.costs import Picture, Sample, Subject, estimate, pictures_of
 from vtprune_train.cli import main
-from vtprune_train.config_file import load_config
-from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
-from vtprune_train.inference.costs import Picture, Sample, Subject, estimate, pictures_of
-from vtprune_train.inference.estimate import render
-from vtprune_train.models.build import load_model_config
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.cli.estimate import render
+from vtprune_train.config.load import load_config
+from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.io.build import load_model_config
 from vtprune_train.training.dry_run import describe
 
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,9 @@ from test_loop_families import FamilyRuns
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionModel
 
 from vtprune_train.cli import main
-from vtprune_train.inference.chatting import answers, load
+from vtprune_train.evaluation.answering import answers, load
 from vtprune_train.models.families import FAMILIES
-from vtprune_train.models.processors import open_processor
+from vtprune_train.models.io.processors import open_processor
 
 NAMES = [family.loop.model_type for family in FAMILIES if family.loop is not None]
 QUESTION = "<image> what is shown here ?"

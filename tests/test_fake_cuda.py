@@ -7,7 +7,7 @@ from fake_cuda import COPY, READ, CudaTensor, FakeCuda
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vtprune_train.stream import to_device
+from vtprune_train.core.stream import to_device
 
 
 @pytest.fixture

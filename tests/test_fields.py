@@ -14,7 +14,7 @@ from test_sources import build, picture_bytes, write_tar
 from vtprune_train.data.chat import Turn
 from vtprune_train.data.index import Source
 from vtprune_train.data.records import normalize, read_records
-from vtprune_train.inference.questions import read_questions
+from vtprune_train.evaluation.questions import read_questions
 
 TALK = {"conversations": say("what happens ?", "it rains")}
 MESSAGES = [{"role": "user", "content": "what happens ?"}, {"role": "assistant", "content": "it rains"}]

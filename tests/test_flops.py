@@ -6,7 +6,7 @@ import torch
 from helpers import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtprune_train.flops import (
+from vtprune_train.core.flops import (
     DecoderGeometry,
     TowerGeometry,
     TrainingCost,
@@ -14,7 +14,7 @@ from vtprune_train.flops import (
     published_decoder_flops,
     stage_lengths,
 )
-from vtprune_train.stream import Drop
+from vtprune_train.core.stream import Drop
 
 
 @pytest.mark.parametrize(("tokens", "dense", "dropped"), [(2880, 20.8, 9.46), (576, 3.82, 1.78)])

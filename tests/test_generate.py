@@ -7,7 +7,7 @@ from helpers import tiny_model
 from transformers import DynamicCache, GenerationMixin, TextStreamer
 
 from vtprune_train import PyramidDrop, dense, prune
-from vtprune_train.models.padded import kept_tokens
+from vtprune_train.models.forward.padded import kept_tokens
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 BATCH_OF_8 = [

@@ -23,7 +23,7 @@ from gpu_checks.numerics import (
     small_geometry,
 )
 from gpu_checks.speed import compiled, num_graphs, one_pass
-from vtprune_train.models import attention
+from vtprune_train.models.forward import attention
 from vtprune_train.pruning import METHODS, method_from_settings
 
 pytestmark = [

@@ -13,9 +13,9 @@ from runner import ROOT
 from torch import nn
 
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.config import ConfigError
-from vtprune_train.inference.chatting import load_weights
-from vtprune_train.training.engine import start_engine
+from vtprune_train.config.settings import ConfigError
+from vtprune_train.evaluation.answering import load_weights
+from vtprune_train.training.engine.start import start_engine
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")
 

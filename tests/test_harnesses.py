@@ -14,7 +14,7 @@ import torch
 from checkpoints import HALF, save_folder, save_pictures
 from PIL import Image
 
-from vtprune_train.inference.chatting import answers, load
+from vtprune_train.evaluation.answering import answers, load
 
 needs_lmms = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (make ecosystem)"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtprune_train.models.head import chunked_cross_entropy, default_chunk_rows
+from vtprune_train.models.forward.head import chunked_cross_entropy, default_chunk_rows
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

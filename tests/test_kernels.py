@@ -16,10 +16,10 @@ from runner import ROOT, TINY, Runs, assert_equal_checkpoints
 from test_equivalence import random_batch, random_segment
 
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config import Config, ConfigError
-from vtprune_train.plan import plan_pass
-from vtprune_train.training import kernels
-from vtprune_train.training.engine import engine_config
+from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.core.plan import plan_pass
+from vtprune_train.training.engine.start import engine_config
+from vtprune_train.training.loop import kernels
 
 CPU = torch.device("cpu")
 

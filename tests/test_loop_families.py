@@ -26,19 +26,19 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config import Config, ModelConfig
-from vtprune_train.flops import TowerGeometry, WindowedTowerGeometry
-from vtprune_train.models.build import (
+from vtprune_train.config.settings import Config, ModelConfig
+from vtprune_train.core.flops import TowerGeometry, WindowedTowerGeometry
+from vtprune_train.core.stream import IGNORE
+from vtprune_train.models.families import trained_family
+from vtprune_train.models.io.build import (
     build_model,
     load_model_config,
     load_tokenizer,
     parts_of,
     set_trainable,
 )
-from vtprune_train.models.families import trained_family
-from vtprune_train.models.processors import build_image_processor, build_processor
-from vtprune_train.stream import IGNORE
-from vtprune_train.training.run import build_collator, build_parts, training_cost
+from vtprune_train.models.io.processors import build_image_processor, build_processor
+from vtprune_train.training.loop.run import build_collator, build_parts, training_cost
 
 NAMES = ["llava", "llava_onevision", "qwen2_5_vl"]
 DROP = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")

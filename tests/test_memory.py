@@ -29,16 +29,16 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.cli import train_main
-from vtprune_train.config_file import load_config
-from vtprune_train.flops import stage_layers
-from vtprune_train.models.attention import PREFIX
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.known import KNOWN_CONFIGS
-from vtprune_train.plan import plan_pass, plan_stream
-from vtprune_train.stream import ImageSpan, SegmentLayout
-from vtprune_train.training.allocations import track_allocations
+from vtprune_train.config.load import load_config
+from vtprune_train.core.flops import stage_layers
+from vtprune_train.core.plan import plan_pass, plan_stream
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.memory import (
+from vtprune_train.training.loop.recompute import checkpoint_activations, recomputed_layers
+from vtprune_train.training.memory.predict import (
     GIB,
     RESERVED,
     Activations,
@@ -50,7 +50,7 @@ from vtprune_train.training.memory import (
     States,
     Zero,
 )
-from vtprune_train.training.recompute import checkpoint_activations, recomputed_layers
+from vtprune_train.training.memory.track import track_allocations
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -9,13 +9,13 @@ import yaml
 from runner import TINY, Runs
 
 from vtprune_train.cli import main, train_main
-from vtprune_train.config import Config, ConfigError, PruningConfig
-from vtprune_train.config_file import load_config
-from vtprune_train.parse import read_yaml
+from vtprune_train.config.load import load_config
+from vtprune_train.config.settings import Config, ConfigError, PruningConfig
+from vtprune_train.files.parse import read_yaml
 from vtprune_train.training.check_data import check_run_dir
-from vtprune_train.training.engine import engine_config
-from vtprune_train.training.resume import _check_identity
-from vtprune_train.training.run import cache_dir, warn_of_batch
+from vtprune_train.training.checkpoint.resume import _check_identity
+from vtprune_train.training.engine.start import engine_config
+from vtprune_train.training.loop.run import cache_dir, warn_of_batch
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from runner import ROOT, Runs
 
 from vtprune_train import PyramidDrop, is_pruned
 from vtprune_train.cli import main
-from vtprune_train.config import PruningConfig
-from vtprune_train.inference.chatting import load
+from vtprune_train.config.settings import PruningConfig
+from vtprune_train.evaluation.answering import load
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_class, method_from_settings, setting_types
 from vtprune_train.pruning.contract import check_method
@@ -148,7 +148,7 @@ from typing import ClassVar
 import torch
 
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import Drop
+from vtprune_train.core.stream import Drop
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,7 @@ def asking(asked):
 
 
 def test_numbers_serve_where_a_method_takes_one(own):
-    from vtprune_train.inference.options import changed
+    from vtprune_train.cli.options import changed
 
     assert changed({"method": "outliers.py:Outliers"}, {"keep": [0.3]})["keep"] == 0.3
     assert changed({"method": "pyramiddrop"}, {"keep": [0.3]})["keep"] == [0.3]

@@ -15,10 +15,10 @@ from test_cli_convert import convert, original_names, read, refused, same, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
 from vtprune_train.cli import main
-from vtprune_train.config import ModelConfig
-from vtprune_train.models.build import _load_projector, build_model
+from vtprune_train.config.settings import ModelConfig
 from vtprune_train.models.families import family_of
-from vtprune_train.models.processors import open_processor
+from vtprune_train.models.io.build import _load_projector, build_model
+from vtprune_train.models.io.processors import open_processor
 
 TILE = 28
 TALL = [[28, 56], [28, 84]]  # (width, height): one column of two and of three tiles

@@ -24,17 +24,17 @@ from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGen
 
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
-from vtprune_train.config import Config, ConfigError, PeftConfig
-from vtprune_train.config_file import load_config
-from vtprune_train.inference.chatting import load
-from vtprune_train.models.build import parts_of, resolve_checkpoint, set_trainable
-from vtprune_train.models.origin import Base, weights_digest
-from vtprune_train.models.peft import adapt, adapted_of, check_quantisation, linear_layers, open_adapter
-from vtprune_train.training.adapter import attach_adapter
+from vtprune_train.config.load import load_config
+from vtprune_train.config.settings import Config, ConfigError, PeftConfig
+from vtprune_train.evaluation.answering import load
+from vtprune_train.models.io.build import parts_of, resolve_checkpoint, set_trainable
+from vtprune_train.models.io.peft import adapt, adapted_of, check_quantisation, linear_layers, open_adapter
+from vtprune_train.models.io.provenance import Base, weights_digest
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.optim import parameter_groups
-from vtprune_train.training.run import build_parts, training_cost, with_saved_settings
-from vtprune_train.training.weights import full_state_dict, write_export
+from vtprune_train.training.engine.weights import full_state_dict, write_export
+from vtprune_train.training.loop.adapter import attach_adapter
+from vtprune_train.training.loop.optimizer import parameter_groups
+from vtprune_train.training.loop.run import build_parts, training_cost, with_saved_settings
 
 DROP = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 TEXTS = [["what is", 0, "?"], ["is a red cat left ?"]]

@@ -12,21 +12,21 @@ from PIL import Image
 from runner import Runs, assert_equal_checkpoints, assert_same_metrics
 
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config import ConfigError, PruningConfig
-from vtprune_train.config_file import load_config, without_effect
+from vtprune_train.config.load import load_config, without_effect
+from vtprune_train.config.settings import ConfigError, PruningConfig
+from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
 from vtprune_train.data.chat import ChatEncoder, get_template
-from vtprune_train.data.collate import Collator, LoadedSample
-from vtprune_train.data.costs import StepCosts
 from vtprune_train.data.index import Lengths
+from vtprune_train.data.load.collate import Collator, LoadedSample
+from vtprune_train.data.plan.costs import StepCosts
 from vtprune_train.data.records import normalize
-from vtprune_train.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
-from vtprune_train.models.anyres import AnyRes
-from vtprune_train.models.head import Teaching, chunked_consistency
-from vtprune_train.models.layouts import Pictures
-from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.layout import Pictures
+from vtprune_train.models.forward.head import Teaching, chunked_consistency
+from vtprune_train.pruning.schedules.phases import FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.recompute import checkpoint_activations
-from vtprune_train.training.run import merge_pruning
+from vtprune_train.training.loop.recompute import checkpoint_activations
+from vtprune_train.training.loop.run import merge_pruning
 
 METHOD = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1))
 LAYERS = 6

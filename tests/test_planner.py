@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune_train.data.order import EpochOrder
-from vtprune_train.data.planner import Planner, data_digest
+from vtprune_train.data.plan.order import EpochOrder
+from vtprune_train.data.plan.planner import Planner, data_digest
 
 
 def planner(tokens, world_size=1, batch=8, max_tokens=100, seed=0, costs=None):

@@ -15,8 +15,8 @@ from test_loop_families import save_checkpoint
 from transformers import AutoConfig, AutoProcessor, LlavaImageProcessorPil, Qwen2VLImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from vtprune_train.inference.chatting import answers, load, load_processor
-from vtprune_train.models.processors import build_image_processor, build_processor, open_processor
+from vtprune_train.evaluation.answering import answers, load, load_processor
+from vtprune_train.models.io.processors import build_image_processor, build_processor, open_processor
 
 COUNTING = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 IMAGE = Image.effect_noise((90, 40), 80).convert("RGB")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlavaNextForConditio
 
 import vtprune_train
 from vtprune_train import FastV, PyramidDrop, dense, is_pruned, prune, unprune
-from vtprune_train.models.padded import kept_tokens
+from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_from_settings
 

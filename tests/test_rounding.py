@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtprune_train import PyramidDrop
-from vtprune_train.config import PruningConfig
-from vtprune_train.data.order import EpochOrder
-from vtprune_train.plan import counts_per_stage
+from vtprune_train.config.settings import PruningConfig
+from vtprune_train.core.plan import counts_per_stage
+from vtprune_train.core.rounding import as_fraction, ceil_of, floor_of, round_of
+from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
+from vtprune_train.data.plan.order import EpochOrder
 from vtprune_train.pruning import method_class, method_from_settings
-from vtprune_train.pruning.plphp import PLPHP
-from vtprune_train.pruning.prumerge import PruMerge
-from vtprune_train.pruning.recycling import SparseDrop
-from vtprune_train.pruning.sparsevlm import SparseVLM
-from vtprune_train.pruning.victor import Victor
-from vtprune_train.pruning.visionzip import VisionZip
-from vtprune_train.rounding import as_fraction, ceil_of, floor_of, round_of
-from vtprune_train.stream import Drop, ImageSpan, SegmentLayout
+from vtprune_train.pruning.methods.plphp import PLPHP
+from vtprune_train.pruning.methods.prumerge import PruMerge
+from vtprune_train.pruning.methods.sparsevlm import SparseVLM
+from vtprune_train.pruning.methods.victor import Victor
+from vtprune_train.pruning.methods.visionzip import VisionZip
+from vtprune_train.pruning.ops.recycling import SparseDrop
 
 COUNTS = st.integers(0, 20_000)
 DECIMALS = st.integers(1, 6).flatmap(lambda digits: st.integers(0, 10**digits).map(lambda n: f"{n}e-{digits}"))

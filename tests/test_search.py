@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune_train import PyramidDrop, is_pruned, prune
+from vtprune_train.bench.calibration import calibrate, prompts_with_pictures
 from vtprune_train.cli import main
-from vtprune_train.config_file import load_config
-from vtprune_train.flops import DecoderGeometry, selector_flops
-from vtprune_train.inference.calibration import calibrate, prompts_with_pictures
-from vtprune_train.inference.chatting import batch, load, open_picture
-from vtprune_train.inference.questions import read_questions
-from vtprune_train.inference.search import SLOPES, best_sigmoid, flop_share, least_levels, schedule_of, sigmoid_levels
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.cli.search import SLOPES, best_sigmoid, flop_share, least_levels, schedule_of, sigmoid_levels
+from vtprune_train.config.load import load_config
+from vtprune_train.core.flops import DecoderGeometry, selector_flops
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.evaluation.answering import batch, load, open_picture
+from vtprune_train.evaluation.questions import read_questions
 
 weights = st.lists(st.floats(0.0, 3.0), min_size=1, max_size=7)
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.models import sharding
+from vtprune_train.models.forward import sharding
 from vtprune_train.pruning import METHODS
 
 # The next layer ranks (in hidrop with gradients), this layer, keys of the cache, learned modules.

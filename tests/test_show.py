@@ -27,13 +27,13 @@ from transformers import (
 
 from vtprune_train import PruningMethod, PyramidDrop, prune
 from vtprune_train.cli import main
-from vtprune_train.inference.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
-from vtprune_train.inference.page import page
-from vtprune_train.inference.places import anyres_places, grid_places
-from vtprune_train.inference.show import encode, look, show, stage_names
-from vtprune_train.models.anyres import NEWLINE, AnyRes
-from vtprune_train.models.padded import kept_tokens, stage_layers
-from vtprune_train.stream import Drop
+from vtprune_train.cli.show import encode, look, show, stage_names
+from vtprune_train.core.stream import Drop
+from vtprune_train.models.families.anyres import NEWLINE, AnyRes
+from vtprune_train.models.forward.padded import kept_tokens, stage_layers
+from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
+from vtprune_train.viz.page import page
+from vtprune_train.viz.places import anyres_places, grid_places
 
 ANYRES = AnyRes.of(LlavaNextConfig())  # as released: tiles of 336 pixels, patches of 14
 TINY = AnyRes.of(tiny_model().config)
@@ -571,8 +571,8 @@ def test_no_request_leaves_the_page(tmp_path):
 
 def test_a_runs_own_template_writes_the_prompt(tmp_path, monkeypatch):
     """The same tokens as ``vtprune generate`` asks with, so that the same token ranks."""
-    from vtprune_train.inference import chatting
-    from vtprune_train.inference import show as module
+    from vtprune_train.cli import show as module
+    from vtprune_train.evaluation import answering
 
     run = save_run(tmp_path / "run")
     path = tmp_path / "picture.png"
@@ -586,5 +586,5 @@ def test_a_runs_own_template_writes_the_prompt(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "kept_tokens", spy)
     options = ["--image", str(path), "--prompt", "what is here ?", "--out", str(tmp_path / "out.png")]
     assert main(["show", "--model", str(run), *options]) == 0
-    asked = chatting.batch(chatting.load(str(run)), [([Image.open(path).convert("RGB")], "what is here ?")])
+    asked = answering.batch(answering.load(str(run)), [([Image.open(path).convert("RGB")], "what is here ?")])
     assert torch.equal(seen[0], asked["input_ids"])

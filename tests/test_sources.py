@@ -21,13 +21,13 @@ from helpers import tiny_tokenizer
 from runner import Runs, assert_equal_checkpoints
 from test_data import CONFIG, collator, index_of, say, write_picture
 
-from vtprune_train.config import ConfigError
-from vtprune_train.config_file import load_config, without_effect
+from vtprune_train.config.load import load_config, without_effect
+from vtprune_train.config.settings import ConfigError
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import arrow_rows, find_files, json_list, open_reader, tables
-from vtprune_train.models.anyres import AnyRes
+from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.training import distributed
 
 

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
+from vtprune_train.bench import decoder_time
+from vtprune_train.bench.costs import Picture, Sample, Subject, estimate
+from vtprune_train.bench.decoder_time import clock, render
 from vtprune_train.cli import main
-from vtprune_train.config_file import load_config
-from vtprune_train.flops import DecoderGeometry, is_adaptive
-from vtprune_train.inference import stopwatch
-from vtprune_train.inference.costs import Picture, Sample, Subject, estimate
-from vtprune_train.inference.stopwatch import clock, render
-from vtprune_train.models.build import load_model_config
+from vtprune_train.config.load import load_config
+from vtprune_train.core.flops import DecoderGeometry, is_adaptive
+from vtprune_train.models.io.build import load_model_config
 from vtprune_train.pruning import METHODS, method_class
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_rows_of_all_batch_sizes_and_what_is_printed():
 
 def test_a_decoding_step_is_one_of_several(monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(stopwatch, "now", lambda device: float(next(ticks)))
+    monkeypatch.setattr(decoder_time, "now", lambda device: float(next(ticks)))
     seconds = {row.work: (row.dense, row.pruned) for row in clocked(None).rows}
     assert seconds == {"prefill": (1, 1), "decoding step": (0.25, 0.25), "training step": (1, 1)}
 
@@ -61,26 +61,26 @@ def test_a_decoding_step_is_one_of_several(monkeypatch):
 def test_dense_and_pruned_are_not_confused(monkeypatch):
     """Whichever of the two comes first in a repeat."""
     seconds = {"uniform": iter([9.0, 1.0, 2.0]), None: iter([9.0, 4.0, 6.0])}  # the first of each warms up
-    generate = stopwatch._generate
+    generate = decoder_time._generate
 
     def timed(model, side, *given, counts):
         generate(model, side, *given, counts=False)
         side.add("prefill", next(seconds[side.method and side.method.name]), counts)
 
-    monkeypatch.setattr(stopwatch, "_generate", timed)
-    monkeypatch.setattr(stopwatch, "_train", lambda *given, **counts: None)
+    monkeypatch.setattr(decoder_time, "_generate", timed)
+    monkeypatch.setattr(decoder_time, "_train", lambda *given, **counts: None)
     uniform = method_class("uniform")()
     result = clock(SIZES, uniform, SAMPLE, [1], repeats=2, device=CPU, dtype=torch.float32)
-    assert result.rows == (stopwatch.Clocked("prefill", 1, 5.0, 1.5, 3.5),)
+    assert result.rows == (decoder_time.Clocked("prefill", 1, 5.0, 1.5, 3.5),)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
-    needed = stopwatch._weight_bytes(SIZES, torch.float32)
-    monkeypatch.setattr(stopwatch, "_free_bytes", lambda device: 1.5 * needed)
+    needed = decoder_time._weight_bytes(SIZES, torch.float32)
+    monkeypatch.setattr(decoder_time, "_free_bytes", lambda device: 1.5 * needed)
     result = clocked(None)
     assert [row.work for row in result.rows] == ["prefill", "decoding step"]
     assert render(result)[-1].startswith("no training step: with gradients 8 layers of width ")
-    monkeypatch.setattr(stopwatch, "_free_bytes", lambda device: 0.5 * needed)
+    monkeypatch.setattr(decoder_time, "_free_bytes", lambda device: 0.5 * needed)
     with pytest.raises(ValueError, match=r"--clock: 8 layers of width \d+ need .* GB are free on cpu; clock it on"):
         clocked(None)
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_equivalence import random_segment
 
-from vtprune_train.plan import plan_stream
-from vtprune_train.pruning.selection import next_rows, top_k_per_span
-from vtprune_train.stream import Drop, ImageSpan, SegmentLayout
+from vtprune_train.core.plan import plan_stream
+from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
+from vtprune_train.pruning.ops.selection import next_rows, top_k_per_span
 
 DROPS = (Drop(2, 0.5), Drop(4, 0.3), Drop(5, 0.1))
 

@@ -14,8 +14,8 @@ from tokenizers_made import TOKENIZERS, byte_level
 from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn, get_template
 from vtprune_train.data.jinja import written_by
-from vtprune_train.inference.chatting import load
-from vtprune_train.models.templates import misfits, saved_chat_template, shown_sample
+from vtprune_train.data.templates import misfits, saved_chat_template, shown_sample
+from vtprune_train.evaluation.answering import load
 
 OWN = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"

@@ -11,8 +11,8 @@ from families import FAMILIES, family_inputs, family_model
 from transformers import DynamicCache
 
 from vtprune_train import PyramidDrop, dense, is_pruned, prune
-from vtprune_train.models.compile import compile_layers
 from vtprune_train.models.copies import Source
+from vtprune_train.models.forward.compile import compile_layers
 from vtprune_train.pruning import METHODS, NONE, method_class
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")

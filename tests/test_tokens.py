@@ -16,7 +16,7 @@ from transformers import (
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn, get_template
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.tokens import SectionTokenizer
-from vtprune_train.models.tokenizer import lasting
+from vtprune_train.models.io.tokenizer import lasting
 
 IMAGES = 3  # tokens of an image
 CUSTOM = {

@@ -17,9 +17,9 @@ from transformers import AttentionInterface
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
 from vtprune_train import PyramidDrop, dense, prune, unprune
-from vtprune_train.models import attention, tower_attention
-from vtprune_train.models.layouts.tower_inputs import TowerShape, frame_lengths, window_lengths
-from vtprune_train.models.tower_attention import TOWER_PREFIX, Segments
+from vtprune_train.models.families.qwen_tower import TowerShape, frame_lengths, window_lengths
+from vtprune_train.models.forward import attention, tower_attention
+from vtprune_train.models.forward.tower_attention import TOWER_PREFIX, Segments
 
 NAMES = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
 GRIDS = ((1, 4, 6), (1, 12, 8), (2, 6, 10), (1, 4, 4), (1, 12, 8))  # frames, rows, columns of patches

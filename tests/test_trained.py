@@ -68,7 +68,7 @@ def test_trl_trains_it_further(trained, tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is not installed (make ecosystem)")
     import datasets
 
-    from vtprune_train.inference.chatting import load
+    from vtprune_train.evaluation.answering import load
 
     run, data = trained
     loaded = load(str(run), device="cpu")

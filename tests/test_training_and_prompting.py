@@ -14,10 +14,10 @@ from transformers import AutoProcessor
 
 from vtprune_train import prune
 from vtprune_train.cli import main
-from vtprune_train.config_file import load_config
-from vtprune_train.inference.chatting import content_of, load_processor, model_config, write_prompt
-from vtprune_train.training.evaluate import evaluate
-from vtprune_train.training.run import build_collator, build_parts, training_cost
+from vtprune_train.config.load import load_config
+from vtprune_train.evaluation.answering import content_of, load_processor, model_config, write_prompt
+from vtprune_train.training.loop.evaluate import evaluate
+from vtprune_train.training.loop.run import build_collator, build_parts, training_cost
 
 WORDS = ["red cat", "two dogs", "blue bird", "the left one", "a right one", "no, five"]
 KINDS = {

@@ -22,13 +22,13 @@ from test_phases import parts  # noqa: F401
 from transformers import DynamicCache
 
 from vtprune_train import dense, prune
-from vtprune_train.models.build import set_trainable
+from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning import METHODS, NONE, method_class, method_from_settings
-from vtprune_train.pruning.phases import FullTokens, Phases
-from vtprune_train.training.evaluate import evaluate
-from vtprune_train.training.gradients import squared_norm
-from vtprune_train.training.recompute import checkpoint_activations
-from vtprune_train.training.trainer import Trainer
+from vtprune_train.pruning.schedules.phases import FullTokens, Phases
+from vtprune_train.training.engine.gradients import squared_norm
+from vtprune_train.training.loop.evaluate import evaluate
+from vtprune_train.training.loop.recompute import checkpoint_activations
+from vtprune_train.training.loop.trainer import Trainer
 
 NAMES = [*METHODS, NONE]
 ALL_PARTS = {"projector": 1.0, "language_model": 1.0, "pruning": 1.0, "vision_tower": 1.0}
@@ -79,10 +79,10 @@ def check_training(make, batch, forward=(), backward=(), tolerance=1e-4):
 # ------------------------------------------------------------------------------------- every method, packed batches
 
 # An adaptive drop counts on the device how many tokens stay, and every later shape depends on it: one read each.
-PRUMERGE = {(READ, "vtprune_train/pruning/prumerge.py"): 1}
-MASS = {(READ, "vtprune_train/pruning/sparsevlm.py"): 2}
+PRUMERGE = {(READ, "vtprune_train/pruning/methods/prumerge.py"): 1}
+MASS = {(READ, "vtprune_train/pruning/methods/sparsevlm.py"): 2}
 # The singular values of each of four images, at two drops: cuSOLVER's answer is checked on the host.
-RANK = {**MASS, (READ, "vtprune_train/pruning/raters.py"): 8}
+RANK = {**MASS, (READ, "vtprune_train/pruning/ops/raters.py"): 8}
 ADAPTIVE = {"prumerge": PRUMERGE}
 
 
@@ -169,7 +169,7 @@ def test_training_a_family_does_not_wait(name, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- padded batches
 
-PADDED = (READ, "vtprune_train/models/padded.py")  # the mask, token ids, labels
+PADDED = (READ, "vtprune_train/models/forward/padded.py")  # the mask, token ids, labels
 # To lay images out: their sizes, and how many of them are each sample's.
 SIZES = {
     name: {(READ, "vtprune_train/models/patch.py"): 2 if name == "llava_onevision" else 1}
@@ -237,13 +237,15 @@ def test_every_method_generates_without_copies(name):
     assert torch.equal(found.elem, expected)
     reads = {PADDED: 2, **SIZES["llava_next"], **dict(ADAPTIVE.get(name, {}))}
     if key_layers := 0 if name == NONE else len(built(name).key_layers(6)):
-        reads[READ, "vtprune_train/models/keys.py"] = key_layers  # a cache is rectangular: how many keys are left
+        reads[READ, "vtprune_train/models/forward/keys.py"] = (
+            key_layers  # a cache is rectangular: how many keys are left
+        )
     assert ours(cuda.waits) == Counter(reads)
 
 
 MULTI_TURN = {
     # what the cache holds, once a call
-    "pyramiddrop": {PADDED: 2, (READ, "vtprune_train/models/staging.py"): 1},
+    "pyramiddrop": {PADDED: 2, (READ, "vtprune_train/models/forward/staging.py"): 1},
     # the conversation, once to add this turn and once to lay it out again
     "keep_dense": {PADDED: 4},
 }
@@ -292,7 +294,7 @@ def test_evaluation_pins_its_batches_and_reads_one_result_each(tmp_path):
     assert len(batches) > 1
     assert files(cuda.waits) == Counter(
         {
-            (READ, "vtprune_train/training/evaluate.py"): len(batches),
+            (READ, "vtprune_train/training/loop/evaluate.py"): len(batches),
             (READ, "vtprune_train/training/distributed.py"): 1,
         }
     )
@@ -316,7 +318,7 @@ def test_a_step_of_several_micro_batches_reads_its_sums_once(parts):  # noqa: F8
     with FakeCuda() as cuda:
         cuda.put(model)
         sums = Trainer._forward_backward(trainer, [batch.pin_memory() for batch in batches], 0.5)
-    assert files(cuda.waits) == Counter({(READ, "vtprune_train/training/trainer.py"): 1})
+    assert files(cuda.waits) == Counter({(READ, "vtprune_train/training/loop/trainer.py"): 1})
     assert sums["cross_entropy"] > 0 and len(trainer.row_losses) == len(batches)
 
 

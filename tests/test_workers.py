@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from vtprune_train.data.workers import DecodePool, MicroBatch, WorkerError
-from vtprune_train.plan import plan_stream
-from vtprune_train.stream import PackedBatch, SegmentLayout
+from vtprune_train.core.plan import plan_stream
+from vtprune_train.core.stream import PackedBatch, SegmentLayout
+from vtprune_train.data.load.workers import DecodePool, MicroBatch, WorkerError
 
 PIXELS = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
 

@@ -100,7 +100,7 @@ def import_everything() -> None:
 
     import vtprune_train.cli
     import vtprune_train.training.dry_run
-    import vtprune_train.training.run  # noqa: F401
+    import vtprune_train.training.loop.run  # noqa: F401
 
     Image.init()
     assert deepspeed.ops.__compatible_ops__  # asks the compiler

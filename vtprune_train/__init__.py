@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vtprune_train.models.patch import dense, is_pruned, prune, unprune
     from vtprune_train.pruning.base import PruningMethod
     from vtprune_train.pruning.combined import Combined
-    from vtprune_train.pruning.pyramiddrop import PyramidDrop
+    from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
 
 __version__ = "0.1.0"
 

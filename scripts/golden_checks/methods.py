@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from golden_checks.common import Case, CaseError, Entries, Outcome, Part, Tensors, compare
-from vtprune_train.models.attention import PREFIX
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.encoder import Reading
-from vtprune_train.models.head import Teaching, chunked_consistency
-from vtprune_train.models.padded import decode, prefill
+from vtprune_train.core.stream import Boundary, ImageSpan, SegmentLayout
+from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.forward.encoder import Reading
+from vtprune_train.models.forward.head import Teaching, chunked_consistency
+from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import Candidates, EncoderSignals, PruningMethod, Selection
-from vtprune_train.stream import Boundary, ImageSpan, SegmentLayout
 
 FORMAT = "vtprune-golden-1"
 FEATURES = 1e-4  # tolerance of the tower's features

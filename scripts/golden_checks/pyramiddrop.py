@@ -8,10 +8,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from golden_checks.common import Case, CaseError, Entries, Outcome, Part, compare
 from vtprune_train import PyramidDrop
-from vtprune_train.models.attention import PREFIX
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.padded import decode, prefill
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.forward.padded import decode, prefill
 
 TOLERANCE = 1e-5
 

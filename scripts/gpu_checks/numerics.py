@@ -18,7 +18,7 @@ import bench_generate
 from gpu_checks.common import Check, device_waits, kept_differ, relative_error, worst_gradient
 from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.models import HFModule
-from vtprune_train.models import attention as backends
+from vtprune_train.models.forward import attention as backends
 from vtprune_train.pruning import METHODS, method_from_settings
 from vtprune_train.pruning.base import PruningMethod
 

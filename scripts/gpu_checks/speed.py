@@ -22,15 +22,22 @@ import bench
 from gpu_checks.common import Check, kept_differ, relative_error
 from gpu_checks.numerics import run_backend
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.flops import TYPICAL_TEXT, TYPICAL_VISUAL, DecoderGeometry, PassCost, TowerGeometry, TrainingCost
-from vtprune_train.models import attention as backends
-from vtprune_train.models import ranges
-from vtprune_train.models.compile import compile_layers, uncompile_layers
-from vtprune_train.models.head import chunked_cross_entropy
-from vtprune_train.plan import plan_pass
+from vtprune_train.core.flops import (
+    TYPICAL_TEXT,
+    TYPICAL_VISUAL,
+    DecoderGeometry,
+    PassCost,
+    TowerGeometry,
+    TrainingCost,
+)
+from vtprune_train.core.plan import plan_pass
+from vtprune_train.core.stream import to_device
+from vtprune_train.models.forward import attention as backends
+from vtprune_train.models.forward import ranges
+from vtprune_train.models.forward.compile import compile_layers, uncompile_layers
+from vtprune_train.models.forward.head import chunked_cross_entropy
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import to_device
-from vtprune_train.training.kernels import use_fp8, use_liger
+from vtprune_train.training.loop.kernels import use_fp8, use_liger
 
 TYPICAL_SAMPLES = 7
 HEADS = ((32_064, 4096), (152_064, 3584))  # words and width: LLaVA-NeXT-7B, Qwen2.5-VL-7B

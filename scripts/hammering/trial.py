@@ -21,7 +21,7 @@ from runner import ROOT, WARM, Process, Runs, assert_equal_checkpoints, assert_s
 
 from hammering import damage
 from hammering.plans import INDEXING, SAVED_STEPS, STEPS, Fault, Settings, Trial
-from vtprune_train.training import manifest
+from vtprune_train.training.checkpoint import manifest
 
 STARTING = threading.Lock()  # trials run side by side and share the parent
 SCRIPT = ROOT / "tests" / "faults" / "inject.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vtprune_train.cli import train_main
-from vtprune_train.training import run
+from vtprune_train.training.loop import run
 
 
 def edit(path, old, new):

@@ -17,12 +17,13 @@ import deepspeed
 import torch
 from torch import nn
 
-from vtprune_train.training import checkpoint as checkpoints_module
-from vtprune_train.training import elastic, manifest
-from vtprune_train.training.checkpoint import CheckpointFolder, TrainerState, load
+from vtprune_train.training.checkpoint import folder as checkpoints_module
+from vtprune_train.training.checkpoint import manifest
+from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState, load
+from vtprune_train.training.checkpoint.portable import write_portable
 from vtprune_train.training.distributed import barrier, gather, rank, shut_down, world_size
-from vtprune_train.training.engine import start_distributed
-from vtprune_train.training.portable import write_portable
+from vtprune_train.training.engine import reshard
+from vtprune_train.training.engine.start import start_distributed
 
 STAGES = [int(stage) for stage in os.environ["DEAL_STAGES"]]
 
@@ -73,11 +74,11 @@ def train(engine, dtype, steps=2):
 def numbers(engine):
     """Every trained parameter's float32 tensors and step, put together from all ranks, and what else there is."""
     optimizer = engine.optimizer
-    inner, flats = getattr(optimizer, "optimizer", optimizer), elastic.flat_tensors(optimizer)
+    inner, flats = getattr(optimizer, "optimizer", optimizer), reshard.flat_tensors(optimizer)
     parts = {}
-    for piece in elastic.layout_of(engine).pieces:
+    for piece in reshard.layout_of(engine).pieces:
         states = inner.state[flats[piece.flat]]
-        for key, tensor in ((elastic.MASTER, flats[piece.flat]), *((k, states[k]) for k in ("exp_avg", "exp_avg_sq"))):
+        for key, tensor in ((reshard.MASTER, flats[piece.flat]), *((k, states[k]) for k in ("exp_avg", "exp_avg_sq"))):
             stretch = tensor.data.flatten()[piece.offset :][: piece.numel].clone()
             parts.setdefault((piece.name, key), []).append((piece.start, stretch))
         parts.setdefault((piece.name, "step"), []).append((0, torch.tensor([float(states["step"])])))
@@ -120,7 +121,7 @@ def write(folder, dtype):
             assert manifest.verify(checkpoint) is None, manifest.verify(checkpoint)
             portable = folder / f"zero{stage}" / "portable" / checkpoint.name
             portable.mkdir(parents=True)
-            write_portable(elastic.DeepSpeedFiles(checkpoint / "deepspeed"), portable / "portable")
+            write_portable(reshard.DeepSpeedFiles(checkpoint / "deepspeed"), portable / "portable")
             (portable / "trainer.json").write_bytes((checkpoint / "trainer.json").read_bytes())
             entries = {name: manifest.sync_and_hash(portable / name) for name in manifest.files_in(portable)}
             manifest.write_manifest(portable, entries)

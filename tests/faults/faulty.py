@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from vtprune_train.cli import main, train_main
-from vtprune_train.training import lifeline, process, watchdog
-from vtprune_train.training.trainer import Trainer
+from vtprune_train.training import process
+from vtprune_train.training.faults import rank_failures, watchdog
+from vtprune_train.training.loop.trainer import Trainer
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 
@@ -55,7 +56,7 @@ def forward_backward(self, *arguments, original=Trainer._forward_backward):
     return original(self, *arguments)
 
 
-def join_late(*arguments, original=lifeline.reach):
+def join_late(*arguments, original=rank_failures.reach):
     """As on a loaded machine: the failing rank is heard of before the others have joined, and ends after that."""
     if KIND == "refuse_early" and os.environ["RANK"] != RANK:
         time.sleep(2)
@@ -72,7 +73,7 @@ if KIND == "full_disk" and os.environ["RANK"] == RANK:  # the log and torchrun's
     sys.stderr = Path("/dev/full").open("w")  # noqa: SIM115
     os.environ["TORCHELASTIC_ERROR_FILE"] = "/nowhere/error.json"
 watchdog.end = end_late
-lifeline.reach = join_late
+rank_failures.reach = join_late
 process.prepare = prepare
 Trainer._forward_backward = forward_backward
 

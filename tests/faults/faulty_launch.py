@@ -2,8 +2,7 @@
 
 import sys
 
-from vtprune_train import launch
-from vtprune_train.cli import main
+from vtprune_train.cli import launch, main
 
 launch.RANK_MODULE = "faulty"
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from vtprune_train.cli import train_main
-from vtprune_train.data import collate
+from vtprune_train.data.load import collate
 
 RANK_PROCESS = os.getpid()
 load_image = collate.load_image

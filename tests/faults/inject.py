@@ -24,14 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from vtprune_train import disk
 from vtprune_train.cli import train_main
-from vtprune_train.data import workers
+from vtprune_train.data.load import workers
 from vtprune_train.data.measure import Measure
 from vtprune_train.data.sources import json_list
-from vtprune_train.training import callbacks, checkpoint, evaluate, manifest, resume, saving
-from vtprune_train.training.json_lines import JsonLines
-from vtprune_train.training.trainer import Trainer
+from vtprune_train.files import disk
+from vtprune_train.training.checkpoint import folder, manifest, resume
+from vtprune_train.training.engine import state
+from vtprune_train.training.loop import callbacks, evaluate
+from vtprune_train.training.loop.json_lines import JsonLines
+from vtprune_train.training.loop.trainer import Trainer
 
 FAULT, ACT = os.environ.get("FAULT", "none"), os.environ.get("FAULT_ACT", "kill")
 STEP = int(os.environ.get("FAULT_STEP", "1"))
@@ -189,13 +191,13 @@ class Shard:
 
 
 def in_shard() -> None:
-    real = saving.HashingFile
+    real = state.HashingFile
 
     class Broken(real):
         def __init__(self, file: Any):
             super().__init__(Shard(file, 5000))
 
-    saving.HashingFile = Broken
+    state.HashingFile = Broken
 
 
 def in_backward() -> None:
@@ -263,7 +265,7 @@ def little_room() -> None:
         total, used, _ = usage(path)
         return type(usage(path))(total, used, 1000)
 
-    checkpoint.shutil = type("Shutil", (), {"rmtree": staticmethod(shutil.rmtree), "disk_usage": staticmethod(small)})
+    folder.shutil = type("Shutil", (), {"rmtree": staticmethod(shutil.rmtree), "disk_usage": staticmethod(small)})
 
 
 def disk_full_in_shard() -> None:
@@ -298,10 +300,10 @@ IN_STEP: dict[str, Callable[[], Any]] = {
     "after_evaluation": lambda: after(callbacks.Evaluation, "_evaluate"),
 }
 IN_SAVE: dict[str, Callable[[], Any]] = {
-    "before_weights": lambda: before(checkpoint, "write_part", step_of_path(0)),
+    "before_weights": lambda: before(folder, "write_part", step_of_path(0)),
     "in_shard": in_shard,
-    "before_export": lambda: before(checkpoint, "write_export", step_of_path(3)),
-    "after_export": lambda: after(checkpoint, "write_export", step_of_path(3)),
+    "before_export": lambda: before(folder, "write_export", step_of_path(3)),
+    "after_export": lambda: after(folder, "write_export", step_of_path(3)),
     "before_manifest": lambda: before(manifest, "write_manifest", step_of_path(0)),
     "before_rename": lambda: before(manifest, "put_in_place", step_of_path(0)),
     "before_latest": lambda: before(manifest, "point_latest", step_of_path(1)),

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from vtprune_train.stops import STOP
+from vtprune_train.processes.signals import STOP
 
 
 def leave(number: int) -> None:

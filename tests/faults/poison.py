@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from vtprune_train.cli import train_main
-from vtprune_train.data.loader import StepLoader
-from vtprune_train.data.planner import Planner
-from vtprune_train.training.trainer import Trainer
+from vtprune_train.data.load.loader import StepLoader
+from vtprune_train.data.plan.planner import Planner
+from vtprune_train.training.loop.trainer import Trainer
 
 FAULTS = json.loads(os.environ["FAULTS"])
 RANK = int(os.environ.get("RANK", "0"))

@@ -8,9 +8,9 @@ import pytest
 from runner import Runs, assert_equal_checkpoints, assert_same_metrics
 
 from vtprune_train.cli import main
-from vtprune_train.models.build import resolve_checkpoint
-from vtprune_train.training import manifest
-from vtprune_train.training.checkpoint import CheckpointFolder
+from vtprune_train.models.io.build import resolve_checkpoint
+from vtprune_train.training.checkpoint import manifest
+from vtprune_train.training.checkpoint.folder import CheckpointFolder
 
 SETTINGS = (
     "train.save_every=1",

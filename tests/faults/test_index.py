@@ -21,12 +21,12 @@ from runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from test_data import collator, index_of, say, write_picture
 from test_sources import build
 
-from vtprune_train import sealed
 from vtprune_train.data import building, table
 from vtprune_train.data.index import SampleIndex, Source
-from vtprune_train.data.loader import StepLoader
-from vtprune_train.data.planner import Planner
+from vtprune_train.data.load.loader import StepLoader
+from vtprune_train.data.plan.planner import Planner
 from vtprune_train.data.sources import BOUNDS, Bounds
+from vtprune_train.files import checksums
 
 SCRIPT = Path(__file__).parent / "changed.py"
 SHORT = ("data.eval=[]", "train.epochs=1")
@@ -353,7 +353,7 @@ def test_an_edit_that_breaks_the_record_is_named(tmp_path):
 )  # fmt: skip
 def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, monkeypatch, column, said):
     """Columns damaged under a running process, should the file system not tell of it."""
-    monkeypatch.setattr(sealed.Watch, "changed", lambda self: "")
+    monkeypatch.setattr(checksums.Watch, "changed", lambda self: "")
     write_picture(tmp_path / "images" / "a.png")
     record = {"id": "r", "image": "a.png", "conversations": say("<image> what", "a cat")}
     index, encoder = index_of(tmp_path, [record, {**record, "id": "s"}])
@@ -408,8 +408,8 @@ def test_lengths_that_never_fitted_are_measured_again(tmp_path, caplog):
     index, encoder = index_of(tmp_path, [{"id": "r", "conversations": say("what", "a cat")}])
     made = index.selections[0].table.folder
     zero_body(made / "text.npy")
-    manifest = sealed.read_manifest(made)
-    sealed.seal(made, manifest, {**manifest["sums"], "text.npy": sealed.checksum(made / "text.npy")})
+    manifest = checksums.read_manifest(made)
+    checksums.seal(made, manifest, {**manifest["sums"], "text.npy": checksums.checksum(made / "text.npy")})
     index, encoder = index_of(tmp_path, None)
     with pytest.raises(RuntimeError, match=r"sample 0:0:r has \d+ text tokens, but 0 in the index"):
         collator(index, encoder)([0])

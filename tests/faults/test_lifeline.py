@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vtprune_train.config import ConfigError
+from vtprune_train.config.settings import ConfigError
 from vtprune_train.training import distributed
-from vtprune_train.training.lifeline import (
+from vtprune_train.training.faults.rank_failures import (
     CONSEQUENCE_SECONDS,
     EXIT_HUNG,
     SETTLE_SECONDS,

@@ -8,7 +8,7 @@ import sys
 import pytest
 from runner import ROOT, VARYING, Runs, assert_equal_checkpoints, assert_same_metrics
 
-from vtprune_train.training import manifest
+from vtprune_train.training.checkpoint import manifest
 
 LOGS = {"metrics.jsonl.gz", "eval.jsonl.gz", "spikes.jsonl.gz"}
 INJECT = ROOT / "tests" / "faults" / "inject.py"

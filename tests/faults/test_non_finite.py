@@ -8,10 +8,10 @@ import pytest
 import torch
 from runner import ROOT, WARM, Runs, assert_equal_checkpoints
 
-from vtprune_train.config import TrainConfig
-from vtprune_train.training.checkpoint import TrainerState
-from vtprune_train.training.diagnosis import Watch, first_fault, non_finite_parameters, statistics, write_report
-from vtprune_train.training.guards import TrainingError, _count
+from vtprune_train.config.settings import TrainConfig
+from vtprune_train.training.checkpoint.folder import TrainerState
+from vtprune_train.training.faults.diagnosis import Watch, first_fault, non_finite_parameters, statistics, write_report
+from vtprune_train.training.faults.non_finite import TrainingError, _count
 
 INJECT = Path(__file__).parent / "poison.py"
 SETTINGS = ("data.eval=[]", "data.workers=0", "train.max_steps=6", "train.save_every=2", "data.max_tokens=400")

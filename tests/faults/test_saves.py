@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics, wait_until
 
-from vtprune_train.training import manifest
-from vtprune_train.training.lock import hold_run
+from vtprune_train.training.checkpoint import manifest
+from vtprune_train.training.checkpoint.lock import hold_run
 
 INJECT = ROOT / "tests" / "faults" / "inject.py"
 SETTINGS = ("train.save_every=1", "train.max_steps=4", "train.keep_last=2", "data.eval=[]", "data.workers=0")

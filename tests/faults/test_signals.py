@@ -16,10 +16,11 @@ import psutil
 import pytest
 from runner import BIN, ROOT, Runs, all_end, wait_until
 
-from vtprune_train import launch, launchers
+from vtprune_train.cli import launch
 from vtprune_train.data.building import _start_process
-from vtprune_train.launchers import LAUNCHER, Launcher, _Process, launcher_name, launchers_above
-from vtprune_train.stops import (
+from vtprune_train.processes import launchers
+from vtprune_train.processes.launchers import LAUNCHER, Launcher, _Process, launcher_name, launchers_above
+from vtprune_train.processes.signals import (
     FINAL_FILE,
     STOP,
     STOPPING,
@@ -149,8 +150,9 @@ def test_nothing_is_imported_while_a_signal_is_handled(tmp_path):
     code = f"""
 import os, signal, subprocess, sys
 from pathlib import Path
-from vtprune_train import launch, stops
-os.environ[stops.FINAL_FILE] = str(stops.make_notes(Path({str(tmp_path)!r})))
+from vtprune_train.cli import launch
+from vtprune_train.processes import signals
+os.environ[signals.FINAL_FILE] = str(signals.make_notes(Path({str(tmp_path)!r})))
 class Refuse:
     def find_spec(self, name, *_):
         raise AssertionError(name + " is imported in a handler")
@@ -166,8 +168,8 @@ with subprocess.Popen(["sleep", "20"]) as rank:
 
 def test_signals_that_are_ignored_stay_ignored():
     """``nohup`` ignores SIGHUP; a shell in the background SIGINT."""
-    code = "import signal; from vtprune_train.stops import STOP; STOP.listen(); signal.raise_signal(signal.SIGHUP); "
-    code += "print(STOP.number); signal.raise_signal(signal.SIGINT); import time; time.sleep(60)"
+    code = "import signal; from vtprune_train.processes.signals import STOP; STOP.listen(); "
+    code += "signal.raise_signal(signal.SIGHUP); print(STOP.number); signal.raise_signal(signal.SIGINT); import time; time.sleep(60)"
     done = subprocess.run(["sh", "-c", f"trap '' HUP; {sys.executable} -c '{code}'"], cwd=ROOT, capture_output=True)
     assert done.stdout == b"None\n" and done.returncode == 130
     assert done.stderr == b"\nSIGINT before the first step: nothing to save\n"
@@ -192,15 +194,15 @@ def test_a_signal_after_the_ranks_finds_no_handler_of_theirs(runs, monkeypatch):
 
 LATE = """
 import os, signal
-from vtprune_train import stops
+from vtprune_train.processes import signals
 
 class Late:
     def __del__(self):  # globals are cleared last of all
-        for number in stops.STOPPING:
+        for number in signals.STOPPING:
             os.kill(os.getpid(), number)
 
 late = Late()
-stops.{listen}()
+signals.{listen}()
 raise SystemExit(7)
 """
 
@@ -233,7 +235,7 @@ def test_codes_are_noted_on_a_full_disk(tmp_path, monkeypatch):
 
 def test_a_rank_that_does_not_listen_yet_is_known():
     """Python would answer SIGINT by a traceback; the launcher sends it SIGTERM."""
-    code = "import sys; from vtprune_train.stops import STOP; print(flush=True); input(); STOP.listen(); "
+    code = "import sys; from vtprune_train.processes.signals import STOP; print(flush=True); input(); STOP.listen(); "
     code += "print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -17,12 +17,13 @@ from hostile import Payload, as_bin, infect, module, name_method, pickled, seal
 from runner import ROOT, WARM, Runs, assert_equal_checkpoints
 from safetensors.torch import save_file
 
-from vtprune_train import pickles, prune
+from vtprune_train import prune
 from vtprune_train.cli import main
-from vtprune_train.inference.chatting import load
-from vtprune_train.models.build import resolve_checkpoint
-from vtprune_train.models.original import read_bin
-from vtprune_train.training import manifest
+from vtprune_train.evaluation.answering import load
+from vtprune_train.files import pickles
+from vtprune_train.models.io.build import resolve_checkpoint
+from vtprune_train.models.io.original import read_bin
+from vtprune_train.training.checkpoint import manifest
 
 CLI = ROOT / "vtprune_train" / "cli.py"
 SCALER = "deepspeed.runtime.fp16.loss_scaler.LossScaler"
@@ -110,7 +111,7 @@ def test_other_ranks_and_another_stage_are_refused_too(runs, trained, tmp_path):
 
 BEHIND = """
 import sys
-from vtprune_train import pickles
+from vtprune_train.files import pickles
 pickles.foreign_names = lambda path: []  # as if the file had been exchanged after it was looked at
 from vtprune_train.cli import train_main
 sys.exit(train_main())

@@ -18,8 +18,8 @@ from hostile import Payload, seal
 from runner import Runs
 from safetensors.torch import save_file
 
-from vtprune_train import pickles
 from vtprune_train.cli import main
+from vtprune_train.files import pickles
 
 
 def in_zip(path, payload, name="in.pt"):

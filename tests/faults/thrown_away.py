@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.engine import start_distributed
-from vtprune_train.training.gradients import discard, loss_scale, squared_norm
+from vtprune_train.training.engine.gradients import discard, loss_scale, squared_norm
+from vtprune_train.training.engine.start import start_distributed
 
 CASES = {
     "zero0": ({"stage": 0}, {}),

@@ -7,8 +7,8 @@ from key_reference import masked_forward
 from test_equivalence import assert_close
 from test_keys import spans_of
 
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.padded import decode, prefill
+from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.forward.padded import decode, prefill
 
 
 def check_pass(text_model, method, segments, reference, rng):

@@ -12,7 +12,7 @@ import torch
 from reference import attention_rows, queries_and_keys
 from torch import Tensor
 
-from vtprune_train.rounding import as_fraction, floor_of
+from vtprune_train.core.rounding import as_fraction, floor_of
 
 # (layer, attention rows [H, L, L], keys [H, L, D]) -> for each key-value head, for each span, the offsets kept
 Choose = Callable[[int, Tensor, Tensor], list[list[set[int]]]]

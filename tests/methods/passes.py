@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from test_equivalence import assert_close, random_segment
 from torch import nn
 
-from vtprune_train.models.attention import PREFIX
-from vtprune_train.models.decoder import run_layers
+from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.decoder import run_layers
 
 SHAPES = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), min_size=1, max_size=3)  # images, turns
 DECODERS = st.sampled_from([(4, "llama"), (2, "mistral"), (1, "qwen2")])

@@ -12,9 +12,9 @@ from reference import queries_and_keys, run_layer
 from torch import Tensor
 
 from vtprune_train import prune
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.rounding import floor_of
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.decoder import run_layers
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the norms compute in float32
 

@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from passes import check_singly, random_batch_of, text_model_of
 
 from vtprune_train import PruningMethod, prune
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
 from vtprune_train.data.chat import EncodedChat
-from vtprune_train.data.collate import lay_out
-from vtprune_train.models.anyres import AnyRes
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.layouts.onevision import OneVision
-from vtprune_train.models.padded import kept_tokens
+from vtprune_train.data.load.collate import lay_out
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.onevision_layout import OneVision
+from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.pruning.base import Candidates, Selection
-from vtprune_train.pruning.grids import blocks, even_cells, image_blocks, shared, spread, strided_cells
-from vtprune_train.pruning.pool import Pool
-from vtprune_train.pruning.random_tokens import Random, draws
-from vtprune_train.pruning.selection import all_candidates
-from vtprune_train.pruning.uniform import Uniform
-from vtprune_train.rounding import floor_of
-from vtprune_train.stream import Drop, ImageSpan, SegmentLayout
+from vtprune_train.pruning.methods.pool import Pool
+from vtprune_train.pruning.methods.random_tokens import Random, draws
+from vtprune_train.pruning.methods.uniform import Uniform
+from vtprune_train.pruning.ops.grids import blocks, even_cells, image_blocks, shared, spread, strided_cells
+from vtprune_train.pruning.ops.selection import all_candidates
 
 RASTERS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
 BASELINES = [Random, Uniform, Pool]
@@ -178,7 +178,7 @@ def test_draws_look_random_and_depend_on_every_argument():
 
 def test_mixing_is_splitmix64():
     """The reference generator from seed 1234567."""
-    from vtprune_train.pruning.random_tokens import GOLDEN, mixed
+    from vtprune_train.pruning.methods.random_tokens import GOLDEN, mixed
 
     state = np.array([1234567], dtype=np.uint64) + GOLDEN * np.arange(1, 4, dtype=np.uint64)
     assert mixed(state).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]

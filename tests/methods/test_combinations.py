@@ -17,21 +17,21 @@ from vtprune_train import PyramidDrop, prune
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_class
 from vtprune_train.pruning.combined import Combined
-from vtprune_train.pruning.divprune import DivPrune
-from vtprune_train.pruning.fastv import FastV
-from vtprune_train.pruning.feather import Feather
-from vtprune_train.pruning.fopru import FoPru
-from vtprune_train.pruning.hidrop import HiDrop
-from vtprune_train.pruning.lvlm_csp import LVLMCSP
-from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
-from vtprune_train.pruning.plphp import PLPHP
-from vtprune_train.pruning.pool import Pool
-from vtprune_train.pruning.sparsevlm import SparseVLM
-from vtprune_train.pruning.uniform import Uniform
-from vtprune_train.pruning.victor import Victor
-from vtprune_train.pruning.videollm_mod import VideoLLMMoD
-from vtprune_train.pruning.visionzip import VisionZip
-from vtprune_train.pruning.voco import VoCo
+from vtprune_train.pruning.methods.divprune import DivPrune
+from vtprune_train.pruning.methods.fastv import FastV
+from vtprune_train.pruning.methods.feather import Feather
+from vtprune_train.pruning.methods.fopru import FoPru
+from vtprune_train.pruning.methods.hidrop import HiDrop
+from vtprune_train.pruning.methods.lvlm_csp import LVLMCSP
+from vtprune_train.pruning.methods.plphp import PLPHP
+from vtprune_train.pruning.methods.pool import Pool
+from vtprune_train.pruning.methods.sparsevlm import SparseVLM
+from vtprune_train.pruning.methods.uniform import Uniform
+from vtprune_train.pruning.methods.victor import Victor
+from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
+from vtprune_train.pruning.methods.visionzip import VisionZip
+from vtprune_train.pruning.methods.voco import VoCo
+from vtprune_train.pruning.schedules.phases import FullTokens, Phases, Warmup
 
 LAYERS = 6  # of the families' tiny decoders
 TOWER = {"vtc_cls", "fopru", "prumerge", "visionzip"}  # read the vision tower's attention, which Qwen's does not show

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune_train import PruningMethod, PyramidDrop, prune
-from vtprune_train.models.padded import kept_tokens
-from vtprune_train.plan import counts_per_stage
+from vtprune_train.core.plan import counts_per_stage
+from vtprune_train.core.stream import Drop
+from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.pruning.base import Selection
 from vtprune_train.pruning.combined import Combined
-from vtprune_train.pruning.scoring import mean_query_attention
-from vtprune_train.pruning.selection import top_k_per_span
-from vtprune_train.stream import Drop
+from vtprune_train.pruning.ops.scoring import mean_query_attention
+from vtprune_train.pruning.ops.selection import top_k_per_span
 
 BATCH = [
     [0, "what is shown here ? assistant :"],

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune_train import prune
-from vtprune_train.models.padded import kept_tokens
-from vtprune_train.pruning import diversity
-from vtprune_train.pruning.cdpruner import CDPruner, relevance
-from vtprune_train.pruning.diversity import determinantal, max_min_diverse, nearest_other
-from vtprune_train.pruning.divprune import DivPrune
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.padded import kept_tokens
+from vtprune_train.pruning.methods.cdpruner import CDPruner, relevance
+from vtprune_train.pruning.methods.divprune import DivPrune
+from vtprune_train.pruning.ops import diversity
+from vtprune_train.pruning.ops.diversity import determinantal, max_min_diverse, nearest_other
 
 
 def cosine(a, b):

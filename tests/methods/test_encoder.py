@@ -17,15 +17,15 @@ from transformers import (
 )
 
 from vtprune_train import dense, prune
-from vtprune_train.models import encoder
-from vtprune_train.models.encoder import layers_read
-from vtprune_train.models.layouts.onevision import OneVision
-from vtprune_train.models.padded import kept_tokens
+from vtprune_train.core.stream import Drop
+from vtprune_train.models.families.onevision_layout import OneVision
+from vtprune_train.models.forward import encoder
+from vtprune_train.models.forward.encoder import layers_read
+from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.combined import Combined
-from vtprune_train.pruning.pyramiddrop import PyramidDrop
-from vtprune_train.pruning.uniform import Uniform
-from vtprune_train.stream import Drop
+from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
+from vtprune_train.pruning.methods.uniform import Uniform
 
 TEXTS = [[0, "what is shown here ? assistant :"], ["a red", 1, "and", 2, "two ? assistant :"], ["no picture"]]
 SEEN = []

@@ -16,14 +16,14 @@ from runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
 from test_phases import parts  # noqa: F401
 
 from vtprune_train import prune
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.data.synthetic import write_dataset
-from vtprune_train.models.build import set_trainable
+from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning import METHODS, NONE, method_class
-from vtprune_train.pruning.budget import first_that_fits, layer_counts
-from vtprune_train.pruning.feather import Feather
-from vtprune_train.pruning.phases import Phases
-from vtprune_train.pruning.schedule import earlier
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.pruning.methods.feather import Feather
+from vtprune_train.pruning.schedules.budget import first_that_fits, layer_counts
+from vtprune_train.pruning.schedules.phases import Phases
+from vtprune_train.pruning.schedules.stages import earlier
 
 NAMES = [*METHODS, NONE]
 STEPS, STOP = 24, 16

@@ -16,8 +16,8 @@ from passes import (
 )
 from reference import attention_rows, queries_and_keys, run_layer
 
-from vtprune_train.pruning.fastv import FastV
-from vtprune_train.rounding import floor_of
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.pruning.methods.fastv import FastV
 
 
 def slow_fastv(layer_k, keep):

@@ -22,12 +22,12 @@ from passes import (
 )
 from reference import run_layer
 
-from vtprune_train.models.attention import PREFIX
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.plan import plan_stream
-from vtprune_train.pruning.feather import Feather
-from vtprune_train.pruning.scoring import visual_query_attention
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.core.plan import plan_stream
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.pruning.methods.feather import Feather
+from vtprune_train.pruning.ops.scoring import visual_query_attention
 
 
 def on_the_grid(span, stride):

@@ -17,11 +17,11 @@ from passes import (
 )
 from reference import attention_rows, queries_and_keys, run_layer
 
-from vtprune_train.models.decoder import run_layers
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.pruning.base import Candidates, Ranking
-from vtprune_train.pruning.hidrop import HiDrop, gates
-from vtprune_train.pruning.scoring import mean_query_attention
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.pruning.methods.hidrop import HiDrop, gates
+from vtprune_train.pruning.ops.scoring import mean_query_attention
 
 
 def slow_hidrop(enter, layers, keep, leave):

@@ -19,17 +19,17 @@ from test_equivalence import _Forbid, assert_close, loss_and_grads, pruned, rand
 from transformers import DynamicCache
 
 from vtprune_train import prune
-from vtprune_train.models.attention import PREFIX
+from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
 from vtprune_train.models.cache import StagedLayer, cache_bytes
-from vtprune_train.models.decoder import run_layers
-from vtprune_train.models.keys import BlindRows, blind_mask
-from vtprune_train.models.padded import decode, prefill
+from vtprune_train.models.forward.attention import PREFIX
+from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.forward.keys import BlindRows, blind_mask
+from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod
-from vtprune_train.pruning.heads import keep_best, span_sizes
-from vtprune_train.pruning.plphp import PLPHP
-from vtprune_train.pruning.zipvl import ZipVL
-from vtprune_train.stream import Drop, ImageSpan, SegmentLayout
-from vtprune_train.training.recompute import checkpoint_activations
+from vtprune_train.pruning.methods.per_head import keep_best, span_sizes
+from vtprune_train.pruning.methods.plphp import PLPHP
+from vtprune_train.pruning.methods.zipvl import ZipVL
+from vtprune_train.training.loop.recompute import checkpoint_activations
 
 
 @dataclass(frozen=True)

@@ -18,22 +18,22 @@ from transformers import AutoModelForImageTextToText
 
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
-from vtprune_train.config import Config, ConfigError
-from vtprune_train.config_file import load_config
-from vtprune_train.inference.chatting import load
-from vtprune_train.models.build import parts_of, set_trainable
+from vtprune_train.config.load import load_config
+from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.evaluation.answering import load
+from vtprune_train.models.io.build import parts_of, set_trainable
+from vtprune_train.models.io.peft import open_adapter
 from vtprune_train.models.learned import attach, modules_to_save
-from vtprune_train.models.peft import open_adapter
 from vtprune_train.pruning.combined import Combined
-from vtprune_train.pruning.divprune import DivPrune
 from vtprune_train.pruning.learned import learns
-from vtprune_train.pruning.victor import Victor
-from vtprune_train.pruning.videollm_mod import VideoLLMMoD
-from vtprune_train.pruning.voco import VoCo
+from vtprune_train.pruning.methods.divprune import DivPrune
+from vtprune_train.pruning.methods.victor import Victor
+from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
+from vtprune_train.pruning.methods.voco import VoCo
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.optim import parameter_groups
-from vtprune_train.training.run import with_pruning_rate
-from vtprune_train.training.weights import full_state_dict, write_export
+from vtprune_train.training.engine.weights import full_state_dict, write_export
+from vtprune_train.training.loop.optimizer import parameter_groups
+from vtprune_train.training.loop.run import with_pruning_rate
 
 VICTOR, MOD = Victor(registers=3, layers=2), VideoLLMMoD(layers=(1, 3), keep=0.5)
 BOTH = Combined((Victor(registers=3, layers=5), VideoLLMMoD(layers=(1, 3), keep=0.5)))

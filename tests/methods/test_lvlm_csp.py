@@ -16,8 +16,8 @@ from passes import (
 )
 from reference import attention_rows, queries_and_keys, run_layer
 
-from vtprune_train.pruning.lvlm_csp import LVLMCSP, clusters, representatives
-from vtprune_train.rounding import floor_of
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.pruning.methods.lvlm_csp import LVLMCSP, clusters, representatives
 
 
 def slow_csp(back, prune, keep, scatter):

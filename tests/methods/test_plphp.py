@@ -14,11 +14,11 @@ from key_reference import plphp
 from test_equivalence import random_segment
 from test_keys import packed_decoder, random_prompt
 
-from vtprune_train.models.padded import prefill
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.padded import prefill
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.pruning.heads import keep_best
-from vtprune_train.pruning.plphp import PLPHP
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.pruning.methods.per_head import keep_best
+from vtprune_train.pruning.methods.plphp import PLPHP
 
 
 @settings(max_examples=25, deadline=None)

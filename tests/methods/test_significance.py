@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from test_equivalence import random_batch
 
 from vtprune_train import prune
-from vtprune_train.models.padded import kept_tokens
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.pruning.base import Candidates, EncoderSignals
 from vtprune_train.pruning.combined import Combined
-from vtprune_train.pruning.fopru import FoPru
-from vtprune_train.pruning.prumerge import PruMerge, outliers
-from vtprune_train.pruning.pyramiddrop import PyramidDrop
-from vtprune_train.pruning.visionzip import VisionZip
-from vtprune_train.pruning.vtc_cls import VTCCLS
-from vtprune_train.rounding import floor_of
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.pruning.methods.fopru import FoPru
+from vtprune_train.pruning.methods.prumerge import PruMerge, outliers
+from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
+from vtprune_train.pruning.methods.visionzip import VisionZip
+from vtprune_train.pruning.methods.vtc_cls import VTCCLS
 
 CLASSES = [VTCCLS, FoPru, PruMerge, VisionZip]
 # rasters of an image, and the tokens of them that are no patch (the last column of the second raster)

@@ -16,16 +16,16 @@ from test_generate import two_turns
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune_train import prune
-from vtprune_train.models.decoder import run_layers
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.pruning.budget import layer_counts
-from vtprune_train.pruning.cdpruner import CDPruner
-from vtprune_train.pruning.raters import LEAST_RESPONSE, numerical_rank, text_raters
-from vtprune_train.pruning.recycling import SparseDrop, density_peaks, merge_clusters, recycled
-from vtprune_train.pruning.scoring import tokens_holding
-from vtprune_train.pruning.sparsevlm import SparseVLM
-from vtprune_train.rounding import floor_of
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.pruning.methods.cdpruner import CDPruner
+from vtprune_train.pruning.methods.sparsevlm import SparseVLM
+from vtprune_train.pruning.ops.raters import LEAST_RESPONSE, numerical_rank, text_raters
+from vtprune_train.pruning.ops.recycling import SparseDrop, density_peaks, merge_clusters, recycled
+from vtprune_train.pruning.ops.scoring import tokens_holding
+from vtprune_train.pruning.schedules.budget import layer_counts
 
 PLUS = {"recycle": "none", "positions": "keep", "heads": 14 / 32, "gravity": True}
 VARIANTS = {

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_learned import compared, slow_victor
 
-from vtprune_train.plan import counts_per_stage
+from vtprune_train.core.plan import counts_per_stage
+from vtprune_train.core.stream import ImageSpan, SegmentLayout, SpanLayout
 from vtprune_train.pruning.learned import is_register, joined
-from vtprune_train.pruning.victor import Victor
-from vtprune_train.stream import ImageSpan, SegmentLayout, SpanLayout
+from vtprune_train.pruning.methods.victor import Victor
 
 COUNTS = st.lists(st.integers(1, 9), max_size=5)
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from slow_learned import compared, slow_mod
 
 from vtprune_train import prune
-from vtprune_train.plan import counts_per_stage
-from vtprune_train.pruning.videollm_mod import VideoLLMMoD, gate
+from vtprune_train.core.plan import counts_per_stage
+from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD, gate
 
 
 @settings(max_examples=20, deadline=None)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from slow_learned import TOLERANCE, compared, slow_voco
 
 from vtprune_train import prune
-from vtprune_train.models.padded import decode, prefill
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.models.patch import saved_method
 from vtprune_train.pruning.base import Ranking
-from vtprune_train.pruning.voco import VoCo
-from vtprune_train.stream import ImageSpan, SegmentLayout
+from vtprune_train.pruning.methods.voco import VoCo
 
 HIDE = st.sampled_from(["all_before", "image"])
 TEXTS = [[0, "what is shown here ? assistant :"], ["a red", 1, "and", 2, "two ? assistant :"], ["a dog ?"]]

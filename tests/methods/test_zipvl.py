@@ -13,7 +13,7 @@ from test_equivalence import random_segment
 from test_keys import packed_decoder, random_prompt
 
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.pruning.zipvl import ZipVL, mass_holders
+from vtprune_train.pruning.methods.zipvl import ZipVL, mass_holders
 
 
 @settings(max_examples=25, deadline=None)

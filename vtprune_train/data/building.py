@@ -1,6 +1,6 @@
 """Measures the records of one source in parallel, piece by piece, and joins the pieces to the columns of a table.
 
-A finished piece is a sealed file (see :mod:`vtprune_train.sealed`) in a folder beside the table. A build that was cut
+A finished piece is a sealed file (see :mod:`vtprune_train.files.checksums`) in a folder beside the table. A build that was cut
 off goes on from the pieces that are whole.
 """
 
@@ -32,9 +32,9 @@ import numpy as np
 
 from vtprune_train.data.measure import FINE, NO_PICTURE, RECORD_COLUMNS, SPAN_COLUMNS, Measure, measure_piece
 from vtprune_train.data.sources import Piece, Reader, open_reader
-from vtprune_train.disk import publish, remove
-from vtprune_train.sealed import SummedFile, read_sealed, seal
-from vtprune_train.stops import STOPPING
+from vtprune_train.files.checksums import SummedFile, read_sealed, seal
+from vtprune_train.files.disk import publish, remove
+from vtprune_train.processes.signals import STOPPING
 
 log = logging.getLogger(__name__)
 

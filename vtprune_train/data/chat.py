@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from vtprune_train.core.stream import IGNORE, IMAGE
 from vtprune_train.data.sources.base import BOUNDS, TooLarge, utf8_length
 from vtprune_train.data.tokens import Edge, SectionTokenizer, part_of
-from vtprune_train.stream import IGNORE, IMAGE
 
 UNSUPERVISED = "no token is supervised: the conversation has no answer to learn"
 FLAGS, AROUND_TEXT, BETWEEN = ("bos", "images_only"), ("user", "system", "answer"), ("assistant", "separator")

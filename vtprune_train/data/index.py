@@ -21,19 +21,18 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from vtprune_train.core.rounding import floor_of
 from vtprune_train.data.building import VERSION
 from vtprune_train.data.chat import ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS
 from vtprune_train.data.measure import FINE, LARGE, SILENT, Measure
-from vtprune_train.data.order import EpochOrder, permuted
+from vtprune_train.data.plan.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
 from vtprune_train.data.sources import BOUNDS, Bounds, find_files
 from vtprune_train.data.table import Table, open_table
-from vtprune_train.disk import locked, publish, remove
-from vtprune_train.models.layouts import ImageLayout
-from vtprune_train.models.layouts.base import Size
-from vtprune_train.rounding import floor_of
-from vtprune_train.sealed import SummedFile, Watch, damage, read_manifest, seal
+from vtprune_train.files.checksums import SummedFile, Watch, damage, read_manifest, seal
+from vtprune_train.files.disk import locked, publish, remove
+from vtprune_train.models.families.layout import ImageLayout, Size
 
 log = logging.getLogger(__name__)
 

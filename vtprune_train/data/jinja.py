@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.chat import ChatEncoder, Template
-from vtprune_train.stream import IMAGE
 
 _PLACE = re.compile(r"(\{text\}|\{eos\})")
 

@@ -17,8 +17,8 @@ from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
 from vtprune_train.data.sources import BOUNDS, Bounds, Piece, Place, Reader, TooLarge
-from vtprune_train.models.layouts import ImageLayout
-from vtprune_train.sealed import write_sealed
+from vtprune_train.files.checksums import write_sealed
+from vtprune_train.models.families.layout import ImageLayout
 
 BATCH = 512  # conversations tokenized in one call
 BATCH_BYTES = BOUNDS.text  # of text among them: tokenizing takes more than a hundred times as much memory

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.chat import UNSUPERVISED, Turn
 from vtprune_train.data.fields import (
     CONVERSATIONS,
@@ -27,7 +28,6 @@ from vtprune_train.data.fields import (
 )
 from vtprune_train.data.sources import BOUNDS, Bounds, Malformed, TooLarge, find_files, open_reader
 from vtprune_train.data.sources.base import utf8_length
-from vtprune_train.stream import IMAGE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LONGEST_ID = 4096  # characters; ids stand in logs, metrics and checkpoints

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from vtprune_train.disk import replace_synced
+from vtprune_train.files.disk import replace_synced
 
 COLOURS = {
     "red": (214, 40, 40),

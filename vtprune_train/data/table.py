@@ -1,6 +1,6 @@
 """The measured records of one source as columns on disk, opened by memory mapping.
 
-A table is a sealed folder (see :mod:`vtprune_train.sealed`) of ``.npy`` columns, which
+A table is a sealed folder (see :mod:`vtprune_train.files.checksums`) of ``.npy`` columns, which
 :mod:`vtprune_train.data.building` makes.
 """
 
@@ -22,8 +22,8 @@ from vtprune_train.data.building import build_table, remove_builds
 from vtprune_train.data.measure import BATCH, FINE, NO_PICTURE, SPAN_COLUMNS, Measure, Measured, content_hash
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import Place, Reader, open_reader, stamp
-from vtprune_train.disk import remove, replace_synced, sync
-from vtprune_train.sealed import Watch, checksum, damage, read_manifest, seal
+from vtprune_train.files.checksums import Watch, checksum, damage, read_manifest, seal
+from vtprune_train.files.disk import remove, replace_synced, sync
 
 log = logging.getLogger(__name__)
 

@@ -37,11 +37,11 @@ from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
+from vtprune_train.cli.options import takes_list  # noqa: E402
+from vtprune_train.core.stream import IMAGE  # noqa: E402
 from vtprune_train.data.chat import Turn  # noqa: E402
-from vtprune_train.inference.chatting import Loaded, Prompt, answers, load, open_picture  # noqa: E402
-from vtprune_train.inference.options import takes_list  # noqa: E402
+from vtprune_train.evaluation.answering import Loaded, Prompt, answers, load, open_picture  # noqa: E402
 from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types  # noqa: E402
-from vtprune_train.stream import IMAGE  # noqa: E402
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
-from vtprune_train.inference.chatting import answers, load, open_picture
+from vtprune_train.core.stream import IMAGE
+from vtprune_train.evaluation.answering import answers, load, open_picture
 from vtprune_train.pruning import SAVED
-from vtprune_train.stream import IMAGE
 
 
 class VTPrune(BaseModel):
@@ -29,7 +29,7 @@ class VTPrune(BaseModel):
     Args:
         model_path: a run, checkpoint, Hugging Face folder or hub id.
         method: a pruning method, ``None`` for the dense model; left out, the settings saved with the model.
-        device, dtype, trust_remote_code: as for :func:`vtprune_train.inference.chatting.load`.
+        device, dtype, trust_remote_code: as for :func:`vtprune_train.evaluation.answering.load`.
         generation: passed to ``generate``.
     """
 

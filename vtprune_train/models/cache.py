@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from vtprune_train.models.layouts import Grids
+from vtprune_train.core.stream import to_device
+from vtprune_train.models.families.layout import Grids
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import to_device
 
 # A layer that decodes keeps a sixteenth of its columns free: copying all of them once in so many steps costs little,
 # and so does the memory.

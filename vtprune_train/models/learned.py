@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.build import LEARNED_NAME
-from vtprune_train.models.decoder import PARAMETERS
 from vtprune_train.models.families import family_of
-from vtprune_train.models.origin import weight_files
+from vtprune_train.models.forward.decoder import PARAMETERS
+from vtprune_train.models.io.build import LEARNED_NAME
+from vtprune_train.models.io.provenance import weight_files
 from vtprune_train.pruning import UntrustedMethodError, method_from_settings, saved_settings
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.learned import learns

@@ -27,30 +27,39 @@ from torch.overrides import TorchFunctionMode
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.core_model_loading import revert_weight_conversion
 
-from vtprune_train.models import HFModule, packed
-from vtprune_train.models.attention import (
+from vtprune_train.core.stream import IGNORE, PackedBatch, StreamPlan, to_device
+from vtprune_train.models import HFModule
+from vtprune_train.models.copies import Source, follow
+from vtprune_train.models.families import family_of
+from vtprune_train.models.families.layout import Grids
+from vtprune_train.models.forward import packed
+from vtprune_train.models.forward.attention import (
     OWNED,
     attention_name,
     choose_backend,
     dense_implementation,
     unavailable_because,
 )
-from vtprune_train.models.calls import STATE, Call, State, state_of
-from vtprune_train.models.copies import Source, follow
-from vtprune_train.models.encoder import SEEN, check_tower, joined, patch_index, patches_per_tile, per_image, reading
-from vtprune_train.models.families import family_of
-from vtprune_train.models.head import chunked_consistency, chunked_cross_entropy
-from vtprune_train.models.layouts import Grids
+from vtprune_train.models.forward.calls import STATE, Call, State, state_of
+from vtprune_train.models.forward.encoder import (
+    SEEN,
+    check_tower,
+    joined,
+    patch_index,
+    patches_per_tile,
+    per_image,
+    reading,
+)
+from vtprune_train.models.forward.head import chunked_consistency, chunked_cross_entropy
+from vtprune_train.models.forward.padded import checkpoints_layers, forward_text
+from vtprune_train.models.forward.rotary import full_frequencies
+from vtprune_train.models.forward.sharding import check_attention_function, check_layers, restore_forward
+from vtprune_train.models.forward.tower_attention import complete_inputs, replace_config, restore_config, towers
 from vtprune_train.models.learned import attach, check_trained, detach, modules_to_save
-from vtprune_train.models.padded import checkpoints_layers, forward_text
-from vtprune_train.models.rotary import full_frequencies
-from vtprune_train.models.sharding import check_attention_function, check_layers, restore_forward
-from vtprune_train.models.tower_attention import complete_inputs, replace_config, restore_config, towers
 from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
 from vtprune_train.pruning.base import EncoderSignals, PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.learned import learns
-from vtprune_train.stream import IGNORE, PackedBatch, StreamPlan, to_device
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +77,8 @@ def prune(
     """Let ``model`` drop visual tokens inside its forward pass, in training, evaluation and generation.
 
     Afterwards ``model(**processor(...))`` and ``model.generate(**processor(...))`` take what they always took
-    (:func:`vtprune_train.models.padded.forward_text` says what dropped rows hold), and, for the families that the
-    project trains, ``model(batch)`` takes a :class:`~vtprune_train.stream.PackedBatch`. The settings stand in
+    (:func:`vtprune_train.models.forward.padded.forward_text` says what dropped rows hold), and, for the families that the
+    project trains, ``model(batch)`` takes a :class:`~vtprune_train.core.stream.PackedBatch`. The settings stand in
     ``model.config.pruning``, so ``save_pretrained`` keeps them.
 
     Args:
@@ -80,7 +89,7 @@ def prune(
             ``None`` and ``"none"`` pack without dropping; ``"saved"`` (the default) is what the checkpoint was saved
             with.
         attention: ``auto`` (the best for the model's device and dtype, so move it first) or a backend of
-            :mod:`vtprune_train.models.attention`.
+            :mod:`vtprune_train.models.forward.attention`.
         trust_remote_code: with ``"saved"``: run the code of a method outside of the package that ``config.pruning``
             names and that was not imported yet.
 
@@ -391,7 +400,7 @@ def _uncompiled(run: Callable[..., Any], self: HFModule, *args: Any, **kwargs: A
     if (state := self.__dict__.get(STATE)) is not None:
         state.warn_once(
             "torch.compile around a whole pruned model leaves its forward uncompiled, since the rows are laid out on "
-            "the host first; compile the layers: vtprune_train.models.compile.compile_layers(model)"
+            "the host first; compile the layers: vtprune_train.models.forward.compile.compile_layers(model)"
         )
     return run(self, *args, **kwargs)
 

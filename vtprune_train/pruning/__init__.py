@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.fitting import setting_types
-from vtprune_train.pruning.own import load_class, loaded_class, names_beside
-from vtprune_train.pruning.pyramiddrop import PyramidDrop
+from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
+from vtprune_train.pruning.setting_types import setting_types
+from vtprune_train.pruning.user_methods import load_class, loaded_class, names_beside
 
 log = logging.getLogger(__name__)
 
@@ -20,26 +20,26 @@ CONFIG_KEY = "pruning"  # of a model's config
 NONE = "none"
 SAVED: Literal["saved"] = "saved"  # what a checkpoint was saved with, where there is one
 METHODS: dict[str, str] = {
-    "pyramiddrop": "vtprune_train.pruning.pyramiddrop:PyramidDrop",
-    "sparsevlm": "vtprune_train.pruning.sparsevlm:SparseVLM",
-    "plphp": "vtprune_train.pruning.plphp:PLPHP",
-    "fastv": "vtprune_train.pruning.fastv:FastV",
-    "feather": "vtprune_train.pruning.feather:Feather",
-    "prumerge": "vtprune_train.pruning.prumerge:PruMerge",
-    "fopru": "vtprune_train.pruning.fopru:FoPru",
-    "vtc_cls": "vtprune_train.pruning.vtc_cls:VTCCLS",
-    "visionzip": "vtprune_train.pruning.visionzip:VisionZip",
-    "divprune": "vtprune_train.pruning.divprune:DivPrune",
-    "cdpruner": "vtprune_train.pruning.cdpruner:CDPruner",
-    "videollm_mod": "vtprune_train.pruning.videollm_mod:VideoLLMMoD",
-    "victor": "vtprune_train.pruning.victor:Victor",
-    "voco": "vtprune_train.pruning.voco:VoCo",
-    "hidrop": "vtprune_train.pruning.hidrop:HiDrop",
-    "lvlm_csp": "vtprune_train.pruning.lvlm_csp:LVLMCSP",
-    "zipvl": "vtprune_train.pruning.zipvl:ZipVL",
-    "random": "vtprune_train.pruning.random_tokens:Random",
-    "uniform": "vtprune_train.pruning.uniform:Uniform",
-    "pool": "vtprune_train.pruning.pool:Pool",
+    "pyramiddrop": "vtprune_train.pruning.methods.pyramiddrop:PyramidDrop",
+    "sparsevlm": "vtprune_train.pruning.methods.sparsevlm:SparseVLM",
+    "plphp": "vtprune_train.pruning.methods.plphp:PLPHP",
+    "fastv": "vtprune_train.pruning.methods.fastv:FastV",
+    "feather": "vtprune_train.pruning.methods.feather:Feather",
+    "prumerge": "vtprune_train.pruning.methods.prumerge:PruMerge",
+    "fopru": "vtprune_train.pruning.methods.fopru:FoPru",
+    "vtc_cls": "vtprune_train.pruning.methods.vtc_cls:VTCCLS",
+    "visionzip": "vtprune_train.pruning.methods.visionzip:VisionZip",
+    "divprune": "vtprune_train.pruning.methods.divprune:DivPrune",
+    "cdpruner": "vtprune_train.pruning.methods.cdpruner:CDPruner",
+    "videollm_mod": "vtprune_train.pruning.methods.videollm_mod:VideoLLMMoD",
+    "victor": "vtprune_train.pruning.methods.victor:Victor",
+    "voco": "vtprune_train.pruning.methods.voco:VoCo",
+    "hidrop": "vtprune_train.pruning.methods.hidrop:HiDrop",
+    "lvlm_csp": "vtprune_train.pruning.methods.lvlm_csp:LVLMCSP",
+    "zipvl": "vtprune_train.pruning.methods.zipvl:ZipVL",
+    "random": "vtprune_train.pruning.methods.random_tokens:Random",
+    "uniform": "vtprune_train.pruning.methods.uniform:Uniform",
+    "pool": "vtprune_train.pruning.methods.pool:Pool",
 }
 
 

@@ -1,12 +1,12 @@
 """The contract of a pruning method: where it acts, what it scores, how many tokens stay, and what becomes of the rest.
 
 A method is a frozen dataclass of its settings with pure functions on tensors; it holds no state between passes and
-never sees a model. The decoder loop (:mod:`vtprune_train.models.decoder`) asks it at every boundary. What becomes of
+never sees a model. The decoder loop (:mod:`vtprune_train.models.forward.decoder`) asks it at every boundary. What becomes of
 the rest:
 
 - dropped: they are not in the :class:`Selection`;
 - merged: :attr:`Selection.values` replaces tokens of the next stage, by means of others or of learned ones;
-- kept aside, skipped: a later :class:`~vtprune_train.stream.Drop` with ``returns`` brings all of them back;
+- kept aside, skipped: a later :class:`~vtprune_train.core.stream.Drop` with ``returns`` brings all of them back;
 - dropped from a head's cache: :meth:`PruningMethod.keys` says which keys later rows see in one layer.
 
 Shape suffixes: T tokens in the stream, V candidates (visual tokens before a boundary), K tokens after it, Q query rows,
@@ -23,12 +23,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vtprune_train.plan import plan_stream
-from vtprune_train.pruning.budget import mean_input_share, scaled_to_budget
-from vtprune_train.pruning.fitting import FitsSettings
-from vtprune_train.pruning.own import method_name
-from vtprune_train.pruning.selection import top_k_per_span
-from vtprune_train.stream import Boundary, Drop, SegmentLayout, StreamPlan
+from vtprune_train.core.plan import plan_stream
+from vtprune_train.core.stream import Boundary, Drop, SegmentLayout, StreamPlan
+from vtprune_train.pruning.ops.selection import top_k_per_span
+from vtprune_train.pruning.schedules.budget import mean_input_share, scaled_to_budget
+from vtprune_train.pruning.setting_types import FitsSettings
+from vtprune_train.pruning.user_methods import method_name
 
 RankWith = Literal["next_layer", "this_layer"]
 Positions = Literal["renumber", "keep"]
@@ -166,7 +166,7 @@ class PruningMethod(metaclass=FitsSettings):
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:
-        """The methods that :attr:`~vtprune_train.stream.Drop.owner` counts; a combination has several."""
+        """The methods that :attr:`~vtprune_train.core.stream.Drop.owner` counts; a combination has several."""
         return (self,)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import PruningMethod, Ranking
-from vtprune_train.stream import Boundary, Drop
 
 
 @dataclass(frozen=True)

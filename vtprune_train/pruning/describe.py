@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.stream import Drop
 
 MOST = 10  # drops that a line lists
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vtprune_train.core.stream import Drop, SpanLayout, to_device
 from vtprune_train.pruning.base import Candidates, PruningMethod, Selection
-from vtprune_train.stream import Drop, SpanLayout, to_device
 
 
 class Registers(nn.Embedding):

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from vtprune_train.config import ConfigError
-from vtprune_train.stream import to_device
+from vtprune_train.config.settings import ConfigError
+from vtprune_train.core.stream import to_device
 
 log = logging.getLogger(__name__)
 

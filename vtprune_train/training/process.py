@@ -13,17 +13,17 @@ from typing import NoReturn
 
 import torch
 
-from vtprune_train.config import Config, ConfigError, refusal
-from vtprune_train.stops import BEFORE_TRAINING, STOP, exit_code, final_exit
-from vtprune_train.streams import keep_streams
+from vtprune_train.config.settings import Config, ConfigError, refusal
+from vtprune_train.processes.output import keep_streams
+from vtprune_train.processes.signals import BEFORE_TRAINING, STOP, exit_code, final_exit
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.engine import start_distributed
-from vtprune_train.training.guards import EXIT_STOPPED, TrainingError
-from vtprune_train.training.kernels import be_deterministic
-from vtprune_train.training.lifeline import connect
-from vtprune_train.training.lock import check_free, port_taken
-from vtprune_train.training.run import prepare
-from vtprune_train.training.watchdog import Watchdog
+from vtprune_train.training.checkpoint.lock import check_free, port_taken
+from vtprune_train.training.engine.start import start_distributed
+from vtprune_train.training.faults.non_finite import EXIT_STOPPED, TrainingError
+from vtprune_train.training.faults.rank_failures import connect
+from vtprune_train.training.faults.watchdog import Watchdog
+from vtprune_train.training.loop.kernels import be_deterministic
+from vtprune_train.training.loop.run import prepare
 
 log = logging.getLogger(__name__)
 

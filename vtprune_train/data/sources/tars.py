@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.sources.base import (
     Malformed,
     Piece,
@@ -20,7 +21,6 @@ from vtprune_train.data.sources.base import (
     too_many_values,
     unparsed,
 )
-from vtprune_train.stream import IMAGE
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 LONGEST_NAME = 1 << 20  # bytes of what stands before a member: its name where that is long, times, attributes

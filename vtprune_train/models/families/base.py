@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vtprune_train.flops import TowerGeometry, WindowedTowerGeometry
+from vtprune_train.core.flops import TowerGeometry, WindowedTowerGeometry
+from vtprune_train.core.stream import IMAGE
 from vtprune_train.models import HFModule
-from vtprune_train.models.layouts import Grids, ImageLayout, Shown
-from vtprune_train.models.layouts.base import CLASS_TOKENS
-from vtprune_train.stream import IMAGE
+from vtprune_train.models.families.layout import CLASS_TOKENS, Grids, ImageLayout, Shown
 
 
 def one_image_each(features: Sequence[Any]) -> list[int]:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from transformers import CLIPImageProcessorPil
 
-from vtprune_train.flops import TowerGeometry
+from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop, counted_by_patches
-from vtprune_train.models.layouts import Grids, Shown
-from vtprune_train.models.layouts.base import CLASS_TOKENS
-from vtprune_train.models.layouts.one_tile import OneTile
+from vtprune_train.models.families.layout import CLASS_TOKENS, Grids, Shown
+from vtprune_train.models.families.one_tile import OneTile
 
 
 def _image_processor(config: Any) -> CLIPImageProcessorPil:

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import LlavaNextImageProcessorPil
 
-from vtprune_train.flops import TowerGeometry
-from vtprune_train.models.anyres import AnyRes
+from vtprune_train.core.flops import TowerGeometry
+from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop, counted_by_patches
-from vtprune_train.models.layouts import Grids, Shown
+from vtprune_train.models.families.layout import Grids, Shown
 
 
 def _image_processor(config: Any) -> LlavaNextImageProcessorPil:

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from transformers import LlavaOnevisionImageProcessorPil
 
-from vtprune_train.flops import TowerGeometry
+from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
-from vtprune_train.models.layouts import Grids, Shown
-from vtprune_train.models.layouts.base import Size
-from vtprune_train.models.layouts.onevision import OneVision
+from vtprune_train.models.families.layout import Grids, Shown, Size
+from vtprune_train.models.families.onevision_layout import OneVision
 
 
 def _image_processor(config: Any) -> LlavaOnevisionImageProcessorPil:

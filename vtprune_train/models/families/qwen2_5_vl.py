@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import Qwen2VLImageProcessorPil
 
-from vtprune_train.flops import WindowedTowerGeometry
+from vtprune_train.core.flops import WindowedTowerGeometry
+from vtprune_train.core.stream import IMAGE
 from vtprune_train.models.families.base import VIDEO, Family, Loop, merged_grids, rope_index
-from vtprune_train.models.layouts.qwen2_5_vl import MergedPatches
-from vtprune_train.stream import IMAGE
+from vtprune_train.models.families.qwen_layout import MergedPatches
 
 
 def _image_processor(config: Any) -> Qwen2VLImageProcessorPil:

@@ -1,0 +1,1 @@
+"""Methods compared at equal budgets, calibration, and the time of a decoder."""

@@ -1,0 +1,168 @@
+"""A comparison of methods as a table and as a plot: quality against time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vtprune_train.bench.rivals import DENSE
+from vtprune_train.viz.draw import INK, PAPER, RULE, SOFT
+
+BASELINES = ("random", "uniform", "pool")  # drawn in grey: what a method has to beat
+COLOURS = ("#1f6fb4", "#d1495b", "#0f9d8a", "#e08e0b", "#7a5195", "#5f7f2f", "#b5577e", "#3a86a8")
+MARKERS = "osD^vPX*<>hdp"
+LEAST_KL = 1e-5  # where the logarithmic axis ends
+
+
+def table(results: dict[str, Any]) -> str:
+    """Everything measured, a line a method and budget; ratios are to the dense run."""
+    settings, rows = results["settings"], results["rows"]
+    sizes = list(rows[0]["clock"])
+    header = ["", "budget", "planned", "taken", "enter", "leave", "cached", "= dense", "KL", "exact", "GFLOP"]
+    header += [f"{what} x{size}" for what in ("prefill", "decode", "train") for size in sizes]
+    header += ["cache"]
+    cells = [header, *(_cells(row, rows[0], sizes) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in cells
+    ]
+    lines += ["", *_notes(settings, rows, sizes)]
+    lines += [f"absent: {name} at {budgets}: {reason}" for name, budgets, reason in _absent(results["absent"])]
+    if results["left_out"]:
+        first = results["left_out"][0]
+        lines.append(f"{len(results['left_out'])} sample(s) left out; the first, {first['id']}: {first['reason']}")
+    return "\n".join(lines)
+
+
+def _absent(absent: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """``(method, budgets, reason)``, budgets with the same reason together."""
+    same: dict[tuple[str, str], list[str]] = {}
+    for one in absent:
+        same.setdefault((one["name"], one["reason"]), []).append(f"{one['budget']:g}")
+    return [(name, ", ".join(budgets), reason) for (name, reason), budgets in same.items()]
+
+
+def _cells(row: dict[str, Any], dense: dict[str, Any], sizes: Sequence[str]) -> list[str]:
+    def ratio(values: dict[str, Any] | None) -> str:
+        return "-" if values is None else f"{values['ratio']:.3f}"
+
+    flops = row["prefill_flops"]
+    clock = [row["clock"][size] for size in sizes]
+    return [
+        row["name"],
+        "" if row["budget"] is None else f"{row['budget']:g}",
+        f"{'about ' if row['adaptive'] else ''}{row['planned_share']:.3f}",
+        f"{row['taken_share']:.3f}",
+        f"{row['entering']:.1f}",
+        f"{row['leaving']:.1f}",
+        f"{row['cached']:.1f}",
+        f"{row['agreement']:.1%}",
+        f"{row['kl']:.4f}",
+        f"{row['exact_match']:.1%}",
+        "-" if flops is None else f"{flops / 1e9:.4g}",
+        *(ratio(own[what]) for what in ("prefill", "decode", "train") for own in clock),
+        f"{clock[-1]['cache_ratio']:.3f}",
+    ]
+
+
+def _notes(settings: dict[str, Any], rows: Sequence[dict[str, Any]], sizes: Sequence[str]) -> list[str]:
+    dense = rows[0]["clock"]
+    lines = [
+        f"{settings['questions']} questions of {settings['data']}, {rows[0]['visual_tokens']:.1f} visual tokens each "
+        f"on average; {settings['layers']} layers, {settings['dtype']}, {settings['device']}, {settings['attention']}",
+        "planned and taken: mean share of the visual tokens that enter a layer (of methods that drop keys: whose keys "
+        "stay; about: the method counts while it runs); enter, leave, cached: tokens, mean over the layers",
+        "prefill, decode, train and cache: of the dense run's in the same repeat, median of "
+        f"{settings['repeats']}; GFLOP: decoder and selector, prefill of one question",
+    ]
+    for size in sizes:
+        own = dense[size]
+        parts = [f"{what} {1000 * own[what]['seconds']:.2f} ms" for what in ("prefill", "decode", "train") if own[what]]
+        peak = "" if own["peak_bytes"] is None else f", peak {max(own['peak_bytes']) / 2**30:.2f} GiB"
+        lines.append(f"dense, batch {size}: {', '.join(parts)}, cache {own['cache_bytes'] / 2**20:.3f} MiB{peak}")
+    for row in rows:
+        refused = {own["no_training"] for own in row["clock"].values() if own["no_training"]}
+        lines += [f"no training step of {row['name']}: {reason}" for reason in sorted(refused)]
+    return lines
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Three panels: agreement with the dense model against the prefill's time, exact match against the training
+    step's, divergence against the tokens taken. A line joins a method's budgets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = results["rows"]
+    size = list(rows[0]["clock"])[-1]
+    trains = any(row["clock"][size]["train"] for row in rows)
+    figure, axes = plt.subplots(1, 3, figsize=(16.5, 6.2), facecolor=PAPER, layout="constrained")
+
+    def time(what: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda row: row["clock"][size][what]["ratio"] if row["clock"][size][what] else None
+
+    second = "train" if trains else "decode"
+    panels: list[tuple[Any, Callable[[dict[str, Any]], float | None], Callable[[dict[str, Any]], float], str, str]] = [
+        (axes[0], time("prefill"), lambda row: 100 * row["agreement"], f"prefill time, batch {size}, of dense",
+         "answers equal to the dense model's, %"),
+        (axes[1], time(second), lambda row: 100 * row["exact_match"],
+         f"{'training step' if trains else 'decoding'}, batch {size}, of dense", "exact match with the true answer, %"),
+        (axes[2], lambda row: row["taken_share"], lambda row: max(row["kl"], LEAST_KL),
+         "visual tokens taken, mean over layers, of all", "KL(dense || pruned) on the answers, nats a token"),
+    ]  # fmt: skip
+    for axis, across, up, xlabel, ylabel in panels:
+        shown = [row for row in rows if row["name"] != DENSE] if axis is axes[2] else rows  # its divergence is 0
+        _panel(axis, shown, across, up)
+        axis.set_xlabel(xlabel, color=INK)
+        axis.set_ylabel(ylabel, color=INK)
+    axes[0].set_ylim(-2, 104)
+    axes[1].set_ylim(-2, max(10, 104 * max(row["exact_match"] for row in rows)))
+    axes[2].set_yscale("log")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=10, labelcolor=INK)
+    budgets = ", ".join(f"{share:g}" for share in results["settings"]["budgets"])
+    title = f"Methods at equal budgets ({budgets}): {results['settings']['questions']} questions"
+    figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _panel(
+    axis: Any,
+    rows: Sequence[dict[str, Any]],
+    across: Callable[[dict[str, Any]], float | None],
+    up: Callable[[dict[str, Any]], float],
+) -> None:
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != DENSE))
+    own = [name for name in names if name not in BASELINES]
+    for name in names:
+        own_rows = sorted((row for row in rows if row["name"] == name), key=lambda row: row["budget"])
+        points = [(across(row), up(row)) for row in own_rows]
+        drawn = [(x, y) for x, y in points if x is not None]
+        if not drawn:
+            continue
+        baseline = name in BASELINES
+        number = BASELINES.index(name) if baseline else own.index(name)
+        axis.plot(
+            *zip(*drawn, strict=True),
+            label=name,
+            color=SOFT if baseline else COLOURS[number % len(COLOURS)],
+            linestyle=("--", ":", "-.")[number] if baseline else "-",
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=7,
+            linewidth=1.4,
+            markerfacecolor=PAPER if baseline else None,
+        )
+    for row in rows:
+        if row["name"] == DENSE and (x := across(row)) is not None:
+            axis.plot([x], [up(row)], marker="s", markersize=9, color=INK, linestyle="none", label=DENSE)
+    axis.grid(color=RULE, linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=SOFT)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(RULE)

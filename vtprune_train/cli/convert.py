@@ -1,0 +1,435 @@
+"""``vtprune convert``: checkpoints of the original LLaVA code to Hugging Face and back, and projectors alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from vtprune_train.cli.export import check_target, publish
+from vtprune_train.cli.options import add_trust_option
+from vtprune_train.core.stream import IMAGE
+from vtprune_train.evaluation.answering import load_processor, load_weights, model_config
+from vtprune_train.files.parse import read_json_object
+from vtprune_train.models.io import original
+from vtprune_train.models.io.build import (
+    EMBEDDING_MULTIPLE,
+    add_image_token,
+    family_of_config,
+    first_line,
+    load_any_config,
+    resolve_checkpoint,
+)
+from vtprune_train.models.io.original_config import PIXELS, hf_config, image_processor, original_config, trains_tower
+from vtprune_train.models.io.processors import build_processor, saved_image_processor
+from vtprune_train.models.io.weight_files import check_weights
+from vtprune_train.models.learned import saved_learner
+from vtprune_train.pruning import CONFIG_KEY, NONE
+from vtprune_train.training.checkpoint.manifest import check_export
+
+log = logging.getLogger(__name__)
+
+FORMS = ("hf", "original", "mm_projector", "projector")
+TOWER = "model.vision_tower."
+EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    help_text = (
+        "a LLaVA folder of the original code, an mm_projector.bin, a run of this project, or a Hugging Face folder"
+    )
+    parser.add_argument("--model", required=True, metavar="PATH", help=help_text)
+    add_trust_option(parser)
+    parser.add_argument("--to", required=True, choices=FORMS, help="what to write")
+    parser.add_argument("--out", required=True, metavar="PATH", help="a folder; for mm_projector a file")
+    parser.add_argument("--vision_tower", metavar="DIR", help="CLIP tower; left out: the one that config.json names")
+    help_text = "to original: leave out the parameters that the pruning method learned, for which it has no place"
+    parser.add_argument("--without_learned", action="store_true", help=help_text)
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the conversion.
+
+    Raises:
+        ValueError: what is wrong with an option or the checkpoint, or something there that must not be replaced.
+    """
+    form = arguments.to
+    if arguments.vision_tower is not None and form not in ("hf", "original"):
+        raise ValueError(f"--vision_tower has no effect with --to {form}, which is the projector alone; leave it out")
+    if arguments.without_learned and form != "original":
+        raise ValueError(f"--without_learned has no effect with --to {form}; leave it out")
+    source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
+    check_export(source)
+    if arguments.to == "mm_projector":
+        _write_mm_projector(source, out, arguments.force)
+    else:
+        check_target(out, source, arguments.force)
+        publish(out, _writer(source, arguments.to, arguments.vision_tower, arguments.without_learned))
+    log.info("%s is in %s", arguments.to, out)
+    return 0
+
+
+def _writer(source: str, form: str, tower: str | None, without_learned: bool) -> Callable[[Path], None]:
+    if form == "projector":
+        projector = _projector(source)[0]
+        tensors = {name.removeprefix("model."): value.contiguous() for name, value in projector.items()}
+        return lambda folder: save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if Path(source).is_file():
+        raise ValueError(f"--to {form}: {source} is a projector alone; --to projector makes what model.projector reads")
+    if form == "hf":
+        _check_whole(Path(source))
+    is_original = original.read_config(Path(source)) is not None
+    if form == "hf" and is_original:
+        return hf_writer(Path(source), tower)
+    if form == "original" and not is_original:
+        return original_writer(source, tower, without_learned)
+    raise ValueError(f"--to {form}: {source} is one already")
+
+
+def _check_whole(source: Path) -> None:
+    """Refuse a folder that holds a part of a checkpoint only.
+
+    Raises:
+        ValueError: saying what it holds and what to do.
+    """
+    if not source.is_dir():
+        raise ValueError(f"--to hf: {source} is not a folder on this machine; download the checkpoint first")
+    if not (source / "config.json").is_file():
+        raise ValueError(f"--to hf: {source} has no config.json; copy the whole checkpoint")
+    if any((source / name).is_file() for name in ("adapter_config.json", "non_lora_trainables.bin")):
+        raise ValueError(
+            f"--to hf: {source} holds a LoRA adapter of the original code, not a model; merge it first "
+            "(scripts/merge_lora_weights.py there)"
+        )
+    if (source / original.MM_PROJECTOR).is_file() and not any(source.glob("*.safetensors")) and not _has_bin(source):
+        raise ValueError(
+            f"--to hf: {source} holds a projector alone ({original.MM_PROJECTOR}, tune_mm_mlp_adapter); --to "
+            "projector makes what model.projector reads"
+        )
+
+
+def _has_bin(source: Path) -> bool:
+    return any(source.glob("pytorch_model*.bin"))
+
+
+def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
+    """Projector and ``image_newline`` by Hugging Face names, and whether it is a linear one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(source) / original.MM_PROJECTOR if Path(source).is_dir() else Path(source)
+    if file.is_file():
+        found = original.read_projector_file(file, source)
+        return found, original.is_linear(found)
+    if original.read_config(Path(source)) is not None:
+        found = original.projector_to_hf(original.read_weights(Path(source)), source)
+        return found, original.is_linear(found)
+    config = _llava_config(source)
+    weights = load_weights(source, "auto").state_dict()
+    own = family_of_config(config)[1].projector
+    found = {name: value for name, value in weights.items() if name.startswith(own)}
+    return found, config.projector_hidden_act == "linear"
+
+
+def _llava_config(source: str) -> PreTrainedConfig:
+    config = model_config(source)
+    if not isinstance(config, LlavaConfig | LlavaNextConfig):
+        raise ValueError(f"{source} holds a {config.model_type}; the original format is LLaVA's and LLaVA-NeXT's")
+    return config
+
+
+def _write_mm_projector(source: str, out: Path, force: bool) -> None:
+    if out.is_dir() or (out.exists() and not force):
+        raise ValueError(f"--out {out} is there; name a file such as mm_projector.bin, or replace one with --force")
+    projector, linear = _projector(source)
+    if linear and not original.is_linear(projector):
+        raise ValueError(f"{source}: two linear layers without GELU between them are no mm_projector")
+    weights = original.projector_to_original(projector, linear)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    torch.save({name: value.clone() for name, value in weights.items()}, partial)
+    partial.replace(out)
+
+
+def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
+    """Writes an original checkpoint as weights, config, tokenizer with ``<image>``, and processor.
+
+    Raises:
+        ValueError: a setting that transformers' classes do not have, a missing tower, missing or unexpected tensors.
+    """
+    settings = original.read_config(source)
+    assert settings is not None
+    name = tower or settings.get("mm_vision_tower") or settings.get("vision_tower")
+    if not isinstance(name, str):
+        raise ValueError(f"{source}: config.json names no mm_vision_tower (it is {name!r}); give --vision_tower")
+    config = hf_config(settings, _tower_config(name, str(source)), str(source))
+    weights = hf_weights(original.read_weights(source), settings, name, str(source))
+    tokenizer = _tokenizer(source, settings)
+    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    _grow(weights, config, len(tokenizer))
+    with torch.device("meta"):
+        model = getattr(transformers, family_of_config(config)[0].model_class)(config)
+    own = set(model.state_dict())
+    if config.text_config.tie_word_embeddings and "lm_head.weight" not in weights:
+        weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    if missing := sorted(own - set(weights)):
+        raise ValueError(f"{source}: {len(missing)} tensor(s) are missing, first {original.to_original(missing[0])}")
+    if unexpected := sorted(set(weights) - own):
+        raise ValueError(f"{source}: {original.to_original(unexpected[0])} has no place in a {config.model_type}")
+    for key, value in model.state_dict().items():
+        _check_tensor(weights[key], value, f"{source}: {original.to_original(key)}")
+    model.load_state_dict(weights, assign=True)
+    config.dtype = model.config.dtype = weights["lm_head.weight"].dtype
+    if (source / "generation_config.json").is_file():
+        read_json_object(source / "generation_config.json")  # names the file where it is damaged
+        model.generation_config = GenerationConfig.from_pretrained(str(source))
+    processor = build_processor(config, tokenizer)
+    processor.image_processor = image_processor(config, settings, _tower_images(name), str(source))
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return write
+
+
+def _check_tensor(value: Tensor, expected: Tensor, place: str) -> None:
+    if not value.is_floating_point():
+        raise ValueError(f"{place} holds {value.dtype}; quantised weights are not converted")
+    if value.shape != expected.shape:
+        empty = " (it was saved under DeepSpeed ZeRO-3 without gathering it)" if not value.numel() else ""
+        raise ValueError(f"{place} has shape {tuple(value.shape)}{empty}, config.json asks for {tuple(expected.shape)}")
+
+
+def _tower_images(name: str) -> Any:
+    """The image processor in a tower's folder; ``None`` if it brings none, which is said."""
+    images = saved_image_processor(name)
+    if images is None:
+        log.warning("the vision tower %s brings no preprocessor_config.json here; CLIP's usual numbers are used", name)
+    return images
+
+
+def _tower_config(name: str, place: str) -> CLIPVisionConfig:
+    loaded = load_any_config(name, f"the vision tower {name} (--vision_tower)", offline=False)
+    vision = getattr(loaded, "vision_config", loaded)
+    if not isinstance(vision, CLIPVisionConfig):
+        raise ValueError(f"{place}: the vision tower {name} is a {vision.model_type}; only CLIP towers are converted")
+    return vision
+
+
+def hf_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str, place: str) -> dict[str, Tensor]:
+    """Original weights by Hugging Face names; a tower that was not trained is taken from its own checkpoint.
+
+    Raises:
+        ValueError: a tensor that is not known, or no readable tower.
+    """
+    known = (original.TEXT_KEYS, original.TOWER_KEYS, original.PROJECTOR_KEYS)
+    weights = {name: value for name, value in weights.items() if not name.endswith(original.COMPUTED)}
+    for name in sorted(weights):
+        if not any(pattern.match(name) for pattern in known):
+            raise ValueError(f"{place}: the tensor {name} is not known; is this a LLaVA, and merged if it was a LoRA?")
+    found = original.projector_to_hf(weights, place)
+    kind = settings.get("mm_projector_type", "linear")
+    if (kind == "linear") != ("model.mm_projector.weight" in weights):
+        raise ValueError(
+            f"{place}: mm_projector_type={kind!r} in config.json, but the projector's tensors are of another type"
+        )
+    if settings.get("mm_patch_merge_type", "flat") == "flat" and found.pop("model.image_newline", None) is not None:
+        log.info("%s: image_newline is left out; mm_patch_merge_type flat does not use it", place)
+    others = {original.to_hf(n): v for n, v in weights.items() if not original.PROJECTOR_KEYS.match(n)}
+    return {**others, **found, **_tower_weights(others, settings, tower, place)}
+
+
+def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str, place: str) -> dict[str, Tensor]:
+    """The tower's weights that the original code would use: the checkpoint's where it was trained, else its own's.
+
+    Raises:
+        ValueError: it was trained and the checkpoint has none, or it was not and cannot be read.
+    """
+    own = {name: value for name, value in weights.items() if name.startswith(TOWER)}
+    if trains_tower(settings):
+        if not own:
+            raise ValueError(
+                f"{place}: config.json says that the vision tower was trained (unfreeze_mm_vision_tower), but the "
+                "checkpoint has no weights of it"
+            )
+        return own
+    check_weights(tower, f"the vision tower {tower}")
+    try:
+        loaded = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        if own:
+            return own
+        raise ValueError(
+            f"{place} holds no vision tower, and {tower} cannot be read ({first_line(error)}); give --vision_tower"
+        ) from error
+    published = {f"{TOWER}{name}": value for name, value in loaded.items()}
+    if own and _same(own, published):
+        return own
+    if own:
+        log.warning(
+            "%s holds another vision tower than %s, and config.json does not say that it was trained "
+            "(unfreeze_mm_vision_tower): as in the original code, %s is used",
+            place,
+            tower,
+            tower,
+        )
+    return published
+
+
+def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether two towers are equal in the first one's precision."""
+    return one.keys() == two.keys() and all(
+        one[name].shape == two[name].shape and torch.equal(one[name], two[name].to(one[name].dtype)) for name in one
+    )
+
+
+def _tokenizer(source: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: no readable tokenizer there ({first_line(error)})") from error
+    add_image_token(tokenizer)
+    side, length = settings.get("tokenizer_padding_side"), settings.get("tokenizer_model_max_length")
+    if side is not None:
+        tokenizer.padding_side = side
+    if length is not None:
+        tokenizer.model_max_length = length
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _grow(weights: dict[str, Tensor], config: PreTrainedConfig, tokens: int) -> None:
+    """Room for ``<image>``, which the original code keeps outside of its vocabulary: the mean of the other rows."""
+    rows = config.text_config.vocab_size
+    if tokens <= rows:
+        return
+    size = -(-tokens // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
+    for name in EMBEDDINGS:
+        if name in weights:
+            mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
+            weights[name] = torch.cat([weights[name], mean.expand(size - rows, -1)])
+    config.text_config.vocab_size = size
+
+
+def original_writer(source: str, tower: str | None, without_learned: bool) -> Callable[[Path], None]:
+    """Writes a Hugging Face folder, or a run, as the original code reads it.
+
+    Raises:
+        ValueError: it is no LLaVA, or nothing says which tower it has, or its pruning method learned parameters that
+            are not to be left out.
+    """
+    config = _llava_config(source)
+    _check_learned(config, source, without_learned)
+    processor = load_processor(source, config)
+    tokenizer = processor.tokenizer
+    settings = original_config(config, processor.image_processor, tower, source)
+    name = settings["mm_vision_tower"]
+    _check_images(processor.image_processor, saved_image_processor(name), name, source)
+    model = load_weights(source, "auto")
+    state = model.state_dict()
+    if not _tower_is(state, name):
+        settings["unfreeze_mm_vision_tower"] = True  # or the original code would read the named one instead
+    if more := _tokens_beyond(tokenizer, settings["vocab_size"]):
+        log.info("%s: the vocabulary is kept whole, for tokens such as %s", source, more[0])
+        settings["vocab_size"] = config.text_config.vocab_size
+    linear = config.projector_hidden_act == "linear"
+    weights = original.projector_to_original(state, linear)
+    weights |= {
+        original.to_original(name): value
+        for name, value in state.items()
+        if not name.startswith(("model.multi_modal_projector.", "model.image_newline"))
+    }
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][: settings["vocab_size"]].clone()
+    settings["torch_dtype"] = str(weights["lm_head.weight"].dtype).removeprefix("torch.")
+
+    def write(folder: Path) -> None:
+        save_torch_state_dict(weights, folder)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return write
+
+
+def _check_images(images: Any, published: Any, tower: str, place: str) -> None:
+    """Refuse an image processor with other numbers than the tower's, which the original code takes.
+
+    Raises:
+        ValueError: naming them.
+    """
+    published = published or CLIPImageProcessorPil()
+    for name in PIXELS:
+        ours, theirs = (getattr(processor, name, None) for processor in (images, published))
+        ours, theirs = (list(value) if isinstance(value, list | tuple) else value for value in (ours, theirs))
+        if ours != theirs:
+            raise ValueError(
+                f"{place}: its image processor has {name}={ours}; the original code takes those of the tower {tower}, "
+                f"{theirs}. Give --vision_tower a folder of this tower whose preprocessor_config.json has them"
+            )
+
+
+def _tower_is(state: dict[str, Tensor], tower: str) -> bool:
+    """Whether the tower is the one of that name, as far as that can be read."""
+    check_weights(tower, f"the vision tower {tower}")
+    try:
+        published = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        log.info(
+            "the vision tower %s cannot be read here; the model's is written as a trained one (%s)",
+            tower,
+            first_line(error),
+        )
+        return False
+    own = {name: value for name, value in state.items() if name.startswith(TOWER)}
+    return _same(own, {f"{TOWER}{name}": value for name, value in published.items()})
+
+
+def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+    """Tokens without a row among the first ones, but for ``<image>``, which the original code needs none for."""
+    return [token for token, number in tokenizer.get_vocab().items() if number >= rows and token != IMAGE]
+
+
+def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool) -> None:
+    settings = getattr(config, CONFIG_KEY, None)
+    if settings is not None and settings["method"] != NONE:
+        log.warning(
+            "%s: the original code knows no pruning, so the settings of %s are left out and the model runs on all of "
+            "its visual tokens there", source, settings["method"],
+        )  # fmt: skip
+    method = saved_learner(config, source)
+    if method is None:
+        return
+    if not without_learned:
+        raise ValueError(
+            f"--to original: the format has no place for the parameters of {method.name} that {source} was trained "
+            "with, and without them it is another, weaker model; --without_learned leaves them out all the same, and "
+            "vtprune export keeps them"
+        )
+    log.warning("%s: the parameters of %s are left out, as the original code knows none", source, method.name)

@@ -1,0 +1,378 @@
+"""``vtprune estimate``: what dropping saves on a model, from its config and the sizes of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from transformers import PreTrainedConfig
+
+from vtprune_train.bench.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of
+from vtprune_train.bench.decoder_time import Clock, clock
+from vtprune_train.bench.decoder_time import render as render_clock
+from vtprune_train.cli.options import (
+    METHOD_HELP,
+    add_set_option,
+    add_trust_option,
+    changed,
+    named_method,
+    set_values,
+)
+from vtprune_train.config.load import load_config
+from vtprune_train.core.flops import TYPICAL_TEXT, DecoderGeometry
+from vtprune_train.evaluation.answering import choose_device
+from vtprune_train.models.families import family_of_type
+from vtprune_train.models.forward.encoder import check_tower
+from vtprune_train.models.io.build import load_any_config, load_model_config, resolve_checkpoint
+from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_settings, saved_settings
+from vtprune_train.pruning.contract import check_method
+
+LARGEST = 10**6  # tokens of a sample are laid out one by one
+MOST_SAMPLES = 10**9
+MOST_CLOCKED = 1024
+OPTIONS = ("method", "layers", "keep")  # of a method that have their own; the others come by --set
+UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def render(result: Estimate, *, published: bool = False) -> str:
+    """The estimate as plain text.
+
+    Args:
+        result: what :func:`estimate` returned.
+        published: add the paper's convention.
+    """
+    scale, unit = _unit(result.prefill_decoder.dense, "FLOP")
+    lines = [*_describe(result), "", *_stage_table(result), ""]
+    lines += _visual_lines(result)
+    lines += [f"head on the prompt's last row {result.head / scale:.4f} {unit}, {_selector_line(result, scale, unit)}"]
+    if result.vision is None:
+        lines += [f"tower and projector {result.not_counted}"]
+    else:
+        lines += [f"tower and projector {result.vision / scale:.3f} {unit} forward"]
+    lines += ["", *_totals(result)]
+    if published:
+        lines += ["", *_published_lines(result)]
+    return "\n".join(lines)
+
+
+def _describe(result: Estimate) -> list[str]:
+    geometry, sample = result.decoder, result.sample
+    settings = {key: value for key, value in result.pruning.items() if key != "method" and value is not None}
+    name = result.pruning["method"]
+    if not isinstance(name, str):
+        name = " + ".join(str(part["method"]) for part in name)
+    pictures = [
+        f"{picture.label}: {picture.tokens} tokens" + (f" of {picture.tiles} tile(s)" if picture.tiles else "")
+        for picture in sample.pictures
+    ]
+    rows = {
+        "model": f"{result.model} ({result.family})",
+        "decoder": f"{geometry.num_layers} layers of width {geometry.hidden}, MLP of {geometry.intermediate}, "
+        f"{geometry.heads} heads, {geometry.kv_heads} for keys and values",
+        "pruning": " ".join([name, *(f"{key}={value}" for key, value in settings.items())]),
+        "from": result.pruning_from,
+        **({"schedule": result.schedule} if result.schedule != "none" else {}),
+        "sample": "; ".join([*pictures, f"{sample.text} text tokens; an answer of {sample.answer}"]),
+        "batch": str(sample.batch),
+        "trained": ", ".join(result.trained),
+        "cache": f"keys and values in {result.dtype}",
+    }
+    return [f"{label:<10}{value}" for label, value in rows.items()]
+
+
+def _stage_table(result: Estimate) -> list[str]:
+    flops, flop_unit = _unit(result.prefill_decoder.dense, "FLOP")
+    size, byte_unit = _unit(result.cache_prompt.dense, "B")
+    flop_title, byte_title = f"prefill, {flop_unit}", f"cache, {byte_unit}"
+    lines = [
+        f"{'':>9}{'prompt tokens':>26}{flop_title:>24}{byte_title:>24}",
+        f"{'layers':>9}{'visual':>10}{'text':>8}{'all':>8}" + f"{'dense':>12}{'pruned':>12}" * 2,
+    ]
+    for stage in result.stages:
+        lines.append(
+            f"{f'{stage.first_layer}-{stage.end_layer - 1}':>9}{stage.visual_tokens:>10}{stage.text_tokens:>8}"
+            f"{stage.visual_tokens + stage.text_tokens:>8}"
+            f"{stage.prefill.dense / flops:>12.3f}{stage.prefill.pruned / flops:>12.3f}"
+            f"{stage.cache.dense / size:>12.3f}{stage.cache.pruned / size:>12.3f}"
+        )
+    return lines
+
+
+def _visual_lines(result: Estimate) -> list[str]:
+    """The same tokens counted in both ways, so that a budget can be compared with a paper's."""
+    visual, whole = result.visual, sum(picture.tokens for picture in result.sample.pictures)
+    rows = [
+        ("enter a layer", visual.entering, "what the layers work on"),
+        ("leave a layer", visual.leaving, "as papers count: a drop behind a layer's work counts for that layer"),
+        ("stay in the cache", visual.cached, "keys that decoding reads"),
+    ]
+    about = ", as planned: the method counts while it runs" if result.expected else ""
+    return [
+        f"visual tokens of a sample, mean over {result.decoder.num_layers} layers, of {whole}{about}",
+        *(f"  {label:<18}{_tenths(count):>9}{count / whole:>9.1%}   {note}" for label, count, note in rows),
+    ]
+
+
+def _tenths(count: float) -> str:
+    """One decimal, halves upwards, as papers round."""
+    return f"{math.floor(10 * count + 0.5) / 10:.1f}"
+
+
+def _selector_line(result: Estimate, scale: float, unit: str) -> str:
+    if not result.selector:
+        return "no selector" if result.schedule == "none" else "a selector that computes next to nothing"
+    how = {
+        "next_layer": " (next_layer projects keys)",
+        "this_layer": " (this_layer projects nothing)",
+    }.get(result.pruning.get("rank_with", ""), "")
+    return f"selector {result.selector / scale:.4f} {unit}{how}"
+
+
+def _totals(result: Estimate) -> list[str]:
+    whole = "whole model"
+    rows: list[tuple[str, str, Cost | None, str]] = [
+        ("prefill, decoder", "FLOP", result.prefill_decoder, "x faster"),
+        (f"prefill, {whole}", "FLOP", result.prefill_whole, "x faster"),
+        ("training step, decoder", "FLOP", result.training_decoder, "x faster"),
+        (f"training step, {whole}", "FLOP", result.training_whole, "x faster"),
+        ("cache of the prompt", "B", result.cache_prompt, "x smaller"),
+        (f"cache after {result.sample.answer} tokens", "B", result.cache_answer, "x smaller"),
+    ]
+    lines = [f"{'':<28}{'':<7}{'dense':>12}{'pruned':>12}{'dense / pruned':>17}"]
+    for label, kind, cost, word in rows:
+        if cost is None:
+            lines.append(f"{label:<28}{'':<7}{'-':>12}{'-':>12}")
+            continue
+        scale, unit = _unit(cost.dense, kind)
+        numbers = f"{cost.dense / scale:>12.3f}{cost.pruned / scale:>12.3f}{cost.ratio:>12.3f}{word}"
+        lines.append(f"{label:<28}{unit:<7}{numbers}")
+    lines.append("FLOP ratios, not measurements; decoder and whole model include head and selector")
+    return lines
+
+
+def _published_lines(result: Estimate) -> list[str]:
+    cost, tokens = result.published, sum(picture.tokens for picture in result.sample.pictures)
+    return [
+        f"as published (arXiv 2410.17247): decoder layers, {tokens} visual tokens only, 4nd^2 + 2n^2d + 3ndm a layer",
+        f"  dense {cost.dense / 1e12:.3g} TFLOP, pruned {cost.pruned / 1e12:.3g} TFLOP, {cost.ratio:.3f}x",
+    ]
+
+
+def _unit(value: float, name: str) -> tuple[float, str]:
+    """The scale in which ``value`` is at least 1, and its unit."""
+    return next(((scale, prefix + name) for scale, prefix in UNITS if value >= scale), (1.0, name))
+
+
+def _split(text: Any) -> Any:
+    return text.split(",") if isinstance(text, str) else text
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no WIDTHxHEIGHT in pixels; for example 672x336")
+    return int(found[1]), int(found[2])
+
+
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Clockable = Annotated[int, Field(ge=1, le=MOST_CLOCKED)]
+Size = Annotated[tuple[int, int], BeforeValidator(_size)]
+
+
+class Request(BaseModel):
+    """The command line, checked; all that is wrong is reported at once."""
+
+    config: str | None = None
+    overrides: list[str] = []
+    model: str | None = None
+    resolution: list[Size] = []
+    visual_tokens: Annotated[list[Count], BeforeValidator(_split)] = []
+    text: Count = TYPICAL_TEXT
+    answer: Count = TYPICAL_ANSWER
+    batch: Samples = 1
+    method: str | None = None
+    layers: Annotated[list[int] | None, BeforeValidator(_split)] = None
+    keep: Annotated[list[float] | None, BeforeValidator(_split)] = None
+    set: list[str] = []
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    published: bool = False
+    clock: Annotated[list[Clockable], BeforeValidator(_split)] = []
+    repeats: Clockable = 3
+    device: str = "auto"
+    report: str | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Request:
+        if (self.config is None) == (self.model is None):
+            raise ValueError("give one of --config FILE and --model FOLDER_OR_ID")
+        if self.model is not None and self.overrides:
+            raise ValueError(f"{self.overrides[0]!r}: key=value belongs to --config; with --model use the options")
+        if self.config is not None and self.pruning:
+            key, value = next(iter(self.pruning.items()))
+            raise ValueError(f"--{key} belongs to --model; with --config write 'pruning.{key}={value}'")
+        if self.method == "none" and len(self.pruning) > 1:
+            raise ValueError("--layers, --keep and --set have no effect with --method none; leave them out")
+        if self.resolution and self.visual_tokens:
+            raise ValueError("--resolution and --visual_tokens both say how large the pictures are; give one of them")
+        if not self.clock and (idle := sorted({"repeats", "device"} & self.model_fields_set)):
+            raise ValueError(f"--{idle[0]} has no effect without --clock; give batch sizes, for example --clock 1,8")
+        return self
+
+    @property
+    def pruning(self) -> dict[str, Any]:
+        """The pruning settings that were given as options."""
+        given = {"method": self.method, "layers": self.layers, "keep": self.keep}
+        return {**{key: value for key, value in given.items() if value is not None}, **set_values(self.set)}
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Request:
+        """Check parsed arguments.
+
+        Raises:
+            ValueError: one line for each argument that is wrong.
+        """
+        given = {key: value for key, value in vars(arguments).items() if value is not None}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(item) for item in error.errors())) from error
+
+
+def _explain(item: Any) -> str:
+    message = item["msg"].removeprefix("Value error, ")
+    if not item["loc"]:
+        return message
+    shown = "" if item["type"] == "value_error" else f" (it is {item['input']!r})"
+    return f"--{item['loc'][0]}: {message}{shown}"
+
+
+def _from_config(request: Request) -> Subject:
+    from vtprune_train.training.loop.run import with_saved_settings  # slow to import, and only needed here
+
+    assert request.config is not None
+    config = with_saved_settings(load_config(request.config, request.overrides))
+    model_config = load_model_config(config.model, offline=True)
+    return Subject(
+        name=request.config,
+        config=model_config,
+        method=_method(config.pruning.settings, model_config, "pruning."),
+        method_from=f"the settings of {request.config}",
+        trained=tuple(config.model.train),
+        peft=config.model.peft,
+        dtype=request.dtype or config.model.dtype,
+    )
+
+
+def _from_checkpoint(request: Request) -> Subject:
+    assert request.model is not None
+    config = load_any_config(resolve_checkpoint(request.model), f"--model={request.model}", offline=True)
+    saved = getattr(config, CONFIG_KEY, None)
+    if saved is None:
+        settings, origin = {"method": "pyramiddrop"}, "PyramidDrop's defaults: the checkpoint has no settings"
+    else:
+        origin = "the settings saved in the checkpoint"
+        settings = saved if request.method is not None else saved_settings(config) or {}
+    given = {key: value for key, value in request.pruning.items() if key != "method"}
+    if request.method is not None:
+        settings, origin = named_method(request.method), "the command line"
+    elif given:
+        origin = f"the command line, and {origin}"
+    method = _method(settings, config, None if request.pruning else f"pruning in {request.model}: ", given)
+    return Subject(request.model, config, method, origin, dtype=request.dtype or Subject.dtype)
+
+
+def _method(
+    settings: Mapping[str, Any], config: PreTrainedConfig, place: str | None, given: Mapping[str, Any] | None = None
+) -> PruningMethod | None:
+    """The method with the settings ``given`` as options, if it fits the decoder's depth; ``place`` stands before what
+    does not, ``None`` for the options themselves.
+
+    Raises:
+        ValueError: a setting is wrong, the decoder cannot be counted, or its tower does not give what the method reads.
+    """
+    num_layers = DecoderGeometry.of(config.get_text_config()).num_layers
+    try:
+        method = method_from_settings(changed(settings, given or {}))
+        if method is not None:
+            check_method(method, num_layers)
+    except ValueError as error:
+        option = str(error).partition("=")[0] in OPTIONS  # else it came by --set
+        raise ValueError(f"{('--' if option else '') if place is None else place}{error}") from error
+    family = family_of_type(config.model_type)
+    if method is not None and family is not None:
+        check_tower(config, family, method)
+    return method
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``vtprune estimate``; they are checked by :class:`Request`."""
+    parser.add_argument("--config", help="YAML file of a run: a path, or a name in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over --config")
+    parser.add_argument("--model", help="instead of --config: a checkpoint's folder, a run's folder, or a hub id")
+    add_trust_option(parser)
+    parser.add_argument(
+        "--resolution", action="append", metavar="WIDTHxHEIGHT", help="a picture in pixels; again for more pictures"
+    )
+    parser.add_argument("--visual_tokens", "--visual-tokens", metavar="N[,N]", help="counts instead of resolutions")
+    parser.add_argument("--text", metavar="N", help=f"text tokens without the answer (default {TYPICAL_TEXT})")
+    parser.add_argument("--answer", metavar="N", help=f"generated or supervised tokens (default {TYPICAL_ANSWER})")
+    parser.add_argument("--batch", metavar="N", help="samples (default 1)")
+    parser.add_argument("--method", help=f"{METHOD_HELP} (default: what the checkpoint has saved, or pyramiddrop)")
+    parser.add_argument("--layers", metavar="N,N", help="drop before these layers")
+    parser.add_argument("--keep", metavar="X,X", help="shares of the original tokens that remain")
+    add_set_option(parser)
+    parser.add_argument("--dtype", help="of the cache: float32, bfloat16, float16 (default: the config's, or bfloat16)")
+    parser.add_argument("--published", action="store_true", help="add FLOPs by the paper's convention")
+    parser.add_argument(
+        "--clock", metavar="N[,N]", help="also measure seconds here at these batch sizes, with random weights: 1,8"
+    )
+    parser.add_argument("--repeats", metavar="N", help="of --clock (default 3)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of --clock; auto: CUDA if there is one")
+    parser.add_argument("--json", dest="report", metavar="FILE", help="also write everything as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``vtprune estimate``: returns the exit code (0 done, 2 wrong input)."""
+    try:
+        request = Request.of(arguments)
+        subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
+        pictures = pictures_of(subject.config, request.resolution, request.visual_tokens)
+        sample = Sample(pictures, request.text, request.answer, request.batch)
+        result = estimate(subject, sample)
+        measured = _measured(request, subject, sample)
+        if request.report is not None:
+            _write(Path(request.report), {**asdict(result), "clock": measured and asdict(measured)})
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"vtprune estimate: {line}", file=sys.stderr)
+        return 2
+    print(render(result, published=request.published))
+    if measured is not None:
+        print("\n".join(["", *render_clock(measured)]))
+    return 0
+
+
+def _measured(request: Request, subject: Subject, sample: Sample) -> Clock | None:
+    """The wall-clock, where it was asked for."""
+    if not request.clock:
+        return None
+    sizes, dtype = DecoderGeometry.of(subject.config.get_text_config()), getattr(torch, subject.dtype)
+    device = choose_device(request.device)
+    return clock(sizes, subject.method, sample, request.clock, repeats=request.repeats, device=device, dtype=dtype)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"--json={path}: cannot be written ({error.strerror})") from error

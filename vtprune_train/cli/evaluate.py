@@ -1,0 +1,203 @@
+"""``vtprune eval``: answers, visual tokens, times and cache on a data file, beside the dense model if asked for."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vtprune_train.cli.options import add_data_options, add_method_options, add_model_option, load_model
+from vtprune_train.data.records import NO_PROMPT
+from vtprune_train.data.sources import find_files
+from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_picture, prompt_text, recorded_prompt
+from vtprune_train.evaluation.ledger import Ledger, open_ledger
+from vtprune_train.evaluation.questions import Question, as_answered, normalized, read_questions
+from vtprune_train.evaluation.report import summary, table
+from vtprune_train.evaluation.timing import Measured, drop_layers, measured_answers
+from vtprune_train.models.io.build import resolve_checkpoint
+from vtprune_train.models.patch import dense, is_pruned, method_of
+
+log = logging.getLogger(__name__)
+
+PRUNED, DENSE = "pruned", "dense"
+WARM_UP_TOKENS = 2
+FORMAT = 2  # of a line of samples.jsonl
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_model_option(parser)
+    add_data_options(parser, "conversations: any data that training reads")
+    parser.add_argument("--compare", choices=[DENSE], help="ask the dense model too, batch by batch in turn")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=16)
+    parser.add_argument("--limit", type=int, metavar="N", help="take N records, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--out", metavar="DIR", help="results; left out: a folder under runs/eval/ for these settings")
+    add_method_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, or go on with an evaluation that was interrupted.
+
+    Raises:
+        ValueError: what is wrong with an option, the model or the data.
+    """
+    for option in ("batch_size", "max_new_tokens"):
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option}={getattr(arguments, option)} is below 1")
+    data, images = Path(arguments.data), Path(arguments.images)
+    added = recorded_prompt(arguments.model, data)
+    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore, added)
+    loaded = load_model(arguments)
+    if arguments.compare and not is_pruned(loaded.model):
+        raise ValueError("--compare dense: the model runs dense already; name a --method to compare with")
+    warn_of_long_answers(questions, loaded.processor.tokenizer, arguments.max_new_tokens)
+    settings = identity(arguments, loaded)
+    if added != NO_PROMPT:
+        settings["prompt"] = asdict(added)
+    folder = Path(arguments.out) if arguments.out else default_folder(arguments, settings)
+    with open_ledger(folder, settings) as ledger:
+        left_out = [*malformed, *_ask_all(loaded, questions, ledger, arguments)]
+        for sample, reason in left_out:
+            log.warning("left out %s: %s", sample, reason)
+        lines = [ledger.done[question.key] for question in questions if question.key in ledger.done]
+        if not lines:
+            raise ValueError(f"none of the {len(questions)} question(s) could be asked; the first: {left_out[0][1]}")
+        results = summary(lines, drop_layers(loaded), left_out)
+        ledger.write("results.json", {"settings": settings, **results})
+    print(table(results))
+    log.info("results are in %s", folder)
+    return 0
+
+
+def warn_of_long_answers(questions: Sequence[Question], tokenizer: Any, most: int) -> None:
+    """Say that true answers have more tokens than may be made, so that none of these can be met."""
+    lengths = [len(tokenizer.encode(question.reference, add_special_tokens=False)) for question in questions]
+    if long := sum(length > most for length in lengths):
+        log.warning(
+            "%d of %d true answers have more than --max_new_tokens=%d tokens (up to %d), so these answers are cut and "
+            "count as wrong; raise it",
+            long, len(questions), most, max(lengths),
+        )  # fmt: skip
+
+
+def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+    """What must not change between two starts of one evaluation."""
+    folder = Path(resolve_checkpoint(arguments.model))
+    method = method_of(loaded.model) if is_pruned(loaded.model) else None
+    return {
+        "model": str(folder.resolve()) if folder.is_dir() else arguments.model,
+        "weights": _files_digest(folder) if folder.is_dir() else None,
+        "data": str(Path(arguments.data).resolve()),
+        "data_sha256": _data_digest(Path(arguments.data)),
+        "images": str(Path(arguments.images).resolve()),
+        **({"ignore": sorted(arguments.ignore)} if arguments.ignore else {}),
+        "limit": arguments.limit,
+        "seed": arguments.seed,
+        "method": {"method": "none"} if method is None else method.settings(),
+        "compare": arguments.compare,
+        "batch_size": arguments.batch_size,
+        "max_new_tokens": arguments.max_new_tokens,
+        "format": FORMAT,
+        "device": loaded.model.device.type,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+    }
+
+
+def _data_digest(data: Path) -> str:
+    """Of the content of all files of the data."""
+    digest = hashlib.sha256()
+    for path in find_files(data):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _files_digest(folder: Path) -> str:
+    """Changes when a model's files do, without reading them."""
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.stat()) for entry in entries)
+    files = [(name, state.st_size, state.st_mtime_ns) for name, state in found]
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
+def default_folder(arguments: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """A folder of its own for every combination of settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name = arguments.model.strip("/").replace("/", "_") if not Path(arguments.model).exists() else None
+    name = name or Path(arguments.model).resolve().name
+    return Path("runs") / "eval" / f"{name}-{Path(arguments.data).stem}-{digest}"
+
+
+def _ask_all(
+    loaded: Loaded, questions: Sequence[Question], ledger: Ledger, arguments: argparse.Namespace
+) -> list[tuple[str, str]]:
+    """Ask what is not done yet, in the batches of an uninterrupted run; ``(id, reason)`` of unreadable samples."""
+    unreadable: dict[str, str] = {}
+    names = [PRUNED, DENSE] if arguments.compare else [PRUNED if is_pruned(loaded.model) else DENSE]
+    is_warm = False
+    done = sum(question.key in ledger.done for question in questions)
+    with tqdm(total=len(questions), initial=done, desc="eval", unit="answer") as progress:
+        for number, start in enumerate(range(0, len(questions), arguments.batch_size)):
+            group = questions[start : start + arguments.batch_size]
+            waiting = [question for question in group if question.key not in ledger.done]
+            ready = list(_prompts(loaded, waiting, unreadable))
+            progress.update(len(waiting) - len(ready))
+            if not ready:
+                continue
+            inputs = batch(loaded, [prompt for _, prompt in ready])
+            if not is_warm:
+                for name in names:
+                    _measure(loaded, inputs, name, WARM_UP_TOKENS)
+                is_warm = True
+            # Who begins takes turns, so that what drifts during the run meets both.
+            order = names if number % 2 == 0 else names[::-1]
+            runs = {name: _measure(loaded, inputs, name, arguments.max_new_tokens) for name in order}
+            tokenizer = loaded.processor.tokenizer
+            ledger.append([_line(question, row, names, runs, tokenizer) for row, (question, _) in enumerate(ready)])
+            progress.update(len(ready))
+    return list(unreadable.items())
+
+
+def _prompts(
+    loaded: Loaded, questions: Sequence[Question], unreadable: dict[str, str]
+) -> Iterator[tuple[Question, Prompt]]:
+    """The questions that can be asked: their pictures can be read, and the chat template takes their turns."""
+    for question in questions:
+        try:
+            pictures = [open_picture(path) for path in question.images]
+            prompt_text(loaded, len(pictures), question.turns)
+        except ValueError as error:
+            unreadable[question.sample] = str(error)
+            continue
+        yield question, (pictures, question.turns)
+
+
+def _measure(loaded: Loaded, inputs: Any, name: str, max_new_tokens: int) -> list[Measured]:
+    with dense(loaded.model) if name == DENSE and is_pruned(loaded.model) else nullcontext():
+        return measured_answers(loaded, inputs, max_new_tokens)
+
+
+def _line(
+    question: Question, row: int, names: Sequence[str], runs: dict[str, list[Measured]], tokenizer: Any
+) -> dict[str, Any]:
+    """One line of ``samples.jsonl``."""
+    own = {}
+    expected = as_answered(question.reference, tokenizer)
+    for name in names:
+        measured = runs[name][row]
+        exact = normalized(measured.answer) == normalized(expected)
+        own[name] = {**asdict(measured), "exact": exact}
+    return {"key": question.key, "id": question.sample, "reference": question.reference, "runs": own}

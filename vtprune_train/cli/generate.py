@@ -1,0 +1,79 @@
+"""``vtprune generate``: the answer to one prompt, about pictures or not."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, TextStreamer
+
+from vtprune_train.cli.options import add_method_options, add_model_option, load_model
+from vtprune_train.evaluation.answering import answers, open_picture, prompt_text
+from vtprune_train.evaluation.timing import plans_run, visual_line
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_model_option(parser)
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="F", help="pictures, in order")
+    parser.add_argument("--prompt", required=True, help="<image> in it says where each picture stands")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, help="draw tokens instead of taking the likeliest")
+    parser.add_argument("--seed", type=int, help="of the draw")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
+    add_method_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the answer, and nothing else, on standard output.
+
+    Raises:
+        ValueError: what is wrong with an option, the model or a picture.
+    """
+    settings = sampling(arguments)
+    pictures = [open_picture(Path(name)) for name in arguments.image]
+    loaded = load_model(arguments)
+    if arguments.prompt not in prompt_text(loaded, len(pictures), arguments.prompt):
+        log.warning("the template this model was trained with leaves the text of the prompt out")
+    if arguments.stream:
+        settings["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    cache = DynamicCache()
+    with plans_run(loaded.model) as plans:
+        [answer] = answers(loaded, [(pictures, arguments.prompt)], past_key_values=cache, **settings)
+    if pictures and plans:
+        log.info("%s", visual_line(plans[0], cache))
+    if not arguments.stream:
+        print(answer)
+    return 0
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings of ``generate``; seeds the draw.
+
+    Raises:
+        ValueError: a number out of range, or a seed without a draw.
+    """
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens={arguments.max_new_tokens}: an answer has at least 1 token")
+    if arguments.temperature is None:
+        if arguments.seed is not None:
+            raise ValueError(f"--seed={arguments.seed} has no effect without --temperature; leave it out or set both")
+        return {"max_new_tokens": arguments.max_new_tokens}
+    if not 0.01 <= arguments.temperature <= 100:
+        raise ValueError(
+            f"--temperature={arguments.temperature} is not between 0.01 and 100; leave it out for the likeliest tokens"
+        )
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed={arguments.seed} is not between 0 and 2**63 - 1")
+    if arguments.seed is not None:
+        torch.manual_seed(arguments.seed)
+    return {
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": True,
+        "temperature": arguments.temperature,
+    }

@@ -1,0 +1,193 @@
+"""Options that the commands share: which model, and how it drops."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from vtprune_train.config.load import read_pruning
+from vtprune_train.config.settings import TRAINING_ONLY
+from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config
+from vtprune_train.models.io import original
+from vtprune_train.models.io.build import resolve_checkpoint
+from vtprune_train.pruning import (
+    NONE,
+    SAVED,
+    method_class,
+    method_from_settings,
+    saved_settings,
+    setting_types,
+    trust_saved,
+)
+from vtprune_train.pruning.base import PruningMethod
+
+Number = TypeVar("Number", int, float)
+
+SETTINGS = ("layers", "keep", "rank_with", "positions", "without_instruction")
+METHOD_HELP = (
+    "a name of `vtprune methods --names`, none for the dense model, a path/to/file.py:Class of one's own, a list "
+    "'[visionzip, plphp]', or a YAML file with a section pruning"
+)
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """``--model``."""
+    help_text = "a run of this project, one of its checkpoints, a Hugging Face folder, or a hub id"
+    parser.add_argument("--model", required=True, metavar="DIR", help=help_text)
+    add_trust_option(parser)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """``--trust_remote_code``, which :func:`trust` follows."""
+    help_text = "run the code of a pruning method outside of vtprune_train that the model's config.json names"
+    parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=help_text)
+
+
+def trust(arguments: argparse.Namespace) -> None:
+    """Before a command runs: import the method that the model's ``config.json`` names, if the options say so.
+
+    Raises:
+        ValueError: there is no model, or no such method here.
+    """
+    if not getattr(arguments, "trust_remote_code", False):
+        return
+    if arguments.model is None:
+        raise ValueError("--trust_remote_code has no effect without --model; leave it out")
+    source = resolve_checkpoint(arguments.model)
+    if original.read_config(Path(source)) is None and not Path(source).is_file():
+        trust_saved(model_config(source))
+
+
+def add_data_options(parser: argparse.ArgumentParser, data: str) -> None:
+    """``--data`` (``data`` is its help), ``--images`` and ``--ignore``."""
+    parser.add_argument("--data", required=True, metavar="FILE", help=data)
+    parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
+    help_text = "fields of records that change nothing"
+    parser.add_argument("--ignore", nargs="+", default=[], metavar="FIELD", help=help_text)
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """``--method`` with its settings, and where the model runs."""
+    dropping = parser.add_argument_group("dropping", "left out: the settings saved with the model")
+    dropping.add_argument("--method", help=METHOD_HELP)
+    add_set_option(dropping)
+    dropping.add_argument("--layers", type=numbers(int, "8,16,24"), help="decoder layers to drop before: 8,16,24")
+    dropping.add_argument("--keep", type=numbers(float, "0.5,0.25,0.125"), help="shares that stay: 0.5,0.25,0.125")
+    dropping.add_argument("--rank_with", help="next_layer or this_layer")
+    dropping.add_argument("--positions", help="renumber or keep")
+    dropping.add_argument("--without_instruction", help="last_visual or uniform")
+    place = parser.add_argument_group("where it runs")
+    place.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    place.add_argument("--dtype", choices=[*DTYPES], default="auto", help="auto: as saved")
+
+
+def add_set_option(parser: Any) -> None:
+    """``--set key=value``."""
+    help_text = "any setting of the method, for example --set keep=0.25; again for every further one"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
+
+
+def numbers(kind: Callable[[str], Number], example: str) -> Callable[[str], list[Number]]:
+    """An argument type: a list written with commas."""
+
+    def parse(text: str) -> list[Number]:
+        try:
+            return [kind(part) for part in text.strip("[]").split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as {example}") from None
+
+    return parse
+
+
+def load_model(arguments: argparse.Namespace) -> Loaded:
+    """The model that the options name.
+
+    Raises:
+        ValueError: see :func:`asked_method` and :func:`vtprune_train.evaluation.answering.load`.
+    """
+    return load(arguments.model, asked_method(arguments), device=arguments.device, dtype=arguments.dtype)
+
+
+def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["saved"] | None:
+    """The method that the options name; settings without ``--method`` change the model's saved ones.
+
+    Raises:
+        ValueError: unknown method or setting, or settings of no method.
+    """
+    given = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None}
+    shown = [f"--{key}" for key in given] + [f"--set {pair}" for pair in arguments.set]
+    given.update(set_values(arguments.set))
+    named = None if arguments.method == SAVED else arguments.method
+    if named is None and not given:
+        return SAVED
+    if named == NONE and given:
+        raise ValueError(f"{shown[0]} has no effect: --method is none; leave one of them out")
+    if named is not None:
+        return method_from_settings(changed(named_method(named), given))
+    saved = saved_settings(model_config(resolve_checkpoint(arguments.model)))
+    if saved is None:
+        raise ValueError(f"{shown[0]} changes the saved settings, but {arguments.model} holds none; name the --method")
+    return method_from_settings(changed(saved, given))
+
+
+def set_values(pairs: list[str]) -> dict[str, Any]:
+    """The settings of ``--set key=value``, values read as YAML.
+
+    Raises:
+        ValueError: no such pair.
+    """
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {pair}: write a setting of the method and its value, for example --set keep=0.25")
+        if key == "method":
+            raise ValueError(f"--set {pair}: a method is no setting; where one can be chosen, it is by --method")
+        try:
+            values[key] = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {pair}: {text!r} is not YAML ({error})") from error
+    return values
+
+
+def named_method(name: str) -> dict[str, Any]:
+    """The settings that ``--method`` stands for.
+
+    Raises:
+        ValueError: a list or file that cannot be read.
+    """
+    if name.endswith((".yaml", ".yml")):
+        section = read_pruning(Path(name))
+        return {key: value for key, value in section.items() if key not in TRAINING_ONLY}
+    if not name.startswith("["):
+        return {"method": name}
+    try:
+        return {"method": yaml.safe_load(name)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--method={name} is not YAML ({error})") from error
+
+
+def changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with what was given on the command line, where ``--keep 0.25`` serves for a list and a number."""
+    name = settings.get("method")
+    if isinstance(name, str) and name != NONE and given:
+        types = setting_types(method_class(name))
+        given = {
+            key: value[0] if _is_one_number(value) and not takes_list(types.get(key)) else value
+            for key, value in given.items()
+        }
+    return {**settings, **given}
+
+
+def _is_one_number(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 1
+
+
+def takes_list(kind: Any) -> bool:
+    """Whether a setting of this type is a list."""
+    return any(typing.get_origin(part) in (tuple, list) for part in (kind, *typing.get_args(kind)))

@@ -1,0 +1,177 @@
+"""``vtprune show``: which visual tokens of a picture survive each stage, for a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaNextConfig, LlavaNextProcessor
+from transformers.utils.logging import disable_progress_bar
+
+from vtprune_train.cli.options import (
+    METHOD_HELP,
+    add_set_option,
+    add_trust_option,
+    changed,
+    named_method,
+    numbers,
+    set_values,
+)
+from vtprune_train.evaluation.answering import content_of, load, model_config, open_picture, write_prompt
+from vtprune_train.models import HFModule
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.forward.padded import kept_tokens, stage_layers
+from vtprune_train.models.io.build import resolve_checkpoint
+from vtprune_train.models.patch import is_pruned, prune
+from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_class, method_from_settings, saved_settings
+from vtprune_train.viz.draw import ShownImage, draw
+from vtprune_train.viz.page import page
+from vtprune_train.viz.places import anyres_places
+
+
+def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
+    """Draw which tokens of ``pictures`` survive each stage of a pruned model, for example in a notebook.
+
+    Args:
+        model: pruned.
+        processor: the model's.
+        pictures: RGB.
+        prompt: what is asked about them; its last token ranks the visual tokens, as in generating the answer.
+
+    Raises:
+        ValueError: no picture.
+    """
+    inputs = encode(processor, pictures, prompt, model.device)
+    return draw(look(model, inputs, pictures), stage_names(model), prompt)
+
+
+def look(model: HFModule, inputs: Mapping[str, Tensor], pictures: Sequence[Image.Image]) -> list[ShownImage]:
+    """Run a pruned model in evaluation mode and see which tokens survive.
+
+    Args:
+        model: pruned; its mode is restored afterwards.
+        inputs: a batch as the processor makes it, on the model's device, without labels.
+        pictures: of all its rows, in order.
+    """
+    anyres = AnyRes.of(model.config)
+    was_training = model.training
+    model.eval()
+    kept = [image for row in kept_tokens(model, inputs) for image in row]
+    model.train(was_training)
+    shown = []
+    for picture, stages in zip(pictures, kept, strict=True):
+        places = anyres_places(anyres, (picture.height, picture.width))
+        shown.append(ShownImage(picture, places, [np.arange(len(places.kinds)), *stages]))
+    return shown
+
+
+def stage_names(model: HFModule) -> list[str]:
+    """``stage 1, layers 0-7`` and so on of a pruned model."""
+    names = []
+    for number, layers in enumerate(stage_layers(model), start=1):
+        if not layers:  # a drop before the decoder, or two at one place
+            names.append(f"stage {number}, before {f'layer {layers.start}' if layers.start else 'the decoder'}")
+            continue
+        several = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        names.append(f"stage {number}, {several}")
+    return names
+
+
+def encode(
+    processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """One row of inputs on ``device``: the pictures, then the prompt, up to where the answer begins.
+
+    Raises:
+        ValueError: no picture.
+    """
+    if not pictures:
+        raise ValueError("there is no picture to show the tokens of; give at least one")
+    text = write_prompt(processor, content_of(processor), len(pictures), prompt)
+    bos = processor.tokenizer.bos_token
+    has_bos = bos is not None and text.startswith(bos)  # written by the template
+    made = processor(images=list(pictures), text=text, return_tensors="pt", add_special_tokens=not has_bos)
+    return {key: value.to(device) for key, value in made.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``vtprune show``."""
+    parser.add_argument("--model", required=True, help="a run, one of its checkpoints, a folder, or a hub id")
+    add_trust_option(parser)
+    parser.add_argument("--image", required=True, nargs="+", action="extend", type=Path, help="one picture or several")
+    parser.add_argument("--prompt", required=True, help="what is asked about them")
+    parser.add_argument("--out", required=True, type=Path, help="the picture to write (.png, .jpg, ...)")
+    parser.add_argument("--html", type=Path, help="also write a page with a slider over the stages")
+    parser.add_argument("--method", help=f"instead of the saved settings: {METHOD_HELP}")
+    add_set_option(parser)
+    parser.add_argument("--layers", type=numbers(int, "8,16,24"), help="drop before these layers: 8,16,24")
+    parser.add_argument("--keep", type=numbers(float, "0.5,0.25"), help="shares of the tokens that remain: 0.5,0.25")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``vtprune show``: returns the exit code (0 done, 2 wrong input)."""
+    disable_progress_bar()
+    try:
+        _show(arguments)
+    except ValueError as error:
+        print(f"cannot show: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    """Check everything cheap, load the model, write the files.
+
+    Raises:
+        ValueError: a file, model or setting that cannot be used.
+    """
+    for path in (arguments.out, arguments.html):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if Image.registered_extensions().get(arguments.out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {arguments.out}: unknown kind of picture {arguments.out.suffix!r}; use .png")
+    pictures = [open_picture(path) for path in arguments.image]
+    model, processor = _load(arguments.model, arguments)
+    inputs = encode(processor, pictures, arguments.prompt, model.device)
+    images, stages = look(model, inputs, pictures), stage_names(model)
+    draw(images, stages, arguments.prompt).save(arguments.out)
+    if arguments.html is not None:
+        arguments.html.write_text(page(images, stages, arguments.prompt), encoding="utf-8")
+
+
+def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNextProcessor]:
+    """The pruned model and its processor.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is no LLaVA-NeXT, lacks a part, or how to prune it is not known.
+    """
+    path = resolve_checkpoint(source)
+    config = model_config(path)
+    if not isinstance(config, LlavaNextConfig):
+        raise ValueError(f"--model {source}: it holds a {config.model_type}; only llava_next models can be shown")
+    loaded = load(source, _method(config, arguments))
+    return (loaded.model if is_pruned(loaded.model) else prune(loaded.model, None)), loaded.processor
+
+
+def _method(config: LlavaNextConfig, arguments: argparse.Namespace) -> PruningMethod | None:
+    """The checkpoint's settings, overruled by the flags."""
+    given = {key: value for key in ("layers", "keep") if (value := getattr(arguments, key)) is not None}
+    given.update(set_values(arguments.set))
+    recorded = (getattr(config, CONFIG_KEY, None) or {}).get("method")
+    if arguments.method is not None and arguments.method == recorded:
+        method_class(recorded)  # named by the user, and so to be imported
+    named = arguments.method not in (None, recorded)
+    settings: dict[str, Any] = named_method(arguments.method) if named else saved_settings(config) or {}
+    if "method" not in settings:
+        raise ValueError(
+            f"--model {arguments.model}: it was saved without pruning settings, so say how to prune it: for example "
+            "--method pyramiddrop --layers 8,16,24 --keep 0.5,0.25,0.125"
+        )
+    return method_from_settings(changed(settings, given))

@@ -1,0 +1,403 @@
+"""The only FLOP arithmetic of the project: sampler, logs, dry run and benchmark all count with it.
+
+A multiply-add is two operations. Attention is counted as the causal half that variable-length kernels compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from vtprune_train.core.plan import counts_per_stage, fronts_of
+from vtprune_train.core.stream import Boundary, Drop, StreamPlan
+
+if TYPE_CHECKING:
+    from vtprune_train.pruning.base import PruningMethod
+
+Numbers = TypeVar("Numbers", float, np.ndarray)
+
+# An average sample of LLaVA-NeXT's instruction data: 2389 tokens, 2268 of them visual (arXiv 2410.17247).
+TYPICAL_TEXT = 121
+TYPICAL_VISUAL = 2268
+
+
+@dataclass(frozen=True)
+class DecoderGeometry:
+    """Sizes of a gated-MLP decoder with grouped queries."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def of(cls, config) -> DecoderGeometry:
+        """Read a Llama-like text config.
+
+        Raises:
+            ValueError: a size is missing, or the MLP is a mixture of experts.
+        """
+        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        if missing := [size for size in sizes if getattr(config, size, None) is None]:
+            raise ValueError(f"the {config.model_type} decoder has no {missing[0]}; only Llama-like ones are counted")
+        if any(getattr(config, experts, None) for experts in ("num_experts", "num_local_experts", "n_routed_experts")):
+            raise ValueError(f"the {config.model_type} decoder is a mixture of experts; only dense ones are counted")
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim,
+            config.vocab_size,
+        )
+
+    @property
+    def per_token(self) -> float:
+        """Forward FLOPs of one layer's projections and MLP for one token."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2.0 * self.hidden * (2 * query + 2 * key + 3 * self.intermediate)
+
+    def adapter_per_token(self, rank: int, targets: Sequence[str] | None) -> float:
+        """Forward FLOPs for one token of a low-rank adapter on these projections of one layer, or all.
+
+        Raises:
+            ValueError: the decoder has no such projection.
+        """
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        inner = {"gate_proj": self.intermediate, "up_proj": self.intermediate, "down_proj": self.intermediate}
+        other = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query, **inner}
+        targets = list(other) if targets is None else targets
+        if unknown := [name for name in targets if name not in other]:
+            raise ValueError(f"{unknown[0]!r} is no linear layer of the decoder; there are {', '.join(other)}")
+        return 2.0 * rank * sum(self.hidden + other[name] for name in targets)
+
+    def layer(self, lengths: np.ndarray) -> np.ndarray:
+        """Forward FLOPs of one layer on segments of these lengths (causal attention within each)."""
+        n = np.asarray(lengths, dtype=np.float64)
+        return self.per_token * n + 2.0 * self.heads * self.head_dim * n * (n + 1)
+
+    def head(self, rows: Numbers) -> Numbers:
+        """Forward FLOPs of the language-model head on ``rows`` rows."""
+        return 2.0 * rows * self.hidden * self.vocab
+
+    def cache_bytes(self, tokens: Numbers, element_size: int) -> Numbers:
+        """Bytes of one layer's keys and values of ``tokens`` tokens."""
+        return 2.0 * tokens * self.kv_heads * self.head_dim * element_size
+
+    def selector(self, tokens: float, query_rows: float, scored_tokens: float, projects: bool) -> float:
+        """FLOPs of ranking at one boundary: key projection of all tokens (unless the layer's own are read), query
+        projection of the query rows, and their attention rows."""
+        key, query = self.kv_heads * self.head_dim, self.heads * self.head_dim
+        projections = 2.0 * self.hidden * (key * tokens + query * query_rows) if projects else 0.0
+        return projections + 2.0 * query * scored_tokens
+
+
+@dataclass(frozen=True)
+class TowerGeometry:
+    """Sizes of a vision transformer that sees tiles, and of the projector behind it."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    patches: int
+    patch_size: int
+    projector_in: int
+    projector_out: int
+    class_tokens: int = 1
+
+    @classmethod
+    def of(cls, config) -> TowerGeometry:
+        """Read the config of a LLaVA: 1.5, NeXT, OneVision."""
+        vision = config.vision_config
+        layers = config.vision_feature_layer
+        num_features = 1 if isinstance(layers, int) else len(layers)
+        return cls(
+            vision.num_hidden_layers,
+            vision.hidden_size,
+            vision.intermediate_size,
+            (vision.image_size // vision.patch_size) ** 2,
+            vision.patch_size,
+            vision.hidden_size * num_features,
+            config.text_config.hidden_size,
+            1 if vision.model_type == "clip_vision_model" else 0,
+        )
+
+    def tower(self, tiles: Numbers) -> Numbers:
+        """Forward FLOPs of the tower on ``tiles`` tiles (full attention, class token included)."""
+        n, c = self.patches + self.class_tokens, self.hidden
+        layer = 2.0 * n * c * (4 * c + 2 * self.intermediate) + 4.0 * n * n * c
+        return tiles * (self.num_layers * layer + 2.0 * self.patches * 3 * self.patch_size**2 * c)
+
+    def projector(self, tiles: Numbers) -> Numbers:
+        """Forward FLOPs of the two-layer projector."""
+        return 2.0 * tiles * self.patches * self.projector_out * (self.projector_in + self.projector_out)
+
+
+@dataclass(frozen=True)
+class WindowedTowerGeometry:
+    """Sizes of Qwen2.5-VL's vision transformer and of the merger behind it; its "tiles" are patches."""
+
+    num_layers: int
+    full_layers: int
+    hidden: int
+    intermediate: int
+    patch_values: int
+    window: int
+    merge: int
+    projector_out: int
+
+    @classmethod
+    def of(cls, config) -> WindowedTowerGeometry:
+        """Read a ``Qwen2_5_VLConfig``."""
+        vision = config.vision_config
+        return cls(
+            vision.depth,
+            len(vision.fullatt_block_indexes),
+            vision.hidden_size,
+            vision.intermediate_size,
+            vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            (vision.window_size // vision.patch_size) ** 2,
+            vision.spatial_merge_size**2,
+            vision.out_hidden_size,
+        )
+
+    def tower(self, tiles: Numbers) -> Numbers:
+        """Forward FLOPs of the tower on each picture of ``tiles`` patches.
+
+        A few layers attend over the whole picture, the others within windows, which are counted as full: those at the
+        picture's edge are smaller.
+        """
+        n, c = tiles, self.hidden
+        linear = 2.0 * n * c * (4 * c + 3 * self.intermediate)
+        windowed = 4.0 * n * np.minimum(n, self.window) * c
+        return (
+            self.num_layers * linear
+            + self.full_layers * 4.0 * n * n * c
+            + (self.num_layers - self.full_layers) * windowed
+            + 2.0 * n * self.patch_values * c
+        )
+
+    def projector(self, tiles: Numbers) -> Numbers:
+        """Forward FLOPs of the merger."""
+        inner = self.hidden * self.merge
+        return 2.0 * tiles / self.merge * inner * (inner + self.projector_out)
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """FLOPs of forward and backward: a part costs 3 forwards if it is trained, 2 if gradients only pass through it, 1
+    if none reach it. Attention has no weights, so its backward pass costs two forwards in either case. ``adapter`` is
+    what a trained adapter adds to a token in each layer, forward (DoRA's norms are not counted). Recomputation under
+    activation checkpointing is not counted (as in MFU). ``tower`` is ``None`` for families whose tower is not counted:
+    :meth:`text` only."""
+
+    decoder: DecoderGeometry
+    tower: TowerGeometry | WindowedTowerGeometry | None
+    trains_decoder: bool
+    trains_tower: bool
+    trains_projector: bool = True
+    adapter: float = 0.0
+
+    def sample(
+        self,
+        stage_lengths: np.ndarray,
+        layers_per_stage: Sequence[int],
+        tiles: np.ndarray,
+        supervised: np.ndarray,
+        sample_of_tiles: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples], ``tiles`` [pictures] of
+        the samples ``sample_of_tiles`` [pictures]; left out, each sample has one picture."""
+        vision = self.vision(tiles)
+        if sample_of_tiles is not None:
+            vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))
+        return self.text(stage_lengths, layers_per_stage, supervised) + vision
+
+    def text(self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray) -> np.ndarray:
+        """The decoder's and the head's part of :meth:`sample`."""
+        passes = 3 if self.trains_decoder else 2
+        tokens = np.asarray(stage_lengths, dtype=np.float64)
+        attention = self.decoder.layer(tokens) - self.decoder.per_token * tokens
+        per_layer = (passes * self.decoder.per_token + 3 * self.adapter) * tokens + 3 * attention
+        per_stage = per_layer * np.asarray(layers_per_stage)
+        return per_stage.sum(axis=-1) + passes * self.decoder.head(np.asarray(supervised, dtype=np.float64))
+
+    def forward_text(
+        self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray
+    ) -> np.ndarray:
+        """[samples] a pass of decoder and head without gradients."""
+        tokens = np.asarray(stage_lengths, dtype=np.float64)
+        per_stage = (self.decoder.layer(tokens) + self.adapter * tokens) * np.asarray(layers_per_stage)
+        return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
+
+    def vision(self, tiles: np.ndarray) -> np.ndarray:
+        """The tower's and the projector's part of :meth:`sample`, [pictures]."""
+        assert self.tower is not None, "the tower is not counted for this family"
+        count = np.asarray(tiles, dtype=np.float64)
+        return self.tower.tower(count) * (3 if self.trains_tower else 1) + self.tower.projector(count) * (
+            3 if self.trains_tower else 2 if self.trains_projector else 1
+        )
+
+
+def stage_lengths(text: np.ndarray, spans: np.ndarray, sample_of_span: np.ndarray, drops: Sequence[Drop]) -> np.ndarray:
+    """[samples, stages] tokens of each sample in each stage.
+
+    Args:
+        text: [samples] text tokens.
+        spans: [spans] visual tokens of every image.
+        sample_of_span: [spans] the sample each image belongs to.
+        drops: the schedule.
+    """
+    counts = counts_per_stage(drops, spans)
+    visual = [np.bincount(sample_of_span, weights=kept, minlength=len(text)).astype(np.int64) for kept in counts]
+    return np.stack([text + own for own in visual], axis=1)
+
+
+def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:
+    """Layers of each stage."""
+    edges = [0, *(drop.layer for drop in drops), num_layers]
+    return [end - start for start, end in pairwise(edges)]
+
+
+def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, method: PruningMethod | None) -> float:
+    """FLOPs that choosing adds to one forward pass of a planned stream: projections and attention rows of the ranking,
+    and what the method says of its own arithmetic. Rows computed again where keys are hidden are not counted."""
+    if method is None:
+        return 0.0
+    total = 0.0
+    for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
+        part = method.parts[boundary.drop.owner]
+        if part.rank_with is not None and boundary.drop.ranked:
+            rows, pairs = len(boundary.query_rows), _ranked_pairs(boundary)
+            total += geometry.selector(stage.num_tokens, rows, pairs, part.rank_with == "next_layer")
+        total += part.selector_flops(geometry.hidden, boundary)
+    chooser = next((part for part in method.parts if part.key_layers(plan.outline.num_layers)), None)
+    for stage, layout in zip(plan.stages, plan.key_layouts, strict=True):
+        if layout is not None and chooser is not None:
+            layers = sum(stage.first_layer <= layer < stage.end_layer for layer in plan.outline.key_layers)
+            own = geometry.selector(0.0, 0.0, _ranked_pairs(layout), projects=False)
+            total += layers * (own + chooser.selector_flops(geometry.hidden, layout))
+    return total
+
+
+def _ranked_pairs(boundary: Boundary) -> float:
+    """Products of a query row with a key of its segment."""
+    return float(sum((s.end - s.start) * (s.query_end - s.query_start) for s in boundary.segments))
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Visual tokens of a stream at its layers.
+
+    Args:
+        entering: mean over layers of the tokens that enter: the work that is done.
+        leaving: mean over layers of those that leave, as papers count: what a layer's output loses counts as its own.
+        cached: mean over layers of those whose keys stay for decoding.
+    """
+
+    entering: float
+    leaving: float
+    cached: float
+
+    @classmethod
+    def of(cls, per_stage: Sequence[float], layers: Sequence[int], kept_keys: Sequence[float]) -> VisualTokens:
+        """From counts [stages], layers [stages] and the share of its keys that each layer keeps [layers]."""
+        entering = np.repeat(np.asarray(per_stage, dtype=np.float64), layers)
+        leaving = np.append(entering[1:], entering[-1:])
+        return cls(float(entering.mean()), float(leaving.mean()), float((entering * kept_keys).mean()))
+
+
+def kept_keys(
+    method: PruningMethod | None, per_stage: Sequence[float], layers: Sequence[int], images: int
+) -> list[float]:
+    """[layers] the share of a layer's visual keys that stays for later rows, as planned; from counts [stages], layers
+    [stages] and the images that the counts are of."""
+    lengths = np.repeat(np.asarray(per_stage, dtype=np.float64) / max(1, images), layers).tolist()
+    shares = [1.0] * len(lengths)
+    for part in () if method is None else method.parts:
+        for layer in part.key_layers(len(lengths)):
+            shares[layer] = part.kept_key_share(layer, lengths[layer], len(lengths))
+    return shares
+
+
+def is_adaptive(method: PruningMethod, num_layers: int) -> bool:
+    """Whether counts are only known once the method has run."""
+    return bool(method.key_layers(num_layers)) or any(drop.adaptive for drop in method.drops(num_layers))
+
+
+def visual_per_stage(plan: StreamPlan) -> list[int]:
+    """Visual tokens of the whole stream in each stage: text is never dropped."""
+    text = sum(segment.num_text for segment in plan.outline.segments)
+    return [stage.num_tokens - text for stage in plan.stages]
+
+
+def hidden_text(plan: StreamPlan, method: PruningMethod | None) -> list[int]:
+    """Text tokens of each segment that no layer's cache holds: those in front of the first image, where the method
+    hides them. In the first call on a cache."""
+    segments = plan.outline.segments
+    layout = next((layout for layout in plan.key_layouts if layout is not None), None)
+    if method is None or not method.hides_front or layout is None:
+        return [0] * len(segments)
+    return [front or 0 for front in fronts_of(segments, layout)]
+
+
+def stage_layers(plan: StreamPlan) -> list[int]:
+    """Layers of each stage of a plan."""
+    return [stage.end_layer - stage.first_layer for stage in plan.stages]
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One pass of a stream with gradients: FLOPs of decoder and head without the selector, and of the selector; visual
+    tokens at its layers; and the numbers (keys and values) that its cache would hold."""
+
+    text: float
+    selector: float
+    visual: VisualTokens
+    cache_values: float
+
+    @property
+    def flops(self) -> float:
+        return self.text + self.selector
+
+    @classmethod
+    def of(cls, cost: TrainingCost, plan: StreamPlan, method: PruningMethod | None, supervised: np.ndarray) -> PassCost:
+        """Count a plan: as laid out, or as it was run; ``supervised`` [samples] tokens."""
+        lengths = np.array([stage.segment_lengths for stage in plan.stages]).T
+        per_stage, layers = visual_per_stage(plan), stage_layers(plan)
+        images = sum(len(segment.spans) for segment in plan.outline.segments)
+        visual = VisualTokens.of(per_stage, layers, kept_keys(method, per_stage, layers, images))
+        tokens = float(np.dot(lengths.sum(axis=0), layers))
+        hidden = cost.decoder.num_layers * (visual.entering - visual.cached + sum(hidden_text(plan, method)))
+        return cls(
+            float(cost.text(lengths, layers, supervised).sum()),
+            selector_flops(cost.decoder, plan, method),
+            visual,
+            cost.decoder.cache_bytes(tokens - hidden, 1),
+        )
+
+
+def published_decoder_flops(
+    visual_tokens: Sequence[float], layers: Sequence[int], hidden: int, intermediate: int
+) -> float:
+    """The convention of the PyramidDrop paper: visual tokens only, ``4 n d^2 + 2 n^2 d + 3 n d m`` per layer.
+
+    Args:
+        visual_tokens: n in each stage.
+        layers: layers in each stage.
+        hidden: d.
+        intermediate: m.
+    """
+    return sum(
+        count * (4 * n * hidden**2 + 2 * n**2 * hidden + 3 * n * hidden * intermediate)
+        for n, count in zip(visual_tokens, layers, strict=True)
+    )

@@ -1,0 +1,348 @@
+"""The planner: every stage of a packed stream, laid out on the host from lengths alone.
+
+So every shape of the forward pass is known before it starts; only WHICH visual tokens survive a boundary is decided on
+the device.
+
+Shape suffixes: T tokens in the stream, S segments, V visual tokens before a boundary, K visual tokens kept by it,
+Q query rows, R supervised rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtprune_train.core.stream import (
+    Boundary,
+    Drop,
+    Outline,
+    ScoredSegment,
+    SegmentLayout,
+    SpanLayout,
+    Stage,
+    StreamPlan,
+)
+
+
+def counts_per_stage(
+    drops: Sequence[Drop], lengths: Sequence[int] | np.ndarray, measured: Sequence[np.ndarray] = ()
+) -> list[np.ndarray]:
+    """Tokens of each span in every stage: one array [spans] int64 more than there are drops.
+
+    Args:
+        drops: in the order in which they act.
+        lengths: [spans] tokens before the first.
+        measured: what the first drops really left, where that is known already.
+    """
+    counts = [np.asarray(lengths, dtype=np.int64)]
+    found: dict[int, np.ndarray] = {}
+    for index, drop in enumerate(drops):
+        before = counts[-1]
+        original = found.setdefault(drop.owner, before)
+        if index < len(measured):
+            counts.append(np.asarray(measured[index], dtype=np.int64))
+            continue
+        pairs, place = np.unique(np.stack([original, before]), axis=1, return_inverse=True)
+        kept = np.array([drop.kept(length, now) for length, now in pairs.T.tolist()], dtype=np.int64)
+        kept = kept if drop.adds or drop.returns else np.minimum(kept, pairs[1])
+        counts.append(kept[place.ravel()])
+    return counts
+
+
+def plan_stream(
+    segments: Sequence[SegmentLayout],
+    drops: Sequence[Drop],
+    num_layers: int,
+    *,
+    key_layers: Sequence[int] = (),
+    method: Any = None,
+    measured: Sequence[np.ndarray] = (),
+) -> StreamPlan:
+    """Lay out every stage of a packed stream from lengths alone.
+
+    Args:
+        segments: the samples, in stream order; at least one.
+        drops: in ascending order of their layers, each in ``[0, num_layers)``; empty for a dense pass.
+        num_layers: decoder layers.
+        key_layers: layers in which a method leaves keys out.
+        method: whose drops they are; ``None`` for a dense pass.
+        measured: [spans] tokens that the first drops left, where a pass has found them out.
+
+    Raises:
+        ValueError: no segments, a span or query row outside its segment, or a segment of which nothing is left.
+    """
+    if not segments:
+        raise ValueError("plan_stream needs at least one segment; an empty micro-batch is padded with a blank one")
+    layout = _StreamLayout.of(segments)
+    kept = counts_per_stage(drops, layout.lengths, measured)
+    places = [_Places(layout.starts, layout.lengths, counts) for counts in kept]
+    edges = [0, *(drop.layer for drop in drops), num_layers]
+    stages = tuple(
+        _stage(place.of(layout.cu_seqlens), first, end)
+        for place, first, end in zip(places, edges[:-1], edges[1:], strict=True)
+    )
+    if any(0 in stage.segment_lengths for stage in stages[1:]):
+        raise _nothing_left()
+    found: dict[int, np.ndarray] = {}
+    boundaries = tuple(
+        _boundary(layout, before, after, drop, found.setdefault(drop.owner, before.kept))
+        for before, after, drop in zip(places[:-1], places[1:], drops, strict=True)
+    )
+    key_layouts = tuple(
+        _boundary(layout, place, place, Drop(stage.first_layer, 1.0), place.kept)
+        if any(stage.first_layer <= layer < stage.end_layer for layer in key_layers)
+        else None
+        for stage, place in zip(stages, places, strict=True)
+    )
+    return StreamPlan(
+        stages,
+        boundaries,
+        torch.from_numpy(_rows_before(layout, places[-1], layout.supervised)),
+        key_layouts,
+        Outline(segments, drops, num_layers, key_layers, method),
+    )
+
+
+def fronts_of(segments: Sequence[SegmentLayout], layout: Boundary) -> list[int | None]:
+    """Tokens of each segment in front of the first image that has any at a stage; ``None`` where no image has."""
+    fronts: list[int | None] = []
+    laid_out = iter(layout.spans)
+    for segment in segments:
+        counts = [next(laid_out).before for _ in segment.spans]
+        first = next((number for number, count in enumerate(counts) if count), None)
+        fronts.append(
+            None if first is None else segment.spans[first].start - sum(s.length for s in segment.spans[:first])
+        )
+    return fronts
+
+
+def plan_pass(segments: Sequence[SegmentLayout], num_layers: int, method: Any) -> StreamPlan:
+    """The stages of a pass by ``method``, or of a dense one if that is ``None``."""
+    return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
+
+
+def replan(plan: StreamPlan, measured: Sequence[np.ndarray]) -> StreamPlan:
+    """``plan`` anew (on the host) when its first drops left ``measured`` tokens of each span: a [spans] int64 array for
+    each of them."""
+    own = plan.outline
+    return plan_stream(
+        own.segments,
+        own.drops,
+        own.num_layers,
+        key_layers=own.key_layers,
+        method=own.method,
+        measured=measured,
+    )
+
+
+class _Places:
+    """Where tokens of the packed stream stand at a stage, when ``kept[i]`` of span i's tokens remain."""
+
+    def __init__(self, starts: np.ndarray, lengths: np.ndarray, kept: np.ndarray):
+        self.starts = starts
+        self.kept = kept
+        self.removed = np.concatenate([[0], np.cumsum(lengths - kept)])
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """New rows of original rows; those must not lie inside a span (its first token's row is allowed)."""
+        return rows - self.removed[np.searchsorted(self.starts, rows, side="left")]
+
+    def spans(self) -> list[np.ndarray]:
+        """The rows of each span's remaining tokens."""
+        return [np.arange(start, start + n) for start, n in zip(self.of(self.starts), self.kept, strict=True)]
+
+
+@dataclass
+class _StreamLayout:
+    """All segments' offsets as rows of the packed stream."""
+
+    cu_seqlens: np.ndarray  # [S + 1]
+    starts: np.ndarray  # [spans]
+    lengths: np.ndarray  # [spans]
+    text: np.ndarray  # [T - V]
+    after_query: np.ndarray  # [Q], the row after each query row: never inside a span, so it can be followed
+    query_segment: np.ndarray  # [Q]
+    span_segment: np.ndarray  # [spans]
+    supervised: np.ndarray  # [R]
+    segments: Sequence[SegmentLayout]
+
+    @classmethod
+    def of(cls, segments: Sequence[SegmentLayout]) -> _StreamLayout:
+        cu_seqlens = np.concatenate([[0], np.cumsum([s.length for s in segments])]).astype(np.int64)
+        starts, lengths, span_segment, after_query, query_segment, supervised = [], [], [], [], [], []
+        for index, (segment, base) in enumerate(zip(segments, cu_seqlens[:-1].tolist(), strict=True)):
+            _check_segment(segment)
+            starts += [base + span.start for span in segment.spans]
+            lengths += [span.length for span in segment.spans]
+            span_segment += [index] * len(segment.spans)
+            after_query += [base + offset + 1 for offset in segment.query_offsets]
+            query_segment += [index] * len(segment.query_offsets)
+            supervised += [base + offset for offset in segment.supervised_offsets]
+        is_text = np.ones(int(cu_seqlens[-1]), dtype=bool)
+        for start, length in zip(starts, lengths, strict=True):
+            is_text[start : start + length] = False
+
+        def rows(values: list[int]) -> np.ndarray:
+            return np.array(values, dtype=np.int64)
+
+        return cls(
+            cu_seqlens=cu_seqlens,
+            starts=rows(starts),
+            lengths=rows(lengths),
+            text=np.flatnonzero(is_text),
+            after_query=rows(after_query),
+            query_segment=rows(query_segment),
+            span_segment=rows(span_segment),
+            supervised=rows(supervised),
+            segments=segments,
+        )
+
+    def rows_that_rank(self, drop: Drop) -> tuple[np.ndarray, np.ndarray]:
+        """[Q] the row after each row that ranks, and its segment."""
+        if drop.queries == "answer":
+            return self.after_query, self.query_segment
+        rows, owners = [], []
+        for index, segment in enumerate(self.segments):
+            if segment.spans:
+                own = _instruction(segment) + self.cu_seqlens[index] + 1
+                rows.append(own)
+                owners.append(np.full(len(own), index))
+        return _joined(rows), _joined(owners)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def _instruction(segment: SegmentLayout) -> np.ndarray:
+    """Offsets of the text behind the last image up to the first query row behind that; where there is none, the
+    segment's last query row: the last image's own last token, if an answer follows it at once."""
+    last = segment.spans[-1].end
+    behind = [offset for offset in segment.query_offsets if offset >= last]
+    return np.arange(last, min(behind) + 1) if behind else np.array([max(segment.query_offsets)])
+
+
+def _check_segment(segment: SegmentLayout) -> None:
+    end = 0
+    for span in segment.spans:
+        if span.start < end or span.length < 0 or span.end > segment.length:
+            raise ValueError(f"image span {span} overlaps another or leaves its segment of {segment.length} tokens")
+        end = span.end
+    for offset in segment.query_offsets:
+        if not 0 <= offset < segment.length:
+            raise ValueError(f"query row {offset} lies outside its segment of {segment.length} tokens")
+        if any(span.start <= offset < span.end - 1 for span in segment.spans):
+            raise ValueError(f"query row {offset} lies inside an image; only an image's last token can rank")
+    for offset in segment.supervised_offsets:
+        if not 1 <= offset < segment.length or any(span.start <= offset < span.end for span in segment.spans):
+            raise ValueError(f"supervised token {offset} is the segment's first, outside it, or inside an image")
+    if segment.spans and not segment.query_offsets:
+        raise ValueError("a segment with images needs at least one query row to rank their tokens")
+
+
+def _rows_before(layout: _StreamLayout, places: _Places, rows: np.ndarray) -> np.ndarray:
+    """The row just before each of ``rows`` at a stage, in the same segment."""
+    before = places.of(rows) - 1
+    segment = np.searchsorted(layout.cu_seqlens, rows - 1, side="right") - 1
+    if (before < places.of(layout.cu_seqlens)[segment]).any():
+        raise _nothing_left()
+    return before
+
+
+def _nothing_left() -> ValueError:
+    return ValueError(
+        "an image at the very start of a sample keeps no token at this ratio, so nothing is left to predict from; "
+        "raise the keep ratio or begin the template with a token"
+    )
+
+
+def _stage(cu_seqlens: np.ndarray, first_layer: int, end_layer: int) -> Stage:
+    lengths = np.diff(cu_seqlens)
+    positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    return Stage(
+        first_layer=first_layer,
+        end_layer=end_layer,
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        position_ids=torch.from_numpy(positions),
+        segment_lengths=tuple(lengths.tolist()),
+    )
+
+
+def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop, original: np.ndarray) -> Boundary:
+    span_rows = before.spans()
+    cu_seqlens = before.of(layout.cu_seqlens)
+    after_query, query_segment = layout.rows_that_rank(drop)
+    query_rows = _rows_before(layout, before, after_query)
+    scored: list[ScoredSegment] = []
+    scored_queries: list[np.ndarray] = []
+    offset_in_scored: dict[int, int] = {}
+    length_so_far = 0
+    for index in np.unique(layout.span_segment).tolist():
+        own = query_rows[query_segment == index]
+        start, end = int(cu_seqlens[index]), int(cu_seqlens[index + 1])
+        taken = sum(len(rows) for rows in scored_queries)
+        scored.append(ScoredSegment(start, end, taken, taken + len(own)))
+        scored_queries.append(own)
+        offset_in_scored[index] = length_so_far - start
+        length_so_far += end - start
+    sizes = original if drop.returns else before.kept
+    sorted_starts = np.cumsum([0, *sizes])[:-1]
+    shifts = [offset_in_scored[index] for index in layout.span_segment.tolist()]
+    text_rows, next_visual_rows = before.of(layout.text), _joined(after.spans())
+    next_order = np.empty(int(after.of(layout.cu_seqlens)[-1]), dtype=np.int64)
+    next_order[after.of(layout.text)] = np.arange(len(text_rows))
+    next_order[next_visual_rows] = len(text_rows) + np.arange(len(next_visual_rows))
+    uniform = _uniform_scores(layout, after.kept, sizes.tolist()) if drop.uniform_without_text else None
+    return Boundary(
+        layer=drop.layer,
+        text_rows=torch.from_numpy(text_rows),
+        visual_rows=torch.from_numpy(_joined(span_rows)),
+        span_of_visual=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+        take=torch.from_numpy(
+            _joined([np.arange(s, s + min(k, n)) for s, k, n in zip(sorted_starts, after.kept, sizes, strict=True)])
+        ),
+        query_rows=torch.from_numpy(_joined(scored_queries)),
+        segments=tuple(scored),
+        visual_in_scored=torch.from_numpy(_joined([r + s for r, s in zip(span_rows, shifts, strict=True)])),
+        next_order=torch.from_numpy(next_order),
+        next_visual_rows=torch.from_numpy(next_visual_rows),
+        spans=_span_layouts(layout, before.kept, after.kept, original),
+        drop=drop,
+        uniform=uniform,
+    )
+
+
+def _span_layouts(
+    layout: _StreamLayout, before: np.ndarray, after: np.ndarray, original: np.ndarray
+) -> tuple[SpanLayout, ...]:
+    spans: list[SpanLayout] = []
+    for index, segment in enumerate(layout.segments):
+        for number, span in enumerate(segment.spans):
+            i = len(spans)
+            spans.append(
+                SpanLayout(index, number, int(original[i]), int(before[i]), int(after[i]), span.grids, segment.key)
+            )
+    return tuple(spans)
+
+
+def _uniform_scores(layout: _StreamLayout, kept: np.ndarray, sizes: list[int]) -> Tensor | None:
+    """Scores for spans of segments that a visual token would rank: 1 on an even grid of the kept count, else 0."""
+    last_visual = set((layout.starts + layout.lengths - 1).tolist())
+    by_visual = {
+        segment
+        for segment, after in zip(layout.query_segment.tolist(), layout.after_query.tolist(), strict=True)
+        if after - 1 in last_visual
+    }
+    parts = []
+    for segment, size, keep in zip(layout.span_segment.tolist(), sizes, kept.tolist(), strict=True):
+        scores = np.full(size, np.nan, dtype=np.float32)
+        if segment in by_visual:
+            scores[:] = 0.0
+            scores[(2 * np.arange(keep) + 1) * size // (2 * max(keep, 1))] = 1.0
+        parts.append(scores)
+    return torch.from_numpy(np.concatenate(parts)) if by_visual else None

@@ -1,0 +1,1 @@
+"""Packed batches from samples: collating and loading."""

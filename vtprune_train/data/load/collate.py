@@ -1,0 +1,273 @@
+"""Samples to a packed batch: pictures decoded and tiled, the stream laid out, every stage planned. Host only.
+
+Runs in the loader's workers; nothing here depends on which worker, rank or machine it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vtprune_train.core import flops
+from vtprune_train.core.plan import plan_pass
+from vtprune_train.core.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, TeacherPass, text_key
+from vtprune_train.data.chat import ChatEncoder, EncodedChat
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, ChangedImage, load_image
+from vtprune_train.data.index import SampleIndex
+from vtprune_train.data.measure import picture_name
+from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.schedules.phases import Phase, Phases
+
+
+@dataclass
+class LoadedSample:
+    """One sample ready to be laid out: its tokens and its pictures."""
+
+    sample_id: str
+    chat: EncodedChat
+    pictures: Pictures
+
+
+@dataclass
+class Collator:
+    """Makes packed batches of samples of an index.
+
+    Args:
+        index: where the samples are.
+        encoder: conversations to tokens.
+        layout: how the family sees pictures.
+        image_processor: transformers' own; it makes the tower's input.
+        method: plans the stages; ``None`` for a dense pass.
+        cost: counts FLOPs; its decoder geometry gives the number of layers.
+        phases: what a step of training does instead of ``method``; ``None`` where every batch drops by it.
+        max_image_pixels: a picture of more is not read.
+    """
+
+    index: SampleIndex
+    encoder: ChatEncoder
+    layout: ImageLayout
+    image_processor: Any
+    method: PruningMethod | None
+    cost: flops.TrainingCost
+    phases: Phases | None = None
+    max_image_pixels: int = MAX_PIXELS
+
+    def __call__(
+        self, samples: Sequence[int], pictures_of: Sequence[int] | None = None, step: int | None = None
+    ) -> PackedBatch:
+        """Pack ``samples``. Samples whose pictures cannot be read are left out and named in ``unreadable``; if none
+        is left the batch is one blank token without supervision. Where a picture has another size than was indexed, the
+        next start indexes its source anew.
+
+        Args:
+            samples: indices into the index.
+            pictures_of: take the pictures from these samples instead (same number of pictures each).
+            step: the global step of training that the batch is for.
+        """
+        loaded: list[LoadedSample] = []
+        unreadable: list[tuple[str, str]] = []
+        for sample, picture_sample in zip(samples, samples if pictures_of is None else pictures_of, strict=True):
+            try:
+                loaded.append(self.load(sample, picture_sample))
+            except ChangedImage as error:
+                said = self.index.distrusted(picture_sample, f"image {error}")
+                unreadable.append((self.index.sample_id(sample), str(said)))
+            except UNREADABLE as error:
+                unreadable.append((self.index.sample_id(sample), str(error)))
+        return self.pack(loaded, tuple(unreadable), step)
+
+    def load(self, sample: int, picture_sample: int) -> LoadedSample:
+        """Tokenize one sample and decode its pictures.
+
+        Raises:
+            one of ``UNREADABLE``: a picture cannot be read or has changed.
+            RuntimeError: the sample is not as long as it was indexed, so the plan of its step is wrong.
+        """
+        record = self.index.record(sample)
+        chat = self.encoder.encode(record.turns)
+        lengths = self.index.lengths([sample, picture_sample])
+        supervised = int((chat.labels >= 0).sum())
+        self._compare(sample, "text tokens", len(chat.input_ids) - len(chat.image_offsets), int(lengths.text[0]))
+        self._compare(sample, "supervised tokens", supervised, int(lengths.supervised[0]))
+        self._compare(sample, "images", len(chat.image_offsets), int((lengths.span_sample == 0).sum()))
+        picture_record = record if picture_sample == sample else self.index.record(picture_sample)
+        sizes = self.index.picture_sizes(picture_sample)
+        pictures_of = self.index.pictures(picture_sample, picture_record)
+        images = [
+            load_image(picture, size, max_pixels=self.max_image_pixels, name=picture_name(picture, number))
+            for number, (picture, size) in enumerate(zip(pictures_of, sizes, strict=True))
+        ]
+        visual = int(lengths.span_tokens[lengths.span_sample == 1].sum())
+        self._compare(picture_sample, "visual tokens", sum(self.layout.tokens(sizes)), visual)
+        pictures = Pictures(sizes, self.layout.pixels(self.image_processor, images))
+        return LoadedSample(self.index.sample_id(sample), chat, pictures)
+
+    def _compare(self, sample: int, name: str, here: int, indexed: int) -> None:
+        if here != indexed:
+            raise self.index.distrusted(
+                sample, f"sample {self.index.sample_id(sample)} has {here} {name}, but {indexed} in the index"
+            )
+
+    def pack(
+        self,
+        loaded: Sequence[LoadedSample],
+        unreadable: tuple[tuple[str, str], ...] = (),
+        step: int | None = None,
+    ) -> PackedBatch:
+        """Lay samples end to end and plan the stages of the step's phase."""
+        phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
+        laid_out = [_laid_out(sample, self.layout) for sample in loaded]
+        segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
+        plan = self._plan(phase.method, segments)
+        teacher = None
+        if phase.teacher is not None:
+            own = self._plan(phase.teacher.method, segments)
+            teacher = TeacherPass(own, phase.teacher.weight, phase.teacher.temperature)
+        ids = np.concatenate([ids for _, ids in laid_out]) if laid_out else np.zeros(1, dtype=np.int64)
+        answers = [_answer_of_target(sample.chat) for sample in loaded]
+        num_answers = np.cumsum([0, *(len(sample.chat.answer_starts) for sample in loaded)])
+        targets = [sample.chat.labels[sample.chat.labels >= 0] for sample in loaded]
+        pictures = [sample.pictures for sample in loaded]
+        vision = self.layout.vision_inputs(pictures)
+        return PackedBatch(
+            input_ids=torch.from_numpy(ids),
+            visual_rows=torch.from_numpy(_visual_rows(segments)),
+            visual_index=vision.visual_index,
+            pixel_values=vision.pixel_values,
+            plan=plan,
+            targets=torch.from_numpy(_join(targets)),
+            answer_of_target=torch.from_numpy(_join([a + n for a, n in zip(answers, num_answers, strict=False)])),
+            num_answers=int(num_answers[-1]),
+            sample_ids=tuple(sample.sample_id for sample in loaded),
+            targets_per_sample=tuple(len(supervised) for supervised in targets),
+            unreadable=unreadable,
+            costs=self._costs(loaded, plan, phase, teacher, segments) if loaded else {},
+            image_inputs=vision.image_inputs,
+            positions=self.layout.positions(segments, pictures),
+            teacher=teacher,
+        )
+
+    def _plan(self, method: PruningMethod | None, segments: Sequence[SegmentLayout]) -> StreamPlan:
+        return plan_pass(segments, self.cost.decoder.num_layers, method)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that the method makes; a pass on all tokens is reported as so many equal ones."""
+        return 1 if self.method is None else len(self.method.drops(self.cost.decoder.num_layers)) + 1
+
+    def _costs(
+        self,
+        loaded: Sequence[LoadedSample],
+        plan: StreamPlan,
+        phase: Phase,
+        teacher: TeacherPass | None,
+        segments: Sequence[SegmentLayout],
+    ) -> dict[str, float]:
+        tiles = _join([np.array([len(p) for p in sample.pictures.pixels], dtype=np.int64) for sample in loaded])
+        supervised = np.array([len(segment.supervised_offsets) for segment in segments])
+        own = flops.PassCost.of(self.cost, plan, phase.method, supervised)
+        other = float(self.cost.vision(tiles).sum())
+        if teacher is not None:
+            assert phase.teacher is not None
+            lengths = np.array([stage.segment_lengths for stage in teacher.plan.stages]).T
+            other += float(self.cost.forward_text(lengths, flops.stage_layers(teacher.plan), supervised).sum())
+            other += flops.selector_flops(self.cost.decoder, teacher.plan, phase.teacher.method)
+        full = np.array(plan.stages[0].segment_lengths)[:, None]
+        dense = self.cost.text(full, [self.cost.decoder.num_layers], supervised).sum() + self.cost.vision(tiles).sum()
+        visual = sum(span.length for segment in segments for span in segment.spans)
+        return {
+            "flops_dense": float(dense),
+            "flops_other": other,
+            "visual_tokens": float(visual),
+            **self._pass_costs(own, plan, other),
+        }
+
+    def _pass_costs(self, own: flops.PassCost, plan: StreamPlan, other: float) -> dict[str, float]:
+        """What the logs say of a pass; ``other`` are FLOPs beside it."""
+        tokens = [stage.num_tokens for stage in plan.stages]
+        return {
+            "flops": own.flops + other,
+            "flops_selector": own.selector,
+            "visual_tokens_entering": own.visual.entering,
+            "visual_tokens_leaving": own.visual.leaving,
+            "cache_values": own.cache_values,
+            **{f"tokens_stage_{i}": float(tokens[min(i, len(tokens) - 1)]) for i in range(self.num_stages)},
+        }
+
+    def measured_costs(self, batch: PackedBatch, ran: StreamPlan) -> dict[str, float]:
+        """``batch.costs`` by the plan that a step's pass has really run, which an adaptive method only knows then."""
+        if not batch.costs:
+            return batch.costs
+        own = flops.PassCost.of(self.cost, ran, ran.outline.method, np.array(batch.targets_per_sample))
+        return {**batch.costs, **self._pass_costs(own, ran, batch.costs["flops_other"])}
+
+
+def _laid_out(sample: LoadedSample, layout: ImageLayout) -> tuple[SegmentLayout, np.ndarray]:
+    sizes = sample.pictures.sizes
+    return lay_out(sample.chat, layout.tokens(sizes), layout.grids(sizes))
+
+
+def lay_out(
+    chat: EncodedChat, image_tokens: Sequence[int], grids: Sequence[Grids] | None = None
+) -> tuple[SegmentLayout, np.ndarray]:
+    """Expand each image's single token to its visual tokens.
+
+    Args:
+        chat: one token an image.
+        image_tokens: visual tokens of each image.
+        grids: the rasters of each, for methods that ask where tokens lie.
+
+    Returns:
+        the segment's layout and its [L] input ids.
+    """
+    assert len(chat.image_offsets) == len(image_tokens), "one length per image"
+    extra = np.zeros(len(chat.input_ids) + 1, dtype=np.int64)
+    for offset, length in zip(chat.image_offsets, image_tokens, strict=True):
+        extra[offset + 1] = length - 1
+    moved = np.arange(len(chat.input_ids) + 1) + np.cumsum(extra)
+    spans = tuple(
+        ImageSpan(int(moved[offset]), length, own)
+        for offset, length, own in zip(chat.image_offsets, image_tokens, grids or [()] * len(image_tokens), strict=True)
+    )
+    repeats = np.ones(len(chat.input_ids), dtype=np.int64)
+    repeats[list(chat.image_offsets)] = image_tokens
+    segment = SegmentLayout(
+        key=text_key(_prompt(chat)),
+        length=int(repeats.sum()),
+        spans=spans,
+        query_offsets=tuple(int(moved[start]) - 1 for start in chat.answer_starts),
+        supervised_offsets=tuple(moved[:-1][chat.labels >= 0].tolist()),
+    )
+    return segment, np.repeat(chat.input_ids, repeats)
+
+
+def _prompt(chat: EncodedChat) -> np.ndarray:
+    """Ids of the text before the first answer."""
+    first = min(chat.answer_starts, default=len(chat.input_ids))
+    return np.delete(chat.input_ids[:first], [offset for offset in chat.image_offsets if offset < first])
+
+
+def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
+    """[V] rows of the stream that hold visual tokens."""
+    starts = np.cumsum([0, *(segment.length for segment in segments)])[:-1]
+    return _join(
+        [
+            np.arange(start + span.start, start + span.end)
+            for start, segment in zip(starts.tolist(), segments, strict=True)
+            for span in segment.spans
+        ]
+    )
+
+
+def _answer_of_target(chat: EncodedChat) -> np.ndarray:
+    supervised = np.flatnonzero(chat.labels >= 0)
+    return np.searchsorted(np.array(chat.answer_starts), supervised, side="right") - 1
+
+
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])

@@ -1,0 +1,92 @@
+"""Global steps: which samples, and how they are dealt to ranks and micro-steps.
+
+A step's samples depend on seed and epoch alone, so they are the same at any world size and the data position is the
+global step. How they are dealt is :mod:`vtprune_train.data.plan.dealing`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vtprune_train.data.plan.dealing import MicroBatches, deal
+from vtprune_train.data.plan.order import EpochOrder
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step: ``micro_batches[m][r]`` holds the sample indices of rank r in micro-step m."""
+
+    step: int
+    epoch: int
+    samples: tuple[int, ...]
+    micro_batches: MicroBatches
+
+
+class Planner:
+    """Plans global steps.
+
+    Args:
+        order: which sample stands where in each epoch.
+        measure: ``(step, samples)`` to [samples] tokens before dropping and [samples] FLOPs after it (any unit).
+        longest: tokens of the longest sample.
+        global_batch_size: samples a step; the last step of an epoch takes what is left.
+        max_tokens: most tokens (before dropping) of a micro-batch.
+        world_size: ranks.
+
+    Raises:
+        ValueError: there are no samples, or one is longer than ``max_tokens``.
+    """
+
+    REMEMBERED = 32  # plans: the loader runs ahead of the loop, and both ask
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        measure: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
+        *,
+        longest: int,
+        global_batch_size: int,
+        max_tokens: int,
+        world_size: int,
+    ):
+        if not len(order):
+            raise ValueError("there are no samples to train on")
+        if longest > max_tokens:
+            raise ValueError(
+                f"data.max_tokens={max_tokens} is smaller than the longest sample ({longest} tokens); "
+                "raise it, or lower data.max_length and set data.too_long=skip"
+            )
+        self.order, self.measure = order, measure
+        self.global_batch_size, self.max_tokens = global_batch_size, max_tokens
+        self.world_size = world_size
+        self._plans: dict[int, StepPlan] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.order) // self.global_batch_size)
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of global step ``step``, counted from 0 over all epochs."""
+        if step not in self._plans:
+            while len(self._plans) >= self.REMEMBERED:
+                del self._plans[next(iter(self._plans))]
+            self._plans[step] = self._plan(step)
+        return self._plans[step]
+
+    def _plan(self, step: int) -> StepPlan:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch_size
+        samples = self.order.samples(epoch, start, start + self.global_batch_size)
+        dealt = deal(*self.measure(step, samples), self.world_size, self.max_tokens)
+        numbers = samples.tolist()
+        micro_batches = tuple(tuple(tuple(numbers[i] for i in rank) for rank in ranks) for ranks in dealt)
+        return StepPlan(step, epoch, tuple(numbers), micro_batches)
+
+
+def data_digest(sample_ids: Sequence[str]) -> str:
+    """A hash of a step's sample ids, in order; equal digests mean equal samples."""
+    return hashlib.sha256("\n".join(sample_ids).encode()).hexdigest()[:16]

@@ -1,0 +1,182 @@
+"""A run's template and its checkpoint: the chat template that every export carries, and whether the two fit."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from vtprune_train.core.stream import IMAGE
+from vtprune_train.data.chat import TEMPLATES, ChatEncoder, EncodedChat, Template
+from vtprune_train.data.jinja import chat_template, written_by
+from vtprune_train.models import HFModule
+from vtprune_train.models.families import Loop
+from vtprune_train.models.io.processors import read_settings
+
+log = logging.getLogger(__name__)
+
+MARK = re.compile(r"<\|?[^\s<>|{}]+\|?>")  # strings that are single tokens where a template was made for them
+QUESTION = "What is shown here?"
+LONGEST_SHOWN = 300  # characters of a prompt in a message
+LONGEST_SAMPLE = 4000
+
+
+def build_encoder(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    loop: Loop,
+    image_position: Literal["as_written", "first"],
+    tokenization: Literal["processor", "llava"],
+) -> ChatEncoder:
+    """The encoder of a run with these settings, for a model of this family."""
+    image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
+    return ChatEncoder(tokenizer, template, image_token_id, image_position, loop.placeholder, tokenization)
+
+
+def carry(processor: Any, source: str) -> None:
+    """Let a processor, and so everything it is saved with, have the chat template ``source``."""
+    processor.chat_template = processor.tokenizer.chat_template = source
+
+
+def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template, *, warn: bool = True) -> None:
+    """Let generation stop at the token that ended every answer in training, which need not be the tokenizer's own;
+    ``warn`` if there is no such token."""
+    ending = template.answer.partition("{text}")[2].replace("{eos}", tokenizer.eos_token or "")
+    answer = tokenizer.encode("a" + ending, add_special_tokens=False)
+    tokens = answer[len(tokenizer.encode("a", add_special_tokens=False)) :]
+    if len(tokens) != 1:
+        if warn:
+            log.warning("the template %s ends answers with %r, which is not a single token", template.name, ending)
+        return
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if tokens[0] not in known:
+        model.generation_config.eos_token_id = [*known, tokens[0]]
+
+
+def saved_chat_template(tokenizer: PreTrainedTokenizerBase, place: str | None, *, offline: bool = False) -> str | None:
+    """The chat template that a checkpoint brings; ``None`` if it brings none.
+
+    Args:
+        tokenizer: as it was opened.
+        place: the folder or hub id that it was opened from.
+        offline: ask no hub (dry runs).
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if source is None:
+        source = (read_settings(place, "chat_template.json", offline=offline) or {}).get("chat_template")
+    return source
+
+
+def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str]:
+    """What does not fit between a template and the checkpoint that is trained with it, a line each.
+
+    Args:
+        encoder: of the run.
+        saved: see :func:`saved_chat_template`.
+        place: the setting that names the checkpoint, and its value.
+    """
+    name, tokenizer = encoder.template.name, encoder.tokenizer
+    if broken := [mark for mark in _marks(encoder.template) if not _is_token(tokenizer, mark)]:
+        yield (
+            f"data.template={name} writes {', '.join(broken)}, which the tokenizer of {place} does not have as "
+            "single tokens, so the model has not learned them as marks. Use the template that fits this checkpoint"
+        )
+    if saved is None:
+        return
+    own = [
+        text for text in (_rendered(tokenizer, saved, content) for content in _contents(encoder.image_token)) if text
+    ]
+    ours = _prompts(tokenizer, written_by(encoder))
+    if not own or any(_same(tokenizer, one, two) for one in own for two in ours):
+        return
+    others = [other for other in TEMPLATES.values() if other.name != name and _writes(encoder, other, own)]
+    hint = f"; data.template={others[0].name} is" if others else ""
+    yield (
+        f"data.template={name} is not the chat template of {place}{hint}. It writes {_shown(ours[0])}, and the "
+        f"checkpoint's {_shown(own[0])}. Exports of this run carry the run's"
+    )
+
+
+def _marks(template: Template) -> list[str]:
+    parts = (template.system, template.user, template.assistant, template.answer, template.separator)
+    return list(dict.fromkeys(mark for part in parts for mark in MARK.findall(part)))
+
+
+def _is_token(tokenizer: PreTrainedTokenizerBase, mark: str) -> bool:
+    return tokenizer.convert_ids_to_tokens(tokenizer.encode(f"a{mark}a", add_special_tokens=False)).count(mark) == 1
+
+
+def _contents(image_token: str) -> list[Any]:
+    """A question about an image in every form that chat templates take or write."""
+    parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    return [parts, f"{image_token}\n{QUESTION}", f"{image_token}{QUESTION}"]
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    rendered = (_rendered(tokenizer, source, content) for content in _contents(IMAGE)[1:])
+    return [text for text in rendered if text]
+
+
+def _writes(encoder: ChatEncoder, template: Template, texts: Sequence[str]) -> bool:
+    if "{eos}" in template.answer and encoder.tokenizer.eos_token is None:
+        return False
+    image_first = encoder.image_position == "first"
+    source = chat_template(
+        template, image_first=image_first, placeholder=encoder.placeholder, token=encoder.image_token
+    )
+    prompts = _prompts(encoder.tokenizer, source)
+    return any(_same(encoder.tokenizer, one, two) for one in texts for two in prompts)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, content: Any) -> str | None:
+    """A prompt of two turns by a chat template; ``None`` where it does not take this form of content."""
+    is_text = isinstance(content, str)
+
+    def said(text: str) -> Any:
+        return text if is_text else [{"type": "text", "text": text}]
+
+    turns = [("user", content), ("assistant", said("A cat.")), ("user", said("And there?"))]
+    messages = [{"role": role, "content": said} for role, said in turns]
+    try:
+        return tokenizer.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        log.debug("the chat template does not take %s: %s", type(content).__name__, error)
+        return None
+
+
+def _same(tokenizer: PreTrainedTokenizerBase, one: str, two: str) -> bool:
+    """Whether a processor makes the same ids of two prompts."""
+    bos = tokenizer.bos_token
+    ids = [tokenizer.encode(t, add_special_tokens=not (bos and t.startswith(bos))) for t in (one, two)]
+    return ids[0] == ids[1]
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}...")
+
+
+def shown_sample(encoder: ChatEncoder, chat: EncodedChat, image_tokens: Sequence[int]) -> str:
+    """A sample as the model gets it, for a log: supervised parts between ``[[`` and ``]]``, images as their token and
+    how often it stands there."""
+    ids, tokenizer = chat.input_ids.tolist(), encoder.tokenizer
+    is_answer = chat.labels >= 0
+    sizes = dict(zip(chat.image_offsets, image_tokens, strict=True))
+    text, done = "", 0
+    edges = [0, *(i for i in range(1, len(ids)) if i in sizes or i - 1 in sizes or is_answer[i] != is_answer[i - 1])]
+    for start, end in zip(edges, [*edges[1:], len(ids)], strict=True):
+        written = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        part, done = written[done:], len(written)
+        if start in sizes:
+            part = f"{encoder.image_token} x {sizes[start]}"
+        text += f"[[{part}]]" if is_answer[start] else part
+    return text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]}... ({len(text)} characters)"

@@ -1,0 +1,1 @@
+"""Answering questions about images, and what is reported about the answers."""

@@ -1,0 +1,206 @@
+"""One batch of greedy answers with its measurements: prefill apart from decoding, tokens of every stage, cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from vtprune_train.core.flops import (
+    DecoderGeometry,
+    VisualTokens,
+    hidden_text,
+    selector_flops,
+    stage_layers,
+    visual_per_stage,
+)
+from vtprune_train.core.stream import StreamPlan
+from vtprune_train.evaluation.answering import GREEDY, Loaded, decoded, padding
+from vtprune_train.models import HFModule
+from vtprune_train.models.cache import StagedLayer, cache_bytes
+from vtprune_train.models.forward.calls import STATE, state_of
+from vtprune_train.models.patch import is_pruned, method_of
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of a batch. Times are the batch's, shared equally among its rows.
+
+    Args:
+        answer: without special tokens and outer space.
+        visual_tokens: before dropping, then of every later stage, as the pass has really run.
+        entering, leaving, cached: means over the layers, see :class:`~vtprune_train.core.flops.VisualTokens`; counted too.
+        prompt_tokens: text and visual tokens before dropping.
+        prefill_seconds: from ``generate``'s start to the first token's logits, vision tower included.
+        decode_seconds: of all later steps; ``decode_steps`` counts them.
+        cache_bytes: keys and values behind the prefill, padding columns included.
+        prefill_flops: of decoder, selector and one row of the head; ``None`` where the decoder is not counted.
+    """
+
+    answer: str
+    visual_tokens: list[int]
+    entering: float
+    leaving: float
+    cached: float
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    decode_steps: int
+    cache_bytes: float
+    prefill_flops: float | None
+
+
+class _AtFirstToken(LogitsProcessor):
+    """Called by ``generate`` at every step; at the first one the prefill is over and the cache holds just that."""
+
+    def __init__(self, cache: DynamicCache, device: torch.device):
+        self.cache, self.device = cache, device
+        self.arrived: float | None = None
+        self.went_on = 0.0
+        self.cache_bytes = 0
+        self.tokens: list[Tensor | None] = []  # [B] of each layer; None where the cache is not staged
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.arrived is None:
+            self.arrived = now(self.device)
+            self.cache_bytes = cache_bytes(self.cache)
+            self.tokens = [
+                layer.num_tokens().cpu() if isinstance(layer, StagedLayer) else None for layer in self.cache.layers
+            ]
+            self.went_on = now(self.device)
+        return scores
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when everything submitted to ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def plans_run(model: HFModule) -> Iterator[list[StreamPlan]]:
+    """Within it, the list gets the plan of every pass that the pruned model runs over prompts, in order; decoding steps
+    have none, and neither has a model that runs dense."""
+    plans: list[StreamPlan] = []
+    if not is_pruned(model):
+        yield plans
+        return
+    inner = next(module for module in model.modules() if STATE in module.__dict__)
+    state = state_of(inner)
+
+    def note(*_: Any) -> None:
+        call = state.running.call
+        if call is not None and call.plan is not None:
+            plans.append(call.plan)
+
+    handle = inner.get_submodule(state.family.decoder).register_forward_hook(note)
+    try:
+        yield plans
+    finally:
+        handle.remove()
+
+
+def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_new_tokens: int = 0) -> list[Measured]:
+    """Answer a batch of :func:`vtprune_train.evaluation.answering.batch` greedily, pruned or dense as the model is now.
+
+    Args:
+        loaded: the model.
+        inputs: [B, L] and pixels.
+        max_new_tokens: at most, of each answer.
+        min_new_tokens: at least; for timing answers of one length.
+    """
+    device = loaded.model.device
+    cache = DynamicCache()
+    first = _AtFirstToken(cache, device)
+    with torch.inference_mode(), plans_run(loaded.model) as plans:
+        start = now(device)
+        sequences = loaded.model.generate(
+            **inputs,
+            **GREEDY,
+            **padding(loaded),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            past_key_values=cache,
+            logits_processor=LogitsProcessorList([first]),
+        )
+        end = now(device)
+    assert first.arrived is not None
+    rows = len(sequences)
+    prompts = inputs["attention_mask"].sum(dim=1).tolist()
+    before = (inputs["input_ids"] == loaded.model.config.image_token_id).sum(dim=1).tolist()
+    flops = _prefill_flops(loaded, plans[0] if plans else None, prompts)
+    counted = []
+    for row, answer in enumerate(decoded(loaded, inputs, sequences)):
+        stages, visual = _visual_tokens(plans[0] if plans else None, first, row, before[row], prompts[row])
+        counted.append(
+            Measured(
+                answer=answer,
+                visual_tokens=stages,
+                entering=visual.entering,
+                leaving=visual.leaving,
+                cached=visual.cached,
+                prompt_tokens=prompts[row],
+                prefill_seconds=(first.arrived - start) / rows,
+                decode_seconds=(end - first.went_on) / rows,
+                decode_steps=sequences.shape[1] - inputs["input_ids"].shape[1] - 1,
+                cache_bytes=first.cache_bytes / rows,
+                prefill_flops=None if flops is None else flops[row],
+            )
+        )
+    return counted
+
+
+def visual_line(plan: StreamPlan, cache: DynamicCache) -> str:
+    """What one prompt's pass took, for a log; ``cache`` holds it and what was generated since."""
+    stages, layers = visual_per_stage(plan), stage_layers(plan)
+    visual = VisualTokens.of(stages, layers, [1.0] * sum(layers))
+    whole = sum(span.length for segment in plan.outline.segments for span in segment.spans)
+    text = cache.get_seq_length() - whole - sum(hidden_text(plan, plan.outline.method))
+    cached = [int(layer.num_tokens()[0]) - text for layer in cache.layers]  # type: ignore[attr-defined]
+    return (
+        f"{whole} visual tokens; mean over layers: {visual.entering:.1f} enter a layer, {visual.leaving:.1f} leave "
+        f"one, {sum(cached) / len(cached):.1f} stay in the cache"
+    )
+
+
+def _visual_tokens(
+    plan: StreamPlan | None, first: _AtFirstToken, row: int, before: int, prompt: int
+) -> tuple[list[int], VisualTokens]:
+    """One row's visual tokens in each stage, and their means; no stage drops text."""
+    if plan is None:
+        return [before], VisualTokens(float(before), float(before), float(before))
+    text = prompt - before
+    stages = [stage.segment_lengths[row] - text for stage in plan.stages]
+    text -= hidden_text(plan, plan.outline.method)[row]
+    kept = [int(tokens[row]) - text for tokens in first.tokens if tokens is not None]
+    visual = VisualTokens.of(stages, stage_layers(plan), [1.0] * len(first.tokens))
+    return stages, VisualTokens(visual.entering, visual.leaving, sum(kept) / len(kept))
+
+
+def _prefill_flops(loaded: Loaded, plan: StreamPlan | None, prompts: list[int]) -> list[float] | None:
+    """[B]; the selector's are shared equally among the rows."""
+    try:
+        decoder = DecoderGeometry.of(loaded.model.config.get_text_config())
+    except ValueError:
+        return None
+    if plan is None:
+        return [decoder.num_layers * float(decoder.layer(np.array(n))) + decoder.head(1.0) for n in prompts]
+    lengths = np.array([stage.segment_lengths for stage in plan.stages]).T  # [B, stages]
+    selector = selector_flops(decoder, plan, method_of(loaded.model)) / len(prompts)
+    layers = (decoder.layer(lengths) * np.array(stage_layers(plan))).sum(axis=1)
+    return (layers + decoder.head(1.0) + selector).tolist()
+
+
+def drop_layers(loaded: Loaded) -> list[int]:
+    """The layers before which the model drops visual tokens as it is now."""
+    method = method_of(loaded.model) if is_pruned(loaded.model) else None
+    num_layers = loaded.model.config.get_text_config().num_hidden_layers
+    return [] if method is None else [drop.layer for drop in method.drops(num_layers)]

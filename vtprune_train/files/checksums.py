@@ -1,0 +1,184 @@
+"""Files that are checked before they are trusted.
+
+A *sealed* file holds bytes with a digest of them and of what they belong to. A *sealed folder* has a ``manifest.json``,
+written last, with the size and the CRC-32 of each of its files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from vtprune_train.files.disk import naming, remove, replace_synced, sync
+
+MANIFEST = "manifest.json"
+DIGEST_BYTES = 16
+BLOCK = 1 << 20
+
+Sums = Mapping[str, list[int]]  # of each file of a folder: its size in bytes and its CRC-32
+
+
+class SummedFile:
+    """A new file, written from front to back; on disk once it is closed. ``sums`` are its size and CRC-32."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sums = [0, 0]
+        self._file = path.open("wb", buffering=0)
+
+    def write(self, content: bytes) -> None:
+        self.sums = [self.sums[0] + len(content), zlib.crc32(content, self.sums[1])]
+        view = memoryview(content)
+        with naming(self.path):
+            while view:
+                view = view[self._file.write(view) :]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        with self._file, naming(self.path):
+            if kind is None:
+                os.fsync(self._file.fileno())
+
+
+def write_sealed(path: Path, content: bytes, identity: str) -> None:
+    """Write ``content`` as what ``identity`` says, whole or not at all, in place of whatever has the name."""
+    if path.is_dir():
+        remove(path)
+    replace_synced(path, content + _digest(identity.encode()) + _digest(content))
+
+
+def read_sealed(path: Path, identity: str) -> bytes:
+    """What :func:`write_sealed` wrote.
+
+    Raises:
+        ValueError: it is damaged, or was written as something else; says which.
+        OSError: it cannot be read.
+    """
+    check_regular(path)
+    whole = path.read_bytes()
+    content, name, digest = whole[: -2 * DIGEST_BYTES], whole[-2 * DIGEST_BYTES : -DIGEST_BYTES], whole[-DIGEST_BYTES:]
+    if len(whole) < 2 * DIGEST_BYTES or _digest(content) != digest:
+        raise ValueError(f"its {len(whole)} bytes are cut off or changed")
+    if name != _digest(identity.encode()):
+        raise ValueError("it belongs to something else")
+    return content
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def seal(folder: Path, manifest: Mapping[str, Any], sums: Sums) -> None:
+    """Write the manifest of a folder whose files are on disk."""
+    text = json.dumps({**manifest, "sums": dict(sums)}, indent=1)
+    content = json.dumps({**json.loads(text), "checksum": zlib.crc32(text.encode())}, indent=1)
+    replace_synced(folder / MANIFEST, content)
+
+
+def seal_as_it_is(folder: Path) -> None:
+    """Seal a folder of files that others have written."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        sync(path)
+    seal(folder, {}, {str(path.relative_to(folder)): checksum(path) for path in files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a sealed folder, its ``sums`` included; its files are not looked at.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    check_regular(folder / MANIFEST)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(manifest, dict):
+        raise ValueError("no JSON object")
+    checksum = manifest.pop("checksum", None)
+    if zlib.crc32(json.dumps(manifest, indent=1).encode()) != checksum:
+        raise ValueError("its content does not fit its checksum")
+    return manifest
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a sealed folder; empty if nothing is. Reads all of its files."""
+    try:
+        sums = read_manifest(folder)["sums"]
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in sums.items():
+        try:
+            found = checksum(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != expected:
+            return f"{name} is cut off or changed"
+    return ""
+
+
+class Watch:
+    """Notices that a file of a sealed folder is changed in place while it is mapped. One that is removed, or replaced
+    by another, stays what it was for those who have mapped it.
+
+    Args:
+        folder: whose files have just been checked.
+        sums: of its manifest.
+    """
+
+    def __init__(self, folder: Path, sums: Sums):
+        self.folder, self.sums = folder, sums
+        self._stamps = {name: _stamp(folder / name) for name in sums}
+
+    def changed(self) -> str:
+        """The name of a file that was changed; empty if there is none."""
+        return next((name for name in self._stamps if self._is_changed(name)), "")
+
+    def _is_changed(self, name: str) -> bool:
+        found, known = _stamp(self.folder / name), self._stamps[name]
+        if found == known or not found or not known or found[0] != known[0]:
+            return False
+        if checksum(self.folder / name) != self.sums[name]:
+            return True
+        self._stamps[name] = found  # another owner, another link to it
+        return False
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes with every change in place, whatever times are given to the file; empty if there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ()
+    return state.st_ino, state.st_dev, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def check_regular(path: Path) -> None:
+    """Refuse to read what is no regular file: a pipe or a device may have no end.
+
+    Raises:
+        OSError: there is something else, or nothing.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+
+
+def checksum(path: Path) -> list[int]:
+    """Size in bytes and CRC-32 of a file."""
+    check_regular(path)
+    size = crc = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]

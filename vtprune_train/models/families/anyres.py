@@ -1,0 +1,103 @@
+"""AnyRes tiling and ``spatial_unpad`` of LLaVA-NeXT, as index arithmetic on the host.
+
+A picture becomes one base tile (the whole picture, squeezed) and a grid of tiles of its best-fitting resolution. After
+projection, rows and columns of the grid that hold only padding are cut away and a newline feature ends every row. All
+of that is a gather: :func:`visual_index` says which row of the projected features stands at each visual token.
+
+Source: ``LlavaNextModel.pack_image_features`` and ``LlavaNextProcessor`` of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from transformers.image_processing_utils import select_best_resolution
+
+from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, Size, check_class_token_is_dropped
+
+
+@dataclass(frozen=True)
+class AnyRes(GatheredTiles):
+    """Tiling geometry: resolutions ``(height, width)`` to choose from, the tower's tile and patch size, in pixels."""
+
+    pinpoints: tuple[tuple[int, int], ...]
+    tile_size: int
+    patch_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> AnyRes:
+        """Read a ``LlavaNextConfig``.
+
+        Raises:
+            ValueError: the config keeps the class token, or its pinpoints are no multiples of the tile size.
+        """
+        check_class_token_is_dropped(config)
+        return cls.of_pinpoints(config)
+
+    @classmethod
+    def of_pinpoints(cls, config: Any) -> AnyRes:
+        """Read pinpoints, tile and patch size of any config that has them.
+
+        Raises:
+            ValueError: the pinpoints are no multiples of the tile size.
+        """
+        tile = config.vision_config.image_size
+        pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+        wrong = [list(point) for point in pinpoints if point[0] % tile or point[1] % tile]
+        if wrong:
+            raise ValueError(f"image_grid_pinpoints {wrong} are no multiples of the tower's image_size {tile}")
+        return cls(pinpoints, tile, config.vision_config.patch_size)
+
+    def grid(self, image_size: Size) -> tuple[int, int]:
+        """Rows and columns of tiles for a picture of ``(height, width)`` pixels."""
+        height, width = select_best_resolution(tuple(image_size), [list(point) for point in self.pinpoints])
+        return height // self.tile_size, width // self.tile_size
+
+    def num_tiles(self, image_size: Size) -> int:
+        """Tiles that the tower sees, the base tile included."""
+        rows, columns = self.grid(image_size)
+        return 1 + rows * columns
+
+    def visual_index(self, image_size: Size) -> np.ndarray:
+        return _visual_index(self, int(image_size[0]), int(image_size[1]))
+
+    def feature_grid(self, image_size: Size) -> tuple[int, int]:
+        """Rows and columns of the grid's features without padding and newlines."""
+        rows, columns = (tiles * self.patches_per_side for tiles in self.grid(image_size))
+        top, left = _padding(*image_size, rows, columns)
+        return rows - 2 * top, columns - 2 * left
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        """The base tile; the unpadded tiles with their column of newlines."""
+        side = self.patches_per_side
+        return [((side, side), (rows, columns + 1)) for rows, columns in map(self.feature_grid, sizes)]
+
+    def examples(self) -> list[Size]:
+        return list(self.pinpoints)
+
+
+@lru_cache(maxsize=65536)
+def _visual_index(anyres: AnyRes, height: int, width: int) -> np.ndarray:
+    side, per_tile = anyres.patches_per_side, anyres.patches_per_tile
+    rows, columns = anyres.grid((height, width))
+    tiles = np.arange(per_tile, per_tile * (1 + rows * columns)).reshape(rows, columns, side, side)
+    features = tiles.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+    top, left = _padding(height, width, *features.shape)
+    features = features[top : features.shape[0] - top, left : features.shape[1] - left]
+    newlines = np.full((features.shape[0], 1), NEWLINE)
+    index = np.concatenate([np.arange(per_tile), np.concatenate([features, newlines], axis=1).ravel()])
+    index.setflags(write=False)
+    return index
+
+
+def _padding(height: int, width: int, grid_height: int, grid_width: int) -> tuple[int, int]:
+    """Feature rows above (and below) and columns left (and right) of the picture that hold only padding."""
+    if width / height > grid_width / grid_height:
+        used = int(round(height * (grid_width / width), 7))
+        return (grid_height - used) // 2, 0
+    used = int(round(width * (grid_height / height), 7))
+    return 0, (grid_width - used) // 2

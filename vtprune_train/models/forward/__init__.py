@@ -1,0 +1,1 @@
+"""The forward pass of unmodified Hugging Face models on packed and padded batches."""

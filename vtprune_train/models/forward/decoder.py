@@ -1,0 +1,516 @@
+"""The loop over Hugging Face decoder layers, with a drop at every boundary.
+
+The layers run unchanged: a packed stream is one row without padding, so they need no mask, and each attention backend
+reads ``cu_seqlens``. At a boundary the method picks the survivors and the stream is gathered once.
+
+Shape suffixes: T tokens in the stream, C hidden size, Q query rows, H query heads, G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from vtprune_train.core.plan import replan
+from vtprune_train.core.stream import Boundary, Drop, Stage, StreamPlan, to_device
+from vtprune_train.models import HFModule
+from vtprune_train.models.cache import PackedCache, StageCache
+from vtprune_train.models.forward import ranges
+from vtprune_train.models.forward.attention import PREFIX, Packing
+from vtprune_train.models.forward.keys import StageKeys
+from vtprune_train.models.forward.sharding import call_inside, check_all_heads, check_whole_stream
+from vtprune_train.pruning.base import Candidates, EncoderSignals, PruningMethod, Ranking
+from vtprune_train.pruning.ops.selection import next_rows
+
+PARAMETERS = "pruning"  # the decoder's submodule that holds what a method learns
+
+
+@dataclass
+class DecoderOutput:
+    """What the layers leave.
+
+    ``last_hidden_state`` [T_last, C] before the final norm. For each boundary, ``kept`` [T_next] int64 are the rows of
+    the ending stage that entered the next (-1: it came back from aside), and ``origins`` [T_next] int64 the rows of the
+    first stage that they were there; tokens made of others name one of those. ``plan`` is what was run: as given, with
+    the counts of adaptive drops.
+    """
+
+    last_hidden_state: Tensor
+    kept: tuple[Tensor, ...]
+    origins: tuple[Tensor, ...]
+    plan: StreamPlan
+
+
+@dataclass
+class Staging:
+    """What a forward pass over padded rows adds to a packed stream.
+
+    Args:
+        positions: for each stage, [T] or [parts, T] int64; only the first is read if the survivors keep theirs.
+        cache: where keys and values go; ``None`` without a cache.
+        joins: for each layer, how its tokens join ``cache``; empty without one.
+        ranked_keys: for each boundary, how the next layer's cached keys join the ending stage's tokens for
+            ``rank_with: next_layer``; empty where nothing is cached yet.
+        ranked_boundaries: for each boundary, the one whose rows count in the joined keys; empty likewise.
+        cached_layouts: for each layer that chooses keys, its stage's layout among cached and new ones; empty likewise.
+        visual_rows: [V] int64, rows of the first stage that hold visual tokens, for ``deepstack``.
+        deepstack: features [V, C] of all visual tokens, added to their rows after layer 0, 1, ...
+        replanned: the staging of a plan with other counts, on the host; ``None`` where segments count from 0 and
+            nothing is cached.
+        before: the cache as the call finds it.
+    """
+
+    positions: tuple[Tensor, ...]
+    cache: PackedCache | None = None
+    joins: tuple[StageCache, ...] = ()
+    ranked_keys: tuple[StageCache, ...] = ()
+    ranked_boundaries: tuple[Boundary, ...] = ()
+    cached_layouts: dict[int, Boundary] = field(default_factory=dict)
+    visual_rows: Tensor | None = None
+    deepstack: tuple[Tensor, ...] = ()
+    replanned: Callable[[StreamPlan], Staging] | None = None
+    before: Any = None
+
+    def cache_keywords(self, layer: int) -> dict[str, Any]:
+        """What a decoder layer is told about the cache; makes it ready for that layer."""
+        if self.cache is None:
+            return {"use_cache": False}
+        self.cache.stage = self.joins[layer]
+        return {"use_cache": True, "past_key_values": self.cache}
+
+    @classmethod
+    def counted(cls, plan: StreamPlan) -> Staging:
+        """Segments count from 0 in every stage."""
+        return cls(tuple(stage.position_ids for stage in plan.stages))
+
+
+def run_layers(
+    text_model: HFModule,
+    hidden_TC: Tensor,
+    plan: StreamPlan,
+    method: PruningMethod | None = None,
+    staging: Staging | None = None,
+    encoder: EncoderSignals | None = None,
+) -> DecoderOutput:
+    """Run a packed stream through the decoder layers of ``text_model`` (anything built like ``LlamaModel``).
+
+    Args:
+        text_model: has ``layers``, ``rotary_emb``; its ``config._attn_implementation`` is one of our backends.
+        hidden_TC: [T, C], embedded text and projected images in place.
+        plan: the stages; its tensors are on the device of ``hidden_TC``.
+        method: who picks the survivors; may be ``None`` if the plan has no boundary.
+        staging: positions, cache and features of a pass over padded rows; ``None`` numbers each segment from 0.
+        encoder: what the vision tower thought of the visual tokens, for methods that ask.
+    """
+    check_attention(text_model)
+    walk = _Walk(text_model, method, plan, staging or Staging.counted(plan), hidden_TC.unsqueeze(0), encoder)
+    for index in range(len(plan.stages)):
+        ranking = walk.run_stage(index)
+        if index < len(plan.boundaries):
+            walk.cross(index, ranking)
+    walk.touch_unused()
+    return DecoderOutput(walk.hidden.squeeze(0), tuple(walk.kept), tuple(walk.origins), walk.plan)
+
+
+class _Walk:
+    """A stream on its way through the stages."""
+
+    def __init__(
+        self,
+        text_model: HFModule,
+        method: PruningMethod | None,
+        plan: StreamPlan,
+        staging: Staging,
+        hidden: Tensor,
+        encoder: EncoderSignals | None,
+    ):
+        self.text_model, self.method, self.plan, self.staging = text_model, method, plan, staging
+        self.hidden, self.encoder = hidden, encoder
+        self.position_ids = staging.positions[0].unsqueeze(-2)  # [1, T] or [parts, 1, T]
+        self.origin = torch.arange(hidden.shape[1], device=hidden.device)
+        self.deepstack = _Deepstack(staging)
+        # Of each visual token, which of the first stage's it is; -1: a learned one.
+        self.visual = _first_visual(plan, hidden.device)
+        self.asides: dict[int, _Aside] = {}
+        self.memories: dict[int, dict[str, Any]] = {}
+        self.kept: list[Tensor] = []
+        self.origins: list[Tensor] = []
+
+    def run_stage(self, index: int) -> Ranking | None:
+        """The stage's layers; returns the ranking that its last layer's attention gives, if the boundary asks it."""
+        stage = self.plan.stages[index]
+        self.rotary = self.text_model.rotary_emb(self.hidden, position_ids=self.position_ids)
+        part = self._ranking_part(index)
+        probe = None
+        if part is not None and part.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
+            probe = _Probe(self.plan.boundaries[index].query_rows)
+        before = self.staging.before
+        keys = StageKeys.of(
+            self.plan,
+            index,
+            self.method,
+            self.staging.cached_layouts,
+            self.text_model.config,
+            None if before is None else before.has_images,
+        )
+        for layer_index in range(stage.first_layer, stage.end_layer):
+            is_last = layer_index == stage.end_layer - 1
+            choice = None if keys is None else keys.layer(layer_index, self.staging.cache)
+            packing = Packing(_lengths(stage, self.staging, layer_index), probe if is_last else None, choice)
+            self.hidden = self.text_model.layers[layer_index](
+                self.hidden, attention_mask=None, position_ids=self.position_ids, position_embeddings=self.rotary,
+                packing=packing, **self.staging.cache_keywords(layer_index),
+            )  # fmt: skip
+            check_whole_stream(self.hidden, sum(stage.segment_lengths), layer_index)
+            self.hidden = self.deepstack.add(self.hidden, layer_index)
+        if part is None:
+            return None
+        if part.rank_with == "next_layer":
+            with record_function(ranges.RANK):
+                ranking = self._rank_with_next_layer(part, index)
+            return self._with_ones(ranking, index) if part.gravity else ranking
+        if probe is None:
+            raise ValueError(
+                f"{part.name} ranks by the layer before layer {stage.end_layer}, but none has run; use "
+                "rank_with=next_layer or a later layer"
+            )
+        ranking = probe.ranking(_scaling(self.text_model.layers[stage.end_layer - 1]))
+        reader = f"{part.name} (decoder layer {stage.end_layer - 1})"
+        check_all_heads(self.text_model.config, reader, ranking.queries.shape[1], ranking.keys.shape[1])
+        ranking = ranking if part.rotary else self._unrotated(ranking, index)
+        return self._with_ones(ranking, index) if part.gravity else ranking
+
+    def cross(self, index: int, ranking: Ranking | None) -> None:
+        """Let the method choose, and gather the stream for the next stage."""
+        part, boundary = self._part(index), self.plan.boundaries[index]
+        assert part is not None, "a plan with boundaries needs the method that planned it"
+        aside = self._aside(index)
+        with record_function(ranges.CHOOSE):
+            selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
+        if selection.counts is not None:
+            self._replan(index, selection.counts)
+            boundary = self.plan.boundaries[index]
+        chosen = selection.chosen
+        text_rows, next_order = boundary.text_rows, boundary.next_order
+        if aside is not None and boundary.drop.returns:
+            rows = _joined(text_rows, aside.rows_now(boundary.visual_rows), chosen, next_order)
+            self.hidden = _joined(self.hidden[0, text_rows], aside.hidden, chosen, next_order, dim=0).unsqueeze(0)
+            positions = _joined(self.position_ids[..., text_rows], aside.position_ids, chosen, next_order)
+            self.origin = _joined(self.origin[text_rows], aside.origin, chosen, next_order)
+            self.visual = aside.visual.index_select(0, chosen)
+        else:
+            with record_function(ranges.CHOOSE):
+                rows = next_rows(boundary, chosen)
+            with record_function(ranges.GATHER):
+                self.hidden = self.hidden.index_select(1, rows)
+            positions = self.position_ids.index_select(-1, rows)
+            self.origin = self.origin.index_select(0, rows)
+            self.visual = self.visual.index_select(0, chosen)
+        if selection.at is not None and selection.values is not None:
+            at = boundary.next_visual_rows.index_select(0, selection.at)
+            self.hidden = self.hidden.index_copy(1, at, selection.values.to(self.hidden.dtype).unsqueeze(0))
+            if boundary.drop.adds:
+                self.visual = self.visual.index_fill(0, selection.at, -1)
+        if aside is not None:
+            aside.alive = chosen if boundary.drop.returns else aside.alive.index_select(0, chosen)
+        self.deepstack.move(boundary.next_visual_rows, self.visual)
+        numbered = renumbers(part, boundary.drop) and positions.ndim == 2
+        self.position_ids = self.staging.positions[index + 1].unsqueeze(-2) if numbered else positions
+        self.kept.append(rows)
+        self.origins.append(self.origin)
+
+    def touch_unused(self) -> None:
+        """Give parameters of methods that had no boundary in this pass a gradient of zero: ones without any would take
+        their last one again under ZeRO-3."""
+        if self.method is None or not torch.is_grad_enabled():
+            return
+        acted = {boundary.drop.owner for boundary in self.plan.boundaries}
+        for owner in range(len(self.method.parts)):
+            if owner not in acted and (module := self._module(owner)) is not None:
+                self.hidden = self.hidden + module(self.hidden[0, :0]).sum()
+
+    def _part(self, index: int) -> PruningMethod | None:
+        """Whose boundary ends stage ``index``."""
+        if self.method is None or index >= len(self.plan.boundaries):
+            return None
+        return self.method.parts[self.plan.boundaries[index].drop.owner]
+
+    def _ranking_part(self, index: int) -> PruningMethod | None:
+        """Whose ranking the boundary that ends stage ``index`` wants."""
+        part = self._part(index)
+        ranked = part is not None and part.rank_with is not None and self.plan.boundaries[index].drop.ranked
+        return part if ranked else None
+
+    def _module(self, owner: int) -> HFModule | None:
+        """The parameters of one method; those of a combination are a dictionary by owner."""
+        assert self.method is not None
+        module = getattr(self.text_model, PARAMETERS, None)
+        if module is None or len(self.method.parts) == 1:
+            return module
+        return dict(module.named_children()).get(str(owner))
+
+    def _aside(self, index: int) -> _Aside | None:
+        """The tokens that the method of a boundary brings back there or later, brought up to date; from its first
+        boundary on."""
+        boundary = self.plan.boundaries[index]
+        owner = boundary.drop.owner
+        ahead = (other.drop for other in self.plan.boundaries[index:])
+        if not any(drop.returns and drop.owner == owner for drop in ahead):
+            return None
+        rows = boundary.visual_rows
+        now = self.hidden[0].index_select(0, rows)
+        if owner not in self.asides:
+            alive = torch.arange(len(rows), device=rows.device)
+            positions = self.position_ids.index_select(-1, rows)
+            self.asides[owner] = _Aside(now, now, positions, self.origin.index_select(0, rows), self.visual, alive)
+        else:
+            aside = self.asides[owner]
+            aside.before, aside.hidden = aside.hidden, aside.hidden.index_copy(0, aside.alive, now)
+        return self.asides[owner]
+
+    def _candidates(
+        self, part: PruningMethod, boundary: Boundary, ranking: Ranking | None, index: int, aside: _Aside | None
+    ) -> Candidates:
+        stream = self.hidden[0]
+        returned = aside if boundary.drop.returns else None
+        encoder = None
+        if part.encoder_layers and self.encoder is not None:
+            encoder = _seen_of(self.encoder, self.visual if returned is None else returned.visual)
+
+        def hidden() -> Tensor:
+            return stream.index_select(0, boundary.visual_rows) if returned is None else returned.hidden
+
+        return _Read(
+            {
+                "hidden": hidden,
+                "before": hidden if returned is None else lambda: returned.before,
+                "instruction": lambda: stream.index_select(0, boundary.query_rows),
+            },
+            boundary=self.staging.ranked_boundaries[index] if self.staging.ranked_boundaries else boundary,
+            ranking=ranking,
+            encoder=encoder,
+            memory=self.memories.setdefault(boundary.drop.owner, {}),
+            module=self._module(boundary.drop.owner),
+            training=self.text_model.training and torch.is_grad_enabled(),
+        )
+
+    def _replan(self, index: int, counts: Tensor) -> None:
+        """Lay out what follows an adaptive boundary by what it left: the one copy to the host."""
+        if not self.plan.boundaries[index].spans:
+            return
+        before = [np.array([span.after for span in b.spans]) for b in self.plan.boundaries[:index]]
+        plan = replan(self.plan, [*before, counts.cpu().numpy()])
+        replanned = self.staging.replanned
+        self.plan = to_device(plan, self.hidden.device)
+        staging = Staging.counted(self.plan) if replanned is None else replanned(plan)
+        self.staging = replace(staging, positions=(self.staging.positions[0], *staging.positions[1:]))
+
+    def _rank_with_next_layer(self, part: PruningMethod, index: int) -> Ranking:
+        """The layer about to run ranks: its input norm, its query and key projections, the ending stage's positions.
+
+        Queries are projected for the query rows only. Runs the same modules whether or not the stream has images, so
+        that ranks stay together under ZeRO-3.
+        """
+        boundary, staging = self.plan.boundaries[index], self.staging
+        with torch.set_grad_enabled(torch.is_grad_enabled() and part.differentiable):
+            layer = self.text_model.layers[boundary.layer]
+            cos, sin = (table.squeeze(0) for table in self.rotary)  # [T, D]
+            rows = boundary.query_rows
+            queries, keys = call_inside(layer, _layer_heads, self.hidden, rows)
+            check_all_heads(
+                self.text_model.config, f"{part.name} (decoder layer {boundary.layer})", queries.shape[1], keys.shape[1]
+            )
+            if part.rotary:
+                queries = _rotate(queries, cos.index_select(0, rows), sin.index_select(0, rows))
+                keys = _rotate(keys, cos, sin)
+            if staging.ranked_keys and staging.cache is not None and part.rotary:
+                staging.cache.stage = staging.ranked_keys[index]
+                keys = staging.cache.joined_keys(keys, boundary.layer)
+        return Ranking(queries, keys, _scaling(layer))
+
+    def _with_ones(self, ranking: Ranking, index: int) -> Ranking:
+        """With vectors of ones at the query rows and the candidates, rotated as the ending stage's tokens are."""
+        boundary = self.plan.boundaries[index]
+
+        def rotated(rows: Tensor) -> Tensor:
+            cos, sin = (table.squeeze(0).index_select(0, rows) for table in self.rotary)
+            return _rotate(torch.ones_like(cos).unsqueeze(1), cos, sin).squeeze(1)
+
+        return replace(ranking, ones=(rotated(boundary.query_rows), rotated(boundary.visual_rows)))
+
+    def _unrotated(self, ranking: Ranking, index: int) -> Ranking:
+        """Queries and keys before the rotary embedding, of the new tokens only."""
+        scaled = getattr(self.text_model.rotary_emb, "attention_scaling", 1.0)  # YaRN's tables are more than a rotation
+        cos, sin = (table.squeeze(0) / scaled**2 for table in self.rotary)
+        rows, keys = self.plan.boundaries[index].query_rows, ranking.keys
+        if self.staging.joins:
+            stage = self.plan.stages[index]
+            keys = keys.index_select(0, self.staging.joins[stage.end_layer - 1].new_keys(stage.segment_lengths))
+        queries = _rotate(ranking.queries, cos.index_select(0, rows), -sin.index_select(0, rows))
+        return Ranking(queries, _rotate(keys, cos, -sin), ranking.scaling)
+
+
+@dataclass
+class _Aside:
+    """All visual tokens of a method's first boundary, V0 of them: their latest states, those at its boundary before
+    that (``before``), positions and origins, and which of them are in the stream now (``alive`` [V])."""
+
+    hidden: Tensor
+    before: Tensor
+    position_ids: Tensor
+    origin: Tensor
+    visual: Tensor
+    alive: Tensor
+
+    def rows_now(self, visual_rows: Tensor) -> Tensor:
+        """[V0] rows of the stream, -1 for those set aside."""
+        return torch.full_like(self.origin, -1).index_copy(0, self.alive, visual_rows)
+
+
+class _Read(Candidates):
+    """Candidates that read the stream when they are asked to."""
+
+    def __init__(self, readers: dict[str, Callable[[], Tensor]], **given: Any):
+        self.__dict__.update(given, _readers=readers)
+
+    def __getattr__(self, name: str) -> Tensor:
+        reader = self.__dict__["_readers"].get(name)
+        if reader is None:
+            raise AttributeError(name)
+        self.__dict__[name] = reader()
+        return self.__dict__[name]
+
+
+def renumbers(part: PruningMethod, drop: Drop) -> bool:
+    """Whether positions are counted anew behind a drop of ``part`` (never where they have three parts)."""
+    return part.positions == "renumber" or drop.adds
+
+
+def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
+    """Of some tokens, named as in ``_Walk.visual``."""
+    known, learned = visual.clamp(min=0), visual < 0
+    return EncoderSignals(
+        signals.attention.index_select(1, known).masked_fill(learned, float("nan")),
+        signals.keys.index_select(0, known).masked_fill(learned[:, None], 0.0),
+        signals.tile.index_select(0, known).masked_fill(learned, -1),
+    )
+
+
+def _joined(text: Tensor, visual: Tensor, chosen: Tensor, order: Tensor, dim: int = -1) -> Tensor:
+    """Text and the chosen visual tokens, in the next stage's order."""
+    return torch.cat([text, visual.index_select(dim, chosen)], dim=dim).index_select(dim, order)
+
+
+def _first_visual(plan: StreamPlan, device: torch.device) -> Tensor:
+    """[V] 0, 1, ...: the visual tokens of the first stage."""
+    return torch.arange(len(plan.boundaries[0].visual_rows) if plan.boundaries else 0, device=device)
+
+
+def check_attention(text_model: HFModule) -> None:
+    """Refuse a decoder whose attention does not read lengths.
+
+    Raises:
+        ValueError: it was changed after ``prune``.
+    """
+    name = text_model.config._attn_implementation
+    if not str(name).startswith(PREFIX):
+        raise ValueError(
+            f"the attention of this pruned model was set to {name!r}, under which samples of a batch would see each "
+            "other; unprune(model) first, or choose it by prune(..., attention=...)"
+        )
+
+
+class _Deepstack:
+    """Visual features that enter after the first layers, at the tokens that are in the stream there; what is aside
+    then goes without, as do learned tokens."""
+
+    def __init__(self, staging: Staging):
+        self.features, self.rows = staging.deepstack, staging.visual_rows
+        self.visual: Tensor | None = None  # as in _Walk; None: all of the first stage's
+
+    def add(self, hidden: Tensor, layer_index: int) -> Tensor:
+        if layer_index >= len(self.features) or self.rows is None:
+            return hidden
+        features = self.features[layer_index]
+        if self.visual is not None:
+            features = features.index_select(0, self.visual.clamp(min=0)).masked_fill(self.visual[:, None] < 0, 0.0)
+        return hidden.index_add(1, self.rows, features.to(hidden.dtype).unsqueeze(0))
+
+    def move(self, next_rows: Tensor, visual: Tensor) -> None:
+        self.rows, self.visual = next_rows, visual
+
+
+def _lengths(stage: Stage, staging: Staging, layer: int) -> dict[str, Any]:
+    """What a layer's attention kernel is told about segments; see :class:`~vtprune_train.models.forward.attention.Packing`."""
+    lengths: dict[str, Any] = {
+        "cu_seq_lens_q": stage.cu_seqlens,
+        "cu_seq_lens_k": stage.cu_seqlens,
+        "max_length_q": stage.max_seqlen,
+        "max_length_k": stage.max_seqlen,
+        "segment_lengths": stage.segment_lengths,
+    }
+    if staging.cache is not None:
+        joined = staging.joins[layer]
+        lengths |= {
+            "cu_seq_lens_k": joined.cu_seqlens_k,
+            "max_length_k": max(joined.key_lengths),
+            "key_lengths": joined.key_lengths,
+        }
+    return lengths
+
+
+class _Probe:
+    """Takes queries and keys out of a layer's attention, once: recomputing the layer does not take them again."""
+
+    def __init__(self, query_rows: Tensor):
+        self.query_rows = query_rows
+        self.called = False
+        self.taken: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, q_THD: Tensor, k_TGD: Tensor) -> None:
+        if not self.called:
+            self.called = True
+            with record_function(ranges.RANK):
+                self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
+
+    def ranking(self, scaling: float) -> Ranking:
+        """What was taken; the probe drops it, because a layer that is recomputed keeps its probe until the backward
+        pass."""
+        assert self.taken is not None, "the attention backend did not call the probe"
+        (queries, keys), self.taken = self.taken, None
+        return Ranking(queries, keys, scaling)
+
+
+def _layer_heads(layer: HFModule, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[Q, H, D] queries of ``rows`` [Q] and [T, G, D] keys, before the rotary embedding, of ``hidden`` [1, T, C]."""
+    return call_inside(layer.self_attn, _attention_heads, layer.input_layernorm(hidden).squeeze(0), rows)
+
+
+def _attention_heads(attention: HFModule, normed_TC: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    # Without query rows one is projected and dropped: the scale of an FP8 product is a maximum over its rows.
+    asking = normed_TC.index_select(0, rows) if len(rows) else normed_TC[:1]
+    return _heads(attention, "q", asking)[: len(rows)], _heads(attention, "k", normed_TC)
+
+
+def _heads(attention: HFModule, which: str, normed_TC: Tensor) -> Tensor:
+    """[T, heads, D]: one projection, with the per-head norm of the families that have one."""
+    projected = getattr(attention, f"{which}_proj")(normed_TC).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{which}_norm", None)
+    return projected if norm is None else norm(projected)
+
+
+def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout of Llama and its relatives."""
+    first, second = x_THD.chunk(2, dim=-1)
+    return x_THD * cos_TD.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_TD.unsqueeze(1)
+
+
+def _scaling(layer: HFModule) -> float:
+    return layer.self_attn.scaling

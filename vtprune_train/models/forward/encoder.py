@@ -1,0 +1,220 @@
+"""The vision tower's attention, read while it runs: hooks on the projections of the asked layers, whose outputs are
+there anyway, and what attention each patch receives computed from them.
+
+Shape suffixes: P tiles, N patches of a tile, S tokens of a tile in the tower (patches, and a class token in front), H
+heads, D head size, V visual tokens of the stream, M tower hidden size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vtprune_train.models import HFModule
+from vtprune_train.models.families import Family
+from vtprune_train.models.families.layout import CLASS_TOKENS, NEWLINE
+from vtprune_train.models.forward.compile import eager
+from vtprune_train.models.forward.sharding import check_all_heads
+from vtprune_train.pruning.base import EncoderRows, EncoderSignals, PruningMethod
+
+SEEN = "_vtprune_seen"
+MAPS = 4  # whole attention maps held at a time
+
+
+def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
+    """Refuse a method that reads the tower where that cannot be done, judged by the model's config.
+
+    Raises:
+        ValueError: naming the method, the family and what works there.
+    """
+    if not method.encoder_layers:
+        return
+    instead = "use a method that does not ask it, for example divprune or cdpruner"
+    if family.patches is None:
+        raise ValueError(
+            f"{method.name} reads the vision tower's attention, which {family.title} does not give; {instead}"
+        )
+    vision = config.vision_config
+    if vision.model_type not in CLASS_TOKENS:
+        raise ValueError(
+            f"{method.name} reads the attention of {' and '.join(CLASS_TOKENS)} towers, not of a {vision.model_type}; "
+            f"{instead}"
+        )
+    if method.multi_turn == "keep_dense":
+        raise ValueError(
+            f"{method.name} reads the vision tower, which does not see earlier images again: multi_turn='keep_dense' "
+            "cannot be combined with it; use multi_turn='drop'"
+        )
+    try:
+        layers_read(config, method.encoder_layers)
+    except ValueError as error:
+        raise ValueError(f"{method.name}: {error}") from error
+
+
+def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
+    """Layers of the tower, counted from 0, that ``wanted`` names.
+
+    Args:
+        config: has ``vision_feature_layer`` and the tower's ``vision_config``.
+        wanted: from 0 on, or negative: -1 is the last that the decoder's features come from. Negative ones that reach
+            in front of the first layer are left out.
+
+    Raises:
+        ValueError: a layer does not exist, or none is left.
+    """
+    depth, chosen = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    states = [chosen] if isinstance(chosen, int) else chosen  # of depth + 1; state 0 is the first layer's input
+    last = max(state if state >= 0 else depth + 1 + state for state in states) - 1
+    layers = [layer if layer >= 0 else last + 1 + layer for layer in wanted]
+    if beyond := [layer for layer in layers if layer >= depth]:
+        raise ValueError(
+            f"the vision tower has no layer {beyond[0]}, but {depth} (counted from 0); use one from 0 to {last}, or "
+            "negative ones, which count from the end"
+        )
+    layers = [layer for layer in layers if layer >= 0]
+    if not layers:
+        raise ValueError(
+            f"{list(wanted)} names no layer of the vision tower's first {last + 1}, which the decoder's features come "
+            f"from; use one from 0 to {last}, or -1 for the last of them"
+        )
+    return layers
+
+
+class Reading:
+    """What the hooks noted of one run of the tower: for each layer, queries (of the class token alone, where there is
+    one and ``asked`` is ``class``) and keys [P, S, M]."""
+
+    def __init__(self, config: Any, wanted: Sequence[int], asked: EncoderRows = "class"):
+        self.class_tokens = CLASS_TOKENS[config.vision_config.model_type]
+        self.rows = self.class_tokens if asked == "class" else 0  # 0: all
+        self.layers = layers_read(config, wanted)
+        self.queries: dict[int, Tensor] = {}
+        self.keys: dict[int, Tensor] = {}
+        self.vision = config.vision_config
+        self.heads = self.vision.num_attention_heads
+        self.head_size = self.vision.hidden_size // self.heads
+
+    def hook(self, tower: HFModule) -> list[Any]:
+        handles = []
+        for layer in set(self.layers):
+            attention = tower.encoder.layers[layer].self_attn
+            handles.append(attention.q_proj.register_forward_hook(self._note(self.queries, layer, self.rows)))
+            handles.append(attention.k_proj.register_forward_hook(self._note(self.keys, layer, 0)))
+        return handles
+
+    def _note(self, notes: dict[int, Tensor], layer: int, rows: int) -> Any:
+        reader = threading.get_ident()
+
+        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            if threading.get_ident() != reader:
+                return  # another request on the same model
+            check_all_heads(self.vision, f"layer {layer} of the vision tower", output.shape[-1] // self.head_size)
+            noted = output.detach()
+            notes[layer] = noted[:, :rows].clone() if rows else noted  # the other queries need not be held
+
+        return note
+
+    @torch.no_grad()
+    def signals(self, index: Tensor) -> EncoderSignals:
+        """The signals of visual tokens.
+
+        Args:
+            index: [V] int64, the patch among all P * N that each token shows; P * N or more, or negative, for none.
+
+        Raises:
+            ValueError: the tower's projections were not seen.
+        """
+        if missing := [layer for layer in self.layers if layer not in self.keys]:
+            raise ValueError(
+                f"the attention of the vision tower's layer {missing[0]} was not seen: a tower compiled by "
+                "torch.compile before it was pruned calls no hooks; compile it with "
+                "vtprune_train.models.forward.compile.compile_layers(model), or leave it uncompiled"
+            )
+        received = {layer: self._received(layer) for layer in set(self.layers)}
+        keys_PNM = self.keys[self.layers[-1]][:, self.class_tokens :]
+        tiles, patches, width = keys_PNM.shape
+        shows = (index >= 0) & (index < tiles * patches)
+        patch = torch.where(shows, index, 0)
+        attention = torch.stack([received[layer] for layer in self.layers]).index_select(1, patch)
+        return EncoderSignals(
+            attention.masked_fill(~shows, torch.nan),
+            keys_PNM.reshape(-1, width).index_select(0, patch).masked_fill(~shows[:, None], 0.0),
+            torch.where(shows, torch.div(patch, patches, rounding_mode="floor"), -1),
+        )
+
+    def _received(self, layer: int) -> Tensor:
+        """[P * N] float32, the attention that each patch receives in a layer."""
+        queries_PQHD = self.queries[layer].unflatten(-1, (self.heads, -1))
+        keys_PSHD = self.keys[layer].unflatten(-1, (self.heads, -1))
+        at_a_time = max(1, len(queries_PQHD)) if self.rows else MAPS
+        rows = []
+        for queries, keys in zip(queries_PQHD.split(at_a_time), keys_PSHD.split(at_a_time), strict=True):
+            rows.append(mean_attention(queries, keys)[:, self.class_tokens :])
+        return torch.cat(rows).flatten()
+
+
+def mean_attention(queries_PQHD: Tensor, keys_PSHD: Tensor) -> Tensor:
+    """[P, S] float32: attention on each key, on average over heads and queries."""
+    queries, keys = queries_PQHD.float().transpose(1, 2), keys_PSHD.float().transpose(1, 2)
+    products = queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5  # [P, H, Q, S]
+    return products.softmax(dim=-1).mean(dim=(1, 2))
+
+
+@contextmanager
+def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | None]:
+    """Note what ``method`` asks while the tower of ``base`` runs inside; ``None`` where it asks nothing. The hooks are
+    gone afterwards, before activation checkpointing runs a layer again. A compiled tower runs eagerly meanwhile."""
+    if method is None or not method.encoder_layers:
+        yield None
+        return
+    notes = Reading(base.config, method.encoder_layers, method.encoder_rows)
+    handles = notes.hook(base.vision_tower)
+    try:
+        with eager(base.vision_tower):
+            yield notes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def patches_per_tile(config: Any) -> int:
+    """N of a tower that is read."""
+    return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def patch_index(shown: Sequence[tuple[np.ndarray, int]], patches: int) -> np.ndarray:
+    """[V] int64, the patch among those of all images that each visual token shows, or ``NEWLINE``.
+
+    Args:
+        shown: for each image, the patch of its own that each of its tokens shows, or ``NEWLINE``; and its tiles.
+        patches: N.
+    """
+    found, first = [np.zeros(0, dtype=np.int64)], 0
+    for own, tiles in shown:
+        found.append(np.where(own == NEWLINE, NEWLINE, own + first))
+        first += tiles * patches
+    return np.concatenate(found)
+
+
+def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSignals]:
+    """The signals of each image's tokens."""
+    parts = zip(
+        signals.attention.split(list(lengths), dim=1), signals.keys.split(list(lengths)),
+        signals.tile.split(list(lengths)), strict=True,
+    )  # fmt: skip
+    return [EncoderSignals(*part) for part in parts]
+
+
+def joined(images: Sequence[EncoderSignals]) -> EncoderSignals:
+    """The signals of several images, one after the other."""
+    return EncoderSignals(
+        torch.cat([own.attention for own in images], dim=1),
+        torch.cat([own.keys for own in images]),
+        torch.cat([own.tile for own in images]),
+    )

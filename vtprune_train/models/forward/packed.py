@@ -1,0 +1,139 @@
+"""A model over a packed stream, as the project's own loop feeds it: embed, see, splice, decode, score.
+
+Each function stands in for the forward of the module whose parameters it uses, so that DeepSpeed's gather hooks of that
+module fire.
+
+Shape suffixes: T tokens in the stream, V visual tokens, R supervised rows, C hidden size, P tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from vtprune_train.core.stream import PackedBatch, StreamPlan, to_device
+from vtprune_train.models import HFModule
+from vtprune_train.models.forward import ranges
+from vtprune_train.models.forward.calls import STATE, State
+from vtprune_train.models.forward.decoder import DecoderOutput, Staging, run_layers
+from vtprune_train.models.forward.encoder import patch_index, patches_per_tile, reading
+from vtprune_train.models.forward.head import Teaching
+from vtprune_train.pruning.base import EncoderSignals
+
+
+class PackedOutput(NamedTuple):
+    """The loss of one micro-batch.
+
+    ``loss_sum`` [] float32 is what training minimises: the sum of ``row_loss`` [R] float32, the cross-entropy of each
+    supervised row, with a teacher plus its weight times ``consistency`` [] float32; those two are for reading only.
+    ``correct`` [R] bool, whether greedy decoding agrees; ``kept`` and ``plan`` (what was run) as in
+    :class:`~vtprune_train.models.forward.decoder.DecoderOutput`.
+    """
+
+    loss_sum: Tensor
+    correct: Tensor
+    kept: tuple[Tensor, ...]
+    row_loss: Tensor
+    consistency: Tensor | None = None
+    plan: StreamPlan | None = None
+
+
+def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
+    """Forward of the whole model: the loss of one micro-batch.
+
+    Raises:
+        ValueError: the head is another than ``prune`` changed.
+    """
+    if not any(STATE in module.__dict__ for module in model.lm_head.modules()):
+        raise ValueError(
+            "lm_head was replaced after prune (resize_token_embeddings, set_output_embeddings), so it computes no loss "
+            "of packed rows; replace it first, or unprune(model) and prune it again"
+        )
+    hidden_RC, ran, taught_RC = model.get_submodule(state.family.base)(batch)
+    if batch.teacher is None:
+        with record_function(ranges.HEAD):
+            loss_sum, correct, row_loss = model.lm_head(hidden_RC, batch.targets)
+        return PackedOutput(loss_sum, correct, ran.kept, row_loss, plan=ran.plan)
+    teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
+    with record_function(ranges.HEAD):
+        loss_sum, correct, row_loss, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
+    return PackedOutput(loss_sum, correct, ran.kept, row_loss, divergence, ran.plan)
+
+
+def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, DecoderOutput, Tensor | None]:
+    """Forward of the base: [R, C] normed hidden states of the supervised rows, what the layers left, and [R, C] what
+    the teacher's pass says at the same rows (pictures are looked at once, for both passes)."""
+    text_TC = self.language_model.embed_tokens(batch.input_ids)
+    with reading(self, state.method) as read, record_function(ranges.TOWER):
+        table = _feature_table(self, batch, text_TC.dtype)
+    encoder = None if read is None else read.signals(_patches(self, state, batch))
+    if len(batch.visual_rows):
+        visual_VC = table.index_select(0, batch.visual_index)
+        embeds_TC = text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype))
+    else:
+        # A rank without an image still takes part in the gradients of tower, projector and newline.
+        embeds_TC = text_TC + (0.0 * table).sum().to(text_TC.dtype)
+    taught_RC = None
+    if batch.teacher is not None:
+        with torch.no_grad():
+            taught_RC, _ = self.language_model(embeds_TC.detach(), batch.teacher.plan, batch.positions, encoder)
+    return *self.language_model(embeds_TC, batch.plan, batch.positions, encoder), taught_RC
+
+
+def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
+    """[V] int64, the patch that each visual token shows; out of range for newlines."""
+    if batch.image_inputs is None:
+        return batch.visual_index
+    assert state.family.patches is not None
+    inputs = {key: np.array(value) if isinstance(value, tuple) else value for key, value in batch.image_inputs.items()}
+    layout = state.family.patches(self.config, {**inputs, "pixel_values": batch.pixel_values})
+    index = to_device(patch_index(layout, patches_per_tile(self.config)), batch.visual_index.device)
+    return index.index_select(0, batch.visual_index)
+
+
+def _feature_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
+    """[features, C], the rows that ``batch.visual_index`` counts."""
+    pixels = batch.pixel_values.to(dtype)
+    if batch.image_inputs is None:
+        features = _tile_features(self, pixels)
+        newline = getattr(self, "image_newline", None)
+        return features if newline is None else torch.cat([features, newline.to(features.dtype).unsqueeze(0)])
+    # Sizes stay on the host, where the family's code reads them without waiting for the device.
+    inputs = {key: torch.tensor(v) if isinstance(v, tuple) else v for key, v in batch.image_inputs.items()}
+    return torch.cat(list(self.get_image_features(pixels, **inputs, return_dict=True).pooler_output))
+
+
+def _tile_features(self: HFModule, pixel_values: Tensor) -> Tensor:
+    """[P * patches, C]: all tiles through tower and projector at once, class tokens dropped."""
+    trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    layer = self.config.vision_feature_layer
+    chosen = states[layer] if isinstance(layer, int) else torch.cat([states[index] for index in layer], dim=-1)
+    return self.multi_modal_projector(chosen[:, 1:]).flatten(0, 1)
+
+
+def forward_text(
+    self: HFModule,
+    state: State,
+    embeds_TC: Tensor,
+    plan: StreamPlan,
+    positions: Tensor | None = None,
+    encoder: EncoderSignals | None = None,
+) -> tuple[Tensor, DecoderOutput]:
+    """Forward of the decoder: [R, C] normed hidden states of the rows that predict, and what the layers left.
+
+    ``positions`` [parts, T] stay with their tokens; without them each segment counts from 0. ``encoder`` is for methods
+    that ask the vision tower.
+    """
+    staging = Staging.counted(plan)
+    if positions is not None:
+        staging.positions = (positions, *staging.positions[1:])
+    # A step of a warm-up has settings of its own; on all tokens, the model's method still has parameters to touch.
+    method = plan.outline.method or state.method
+    output = run_layers(self, embeds_TC, plan, method, staging, encoder)
+    return self.norm(output.last_hidden_state.index_select(0, output.plan.predict_rows)), output

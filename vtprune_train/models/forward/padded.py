@@ -1,0 +1,529 @@
+"""The padded interface of a pruned model: what a Hugging Face processor makes goes in, packed inside.
+
+The family's own code embeds, sees and splices. Only the decoder is ours: rows are packed, run through the stages, and
+laid out again as the caller had them. With a cache the same holds for every later call on it.
+
+Shape suffixes: B rows, L padded length, T tokens of the packed stream, V visual tokens, C hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from vtprune_train.core.plan import plan_pass
+from vtprune_train.core.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, text_key, to_device
+from vtprune_train.models import HFModule
+from vtprune_train.models.cache import StagedLayer, Told, staged
+from vtprune_train.models.families import Family
+from vtprune_train.models.families.layout import Grids
+from vtprune_train.models.forward.calls import Call, State, state_of
+from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
+from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
+from vtprune_train.pruning.base import EncoderSignals, PruningMethod
+
+log = logging.getLogger(__name__)
+
+
+def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np.ndarray]]]:
+    """Which visual tokens of each image survive each drop, for one forward pass without a gradient.
+
+    Args:
+        model: pruned.
+        inputs: what a processor makes, [B, L] and pixels.
+
+    Returns:
+        For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens; a token
+        made of others is named by one of them.
+    """
+    state: State = state_of(model)
+    with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
+        assert call is not None, "kept_tokens inside another forward pass"
+        model.get_submodule(state.family.base)(**inputs, use_cache=False)
+    stages = [rows.cpu().numpy() for rows in call.survivors]
+    images, base = [], 0
+    for segment in call.segments:
+        images.append([[_within(rows, base, span) for rows in stages] for span in segment.spans])
+        base += segment.length
+    return images
+
+
+def stage_layers(model: HFModule) -> list[range]:
+    """The decoder layers of each stage of a pruned model, counted from 0."""
+    state: State = state_of(model)
+    num_layers = len(model.get_submodule(state.family.decoder).layers)
+    drops = () if state.method is None else state.method.drops(num_layers)
+    return [range(first, end) for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers])]
+
+
+def _within(rows: np.ndarray, base: int, span: ImageSpan) -> np.ndarray:
+    first = base + span.start
+    return rows[(rows >= first) & (rows < first + span.length)] - first
+
+
+def forward_text(
+    text_model: HFModule,
+    state: State,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    use_cache: bool | None = None,
+    visual_pos_masks: Tensor | None = None,
+    deepstack_visual_embeds: Sequence[Tensor] | None = None,
+    **keywords: Any,
+) -> BaseModelOutputWithPast:
+    """Forward of the decoder over padded rows (left or right), cached or not, with the tokens dropped inside.
+
+    Args:
+        text_model: the decoder.
+        state: the method, and the open call that says which tokens are visual.
+        inputs_embeds: [B, L, C], images in place.
+        attention_mask: [B, cached + L], 0 for padding; ``None`` means no padding.
+        position_ids: [B, L], which must count each row's tokens (inside ``generate`` they are not looked at).
+        past_key_values: a staged cache of earlier calls; the new tokens follow what it holds.
+        use_cache: keep keys and values; ``None`` asks the config, outside training.
+
+    Returns:
+        ``last_hidden_state`` [B, L, C], normed: rows of padding and of dropped tokens repeat the last surviving row to
+        their left (0 where there is none), so the row before any token is the one that predicts it.
+
+    Raises:
+        ValueError: an input that a packed stream cannot honour.
+    """
+    _refuse(keywords, attention_mask, text_model.config)
+    if use_cache is None:
+        use_cache = bool(text_model.config.use_cache) and not text_model.training
+    if checkpoints_layers(text_model):
+        if past_key_values is not None:
+            raise ValueError(
+                "past_key_values in training mode with gradient checkpointing, whose layers do not fill a cache; call "
+                "model.eval() or model.gradient_checkpointing_disable() first, or leave past_key_values unset"
+            )
+        use_cache = False
+    cache = None
+    if use_cache or past_key_values is not None:
+        cache = staged(past_key_values, len(text_model.layers), state.method)
+    call = state.running.call or Call(None)
+    has_images = bool(call.image_lengths)
+    if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
+        hidden = decode(text_model, state.method, inputs_embeds, cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+    hidden = _run_rows(
+        text_model, state, call, inputs_embeds, attention_mask, position_ids, cache, visual_pos_masks,
+        deepstack_visual_embeds,
+    )  # fmt: skip
+    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+
+def checkpoints_layers(text_model: HFModule) -> bool:
+    """Whether layers of the decoder are recomputed in the backward pass, so that they fill no cache."""
+    return text_model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in text_model.layers)
+
+
+def _run_rows(
+    text_model: HFModule,
+    state: State,
+    call: Call,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: DynamicCache | None,
+    visual_pos_masks: Tensor | None,
+    deepstack_visual_embeds: Sequence[Tensor] | None,
+) -> Tensor:
+    """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
+    _refuse_adapters_of_rows(text_model)
+    rows = _real_rows(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
+    verifies_candidates, said_from = False, rows.shape[1]
+    if call.prompt_width is not None:  # from here on: columns of this call
+        call.prompt_width -= 0 if cache is None else cache.get_seq_length()
+        verifies_candidates, said_from = call.prompt_width <= 0, max(call.prompt_width, 0)
+        call.prompt_width = call.prompt_width if 0 < call.prompt_width < rows.shape[1] else None
+    call.segments = _segments(call, rows, state, said_from)
+    device = inputs_embeds.device
+    new_length = inputs_embeds.shape[1]
+    told = None
+    if cache is not None and state.method is not None and state.method.multi_turn == "keep_dense":
+        told = _tell(call, rows, inputs_embeds, cache)
+        if not verifies_candidates:
+            inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
+    planned = plan_pass(call.segments, len(text_model.layers), state.method)
+    three_parts = state.family.three_part_positions is not None
+    staging = plan_staging(planned, state.method, len(call.segments), cache, device, three_parts)
+    plan, token_rows, visual_rows = to_device(
+        (planned, np.flatnonzero(rows.ravel()), _visual_rows(call.segments)), device
+    )
+    if position_ids is not None and state.running.prompt_width is None:
+        continues = bool(cache is not None and cache.get_seq_length())
+        if not three_parts:
+            _check_positions(position_ids, rows.shape, token_rows, plan, continues)
+        elif len(position_ids) == 4 and attention_mask is None:  # the first part tells samples in one row apart
+            _check_positions(position_ids[0], rows.shape, token_rows, plan, continues)
+    if three_parts:
+        use_three_parts(staging, call, position_ids, token_rows, cache)
+    if deepstack_visual_embeds:
+        staging.deepstack, staging.visual_rows = tuple(deepstack_visual_embeds), visual_rows
+    embeds = inputs_embeds.flatten(0, 1).index_select(0, token_rows)
+    output = run_layers(text_model, embeds, plan, state.method, staging, call.encoder)
+    call.survivors, call.plan = output.origins, output.plan
+    if cache is not None:
+        settle(cache, output.plan, state.method, staging.before, inputs_embeds.shape[1])
+    if output.origins:
+        # A token made of others takes the place of one of them, yet stands behind all before it in the stream.
+        token_rows = token_rows.index_select(0, output.origins[-1]).cummax(0).values
+    hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
+    if told is not None and cache is not None:
+        cache.layers[0].told = told  # type: ignore[attr-defined]
+    return hidden[:, -new_length:]
+
+
+def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Told:
+    """The conversation with this call's columns."""
+    first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
+    image = np.full(real.shape, Told.PADDING, dtype=np.int64)
+    already = torch.zeros(len(real), 1, dtype=torch.int64)
+    if first.told is not None:
+        already = (first.told.image.amax(dim=1, keepdim=True).cpu() + 1).clamp(min=0)
+    for row, segment in enumerate(call.segments):
+        own = np.full(segment.length, Told.TEXT, dtype=np.int64)
+        for number, span in enumerate(segment.spans):
+            own[span.start : span.end] = number + int(already[row])
+        image[row, real[row]] = own
+    new = to_device(image, inputs_embeds.device)
+    grids = tuple(tuple(span.grids for span in segment.spans) for segment in call.segments)
+    return Told(inputs_embeds, new, grids) if first.told is None else first.told.and_then(inputs_embeds, new, grids)
+
+
+def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np.ndarray:
+    """Empty the cache and lay the whole conversation out as this call's segments; returns its real columns.
+
+    A later turn thereby equals a first call with everything said so far: every image is there in full, and is dropped
+    by this turn's question. Only draws differ, which follow from this turn's text alone. What is kept between turns is
+    the decoder's input, a fraction of a full cache.
+    """
+    first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
+    if not first.get_seq_length():
+        return real
+    images = told.image.cpu().numpy()
+    everything = images != Told.PADDING
+    segments = []
+    for row, segment in enumerate(call.segments):
+        before = int(everything[row].sum()) - segment.length
+        own = images[row][everything[row]]
+        spans = [(np.flatnonzero(own == number)[0], int((own == number).sum())) for number in range(own.max() + 1)]
+        segments.append(
+            SegmentLayout(
+                length=before + segment.length,
+                spans=tuple(ImageSpan(int(s), n, grids) for (s, n), grids in zip(spans, told.grids[row], strict=True)),
+                query_offsets=tuple(before + offset for offset in segment.query_offsets),
+                key=segment.key,
+            )
+        )
+    call.segments = segments
+    cache.reset()
+    return everything
+
+
+def prefill(
+    text_model: HFModule,
+    method: PruningMethod | None,
+    embeds_TC: Tensor,
+    segments: Sequence[SegmentLayout],
+    cache: DynamicCache | None = None,
+    encoder: EncoderSignals | None = None,
+) -> tuple[Tensor, DecoderOutput, DynamicCache]:
+    """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a stream, not rows.
+
+    Args:
+        text_model: the decoder.
+        method: who drops; ``None`` for nobody.
+        embeds_TC: [T, C], segments end to end, images in place.
+        segments: their layouts.
+        cache: of earlier calls; ``None`` begins one.
+        encoder: what the vision tower thought of the visual tokens, for methods that ask.
+
+    Returns:
+        [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
+    """
+    cache = staged(cache, len(text_model.layers), method)
+    planned = plan_pass(segments, len(text_model.layers), method)
+    staging = plan_staging(planned, method, len(segments), cache, embeds_TC.device)
+    plan = to_device(planned, embeds_TC.device)
+    output = run_layers(text_model, embeds_TC, plan, method, staging, encoder)
+    settle(cache, output.plan, method, staging.before, max(segment.length for segment in segments))
+    return text_model.norm(output.last_hidden_state), output, cache
+
+
+def decode(
+    text_model: HFModule,
+    method: PruningMethod | None,
+    hidden_B1C: Tensor,
+    cache: DynamicCache,
+) -> Tensor:
+    """One decoding step of every row on a staged cache, by transformers' own attention.
+
+    Args:
+        text_model: the decoder.
+        method: who filled the cache.
+        hidden_B1C: [B, 1, C], the embedded token.
+        cache: staged and filled; grows by one column in every layer.
+
+    Returns:
+        [B, 1, C] normed.
+    """
+    check_attention(text_model)
+    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
+    num_layers = len(text_model.layers)
+    drops = () if method is None else method.drops(num_layers)
+    hidden = hidden_B1C
+    for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers]):
+        if first == end:
+            continue
+        positions = layers[first].next_positions().unsqueeze(1)  # [B, 1]
+        if layers[0].parts > 1:
+            positions = positions.expand(layers[0].parts, -1, -1)
+        rotary = text_model.rotary_emb(hidden, position_ids=positions)
+        masks: dict[tuple[int | None, int | None], Tensor | None] = {}
+        for index in range(first, end):
+            layer = text_model.layers[index]
+            window = sliding_window(layer)
+            sees = window, index if layers[index].compacted else None
+            if sees not in masks:
+                masks[sees] = _decoding_mask(layers[index], window)
+            hidden = layer(
+                hidden, attention_mask=masks[sees], position_ids=positions, position_embeddings=rotary,
+                past_key_values=cache, use_cache=True, staged_decoding=True,
+            )  # fmt: skip
+    if layers[0].told is not None:
+        layers[0].told = layers[0].told.and_then(hidden_B1C, torch.full_like(layers[0].told.image[:, :1], Told.TEXT))
+    return text_model.norm(hidden)
+
+
+def sliding_window(layer: HFModule) -> int | None:
+    """Keys that a query of this layer sees, its own included; ``None`` for all."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None) if attention.config.model_type == "mistral" else None
+
+
+def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:
+    """[B, 1, 1, W + 1] bool: the columns a new token sees; ``None`` if that is all of them."""
+    assert layer.padding is not None
+    width = layer.width + 1
+    if not layer.is_padded and (window is None or window >= width):
+        return None
+    columns = torch.arange(width, device=layer.padding.device)
+    seen = columns[None, :] >= layer.padding[:, None]
+    if window is not None:
+        seen &= columns[None, :] > width - 1 - window
+    return seen[:, None, None, :]
+
+
+def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any) -> None:
+    for key in ("output_attentions", "output_hidden_states"):
+        if keywords.get(key, getattr(config, key, False)):  # as transformers asks for them
+            raise ValueError(
+                f"a pruned model does not take {key}{'' if key in keywords else ' (set in the config)'}: every stage "
+                "has another length; call the model inside `with vtprune_train.dense(model):` for the dense ones"
+            )
+    if keywords.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "cu_seq_lens_q says that several samples are packed into one row, which a pruned model does not tell "
+            "apart; pad each sample to a row of its own"
+        )
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+        shape = type(attention_mask).__name__ if not isinstance(attention_mask, Tensor) else tuple(attention_mask.shape)
+        raise ValueError(
+            f"a pruned model takes an attention_mask [rows, length] with 0 for padding, not {shape}; it masks causally "
+            "within each row by itself"
+        )
+
+
+def _refuse_adapters_of_rows(text_model: HFModule) -> None:
+    """PEFT tells its layers which rows an adapter is for, or from which of their tokens on, by hooks for one call."""
+    for module in text_model.layers.modules():
+        for hook in module._forward_pre_hooks.values():
+            for key in {"adapter_names", "alora_offsets"} & getattr(hook, "keywords", {}).keys():
+                raise ValueError(
+                    f"a pruned model does not take {key}: rows are packed into one, whose tokens all see the same "
+                    "adapters; call the model once for each adapter (set_adapter), or inside "
+                    "`with vtprune_train.dense(model):`"
+                )
+
+
+def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int) -> np.ndarray:
+    """[B, L] bool: which of this call's places are tokens, after ``cached`` columns."""
+    shape = inputs_embeds.shape[:2]
+    if attention_mask is None:
+        return np.ones(shape, dtype=bool)
+    if attention_mask.shape[0] != shape[0] or not shape[1] <= attention_mask.shape[1] <= cached + shape[1]:
+        behind = f" after {cached} cached columns" if cached else ""
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}{behind}; give a "
+            "column for each token"
+        )
+    real = attention_mask[:, attention_mask.shape[1] - shape[1] :].cpu().numpy().astype(bool)
+    if empty := np.flatnonzero(~real.any(axis=1)).tolist():
+        raise ValueError(f"row {empty[0]} of the batch has no token: its attention_mask is all 0")
+    return real
+
+
+def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> list[SegmentLayout]:
+    """The layout of every row: its images, which tokens rank, which are supervised. Columns from ``said_from`` on were
+    generated, and are text whatever their ids are."""
+    grids = call.image_grids or [()] * len(call.image_lengths)
+    remaining = list(zip(call.image_lengths, grids, strict=True))
+    ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
+    visual = np.zeros_like(real) if ids is None else ids == state.image_token
+    visual[:, said_from:] = False
+    all_labels = None if call.labels is None else _without_images(call.labels.cpu().numpy(), visual, state)
+    segments = []
+    for row in range(len(real)):
+        spans = _spans(visual[row][real[row]], remaining, row, len(call.image_lengths), state.family)
+        labels = None if all_labels is None else all_labels[row][real[row]]
+        if labels is not None and state.method is not None and _prompt_is_supervised(labels != IGNORE, spans):
+            state.warn_once(
+                "labels supervise text right after an image, so the visual tokens are ranked from there, but in "
+                "generation by the last token of the prompt: mask the whole prompt in the labels (TRL: prompt and "
+                "completion columns, or assistant_only_loss=True), unless the prompt is an image alone"
+            )
+        prompt = int(real[row, : call.prompt_width].sum())
+        key = 0
+        if ids is not None:
+            own_labels = None if all_labels is None else all_labels[row]
+            key = _key(ids[row], own_labels, real[row] & ~visual[row], call.prompt_width)
+        segments.append(_segment(int(real[row].sum()), labels, spans, prompt, key))
+    if remaining:
+        used = len(call.image_lengths) - len(remaining)
+        raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
+    return segments
+
+
+def _prompt_is_supervised(supervised: np.ndarray, spans: Sequence[ImageSpan]) -> bool:
+    """Whether a row's supervised tokens ([length] bool) seem to hold text of its prompt: one of the two tokens after an
+    image (the first may mark its end). An answer has whose turn it is, and mostly its question, before it."""
+    images = np.zeros(len(supervised) + 2, dtype=bool)
+    for span in spans:
+        images[span.start : span.end] = True
+    ends = np.flatnonzero(images[:-1] & ~images[1:]) + 1
+    return any(supervised[end : end + 2].any() for end in ends)
+
+
+def _without_images(labels: np.ndarray, visual: np.ndarray, state: State) -> np.ndarray:
+    """[B, L] ``labels`` with -100 at image tokens."""
+    if (visual & (labels != IGNORE)).any():
+        state.warn_once(
+            "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts them divides "
+            "by too many: mask them in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
+        )
+    return np.where(visual, IGNORE, labels)
+
+
+def _spans(
+    visual: np.ndarray, remaining: list[tuple[int, Grids]], row: int, given: int, family: Family
+) -> tuple[ImageSpan, ...]:
+    spans: list[ImageSpan] = []
+    for start, length in _runs(visual):
+        offset = start
+        while offset < start + length:
+            if not remaining:
+                raise ValueError(
+                    f"row {row} has image tokens beyond the {given} images given; pass pixel_values of every image "
+                    "whose tokens are in input_ids (all those not cached yet)"
+                )
+            spans.append(ImageSpan(offset, *remaining.pop(0)))
+            offset = spans[-1].end
+        if offset != start + length:
+            raise ValueError(
+                f"row {row}: a run of {length} image tokens does not end where an image does "
+                f"(images of {[span.length for span in spans if span.start >= start]} tokens)"
+            )
+        if family.run_is_one_image:
+            spans = [*(span for span in spans if span.start < start), ImageSpan(start, length)]
+    return tuple(spans)
+
+
+def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """``(start, length)`` of every run of true values."""
+    runs, position = [], 0
+    for value, group in groupby(flags.tolist()):
+        length = len(list(group))
+        if value:
+            runs.append((position, length))
+        position += length
+    return runs
+
+
+def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_width: int | None) -> int:
+    """The key of a row's prompt, which what is generated or supervised after it does not change.
+
+    Args:
+        ids: [L] int64.
+        labels: [L] int64, or ``None``.
+        text: [L] bool, the row's text tokens.
+        prompt_width: columns of the prompt inside ``generate``, or ``None``.
+    """
+    own = np.flatnonzero(text)
+    if labels is not None:
+        supervised = np.flatnonzero(labels != IGNORE)
+        own = own[own < (supervised[0] if len(supervised) else len(text))]
+    elif prompt_width is not None:
+        own = own[own < prompt_width]
+    return text_key(ids[own])
+
+
+def _segment(
+    length: int, labels: np.ndarray | None, spans: tuple[ImageSpan, ...], prompt: int, key: int
+) -> SegmentLayout:
+    """The row before every supervised run ranks the images; without labels the prompt's last token does."""
+    queries: list[int] = []
+    if labels is not None:
+        queries = [start - 1 for start, _ in _runs(labels != IGNORE) if start]
+    return SegmentLayout(length=length, spans=spans, query_offsets=tuple(queries) or (prompt - 1,), key=key)
+
+
+def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
+    """[V] int64, rows of the packed stream that hold visual tokens."""
+    rows, start = [np.zeros(0, dtype=np.int64)], 0
+    for segment in segments:
+        rows += [np.arange(start + span.start, start + span.end) for span in segment.spans]
+        start += segment.length
+    return np.concatenate(rows)
+
+
+def _check_positions(
+    position_ids: Tensor, shape: tuple[int, ...], token_rows: Tensor, plan: StreamPlan, continues: bool
+) -> None:
+    """Refuse positions that do not count each row's tokens (from what is cached on, if the call ``continues``)."""
+    given = position_ids.expand(shape).flatten().index_select(0, token_rows)
+    counted, first = plan.stages[0].position_ids, plan.stages[0].cu_seqlens[:-1]
+    if continues:
+        lengths = plan.stages[0].cu_seqlens.diff()
+        starts = given.index_select(0, first)
+        counted = counted + starts.repeat_interleave(lengths, output_size=len(counted))
+    if not torch.equal(given, counted):
+        raise ValueError(
+            "position_ids must count the tokens of each row from 0 (after what is cached): a pruned model numbers "
+            "them itself, and several samples packed into one row are not told apart; leave position_ids unset"
+        )
+
+
+def _spread(hidden_TC: Tensor, token_rows: Tensor, shape: torch.Size) -> Tensor:
+    """[B, L, C]: each place gets the last surviving token of its row at or before it; 0 where there is none."""
+    places = torch.arange(shape[0] * shape[1], device=hidden_TC.device)
+    source = torch.searchsorted(token_rows, places, right=True) - 1
+    first = source.clamp(min=0)
+    same_row = token_rows.index_select(0, first) // shape[1] == places // shape[1]
+    found = (source >= 0) & same_row
+    filled = torch.where(found.unsqueeze(1), hidden_TC.index_select(0, first), hidden_TC.new_zeros(()))
+    return filled.view(shape[0], shape[1], -1)

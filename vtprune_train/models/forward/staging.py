@@ -1,0 +1,230 @@
+"""What a call over padded rows adds to the packed stream: its positions, and how its tokens join the cache.
+
+Shape suffixes: B rows, L padded length, T tokens of the packed stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from vtprune_train.core.stream import Boundary, ScoredSegment, Stage, StreamPlan, to_device
+from vtprune_train.models.cache import PackedCache, StageCache, StagedLayer
+from vtprune_train.models.forward.calls import Call
+from vtprune_train.models.forward.decoder import Staging, renumbers
+from vtprune_train.pruning.base import PruningMethod
+
+
+def plan_staging(
+    plan: StreamPlan,
+    method: PruningMethod | None,
+    num_rows: int,
+    cache: DynamicCache | None,
+    device: torch.device,
+    three_parts: bool = False,
+) -> Staging:
+    """Positions of every stage, and how its tokens join the cache."""
+    if cache is None:
+        staging = Staging(to_device(tuple(stage.position_ids for stage in plan.stages), device))
+        return replace(staging, replanned=lambda other: plan_staging(other, method, num_rows, None, device))
+    return _staging(plan, method, cache, Before.of(cache, num_rows, three_parts), device)
+
+
+@dataclass(frozen=True)
+class Before:
+    """The cache as a call finds it: for each layer, each row's tokens and next position, and the columns; ``columns``
+    as the caller counts them; ``three_parts`` if the family gives positions of three parts; ``has_images``, 1 for each
+    row that has had an image."""
+
+    tokens: list[list[int]]
+    next_positions: list[list[int]]
+    widths: list[int]
+    columns: int
+    three_parts: bool
+    has_images: list[int]
+
+    @classmethod
+    def of(cls, cache: DynamicCache, num_rows: int, three_parts: bool) -> Before:
+        layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
+        filled = [layer for layer in layers if layer.width]
+        none = [[0] * num_rows] * len(layers)
+        tokens, next_positions, has_images = none, none, none[0]
+        if filled:
+            numbers = [*(layer.num_tokens() for layer in filled), *(layer.next_positions() for layer in filled)]
+            if layers[0].has_images is not None:
+                numbers.append(layers[0].has_images)
+            read = iter(torch.stack(numbers).tolist())  # the one copy to the host
+            tokens, next_positions = ([next(read) if layer.width else none[0] for layer in layers] for _ in range(2))
+            has_images = next(read, has_images)
+        return cls(
+            tokens,
+            next_positions,
+            [layer.width for layer in layers],
+            cache.get_seq_length(),
+            three_parts,
+            has_images,
+        )
+
+
+def _staging(
+    plan: StreamPlan, method: PruningMethod | None, cache: DynamicCache, before: Before, device: torch.device
+) -> Staging:
+    joins: list[StageCache] = []
+    for stage in plan.stages:
+        for layer in range(stage.first_layer, stage.end_layer):
+            known = layer > stage.first_layer and before.tokens[layer] == before.tokens[layer - 1]
+            if known and before.widths[layer] == before.widths[layer - 1]:
+                joins.append(joins[-1])
+            else:
+                own = before.tokens[layer]
+                joins.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
+    keys: list[StageCache] = []
+    boundaries: list[Boundary] = []
+    layouts: dict[int, Boundary] = {}
+    if before.columns and method is not None:
+        keys, boundaries = _ranked_among_cached(plan, method, before)
+        layouts = _layouts_among_cached(plan, before)
+    positions, on_device, ranked_keys, ranked_boundaries, layouts = to_device(
+        (_positions(plan, before), tuple(joins), tuple(keys), tuple(boundaries), layouts), device
+    )
+    return Staging(
+        positions, PackedCache(cache), on_device, ranked_keys, ranked_boundaries, layouts, before=before,
+        replanned=lambda other: _staging(other, method, cache, before, device),
+    )  # fmt: skip
+
+
+def _ranked_among_cached(
+    plan: StreamPlan, method: PruningMethod, before: Before
+) -> tuple[list[StageCache], list[Boundary]]:
+    """``ranked_keys`` and ``ranked_boundaries`` of :class:`Staging`."""
+    keys, boundaries = [], []
+    for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
+        part = method.parts[boundary.drop.owner]
+        layer = boundary.layer if part.rank_with == "next_layer" else max(0, stage.end_layer - 1)
+        own = before.tokens[layer]
+        keys.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
+        boundaries.append(_behind_cached(boundary, stage, own) if part.rotary else boundary)
+    return keys, boundaries
+
+
+def _layouts_among_cached(plan: StreamPlan, before: Before) -> dict[int, Boundary]:
+    """``cached_layouts`` of :class:`Staging`."""
+    layouts: dict[int, Boundary] = {}
+    for stage, layout in zip(plan.stages, plan.key_layouts, strict=True):
+        if layout is not None and layout.spans:
+            for layer in range(stage.first_layer, stage.end_layer):
+                layouts[layer] = _behind_cached(layout, stage, before.tokens[layer])
+    return layouts
+
+
+def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
+    """Each stage's tokens counted on from the cached ones; three-part positions are set in the first by the family."""
+    positions = []
+    for index, stage in enumerate(plan.stages):
+        count_tokens = before.three_parts and index == 0
+        own = (before.tokens if count_tokens else before.next_positions)[stage.first_layer]
+        shift = torch.from_numpy(np.repeat(own, stage.segment_lengths))
+        positions.append(stage.position_ids + shift)
+    return tuple(positions)
+
+
+def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
+    """After a call: the next position of every layer, which rows have had images, the method and the caller's columns.
+
+    Args:
+        cache: filled.
+        plan: what was run.
+        method: whose it was.
+        before: the cache as the call found it.
+        length: columns of the call.
+    """
+    layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
+    known = layers[0].ahead
+    following, rows = np.array(before.tokens[0]) + plan.stages[0].segment_lengths, []
+    for index, stage in enumerate(plan.stages):
+        drop = plan.boundaries[index - 1].drop if index else None
+        anew = drop is None or (method is not None and renumbers(method.parts[drop.owner], drop))
+        if anew and not before.three_parts:
+            following = np.array(before.next_positions[stage.first_layer]) + stage.segment_lengths
+        rows.append(following)
+    visual = np.array(plan.stages[-1].segment_lengths) - [segment.num_text for segment in plan.outline.segments]
+    has_images = np.maximum(before.has_images, visual > 0)
+    settled = to_device(np.stack([*rows, has_images]), layers[0].keys.device)  # [stages + 1, B]
+    next_positions, layers[0].has_images = settled[:-1], settled[-1]
+    if before.three_parts:
+        layers[0].parts = 3
+        next_positions = next_positions if known is None else next_positions + known
+    for stage, next_position in zip(plan.stages, next_positions, strict=True):
+        for layer in layers[stage.first_layer : stage.end_layer]:
+            layer.ahead = next_position - layer.num_tokens()
+    layers[0].filled_by = method
+    layers[0].unstored = before.columns + length - layers[0].width
+
+
+def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Boundary:
+    """``boundary`` with its rows counted among [cached and new keys], row of the batch after row."""
+    starts = np.cumsum([0, *stage.segment_lengths])
+    above = np.cumsum([0, *cached])  # cached keys of the rows of the batch above each
+    query_rows, in_scored = boundary.query_rows.clone(), boundary.visual_in_scored.clone()
+    segments, cached_so_far, scored_end = [], 0, 0
+    for segment in boundary.segments:
+        row = int(np.searchsorted(starts, segment.start, side="right")) - 1
+        segments.append(
+            ScoredSegment(
+                segment.start + int(above[row]), segment.end + int(above[row + 1]),
+                segment.query_start, segment.query_end,
+            )
+        )  # fmt: skip
+        query_rows[segment.query_start : segment.query_end] += int(above[row + 1])
+        own = (boundary.visual_in_scored >= scored_end) & (
+            boundary.visual_in_scored < scored_end + segment.end - segment.start
+        )
+        cached_so_far += cached[row]
+        in_scored[own] += cached_so_far
+        scored_end += segment.end - segment.start
+    return dataclasses.replace(boundary, query_rows=query_rows, visual_in_scored=in_scored, segments=tuple(segments))
+
+
+def use_three_parts(
+    staging: Staging, call: Call, position_ids: Tensor | None, token_rows: Tensor, cache: DynamicCache | None
+) -> None:
+    """Put [3, T] positions into the first stage, and how far they lead the tokens' number into the cache.
+
+    They come from the family (counting this call), or from the caller (as ``generate`` passes them), or count tokens.
+    """
+    counted = staging.positions[0]
+    first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
+    num_rows = len(call.segments)
+    row = to_device(np.repeat(np.arange(num_rows), [segment.length for segment in call.segments]), counted.device)
+    continues = first is not None and first.get_seq_length() > 0
+    if call.positions is not None:
+        positions = call.positions.to(counted.device).flatten(1, 2).index_select(1, token_rows)
+        if first is not None and continues:
+            positions = positions + first.next_positions()[row]
+    elif position_ids is not None and (not continues or call.image_lengths):
+        # Of one part for all three, or of one row for all, as transformers takes them.
+        position_ids = position_ids.expand(3 if position_ids.ndim == 2 else -1, num_rows, -1)
+        positions = position_ids[-3:].flatten(1, 2).index_select(1, token_rows)
+        if call.prompt_width is not None:
+            # What generate appends follows the last column, which is padding in rows padded on the right.
+            generated = token_rows % position_ids.shape[-1] >= call.prompt_width
+            ahead = _lead(positions.masked_fill(generated, 0), counted.masked_fill(generated, 0), row, num_rows)
+            positions = torch.where(generated, counted + ahead[row], positions)
+    else:
+        cached_ahead = None if first is None else first.ahead
+        positions = (counted if cached_ahead is None else counted + cached_ahead[row]).expand(3, -1)
+    staging.positions = (positions, *staging.positions[1:])
+    if first is not None:
+        first.ahead = _lead(positions, counted, row, num_rows)
+
+
+def _lead(positions: Tensor, counted: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """[B]: how far each row's highest position lies ahead of its last token's number."""
+    zeros = counted.new_zeros(num_rows)
+    highest = zeros.scatter_reduce(0, row, positions.amax(dim=0), "amax")
+    return highest - zeros.scatter_reduce(0, row, counted, "amax")

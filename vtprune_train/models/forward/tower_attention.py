@@ -1,0 +1,164 @@
+"""Attention of vision towers that take images of any size: one variable-length call a layer, lengths from the host.
+
+Left to themselves, Qwen's towers read the bounds of frames and windows back from the device in every layer and call
+SDPA once a segment. Where the name of the attention contains "flash", transformers makes one call with the bounds
+instead; the decoder's kernels are registered here under such names, without a causal mask. The lengths that they need
+on the host come from the image grids and reach every layer as the keyword ``segments``, so that neither the forward
+pass, nor the backward pass, nor a recomputed layer waits for the device.
+
+Shape suffixes: N patches of all images, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from vtprune_train.core.stream import to_device
+from vtprune_train.models import HFModule
+from vtprune_train.models.families.qwen_tower import (
+    PatchGrids,
+    TowerShape,
+    frame_lengths,
+    tower_inputs,
+    window_lengths,
+)
+from vtprune_train.models.forward.attention import FUNCTIONS, dense_function
+
+TOWER_PREFIX = "packed_flash_tower_"  # "flash" is what transformers looks for
+_CONFIG = "_vtprune_config"
+_DENSE = "_vtprune_dense"  # on our config of a tower: its own attention
+
+
+def towers(module: nn.Module) -> dict[str, HFModule]:
+    """The tower at ``module``, or those that PEFT keeps there (the original, and a copy for each adapter that trains
+    it whole), by their names within it."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
+
+
+def replace_config(tower: HFModule, backend: str) -> None:
+    """Give the tower's modules a config that names ``backend``. The model's own config stays what it is, as a model
+    made from a copy of it would look for a kernel of that name."""
+    theirs = tower.config
+    ours = copy.copy(theirs)
+    ours._attn_implementation = TOWER_PREFIX + backend
+    setattr(ours, _DENSE, theirs._attn_implementation)
+    for module in tower.modules():
+        if module.__dict__.get("config") is theirs:
+            module.__dict__[_CONFIG] = theirs
+            module.config = ours
+
+
+def restore_config(module: nn.Module) -> None:
+    """Undo :func:`replace_config` for one module."""
+    if _CONFIG in module.__dict__:
+        module.config = module.__dict__.pop(_CONFIG)
+
+
+class Segments:
+    """Lengths of the tower's attention segments: its frames, and its windows where it has windowed layers. A class of
+    its own, so that torch.compile does not look inside."""
+
+    def __init__(self, *splits: tuple[int, ...]):
+        self._by_number = {len(lengths): lengths for lengths in splits}
+
+    def within(self, cu_seqlens: Tensor) -> tuple[int, ...]:
+        """Lengths of the segments that ``cu_seqlens`` [segments + 1] bounds, identified by their count: where there are
+        as many windows as frames, each frame is one window.
+
+        Raises:
+            ValueError: neither frames nor windows are that many.
+        """
+        number = len(cu_seqlens) - 1
+        if number not in self._by_number:
+            expected = " or ".join(str(known) for known in self._by_number)
+            raise ValueError(
+                f"cu_seqlens of the vision tower bounds {number} segments, but the image grids make {expected}; leave "
+                "cu_seqlens to the model"
+            )
+        return self._by_number[number]
+
+
+def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the tower's forward takes, with everything that it would compute from the grids on the device.
+
+    Args:
+        tower: a vision tower of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+        inputs: its keywords; ``grid_thw`` [images, 3] on the host, or on the device, which costs one read. Keywords of
+            :func:`~vtprune_train.models.families.qwen_tower.tower_inputs` that are there are kept.
+    """
+    grid_thw = inputs["grid_thw"].cpu()
+    grids = tuple(tuple(grid) for grid in grid_thw.tolist())
+    shape = TowerShape.of(tower)
+    computed = {}
+    if not shape.keywords <= inputs.keys():
+        computed = _inputs_on(inputs["hidden_states"].device, shape, grids)
+    return {**computed, **inputs, "grid_thw": grid_thw, "segments": _segments(shape, grids)}
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
+def _inputs_on(device: torch.device, shape: TowerShape, grids: PatchGrids) -> dict[str, Any]:
+    made = tower_inputs(shape, grids)
+    return to_device(made, device)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=256)
+def _segments(shape: TowerShape, grids: PatchGrids) -> Segments:
+    windows = [] if shape.window_size is None else [window_lengths(shape, grids)]
+    return Segments(frame_lengths(grids), *windows)
+
+
+def _dense_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """What transformers does under the tower's own attention: one call with the bounds if that is a flash one, else a
+    call for each segment."""
+    implementation = getattr(module.config, _DENSE)
+    function = dense_function(module, implementation)
+    if "flash" in implementation:
+        return function(module, query, key, value, None, cu_seq_lens_q=cu_seqlens, **kwargs)  # type: ignore[no-any-return]
+    for bound in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        kwargs.pop(bound)
+    lengths = cu_seqlens.diff().tolist()
+    splits = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([function(module, q, k, v, None, **kwargs)[0] for q, k, v in splits], dim=1), None
+
+
+def _register(backend: str, function: Callable[..., Tensor]) -> None:
+    @torch.compiler.disable  # lengths change with every batch; a compiled layer runs its graphs around this call
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        cu_seq_lens_q: Tensor,
+        segments: Segments | None = None,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """query, key and value [1, H, N, D] -> [1, N, H, D]; each patch sees its own segment. Without ``segments`` it
+        is a pass of the dense model."""
+        if segments is None:
+            return _dense_attention(module, query, key, value, cu_seq_lens_q, is_causal=is_causal, **kwargs)
+        assert attention_mask is None and not is_causal, "a tower's segments have no mask"
+        q_NHD, k_NHD, v_NHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        lengths = segments.within(cu_seq_lens_q)
+        out_NHD = function(
+            q_NHD, k_NHD, v_NHD, cu_seq_lens_q=cu_seq_lens_q, segment_lengths=lengths, causal=False, **kwargs
+        )
+        return out_NHD.unsqueeze(0), None
+
+    AttentionInterface.register(TOWER_PREFIX + backend, attention)
+
+
+for _name, _function in FUNCTIONS.items():
+    _register(_name, _function)

@@ -1,0 +1,1 @@
+"""Building models, reading and writing their checkpoints, tokenizers and processors."""

@@ -1,0 +1,525 @@
+"""Where a model comes from: a checkpoint, its parts, or a config in the YAML."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from vtprune_train.config.settings import ModelConfig
+from vtprune_train.core.stream import IMAGE
+from vtprune_train.files import pickles
+from vtprune_train.models import HFModule
+from vtprune_train.models.families import Family, Loop, trained_family
+from vtprune_train.models.forward.decoder import PARAMETERS
+from vtprune_train.models.io import original
+from vtprune_train.models.io.known import KNOWN_CONFIGS
+from vtprune_train.models.io.tokenizer import lasting
+from vtprune_train.models.io.weight_files import check_weights, hub_kernels
+from vtprune_train.pruning import CONFIG_KEY, check_trusted, completed_settings
+
+log = logging.getLogger(__name__)
+
+Texts = Callable[[], Iterable[str]]
+EMBEDDING_MULTIPLE = 64
+_LOADING = threading.RLock()  # transformers keeps what it does not warn of on a class
+LEARNED_NAME = re.compile(rf"(?:^|\.){PARAMETERS}\.(.+)$")  # what a method adds, in memory and in files
+
+
+def resolve_checkpoint(path: str) -> str:
+    """The Hugging Face folder behind a run, one of its checkpoints, or a folder or hub id as it is.
+
+    Raises:
+        ValueError: a run's folder without a complete checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    if (folder / "hf" / "config.json").is_file():
+        return str(folder / "hf")
+    if (folder / "checkpoints").is_dir():
+        latest = folder / "checkpoints" / "latest"
+        named = latest.read_text().strip() if latest.is_file() else ""
+        finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
+        finished = [name for name in finished if name.removeprefix("step_").isdigit()]
+        if not finished:
+            raise ValueError(
+                f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)"
+            )
+        return str(latest.parent / (named if named in finished else finished[-1]) / "hf")
+    return path
+
+
+def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
+    """The model's config, without weights.
+
+    Args:
+        config: the YAML's ``model`` section.
+        offline: for well-known hub ids use the recorded sizes instead of asking the hub (dry runs).
+
+    Raises:
+        ValueError: there is no such checkpoint, or none of a family that the loop trains.
+    """
+    if config.path is not None:
+        loaded = load_any_config(resolve_checkpoint(config.path), f"model.path={config.path}", offline)
+        trained_family(loaded.model_type, f"model.path={config.path}")
+        return loaded
+    if config.config is not None:
+        return _config_of_sizes(config.config)
+    assert config.language_model is not None and config.vision_tower is not None
+    text = load_any_config(config.language_model, f"model.language_model={config.language_model}", offline)
+    vision = load_any_config(config.vision_tower, f"model.vision_tower={config.vision_tower}", offline)
+    vision = getattr(vision, "vision_config", vision)
+    if not isinstance(vision, CLIPVisionConfig):
+        raise ValueError(f"model.vision_tower={config.vision_tower} is a {vision.model_type}; use a CLIP vision tower")
+    shared = {
+        "text_config": text,
+        "vision_config": vision,
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
+    if config.image_grid_pinpoints is None:
+        return LlavaConfig(**shared)
+    return LlavaNextConfig(image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints], **shared)
+
+
+def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
+    """The family of a config that :func:`load_model_config` returned, and how it is trained."""
+    return trained_family(config.model_type, "this config")
+
+
+def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
+    """A config from the YAML's sizes; ``model_type`` names the family, LLaVA-NeXT where it is left out."""
+    model_type = sizes.get("model_type", LlavaNextConfig.model_type)
+    _, loop = trained_family(model_type, "model.config")
+    if loop.needs_checkpoint:
+        raise ValueError(
+            f"model.config.model_type={model_type!r}: this family is trained from a checkpoint only; set model.path"
+        )
+    _check_keys(sizes, CONFIG_MAPPING[model_type]())
+    try:
+        return CONFIG_MAPPING[model_type](**{key: value for key, value in sizes.items() if key != "model_type"})
+    except StrictDataclassError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"model.config: transformers refuses these sizes: {reason}") from error
+
+
+def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
+    """Refuse keys that transformers would silently store: a typo would leave a size at its default.
+
+    Raises:
+        ValueError: an unknown key or model type, with the nearest known key.
+    """
+    known_types = {"text_config": "llama", "vision_config": "clip_vision_model"}
+    sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, default)]
+    for section, default_type in known_types.items():
+        values = sizes.get(section) or {}
+        model_type = values.get("model_type", default_type)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"model.config.{section}.model_type={model_type!r} is unknown to transformers")
+        sections.append((f"model.config.{section}", values, CONFIG_MAPPING[model_type]()))
+    for place, values, default in sections:
+        known = [*default.to_dict(), *default.attribute_map, "head_dim"]
+        for key in values:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {place}.{nearest[0]}?" if nearest else ""
+                raise ValueError(f"{place}.{key}: unknown key{hint}")
+
+
+def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
+    """The config in a folder or on the hub, of whatever family.
+
+    Args:
+        name: folder or hub id.
+        place: the setting that named it and its value, for the error.
+        offline: for well-known hub ids use the recorded sizes.
+
+    Raises:
+        ValueError: there is none, or one of the original LLaVA code.
+    """
+    if offline and name in KNOWN_CONFIGS and not Path(name).exists():
+        return KNOWN_CONFIGS[name]()
+    try:
+        is_original = original.read_config(Path(name)) is not None
+        config = None if is_original else AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
+    if config is not None:
+        check_attention(name, place)
+    else:
+        raise ValueError(
+            f"{place}: this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: "
+            f"vtprune convert --model {name} --to hf --out DIR"
+        )
+    return config
+
+
+def check_attention(name: str, place: str) -> None:
+    """Look at the attention that a ``config.json`` asks for: transformers downloads kernels of the hub and runs them.
+
+    Raises:
+        ValueError: it names one.
+    """
+    content, _ = PreTrainedConfig.get_config_dict(name)
+    found = next(hub_kernels(content), None)
+    if found is not None:
+        key, value = found
+        raise ValueError(
+            f"{place}: config.json of {name} has {key}={value!r}, a kernel of the hub, whose code is not run; remove "
+            "the key or set it to sdpa"
+        )
+
+
+@contextmanager
+def learned_expected() -> Iterator[None]:
+    """Within it, ``from_pretrained`` does not warn of a method's own parameters, which ``prune`` reads by itself."""
+    with _LOADING:
+        before = PreTrainedModel._keys_to_ignore_on_load_unexpected
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), LEARNED_NAME.pattern]
+        try:
+            yield
+        finally:
+            PreTrainedModel._keys_to_ignore_on_load_unexpected = before
+
+
+@contextmanager
+def _loading(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{place}: cannot be loaded ({first_line(error)})") from error
+
+
+def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModule:
+    """``model_class.from_pretrained``, which must find every weight: transformers starts missing ones at random.
+
+    Args:
+        model_class: transformers' class.
+        folder: a folder or hub id.
+        dtype: as for ``from_pretrained``.
+        place: for errors.
+
+    Raises:
+        ValueError: a file cannot be read, a weight is missing or has another shape.
+    """
+    check_weights(folder, place)
+    with _loading(place), learned_expected():
+        model, found = model_class.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{place}: {len(missing)} weight(s) of the {type(model).__name__} are missing, first {missing[0]}; copy "
+            "the whole checkpoint"
+        )
+    return model
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
+    """The model, with the image token of ``tokenizer``; unmodified transformers classes.
+
+    Parameters have ``config.dtype``. Buffers keep the dtype that transformers gives them: rotary frequencies rounded to
+    bfloat16 would move the angles of late positions by more than a radian.
+
+    Raises:
+        ValueError: a part is missing or does not fit.
+    """
+    dtype = getattr(torch, config.dtype)
+    model_config = load_model_config(config)
+    family, loop = family_of_config(model_config)
+    image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
+    model_class = getattr(transformers, family.model_class)
+    if config.path is not None:
+        model = open_whole(model_class, resolve_checkpoint(config.path), dtype, f"model.path={config.path}")
+    else:
+        model_config.image_token_id = image_token_id
+        if config.config is not None:
+            _fit_special_tokens(model_config, tokenizer)
+            model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+        else:
+            model = _from_parts(config, model_config)
+    if config.projector is not None:
+        _load_projector(model, loop, config.projector)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocab:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
+    model.config.image_token_id = image_token_id
+    return model
+
+
+def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = config.text_config
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"model.config.text_config.vocab_size={text.vocab_size} is smaller than the tokenizer ({len(tokenizer)})"
+        )
+    text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    text.pad_token_id = tokenizer.pad_token_id
+
+
+def _from_parts(config: ModelConfig, model_config: PreTrainedConfig) -> HFModule:
+    """A language model and a tower with a new projector between them; only the projector is initialised."""
+    assert config.language_model is not None and config.vision_tower is not None
+    dtype = getattr(torch, config.dtype)
+    places = f"model.language_model={config.language_model}", f"model.vision_tower={config.vision_tower}"
+    check_weights(config.language_model, places[0])
+    check_weights(config.vision_tower, places[1])
+    with _loading(places[0]):
+        language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, trust_remote_code=False)
+    with _loading(places[1]):
+        tower = CLIPVisionModel.from_pretrained(config.vision_tower, dtype=dtype)
+    with no_init_weights():
+        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+    for module, source in (
+        (model.model.language_model, language.model),
+        (model.lm_head, language.lm_head),
+        (model.model.vision_tower, tower),
+    ):
+        module.load_state_dict(source.state_dict(), assign=True)
+        for parameter in module.parameters():
+            parameter._is_hf_initialized = True  # what transformers' own loading marks
+    model.init_weights()
+    model.generation_config = language.generation_config
+    return model
+
+
+def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
+    """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read.
+
+    Raises:
+        ValueError: the checkpoint lacks one of them or its shapes differ.
+    """
+    source = Path(resolve_checkpoint(path))
+    if (source / original.MM_PROJECTOR).is_file():  # stage 1 of the original code
+        source = source / original.MM_PROJECTOR
+    keys = tuple(name.removeprefix("model.") for name in loop.projector)
+    own = {key: value for key, value in model.model.state_dict().items() if key.startswith(keys)}
+    if source.is_file():
+        found = _read_mm_projector(model, source)
+        if "image_newline" in own and "image_newline" not in found:
+            log.warning("model.projector=%s holds no image_newline; it starts as the model's own", path)
+            del own["image_newline"]
+        place = str(source)
+    else:
+        files = sorted(source.glob("*.safetensors"))
+        found, place = read_projector(files, keys), f"{len(files)} safetensors file(s) of {source}"
+    if missing := sorted(set(own) - set(found)):
+        raise ValueError(f"model.projector={path}: no {missing[0]} in {place}")
+    for key, value in own.items():
+        if value.shape != found[key].shape:
+            raise ValueError(
+                f"model.projector={path}: {key} has shape {tuple(found[key].shape)}, but this model needs "
+                f"{tuple(value.shape)}; it was trained for another language model or tower"
+            )
+        value.copy_(found[key])
+
+
+def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
+    """The ``mm_projector.bin`` of the original code, by its names in the base.
+
+    Raises:
+        ValueError: it is none, or a linear one and this model's has GELU.
+    """
+    found = original.read_projector_file(file, f"model.projector={file}")
+    is_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
+    if original.is_linear(found) and not is_linear:
+        raise ValueError(f"model.projector={file} is a linear projector; this model's has two layers and GELU")
+    if is_linear and not original.is_linear(found):
+        raise ValueError(f"model.projector={file} has two layers and GELU; this model's projector is linear")
+    return {name.removeprefix("model."): value for name, value in found.items()}
+
+
+def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The projector (names that begin with one of ``keys``) in a checkpoint's files, by its names in the base.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                    short = key.removeprefix("model.")
+                    if short.startswith(keys):
+                        found[short] = tensors.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read ({first_line(error)})") from error
+    return found
+
+
+def load_tokenizer(
+    config: ModelConfig, texts: Texts, folder: Path, *, offline: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the family's image token as one token (``<image>`` is added where it is missing).
+
+    Args:
+        config: the YAML's ``model`` section.
+        texts: what to train a tokenizer on, if the model is made from a config and none is named.
+        folder: where a tokenizer trained here is kept, and read from when it is there.
+        offline: ask no hub (dry runs).
+
+    Raises:
+        ValueError: there is no tokenizer, or not one of this family.
+    """
+    source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
+    if source is not None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
+    elif folder.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    else:
+        assert config.config is not None
+        tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
+    model_config = load_model_config(config, offline=offline)
+    _ensure_image_token(tokenizer, family_of_config(model_config)[1], str(source))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return lasting(tokenizer, model_config)
+
+
+def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, loop: Loop, source: str) -> None:
+    if loop.image_token in tokenizer.get_vocab():
+        return
+    if loop.image_token != IMAGE:
+        raise ValueError(
+            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {loop.model_type}; "
+            "set model.tokenizer to this checkpoint's own"
+        )
+    add_image_token(tokenizer)
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ``<image>`` one token, if it is none."""
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", IMAGE]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[IMAGE],
+    )
+
+
+def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
+    features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included); ``pruning``
+    what the method adds."""
+    family, loop = family_of_config(model.config)
+    adapter = getattr(model, "peft_config", {}).get("default")
+    adapts_bias = adapter is not None and adapter.bias == "lora_only"
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {
+        "projector": [],
+        "language_model": [],
+        "vision_tower": [],
+        "lora": [],
+        "pruning": [],
+        "unused": [],
+    }
+    for name, parameter in model.named_parameters():
+        if adapter is not None and (".lora_" in name or (adapts_bias and name.endswith(".base_layer.bias"))):
+            part = "lora"
+        elif name.startswith(f"{family.decoder}.{PARAMETERS}."):
+            part = "pruning"
+        elif name.startswith(loop.projector):
+            part = "projector"
+        elif name.startswith(loop.vision):
+            part = "unused" if _behind_features(model.config, name) else "vision_tower"
+        else:
+            part = "language_model"
+        parts[part].append((name, parameter))
+    return parts
+
+
+def _behind_features(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a tower's parameter lies behind the layer whose features are taken (or in a pooling head)."""
+    chosen = getattr(config, "vision_feature_layer", None)
+    if chosen is None:
+        return False
+    num_layers = config.vision_config.num_hidden_layers
+    last = max(index % (num_layers + 1) for index in ([chosen] if isinstance(chosen, int) else chosen))
+    if "post_layernorm" in name or ".head." in name:
+        return True
+    _, found, rest = name.partition("encoder.layers.")
+    return bool(found) and int(rest.partition(".")[0]) >= last
+
+
+def set_trainable(model: HFModule, train: dict[str, float]) -> None:
+    """Freeze all parts but the named ones, and what a method adds, which is trained in every run."""
+    for part, parameters in parts_of(model).items():
+        for _, parameter in parameters:
+            parameter.requires_grad_(part in train or part == "pruning")
+
+
+def saved_pruning(path: str, asked: Any = None) -> dict[str, Any] | None:
+    """The pruning settings in a checkpoint's ``config.json``; ``None`` if it was trained without dropping.
+
+    Args:
+        path: of ``train.init_from``.
+        asked: the method that the user named, if any; the settings of another one are returned as they are.
+
+    Raises:
+        ValueError: there is no such checkpoint, or its method is code outside the package that nobody named.
+    """
+    place = f"train.init_from={path}"
+    settings = getattr(load_any_config(resolve_checkpoint(path), place, offline=False), CONFIG_KEY, None)
+    if settings is None or asked not in (None, settings.get("method")):
+        return settings
+    named = settings.get("method")
+    check_trusted(settings, place, f"name it in this run's own settings: pruning.method={named}")
+    return completed_settings(settings)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    if "custom code which must be executed" in str(error):
+        return "it brings code of its own (auto_map), which is not run; only transformers' own classes are opened"
+    return pickles.first_line(error)

@@ -1,0 +1,1 @@
+"""Signals, launchers and standard output of a process, importable before PyTorch."""

@@ -1,0 +1,78 @@
+"""CDPruner (arXiv 2506.10967): visual tokens that fit the instruction and differ from each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtprune_train.core.stream import Boundary, Drop
+from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.methods.one_share import OneShare
+from vtprune_train.pruning.ops.diversity import determinantal
+
+LEAST = 1e-6  # relevance of the least relevant token: none is ruled out
+
+
+def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> Tensor:
+    """[V] float32 in (0, 1]: cosine of each token with the mean of its sample's instruction embeddings, each of unit
+    length, stretched over each image from its least to its most relevant token.
+
+    Source: CDPruner (arXiv 2506.10967), section on conditional diversity; the embedding is the decoder's own.
+
+    Args:
+        hidden_VC: candidates, any float dtype.
+        instruction_QC: rows of ``boundary.query_rows``.
+        boundary: names segments and spans.
+    """
+    parts, start = [hidden_VC.new_zeros(0, dtype=torch.float32)], 0
+    asked = dict(zip(sorted({span.segment for span in boundary.spans}), boundary.segments, strict=True))
+    for span in boundary.spans:
+        rows = slice(asked[span.segment].query_start, asked[span.segment].query_end)
+        wanted_C = F.normalize(instruction_QC[rows].float(), dim=-1).mean(dim=0)
+        own_NC = hidden_VC[start : start + span.before].float()
+        start += span.before
+        if not span.before:
+            continue
+        cosine_N = (F.normalize(own_NC, dim=-1) * F.normalize(wanted_C, dim=0)).sum(dim=-1)
+        low, high = cosine_N.amin(), cosine_N.amax()
+        parts.append((cosine_N - low + LEAST) / (high - low + LEAST))
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class CDPruner(OneShare):
+    """Each image keeps ``floor(keep * n)`` tokens: those that a determinantal point process, conditioned on the
+    instruction, finds most likely together (greedily).
+
+    Args:
+        keep: share of tokens that stay, in (0, 1]; published from 192 down to 64 of 576.
+        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    keep: float = 64 / 576
+
+    name: ClassVar[str] = "cdpruner"
+    paper: ClassVar[str] = (
+        "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (arXiv 2506.10967)"
+    )
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        return (Drop(0, self.keep, queries="instruction"),)
+
+    def choose(self, candidates: Candidates) -> Selection:
+        boundary = candidates.boundary
+        with torch.no_grad():
+            hidden = candidates.hidden.detach()
+            weights = relevance(hidden, candidates.instruction.detach(), boundary)
+            sizes, take = [span.before for span in boundary.spans], [span.after for span in boundary.spans]
+            return Selection(determinantal(hidden, weights, sizes, take))
+
+    def selector_flops(self, hidden: int, boundary: Boundary) -> float:
+        return sum(2.0 * hidden * span.after * (span.before + span.after) for span in boundary.spans)

@@ -1,0 +1,43 @@
+"""DivPrune (arXiv 2503.02175): the visual tokens that differ most from each other, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vtprune_train.core.stream import Boundary
+from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.methods.one_share import OneShare
+from vtprune_train.pruning.ops.diversity import max_min_diverse
+
+
+@dataclass(frozen=True)
+class DivPrune(OneShare):
+    """Each image keeps ``floor(keep * n)`` tokens, chosen one after the other so that the smallest cosine distance
+    between two of them stays large. Neither the question nor the vision tower's attention is asked.
+
+    Args:
+        keep: share of tokens that stay, in (0, 1]; published down to 0.098.
+        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    keep: float = 0.098
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = (
+        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175)"
+    )
+
+    def choose(self, candidates: Candidates) -> Selection:
+        spans = candidates.boundary.spans
+        with torch.no_grad():
+            sizes, take = [span.before for span in spans], [span.after for span in spans]
+            return Selection(max_min_diverse(candidates.hidden.detach(), sizes, take))
+
+    def selector_flops(self, hidden: int, boundary: Boundary) -> float:
+        return sum(2.0 * hidden * span.before * (span.before + span.after) for span in boundary.spans)

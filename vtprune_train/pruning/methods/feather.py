@@ -1,0 +1,104 @@
+"""FEATHER (arXiv 2412.13180): an early drop ranked without rotary embedding over a uniform floor, and a later, harder
+one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtprune_train.core.stream import Drop, SpanLayout
+from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, RankWith, Selection
+from vtprune_train.pruning.checks import check_choice, check_whole
+from vtprune_train.pruning.ops.grids import rasters_of, spread, strided_cells
+from vtprune_train.pruning.ops.scoring import visual_query_attention
+from vtprune_train.pruning.ops.selection import picked_on_host, top_k_per_span
+from vtprune_train.pruning.schedules.budget import first_that_fits
+from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_per_layer, scaled_layers
+
+
+class Floored(Drop):
+    """A drop that keeps an even grid whatever the ranking says."""
+
+
+@dataclass(frozen=True)
+class Feather(PruningMethod):
+    """Before ``layers[0]`` each image keeps every ``stride``-th token of every ``stride``-th row and the best of the
+    rest, ``floor(keep[0] * n)`` in all; before ``layers[1]`` the ``floor(keep[1] * n)`` best, grid or not.
+
+    Args:
+        layers: two decoder layers, counted from 0. ``None``: 8 and 16 of 32, scaled to the depth.
+        keep: shares of each image's original tokens. Published: the best 30 % and the grid, then 9 % of what is left;
+            a grid of stride 3 and a ranking that knows nothing of it overlap by a ninth, which makes 0.378 and 0.034.
+        stride: of the grid.
+        rank_with: ``this_layer``, the last layer of the stage that ends (published; free), or ``next_layer``.
+        positions: ``keep`` leaves survivors where they were (published); ``renumber`` numbers them 0, 1, ...
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    layers: tuple[int, int] | None = None
+    keep: tuple[float, float] = (0.378, 0.034)
+    stride: int = 3
+    rank_with: RankWith = "this_layer"
+    positions: Positions = "keep"
+
+    name: ClassVar[str] = "feather"
+    paper: ClassVar[str] = (
+        "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration (arXiv "
+        "2412.13180)"
+    )
+    where: ClassVar[str] = "between layers"
+    trains: ClassVar[str] = "yes"
+    rotary: ClassVar[bool] = False  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(float(ratio) for ratio in self.keep))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if len(self.keep) != 2:
+            raise ValueError(f"keep={list(self.keep)} has {len(self.keep)} entries; FEATHER drops twice")
+        check_schedule(self.layers, self.keep)
+        check_whole("stride", self.stride, 1)
+        check_choice("rank_with", self.rank_with, ("this_layer", "next_layer"))
+        check_choice("positions", self.positions, ("keep", "renumber"))
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        if self.layers is None:
+            first, second = scaled_layers((8, 16), 32, num_layers)
+        else:
+            check_schedule(self.layers, self.keep, num_layers)
+            first, second = self.layers
+        return one_per_layer((Floored(first, self.keep[0]), Drop(second, self.keep[1])))
+
+    def score(self, candidates: Candidates) -> Tensor:
+        ranking = candidates.ranking
+        assert ranking is not None
+        return visual_query_attention(ranking.queries, ranking.keys, ranking.scaling, candidates.boundary)
+
+    def choose(self, candidates: Candidates) -> Selection:
+        boundary = candidates.boundary
+        with torch.no_grad():
+            scores = self.score(candidates)
+            if isinstance(boundary.drop, Floored):
+                scores = scores.index_fill(0, picked_on_host(boundary, self._floor), float("inf"))
+        return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
+
+    def _floor(self, span: SpanLayout) -> np.ndarray:
+        """Places of the grid; evenly thinned where more than the image keeps."""
+        grid = strided_cells(rasters_of(span), self.stride)
+        return grid if len(grid) <= span.after else grid[spread(span.after, len(grid))]
+
+    def for_budget(self, share: float, num_layers: int) -> PruningMethod:
+        """Scales ``keep``; where the layers before the first drop leave too little of ``share``, both come earlier."""
+        return first_that_fits(self._earlier(num_layers), share, num_layers)
+
+    def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:
+        yield self
+        for first, second in earlier([drop.layer for drop in self.drops(num_layers)]):
+            yield replace(self, layers=(first, second))

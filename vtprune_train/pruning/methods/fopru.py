@@ -1,0 +1,77 @@
+"""FoPru (arXiv 2411.14164): tokens that the vision tower attends to, the best one by one or in whole rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtprune_train.core.stream import Boundary, to_device
+from vtprune_train.pruning.base import Candidates, EncoderRows
+from vtprune_train.pruning.checks import check_choice
+from vtprune_train.pruning.methods.one_share import OneShare
+from vtprune_train.pruning.ops.grids import rasters_of
+from vtprune_train.pruning.ops.significance import neutral, ranked, signals_of
+
+
+@dataclass(frozen=True)
+class FoPru(OneShare):
+    """Each image keeps ``floor(keep * n)`` tokens by the attention that they receive in the vision tower, from all
+    tokens of their tile on average.
+
+    Args:
+        keep: share of tokens that stay, in (0, 1]; published 0.25 and 0.5.
+        strategy: ``rank``, the best tokens; ``row``, whole rows of the image's grids, by the mean of their tokens; of
+            the last row that fits in part, its best tokens.
+        layer: layer of the vision tower; -1 is the last that the decoder's features come from.
+        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    keep: float = 0.25
+    strategy: Literal["rank", "row"] = "rank"
+    layer: int = -1
+
+    name: ClassVar[str] = "fopru"
+    paper: ClassVar[str] = "FoPru: Focal Pruning for Efficient Large Vision-Language Models (arXiv 2411.14164)"
+    encoder_rows: ClassVar[EncoderRows] = "all"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("strategy", self.strategy, ("rank", "row"))
+
+    @property
+    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.layer,)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        significance = neutral(signals_of(candidates, 1).attention[0], candidates.boundary)
+        return significance if self.strategy == "rank" else by_rows(significance, candidates.boundary)
+
+
+def by_rows(significance_V: Tensor, boundary: Boundary) -> Tensor:
+    """[V] float32, higher for every token of a better row; within a row higher for the better token. Rows are better
+    by their mean, equal ones by which comes first."""
+    if not len(significance_V):
+        return significance_V
+    lengths = np.concatenate([np.repeat([c for _, c in grid], [r for r, _ in grid]) for grid in _grids(boundary)])
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    sizes, of_token = to_device((lengths, rows), significance_V.device)
+    # unsafe: do not wait for the device to check the sizes
+    means = torch.segment_reduce(significance_V, "mean", lengths=sizes, axis=0, unsafe=True)
+    best = torch.sort(means, descending=True, stable=True).indices
+    place = torch.empty_like(best)
+    place[best] = torch.arange(len(best), device=best.device)
+    order = ranked(significance_V, place.index_select(0, of_token))
+    scores = torch.empty(len(order), dtype=torch.float32, device=order.device)
+    scores[order] = -torch.arange(len(order), dtype=torch.float32, device=order.device)
+    return scores
+
+
+def _grids(boundary: Boundary) -> list[tuple[tuple[int, int], ...]]:
+    return [rasters_of(span) for span in boundary.spans]

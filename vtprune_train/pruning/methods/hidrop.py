@@ -1,0 +1,158 @@
+"""HiDrop (arXiv 2602.23699): visual tokens enter late, are pruned by a concave pyramid, and leave early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtprune_train.core.stream import Boundary, Drop
+from vtprune_train.pruning.base import Candidates, PruningMethod, RankWith, Selection
+from vtprune_train.pruning.checks import check_whole
+from vtprune_train.pruning.ops.scoring import mean_query_attention
+from vtprune_train.pruning.ops.selection import all_candidates, top_k_per_span
+from vtprune_train.pruning.schedules.budget import first_that_fits
+from vtprune_train.pruning.schedules.stages import AtLeastOne, check_schedule, one_per_layer, scaled_layers
+
+DEPTH = 32  # of the published model
+ENTER, LAYERS, LEAVE = 8, (10, 14, 16, 18), 24
+LEAST_SPREAD = 0.01  # of the mean: nearly equal scores do not make a gradient explode
+KEEP = (215 / 576, 10 / 576, 5 / 576, 1 / 576)
+
+
+def gates(scores_V: Tensor, boundary: Boundary, temperature: float) -> Tensor:
+    """[V] float32, how surely each candidate stays: a sigmoid of its distance from the edge between kept and dropped.
+
+    Scores are measured in standard deviations of their own image; the edge lies half way between the worst kept and the
+    best dropped one. Both are constants for the gradient. An image that keeps all or nothing has gates without one.
+
+    Args:
+        scores_V: [V] float32, with gradients.
+        boundary: says how many of each image stay.
+        temperature: in standard deviations; the smaller, the fewer tokens near the edge get a gradient.
+    """
+    found, start = [scores_V.new_zeros(0)], 0
+    for span in boundary.spans:
+        own = scores_V[start : start + span.before]
+        start += span.before
+        if not 0 < span.after < span.before:
+            found.append(torch.ones_like(own))
+            continue
+        fixed = own.detach()
+        edge = fixed.topk(span.after + 1).values[-2:].mean()
+        unit = torch.maximum(fixed.std(), LEAST_SPREAD * fixed.mean()).clamp(min=1e-12)
+        found.append(torch.sigmoid((own - edge) / (unit * temperature)))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class HiDrop(PruningMethod):
+    """Text alone runs through the first layers; all visual tokens enter before layer ``enter`` as the projector made
+    them, are pruned before ``layers`` and leave before layer ``leave``. Layers are counted from 0.
+
+    Args:
+        enter: ``None``: 8 of 32, scaled to the depth; 0: from the start.
+        layers: where tokens are pruned, behind ``enter``. ``None``: 10, 14, 16 and 18 of 32, scaled.
+        keep: shares of each image's tokens, not increasing; at least one token of an image stays. Published as counts
+            of 576: 215, 10, 5 and 1.
+        leave: ``None``: 24 of 32, scaled; the number of layers or more: never.
+        differentiable: in training, gradients reach the scores through the kept tokens (which keep their values).
+        temperature: of that gradient, see :func:`gates`.
+        rank_with: the layer whose attention ranks; ``next_layer`` (published), as ``enter`` comes before any layer.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    enter: int | None = None
+    layers: tuple[int, ...] | None = None
+    keep: tuple[float, ...] = KEEP
+    leave: int | None = None
+    differentiable: bool = True
+    temperature: float = 1.0
+
+    name: ClassVar[str] = "hidrop"
+    paper: ClassVar[str] = (
+        "HiDrop: Hierarchical Vision Token Reduction in MLLMs via Late Injection, Concave Pyramid Pruning, "
+        "and Early Exit (arXiv 2602.23699)"
+    )
+    where: ClassVar[str] = "enters late, pruned between layers, leaves early"
+    trains: ClassVar[str] = "yes, made for it; gradients reach the ranking"
+    rank_with: ClassVar[RankWith] = "next_layer"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(float(ratio) for ratio in self.keep))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        check_schedule(self.layers, self.keep)
+        if self.layers is None and len(self.keep) != len(LAYERS):
+            raise ValueError(f"keep={list(self.keep)} needs its own layers (the published {list(LAYERS)} are four)")
+        for setting, value, least in (("enter", self.enter, 0), ("leave", self.leave, 1)):
+            if value is not None:
+                check_whole(setting, value, least)
+        if not isinstance(self.differentiable, bool):
+            raise ValueError(f"differentiable={self.differentiable!r} is neither true nor false")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature:g} is not above 0")
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        enter, leave = self._window(num_layers)
+        layers = self.layers
+        if layers is None:
+            layers = tuple(max(layer, enter + 1) for layer in scaled_layers(LAYERS, DEPTH, num_layers))
+        elif layers and (layers[0] <= enter or layers[-1] >= min(leave, num_layers)):
+            raise ValueError(
+                f"layers={list(layers)} do not lie between enter={enter} and leave={min(leave, num_layers)} (of "
+                f"{num_layers} layers); set enter and leave too"
+            )
+        pyramid = [AtLeastOne(layer, keep) for layer, keep in zip(layers, self.keep, strict=True)]
+        within = [
+            drop for drop in (*pyramid, Drop(leave, 0.0, ranked=False)) if drop.layer < min(num_layers, leave + 1)
+        ]
+        found = one_per_layer(within)
+        return (Drop(0, 0.0, ranked=False), Drop(enter, 1.0, returns=True, ranked=False), *found) if enter else found
+
+    def _window(self, num_layers: int) -> tuple[int, int]:
+        """The layers before which tokens enter and leave; at least one sees them."""
+        enter, leave = scaled_layers((ENTER, LEAVE), DEPTH, num_layers)
+        enter = enter if self.enter is None else self.enter
+        leave = max(leave, enter + 1) if self.leave is None else self.leave
+        if not enter < min(leave, num_layers):
+            raise ValueError(
+                f"enter={enter}, leave={leave}: no layer of {num_layers} sees a picture; let tokens leave behind enter"
+            )
+        return enter, leave
+
+    def choose(self, candidates: Candidates) -> Selection:
+        boundary = candidates.boundary
+        if boundary.drop.returns:
+            return Selection(all_candidates(boundary))
+        if not boundary.drop.keep:
+            return Selection(boundary.take)  # nobody
+        soft = self.differentiable and candidates.training
+        ranking = candidates.ranking
+        assert ranking is not None
+        with torch.set_grad_enabled(soft):
+            scores = mean_query_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
+        chosen = top_k_per_span(scores.detach(), boundary.span_of_visual, boundary.take)
+        if not soft:
+            return Selection(chosen)
+        gate = gates(scores, boundary, self.temperature).index_select(0, chosen)
+        kept = candidates.hidden.index_select(0, chosen)
+        nothing = (gate - gate.detach()).to(kept.dtype)  # 0, with the gate's gradient
+        return Selection(chosen, torch.arange(len(chosen), device=chosen.device), kept + kept * nothing[:, None])
+
+    def for_budget(self, share: float, num_layers: int) -> PruningMethod:
+        """Scales ``keep``; where the window is too short for ``share``, tokens leave later, then enter earlier."""
+        return first_that_fits(self._wider(num_layers), share, num_layers)
+
+    def _wider(self, num_layers: int) -> Iterator[PruningMethod]:
+        yield self
+        enter, leave = self._window(num_layers)
+        for later in range(leave + 1, num_layers + 1):
+            yield replace(self, leave=later)
+        for earlier in range(enter - 1, -1, -1):
+            yield replace(self, enter=earlier, leave=num_layers)

@@ -1,0 +1,124 @@
+"""LVLM_CSP (arXiv 2504.10854): a few tokens first, then all of them, then the best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtprune_train.core.stream import Drop
+from vtprune_train.pruning.base import Candidates, PruningMethod, RankWith, Selection
+from vtprune_train.pruning.checks import check_choice, check_share
+from vtprune_train.pruning.ops.scoring import mean_query_attention
+from vtprune_train.pruning.ops.selection import all_candidates, picked_on_host, top_k_per_span
+from vtprune_train.pruning.schedules.budget import first_that_fits
+from vtprune_train.pruning.schedules.stages import AtLeastOne, scaled_layers
+
+
+def representatives(length: int, count: int) -> np.ndarray:
+    """[count] int64: every ``floor(length / count)``-th token, the paper's uniform clusters."""
+    return np.arange(count) * (length // max(count, 1))
+
+
+def clusters(length: int, count: int) -> np.ndarray:
+    """[length] int64, the token that represents each: the last one at or before it."""
+    own = representatives(length, count)
+    return own[np.searchsorted(own, np.arange(length), side="right") - 1]
+
+
+@dataclass(frozen=True)
+class LVLMCSP(PruningMethod):
+    """Clustering, scattering, pruning: up to layer ``layers[0]`` one token of each cluster stands for the others; then
+    all tokens are there; from layer ``layers[1]`` on only those with the most attention.
+
+    Args:
+        layers: before which all return, and before which they are pruned; counted from 0; the second may be the
+            depth, for no pruning. ``None``: 12 and 20 of 32, scaled to the depth (ours: the paper's are not known to
+            us).
+        keep: clusters, and tokens left in the end, as shares of each image's tokens; at least one stays (ours: with
+            these layers 65 % fewer tokens enter a layer, the reduction that the paper reports).
+        scatter: ``own``, tokens return as they were; ``cluster`` (ours), each with what its representative has
+            become added.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    layers: tuple[int, int] | None = None
+    keep: tuple[float, float] = (0.16, 0.1)
+    scatter: Literal["own", "cluster"] = "own"
+
+    name: ClassVar[str] = "lvlm_csp"
+    paper: ClassVar[str] = (
+        "LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering, and Pruning for "
+        "Reasoning Segmentation (arXiv 2504.10854)"
+    )
+    where: ClassVar[str] = "before the decoder and between layers; all return"
+    trains: ClassVar[str] = "yes (published for inference)"
+    rank_with: ClassVar[RankWith] = "next_layer"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(float(ratio) for ratio in self.keep))
+        if len(self.keep) != 2:
+            raise ValueError(f"keep={list(self.keep)} has {len(self.keep)} entries; use [clusters, tokens in the end]")
+        for ratio in self.keep:
+            check_share("keep", ratio)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            if len(self.layers) != 2 or not 1 <= self.layers[0] < self.layers[1]:
+                raise ValueError(f"layers={list(self.layers)} are not two increasing layers from 1 on")
+        check_choice("scatter", self.scatter, ("own", "cluster"))
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        back, prune = scaled_layers((12, 20), 32, num_layers)
+        prune = max(prune, back + 1)
+        if self.layers is not None:
+            back, prune = self.layers
+            if back >= num_layers or prune > num_layers:
+                never = "return" if back >= num_layers else "be pruned"
+                raise ValueError(
+                    f"layers={list(self.layers)}: in a decoder of {num_layers} layers the tokens would never {never}; "
+                    f"use layers below {num_layers}"
+                )
+        found = (
+            AtLeastOne(0, self.keep[0], ranked=False),
+            Drop(back, 1.0, returns=True, ranked=False),
+            AtLeastOne(prune, self.keep[1]),
+        )
+        return found if prune < num_layers else found[:2]
+
+    def choose(self, candidates: Candidates) -> Selection:
+        boundary = candidates.boundary
+        if boundary.drop.layer == 0:
+            candidates.memory["clusters"] = picked_on_host(boundary, lambda span: clusters(span.before, span.after))
+            return Selection(picked_on_host(boundary, lambda span: representatives(span.before, span.after)))
+        if boundary.drop.returns:
+            return self._scattered(candidates)
+        ranking = candidates.ranking
+        assert ranking is not None
+        with torch.no_grad():
+            scores = mean_query_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
+        return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
+
+    def _scattered(self, candidates: Candidates) -> Selection:
+        everyone = all_candidates(candidates.boundary)
+        if self.scatter == "own":
+            return Selection(everyone)
+        moved: Tensor = candidates.hidden - candidates.before  # 0 but for the representatives
+        values = candidates.before + moved.index_select(0, candidates.memory["clusters"])
+        return Selection(everyone, everyone, values)
+
+    def for_budget(self, share: float, num_layers: int) -> PruningMethod:
+        """Scales ``keep``; where the layers that see all leave too little of ``share``, pruning comes earlier."""
+        return first_that_fits(self._earlier(num_layers), share, num_layers)
+
+    def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:
+        yield self
+        back = self.drops(num_layers)[1].layer
+        end = self.drops(num_layers)[2].layer if len(self.drops(num_layers)) > 2 else num_layers
+        for prune in range(end - 1, back, -1):
+            yield replace(self, layers=(back, prune))

@@ -1,0 +1,138 @@
+"""PLPHP (arXiv 2502.14504): after the prefill every head of every layer keeps its own visual keys and values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtprune_train.core.rounding import as_fraction, floor_of
+from vtprune_train.core.stream import Boundary
+from vtprune_train.pruning.base import MultiTurn, PruningMethod, Ranking
+from vtprune_train.pruning.checks import check_choice
+from vtprune_train.pruning.methods.per_head import judged_attention, keep_best, of_visual, span_sizes
+from vtprune_train.pruning.schedules.budget import bisected
+from vtprune_train.pruning.schedules.stages import scaled_layers
+
+
+def vision_attention(ranking: Ranking, boundary: Boundary) -> tuple[Tensor, Tensor, Tensor]:
+    """What a layer's heads think of the visual tokens, and what the layer thinks of vision.
+
+    An image is judged by the first query row that follows it: in a prompt its last token.
+
+    Returns:
+        [G, V] float32, the attention of each visual token, averaged over the query heads of each key-value head;
+        [V] int64, which query row judged it; [Q] float32, gamma: each query row's attention to all the visual tokens
+        that it judges, summed, and averaged over heads.
+    """
+    scores, judges = [], []
+    for segment, (weights_GQL, judge_L) in zip(boundary.segments, judged_attention(ranking, boundary), strict=True):
+        scores.append(weights_GQL.gather(1, judge_L.expand(len(weights_GQL), 1, -1)).squeeze(1))
+        judges.append(judge_L + segment.query_start)
+    scores_GV, judge_V = of_visual(scores, boundary), of_visual(judges, boundary)
+    gamma_Q = torch.zeros(len(ranking.queries), device=scores_GV.device).index_add(0, judge_V, scores_GV.mean(dim=0))
+    return scores_GV, judge_V, gamma_Q
+
+
+@dataclass(frozen=True)
+class PLPHP(PruningMethod):
+    """Prune the key-value cache after the prefill: each layer at a rate by how much it attends to vision, each head by
+    its own attention. The prefill itself sees everything and is not faster.
+
+    Args:
+        keep: the rate r of a layer between the two classes: each head keeps ``floor(r * n)`` of an image's n tokens
+            (exactly, see :mod:`vtprune_train.core.rounding`).
+        delta: a vision-attentive layer keeps ``keep + delta``, a vision-indifferent one ``keep - delta``.
+        alpha: a layer is vision-attentive from this share of attention on.
+        beta: a layer is vision-indifferent below this share of attention.
+        untouched: first layers that keep everything; ``None``: two of 32 layers, scaled to the depth, at least one.
+        multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each head kept of them;
+            ``keep_dense``, all of them, judged anew by that turn's question.
+
+    Raises:
+        ValueError: a setting is out of range; names the setting, its value and the way out.
+    """
+
+    keep: float = 0.4
+    delta: float = 0.3
+    alpha: float = 0.25
+    beta: float = 0.1
+    untouched: int | None = None
+    multi_turn: MultiTurn = "drop"
+
+    name: ClassVar[str] = "plphp"
+    paper: ClassVar[str] = (
+        "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models (arXiv 2502.14504)"
+    )
+    where: ClassVar[str] = "key-value cache"
+    trains: ClassVar[str] = "as a mask for each head, for consistency; saves no FLOPs"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.keep <= 1.0:
+            raise ValueError(f"keep={self.keep} is not in [0, 1]; it is the share of visual tokens that a head keeps")
+        within = 0.0 <= self.delta <= self.keep
+        if not within or (self.keep + self.delta > 1.0 and as_fraction(self.keep) + as_fraction(self.delta) > 1):
+            raise ValueError(
+                f"delta={self.delta}: keep - delta and keep + delta must lie in [0, 1]; with keep={self.keep} use at "
+                f"most {min(self.keep, 1.0 - self.keep):g}"
+            )
+        for setting in ("alpha", "beta"):
+            if math.isnan(getattr(self, setting)):
+                raise ValueError(f"{setting}=nan is no threshold; use a share of attention such as 0.25")
+        if self.beta > self.alpha:
+            raise ValueError(
+                f"beta={self.beta} is larger than alpha={self.alpha}; a layer is indifferent below beta and attentive "
+                "from alpha on"
+            )
+        if self.untouched is not None and self.untouched < 0:
+            raise ValueError(f"untouched={self.untouched} is negative; use 0 to prune every layer")
+        check_choice("multi_turn", self.multi_turn, ("drop", "keep_dense"))
+
+    def key_layers(self, num_layers: int) -> tuple[int, ...]:
+        first = scaled_layers((2,), 32, num_layers)[0] if self.untouched is None else self.untouched
+        if first >= num_layers:
+            raise ValueError(
+                f"untouched={first} leaves none of the {num_layers} layers to prune; use at most {num_layers - 1}"
+            )
+        return tuple(range(first, num_layers))
+
+    def keys(self, layer: int, ranking: Ranking, boundary: Boundary) -> Tensor:
+        scores_GV, judge_V, gamma_Q = vision_attention(ranking, boundary)
+        span_V = boundary.span_of_visual
+        num_spans = len(boundary.spans)
+        judge_S = torch.zeros(num_spans, dtype=torch.int64, device=span_V.device).scatter(0, span_V, judge_V)
+        counts = self.counts(gamma_Q.index_select(0, judge_S), span_sizes(span_V, num_spans))
+        return keep_best(scores_GV, span_V, counts)
+
+    def counts(self, gamma: Tensor, sizes: Tensor) -> Tensor:
+        """int64, how many of ``sizes`` tokens (int64) a head keeps in layers with the attention ``gamma`` to vision."""
+        keep, delta = as_fraction(self.keep), as_fraction(self.delta)
+        low, middle, high = (floor_of(rate, sizes) for rate in (keep - delta, keep, min(keep + delta, Fraction(1))))
+        return torch.where(gamma >= self.alpha, high, torch.where(gamma < self.beta, low, middle))
+
+    def input_share(self, num_layers: int) -> float:
+        """Visual keys that decoding reads, if as many layers are attentive as are indifferent. All tokens enter all
+        layers."""
+        pruned = len(self.key_layers(num_layers))
+        return (num_layers - pruned + pruned * self.keep) / num_layers
+
+    def for_budget(self, share: float, num_layers: int) -> PLPHP:
+        """Scales ``keep``, and ``delta`` with it as far as rates stay within [0, 1].
+
+        Raises:
+            ValueError: the untouched layers alone take more.
+        """
+
+        def scaled(keep: float) -> PLPHP:
+            relative = self.delta / self.keep if self.keep else 0.0
+            return replace(self, keep=keep, delta=min(keep * relative, keep, 1.0 - keep))
+
+        return bisected(scaled, 0.0, 1.0, share, num_layers)  # type: ignore[return-value]
+
+    def eased(self, start: float, progress: float) -> PLPHP:
+        keep = start + (self.keep - start) * progress
+        return replace(self, keep=keep, delta=min(self.delta * progress, keep, 1.0 - keep))

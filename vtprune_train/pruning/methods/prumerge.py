@@ -1,0 +1,149 @@
+"""LLaVA-PruMerge (arXiv 2403.15388): outliers of the class token's attention stay, and the rest merge into them.
+
+Shape suffixes: n tokens of an image, k those that stay, C hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtprune_train.core.rounding import as_fraction, floor_of
+from vtprune_train.core.stream import Boundary, Drop, to_device
+from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, Selection
+from vtprune_train.pruning.checks import check_choice, check_share
+from vtprune_train.pruning.ops.grids import spread
+from vtprune_train.pruning.ops.significance import merged, signals_of, sizes_before
+from vtprune_train.pruning.schedules.budget import scaled_to_budget
+from vtprune_train.pruning.schedules.stages import AtLeastOne
+
+EXPECTED = 1 / 14  # reported: about 14 times fewer tokens, on average over data sets
+FENCE = 1.5  # interquartile ranges above the third quartile
+
+
+@dataclass(frozen=True)
+class PruMerge(PruningMethod):
+    """Each image keeps the tokens whose attention from the class token is an outlier, however many those are, and each
+    other patch is averaged into the kept one whose key resembles its own most, weighted by attention.
+
+    Args:
+        keep: a share in (0, 1] of tokens to keep instead (floor, at least one), best first, spatial ones included;
+            ``None`` counts outliers.
+        spatial: so many tokens more for each outlier (floor of the product), spread evenly over the rest (PruMerge+:
+            3); 0 for none.
+        layer: layer of the vision tower; -1 is the last that the decoder's features come from.
+        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    keep: float | None = None
+    spatial: float = 0.0
+    layer: int = -1
+    positions: Positions = "renumber"
+
+    name: ClassVar[str] = "prumerge"
+    paper: ClassVar[str] = (
+        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv 2403.15388)"
+    )
+    where: ClassVar[str] = "before the decoder"
+    trains: ClassVar[str] = "yes; gradients reach merged tokens too"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", None if self.keep is None else float(self.keep))
+        object.__setattr__(self, "spatial", float(self.spatial))
+        if self.keep is not None:
+            check_share("keep", self.keep)
+        if not 0 <= self.spatial < math.inf:
+            raise ValueError(f"spatial={self.spatial:g} is not a number from 0 on, of tokens for each outlier")
+        check_choice("positions", self.positions, ("keep", "renumber"))
+
+    @property
+    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.layer,)
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        if self.keep is not None:
+            return (AtLeastOne(0, self.keep),)
+        return (AtLeastOne(0, min(1.0, EXPECTED * (1 + self.spatial)), adaptive=True),)
+
+    def for_budget(self, share: float, num_layers: int) -> PruningMethod:
+        return scaled_to_budget(replace(self, keep=self.keep or EXPECTED), share, num_layers)
+
+    def choose(self, candidates: Candidates) -> Selection:
+        boundary, signals = candidates.boundary, signals_of(candidates, 1)
+        sizes = sizes_before(boundary)
+        attention, keys = signals.attention[0].split(sizes), signals.keys.split(sizes)
+        if self.keep is None and sizes:
+            found = torch.stack([outliers(own) for own in attention]).tolist()  # the one copy to the host
+            counts = [self._counted(outlying, n) for outlying, n in zip(found, sizes, strict=True)]
+        else:
+            counts = [self._shared(span.after) for span in boundary.spans]
+        empty = boundary.span_of_visual[:0]
+        chosen, values, first = [empty], [candidates.hidden[:0]], 0
+        for own, score, key, count in zip(candidates.hidden.split(sizes), attention, keys, counts, strict=True):
+            kept = kept_tokens(score, *count)
+            chosen.append(first + kept)
+            values.append(merged_into(own, score, key, kept))
+            first += len(own)
+        every = torch.cat(chosen)
+        totals = torch.tensor([best + spatial for best, spatial in counts], dtype=torch.int64)
+        at = torch.arange(len(every), device=every.device)
+        return Selection(every, at, torch.cat(values), totals if self.keep is None else None)
+
+    def _counted(self, outlying: int, tokens: int) -> tuple[int, int]:
+        """Tokens to keep by their attention, and spread evenly over the rest."""
+        best = min(max(1, outlying), tokens)
+        return best, min(tokens - best, floor_of(self.spatial, best))
+
+    def _shared(self, count: int) -> tuple[int, int]:
+        """As :meth:`_counted`, ``count`` together."""
+        best = min(count, max(1, round(count / (1 + as_fraction(self.spatial)))))  # a half to the even number
+        return best, count - best
+
+    def selector_flops(self, hidden: int, boundary: Boundary) -> float:
+        # similarities and means; keys are taken to be as wide as the decoder
+        return sum(4.0 * hidden * span.after * (span.before - span.after) for span in boundary.spans)
+
+
+def outliers(attention_n: Tensor) -> Tensor:
+    """[] int64: tokens above the third quartile by more than :data:`FENCE` interquartile ranges. NaN (no patch) neither
+    counts nor is counted; quartiles are interpolated linearly, as in numpy."""
+    if not len(attention_n):
+        return torch.zeros((), dtype=torch.int64, device=attention_n.device)
+    first, third = (torch.nanquantile(attention_n, quartile) for quartile in (0.25, 0.75))
+    return (attention_n > third + FENCE * (third - first)).sum()
+
+
+def kept_tokens(attention_n: Tensor, best: int, spatial: int) -> Tensor:
+    """[best + spatial] int64 ascending: the ``best`` by attention (of equals the earlier; tokens that are no patch come
+    last), and ``spatial`` more, spread evenly over the others in their order."""
+    order = torch.sort(attention_n.nan_to_num(-1.0), descending=True, stable=True).indices
+    others = torch.sort(order[best:]).values
+    places = to_device(spread(spatial, len(others)), order.device)
+    return torch.sort(torch.cat([order[:best], others.index_select(0, places)])).values
+
+
+def merged_into(hidden_nC: Tensor, attention_n: Tensor, keys: Tensor, kept_k: Tensor) -> Tensor:
+    """[k, C]: each kept token averaged with the patches nearest to it.
+
+    Tokens that are no patch neither join nor are joined: their weight is 0, and their key resembles none.
+    """
+    n, k = len(hidden_nC), len(kept_k)
+    if not k:  # an image of which an earlier method left nothing
+        return hidden_nC
+    is_kept = torch.zeros(n, dtype=torch.bool, device=kept_k.device).index_fill(0, kept_k, True)
+    others = torch.sort(is_kept.long(), stable=True).indices[: n - k]
+    unit = normalize(keys.float(), dim=-1)
+    no_patch = attention_n.isnan()
+    likeness = unit.index_select(0, others) @ unit.index_select(0, kept_k).T  # [n - k, k]
+    likeness = likeness.masked_fill(no_patch.index_select(0, kept_k), -2.0)
+    weight = attention_n.nan_to_num(0.0)
+    weights = weight.index_select(0, kept_k), weight.index_select(0, others)
+    return merged(hidden_nC, kept_k, others, likeness.argmax(dim=1), weights)

@@ -1,0 +1,62 @@
+"""The baseline ``random``: every method has to beat it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from vtprune_train.core.stream import SpanLayout
+from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.checks import check_whole
+from vtprune_train.pruning.methods.baseline import Baseline
+from vtprune_train.pruning.ops.selection import picked_on_host
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """uint64 to uint64, the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def draws(seed: int, key: int, number: int, count: int) -> np.ndarray:
+    """[count] uint64 that look random and depend on the arguments alone: not on the batch, the rank or the step."""
+    state = np.zeros(1, dtype=np.uint64)
+    for word in (seed, key, number):
+        state = mixed(state + GOLDEN + np.uint64(word % 2**64))
+    return mixed(state + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+
+
+@dataclass(frozen=True)
+class Random(Baseline):
+    """Each image keeps ``floor(keep * n)`` tokens, drawn by the sample's text, the image's number in it and ``seed``.
+
+    Args:
+        keep: share of tokens that stay, in (0, 1].
+        layer: decoder layer before which they are dropped; 0: before the decoder.
+        positions: ``keep`` leaves survivors where they were; ``renumber`` numbers them 0, 1, ...
+        seed: other draws.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+    trains: ClassVar[str] = "yes; a sample keeps the same tokens in every epoch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("seed", self.seed, 0)
+
+    def choose(self, candidates: Candidates) -> Selection:
+        return Selection(picked_on_host(candidates.boundary, self._pick))
+
+    def _pick(self, span: SpanLayout) -> np.ndarray:
+        order = np.argsort(draws(self.seed, span.key, span.number, span.before), kind="stable")
+        return np.sort(order[: span.after])

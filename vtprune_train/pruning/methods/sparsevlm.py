@@ -1,0 +1,202 @@
+"""SparseVLM (arXiv 2410.04417) and SparseVLM+: text that looks like the image rates it; the best of the rest return.
+
+Shape suffixes: V visual tokens of a segment or span, Q instruction rows of a segment, H query heads, C hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vtprune_train.core.rounding import as_fraction, floor_of
+from vtprune_train.core.stream import Boundary, Drop
+from vtprune_train.pruning.base import Candidates, MultiTurn, Positions, PruningMethod, Selection
+from vtprune_train.pruning.checks import check_choice
+from vtprune_train.pruning.ops.raters import numerical_rank, raters_per_segment, rating_attention
+from vtprune_train.pruning.ops.recycling import Recycle, SparseDrop, keep_and_recycle, recycled
+from vtprune_train.pruning.ops.scoring import tokens_holding, visual_per_segment
+from vtprune_train.pruning.schedules.budget import bisected, first_that_fits
+from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_per_layer, scaled_layers
+
+Count = Literal["fixed", "rank", "mass"]
+TOKENS, DEPTH = 576, 32  # of LLaVA-1.5-7B, for which the counts and layers are published
+LAYERS = {3: (2, 6, 15), 4: (2, 6, 15, 19)}  # v1.5 and v1.0
+BUDGETS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+BUDGETS_UNRECYCLED = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
+
+
+@dataclass(frozen=True)
+class SparseVLM(PruningMethod):
+    """Rates visual tokens by the instruction's raters in a few layers, and deletes behind them.
+
+    Args:
+        layers: sparse layers, counted from 0: their attention rates, their output loses tokens. Increasing. ``None``:
+            2, 6, 15 of 32 (v1.5), or 2, 6, 15, 19 where ``keep`` has four shares (v1.0), scaled to the depth.
+        count: ``fixed``, as many stay as ``budget`` or ``keep`` say; ``rank``, ``scale`` of the tokens in excess of the
+            rank of the raters' attention go; ``mass``, the fewest that hold the share ``mass`` of it stay.
+        budget: published counts, 192, 128, 96 or 64 of 576 tokens on average over the layers. ``None``: 192, or
+            ``keep``.
+        keep: for ``fixed``, shares of each image's original tokens that stay at each sparse layer (floor), without
+            recycled ones; not increasing, in (0, 1].
+        scale: the paper's lambda, in [0, 1]: of n tokens in excess ``floor(scale * n)`` go.
+        mass: in (0, 1].
+        recycle: what clusters of the best 30 % of the deleted become: their ``mean`` (published code) or ``sum``
+            (paper); ``none`` drops all of the deleted (SparseVLM+).
+        positions: ``renumber`` (v1.x) or ``keep`` (SparseVLM+).
+        heads: share of the heads that rate, those with most attention from raters to visual tokens (SparseVLM+: 14 of
+            32); 1 takes all.
+        gravity: divide attention by what the positions alone give (SparseVLM+).
+        multi_turn: see :class:`~vtprune_train.pruning.methods.pyramiddrop.PyramidDrop`.
+
+    Raises:
+        ValueError: a setting is out of range; names the setting, its value and the way out.
+    """
+
+    layers: tuple[int, ...] | None = None
+    count: Count = "fixed"
+    budget: int | None = None
+    keep: tuple[float, ...] | None = None
+    scale: float = 0.5
+    mass: float = 0.9
+    recycle: Recycle = "mean"
+    positions: Positions = "renumber"
+    heads: float = 1.0
+    gravity: bool = False
+    multi_turn: MultiTurn = "drop"
+
+    name: ClassVar[str] = "sparsevlm"
+    paper: ClassVar[str] = (
+        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
+    )
+    where: ClassVar[str] = "between layers"
+    trains: ClassVar[str] = "yes; gradients reach recycled tokens too"
+    rank_with = "this_layer"  # v1.x and SparseVLM+ delete from the output of the layer that rates
+
+    def __post_init__(self) -> None:
+        for setting in ("layers", "keep"):
+            value = getattr(self, setting)
+            object.__setattr__(self, setting, None if value is None else tuple(value))
+        check_choice("count", self.count, ("fixed", "rank", "mass"))
+        check_choice("recycle", self.recycle, ("mean", "sum", "none"))
+        check_choice("positions", self.positions, ("renumber", "keep"))
+        check_choice("multi_turn", self.multi_turn, ("drop", "keep_dense"))
+        if self.budget not in (None, *BUDGETS):
+            raise ValueError(
+                f"budget={self.budget!r} is not one of {', '.join(map(str, BUDGETS))}; or give keep instead"
+            )
+        if not 0 <= self.scale <= 1:
+            raise ValueError(f"scale={self.scale} is not in [0, 1]; it is the share of the excess that is deleted")
+        for setting in ("mass", "heads"):
+            if not 0 < getattr(self, setting) <= 1:
+                raise ValueError(f"{setting}={getattr(self, setting)} is not in (0, 1]; it is a share")
+        self._check_counts()
+        self._check_layers()
+
+    def _check_counts(self) -> None:
+        given = [setting for setting in ("budget", "keep") if getattr(self, setting) is not None]
+        if given and self.count != "fixed":
+            value = getattr(self, given[0])
+            raise ValueError(f"{given[0]}={value} has no effect with count={self.count}; leave it out, or use fixed")
+        for setting, count in (("scale", "rank"), ("mass", "mass")):
+            if self.count != count and (value := getattr(self, setting)) != getattr(type(self), setting):
+                raise ValueError(f"{setting}={value} has no effect with count={self.count}; use count={count}")
+        if len(given) == 2:
+            raise ValueError(f"budget={self.budget} and keep={list(self.keep or ())} both say how many stay; give one")
+        check_schedule(None, self.shares)
+        if self.layers is None and len(self.shares) not in LAYERS:
+            raise ValueError(f"keep={list(self.shares)}: published layers are for 3 or 4 shares; give layers too")
+
+    def _check_layers(self, num_layers: int | None = None) -> None:
+        layers = self.layers
+        if layers is None:
+            return
+        if any(later <= earlier for earlier, later in pairwise((-1, *layers))) or not layers:
+            raise ValueError(f"layers={list(layers)} must increase from 0 on (for example [2, 6, 15])")
+        if self.count == "fixed" and len(layers) != len(self.shares):
+            raise ValueError(f"layers={list(layers)} has {len(layers)} entries but keep has {len(self.shares)}")
+        if num_layers is not None and layers[-1] >= num_layers - 1:
+            raise ValueError(
+                f"layers={list(layers)}: no layer follows {layers[-1]} in a decoder of {num_layers} layers (counted "
+                f"from 0); use layers below {num_layers - 1}"
+            )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of the original tokens that stay, recycled ones not counted, with ``count: fixed``."""
+        if self.keep is not None:
+            return self.keep
+        published = BUDGETS_UNRECYCLED if self.recycle == "none" else BUDGETS
+        return tuple(kept / TOKENS for kept in published[self.budget or max(published)])
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        self._check_layers(num_layers)
+        behind = [layer + 1 for layer in self.layers or LAYERS[len(self.shares)]]
+        if self.layers is None:
+            behind = list(scaled_layers(behind, DEPTH, num_layers))
+        same: dict[str, Any] = {"queries": "instruction", "recycles": self.recycle != "none"}
+        if self.count == "fixed":
+            drops = [SparseDrop(layer, share, **same) for layer, share in zip(behind, self.shares, strict=True)]
+        else:
+            share = float(1 - as_fraction(self.scale)) if self.count == "rank" else self.mass
+            same |= {"adaptive": True, "of_present": share}
+            drops = [SparseDrop(layer, share**n, **same) for n, layer in enumerate(sorted(set(behind)), start=1)]
+        return (Drop(0, 1.0, queries="instruction", ranked=False), *one_per_layer(drops))
+
+    def for_budget(self, share: float, num_layers: int) -> PruningMethod:
+        if self.count == "rank":
+            return bisected(lambda left: replace(self, scale=1 - left), 0.0, 1.0, share, num_layers)
+        if self.count == "mass":
+            return bisected(lambda mass: replace(self, mass=mass), 1e-3, 1.0, share, num_layers)
+        return first_that_fits(self._earlier(num_layers), share, num_layers)
+
+    def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:
+        yield (own := replace(self, budget=None, keep=self.shares))
+        behind = [drop.layer for drop in self.drops(num_layers)[1:]]
+        if len(behind) == len(self.shares):
+            for layers in earlier(behind):
+                yield replace(own, layers=tuple(layer - 1 for layer in layers))
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        return {"fixed": self.shares, "rank": (1 - self.scale,), "mass": (self.mass,)}[self.count]
+
+    def eased(self, start: float, progress: float) -> PruningMethod:
+        if self.count == "rank":
+            return replace(self, scale=1 - start + (self.scale - 1 + start) * progress)
+        if self.count == "mass":
+            return replace(self, mass=start + (self.mass - start) * progress)
+        return PruningMethod.eased(replace(self, budget=None, keep=self.shares), start, progress)
+
+    def choose(self, candidates: Candidates) -> Selection:
+        drop, spans = candidates.boundary.drop, candidates.boundary.spans
+        if not drop.ranked:
+            candidates.memory["raters"] = raters_per_segment(candidates)
+            return Selection(torch.arange(len(candidates.hidden), device=candidates.hidden.device))
+        assert isinstance(drop, SparseDrop)
+        with torch.no_grad():
+            attention = rating_attention(candidates, candidates.memory["raters"], self.heads)
+            left = [drop.left(span.original, span.before) for span in spans]
+            if drop.adaptive and spans:
+                left = torch.stack([self._left(rows) for rows in attention]).tolist()  # the one copy to the host
+            scores = [rows.sum(dim=0) for rows in attention]
+        return keep_and_recycle(candidates.hidden, scores, left, self.recycle, counted=drop.adaptive)
+
+    def _left(self, attention_QV: Tensor) -> Tensor:
+        """[] int64: tokens of an image that stay as they are, by what its raters' attention says."""
+        if self.count == "mass":
+            return tokens_holding(attention_QV.sum(dim=0), self.mass)
+        tokens = attention_QV.shape[1]
+        return tokens - floor_of(self.scale, tokens - numerical_rank(attention_QV))
+
+    def selector_flops(self, hidden: int, boundary: Boundary) -> float:
+        drop, spans = boundary.drop, boundary.spans
+        if not isinstance(drop, SparseDrop):
+            rows = [segment.query_end - segment.query_start for segment in boundary.segments]
+            return sum(2.0 * q * v * hidden for q, v in zip(rows, visual_per_segment(boundary), strict=True))
+        pools = [recycled(span.before - drop.left(span.original, span.before)) for span in spans]
+        return sum(3.0 * n * n * hidden + 2.0 * n * m * hidden for n, m in pools) if drop.recycles else 0.0

@@ -1,0 +1,30 @@
+"""The baseline ``uniform``: an even grid of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.methods.baseline import Baseline
+from vtprune_train.pruning.ops.grids import even_cells, rasters_of
+from vtprune_train.pruning.ops.selection import picked_on_host
+
+
+@dataclass(frozen=True)
+class Uniform(Baseline):
+    """Each image keeps ``floor(keep * n)`` tokens, spread evenly over its rasters in both directions.
+
+    Args:
+        keep: share of tokens that stay, in (0, 1].
+        layer: decoder layer before which the others are dropped; 0: before the decoder.
+        positions: ``keep`` leaves survivors where they were; ``renumber`` numbers them 0, 1, ...
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    def choose(self, candidates: Candidates) -> Selection:
+        return Selection(picked_on_host(candidates.boundary, lambda span: even_cells(rasters_of(span), span.after)))

@@ -1,0 +1,76 @@
+"""Victor (arXiv 2410.14072): learned registers behind each image take it in within the first layers; then it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import Drop
+from vtprune_train.pruning.base import Candidates, PruningMethod, Selection
+from vtprune_train.pruning.checks import check_whole
+from vtprune_train.pruning.learned import Joining, Registers, Staying, is_register, join_registers
+from vtprune_train.pruning.schedules.stages import scaled_layers
+
+PUBLISHED_LAYERS, PUBLISHED_DEPTH = 3, 32
+
+
+@dataclass(frozen=True)
+class Victor(PruningMethod):
+    """Put ``registers`` learned tokens behind each image, and drop its own tokens after the first ``layers`` layers.
+
+    Args:
+        registers: learned tokens behind each image.
+        layers: decoder layers that see the image's own tokens; ``None``: 3 of 32, at the same share of the depth.
+
+    Raises:
+        ValueError: a setting is out of range; names the setting, its value and the way out.
+    """
+
+    registers: int = 8
+    layers: int | None = None
+
+    name: ClassVar[str] = "victor"
+    paper: ClassVar[str] = (
+        "Efficient Vision-Language Models by Summarizing Visual Tokens into Compact Registers (arXiv 2410.14072)"
+    )
+    where: ClassVar[str] = "registers behind the image"
+    trains: ClassVar[str] = "yes, and must be: the registers are learned"
+
+    def __post_init__(self) -> None:
+        check_whole("registers", self.registers, 1)
+        if self.layers is not None:
+            check_whole("layers", self.layers, 1)
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        if self.layers is not None and self.layers >= num_layers:
+            raise ValueError(
+                f"layers={self.layers} leaves no layer without the image's tokens in a decoder of {num_layers} layers; "
+                f"use at most {num_layers - 1}"
+            )
+        end = self.layers or scaled_layers((PUBLISHED_LAYERS,), PUBLISHED_DEPTH, num_layers)[0]
+        return Joining(0, 1.0, adds=True, number=self.registers), Staying(end, 0.0, number=self.registers)
+
+    def module(self, hidden: int, num_layers: int) -> nn.Module:
+        return Registers(self.registers, hidden)
+
+    def choose(self, candidates: Candidates) -> Selection:
+        if candidates.boundary.drop.adds:
+            return join_registers(candidates, self.registers)
+        return super().choose(candidates)
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """[V] float32, 1 for registers, 0 for the image's own tokens."""
+        return is_register(candidates.boundary.span_of_visual, self.registers).float()
+
+    def for_budget(self, share: float, num_layers: int) -> PruningMethod:
+        """As many layers with the image as ``share`` allows: it moves in steps of a layer, and takes no more."""
+        layers = floor_of(share, num_layers)
+        if not 1 <= layers < num_layers:
+            raise ValueError(
+                f"victor takes between {1 / num_layers:.3f} and {1 - 1 / num_layers:.3f} of the visual tokens through "
+                f"{num_layers} layers, a layer at a time, not {share:g}; use another budget"
+            )
+        return replace(self, layers=layers)

@@ -1,0 +1,119 @@
+"""VisionZip (arXiv 2412.04467): dominant tokens by the vision tower's attention, and the rest merged into a few.
+
+Shape suffixes: n tokens of an image, C hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import Boundary, Drop, to_device
+from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.methods.one_share import OneShare
+from vtprune_train.pruning.ops.grids import spread
+from vtprune_train.pruning.ops.significance import merged, neutral, signals_of, sizes_before
+from vtprune_train.pruning.schedules.stages import AtLeastOne
+
+
+@dataclass(frozen=True)
+class VisionZip(OneShare):
+    """Each image keeps ``floor(keep * n)`` tokens: dominant ones as they are, and contextual ones, each the mean of
+    one of the rest and of those that resemble it.
+
+    Args:
+        keep: share of tokens that come out, in (0, 1]; published 192, 128 and 64 of 576.
+        contextual: share of those that are contextual (floor), in [0, 1]; published 30 of 192, 20 of 128, 10 of 64.
+        layer: layer of the vision tower; -1 is the last that the decoder's features come from.
+        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    keep: float = 192 / 576
+    contextual: float = 10 / 64
+    layer: int = -1
+
+    name: ClassVar[str] = "visionzip"
+    paper: ClassVar[str] = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
+    trains: ClassVar[str] = "yes; gradients reach merged tokens too"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "contextual", float(self.contextual))
+        if not 0 <= self.contextual <= 1:
+            raise ValueError(f"contextual={self.contextual:g} is not in [0, 1]; it is a share of the tokens that stay")
+
+    @property
+    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.layer,)
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        return (AtLeastOne(0, self.keep),)
+
+    def choose(self, candidates: Candidates) -> Selection:
+        boundary, signals = candidates.boundary, signals_of(candidates, 1)
+        sizes = sizes_before(boundary)
+        scores = neutral(signals.attention[0], boundary).split(sizes)
+        empty = boundary.span_of_visual[:0]
+        chosen, at, values, first, place = [empty], [empty], [candidates.hidden[:0]], 0, 0
+        hidden, keys = candidates.hidden.split(sizes), signals.keys.split(sizes)
+        patch = (~signals.attention[0].isnan()).split(sizes)
+        for number, span in enumerate(boundary.spans):
+            targets = self.targets(span.before, span.after)
+            dominant, contextual, means = zipped(
+                hidden[number], scores[number], keys[number], patch[number], span.after, targets
+            )
+            chosen.append(first + torch.cat([dominant, contextual]))
+            at.append(torch.arange(place + len(dominant), place + span.after, device=empty.device))
+            values.append(means)
+            first, place = first + span.before, place + span.after
+        return Selection(torch.cat(chosen), torch.cat(at), torch.cat(values))
+
+    def targets(self, before: int, after: int) -> int:
+        """Contextual tokens of an image; none where all tokens stay."""
+        return 0 if before == after else floor_of(self.contextual, after)
+
+    def selector_flops(self, hidden: int, boundary: Boundary) -> float:
+        pairs = sum(self.targets(span.before, span.after) * (span.before - span.after) for span in boundary.spans)
+        return 4.0 * hidden * pairs  # similarities and means; keys are taken to be as wide as the decoder
+
+
+def zipped(
+    hidden_nC: Tensor, scores_n: Tensor, keys: Tensor, patch_n: Tensor, count: int, targets: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an image becomes.
+
+    Args:
+        hidden_nC: its tokens.
+        scores_n: float32; of equals the earlier token is better.
+        keys: [n, M], what tells resemblance (cosine).
+        patch_n: bool; a token that is no patch resembles none: it neither joins a mean nor is joined.
+        count: tokens that come out.
+        targets: how many of those are contextual.
+
+    Returns:
+        [count - targets] int64 ascending, the dominant tokens; [targets] int64 ascending, those among the rest, evenly
+        spread, that the others join; [targets, C] the means.
+    """
+    order = torch.sort(scores_n, descending=True, stable=True).indices
+    dominant = torch.sort(order[: count - targets]).values
+    rest = torch.sort(order[count - targets :]).values
+    places = spread(targets, len(rest))
+    among = to_device((places, np.setdiff1d(np.arange(len(rest)), places)), rest.device)
+    contextual, others = (rest.index_select(0, own) for own in among)
+    if not targets:
+        return dominant, contextual, hidden_nC[:0]
+    unit = normalize(keys.float(), dim=-1)
+    joined, joins = patch_n.index_select(0, contextual), patch_n.index_select(0, others)
+    likeness = unit.index_select(0, others) @ unit.index_select(0, contextual).T
+    target = likeness.masked_fill(~joined, -2.0).argmax(dim=1)
+    weights = torch.ones(targets, device=rest.device), (joins & joined.any()).float()
+    return dominant, contextual, merged(hidden_nC, contextual, others, target, weights)

@@ -1,0 +1,46 @@
+"""VTC-CLS (arXiv 2412.05819): the class token's attention, summed over several layers of the vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtprune_train.pruning.base import Candidates
+from vtprune_train.pruning.checks import check_whole
+from vtprune_train.pruning.methods.one_share import OneShare
+from vtprune_train.pruning.ops.significance import neutral, signals_of
+
+
+@dataclass(frozen=True)
+class VTCCLS(OneShare):
+    """Each image keeps the ``floor(keep * n)`` tokens that the tower's class token attends to most.
+
+    Args:
+        keep: share of tokens that stay, in (0, 1].
+        layers: how many layers of the tower are summed: the last that the decoder's features come from, and those in
+            front of it; all of them where there are fewer.
+        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    keep: float = 0.25
+    layers: int = 8
+
+    name: ClassVar[str] = "vtc_cls"
+    paper: ClassVar[str] = "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs (arXiv 2412.05819)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("layers", self.layers, 1)
+
+    @property
+    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(range(-self.layers, 0))
+
+    def score(self, candidates: Candidates) -> Tensor:
+        attention = signals_of(candidates, self.layers).attention
+        return neutral(attention.sum(dim=0), candidates.boundary)

@@ -1,0 +1,105 @@
+"""ZipVL (arXiv 2410.08584): each layer keeps the fewest visual keys that hold a given mass of its attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import Boundary
+from vtprune_train.pruning.base import MultiTurn, PruningMethod, Ranking
+from vtprune_train.pruning.checks import check_choice
+from vtprune_train.pruning.methods.per_head import judged_attention, keep_best, of_visual, span_sizes
+from vtprune_train.pruning.schedules.budget import bisected
+
+# Share of tokens kept at a mass tau on LLaVA-NeXT-7B (the paper's Table 1), with the ends that any model has.
+PUBLISHED_SHARES = ((0.0, 0.0), (0.96, 0.404), (0.975, 0.497), (1.0, 1.0))
+
+
+def mass_holders(weights_QL: Tensor, tau: float) -> Tensor:
+    """[Q, L] bool: for each row the fewest tokens that hold ``tau`` of its attention; equal ones: the earlier first.
+
+    Args:
+        weights_QL: [Q, L] float32, attention averaged over heads; each row sums to 1.
+        tau: at 1 all tokens hold it.
+    """
+    if tau >= 1.0:
+        return torch.ones_like(weights_QL, dtype=torch.bool)
+    ordered = torch.sort(weights_QL, dim=1, descending=True, stable=True)
+    before = ordered.values.cumsum(dim=1) - ordered.values
+    return torch.zeros_like(weights_QL, dtype=torch.bool).scatter(1, ordered.indices, before < tau)
+
+
+@dataclass(frozen=True)
+class ZipVL(PruningMethod):
+    """After the prefill each layer keeps the visual tokens among the fewest that hold the mass ``tau`` of the attention
+    of the image's query row, text included; all heads keep the same ones, and all text stays.
+
+    Args:
+        tau: the mass, in (0, 1]; published are 0.975 and 0.96.
+        keep: at most ``floor(keep * n)`` of an image's n tokens in any layer; 1 sets no limit.
+        multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each layer kept of them;
+            ``keep_dense``, all of them, judged anew by that turn's question.
+
+    Raises:
+        ValueError: a setting is out of range; names the setting, its value and the way out.
+    """
+
+    tau: float = 0.975
+    keep: float = 1.0
+    multi_turn: MultiTurn = "drop"
+
+    name: ClassVar[str] = "zipvl"
+    paper: ClassVar[str] = (
+        "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification (arXiv 2410.08584)"
+    )
+    where: ClassVar[str] = "key-value cache"
+    trains: ClassVar[str] = "as a mask in each layer, for consistency; saves no FLOPs"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.tau <= 1.0:
+            raise ValueError(f"tau={self.tau} is not in (0, 1]; it is the attention mass that the kept tokens hold")
+        if not 0.0 < self.keep <= 1.0:
+            raise ValueError(f"keep={self.keep} is not in (0, 1]; it is the largest share of tokens that a layer keeps")
+        check_choice("multi_turn", self.multi_turn, ("drop", "keep_dense"))
+
+    def key_layers(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(range(num_layers))
+
+    def keys(self, layer: int, ranking: Ranking, boundary: Boundary) -> Tensor:
+        scores, holders = [], []
+        for weights_GQL, judge_L in judged_attention(ranking, boundary):
+            weights_QL = weights_GQL.mean(dim=0)
+            scores.append(weights_QL.gather(0, judge_L[None])[0])
+            holders.append(mass_holders(weights_QL, self.tau).gather(0, judge_L[None])[0])
+        scores_V, holds_V = of_visual(scores, boundary), of_visual(holders, boundary)
+        span_V = boundary.span_of_visual
+        most = floor_of(self.keep, span_sizes(span_V, len(boundary.spans)))
+        kept = holds_V & keep_best(scores_V[None], span_V, most)[0]
+        return kept.expand(ranking.keys.shape[1], -1)
+
+    def input_share(self, num_layers: int) -> float:
+        """Visual keys that decoding reads, if tau asks of this model what it asked of LLaVA-NeXT-7B (the published
+        shares, straight lines between them). All tokens enter all layers."""
+        for (low_tau, low), (high_tau, high) in pairwise(PUBLISHED_SHARES):
+            if self.tau <= high_tau:
+                return min(self.keep, low + (high - low) * (self.tau - low_tau) / (high_tau - low_tau))
+        raise AssertionError(self.tau)
+
+    def for_budget(self, share: float, num_layers: int) -> ZipVL:
+        """``keep`` as a limit: never more, perhaps less. ``tau`` as it is, or where the published shares say that it
+        would keep less than ``share``, the one that keeps as much."""
+
+        def massed(tau: float) -> ZipVL:
+            return replace(self, tau=max(tau, 1e-6), keep=1.0)
+
+        found: ZipVL = bisected(massed, 0.0, 1.0, share, num_layers)  # type: ignore[assignment]
+        return replace(self, tau=max(self.tau, found.tau), keep=share)
+
+    def eased(self, start: float, progress: float) -> ZipVL:
+        tau, keep = (first + (last - first) * progress for first, last in ((1.0, self.tau), (start, self.keep)))
+        return replace(self, tau=tau, keep=keep)

@@ -1,0 +1,132 @@
+"""Subsets of tokens that differ from each other: pure functions without device-to-host copies.
+
+All images go through the greedy steps side by side, padded to the longest; a sum over channels runs over one token's
+own row, so that an image's choice does not depend on what lies beside it.
+
+Shape suffixes: V candidates, S images, N tokens of the longest image, C channels, K tokens chosen of all images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtprune_train.core.stream import to_device
+
+ROWS_AT_A_TIME = 1024  # of an image's similarity matrix
+
+
+def max_min_diverse(features_VC: Tensor, sizes: Sequence[int], take: Sequence[int]) -> Tensor:
+    """Greedy max-min diversity by cosine distance: first the token farthest from its nearest neighbour, then always the
+    one whose nearest chosen token is farthest. Equal distances go to the earlier token.
+
+    Source: DivPrune (arXiv 2503.02175), its greedy solution of the max-min diversity problem.
+
+    Args:
+        features_VC: image after image, any float dtype.
+        sizes: tokens of each image.
+        take: tokens to choose of each, at most its size.
+
+    Returns:
+        [K] int64, image after image, ascending within each: candidates.
+    """
+    unit_SNC, real_SN = _padded(F.normalize(features_VC.float(), dim=-1), sizes)
+    nearest = [nearest_other(own[:size]) for own, size in zip(unit_SNC, sizes, strict=True)]
+    distance_SN, _ = _padded(torch.cat(nearest) if nearest else features_VC.new_zeros(0), sizes)
+    picks: list[Tensor] = []
+    for step in range(max(take, default=0)):
+        best_S = distance_SN.masked_fill(~real_SN, -torch.inf).argmax(dim=1)
+        picks.append(best_S)
+        real_SN = real_SN.scatter(1, best_S[:, None], False)
+        to_best_SN = 1.0 - _rows_dot(unit_SNC, best_S)
+        distance_SN = to_best_SN if step == 0 else torch.minimum(distance_SN, to_best_SN)
+    return _in_order(picks, sizes, take, features_VC.device)
+
+
+def nearest_other(unit_NC: Tensor) -> Tensor:
+    """[N] float32: each token's cosine distance to its nearest other; infinite where it is alone."""
+    parts = [unit_NC.new_zeros(0)]
+    for start in range(0, len(unit_NC), ROWS_AT_A_TIME):
+        distance = 1.0 - unit_NC[start : start + ROWS_AT_A_TIME] @ unit_NC.T
+        distance.diagonal(start).fill_(torch.inf)
+        parts.append(distance.amin(dim=1))
+    return torch.cat(parts)
+
+
+def determinantal(features_VC: Tensor, relevance_V: Tensor, sizes: Sequence[int], take: Sequence[int]) -> Tensor:
+    """Greedy search for the subset of largest determinant of ``relevance_i * cos_ij * relevance_j``: each step takes
+    the token that adds most volume. Where nothing adds any more (more tokens than dimensions), the most relevant go
+    first.
+
+    Sources: CDPruner (arXiv 2506.10967), conditional kernel and its MAP inference; the greedy steps are those of Chen
+    et al. 2018 (arXiv 1709.05135), algorithm 1, with the Cholesky factor's rows as products with orthonormal axes: a
+    step costs the same number of operations whatever was chosen before.
+
+    Args:
+        features_VC: image after image, any float dtype.
+        relevance_V: positive weights.
+        sizes: tokens of each image.
+        take: tokens to choose of each, at most its size.
+
+    Returns:
+        [K] int64, image after image, ascending within each: candidates.
+    """
+    weighted = F.normalize(features_VC.double(), dim=-1) * relevance_V.double().unsqueeze(-1)
+    weighted_SNC, real_SN = _padded(weighted, sizes)
+    relevance_SN, _ = _padded(relevance_V.double(), sizes)
+    own_SN = relevance_SN.square()
+    gain_SN = own_SN.clone()
+    axes_SKC = weighted_SNC.new_zeros(len(sizes), max(take, default=0), weighted_SNC.shape[-1])
+    picks: list[Tensor] = []
+    for step in range(axes_SKC.shape[1]):
+        spent = gain_SN <= 1e-9 * own_SN
+        # below any real gain (all positive), the more relevant the higher
+        order_SN = torch.where(spent, relevance_SN - 1.0 - relevance_SN.amax(dim=1, keepdim=True), gain_SN)
+        best_S = order_SN.masked_fill(~real_SN, -torch.inf).argmax(dim=1)
+        picks.append(best_S)
+        real_SN = real_SN.scatter(1, best_S[:, None], False)
+        axis_S1C = _new_axis(_row_of_each(weighted_SNC, best_S), axes_SKC[:, :step])
+        axes_SKC[:, step] = axis_S1C.squeeze(1).masked_fill(spent.gather(1, best_S[:, None]), 0.0)
+        gain_SN = gain_SN - (weighted_SNC * axes_SKC[:, step : step + 1]).sum(dim=-1).square()
+    return _in_order(picks, sizes, take, features_VC.device)
+
+
+def _new_axis(vector_S1C: Tensor, axes_SKC: Tensor) -> Tensor:
+    """[S, 1, C] of length 1: what of each vector lies outside its image's axes (orthonormal, or 0)."""
+    along_SK1 = (axes_SKC * vector_S1C).sum(dim=-1, keepdim=True)
+    return F.normalize(vector_S1C - (axes_SKC * along_SK1).sum(dim=1, keepdim=True), dim=-1)
+
+
+def _row_of_each(values_SNC: Tensor, best_S: Tensor) -> Tensor:
+    """[S, 1, C], of each image the row of its token ``best_S``."""
+    return values_SNC.gather(1, best_S[:, None, None].expand(-1, 1, values_SNC.shape[2]))
+
+
+def _rows_dot(unit_SNC: Tensor, best_S: Tensor) -> Tensor:
+    """[S, N] products of every token with its image's token ``best_S``."""
+    return (unit_SNC * _row_of_each(unit_SNC, best_S)).sum(dim=-1)
+
+
+def _padded(values_V: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """[S, N, ...] image by image with zeros behind, and [S, N] bool what is real."""
+    longest = max(sizes, default=0)
+    columns = np.arange(longest)
+    real = columns[None, :] < np.asarray(sizes, dtype=np.int64).reshape(-1, 1)
+    places, mask = to_device((np.flatnonzero(real), real), values_V.device)
+    padded = values_V.new_zeros((len(sizes) * longest, *values_V.shape[1:])).index_copy(0, places, values_V)
+    return padded.unflatten(0, (len(sizes), longest)), mask
+
+
+def _in_order(picks: list[Tensor], sizes: Sequence[int], take: Sequence[int], device: torch.device) -> Tensor:
+    """The first ``take`` picks of every image as ascending candidates."""
+    if not picks:
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    starts = np.cumsum([0, *sizes])[:-1]
+    wanted = np.arange(len(picks))[None, :] < np.asarray(take).reshape(-1, 1)  # [S, steps]
+    places, shift = to_device((np.flatnonzero(wanted), starts), device)
+    rows = torch.stack(picks, dim=1) + shift[:, None]
+    return torch.sort(rows.flatten().index_select(0, places)).values

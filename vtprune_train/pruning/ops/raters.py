@@ -1,0 +1,84 @@
+"""Text that rates visual tokens: which of it does, and what its attention says. Pure functions.
+
+Source: SparseVLM (arXiv 2410.04417) and SparseVLM+. Shape suffixes: V visual tokens of a segment, Q its instruction
+rows, H query heads, C hidden size, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from vtprune_train.core.rounding import round_of
+from vtprune_train.pruning.base import Candidates
+from vtprune_train.pruning.ops.scoring import visual_attention, visual_per_segment
+
+LEAST_RESPONSE = 0.05  # of the largest: at a distance of some thousand positions it nears zero and changes sign
+
+
+def text_raters(visual_VC: Tensor, text_QC: Tensor) -> Tensor:
+    """[Q] bool: the text tokens to which the visual tokens are more alike than to the average one.
+
+    r_i = mean over visual j of softmax over text of (H_v H_t^T)_ji, without scaling; raters have r_i > mean(r). All
+    text rates where none stands out (a single token). Source: section 3.2.
+    """
+    alike = torch.softmax(visual_VC.float() @ text_QC.float().T, dim=-1).mean(dim=0)
+    raters = alike > alike.mean()
+    return raters | ~raters.any()
+
+
+def relative_attention(attention_HQV: Tensor, ones_QD: Tensor, ones_VD: Tensor) -> Tensor:
+    """[H, Q, V]: attention divided by what the positions alone give, the product of rotated vectors of ones.
+
+    At a distance of n positions that product is 2 times the sum over frequencies f of cos(n f), here as a share of its
+    largest value and no less than :data:`LEAST_RESPONSE`. Source: SparseVLM+'s code.
+    """
+    response = (ones_QD.float() @ ones_VD.float().T) / ones_QD.float().square().sum(dim=1, keepdim=True)
+    return attention_HQV / response.clamp(min=LEAST_RESPONSE)
+
+
+def most_visual_heads(attention_HQV: Tensor, raters_Q: Tensor, num_heads: int) -> Tensor:
+    """[num_heads, Q, V]: the heads whose raters give most attention to visual tokens; of equals the first ones."""
+    mass = (attention_HQV * raters_Q[:, None]).sum(dim=(1, 2))
+    return attention_HQV.index_select(0, torch.sort(mass, descending=True, stable=True).indices[:num_heads])
+
+
+def numerical_rank(attention_QV: Tensor) -> Tensor:
+    """[] int64: singular values above max(Q, V) float32 roundings of the largest, as ``torch.linalg.matrix_rank``."""
+    values = torch.linalg.svdvals(attention_QV.double())
+    least = values[:1] * max(attention_QV.shape) * torch.finfo(torch.float32).eps
+    return (values > least).sum()
+
+
+@torch.no_grad()
+def raters_per_segment(candidates: Candidates) -> list[Tensor]:
+    """For every segment with images, [Q] bool: which of its instruction rows rate."""
+    boundary = candidates.boundary
+    visual = candidates.hidden.split(visual_per_segment(boundary))
+    text = [candidates.instruction[segment.query_start : segment.query_end] for segment in boundary.segments]
+    return [text_raters(own, rows) for own, rows in zip(visual, text, strict=True)]
+
+
+def rating_attention(candidates: Candidates, raters: Sequence[Tensor], heads: float) -> list[Tensor]:
+    """For every image, [Q, V] float32: the raters' attention to it, divided by their number; other rows are 0.
+
+    A mean over the share ``heads`` of the heads, relative to the positions where the ranking has vectors of ones.
+    """
+    boundary, ranking, found = candidates.boundary, candidates.ranking, []
+    assert ranking is not None
+    sizes = [[span.before for span in spans] for _, spans in groupby(boundary.spans, lambda span: span.segment)]
+    ones: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(sizes)
+    if ranking.ones is not None:
+        rows = [segment.query_end - segment.query_start for segment in boundary.segments]
+        ones = list(zip(ranking.ones[0].split(rows), ranking.ones[1].split([sum(own) for own in sizes]), strict=True))
+    attention_HQV = visual_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
+    for attention, rates, rotated, own in zip(attention_HQV, raters, ones, sizes, strict=True):
+        if rotated is not None:
+            attention = relative_attention(attention, *rotated)
+        if heads < 1:
+            attention = most_visual_heads(attention, rates, max(1, round_of(heads, len(attention))))
+        found += (attention.mean(dim=0) * (rates / rates.sum())[:, None]).split(own, dim=1)
+    return found

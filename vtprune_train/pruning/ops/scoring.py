@@ -1,0 +1,110 @@
+"""What a visual token is worth: pure functions on a layer's queries and keys.
+
+Shape suffixes: T tokens in the stream, V visual tokens, Q query rows, L tokens of one segment, H query heads,
+G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from vtprune_train.core.stream import Boundary
+
+
+def mean_query_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, boundary: Boundary) -> Tensor:
+    """Attention that each visual token receives from its segment's query rows, averaged over heads, then rows.
+
+    The softmax (float32) runs over the whole causal row, text and visual keys alike, but is computed for the query
+    rows only: O(Q L) instead of O(L^2). Source: PyramidDrop (arXiv 2410.17247), the published code's ranking.
+
+    Args:
+        queries_QHD: rotated queries of ``boundary.query_rows``, any float dtype.
+        keys_TGD: rotated keys of the stream; H must be a multiple of G (grouped queries).
+        scaling: multiplies the products, 1 / sqrt(D) for Llama.
+        boundary: names segments and visual rows.
+
+    Returns:
+        [V] float32, in the order of ``boundary.visual_rows``. Tokens after a query row receive nothing from it.
+    """
+    scores = [attention.mean(dim=(0, 1)) for attention in segment_attention(queries_QHD, keys_TGD, scaling, boundary)]
+    if not scores:
+        return queries_QHD.new_zeros(0, dtype=torch.float32)
+    return torch.cat(scores).index_select(0, boundary.visual_in_scored)
+
+
+def segment_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, boundary: Boundary) -> Iterator[Tensor]:
+    """For every scored segment in turn, [H, q, L] float32: the causal attention rows of its q query rows.
+
+    Arguments as in :func:`mean_query_attention`.
+    """
+    num_heads, groups = queries_QHD.shape[1], keys_TGD.shape[1]
+    scaled = (queries_QHD * scaling).unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, H / G, Q, D]
+    keys_GDT = keys_TGD.permute(1, 2, 0)
+    stream_rows = torch.arange(keys_TGD.shape[0], device=keys_TGD.device)
+    for segment in boundary.segments:
+        queries, own = slice(segment.query_start, segment.query_end), slice(segment.start, segment.end)
+        logits = torch.matmul(scaled[:, :, queries].flatten(1, 2), keys_GDT[:, :, own])  # [G, H / G * q, L]
+        future = stream_rows[own] > boundary.query_rows[queries, None]
+        logits = logits.view(num_heads, -1, logits.shape[-1]).masked_fill(future, float("-inf"))
+        yield logits.softmax(dim=-1, dtype=torch.float32)
+
+
+def visual_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, boundary: Boundary) -> Iterator[Tensor]:
+    """For every scored segment in turn, [H, q, v] float32: what its q query rows give to its v visual tokens.
+
+    The softmax ran over the whole row. Arguments as in :func:`mean_query_attention`.
+    """
+    columns = boundary.visual_in_scored.split(visual_per_segment(boundary))
+    first = 0  # of the segment, in the scored segments laid end to end
+    attention_HQL = segment_attention(queries_QHD, keys_TGD, scaling, boundary)
+    for segment, own, attention in zip(boundary.segments, columns, attention_HQL, strict=True):
+        yield attention.index_select(2, own - first)
+        first += segment.end - segment.start
+
+
+def visual_per_segment(boundary: Boundary) -> list[int]:
+    """Visual tokens of every scored segment in the stage that ends."""
+    by_segment = groupby(boundary.spans, lambda span: span.segment)
+    return [sum(span.before for span in spans) for _, spans in by_segment]
+
+
+def tokens_holding(scores_V: Tensor, share: float) -> Tensor:
+    """[] int64: how many of the best tokens it takes to hold ``share`` of all attention; at least 1 of any."""
+    mass = torch.sort(scores_V.double(), descending=True).values.cumsum(0)
+    return (mass < share * mass[-1:]).sum().add(1).clamp(max=len(scores_V))
+
+
+def visual_query_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, boundary: Boundary) -> Tensor:
+    """Attention that each visual token receives from its segment's query rows when they attend to its image alone,
+    averaged over heads, then rows.
+
+    Unlike :func:`mean_query_attention`, every head has the same say, however much it looks at text. Source: FEATHER
+    (arXiv 2412.13180), the published code's ranking, whose softmax (float32) runs over the image's keys only.
+
+    Args, shapes and order as there; rows before an image give it nothing.
+    """
+    num_heads, groups = queries_QHD.shape[1], keys_TGD.shape[1]
+    scaled = (queries_QHD * scaling).unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, H / G, Q, D]
+    keys_GDT = keys_TGD.permute(1, 2, 0)
+    scores, start, scored_end = [queries_QHD.new_zeros(0, dtype=torch.float32)], 0, 0
+    segments = iter(boundary.segments)
+    segment, previous = None, None
+    for span in boundary.spans:
+        if span.segment != previous:
+            scored_end += 0 if segment is None else segment.end - segment.start
+            segment, previous = next(segments), span.segment
+        assert segment is not None
+        queries = slice(segment.query_start, segment.query_end)
+        rows = boundary.visual_in_scored[start : start + span.before] - scored_end + segment.start  # [n]
+        keys_GDn = keys_GDT.index_select(2, rows)
+        logits = torch.matmul(scaled[:, :, queries].flatten(1, 2), keys_GDn)  # [G, H / G * q, n], of which n may be 0
+        logits = logits.view(num_heads, segment.query_end - segment.query_start, span.before)
+        seen = rows[None, :] <= boundary.query_rows[queries, None]  # all of the image, or nothing
+        weights = logits.softmax(dim=-1, dtype=torch.float32).masked_fill(~seen, 0.0)
+        scores.append(weights.mean(dim=(0, 1)))
+        start += span.before
+    return torch.cat(scores)

@@ -1,0 +1,106 @@
+"""Budgets: how many visual tokens a schedule takes through the decoder, and the schedule that takes a given number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from vtprune_train.core.plan import counts_per_stage
+from vtprune_train.core.stream import Drop
+
+if TYPE_CHECKING:
+    from vtprune_train.pruning.base import PruningMethod
+
+COUNTED = 100_000  # tokens of the span by which shares are measured: floors do not show
+
+
+def layer_counts(drops: Sequence[Drop], num_layers: int, length: int) -> tuple[list[int], list[int]]:
+    """Visual tokens of a span of ``length`` that ENTER each layer, and those that LEAVE each layer.
+
+    A drop before layer L acts on the output of layer L - 1, so the two differ there: published budgets of SparseVLM
+    count what leaves, the work is done on what enters.
+    """
+    counts = [int(stage[0]) for stage in counts_per_stage(drops, [length])]
+    edges = [0, *(drop.layer for drop in drops), num_layers]
+    entering = [n for n, (first, end) in zip(counts, pairwise(edges), strict=True) for _ in range(first, end)]
+    leaving = entering[1:] + entering[-1:]
+    return entering, leaving
+
+
+def mean_input_share(drops: Sequence[Drop], num_layers: int) -> float:
+    """Mean over layers of the share of visual tokens that enters."""
+    return sum(layer_counts(drops, num_layers, COUNTED)[0]) / (COUNTED * num_layers)
+
+
+def scaled_to_budget(method: PruningMethod, share: float, num_layers: int) -> PruningMethod:
+    """``method`` with every ratio of ``keep`` multiplied by the factor that makes its input share ``share``.
+
+    Raises:
+        ValueError: no factor does; names the reachable range.
+    """
+    made, high = _scaling(method)
+    return bisected(made, 0.0, high, share, num_layers)
+
+
+def first_that_fits(methods: Iterable[PruningMethod], share: float, num_layers: int) -> PruningMethod:
+    """The first of ``methods`` (one, then the same on other layers) that takes ``share`` with at least half of its
+    ``keep``; where none does, the one that leaves most room for it. A schedule whose first layers use the budget up
+    keeps next to nothing behind them, and is no longer the method's.
+
+    Raises:
+        ValueError: none can be scaled to ``share``; names the reachable range.
+    """
+    ranges, fitting = [], []
+    for method in methods:
+        made, high = _scaling(method)
+        least, half, most = (made(factor).input_share(num_layers) for factor in (0.0, 0.5, high))
+        ranges += [least, most]
+        if least - 1e-4 <= share <= most + 1e-4:
+            if half <= share:
+                return bisected(made, 0.0, high, share, num_layers)
+            fitting.append((least, made, high))
+    if not fitting:
+        raise ValueError(
+            f"{method.name} takes between {min(ranges):.3f} and {max(ranges):.3f} of the visual tokens through "
+            f"{num_layers} layers, whichever it drops at, not {share:g}; choose another budget"
+        )
+    _, made, high = min(fitting, key=lambda entry: entry[0])
+    return bisected(made, 0.0, high, share, num_layers)
+
+
+def _scaling(method: PruningMethod) -> tuple[Callable[[float], PruningMethod], float]:
+    """The method by the factor that its ``keep`` is multiplied with, and the factor that keeps everything."""
+    keep = method.keep  # type: ignore[attr-defined]
+    ratios = keep if isinstance(keep, tuple) else (keep,)
+
+    def scaled(factor: float) -> PruningMethod:
+        moved = tuple(min(1.0, max(1e-6, ratio * factor)) for ratio in ratios)
+        return replace(method, keep=moved if isinstance(keep, tuple) else moved[0])  # type: ignore[type-var]
+
+    return scaled, 1.0 / min(ratios)
+
+
+def bisected(
+    made: Callable[[float], PruningMethod], low: float, high: float, share: float, num_layers: int
+) -> PruningMethod:
+    """The method ``made(x)`` whose input share is ``share``, for an x in [low, high] by which the share grows.
+
+    Raises:
+        ValueError: ``share`` lies outside what ``made(low)`` and ``made(high)`` take.
+    """
+    least, most = made(low).input_share(num_layers), made(high).input_share(num_layers)
+    if not least - 1e-4 <= share <= most + 1e-4:
+        name = made(high).name
+        raise ValueError(
+            f"{name} takes between {least:.3f} and {most:.3f} of the visual tokens through {num_layers} layers, not "
+            f"{share:g}; give it other layers or another budget"
+        )
+    for _ in range(50):
+        middle = (low + high) / 2
+        if made(middle).input_share(num_layers) < share:
+            low = middle
+        else:
+            high = middle
+    return made(high)

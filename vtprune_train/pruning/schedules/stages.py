@@ -1,0 +1,95 @@
+"""Schedules: which layers, which ratios. Host only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from vtprune_train.core.rounding import floor_of
+from vtprune_train.core.stream import Drop
+
+
+def quarters(num_layers: int, num_drops: int) -> tuple[int, ...]:
+    """``num_drops`` layers that split ``num_layers`` evenly: 8, 16, 24 of 32 for three drops. Rounded, a half to the
+    even layer: 2, 3, 4 of 6."""
+    return tuple(round(num_layers * (i + 1) / (num_drops + 1)) for i in range(num_drops))
+
+
+def scaled_layers(published: Sequence[int], published_depth: int, num_layers: int) -> tuple[int, ...]:
+    """``published`` layers of a decoder of ``published_depth`` at the same share of the depth of ``num_layers``,
+    rounded, a half to the even layer.
+
+    Layer 0 stays layer 0; every other stays between 1 and the last layer. On a shallow decoder several may fall on
+    one layer: see :func:`one_per_layer`.
+    """
+    return tuple(
+        0 if layer == 0 else min(num_layers - 1, max(1, round(layer * num_layers / published_depth)))
+        for layer in published
+    )
+
+
+def earlier(layers: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """``layers`` moved towards the first one a step at a time, in proportion; the first of them stays at 1 or above."""
+    for first in range(layers[0] - 1, 0, -1):
+        moved: list[int] = []
+        for layer in layers:
+            moved.append(max(moved[-1] + 1 if moved else 1, layer * first // layers[0]))
+        yield tuple(moved)
+
+
+def one_per_layer(drops: Sequence[Drop]) -> tuple[Drop, ...]:
+    """Of several drops of one method before the same layer only the last, which keeps least; in ascending order."""
+    return tuple(sorted({drop.layer: drop for drop in drops}.values(), key=lambda drop: drop.layer))
+
+
+def check_schedule(layers: Sequence[int] | None, keep: Sequence[float], num_layers: int | None = None) -> None:
+    """Check a drop schedule.
+
+    Raises:
+        ValueError: naming the setting, its value and the way out.
+    """
+    problems = _keep_problems(keep)
+    if layers is not None:
+        problems += _layer_problems(layers, keep, num_layers)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _keep_problems(keep: Sequence[float]) -> list[str]:
+    problems = []
+    if outside := [ratio for ratio in keep if not 0.0 < ratio <= 1.0]:
+        problems.append(
+            f"keep={list(keep)}: {outside[0]} is not in (0, 1]; each entry is the share of tokens that stay"
+        )
+    if any(later > earlier for earlier, later in pairwise(keep)):
+        problems.append(
+            f"keep={list(keep)} increases; each entry is a share of the ORIGINAL tokens, so later ones must not be "
+            f"larger (for example {sorted(keep, reverse=True)})"
+        )
+    return problems
+
+
+def _layer_problems(layers: Sequence[int], keep: Sequence[float], num_layers: int | None) -> list[str]:
+    problems = []
+    if len(layers) != len(keep):
+        problems.append(
+            f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}; give as many"
+        )
+    if any(later <= earlier for earlier, later in pairwise(layers)):
+        problems.append(f"layers={list(layers)} must increase (for example {sorted(set(layers))})")
+    if layers and min(layers) < 1:
+        problems.append(f"layers={list(layers)}: the first drop comes after at least one layer, so use 1 or more")
+    if num_layers is not None and layers and max(layers) >= num_layers:
+        problems.append(
+            f"layers={list(layers)}: layer {max(layers)} does not exist in a decoder of {num_layers} layers "
+            f"(counted from 0); use layers below {num_layers}"
+        )
+    return problems
+
+
+class AtLeastOne(Drop):
+    """Keeps at least one token of every image that has any: published counts of a few tokens, as shares, would leave
+    nothing of a small image."""
+
+    def kept(self, length: int, before: int) -> int:
+        return min(before, max(1, floor_of(self.keep, length)))

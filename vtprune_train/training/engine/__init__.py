@@ -1,0 +1,1 @@
+"""DeepSpeed: start, gradients, state. No other package reads its attributes."""

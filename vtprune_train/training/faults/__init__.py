@@ -1,0 +1,1 @@
+"""Hangs, failed ranks, non-finite steps, and checks before the first step."""

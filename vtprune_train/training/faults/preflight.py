@@ -1,0 +1,251 @@
+"""Before the first step: does the worst micro-batch fit into memory?
+
+Parameters, optimizer, gradients and random states are afterwards what they were before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtprune_train.config.settings import Config
+from vtprune_train.core.stream import PackedBatch
+from vtprune_train.data.index import SampleIndex
+from vtprune_train.training import distributed as ranks
+from vtprune_train.training.engine.gradients import discard
+from vtprune_train.training.engine.start import engine_config, offloads_optimizer, zero_stage
+from vtprune_train.training.loop.metrics import peak_memory_bytes
+from vtprune_train.training.loop.recompute import Level, typical_stages
+from vtprune_train.training.memory.predict import GIB, Estimate, MicroBatch
+from vtprune_train.training.memory.track import track_allocations
+
+if TYPE_CHECKING:
+    from vtprune_train.training.loop.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+STEPS_LOOKED_AT = 64  # whether any of them accumulates
+LOOKED_AT = 1 << 20  # samples whose lengths are in memory together
+# What allocators say without an exception class of their own.
+NO_MEMORY = ("out of memory", "defaultcpuallocator", "alloc_failed", "not enough memory", "cannot allocate memory")
+
+
+class MemoryShortageError(ValueError):
+    """The worst micro-batch does not fit into this rank's memory; what the others do is not known."""
+
+
+def wanted(config: Config, device: torch.device) -> bool:
+    """Whether to look before the first step: ``auto`` does on GPUs. (A CPU's memory ends with the process killed, which
+    no exception tells of.)"""
+    return config.train.preflight == "always" or (config.train.preflight == "auto" and device.type == "cuda")
+
+
+def preflight(trainer: Trainer) -> None:
+    """Run the worst micro-batches of the data forward and backward, with room for the optimizer's states held back,
+    then take what the optimizer step will allocate on top. All ranks call this together, with the same micro-batches.
+
+    Raises:
+        MemoryShortageError: this rank has not enough memory; names what to change.
+    """
+    engine, device = trainer.engine, trainer.device
+    step = densest_step(trainer)
+    batches = [trainer.collate(samples, step=step) for samples in worst_micro_batches(trainer)]
+    steps = range(trainer.state.step, min(trainer.state.step + STEPS_LOOKED_AT, trainer.end_step))
+    accumulates = any(len(trainer.planner.plan(step).micro_batches) > 1 for step in steps)
+    if accumulates and len(batches) == 1:
+        batches *= 2
+    estimate = heaviest_estimate(trainer, batches, accumulates)
+    predicted = estimate.at(trainer.config.train.activation_checkpointing, accumulates)
+    engine.train()
+    with unchanged_random_states(device):
+        try:
+            with track_allocations(device) as memory:
+                held_back = missing_states(engine)
+                for number, batch in enumerate(batches):
+                    boundary = number == len(batches) - 1 or not accumulates
+                    engine.set_gradient_accumulation_boundary(boundary)
+                    with memory.phase("backward"):
+                        engine.backward(engine(batch.to(device)).loss_sum, scale_wrt_gas=False)
+                    if boundary:
+                        with memory.phase("step"):
+                            hold(predicted.states.step, device)
+                        discard(engine)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fitting = estimate.least_that_fits(memory_bytes(device))
+            raise MemoryShortageError(advice(trainer.config, batches, device, error, fitting)) from error
+    peaks = [max(peaks) for peaks in zip(*ranks.gather((memory.peaks["backward"], memory.peaks["step"])), strict=True)]
+    log.info(
+        "preflight: %s fit: peak %s of %s (%s in the backward pass, predicted %s; %s in the optimizer step, predicted "
+        "%s), optimizer states of %s held back",
+        describe(batches), readable(max(peaks)), readable(memory_bytes(device)),
+        readable(peaks[0]), readable(predicted.backward), readable(peaks[1]), readable(predicted.stepping),
+        readable(sum(tensor.nbytes for tensor in held_back)),
+    )  # fmt: skip
+    if device.type == "cuda":
+        log.info("preflight: %s", estimate.advice(memory_bytes(device)))
+        del held_back
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def heaviest_estimate(trainer: Trainer, batches: Sequence[PackedBatch], accumulates: bool) -> Estimate:
+    """What the arithmetic says of the batch that takes most."""
+    config, model, collate = trainer.config, trainer.engine.module, trainer.collate
+    num_layers = model.config.get_text_config().num_hidden_layers
+    drops = collate.method.drops(num_layers) if collate.method is not None else ()
+    order, settings = typical_stages(collate.layout, drops, num_layers), engine_config(config)
+    sizes = [MicroBatch.of(batch) for batch in batches]
+    estimates = [Estimate.of(config, model, settings, ranks.world_size(), size, order) for size in sizes]
+    level = config.train.activation_checkpointing
+    return max(estimates, key=lambda estimate: estimate.at(level, accumulates).peak)
+
+
+def hold(sizes: Sequence[int], device: torch.device) -> None:
+    """Allocate tensors of these sizes in bytes together, and let them go."""
+    held = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    del held
+
+
+def densest_step(trainer: Trainer) -> int:
+    """A step to come that drops least: one on all tokens if there is any, otherwise the next one (a warm-up drops ever
+    more)."""
+    phases, first = trainer.collate.phases, trainer.state.step
+    if phases is None or not phases.vary:
+        return first
+    return next((step for step in range(first, trainer.end_step) if phases.of(step).full_tokens), first)
+
+
+def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
+    """Micro-batches that ask most of the decoder (text, which is never dropped) and of the tower (tiles)."""
+    index: SampleIndex = trainer.collate.index
+    near: dict[str, list[int]] = {"text": [], "tiles": []}
+    most, limit = trainer.config.train.global_batch_size, trainer.config.data.max_tokens
+    for start in range(0, len(index), LOOKED_AT):  # bounded memory: the best of what is known and the next piece
+        piece = list(range(start, min(start + LOOKED_AT, len(index))))
+        for name, kept in near.items():
+            samples = np.array(kept + piece)
+            lengths = index.lengths(samples)
+            near[name] = samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)].tolist()
+    found = []
+    for name, kept in near.items():
+        samples, lengths = np.array(kept), index.lengths(kept)
+        weight = getattr(lengths, name)
+        if weight.any():
+            found.append(sorted(samples[heaviest(lengths.tokens, weight, limit, most)].tolist()))
+    return [samples for number, samples in enumerate(found) if samples not in found[:number]]
+
+
+def foremost(weight: np.ndarray, tokens: np.ndarray, number: int) -> np.ndarray:
+    """Positions of the ``number`` samples of most weight and of the ``number`` of most weight per token, in order."""
+    keys = (weight, weight / np.maximum(tokens, 1))
+    return np.unique(np.concatenate([np.argsort(-key, kind="stable")[:number] for key in keys]))
+
+
+def heaviest(tokens: np.ndarray, weight: np.ndarray, max_tokens: int, most: int) -> list[int]:
+    """Samples of much ``weight`` that fit into ``max_tokens`` together: greedily by weight and by weight per token,
+    whichever comes to more.
+
+    Args:
+        tokens: [samples] before dropping.
+        weight: [samples] what there should be much of.
+        max_tokens: most tokens in all.
+        most: samples there may be.
+    """
+
+    def fill(key: np.ndarray) -> list[int]:
+        chosen: list[int] = []
+        room = max_tokens
+        for sample in np.argsort(-key, kind="stable").tolist():
+            if tokens[sample] <= room and len(chosen) < most:
+                chosen.append(sample)
+                room -= int(tokens[sample])
+        return sorted(chosen)
+
+    return max((fill(weight), fill(weight / np.maximum(tokens, 1))), key=lambda samples: int(weight[samples].sum()))
+
+
+def missing_states(engine: Any) -> list[Tensor]:
+    """Room for AdamW's two states of every master weight that has none yet, taken from the same device."""
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+    if masters is None:
+        masters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    bare = [master for master in masters if not inner.state.get(master)]
+    return [torch.empty_like(master, requires_grad=False) for master in bare for _ in range(2)]
+
+
+@contextmanager
+def unchanged_random_states(device: torch.device) -> Iterator[None]:
+    """Put every generator back to where it was."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def readable(size: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{1024 * size / GIB:.2f} MiB"
+
+
+def describe(batches: Sequence[PackedBatch]) -> str:
+    distinct = {id(batch): batch for batch in batches}.values()
+    parts = [
+        f"{len(b.sample_ids)} samples with {len(b.input_ids)} tokens, {len(b.pixel_values)} tiles or patches"
+        for b in distinct
+    ]
+    return "worst micro-batches (" + "; ".join(parts) + ")"
+
+
+def advice(
+    config: Config,
+    batches: Sequence[PackedBatch],
+    device: torch.device,
+    error: BaseException,
+    fitting: Level | None = None,
+) -> str:
+    """What happened, with numbers, and every setting that this run can still turn; ``fitting`` is the level of
+    recomputation that fits by estimate."""
+    settings = config.deepspeed_config()
+    stage = zero_stage(settings)
+    ways = [f"lower data.max_tokens={config.data.max_tokens} (not below data.max_length={config.data.max_length})"]
+    if config.train.activation_checkpointing != "all":
+        level = "all" if fitting in (None, config.train.activation_checkpointing) else fitting
+        ways.append(f"set train.activation_checkpointing={level}{' (fits by estimate)' if fitting == level else ''}")
+    if stage < 3:
+        ways.append(f"raise the ZeRO stage (now {stage}) with deepspeed=configs/deepspeed/zero{max(2, stage + 1)}.json")
+    if not offloads_optimizer(settings):
+        ways.append("move optimizer states to host memory with deepspeed=configs/deepspeed/zero3_offload.json")
+    if len(config.model.train) > 1:
+        ways.append("train fewer parts (model.train), or the language model through LoRA")
+    return (
+        f"out of memory before the first step on rank {ranks.rank()}: {describe(batches)} need more than there is "
+        f"(peak {readable(peak_memory_bytes(device))}, {device} has {readable(memory_bytes(device))})\n"
+        + "\n".join(f"- {way}" for way in ways)
+        + f"\ntrain.preflight=never leaves this look out. The allocator said: {str(error).splitlines()[0]}"
+    )

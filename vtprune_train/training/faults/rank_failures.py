@@ -1,0 +1,424 @@
+"""A wire between the ranks beside the process group, so that they can tell each other why the job ends.
+
+Every rank keeps one TCP connection to a small hub in rank 0. The kernel closes it when a process dies, however it dies,
+so the hub knows at once; nothing is sent while all is well. Whoever fails or makes no progress says so here, the hub
+judges which rank was the cause (:class:`Verdict`) and tells all of them. Messages are lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vtprune_train.config.settings import ConfigError
+from vtprune_train.training import distributed as ranks
+
+EXIT_HUNG = 124  # as timeout(1)
+SETTLE_SECONDS = 1.0  # what failed first may be heard of second
+CONSEQUENCE_SECONDS = 10.0  # how long a failure that another one caused waits for that one
+ROLL_CALL_SECONDS = 5.0
+CONNECT_SECONDS = 5.0
+WELCOME_SECONDS = 60.0  # thousands of ranks come at once
+DEAD_HOST_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands: ``marks`` counts its marks of progress (the same places have the same count on all ranks),
+    ``collective`` is the collective it waits in, ``frame`` the line of Python its main thread is at."""
+
+    marks: int = 0
+    where: str = "starting"
+    seconds: float = 0.0
+    collective: str | None = None
+    frame: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank that raised (``error``), or is gone without a word (``error`` is ``None``). ``told_by``: the rank whose
+    error it is, which that one has told all others of."""
+
+    rank: int
+    host: str
+    error: str | None = None
+    where: str = ""
+    code: int = 1
+    final: bool = False
+    in_collective: bool = False
+    terminated: bool = False
+    told_by: int | None = None
+
+    @property
+    def is_consequence(self) -> bool:
+        """Another rank's end explains it: a collective broke, the launcher sent SIGTERM, or it is that one's error."""
+        return self.in_collective or self.terminated or self.told_by is not None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the job ends: the ranks that caused it, the exit code of all, and whether starting again is of no use."""
+
+    culprits: tuple[int, ...]
+    text: str
+    code: int
+    final: bool = False
+    hung: bool = False
+
+
+def judge_failures(failures: Sequence[Failure]) -> Verdict:
+    """The cause among failures in the order heard of. A rank that raised by itself comes before one that knows its
+    error, that before one that is gone, and that before one whose collective broke or that got SIGTERM, which is what
+    the others' end looks like from inside. Among consequences the order says nothing: the lowest rank is taken, the
+    same one however they arrive."""
+
+    def order(failure: Failure) -> tuple[int, int]:
+        if failure.told_by is not None:
+            return 1, failure.rank
+        if failure.is_consequence:
+            return 3, failure.rank
+        return (2 if failure.error is None else 0), 0
+
+    first = min(failures, key=order)
+    name = f"rank {first.rank} on {first.host}" if first.told_by is None else f"rank {first.told_by}"
+    if first.error is None:
+        text = f"{name} is gone without a word (killed? out of host memory?)"
+    else:
+        text = f"{name} failed ({first.where}): {first.error}"
+    return Verdict((first.rank,), text, first.code, first.final)
+
+
+def judge_stall(places: Mapping[int, Place], hosts: Mapping[int, str], caller: int) -> Verdict:
+    """Which ranks keep the others waiting, from everyone's place; a rank in ``hosts`` without a place gave no answer.
+
+    Those that do not answer; else those that came least far; and of them, those that wait in no collective.
+    """
+    late = [rank for rank in sorted(hosts) if rank not in places]
+    if late:
+        notes = [f"rank {rank} on {hosts[rank]} does not answer (stopped, or Python is blocked)" for rank in late]
+    else:
+        fewest = min(place.marks for place in places.values())
+        late = [rank for rank in sorted(places) if places[rank].marks == fewest]
+        late = [rank for rank in late if places[rank].collective is None] or late
+        notes = [f"rank {rank} on {hosts[rank]}: {_described(places[rank])}" for rank in late]
+    others = [rank for rank in sorted(places) if rank not in late]
+    waited = places[caller].seconds if caller in places else 0.0
+    shown = "; ".join(notes[:4]) + (f"; and {len(notes) - 4} more" if len(notes) > 4 else "")
+    text = f"no progress for {waited:.0f} s. {shown}."
+    if others:
+        text += f" {len(others)} other rank(s) wait for it, such as rank {others[0]}: {_described(places[others[0]])}."
+    return Verdict(tuple(late), text, EXIT_HUNG, hung=True)
+
+
+def _described(place: Place) -> str:
+    doing = f"waiting in {place.collective}" if place.collective else f"at {place.frame}"
+    return f"{place.where}, {doing}"
+
+
+class Wire:
+    """One end of a connection: JSON lines, without blocking on reading."""
+
+    def __init__(self, connection: socket.socket):
+        self.socket = connection
+        self.open = True
+        self._lock = threading.Lock()
+        self._buffer = b""
+        self._kept: list[dict[str, Any]] = []
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        options = {
+            "TCP_KEEPIDLE": 10,
+            "TCP_KEEPINTVL": 5,
+            "TCP_KEEPCNT": 4,
+            "TCP_USER_TIMEOUT": DEAD_HOST_SECONDS * 1000,
+        }
+        for name, value in options.items():
+            if hasattr(socket, name):  # Linux; elsewhere a dead HOST is noticed later
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def send(self, kind: str, **content: Any) -> None:
+        line = json.dumps({"kind": kind, **content}).encode() + b"\n"
+        try:
+            with self._lock:
+                self.socket.sendall(line)
+        except OSError:
+            self.open = False  # reading finds the same, and who reads knows what it means
+
+    def receive(self) -> list[dict[str, Any]]:
+        """What has arrived; call when the socket is readable. ``open`` is false once the other side is gone."""
+        if self._kept:
+            kept, self._kept = self._kept, []
+            return kept
+        try:
+            chunk = self.socket.recv(65536)
+        except (TimeoutError, BlockingIOError):
+            return []
+        except OSError:
+            chunk = b""
+        self.open = self.open and bool(chunk)
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:  # not one of ours
+            self.open = False
+            return []
+
+    def keep(self, messages: list[dict[str, Any]]) -> None:
+        """Let the next :meth:`receive` return these, which arrived together with an answer that was waited for."""
+        self._kept += messages
+
+    def close(self) -> None:
+        self.open = False
+        self.socket.close()
+
+
+@dataclass
+class _Member:
+    wire: Wire
+    rank: int = -1
+    host: str = ""
+    left: bool = False
+
+
+@dataclass
+class _Heard:
+    """What the hub has heard so far."""
+
+    failures: list[Failure] = field(default_factory=list)
+    since: float = 0.0
+    places: dict[int, Place] = field(default_factory=dict)
+    caller: int | None = None
+    caller_marks: int = 0
+    called: float = 0.0
+
+
+class Hub:
+    """Rank 0's thread that knows all ranks.
+
+    Args:
+        address: to listen at; ``""`` for every interface.
+        token: who does not know it is sent away.
+        world_size: ranks that may join.
+    """
+
+    def __init__(self, address: str, token: str, world_size: int):
+        self.token, self.world_size = token, world_size
+        dual = not address and socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        self.server = socket.create_server((address, 0), family=family, dualstack_ipv6=dual, backlog=4096)
+        self.port = self.server.getsockname()[1]
+        self._members: dict[int, _Member] = {}
+        self._heard = _Heard()
+        self._verdict: Verdict | None = None
+        self._cause_ended = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.server, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._serve, name="lifeline hub", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait, not for long, until every rank has taken its leave."""
+        self._thread.join(ROLL_CALL_SECONDS)
+
+    def leave_in_child(self) -> None:
+        """A forked child must not hold the ranks' connections open."""
+        for key in list(self._selector.get_map().values()):
+            os.close(key.fileobj.detach())  # type: ignore[union-attr]
+
+    def _serve(self) -> None:
+        try:
+            while sum(member.left or not member.wire.open for member in self._members.values()) < self.world_size:
+                for key, _ in self._selector.select(timeout=0.1):
+                    if key.data is None:
+                        self._accept()
+                    else:
+                        self._hear(key.data)
+                self._judge()
+        finally:
+            for member in [key.data for key in list(self._selector.get_map().values()) if key.data is not None]:
+                member.wire.close()
+            self.server.close()
+
+    def _accept(self) -> None:
+        connection, _ = self.server.accept()
+        connection.settimeout(CONNECT_SECONDS)
+        self._selector.register(connection, selectors.EVENT_READ, _Member(Wire(connection)))
+
+    def _hear(self, member: _Member) -> None:
+        for message in member.wire.receive():
+            if member.rank < 0:
+                self._admit(member, message)
+                continue
+            kind = message.pop("kind")
+            if kind == "bye":
+                member.left = True
+                member.wire.send("done")
+            elif kind == "failed":
+                self._failed(Failure(rank=member.rank, host=member.host, **message))
+            elif kind == "place":
+                self._heard.places[member.rank] = Place(**message)
+            elif kind == "stalled" and self._heard.caller is None:
+                heard = self._heard
+                heard.caller, heard.caller_marks, heard.called = member.rank, message["marks"], time.monotonic()
+                heard.places.clear()
+                self._tell("roll_call")
+        if not member.wire.open:
+            self._selector.unregister(member.wire.socket)
+            member.wire.close()
+            if member.rank >= 0 and not member.left:
+                self._failed(Failure(member.rank, member.host))
+
+    def _admit(self, member: _Member, message: Any) -> None:
+        """A rank that knows the token; anything else on the network is sent away."""
+        given = message.get("token") if isinstance(message, dict) else None
+        if not isinstance(given, str) or not secrets.compare_digest(given.encode(), self.token.encode()):
+            member.wire.open = False
+            return
+        member.rank, member.host = message["rank"], message["host"]
+        self._members[member.rank] = member
+        member.wire.send("welcome")
+        if self._verdict is not None:  # another rank failed before this one had joined
+            member.wire.send("verdict", **asdict(self._verdict))
+            if self._cause_ended:
+                member.wire.send("cause_ended")
+
+    def _failed(self, failure: Failure) -> None:
+        known = {heard.rank for heard in self._heard.failures}
+        if failure.rank not in known:
+            self._heard.failures.append(failure)
+            self._heard.since = self._heard.since or time.monotonic()
+
+    def _judge(self) -> None:
+        heard, now = self._heard, time.monotonic()
+        if self._verdict is not None:
+            self._tell_of_the_end(self._verdict)
+        elif heard.failures:
+            if now - heard.since > self._settling():
+                self._pronounce(judge_failures(heard.failures))
+        elif heard.caller is not None:
+            if heard.caller in heard.places and heard.places[heard.caller].marks != heard.caller_marks:
+                heard.caller = None  # it went on meanwhile
+                return
+            present = {rank: member.host for rank, member in self._members.items() if not member.left}
+            if present.keys() <= heard.places.keys() or now - heard.called > ROLL_CALL_SECONDS:
+                self._pronounce(judge_stall(heard.places, present, heard.caller))
+
+    def _settling(self) -> float:
+        """Seconds from the first failure until the cause is taken to be among those heard of."""
+        failures = self._heard.failures
+        if any(failure.error is not None and not failure.is_consequence for failure in failures):
+            return 0.0
+        if any(failure.error is None for failure in failures) or len(failures) == self.world_size:
+            return SETTLE_SECONDS
+        return CONSEQUENCE_SECONDS
+
+    def _pronounce(self, verdict: Verdict) -> None:
+        self._verdict = verdict
+        self._tell("verdict", **asdict(verdict))
+
+    def _tell_of_the_end(self, verdict: Verdict) -> None:
+        """Once the ranks that are the cause have ended, the others may."""
+        culprits = [self._members[rank] for rank in verdict.culprits if rank in self._members]
+        if not self._cause_ended and not any(member.wire.open for member in culprits):
+            self._cause_ended = True
+            self._tell("cause_ended")
+
+    def _tell(self, kind: str, **content: Any) -> None:
+        """To rank 0 last: its process ends this thread when it ends."""
+        for rank in sorted(self._members, reverse=True):
+            if self._members[rank].wire.open:
+                self._members[rank].wire.send(kind, **content)
+
+
+class Lifeline:
+    """A rank's connection to the hub, and in rank 0 the hub itself."""
+
+    def __init__(self, wire: Wire, hub: Hub | None = None):
+        self.wire, self.hub = wire, hub
+        os.register_at_fork(after_in_child=self._leave_in_child)
+
+    def poll(self, seconds: float) -> list[dict[str, Any]]:
+        """Messages that arrive within ``seconds``; ``gone`` if the hub is."""
+        self.wire.socket.settimeout(seconds)
+        messages = self.wire.receive()
+        return messages if self.wire.open else [*messages, {"kind": "gone"}]
+
+    def close(self) -> None:
+        """After the leave: ``bye`` was sent and ``done`` came back."""
+        if self.hub is not None:
+            self.hub.join()
+        self.wire.close()
+
+    def _leave_in_child(self) -> None:
+        """Workers are forked: were they to hold a copy, the end of a rank would not show before theirs."""
+        if self.wire.open:
+            os.close(self.wire.socket.detach())
+            if self.hub is not None:
+                self.hub.leave_in_child()
+
+
+def connect() -> Lifeline:
+    """Join all ranks; every rank calls this once the process group stands.
+
+    Raises:
+        ConfigError: rank 0 cannot be reached.
+    """
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))) == ranks.world_size()
+    hub: Hub | None = None
+
+    def open_hub() -> tuple[list[str], int, str]:
+        nonlocal hub
+        hub = Hub("127.0.0.1" if one_machine else "", secrets.token_hex(16), ranks.world_size())
+        return ["127.0.0.1"] if one_machine else _own_addresses(), hub.port, hub.token
+
+    addresses, port, token = ranks.from_rank_0(open_hub)
+    return Lifeline(reach(addresses, port, token, ranks.rank()), hub)
+
+
+def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
+    """A connection to the hub, at the first address where it answers.
+
+    Raises:
+        ConfigError: it answers at none.
+    """
+    reasons = []
+    for address in addresses:
+        try:
+            wire = Wire(socket.create_connection((address, port), timeout=CONNECT_SECONDS))
+        except OSError as error:
+            reasons.append(f"{address}: {error}")
+            continue
+        wire.send("hello", token=token, rank=rank, host=socket.gethostname())
+        wire.socket.settimeout(WELCOME_SECONDS)
+        messages = wire.receive()
+        if messages and messages[0].get("kind") == "welcome":
+            wire.keep(messages[1:])
+            return wire
+        wire.close()
+        reasons.append(f"{address}: something else answers")
+    raise ConfigError(
+        f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at port {port} ({'; '.join(reasons)}); the "
+        "machines of a job must reach each other at any port"
+    )
+
+
+def _own_addresses() -> list[str]:
+    """Where other machines may find this one, the likeliest first."""
+    master = os.environ["MASTER_ADDR"]
+    found = []
+    for family, kind, protocol, _, address in socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM):
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.connect(address)  # sends nothing: the kernel only chooses the interface that leads there
+            except OSError:
+                continue
+            found.append(probe.getsockname()[0])
+    local = [address for address in found if address.startswith("127.") or address == "::1"]
+    return list(dict.fromkeys([a for a in found if a not in local] + [master, socket.gethostname(), *local]))

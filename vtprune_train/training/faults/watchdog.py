@@ -1,0 +1,278 @@
+"""A thread in every rank that notices when training stands still, and ends the rank when the job must end.
+
+The loop leaves a mark at every phase of a step. A rank without a new mark for ``train.watchdog_timeout`` seconds calls
+the roll (:mod:`vtprune_train.training.faults.rank_failures`); the ranks that keep the others waiting are named, every rank writes
+the stacks of its threads and loader workers to ``RUN/watchdog/rank_XXXXX.txt`` and ends with exit code 124.
+
+The thread needs Python's global lock. Where an extension holds it for ever, a timer in C
+(``faulthandler.dump_traceback_later``) writes the stacks and ends the process a little later.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from vtprune_train.data.load.workers import live_stacks
+from vtprune_train.processes.signals import STOP, final_exit, launcher_was_asked
+from vtprune_train.training import distributed as ranks
+from vtprune_train.training.faults.rank_failures import ROLL_CALL_SECONDS, Lifeline, Place, Verdict
+
+POLL_SECONDS = 0.5
+VERDICT_SECONDS = 60.0  # longer than the hub ever needs; it fails to answer only if rank 0 is stopped
+CAUSE_SECONDS = 10.0  # for the rank that is the cause to say so and end
+LINGER_SECONDS = 2.0  # the others end so much later: launchers look every second, and report who ended first
+ORPHAN_SECONDS = 600.0  # without train.watchdog_timeout, once the launcher is gone
+COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
+
+
+class Watchdog:
+    """One rank's marks of progress, and its end.
+
+    Args:
+        lifeline: to the other ranks.
+    """
+
+    def __init__(self, lifeline: Lifeline):
+        self.lifeline = lifeline
+        self.timeout: float | None = None
+        self.saving_timeout: float | None = None
+        self._marks, self._phase, self._step, self._since = 0, "starting", 0, time.monotonic()
+        self._file: Any = None
+        self._complained = -1
+        self._verdict: Verdict | None = None
+        self._heard_verdict, self._others_may_end = threading.Event(), threading.Event()
+        self._ending = threading.Lock()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def watch(self, folder: Path, timeout: float | None, saving_timeout: float) -> None:
+        """From now on no mark for ``timeout`` seconds (``saving_timeout`` while saving) is a hang; stacks go to
+        ``folder``. ``kill -USR1`` has a rank write its own there at any time."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"rank_{ranks.rank():05d}.txt").open("a")
+        faulthandler.register(signal.SIGUSR1, file=self._file, all_threads=True)
+        self.timeout, self.saving_timeout = timeout, timeout and max(timeout, saving_timeout)
+        self.mark("starting")
+
+    def mark(self, phase: str, step: int | None = None) -> None:
+        """The rank goes on: it enters ``phase``, of global step ``step`` (the one being done, from 1) if it is new."""
+        self._marks += 1
+        self._phase, self._since = phase, time.monotonic()
+        if step is not None:
+            self._step = step
+
+    def close(self) -> None:
+        """The regular end, after the last collective."""
+        self.timeout = self.saving_timeout = None
+        self.lifeline.wire.send("bye")
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self.lifeline.close()
+        if self._file is not None:
+            faulthandler.unregister(signal.SIGUSR1)
+            self._file.close()
+            if not Path(self._file.name).stat().st_size:
+                Path(self._file.name).unlink()
+
+    def fail(self, error: BaseException, code: int, *, final: bool, shown: str, terminated: bool = False) -> NoReturn:
+        """End this rank, and with it the job, because of ``error``; prints ``shown`` if this rank is the cause.
+
+        Args:
+            error: what was raised.
+            code: exit code of all ranks.
+            final: starting again would end the same way.
+            shown: what the user is to read.
+            terminated: it is SIGTERM, which a launcher also sends because another rank failed.
+        """
+        STOP.end()  # a launcher sends SIGTERM as soon as one rank is gone
+        reason = _first_lines(f"{type(error).__name__}: {error}")
+        inside = _in_collective(error)
+        told_by = getattr(error, "told_by", None)
+        self.lifeline.wire.send(
+            "failed", error=reason, where=self.place().where, code=code, final=final, in_collective=inside,
+            terminated=terminated, told_by=told_by,
+        )  # fmt: skip
+        self._heard_verdict.wait(VERDICT_SECONDS)
+        verdict = self._verdict or Verdict((ranks.rank(),), reason, code, final)
+        if ranks.rank() not in verdict.culprits:
+            self._others_may_end.wait(CAUSE_SECONDS + LINGER_SECONDS)
+        with self._ending:
+            if ranks.rank() in verdict.culprits and not verdict.hung:
+                _write_error_file(shown)
+                _print(shown)
+            elif not verdict.text.endswith(reason):  # ranks may stumble over the same; it is shown once
+                self._tell_of(verdict, broken=shown if inside else "")
+            end(verdict.code, verdict.final)
+
+    def place(self) -> Place:
+        """Where this rank stands."""
+        where = f"step {self._step}, {self._phase}" if self._step else self._phase
+        place = Place(self._marks, where, time.monotonic() - self._since)
+        collective, frame = _standing(sys._current_frames(), self._main)
+        return replace(place, collective=collective, frame=frame)
+
+    def _limit(self) -> float | None:
+        return self.saving_timeout if self._phase == "saving" else self.timeout
+
+    def _watch(self) -> None:
+        while True:
+            messages = self.lifeline.poll(POLL_SECONDS)
+            while messages:
+                message = messages.pop(0)
+                kind = message.pop("kind")
+                if kind == "done":
+                    return
+                if kind == "roll_call":
+                    self.lifeline.wire.send("place", **asdict(self.place()))
+                elif kind == "verdict":
+                    self.lifeline.wire.keep(messages)
+                    self._obey(Verdict(**{**message, "culprits": tuple(message["culprits"])}))
+                elif kind == "gone":
+                    self._obey(Verdict((0,), "rank 0 is gone without a word (killed? out of host memory?)", 1))
+            self._look()
+
+    def _look(self) -> None:
+        """Whether this rank makes progress; the thread being here shows that Python's lock is free."""
+        limit = self._limit()
+        if limit is None and STOP.orphaned:  # nobody is there to end it
+            limit = ORPHAN_SECONDS
+        if limit is None:
+            return
+        faulthandler.dump_traceback_later(limit + 3 * ROLL_CALL_SECONDS, exit=True, file=self._file)
+        if time.monotonic() - self._since > limit and self._complained != self._marks:
+            self._complained = self._marks
+            self.lifeline.wire.send("stalled", marks=self._marks)
+
+    def _obey(self, verdict: Verdict) -> None:
+        """End this rank as all end. The cause itself is given the time to say what it has to say."""
+        self._verdict = verdict
+        STOP.end()
+        if verdict.hung:
+            self._write_stacks(verdict)
+        self._heard_verdict.set()
+        if not verdict.hung:
+            self._await_cause()
+        if ranks.rank() not in verdict.culprits or verdict.hung:
+            time.sleep(LINGER_SECONDS)
+        self._others_may_end.set()
+        with self._ending:
+            self._tell_of(verdict)
+            end(verdict.code, verdict.final)
+
+    def _await_cause(self) -> None:
+        """Wait until the ranks that are the cause have ended; one of them ends by itself meanwhile."""
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            kinds = {message["kind"] for message in self.lifeline.poll(min(left, POLL_SECONDS))}
+            if kinds & {"cause_ended", "gone"}:
+                return
+
+    def _tell_of(self, verdict: Verdict, broken: str = "") -> None:
+        """Say why the job ends: the culprits, and the first rank of every machine."""
+        place = self.place()
+        text = f"rank {ranks.rank()} stops ({place.where}): {verdict.text}"
+        if verdict.hung:
+            text = f"watchdog: {verdict.text} Stacks: {Path(self._file.name).parent}"
+        if broken:
+            text += f"\n  what was seen of it here: {broken.strip().splitlines()[-1]}"
+        _write_error_file(text)
+        speaker = 1 if 0 in verdict.culprits else 0
+        if int(os.environ.get("LOCAL_RANK", "0")) == speaker or ranks.rank() in verdict.culprits:
+            _print(text)
+
+    def _write_stacks(self, verdict: Verdict) -> None:
+        """Stacks of all threads and of the loader workers, in the rank's file; a culprit's on stderr as well."""
+        try:
+            self._write_stack_file(verdict)
+        except OSError as error:  # a full disk: the rank must end all the same
+            _print(f"the stacks of rank {ranks.rank()} cannot be written to {self._file.name}: {error}")
+        if ranks.rank() in verdict.culprits:
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+    def _write_stack_file(self, verdict: Verdict) -> None:
+        self._file.write(f"{verdict.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
+        self._file.flush()
+        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        try:
+            workers = live_stacks()
+        except (OSError, ValueError) as error:  # a loader that is being closed just now; the job must end all the same
+            workers = f"the decode workers cannot be asked: {error}"
+        self._file.write(f"\n{workers}\n")
+        self._file.flush()
+
+
+def end(code: int, final: bool) -> NoReturn:
+    """Leave at once: neither threads, nor destructors that wait for other ranks, keep the process."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(final_exit(code) if final or launcher_was_asked() else code)
+
+
+def _print(text: str) -> None:
+    print(f"\n{text}", file=sys.stderr, flush=True)  # a progress bar may stand in the line
+
+
+def _write_error_file(text: str) -> None:
+    """What torchrun shows of this rank (the format of ``torch.distributed.elastic``'s error files)."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    try:
+        Path(path).write_text(json.dumps({"message": {"message": _first_lines(text), "extraInfo": details}}))
+    except OSError as error:  # a full disk: the rank must end all the same
+        Path(path).unlink(missing_ok=True)  # torchrun cannot read half of one
+        _print(f"{path}, from which torchrun shows why rank {ranks.rank()} ended, cannot be written: {error}")
+
+
+def _first_lines(text: str) -> str:
+    return text if len(text) < 2000 else text[:2000] + " ..."
+
+
+def _in_collective(error: BaseException) -> bool:
+    """Whether ``error`` is about communication, so that the cause is likely to be another rank."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+        return True
+    step: TracebackType | None = error.__traceback__
+    while step is not None:
+        if any(part in step.tb_frame.f_code.co_filename for part in COMMUNICATION):
+            return True
+        step = step.tb_next
+    return False
+
+
+def _standing(frames: dict[int, FrameType], main: int | None) -> tuple[str | None, str]:
+    """The collective that a thread of this process waits in, and the innermost line of the main thread."""
+    collective = None
+    for thread, innermost in frames.items():
+        if thread == threading.get_ident():
+            continue
+        names = [
+            frame.f_code.co_name
+            for frame, _ in traceback.walk_stack(innermost)
+            if any(part in frame.f_code.co_filename for part in COMMUNICATION)
+        ]
+        named = [name for name in names if name not in ("wrapper", "log_wrapper", "wait")]
+        if names:
+            collective = (named or names)[0]
+    if main not in frames:
+        return collective, ""
+    frame = frames[main]
+    return collective, f"{frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}"

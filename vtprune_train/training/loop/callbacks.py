@@ -1,0 +1,220 @@
+"""What happens around the loop: metrics, progress, evaluation, plots."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from vtprune_train.data.load.collate import Collator
+from vtprune_train.files.disk import naming
+from vtprune_train.training import distributed as ranks
+from vtprune_train.training.loop.evaluate import evaluate
+from vtprune_train.training.loop.json_lines import JsonLines
+from vtprune_train.viz.evaluation_images import survivors
+
+if TYPE_CHECKING:
+    from vtprune_train.training.loop.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Callback:
+    """Hooks of the loop. Every rank calls them at the same steps."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this process."""
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After an optimizer step, with its metrics."""
+
+    def on_end(self, trainer: Trainer, finished: bool) -> None:
+        """After the last step of this process and its checkpoint; ``finished`` if training is complete."""
+
+    def files(self) -> list[JsonLines]:
+        """What the callback writes line by line; every checkpoint holds a copy."""
+        return []
+
+
+@contextmanager
+def only_warning(what: str | Path) -> Iterator[None]:
+    """For what training can do without (plots, pictures, the progress bar): an error is a warning that names it."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("where it came from", exc_info=True)
+        log.warning("%s could not be written (%s: %s); training does without it", what, type(error).__name__, error)
+
+
+class Carried(Callback):
+    """A file that goes on with the run, from checkpoint to checkpoint, even while nothing adds lines to it (evaluation
+    is switched off)."""
+
+    def __init__(self, file: JsonLines):
+        self.file = file
+
+    def on_start(self, trainer: Trainer) -> None:
+        if ranks.rank() == 0:
+            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
+
+    def files(self) -> list[JsonLines]:
+        return [self.file]
+
+
+class Metrics(Carried):
+    """``metrics.jsonl``: a line for every step."""
+
+    def __init__(self, run_dir: Path):
+        super().__init__(JsonLines(run_dir / "metrics.jsonl", every_step=True))
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        if ranks.rank() == 0:
+            self.file.append(record)
+
+
+class Progress(Callback):
+    """A progress bar on rank 0."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        phases = trainer.collate.phases
+        if phases is not None and phases.vary and not ranks.rank():
+            tqdm.write(f"pruning: {phases.describe()}")
+            if phases.warmup is not None and phases.warmup.steps > trainer.total_steps:
+                ranks.log.warning(
+                    "pruning.warmup lasts %d steps, longer than the training (%d): it never reaches pruning.keep",
+                    phases.warmup.steps,
+                    trainer.total_steps,
+                )
+        self.bar = tqdm(
+            total=trainer.total_steps,
+            initial=trainer.state.step,
+            desc="train",
+            disable=ranks.rank() != 0,
+            mininterval=1.0,
+        )
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        loss = str(record["skipped"]) if record["loss"] is None else f"{record['loss']:.3f}"
+        shown = {"loss": loss, "tok_s": f"{record['tokens_per_second']:.0f}"}
+        if trainer.collate.phases is not None and trainer.collate.phases.vary:
+            shown["keep"] = "/".join(f"{share:.3g}" for share in record["keep"])
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def on_end(self, trainer: Trainer, finished: bool) -> None:
+        self.bar.close()
+
+
+class Evaluation(Callback):
+    """Held-out loss and exact match every ``train.eval_every`` steps and at the end, in ``eval.jsonl``."""
+
+    def __init__(self, run_dir: Path, collate: Collator):
+        self.file, self.collate = JsonLines(run_dir / "eval.jsonl"), collate
+        self._last_step = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        def last_recorded() -> int:
+            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
+            return max((record["step"] for record in self.file.read()), default=-1)
+
+        self._last_step = ranks.from_rank_0(last_recorded)
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        every = trainer.config.train.eval_every
+        if every and record["step"] % every == 0:
+            self._evaluate(trainer)
+
+    def on_end(self, trainer: Trainer, finished: bool) -> None:
+        if finished and self._last_step != trainer.state.step:
+            self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        began = time.perf_counter()
+        options: dict[str, Any] = {
+            "max_tokens": trainer.config.data.max_tokens,
+            "device": trainer.device,
+            "workers": min(1, trainer.config.data.workers),
+            "worker_timeout": trainer.config.data.worker_timeout,
+            "mark": trainer.watchdog.mark,
+        }
+        result = evaluate(trainer.engine.module, self.collate, **options)
+        if trainer.config.train.eval_shuffled:
+            shuffled = evaluate(trainer.engine.module, self.collate, shuffle_pictures=True, **options)
+            result["exact_match_shuffled"] = shuffled["exact_match"]
+        if trainer.config.train.eval_show and self.collate.method is not None:
+            self._show(trainer)
+        self._last_step = trainer.state.step
+        if ranks.rank():
+            return
+        line = {"step": trainer.state.step, **result, "seconds": time.perf_counter() - began}
+        self.file.append(line, sync=True)  # the last one comes after the last checkpoint
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        tqdm.write(f"step {trainer.state.step}: held-out {shown}")
+        if trainer.engine.monitor.enabled:
+            trainer.engine.monitor.write_events(eval_scalars(line))
+
+    def files(self) -> list[JsonLines]:
+        return [self.file]
+
+    def _show(self, trainer: Trainer) -> None:
+        """The first pictures with the tokens that survive, to TensorBoard."""
+        pictures = trainer.config.train.eval_show
+        drawn = survivors(trainer.engine.module, self.collate, pictures=pictures, device=trainer.device)
+        board = trainer.engine.monitor.tb_monitor
+        if board is None or not board.enabled:  # on the other ranks, or it could not be written
+            return
+        for number, pixels in enumerate(drawn):
+            with only_warning(f"{board.summary_writer.log_dir}: picture {number} of step {trainer.state.step}"):
+                board.summary_writer.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
+
+
+def eval_scalars(line: dict[str, Any]) -> list[tuple[str, float, int]]:
+    """What monitors show of a line of ``eval.jsonl``."""
+    return [(f"eval/{name}", value, line["step"]) for name, value in line.items() if name not in ("step", "seconds")]
+
+
+class Plot(Callback):
+    """``loss.png``: loss and tokens per second over steps."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+
+    def on_end(self, trainer: Trainer, finished: bool) -> None:
+        if ranks.rank() == 0:
+            path = self.run_dir / "loss.png"
+            with only_warning(path):
+                plot_training(JsonLines(self.run_dir / "metrics.jsonl").read(), path)
+
+
+def plot_training(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss and throughput of a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [record["step"] for record in records]
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
+    above.plot(steps, losses, linewidth=1)
+    above.set_ylabel("loss")
+    below.plot(steps, [record["tokens_per_second"] for record in records], linewidth=1, color="tab:green")
+    below.set_ylabel("tokens/s (before dropping)")
+    below.set_xlabel("global step")
+    below.set_ylim(bottom=0)
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with naming(partial):
+            figure.savefig(partial, dpi=120, format="png")
+        partial.replace(path)
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)

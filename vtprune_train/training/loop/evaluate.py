@@ -1,0 +1,133 @@
+"""Held-out evaluation: loss, and greedy exact match by teacher forcing.
+
+An answer counts if the most likely token is right at every one of its tokens. That is what greedy decoding would have
+to produce, in one pass: the first wrong token would end the match in either case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from vtprune_train.core.stream import PackedBatch
+from vtprune_train.data.load.collate import Collator
+from vtprune_train.data.load.loader import StepLoader
+from vtprune_train.data.plan.order import EpochOrder
+from vtprune_train.data.plan.planner import Planner
+from vtprune_train.training import distributed as ranks
+
+
+def evaluate(
+    model: nn.Module,
+    collate: Collator,
+    *,
+    max_tokens: int,
+    device: torch.device,
+    workers: int,
+    mark: Callable[[str], None],
+    worker_timeout: float | None = None,
+    shuffle_pictures: bool = False,
+) -> dict[str, float]:
+    """Evaluate on all samples of ``collate.index``; all ranks call this together.
+
+    Args:
+        model: pruned; its mode is restored afterwards.
+        collate: makes the batches.
+        max_tokens: most tokens of a batch, before dropping.
+        device: this rank's.
+        workers: decode processes.
+        mark: told of every batch (the watchdog's).
+        worker_timeout: seconds after which one counts as hung.
+        shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
+
+    Returns:
+        ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
+        the samples left out because a picture could not be read.
+    """
+    loader = _loader(collate, max_tokens, device, workers, worker_timeout, shuffle_pictures)
+    was_training = model.training
+    model.eval()
+    sums = {"loss_sum": 0.0, "tokens": 0.0, "exact": 0.0, "answers": 0.0, "unreadable": 0.0}
+    with torch.no_grad():
+        for _, batches in loader:
+            for batch in batches:
+                mark("evaluating")
+                for name, value in _sums(model, batch, device).items():
+                    sums[name] += value
+    model.train(was_training)
+    total = ranks.sum_over_ranks(sums, device)
+    return {
+        "loss": total["loss_sum"] / max(total["tokens"], 1),
+        "exact_match": total["exact"] / max(total["answers"], 1),
+        "answers": total["answers"],
+        "unreadable": total["unreadable"],
+    }
+
+
+def _sums(model: nn.Module, batch: PackedBatch, device: torch.device) -> dict[str, float]:
+    """What one batch adds."""
+    for sample, reason in batch.unreadable:
+        ranks.log.warning("evaluation: left out %s: %s", sample, reason)
+    batch = batch.to(device)
+    output = model(batch)
+    exact = torch.ones(batch.num_answers, device=device)
+    exact.scatter_reduce_(0, batch.answer_of_target, output.correct.float(), reduce="amin")
+    loss_sum, num_exact = torch.stack([output.loss_sum.float(), exact.sum()]).tolist()  # the one copy to the host
+    return {
+        "loss_sum": loss_sum,
+        "tokens": len(batch.targets),
+        "exact": num_exact,
+        "answers": batch.num_answers,
+        "unreadable": len(batch.unreadable),
+    }
+
+
+def _loader(
+    collate: Collator,
+    max_tokens: int,
+    device: torch.device,
+    workers: int,
+    worker_timeout: float | None,
+    shuffle_pictures: bool,
+) -> StepLoader:
+    """All samples once, in batches of about ``max_tokens`` on every rank."""
+    index = collate.index
+    batch_size = max(1, min(len(index), ranks.world_size() * max_tokens * len(index) // index.total_tokens))
+
+    def measure(_: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = index.lengths(samples).tokens
+        return tokens, tokens.astype(np.float64)
+
+    planner = Planner(
+        EpochOrder([len(index)], seed=0),
+        measure,
+        longest=index.longest,
+        global_batch_size=batch_size,
+        max_tokens=max(max_tokens, index.longest),
+        world_size=ranks.world_size(),
+    )
+    return StepLoader(
+        collate,
+        planner,
+        first_step=0,
+        end_step=planner.steps_per_epoch,
+        rank=ranks.rank(),
+        workers=workers,
+        device=device,
+        pictures_of=exchange_pictures(collate) if shuffle_pictures else None,
+        timeout=worker_timeout,
+    )
+
+
+def exchange_pictures(collate: Collator) -> Sequence[int]:
+    """For each sample one with as many pictures, by a fixed permutation without fixed points (where there are two)."""
+    index = collate.index
+    counts = index.num_pictures(np.arange(len(index)))
+    partner = np.arange(len(index))
+    for count in np.unique(counts):
+        members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))
+        partner[members] = np.roll(members, 1)
+    return partner.tolist()

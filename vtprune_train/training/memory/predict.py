@@ -1,0 +1,519 @@
+"""The only memory arithmetic of the project: dry run, preflight and its advice all count with it.
+
+Bytes of one rank, from the model's config, the tokens of a micro-batch and the DeepSpeed settings. Estimates: what
+autograd saves for a layer is exact for eager layers (a test counts it), states and buffers follow DeepSpeed 0.19, and
+temporaries within a layer are bounded. Not counted: CUDA's context, NCCL's buffers and fragmentation
+(:data:`RESERVED`). Compiled layers and Liger's kernels save less than counted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vtprune_train.config.settings import Config
+from vtprune_train.core.flops import DecoderGeometry, stage_layers
+from vtprune_train.core.stream import PackedBatch
+from vtprune_train.models import HFModule
+from vtprune_train.models.families import family_of
+from vtprune_train.models.forward import head
+from vtprune_train.training.checkpoint.pinned import pinned_bytes
+from vtprune_train.training.engine.start import offloads_optimizer, zero_stage
+from vtprune_train.training.loop.optimizer import parameter_groups
+from vtprune_train.training.loop.recompute import Level, recomputed_layers
+
+GIB = 2**30
+RESERVED = 0.06  # share of a device's memory for what is not counted
+ALLREDUCE_ELEMENTS = 5 * 10**8  # DeepSpeed's bucket where ZeRO does not partition the reduction
+FOUR_BIT_BYTES = 0.52  # a weight's 4 bits, and its share of the scales (NF4, double quantisation)
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of a DeepSpeed config decides about memory.
+
+    Args:
+        stage: 0 to 3.
+        ranks: how many share the states.
+        element: bytes of a weight.
+        accumulation: bytes of an accumulated gradient.
+        bucket: elements of a reduction bucket.
+        buckets: buckets that exist at a time.
+        offloads_optimizer, offloads_weights: to host memory.
+        max_live: parameters that ZeRO-3 keeps gathered at a time.
+        sub_group: parameters that ZeRO-3 updates at a time.
+        norm: whether DeepSpeed computes a gradient norm of its own, in float64.
+    """
+
+    stage: int
+    ranks: int
+    element: int
+    accumulation: int
+    bucket: int = 0
+    buckets: int = 1
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+    max_live: int = 10**9
+    sub_group: int = 10**9
+    norm: bool = True
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], dtype: str, ranks: int) -> Zero:
+        """Read a DeepSpeed config; keys left out have DeepSpeed's defaults."""
+        zero = settings.get("zero_optimization", {})
+        stage, element = zero_stage(settings), DTYPE_BYTES[dtype]
+        accumulation = settings.get("data_types", {}).get("grad_accum_dtype")
+        return cls(
+            stage,
+            ranks,
+            element,
+            DTYPE_BYTES[accumulation] if accumulation else element,
+            int(float(zero.get("reduce_bucket_size", 5e8))) if stage else ALLREDUCE_ELEMENTS,
+            2 if stage in (1, 2) and zero.get("overlap_comm", False) else 1,
+            offloads_optimizer(settings),
+            zero.get("offload_param", {}).get("device", "none") != "none",
+            int(float(zero.get("stage3_max_live_parameters", 1e9))),
+            int(float(zero.get("sub_group_size", 1e9))),
+            zero.get("compute_grad_norm", True),
+        )
+
+    @property
+    def whole_gradients(self) -> bool:
+        """ZeRO-1 with bfloat16 weights and float32 accumulation: DeepSpeed's ``BF16_Optimizer``, whose ranks hold all
+        gradients in both dtypes."""
+        return self.stage == 1 and self.accumulation > self.element and not self.offloads_optimizer
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many there are: ``groups`` of the optimizer, ``frozen`` beside them, ``largest`` tensor among the trained;
+    ``four_bit`` of the frozen are stored in 4 bits (QLoRA)."""
+
+    groups: tuple[int, ...]
+    frozen: int
+    largest: int
+    four_bit: int = 0
+
+    @property
+    def trained(self) -> int:
+        return sum(self.groups)
+
+    def bytes_of_weights(self, element: int) -> int:
+        """Of the whole model, where a weight that is not stored in 4 bits takes ``element`` bytes."""
+        return element * (self.trained + self.frozen - self.four_bit) + int(FOUR_BIT_BYTES * self.four_bit)
+
+    @classmethod
+    def of(cls, groups: Sequence[dict[str, Any]], every: Sequence[Any], four_bit: int = 0) -> Parameters:
+        """Count ``parameter_groups`` and all parameters of a model, partitioned ones as a whole."""
+        count = [[_numel(p) for p in group["params"]] for group in groups]
+        sums = tuple(sum(numels) for numels in count)
+        return cls(sums, sum(map(_numel, every)) - sum(sums), max(max(numels) for numels in count), four_bit)
+
+
+def _numel(parameter: Any) -> int:
+    if parameter.dtype == torch.uint8:  # two 4-bit weights in each element
+        return 2 * int(parameter.numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _four_bit(model: HFModule) -> int:
+    """Weights that QLoRA stores in 4 bits: those of all linear layers of the decoder, the adapter's own left out."""
+    layers = model.get_submodule(family_of(model).decoder).layers
+    return sum(_numel(p) for name, p in layers.named_parameters() if p.ndim == 2 and ".lora_" not in name)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of weights, gradients and optimizer on one rank's device.
+
+    Args:
+        weights: of the model.
+        masters: float32 copies of the trained weights.
+        moments: AdamW's two states.
+        gradients: held at the end of the last backward pass of a step; under ZeRO-3 with the bucket, which stays.
+        accumulating: on top of them while a later micro-batch of the step runs backward.
+        buckets: for the reduction, and weights that ZeRO-3 has gathered, during the backward pass.
+        step: of each tensor that the optimizer step allocates on top of gradients and states.
+        host: in host memory, where states or weights are offloaded.
+    """
+
+    weights: int
+    masters: int
+    moments: int
+    gradients: int
+    accumulating: int
+    buckets: int
+    step: tuple[int, ...]
+    host: int = 0
+
+    @property
+    def always(self) -> int:
+        return self.weights + self.masters + self.moments
+
+    @classmethod
+    def of(cls, zero: Zero, parameters: Parameters, accumulates: bool = True) -> States:
+        """Count them; ``accumulates`` where a step has several micro-batches.
+
+        Source: ``stage_1_and_2.py``, ``stage3.py``, ``bf16_optimizer.py`` and ``fp16/unfused_optimizer.py`` of
+        DeepSpeed 0.19.8 with torch's fused AdamW; ``scripts/measure_zero.py`` measures the same.
+        """
+        e, a, trained = zero.element, zero.accumulation, parameters.trained
+        parts = [-(-group // (zero.ranks if zero.stage else 1)) for group in parameters.groups]
+        mine, largest_part = sum(parts), max(parts)
+        weights = parameters.bytes_of_weights(e)
+        masters = 0 if zero.stage == 0 and e == 4 else 4 * mine
+        norm = (8 * min(parameters.largest, largest_part) if zero.norm else 0,)
+        cast = 4 if e < 4 else 0
+        reduced = min(trained, zero.bucket)
+        if zero.stage == 0:
+            states = cls(weights, masters, 8 * mine, e * trained, e * reduced, 0, (cast * trained,))
+        elif zero.whole_gradients:
+            whole = max(reduced, max(parameters.groups)) if trained > zero.bucket else trained
+            states = cls(weights, masters, 8 * mine, (4 + e) * trained, (4 + e) * whole, 0, norm)
+        elif zero.stage == 3:
+            gathered = min(trained + parameters.frozen, zero.max_live) if zero.ranks > 1 or zero.offloads_weights else 0
+            largest = min(largest_part, max(zero.sub_group, 1))
+            step: tuple[int, ...] = (a * largest, (4 if a < 4 else 0) * largest)
+            weights = 0 if zero.offloads_weights else -(-weights // zero.ranks)
+            states = cls(weights, masters, 8 * mine, a * mine + e * zero.bucket, 0, e * (reduced + gathered), step)
+        elif a > e:  # float32 gradients of this rank's part, added up bucket by bucket
+            buckets = e * zero.buckets * zero.bucket + (e + 4) * reduced + _oversized(zero, parameters)
+            states = cls(weights, masters, 8 * mine, a * mine, 0, buckets, norm)
+        else:
+            buckets = e * (zero.buckets * zero.bucket + reduced) + _oversized(zero, parameters)
+            waits = accumulates or (zero.stage == 1 and zero.buckets == 1)  # for all gradients, before it reduces any
+            more = e * (trained if zero.stage == 1 else mine) if waits else 0
+            step = max((e * largest_part, cast * largest_part), norm, key=sum)
+            states = cls(weights, masters, 8 * mine, e * mine, more, buckets, step)
+        return _offloaded(states, zero, parameters, mine) if zero.offloads_optimizer else states
+
+    @property
+    def backward(self) -> int:
+        """Bytes beside activations at the end of a later micro-batch's backward pass."""
+        return self.always + self.gradients + self.accumulating + self.buckets
+
+    @property
+    def stepping(self) -> int:
+        """Bytes at the peak of the optimizer step."""
+        return self.always + self.gradients + sum(self.step)
+
+
+def _oversized(zero: Zero, parameters: Parameters) -> int:
+    """A gradient larger than a bucket stays outside of it until the pass ends."""
+    return zero.element * parameters.largest if parameters.largest > zero.bucket else 0
+
+
+def _offloaded(states: States, zero: Zero, parameters: Parameters, mine: int) -> States:
+    """Masters, moments and accumulated gradients in host memory; the device holds buckets and one gradient."""
+    host = states.masters + states.moments + 4 * mine + zero.element * mine
+    if zero.offloads_weights:
+        host += zero.element * -(-(parameters.trained + parameters.frozen) // zero.ranks)
+    if zero.stage == 3:
+        host += zero.accumulation * mine
+    buckets = states.buckets + zero.element * parameters.largest
+    stays = zero.element * zero.bucket if zero.stage == 3 else 0
+    return replace(states, masters=0, moments=0, gradients=stays, accumulating=0, buckets=buckets, step=(), host=host)
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of a layer for each token that it sees.
+
+    Args:
+        saved: what autograd keeps for the backward pass, weights left out.
+        input: the layer's input, all that is kept where it is recomputed.
+        backward: most that the backward pass of the layer needs on top.
+    """
+
+    saved: int
+    input: int
+    backward: int
+
+    @classmethod
+    def of_decoder(cls, config: Any, element: int, trained: bool, copies_output: bool) -> LayerBytes:
+        """A Llama-like layer (Llama, Mistral, Qwen2, Qwen3), as transformers writes it.
+
+        Saved are, in elements of the model's dtype unless noted: for each of two RMSNorms its input in float32, 1 / RMS
+        in float32, what the weight multiplies, and the output (the input of linear layers); queries, keys, values and
+        output of attention, and its log-sum-exp in float32; gate, SiLU(gate), up and their product. Linear layers and
+        norms whose weights are frozen do not need their inputs. Qwen3's norms of queries and keys come on top.
+
+        Args:
+            config: the text config.
+            element: bytes of an activation.
+            trained: whether the layer's own weights are.
+            copies_output: whether the attention backend lays its output out once more (``varlen_sdpa``).
+        """
+        g = DecoderGeometry.of(config)
+        q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
+        if_trained = element if trained else 0
+        norms = 2 * (4 * g.hidden + 4 + 2 * if_trained * g.hidden)
+        if config.model_type.startswith("qwen3"):
+            norms += (4 + if_trained) * (q + k) + 4 * (g.heads + g.kv_heads)
+        attention = element * 2 * (q + k) + 4 * g.heads + (if_trained * q if copies_output else 0)
+        mlp = (3 * element + if_trained) * g.intermediate
+        backward = 2 * element * (g.intermediate + g.hidden)  # gradients in the MLP, where all the rest is still saved
+        return cls(norms + attention + mlp, element * g.hidden, backward)
+
+    @classmethod
+    def of_tower(cls, vision: Any, element: int) -> LayerBytes:
+        """A trained layer of CLIP, SigLIP or Qwen2.5-VL's vision transformer."""
+        c, m = vision.hidden_size, vision.intermediate_size
+        if hasattr(vision, "depth"):  # RMSNorms and a gated MLP; values keep the fused projection's output
+            saved = 8 * c + 8 + element * (11 * c + 4 * m) + 4 * vision.num_heads
+        else:
+            saved = element * (8 * c + (3 if vision.hidden_act == "quick_gelu" else 2) * m) + 16
+            saved += 4 * vision.num_attention_heads
+        return cls(saved, element * c, 2 * element * (m + c))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A model's layers, head and tower in bytes; ``tower`` and ``projector`` count for each token of the tower,
+    ``rotary`` (tables of cosines and sines) for each token of a stage."""
+
+    layer: LayerBytes
+    num_layers: int
+    tower: LayerBytes | None
+    tower_layers: int
+    tower_tokens: int
+    projector: int
+    hidden: int
+    rotary: int
+    vocab: int
+    element: int
+    trains_head: bool
+
+    @classmethod
+    def of(cls, model_config: Any, dtype: str, train: Sequence[str], attention: str) -> Geometry:
+        """Read a model's config.
+
+        Args:
+            model_config: of LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL.
+            dtype: of weights and activations.
+            train: the parts that are trained, as in ``model.train``. Under an adapter layers are counted as if they
+                were trained themselves: a little more than norms with frozen weights save, and what the adapter saves.
+            attention: the decoder's backend.
+        """
+        text, vision, e = model_config.text_config, model_config.vision_config, DTYPE_BYTES[dtype]
+        trained = "language_model" in train
+        layer = LayerBytes.of_decoder(text, e, trained or "lora" in train, attention.endswith("varlen_sdpa"))
+        if hasattr(vision, "depth"):
+            depth, tokens, projector = vision.depth, 1, e * (2 * vision.hidden_size + text.hidden_size // 4)
+        else:
+            chosen = model_config.vision_feature_layer
+            states = [chosen] if isinstance(chosen, int) else chosen
+            depth = max(state % (vision.num_hidden_layers + 1) for state in states)
+            class_token = vision.model_type == "clip_vision_model"
+            tokens = (vision.image_size // vision.patch_size) ** 2 + class_token
+            projector = e * (len(states) * vision.hidden_size + 3 * text.hidden_size)
+        return cls(
+            layer,
+            text.num_hidden_layers,
+            LayerBytes.of_tower(vision, e) if "vision_tower" in train else None,
+            depth,
+            tokens,
+            projector if trained or {"projector", "lora", "vision_tower"} & set(train) else 0,
+            text.hidden_size,
+            2 * e * DecoderGeometry.of(text).head_dim,
+            text.vocab_size,
+            e,
+            trained,
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What decides about activations: ``tokens`` and ``layers`` [stages], ``tiles`` of the tower (patches where images
+    have any size), ``visual`` tokens before dropping, and supervised ``rows``."""
+
+    tokens: tuple[int, ...]
+    layers: tuple[int, ...]
+    tiles: int
+    visual: int
+    rows: int
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> MicroBatch:
+        """Of a batch as it is planned."""
+        plan = batch.plan
+        tokens = tuple(stage.num_tokens for stage in plan.stages)
+        tiles, rows = len(batch.pixel_values), len(batch.targets)
+        return cls(tokens, tuple(stage_layers(plan)), tiles, len(batch.visual_rows), rows)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch.
+
+    Args:
+        stages: saved for the backward pass by each stage's decoder layers.
+        tower: saved by tower and projector, and for placing the features among the text.
+        head: kept from the loss to the backward pass: gradients of the head's weight and input.
+        peak: most at a time, in the head or while a layer runs backward (recomputed first, where it is).
+        working: the part of ``peak`` that is not saved: the layer's recomputed activations and temporaries, or the
+            head's logits and float32 weight gradient.
+        where: which of them.
+    """
+
+    stages: tuple[int, ...]
+    tower: int
+    head: int
+    peak: int
+    working: int
+    where: str
+
+    @classmethod
+    def of(cls, geometry: Geometry, batch: MicroBatch, recomputed: Sequence[int], tower_too: bool) -> Activations:
+        """Count a micro-batch whose decoder layers ``recomputed`` (and the tower's) run again in the backward pass."""
+        layer, tokens = geometry.layer, np.repeat(batch.tokens, batch.layers)
+        again = np.isin(np.arange(geometry.num_layers), recomputed)
+        kept = np.where(again, layer.input, layer.saved) * tokens
+        stages = [int(part.sum()) for part in np.split(kept, np.cumsum(batch.layers)[:-1])]
+        stages = [size + geometry.rotary * tokens for size, tokens in zip(stages, batch.tokens, strict=True)]
+        seen = batch.tiles * geometry.tower_tokens
+        tower = seen * geometry.projector + geometry.element * batch.visual * geometry.hidden
+        tower_working = 0
+        if geometry.tower is not None:
+            tower_layer = geometry.tower
+            tower += seen * geometry.tower_layers * (tower_layer.input if tower_too else tower_layer.saved)
+            tower_working = seen * (tower_layer.backward + (tower_layer.saved if tower_too else 0))
+        head_kept, head_working = _head(geometry, batch.rows)
+        rotary = np.repeat(np.cumsum(batch.tokens), batch.layers) * geometry.rotary
+        below = tower + np.cumsum(kept) + rotary
+        working = (layer.backward + np.where(again, layer.saved - layer.input, 0)) * tokens
+        peaks = {f"decoder layer {i}": (int(below[i]), int(working[i])) for i in range(geometry.num_layers)}
+        peaks["head"] = (int(below[-1]), head_kept + head_working)
+        peaks["tower"] = (tower, tower_working)
+        where = max(peaks, key=lambda name: sum(peaks[name]))
+        return cls(tuple(stages), tower, head_kept, sum(peaks[where]), peaks[where][1], where)
+
+
+def _head(geometry: Geometry, rows: int) -> tuple[int, int]:
+    """Bytes that the loss keeps for the backward pass, and the most it needs beside them while it is computed."""
+    e, weight = geometry.element, geometry.vocab * geometry.hidden
+    chunk = min(rows, head.default_chunk_rows(geometry.vocab))
+    kept = e * rows * geometry.hidden + (e * weight if geometry.trains_head else 0)
+    working = chunk * geometry.vocab * 8 + (4 * weight if geometry.trains_head else 0)
+    return kept, max(working, kept)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One rank's memory in a step of several micro-batches. ``pinned`` is host memory for saves in the background."""
+
+    states: States
+    activations: Activations
+    pinned: int = 0
+
+    @property
+    def backward(self) -> int:
+        return self.states.backward + self.activations.peak
+
+    @property
+    def stepping(self) -> int:
+        return self.states.stepping
+
+    @property
+    def peak(self) -> int:
+        return max(self.backward, self.stepping)
+
+    @property
+    def phase(self) -> str:
+        """Where the peak falls."""
+        if self.stepping > self.backward:
+            return "the optimizer's step"
+        return f"the backward pass ({self.activations.where})"
+
+    def lines(self) -> list[str]:
+        """A table of bytes by kind."""
+        states, saved = self.states, self.activations
+        rows = [
+            ("weights", states.weights),
+            ("float32 master weights", states.masters),
+            ("optimizer states", states.moments),
+            ("gradients", states.gradients),
+            ("gradients of one more micro-batch", states.accumulating),
+            ("buckets and gathered weights", states.buckets),
+            ("activations, by stage", sum(saved.stages)),
+            ("tower and projector", saved.tower),
+            (f"working set of {saved.where}", saved.working),
+            ("taken by step()", sum(states.step)),
+        ]
+        lines = [f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in rows]
+        lines[6] += f": {' / '.join(f'{size / GIB:.2f}' for size in saved.stages)}"
+        for name, size in (("host memory, offloaded", states.host), ("pinned host memory for saves", self.pinned)):
+            lines += [f"  {name:<34}{size / GIB:>9.2f} GiB"] if size else []
+        return lines
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that a prediction needs except the recomputation level of recomputation; ``order`` is what
+    :func:`~vtprune_train.training.loop.recompute.typical_stages` returns."""
+
+    zero: Zero
+    parameters: Parameters
+    geometry: Geometry
+    batch: MicroBatch
+    order: tuple[Sequence[int], Sequence[int]]
+    pinned: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        model: HFModule,
+        settings: dict[str, Any],
+        ranks: int,
+        batch: MicroBatch,
+        order: tuple[Sequence[int], Sequence[int]],
+    ) -> Estimate:
+        """Of a run.
+
+        Args:
+            config: its settings.
+            model: with ``requires_grad`` set, on whatever device (``meta`` too).
+            settings: its DeepSpeed config.
+            ranks: GPUs.
+            batch: the micro-batch that is looked at.
+            order: of the stages, see above.
+        """
+        groups = parameter_groups(model, config.model.train, config.train.weight_decay)
+        zero = Zero.of(settings, config.model.dtype, ranks)
+        packed = config.model.peft is not None and config.model.peft.kind == "qlora"
+        parameters = Parameters.of(groups, list(model.parameters()), _four_bit(model) if packed else 0)
+        attention = str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
+        geometry = Geometry.of(model.config, config.model.dtype, list(config.model.train), attention)
+        saved = [zero.element * _numel(p) for p in model.parameters() if p.requires_grad or config.model.peft is None]
+        if zero.stage == 3:
+            saved = [-(-sum(saved) // ranks)]
+        if not zero.offloads_optimizer:
+            saved += [4 * -(-group // (ranks if zero.stage else 1)) for group in parameters.groups for _ in range(3)]
+        return cls(zero, parameters, geometry, batch, order, pinned_bytes(saved))
+
+    def at(self, level: Level, accumulates: bool = True) -> Prediction:
+        """With ``train.activation_checkpointing=level``; ``accumulates`` where a step has several micro-batches."""
+        layers = recomputed_layers(level, *self.order)
+        activations = Activations.of(self.geometry, self.batch, layers, level != "none")
+        return Prediction(States.of(self.zero, self.parameters, accumulates), activations, self.pinned)
+
+    def least_that_fits(self, memory: int) -> Level | None:
+        """The level that recomputes least within ``memory`` bytes less :data:`RESERVED`; ``None`` if none does."""
+        levels: list[Level] = ["none", "first_stage", *range(1, self.geometry.num_layers), "all"]
+        for level in sorted(levels, key=lambda level: len(recomputed_layers(level, *self.order))):
+            if self.at(level).peak <= memory * (1 - RESERVED):
+                return level
+        return None
+
+    def advice(self, memory: int) -> str:
+        """Which level fits into ``memory`` bytes."""
+        level = self.least_that_fits(memory)
+        if level is None:
+            return f"no level of train.activation_checkpointing fits {memory / GIB:.0f} GiB (estimate)"
+        return f"fits {memory / GIB:.0f} GiB with train.activation_checkpointing={level} (estimate)"

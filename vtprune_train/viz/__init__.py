@@ -1,0 +1,1 @@
+"""Images and pages that show which visual tokens are kept."""

@@ -1,0 +1,101 @@
+"""Pictures of the evaluation data with the tokens that survive, for TensorBoard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vtprune_train.cli.show import look, stage_names
+from vtprune_train.core.stream import IMAGE, to_device
+from vtprune_train.data.images import UNREADABLE, load_image
+from vtprune_train.data.load.collate import Collator, lay_out
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.training import distributed as ranks
+from vtprune_train.viz.draw import draw
+
+
+@dataclass
+class Question:
+    """A sample up to its last answer: ``inputs`` as a processor makes them, its pictures, the question's ``text``."""
+
+    inputs: dict[str, Tensor]
+    pictures: list[Image.Image]
+    text: str
+
+
+def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: torch.device) -> list[np.ndarray]:
+    """The first samples of ``collate.index`` that have pictures, drawn; all ranks call this together.
+
+    Args:
+        model: pruned; its mode is restored afterwards.
+        collate: of the evaluation data.
+        pictures: draw samples until there are so many pictures.
+        device: this rank's.
+
+    Returns:
+        for each sample [height, width, 3] uint8.
+    """
+    if not isinstance(collate.layout, AnyRes):
+        ranks.log.warning("train.eval_show has no effect: only LLaVA-NeXT's pictures can be drawn")
+        return []
+    drawn = []
+    for question in ranks.from_rank_0(lambda: _questions(collate, pictures)):
+        inputs = to_device(question.inputs, device)
+        shown = look(model, inputs, question.pictures)
+        if ranks.rank() == 0:
+            drawn.append(np.asarray(draw(shown, stage_names(model), question.text)))
+    return drawn
+
+
+class _NothingToShowError(ValueError):
+    """All pictures of a sample follow its last answer."""
+
+
+def _questions(collate: Collator, pictures: int) -> list[Question]:
+    """Questions with ``pictures`` pictures in all, from the first samples whose files can be read."""
+    questions: list[Question] = []
+    for sample in range(len(collate.index)):
+        if not collate.index.picture_sizes(sample):
+            continue
+        if sum(len(question.pictures) for question in questions) >= pictures:
+            break
+        try:
+            questions.append(_question(collate, sample))
+        except (*UNREADABLE, _NothingToShowError) as error:
+            ranks.log.warning("evaluation: cannot show %s: %s", collate.index.sample_id(sample), error)
+    return questions
+
+
+def _question(collate: Collator, sample: int) -> Question:
+    """The sample up to its last answer: the token before that ranks the visual tokens.
+
+    Raises:
+        UnreadableImage: a picture cannot be read.
+        _NothingToShowError: all of them follow the last answer.
+    """
+    index = collate.index
+    loaded = collate.load(sample, sample)
+    record = index.record(sample)
+    sizes, pixels = loaded.pictures.sizes, loaded.pictures.pixels
+    segment, ids = lay_out(loaded.chat, collate.layout.tokens(sizes))
+    end = segment.query_offsets[-1] + 1
+    asked = [i for i, span in enumerate(segment.spans) if span.end <= end]
+    if not asked:
+        raise _NothingToShowError("its pictures follow its last answer")
+    files = index.pictures(sample, record)
+    turns = record.turns
+    last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
+    return Question(
+        inputs={
+            "input_ids": torch.from_numpy(ids[None, :end]),
+            "pixel_values": pad_sequence([pixels[i] for i in asked], batch_first=True),
+            "image_sizes": torch.tensor([sizes[i] for i in asked]),
+        },
+        pictures=[load_image(files[i], sizes[i], max_pixels=collate.max_image_pixels) for i in asked],
+        text=turns[last - 1].text.replace(IMAGE, "").strip(),
+    )
