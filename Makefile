@@ -16,9 +16,12 @@ export HF_HUB_OFFLINE ?= 1
 
 ECOSYSTEM_CONSTRAINTS := $(VENV)/.installed.txt
 # What depends on the releases of PyTorch, transformers, DeepSpeed and PEFT.
-FLOOR_TESTS := $(addprefix tests/test_,allocator.py attention.py build.py equivalence.py families.py generate.py \
-	golden.py head.py loop_families.py peft.py prune.py runs.py stream.py trained.py) \
-	$(addprefix tests/methods/test_,combinations.py contract.py encoder.py keys.py)
+FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_families.py \
+	models/families/test_loop_families.py models/forward/test_attention.py models/forward/test_head.py \
+	models/io/test_build.py models/io/test_peft.py models/test_equivalence.py models/test_generate.py \
+	models/test_golden.py models/test_prune.py models/test_trained.py pruning/methods/test_combinations.py \
+	pruning/methods/test_contract.py pruning/methods/test_encoder.py pruning/methods/test_keys.py \
+	training/test_allocator.py training/test_runs.py)
 
 .PHONY: quickstart compare test test-floor gpu ecosystem lint format bench docs clean
 

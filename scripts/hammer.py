@@ -26,14 +26,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT, ROOT / "scripts", ROOT / "tests"):
+for folder in (ROOT, ROOT / "scripts"):
     sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
-from runner import Runs  # noqa: E402
 
 from hammering.plans import DAMAGED, END, IN_SAVE, IN_STEP, LINES, START, Choices, draw  # noqa: E402
 from hammering.trial import References, Result, run_trial  # noqa: E402
+from tests.support.runner import Runs  # noqa: E402
 
 TABLE = "hammer.md"  # marks a folder as the hammer's, which the next start empties
 COLUMNS = {"kill": "kill", "stop": "stop", "disk": "full disk"}

@@ -28,9 +28,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
 
-from runner import Runs  # noqa: E402
+from tests.support.runner import Runs  # noqa: E402
 
 MEMORY = ("rss", "pss", "uss", "shared_pages")
 COUNTS = ("batches_mapped", "shared_segments", "descriptors", "threads", "children")

@@ -3,8 +3,6 @@
 import logging
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -16,7 +14,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, print_blob=True)
 settings.load_profile("repeatable")
-sys.path.insert(0, str(Path(__file__).parent))
 for _number in (signal.SIGINT, signal.SIGHUP):  # which `make test &` and `nohup` ignore, for every child as well
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner import ROOT, WARM, Process, Runs, assert_equal_checkpoints, assert_same_metrics, kill, stacks
-
 from hammering import damage
 from hammering.plans import INDEXING, SAVED_STEPS, STEPS, Fault, Settings, Trial
+from tests.support.runner import ROOT, WARM, Process, Runs, assert_equal_checkpoints, assert_same_metrics, kill, stacks
 from vtprune_train.training.checkpoint import manifest
 
 STARTING = threading.Lock()  # trials run side by side and share the parent

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runner import Runs, assert_equal_checkpoints, assert_same_metrics
 
+from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.cli import main
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.training.checkpoint import manifest

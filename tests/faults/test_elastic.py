@@ -1,7 +1,8 @@
 """A checkpoint of any ranks and ZeRO stage on any others: the same numbers and samples, nearly the same losses."""
 
 import pytest
-from runner import ROOT, WARM, Runs
+
+from tests.support.runner import ROOT, WARM, Runs
 
 DEAL = ROOT / "tests" / "faults" / "deal.py"
 STAGES = "deepspeed=configs/deepspeed/zero{}.json"

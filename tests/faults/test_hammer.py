@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from runner import ROOT, Runs
+
+from tests.support.runner import ROOT, Runs
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from changed import edit, zero_body
 from PIL import Image
-from runner import Runs, assert_equal_checkpoints, assert_same_metrics
-from test_data import collator, index_of, say, write_picture
-from test_sources import build
 
+from tests.data.test_data import collator, index_of, say, write_picture
+from tests.data.test_sources import build
+from tests.faults.changed import edit, zero_body
+from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.data import building, table
 from vtprune_train.data.index import SampleIndex, Source
 from vtprune_train.data.load.loader import StepLoader

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from runner import ROOT, Runs
+
+from tests.support.runner import ROOT, Runs
 
 MB = 1_000_000
 PEAK = """

@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runner import Runs, assert_equal_checkpoints
+
+from tests.support.runner import Runs, assert_equal_checkpoints
 
 SCRIPT = Path(__file__).parent / "faulty_worker.py"
 PICTURE = "train-18-0.png"

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from runner import ROOT, VARYING, Runs, assert_equal_checkpoints, assert_same_metrics
 
+from tests.support.runner import ROOT, VARYING, Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.training.checkpoint import manifest
 
 LOGS = {"metrics.jsonl.gz", "eval.jsonl.gz", "spikes.jsonl.gz"}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runner import ROOT, WARM, Runs, assert_equal_checkpoints
 
+from tests.support.runner import ROOT, WARM, Runs, assert_equal_checkpoints
 from vtprune_train.config.settings import TrainConfig
 from vtprune_train.training.checkpoint.folder import TrainerState
 from vtprune_train.training.faults.diagnosis import Watch, first_fault, non_finite_parameters, statistics, write_report

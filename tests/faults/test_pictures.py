@@ -8,7 +8,8 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from runner import Runs, assert_equal_checkpoints
+
+from tests.support.runner import Runs, assert_equal_checkpoints
 
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(NOISE)

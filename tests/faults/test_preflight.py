@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from runner import Runs
+from tests.support.runner import Runs
 
 
 def test_out_of_memory_on_one_rank_ends_the_job_with_advice(tmp_path):

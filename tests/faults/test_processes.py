@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runner import ROOT, Runs, all_end, assert_equal_checkpoints, wait_until
+
+from tests.support.runner import ROOT, Runs, all_end, assert_equal_checkpoints, wait_until
 
 HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics, wait_until
 
+from tests.support.runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics, wait_until
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.lock import hold_run
 

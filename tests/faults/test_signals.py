@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runner import BIN, ROOT, Runs, all_end, wait_until
 
+from tests.support.runner import BIN, ROOT, Runs, all_end, wait_until
 from vtprune_train.cli import launch
 from vtprune_train.data.building import _start_process
 from vtprune_train.processes import launchers
@@ -169,7 +169,8 @@ with subprocess.Popen(["sleep", "20"]) as rank:
 def test_signals_that_are_ignored_stay_ignored():
     """``nohup`` ignores SIGHUP; a shell in the background SIGINT."""
     code = "import signal; from vtprune_train.processes.signals import STOP; STOP.listen(); "
-    code += "signal.raise_signal(signal.SIGHUP); print(STOP.number); signal.raise_signal(signal.SIGINT); import time; time.sleep(60)"
+    code += "signal.raise_signal(signal.SIGHUP); print(STOP.number); "
+    code += "signal.raise_signal(signal.SIGINT); import time; time.sleep(60)"
     done = subprocess.run(["sh", "-c", f"trap '' HUP; {sys.executable} -c '{code}'"], cwd=ROOT, capture_output=True)
     assert done.stdout == b"None\n" and done.returncode == 130
     assert done.stderr == b"\nSIGINT before the first step: nothing to save\n"

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from runner import Runs
+from tests.support.runner import Runs
 
 SETTINGS = (
     "deepspeed=configs/deepspeed/zero3.json",

@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from runner import Runs, assert_equal_checkpoints, assert_same_metrics, wait_until
+
+from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics, wait_until
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from checkpoints import save_folder, save_pictures
-from hostile import Payload, as_bin, infect, module, name_method, pickled, seal
-from runner import ROOT, WARM, Runs, assert_equal_checkpoints
 from safetensors.torch import save_file
 
+from tests.support.checkpoints import save_folder, save_pictures
+from tests.support.hostile import Payload, as_bin, infect, module, name_method, pickled, seal
+from tests.support.runner import ROOT, WARM, Runs, assert_equal_checkpoints
 from vtprune_train import prune
 from vtprune_train.cli import main
 from vtprune_train.evaluation.answering import load

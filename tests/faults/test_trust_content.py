@@ -13,11 +13,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_folder, save_pictures
-from hostile import Payload, seal
-from runner import Runs
 from safetensors.torch import save_file
 
+from tests.support.checkpoints import save_folder, save_pictures
+from tests.support.hostile import Payload, seal
+from tests.support.runner import Runs
 from vtprune_train.cli import main
 from vtprune_train.files import pickles
 

@@ -1,7 +1,7 @@
 """Measures the records of one source in parallel, piece by piece, and joins the pieces to the columns of a table.
 
-A finished piece is a sealed file (see :mod:`vtprune_train.files.checksums`) in a folder beside the table. A build that was cut
-off goes on from the pieces that are whole.
+A finished piece is a file with a checksum (see :mod:`vtprune_train.files.checksums`) in a folder beside the table. A
+build that was interrupted continues from the pieces that are complete.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Measured:
     Args:
         answer: without special tokens and outer space.
         visual_tokens: before dropping, then of every later stage, as the pass has really run.
-        entering, leaving, cached: means over the layers, see :class:`~vtprune_train.core.flops.VisualTokens`; counted too.
+        entering, leaving, cached: means over the layers, counted; see :class:`~vtprune_train.core.flops.VisualTokens`.
         prompt_tokens: text and visual tokens before dropping.
         prefill_seconds: from ``generate``'s start to the first token's logits, vision tower included.
         decode_seconds: of all later steps; ``decode_steps`` counts them.

@@ -77,8 +77,8 @@ def prune(
     """Let ``model`` drop visual tokens inside its forward pass, in training, evaluation and generation.
 
     Afterwards ``model(**processor(...))`` and ``model.generate(**processor(...))`` take what they always took
-    (:func:`vtprune_train.models.forward.padded.forward_text` says what dropped rows hold), and, for the families that the
-    project trains, ``model(batch)`` takes a :class:`~vtprune_train.core.stream.PackedBatch`. The settings stand in
+    (:func:`vtprune_train.models.forward.padded.forward_text` says what dropped rows hold), and, for the families that
+    the project trains, ``model(batch)`` takes a :class:`~vtprune_train.core.stream.PackedBatch`. The settings stand in
     ``model.config.pruning``, so ``save_pretrained`` keeps them.
 
     Args:

@@ -1,9 +1,9 @@
 """Signals that ask a training process to end, heard from its first moment on.
 
 Ctrl-C (SIGINT), SIGTERM and SIGHUP ask for the same: finish the step, save once, end with 128 plus the signal's number.
-So does the death of a launcher (:mod:`vtprune_train.processes.launchers`). Nothing is raised into the code that happens to run:
-the request is noted, and a thread does what it leads to, also while the main thread waits inside an extension. This
-module is imported before PyTorch is, which takes seconds.
+So does the death of a launcher (:mod:`vtprune_train.processes.launchers`). Nothing is raised into the code that is
+running: the request is noted, and a thread does what it leads to, also while the main thread waits inside an extension.
+This module is imported before PyTorch is, which takes seconds.
 """
 
 from __future__ import annotations

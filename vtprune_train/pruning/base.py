@@ -1,8 +1,8 @@
 """The contract of a pruning method: where it acts, what it scores, how many tokens stay, and what becomes of the rest.
 
 A method is a frozen dataclass of its settings with pure functions on tensors; it holds no state between passes and
-never sees a model. The decoder loop (:mod:`vtprune_train.models.forward.decoder`) asks it at every boundary. What becomes of
-the rest:
+never sees a model. The decoder loop (:mod:`vtprune_train.models.forward.decoder`) asks it at every boundary. What
+becomes of the rest:
 
 - dropped: they are not in the :class:`Selection`;
 - merged: :attr:`Selection.values` replaces tokens of the next stage, by means of others or of learned ones;

@@ -447,7 +447,7 @@ class _Deepstack:
 
 
 def _lengths(stage: Stage, staging: Staging, layer: int) -> dict[str, Any]:
-    """What a layer's attention kernel is told about segments; see :class:`~vtprune_train.models.forward.attention.Packing`."""
+    """A layer's attention arguments about segments; see :class:`~vtprune_train.models.forward.attention.Packing`."""
     lengths: dict[str, Any] = {
         "cu_seq_lens_q": stage.cu_seqlens,
         "cu_seq_lens_k": stage.cu_seqlens,

@@ -1,8 +1,9 @@
 """A thread in every rank that notices when training stands still, and ends the rank when the job must end.
 
-The loop leaves a mark at every phase of a step. A rank without a new mark for ``train.watchdog_timeout`` seconds calls
-the roll (:mod:`vtprune_train.training.faults.rank_failures`); the ranks that keep the others waiting are named, every rank writes
-the stacks of its threads and loader workers to ``RUN/watchdog/rank_XXXXX.txt`` and ends with exit code 124.
+The loop leaves a mark at every phase of a step. A rank without a new mark for ``train.watchdog_timeout`` seconds asks
+all ranks where they are (:mod:`vtprune_train.training.faults.rank_failures`); the ranks that keep the others waiting
+are named, every rank writes the stacks of its threads and loader workers to ``RUN/watchdog/rank_XXXXX.txt`` and ends
+with exit code 124.
 
 The thread needs Python's global lock. Where an extension holds it for ever, a timer in C
 (``faulthandler.dump_traceback_later``) writes the stacks and ends the process a little later.

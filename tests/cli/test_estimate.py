@@ -1,0 +1,357 @@
+"""``vtprune estimate``: hand-computed and published numbers, agreement with the dry run, every documented command."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaConfig, LlavaOnevisionConfig, MixtralConfig, Qwen2VLConfig
+
+from tests.support.helpers import tiny_config, tiny_model
+from vtprune_train import PyramidDrop
+from vtprune_train.bench.costs import Picture, Sample, Subject, estimate, pictures_of
+from vtprune_train.cli import main
+from vtprune_train.cli.estimate import render
+from vtprune_train.config.load import load_config
+from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.io.build import load_model_config
+from vtprune_train.training.dry_run import describe
+
+ROOT = Path(__file__).parents[2]
+NEXT, LLAVA = "llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-1.5-7b-hf"
+METHOD = PyramidDrop(layers=(2, 4), keep=(0.5, 0.2))
+
+
+def subject(config=None, method=METHOD, **values):
+    return Subject("tiny", config or tiny_config(), method, "the test", **values)
+
+
+def sample(*visual, tiles=None, **values):
+    return Sample(tuple(Picture("picture", count, tiles) for count in visual), **values)
+
+
+def stdout_of(capsys, *arguments):
+    assert main(["estimate", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def errors_of(capsys, *arguments):
+    assert main(["estimate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert all(line.startswith("vtprune estimate: ") for line in captured.err.splitlines())
+    return [line.removeprefix("vtprune estimate: ") for line in captured.err.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dense", "pruned"),
+    [
+        (["--config", "configs/llava_next_pdrop.yaml", "--visual_tokens", "2880"], "20.8", "9.46"),
+        (["--model", NEXT, "--visual_tokens", "2880"], "20.8", "9.46"),
+        (["--model", LLAVA, "--visual_tokens", "576"], "3.82", "1.78"),
+        (["--model", LLAVA, "--method", "pyramiddrop", "--layers", "8,16,24"], "3.82", "1.78"),
+    ],
+)
+def test_published_numbers(arguments, dense, pruned, capsys):
+    lines = stdout_of(capsys, *arguments, "--published").splitlines()
+    assert lines[-1].split(", ")[:2] == [f"  dense {dense} TFLOP", f"pruned {pruned} TFLOP"]
+    assert "published" not in stdout_of(capsys, *arguments)
+
+
+def test_by_hand():
+    """Width 32, MLP 48, 4 heads of 8, 2 for keys: a layer costs 64 * 240 a token and 64 n (n + 1) of attention."""
+    result = estimate(subject(), sample(10, text=5, answer=4))
+    assert [(s.first_layer, s.end_layer, s.visual_tokens, s.text_tokens) for s in result.stages] == [
+        (0, 2, 10, 5),
+        (2, 4, 5, 5),
+        (4, 6, 2, 5),
+    ]
+    assert [stage.prefill.pruned for stage in result.stages] == [2 * 245760, 2 * 160640, 2 * 111104]
+    assert [stage.prefill.dense for stage in result.stages] == [2 * 245760] * 3
+    assert result.head == 2 * 32 * 64
+    assert result.selector == (15 + 10) * (64 * 16 + 64) + 2 * 64 * 32  # keys and scores of all, queries of one row
+    assert result.prefill_decoder.dense == 6 * 245760 + 4096
+    assert result.prefill_decoder.pruned == 2 * (245760 + 160640 + 111104) + 4096 + 31296
+    assert result.training_decoder.dense == 3 * (6 * 316160 + 4 * 4096)
+    assert result.training_decoder.pruned == 3 * (2 * (316160 + 228480 + 177408) + 4 * 4096) + 40000
+    assert (result.cache_prompt.dense, result.cache_prompt.pruned) == (6 * 15 * 64, 2 * (15 + 10 + 7) * 64)
+    assert (result.cache_answer.dense, result.cache_answer.pruned) == (6 * 18 * 64, 2 * (18 + 13 + 10) * 64)
+    assert result.cache_prompt.ratio == 5760 / 4096
+
+
+def test_several_pictures_and_batches():
+    """Every picture keeps its own floor; a batch is that many times a sample."""
+    one, batch = (estimate(subject(), sample(9, 21, text=5, batch=size)) for size in (1, 7))
+    assert [stage.visual_tokens for stage in one.stages] == [30, 4 + 10, 1 + 4]
+    assert [stage.visual_tokens for stage in batch.stages] == [210, 98, 35]
+    for key in ("prefill_decoder", "training_decoder", "cache_prompt", "cache_answer"):
+        for side in ("dense", "pruned"):
+            assert getattr(getattr(batch, key), side) == pytest.approx(7 * getattr(getattr(one, key), side), rel=1e-12)
+
+
+@pytest.mark.parametrize("rank_with", ["next_layer", "this_layer"])
+def test_selector_as_in_training(rank_with):
+    """What the logs of a run count for the same sample."""
+    method = PyramidDrop(layers=(2, 4), keep=(0.5, 0.2), rank_with=rank_with)
+    segment = SegmentLayout(24, (ImageSpan(1, 12), ImageSpan(14, 5)), (19,), tuple(range(20, 24)))
+    plan, config = method.plan([segment], 6), tiny_config()
+    geometry, dense = DecoderGeometry.of(config.text_config), subject(config, PyramidDrop(layers=(2,), keep=(1.0,)))
+    cost = TrainingCost(geometry, None, trains_decoder=True, trains_tower=False)
+    lengths = np.array([[stage.num_tokens for stage in plan.stages]])
+    expected = cost.text(lengths, [2, 2, 2], np.array([4]))[0] + selector_flops(geometry, plan, method)
+    result = estimate(subject(config, method), sample(12, 5, text=3, answer=4))
+    assert result.training_decoder.pruned == pytest.approx(expected, rel=1e-12)
+    assert result.training_decoder.dense == estimate(dense, sample(12, 5, text=3, answer=4)).training_decoder.dense
+    assert ("projects keys" in render(result)) == (rank_with == "next_layer")
+
+
+def test_agrees_with_the_dry_run():
+    """Same picture, 121 tokens of text of which 60 are supervised; the dry run leaves the selector out."""
+    config = load_config("llava_next_pdrop.yaml")
+    row = next(line for line in describe(config).splitlines() if "336 x 1008" in line).replace("x", "").split()
+    model_config = load_model_config(config.model, offline=True)
+    asked = Subject("recipe", model_config, config.pruning.build(), "YAML", tuple(config.model.train))
+    (picture,) = pictures_of(model_config, [(1008, 336)])
+    result = estimate(asked, Sample((picture,), text=61, answer=60))
+    assert (picture.tiles, [stage.visual_tokens + 121 for stage in result.stages]) == (
+        int(row[2]),
+        [int(token) for token in row[4:11:2]],
+    )
+    ranked = [stage.visual_tokens + 121 for stage in result.stages[:-1]]
+    selector = sum(result.decoder.selector(tokens, 1, tokens, True) for tokens in ranked)
+    whole = result.training_whole
+    assert (whole.pruned - selector) / whole.dense == pytest.approx(float(row[11]), abs=6e-4)
+    assert whole.dense / (whole.pruned - selector) == pytest.approx(float(row[13]), abs=6e-3)
+
+
+def test_whole_model_adds_tower_and_projector():
+    config = tiny_config()
+    tower, pictures = TowerGeometry.of(config), pictures_of(config, [(56, 56), (80, 30)])
+    assert [(picture.tokens, picture.tiles) for picture in pictures] == [(88, 5), (16 + 4 * 11, 4)]
+    result = estimate(subject(config, trained=("projector",)), Sample(pictures, batch=3))
+    assert result.vision == pytest.approx(3 * (tower.tower(9) + tower.projector(9)))
+    for whole, decoder in (
+        (result.prefill_whole, result.prefill_decoder),
+        (result.training_whole, result.training_decoder),
+    ):
+        assert whole.dense - decoder.dense == pytest.approx(whole.pruned - decoder.pruned)
+    step = result.training_whole.dense - result.training_decoder.dense
+    assert step == pytest.approx(3 * (tower.tower(9) + 2 * tower.projector(9)))
+    all_trained = estimate(
+        subject(config, trained=("projector", "language_model", "vision_tower")), Sample(pictures, batch=3)
+    )
+    step = all_trained.training_whole.dense - all_trained.training_decoder.dense
+    assert step == pytest.approx(9 * (tower.tower(9) + tower.projector(9)))
+
+
+def test_cache_is_what_generation_holds():
+    """The bytes that transformers keeps after generating, dense."""
+    model, prompt, answer = tiny_model().eval(), 11, 5
+    output = model.generate(
+        input_ids=torch.ones(2, prompt, dtype=torch.long),
+        attention_mask=torch.ones(2, prompt, dtype=torch.long),
+        max_new_tokens=answer,
+        min_new_tokens=answer,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    held = sum(
+        tensor.numel() * tensor.element_size()
+        for layer in output.past_key_values.layers
+        for tensor in (layer.keys, layer.values)
+    )
+    asked = subject(model.config, None, dtype="float32")
+    result = estimate(asked, sample(4, text=prompt - 4, answer=answer, batch=2))
+    assert result.cache_answer.dense == result.cache_answer.pruned == held
+
+
+@pytest.mark.parametrize("family", [LlavaOnevisionConfig, Qwen2VLConfig])
+def test_other_families_count_their_decoder(family):
+    config = family()
+    result = estimate(subject(config, PyramidDrop()), sample(1000))
+    assert result.prefill_whole is None and result.training_whole is None
+    assert f"tower and projector not counted for {config.model_type}" in render(result)
+    assert result.prefill_decoder.ratio > 1
+    with pytest.raises(ValueError, match=rf"--resolution: .*not for {config.model_type}.*give --visual_tokens"):
+        pictures_of(config, [(336, 336)])
+    with pytest.raises(ValueError, match=r"no picture given: .*give --visual_tokens"):
+        pictures_of(config)
+
+
+def test_towers_that_are_not_counted():
+    pixtral = LlavaConfig(vision_config={"model_type": "pixtral"})
+    with pytest.raises(ValueError, match="not for llava with pixtral"):
+        pictures_of(pixtral, [(336, 336)])
+    result = estimate(subject(), sample(10))
+    assert "not counted: the tokens are no multiple of a tile's 16; give --resolution" in render(result)
+    with pytest.raises(ValueError, match="mixtral decoder is a mixture of experts"):
+        estimate(subject(MixtralConfig()), sample(10))
+    with pytest.raises(ValueError, match="clip_vision_model decoder has no num_key_value_heads"):
+        estimate(subject(tiny_config().vision_config), sample(10))
+
+
+def test_resolution_is_width_first(capsys):
+    wide = stdout_of(capsys, "--model", NEXT, "--resolution", "1008x336")
+    tall = stdout_of(capsys, "--model", NEXT, "--resolution", "336x1008")
+    assert "1008x336: 2328 tokens of 4 tile(s)" in wide
+    assert "336x1008: 2376 tokens of 4 tile(s)" in tall, "a newline a row: tall pictures have more rows"
+    fixed = stdout_of(capsys, "--model", LLAVA, "--resolution", "20x900", "--resolution", "50x50")
+    assert "20x900: 576 tokens of 1 tile(s); 50x50: 576 tokens of 1 tile(s)" in fixed
+
+
+def checkpoint(folder, **pruning):
+    config = tiny_config()
+    if pruning:
+        config.pruning = pruning
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def test_where_the_pruning_settings_come_from(tmp_path, capsys):
+    saved = checkpoint(tmp_path / "saved", method="pyramiddrop", layers=[1, 5], keep=[0.5, 0.25])
+    plain = checkpoint(tmp_path / "plain")
+    for arguments, words in (
+        (["--model", saved], ["layers=[1, 5] keep=[0.5, 0.25]", "saved in the checkpoint"]),
+        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no settings"]),
+        (["--model", saved, "--keep", "0.3,0.2"], ["layers=[1, 5] keep=[0.3, 0.2]", "the command line, and"]),
+        (["--model", saved, "--method", "pyramiddrop"], ["before layers 2, 3, 4 of 6", "the command line"]),
+        (["--model", saved, "--method", "none"], ["none", "no selector"]),
+        (["--config", "llava_next_dense.yaml"], ["none", "the settings of llava_next_dense.yaml"]),
+        (["--config", "quickstart.yaml", "pruning.layers=[2,3,5]"], ["layers=[2, 3, 5]", "settings of quickstart"]),
+    ):
+        output = stdout_of(capsys, *arguments)
+        for word in words:
+            assert word in output, arguments
+
+
+def test_a_new_run_from_a_checkpoint_takes_its_settings(tmp_path, capsys):
+    saved = checkpoint(tmp_path / "saved", method="pyramiddrop", layers=[1, 5], keep=[0.5, 0.25])
+    (tmp_path / "run.yaml").write_text(f"{{model: {{dtype: float16}}, train: {{init_from: {saved}}}}}")
+    output = stdout_of(capsys, "--config", str(tmp_path / "run.yaml"))
+    assert "layers=[1, 5] keep=[0.5, 0.25]" in output and "keys and values in float16" in output
+
+
+def test_dense_against_dense(capsys):
+    output = stdout_of(capsys, "--model", NEXT, "--method", "none")
+    ratios = re.findall(r"([\d.]+)x (?:faster|smaller)", output)
+    assert ratios == ["1.000"] * 6
+
+
+def test_json(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    stdout_of(capsys, "--model", LLAVA, "--batch", "2", "--json", str(file))
+    report = json.loads(file.read_text())
+    assert report["sample"]["pictures"] == [{"label": "336x336", "tokens": 576, "tiles": 1}]
+    assert [stage["visual_tokens"] for stage in report["stages"]] == [1152, 576, 288, 144]
+    total = report["cache_prompt"]
+    assert total["dense"] == 2 * 32 * (576 + 121) * 2 * 4096 * 2
+    assert total["ratio"] == total["dense"] / total["pruned"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resolution", "big"], ["--resolution: 'big' is no WIDTHxHEIGHT", "672x336"]),
+        (["--resolution", "0x5"], ["--resolution: '0x5'"]),
+        (["--text", "-3"], ["--text", "greater than or equal to 1", "'-3'"]),
+        (["--answer", "many"], ["--answer", "'many'"]),
+        (["--batch", "1" + "0" * 400], ["--batch"]),
+        (["--visual_tokens", "576,0"], ["--visual_tokens", "'0'"]),
+        (["--visual_tokens", "576", "--resolution", "5x5"], ["--resolution and --visual_tokens", "give one"]),
+        (["--keep", "0.1,0.2,0.3"], ["--keep=[0.1, 0.2, 0.3] increases", "[0.3, 0.2, 0.1]"]),
+        (["--keep", "half"], ["--keep", "'half'"]),
+        (["--keep", "nan,nan,nan"], ["--keep=[nan, nan, nan]: nan is not in (0, 1]"]),
+        (["--layers", "8,16,40"], ["--layers=[8, 16, 40]: layer 40 does not exist in a decoder of 32", "below 32"]),
+        (["--layers", "8"], ["--layers=[8] has 1 entries but keep="]),
+        (["--method", "pyramid"], ["--method='pyramid' is unknown", "pyramiddrop"]),
+        (["--method", "sparsevlm", "--set", "budget=100"], ["budget=100 is not one of 192, 128, 96, 64"]),
+        (["--method", "none", "--keep", "0.5"], ["no effect with --method none"]),
+        (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
+        (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot be written (No such file"]),
+        (["--repeats", "5"], ["--repeats has no effect without --clock"]),
+        (["--method", "fopru", "--set", "layer=99"], ["fopru", "99"]),
+        (["train.clip=1"], ["'train.clip=1': key=value belongs to --config"]),
+    ],
+)
+def test_wrong_input(arguments, words, capsys):
+    lines = errors_of(capsys, "--model", NEXT, *arguments)
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["give one of --config FILE and --model"]),
+        (["--model", NEXT, "--config", "quickstart.yaml"], ["give one of"]),
+        (["--model", "runs/nowhere"], ["--model=runs/nowhere: no readable config.json"]),
+        (["--config", "nowhere.yaml"], ["--config: nowhere.yaml is neither here"]),
+        (
+            ["--config", "llava_next_pdrop.yaml", "--layers", "1,2,3"],
+            ["--layers belongs to --model", "pruning.layers="],
+        ),
+        (["--config", "llava_next_pdrop.yaml", "pruning.layers=[8,16,40]"], ["pruning.layers=[8, 16, 40]: layer 40"]),
+        (["--config", "llava_next_pdrop.yaml", "prunning.keep=1"], ["prunning: unknown key; did you mean pruning?"]),
+    ],
+)
+def test_wrong_origin(arguments, words, capsys):
+    lines = errors_of(capsys, *arguments)
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+
+
+def test_all_that_is_wrong_at_once(capsys):
+    lines = errors_of(capsys, "--model", NEXT, "--text", "x", "--resolution", "big", "--keep", "a,0.5", "--dtype", "no")
+    assert [line.partition(":")[0] for line in lines] == ["--resolution", "--text", "--keep", "--dtype"]
+
+
+def test_saved_settings_that_do_not_fit(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "saved", method="pyramiddrop", layers=[1, 9], keep=[0.5, 0.25])
+    assert errors_of(capsys, "--model", folder)[0].startswith(f"pruning in {folder}: layers=[1, 9]: layer 9 does not")
+
+
+def test_a_method_that_reads_a_tower_which_does_not_tell(tmp_path, capsys):
+    Qwen2VLConfig().save_pretrained(tmp_path)
+    [line] = errors_of(capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "visionzip")
+    assert "visionzip reads the vision tower's attention, which Qwen2-VL does not give; use a method" in line
+    assert "pruning   divprune" in stdout_of(
+        capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "divprune"
+    )
+
+
+def test_as_a_user_calls_it(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "vtprune_train.cli", "estimate", "--config", "llava_next_pdrop.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "672x672: 2928 tokens of 5 tile(s)" in done.stdout and "training step, whole model" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    wrong = subprocess.run([*command, "--text", "-3"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert len(wrong.stderr.splitlines()) == 1 and "Traceback" not in wrong.stderr
+
+
+def documented_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "estimate.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("vtprune estimate")]
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_command(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = tmp_path / "runs" / "llava_next_pdrop" / "checkpoints"
+    checkpoint(checkpoints / "step_00000001" / "hf", method="pyramiddrop", layers=[2, 4], keep=[0.5, 0.25])
+    (checkpoints / "step_00000001" / "manifest.json").write_text("{}")
+    (checkpoints / "latest").write_text("step_00000001\n")
+    output = stdout_of(capsys, *shlex.split(command)[2:])
+    assert "prefill, whole model" in output and "x faster" in output
+    assert ("--json" in command) == (tmp_path / "estimate.json").is_file()

@@ -1,0 +1,105 @@
+"""The code of the pages on the library and the ecosystem, run as it stands: only hub names become local folders."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integrations.test_ecosystem import ANSWERS, chat_processor, collate, dataset_of, picture
+from tests.integrations.test_ecosystem import rows as trainer_rows
+from tests.integrations.test_harnesses import TASK, UTILS
+from tests.support.checkpoints import HALF, save_folder, save_pictures
+from vtprune_train import is_pruned
+from vtprune_train.models.families import FAMILIES, UNSUPPORTED
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(page, language):
+    return [body for kind, body in BLOCK.findall((ROOT / "docs" / page).read_text()) if kind == language]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A checkpoint under the hub's name, a run, and the pictures that the pages name."""
+    model = save_folder(tmp_path / "checkpoint", None)
+    chat_processor().save_pretrained(model)
+    save_folder(tmp_path / "runs" / "llava_next_pdrop", HALF)
+    for path, name in zip(save_pictures(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
+        path.rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def local(code):
+    return code.replace("llava-hf/llava-v1.6-vicuna-7b-hf", "checkpoint")
+
+
+def test_generation_page(folder):
+    names = {"torch": torch}
+    first, second = blocks("generation.md", "python")
+    exec(local(first), names)
+    assert names["answers"].shape[0] == names["dense_answers"].shape[0] == 2
+    assert not is_pruned(names["model"])
+    names["model"] = type(names["model"]).from_pretrained("pruned").eval()
+    exec(second, names)
+    assert names["again"].shape[1] > names["ids"].shape[1]
+
+
+def conversations():
+    rows = []
+    for seed in range(4):
+        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown ?"}]}
+        said = {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[seed]}]}
+        rows.append({"images": [picture(seed)], "prompt": [user], "completion": [said]})
+    return dataset_of(rows)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (make ecosystem)")
+def test_ecosystem_page(folder):
+    """Its blocks one after the other, behind the first of the page on generation."""
+    names = {"rows": trainer_rows(8), "collate": collate, "conversations": conversations()}
+    exec(local(blocks("generation.md", "python")[0]), names)
+    names["inputs"] = dict(names["inputs"])
+    names["processor"] = chat_processor()
+    trainer, trl, peft, accelerate, compiled = blocks("ecosystem.md", "python")
+    for code in (trainer, trl, peft, accelerate):
+        exec(code.replace("report_to=[]", "report_to=[], use_cpu=True"), names)
+        assert is_pruned(names["model"])
+    assert (folder / "runs" / "trainer" / "checkpoint-2").is_dir()
+    exec(compiled.replace("dynamic=True", 'backend="eager", dynamic=True'), names)
+    assert names["model"](**names["inputs"]).logits.isfinite().all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (make ecosystem)")
+def test_lmms_eval_commands(folder):
+    tasks = folder / "tasks" / "local_pictures"
+    tasks.mkdir(parents=True)
+    (tasks / "local_pictures.yaml").write_text(TASK)
+    (tasks / "utils.py").write_text(UTILS)
+    (tasks / "test.jsonl").write_text('{"images": ["cat.jpg"], "question": "what is shown ?", "answer": "yes"}\n')
+    [lines] = blocks("ecosystem.md", "bash")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    for line in lines.strip().splitlines():
+        command = [str(Path(sys.executable).parent / "lmms-eval"), *shlex.split(line)[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        out = shlex.split(line)[shlex.split(line).index("--output_path") + 1]
+        assert list((folder / out).rglob("*_results.json")), done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_table_of_families_is_complete():
+    page = (ROOT / "docs" / "families.md").read_text()
+    for family in FAMILIES:
+        assert f"| {family.title} | `{family.model_class}` |" in page
+    assert page.count("| refused: ") == len(UNSUPPORTED)
+    [code] = blocks("families.md", "python")
+    names = {}
+    exec(code, names)
+    assert names["FAMILY"] in FAMILIES

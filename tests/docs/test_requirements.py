@@ -1,0 +1,44 @@
+"""The requirement files agree with each other and with pyproject.toml."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+DEPENDENCIES = {
+    canonicalize_name(wanted.name): wanted.specifier
+    for wanted in map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+}
+
+
+def pins(file):
+    """{name: version} of a file in which every line names one release."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    pinned = {}
+    for wanted in (Requirement(line) for line in lines if line):
+        [exact] = wanted.specifier
+        assert exact.operator == "==", f"{file}: {wanted}"
+        pinned[canonicalize_name(wanted.name)] = Version(exact.version)
+    return pinned
+
+
+@pytest.mark.parametrize("name", DEPENDENCIES)
+def test_the_floor_is_the_lowest_that_pyproject_allows(name):
+    pin = pins("requirements-floor.txt")[name]
+    lowest = [Version(bound.version) for bound in DEPENDENCIES[name]]
+    assert lowest in ([], [pin])
+
+
+@pytest.mark.parametrize("name", DEPENDENCIES)
+def test_the_tested_set_is_allowed_by_pyproject(name):
+    assert pins("requirements.txt")[name] in DEPENDENCIES[name]
+
+
+def test_the_floor_differs_from_the_tested_set_where_pyproject_names_a_lowest_release_alone():
+    floor, tested = pins("requirements-floor.txt"), {**pins("requirements.txt"), **pins("requirements-dev.txt")}
+    differing = {name for name, pin in floor.items() if pin != tested[name]}
+    assert differing == {name for name, bounds in DEPENDENCIES.items() if bounds} | {"setuptools"}

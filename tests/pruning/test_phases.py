@@ -1,0 +1,404 @@
+"""What each step drops: warm-up, full-token steps, and the model's own pruned output as a teacher."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests.support.helpers import tiny_image_processor, tiny_model, tiny_tokenizer
+from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
+from vtprune_train import PyramidDrop, prune
+from vtprune_train.config.load import load_config, without_effect
+from vtprune_train.config.settings import ConfigError, PruningConfig
+from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.data.chat import ChatEncoder, get_template
+from vtprune_train.data.index import Lengths
+from vtprune_train.data.load.collate import Collator, LoadedSample
+from vtprune_train.data.plan.costs import StepCosts
+from vtprune_train.data.records import normalize
+from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.layout import Pictures
+from vtprune_train.models.forward.head import Teaching, chunked_consistency
+from vtprune_train.pruning.schedules.phases import FullTokens, Phase, Phases, Warmup
+from vtprune_train.training.dry_run import describe
+from vtprune_train.training.loop.recompute import checkpoint_activations
+from vtprune_train.training.loop.run import merge_pruning
+
+METHOD = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1))
+LAYERS = 6
+SIZES = [[(40, 70)], [], [(90, 30), (50, 50)], [(30, 31)]]
+
+
+# ------------------------------------------------------------------------------------------------ which phase
+
+
+def test_keep_ratios_go_from_the_start_to_the_method():
+    phases = Phases(METHOD, warmup=Warmup(4, "linear"))
+    assert phases.keep(0, LAYERS) == [1, 1, 1]
+    assert phases.keep(1, LAYERS) == pytest.approx([0.875, 0.825, 0.775])
+    assert phases.keep(2, LAYERS) == pytest.approx([0.75, 0.65, 0.55])
+    assert phases.of(4) == phases.of(1000) == Phase(METHOD)
+    cosine = Phases(METHOD, warmup=Warmup(4, "cosine", start=0.8))
+    assert cosine.keep(0, LAYERS) == pytest.approx([0.8, 0.8, 0.8])
+    assert cosine.keep(1, LAYERS)[0] == pytest.approx(0.8 - 0.3 * (1 - np.cos(np.pi / 4)) / 2)
+    assert cosine.keep(2, LAYERS) == pytest.approx([0.65, 0.55, 0.45])
+    for step in range(4):
+        keep = phases.keep(step, LAYERS)
+        assert keep == sorted(keep, reverse=True)
+
+
+def test_dense_at_first_then_the_method():
+    phases = Phases(METHOD, warmup=Warmup(3, "dense"), full=FullTokens(share=1.0, weight=1.0))
+    assert [phases.of(step) for step in range(3)] == [Phase(None)] * 3, "nothing to be consistent with yet"
+    assert phases.of(3).full_tokens and phases.of(3).teacher.method == METHOD
+    assert phases.keep(0, LAYERS) == phases.keep(3, LAYERS) == [1, 1, 1]
+
+
+def test_full_token_steps_are_drawn_by_seed_and_step_alone():
+    def drawn(seed, share):
+        phases = Phases(METHOD, seed, full=FullTokens(share))
+        return [phases.of(step).full_tokens for step in range(600)]
+
+    assert drawn(7, 0.1) == drawn(7, 0.1) != drawn(8, 0.1)
+    assert 40 < sum(drawn(7, 0.1)) < 80
+    assert all(drawn(7, 1.0)) and not any(drawn(7, 0.0))
+    assert all(more or not less for less, more in zip(drawn(7, 0.1), drawn(7, 0.3), strict=True)), "one draw a step"
+
+
+def test_state_tells_where_the_schedule_stands():
+    phases = Phases(METHOD, warmup=Warmup(4), full=FullTokens(0.1, 0.5))
+    state = phases.state(2, LAYERS)
+    assert json.loads(json.dumps(state)) == state
+    assert state["steps_done"] == 2 and state["warmup"] == {"kind": "linear", "start": 1.0, "steps": 4, "done": False}
+    assert phases.state(4, LAYERS)["warmup"]["done"] and state["full_token_share"] == 0.1
+    assert Phases(METHOD).state(2, LAYERS) == {} == Phases(None, warmup=Warmup(4)).state(2, LAYERS)
+
+
+# ------------------------------------------------------------------------------------------------ batches and costs
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model = tiny_model(num_layers=LAYERS)
+    encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
+    layout, processor = AnyRes.of(model.config), tiny_image_processor()
+    rng = np.random.default_rng(0)
+    loaded = []
+    for number, sizes in enumerate(SIZES):
+        asked = {"from": "human", "value": "<image>" * len(sizes) + " what is shown"}
+        again = {"from": "human", "value": "two ?"}
+        said = [asked, {"from": "gpt", "value": "a cat"}, again, {"from": "gpt", "value": "no"}]
+        record = normalize({"image": ["x.png"] * len(sizes), "conversations": said}, "x")
+        images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+        pictures = Pictures(sizes, layout.pixels(processor, images))
+        loaded.append(LoadedSample(str(number), encoder.encode(record.turns), pictures))
+    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config), True, True)
+
+    def collator(phases=None, method=METHOD):
+        return Collator(None, encoder, layout, processor, method, cost, phases)
+
+    return SimpleNamespace(loaded=loaded, collator=collator, cost=cost, layout=layout)
+
+
+def same_batch(one, two):
+    assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.pixel_values, two.pixel_values)
+    assert one.plan.stages[0].segment_lengths == two.plan.stages[0].segment_lengths
+    assert len(one.plan.stages) == len(two.plan.stages) and len(one.plan.boundaries) == len(two.plan.boundaries)
+    assert torch.equal(one.plan.predict_rows, two.plan.predict_rows) and torch.equal(one.targets, two.targets)
+    for a, b in zip(one.plan.boundaries, two.plan.boundaries, strict=True):
+        assert torch.equal(a.take, b.take)
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        Phases(METHOD, full=FullTokens(share=1.0)),
+        Phases(METHOD, warmup=Warmup(10, "dense")),
+    ],
+)
+def test_steps_on_all_tokens_are_those_of_a_dense_run(parts, phases):
+    batch, dense = parts.collator(phases).pack(parts.loaded, step=3), parts.collator(None, None).pack(parts.loaded)
+    same_batch(batch, dense)
+    assert batch.teacher is None
+    assert batch.costs["flops"] == dense.costs["flops"] == batch.costs["flops_dense"]
+    assert {batch.costs[f"tokens_stage_{i}"] for i in range(4)} == {dense.costs["tokens_stage_0"]}
+
+
+def test_a_step_of_the_warm_up_is_that_of_its_own_schedule(parts):
+    batch = parts.collator(Phases(METHOD, warmup=Warmup(4))).pack(parts.loaded, step=2)
+    own = PyramidDrop(layers=(2, 3, 5), keep=(0.75, 0.65, 0.55))
+    expected = parts.collator(None, own).pack(parts.loaded)
+    same_batch(batch, expected)
+    assert batch.costs == expected.costs
+    same_batch(parts.collator(Phases(METHOD, warmup=Warmup(4))).pack(parts.loaded), parts.collator().pack(parts.loaded))
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        Phases(METHOD),
+        Phases(None),
+        Phases(METHOD, warmup=Warmup(6)),
+        Phases(METHOD, warmup=Warmup(6, "dense")),
+        Phases(METHOD, full=FullTokens(1.0, 0.5)),
+    ],
+)
+def test_the_planner_counts_what_the_batches_do(parts, phases):
+    """Tokens and FLOPs of each sample by itself, but for the ranking."""
+    collate = parts.collator(phases, phases.method)
+
+    def lengths(samples):
+        chats, sizes = [parts.loaded[s].chat for s in samples], [SIZES[s] for s in samples]
+        tokens, tiles = ([count(of) for of in sizes] for count in (parts.layout.tokens, parts.layout.tiles))
+        return Lengths(
+            text=np.array([len(chat.input_ids) - len(chat.image_offsets) for chat in chats]),
+            supervised=np.array([(chat.labels >= 0).sum() for chat in chats]),
+            span_tokens=np.array([n for of in tokens for n in of], dtype=int),
+            span_tiles=np.array([n for of in tiles for n in of], dtype=int),
+            span_sample=np.repeat(np.arange(len(samples)), [len(t) for t in tokens]),
+        )
+
+    index = SimpleNamespace(lengths=lengths)
+    samples = np.array([2, 0, 3, 1])
+    before, costs = StepCosts(index, parts.cost, phases)(3, samples)
+    for number, sample in enumerate(samples):
+        batch = collate.pack([parts.loaded[sample]], step=3)
+        assert before[number] == len(batch.input_ids)
+        plans = [batch.plan, *([batch.teacher.plan] if batch.teacher else [])]
+        ranking = sum(selector_flops(collate.cost.decoder, plan, collate.method) for plan in plans)
+        assert costs[number] + ranking == pytest.approx(batch.costs["flops"], rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+def divergence(full, taught, temperature):
+    """T^2 * KL(teacher || model), summed, by PyTorch's own function."""
+    full, taught = (full / temperature).log_softmax(-1), (taught / temperature).softmax(-1)
+    return temperature**2 * F.kl_div(full, taught, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_chunked_divergence_is_pytorchs_own(chunk, with_bias):
+    torch.manual_seed(0)
+    hidden, taught = torch.randn(9, 8, dtype=torch.float64, requires_grad=True), torch.randn(9, 8, dtype=torch.float64)
+    weight = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(17, dtype=torch.float64, requires_grad=True) if with_bias else None
+    targets = torch.randint(0, 17, (9,))
+    inputs = [x for x in (hidden, weight, bias) if x is not None]
+    loss, correct, row_loss, divergence_sum = chunked_consistency(
+        hidden, weight, bias, targets, Teaching(taught, 0.7, 2.0), chunk
+    )
+    logits = F.linear(hidden, weight, bias)
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    kl = divergence(logits, F.linear(taught, weight, bias).detach(), 2.0)
+    assert (
+        abs(row_loss.sum() - expected) < 1e-4
+        and abs(divergence_sum - kl) < 1e-4
+        and abs(loss - expected - 0.7 * kl) < 1e-4
+    )
+    assert torch.equal(correct, logits.argmax(-1) == targets)
+    ours, theirs = torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * (expected + 0.7 * kl), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("rank_with", ["next_layer", "this_layer"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_a_consistency_step_are_those_of_two_passes(parts, rank_with, recompute):
+    """The teacher gives a target and gets no gradient; tower and projector are trained by the full pass."""
+    method = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1), rank_with=rank_with)
+    model = tiny_model(num_layers=LAYERS)
+    if recompute:
+        checkpoint_activations(model)
+    prune(model, method).train()
+    phases = Phases(method, full=FullTokens(1.0, 0.7, 2.0))
+    batch = parts.collator(phases, method).pack(parts.loaded, step=0)
+    output = model(batch)
+    output.loss_sum.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+
+    hidden, *_ = model.model(parts.collator(None, None).pack(parts.loaded))
+    with torch.no_grad():
+        taught, *_ = model.model(parts.collator(None, method).pack(parts.loaded))
+    assert not torch.allclose(hidden, taught, atol=1e-3), "dropping changes something here"
+    logits = F.linear(hidden, model.lm_head.weight)
+    entropy = F.cross_entropy(logits, batch.targets, reduction="sum")
+    kl = divergence(logits, F.linear(taught, model.lm_head.weight).detach(), 2.0)
+    (entropy + 0.7 * kl).backward()
+    assert abs(output.row_loss.sum() - entropy) < 1e-4 * entropy and abs(output.consistency - kl) < 1e-4 * (1 + kl)
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        assert (ours[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1), name
+
+
+def test_without_pictures_full_and_pruned_agree(parts):
+    """Also a rank that has nothing at all takes part."""
+    model = prune(tiny_model(num_layers=LAYERS), METHOD).train()
+    collate = parts.collator(Phases(METHOD, full=FullTokens(1.0, 1.0)))
+    output = model(collate.pack([parts.loaded[1]], step=0))
+    assert output.consistency.abs() < 1e-5 and (output.loss_sum - output.row_loss.sum()).abs() < 1e-5
+    output = model(collate.pack([], step=0))
+    output.loss_sum.backward()
+    assert output.loss_sum == 0 and model.lm_head.weight.grad is not None
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("pruning.full_token_share=1.5", ["pruning.full_token_share", "less than or equal to 1", "1.5"]),
+        ("pruning.full_token_share=-0.1", ["pruning.full_token_share", "greater than or equal to 0"]),
+        ("pruning.consistency_weight=0.5", ["pruning.consistency_weight=0.5", "set full_token_share"]),
+        ("pruning.consistency_temperature=0", ["pruning.consistency_temperature", "greater than 0"]),
+        ("pruning.warmup={kind: linear}", ["pruning.warmup", "steps=N or ratio=R", "neither is set"]),
+        ("pruning.warmup={steps: 5, ratio: 0.1}", ["pruning.warmup", "both is set"]),
+        ("pruning.warmup={steps: 0}", ["pruning.warmup.steps", "greater than or equal to 1"]),
+        ("pruning.warmup={steps: 5, kind: slow}", ["pruning.warmup.kind", "'slow'"]),
+        ("pruning.warmup={step: 5}", ["pruning.warmup.step", "did you mean pruning.warmup.steps?"]),
+        ("pruning.warmup={steps: 5, start: 0.2}", ["pruning", "warmup.start=0.2 is below keep"]),
+        ("pruning={method: none, full_token_share: 0.1}", ["full_token_share is set", "method is none"]),
+        ("pruning={method: none, warmup: {steps: 3}}", ["warmup is set", "method is none"]),
+    ],
+)
+def test_wrong_settings_are_named(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config("quickstart.yaml", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_settings_become_phases():
+    config = PruningConfig(warmup={"ratio": 0.03, "kind": "cosine"}, full_token_share=0.1, consistency_weight=1.0)
+    phases = config.phases(total_steps=1001, seed=5)
+    assert phases.warmup == Warmup(31, "cosine", 1.0) and phases.full == FullTokens(0.1, 1.0, 1.0) and phases.seed == 5
+    assert not PruningConfig().phases(10, 0).vary
+    assert "warmup" not in PruningConfig().identity() and "warmup" in config.identity()
+    saved = {"method": "pyramiddrop", "layers": [2, 4], "keep": [0.6, 0.3]}
+    assert merge_pruning(config, saved).phases(1001, 5).full.share == 0.1
+
+
+def test_settings_without_effect_are_named():
+    given = ["pruning.warmup={steps: 4, kind: dense, start: 0.9}", "pruning.consistency_temperature=2"]
+    lines = "\n".join(without_effect(load_config("quickstart.yaml", given)))
+    assert "pruning.warmup.start has no effect" in lines and "pruning.consistency_temperature has no effect" in lines
+    lines = without_effect(load_config("quickstart.yaml", ["pruning.warmup={steps: 4}", "pruning.full_token_share=1"]))
+    assert "pruning.warmup has no effect" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("trained", "share"),
+    [
+        ("{projector: 1.0e-3}", 0.0),
+        ("{projector: 1.0e-3, vision_tower: 1.0e-5}", 0.0),
+        ("{projector: 1.0e-3, language_model: 1.0e-5}", 0.25),
+    ],
+)
+def test_every_step_of_projector_alignment_drops(trained, share):
+    """As in DualSpeed's code, whose steps on full tokens need a decoder that is trained."""
+    asked = [f"model.train={trained}", "pruning.full_token_share=0.25", "pruning.consistency_weight=1"]
+    config = load_config("llava_next_pretrain.yaml", asked)
+    phases = config.phases(400)
+    full = [step for step in range(400) if phases.of(step).full_tokens]
+    assert (len(full) > 50) == bool(share) and phases.full.share == config.full_token_share == share
+    assert all(phases.of(step).method is not None for step in set(range(400)) - set(full))
+    said = [line for line in without_effect(config) if line.startswith("pruning.full_token_share has no effect")]
+    assert len(said) == (share == 0)
+    assert ("0.25 of the steps on full tokens" in describe(config)) == bool(share)
+
+
+def test_the_dry_run_counts_all_phases():
+    asked = ["pruning.warmup={ratio: 0.1, kind: dense}", "pruning.full_token_share=0.1", "pruning.consistency_weight=1"]
+    report = describe(load_config("llava_next_pdrop.yaml", asked))
+    plain = describe(load_config("llava_next_pdrop.yaml"))
+    assert (
+        "of dense FLOPs, 0.1 of the steps on full tokens" in report
+        and "warm-up (dense, 0.1 of all steps): 1.000" in report
+    )
+    assert "mean step" not in plain
+
+    def kept(text):
+        return float(next(line for line in text.splitlines() if "activations, by stage" in line).split()[3])
+
+    assert kept(report) > 1.5 * kept(plain), "memory must hold a full-token step"
+
+
+# ------------------------------------------------------------------------------------------------ real runs
+
+PHASES = (
+    "pruning.warmup={steps: 3, kind: dense}",
+    "pruning.full_token_share=0.5",
+    "pruning.consistency_weight=0.5",
+    "train.save_every=1000",
+    "data.eval=[]",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("phases"))
+    runs.run("whole", *PHASES, "deepspeed=configs/deepspeed/zero0.json")
+    return runs
+
+
+def test_a_run_of_projector_alignment_drops_at_every_step(tmp_path):
+    runs = Runs(tmp_path)
+    asked = ["pruning.full_token_share=0.5", "pruning.consistency_weight=1", "data.eval=[]", "train.max_steps=6"]
+    done = runs.run("alignment", *asked, "model.train={projector: 1.0e-3}", "data.template=plain")
+    assert "pruning.full_token_share has no effect: the decoder is frozen" in done.stdout + done.stderr
+    for line in runs.metrics("alignment"):
+        assert not line.get("full_tokens") and line["visual_tokens_entering"] < line["visual_tokens"]
+
+
+def test_dense_steps_of_a_warm_up_are_a_dense_run_and_a_resume_is_exact(runs):
+    zero0 = "deepspeed=configs/deepspeed/zero0.json"
+    runs.run("dense", "pruning={method: none}", "data.eval=[]", "run.stop_after=3", zero0)
+    runs.run("stopped", *PHASES, "run.stop_after=3", zero0)
+    dense, warm = runs.metrics("dense"), runs.metrics("stopped")
+    for key in ("loss", "grad_norm", "data_digest", "flops", "token_accuracy", "micro_steps"):
+        assert [m[key] for m in warm] == [m[key] for m in dense], key
+    assert_equal_checkpoints(runs.checkpoint("stopped"), runs.checkpoint("dense"))
+    saved = json.loads((runs.checkpoint("stopped") / "trainer.json").read_text())["pruning"]
+    assert saved["warmup"]["done"] and saved["steps_done"] == 3 and saved["full_token_share"] == 0.5
+    exported = json.loads((runs.checkpoint("stopped") / "hf" / "config.json").read_text())
+    assert exported["pruning_training"] == saved and exported["pruning"]["keep"] == [0.5, 0.25, 0.125]
+
+    runs.run("stopped", *PHASES, zero0)
+    assert_same_metrics(runs.metrics("stopped"), runs.metrics("whole"))
+    assert_equal_checkpoints(runs.checkpoint("stopped"), runs.checkpoint("whole"))
+    done = runs.run("stopped", *PHASES, "pruning.full_token_share=0.4", zero0, expect=2)
+    assert "full_token_share" in done.stderr and "train.init_from" in done.stderr
+
+
+def test_metrics_follow_the_phase_of_the_step(runs):
+    metrics = runs.metrics("whole")
+    assert [m["keep"] for m in metrics[:3]] == [[1, 1, 1]] * 3 and not any(m["full_tokens"] for m in metrics[:3])
+    later = metrics[3:]
+    assert {m["full_tokens"] for m in later} == {True, False}
+    for m in later:
+        assert ("consistency_loss" in m) == m["full_tokens"]
+        assert m["keep"] == ([1, 1, 1] if m["full_tokens"] else [0.5, 0.25, 0.125])
+        if m["full_tokens"]:
+            assert m["tokens_stage_3"] == m["tokens_stage_0"] and m["flops"] > m["flops_dense"], "the teacher's pass"
+            assert m["consistency_loss"] > 0
+        else:
+            assert m["tokens_stage_3"] < m["tokens_stage_0"] and m["flops"] < m["flops_dense"]
+
+
+def test_two_ranks_of_zero_3_take_the_same_steps(runs):
+    runs.run("two", *PHASES, "deepspeed=configs/deepspeed/zero3.json", ranks=2)
+    one, two = runs.metrics("whole"), runs.metrics("two")
+    for key in ("data_digest", "keep", "full_tokens", "supervised_tokens", "visual_tokens"):
+        assert [m[key] for m in one] == [m[key] for m in two], key
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "consistency_loss", "flops_dense"):
+            assert a.get(key) == pytest.approx(b.get(key), rel=2e-4, abs=1e-6), (a["step"], key)
