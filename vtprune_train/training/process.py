@@ -44,7 +44,15 @@ def train(config: Config) -> int:
         ConfigError: the ranks cannot reach each other.
     """
     keep_streams()
-    STOP.listen()
+    listens_for_this = STOP.listen()
+    try:
+        return _train(config)
+    finally:
+        if listens_for_this:  # otherwise the process ends with this training
+            STOP.restore()
+
+
+def _train(config: Config) -> int:
     faulthandler.enable()
     be_deterministic(config)
     set_allocator()
