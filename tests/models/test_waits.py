@@ -21,12 +21,12 @@ from tests.support.family_runs import RECORDS, Setup
 from tests.support.helpers import tiny_model
 from tests.support.phases import make_parts  # noqa: F401
 from vtprune_train import dense, prune
+from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning import METHODS, NONE, method_class, method_from_settings
-from vtprune_train.pruning.schedules.phases import FullTokens, Phases
+from vtprune_train.pruning.phases import FullTokens, Phases
 from vtprune_train.training.engine.gradients import squared_norm
 from vtprune_train.training.loop.evaluate import evaluate
-from vtprune_train.training.loop.recompute import checkpoint_activations
 
 NAMES = [*METHODS, NONE]
 ALL_PARTS = {"projector": 1.0, "language_model": 1.0, "pruning": 1.0, "vision_tower": 1.0}

@@ -18,9 +18,9 @@ from vtprune_train.core.flops import selector_flops
 from vtprune_train.data.index import Lengths
 from vtprune_train.data.plan.costs import StepCosts
 from vtprune_train.models.forward.head import Teaching, chunked_consistency
-from vtprune_train.pruning.schedules.phases import FullTokens, Phase, Phases, Warmup
+from vtprune_train.models.forward.recompute import checkpoint_activations
+from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.loop.recompute import checkpoint_activations
 from vtprune_train.training.loop.run import merge_pruning
 
 # ------------------------------------------------------------------------------------------------ which phase

@@ -12,7 +12,7 @@ from tests.support.phases import LAYERS, METHOD, make_parts  # noqa: F401
 from vtprune_train.config.settings import RunConfig, TrainConfig
 from vtprune_train.data.plan.planner import StepPlan
 from vtprune_train.models.io.build import set_trainable
-from vtprune_train.pruning.schedules.phases import Phases
+from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed
 from vtprune_train.training.checkpoint.folder import TrainerState
 from vtprune_train.training.loop import trainer
