@@ -52,13 +52,13 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
     keep_streams()
     listens_for_this = STOP.listen()
     try:
-        return _train(config)
+        return _train(config, callbacks)
     finally:
         if listens_for_this:  # otherwise the process ends with this training
             STOP.restore()
 
 
-def _train(config: Config) -> int:
+def _train(config: Config, callbacks: Sequence[Callback]) -> int:
     faulthandler.enable()
     be_deterministic(config)
     set_allocator()
