@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vtprune_train.training.checkpoint import pinned
+from vtprune_train.training.checkpoint.host_copies import HostCopies
 from vtprune_train.training.checkpoint.pinned import Arena, Layout, pinned_bytes
-from vtprune_train.training.engine.state import HostCopies
 
 GIB = 2**30
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
+import torch
+
+from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.data.plan.planner import StepPlan
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.engine.gradients import discard, scale_may_fall
+from vtprune_train.training.checkpoint.folder import TrainerState
+from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.faults.diagnosis import Watch, first_fault, non_finite_parameters, write_report
-
-if TYPE_CHECKING:
-    from vtprune_train.training.loop.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,18 @@ EXIT_STOPPED = 3
 
 class TrainingError(RuntimeError):
     """Training cannot go on; all ranks raise it at the same step, before the optimizer step."""
+
+
+class Trainer(Protocol):
+    """What is read of the training loop here."""
+
+    config: Config
+    engine: Engine
+    state: TrainerState
+    row_losses: list[torch.Tensor]
+
+    def repeat(self, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float) -> None:
+        """Run a step's forward and backward passes once more; its gradients are thrown away."""
 
 
 def judge(
@@ -55,9 +68,9 @@ def judge(
         return _count(trainer, "unsupervised", problem, step)
     if math.isfinite(loss) and grad_norm < LARGEST_NORM:
         return None
-    if math.isfinite(loss) and scale_may_fall(trainer.engine):
+    if math.isfinite(loss) and trainer.engine.loss_scale_may_fall:
         return None  # float16: DeepSpeed will leave the step out and lower its loss scale
-    discard(trainer.engine)
+    trainer.engine.zero_grad()
     what = f"the gradient's norm is {grad_norm:g}" if math.isfinite(loss) else f"the loss is {loss}"
     problem = f"{what}; no parameter was changed\n{_examine(trainer, plan, batches, supervised, what)}"
     _refuse_unless(config.train.on_non_finite == "skip", problem, "train.on_non_finite", step)
