@@ -18,7 +18,6 @@ from vtprune_train.training import distributed as ranks
 from vtprune_train.training.loop.evaluate import evaluate
 from vtprune_train.training.loop.json_lines import JsonLines
 from vtprune_train.training.loop.trainer import Callback, Trainer
-from vtprune_train.viz.evaluation_images import survivors
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +124,8 @@ class Evaluation(Carried):
         if trainer.config.train.eval_shuffled:
             shuffled = evaluate(trainer.engine.module, self.collate, shuffle_pictures=True, **options)
             result["exact_match_shuffled"] = shuffled["exact_match"]
-        if trainer.config.train.eval_show and self.collate.method is not None:
-            self._show(trainer)
+        for callback in trainer.callbacks:
+            callback.on_evaluation(trainer, self.collate)
         self._last_step = trainer.state.step
         if ranks.rank():
             return
@@ -135,17 +134,6 @@ class Evaluation(Carried):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
         tqdm.write(f"step {trainer.state.step}: held-out {shown}")
         trainer.engine.monitors.write(eval_scalars(line))
-
-    def _show(self, trainer: Trainer) -> None:
-        """The first pictures with the tokens that survive, to TensorBoard."""
-        pictures = trainer.config.train.eval_show
-        drawn = survivors(trainer.engine.module, self.collate, pictures=pictures, device=trainer.device)
-        board = trainer.engine.monitors.tensorboard
-        if board is None:
-            return
-        for number, pixels in enumerate(drawn):
-            with only_warning(f"{board.log_dir}: picture {number} of step {trainer.state.step}"):
-                board.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
 
 
 def eval_scalars(line: dict[str, Any]) -> list[tuple[str, float, int]]:

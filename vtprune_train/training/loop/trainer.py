@@ -49,6 +49,9 @@ class Callback:
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """After an optimizer step, with its metrics."""
 
+    def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
+        """During an evaluation, after its numbers; ``collate`` is that of the evaluation data."""
+
     def on_end(self, trainer: Trainer, finished: bool) -> None:
         """After the last step of this process and its checkpoint; ``finished`` if training is complete."""
 
