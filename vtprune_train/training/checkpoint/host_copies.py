@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vtprune_train.training.checkpoint.pinned import Arena
+from vtprune_train.training.memory.pinned import Arena
 
 
 class HostCopies:

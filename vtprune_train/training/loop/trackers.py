@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vtprune_train.training.checkpoint.json_lines import JsonLines, ranges
 from vtprune_train.training.engine.monitors import Monitors, Scalar
 from vtprune_train.training.loop.callbacks import eval_scalars, only_warning
-from vtprune_train.training.loop.json_lines import JsonLines, ranges
 from vtprune_train.training.loop.trainer import Callback, Trainer
 
 if TYPE_CHECKING:

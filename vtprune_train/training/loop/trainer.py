@@ -21,10 +21,10 @@ from vtprune_train.data.plan.planner import Planner, StepPlan, data_digest
 from vtprune_train.processes.signals import STOP, agreed_code
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
+from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.faults.non_finite import Skipped, TrainingError, judge
 from vtprune_train.training.faults.watchdog import Watchdog
-from vtprune_train.training.loop.json_lines import JsonLines
 from vtprune_train.training.loop.metrics import device_peak_flops, peak_memory_bytes
 from vtprune_train.training.loop.optimizer import rate_factor, set_rates
 
