@@ -9,17 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
-import torch
-
-from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.data.plan.planner import StepPlan
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.checkpoint.folder import TrainerState
-from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.faults.diagnosis import Watch, first_fault, non_finite_parameters, write_report
+from vtprune_train.training.faults.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +27,6 @@ EXIT_STOPPED = 3
 
 class TrainingError(RuntimeError):
     """Training cannot go on; all ranks raise it at the same step, before the optimizer step."""
-
-
-class Trainer(Protocol):
-    """What is read of the training loop here."""
-
-    config: Config
-    engine: Engine
-    state: TrainerState
-    row_losses: list[torch.Tensor]
-
-    def repeat(self, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float) -> None:
-        """Run a step's forward and backward passes once more; its gradients are thrown away."""
 
 
 def judge(

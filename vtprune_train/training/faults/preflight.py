@@ -20,10 +20,9 @@ from vtprune_train.data.index import SampleIndex
 from vtprune_train.models.forward.recompute import Level, typical_stages
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
-from vtprune_train.training.loop.metrics import peak_memory_bytes
-from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.faults.trainer import Trainer
 from vtprune_train.training.memory.predict import GIB, Estimate, MicroBatch
-from vtprune_train.training.memory.track import track_allocations
+from vtprune_train.training.memory.track import peak_memory_bytes, track_allocations
 
 log = logging.getLogger(__name__)
 

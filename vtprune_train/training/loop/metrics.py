@@ -1,8 +1,6 @@
-"""What a step costs, measured: device peaks and memory."""
+"""What a step costs, measured: peaks of devices."""
 
 from __future__ import annotations
-
-import resource
 
 import torch
 
@@ -28,10 +26,3 @@ def device_peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most device memory allocated so far, or on a CPU the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -63,11 +63,11 @@ from vtprune_train.training.faults.preflight import wanted as preflight_wanted
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.adapter import attach_adapter, check_adapter
 from vtprune_train.training.loop.callbacks import Carried, Evaluation, Metrics, Plot, Progress
-from vtprune_train.training.loop.optimizer import build_optimizer, parameter_groups
 from vtprune_train.training.loop.sample import first_sample, template_misfits, template_of
 from vtprune_train.training.loop.spikes import Spikes
 from vtprune_train.training.loop.trackers import Trackers
 from vtprune_train.training.loop.trainer import Callback, Trainer
+from vtprune_train.training.optimizer import build_optimizer, parameter_groups
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,9 @@ from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.faults.non_finite import Skipped, TrainingError, judge
 from vtprune_train.training.faults.watchdog import Watchdog
-from vtprune_train.training.loop.metrics import device_peak_flops, peak_memory_bytes
-from vtprune_train.training.loop.optimizer import rate_factor, set_rates
+from vtprune_train.training.loop.metrics import device_peak_flops
+from vtprune_train.training.memory.track import peak_memory_bytes
+from vtprune_train.training.optimizer import rate_factor, set_rates
 
 # What a step sums over its micro-batches, of what the collator counted in each.
 COUNTED = (

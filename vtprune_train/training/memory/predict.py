@@ -24,8 +24,8 @@ from vtprune_train.models.forward import head
 from vtprune_train.models.forward.recompute import Level, recomputed_layers
 from vtprune_train.training.engine.layout import whole_shape
 from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
-from vtprune_train.training.loop.optimizer import parameter_groups
 from vtprune_train.training.memory.pinned import pinned_bytes
+from vtprune_train.training.optimizer import parameter_groups
 
 GIB = 2**30
 RESERVED = 0.06  # share of a device's memory for what is not counted
