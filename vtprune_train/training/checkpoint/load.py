@@ -55,7 +55,7 @@ def load(engine: Engine, checkpoint: Path) -> TrainerState:
     else:
         if rank() == 0:
             log.warning(
-                "%s was written by %d rank(s) with ZeRO %d in %s; its state is dealt anew to %d with ZeRO %d in %s",
+                "%s was written by %d rank(s) with ZeRO %d in %s; its state is distributed to %d with ZeRO %d in %s",
                 checkpoint, state.world_size, state.zero_stage, state.dtype or "an unknown dtype", *now,
             )  # fmt: skip
         engine.load_resharded(checkpoint, open_state, _agree)
