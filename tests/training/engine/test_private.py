@@ -38,7 +38,7 @@ DOCUMENTED = {
 # What stands for DeepSpeed's engine, its optimizer, the one inside, its loss scaler, its monitors and a parameter.
 VARIABLES = {"engine", "optimizer", "inner", "scaler", "deepspeed", "_deepspeed", "_master", "board", "parameter"}
 # Of names in VARIABLES that stand for something else: modules, and this package's own classes.
-ADMITTED = {"zero", "comm", "accelerator", "__version__", "min_scale", "write_events", "summary_writer", "enabled"}
+ADMITTED = {"zero", "comm", "accelerator", "__version__"}
 OF_PARAMETERS = {"grad", "requires_grad", "shape", "numel", "data", "view_as"}
 
 
@@ -76,9 +76,14 @@ def made(kind, without=None):
         return thing
 
     optimizer = fill(type(kind, (), {})(), [*private.OPTIMIZERS[kind], *private.OFFLOADED.get(kind, ())])
+    if hasattr(optimizer, "loss_scaler"):
+        fill(optimizer.loss_scaler, private.DYNAMIC)
     parameter = fill(SimpleNamespace(requires_grad=True), private.PARAMETERS.get(kind, ()))
     module = SimpleNamespace(parameters=lambda: [parameter])
-    return fill(SimpleNamespace(optimizer=optimizer, module=module), private.ENGINE)
+    engine = fill(SimpleNamespace(optimizer=optimizer, module=module), private.ENGINE)
+    if hasattr(engine.monitor, "tb_monitor"):
+        engine.monitor.tb_monitor = fill(SimpleNamespace(), private.BOARD)
+    return engine
 
 
 READ = [
@@ -87,6 +92,7 @@ READ = [
     for name in (*private.ENGINE, *names, *private.OFFLOADED.get(kind, ()), *private.PARAMETERS.get(kind, ()))
     if not name.endswith(("cpu_offload", "offload_optimizer"))  # whether the names of OFFLOADED are read
 ]
+READ += [("DeepSpeedZeroOptimizer", name) for name in (*private.BOARD, *private.DYNAMIC)]
 
 
 @pytest.mark.parametrize("kind, name", READ)
@@ -131,7 +137,13 @@ def read_of_deepspeed(path):
 
 
 def test_every_name_that_is_read_is_listed():
-    tables = [private.ENGINE, *private.OPTIMIZERS.values(), *private.PARAMETERS.values()]
+    tables = [
+        private.ENGINE,
+        private.BOARD,
+        private.DYNAMIC,
+        *private.OPTIMIZERS.values(),
+        *private.PARAMETERS.values(),
+    ]
     names = {part for table in tables for path in table for part in path.split(".")}
     listed = names | {name for offloaded in private.OFFLOADED.values() for name in offloaded}
     found = 0

@@ -76,6 +76,12 @@ OFFLOADED = {  # where states are in host memory
     "DeepSpeedZeroOptimizer": ("norm_for_param_grads", "_offload_accumulated_param_ids"),
     "DeepSpeedZeroOptimizer_Stage3": ("norm_for_param_grads",),
 }
+DYNAMIC = {"min_scale": "gradients: what float16's loss scale falls to"}  # of a loss scaler that is dynamic
+BOARD = {  # of TensorBoard's monitor, where there is one
+    "enabled": "monitors: whether it still writes",
+    "summary_writer": "monitors: takes images",
+    "write_events": "monitors: scalars to it alone",
+}
 # Of each trained parameter.
 PARAMETERS: dict[str, dict[str, str]] = {
     "DeepSpeedZeroOptimizer": {"_hp_mapping": "layout: where this rank keeps some of it"},
@@ -129,12 +135,16 @@ def optimizer_kind(optimizer: Any) -> str | None:
 def _read(engine: Any) -> Iterator[tuple[str, Any, Iterable[str]]]:
     """A name for each thing that is read, the thing, and the names of its attributes."""
     yield "DeepSpeedEngine", engine, ENGINE
+    if (board := getattr(getattr(engine, "monitor", None), "tb_monitor", None)) is not None:
+        yield "TensorBoardMonitor", board, BOARD
     kind = optimizer_kind(engine.optimizer)
     if kind is None:
         return
     yield kind, engine.optimizer, OPTIMIZERS[kind]
     if getattr(engine.optimizer, "cpu_offload", False) or getattr(engine.optimizer, "offload_optimizer", False):
         yield kind, engine.optimizer, OFFLOADED[kind]
+    if getattr(scaler := getattr(engine.optimizer, "loss_scaler", None), "dynamic", False):
+        yield "DynamicLossScaler", scaler, DYNAMIC
     for parameter in engine.module.parameters():
         if parameter.requires_grad:
             yield "parameter", parameter, PARAMETERS.get(kind, ())
