@@ -50,7 +50,15 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
         ConfigError: the ranks cannot reach each other.
     """
     keep_streams()
-    STOP.listen()
+    listens_for_this = STOP.listen()
+    try:
+        return _train(config, callbacks)
+    finally:
+        if listens_for_this:  # otherwise the process ends with this training
+            STOP.restore()
+
+
+def _train(config: Config, callbacks: Sequence[Callback]) -> int:
     faulthandler.enable()
     be_deterministic(config)
     set_allocator()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from tests.models.test_equivalence import random_batch, random_segment
 from tests.support.families import family_model
 from tests.support.helpers import tiny_model
+from tests.support.packed import random_batch, random_segment
 from tests.support.runner import ROOT, TINY, Runs, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import Config, ConfigError

@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.models.io.test_peft import Engine, settings_of, started
-from tests.models.test_equivalence import random_batch, random_segment
 from tests.support.checkpoints import finish, save_data, save_folder, save_pictures, save_run, talkative
+from tests.support.engines import Engine, settings_of, started
 from tests.support.families import family_inputs, family_model
 from tests.support.helpers import tiny_model
+from tests.support.packed import random_batch, random_segment
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
 from vtprune_train.config.load import load_config

@@ -51,9 +51,8 @@ def preflight(trainer: Trainer) -> None:
     """
     engine, device = trainer.engine, trainer.device
     step = densest_step(trainer)
-    batches = [trainer.collate(samples, step=step) for samples in worst_micro_batches(trainer)]
-    steps = range(trainer.state.step, min(trainer.state.step + STEPS_LOOKED_AT, trainer.end_step))
-    accumulates = any(len(trainer.planner.plan(step).micro_batches) > 1 for step in steps)
+    worst, accumulates = ranks.from_rank_0(lambda: (worst_micro_batches(trainer), steps_accumulate(trainer)))
+    batches = [trainer.collate(samples, step=step) for samples in worst]
     if accumulates and len(batches) == 1:
         batches *= 2
     estimate = heaviest_estimate(trainer, batches, accumulates)
@@ -118,20 +117,25 @@ def densest_step(trainer: Trainer) -> int:
     return next((step for step in range(first, trainer.end_step) if phases.of(step).full_tokens), first)
 
 
+def steps_accumulate(trainer: Trainer) -> bool:
+    """Whether any of the next steps has several micro-batches."""
+    steps = range(trainer.state.step, min(trainer.state.step + STEPS_LOOKED_AT, trainer.end_step))
+    return any(len(trainer.planner.plan(step).micro_batches) > 1 for step in steps)
+
+
 def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
     """Micro-batches that ask most of the decoder (text, which is never dropped) and of the tower (tiles)."""
     index: SampleIndex = trainer.collate.index
-    near: dict[str, list[int]] = {"text": [], "tiles": []}
+    near = {name: np.zeros(0, dtype=np.int64) for name in ("text", "tiles")}
     most, limit = trainer.config.train.global_batch_size, trainer.config.data.max_tokens
     for start in range(0, len(index), LOOKED_AT):  # bounded memory: the best of what is known and the next piece
-        piece = list(range(start, min(start + LOOKED_AT, len(index))))
-        for name, kept in near.items():
-            samples = np.array(kept + piece)
-            lengths = index.lengths(samples)
-            near[name] = samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)].tolist()
+        piece = np.arange(start, min(start + LOOKED_AT, len(index)))
+        samples = np.unique(np.concatenate([*near.values(), piece]))
+        lengths = index.lengths(samples)
+        near = {name: samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)] for name in near}
     found = []
-    for name, kept in near.items():
-        samples, lengths = np.array(kept), index.lengths(kept)
+    for name, samples in near.items():
+        lengths = index.lengths(samples)
         weight = getattr(lengths, name)
         if weight.any():
             found.append(sorted(samples[heaviest(lengths.tokens, weight, limit, most)].tolist()))

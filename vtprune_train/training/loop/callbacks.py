@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vtprune_train.data.load.collate import Collator
+from vtprune_train.data.plan.planner import data_digest
 from vtprune_train.files.disk import naming
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.json_lines import JsonLines
@@ -47,14 +48,15 @@ class Carried(Callback):
 
 
 class Metrics(Carried):
-    """``metrics.jsonl``: a line for every step."""
+    """``metrics.jsonl``: a line for every step, with the digest of its samples' ids."""
 
     def __init__(self, run_dir: Path):
         super().__init__(JsonLines(run_dir / "metrics.jsonl", every_step=True))
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         if ranks.rank() == 0:
-            self.file.append(record)
+            ids = [trainer.collate.index.sample_id(sample) for sample in trainer.samples]
+            self.file.append({**record, "data_digest": data_digest(ids)})
 
 
 class Progress(Callback):
