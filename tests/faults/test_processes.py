@@ -74,7 +74,7 @@ def test_a_hung_rank_is_named_with_stacks(runs, whole):
     assert "faulty.py" in stacks[1] and "in fault" in stacks[1] and "in fault" not in stacks[0]
     assert "in all_reduce" in stacks[0] and "all_reduce" not in stacks[1].partition("Thread")[2]
     worker = stacks[1].partition("decode worker 0 of rank 1")[2]
-    assert "in _work" in worker
+    assert "in _worker_loop" in worker
     runs.run("hung", *SETTINGS, ranks=2)
     assert_equal_checkpoints(runs.checkpoint("hung"), whole)
     assert not (runs.directory("hung") / "watchdog" / "rank_00002.txt").exists()
