@@ -94,23 +94,32 @@ def workers_of_this() -> list[psutil.Process]:
     return [p for p in below if p.pid not in helpers and "resource_tracker" not in " ".join(p.cmdline())]
 
 
+def cpu_seconds() -> float:
+    """Of this process and its workers: says more than wall time where others use the same cores."""
+    return sum(sum(process.cpu_times()[:2]) for process in (psutil.Process(), *workers_of_this()))
+
+
 def measure(loaders: Loaders, workers: int) -> dict[str, Any]:
     began = time.perf_counter()
     steps = iter(loaders.make(workers))
-    images = sum(len(batch.sample_ids) for batch in next(steps)[1])
+    next(steps)
     first = time.perf_counter() - began
-    memory: list[int] = []
-    began, batches = time.perf_counter(), 0
-    for _, made in steps:
+    began, used, batches, images = time.perf_counter(), cpu_seconds(), 0, 0
+    for _ in range(loaders.steps - 1):
+        made = next(steps)[1]
         batches += len(made)
         images += sum(len(batch.sample_ids) for batch in made)
-        if not memory and batches >= LOOP:
-            memory = [process.memory_full_info().uss >> 20 for process in workers_of_this()]
-    seconds = time.perf_counter() - began
-    result = {"first_batch_s": first, "batches_per_s": batches / seconds, "images_per_s": images / seconds}
-    if not workers:
-        return result
-    return {**result, "worker_uss_mb": memory, **killed(loaders, workers)}
+    seconds, used = time.perf_counter() - began, cpu_seconds() - used
+    result = {
+        "first_batch_s": first,
+        "batches_per_s": batches / seconds,
+        "images_per_s": images / seconds,
+        "images_per_cpu_s": images / used,
+    }
+    if workers:
+        result["worker_uss_mb"] = max(process.memory_full_info().uss >> 20 for process in workers_of_this())
+    steps.close()
+    return {**result, **killed(loaders, workers)} if workers else result
 
 
 def killed(loaders: Loaders, workers: int) -> dict[str, Any]:
@@ -154,9 +163,8 @@ def main() -> None:
         for workers in arguments.workers:
             results = [measure(loaders, workers) for _ in range(arguments.repeat)]
             for name in results[0]:
-                values = [result[name] for result in results]
-                middle = values if isinstance(values[0], list) else round(statistics.median(values), 3)
-                print(f"{workers} workers, {name}: {middle}  (first: {values[0]})", flush=True)
+                values = [round(result[name], 2) for result in results]
+                print(f"{workers} workers, {name}: {statistics.median(values)} of {values}", flush=True)
 
 
 if __name__ == "__main__":

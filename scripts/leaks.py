@@ -86,7 +86,7 @@ def rank_of(process: psutil.Process) -> str | None:
 
 
 def processes_of(launcher: int) -> dict[str, psutil.Process]:
-    """The run's processes by name: launcher, ranks, and of each rank its loader workers and the server that forks them."""
+    """The run's processes by name: launcher, ranks, each rank's loader workers and the server that forks them."""
     found = {"launcher": psutil.Process(launcher)}
     for process in found["launcher"].children():
         if (rank := rank_of(process)) is None:

@@ -7,8 +7,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
+from multiprocessing.popen_forkserver import Popen
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +211,38 @@ def test_after_a_worker_is_killed_the_batches_are_the_same(pool_of, which, caplo
     assert not any(map(running, before))
 
 
+def test_the_server_that_forks_workers_is_killed(pool_of, caplog):
+    pool = pool_of(12, slowly)
+    batches = [pool.next()]
+    before = [process.pid for process in pool.processes]
+    os.kill(psutil.Process(before[0]).ppid(), signal.SIGKILL)
+    batches += taken(pool)
+    assert ids(batches) == [f"id{number}" for number in range(12)]
+    assert "the workers are started again" in caplog.text
+    deadline = time.monotonic() + 20
+    while any(map(running, before)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_workers_that_are_killed_while_they_start(pool_of, monkeypatch, times):
+    """Their pipe breaks before they are there."""
+    launch, broken = Popen._launch, [BrokenPipeError("Broken pipe")] * times
+
+    def launch_later(popen, process):
+        if broken:
+            raise broken.pop()
+        launch(popen, process)
+
+    monkeypatch.setattr(Popen, "_launch", launch_later)
+    if times < 3:
+        assert ids(taken(pool_of(5))) == [f"id{number}" for number in range(5)]
+    else:
+        with pytest.raises(WorkerError, match="decode workers of rank 0 cannot be started: Broken pipe"):
+            pool_of(5)
+
+
 def test_many_deaths_at_any_moment_change_nothing(pool_of, caplog):
     pool = pool_of(30, slowly, workers=2)
     rng, batches = random.Random(0), []
@@ -281,6 +315,30 @@ def test_workers_outlive_what_a_scheduler_sends_and_end_with_their_rank(tmp_path
     while any(running(pid) for pid in (*pids, *helpers)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_batches_are_pinned_by_the_loader_s_thread(pool_of, monkeypatch):
+    """As if there were a GPU: the host's part of it."""
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(threading.current_thread())
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    pool = pool_of(9, slowly, pin=True)
+    batches = [pool.next() for _ in range(3)]
+    os.kill(pool.processes[0].pid, signal.SIGKILL)
+    batches += taken(pool)
+    assert ids(batches) == [f"id{number}" for number in range(9)]
+    assert all(torch.equal(batch.pixel_values, PIXELS + number) for number, batch in enumerate(batches))
+    assert len(pinned) >= 9 * 2 and threading.main_thread() not in pinned
+    pool.close()
+    assert not any(thread.is_alive() for thread in pinned)
 
 
 def test_batches_of_any_size(pool_of):

@@ -10,6 +10,7 @@ import select
 import socket
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -73,7 +74,7 @@ class Channel:
 
     def put(self, item: Any) -> None:
         parcel = item[1] if isinstance(item, tuple) and isinstance(item[1], Parcel) else None
-        descriptors = [] if parcel is None else [parcel.descriptor]
+        descriptors = [] if parcel is None or parcel.descriptor is None else [parcel.descriptor]
         socket.send_fds(self.writer, [ForkingPickler.dumps(item)], descriptors)
 
     def get(self, timeout: float | None = None) -> Any:
@@ -111,9 +112,9 @@ class WorkerContext(ForkServerContext):
 
     def __init__(self) -> None:
         super().__init__()
-        self.processes: list[_Process] = []
+        self.processes: list[BaseProcess] = []
 
-    def Process(self, **options: Any) -> _Process:  # type: ignore[override]  # noqa: N802
+    def Process(self, **options: Any) -> BaseProcess:  # type: ignore[override]  # noqa: N802
         self.processes.append(_Process(**options))
         return self.processes[-1]
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,9 @@ class DecodePool:
         self.owed: deque[MicroBatch] = deque()  # given to workers and not delivered yet
         self.delivered = self.ready = 0
         self._deaths: Counter[int] = Counter()  # by the number of the batch
+        self.processes: list[BaseProcess] = []
         self._stacks: list[int] = []
+        self._batches: Iterator[Any] = iter(())
         _LIVE.add(self)
         self._start()
 
@@ -163,6 +166,7 @@ class DecodePool:
 
     def close(self) -> None:
         """End all workers; they hold nothing that must be finished."""
+        self.processes = [process for process in self.processes if process.pid]  # those that have started
         for process in self.processes:
             process.kill()
         self._batches = iter(())  # the loader's own clean-up, which is quick now
@@ -176,7 +180,8 @@ class DecodePool:
 
     def stacks(self) -> str:
         """Where every worker stands."""
-        return "\n".join(self._who(number) + self._stack_of(number) for number in range(len(self.processes)))
+        living = [number for number, process in enumerate(self.processes) if process.pid and process.exitcode is None]
+        return "\n".join(self._who(number) + self._stack_of(number) for number in living)
 
     def _start(self) -> None:
         """A loader from the next batch to deliver on."""
@@ -198,7 +203,14 @@ class DecodePool:
             generator=torch.Generator(),  # else it draws a number from the rank's
         )
         start_server()
-        self._batches: Iterator[Any] = iter(loader)
+        try:
+            self._batches = iter(loader)
+        except (OSError, EOFError) as error:  # most likely a process was killed while it started
+            self._deaths[self.delivered] += 1
+            if self._deaths[self.delivered] >= MOST_DEATHS:
+                raise WorkerError(f"the decode workers of rank {_rank()} cannot be started: {error}") from error
+            self.close()
+            self._start()
 
     def _given(self, tasks: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for task in tasks:
@@ -238,6 +250,7 @@ class DecodePool:
     def _stack_of(self, number: int) -> str:
         """What a worker answers when it is asked for its stack."""
         process = self.processes[number].pid
+        assert process is not None, "it has started"
         os.kill(process, signal.SIGUSR1)
         deadline = time.monotonic() + STACK_SECONDS
         while not self._said(number) and time.monotonic() < deadline:
