@@ -65,7 +65,7 @@ def signal_all(number: int) -> None:
 
 
 def kill_worker() -> None:
-    living = [worker for pool in list(workers._LIVE) for worker in pool.workers if not worker.ended]
+    living = [process for pool in list(workers._LIVE) for process in pool.processes]
     os.kill(living[0].pid, signal.SIGKILL)
 
 

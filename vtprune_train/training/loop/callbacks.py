@@ -118,7 +118,7 @@ class Evaluation(Carried):
         options: dict[str, Any] = {
             "max_tokens": trainer.config.data.max_tokens,
             "device": trainer.device,
-            "workers": min(1, trainer.config.data.workers),
+            "workers": trainer.config.data.workers,
             "worker_timeout": trainer.config.data.worker_timeout,
             "mark": trainer.watchdog.mark,
         }

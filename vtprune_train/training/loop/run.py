@@ -22,6 +22,7 @@ from vtprune_train.data.chat import ChatEncoder, Template
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.load.collate import Collator
+from vtprune_train.data.load.workers import start_server
 from vtprune_train.data.plan.costs import StepCosts
 from vtprune_train.data.plan.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
@@ -93,6 +94,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     torch.manual_seed(config.run.seed)
     check_adapter(config, device)
     ranks.from_rank_0(lambda: _check_start(config))
+    if config.data.workers:
+        start_server()  # which imports for seconds
     parts = build_parts(config)
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
