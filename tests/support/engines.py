@@ -21,13 +21,12 @@ def settings_of(folder, origin, train=None, **peft):
 
 
 class Engine:
-    """What collecting weights needs of DeepSpeed's engine."""
+    """What collecting weights needs of an engine."""
+
+    zero_stage = 0
 
     def __init__(self, module):
         self.module = module
-
-    def zero_optimization_stage(self):
-        return 0
 
 
 def started(config):

@@ -24,8 +24,8 @@ from vtprune_train.training.engine.start import start_distributed
 from vtprune_train.training.faults.non_finite import EXIT_STOPPED, TrainingError
 from vtprune_train.training.faults.rank_failures import connect
 from vtprune_train.training.faults.watchdog import Watchdog
-from vtprune_train.training.loop.callbacks import Callback
 from vtprune_train.training.loop.run import prepare
+from vtprune_train.training.loop.trainer import Callback
 
 log = logging.getLogger(__name__)
 

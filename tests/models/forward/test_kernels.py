@@ -19,7 +19,7 @@ from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.models.forward import kernels
-from vtprune_train.training.engine.start import engine_config
+from vtprune_train.training.engine.settings import engine_config
 
 CPU = torch.device("cpu")
 

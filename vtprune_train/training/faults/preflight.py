@@ -10,25 +10,19 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.models.forward.recompute import Level, typical_stages
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.engine.gradients import discard
-from vtprune_train.training.engine.start import engine_config, offloads_optimizer, zero_stage
-from vtprune_train.training.loop.metrics import peak_memory_bytes
+from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
+from vtprune_train.training.faults.trainer import Trainer
 from vtprune_train.training.memory.predict import GIB, Estimate, MicroBatch
-from vtprune_train.training.memory.track import track_allocations
-
-if TYPE_CHECKING:
-    from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.memory.track import peak_memory_bytes, track_allocations
 
 log = logging.getLogger(__name__)
 
@@ -67,16 +61,15 @@ def preflight(trainer: Trainer) -> None:
     with unchanged_random_states(device):
         try:
             with track_allocations(device) as memory:
-                held_back = missing_states(engine)
+                held_back = engine.missing_states()
                 for number, batch in enumerate(batches):
                     boundary = number == len(batches) - 1 or not accumulates
-                    engine.set_gradient_accumulation_boundary(boundary)
-                    with memory.phase("backward"):
-                        engine.backward(engine(batch.to(device)).loss_sum, scale_wrt_gas=False)
+                    with memory.phase("backward"), engine.accumulate(last=boundary):
+                        engine.backward(engine(batch.to(device)).loss_sum)
                     if boundary:
                         with memory.phase("step"):
                             hold(predicted.states.step, device)
-                        discard(engine)
+                        engine.zero_grad()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -176,17 +169,6 @@ def heaviest(tokens: np.ndarray, weight: np.ndarray, max_tokens: int, most: int)
         return sorted(chosen)
 
     return max((fill(weight), fill(weight / np.maximum(tokens, 1))), key=lambda samples: int(weight[samples].sum()))
-
-
-def missing_states(engine: Any) -> list[Tensor]:
-    """Room for AdamW's two states of every master weight that has none yet, taken from the same device."""
-    optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
-    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
-    if masters is None:
-        masters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    bare = [master for master in masters if not inner.state.get(master)]
-    return [torch.empty_like(master, requires_grad=False) for master in bare for _ in range(2)]
 
 
 @contextmanager

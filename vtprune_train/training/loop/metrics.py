@@ -1,9 +1,8 @@
-"""What a step costs, measured: device peaks and memory."""
+"""What a step costs, measured: peaks of devices."""
 
 from __future__ import annotations
 
 import re
-import resource
 
 import torch
 
@@ -41,10 +40,3 @@ def peak_of(name: str) -> float | None:
     words = set(re.split(r"[\s-]+", name))
     card = max((card for card in PEAK_FLOPS if words.issuperset(card.split())), key=len, default="")
     return None if (words & VARIANTS).difference(card.split()) else PEAK_FLOPS.get(card)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most device memory allocated so far, or on a CPU the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

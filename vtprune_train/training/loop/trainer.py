@@ -22,12 +22,13 @@ from vtprune_train.data.plan.planner import Planner, StepPlan
 from vtprune_train.processes.signals import STOP, agreed_code
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
-from vtprune_train.training.engine.gradients import discard, loss_scale, squared_norm
+from vtprune_train.training.checkpoint.json_lines import JsonLines
+from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.faults.non_finite import Skipped, TrainingError, judge
 from vtprune_train.training.faults.watchdog import Watchdog
-from vtprune_train.training.loop.callbacks import Callback
-from vtprune_train.training.loop.metrics import device_peak_flops, peak_memory_bytes
-from vtprune_train.training.loop.optimizer import rate_factor, set_rates
+from vtprune_train.training.loop.metrics import device_peak_flops
+from vtprune_train.training.memory.track import peak_memory_bytes
+from vtprune_train.training.optimizer import rate_factor, set_rates
 
 # What a step sums over its micro-batches, of what the collator counted in each.
 COUNTED = (
@@ -39,6 +40,26 @@ COUNTED = (
     "visual_tokens_leaving",
     "cache_values",
 )
+
+
+class Callback:
+    """Hooks of the loop. Every rank calls them at the same steps."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this process."""
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After an optimizer step, with its metrics."""
+
+    def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
+        """During an evaluation, after its numbers; ``collate`` is that of the evaluation data."""
+
+    def on_end(self, trainer: Trainer, finished: bool) -> None:
+        """After the last step of this process and its checkpoint; ``finished`` if training is complete."""
+
+    def files(self) -> list[JsonLines]:
+        """What the callback writes line by line; every checkpoint holds a copy."""
+        return []
 
 
 def mixed(*numbers: int) -> int:
@@ -81,7 +102,7 @@ def fetched(loader: StepLoader) -> Iterator[Fetched]:
 
 @dataclass
 class Trainer:
-    """Runs global steps on a DeepSpeed engine.
+    """Runs global steps.
 
     Args:
         config: the run's settings.
@@ -97,7 +118,7 @@ class Trainer:
     """
 
     config: Config
-    engine: Any
+    engine: Engine
     collate: Collator
     planner: Planner
     processor: Any
@@ -205,7 +226,7 @@ class Trainer:
         totals = self._gradients(now, supervised, feed)
         per_token = 1 / supervised if supervised else math.nan
         loss, consistency = totals.pop("cross_entropy") * per_token, totals.pop("consistency") * per_token
-        grad_norm = math.sqrt(totals.pop("squared_norm")) / loss_scale(self.engine)
+        grad_norm = math.sqrt(totals.pop("squared_norm")) / self.engine.loss_scale
         skipped = judge(self, plan, now.batches, supervised, loss + consistency, grad_norm)
         if skipped is None:
             skipped = self._optimizer_step()
@@ -241,7 +262,7 @@ class Trainer:
         self.row_losses, self._measured = [], {}
         world_size = ranks.world_size()
         sums = self._forward_backward(now.batches if supervised else (), world_size / max(1, supervised))
-        squares = squared_norm(self.engine, world_size)
+        squares = self.engine.squared_grad_norm()
         self._ahead = self._fetch(feed, now.plan.step + 1)
         self.watchdog.mark("summing over ranks", now.plan.step + 1)
         waits = {f"data_wait_{rank}": now.data_wait * (rank == ranks.rank()) for rank in range(world_size)}
@@ -273,19 +294,17 @@ class Trainer:
         the cross-entropy of every token in ``row_losses``."""
         sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            self.watchdog.mark(f"forward {index + 1} of {len(batches)}")
-            output = self.engine(batch.to(self.device))
-            self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
-            self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
+            with self.engine.accumulate(last=index == len(batches) - 1):
+                self.watchdog.mark(f"forward {index + 1} of {len(batches)}")
+                output = self.engine(batch.to(self.device))
+                self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
+                self.engine.backward(output.loss_sum * scale)
             self.row_losses.append(output.row_loss)
             if any(boundary.drop.adaptive for boundary in batch.plan.boundaries):
                 self._measured[index] = self.collate.measured_costs(batch, output.plan)
             cross_entropy = output.row_loss.sum()
             divergence = torch.zeros_like(cross_entropy) if output.consistency is None else output.consistency
             sums += torch.stack([cross_entropy, divergence, output.correct.sum()])
-            if index < len(batches) - 1:
-                self.engine.step()
         return dict(zip(("cross_entropy", "consistency", "correct"), sums, strict=True))
 
     def _schedule(self, step: int, consistency: float) -> dict[str, Any]:
@@ -305,14 +324,14 @@ class Trainer:
         """Run a step's forward and backward passes once more, to look at them; its gradients are thrown away."""
         self._seed(plan)
         self._forward_backward(batches, ranks.world_size() / supervised)
-        discard(self.engine)
+        self.engine.zero_grad()
 
     def _optimizer_step(self) -> Skipped | None:
         """Change the model; ``overflow`` where float16's loss scaling left the step out instead."""
         self.watchdog.mark("optimizer")
-        self.engine.step()
+        applied = self.engine.step()
         self.state.skipped_in_a_row = 0
-        if self.engine.was_step_applied():
+        if applied:
             return None
         self.state.overflows += 1
         return "overflow"
@@ -321,7 +340,7 @@ class Trainer:
         """The schedule's rates, by part. A step without an update does not move it."""
         updates = plan.step - self.state.skipped - self.state.overflows
         factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
-        return set_rates(self.engine.optimizer, self.config.model.train, factor)
+        return set_rates(self.engine.param_groups, self.config.model.train, factor)
 
     def _seed(self, plan: StepPlan) -> None:
         torch.manual_seed(mixed(self.config.run.seed, plan.step, ranks.rank()))
