@@ -1,6 +1,7 @@
 """What a step costs beside the model: reads from the device, and sums over ranks."""
 
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -23,35 +24,33 @@ STEPS = 3
 
 
 class Engine:
-    """DeepSpeed's, as far as a step calls it, with SGD."""
+    """The engine, as far as a step calls it, with SGD."""
 
-    device = DEVICE
+    loss_scale = 1.0
 
     def __init__(self, module):
         self.module = module
-        group = {"params": list(module.parameters()), "part": "language_model"}
-        self.optimizer = SimpleNamespace(param_groups=[group])
-        self.boundary = True
+        self.param_groups = [{"params": list(module.parameters()), "part": "language_model"}]
 
     def __call__(self, batch):
         return self.module(batch)
 
-    def set_gradient_accumulation_boundary(self, is_boundary):
-        self.boundary = is_boundary
+    def accumulate(self, last):
+        return nullcontext()
 
-    def backward(self, loss, scale_wrt_gas):
+    def backward(self, loss):
         loss.backward()
 
+    def squared_grad_norm(self):
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
     def step(self):
-        if not self.boundary:
-            return
         with torch.no_grad():
-            for parameter in self.optimizer.param_groups[0]["params"]:
+            for parameter in self.module.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.01 * parameter.grad
                     parameter.grad = None
-
-    def was_step_applied(self):
         return True
 
 
