@@ -10,16 +10,16 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.models.test_equivalence import random_batch, random_segment
 from tests.support.families import family_inputs, family_model
 from tests.support.helpers import tiny_model
+from tests.support.packed import random_batch, random_segment
 from tests.support.runner import TINY, Runs
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.models.forward.compile import _EAGER, compile_layers, is_compiled, uncompile_layers
+from vtprune_train.models.forward.kernels import compile_model, compile_refusal
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.training.loop.kernels import compile_model, compile_refusal
 
 CPU = torch.device("cpu")
 METHODS = {

@@ -8,38 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from vtprune_train.data.load.collate import Collator
+from vtprune_train.data.plan.planner import data_digest
 from vtprune_train.files.disk import naming
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.loop.evaluate import evaluate
-from vtprune_train.training.loop.json_lines import JsonLines
-from vtprune_train.viz.evaluation_images import survivors
-
-if TYPE_CHECKING:
-    from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.loop.trainer import Callback, Trainer
 
 log = logging.getLogger(__name__)
-
-
-class Callback:
-    """Hooks of the loop. Every rank calls them at the same steps."""
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first step of this process."""
-
-    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """After an optimizer step, with its metrics."""
-
-    def on_end(self, trainer: Trainer, finished: bool) -> None:
-        """After the last step of this process and its checkpoint; ``finished`` if training is complete."""
-
-    def files(self) -> list[JsonLines]:
-        """What the callback writes line by line; every checkpoint holds a copy."""
-        return []
 
 
 @contextmanager
@@ -60,22 +41,22 @@ class Carried(Callback):
         self.file = file
 
     def on_start(self, trainer: Trainer) -> None:
-        if ranks.rank() == 0:
-            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
+        ranks.from_rank_0(lambda: self.file.rewind(trainer.state.step, trainer.checkpoints.resumed))
 
     def files(self) -> list[JsonLines]:
         return [self.file]
 
 
 class Metrics(Carried):
-    """``metrics.jsonl``: a line for every step."""
+    """``metrics.jsonl``: a line for every step, with the digest of its samples' ids."""
 
     def __init__(self, run_dir: Path):
         super().__init__(JsonLines(run_dir / "metrics.jsonl", every_step=True))
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         if ranks.rank() == 0:
-            self.file.append(record)
+            ids = [trainer.collate.index.sample_id(sample) for sample in trainer.samples]
+            self.file.append({**record, "data_digest": data_digest(ids)})
 
 
 class Progress(Callback):
@@ -111,19 +92,17 @@ class Progress(Callback):
         self.bar.close()
 
 
-class Evaluation(Callback):
+class Evaluation(Carried):
     """Held-out loss and exact match every ``train.eval_every`` steps and at the end, in ``eval.jsonl``."""
 
     def __init__(self, run_dir: Path, collate: Collator):
-        self.file, self.collate = JsonLines(run_dir / "eval.jsonl"), collate
+        super().__init__(JsonLines(run_dir / "eval.jsonl"))
+        self.collate = collate
         self._last_step = -1
 
     def on_start(self, trainer: Trainer) -> None:
-        def last_recorded() -> int:
-            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
-            return max((record["step"] for record in self.file.read()), default=-1)
-
-        self._last_step = ranks.from_rank_0(last_recorded)
+        super().on_start(trainer)
+        self._last_step = ranks.from_rank_0(lambda: max((line["step"] for line in self.file.read()), default=-1))
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         every = trainer.config.train.eval_every
@@ -147,8 +126,8 @@ class Evaluation(Callback):
         if trainer.config.train.eval_shuffled:
             shuffled = evaluate(trainer.engine.module, self.collate, shuffle_pictures=True, **options)
             result["exact_match_shuffled"] = shuffled["exact_match"]
-        if trainer.config.train.eval_show and self.collate.method is not None:
-            self._show(trainer)
+        for callback in trainer.callbacks:
+            callback.on_evaluation(trainer, self.collate)
         self._last_step = trainer.state.step
         if ranks.rank():
             return
@@ -156,22 +135,7 @@ class Evaluation(Callback):
         self.file.append(line, sync=True)  # the last one comes after the last checkpoint
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
         tqdm.write(f"step {trainer.state.step}: held-out {shown}")
-        if trainer.engine.monitor.enabled:
-            trainer.engine.monitor.write_events(eval_scalars(line))
-
-    def files(self) -> list[JsonLines]:
-        return [self.file]
-
-    def _show(self, trainer: Trainer) -> None:
-        """The first pictures with the tokens that survive, to TensorBoard."""
-        pictures = trainer.config.train.eval_show
-        drawn = survivors(trainer.engine.module, self.collate, pictures=pictures, device=trainer.device)
-        board = trainer.engine.monitor.tb_monitor
-        if board is None or not board.enabled:  # on the other ranks, or it could not be written
-            return
-        for number, pixels in enumerate(drawn):
-            with only_warning(f"{board.summary_writer.log_dir}: picture {number} of step {trainer.state.step}"):
-                board.summary_writer.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
+        trainer.engine.monitors.write(eval_scalars(line))
 
 
 def eval_scalars(line: dict[str, Any]) -> list[tuple[str, float, int]]:
