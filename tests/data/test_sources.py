@@ -442,7 +442,7 @@ def test_mixtures_in_files(tmp_path):
         ([{"path": "a", "weights": 2}], ["x.yaml, entry 0: weights: unknown key; did you mean", "weight?"]),
         ([{"path": "a"}, {"path": "b", "weight": -1}], ["x.yaml, entry 1: weight", "greater than 0"]),
         ([{"weight": 1}], ["x.yaml, entry 0: path", "required"]),
-        ([{"path": "a", "prompt": {"prefix": "<image>"}}], ["prompt.prefix", "brings no picture"]),
+        ([{"path": "a", "prompt": {"prefix": "<image>"}}], ["prompt.prefix", "brings no image"]),
         ([{"include": "x.yaml"}], ["x.yaml includes itself"]),
         ([{"include": "gone.yaml"}], ["gone.yaml is neither here nor in configs/"]),
         ([{"include": "x.yaml", "weight": 2}], ["an entry with include has nothing beside it", "weight"]),

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from vtprune_train.config.load import read_pruning
+from vtprune_train.config.include import read_pruning
 from vtprune_train.config.settings import TRAINING_ONLY
 from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config
 from vtprune_train.models.io import original

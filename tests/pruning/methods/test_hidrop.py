@@ -117,7 +117,7 @@ def test_a_surer_token_is_a_larger_one():
     found = method.choose(Candidates(boundary, hidden, hidden, hidden[:0], ranking, training=True))
     upstream = torch.randn(found.values.shape, dtype=torch.float64)
     to_queries, to_hidden = torch.autograd.grad(found.values, (queries, hidden), upstream)
-    scores = mean_query_attention(queries, ranking.keys, ranking.scaling, boundary)
+    scores = mean_query_attention(ranking, boundary)
     kept = hidden.detach()[found.chosen]
     gated = kept * gates(scores, boundary, method.temperature)[found.chosen, None]
     torch.testing.assert_close(to_queries, torch.autograd.grad(gated, queries, upstream)[0])

@@ -17,8 +17,8 @@ from tests.support.key_reference import plphp
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.forward.padded import prefill
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.pruning.methods.per_head import keep_best
 from vtprune_train.pruning.methods.plphp import PLPHP
+from vtprune_train.pruning.ops.per_head import keep_best
 
 
 @settings(max_examples=25, deadline=None)
