@@ -23,13 +23,13 @@ from vtprune_train.models.io.build import (
     parts_of,
     set_trainable,
 )
+from vtprune_train.models.io.method_parameters import attach
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
-from vtprune_train.models.learned import attach
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
-from vtprune_train.pruning.schedules.phases import Phase, Teacher, Warmup
+from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
 from vtprune_train.training.engine.start import engine_config, zero_stage
 from vtprune_train.training.loop.recompute import typical_stages

@@ -26,7 +26,7 @@ from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
-from vtprune_train.pruning.base import Ranking
+from vtprune_train.pruning.candidates import Ranking
 from vtprune_train.pruning.methods.feather import Feather
 from vtprune_train.pruning.ops.scoring import visual_query_attention
 

@@ -9,7 +9,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, RankWith
+from vtprune_train.pruning.base import Positions, PruningMethod, RankWith
+from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.schedules.stages import check_layer, scaled_layers
 from vtprune_train.pruning.setting_types import Share

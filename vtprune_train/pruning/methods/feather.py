@@ -13,7 +13,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop, SpanLayout
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, RankWith, Selection
+from vtprune_train.pruning.base import Positions, PruningMethod, RankWith
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.ops.grids import rasters_of, spread, strided_cells
 from vtprune_train.pruning.ops.scoring import visual_query_attention
 from vtprune_train.pruning.ops.selection import picked_on_host, top_k_per_span

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import NonNegativeInt
 
 from vtprune_train.core.stream import SpanLayout
-from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import Baseline
 from vtprune_train.pruning.ops.selection import picked_on_host
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary
-from vtprune_train.pruning.base import Ranking
+from vtprune_train.pruning.candidates import Ranking
 
 
 def mean_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tensor:

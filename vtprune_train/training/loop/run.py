@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.learned import learns
-from vtprune_train.pruning.schedules.phases import Phases
+from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.check_data import check_paths, unwritable
 from vtprune_train.training.checkpoint.folder import CheckpointFolder
@@ -77,7 +77,7 @@ from vtprune_train.training.loop.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer:
+def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Build or resume the training that ``config`` describes, up to its first step. The process group stands.
 
     Raises:
@@ -131,7 +131,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
         planner=build_planner(config, collate, ranks.world_size()),
         processor=parts.processor,
         checkpoints=checkpoints,
-        callbacks=build_callbacks(config, held_out),
+        callbacks=[*build_callbacks(config, held_out), *callbacks],
         device=device,
         state=state,
         watchdog=watchdog,
