@@ -26,7 +26,7 @@ from vtprune_train.config.settings import ConfigError
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.records import Conversation, Prompt, read_records
-from vtprune_train.data.sources import arrow_rows, find_files, json_list, open_reader, tables
+from vtprune_train.data.sources import arrow_rows, find_files, json_files, open_reader, tables
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.training import distributed
 
@@ -251,8 +251,8 @@ def test_a_json_list_is_read_in_blocks(tmp_path, monkeypatch):
     records = [{"id": i, "text": 'ä€😀\\" [,]}' * (i % 4), "n": [12345, -1.5e3]} for i in range(20)] + [17, "x", None]
     (tmp_path / "a.json").write_text("\n" + json.dumps(records, ensure_ascii=False), encoding="utf-8-sig")
     for block in (1, 2, 3, 7, 64):
-        monkeypatch.setattr(json_list, "BLOCK", block)
-        monkeypatch.setattr(json_list, "PIECE_BYTES", 100)
+        monkeypatch.setattr(json_files, "BLOCK", block)
+        monkeypatch.setattr(json_files, "PIECE_BYTES", 100)
         reader = open_reader(tmp_path / "a.json")
         pieces = list(reader.pieces())
         found = [item for piece in pieces for item in reader.scan(piece)]

@@ -18,7 +18,7 @@ from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCos
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.index import Lengths
 from vtprune_train.data.load.collate import Collator, LoadedSample
-from vtprune_train.data.plan.costs import StepCosts
+from vtprune_train.data.plan.planner import StepCosts
 from vtprune_train.data.records import normalize
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import Pictures

@@ -49,10 +49,10 @@ def _objects(rows: Rows, bound: int) -> Iterator[dict[str, Any] | int]:
     """Each row, or its bytes where they are more than ``bound``."""
     batch, sizes = rows
     if sizes[sizes <= bound].sum() <= BATCH_BYTES:
-        found = iter(batch.to_pylist())
+        objects = iter(batch.to_pylist())
     else:
-        found = (batch.slice(number, 1).to_pylist()[0] for number in range(len(batch)))
-    for row, size in zip(found, sizes.tolist(), strict=True):
+        objects = (batch.slice(number, 1).to_pylist()[0] for number in range(len(batch)))
+    for row, size in zip(objects, sizes.tolist(), strict=True):
         yield row if size <= bound else size
 
 
@@ -123,8 +123,8 @@ class Parquet(Reader):
         at = row - held.first
         [batch] = held.table.slice(at, 1).combine_chunks().to_batches()
         rows = within(batch, self.max_bytes) if held.sizes is None else (batch, held.sizes[at : at + 1])
-        [found] = _objects(rows, self.max_bytes)
-        return self._record(found, group, row)
+        [record] = _objects(rows, self.max_bytes)
+        return self._record(record, group, row)
 
     def _record(self, row: dict[str, Any] | int, group: int, number: int) -> Any:
         if isinstance(row, int):
@@ -173,13 +173,8 @@ class DatasetOnDisk(Reader):
         super().__init__(path, max_bytes)
         try:
             table = load_from_disk(str(path))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            pa.ArrowException,
-        ) as error:  # of damaged JSON beside the data
+        # Damaged JSON beside the data raises KeyError or TypeError.
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise ValueError(f"data folder {path} cannot be read as a dataset ({error!r})") from error
         self._unread = _unread(table.column_names)
         self._table = table.select_columns(_columns(path, table.column_names)).with_format("arrow")
