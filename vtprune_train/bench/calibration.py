@@ -99,7 +99,7 @@ def calibrate(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int, ba
 
     Args:
         loaded: not pruned.
-        prompts: with pictures.
+        prompts: with images.
         max_new_tokens: at most, of each answer.
         batch_size: prompts answered, and later measured, at once.
     """
@@ -145,10 +145,10 @@ def _log_probabilities(loaded: Loaded, inputs: dict[str, Any]) -> Tensor:
 
 
 def prompts_with_pictures(questions: Sequence[Any], opened: Any) -> Iterator[Prompt]:
-    """The questions that show a picture; ``opened`` opens one.
+    """The questions that show an image; ``opened`` opens one.
 
     Raises:
-        ValueError: a picture cannot be read.
+        ValueError: an image cannot be read.
     """
     for question in questions:
         if question.images:

@@ -24,7 +24,7 @@ class Times:
         prefill: tower, projector and decoder up to the first token's logits.
         decode: of one step.
         train: forward and backward of a step, without an optimizer; empty where it was not measured.
-        cache_bytes: keys and values of the batch behind the prefill, padding included.
+        cache_bytes: keys and values of the batch after the prefill, padding included.
         peak_bytes: most memory that CUDA's allocator held, in generation and in training; ``None`` on a CPU.
         no_training: why ``train`` is empty.
     """

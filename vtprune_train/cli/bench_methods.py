@@ -56,11 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, print the table, write JSON and plot.
-
-    Raises:
-        ValueError: what is wrong with an option, the model or the data.
-    """
+    """Compare, print the table, write JSON and plot."""
     _check(arguments)
     names = list(METHODS) if arguments.methods is None else arguments.methods.split(",")
     questions, prompts, left_out = _with_images(arguments)

@@ -52,11 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, or go on with an evaluation that was interrupted.
-
-    Raises:
-        ValueError: what is wrong with an option, the model or the data.
-    """
+    """Evaluate, or go on with an evaluation that was interrupted."""
     check_least(arguments, batch_size=1, max_new_tokens=1)
     data, images = Path(arguments.data), Path(arguments.images)
     added = recorded_prompt(arguments.model, data)
@@ -175,7 +171,7 @@ def _ask_all(
 def _prompts(
     loaded: Loaded, questions: Sequence[Question], unreadable: dict[str, str]
 ) -> Iterator[tuple[Question, Prompt]]:
-    """The questions that can be asked: their pictures can be read, and the chat template takes their turns."""
+    """The questions that can be asked: their images can be read, and the chat template takes their turns."""
     for question in questions:
         try:
             pictures = [open_picture(path) for path in question.images]

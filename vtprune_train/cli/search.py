@@ -167,11 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Search, print the schedule, write the YAML.
-
-    Raises:
-        ValueError: what is wrong with an option, the model or the data, or nothing can be dropped.
-    """
+    """Search, print the schedule, write the YAML."""
     settings = _checked(arguments)
     questions, malformed = asked_questions(arguments, arguments.limit)
     for sample, reason in malformed:

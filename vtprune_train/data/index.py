@@ -58,7 +58,7 @@ class Source:
 @dataclass(frozen=True)
 class Lengths:
     """What some samples measure: ``text``, ``supervised`` [S]; ``span_tokens``, ``span_tiles`` and ``span_sample``
-    (a position among these samples) [pictures]; all int64."""
+    (a position among these samples) [images]; all int64."""
 
     text: np.ndarray
     supervised: np.ndarray
@@ -160,11 +160,11 @@ class SampleIndex:
         return self.selections[self.locate(sample)[0]].table.distrusted(reason)
 
     def pictures(self, sample: int, record: Conversation) -> list[Path | bytes]:
-        """Where the pictures of a sample are read from."""
+        """Where the images of a sample are read from."""
         return record.pictures(self.sources[self.locate(sample)[0]].images)
 
     def picture_sizes(self, sample: int) -> list[Size]:
-        """``(height, width)`` of each picture, as indexed."""
+        """``(height, width)`` of each image, as indexed."""
         source, row = self.locate(sample)
         table = self.selections[source].table
         spans = table.spans(row)
@@ -185,7 +185,7 @@ class SampleIndex:
         self._next_look = ended + self.PAUSE * (ended - began)
 
     def num_pictures(self, samples: np.ndarray) -> np.ndarray:
-        """[S] pictures of each sample."""
+        """[S] images of each sample."""
         return np.bincount(self.lengths(samples).span_sample, minlength=len(samples))
 
     def lengths(self, samples: Sequence[int] | np.ndarray) -> Lengths:

@@ -149,7 +149,7 @@ class VTPruneChat(_VTPrune):
 
 
 class VTPruneSimple(_VTPrune):
-    """For tasks that give a question and its pictures."""
+    """For tasks that give a question and its images."""
 
     is_simple = True
 
@@ -162,7 +162,7 @@ def _pictures(given: Sequence[Any], task: str, document: Any) -> list[Image.Imag
     """Pictures in RGB; a task may give their files' names instead.
 
     Raises:
-        ValueError: something else, or a file that is no picture; names the document.
+        ValueError: something else, or a file that is no image; names the document.
     """
     place = f"task {task}, document {document}"
     pictures = []

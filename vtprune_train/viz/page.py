@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 def page(images: Sequence[ShownImage], stages: Sequence[str], title: str = "") -> str:
-    """A self-contained page. ``#stage=2`` behind its address opens it at the second stage.
+    """A self-contained page. ``#stage=2`` after its address opens it at the second stage.
 
     Args:
         images: as :func:`vtprune_train.viz.draw.draw` takes them.

@@ -95,7 +95,7 @@ class StepCosts:
     """Measures the samples of a step for the planner: ``costs(step, samples)``.
 
     Args:
-        index: lengths and pictures of all samples.
+        index: lengths and images of all samples.
         cost: counts FLOPs.
         phases: which schedule a step runs on.
     """

@@ -29,7 +29,7 @@ class TooLarge(Malformed):
 
 class Bounds(NamedTuple):
     """Bytes of one record beyond which it is left alone (``data.max_record_bytes``, ``data.max_text_bytes``): as it
-    stands in its file, with its pictures where they are inside; and of its text."""
+    stands in its file, with its images where they are inside; and of its text."""
 
     record: int = 32 << 20
     text: int = 1 << 20

@@ -167,7 +167,7 @@ class Parquet(Reader):
 
 
 class DatasetOnDisk(Reader):
-    """A place is ``(row, 0)``. Pictures of an ``Image`` feature come as they are stored, not decoded."""
+    """A place is ``(row, 0)``. Images of an ``Image`` feature come as they are stored, not decoded."""
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         super().__init__(path, max_bytes)

@@ -138,7 +138,7 @@ def _extension(name: str) -> str:
 
 
 def _record(members: Sequence[Member], at: int) -> Any:
-    """The record in the form of its ``.json``, pictures as bytes; made from the ``.txt`` where that is a caption. Other
+    """The record in the form of its ``.json``, images as bytes; made from the ``.txt`` where that is a caption. Other
     members are fields by their extension (``.mp4``)."""
     key = _key(members[0][0])
     described: Any = None
@@ -173,7 +173,7 @@ def _record(members: Sequence[Member], at: int) -> Any:
 
 
 def _images(record: Mapping[str, Any], pictures: Sequence[Member]) -> list[Any]:
-    """The pictures in the order in which the record names them; in the tar's if it names none or all by other names. A
+    """The images in the order in which the record names them; in the tar's if it names none or all by other names. A
     name without a member stays a name, looked up in the source's folder of images."""
     names = record.get("image") if record.get("images") is None else record["images"]
     contents = [content for _, content in pictures]

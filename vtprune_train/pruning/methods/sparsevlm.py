@@ -34,7 +34,7 @@ BUDGETS_UNRECYCLED = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 2
 
 @dataclass(frozen=True)
 class SparseVLM(PruningMethod):
-    """Rates visual tokens by the instruction's raters in a few layers, and deletes behind them.
+    """Rates visual tokens by the instruction's raters in a few layers, and deletes after them.
 
     Args:
         layers: sparse layers, counted from 0: their attention rates, their output loses tokens. Increasing. ``None``:

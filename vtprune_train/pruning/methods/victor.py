@@ -1,4 +1,4 @@
-"""Victor (arXiv 2410.14072): learned registers behind each image take it in within the first layers; then it goes."""
+"""Victor (arXiv 2410.14072): learned registers after each image take it in within the first layers; then it goes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PUBLISHED_LAYERS, PUBLISHED_DEPTH = 3, 32
 
 @dataclass(frozen=True)
 class Victor(PruningMethod):
-    """Put ``registers`` learned tokens behind each image, and drop its own tokens after the first ``layers`` layers.
+    """Put ``registers`` learned tokens after each image, and drop its own tokens after the first ``layers`` layers.
 
     Args:
-        registers: learned tokens behind each image.
+        registers: learned tokens after each image.
         layers: decoder layers that see the image's own tokens; ``None``: 3 of 32, at the same share of the depth.
     """
 

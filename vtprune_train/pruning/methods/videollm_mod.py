@@ -48,7 +48,7 @@ class VideoLLMMoD(PruningMethod):
         """The layers that tokens may skip; none if all tokens are let in.
 
         Raises:
-            ValueError: there is no layer behind the last of them.
+            ValueError: there is no layer after the last of them.
         """
         layers = self.layers or tuple(range(1, num_layers - 1, 2)) or (0,)
         if layers[-1] > num_layers - 2:

@@ -59,7 +59,7 @@ def check_schedule(layers: Sequence[int] | None, keep: Sequence[float], num_laye
     """Check a drop schedule.
 
     Raises:
-        ValueError: naming the setting, its value and the way out.
+        ValueError: naming the setting, its value and how to fix it.
     """
     problems = _keep_problems(keep)
     if layers is not None:
