@@ -155,7 +155,7 @@ def test_members_of_a_tar(tmp_path):
         ("a.parquet", b"PAR1 and no more", "a.parquet is not parquet, or is cut off"),
         ("a.json", b'[{"id": 1}, {"id": 2}', "a.json: not JSON .the list has no end"),
         ("a.json", b'[{"id": 1} {"id": 2}]', "a.json: not JSON .',' or ']' expected, at byte 11"),
-        ("a.json", b'[{"id": 1}] x', "something stands behind the list"),
+        ("a.json", b'[{"id": 1}] x', "something stands after the list"),
         ("a.json", b"", "a.json: not JSON"),
         ("a.json", b'["\xff"]', "not UTF-8"),
         ("a.json", b"[" * 99999, "a.json: not JSON .maximum recursion depth"),

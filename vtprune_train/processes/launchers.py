@@ -91,7 +91,7 @@ def launchers_above() -> list[Launcher]:
         launcher = Launcher("vtprune launch", *map(int, announced.split()))
         if launcher.pid not in [above.pid for above in launchers]:
             launchers.append(launcher)
-    # A launcher in another container cannot be seen. If no Python is above this process either (all launchers are Python,
+    # A launcher in another container cannot be seen. Where no Python is above this process either (all launchers are,
     # unknown ones too), its launcher was killed before this process could look.
     is_here = os.getppid() > 0 and os.getsid(0) > 0
     if not launchers and not python and is_here:
