@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 
 from vtprune_train.config.settings import Config, ConfigError, refusal
+from vtprune_train.models.forward.kernels import be_deterministic
 from vtprune_train.processes.output import keep_streams
 from vtprune_train.processes.signals import BEFORE_TRAINING, STOP, exit_code, final_exit
 from vtprune_train.training import distributed as ranks
@@ -24,7 +25,6 @@ from vtprune_train.training.faults.non_finite import EXIT_STOPPED, TrainingError
 from vtprune_train.training.faults.rank_failures import connect
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.callbacks import Callback
-from vtprune_train.training.loop.kernels import be_deterministic
 from vtprune_train.training.loop.run import prepare
 
 log = logging.getLogger(__name__)

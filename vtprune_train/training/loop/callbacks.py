@@ -15,8 +15,8 @@ from tqdm import tqdm
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.files.disk import naming
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.loop.evaluate import evaluate
-from vtprune_train.training.loop.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from vtprune_train.training.loop.trainer import Trainer
