@@ -61,7 +61,7 @@ def errors_of(path, *overrides):
         ("pruning={method: voco, hidden_after: query}", ["'hidden_after' is not a setting of voco"]),
         (
             "pruning.method=[fastv, {method: plphp, keep: 7}]",
-            ["pruning: entry 2 of", "plphp: keep=7 should be"],
+            ["pruning: entry 2 of", "plphp: keep=7 is not in [0, 1]"],
         ),
         ("pruning.method=[fastv, {method_: plphp}]", ["pruning: entry 2 of the list", "names no method; write"]),
         ("pruning.method=[[fastv], plphp]", ["pruning: entry 1 of the list", "names no method; write"]),

@@ -75,12 +75,22 @@ def _fitted(cls: Any, name: str, value: Any) -> Any:
         except ValidationError as error:
             [first, *_] = error.errors()
             if first["type"] in BOUNDS:
-                problem = first["msg"].removeprefix("Input ")
+                value, problem = first["input"], _range(_adapter(cls, name).json_schema()) or first["msg"]
     if typing.get_origin(kind) is typing.Literal:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
     default = {field.name: field.default for field in dataclasses.fields(cls)}[name]
     example = "" if default is dataclasses.MISSING else f"; the default is {json.dumps(default, default=repr)}"
-    raise ValueError(f"{name}={value!r} {problem or f'does not fit; it takes {_in_words(kind)}'}{example}")
+    problem = problem.removeprefix("Input ") or f"does not fit; it takes {_in_words(kind)}"
+    raise ValueError(f"{name}={value!r} {problem}{example}")
+
+
+def _range(schema: dict[str, Any]) -> str:
+    """``is not in (0, 1]`` for a number with two bounds, alone, in a list or beside null; else empty."""
+    for part in (schema, *schema.get("anyOf", ()), *schema.get("prefixItems", ())):
+        if "maximum" in part:
+            low = f"({part['exclusiveMinimum']:g}" if "exclusiveMinimum" in part else f"[{part['minimum']:g}"
+            return f"is not in {low}, {part['maximum']:g}]"
+    return ""
 
 
 def _plain(value: Any) -> Any:

@@ -180,7 +180,7 @@ def test_a_small_budget_moves_both_drops_forward():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"keep": (0.5,)}, "drops twice"),
+        ({"keep": (0.5,)}, "a list of 2"),
         ({"keep": (0.2, 0.5)}, "increases"),
         ({"layers": (4, 2)}, "must increase"),
         ({"stride": 0}, "stride=0"),

@@ -211,7 +211,7 @@ def test_tokens_leave_later_before_they_enter_earlier():
 def test_settings_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         HiDrop(**wrong)
-    with pytest.raises(ValueError, match="no layer of 6 sees a picture"):
+    with pytest.raises(ValueError, match="no layer of 6 sees an image"):
         HiDrop(enter=4, leave=3).drops(6)
     with pytest.raises(ValueError, match="do not lie between enter=2 and leave=4"):
         HiDrop(layers=(2, 3), keep=(0.5, 0.2)).drops(6)

@@ -137,10 +137,10 @@ def test_defaults_fit_any_depth_and_budgets_are_met(num_layers):
         ({"keep": 1.5}, r"keep=1.5 is not in \[0, 1\]"),
         ({"delta": 0.5}, "delta=0.5: .* use at most 0.4"),
         ({"beta": 0.5}, "beta=0.5 is larger than alpha=0.25"),
-        ({"alpha": math.nan}, "alpha=nan is no threshold"),
-        ({"beta": math.nan}, "beta=nan is no threshold"),
+        ({"alpha": math.nan}, "alpha=nan should be a finite number"),
+        ({"beta": math.nan}, "beta=nan should be a finite number"),
         ({"delta": math.nan}, "delta=nan: keep - delta"),
-        ({"untouched": -1}, "untouched=-1 is negative"),
+        ({"untouched": -1}, "untouched=-1 should be greater than or equal to 0"),
         ({"multi_turn": "forget"}, "multi_turn='forget' is not one of"),
     ],
 )
