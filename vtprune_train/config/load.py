@@ -106,11 +106,7 @@ def _forget(tree: dict[str, Any], location: Sequence[Any]) -> None:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one ``key=value``.
-
-    Raises:
-        ValueError: it has another form, its value is not YAML, or its key leads outside of a list.
-    """
+    """Set one ``key=value``; refuse another form, a value that is not YAML, and a key that leads outside of a list."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override!r} is no key=value")

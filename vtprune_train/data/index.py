@@ -171,11 +171,7 @@ class SampleIndex:
         return list(zip(table.column("height")[spans].tolist(), table.column("width")[spans].tolist(), strict=True))
 
     def _look_at_files(self) -> None:
-        """Now and then, whether they are what they were when they were opened.
-
-        Raises:
-            RuntimeError: one was changed in place.
-        """
+        """Check now and then that no file was changed in place since it was opened."""
         began = time.monotonic()
         if began < self._next_look:
             return
@@ -311,11 +307,7 @@ def most_bad(share: float, records: int) -> int:
 
 
 def _check_bad(source: Source, selection: Selection, share: float) -> None:
-    """One source's share of records that cannot be used.
-
-    Raises:
-        ValueError: there are too many, or no others; with the counts and the first reasons.
-    """
+    """Refuse a source with too many records that cannot be used, or no others; names the first reasons."""
     counts = selection.manifest
     bad, taken = counts["bad"], sum(counts[key] for key in ("samples", "bad", "too_long", "too_large", "unsupervised"))
     if not bad or (bad < taken and bad <= most_bad(share, taken)):

@@ -166,11 +166,7 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
 
 
 def _data_settings(folder: str) -> dict[str, Any]:
-    """The ``data`` section that a checkpoint of this project was trained with; empty for other folders.
-
-    Raises:
-        ValueError: its file cannot be read; names it.
-    """
+    """The ``data`` section that a checkpoint of this project was trained with; empty for other folders."""
     record = Path(folder).parent / "config.yaml"
     if Path(folder).name != "hf" or not record.is_file():
         return {}

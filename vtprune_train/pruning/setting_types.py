@@ -59,11 +59,7 @@ def _adapter(cls: Any, name: str) -> TypeAdapter[Any]:
 
 
 def _fitted(cls: Any, name: str, value: Any) -> Any:
-    """``value`` as the type of the setting ``name`` has it: lists become tuples, numbers in text become numbers.
-
-    Raises:
-        ValueError: it does not fit; says what does.
-    """
+    """``value`` as the type of the setting ``name`` has it: lists become tuples, numbers in text become numbers."""
     kind = setting_types(cls)[name]
     choices = typing.get_args(kind) or (kind,)
     is_bool = isinstance(value, bool) and bool not in choices and any(part in (int, float) for part in choices)

@@ -325,7 +325,7 @@ def test_settings_are_checked():
     for cls in CLASSES:
         with pytest.raises(ValueError, match=r"keep=1.5 is not in \(0, 1\]"):
             cls(keep=1.5)
-        with pytest.raises(ValueError, match="positions='later' is not one of keep, renumber"):
+        with pytest.raises(ValueError, match="positions='later' is not one of renumber, keep"):
             cls(positions="later")
         assert cls().for_budget(0.25, 8).input_share(8) == pytest.approx(0.25, abs=1e-3)
     with pytest.raises(ValueError, match="layers=0 should be greater than 0"):

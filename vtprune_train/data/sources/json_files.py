@@ -259,11 +259,8 @@ class _Window:
                     return value
 
     def _pass_over(self, message: str, beyond: int = 0) -> Any:
-        """Go to the end of the value that begins here, keeping nothing of it.
-
-        Raises:
-            ValueError: it has none, with ``message``: what kept it from being parsed.
-        """
+        """Go to the end of the value that begins here, keeping nothing of it; ``message`` says why it cannot be parsed,
+        for the error where it has no end."""
         first = self._text[self._position]
         if first not in '[{"-0123456789':
             raise self.error(message, beyond)

@@ -29,11 +29,8 @@ LARGEST_HELD = 128 << 20  # bytes of the rows of a row group that are held
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
-    """The columns that are read: those that a record needs, and those that may make it malformed.
-
-    Raises:
-        ValueError: there is no conversation among them.
-    """
+    """The columns that are read: those that a record needs (a conversation at least), and those that may make it
+    malformed."""
     if not set(CONVERSATIONS) & set(names):
         raise ValueError(
             f"data file {path} has no column 'conversations' or 'messages'; its columns: {', '.join(names)}"

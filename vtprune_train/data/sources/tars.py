@@ -96,11 +96,7 @@ class _Group:
 
 
 def _headers(tar: tarfile.TarFile, path: Path, stop: int) -> Iterator[tarfile.TarInfo]:
-    """The header of each regular file before byte ``stop``.
-
-    Raises:
-        ValueError: the tar is broken or cut off.
-    """
+    """The header of each regular file before byte ``stop``; an error where the tar is broken or cut off."""
     size = path.stat().st_size
     while True:
         try:

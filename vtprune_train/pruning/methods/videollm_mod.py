@@ -41,7 +41,9 @@ class VideoLLMMoD(PruningMethod):
     differentiable: ClassVar[bool] = True  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        if self.layers is not None and any(later <= earlier for earlier, later in pairwise((-1, *self.layers))):
+        if self.layers is None:
+            return
+        if not self.layers or any(later <= earlier for earlier, later in pairwise((-1, *self.layers))):
             raise ValueError(f"layers={list(self.layers)} must increase, from 0 on (for example [1, 3, 5])")
 
     def routed(self, num_layers: int) -> tuple[int, ...]:
