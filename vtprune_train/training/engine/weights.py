@@ -9,6 +9,7 @@ import torch
 
 from vtprune_train.models.io.peft import adapted_of, write_adapter
 from vtprune_train.training.distributed import rank
+from vtprune_train.training.engine.engine import Engine
 
 
 def holds_only_trained(module: Any) -> bool:
@@ -16,7 +17,7 @@ def holds_only_trained(module: Any) -> bool:
     return adapted_of(module) is not None
 
 
-def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
+def full_state_dict(engine: Engine) -> dict[str, torch.Tensor] | None:
     """What is exported, on rank 0, gathered over ranks under ZeRO-3 one parameter at a time; ``None`` on other ranks.
 
     All weights, or the trained ones where :func:`holds_only_trained`.
@@ -25,7 +26,7 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
 
     module = engine.module
     only_trained = holds_only_trained(module)
-    if engine.zero_optimization_stage() < 3:
+    if engine.zero_stage < 3:
         if rank():
             return None
         if only_trained:
