@@ -19,8 +19,9 @@ from vtprune_train.bench.costs import Picture, Sample, Subject, estimate, pictur
 from vtprune_train.cli import main
 from vtprune_train.cli.estimate import render
 from vtprune_train.config.load import load_config
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.core.flops import DecoderGeometry, TrainingCost, selector_flops
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.training.dry_run import describe
 
@@ -133,7 +134,7 @@ def test_agrees_with_the_dry_run():
 
 def test_whole_model_adds_tower_and_projector():
     config = tiny_config()
-    tower, pictures = TowerGeometry.of(config), pictures_of(config, [(56, 56), (80, 30)])
+    tower, pictures = tile_tower(config), pictures_of(config, [(56, 56), (80, 30)])
     assert [(picture.tokens, picture.tiles) for picture in pictures] == [(88, 5), (16 + 4 * 11, 4)]
     result = estimate(subject(config, trained=("projector",)), Sample(pictures, batch=3))
     assert result.vision == pytest.approx(3 * (tower.tower(9) + tower.projector(9)))
@@ -187,10 +188,10 @@ def test_other_families_count_their_decoder(family):
 
 def test_towers_that_are_not_counted():
     pixtral = LlavaConfig(vision_config={"model_type": "pixtral"})
-    with pytest.raises(ValueError, match="not for llava with pixtral"):
+    with pytest.raises(ValueError, match="for llava with pixtral .the vision tower is a pixtral"):
         pictures_of(pixtral, [(336, 336)])
     result = estimate(subject(), sample(10))
-    assert "not counted: the tokens are no multiple of a tile's 16; give --resolution" in render(result)
+    assert "not counted: the tokens are not a multiple of a tile's 16; give --resolution" in render(result)
     with pytest.raises(ValueError, match="mixtral decoder is a mixture of experts"):
         estimate(subject(MixtralConfig()), sample(10))
     with pytest.raises(ValueError, match="clip_vision_model decoder has no num_key_value_heads"):
@@ -322,7 +323,7 @@ def test_saved_settings_that_do_not_fit(tmp_path, capsys):
 def test_a_method_that_reads_a_tower_which_does_not_tell(tmp_path, capsys):
     Qwen2VLConfig().save_pretrained(tmp_path)
     [line] = errors_of(capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "visionzip")
-    assert "visionzip reads the vision tower's attention, which Qwen2-VL does not give; use a method" in line
+    assert "visionzip reads the vision tower's attention, which Qwen2-VL does not give: it is not read there; use a method" in line
     assert "pruning   divprune" in stdout_of(
         capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "divprune"
     )

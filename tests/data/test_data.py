@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.support.helpers import tiny_image_processor, tiny_model, tiny_tokenizer
 from vtprune_train import PyramidDrop
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost
+from vtprune_train.core.flops import DecoderGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.images import image_size, load_image
 from vtprune_train.data.index import Source, build_index
@@ -19,6 +19,7 @@ from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, normalize, read_records
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.training.loop.evaluate import exchange_pictures
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -46,7 +47,7 @@ def index_of(folder, records, name="train.json", take="all", **settings):
 
 
 def collator(index, encoder, method=None):
-    cost = TrainingCost(DecoderGeometry.of(CONFIG.text_config), TowerGeometry.of(CONFIG), True, True)
+    cost = TrainingCost(DecoderGeometry.of(CONFIG.text_config), tile_tower(CONFIG), True, True)
     return Collator(index, encoder, AnyRes.of(CONFIG), tiny_image_processor(), method, cost)
 
 

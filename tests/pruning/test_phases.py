@@ -14,7 +14,7 @@ from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_met
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.load import load_config, without_effect
 from vtprune_train.config.settings import ConfigError, PruningConfig
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.core.flops import DecoderGeometry, TrainingCost, selector_flops
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.index import Lengths
 from vtprune_train.data.load.collate import Collator, LoadedSample
@@ -22,6 +22,7 @@ from vtprune_train.data.plan.costs import StepCosts
 from vtprune_train.data.records import normalize
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import Pictures
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward.head import Teaching, chunked_consistency
 from vtprune_train.pruning.schedules.phases import FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
@@ -96,7 +97,7 @@ def parts():
         images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
         pictures = Pictures(sizes, layout.pixels(processor, images))
         loaded.append(LoadedSample(str(number), encoder.encode(record.turns), pictures))
-    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config), True, True)
+    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), tile_tower(model.config), True, True)
 
     def collator(phases=None, method=METHOD):
         return Collator(None, encoder, layout, processor, method, cost, phases)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaNextConfig, LlavaNextProcessor
+from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.cli.options import (
@@ -26,17 +25,16 @@ from vtprune_train.cli.options import (
 )
 from vtprune_train.evaluation.answering import content_of, load, model_config, open_picture, write_prompt
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.anyres import AnyRes
-from vtprune_train.models.forward.padded import kept_tokens, stage_layers
+from vtprune_train.models.families import supported_family
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.patch import is_pruned, prune
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_class, method_from_settings, saved_settings
-from vtprune_train.viz.draw import ShownImage, draw
+from vtprune_train.viz.draw import draw
+from vtprune_train.viz.look import look, stage_names
 from vtprune_train.viz.page import page
-from vtprune_train.viz.places import anyres_places
 
 
-def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
+def show(model: HFModule, processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
     """Draw which tokens of ``pictures`` survive each stage of a pruned model, for example in a notebook.
 
     Args:
@@ -46,46 +44,14 @@ def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Imag
         prompt: what is asked about them; its last token ranks the visual tokens, as in generating the answer.
 
     Raises:
-        ValueError: no picture.
+        ValueError: no picture, or it is not known where this model's tokens lie.
     """
     inputs = encode(processor, pictures, prompt, model.device)
-    return draw(look(model, inputs, pictures), stage_names(model), prompt)
-
-
-def look(model: HFModule, inputs: Mapping[str, Tensor], pictures: Sequence[Image.Image]) -> list[ShownImage]:
-    """Run a pruned model in evaluation mode and see which tokens survive.
-
-    Args:
-        model: pruned; its mode is restored afterwards.
-        inputs: a batch as the processor makes it, on the model's device, without labels.
-        pictures: of all its rows, in order.
-    """
-    anyres = AnyRes.of(model.config)
-    was_training = model.training
-    model.eval()
-    kept = [image for row in kept_tokens(model, inputs) for image in row]
-    model.train(was_training)
-    shown = []
-    for picture, stages in zip(pictures, kept, strict=True):
-        places = anyres_places(anyres, (picture.height, picture.width))
-        shown.append(ShownImage(picture, places, [np.arange(len(places.kinds)), *stages]))
-    return shown
-
-
-def stage_names(model: HFModule) -> list[str]:
-    """``stage 1, layers 0-7`` and so on of a pruned model."""
-    names = []
-    for number, layers in enumerate(stage_layers(model), start=1):
-        if not layers:  # a drop before the decoder, or two at one place
-            names.append(f"stage {number}, before {f'layer {layers.start}' if layers.start else 'the decoder'}")
-            continue
-        several = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
-        names.append(f"stage {number}, {several}")
-    return names
+    return draw(look(model, processor.image_processor, inputs, pictures), stage_names(model), prompt)
 
 
 def encode(
-    processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
+    processor: Any, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """One row of inputs on ``device``: the pictures, then the prompt, up to where the answer begins.
 
@@ -140,27 +106,27 @@ def _show(arguments: argparse.Namespace) -> None:
     pictures = [open_picture(path) for path in arguments.image]
     model, processor = _load(arguments.model, arguments)
     inputs = encode(processor, pictures, arguments.prompt, model.device)
-    images, stages = look(model, inputs, pictures), stage_names(model)
+    images, stages = look(model, processor.image_processor, inputs, pictures), stage_names(model)
     draw(images, stages, arguments.prompt).save(arguments.out)
     if arguments.html is not None:
         arguments.html.write_text(page(images, stages, arguments.prompt), encoding="utf-8")
 
 
-def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNextProcessor]:
+def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, Any]:
     """The pruned model and its processor.
 
     Raises:
-        ValueError: there is no such checkpoint, it is no LLaVA-NeXT, lacks a part, or how to prune it is not known.
+        ValueError: there is no such checkpoint, its family is not supported, it lacks a part, or how to prune it is not
+            known.
     """
     path = resolve_checkpoint(source)
     config = model_config(path)
-    if not isinstance(config, LlavaNextConfig):
-        raise ValueError(f"--model {source}: it holds a {config.model_type}; only llava_next models can be shown")
+    supported_family(config.model_type, f"--model {source}: it")
     loaded = load(source, _method(config, arguments))
     return (loaded.model if is_pruned(loaded.model) else prune(loaded.model, None)), loaded.processor
 
 
-def _method(config: LlavaNextConfig, arguments: argparse.Namespace) -> PruningMethod | None:
+def _method(config: PreTrainedConfig, arguments: argparse.Namespace) -> PruningMethod | None:
     """The checkpoint's settings, overruled by the flags."""
     given = {key: value for key in ("layers", "keep") if (value := getattr(arguments, key)) is not None}
     given.update(set_values(arguments.set))

@@ -27,9 +27,9 @@ from tests.support.helpers import Reads, tiny_tokenizer
 from tests.support.runner import TINY, Runs, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import Config, ModelConfig
-from vtprune_train.core.flops import TowerGeometry, WindowedTowerGeometry
 from vtprune_train.core.stream import IGNORE
-from vtprune_train.models.families import trained_family
+from vtprune_train.models.families import qwen2_5_vl, trained_family
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.io.build import (
     build_model,
     load_model_config,
@@ -373,14 +373,14 @@ def test_tower_flops_against_pytorchs_counter():
     model.set_attn_implementation("eager")
     model.model.visual.fullatt_block_indexes = [0, 1]
     model.config.vision_config.fullatt_block_indexes = [0, 1]
-    geometry = WindowedTowerGeometry.of(model.config)
+    geometry = qwen2_5_vl.FAMILY.flops(model.config)
     grid = torch.tensor([[1, 6, 8]])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.visual(torch.randn(48, 3 * 2 * 7 * 7), grid)
     assert counter.get_total_flops() == pytest.approx(geometry.tower(48) + geometry.projector(48))
     model = family_model("llava_onevision")
     model.set_attn_implementation("eager")
-    tower = TowerGeometry.of(model.config)
+    tower = tile_tower(model.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.vision_tower.encoder(model.model.vision_tower.embeddings(torch.randn(2, 3, 28, 28)))
     assert counter.get_total_flops() == pytest.approx(tower.tower(2))

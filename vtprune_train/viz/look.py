@@ -1,0 +1,59 @@
+"""Which visual tokens of a pruned model survive each stage, and where they lie in their images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vtprune_train.models import HFModule
+from vtprune_train.models.forward.calls import state_of
+from vtprune_train.models.forward.padded import kept_tokens, stage_layers
+from vtprune_train.viz.draw import ShownImage
+
+
+def look(
+    model: HFModule, image_processor: Any, inputs: Mapping[str, Tensor], images: Sequence[Image.Image]
+) -> list[ShownImage]:
+    """Run a pruned model in evaluation mode and see which tokens survive.
+
+    Args:
+        model: pruned; its mode is restored afterwards.
+        image_processor: the model's, which prepared the images.
+        inputs: a batch as the processor makes it, on the model's device, without labels.
+        images: of all its rows, in order.
+
+    Raises:
+        ValueError: it is not known where the tokens of this family, or of these images, lie.
+    """
+    sizes = [(image.height, image.width) for image in images]
+    places = state_of(model).family.places(model.config, image_processor, inputs, sizes)
+    tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    if tokens != (counted := sum(len(own.kinds) for own in places)):
+        raise ValueError(
+            f"the prompt holds {tokens} visual tokens, but images of {sizes} (height, width) have {counted}; use the "
+            "image processor that was saved with the model"
+        )
+    was_training = model.training
+    model.eval()
+    kept = [image for row in kept_tokens(model, inputs) for image in row]
+    model.train(was_training)
+    return [
+        ShownImage(image, own, [np.arange(len(own.kinds)), *stages])
+        for image, own, stages in zip(images, places, kept, strict=True)
+    ]
+
+
+def stage_names(model: HFModule) -> list[str]:
+    """``stage 1, layers 0-7`` and so on of a pruned model."""
+    names = []
+    for number, layers in enumerate(stage_layers(model), start=1):
+        if not layers:  # a drop before the decoder, or two at one place
+            names.append(f"stage {number}, before {f'layer {layers.start}' if layers.start else 'the decoder'}")
+            continue
+        several = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        names.append(f"stage {number}, {several}")
+    return names
