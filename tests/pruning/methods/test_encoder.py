@@ -241,7 +241,10 @@ def test_layers():
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_families_whose_tower_is_not_read(name):
-    with pytest.raises(ValueError, match=r"spy reads .* does not give: it is not read there; use a method that does not ask it.*divprune"):
+    with pytest.raises(
+        ValueError,
+        match=r"spy reads .* does not give: it is not read there; use a method that does not ask it.*divprune",
+    ):
         prune(family_model(name), Spy())
 
 

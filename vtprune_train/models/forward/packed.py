@@ -90,7 +90,9 @@ def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
     if batch.image_inputs is None:
         return batch.visual_index
     inputs = {key: np.array(value) if isinstance(value, tuple) else value for key, value in batch.image_inputs.items()}
-    layout = required(state.family.patches, state.family.title)(self.config, {**inputs, "pixel_values": batch.pixel_values})
+    layout = required(state.family.patches, state.family.title)(
+        self.config, {**inputs, "pixel_values": batch.pixel_values}
+    )
     index = to_device(patch_index(layout, patches_per_tile(self.config)), batch.visual_index.device)
     return index.index_select(0, batch.visual_index)
 
