@@ -24,8 +24,8 @@ from vtprune_train.evaluation.answering import (
 )
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.build import read_projector, resolve_checkpoint
+from vtprune_train.models.io.method_parameters import carry
 from vtprune_train.models.io.peft import is_adapter, open_adapter
-from vtprune_train.models.learned import carry
 from vtprune_train.training.checkpoint.manifest import check_export
 
 log = logging.getLogger(__name__)

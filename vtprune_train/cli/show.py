@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,48 +20,15 @@ from vtprune_train.cli.options import (
     numbers,
     set_values,
 )
-from vtprune_train.evaluation.answering import content_of, load, model_config, open_picture, write_prompt
+from vtprune_train.evaluation.answering import load, model_config, open_picture
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import supported_family
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.patch import is_pruned, prune
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_class, method_from_settings, saved_settings
 from vtprune_train.viz.draw import draw
-from vtprune_train.viz.look import look, stage_names
 from vtprune_train.viz.page import page
-
-
-def show(model: HFModule, processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
-    """Draw which tokens of ``pictures`` survive each stage of a pruned model, for example in a notebook.
-
-    Args:
-        model: pruned.
-        processor: the model's.
-        pictures: RGB.
-        prompt: what is asked about them; its last token ranks the visual tokens, as in generating the answer.
-
-    Raises:
-        ValueError: no picture, or it is not known where this model's tokens lie.
-    """
-    inputs = encode(processor, pictures, prompt, model.device)
-    return draw(look(model, processor.image_processor, inputs, pictures), stage_names(model), prompt)
-
-
-def encode(
-    processor: Any, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
-    """One row of inputs on ``device``: the pictures, then the prompt, up to where the answer begins.
-
-    Raises:
-        ValueError: no picture.
-    """
-    if not pictures:
-        raise ValueError("there is no picture to show the tokens of; give at least one")
-    text = write_prompt(processor, content_of(processor), len(pictures), prompt)
-    bos = processor.tokenizer.bos_token
-    has_bos = bos is not None and text.startswith(bos)  # written by the template
-    made = processor(images=list(pictures), text=text, return_tensors="pt", add_special_tokens=not has_bos)
-    return {key: value.to(device) for key, value in made.items()}
+from vtprune_train.viz.show import encode, look, stage_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,8 @@ from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.towers import class_tokens, feature_states, patch_grid
 from vtprune_train.models.forward.compile import eager
 from vtprune_train.models.forward.sharding import check_all_heads
-from vtprune_train.pruning.base import EncoderRows, EncoderSignals, PruningMethod
+from vtprune_train.pruning.base import EncoderRows, PruningMethod
+from vtprune_train.pruning.candidates import EncoderSignals
 
 SEEN = "_vtprune_seen"
 MAPS = 4  # whole attention maps held at a time

@@ -37,8 +37,8 @@ from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.families import KNOWN_CONFIGS, trained_family
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.loop.recompute import checkpoint_activations, recomputed_layers
 from vtprune_train.training.memory.predict import (
     GIB,
     RESERVED,

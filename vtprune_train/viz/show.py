@@ -1,4 +1,4 @@
-"""Which visual tokens of a pruned model survive each stage, and where they lie in their images."""
+"""Which visual tokens of an image a pruned model keeps at each stage, as a picture."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from vtprune_train.evaluation.answering import content_of, write_prompt
 from vtprune_train.models import HFModule
 from vtprune_train.models.forward.calls import state_of
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
-from vtprune_train.viz.draw import ShownImage
+from vtprune_train.viz.draw import ShownImage, draw
+
+
+def show(model: HFModule, processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
+    """Draw which tokens of ``pictures`` survive each stage of a pruned model, for example in a notebook.
+
+    Args:
+        model: pruned.
+        processor: the model's.
+        pictures: RGB.
+        prompt: what is asked about them; its last token ranks the visual tokens, as in generating the answer.
+
+    Raises:
+        ValueError: no picture, or it is not known where this model's tokens lie.
+    """
+    inputs = encode(processor, pictures, prompt, model.device)
+    return draw(look(model, processor.image_processor, inputs, pictures), stage_names(model), prompt)
 
 
 def look(
@@ -57,3 +75,20 @@ def stage_names(model: HFModule) -> list[str]:
         several = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
         names.append(f"stage {number}, {several}")
     return names
+
+
+def encode(
+    processor: Any, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """One row of inputs on ``device``: the pictures, then the prompt, up to where the answer begins.
+
+    Raises:
+        ValueError: no picture.
+    """
+    if not pictures:
+        raise ValueError("there is no picture to show the tokens of; give at least one")
+    text = write_prompt(processor, content_of(processor), len(pictures), prompt)
+    bos = processor.tokenizer.bos_token
+    has_bos = bos is not None and text.startswith(bos)  # written by the template
+    made = processor(images=list(pictures), text=text, return_tensors="pt", add_special_tokens=not has_bos)
+    return {key: value.to(device) for key, value in made.items()}
