@@ -22,6 +22,7 @@ from transformers import (
     LlavaNextProcessor,
 )
 
+from tests.models.families.test_loop_families import save_checkpoint
 from tests.support.checkpoints import save_run
 from tests.support.helpers import SPECIAL, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
 from tests.support.runner import Runs
@@ -432,6 +433,30 @@ def test_wrong_input_exits_2_with_one_line(folder, capfd, arguments, words):
     (line,) = capfd.readouterr().err.strip().splitlines()
     for word in ["cannot show: ", *words]:
         assert word in line
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_the_command_shows_every_family(tmp_path, name):
+    save_checkpoint(name, tmp_path / "model")
+    patch_picture((80, 140), MIDDLE).save(tmp_path / "a.png")
+    how = ["--method", "pyramiddrop", "--layers", "3", "--keep", "0.5", "--html", str(tmp_path / "out.html")]
+    if name in ("qwen2_vl", "qwen3_vl", "qwen2_5_vl"):  # whose positions are made to stay with their tokens
+        how += ["--set", "positions=keep"]
+    assert command(tmp_path, model="model", more=how) == 0
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert (np.asarray(drawn) == MAGENTA).all(axis=-1).sum() > 1000
+    page = re.search(r'id="data">(.*?)</script>', (tmp_path / "out.html").read_text(), re.DOTALL)
+    [image] = json.loads(page[1])["images"]
+    first, second = image["kept"]
+    assert len(first) == len(image["boxes"]) == len(image["kinds"]) > 5 and len(second) == len(first) // 2
+
+
+def test_another_image_processor_than_the_models_is_said(tmp_path):
+    """Its places would be wrong: as many tokens were asked for as images of one tile have."""
+    model, picture = prune(tiny_model(), None), patch_picture((40, 70), MIDDLE)
+    inputs = encode(tiny_processor(), [picture], "what ?")
+    with pytest.raises(ValueError, match=r"the prompt holds \d+ visual tokens, but images of \[\(70, 40\)\] .* have"):
+        look(model, tiny_image_processor(), inputs, [picture.transpose(Image.Transpose.ROTATE_90)])
 
 
 def test_training_puts_pictures_into_tensorboard(tmp_path):

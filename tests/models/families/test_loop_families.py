@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GotOcr2ImageProcessorPil,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionProcessor,
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tests.support.families import QWEN_SIZE, family_model, family_processor, tokenizer
-from tests.support.helpers import Reads, tiny_tokenizer
+from tests.support.helpers import PATCH, TILE, Reads, tiny_tokenizer
 from tests.support.runner import TINY, Runs, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import Config, ModelConfig
@@ -39,6 +40,8 @@ from vtprune_train.models.io.build import (
 )
 from vtprune_train.models.io.processors import build_image_processor, build_processor
 from vtprune_train.training.loop.run import build_collator, build_parts, training_cost
+from vtprune_train.viz.evaluation_images import _question, survivors
+from vtprune_train.viz.show import look
 
 NAMES = ["llava", "llava_onevision", "qwen2_5_vl"]
 DROP = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")
@@ -55,8 +58,10 @@ TEXT_ONLY = 1
 
 
 def image_processor(name):
-    if name == "qwen2_5_vl":
-        return Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, size=QWEN_SIZE)
+    if name.startswith("qwen"):
+        return Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, size=QWEN_SIZE)
+    if name == "internvl":
+        return GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, crop_to_patches=True, max_patches=4)
     return family_processor(name).image_processor
 
 
@@ -64,7 +69,11 @@ def save_checkpoint(name, folder):
     """As a hub would hold it."""
     family_model(name).save_pretrained(folder)
     image_processor(name).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    words = tokenizer()
+    if name == "internvl":
+        names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+        words.init_kwargs.update(names, video_token="<v>")
+    words.save_pretrained(folder)
     return folder
 
 
@@ -356,6 +365,22 @@ def test_settings_that_do_not_fit_the_family_are_refused(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "words")
     with pytest.raises(ValueError, match=r"has no <\|image_pad\|>, which stands for images in a qwen2_5_vl"):
         load_tokenizer(words, list, tmp_path / "none")
+
+
+def test_evaluation_images(setup):
+    """The first samples that have pictures, one panel an image and stage; the text-only one is left out."""
+    parts = setup.parts()
+    collate = setup.collator(parts, DROP)
+    model = prune(parts.model, DROP)
+    drawn = survivors(model, collate, pictures=4, device=torch.device("cpu"))
+    assert [pixels.dtype for pixels in drawn] == [np.uint8] * 2
+    one, three = (pixels.shape for pixels in drawn)
+    assert three[0] > 1.5 * one[0] and three[1] == one[1]
+    shown = _question(collate, 2)
+    assert shown.text == "a  dog ?" and [picture.size for picture in shown.pictures] == [(30, 90), (50, 50), (84, 84)]
+    kept = look(model, collate.image_processor, shown.inputs, shown.pictures)
+    counts = collate.layout.tokens([SIZES[number] for number in (1, 2, 3)])
+    assert [[len(tokens) for tokens in image.kept] for image in kept] == [[n, n // 2, n // 4] for n in counts]
 
 
 def test_large_pictures_are_shrunk_to_max_pixels():
