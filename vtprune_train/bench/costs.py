@@ -31,7 +31,7 @@ from vtprune_train.core.flops import (
 )
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
-from vtprune_train.models.families import Lacks, family_of_type, required
+from vtprune_train.models.families import Lacks, required, supported_family
 from vtprune_train.models.families.layout import ImageGeometry
 from vtprune_train.models.io.processors import build_image_processor
 from vtprune_train.pruning import PruningMethod
@@ -283,10 +283,8 @@ def _published(decoder: DecoderGeometry, visual: Sequence[int], layers: Sequence
 
 def tower_of(config: PreTrainedConfig) -> TowerGeometry | PatchTowerGeometry | Lacks:
     """Sizes of tower and projector, or why they are not counted."""
-    family = family_of_type(config.model_type)
-    if family is None:
-        return Lacks(f"{config.model_type} is not supported")
     try:
+        family = supported_family(config.model_type, "it")
         return required(family.flops, family.title)(config)
     except ValueError as error:
         return Lacks(str(error))
@@ -302,10 +300,8 @@ def images_of(
         source: the folder or hub id of its image processor; without one the family's usual is taken.
         max_pixels: as in ``model.max_pixels``.
     """
-    family = family_of_type(config.model_type)
-    if family is None:
-        return Lacks(f"{config.model_type} is not supported")
     try:
+        family = supported_family(config.model_type, "it")
         return family.images(config, build_image_processor(config, source, max_pixels), family.title)
     except ValueError as error:
         return Lacks(str(error))

@@ -15,7 +15,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.models.families.base import LLAMA_LIKE, Family
 from vtprune_train.models.families.layout import ImageGeometry, Size
-from vtprune_train.models.families.places import Places, cells
+from vtprune_train.models.families.places import Places, grid_places
 from vtprune_train.models.families.towers import patch_grid
 
 
@@ -63,20 +63,15 @@ class TilesAndThumbnail(ImageGeometry):
 
     def _places(self, size: Size) -> Places:
         rows, columns = self.grid(size)
-        tiles = _grid(size, rows * self.rows, columns * self.columns)
+        tiles = grid_places(*size, rows * self.rows, columns * self.columns).boxes
         tiles = tiles.reshape(rows, self.rows, columns, self.columns, 4).transpose(0, 2, 1, 3, 4).reshape(-1, 4)
-        thumbnail = _grid(size, self.rows, self.columns).reshape(-1, 4)[: 0 if rows * columns == 1 else None]
+        thumbnail = grid_places(*size, self.rows, self.columns).boxes[: None if rows * columns > 1 else 0]
         kinds = np.array(["grid"] * len(tiles) + ["base"] * len(thumbnail))
         return Places(size, kinds, np.concatenate([tiles, thumbnail]))
 
     def examples(self) -> list[Size]:
         height, width = self.tile_size
         return [(height, width), (height, 2 * width), (2 * height, 2 * width), (3 * height, 4 * width)]
-
-
-def _grid(size: Size, rows: int, columns: int) -> np.ndarray:
-    height, width = size
-    return cells(np.arange(rows + 1) * (height / rows), np.arange(columns + 1) * (width / columns))
 
 
 def _flops(config: Any) -> TowerGeometry:
