@@ -30,6 +30,7 @@ from vtprune_train.data.templates import build_encoder, carry, stop_where_answer
 from vtprune_train.files.checksums import MANIFEST, damage, seal_as_it_is
 from vtprune_train.files.disk import locked, naming, publish, remove, replace_synced
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import required
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.forward.kernels import compile_model, replace_kernels
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
@@ -326,7 +327,7 @@ def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCos
     decoder, peft = DecoderGeometry.of(model_config.text_config), config.model.peft
     return TrainingCost(
         decoder,
-        family_of_config(model_config)[1].tower(model_config),
+        required(family_of_config(model_config)[0].flops, "training")(model_config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
         trains_projector="projector" in config.model.train,
