@@ -23,6 +23,7 @@ from vtprune_train.config.settings import ConfigError, ModelConfig
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.io.build import LEARNED_NAME, build_model, first_line, resolve_checkpoint
+from vtprune_train.models.io.placement import WHOLE, Placement, placement_of
 from vtprune_train.models.io.provenance import (
     EXTRA,
     RECORD,
@@ -110,7 +111,8 @@ def adapt(model: HFModule, settings: settings_of_runs.PeftConfig) -> None:
     chosen = lora_config(settings, model)
     dtype = model.dtype
     on_meta = next(model.parameters()).is_meta
-    LoraModel(model, chosen, ADAPTER, low_cpu_mem_usage=on_meta)
+    with placement_of(model).libraries_gather():
+        LoraModel(model, chosen, ADAPTER, low_cpu_mem_usage=on_meta)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # PEFT makes them float32 beside a half-precision base; DeepSpeed keeps the masters
             parameter.data = parameter.data.to(dtype)
@@ -164,8 +166,9 @@ def quantise(model: HFModule) -> None:
     model.is_loaded_in_4bit = True  # where PEFT looks
 
 
-def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
-    """The model that a run starts from, before an adapter of its own is put in.
+def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
+    """The model that a run starts from, before an adapter of its own is put in. With ``placement`` its parameters are
+    placed one by one, but for an adapter that is folded in.
 
     An adapter at ``config.path`` is folded in where the run trains without one. Where the run has an adapter, only the
     parts trained beside it are laid over the base, and :func:`continue_adapter` brings the rest.
@@ -175,7 +178,7 @@ def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMod
     """
     folder = Path(resolve_checkpoint(config.path)) if config.path is not None else None
     if folder is None or not is_adapter(folder):
-        return build_model(config, tokenizer)
+        return build_model(config, tokenizer, placement)
     if config.projector is not None:
         raise ValueError(
             f"model.projector={config.projector} has no place: {folder} is an adapter with a projector of its own; "
@@ -183,7 +186,7 @@ def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMod
         )
     if config.peft is None:
         return open_adapter(folder, config.dtype, merge=True)
-    return _open_base(folder, config.dtype)
+    return _open_base(folder, config.dtype, placement)
 
 
 def continue_adapter(model: HFModule, settings: settings_of_runs.PeftConfig, folder: Path) -> None:
@@ -234,13 +237,12 @@ def open_adapter(folder: str | Path, dtype: str, *, merge: bool) -> HFModule:
     return model
 
 
-def _open_base(folder: Path, dtype: str) -> HFModule:
+def _open_base(folder: Path, dtype: str, placement: Placement = WHOLE) -> HFModule:
     """The base with the parts trained beside the adapter, and the adapter's pruning and generation settings."""
     base = Base.read(folder)
     base.check(str(folder))
-    model = base.build(
-        base.dtype if dtype == "auto" else dtype, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = base.build(base.dtype if dtype == "auto" else dtype, tokenizer, placement)
     model.__dict__[SOURCE] = str(folder)
     names = published_names(model)
     for file in (EXTRA, TRAINED):

@@ -14,6 +14,7 @@ from torch import nn
 
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.training.engine.monitors import optional_monitors
+from vtprune_train.training.engine.sharded import complete
 
 # What the loop sets itself; a DeepSpeed JSON that sets one of these otherwise would be silently overruled.
 OWN_KEYS = {
@@ -168,6 +169,7 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     """
     import deepspeed
 
+    complete(model)
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
     with optional_monitors():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)

@@ -40,6 +40,7 @@ from vtprune_train.models.io.build import (
     set_trainable,
 )
 from vtprune_train.models.io.peft import open_model
+from vtprune_train.models.io.placement import WHOLE, Placement
 from vtprune_train.models.io.processors import build_processor
 from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
@@ -53,6 +54,7 @@ from vtprune_train.training.checkpoint.lock import hold_run
 from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
 from vtprune_train.training.checkpoint.resume import resume
+from vtprune_train.training.engine.sharded import placement_for
 from vtprune_train.training.engine.start import (
     check_engine,
     engine_config,
@@ -98,7 +100,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     torch.manual_seed(config.run.seed)
     check_adapter(config, device)
     ranks.from_rank_0(lambda: _check_start(config))
-    parts = build_parts(config)
+    parts = build_parts(config, placement_for(config, settings))
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
     if method is not None and ranks.rank() == 0:
@@ -242,11 +244,11 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
     return result
 
 
-def build_parts(config: Config) -> Parts:
+def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
     """Tokenizer, model and processor."""
     template = template_of(config.data)
     tokenizer = _tokenizer(config, template)
-    model = open_model(config.model, tokenizer)
+    model = open_model(config.model, tokenizer, placement)
     _, loop = family_of_config(model.config)
     encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
     if ranks.rank() == 0:
