@@ -42,6 +42,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.families import Family, Loop, trained_family
 from vtprune_train.models.forward.decoder import PARAMETERS
 from vtprune_train.models.io import original
+from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED
 from vtprune_train.models.io.in_pieces import Deferred, placing_what_is_read
 from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.models.io.placement import WHOLE, Placement, place_all, whole_shape
@@ -61,24 +62,37 @@ def resolve_checkpoint(path: str) -> str:
     """The Hugging Face folder behind a run, one of its checkpoints, or a folder or hub id as it is.
 
     Raises:
+        ValueError: a run's folder without a complete checkpoint, or a checkpoint without an export.
+    """
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        return path
+    if not (checkpoint / EXPORT / "config.json").is_file() and (checkpoint / UNEXPORTED / PLAN).is_file():
+        raise ValueError(
+            f"{checkpoint} holds no Hugging Face export (train.export was last or never). Make one with "
+            f"`vtprune export --model {checkpoint} --out DIR`, and name DIR"
+        )
+    return str(checkpoint / EXPORT)
+
+
+def newest_checkpoint(path: str) -> Path | None:
+    """The checkpoint at a path, or a run's newest; ``None`` for what is neither a run nor a checkpoint.
+
+    Raises:
         ValueError: a run's folder without a complete checkpoint.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        return path
-    if (folder / "hf" / "config.json").is_file():
-        return str(folder / "hf")
-    if (folder / "checkpoints").is_dir():
-        latest = folder / "checkpoints" / "latest"
-        named = latest.read_text().strip() if latest.is_file() else ""
-        finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
-        finished = [name for name in finished if name.removeprefix("step_").isdigit()]
-        if not finished:
-            raise ValueError(
-                f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)"
-            )
-        return str(latest.parent / (named if named in finished else finished[-1]) / "hf")
-    return path
+    if (folder / EXPORT / "config.json").is_file() or (folder / UNEXPORTED / PLAN).is_file():
+        return folder
+    if not (folder / "checkpoints").is_dir():
+        return None
+    latest = folder / "checkpoints" / "latest"
+    named = latest.read_text().strip() if latest.is_file() else ""
+    finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
+    finished = [name for name in finished if name.removeprefix("step_").isdigit()]
+    if not finished:
+        raise ValueError(f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)")
+    return latest.parent / (named if named in finished else finished[-1])
 
 
 def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:

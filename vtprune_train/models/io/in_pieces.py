@@ -1,10 +1,10 @@
 """A model built one parameter at a time: each is read or drawn, and placed before the next one is.
 
-Two ways to get values. A checkpoint is read by ``from_pretrained`` itself, with its renames, conversions and checks; here
-it is only made to read one tensor after the other and to hand each over. Random weights are *deferred*: the model is made
-with parameters on the meta device, while every operation on them is recorded with the state of the random number
-generator before it, and each parameter's operations are done again on its own. The numbers are those of a model made
-whole.
+There are two ways to get values. A checkpoint is read by ``from_pretrained`` itself, with its renames, conversions and
+checks; here it is made to read one tensor after the other and to hand each over. Random weights are *deferred*: the
+model is made with parameters on the meta device, every operation on them is recorded with the state of the random
+number generator before it, and each parameter's operations are done again on their own. The numbers are those of a
+model that is made whole.
 """
 
 from __future__ import annotations
@@ -65,17 +65,18 @@ def _is_table(model: HFModule, parameter: nn.Parameter) -> bool:
 
 @dataclass
 class _Recipe:
-    """How a parameter gets its values: those it was created with, and what was done to them."""
+    """How a parameter gets its values: those it was created with (none on the meta device), and what was done to it."""
 
     created: Tensor
     steps: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any], Tensor | None]] = field(default_factory=list)
 
     def make(self) -> Tensor:
+        made = torch.empty_like(self.created, device="cpu") if self.created.is_meta else self.created
         for operation, view, arguments, options, state in self.steps:
             if state is not None:
                 torch.set_rng_state(state)
-            operation(self.created.as_strided(*view), *arguments, **options)
-        return self.created
+            operation(made.as_strided(*view), *arguments, **options)
+        return made
 
 
 class Deferred(TorchDispatchMode):
@@ -115,7 +116,7 @@ class Deferred(TorchDispatchMode):
     def _record(self, recipe: _Recipe, func: Any, target: Tensor, arguments: Any, options: Any) -> None:
         view, state = (target.shape, target.stride(), target.storage_offset()), None
         if target.numel() == recipe.created.numel() and func._schema.name in OVERWRITES:
-            recipe.created, recipe.steps = torch.empty_like(recipe.created), []
+            recipe.created, recipe.steps = torch.empty_like(recipe.created, device="meta"), []
         if torch.Tag.nondeterministic_seeded in func.tags:
             state = torch.get_rng_state()
             func(torch.empty_strided(target.shape, target.stride(), dtype=target.dtype), *arguments, **options)

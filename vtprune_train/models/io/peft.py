@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraModel, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -23,6 +23,7 @@ from vtprune_train.config.settings import ConfigError, ModelConfig
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.io.build import LEARNED_NAME, build_model, first_line, resolve_checkpoint
+from vtprune_train.models.io.export import Plan, stored
 from vtprune_train.models.io.placement import WHOLE, Placement, placement_of
 from vtprune_train.models.io.provenance import (
     EXTRA,
@@ -267,34 +268,47 @@ def _load_adapter(model: HFModule, folder: Path) -> None:
         raise ValueError(f"model {folder}: {WEIGHTS} does not fit, see {[*missing, *result.unexpected_keys][0]}")
 
 
-def write_adapter(model: HFModule, processor: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write what was trained: the adapter as PEFT reads it, the parts beside it, and the base's name.
+def adapter_plan(model: HFModule) -> Plan:
+    """The files with what was trained: the adapter as PEFT reads it, a method's parameters, and the parts beside them
+    under their published names."""
+    adapted = adapted_of(model)
+    assert adapted is not None
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    name_of = {id(parameter): name for name, parameter in trained.items()}
+    own = get_peft_model_state_dict(model, trained, ADAPTER, save_embedding_layers=False)
+    learned = {match[0].lstrip("."): name for name in trained if (match := LEARNED_NAME.search(name))}
+    files = {
+        FILE: learned,
+        WEIGHTS: {PREFIX + name: name_of[id(parameter)] for name, parameter in own.items()},
+        TRAINED: {adapted.names[name]: name for name in trained if name in adapted.names},
+    }
+    return Plan(
+        {
+            file: {published: stored(name, trained[name]) for published, name in names.items()}
+            for file, names in files.items()
+            if names
+        }
+    )
+
+
+def write_adapter_settings(model: HFModule, folder: Path) -> None:
+    """Write all of an adapter's export but what was trained and the processor: its settings, and the base's name.
 
     Args:
         model: with an adapter; only its settings are read.
-        processor: saved beside it.
-        weights: what was trained, by the names in memory.
         folder: made here.
     """
     adapted = adapted_of(model)
     assert adapted is not None
     folder.mkdir(parents=True, exist_ok=True)
-    learned = {match[0].lstrip("."): tensor for name, tensor in weights.items() if (match := LEARNED_NAME.search(name))}
-    if learned:
-        save_file({name: t.contiguous() for name, t in learned.items()}, folder / FILE, metadata={"format": "pt"})
-    own = get_peft_model_state_dict(model, weights, ADAPTER, save_embedding_layers=False)
-    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in own.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    beside = {name: tensor for name, tensor in weights.items() if name in adapted.names}
-    save_tensors(beside, adapted.names, folder / TRAINED)
     save_tensors(adapted.extra, adapted.names, folder / EXTRA)
     config: LoraConfig = model.peft_config[ADAPTER]
     # With more than the adapter needed, a loader that knows PEFT's files alone must not find a base by itself.
-    alone = not beside and not learned and not adapted.extra and list(adapted.base.sha256) == ["path"]
+    more = adapter_plan(model).files.keys() - {WEIGHTS}
+    alone = not more and not adapted.extra and list(adapted.base.sha256) == ["path"]
     config.base_model_name_or_path = adapted.base.model["path"] if alone else None
     config.save_pretrained(str(folder))
     adapted.base.write(folder)
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)

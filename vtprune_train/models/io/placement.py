@@ -1,7 +1,7 @@
 """Where parameters go while a model is built: kept whole in memory, or cut among ranks one by one.
 
-The functions of this package build a model the same way in both cases. They call :meth:`Placement.place` for a parameter
-as soon as it has its values, and touch a parameter that may be cut only inside :meth:`Placement.whole`. The placement
+The functions of this package build a model the same way in both cases. They call :meth:`Placement.place` for a
+parameter as soon as it has its values, and touch one that may be cut only inside :meth:`Placement.whole`. The placement
 that cuts is :class:`vtprune_train.training.engine.sharded.Sharded`.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from vtprune_train.models import HFModule
 
 PLACEMENT = "_vtprune_placement"  # on a model
-SHAPE = "whole_shape"  # on a parameter that was cut
+SHAPE = "whole_shape"  # on a parameter
 
 
 class Placement:
@@ -49,8 +49,15 @@ def placement_of(model: HFModule) -> Placement:
 def place_all(model: HFModule, placement: Placement) -> None:
     """Place what is not placed yet, and remember the placement on the model."""
     model.__dict__[PLACEMENT] = placement
+    note_shapes(model)
     for parameter in model.parameters():
         placement.place(parameter)
+
+
+def note_shapes(model: nn.Module) -> None:
+    """Remember the shapes of parameters that are about to be cut."""
+    for parameter in model.parameters():
+        setattr(parameter, SHAPE, whole_shape(parameter))
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:

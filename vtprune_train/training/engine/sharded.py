@@ -89,8 +89,6 @@ def complete(model: nn.Module) -> None:
     if first is None:
         return
     added = [parameter for parameter in parameters if not is_cut(parameter)]
-    for parameter in added:
-        setattr(parameter, SHAPE, parameter.shape)
     first.convert_to_zero_parameters(added)
     start = min(parameter.ds_id for parameter in parameters)
     for number, parameter in enumerate(parameters):
@@ -100,8 +98,8 @@ def complete(model: nn.Module) -> None:
 def placement_for(config: Config, settings: dict[str, Any]) -> Placement:
     """How a run's model is built: sharded under ZeRO-3.
 
-    Whole where it cannot be otherwise: partitions on NVMe are swapped by the engine, and a base of random weights, which
-    an adapter stands on, is written down at the start.
+    Whole where it cannot be otherwise: partitions on NVMe are swapped by the engine, and a base of random weights that
+    an adapter stands on is written down at the start.
     """
     zero = settings.get("zero_optimization", {})
     on_nvme = zero.get("offload_param", {}).get("device") == "nvme"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.models.io.placement import note_shapes
 from vtprune_train.training.engine.monitors import optional_monitors
 from vtprune_train.training.engine.sharded import complete
 
@@ -169,6 +170,7 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     """
     import deepspeed
 
+    note_shapes(model)
     complete(model)
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
     with optional_monitors():

@@ -119,9 +119,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
     engine = start_engine(parts.model, optimizer, settings)
 
-    checkpoints = CheckpointFolder(
-        run_dir / "checkpoints", config.train.keep_last, background=config.train.save_in_background
-    )
+    train = config.train
+    checkpoints = CheckpointFolder(run_dir / "checkpoints", train.keep_last, train.save_in_background, train.export)
     identity, config_yaml = _identity(config, collate.index), dump_config(config)
     state = resume(identity, config.train.resume, checkpoints, engine, zero_stage(settings), config_yaml)
     ranks.from_rank_0(lambda: replace_synced(run_dir / "config.yaml", config_yaml))
