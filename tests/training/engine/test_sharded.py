@@ -2,11 +2,14 @@
 
 import re
 import shutil
+import subprocess
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
+from tests.support.families import family_model, tokenizer
+from tests.support.runner import BIN, ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.cli import main
 from vtprune_train.models.io.build import resolve_checkpoint
 
@@ -166,3 +169,32 @@ def test_options_that_need_an_export_say_so(runs, caplog):
     command = ["export", "--model", str(checkpoint), "--out", str(runs.folder / "no"), "--dtype", "float16"]
     assert main(command) == 2
     assert "holds no hf/: export it without --dtype first" in caplog.text
+
+
+def test_checkpoints_of_every_trained_family(tmp_path):
+    """Also one in several files, one of torch.save, tied embeddings, and embeddings that grow for a new token."""
+    from tests.models.families.test_loop_families import NAMES, save_checkpoint
+
+    for name in NAMES:
+        save_checkpoint(name, tmp_path / name)
+    tied, several, pickled, grown = (tmp_path / name for name in ("tied", "several", "pickled", "grown"))
+    for folder in (tied, several, pickled, grown):
+        save_checkpoint("llava", folder)
+    model = family_model("llava")
+    model.save_pretrained(several, max_shard_size="20KB")
+    (several / "model.safetensors").unlink()
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    words = tokenizer()
+    words.add_tokens([f"<new{number}>" for number in range(200)])
+    words.save_pretrained(grown)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tied)
+    folders = [str(tmp_path / name) for name in NAMES] + [str(f) for f in (tied, several, pickled, grown)]
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    script = ROOT / "tests" / "support" / "build_both.py"
+    environment = Runs.environment(None)
+    done = subprocess.run([*torchrun, script, *folders], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("equal")] == [f"equal {f}" for f in folders]

@@ -145,4 +145,4 @@ def write_tensors(path: Path, tensors: Mapping[str, Stored], read: Callable[[Sto
         for name in order:
             tensor = read(tensors[name]).detach().cpu().contiguous()
             assert stored(tensors[name].name, tensor) == tensors[name], f"{name} is not what was planned"
-            file.write(tensor.view(-1).view(torch.uint8).numpy())
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)

@@ -89,7 +89,7 @@ class Deferred(TorchDispatchMode):
         self._alive: list[Tensor] = []  # so that no other tensor gets the address of one of these
 
     def __enter__(self) -> Self:
-        self._hook = register_module_parameter_registration_hook(self._defer)
+        self._hook = register_module_parameter_registration_hook(self._defer)  # type: ignore[arg-type]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -106,11 +106,9 @@ class Deferred(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        target = args[0] if args and isinstance(args[0], Tensor) and args[0].is_meta else None
-        recipe = None if target is None else self._recipes.get(_storage(target))
-        if recipe is not None and func._schema.name.endswith("_"):
+        if args and isinstance(args[0], Tensor) and args[0].is_meta and func._schema.name.endswith("_"):
             assert not any(isinstance(a, Tensor) and a.is_meta for a in args[1:]), f"{func} of two parameters"
-            self._record(recipe, func, target, args[1:], kwargs)
+            self._record(self._recipes[_storage(args[0])], func, args[0], args[1:], kwargs)
         return func(*args, **kwargs)
 
     def _record(self, recipe: _Recipe, func: Any, target: Tensor, arguments: Any, options: Any) -> None:
@@ -124,7 +122,8 @@ class Deferred(TorchDispatchMode):
 
     def make(self, model: HFModule, placement: Placement) -> None:
         """Make and place the parameters of ``model`` that were deferred, in their order."""
-        state, holders = torch.get_rng_state(), {}
+        state = torch.get_rng_state()
+        holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
