@@ -21,7 +21,7 @@ FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_famil
 	models/io/test_build.py models/io/test_peft.py models/test_equivalence.py models/test_generate.py \
 	models/test_golden.py models/test_prune.py models/test_trained.py pruning/methods/test_combinations.py \
 	pruning/methods/test_contract.py pruning/methods/test_encoder.py pruning/methods/test_keys.py \
-	training/test_allocator.py training/test_runs.py)
+	training/memory/test_allocator.py training/test_runs.py)
 
 .PHONY: quickstart compare test test-floor gpu ecosystem lint format bench docs clean
 

@@ -42,9 +42,9 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.forward import ranges
+from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.training.loop.recompute import checkpoint_activations
 
 IMAGE_TOKEN = 3
 BLOCK = 336

@@ -14,19 +14,34 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vtprune_train.core.stream import Drop
     from vtprune_train.models.patch import dense, is_pruned, prune, unprune
     from vtprune_train.pruning.base import PruningMethod
+    from vtprune_train.pruning.candidates import Candidates, Selection
     from vtprune_train.pruning.combined import Combined
     from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
 
 __version__ = "0.1.0"
 
-__all__ = ["Combined", "PruningMethod", "PyramidDrop", "dense", "is_pruned", "prune", "unprune"]
+__all__ = [
+    "Candidates",
+    "Combined",
+    "Drop",
+    "PruningMethod",
+    "PyramidDrop",
+    "Selection",
+    "dense",
+    "is_pruned",
+    "prune",
+    "unprune",
+]
 
 # Imported when they are asked for: training processes listen for signals before PyTorch is imported, which takes long.
 _PLACES = {
     "vtprune_train.models.patch": ("dense", "is_pruned", "prune", "unprune"),
+    "vtprune_train.core.stream": ("Drop",),
     "vtprune_train.pruning.base": ("PruningMethod",),
+    "vtprune_train.pruning.candidates": ("Candidates", "Selection"),
     "vtprune_train.pruning.combined": ("Combined",),
 }
 

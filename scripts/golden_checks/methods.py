@@ -24,7 +24,8 @@ from vtprune_train.models.forward.encoder import Reading
 from vtprune_train.models.forward.head import Teaching, chunked_consistency
 from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.pruning.base import Candidates, EncoderSignals, PruningMethod, Selection
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Selection
 
 FORMAT = "vtprune-golden-1"
 FEATURES = 1e-4  # tolerance of the tower's features

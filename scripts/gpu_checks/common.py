@@ -21,7 +21,7 @@ import torch
 import bench
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.anyres import AnyRes
-from vtprune_train.training.loop.recompute import checkpoint_activations
+from vtprune_train.models.forward.recompute import checkpoint_activations
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # LLaVA-NeXT-7B: 7 samples of mixed lengths, 17,435 tokens and 31 tiles.

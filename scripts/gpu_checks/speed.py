@@ -36,8 +36,8 @@ from vtprune_train.models.forward import attention as backends
 from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.compile import compile_layers, uncompile_layers
 from vtprune_train.models.forward.head import chunked_cross_entropy
+from vtprune_train.models.forward.kernels import use_fp8, use_liger
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.training.loop.kernels import use_fp8, use_liger
 
 TYPICAL_SAMPLES = 7
 HEADS = ((32_064, 4096), (152_064, 3584))  # words and width: LLaVA-NeXT-7B, Qwen2.5-VL-7B

@@ -11,13 +11,13 @@ from tests.support.checkpoints import save_data, save_folder, talkative
 from tests.support.runner import ROOT
 from vtprune_train import dense, prune, unprune
 from vtprune_train.bench import latency
-from vtprune_train.bench.report import plot, table
 from vtprune_train.bench.rivals import rivals_of
 from vtprune_train.cli import bench_methods, main
 from vtprune_train.evaluation.answering import answers, load, open_picture
 from vtprune_train.evaluation.questions import normalized, read_questions
 from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.pruning import method_class
+from vtprune_train.viz.bench_report import plot, table
 
 NAMES = "none,pyramiddrop,random,plphp,victor"
 

@@ -353,7 +353,7 @@ def test_any_setting_can_be_set(capsys, tmp_path):
 def test_set_changes_what_is_saved(capsys, tmp_path, monkeypatch, command):
     folder, picture = save_folder(tmp_path / "model", HALF), save_pictures(tmp_path, 1)[0]
     asked = []
-    monkeypatch.setattr(f"vtprune_train.inference.{'options' if command == 'generate' else 'show'}.load", asking(asked))
+    monkeypatch.setattr(f"vtprune_train.cli.{'options' if command == 'generate' else 'show'}.load", asking(asked))
     out = ["--out", str(tmp_path / "x.png")] if command == "show" else []
     common = [command, "--model", str(folder), "--image", str(picture), "--prompt", "what ?", *out]
     assert main([*common, "--set", "positions=keep"]) == 2

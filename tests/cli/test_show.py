@@ -27,13 +27,13 @@ from tests.support.helpers import SPECIAL, tiny_image_processor, tiny_model, tin
 from tests.support.runner import Runs
 from vtprune_train import PruningMethod, PyramidDrop, prune
 from vtprune_train.cli import main
-from vtprune_train.cli.show import encode, look, show, stage_names
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.families.anyres import NEWLINE, AnyRes
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
 from vtprune_train.viz.page import page
 from vtprune_train.viz.places import anyres_places, grid_places
+from vtprune_train.viz.show import encode, look, show, stage_names
 
 ANYRES = AnyRes.of(LlavaNextConfig())  # as released: tiles of 336 pixels, patches of 14
 TINY = AnyRes.of(tiny_model().config)
@@ -571,8 +571,8 @@ def test_no_request_leaves_the_page(tmp_path):
 
 def test_a_runs_own_template_writes_the_prompt(tmp_path, monkeypatch):
     """The same tokens as ``vtprune generate`` asks with, so that the same token ranks."""
-    from vtprune_train.cli import show as module
     from vtprune_train.evaluation import answering
+    from vtprune_train.viz import show as module
 
     run = save_run(tmp_path / "run")
     path = tmp_path / "picture.png"

@@ -15,7 +15,7 @@ from vtprune_train.config.settings import PruningConfig
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.rounding import as_fraction, ceil_of, floor_of, round_of
 from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
-from vtprune_train.data.plan.order import EpochOrder
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.pruning import method_class, method_from_settings
 from vtprune_train.pruning.methods.plphp import PLPHP
 from vtprune_train.pruning.methods.prumerge import PruMerge

@@ -30,9 +30,9 @@ from vtprune_train.data.measure import Measure
 from vtprune_train.data.sources import json_list
 from vtprune_train.files import disk
 from vtprune_train.training.checkpoint import folder, manifest, resume
+from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.engine import state
 from vtprune_train.training.loop import callbacks, evaluate
-from vtprune_train.training.loop.json_lines import JsonLines
 from vtprune_train.training.loop.trainer import Trainer
 
 FAULT, ACT = os.environ.get("FAULT", "none"), os.environ.get("FAULT_ACT", "kill")

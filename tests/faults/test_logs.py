@@ -209,5 +209,6 @@ def test_a_new_run_from_a_checkpoint_has_lines_of_its_own(runs, stopped):
 
 def test_training_starts_without_matplotlib():
     """Missing or broken, it costs ``loss.png`` alone, which is drawn at the end."""
-    code = "import sys; sys.modules['matplotlib'] = None; import vtprune_train.training.process"
+    code = "import sys; sys.modules['matplotlib'] = None; import vtprune_train.training.process; "
+    code += "import vtprune_train.viz.evaluation_images"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -55,14 +55,14 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_error(runs, whole):
 def test_a_rank_killed_in_the_middle_of_a_step(runs, whole):
     said, seconds = faulty(runs, "killed", "kill:1:3")
     assert seconds < SOON
-    assert f"rank 0 stops (step 3, backward 1 of 1): rank 1 on {HOST} is gone without a word" in said
+    assert f"rank 0 stops (step 3, backward 1 of 1): rank 1 on {HOST} died without an error" in said
     runs.run("killed", *SETTINGS, ranks=2)
     assert_equal_checkpoints(runs.checkpoint("killed"), whole)
 
 
 def test_rank_0_killed(runs):
     said, seconds = faulty(runs, "killed0", "kill:0:2")
-    assert seconds < SOON and "rank 1 stops (step 2, backward 1 of 1): rank 0 is gone without a word" in said
+    assert seconds < SOON and "rank 1 stops (step 2, backward 1 of 1): rank 0 died without an error" in said
 
 
 def test_a_hung_rank_is_named_with_stacks(runs, whole):

@@ -17,7 +17,7 @@ from vtprune_train.core.stream import ImageSpan, PackedBatch, SegmentLayout
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import _Probe, run_layers
-from vtprune_train.training.loop.recompute import checkpoint_activations
+from vtprune_train.models.forward.recompute import checkpoint_activations
 
 IMAGE_ID = 4
 SIZES = [(40, 70), (90, 30), (50, 50), (30, 31), (28, 200)]

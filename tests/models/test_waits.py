@@ -22,12 +22,12 @@ from tests.support.fake_cuda import DEVICE, READ, CudaTensor, FakeCuda
 from tests.support.families import FAMILIES, SPECIAL, family_inputs, family_model
 from tests.support.helpers import tiny_model
 from vtprune_train import dense, prune
+from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning import METHODS, NONE, method_class, method_from_settings
-from vtprune_train.pruning.schedules.phases import FullTokens, Phases
+from vtprune_train.pruning.phases import FullTokens, Phases
 from vtprune_train.training.engine.gradients import squared_norm
 from vtprune_train.training.loop.evaluate import evaluate
-from vtprune_train.training.loop.recompute import checkpoint_activations
 from vtprune_train.training.loop.trainer import Trainer
 
 NAMES = [*METHODS, NONE]

@@ -23,9 +23,9 @@ from vtprune_train.data.records import normalize
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import Pictures
 from vtprune_train.models.forward.head import Teaching, chunked_consistency
-from vtprune_train.pruning.schedules.phases import FullTokens, Phase, Phases, Warmup
+from vtprune_train.models.forward.recompute import checkpoint_activations
+from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.loop.recompute import checkpoint_activations
 from vtprune_train.training.loop.run import merge_pruning
 
 METHOD = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1))

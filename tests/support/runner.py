@@ -290,7 +290,7 @@ def assert_equal_checkpoints(one: Path, two: Path) -> None:
         loaded = [torch.load(folder / name, weights_only=False) for folder in (one, two)]
         for part in loaded:
             part.pop("ds_config", None)
-        assert_equal_bits(*loaded, place=name)
+        assert_equal_bits(loaded[0], loaded[1], name)
     exports = sorted(path.name for path in (one / "hf").glob("*.safetensors"))
     assert exports and exports == sorted(path.name for path in (two / "hf").glob("*.safetensors"))
     for name in exports:

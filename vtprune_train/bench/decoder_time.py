@@ -25,8 +25,9 @@ from vtprune_train.models.cache import cache_bytes
 from vtprune_train.models.forward.attention import PREFIX, choose_backend
 from vtprune_train.models.forward.decoder import PARAMETERS, run_layers
 from vtprune_train.models.forward.padded import decode, prefill
-from vtprune_train.models.learned import fresh
-from vtprune_train.pruning.base import EncoderSignals, PruningMethod
+from vtprune_train.models.io.method_parameters import fresh
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import EncoderSignals
 
 DECODING_STEPS = 4  # of a repeat
 TOWER_HIDDEN = 1024  # of the keys that methods before the decoder compare

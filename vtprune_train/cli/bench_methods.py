@@ -17,13 +17,13 @@ from tqdm import tqdm
 from vtprune_train.bench.agreement import Quality, quality
 from vtprune_train.bench.calibration import Calibration, calibrate
 from vtprune_train.bench.latency import clocked, summarized
-from vtprune_train.bench.report import plot, table
 from vtprune_train.bench.rivals import Rival, rivals_of
 from vtprune_train.cli.options import add_data_options, add_model_option, numbers
 from vtprune_train.core.flops import is_adaptive
 from vtprune_train.evaluation.answering import DTYPES, Loaded, Prompt, batch, load, open_picture, recorded_prompt
 from vtprune_train.evaluation.questions import Question, as_answered, read_questions
 from vtprune_train.pruning import METHODS
+from vtprune_train.viz.bench_report import plot, table
 
 log = logging.getLogger(__name__)
 

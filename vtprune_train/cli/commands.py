@@ -92,8 +92,9 @@ def run_train(arguments: argparse.Namespace) -> int:
         if arguments.gpus is not None or arguments.memory is not None:
             raise ConfigError("--gpus and --memory are for --dry_run; a launcher decides how many processes train")
         from vtprune_train.training.process import train
+        from vtprune_train.viz.evaluation_images import EvaluationImages
 
-        return train(config)
+        return train(config, [EvaluationImages()])
     except ConfigError as error:
         return _refuse("the settings are wrong", error)
     except ValueError as error:

@@ -41,10 +41,10 @@ from vtprune_train.models.io.build import (
     load_any_config,
     resolve_checkpoint,
 )
+from vtprune_train.models.io.method_parameters import saved_learner
 from vtprune_train.models.io.original_config import PIXELS, hf_config, image_processor, original_config, trains_tower
 from vtprune_train.models.io.processors import build_processor, saved_image_processor
 from vtprune_train.models.io.weight_files import check_weights
-from vtprune_train.models.learned import saved_learner
 from vtprune_train.pruning import CONFIG_KEY, NONE
 from vtprune_train.training.checkpoint.manifest import check_export
 

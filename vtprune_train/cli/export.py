@@ -25,9 +25,9 @@ from vtprune_train.evaluation.answering import (
 )
 from vtprune_train.models.io.build import newest_checkpoint, read_projector, resolve_checkpoint
 from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED, Plan, write_weights
+from vtprune_train.models.io.method_parameters import carry
 from vtprune_train.models.io.peft import is_adapter, open_adapter
 from vtprune_train.models.io.provenance import Base
-from vtprune_train.models.learned import carry
 from vtprune_train.training.checkpoint.manifest import check_export, verify
 
 log = logging.getLogger(__name__)

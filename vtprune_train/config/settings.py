@@ -380,9 +380,9 @@ class PruningConfig(Section):
         return method_from_settings(self.settings)
 
     def phases(self, total_steps: int, seed: int) -> Any:
-        """The :class:`~vtprune_train.pruning.schedules.phases.Phases` of a run of ``total_steps`` steps in which the
+        """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps in which the
         decoder is trained; :meth:`Config.phases` asks whether it is."""
-        from vtprune_train.pruning.schedules.phases import FullTokens, Phases, Warmup
+        from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
 
         warmup = None
         if self.warmup is not None:
@@ -497,8 +497,8 @@ class Config(Section):
         return self.pruning.full_token_share if {"language_model", "lora"} & set(self.model.train) else 0.0
 
     def phases(self, total_steps: int) -> Any:
-        """The :class:`~vtprune_train.pruning.schedules.phases.Phases` of this run, if it has ``total_steps`` steps."""
-        from vtprune_train.pruning.schedules.phases import FullTokens
+        """The :class:`~vtprune_train.pruning.phases.Phases` of this run, if it has ``total_steps`` steps."""
+        from vtprune_train.pruning.phases import FullTokens
 
         phases = self.pruning.phases(total_steps, self.run.seed)
         return phases if self.full_token_share else replace(phases, full=FullTokens())

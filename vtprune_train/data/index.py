@@ -26,7 +26,7 @@ from vtprune_train.data.building import VERSION
 from vtprune_train.data.chat import ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS
 from vtprune_train.data.measure import FINE, LARGE, SILENT, Measure
-from vtprune_train.data.plan.order import EpochOrder, permuted
+from vtprune_train.data.order import EpochOrder, permuted
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
 from vtprune_train.data.sources import BOUNDS, Bounds, find_files
 from vtprune_train.data.table import Table, open_table

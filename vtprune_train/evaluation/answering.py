@@ -30,9 +30,9 @@ from vtprune_train.models.io.build import (
     open_whole,
     resolve_checkpoint,
 )
+from vtprune_train.models.io.method_parameters import check_trained
 from vtprune_train.models.io.peft import is_adapter, open_adapter
 from vtprune_train.models.io.processors import open_processor
-from vtprune_train.models.learned import check_trained
 from vtprune_train.models.patch import prune, resolve_method
 from vtprune_train.pruning import CONFIG_KEY, SAVED, saved_settings, trust_saved
 from vtprune_train.pruning.base import PruningMethod

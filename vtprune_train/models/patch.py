@@ -55,9 +55,10 @@ from vtprune_train.models.forward.padded import checkpoints_layers, forward_text
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_attention_function, check_layers, restore_forward
 from vtprune_train.models.forward.tower_attention import complete_inputs, replace_config, restore_config, towers
-from vtprune_train.models.learned import attach, check_trained, detach, modules_to_save
+from vtprune_train.models.io.method_parameters import attach, check_trained, detach, modules_to_save
 from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
-from vtprune_train.pruning.base import EncoderSignals, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import EncoderSignals
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.learned import learns
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import PruningMethod, Ranking
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import Ranking
 
 
 @dataclass(frozen=True)

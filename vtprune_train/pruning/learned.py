@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Drop, SpanLayout, to_device
-from vtprune_train.pruning.base import Candidates, PruningMethod, Selection
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import Candidates, Selection
 
 
 class Registers(nn.Embedding):

@@ -17,22 +17,22 @@ from vtprune_train.data.chat import get_template
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.forward.encoder import check_tower
+from vtprune_train.models.forward.recompute import typical_stages
 from vtprune_train.models.io.build import (
     family_of_config,
     load_model_config,
     parts_of,
     set_trainable,
 )
+from vtprune_train.models.io.method_parameters import attach
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
-from vtprune_train.models.learned import attach
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
-from vtprune_train.pruning.schedules.phases import Phase, Teacher, Warmup
+from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
 from vtprune_train.training.engine.start import engine_config, zero_stage
-from vtprune_train.training.loop.recompute import typical_stages
 from vtprune_train.training.loop.run import training_cost, with_saved_settings
 from vtprune_train.training.loop.sample import sample_lines
 from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch

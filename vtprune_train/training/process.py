@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import traceback
+from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
 import torch
 
 from vtprune_train.config.settings import Config, ConfigError, refusal
+from vtprune_train.models.forward.kernels import be_deterministic
 from vtprune_train.processes.output import keep_streams
 from vtprune_train.processes.signals import BEFORE_TRAINING, STOP, exit_code, final_exit
 from vtprune_train.training import distributed as ranks
@@ -22,7 +24,7 @@ from vtprune_train.training.engine.start import start_distributed
 from vtprune_train.training.faults.non_finite import EXIT_STOPPED, TrainingError
 from vtprune_train.training.faults.rank_failures import connect
 from vtprune_train.training.faults.watchdog import Watchdog
-from vtprune_train.training.loop.kernels import be_deterministic
+from vtprune_train.training.loop.callbacks import Callback
 from vtprune_train.training.loop.run import prepare
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,12 @@ class StopRequestError(Exception):
     """A signal before the first step, when there is nothing to save."""
 
 
-def train(config: Config) -> int:
+def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
     """Train as one rank. Returns the exit code; does not return after a failure of any rank.
+
+    Args:
+        config: the settings.
+        callbacks: called after those that every run has.
 
     Raises:
         ConfigError: the ranks cannot reach each other.
@@ -55,7 +61,7 @@ def train(config: Config) -> int:
         _note_restarts(config.train.max_restarts)
     try:
         try:
-            trainer = prepare(config, device, watchdog)
+            trainer = prepare(config, device, watchdog, callbacks)
         except ValueError as error:
             log.debug("where it came from", exc_info=True)
             what = "the settings are wrong" if isinstance(error, ConfigError) else "cannot train"

@@ -1,4 +1,4 @@
-"""Pictures of the evaluation data with the tokens that survive, for TensorBoard."""
+"""Images of the evaluation data with the tokens that are kept, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vtprune_train.cli.show import look, stage_names
 from vtprune_train.core.stream import IMAGE, to_device
 from vtprune_train.data.images import UNREADABLE, load_image
 from vtprune_train.data.load.collate import Collator, lay_out
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.loop.callbacks import Callback, only_warning
+from vtprune_train.training.loop.trainer import Trainer
 from vtprune_train.viz.draw import draw
+from vtprune_train.viz.show import look, stage_names
 
 
 @dataclass
@@ -26,6 +28,23 @@ class Question:
     inputs: dict[str, Tensor]
     pictures: list[Image.Image]
     text: str
+
+
+class EvaluationImages(Callback):
+    """The first ``train.eval_show`` images of the evaluation data with the tokens that are kept, to TensorBoard."""
+
+    def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
+        if not trainer.config.train.eval_show or collate.method is None:
+            return
+        drawn = survivors(
+            trainer.engine.module, collate, pictures=trainer.config.train.eval_show, device=trainer.device
+        )
+        board = trainer.engine.monitor.tb_monitor
+        if board is None or not board.enabled:  # on the other ranks, or it could not be written
+            return
+        for number, pixels in enumerate(drawn):
+            with only_warning(f"{board.summary_writer.log_dir}: image {number} of step {trainer.state.step}"):
+                board.summary_writer.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
 
 
 def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: torch.device) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune_train.data.plan.order import EpochOrder
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.plan.planner import Planner, data_digest
 
 

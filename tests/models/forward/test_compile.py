@@ -18,8 +18,8 @@ from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.models.forward.compile import _EAGER, compile_layers, is_compiled, uncompile_layers
+from vtprune_train.models.forward.kernels import compile_model, compile_refusal
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.training.loop.kernels import compile_model, compile_refusal
 
 CPU = torch.device("cpu")
 METHODS = {

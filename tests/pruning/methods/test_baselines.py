@@ -21,7 +21,7 @@ from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.onevision_layout import OneVision
 from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.padded import kept_tokens
-from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.pool import Pool
 from vtprune_train.pruning.methods.random_tokens import Random, draws
 from vtprune_train.pruning.methods.uniform import Uniform

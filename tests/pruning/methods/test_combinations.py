@@ -31,7 +31,7 @@ from vtprune_train.pruning.methods.victor import Victor
 from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
 from vtprune_train.pruning.methods.visionzip import VisionZip
 from vtprune_train.pruning.methods.voco import VoCo
-from vtprune_train.pruning.schedules.phases import FullTokens, Phases, Warmup
+from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
 
 LAYERS = 6  # of the families' tiny decoders
 TOWER = {"vtc_cls", "fopru", "prumerge", "visionzip"}  # read the vision tower's attention, which Qwen's does not show

@@ -14,7 +14,7 @@ from vtprune_train import PruningMethod, PyramidDrop, prune
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.forward.padded import kept_tokens
-from vtprune_train.pruning.base import Selection
+from vtprune_train.pruning.candidates import Selection
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.ops.selection import top_k_per_span

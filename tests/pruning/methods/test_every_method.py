@@ -21,8 +21,8 @@ from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning import METHODS, NONE, method_class
 from vtprune_train.pruning.methods.feather import Feather
+from vtprune_train.pruning.phases import Phases
 from vtprune_train.pruning.schedules.budget import first_that_fits, layer_counts
-from vtprune_train.pruning.schedules.phases import Phases
 from vtprune_train.pruning.schedules.stages import earlier
 
 NAMES = [*METHODS, NONE]

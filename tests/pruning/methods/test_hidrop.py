@@ -19,7 +19,7 @@ from tests.support.passes import (
 from tests.support.reference import attention_rows, queries_and_keys, run_layer
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.forward.decoder import run_layers
-from vtprune_train.pruning.base import Candidates, Ranking
+from vtprune_train.pruning.candidates import Candidates, Ranking
 from vtprune_train.pruning.methods.hidrop import HiDrop, gates
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 

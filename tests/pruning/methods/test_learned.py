@@ -22,8 +22,8 @@ from vtprune_train.config.load import load_config
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.io.build import parts_of, set_trainable
+from vtprune_train.models.io.method_parameters import attach, modules_to_save
 from vtprune_train.models.io.peft import open_adapter
-from vtprune_train.models.learned import attach, modules_to_save
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.learned import learns
 from vtprune_train.pruning.methods.divprune import DivPrune

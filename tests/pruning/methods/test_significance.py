@@ -14,7 +14,7 @@ from vtprune_train import prune
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.forward.padded import kept_tokens
-from vtprune_train.pruning.base import Candidates, EncoderSignals
+from vtprune_train.pruning.candidates import Candidates, EncoderSignals
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.methods.fopru import FoPru
 from vtprune_train.pruning.methods.prumerge import PruMerge, outliers

@@ -13,7 +13,7 @@ from vtprune_train import prune
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.models.patch import saved_method
-from vtprune_train.pruning.base import Ranking
+from vtprune_train.pruning.candidates import Ranking
 from vtprune_train.pruning.methods.voco import VoCo
 
 HIDE = st.sampled_from(["all_before", "image"])

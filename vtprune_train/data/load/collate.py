@@ -21,7 +21,7 @@ from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.measure import picture_name
 from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.schedules.phases import Phase, Phases
+from vtprune_train.pruning.phases import Phase, Phases
 
 
 @dataclass

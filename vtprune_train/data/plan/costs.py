@@ -8,7 +8,7 @@ import numpy as np
 
 from vtprune_train.core.flops import TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.data.index import SampleIndex
-from vtprune_train.pruning.schedules.phases import Phases
+from vtprune_train.pruning.phases import Phases
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.plan.dealing import MicroBatches, deal
-from vtprune_train.data.plan.order import EpochOrder
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source
 from vtprune_train.models.families import Family
 from vtprune_train.models.families.layout import Grids
-from vtprune_train.pruning.base import EncoderSignals, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import EncoderSignals
 
 log = logging.getLogger(__name__)
 

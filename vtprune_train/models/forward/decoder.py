@@ -25,7 +25,8 @@ from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.attention import PREFIX, Packing
 from vtprune_train.models.forward.keys import StageKeys
 from vtprune_train.models.forward.sharding import call_inside, check_all_heads, check_whole_stream
-from vtprune_train.pruning.base import Candidates, EncoderSignals, PruningMethod, Ranking
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking
 from vtprune_train.pruning.ops.selection import next_rows
 
 PARAMETERS = "pruning"  # the decoder's submodule that holds what a method learns

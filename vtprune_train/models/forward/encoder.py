@@ -21,7 +21,8 @@ from vtprune_train.models.families import Family
 from vtprune_train.models.families.layout import CLASS_TOKENS, NEWLINE
 from vtprune_train.models.forward.compile import eager
 from vtprune_train.models.forward.sharding import check_all_heads
-from vtprune_train.pruning.base import EncoderRows, EncoderSignals, PruningMethod
+from vtprune_train.pruning.base import EncoderRows, PruningMethod
+from vtprune_train.pruning.candidates import EncoderSignals
 
 SEEN = "_vtprune_seen"
 MAPS = 4  # whole attention maps held at a time

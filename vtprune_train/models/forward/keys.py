@@ -25,7 +25,8 @@ from vtprune_train.core.plan import fronts_of
 from vtprune_train.core.stream import Boundary, SegmentLayout, StreamPlan, to_device
 from vtprune_train.models.cache import PackedCache
 from vtprune_train.models.forward.sharding import check_all_heads
-from vtprune_train.pruning.base import HiddenAfter, PruningMethod, Ranking
+from vtprune_train.pruning.base import HiddenAfter, PruningMethod
+from vtprune_train.pruning.candidates import Ranking
 
 
 @dataclass(frozen=True)

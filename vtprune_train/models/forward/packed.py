@@ -22,7 +22,7 @@ from vtprune_train.models.forward.calls import STATE, State
 from vtprune_train.models.forward.decoder import DecoderOutput, Staging, run_layers
 from vtprune_train.models.forward.encoder import patch_index, patches_per_tile, reading
 from vtprune_train.models.forward.head import Teaching
-from vtprune_train.pruning.base import EncoderSignals
+from vtprune_train.pruning.candidates import EncoderSignals
 
 
 class PackedOutput(NamedTuple):

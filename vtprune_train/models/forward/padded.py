@@ -28,7 +28,8 @@ from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward.calls import Call, State, state_of
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
-from vtprune_train.pruning.base import EncoderSignals, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import EncoderSignals
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.io.build import LEARNED_NAME, build_model, first_line, resolve_checkpoint
 from vtprune_train.models.io.export import Plan, stored
+from vtprune_train.models.io.method_parameters import FILE, SOURCE
 from vtprune_train.models.io.placement import WHOLE, Placement, placement_of
 from vtprune_train.models.io.provenance import (
     EXTRA,
@@ -35,7 +36,6 @@ from vtprune_train.models.io.provenance import (
     save_tensors,
 )
 from vtprune_train.models.io.weight_files import check_adapter
-from vtprune_train.models.learned import FILE, SOURCE
 from vtprune_train.pruning import CONFIG_KEY
 
 ADAPTED = "_vtprune_adapted"

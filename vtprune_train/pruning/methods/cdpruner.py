@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.diversity import determinantal
 

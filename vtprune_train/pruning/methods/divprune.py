@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from vtprune_train.core.stream import Boundary
-from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.diversity import max_min_diverse
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, RankWith
+from vtprune_train.pruning.base import Positions, PruningMethod, RankWith
+from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.checks import check_choice, check_layer, check_share, check_whole
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.schedules.stages import scaled_layers

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop, SpanLayout
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, RankWith, Selection
+from vtprune_train.pruning.base import Positions, PruningMethod, RankWith
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.checks import check_choice, check_whole
 from vtprune_train.pruning.ops.grids import rasters_of, spread, strided_cells
 from vtprune_train.pruning.ops.scoring import visual_query_attention

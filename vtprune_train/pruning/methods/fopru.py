@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary, to_device
-from vtprune_train.pruning.base import Candidates, EncoderRows
+from vtprune_train.pruning.base import EncoderRows
+from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.grids import rasters_of

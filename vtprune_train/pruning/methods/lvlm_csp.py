@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import Candidates, PruningMethod, RankWith, Selection
+from vtprune_train.pruning.base import PruningMethod, RankWith
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.checks import check_choice, check_share
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.ops.selection import all_candidates, picked_on_host, top_k_per_span

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary
-from vtprune_train.pruning.base import Ranking
+from vtprune_train.pruning.candidates import Ranking
 from vtprune_train.pruning.ops.scoring import segment_attention
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary, to_device
-from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.baseline import Baseline
 from vtprune_train.pruning.ops.grids import image_blocks, rasters_of
 from vtprune_train.pruning.ops.selection import picked_on_host

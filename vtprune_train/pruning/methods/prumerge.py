@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop, to_device
-from vtprune_train.pruning.base import Candidates, Positions, PruningMethod, Selection
+from vtprune_train.pruning.base import Positions, PruningMethod
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.checks import check_choice, check_share
 from vtprune_train.pruning.ops.grids import spread
 from vtprune_train.pruning.ops.significance import merged, signals_of, sizes_before

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import Candidates, MultiTurn, Positions, PruningMethod, RankWith
+from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod, RankWith
+from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.schedules.budget import first_that_fits

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from vtprune_train.core.stream import SpanLayout
-from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.checks import check_whole
 from vtprune_train.pruning.methods.baseline import Baseline
 from vtprune_train.pruning.ops.selection import picked_on_host

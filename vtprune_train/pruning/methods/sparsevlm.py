@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import Candidates, MultiTurn, Positions, PruningMethod, Selection
+from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.ops.raters import numerical_rank, raters_per_segment, rating_attention
 from vtprune_train.pruning.ops.recycling import Recycle, SparseDrop, keep_and_recycle, recycled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.baseline import Baseline
 from vtprune_train.pruning.ops.grids import even_cells, rasters_of
 from vtprune_train.pruning.ops.selection import picked_on_host

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import Candidates, PruningMethod, Selection
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.checks import check_whole
 from vtprune_train.pruning.learned import Joining, Registers, Staying, is_register, join_registers
 from vtprune_train.pruning.schedules.stages import scaled_layers

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import Candidates, PruningMethod, Selection
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.checks import check_share
 from vtprune_train.pruning.learned import Routers
 from vtprune_train.pruning.ops.selection import top_k_per_span

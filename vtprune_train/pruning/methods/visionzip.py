@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Boundary, Drop, to_device
-from vtprune_train.pruning.base import Candidates, Selection
+from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.grids import spread
 from vtprune_train.pruning.ops.significance import merged, neutral, signals_of, sizes_before

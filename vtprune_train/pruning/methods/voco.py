@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import Candidates, HiddenAfter, PruningMethod, Ranking, Selection
+from vtprune_train.pruning.base import HiddenAfter, PruningMethod
+from vtprune_train.pruning.candidates import Candidates, Ranking, Selection
 from vtprune_train.pruning.checks import check_choice, check_whole
 from vtprune_train.pruning.learned import Joining, Registers, is_register, join_registers
 from vtprune_train.pruning.schedules.budget import COUNTED

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune_train.pruning.base import Candidates
+from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.checks import check_whole
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.significance import neutral, signals_of

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Boundary
-from vtprune_train.pruning.base import MultiTurn, PruningMethod, Ranking
+from vtprune_train.pruning.base import MultiTurn, PruningMethod
+from vtprune_train.pruning.candidates import Ranking
 from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.methods.per_head import judged_attention, keep_best, of_visual, span_sizes
 from vtprune_train.pruning.schedules.budget import bisected

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.rounding import round_of
-from vtprune_train.pruning.base import Candidates
+from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.ops.scoring import visual_attention, visual_per_segment
 
 LEAST_RESPONSE = 0.05  # of the largest: at a distance of some thousand positions it nears zero and changes sign

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import Selection
+from vtprune_train.pruning.candidates import Selection
 
 Recycle = Literal["mean", "sum", "none"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary
-from vtprune_train.pruning.base import Candidates, EncoderSignals
+from vtprune_train.pruning.candidates import Candidates, EncoderSignals
 
 
 def signals_of(candidates: Candidates, layers: int) -> EncoderSignals:

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.stream import Drop
 
-if TYPE_CHECKING:
-    from vtprune_train.pruning.base import PruningMethod
-
 COUNTED = 100_000  # tokens of the span by which shares are measured: floors do not show
+
+
+class Budgeted(Protocol):
+    """What a budget needs of a method."""
+
+    @property
+    def name(self) -> str: ...
+
+    def input_share(self, num_layers: int) -> float: ...
+
+
+Method = TypeVar("Method", bound=Budgeted)
 
 
 def layer_counts(drops: Sequence[Drop], num_layers: int, length: int) -> tuple[list[int], list[int]]:
@@ -34,7 +43,7 @@ def mean_input_share(drops: Sequence[Drop], num_layers: int) -> float:
     return sum(layer_counts(drops, num_layers, COUNTED)[0]) / (COUNTED * num_layers)
 
 
-def scaled_to_budget(method: PruningMethod, share: float, num_layers: int) -> PruningMethod:
+def scaled_to_budget(method: Method, share: float, num_layers: int) -> Method:
     """``method`` with every ratio of ``keep`` multiplied by the factor that makes its input share ``share``.
 
     Raises:
@@ -44,7 +53,7 @@ def scaled_to_budget(method: PruningMethod, share: float, num_layers: int) -> Pr
     return bisected(made, 0.0, high, share, num_layers)
 
 
-def first_that_fits(methods: Iterable[PruningMethod], share: float, num_layers: int) -> PruningMethod:
+def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) -> Method:
     """The first of ``methods`` (one, then the same on other layers) that takes ``share`` with at least half of its
     ``keep``; where none does, the one that leaves most room for it. A schedule whose first layers use the budget up
     keeps next to nothing behind them, and is no longer the method's.
@@ -70,21 +79,19 @@ def first_that_fits(methods: Iterable[PruningMethod], share: float, num_layers: 
     return bisected(made, 0.0, high, share, num_layers)
 
 
-def _scaling(method: PruningMethod) -> tuple[Callable[[float], PruningMethod], float]:
+def _scaling(method: Method) -> tuple[Callable[[float], Method], float]:
     """The method by the factor that its ``keep`` is multiplied with, and the factor that keeps everything."""
     keep = method.keep  # type: ignore[attr-defined]
     ratios = keep if isinstance(keep, tuple) else (keep,)
 
-    def scaled(factor: float) -> PruningMethod:
+    def scaled(factor: float) -> Method:
         moved = tuple(min(1.0, max(1e-6, ratio * factor)) for ratio in ratios)
         return replace(method, keep=moved if isinstance(keep, tuple) else moved[0])  # type: ignore[type-var]
 
     return scaled, 1.0 / min(ratios)
 
 
-def bisected(
-    made: Callable[[float], PruningMethod], low: float, high: float, share: float, num_layers: int
-) -> PruningMethod:
+def bisected(made: Callable[[float], Method], low: float, high: float, share: float, num_layers: int) -> Method:
     """The method ``made(x)`` whose input share is ``share``, for an x in [low, high] by which the share grows.
 
     Raises:

@@ -25,6 +25,7 @@ from vtprune_train.files import pickles
 from vtprune_train.files.disk import naming, remove
 from vtprune_train.models.io.export import EXPORT, UNEXPORTED, write_weights
 from vtprune_train.training.checkpoint import manifest
+from vtprune_train.training.checkpoint.json_lines import LOGS
 from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by, world_size
 from vtprune_train.training.engine.reshard import (
     fill_scaler,
@@ -39,7 +40,6 @@ from vtprune_train.training.engine.reshard import (
 from vtprune_train.training.engine.start import precision
 from vtprune_train.training.engine.state import Entries, Files, HostCopies, Save, collect_files, write_file
 from vtprune_train.training.engine.weights import export_plan, full_state_dict, holds_only_trained, write_export
-from vtprune_train.training.loop.json_lines import LOGS
 
 log = logging.getLogger(__name__)
 

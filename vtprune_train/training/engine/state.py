@@ -20,7 +20,7 @@ import torch
 from torch.utils.serialization import config as serialization
 
 from vtprune_train.files.disk import naming
-from vtprune_train.training.checkpoint.pinned import Arena
+from vtprune_train.training.memory.pinned import Arena
 
 POLL_SECONDS = 0.02
 Entries = dict[str, dict[str, Any]]

@@ -19,11 +19,11 @@ from torch import Tensor
 from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.data.index import SampleIndex
+from vtprune_train.models.forward.recompute import Level, typical_stages
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine.gradients import discard
 from vtprune_train.training.engine.start import engine_config, offloads_optimizer, zero_stage
 from vtprune_train.training.loop.metrics import peak_memory_bytes
-from vtprune_train.training.loop.recompute import Level, typical_stages
 from vtprune_train.training.memory.predict import GIB, Estimate, MicroBatch
 from vtprune_train.training.memory.track import track_allocations
 

@@ -1,8 +1,8 @@
-"""A wire between the ranks beside the process group, so that they can tell each other why the job ends.
+"""Connections between the ranks beside the process group, through which they learn why the job ends.
 
-Every rank keeps one TCP connection to a small hub in rank 0. The kernel closes it when a process dies, however it dies,
-so the hub knows at once; nothing is sent while all is well. Whoever fails or makes no progress says so here, the hub
-judges which rank was the cause (:class:`Verdict`) and tells all of them. Messages are lines of JSON.
+Every rank keeps one TCP connection to a hub, a thread of rank 0. The kernel closes it when a process dies, so the hub
+knows at once; nothing is sent while all ranks make progress. A rank that fails or makes no progress tells the hub; the
+hub decides which rank failed first (:class:`EndReason`) and tells all of them. Messages are lines of JSON.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from vtprune_train.config.settings import ConfigError
 from vtprune_train.training import distributed as ranks
 
 EXIT_HUNG = 124  # as timeout(1)
-SETTLE_SECONDS = 1.0  # what failed first may be heard of second
+SETTLE_SECONDS = 1.0  # the first failure may be reported second
 CONSEQUENCE_SECONDS = 10.0  # how long a failure that another one caused waits for that one
-ROLL_CALL_SECONDS = 5.0
+REPORT_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
 WELCOME_SECONDS = 60.0  # thousands of ranks come at once
 DEAD_HOST_SECONDS = 30
@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that raised (``error``), or is gone without a word (``error`` is ``None``). ``told_by``: the rank whose
+    """A rank that raised (``error``), or died without an error (``error`` is ``None``). ``told_by``: the rank whose
     error it is, which that one has told all others of."""
 
     rank: int
@@ -64,21 +64,21 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EndReason:
     """Why the job ends: the ranks that caused it, the exit code of all, and whether starting again is of no use."""
 
-    culprits: tuple[int, ...]
+    failed_ranks: tuple[int, ...]
     text: str
     code: int
     final: bool = False
     hung: bool = False
 
 
-def judge_failures(failures: Sequence[Failure]) -> Verdict:
-    """The cause among failures in the order heard of. A rank that raised by itself comes before one that knows its
-    error, that before one that is gone, and that before one whose collective broke or that got SIGTERM, which is what
-    the others' end looks like from inside. Among consequences the order says nothing: the lowest rank is taken, the
-    same one however they arrive."""
+def reason_of_failures(failures: Sequence[Failure]) -> EndReason:
+    """The cause among failures, given in the order reported.
+
+    A rank that raised by itself comes first; then one that reports another rank's error; then one that died; then one
+    whose collective broke or that got SIGTERM, which are consequences. Among consequences the lowest rank is taken."""
 
     def order(failure: Failure) -> tuple[int, int]:
         if failure.told_by is not None:
@@ -90,13 +90,13 @@ def judge_failures(failures: Sequence[Failure]) -> Verdict:
     first = min(failures, key=order)
     name = f"rank {first.rank} on {first.host}" if first.told_by is None else f"rank {first.told_by}"
     if first.error is None:
-        text = f"{name} is gone without a word (killed? out of host memory?)"
+        text = f"{name} died without an error (killed? out of host memory?)"
     else:
         text = f"{name} failed ({first.where}): {first.error}"
-    return Verdict((first.rank,), text, first.code, first.final)
+    return EndReason((first.rank,), text, first.code, first.final)
 
 
-def judge_stall(places: Mapping[int, Place], hosts: Mapping[int, str], caller: int) -> Verdict:
+def reason_of_stall(places: Mapping[int, Place], hosts: Mapping[int, str], caller: int) -> EndReason:
     """Which ranks keep the others waiting, from everyone's place; a rank in ``hosts`` without a place gave no answer.
 
     Those that do not answer; else those that came least far; and of them, those that wait in no collective.
@@ -115,7 +115,7 @@ def judge_stall(places: Mapping[int, Place], hosts: Mapping[int, str], caller: i
     text = f"no progress for {waited:.0f} s. {shown}."
     if others:
         text += f" {len(others)} other rank(s) wait for it, such as rank {others[0]}: {_described(places[others[0]])}."
-    return Verdict(tuple(late), text, EXIT_HUNG, hung=True)
+    return EndReason(tuple(late), text, EXIT_HUNG, hung=True)
 
 
 def _described(place: Place) -> str:
@@ -123,7 +123,7 @@ def _described(place: Place) -> str:
     return f"{place.where}, {doing}"
 
 
-class Wire:
+class JsonConnection:
     """One end of a connection: JSON lines, without blocking on reading."""
 
     def __init__(self, connection: socket.socket):
@@ -181,15 +181,15 @@ class Wire:
 
 @dataclass
 class _Member:
-    wire: Wire
+    link: JsonConnection
     rank: int = -1
     host: str = ""
     left: bool = False
 
 
 @dataclass
-class _Heard:
-    """What the hub has heard so far."""
+class _Reports:
+    """What the ranks have reported so far."""
 
     failures: list[Failure] = field(default_factory=list)
     since: float = 0.0
@@ -215,17 +215,17 @@ class Hub:
         self.server = socket.create_server((address, 0), family=family, dualstack_ipv6=dual, backlog=4096)
         self.port = self.server.getsockname()[1]
         self._members: dict[int, _Member] = {}
-        self._heard = _Heard()
-        self._verdict: Verdict | None = None
+        self._reports = _Reports()
+        self._reason: EndReason | None = None
         self._cause_ended = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.server, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._serve, name="lifeline hub", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="connection hub", daemon=True)
         self._thread.start()
 
     def join(self) -> None:
         """Wait, not for long, until every rank has taken its leave."""
-        self._thread.join(ROLL_CALL_SECONDS)
+        self._thread.join(REPORT_SECONDS)
 
     def leave_in_child(self) -> None:
         """A forked child must not hold the ranks' connections open."""
@@ -234,44 +234,44 @@ class Hub:
 
     def _serve(self) -> None:
         try:
-            while sum(member.left or not member.wire.open for member in self._members.values()) < self.world_size:
+            while sum(member.left or not member.link.open for member in self._members.values()) < self.world_size:
                 for key, _ in self._selector.select(timeout=0.1):
                     if key.data is None:
                         self._accept()
                     else:
                         self._hear(key.data)
-                self._judge()
+                self._decide()
         finally:
             for member in [key.data for key in list(self._selector.get_map().values()) if key.data is not None]:
-                member.wire.close()
+                member.link.close()
             self.server.close()
 
     def _accept(self) -> None:
         connection, _ = self.server.accept()
         connection.settimeout(CONNECT_SECONDS)
-        self._selector.register(connection, selectors.EVENT_READ, _Member(Wire(connection)))
+        self._selector.register(connection, selectors.EVENT_READ, _Member(JsonConnection(connection)))
 
     def _hear(self, member: _Member) -> None:
-        for message in member.wire.receive():
+        for message in member.link.receive():
             if member.rank < 0:
                 self._admit(member, message)
                 continue
             kind = message.pop("kind")
             if kind == "bye":
                 member.left = True
-                member.wire.send("done")
+                member.link.send("done")
             elif kind == "failed":
                 self._failed(Failure(rank=member.rank, host=member.host, **message))
             elif kind == "place":
-                self._heard.places[member.rank] = Place(**message)
-            elif kind == "stalled" and self._heard.caller is None:
-                heard = self._heard
-                heard.caller, heard.caller_marks, heard.called = member.rank, message["marks"], time.monotonic()
-                heard.places.clear()
-                self._tell("roll_call")
-        if not member.wire.open:
-            self._selector.unregister(member.wire.socket)
-            member.wire.close()
+                self._reports.places[member.rank] = Place(**message)
+            elif kind == "stalled" and self._reports.caller is None:
+                reports = self._reports
+                reports.caller, reports.caller_marks, reports.called = member.rank, message["marks"], time.monotonic()
+                reports.places.clear()
+                self._tell("report")
+        if not member.link.open:
+            self._selector.unregister(member.link.socket)
+            member.link.close()
             if member.rank >= 0 and not member.left:
                 self._failed(Failure(member.rank, member.host))
 
@@ -279,92 +279,92 @@ class Hub:
         """A rank that knows the token; anything else on the network is sent away."""
         given = message.get("token") if isinstance(message, dict) else None
         if not isinstance(given, str) or not secrets.compare_digest(given.encode(), self.token.encode()):
-            member.wire.open = False
+            member.link.open = False
             return
         member.rank, member.host = message["rank"], message["host"]
         self._members[member.rank] = member
-        member.wire.send("welcome")
-        if self._verdict is not None:  # another rank failed before this one had joined
-            member.wire.send("verdict", **asdict(self._verdict))
+        member.link.send("welcome")
+        if self._reason is not None:  # another rank failed before this one had joined
+            member.link.send("reason", **asdict(self._reason))
             if self._cause_ended:
-                member.wire.send("cause_ended")
+                member.link.send("cause_ended")
 
     def _failed(self, failure: Failure) -> None:
-        known = {heard.rank for heard in self._heard.failures}
+        known = {earlier.rank for earlier in self._reports.failures}
         if failure.rank not in known:
-            self._heard.failures.append(failure)
-            self._heard.since = self._heard.since or time.monotonic()
+            self._reports.failures.append(failure)
+            self._reports.since = self._reports.since or time.monotonic()
 
-    def _judge(self) -> None:
-        heard, now = self._heard, time.monotonic()
-        if self._verdict is not None:
-            self._tell_of_the_end(self._verdict)
-        elif heard.failures:
-            if now - heard.since > self._settling():
-                self._pronounce(judge_failures(heard.failures))
-        elif heard.caller is not None:
-            if heard.caller in heard.places and heard.places[heard.caller].marks != heard.caller_marks:
-                heard.caller = None  # it went on meanwhile
+    def _decide(self) -> None:
+        reports, now = self._reports, time.monotonic()
+        if self._reason is not None:
+            self._tell_of_the_end(self._reason)
+        elif reports.failures:
+            if now - reports.since > self._settling():
+                self._announce(reason_of_failures(reports.failures))
+        elif reports.caller is not None:
+            if reports.caller in reports.places and reports.places[reports.caller].marks != reports.caller_marks:
+                reports.caller = None  # it went on meanwhile
                 return
             present = {rank: member.host for rank, member in self._members.items() if not member.left}
-            if present.keys() <= heard.places.keys() or now - heard.called > ROLL_CALL_SECONDS:
-                self._pronounce(judge_stall(heard.places, present, heard.caller))
+            if present.keys() <= reports.places.keys() or now - reports.called > REPORT_SECONDS:
+                self._announce(reason_of_stall(reports.places, present, reports.caller))
 
     def _settling(self) -> float:
-        """Seconds from the first failure until the cause is taken to be among those heard of."""
-        failures = self._heard.failures
+        """Seconds to wait after the first failure for the one that caused it."""
+        failures = self._reports.failures
         if any(failure.error is not None and not failure.is_consequence for failure in failures):
             return 0.0
         if any(failure.error is None for failure in failures) or len(failures) == self.world_size:
             return SETTLE_SECONDS
         return CONSEQUENCE_SECONDS
 
-    def _pronounce(self, verdict: Verdict) -> None:
-        self._verdict = verdict
-        self._tell("verdict", **asdict(verdict))
+    def _announce(self, reason: EndReason) -> None:
+        self._reason = reason
+        self._tell("reason", **asdict(reason))
 
-    def _tell_of_the_end(self, verdict: Verdict) -> None:
+    def _tell_of_the_end(self, reason: EndReason) -> None:
         """Once the ranks that are the cause have ended, the others may."""
-        culprits = [self._members[rank] for rank in verdict.culprits if rank in self._members]
-        if not self._cause_ended and not any(member.wire.open for member in culprits):
+        failed_ranks = [self._members[rank] for rank in reason.failed_ranks if rank in self._members]
+        if not self._cause_ended and not any(member.link.open for member in failed_ranks):
             self._cause_ended = True
             self._tell("cause_ended")
 
     def _tell(self, kind: str, **content: Any) -> None:
         """To rank 0 last: its process ends this thread when it ends."""
         for rank in sorted(self._members, reverse=True):
-            if self._members[rank].wire.open:
-                self._members[rank].wire.send(kind, **content)
+            if self._members[rank].link.open:
+                self._members[rank].link.send(kind, **content)
 
 
-class Lifeline:
+class RankConnection:
     """A rank's connection to the hub, and in rank 0 the hub itself."""
 
-    def __init__(self, wire: Wire, hub: Hub | None = None):
-        self.wire, self.hub = wire, hub
+    def __init__(self, link: JsonConnection, hub: Hub | None = None):
+        self.link, self.hub = link, hub
         os.register_at_fork(after_in_child=self._leave_in_child)
 
     def poll(self, seconds: float) -> list[dict[str, Any]]:
         """Messages that arrive within ``seconds``; ``gone`` if the hub is."""
-        self.wire.socket.settimeout(seconds)
-        messages = self.wire.receive()
-        return messages if self.wire.open else [*messages, {"kind": "gone"}]
+        self.link.socket.settimeout(seconds)
+        messages = self.link.receive()
+        return messages if self.link.open else [*messages, {"kind": "gone"}]
 
     def close(self) -> None:
         """After the leave: ``bye`` was sent and ``done`` came back."""
         if self.hub is not None:
             self.hub.join()
-        self.wire.close()
+        self.link.close()
 
     def _leave_in_child(self) -> None:
         """Workers are forked: were they to hold a copy, the end of a rank would not show before theirs."""
-        if self.wire.open:
-            os.close(self.wire.socket.detach())
+        if self.link.open:
+            os.close(self.link.socket.detach())
             if self.hub is not None:
                 self.hub.leave_in_child()
 
 
-def connect() -> Lifeline:
+def connect() -> RankConnection:
     """Join all ranks; every rank calls this once the process group stands.
 
     Raises:
@@ -379,10 +379,10 @@ def connect() -> Lifeline:
         return ["127.0.0.1"] if one_machine else _own_addresses(), hub.port, hub.token
 
     addresses, port, token = ranks.from_rank_0(open_hub)
-    return Lifeline(reach(addresses, port, token, ranks.rank()), hub)
+    return RankConnection(reach(addresses, port, token, ranks.rank()), hub)
 
 
-def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
+def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> JsonConnection:
     """A connection to the hub, at the first address where it answers.
 
     Raises:
@@ -391,17 +391,17 @@ def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
     reasons = []
     for address in addresses:
         try:
-            wire = Wire(socket.create_connection((address, port), timeout=CONNECT_SECONDS))
+            link = JsonConnection(socket.create_connection((address, port), timeout=CONNECT_SECONDS))
         except OSError as error:
             reasons.append(f"{address}: {error}")
             continue
-        wire.send("hello", token=token, rank=rank, host=socket.gethostname())
-        wire.socket.settimeout(WELCOME_SECONDS)
-        messages = wire.receive()
+        link.send("hello", token=token, rank=rank, host=socket.gethostname())
+        link.socket.settimeout(WELCOME_SECONDS)
+        messages = link.receive()
         if messages and messages[0].get("kind") == "welcome":
-            wire.keep(messages[1:])
-            return wire
-        wire.close()
+            link.keep(messages[1:])
+            return link
+        link.close()
         reasons.append(f"{address}: something else answers")
     raise ConfigError(
         f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at port {port} ({'; '.join(reasons)}); the "

@@ -30,10 +30,10 @@ import torch.distributed as dist
 from vtprune_train.data.load.workers import live_stacks
 from vtprune_train.processes.signals import STOP, final_exit, launcher_was_asked
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.faults.rank_failures import ROLL_CALL_SECONDS, Lifeline, Place, Verdict
+from vtprune_train.training.faults.rank_failures import REPORT_SECONDS, EndReason, Place, RankConnection
 
 POLL_SECONDS = 0.5
-VERDICT_SECONDS = 60.0  # longer than the hub ever needs; it fails to answer only if rank 0 is stopped
+REASON_SECONDS = 60.0  # longer than the hub ever needs; it fails to answer only if rank 0 is stopped
 CAUSE_SECONDS = 10.0  # for the rank that is the cause to say so and end
 LINGER_SECONDS = 2.0  # the others end so much later: launchers look every second, and report who ended first
 ORPHAN_SECONDS = 600.0  # without train.watchdog_timeout, once the launcher is gone
@@ -44,18 +44,18 @@ class Watchdog:
     """One rank's marks of progress, and its end.
 
     Args:
-        lifeline: to the other ranks.
+        connection: to the other ranks.
     """
 
-    def __init__(self, lifeline: Lifeline):
-        self.lifeline = lifeline
+    def __init__(self, connection: RankConnection):
+        self.connection = connection
         self.timeout: float | None = None
         self.saving_timeout: float | None = None
         self._marks, self._phase, self._step, self._since = 0, "starting", 0, time.monotonic()
         self._file: Any = None
         self._complained = -1
-        self._verdict: Verdict | None = None
-        self._heard_verdict, self._others_may_end = threading.Event(), threading.Event()
+        self._reason: EndReason | None = None
+        self._reason_known, self._others_may_end = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -80,10 +80,10 @@ class Watchdog:
     def close(self) -> None:
         """The regular end, after the last collective."""
         self.timeout = self.saving_timeout = None
-        self.lifeline.wire.send("bye")
+        self.connection.link.send("bye")
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self.lifeline.close()
+        self.connection.close()
         if self._file is not None:
             faulthandler.unregister(signal.SIGUSR1)
             self._file.close()
@@ -101,24 +101,24 @@ class Watchdog:
             terminated: it is SIGTERM, which a launcher also sends because another rank failed.
         """
         STOP.end()  # a launcher sends SIGTERM as soon as one rank is gone
-        reason = _first_lines(f"{type(error).__name__}: {error}")
+        message = _first_lines(f"{type(error).__name__}: {error}")
         inside = _in_collective(error)
         told_by = getattr(error, "told_by", None)
-        self.lifeline.wire.send(
-            "failed", error=reason, where=self.place().where, code=code, final=final, in_collective=inside,
+        self.connection.link.send(
+            "failed", error=message, where=self.place().where, code=code, final=final, in_collective=inside,
             terminated=terminated, told_by=told_by,
         )  # fmt: skip
-        self._heard_verdict.wait(VERDICT_SECONDS)
-        verdict = self._verdict or Verdict((ranks.rank(),), reason, code, final)
-        if ranks.rank() not in verdict.culprits:
+        self._reason_known.wait(REASON_SECONDS)
+        reason = self._reason or EndReason((ranks.rank(),), message, code, final)
+        if ranks.rank() not in reason.failed_ranks:
             self._others_may_end.wait(CAUSE_SECONDS + LINGER_SECONDS)
         with self._ending:
-            if ranks.rank() in verdict.culprits and not verdict.hung:
+            if ranks.rank() in reason.failed_ranks and not reason.hung:
                 _write_error_file(shown)
                 _print(shown)
-            elif not verdict.text.endswith(reason):  # ranks may stumble over the same; it is shown once
-                self._tell_of(verdict, broken=shown if inside else "")
-            end(verdict.code, verdict.final)
+            elif not reason.text.endswith(message):  # ranks may raise the same error; it is shown once
+                self._report(reason, broken=shown if inside else "")
+            end(reason.code, reason.final)
 
     def place(self) -> Place:
         """Where this rank stands."""
@@ -132,19 +132,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            messages = self.lifeline.poll(POLL_SECONDS)
+            messages = self.connection.poll(POLL_SECONDS)
             while messages:
                 message = messages.pop(0)
                 kind = message.pop("kind")
                 if kind == "done":
                     return
-                if kind == "roll_call":
-                    self.lifeline.wire.send("place", **asdict(self.place()))
-                elif kind == "verdict":
-                    self.lifeline.wire.keep(messages)
-                    self._obey(Verdict(**{**message, "culprits": tuple(message["culprits"])}))
+                if kind == "report":
+                    self.connection.link.send("place", **asdict(self.place()))
+                elif kind == "reason":
+                    self.connection.link.keep(messages)
+                    self._end_job(EndReason(**{**message, "failed_ranks": tuple(message["failed_ranks"])}))
                 elif kind == "gone":
-                    self._obey(Verdict((0,), "rank 0 is gone without a word (killed? out of host memory?)", 1))
+                    self._end_job(EndReason((0,), "rank 0 died without an error (killed? out of host memory?)", 1))
             self._look()
 
     def _look(self) -> None:
@@ -154,59 +154,59 @@ class Watchdog:
             limit = ORPHAN_SECONDS
         if limit is None:
             return
-        faulthandler.dump_traceback_later(limit + 3 * ROLL_CALL_SECONDS, exit=True, file=self._file)
+        faulthandler.dump_traceback_later(limit + 3 * REPORT_SECONDS, exit=True, file=self._file)
         if time.monotonic() - self._since > limit and self._complained != self._marks:
             self._complained = self._marks
-            self.lifeline.wire.send("stalled", marks=self._marks)
+            self.connection.link.send("stalled", marks=self._marks)
 
-    def _obey(self, verdict: Verdict) -> None:
-        """End this rank as all end. The cause itself is given the time to say what it has to say."""
-        self._verdict = verdict
+    def _end_job(self, reason: EndReason) -> None:
+        """End this rank as all end. A failed rank is given time to print its own error first."""
+        self._reason = reason
         STOP.end()
-        if verdict.hung:
-            self._write_stacks(verdict)
-        self._heard_verdict.set()
-        if not verdict.hung:
+        if reason.hung:
+            self._write_stacks(reason)
+        self._reason_known.set()
+        if not reason.hung:
             self._await_cause()
-        if ranks.rank() not in verdict.culprits or verdict.hung:
+        if ranks.rank() not in reason.failed_ranks or reason.hung:
             time.sleep(LINGER_SECONDS)
         self._others_may_end.set()
         with self._ending:
-            self._tell_of(verdict)
-            end(verdict.code, verdict.final)
+            self._report(reason)
+            end(reason.code, reason.final)
 
     def _await_cause(self) -> None:
         """Wait until the ranks that are the cause have ended; one of them ends by itself meanwhile."""
         deadline = time.monotonic() + CAUSE_SECONDS
         while (left := deadline - time.monotonic()) > 0:
-            kinds = {message["kind"] for message in self.lifeline.poll(min(left, POLL_SECONDS))}
+            kinds = {message["kind"] for message in self.connection.poll(min(left, POLL_SECONDS))}
             if kinds & {"cause_ended", "gone"}:
                 return
 
-    def _tell_of(self, verdict: Verdict, broken: str = "") -> None:
-        """Say why the job ends: the culprits, and the first rank of every machine."""
+    def _report(self, reason: EndReason, broken: str = "") -> None:
+        """Say why the job ends: the failed ranks, and the first rank of every machine."""
         place = self.place()
-        text = f"rank {ranks.rank()} stops ({place.where}): {verdict.text}"
-        if verdict.hung:
-            text = f"watchdog: {verdict.text} Stacks: {Path(self._file.name).parent}"
+        text = f"rank {ranks.rank()} stops ({place.where}): {reason.text}"
+        if reason.hung:
+            text = f"watchdog: {reason.text} Stacks: {Path(self._file.name).parent}"
         if broken:
             text += f"\n  what was seen of it here: {broken.strip().splitlines()[-1]}"
         _write_error_file(text)
-        speaker = 1 if 0 in verdict.culprits else 0
-        if int(os.environ.get("LOCAL_RANK", "0")) == speaker or ranks.rank() in verdict.culprits:
+        speaker = 1 if 0 in reason.failed_ranks else 0
+        if int(os.environ.get("LOCAL_RANK", "0")) == speaker or ranks.rank() in reason.failed_ranks:
             _print(text)
 
-    def _write_stacks(self, verdict: Verdict) -> None:
-        """Stacks of all threads and of the loader workers, in the rank's file; a culprit's on stderr as well."""
+    def _write_stacks(self, reason: EndReason) -> None:
+        """Stacks of all threads and of the loader workers, in the rank's file; a failed rank's on stderr as well."""
         try:
-            self._write_stack_file(verdict)
+            self._write_stack_file(reason)
         except OSError as error:  # a full disk: the rank must end all the same
             _print(f"the stacks of rank {ranks.rank()} cannot be written to {self._file.name}: {error}")
-        if ranks.rank() in verdict.culprits:
+        if ranks.rank() in reason.failed_ranks:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
-    def _write_stack_file(self, verdict: Verdict) -> None:
-        self._file.write(f"{verdict.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
+    def _write_stack_file(self, reason: EndReason) -> None:
+        self._file.write(f"{reason.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
         self._file.flush()
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         try:

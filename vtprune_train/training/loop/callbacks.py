@@ -15,9 +15,8 @@ from tqdm import tqdm
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.files.disk import naming
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.loop.evaluate import evaluate
-from vtprune_train.training.loop.json_lines import JsonLines
-from vtprune_train.viz.evaluation_images import survivors
 
 if TYPE_CHECKING:
     from vtprune_train.training.loop.trainer import Trainer
@@ -33,6 +32,9 @@ class Callback:
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         """After an optimizer step, with its metrics."""
+
+    def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
+        """During an evaluation, after its numbers; ``collate`` is that of the evaluation data."""
 
     def on_end(self, trainer: Trainer, finished: bool) -> None:
         """After the last step of this process and its checkpoint; ``finished`` if training is complete."""
@@ -147,8 +149,8 @@ class Evaluation(Callback):
         if trainer.config.train.eval_shuffled:
             shuffled = evaluate(trainer.engine.module, self.collate, shuffle_pictures=True, **options)
             result["exact_match_shuffled"] = shuffled["exact_match"]
-        if trainer.config.train.eval_show and self.collate.method is not None:
-            self._show(trainer)
+        for callback in trainer.callbacks:
+            callback.on_evaluation(trainer, self.collate)
         self._last_step = trainer.state.step
         if ranks.rank():
             return
@@ -161,17 +163,6 @@ class Evaluation(Callback):
 
     def files(self) -> list[JsonLines]:
         return [self.file]
-
-    def _show(self, trainer: Trainer) -> None:
-        """The first pictures with the tokens that survive, to TensorBoard."""
-        pictures = trainer.config.train.eval_show
-        drawn = survivors(trainer.engine.module, self.collate, pictures=pictures, device=trainer.device)
-        board = trainer.engine.monitor.tb_monitor
-        if board is None or not board.enabled:  # on the other ranks, or it could not be written
-            return
-        for number, pixels in enumerate(drawn):
-            with only_warning(f"{board.summary_writer.log_dir}: picture {number} of step {trainer.state.step}"):
-                board.summary_writer.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
 
 
 def eval_scalars(line: dict[str, Any]) -> list[tuple[str, float, int]]:

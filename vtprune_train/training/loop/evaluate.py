@@ -15,7 +15,7 @@ from torch import nn
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.load.loader import StepLoader
-from vtprune_train.data.plan.order import EpochOrder
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.plan.planner import Planner
 from vtprune_train.training import distributed as ranks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,8 @@ from vtprune_train.files.checksums import MANIFEST, damage, seal_as_it_is
 from vtprune_train.files.disk import locked, naming, publish, remove, replace_synced
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import ImageLayout
+from vtprune_train.models.forward.kernels import compile_model, replace_kernels
+from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.models.io.build import (
     family_of_config,
     first_line,
@@ -46,10 +48,11 @@ from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.learned import learns
-from vtprune_train.pruning.schedules.phases import Phases
+from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.check_data import check_paths, unwritable
 from vtprune_train.training.checkpoint.folder import CheckpointFolder
+from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.checkpoint.lock import hold_run
 from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
@@ -67,10 +70,7 @@ from vtprune_train.training.faults.preflight import wanted as preflight_wanted
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.adapter import attach_adapter, check_adapter
 from vtprune_train.training.loop.callbacks import Callback, Carried, Evaluation, Metrics, Plot, Progress
-from vtprune_train.training.loop.json_lines import JsonLines
-from vtprune_train.training.loop.kernels import compile_model, replace_kernels
 from vtprune_train.training.loop.optimizer import build_optimizer, parameter_groups
-from vtprune_train.training.loop.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.training.loop.sample import first_sample, template_misfits, template_of
 from vtprune_train.training.loop.spikes import Spikes
 from vtprune_train.training.loop.trackers import Trackers
@@ -79,7 +79,7 @@ from vtprune_train.training.loop.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer:
+def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Build or resume the training that ``config`` describes, up to its first step. The process group stands.
 
     Raises:
@@ -132,7 +132,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog) -> Trainer
         planner=build_planner(config, collate, ranks.world_size()),
         processor=parts.processor,
         checkpoints=checkpoints,
-        callbacks=build_callbacks(config, held_out),
+        callbacks=[*build_callbacks(config, held_out), *callbacks],
         device=device,
         state=state,
         watchdog=watchdog,

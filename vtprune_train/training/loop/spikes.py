@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.loop.callbacks import Callback
-from vtprune_train.training.loop.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from vtprune_train.training.loop.trainer import Trainer

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.checkpoint.json_lines import JsonLines, ranges
 from vtprune_train.training.engine.monitors import Scalar
 from vtprune_train.training.loop.callbacks import Callback, eval_scalars, only_warning
-from vtprune_train.training.loop.json_lines import JsonLines, ranges
 
 if TYPE_CHECKING:
     from vtprune_train.training.loop.trainer import Trainer

@@ -21,10 +21,10 @@ from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.forward import head
-from vtprune_train.training.checkpoint.pinned import pinned_bytes
+from vtprune_train.models.forward.recompute import Level, recomputed_layers
 from vtprune_train.training.engine.start import offloads_optimizer, zero_stage
 from vtprune_train.training.loop.optimizer import parameter_groups
-from vtprune_train.training.loop.recompute import Level, recomputed_layers
+from vtprune_train.training.memory.pinned import pinned_bytes
 
 GIB = 2**30
 RESERVED = 0.06  # share of a device's memory for what is not counted
@@ -455,7 +455,7 @@ class Prediction:
 @dataclass(frozen=True)
 class Estimate:
     """Everything that a prediction needs except the recomputation level of recomputation; ``order`` is what
-    :func:`~vtprune_train.training.loop.recompute.typical_stages` returns."""
+    :func:`~vtprune_train.models.forward.recompute.typical_stages` returns."""
 
     zero: Zero
     parameters: Parameters

@@ -10,8 +10,8 @@ from vtprune_train import PyramidDrop
 from vtprune_train.config.load import dump_config, load_config
 from vtprune_train.config.settings import ConfigError
 from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.training.loop.recompute import checkpoint_activations, recomputed_layers, typical_stages
 
 PYRAMID = (2000, 1000, 500), (2, 2, 2)
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from vtprune_train.files.disk import naming, replace_synced, sync, write_synced
+from vtprune_train.training.checkpoint.json_lines import JsonLines, ranges
 from vtprune_train.training.engine import state
-from vtprune_train.training.loop.json_lines import JsonLines, ranges
 from vtprune_train.training.loop.trackers import hide_from, scalars_shown, steps_lacking, train_scalars
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtprune_train.data.plan.order import EpochOrder, permuted
+from vtprune_train.data.order import EpochOrder, permuted
 
 
 @pytest.mark.parametrize("size", [*range(1, 40), 63, 64, 65, 127, 1000, 1024, 4097, 65537])

@@ -15,11 +15,11 @@ from vtprune_train.training.faults.rank_failures import (
     SETTLE_SECONDS,
     Failure,
     Hub,
-    Lifeline,
     Place,
-    judge_failures,
-    judge_stall,
+    RankConnection,
     reach,
+    reason_of_failures,
+    reason_of_stall,
 )
 
 HOSTS = {0: "a", 1: "a", 2: "b"}
@@ -29,45 +29,47 @@ def test_the_first_cause_is_blamed_not_its_victims():
     broken = Failure(0, "a", "RuntimeError: connection closed", in_collective=True)
     gone = Failure(1, "a")
     raised = Failure(2, "b", "KeyError: 'x'", where="step 3, forward")
-    assert judge_failures([broken, gone, raised]).culprits == (2,)
-    assert judge_failures([broken, gone]).culprits == (1,)
-    assert judge_failures([broken]).culprits == (0,)
+    assert reason_of_failures([broken, gone, raised]).failed_ranks == (2,)
+    assert reason_of_failures([broken, gone]).failed_ranks == (1,)
+    assert reason_of_failures([broken]).failed_ranks == (0,)
     stopped = Failure(1, "a", "SIGTERM", terminated=True)
-    assert judge_failures([broken, stopped]).culprits == judge_failures([stopped, broken]).culprits == (0,)
+    assert (
+        reason_of_failures([broken, stopped]).failed_ranks == reason_of_failures([stopped, broken]).failed_ranks == (0,)
+    )
     told = Failure(1, "a", "OSError: full", where="saving", told_by=0)
-    assert judge_failures([told, raised]).culprits == (2,), "what a rank raised itself comes first"
-    known = judge_failures([Failure(0, "a"), told, broken])
-    assert known.culprits == (1,) and known.text == "rank 0 failed (saving): OSError: full", (
+    assert reason_of_failures([told, raised]).failed_ranks == (2,), "what a rank raised itself comes first"
+    known = reason_of_failures([Failure(0, "a"), told, broken])
+    assert known.failed_ranks == (1,) and known.text == "rank 0 failed (saving): OSError: full", (
         "it is gone, its error known"
     )
-    verdict = judge_failures([Failure(0, "a", "ValueError: no", code=2, final=True), raised])
-    assert (verdict.culprits, verdict.code, verdict.final) == ((0,), 2, True)
-    assert "rank 2 on b" in judge_failures([raised]).text and "step 3, forward" in judge_failures([raised]).text
+    reason = reason_of_failures([Failure(0, "a", "ValueError: no", code=2, final=True), raised])
+    assert (reason.failed_ranks, reason.code, reason.final) == ((0,), 2, True)
+    assert "rank 2 on b" in reason_of_failures([raised]).text and "step 3, forward" in reason_of_failures([raised]).text
 
 
 def test_a_stall_is_blamed_on_who_did_not_come():
     waiting = Place(9, "step 3, backward", 6.0, "all_reduce", "all_reduce, distributed_c10d.py:1")
     behind = Place(8, "step 3, forward", 6.1, None, "read, tower.py:7")
-    verdict = judge_stall({0: waiting, 1: behind, 2: waiting}, HOSTS, caller=0)
-    assert (verdict.culprits, verdict.code, verdict.hung) == ((1,), EXIT_HUNG, True)
-    assert "rank 1 on a: step 3, forward, at read, tower.py:7" in verdict.text and "in all_reduce" in verdict.text
+    reason = reason_of_stall({0: waiting, 1: behind, 2: waiting}, HOSTS, caller=0)
+    assert (reason.failed_ranks, reason.code, reason.hung) == ((1,), EXIT_HUNG, True)
+    assert "rank 1 on a: step 3, forward, at read, tower.py:7" in reason.text and "in all_reduce" in reason.text
     same_place = Place(9, "step 3, backward", 6.1, None, "sleep, x.py:1")
-    assert judge_stall({0: waiting, 1: waiting, 2: same_place}, HOSTS, caller=0).culprits == (2,)
-    assert judge_stall(dict.fromkeys(HOSTS, waiting), HOSTS, caller=0).culprits == (0, 1, 2)
-    silent = judge_stall({0: waiting, 2: behind}, HOSTS, caller=0)
-    assert silent.culprits == (1,) and "does not answer" in silent.text
+    assert reason_of_stall({0: waiting, 1: waiting, 2: same_place}, HOSTS, caller=0).failed_ranks == (2,)
+    assert reason_of_stall(dict.fromkeys(HOSTS, waiting), HOSTS, caller=0).failed_ranks == (0, 1, 2)
+    silent = reason_of_stall({0: waiting, 2: behind}, HOSTS, caller=0)
+    assert silent.failed_ranks == (1,) and "does not answer" in silent.text
 
 
 @pytest.fixture
 def connected():
     hub = Hub("127.0.0.1", "token", 3)
-    lines = [Lifeline(reach(["127.0.0.1"], hub.port, "token", rank)) for rank in range(3)]
+    lines = [RankConnection(reach(["127.0.0.1"], hub.port, "token", rank)) for rank in range(3)]
     yield hub, lines
     for line in lines:
-        if line.wire.open:
-            line.wire.send("bye")
+        if line.link.open:
+            line.link.send("bye")
     for line in lines:
-        line.wire.close()
+        line.link.close()
     hub.join()
 
 
@@ -83,34 +85,38 @@ def heard(line, seconds=60.0):
 def next_message(line):
     """The next message alone; the others stay to be read."""
     message, *others = heard(line)
-    line.wire.keep(others)
+    line.link.keep(others)
     return message
 
 
 def test_a_closed_connection_is_a_dead_rank(connected):
     _, lines = connected
-    lines[1].wire.close()
+    lines[1].link.close()
     for rank in (0, 2):
         message = next_message(lines[rank])
-        assert message["kind"] == "verdict" and message["culprits"] == [1] and "without a word" in message["text"]
+        assert (
+            message["kind"] == "reason"
+            and message["failed_ranks"] == [1]
+            and "died without an error" in message["text"]
+        )
 
 
 def failed(line, error, **more):
-    line.wire.send("failed", **{"error": error, "where": "starting", "code": 2, **more})
+    line.link.send("failed", **{"error": error, "where": "starting", "code": 2, **more})
 
 
 def test_a_rank_that_joins_after_another_failed_is_told():
     """On a loaded machine a rank may fail before the others have joined."""
     hub = Hub("127.0.0.1", "token", 2)
-    early = Lifeline(reach(["127.0.0.1"], hub.port, "token", 1))
+    early = RankConnection(reach(["127.0.0.1"], hub.port, "token", 1))
     failed(early, "ValueError: a file is missing")
-    assert next_message(early)["culprits"] == [1]
-    early.wire.close()
-    late = Lifeline(reach(["127.0.0.1"], hub.port, "token", 0))
-    verdict = next_message(late)
-    assert verdict["culprits"] == [1] and "a file is missing" in verdict["text"]
+    assert next_message(early)["failed_ranks"] == [1]
+    early.link.close()
+    late = RankConnection(reach(["127.0.0.1"], hub.port, "token", 0))
+    reason = next_message(late)
+    assert reason["failed_ranks"] == [1] and "a file is missing" in reason["text"]
     assert next_message(late) == {"kind": "cause_ended"}
-    late.wire.close()
+    late.link.close()
     hub.join()
 
 
@@ -119,8 +125,8 @@ def test_what_arrives_with_the_welcome_is_not_lost():
         reached = thread.submit(reach, ["127.0.0.1"], server.getsockname()[1], "token", 0)
         connection, _ = server.accept()
         with connection:
-            connection.sendall(b'{"kind": "welcome"}\n{"kind": "verdict"}\n')
-            assert reached.result().receive() == [{"kind": "verdict"}]
+            connection.sendall(b'{"kind": "welcome"}\n{"kind": "reason"}\n')
+            assert reached.result().receive() == [{"kind": "reason"}]
 
 
 def test_an_error_told_to_all_waits_for_the_rank_that_raised_it(connected):
@@ -128,7 +134,7 @@ def test_an_error_told_to_all_waits_for_the_rank_that_raised_it(connected):
     failed(lines[1], "OSError: full", told_by=0)
     assert heard(lines[2], SETTLE_SECONDS) == []
     failed(lines[0], "OSError: full")
-    assert next_message(lines[2])["culprits"] == [0]
+    assert next_message(lines[2])["failed_ranks"] == [0]
 
 
 @pytest.mark.parametrize("consequence", ["in_collective", "terminated"])
@@ -137,8 +143,8 @@ def test_a_consequence_that_is_heard_of_first_waits_for_its_cause(connected, con
     _, lines = connected
     failed(lines[0], "RuntimeError: connection closed by peer", **{consequence: True})
     assert heard(lines[2], SETTLE_SECONDS + 0.5) == []
-    lines[1].wire.close()
-    assert next_message(lines[0])["culprits"] == [1]
+    lines[1].link.close()
+    assert next_message(lines[0])["failed_ranks"] == [1]
 
 
 def test_consequences_on_all_ranks_are_judged_without_a_cause(connected):
@@ -146,40 +152,40 @@ def test_consequences_on_all_ranks_are_judged_without_a_cause(connected):
     for line in reversed(lines):  # in whatever order they arrive
         failed(line, "SIGTERM", terminated=True)
     began = time.monotonic()
-    assert next_message(lines[1])["culprits"] == [0]
+    assert next_message(lines[1])["failed_ranks"] == [0]
     assert time.monotonic() - began < CONSEQUENCE_SECONDS
 
 
 def test_the_end_of_the_cause_is_told(connected):
     _, lines = connected
     failed(lines[1], "KeyError: 'x'")
-    assert next_message(lines[0])["culprits"] == [1]
+    assert next_message(lines[0])["failed_ranks"] == [1]
     assert heard(lines[0], 0.5) == [], "it has not ended yet"
-    lines[1].wire.close()
+    lines[1].link.close()
     assert next_message(lines[0]) == {"kind": "cause_ended"}
 
 
 def test_a_rank_that_takes_its_leave_is_not_missed(connected):
     _, lines = connected
-    lines[1].wire.send("bye")
+    lines[1].link.send("bye")
     assert heard(lines[1]) == [{"kind": "done"}]
-    lines[1].wire.close()
+    lines[1].link.close()
     assert heard(lines[0], 1.5) == []
 
 
 def test_roll_call_waits_for_answers_and_forgives_who_goes_on(connected):
     _, lines = connected
-    lines[0].wire.send("stalled", marks=4)
+    lines[0].link.send("stalled", marks=4)
     for line in lines:
-        assert heard(line) == [{"kind": "roll_call"}]
+        assert heard(line) == [{"kind": "report"}]
     for line in lines:
-        line.wire.send("place", **vars(Place(5)))
+        line.link.send("place", **vars(Place(5)))
     assert heard(lines[0], 0.5) == [], "the caller went on meanwhile"
-    lines[0].wire.send("stalled", marks=5)
+    lines[0].link.send("stalled", marks=5)
     for rank, line in enumerate(lines):
-        assert heard(line) == [{"kind": "roll_call"}]
-        line.wire.send("place", **vars(Place(5 - (rank == 2))))
-    assert next_message(lines[1])["culprits"] == [2]
+        assert heard(line) == [{"kind": "report"}]
+        line.link.send("place", **vars(Place(5 - (rank == 2))))
+    assert next_message(lines[1])["failed_ranks"] == [2]
 
 
 def test_a_forked_child_does_not_hold_the_connection(connected):
@@ -189,8 +195,8 @@ def test_a_forked_child_does_not_hold_the_connection(connected):
     if child == 0:
         time.sleep(600)
         os._exit(0)
-    lines[1].wire.close()
-    assert next_message(lines[0])["culprits"] == [1]
+    lines[1].link.close()
+    assert next_message(lines[0])["failed_ranks"] == [1]
     os.kill(child, 9)
     os.waitpid(child, 0)
 

@@ -18,8 +18,8 @@ from tests.support.runner import ROOT, TINY, Runs, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.core.plan import plan_pass
+from vtprune_train.models.forward import kernels
 from vtprune_train.training.engine.start import engine_config
-from vtprune_train.training.loop import kernels
 
 CPU = torch.device("cpu")
 

@@ -35,9 +35,9 @@ from vtprune_train.core.plan import plan_pass, plan_stream
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers
 from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.loop.recompute import checkpoint_activations, recomputed_layers
 from vtprune_train.training.memory.predict import (
     GIB,
     RESERVED,

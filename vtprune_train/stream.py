@@ -1,0 +1,9 @@
+"""Deprecated: the place of ``Drop`` before ``from vtprune_train import Drop``, for methods that name it."""
+
+import warnings
+
+from vtprune_train.core.stream import Drop
+
+__all__ = ["Drop"]
+
+warnings.warn("vtprune_train.stream moved: use `from vtprune_train import Drop`", FutureWarning, stacklevel=2)
