@@ -32,8 +32,10 @@ def base(runs):
 
 def check_equal(runs, name, *settings):
     """The run built sharded and built whole, to the last bit; the export of the second made afterwards."""
-    runs.run(name, *SHORT, *settings, ranks=2)
-    runs.run(f"{name}_whole", *SHORT, *settings, "train.export=never", ranks=2, script=WHOLE)
+    done = runs.run(name, *SHORT, *settings, ranks=2)
+    assert "every parameter is cut among the ranks as soon as it is read" in done.stdout + done.stderr
+    done = runs.run(f"{name}_whole", *SHORT, *settings, "train.export=never", ranks=2, script=WHOLE)
+    assert "is cut among the ranks" not in done.stdout + done.stderr
     assert len(runs.metrics(name)) == 3
     assert_same_metrics(runs.metrics(name), runs.metrics(f"{name}_whole"))
     export(runs.checkpoint(f"{name}_whole"))
@@ -164,11 +166,11 @@ def test_a_faulty_checkpoint_is_named_and_ends_all_ranks(runs, base, tmp_path, f
     assert "Traceback" not in done.stderr
 
 
-def test_options_that_need_an_export_say_so(runs, caplog):
+def test_options_that_need_an_export_say_so(runs, capsys):
     checkpoint = runs.directory("last") / "checkpoints" / "step_00000002"
     command = ["export", "--model", str(checkpoint), "--out", str(runs.folder / "no"), "--dtype", "float16"]
     assert main(command) == 2
-    assert "holds no hf/: export it without --dtype first" in caplog.text
+    assert "holds no hf/: export it without --dtype first" in capsys.readouterr().err
 
 
 def test_checkpoints_of_every_trained_family(tmp_path):

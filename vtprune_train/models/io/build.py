@@ -359,7 +359,7 @@ def _hand_over(source: HFModule, module: HFModule) -> None:
     module.load_state_dict({name: b for name, b in source.state_dict().items() if name not in taken}, strict=False)
 
 
-def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement) -> None:
+def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement = WHOLE) -> None:
     """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read.
 
     Raises:

@@ -6,6 +6,7 @@ after the other, so no rank ever holds the model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from torch import nn
 
 from vtprune_train.config.settings import Config
 from vtprune_train.models.io.placement import SHAPE, WHOLE, Placement
+from vtprune_train.training.distributed import rank
+
+log = logging.getLogger(__name__)
 
 
 class Sharded(Placement):
@@ -106,4 +110,6 @@ def placement_for(config: Config, settings: dict[str, Any]) -> Placement:
     keeps_base = config.model.peft is not None and config.model.config is not None
     if int(zero.get("stage", 0)) < 3 or on_nvme or keeps_base:
         return WHOLE
+    if rank() == 0:
+        log.info("ZeRO-3: every parameter is cut among the ranks as soon as it is read")
     return Sharded(settings, getattr(torch, config.model.dtype))
