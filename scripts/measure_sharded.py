@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 ZERO3 = (
     "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 1000, reduce_bucket_size: 5000000, "
-    "stage3_prefetch_bucket_size: 5000000}}"
+    "stage3_prefetch_bucket_size: 5000000, stage3_max_live_parameters: 20000000, stage3_max_reuse_distance: 20000000}}"
 )
 PHASES = ("start", "steps", "save", "resume", "save with export", "vtprune export")
 
@@ -79,14 +79,11 @@ def child(out: Path, kind: str, arguments: list[str]) -> int:
         peaks[0].begin(first)
         return build(*args)
 
-    def measured_wait(folder: Any) -> None:
-        wait(folder)
-        if peaks and peaks[0].phase == saving:
-            peaks[0].begin("steps")
-
-    def measured_save(*args: Any, **options: Any) -> None:
+    def measured_save(folder: Any, *args: Any) -> None:
         peaks[0].begin(saving)
-        save(*args, **options)
+        save(folder, *args)
+        wait(folder)
+        peaks[0].begin("steps")
 
     def on_fit(trainer: Any) -> int:
         peaks[0].begin("steps")
@@ -94,7 +91,7 @@ def child(out: Path, kind: str, arguments: list[str]) -> int:
 
     fit = run.Trainer.fit
     replaced = [(run.Trainer, "fit", on_fit), (run, "build_parts", measured_build)]
-    replaced += [(CheckpointFolder, "save", measured_save), (CheckpointFolder, "wait", measured_wait)]
+    replaced.append((CheckpointFolder, "save", measured_save))
     if kind == "whole":
         replaced.append((run, "placement_for", lambda config, settings: WHOLE))
     for holder, name, function in replaced:

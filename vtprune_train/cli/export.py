@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not SHARD_SIZE.match(shard_size):
         raise ValueError(f"--max_shard_size={shard_size} is no size such as 5GB or 500MB")
     checkpoint = newest_checkpoint(arguments.model)
-    if checkpoint is not None and not (checkpoint / EXPORT).is_dir():
+    if checkpoint is not None and (checkpoint / UNEXPORTED).is_dir() and not (checkpoint / EXPORT).is_dir():
         return export_checkpoint(checkpoint, arguments)
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
     check_export(source)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from vtprune_train.files.disk import naming
 from vtprune_train.models import HFModule
@@ -88,9 +89,8 @@ def plan_of(model: HFModule) -> Plan:
     """The files that ``save_pretrained`` writes of a model, each of at most ``FILE_SIZE`` (or one tensor)."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     own = model.state_dict(keep_vars=True)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    kept = {name: t for name, t in own.items() if not (name in tied and own.get(tied[name]) is t)}
-    empty = {name: torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta") for name, tensor in kept.items()}
+    empty = {name: torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
+    empty = remove_tied_weights_from_state_dict(empty, model)
     name_of = {id(tensor): name for name, tensor in empty.items()}
     published = revert_weight_conversion(model, empty)
     assert all(id(tensor) in name_of for tensor in published.values()), "published tensors differ by more than names"

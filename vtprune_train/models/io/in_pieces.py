@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import init
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import core_model_loading
@@ -81,7 +82,10 @@ class _Recipe:
 
 class Deferred(TorchDispatchMode):
     """Within it modules are made with parameters on the meta device, and buffers as ever. Numbers are drawn from
-    PyTorch's generator as without it; :meth:`make` gives the parameters the values that they would have had."""
+    PyTorch's generator as without it; :meth:`make` gives the parameters the values that they would have had.
+
+    Not for ``torch.nn.init.orthogonal_``, ``sparse_`` and ``dirac_``, which do nothing on the meta device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,10 +94,12 @@ class Deferred(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         self._hook = register_module_parameter_registration_hook(self._defer)  # type: ignore[arg-type]
+        self._truncated, init._no_grad_trunc_normal_ = init._no_grad_trunc_normal_, self._trunc_normal
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        init._no_grad_trunc_normal_ = self._truncated
         self._hook.remove()
 
     def _defer(self, module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
@@ -108,17 +114,28 @@ class Deferred(TorchDispatchMode):
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor) and args[0].is_meta and func._schema.name.endswith("_"):
             assert not any(isinstance(a, Tensor) and a.is_meta for a in args[1:]), f"{func} of two parameters"
-            self._record(self._recipes[_storage(args[0])], func, args[0], args[1:], kwargs)
+            draws = torch.Tag.nondeterministic_seeded in func.tags
+            self._record(func, func._schema.name in OVERWRITES, draws, args[0], args[1:], kwargs)
         return func(*args, **kwargs)
 
-    def _record(self, recipe: _Recipe, func: Any, target: Tensor, arguments: Any, options: Any) -> None:
-        view, state = (target.shape, target.stride(), target.storage_offset()), None
-        if target.numel() == recipe.created.numel() and func._schema.name in OVERWRITES:
+    def _trunc_normal(self, tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """What PyTorch leaves out on the meta device: how often it draws depends on the numbers."""
+        if not tensor.is_meta:
+            return self._truncated(tensor, *arguments, **options)
+        self._record(self._truncated, True, True, tensor, arguments, options)
+        return tensor
+
+    def _record(
+        self, operation: Any, overwrites: bool, draws: bool, target: Tensor, arguments: Any, options: Any
+    ) -> None:
+        recipe, state = self._recipes[_storage(target)], None
+        if overwrites and target.numel() == recipe.created.numel():
             recipe.created, recipe.steps = torch.empty_like(recipe.created, device="meta"), []
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if draws:
             state = torch.get_rng_state()
-            func(torch.empty_strided(target.shape, target.stride(), dtype=target.dtype), *arguments, **options)
-        recipe.steps.append((func, view, arguments, options, state))
+            operation(torch.empty_strided(target.shape, target.stride(), dtype=target.dtype), *arguments, **options)
+        view = target.shape, target.stride(), target.storage_offset()
+        recipe.steps.append((operation, view, arguments, options, state))
 
     def make(self, model: HFModule, placement: Placement) -> None:
         """Make and place the parameters of ``model`` that were deferred, in their order."""

@@ -49,7 +49,6 @@ def placement_of(model: HFModule) -> Placement:
 def place_all(model: HFModule, placement: Placement) -> None:
     """Place what is not placed yet, and remember the placement on the model."""
     model.__dict__[PLACEMENT] = placement
-    note_shapes(model)
     for parameter in model.parameters():
         placement.place(parameter)
 
