@@ -144,8 +144,9 @@ def launch(ranks: int, *arguments: str) -> None:
     """Start this script on some ranks."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
     command = [*(torchrun if ranks else [sys.executable]), __file__, *arguments]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
     with tempfile.TemporaryFile("w+") as said:
-        if subprocess.run(command, stdout=said, stderr=said, cwd=ROOT).returncode:
+        if subprocess.run(command, stdout=said, stderr=said, cwd=ROOT, env=environment).returncode:
             said.seek(0)
             raise SystemExit(said.read()[-5000:])
 
