@@ -20,7 +20,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
 from vtprune_train.training.engine.start import start_distributed, start_engine
-from vtprune_train.training.loop.optimizer import build_optimizer
+from vtprune_train.training.optimizer import build_optimizer
 
 
 class NoProcessor:

@@ -86,14 +86,15 @@ def rank_of(process: psutil.Process) -> str | None:
 
 
 def processes_of(launcher: int) -> dict[str, psutil.Process]:
-    """The run's processes by name: launcher, ranks, and each rank's children (loader workers, by age)."""
+    """The run's processes by name: launcher, ranks, each rank's loader workers and the server that forks them."""
     found = {"launcher": psutil.Process(launcher)}
     for process in found["launcher"].children():
         if (rank := rank_of(process)) is None:
             continue
         found[f"rank {rank}"] = process
-        for child in process.children():
-            found[f"rank {rank} worker {child.pid}"] = child
+        for server in process.children():
+            for worker in server.children():
+                found[f"rank {rank} server"], found[f"rank {rank} worker {worker.pid}"] = server, worker
     return found
 
 

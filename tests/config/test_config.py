@@ -11,11 +11,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from vtprune_train import PruningMethod, PyramidDrop
 from vtprune_train.cli.checkpoint import schedule
 from vtprune_train.config.load import changed_settings, differences, dump_config, load_config, without_effect
-from vtprune_train.config.settings import ConfigError, ModelConfig, PruningConfig
+from vtprune_train.config.settings import Config, ConfigError, ModelConfig, PruningConfig, SourceConfig
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.pruning import METHODS, method_class, setting_types
@@ -167,6 +168,24 @@ def test_settings_without_effect_are_named():
     for key in ("train.eval_every", "train.eval_shuffled", "train.eval_show", "pruning.layers", "pruning.keep"):
         assert f"{key} has no effect" in lines
     assert without_effect(load_config("quickstart.yaml")) == []
+
+
+def test_defaults_are_not_shared():
+    """A list or a section that one run changes is not another's."""
+
+    def parts(section):
+        for value in (getattr(section, name) for name in type(section).model_fields):
+            if isinstance(value, list | dict | BaseModel):
+                yield value
+            if isinstance(value, BaseModel):
+                yield from parts(value)
+
+    one, two = (Config(model={"path": "x"}, data={"train": [{"path": "y"}]}) for _ in range(2))
+    own = {id(part) for part in parts(one)}
+    assert len(own) > 8 and not own & {id(part) for part in parts(two)}
+    assert not own & {id(field.default) for field in Config.model_fields.values()}
+    one.data.train[0].ignore.append("z")
+    assert SourceConfig(path="y").ignore == []
 
 
 def test_typos_in_model_sizes_are_named(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.test_equivalence import random_segment
+from tests.support.packed import random_segment
 from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
 from vtprune_train.pruning.ops.selection import next_rows, top_k_per_span

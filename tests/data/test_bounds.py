@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from tests.data.test_data import index_of, say
-from tests.data.test_sources import build, write_tar
+from tests.support.data import build, index_of, say, write_tar
 from tests.support.helpers import tiny_tokenizer
 from vtprune_train.config.settings import Config, ConfigError, find_file, nearest_name
 from vtprune_train.data import records as record_module

@@ -9,45 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.helpers import tiny_image_processor, tiny_model, tiny_tokenizer
+from tests.support.data import CONFIG, collator, index_of, say, write_picture
+from tests.support.helpers import tiny_tokenizer
 from vtprune_train import PyramidDrop
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.images import image_size, load_image
 from vtprune_train.data.index import Source, build_index
-from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, normalize, read_records
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.training.loop.evaluate import exchange_pictures
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-CONFIG = tiny_model().config
-
-
-def say(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
-def write_picture(path, size=(40, 60), seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def index_of(folder, records, name="train.json", take="all", **settings):
-    path = folder / name
-    if records is not None:
-        path.write_text(json.dumps(records))
-    encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
-    options = {"max_length": 500, "too_long": "error", "max_bad": 0, "seed": 0, "workers": 1, **settings}
-    sources = [Source(path, folder / "images", take)]
-    return build_index(sources, encoder, AnyRes.of(CONFIG), cache_dir=folder / "cache", **options), encoder
-
-
-def collator(index, encoder, method=None):
-    cost = TrainingCost(DecoderGeometry.of(CONFIG.text_config), TowerGeometry.of(CONFIG), True, True)
-    return Collator(index, encoder, AnyRes.of(CONFIG), tiny_image_processor(), method, cost)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from tests.data.test_data import say
-from tests.data.test_sources import build, picture_bytes, write_tar
+from tests.support.data import build, picture_bytes, say, write_tar
 from vtprune_train.data.chat import Turn
 from vtprune_train.data.index import Source
 from vtprune_train.data.records import normalize, read_records

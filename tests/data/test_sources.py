@@ -1,6 +1,5 @@
 """Data files of every kind, mixtures, and the index on disk."""
 
-import io
 import json
 import logging
 import os
@@ -8,7 +7,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -18,29 +16,16 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from tests.data.test_data import CONFIG, collator, index_of, say, write_picture
+from tests.support.data import build, collator, index_of, picture_bytes, say, write_tar
 from tests.support.helpers import tiny_tokenizer
 from tests.support.runner import Runs, assert_equal_checkpoints
 from vtprune_train.config.load import load_config, without_effect
 from vtprune_train.config.settings import ConfigError
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
-from vtprune_train.data.index import Source, build_index
+from vtprune_train.data.index import Source
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import arrow_rows, find_files, json_list, open_reader, tables
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.training import distributed
-
-
-def build(sources, folder, **settings):
-    encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
-    options = {"max_length": 500, "too_long": "error", "max_bad": 0, "seed": 0, "workers": 1, **settings}
-    return build_index(sources, encoder, AnyRes.of(CONFIG), cache_dir=folder / "cache", **options), encoder
-
-
-def picture_bytes(folder, number, size=(40, 60)):
-    path = folder / "images" / f"{number}.png"
-    write_picture(path, size, seed=number)
-    return path.read_bytes()
 
 
 def records_of(folder, count=6):
@@ -55,15 +40,6 @@ def records_of(folder, count=6):
             {"id": f"r{number}", "images": names, "conversations": say(question, "a red cat " * number + ".")}
         )
     return records
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
 
 
 def in_bytes(folder, record):
@@ -361,7 +337,7 @@ import sys
 from pathlib import Path
 if __name__ == "__main__":  # the workers import this file too
     sys.path.insert(0, {tests!r})
-    from tests.data.test_sources import build, Source
+    from tests.support.data import Source, build
     build([Source(Path(sys.argv[1]), Path("."))], Path(sys.argv[2]), workers=2)
 """
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integrations.test_ecosystem import ANSWERS, chat_processor, collate, dataset_of, picture
-from tests.integrations.test_ecosystem import rows as trainer_rows
-from tests.integrations.test_harnesses import TASK, UTILS
 from tests.support.checkpoints import HALF, save_folder, save_pictures
+from tests.support.harness_task import TASK, UTILS
+from tests.support.trl_data import ANSWERS, chat_processor, collate, dataset_of, picture
+from tests.support.trl_data import rows as trainer_rows
 from vtprune_train import is_pruned
 from vtprune_train.models.families import FAMILIES, UNSUPPORTED
 

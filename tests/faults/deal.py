@@ -18,14 +18,17 @@ import torch
 from torch import nn
 
 from vtprune_train.models.io.export import Plan
-from vtprune_train.training.checkpoint import folder as checkpoints_module
+from vtprune_train.training.checkpoint import folder as folder_module
+from vtprune_train.training.checkpoint import load as load_module
 from vtprune_train.training.checkpoint import manifest
-from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState, load
+from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
+from vtprune_train.training.checkpoint.load import load
 from vtprune_train.training.checkpoint.portable import write_portable
 from vtprune_train.training.distributed import barrier, gather, rank, shut_down, world_size
-from vtprune_train.training.engine import reshard
 from vtprune_train.training.engine import weights as weights_module
-from vtprune_train.training.engine.start import start_distributed
+from vtprune_train.training.engine.files import MASTER, DeepSpeedFiles
+from vtprune_train.training.engine.layout import flat_tensors
+from vtprune_train.training.engine.start import start_distributed, start_engine
 
 STAGES = [int(stage) for stage in os.environ["DEAL_STAGES"]]
 
@@ -62,7 +65,7 @@ def engine_at(stage, dtype, seed):
         net = net.bfloat16()
         nn.init.constant_(net.frozen.weight, 0.25)
         nn.init.constant_(net.frozen.bias, 0.5)
-    return deepspeed.initialize(model=net, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+    return start_engine(net, optimizer, settings)
 
 
 def train(engine, dtype, steps=2):
@@ -75,12 +78,12 @@ def train(engine, dtype, steps=2):
 
 def numbers(engine):
     """Every trained parameter's float32 tensors and step, put together from all ranks, and what else there is."""
-    optimizer = engine.optimizer
-    inner, flats = getattr(optimizer, "optimizer", optimizer), reshard.flat_tensors(optimizer)
+    optimizer = engine._deepspeed.optimizer
+    inner, flats = getattr(optimizer, "optimizer", optimizer), flat_tensors(optimizer)
     parts = {}
-    for piece in reshard.layout_of(engine).pieces:
+    for piece in engine.layout().pieces:
         states = inner.state[flats[piece.flat]]
-        for key, tensor in ((reshard.MASTER, flats[piece.flat]), *((k, states[k]) for k in ("exp_avg", "exp_avg_sq"))):
+        for key, tensor in ((MASTER, flats[piece.flat]), *((k, states[k]) for k in ("exp_avg", "exp_avg_sq"))):
             stretch = tensor.data.flatten()[piece.offset :][: piece.numel].clone()
             parts.setdefault((piece.name, key), []).append((piece.start, stretch))
         parts.setdefault((piece.name, "step"), []).append((0, torch.tensor([float(states["step"])])))
@@ -123,7 +126,7 @@ def write(folder, dtype):
             assert manifest.verify(checkpoint) is None, manifest.verify(checkpoint)
             portable = folder / f"zero{stage}" / "portable" / checkpoint.name
             portable.mkdir(parents=True)
-            write_portable(reshard.DeepSpeedFiles(checkpoint / "deepspeed"), portable / "portable")
+            write_portable(DeepSpeedFiles(checkpoint / "deepspeed"), portable / "portable")
             (portable / "trainer.json").write_bytes((checkpoint / "trainer.json").read_bytes())
             entries = {name: manifest.sync_and_hash(portable / name) for name in manifest.files_in(portable)}
             manifest.write_manifest(portable, entries)
@@ -143,15 +146,15 @@ def read(folder, dtype, form):
             for key, value in kept.items():
                 assert torch.equal(found[key], value), (source, stage, key, found[key], value)
             train(engine, dtype, steps=1)
-            assert engine.global_steps == 3
+            assert engine._deepspeed.global_steps == 3
             barrier()
 
 
 if __name__ == "__main__":
     start_distributed(timeout=120)
     command, where, dtype, *form = sys.argv[1:]
-    checkpoints_module.holds_only_trained = lambda module: dtype == "bfloat16"
-    checkpoints_module.export_plan = weights_module.export_plan = lambda module: Plan({})  # see Quiet
+    folder_module.holds_only_trained = load_module.holds_only_trained = lambda module: dtype == "bfloat16"
+    folder_module.export_plan = weights_module.export_plan = lambda module: Plan({})  # see Quiet
     if command == "write":
         write(Path(where), dtype)
     else:

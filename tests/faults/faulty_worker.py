@@ -4,17 +4,17 @@ import os
 import signal
 import sys
 import time
+from multiprocessing import parent_process
 from pathlib import Path
 
 from vtprune_train.cli import train_main
 from vtprune_train.data.load import collate
 
-RANK_PROCESS = os.getpid()
 load_image = collate.load_image
 
 
 def faulty(source, *arguments, **options):
-    if Path(source).name == os.environ["FAULTY_PICTURE"] and os.getpid() != RANK_PROCESS:
+    if Path(source).name == os.environ["FAULTY_PICTURE"] and parent_process() is not None:
         wait_for_a_dead_disk() if os.environ["FAULT"] == "hung" else die()
     return load_image(source, *arguments, **options)
 
@@ -30,5 +30,6 @@ def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-collate.load_image = faulty
-sys.exit(train_main())
+collate.load_image = faulty  # workers import this file too
+if __name__ == "__main__":
+    sys.exit(train_main())

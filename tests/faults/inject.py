@@ -29,9 +29,8 @@ from vtprune_train.data.load import workers
 from vtprune_train.data.measure import Measure
 from vtprune_train.data.sources import json_list
 from vtprune_train.files import disk
-from vtprune_train.training.checkpoint import folder, manifest, resume
+from vtprune_train.training.checkpoint import folder, manifest, resume, writing
 from vtprune_train.training.checkpoint.json_lines import JsonLines
-from vtprune_train.training.engine import state
 from vtprune_train.training.loop import callbacks, evaluate
 from vtprune_train.training.loop.trainer import Trainer
 
@@ -66,7 +65,7 @@ def signal_all(number: int) -> None:
 
 
 def kill_worker() -> None:
-    living = [worker for pool in list(workers._LIVE) for worker in pool.workers if not worker.ended]
+    living = [process for pool in list(workers._LIVE) for process in pool.processes]
     os.kill(living[0].pid, signal.SIGKILL)
 
 
@@ -186,18 +185,23 @@ class Shard:
         self.written += len(data)
         return self.file.write(data)
 
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
 
 def in_shard() -> None:
-    real = state.HashingFile
+    class Broken(writing.HashedFile):
+        def __init__(self, path: Path):
+            super().__init__(path)
+            self._file = Shard(self._file, 5000)
 
-    class Broken(real):
-        def __init__(self, file: Any):
-            super().__init__(Shard(file, 5000))
-
-    state.HashingFile = Broken
+    writing.HashedFile = Broken
 
 
 def in_backward() -> None:

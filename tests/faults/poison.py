@@ -46,14 +46,14 @@ def fault_the_batches():
 def fault_the_gradient():
     original = Trainer.step
 
-    def step(self, plan, batches, data_wait):
+    def step(self, now, feed):
         COLLATE[:] = [self.collate]
         handle = None
-        if RANK == 1 and plan.step == FAULTS.get("nan_gradient"):
+        if RANK == 1 and now.plan.step == FAULTS.get("nan_gradient"):
             parameter = dict(self.engine.module.named_parameters())["model.language_model.norm.weight"]
             handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
         try:
-            return original(self, plan, batches, data_wait)
+            return original(self, now, feed)
         finally:
             if handle is not None:
                 handle.remove()

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.test_data import collator, index_of, say, write_picture
-from tests.data.test_sources import build
 from tests.faults.changed import edit, zero_body
+from tests.support.data import build, collator, index_of, say, write_picture
 from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.data import building, table
 from vtprune_train.data.index import SampleIndex, Source

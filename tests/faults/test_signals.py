@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.runner import BIN, ROOT, Runs, all_end, wait_until
+from tests.support.runner import BIN, ROOT, Runs, all_end, wait_until, workers_of
 from vtprune_train.cli import launch
 from vtprune_train.data.building import _start_process
 from vtprune_train.processes import launchers
@@ -70,7 +70,8 @@ def test_a_signal_to_all_processes_saves_once(runs, signals):
     name = "-".join(number.name for number in signals)
     process = started(runs, name)
     told = below(process)
-    assert len(told) == 2, "the rank and its loader worker"
+    [rank] = psutil.Process(process.pid).children()
+    assert len(workers_of(rank.pid)) == 1
     heard = f"{signals[0].name}: finishing this step and saving"
     for number in signals:
         for one in told:
@@ -191,6 +192,44 @@ def test_a_signal_after_the_ranks_finds_no_handler_of_theirs(runs, monkeypatch):
     assert launch.launch(["--config", "llava_next_pdrop.yaml", f"run.output_dir={runs.folder}"]) == 0
     assert handlers == [launch._pass_on] * 3
     assert [signal.getsignal(number) for number in STOPPING] == before
+
+
+def test_listening_ends_without_a_trace():
+    code = """
+import signal, threading
+from vtprune_train.processes.signals import STOP, STOPPING
+heard = []
+for number in STOPPING:
+    signal.signal(number, lambda number, frame: heard.append(number))
+before, threads = [signal.getsignal(number) for number in STOPPING], threading.active_count()
+for _ in range(2):
+    STOP.act = heard.append
+    assert STOP.listen() and not STOP.listen()
+    signal.raise_signal(signal.SIGHUP)
+    STOP.restore()
+    assert heard.pop() == signal.SIGHUP
+    assert [signal.getsignal(number) for number in STOPPING] == before and STOP.number is None
+    assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
+signal.raise_signal(signal.SIGTERM)
+assert heard[-1] == signal.SIGTERM
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_within_a_program_gives_its_handlers_back(runs, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text("""
+import signal, sys
+from vtprune_train.cli import train_main
+from vtprune_train.processes.signals import STOPPING
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(77))
+before = [signal.getsignal(number) for number in STOPPING]
+assert train_main(sys.argv[1:]) == 0
+assert [signal.getsignal(number) for number in STOPPING] == before
+signal.raise_signal(signal.SIGTERM)
+""")
+    runs.run("within", "data.eval=[]", "data.workers=0", "train.max_steps=1", script=script, expect=77)
 
 
 LATE = """

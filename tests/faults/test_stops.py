@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics, wait_until
+from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics, wait_until, workers_of
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_sigterm_saves_once_and_all_ranks_stop(runs, uninterrupted):
     process = runs.start("terminated", *settings, ranks=2, launcher="torchrun")
     assert wait_until(lambda: len(runs.metrics("terminated")) >= 3, process)
     ranks = children_with(process.pid, "train.py")
-    workers = [worker for rank in ranks for worker in children_with(rank, "train.py")]
+    workers = [worker.pid for rank in ranks for worker in workers_of(rank)]
     assert len(workers) >= 2
     for told in (ranks[-1], *workers):  # as a scheduler does: every process of the job, not only the rank
         os.kill(told, signal.SIGTERM)

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.engine.gradients import discard, loss_scale, squared_norm
-from vtprune_train.training.engine.start import start_distributed
+from vtprune_train.training.engine.start import start_distributed, start_engine
 
 CASES = {
     "zero0": ({"stage": 0}, {}),
@@ -50,7 +49,7 @@ def start(zero, more):
     if more:
         model = model.bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+    return start_engine(model, optimizer, settings)
 
 
 def accumulate(engine, step, poisoned):
@@ -60,15 +59,13 @@ def accumulate(engine, step, poisoned):
         inputs = torch.randn(4, 7, dtype=next(engine.module.parameters()).dtype)
         if poisoned and micro == 0 and ranks.rank() == 1:
             inputs[0, 0] = float("nan")
-        engine.set_gradient_accumulation_boundary(micro == 1)
-        engine.backward(engine(inputs).float().square().sum(), scale_wrt_gas=False)
-        if micro == 0:
-            engine.step()
+        with engine.accumulate(last=micro == 1):
+            engine.backward(engine(inputs).float().square().sum())
 
 
 def whole_norm(engine):
-    share = {"share": float(squared_norm(engine, ranks.world_size()))}
-    return ranks.sum_over_ranks(share, torch.device("cpu"))["share"] ** 0.5 / loss_scale(engine)
+    share = {"share": float(engine.squared_grad_norm())}
+    return ranks.sum_over_ranks(share, torch.device("cpu"))["share"] ** 0.5 / engine.loss_scale
 
 
 def train(engine, poisoned_step=None, left_out=None):
@@ -81,16 +78,17 @@ def train(engine, poisoned_step=None, left_out=None):
         norm = whole_norm(engine)
         if step == poisoned_step:
             noticed = norm != norm
-            discard(engine)
+            engine.zero_grad()
             continue
-        engine.step()
-        measured = engine.get_global_grad_norm()
+        assert engine.step()
+        measured = engine._deepspeed.get_global_grad_norm()
         norms.append((norm, norm if measured is None else float(measured)))
     return norms, noticed
 
 
 def bits(engine):
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    optimizer = engine._deepspeed.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
     state = [value for entry in inner.state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return [p.detach().clone() for p in engine.module.parameters()] + [value.clone() for value in state]

@@ -14,13 +14,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.models.families.test_families import BATCH, HALF
-from tests.models.families.test_loop_families import RECORDS, Setup
-from tests.pruning.test_phases import parts  # noqa: F401
 from tests.support import fake_varlen  # noqa: F401, attention that CUDA alone has
 from tests.support.fake_cuda import DEVICE, READ, CudaTensor, FakeCuda
-from tests.support.families import FAMILIES, SPECIAL, family_inputs, family_model
+from tests.support.families import BATCH, FAMILIES, HALF, SPECIAL, family_inputs, family_model
+from tests.support.family_runs import RECORDS, Setup
 from tests.support.helpers import tiny_model
+from tests.support.phases import make_parts  # noqa: F401
 from vtprune_train import dense, prune
 from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.models.io.build import set_trainable
@@ -28,7 +27,6 @@ from vtprune_train.pruning import METHODS, NONE, method_class, method_from_setti
 from vtprune_train.pruning.phases import FullTokens, Phases
 from vtprune_train.training.engine.gradients import squared_norm
 from vtprune_train.training.loop.evaluate import evaluate
-from vtprune_train.training.loop.trainer import Trainer
 
 NAMES = [*METHODS, NONE]
 ALL_PARTS = {"projector": 1.0, "language_model": 1.0, "pruning": 1.0, "vision_tower": 1.0}
@@ -97,7 +95,7 @@ def method_model(method, checkpointed=False, dtype=torch.float32, **settings):
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("name", NAMES)
-def test_training_does_not_wait(parts, name, checkpointed):  # noqa: F811
+def test_training_does_not_wait(parts, name, checkpointed):
     batch = parts.collator(Phases(built(name))).pack(parts.loaded, step=0)
     check_training(lambda: method_model(built(name), checkpointed), batch, forward=ADAPTIVE.get(name, ()))
 
@@ -115,13 +113,13 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("settings", "forward"), VARIANTS, ids=lambda value: "-".join(map(str, dict(value).values())))
-def test_other_settings_do_not_wait_either(parts, settings, forward):  # noqa: F811
+def test_other_settings_do_not_wait_either(parts, settings, forward):
     method = method_from_settings(settings)
     batch = parts.collator(Phases(method)).pack(parts.loaded, step=0)
     check_training(lambda: method_model(method), batch, forward)
 
 
-def test_a_step_on_all_tokens_with_a_teacher_does_not_wait(parts):  # noqa: F811
+def test_a_step_on_all_tokens_with_a_teacher_does_not_wait(parts):
     method = built("pyramiddrop")
     batch = parts.collator(Phases(method, full=FullTokens(share=1.0, weight=1.0))).pack(parts.loaded, step=0)
     assert batch.teacher is not None
@@ -129,7 +127,7 @@ def test_a_step_on_all_tokens_with_a_teacher_does_not_wait(parts):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["none", "pyramiddrop", "plphp"])
-def test_the_variable_length_kernels_get_what_they_want(parts, name):  # noqa: F811
+def test_the_variable_length_kernels_get_what_they_want(parts, name):
     """Lengths in int32 on the device and on the host, which agree; in half precision, as CUDA has it."""
     batch = parts.collator(Phases(built(name))).pack(parts.loaded, step=0)
     model = method_model(built(name), dtype=torch.bfloat16)
@@ -280,7 +278,7 @@ def test_a_second_turn_reads_the_cache_once(name, settings):
 
 def test_evaluation_pins_its_batches_and_reads_one_result_each(tmp_path):
     setup = Setup("llava", tmp_path)
-    parts = setup.parts()  # noqa: F811
+    parts = setup.parts()
     model, collate = prune(parts.model, HALF), setup.collator(parts, HALF)
 
     def run(device):
@@ -298,28 +296,6 @@ def test_evaluation_pins_its_batches_and_reads_one_result_each(tmp_path):
             (READ, "vtprune_train/training/distributed.py"): 1,
         }
     )
-
-
-def test_a_step_of_several_micro_batches_reads_its_sums_once(parts):  # noqa: F811
-    """Between micro-batches the host runs ahead."""
-    method = built("pyramiddrop")
-    batches = [parts.collator(Phases(method)).pack([sample], step=0) for sample in parts.loaded]
-    model = method_model(method)
-
-    class Engine:
-        """DeepSpeed's, as far as a micro-batch calls it."""
-
-        __call__ = staticmethod(model)
-        step = set_gradient_accumulation_boundary = staticmethod(lambda *_: None)
-        backward = staticmethod(lambda loss, scale_wrt_gas: loss.backward())
-
-    watchdog = SimpleNamespace(mark=lambda _: None)
-    trainer = SimpleNamespace(engine=Engine(), device=DEVICE, watchdog=watchdog, row_losses=[], collate=None)
-    with FakeCuda() as cuda:
-        cuda.put(model)
-        sums = Trainer._forward_backward(trainer, [batch.pin_memory() for batch in batches], 0.5)
-    assert files(cuda.waits) == Counter({(READ, "vtprune_train/training/loop/trainer.py"): 1})
-    assert sums["cross_entropy"] > 0 and len(trainer.row_losses) == len(batches)
 
 
 @pytest.mark.parametrize("kept_in", ["averaged_gradients", "fp32_groups_gradients_flat", "parameters"])

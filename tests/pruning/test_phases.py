@@ -7,31 +7,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from tests.support.helpers import tiny_image_processor, tiny_model, tiny_tokenizer
+from tests.support.helpers import tiny_model
+from tests.support.phases import LAYERS, METHOD, SIZES, make_parts  # noqa: F401
 from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.load import load_config, without_effect
 from vtprune_train.config.settings import ConfigError, PruningConfig
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
-from vtprune_train.data.chat import ChatEncoder, get_template
+from vtprune_train.core.flops import selector_flops
 from vtprune_train.data.index import Lengths
-from vtprune_train.data.load.collate import Collator, LoadedSample
 from vtprune_train.data.plan.costs import StepCosts
-from vtprune_train.data.records import normalize
-from vtprune_train.models.families.anyres import AnyRes
-from vtprune_train.models.families.layout import Pictures
 from vtprune_train.models.forward.head import Teaching, chunked_consistency
 from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.loop.run import merge_pruning
-
-METHOD = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1))
-LAYERS = 6
-SIZES = [[(40, 70)], [], [(90, 30), (50, 50)], [(30, 31)]]
-
 
 # ------------------------------------------------------------------------------------------------ which phase
 
@@ -79,29 +69,6 @@ def test_state_tells_where_the_schedule_stands():
 
 
 # ------------------------------------------------------------------------------------------------ batches and costs
-
-
-@pytest.fixture(scope="module")
-def parts():
-    model = tiny_model(num_layers=LAYERS)
-    encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
-    layout, processor = AnyRes.of(model.config), tiny_image_processor()
-    rng = np.random.default_rng(0)
-    loaded = []
-    for number, sizes in enumerate(SIZES):
-        asked = {"from": "human", "value": "<image>" * len(sizes) + " what is shown"}
-        again = {"from": "human", "value": "two ?"}
-        said = [asked, {"from": "gpt", "value": "a cat"}, again, {"from": "gpt", "value": "no"}]
-        record = normalize({"image": ["x.png"] * len(sizes), "conversations": said}, "x")
-        images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
-        pictures = Pictures(sizes, layout.pixels(processor, images))
-        loaded.append(LoadedSample(str(number), encoder.encode(record.turns), pictures))
-    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config), True, True)
-
-    def collator(phases=None, method=METHOD):
-        return Collator(None, encoder, layout, processor, method, cost, phases)
-
-    return SimpleNamespace(loaded=loaded, collator=collator, cost=cost, layout=layout)
 
 
 def same_batch(one, two):

@@ -63,7 +63,7 @@ def test_a_real_run(tmp_path, capsys):
     assert code == int("grows: " in said), "so short a run may still be warming up"
     with (out / "samples.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["process"].partition(" worker")[0] for row in rows} == {"launcher", "rank 0"}
+    assert {row["process"].partition(" worker")[0] for row in rows} == {"launcher", "rank 0", "rank 0 server"}
     assert any("worker" in row["process"] for row in rows)
     assert all(int(row["rss"]) > 50 * MIB and int(row["descriptors"]) > 3 for row in rows if int(row["step"]) < 40)
     assert "40 steps, 1 rank(s), 1 workers each: " in (out / "leaks.md").read_text()

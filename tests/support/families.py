@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from tests.support.helpers import PATCH, TILE, tiny_config, tiny_model, tiny_processor
+from vtprune_train import PyramidDrop
 
 WORDS = [
     "what", "is", "shown", "here", "a", "red", "blue", "round", "cat", "dog", "on", "the", "left", "right", "user",
@@ -248,3 +249,12 @@ def _internvl_tiles(picture: Image.Image) -> list[Image.Image]:
 
 
 __all__ = ["FAMILIES", "family_inputs", "family_model", "family_processor", "tiny_config"]
+
+
+HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
+BATCH = [
+    [0, "what is shown here ? assistant :"],
+    ["a red", 1, "and", 2, "two ? assistant :"],
+    ["what is a dog ? assistant :"],
+    [3, 0, "left ? yes"],
+]

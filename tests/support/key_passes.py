@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tests.models.test_equivalence import assert_close
-from tests.pruning.methods.test_keys import spans_of
+from tests.support.key_choice import spans_of
 from tests.support.key_reference import masked_forward
+from tests.support.packed import assert_close
 from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.padded import decode, prefill
 

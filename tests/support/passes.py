@@ -5,8 +5,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.models.test_equivalence import assert_close, random_segment
 from tests.support.helpers import tiny_model
+from tests.support.packed import assert_close, random_segment
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
 

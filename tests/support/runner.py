@@ -217,6 +217,11 @@ def _group_of(entry: Path) -> int | None:
         return None
 
 
+def workers_of(rank: int) -> list[psutil.Process]:
+    """The loader workers of a rank, which a server below it has forked."""
+    return [worker for server in psutil.Process(rank).children() for worker in server.children()]
+
+
 def wait_until(condition: Any, process: Process, seconds: float = 120) -> bool:
     """Poll until ``condition()``; false if the process ended first."""
     deadline = time.monotonic() + seconds

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.data.test_data import say, write_picture
+from tests.support.data import say, write_picture
 from tests.support.runner import TINY, Runs
 from vtprune_train.cli import train_main
 

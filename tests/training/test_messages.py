@@ -14,7 +14,7 @@ from vtprune_train.config.settings import Config, ConfigError, PruningConfig
 from vtprune_train.files.parse import read_yaml
 from vtprune_train.training.check_data import check_run_dir
 from vtprune_train.training.checkpoint.resume import _check_identity
-from vtprune_train.training.engine.start import engine_config
+from vtprune_train.training.engine.settings import engine_config
 from vtprune_train.training.loop.run import cache_dir, warn_of_batch
 
 

@@ -158,7 +158,7 @@ def test_missing_data_exits_2_and_names_the_file(runs):
 
 def test_stage_1_then_stage_2_from_parts(tmp_path):
     """Projector alignment with `plain`, then instruction tuning that picks its projector up."""
-    from tests.models.io.test_build import save_parts
+    from tests.support.model_parts import save_parts
 
     runs = Runs(tmp_path)
     save_parts(tmp_path)

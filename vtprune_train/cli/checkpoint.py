@@ -238,10 +238,10 @@ def convert_checkpoint(path: Path, out: str | None) -> int:
 
 def write_converted(source: Path, partial: Path) -> None:
     """Fill ``partial`` with the portable form of ``source``, its manifest included."""
-    from vtprune_train.training.checkpoint.portable import write_portable
-    from vtprune_train.training.engine.reshard import open_state
+    from vtprune_train.training.checkpoint.load import open_state
+    from vtprune_train.training.checkpoint.portable import PORTABLE, write_portable
 
-    write_portable(open_state(source), partial / "portable")
+    write_portable(open_state(source), partial / PORTABLE)
     for name in manifest.read_manifest(source):
         if not name.startswith("deepspeed/"):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,8 @@ def export_checkpoint(checkpoint: Path, arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: options that need the finished export, or a damaged checkpoint.
     """
-    from vtprune_train.training.engine.reshard import open_state, weight
+    from vtprune_train.training.checkpoint.load import open_state
+    from vtprune_train.training.engine.files import weight
 
     given = vars(arguments) | {"part": arguments.part == "projector"}
     if others := [key for key in ("dtype", "max_shard_size", "part", "merge", "keep_names") if given[key]]:

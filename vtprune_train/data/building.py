@@ -13,9 +13,7 @@ import logging
 import multiprocessing
 import os
 import pickle
-import signal
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +32,7 @@ from vtprune_train.data.measure import FINE, NO_PICTURE, RECORD_COLUMNS, SPAN_CO
 from vtprune_train.data.sources import Piece, Reader, open_reader
 from vtprune_train.files.checksums import SummedFile, read_sealed, seal
 from vtprune_train.files.disk import publish, remove
-from vtprune_train.processes.signals import STOPPING
+from vtprune_train.processes.children import live_with_parent, signals_blocked
 
 log = logging.getLogger(__name__)
 
@@ -177,20 +175,9 @@ _worker: _Worker  # of a process that builds
 
 
 def _start_process(measure: Measure) -> None:
-    """A process that builds: it ends with the one that started it, even if that was killed, and with nothing else."""
+    """A process that builds."""
     global _worker
-    for number in STOPPING:  # terminals and launchers send them to all: the rank decides
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core already
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    live_with_parent()
     _worker = _Worker(measure)
 
 
@@ -240,13 +227,11 @@ def _measure_in_processes(todo: Iterator[_Work], measure: Measure, workers: int,
 
 def _submitted(pool: ProcessPoolExecutor, work: _Work) -> Future[None]:
     """Hand in a piece. A process that is started for it blocks signals until it is ready to ignore them."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
-        return pool.submit(_measure, work)
+        with signals_blocked():
+            return pool.submit(_measure, work)
     except (OSError, ValueError) as error:  # its pipes are gone, because the pool breaks just now
         raise BrokenProcessPool(str(error)) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class ColumnFile(SummedFile):

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -25,20 +26,38 @@ BLOCK = 1 << 20
 Sums = Mapping[str, list[int]]  # of each file of a folder: its size in bytes and its CRC-32
 
 
-class SummedFile:
-    """A new file, written from front to back; on disk once it is closed. ``sums`` are its size and CRC-32."""
+class NewFile(ABC):
+    """A new file, written from front to back while its checksum is computed; on disk once it is closed.
+
+    Attributes:
+        size: bytes written.
+        error: what a write ended with, for callers whose library hides it behind an error of its own.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.sums = [0, 0]
+        self.path, self.size = path, 0
+        self.error: OSError | None = None
         self._file = path.open("wb", buffering=0)
 
-    def write(self, content: bytes) -> None:
-        self.sums = [self.sums[0] + len(content), zlib.crc32(content, self.sums[1])]
-        view = memoryview(content)
-        with naming(self.path):
-            while view:
-                view = view[self._file.write(view) :]
+    @abstractmethod
+    def update(self, content: Any) -> None:
+        """Add ``content`` to the checksum."""
+
+    def write(self, content: Any) -> int:
+        self.update(content)
+        view = memoryview(content).cast("B")
+        self.size += len(view)
+        try:
+            with naming(self.path):
+                while view:
+                    view = view[self._file.write(view) :]
+        except OSError as error:
+            self.error = error
+            raise
+        return len(content)
+
+    def flush(self) -> None:
+        self._file.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -47,6 +66,30 @@ class SummedFile:
         with self._file, naming(self.path):
             if kind is None:
                 os.fsync(self._file.fileno())
+
+
+class SummedFile(NewFile):
+    """With the CRC-32 of a sealed folder's files."""
+
+    crc = 0
+
+    def update(self, content: Any) -> None:
+        self.crc = zlib.crc32(content, self.crc)
+
+    @property
+    def sums(self) -> list[int]:
+        return [self.size, self.crc]
+
+
+class HashedFile(NewFile):
+    """With the SHA-256 of a checkpoint's files; other threads work while it hashes."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.sha256 = hashlib.sha256()
+
+    def update(self, content: Any) -> None:
+        self.sha256.update(content)
 
 
 def write_sealed(path: Path, content: bytes, identity: str) -> None:

@@ -121,27 +121,43 @@ class Stop:
     """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self.number: int | None = None
         self.act: Callable[[int], None] | None = leave_before_joining
         self.orphaned = False
         self._launchers: list[Launcher] = []
         self._listening = self._acted = False
 
-    def listen(self) -> None:
+    def listen(self) -> bool:
         """Note requests from now on; the main thread calls this, as early as it can. Signals that are ignored stay so,
-        as SIGHUP under ``nohup``."""
+        as SIGHUP under ``nohup``. Returns whether it did not listen before."""
         if self._listening:
-            return
+            return False
         self._listening = True
         atexit.register(ignore_signals)
         self._launchers = launchers_above()
-        self._read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.getsignal(number) for number in STOPPING}
+        for number, handler in self._handlers_before.items():
+            if handler is not signal.SIG_IGN:
                 signal.signal(number, self._note)
-        threading.Thread(target=self._watch, name="stop requests", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, args=(read,), name="stop requests", daemon=True)
+        self._thread.start()
+        return True
+
+    def restore(self) -> None:
+        """Listen no more: put back the handlers that :meth:`listen` replaced, for a process that goes on."""
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write)  # the thread ends, after what has arrived
+        self._thread.join()
+        atexit.unregister(ignore_signals)
+        self._forget()
 
     def train(self) -> None:
         """From now on the loop ends the step it is in and saves."""
@@ -159,14 +175,18 @@ class Stop:
         if self.number is None:
             self.number = number
 
-    def _watch(self) -> None:
+    def _watch(self, read: int) -> None:
         while True:
-            if select.select([self._read], [], [], POLL_SECONDS)[0]:
-                for number in os.read(self._read, 512):
-                    if number in STOPPING:
-                        self._asked(number)
-            elif not self.orphaned:
-                self._look_for_launchers()
+            if not select.select([read], [], [], POLL_SECONDS)[0]:
+                if not self.orphaned:
+                    self._look_for_launchers()
+                continue
+            if not (arrived := os.read(read, 512)):  # the other end is closed
+                os.close(read)
+                return
+            for number in arrived:
+                if number in STOPPING:
+                    self._asked(number)
 
     def _look_for_launchers(self) -> None:
         gone = next((launcher for launcher in self._launchers if not launcher.is_alive()), None)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from vtprune_train.config.settings import ConfigError
 from vtprune_train.core.stream import to_device
@@ -31,20 +32,24 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Sum named numbers over all ranks (float64); every rank must give the same names in the same order."""
-    total = to_device(torch.tensor(list(values.values()), dtype=torch.float64), device)
+def sum_over_ranks(
+    values: dict[str, float], device: torch.device, on_device: dict[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Sum named numbers over all ranks (float64), in one reduction and one read from ``device``.
+
+    Args:
+        values: numbers of this rank; every rank must give the same names in the same order.
+        device: this rank's.
+        on_device: more of them that the host does not know yet, tensors [].
+    """
+    names, scalars = [*values], [torch.tensor(list(values.values()), dtype=torch.float64)]
+    for name, scalar in (on_device or {}).items():
+        names.append(name)
+        scalars.append(scalar.double().reshape(1))
+    total = torch.cat(to_device(tuple(scalars), device))
     if dist.is_initialized():
         dist.all_reduce(total)
-    return dict(zip(values, total.tolist(), strict=True))
-
-
-def max_over_ranks(value: float, device: torch.device) -> float:
-    """The greatest of every rank's number."""
-    greatest = to_device(torch.tensor(value, dtype=torch.float64), device)
-    if dist.is_initialized():
-        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
-    return float(greatest)
+    return dict(zip(names, total.tolist(), strict=True))
 
 
 def from_rank_0(make: Callable[[], Result]) -> Result:

@@ -32,7 +32,7 @@ from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
-from vtprune_train.training.engine.start import engine_config, zero_stage
+from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.run import training_cost, with_saved_settings
 from vtprune_train.training.loop.sample import sample_lines
 from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch

@@ -24,8 +24,8 @@ from vtprune_train.training.engine.start import start_distributed
 from vtprune_train.training.faults.non_finite import EXIT_STOPPED, TrainingError
 from vtprune_train.training.faults.rank_failures import connect
 from vtprune_train.training.faults.watchdog import Watchdog
-from vtprune_train.training.loop.callbacks import Callback
 from vtprune_train.training.loop.run import prepare
+from vtprune_train.training.loop.trainer import Callback
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,15 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
         ConfigError: the ranks cannot reach each other.
     """
     keep_streams()
-    STOP.listen()
+    listens_for_this = STOP.listen()
+    try:
+        return _train(config, callbacks)
+    finally:
+        if listens_for_this:  # otherwise the process ends with this training
+            STOP.restore()
+
+
+def _train(config: Config, callbacks: Sequence[Callback]) -> int:
     faulthandler.enable()
     be_deterministic(config)
     set_allocator()

@@ -15,8 +15,8 @@ from vtprune_train.data.images import UNREADABLE, load_image
 from vtprune_train.data.load.collate import Collator, lay_out
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.loop.callbacks import Callback, only_warning
-from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.loop.callbacks import only_warning
+from vtprune_train.training.loop.trainer import Callback, Trainer
 from vtprune_train.viz.draw import draw
 from vtprune_train.viz.show import look, stage_names
 
@@ -39,12 +39,12 @@ class EvaluationImages(Callback):
         drawn = survivors(
             trainer.engine.module, collate, pictures=trainer.config.train.eval_show, device=trainer.device
         )
-        board = trainer.engine.monitor.tb_monitor
-        if board is None or not board.enabled:  # on the other ranks, or it could not be written
+        board = trainer.engine.monitors.tensorboard
+        if board is None:
             return
         for number, pixels in enumerate(drawn):
-            with only_warning(f"{board.summary_writer.log_dir}: image {number} of step {trainer.state.step}"):
-                board.summary_writer.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
+            with only_warning(f"{board.log_dir}: image {number} of step {trainer.state.step}"):
+                board.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
 
 
 def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: torch.device) -> list[np.ndarray]:

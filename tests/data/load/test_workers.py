@@ -2,12 +2,19 @@
 
 import itertools
 import os
+import random
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import dataclass, replace
+from multiprocessing.popen_forkserver import Popen
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -34,13 +41,72 @@ def batch_of(task):
     )
 
 
+def names_of(task):
+    return [f"id{task.samples[0]}"]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Leaves a file for every task."""
+
+    folder: Path
+
+    def __call__(self, task):
+        (self.folder / str(task.samples[0])).touch()
+        return batch_of(task)
+
+
+def slowly(task):
+    time.sleep(0.1)
+    return batch_of(task)
+
+
+def deadly(task):
+    if task.samples[0] == 3:
+        os._exit(7)
+    return batch_of(task)
+
+
+def broken(task):
+    return batch_of(task) if task.samples[0] in (0, 1, 3) else {}["no such key"]
+
+
+def stuck_on_a_dead_disk(task):
+    while task.samples[0] == 3:
+        time.sleep(100)
+    return batch_of(task)
+
+
+def never(task):
+    time.sleep(1000)
+
+
+def large(task):
+    made = batch_of(task)
+    return replace(made, pixel_values=big_pixels(), input_ids=torch.arange(300_000))
+
+
+def big_pixels():
+    return torch.from_numpy(np.random.default_rng(0).random((64, 3, 112, 112), dtype=np.float32))
+
+
+def leaking(task):
+    """A worker whose memory grows until the system kills it: here, at a limit of its own."""
+    limit = 4 << 30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    kept = []
+    while task.samples[0] == 2:
+        kept.append(bytearray(1 << 28))
+    return batch_of(task)
+
+
 @pytest.fixture
 def pool_of():
     pools = []
 
     def make(count, decode=batch_of, **options):
         tasks = (MicroBatch(number, (number,)) for number in range(count))
-        settings = {"workers": 2, "prefetch": 2, "timeout": None, "names": lambda task: [f"id{task.samples[0]}"]}
+        settings = {"workers": 2, "prefetch": 2, "timeout": None, "names": names_of}
         pools.append(DecodePool(decode, tasks, **{**settings, **options}))
         return pools[-1]
 
@@ -53,15 +119,33 @@ def taken(pool):
     return list(iter(pool.next, None))
 
 
+def ids(batches):
+    return [batch.sample_ids[0] for batch in batches]
+
+
 def descriptors():
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def named_segments(*pids):
+    """What processes map of /dev/shm that still has a name there: it would stay if all were killed at once."""
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids).splitlines()
+    return [line for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")]
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_batches_come_in_order_and_whole(pool_of):
+    taken(pool_of(1))  # the server that workers are forked from stays
     before = descriptors()
     pool = pool_of(11, workers=3)
     batches = taken(pool)
-    assert [batch.sample_ids[0] for batch in batches] == [f"id{number}" for number in range(11)]
+    assert ids(batches) == [f"id{number}" for number in range(11)]
     assert len({batch.sample_ids[1] for batch in batches}) == 3, "the workers take turns"
     for number, batch in enumerate(batches):
         assert torch.equal(batch.pixel_values, PIXELS + number) and torch.equal(
@@ -75,13 +159,26 @@ def test_batches_come_in_order_and_whole(pool_of):
     assert descriptors() == before
 
 
-def test_no_more_is_decoded_ahead_than_asked(pool_of, tmp_path):
-    def noted(task):
-        (tmp_path / str(task.samples[0])).touch()
-        return batch_of(task)
+def test_workers_are_forked_from_a_process_without_threads(pool_of):
+    pool = pool_of(2)
+    taken(pool_of(1))
+    parents = {psutil.Process(process.pid).ppid() for process in pool.processes}
+    assert len(parents) == 1 and os.getpid() not in parents
+    server = psutil.Process(parents.pop())
+    assert server.ppid() == os.getpid() and "forkserver" in " ".join(server.cmdline())
+    assert server.num_threads() == 1
+    assert any("libtorch" in mapping.path for mapping in server.memory_maps()), "it has imported what workers need"
 
-    pool = pool_of(100, noted, workers=2, prefetch=3)
-    deadline = time.monotonic() + 20
+
+def test_the_rank_s_random_numbers_are_its_own(pool_of):
+    state = torch.random.get_rng_state()
+    taken(pool_of(3))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_no_more_is_decoded_ahead_than_asked(pool_of, tmp_path):
+    pool = pool_of(100, Noted(tmp_path), workers=2, prefetch=3)
+    deadline = time.monotonic() + 60
     while len(list(tmp_path.iterdir())) < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(1)
@@ -92,133 +189,160 @@ def test_no_more_is_decoded_ahead_than_asked(pool_of, tmp_path):
 
 
 def test_a_slow_worker_shows_in_the_queue(pool_of):
-    pool = pool_of(6, lambda task: (time.sleep(0.1), batch_of(task))[1])
+    pool = pool_of(6, slowly)
     taken(pool)
     assert pool.ready == 0
 
 
 @pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_killed_worker_is_replaced_and_the_batches_are_the_same(pool_of, which, caplog):
-    def slowly(task):
-        time.sleep(0.02)
-        return batch_of(task)
-
+def test_after_a_worker_is_killed_the_batches_are_the_same(pool_of, which, caplog):
     pool = pool_of(20, slowly)
     first = [pool.next() for _ in range(3)]
-    os.kill(pool.workers[1].pid, which)
+    before = [process.pid for process in pool.processes]
+    os.kill(before[1], which)
     rest = taken(pool)
-    ids = [batch.sample_ids[0] for batch in first + rest]
-    assert ids == [f"id{number}" for number in range(20)]
+    assert ids(first + rest) == [f"id{number}" for number in range(20)]
     assert all(torch.equal(batch.pixel_values, PIXELS + number) for number, batch in enumerate(first + rest))
     who = f"decode worker 1 of rank 0 (process {first[1].sample_ids[1]})"
     assert f"{who} was killed by {which.name} (most likely " in caplog.text
-    assert "samples id" in caplog.text and "another one takes its place" in caplog.text
+    assert "samples id" in caplog.text and "the workers are started again" in caplog.text
     if which == signal.SIGSEGV:
         assert "in slowly" in caplog.text, "the stack of the crash"
+    assert not any(map(running, before))
 
 
-def test_the_next_worker_dies_too(pool_of):
-    """A picture that ends every worker must not be tried for ever."""
-
-    def deadly(task):
-        if task.samples[0] == 3:
-            os._exit(7)
-        return batch_of(task)
-
-    pool = pool_of(10, deadly)
-    assert [pool.next().sample_ids[0] for _ in range(3)] == ["id0", "id1", "id2"]
-    with pytest.raises(WorkerError, match=r"(?s)exited with code 7 while decoding samples id3.*the third worker"):
-        pool.next()
-
-
-def test_an_error_of_decoding_ends_at_once_with_its_traceback(pool_of):
-    def broken(task):
-        return batch_of(task) if task.samples[0] in (0, 1, 3) else {}["no such key"]
-
-    pool = pool_of(5, broken)
-    with pytest.raises(WorkerError, match=r"(?s)decode worker 0 .* failed over samples id2.*in broken.*no such key"):
-        taken(pool)
-
-
-def test_a_hung_worker_is_named_with_its_samples_and_stack(pool_of):
-    def stuck_on_a_dead_disk(task):
-        while task.samples[0] == 3:
-            time.sleep(100)
-        return batch_of(task)
-
-    pool = pool_of(10, stuck_on_a_dead_disk, timeout=2)
-    began = time.monotonic()
-    with pytest.raises(WorkerError) as caught:
-        taken(pool)
-    pid = pool.workers[1].pid
-    said = str(caught.value)
-    assert f"decode worker 1 of rank 0 (process {pid}) has not finished a batch for data.worker_timeout=2" in said
-    assert "samples id3" in said and "in stuck_on_a_dead_disk" in said
-    pool.close()
-    assert time.monotonic() - began < 60
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
-def test_workers_outlive_what_a_scheduler_sends_and_end_with_their_rank(pool_of):
-    """The rank is killed: no process of it stays, not even one that hangs."""
-    tell, told = os.pipe()
-    rank = os.fork()
-    if not rank:
-        pool = DecodePool(
-            lambda task: time.sleep(1000), iter([MicroBatch(0, (0,))]), workers=2, prefetch=1, timeout=None, names=str
-        )
-        for worker in pool.workers:
-            os.kill(worker.pid, signal.SIGTERM)
-            os.kill(worker.pid, signal.SIGINT)
-        os.write(told, " ".join(str(worker.pid) for worker in pool.workers).encode())
-        time.sleep(1000)
-    pids = [int(pid) for pid in os.read(tell, 100).split()]
-    time.sleep(0.3)
-    outlived = [running(pid) for pid in pids]
-    os.kill(rank, signal.SIGKILL)
-    os.waitpid(rank, 0)
-    assert outlived == [True, True]
-    deadline = time.monotonic() + 10
-    while any(running(pid) for pid in pids):
+def test_the_server_that_forks_workers_is_killed(pool_of, caplog):
+    pool = pool_of(12, slowly)
+    batches = [pool.next()]
+    before = [process.pid for process in pool.processes]
+    os.kill(psutil.Process(before[0]).ppid(), signal.SIGKILL)
+    batches += taken(pool)
+    assert ids(batches) == [f"id{number}" for number in range(12)]
+    assert "the workers are started again" in caplog.text
+    deadline = time.monotonic() + 20
+    while any(map(running, before)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+@pytest.mark.parametrize("times", [2, 3])
+def test_workers_that_are_killed_while_they_start(pool_of, monkeypatch, times):
+    """Their pipe breaks before they are there."""
+    launch, broken = Popen._launch, [BrokenPipeError("Broken pipe")] * times
+
+    def launch_later(popen, process):
+        if broken:
+            raise broken.pop()
+        launch(popen, process)
+
+    monkeypatch.setattr(Popen, "_launch", launch_later)
+    if times < 3:
+        assert ids(taken(pool_of(5))) == [f"id{number}" for number in range(5)]
+    else:
+        with pytest.raises(WorkerError, match="decode workers of rank 0 cannot be started: Broken pipe"):
+            pool_of(5)
 
 
-def test_the_end_of_the_pool_is_an_error_for_who_waits(pool_of):
-    """As the thread that pins batches does, when training stops."""
-    pool = pool_of(4, lambda task: time.sleep(1000))
-    errors = []
+def test_many_deaths_at_any_moment_change_nothing(pool_of, caplog):
+    pool = pool_of(30, slowly, workers=2)
+    rng, batches = random.Random(0), []
+    for number in range(30):
+        if number % 6 == 2:
+            time.sleep(rng.random() / 10)
+            os.kill(pool.processes[rng.randrange(2)].pid, signal.SIGKILL)
+        batches.append(pool.next())
+    assert ids(batches) == [f"id{number}" for number in range(30)] and pool.next() is None
+    assert caplog.text.count("the workers are started again") >= 3
 
-    def wait():
-        try:
-            pool.next()
-        except WorkerError as error:
-            errors.append(str(error))
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    time.sleep(0.1)
-    pool.kill()
-    thread.join(10)
-    assert errors == ["the decode workers were ended"]
+def test_a_batch_that_ends_every_worker_is_not_tried_for_ever(pool_of):
+    pool = pool_of(10, deadly)
+    assert ids(pool.next() for _ in range(3)) == ["id0", "id1", "id2"]
+    with pytest.raises(WorkerError, match=r"(?s)exited with code 7 while decoding samples id3.*the third worker"):
+        pool.next()
+
+
+@pytest.mark.parametrize(("decode", "said"), [(broken, "in broken.*no such key"), (leaking, "in leaking.*MemoryError")])
+def test_an_error_of_decoding_ends_at_once_with_its_traceback(pool_of, decode, said):
+    pool = pool_of(5, decode)
+    with pytest.raises(WorkerError, match=rf"(?s)decode worker 0 .* failed over samples id2.*{said}"):
+        taken(pool)
+
+
+def test_a_hung_worker_is_named_with_its_samples_and_stack(pool_of):
+    taken(pool_of(1))
+    pool = pool_of(10, stuck_on_a_dead_disk, timeout=10)
+    began = time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        taken(pool)
+    pid = pool.processes[1].pid
+    said = str(caught.value)
+    assert f"decode worker 1 of rank 0 (process {pid}) has not finished a batch for data.worker_timeout=10" in said
+    assert "samples id3" in said and "in stuck_on_a_dead_disk" in said
+    pool.close()
+    assert time.monotonic() - began < 60
+    assert not running(pid)
+
+
+RANK = """
+import time
+from tests.data.load.test_workers import MicroBatch, DecodePool, never, names_of
+
+if __name__ == "__main__":
+    tasks = iter([MicroBatch(0, (0,))])
+    pool = DecodePool(never, tasks, workers=2, prefetch=1, timeout=None, names=names_of)
+    print(*(process.pid for process in pool.processes), flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_workers_outlive_what_a_scheduler_sends_and_end_with_their_rank(tmp_path):
+    """The rank is killed: no process of it stays, not even one that hangs."""
+    (tmp_path / "rank.py").write_text(RANK)
+    rank = subprocess.Popen([sys.executable, str(tmp_path / "rank.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pids = [int(pid) for pid in rank.stdout.readline().split()]
+    helpers = [process.pid for process in psutil.Process(rank.pid).children()]
+    for pid in (*pids, *helpers):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(pid, number)
+    time.sleep(1)
+    outlived = [running(pid) for pid in (*pids, *helpers)]
+    assert not named_segments(rank.pid, *pids, *helpers)
+    rank.kill()
+    said = rank.communicate(timeout=30)[1]
+    assert len(pids) == 2 and all(outlived) and not said, said
+    deadline = time.monotonic() + 20
+    while any(running(pid) for pid in (*pids, *helpers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_batches_are_pinned_by_the_loader_s_thread(pool_of, monkeypatch):
+    """As if there were a GPU: the host's part of it."""
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(threading.current_thread())
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    pool = pool_of(9, slowly, pin=True)
+    batches = [pool.next() for _ in range(3)]
+    os.kill(pool.processes[0].pid, signal.SIGKILL)
+    batches += taken(pool)
+    assert ids(batches) == [f"id{number}" for number in range(9)]
+    assert all(torch.equal(batch.pixel_values, PIXELS + number) for number, batch in enumerate(batches))
+    assert len(pinned) >= 9 * 2 and threading.main_thread() not in pinned
+    pool.close()
+    assert not any(thread.is_alive() for thread in pinned)
 
 
 def test_batches_of_any_size(pool_of):
     """Far more than a socket holds, and more descriptors over time than a process may have."""
-    big = torch.from_numpy(np.random.default_rng(0).random((64, 3, 112, 112), dtype=np.float32))
-
-    def large(task):
-        made = batch_of(task)
-        return type(made)(**{**vars(made), "pixel_values": big, "input_ids": torch.arange(300_000)})
-
     pool = pool_of(8, large, prefetch=4)
     for batch in itertools.islice(iter(pool.next, None), 8):
-        assert torch.equal(batch.pixel_values, big) and batch.input_ids[-1] == 299_999
+        assert torch.equal(batch.pixel_values, big_pixels()) and batch.input_ids[-1] == 299_999

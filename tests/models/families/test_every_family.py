@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionModel
 
-from tests.models.families.test_loop_families import FamilyRuns
 from tests.support.checkpoints import same_state
+from tests.support.family_runs import FamilyRuns
 from vtprune_train.cli import main
 from vtprune_train.evaluation.answering import answers, load
 from vtprune_train.models.families import FAMILIES

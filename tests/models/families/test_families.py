@@ -5,18 +5,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3ForConditionalGeneration
 
-from tests.support.families import FAMILIES, SPECIAL, family_inputs, family_model
+from tests.support.families import BATCH, FAMILIES, HALF, SPECIAL, family_inputs, family_model
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.models.cache import cache_bytes
 
 KEEP_ALL = PyramidDrop(layers=(2, 4), keep=(1.0, 1.0))
-HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
-BATCH = [
-    [0, "what is shown here ? assistant :"],
-    ["a red", 1, "and", 2, "two ? assistant :"],
-    ["what is a dog ? assistant :"],
-    [3, 0, "left ? yes"],
-]
 
 
 def continuation(model, inputs, **settings):

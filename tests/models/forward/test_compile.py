@@ -10,9 +10,9 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.models.test_equivalence import random_batch, random_segment
 from tests.support.families import family_inputs, family_model
 from tests.support.helpers import tiny_model
+from tests.support.packed import random_batch, random_segment
 from tests.support.runner import TINY, Runs
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import Config, ConfigError

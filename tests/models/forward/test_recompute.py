@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models.test_equivalence import loss_and_grads, pruned, random_batch, random_segment
+from tests.support.packed import loss_and_grads, pruned, random_batch, random_segment
 from tests.support.runner import Runs
 from vtprune_train import PyramidDrop
 from vtprune_train.config.load import dump_config, load_config

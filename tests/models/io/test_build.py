@@ -2,22 +2,18 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 from transformers import (
-    AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
-    CLIPVisionModel,
     LlavaNextForConditionalGeneration,
-    PreTrainedTokenizerFast,
 )
 
-from tests.support.helpers import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
+from tests.support.helpers import tiny_config, tiny_model, tiny_processor
+from tests.support.model_parts import built, from_parts, save_parts
 from vtprune_train.config.settings import ModelConfig
 from vtprune_train.models.io.build import (
     build_model,
-    load_tokenizer,
     parts_of,
     resolve_checkpoint,
     saved_pruning,
@@ -26,36 +22,6 @@ from vtprune_train.models.io.build import (
 from vtprune_train.models.io.processors import build_processor
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")
-
-
-def save_parts(folder, text_type="llama", tied=False):
-    """A language model with a tokenizer that lacks <image>, and a vision tower, as a hub would hold them."""
-    config = tiny_config(text_type, tie_word_embeddings=tied)
-    torch.manual_seed(1)
-    language = AutoModelForCausalLM.from_config(config.text_config)
-    language.save_pretrained(folder / "language")
-    plain = tiny_tokenizer().backend_tokenizer.to_str().replace('"<image>"', '"<unused>"')
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(plain), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder / "language")
-    tower = CLIPVisionModel(config.vision_config)
-    tower.save_pretrained(folder / "tower")
-    return language, tower
-
-
-def from_parts(folder, **settings):
-    return ModelConfig(
-        language_model=str(folder / "language"),
-        vision_tower=str(folder / "tower"),
-        image_grid_pinpoints=[(28, 56), (56, 28), (56, 56)],
-        **{"dtype": "float32", **settings},
-    )
-
-
-def built(config, folder):
-    tokenizer = load_tokenizer(config, list, folder / "none")
-    return build_model(config, tokenizer), tokenizer
 
 
 @pytest.mark.parametrize("text_type", TEXT_TYPES)

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
-from tests.cli.test_convert import convert, original_names, read, refused, same, write_original
 from tests.support.families import family_model, family_processor, tokenizer
 from tests.support.helpers import tiny_model, tiny_processor
+from tests.support.original_checkpoints import convert, original_names, read, refused, same, write_original
 from vtprune_train.cli import main
 from vtprune_train.config.settings import ModelConfig
 from vtprune_train.models.families import family_of

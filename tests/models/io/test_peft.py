@@ -16,11 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGeneration
 
-from tests.models.families.test_loop_families import save_checkpoint
-from tests.models.io.test_build import save_parts
 from tests.support.checkpoints import finish, save_pictures
+from tests.support.engines import ALL, Engine, settings_of, started
 from tests.support.families import family_inputs, family_model
+from tests.support.family_runs import save_checkpoint
 from tests.support.helpers import tiny_model, tiny_processor
+from tests.support.model_parts import save_parts
 from tests.support.runner import TINY, Runs, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
@@ -32,13 +33,11 @@ from vtprune_train.models.io.peft import adapt, adapted_of, check_quantisation, 
 from vtprune_train.models.io.provenance import Base, weights_digest
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.engine.weights import full_state_dict, write_export
-from vtprune_train.training.loop.adapter import attach_adapter
-from vtprune_train.training.loop.optimizer import parameter_groups
-from vtprune_train.training.loop.run import build_parts, training_cost, with_saved_settings
+from vtprune_train.training.loop.run import training_cost, with_saved_settings
+from vtprune_train.training.optimizer import parameter_groups
 
 DROP = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 TEXTS = [["what is", 0, "?"], ["is a red cat left ?"]]
-ALL = {"lora": 1e-3, "projector": 1e-3, "vision_tower": 1e-3}
 KINDS = {
     "lora": {},
     "dora": {"kind": "dora"},
@@ -46,34 +45,6 @@ KINDS = {
     "some": {"target_modules": ["q_proj", "down_proj"], "dropout": 0.1},
     "bias": {"bias": "lora_only"},
 }
-
-
-def settings_of(folder, origin, train=None, **peft):
-    """A run in ``folder`` that trains an adapter on what ``origin`` (keys of ``model``) names."""
-    return Config(
-        run={"name": "run", "output_dir": str(folder)},
-        model={"dtype": "float32", "peft": {"r": 4, "alpha": 8, **peft}, "train": train or ALL, **origin},
-        pruning={"layers": [2, 4], "keep": [0.5, 0.25]},
-        data={"template": "plain"},
-    )
-
-
-class Engine:
-    """What collecting weights needs of DeepSpeed's engine."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def zero_optimization_stage(self):
-        return 0
-
-
-def started(config):
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    parts = build_parts(config)
-    attach_adapter(config, parts.model, parts.processor)
-    set_trainable(parts.model, config.model.train)
-    return parts
 
 
 def write(config, parts, step=4):

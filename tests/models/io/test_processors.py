@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, LlavaImageProcessorPil, Qwen2VLImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from tests.models.families.test_loop_families import save_checkpoint
 from tests.support.checkpoints import save_folder, talkative
 from tests.support.families import PATCH, QWEN_SIZE, TILE, family_model, family_processor, tokenizer
+from tests.support.family_runs import save_checkpoint
 from tests.support.helpers import tiny_processor
 from vtprune_train.evaluation.answering import answers, load, load_processor
 from vtprune_train.models.io.processors import build_image_processor, build_processor, open_processor

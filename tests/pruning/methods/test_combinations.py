@@ -9,10 +9,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from tests.pruning.methods.test_keys import TURNS
-from tests.pruning.test_phases import parts  # noqa: F401
 from tests.support.families import SPECIAL, family_inputs, family_model, images_repeated
 from tests.support.helpers import tiny_model
+from tests.support.key_choice import TURNS
+from tests.support.phases import make_parts  # noqa: F401
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_class
@@ -208,7 +208,7 @@ def test_visual_features_find_tokens_that_were_away_and_pass_over_learned_ones()
     "method", [PLPHP(untouched=0), SparseVLM(layers=(1, 2, 3), count="mass", mass=0.3, recycle="none")]
 )
 @pytest.mark.parametrize("combined", [False, True])
-def test_a_warm_up_eases_what_is_counted_on_the_device(parts, method, combined):  # noqa: F811
+def test_a_warm_up_eases_what_is_counted_on_the_device(parts, method, combined):
     """The first step keeps everything; later ones do what the method does at the settings of that step."""
 
     def loss(step, warmup=None):
@@ -250,7 +250,7 @@ class _NoLists(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "prumerge"])
-def test_training_never_waits_for_the_device(parts, name):  # noqa: F811
+def test_training_never_waits_for_the_device(parts, name):
     """Without adaptive counts; PruMerge counts by default."""
     part = method_class(name)()
     model = prune(tiny_model(), part).train()
@@ -264,7 +264,7 @@ PACKED = [Combined(methods) for methods in NAMED] + drawn(6, seed=4)
 
 
 @pytest.mark.parametrize("method", PACKED, ids=lambda m: "+".join(part.name for part in m.parts))
-def test_packed_steps_and_their_teachers(parts, method):  # noqa: F811
+def test_packed_steps_and_their_teachers(parts, method):
     """A packed batch's loss is its samples', pruned and on all tokens with the pruned pass as teacher; and a sample
     without pictures has a gradient for everything that is trained."""
     torch.manual_seed(0)

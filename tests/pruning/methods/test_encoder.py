@@ -13,8 +13,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests.models.families.test_loop_families import RECORDS, TEXT_ONLY, Setup, padded_inputs
 from tests.support.families import TEXT, VISION, family_inputs, family_model, images_repeated
+from tests.support.family_runs import RECORDS, TEXT_ONLY, Setup, padded_inputs
 from tests.support.helpers import tiny_model
 from vtprune_train import dense, prune
 from vtprune_train.core.stream import Drop

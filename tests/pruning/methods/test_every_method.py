@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from tests.pruning.test_phases import parts  # noqa: F401
 from tests.support.families import SPECIAL, family_inputs
 from tests.support.helpers import tiny_model
 from tests.support.passes import check_singly, text_model_of
+from tests.support.phases import make_parts  # noqa: F401
 from tests.support.runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train import prune
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
@@ -86,7 +86,7 @@ def test_it_trains_under_zero_3_and_resumes_bit_for_bit(runs, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_what_is_trained_and_nothing_else(parts, name):  # noqa: F811
+def test_gradients_reach_what_is_trained_and_nothing_else(parts, name):
     """Also where the tower is frozen and read, and where a micro-batch has no picture."""
     model = prune(tiny_model(), built(name)).train()
     set_trainable(model, {"projector": 1.0, "language_model": 1.0, "pruning": 1.0})

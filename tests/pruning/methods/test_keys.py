@@ -13,15 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from tests.models.test_equivalence import _Forbid, assert_close, loss_and_grads, pruned, random_batch, random_segment
 from tests.support.families import SPECIAL, family_inputs, family_model, images_repeated
-from tests.support.helpers import tiny_model
+from tests.support.key_choice import TURNS, packed_decoder, random_prompt, spans_of
 from tests.support.key_reference import best, masked_forward
-from tests.support.passes import ExactRotary
+from tests.support.packed import Forbid, assert_close, loss_and_grads, pruned, random_batch, random_segment
 from vtprune_train import prune
-from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
+from vtprune_train.core.stream import Drop
 from vtprune_train.models.cache import StagedLayer, cache_bytes
-from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.keys import BlindRows, blind_mask
 from vtprune_train.models.forward.padded import decode, prefill
@@ -71,19 +69,6 @@ def by_content(spans, groups, share):
     return choose
 
 
-def packed_decoder(seed, **config):
-    """In float64, rotary tables included: rounding must not decide which of two nearly equal keys stays."""
-    model = tiny_model(seed, **config).double().eval()
-    text_model = model.model.language_model
-    text_model.rotary_emb = ExactRotary(text_model.config)
-    text_model.config._attn_implementation = PREFIX + "varlen_sdpa"
-    return text_model
-
-
-def spans_of(segment):
-    return [(span.start, span.length) for span in segment.spans]
-
-
 @settings(max_examples=20, deadline=None)
 @given(
     st.integers(0, 10_000),
@@ -111,16 +96,6 @@ def test_later_rows_are_blind_to_what_is_left_out(seed, shapes, hidden_after, kv
             )
             start += segment.length
     assert_close(output.last_hidden_state, torch.cat(expected), largest=1e-4, mean=1e-5)
-
-
-def random_prompt(rng, num_images):
-    """Images and text in any order; the last token is text and ranks."""
-    offset, spans = int(rng.integers(1, 4)), []
-    for _ in range(num_images):
-        spans.append(ImageSpan(offset, int(rng.integers(5, 20))))
-        offset = spans[-1].end + int(rng.integers(0, 4))
-    length = offset + int(rng.integers(1, 6))
-    return SegmentLayout(length, tuple(spans), (length - 1,))
 
 
 @settings(max_examples=15, deadline=None)
@@ -236,7 +211,7 @@ def test_training_never_waits_for_the_device(method):
     model = pruned(method)
     batch = random_batch(model, segments)
     batch.plan = method.plan(segments, 6)
-    with _Forbid():
+    with Forbid():
         assert model(batch).loss_sum is not None
 
 
@@ -252,11 +227,6 @@ def test_heads_that_keep_different_numbers_are_refused():
         prefill(packed_decoder(0), Uneven(0.5), torch.randn(segment.length, 32, dtype=torch.float64), [segment])
 
 
-TURNS = [
-    [["user", 0, "what is shown ? assistant :"], ["is the dog red ?"]],
-    [["and", 1, "left ? assistant :"], ["and here", 2, "no ?"]],
-    [["a red cat ?"], ["round", 3, "yes assistant :"]],
-]
 METHODS = [
     ByContent(0.4),
     ByContent(0.4, hidden_after="span"),

@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.models.io.test_peft import Engine, settings_of, started
-from tests.models.test_equivalence import random_batch, random_segment
 from tests.support.checkpoints import finish, save_data, save_folder, save_pictures, save_run, talkative
+from tests.support.engines import Engine, settings_of, started
 from tests.support.families import family_inputs, family_model
 from tests.support.helpers import tiny_model
+from tests.support.packed import random_batch, random_segment
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
 from vtprune_train.config.load import load_config
@@ -32,8 +32,8 @@ from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
 from vtprune_train.pruning.methods.voco import VoCo
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.engine.weights import full_state_dict, write_export
-from vtprune_train.training.loop.optimizer import parameter_groups
 from vtprune_train.training.loop.run import with_pruning_rate
+from vtprune_train.training.optimizer import parameter_groups
 
 VICTOR, MOD = Victor(registers=3, layers=2), VideoLLMMoD(layers=(1, 3), keep=0.5)
 BOTH = Combined((Victor(registers=3, layers=5), VideoLLMMoD(layers=(1, 3), keep=0.5)))

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.test_equivalence import random_batch
 from tests.support.families import family_inputs, family_model
+from tests.support.packed import random_batch
 from vtprune_train import prune
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import ImageSpan, SegmentLayout

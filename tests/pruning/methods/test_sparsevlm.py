@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.models.test_generate import two_turns
+from tests.support.conversations import two_turns
 from tests.support.families import family_model
 from tests.support.helpers import tiny_model
 from tests.support.passes import ExactRotary

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.test_equivalence import random_segment
-from tests.pruning.methods.test_keys import packed_decoder, random_prompt
+from tests.support.key_choice import packed_decoder, random_prompt
 from tests.support.key_passes import check_decoding, check_pass
 from tests.support.key_reference import zipvl
+from tests.support.packed import random_segment
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.methods.zipvl import ZipVL, mass_holders
 

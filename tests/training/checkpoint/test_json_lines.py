@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from vtprune_train.files.disk import naming, replace_synced, sync, write_synced
+from vtprune_train.training.checkpoint import writing
 from vtprune_train.training.checkpoint.json_lines import JsonLines, ranges
-from vtprune_train.training.engine import state
 from vtprune_train.training.loop.trackers import hide_from, scalars_shown, steps_lacking, train_scalars
 
 
@@ -189,9 +189,9 @@ def test_ranges():
 WRITERS = {
     "write_synced": lambda path: write_synced(path, "x" * 100),
     "replace_synced": lambda path: replace_synced(path, "x" * 100),
-    "a shard": lambda path: state.write_file(path, {"weight": torch.ones(1000)}),
+    "a shard": lambda path: writing.write_file(path, {"weight": torch.ones(1000)}),
     "safetensors": lambda path: save_file({"weight": torch.ones(1000)}, path),
-    "a rank's part": lambda path: state._say_written(path.parent, 0, {"a": {"size": 1, "sha256": "0" * 64}}),
+    "a rank's part": lambda path: writing._say_written(path.parent, 0, {"a": {"size": 1, "sha256": "0" * 64}}),
 }
 
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from tests.models.test_equivalence import random_batch
+from tests.support.packed import random_batch
 from tests.support.runner import ROOT, Runs
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.cli import train_main

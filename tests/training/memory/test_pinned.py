@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vtprune_train.training.engine.state import HostCopies
+from vtprune_train.training.checkpoint.host_copies import HostCopies
 from vtprune_train.training.memory import pinned
 from vtprune_train.training.memory.pinned import Arena, Layout, pinned_bytes
 

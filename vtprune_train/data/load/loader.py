@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,13 +16,25 @@ from vtprune_train.data.plan.planner import Planner, StepPlan
 PREFETCH = 4
 
 
+@dataclass(frozen=True)
+class _Decode:
+    """Makes the batch of a task; what workers are given to do."""
+
+    collate: Collator
+    max_tokens: int
+
+    def __call__(self, task: MicroBatch) -> PackedBatch:
+        batch = self.collate(task.samples, task.pictures_of, step=task.step)
+        if task.pictures_of is None:  # images of other samples have other lengths
+            assert batch.plan.stages[0].num_tokens <= self.max_tokens, "a micro-batch beyond data.max_tokens"
+        return batch
+
+
 class StepLoader:
     """Iterates once over ``(plan, batches)`` of global steps ``[first_step, end_step)`` for one rank.
 
-    Its workers are forked here: make it before anything that starts threads.
-
     Args:
-        collate: samples to batches; runs in the workers.
+        collate: samples to batches; is pickled and runs in the workers, which start here.
         planner: which samples.
         rank: this rank.
         workers: decode processes; 0 decodes in this one.
@@ -50,40 +62,41 @@ class StepLoader:
         timeout: float | None = None,
     ):
         self.steps = range(first_step, end_step)
-        self.collate, self.planner, self.rank, self.pictures_of = collate, planner, rank, pictures_of
-        self.device = device
+        self.index, self.planner, self.rank, self.pictures_of = collate.index, planner, rank, pictures_of
+        self.decode = _Decode(collate, planner.max_tokens)
+        self.pin = device.type == "cuda"
         self.ready: int | None = None
         self._planned: deque[StepPlan] = deque()
         self._pool: DecodePool | None = None
         if workers and self.steps:
             self._pool = DecodePool(
-                self._decode, self._order(), workers=workers, prefetch=prefetch, timeout=timeout, names=self._names
+                self.decode,
+                self._order(),
+                workers=workers,
+                prefetch=prefetch,
+                timeout=timeout,
+                names=self._names,
+                pin=self.pin,
             )
 
     def __iter__(self) -> Iterator[tuple[StepPlan, list[PackedBatch]]]:
         if self._pool is None:
             for step in self.steps:
                 plan = self.planner.plan(step)
-                batches = [self._decode(task) for task in self._tasks(plan)]
-                yield plan, [batch.pin_memory() for batch in batches] if self.device.type == "cuda" else batches
+                batches = [self.decode(task) for task in self._tasks(plan)]
+                yield plan, [batch.pin_memory() for batch in batches] if self.pin else batches
             return
-        pinned = _Pinned(self._pool, self.device) if self.device.type == "cuda" else None
         try:
             for _ in self.steps:
-                yield self._next_step(self._pool, self._pool.next if pinned is None else pinned.next)
+                yield self._next_step(self._pool)
         finally:
-            self._pool.kill()
-            if pinned is not None:
-                pinned.close()
             self._pool.close()
 
-    def _next_step(
-        self, pool: DecodePool, next_batch: Callable[[], PackedBatch | None]
-    ) -> tuple[StepPlan, list[PackedBatch]]:
+    def _next_step(self, pool: DecodePool) -> tuple[StepPlan, list[PackedBatch]]:
         plan = self._planned.popleft()
         batches, ready = [], []
         for _ in plan.micro_batches:
-            batch = next_batch()
+            batch = pool.next()
             assert batch is not None, "as many batches as tasks"
             batches.append(batch)
             ready.append(pool.ready)
@@ -103,32 +116,5 @@ class StepLoader:
             pictures = None if self.pictures_of is None else tuple(self.pictures_of[sample] for sample in samples)
             yield MicroBatch(plan.step, samples, pictures)
 
-    def _decode(self, task: MicroBatch) -> PackedBatch:
-        batch = self.collate(task.samples, task.pictures_of, step=task.step)
-        if task.pictures_of is None:  # pictures of other samples have other lengths
-            assert batch.plan.stages[0].num_tokens <= self.planner.max_tokens, "a micro-batch beyond data.max_tokens"
-        return batch
-
     def _names(self, task: MicroBatch) -> list[str]:
-        return [self.collate.index.sample_id(sample) for sample in task.samples]
-
-
-class _Pinned:
-    """One batch ahead in pinned memory, copied there by a thread while the one before it is trained on."""
-
-    def __init__(self, pool: DecodePool, device: torch.device):
-        self.pool = pool
-        self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
-        self.ahead = self.thread.submit(self._pin)
-
-    def next(self) -> PackedBatch | None:
-        batch = self.ahead.result()
-        self.ahead = self.thread.submit(self._pin)
-        return batch
-
-    def close(self) -> None:
-        self.thread.shutdown(cancel_futures=True)
-
-    def _pin(self) -> PackedBatch | None:
-        batch = self.pool.next()
-        return None if batch is None else batch.pin_memory()
+        return [self.index.sample_id(sample) for sample in task.samples]

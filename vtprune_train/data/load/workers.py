@@ -1,54 +1,51 @@
-"""Decode workers: processes that make batches in a fixed order, each behind a bounded queue of its own.
+"""Decode workers: PyTorch's ``DataLoader`` over batches in a fixed order, made again when a worker dies.
 
-Nothing is shared between workers: each has one socket to its rank, over which a batch travels as a file descriptor of
-anonymous memory. So a worker that is killed breaks nothing but itself and is replaced, its batches decoded again to the
-same bits; /dev/shm is not used, and a worker ends with its rank because the socket closes.
+Workers are forked from a server, a process of its own without threads or CUDA that has imported what they need. They
+share no locks with each other or with the rank: tasks go to a worker and batches come back over sockets that keep
+messages whole, a batch as a file descriptor of anonymous memory. So a worker that is killed at any moment leaves
+nothing behind in ``/dev/shm``, and blocks nobody.
 """
 
 from __future__ import annotations
 
-import ctypes
+import atexit
 import faulthandler
 import logging
-import mmap
 import os
-import pickle
-import select
 import signal
-import socket
-import tempfile
 import time
 import traceback
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from vtprune_train.core.stream import PackedBatch, map_leaves
+from vtprune_train.core.stream import PackedBatch
+from vtprune_train.data.load.transport import MESSAGE, Parcel, WorkerContext
+from vtprune_train.processes.children import live_with_parent, signals_blocked
 
 log = logging.getLogger(__name__)
 
-MESSAGE = 65536  # most bytes of a message; batches go by file descriptor
-ALIGNMENT = 64
-MOST_DEATHS = 3  # in a row, over the same batch
+PRELOADED = ["vtprune_train.data.load.collate", "vtprune_train.data.load.workers"]  # by the server
+LOOK_SECONDS = 0.25  # between two looks at whether the workers live, while the rank waits for a batch
+MOST_DEATHS = 3  # over the same batch
 STACK_SECONDS = 5.0
 END_SECONDS = 5.0
-SENT_TO_ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
-_LIVE: weakref.WeakSet[DecodePool] = weakref.WeakSet()
-_LIBC = ctypes.CDLL(None)  # loaded here: a forked child should load nothing
 LIKELY = {
     signal.SIGKILL: "most likely the machine ran out of memory: see the kernel's log, lower data.workers or "
     "data.prefetch",
     signal.SIGBUS: "most likely a file was cut while it was mapped, or memory for batches ran out",
-    signal.SIGSEGV: "most likely an image library crashed over a picture",
+    signal.SIGSEGV: "most likely an image library crashed over an image",
 }
+_LIVE: weakref.WeakSet[DecodePool] = weakref.WeakSet()
 
 
 class WorkerError(RuntimeError):
@@ -57,80 +54,65 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one rank in one micro-step of ``step``, and whose pictures they get (their own if ``None``)."""
+    """The samples of one rank in one micro-step of ``step``, and whose images they get (their own if ``None``)."""
 
     step: int
     samples: tuple[int, ...]
     pictures_of: tuple[int, ...] | None = None
 
 
-@dataclass
-class _Worker:
-    """A process: the rank's end of its socket, the file of its stacks, what it was given, what of that came back."""
-
-    pid: int
-    socket: socket.socket
-    stacks: IO[bytes]
-    given: deque[MicroBatch] = field(default_factory=deque)
-    arrived: deque[_Parcel] = field(default_factory=deque)
-    deaths: int = 0
-    ended: bool = False
+def start_server() -> None:
+    """Start the process that workers are forked from, unless it runs; it imports what they need in the background."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else NumPy starts threads in it
+    for process in (resource_tracker, forkserver):  # starting the first one unblocks signals
+        with signals_blocked():
+            process.ensure_running()
 
 
 @dataclass
-class _Parcel:
-    """A batch in anonymous memory: the many small tensors as one string of bytes, then the pixels."""
+class _Decoded(Dataset[Any]):
+    """A batch or what went wrong, for each task; ``counts`` are the batches that each worker has decoded."""
 
-    memory: mmap.mmap
-    small: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    decode: Callable[[MicroBatch], PackedBatch]
+    counts: Any
 
-    @staticmethod
-    def send(batch: PackedBatch, connection: socket.socket) -> None:
-        pixels = batch.pixel_values.contiguous()
-        small = pickle.dumps(map_leaves(replace(batch, pixel_values=pixels.new_empty(0)), Tensor, Tensor.numpy))
-        start = _aligned(len(small))
-        descriptor = os.memfd_create("vtprune-batch")
+    def __getitem__(self, task: MicroBatch) -> Parcel | str:
+        worker = get_worker_info()
+        assert worker is not None, "runs in workers only"
         try:
-            os.ftruncate(descriptor, start + pixels.nbytes)
-            with mmap.mmap(descriptor, 0) as memory:
-                memory[: len(small)] = small
-                memory[start:] = pixels.flatten().view(torch.uint8).numpy().data
-            header = pickle.dumps((len(small), pixels.dtype, tuple(pixels.shape)))
-            socket.send_fds(connection, [header], [descriptor])
-        finally:
-            os.close(descriptor)
-
-    @classmethod
-    def received(cls, header: tuple[int, torch.dtype, tuple[int, ...]], descriptor: int) -> _Parcel:
-        try:
-            return cls(mmap.mmap(descriptor, 0), *header)
-        finally:
-            os.close(descriptor)
-
-    def open(self) -> PackedBatch:
-        """The batch; its pixels stay where the worker wrote them."""
-        batch = map_leaves(pickle.loads(self.memory[: self.small]), np.ndarray, torch.from_numpy)
-        count = int(np.prod(self.shape))
-        pixels = torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=_aligned(self.small))
-        return replace(batch, pixel_values=pixels.view(self.shape))
+            parcel = Parcel(self.decode(task))
+        except Exception:
+            return traceback.format_exc()[-MESSAGE // 2 :]
+        self.counts[worker.id] += 1
+        return parcel
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+@dataclass
+class _Begin:
+    """The first that a worker does; ``stacks`` are the rank's file descriptors for the stack of each."""
+
+    rank: int
+    stacks: list[int]
+
+    def __call__(self, worker: int) -> None:
+        live_with_parent()
+        file = Path(f"/proc/{self.rank}/fd/{self.stacks[worker]}").open("ab")  # noqa: SIM115 (open as long as it lives)
+        faulthandler.enable(file)
+        faulthandler.register(signal.SIGUSR1, file)
 
 
 class DecodePool:
     """Batches of ``tasks`` in order, decoded by ``workers`` processes that take turns.
 
     Args:
-        decode: makes a batch; runs in the workers.
+        decode: makes a batch; is pickled, and runs in the workers.
         tasks: what to decode.
         workers: number of processes.
         prefetch: batches that each worker is given ahead.
         timeout: seconds to wait for a batch before its worker counts as hung; ``None`` waits for ever.
         names: the samples of a task, for messages.
+        pin: into pinned memory, by a thread of the loader.
 
     ``ready`` counts the batches that lay decoded when the last one was asked for.
     """
@@ -144,181 +126,166 @@ class DecodePool:
         prefetch: int,
         timeout: float | None,
         names: Callable[[MicroBatch], Sequence[str]],
+        pin: bool = False,
     ):
-        self.decode, self.tasks, self.timeout, self.names = decode, tasks, timeout, names
-        self.workers: list[_Worker] = []
+        self.decode, self.tasks, self.names = decode, tasks, names
+        self.workers, self.prefetch, self.timeout, self.pin = workers, prefetch, timeout, pin
+        self.owed: deque[MicroBatch] = deque()  # given to workers and not delivered yet
+        self.delivered = self.ready = 0
+        self._deaths: Counter[int] = Counter()  # by the number of the batch
+        self.processes: list[BaseProcess] = []
+        self._stacks: list[int] = []
+        self._batches: Iterator[Any] = iter(())
         _LIVE.add(self)
-        for number in range(workers):
-            self.workers.append(self._start(number))
-        self.turn = self.ready = 0
-        self.closed = False
-        for _ in range(prefetch):
-            for worker in self.workers:
-                self._give(worker)
+        self._start()
 
     def next(self) -> PackedBatch | None:
-        """The next batch; ``None`` behind the last.
+        """The next batch; ``None`` after the last.
 
         Raises:
             WorkerError: a worker hangs, fails, or dies again and again over the same samples.
         """
-        number = self.turn % len(self.workers)
         began = time.monotonic()
-        for other in range(len(self.workers)):
-            self._look(other, 0)
-        self.ready = sum(len(worker.arrived) for worker in self.workers)
-        while not (worker := self.workers[number]).arrived:
-            if not worker.given:
-                return None
-            left = None if self.timeout is None else self.timeout - (time.monotonic() - began)
-            if left is not None and left <= 0:
-                raise self._hung(number)
-            self._look(number, left)
-        parcel = worker.arrived.popleft()
-        worker.given.popleft()
-        worker.deaths = 0
-        self.turn += 1
-        self._give(worker)
-        return parcel.open()
-
-    def kill(self) -> None:
-        """End all workers; they hold nothing that must be finished. Whoever waits for one gets an error."""
-        self.closed = True
-        for worker in self.workers:
-            if not worker.ended:
-                os.kill(worker.pid, signal.SIGKILL)
+        self.ready = sum(self._counts) - (self.delivered - self._first)
+        while isinstance(item := self._look(), RuntimeError):
+            ended = [number for number, process in enumerate(self.processes) if process.exitcode is not None]
+            if ended:
+                self._restart(ended[0])
+            elif "timed out" not in str(item):
+                raise WorkerError(f"the data loader of rank {_rank()} failed: {item}") from item
+            elif self.timeout is not None and time.monotonic() - began > self.timeout:
+                raise self._hung()
+        if item is None:
+            return None
+        if isinstance(item, str):
+            who = self._who((self.delivered - self._first) % self.workers)
+            raise WorkerError(f"{who} failed over {self._samples(self.owed[0])}:\n{item}")
+        self.owed.popleft()
+        self.delivered += 1
+        return item.open() if isinstance(item, Parcel) else item
 
     def close(self) -> None:
-        """End all workers and wait for their end; nobody may wait for one any more."""
-        self.kill()
-        for worker in self.workers:
-            if not worker.ended:
-                _end(worker)
-            worker.stacks.close()
-        self.workers = []
-
-    def _start(self, number: int) -> _Worker:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        stacks = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
-        inherited = [ours, *(worker.socket for worker in self.workers)]
-        rank = os.getpid()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SENT_TO_ALL)  # until the worker is ready to ignore them
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                for other in inherited:
-                    other.close()  # else they would outlive the rank here
-                _live_with(rank)
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                _work(self.decode, theirs, stacks)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)  # nothing of the rank's own must be cleaned up here
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-        return _Worker(pid, ours, stacks)
-
-    def _give(self, worker: _Worker) -> None:
-        task = next(self.tasks, None)
-        if task is not None:
-            worker.given.append(task)
-            _tell(worker, task)
-
-    def _look(self, number: int, seconds: float | None) -> None:
-        """Wait for word of a worker and take all that it has sent; a dead one is replaced."""
-        worker = self.workers[number]
-        poll = select.poll()
-        poll.register(worker.socket, select.POLLIN)
-        wait = None if seconds is None else 1000 * seconds
-        while poll.poll(wait):
-            wait = 0
-            try:
-                message, descriptors, _, _ = socket.recv_fds(worker.socket, MESSAGE, 1)
-            except ConnectionResetError:  # it died with tasks unread
-                message, descriptors = b"", []
-            if not message and self.closed:
-                raise WorkerError("the decode workers were ended")
-            if not message:
-                self._replace(number)
-                return
-            header = pickle.loads(message)
-            if isinstance(header, str):
-                task = worker.given[len(worker.arrived)]
-                raise WorkerError(f"{self._who(number)} failed over {self._samples(task)}:\n{header}")
-            if not descriptors:
-                raise WorkerError(f"{self._who(number)}: too many open files in this rank; raise `ulimit -n`")
-            worker.arrived.append(_Parcel.received(header, descriptors[0]))
-
-    def _replace(self, number: int) -> None:
-        """A worker in place of one that died: it is given what that one still owed."""
-        dead = self.workers[number]
-        code = _end(dead)
-        owed = list(dead.given)[len(dead.arrived) :]
-        over = self._samples(owed[0]) if owed else "nothing"
-        what = f"{self._who(number)} {_end_of(code)} while decoding {over}{_said(dead.stacks)}"
-        deaths = dead.deaths + 1
-        if deaths >= MOST_DEATHS:
-            raise WorkerError(f"{what}\nIt is the third worker in a row that ends over these samples")
-        log.warning("%s\nanother one takes its place; the batches stay the same", what)
-        dead.stacks.close()
-        fresh = self._start(number)
-        fresh.given, fresh.arrived, fresh.deaths = dead.given, dead.arrived, deaths
-        self.workers[number] = fresh
-        for task in owed:
-            _tell(fresh, task)
-
-    def _hung(self, number: int) -> WorkerError:
-        """The error for a worker that does not answer, with its stack; the worker is killed."""
-        worker = self.workers[number]
-        said = _stack_of(worker)
-        return WorkerError(
-            f"{self._who(number)} has not finished a batch for data.worker_timeout={self.timeout:g} seconds; it is "
-            f"decoding {self._samples(worker.given[0])}. Most likely a file system does not answer; raise "
-            f"data.worker_timeout if it is only slow{said}"
-        )
+        """End all workers; they hold nothing that must be finished."""
+        self.processes = [process for process in self.processes if process.pid]  # those that have started
+        for process in self.processes:
+            process.kill()
+        self._batches = iter(())  # the loader's own clean-up, which is quick now
+        for process in self.processes:
+            process.join(END_SECONDS)
+            if process.exitcode is None:
+                log.warning("process %d does not end; a file system may be hanging", process.pid)
+        for file in self._stacks:
+            os.close(file)
+        self._stacks, self.processes = [], []
 
     def stacks(self) -> str:
         """Where every worker stands."""
-        living = [(number, worker) for number, worker in enumerate(self.workers) if not worker.ended]
-        return "\n".join(self._who(number) + _stack_of(worker) for number, worker in living)
+        living = [number for number, process in enumerate(self.processes) if process.pid and process.exitcode is None]
+        return "\n".join(self._who(number) + self._stack_of(number) for number in living)
+
+    def _start(self) -> None:
+        """A loader from the next batch to deliver on."""
+        context = WorkerContext()
+        self.processes = context.processes
+        self._first, self._counts = self.delivered, context.RawArray("q", self.workers)
+        self._stacks = [os.memfd_create("vtprune-stack") for _ in range(self.workers)]
+        again, self.owed = self.owed, deque()
+        loader = DataLoader(
+            _Decoded(self.decode, self._counts),
+            batch_size=None,
+            sampler=self._given(chain(again, self.tasks)),  # type: ignore[arg-type]  # any iterable will do
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch,
+            timeout=LOOK_SECONDS,
+            pin_memory=self.pin,
+            worker_init_fn=_Begin(os.getpid(), self._stacks),
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # else it draws a number from the rank's
+        )
+        start_server()
+        try:
+            self._batches = iter(loader)
+        except (OSError, EOFError) as error:  # most likely a process was killed while it started
+            self._deaths[self.delivered] += 1
+            if self._deaths[self.delivered] >= MOST_DEATHS:
+                raise WorkerError(f"the decode workers of rank {_rank()} cannot be started: {error}") from error
+            self.close()
+            self._start()
+
+    def _given(self, tasks: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for task in tasks:
+            self.owed.append(task)
+            yield task
+
+    def _look(self) -> Any:
+        """The loader's next item, ``None`` after the last; the error where it has none yet or a worker died."""
+        try:
+            return next(self._batches, None)
+        except RuntimeError as error:
+            return error.with_traceback(None)  # which would keep the loader
+
+    def _restart(self, number: int) -> None:
+        """Name the worker that ended and start all again."""
+        batch = self._first + self._counts[number] * self.workers + number
+        owed = list(self.owed)[batch - self.delivered :]
+        over = self._samples(owed[0]) if owed else "nothing"
+        end = _end_of(self.processes[number].exitcode)
+        what = f"{self._who(number)} {end} while decoding {over}{self._said(number)}"
+        self._deaths[batch] += 1
+        if self._deaths[batch] >= MOST_DEATHS:
+            raise WorkerError(f"{what}\nIt is the third worker in a row that ends over these samples")
+        log.warning("%s\nthe workers are started again; the batches stay the same", what)
+        self.close()
+        self._start()
+
+    def _hung(self) -> WorkerError:
+        """The error for a worker that gives no batch, with its stack."""
+        number = (self.delivered - self._first) % self.workers
+        return WorkerError(
+            f"{self._who(number)} has not finished a batch for data.worker_timeout={self.timeout:g} seconds; it is "
+            f"decoding {self._samples(self.owed[0])}. Most likely a file system does not answer; raise "
+            f"data.worker_timeout if it is only slow{self._stack_of(number)}"
+        )
+
+    def _stack_of(self, number: int) -> str:
+        """What a worker answers when it is asked for its stack."""
+        process = self.processes[number].pid
+        assert process is not None, "it has started"
+        os.kill(process, signal.SIGUSR1)
+        deadline = time.monotonic() + STACK_SECONDS
+        while not self._said(number) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.1)  # to the end of the stack
+        return self._said(number) or f"\nIt gives no stack (state {_state(process)})"
+
+    def _said(self, number: int) -> str:
+        text = os.pread(self._stacks[number], MESSAGE, 0).decode(errors="replace").rstrip()
+        return f"\n{text}" if text else ""
 
     def _who(self, number: int) -> str:
-        rank, pid = os.environ.get("RANK", "0"), self.workers[number].pid
-        return f"decode worker {number} of rank {rank} (process {pid})"
+        return f"decode worker {number} of rank {_rank()} (process {self.processes[number].pid})"
 
     def _samples(self, task: MicroBatch) -> str:
         return f"samples {', '.join(self.names(task)) or 'of none'}"
 
 
-def _tell(worker: _Worker, task: MicroBatch) -> None:
-    """Send a task; if the worker is dead the next look at it replaces it."""
-    try:
-        worker.socket.send(pickle.dumps(task))
-    except (BrokenPipeError, ConnectionResetError):
-        log.debug("a worker is gone; its tasks go to another one")
+def live_stacks() -> str:
+    """Where every worker of this process stands."""
+    return "\n".join(pool.stacks() for pool in list(_LIVE))
 
 
-def _end(worker: _Worker) -> int | None:
-    """Close the rank's side of a worker that ends, and wait for that. Its exit code (minus the signal that killed it);
-    ``None`` if not even SIGKILL ends it, because it hangs within the kernel."""
-    worker.socket.close()
-    worker.ended = True
-    deadline = time.monotonic() + END_SECONDS
-    while not (found := os.waitpid(worker.pid, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            log.warning("process %d does not end; a file system may be hanging", worker.pid)
-            return None
-        time.sleep(0.005)
-    return os.waitstatus_to_exitcode(found[1])
+@atexit.register  # before multiprocessing waits for processes that ignore its SIGTERM
+def _end_all() -> None:
+    for pool in list(_LIVE):
+        pool.close()
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
 
 
 def _end_of(code: int | None) -> str:
-    if code is None:
-        return "closed its connection and hangs"
-    if code >= 0:
+    if code is None or code >= 0:
         return f"exited with code {code}"
     try:
         name = signal.Signals(-code)
@@ -328,60 +295,6 @@ def _end_of(code: int | None) -> str:
     return f"was killed by {name.name}{f' ({likely})' if likely else ''}"
 
 
-def live_stacks() -> str:
-    """Where every worker of this process stands."""
-    return "\n".join(pool.stacks() for pool in list(_LIVE) if pool.workers)
-
-
-def _stack_of(worker: _Worker) -> str:
-    """What a worker answers when it is asked for its stack."""
-    os.kill(worker.pid, signal.SIGUSR1)
-    deadline = time.monotonic() + STACK_SECONDS
-    while not _said(worker.stacks) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(0.1)  # to the end of the stack
-    return _said(worker.stacks) or f"\nIt gives no stack (state {_state(worker.pid)})"
-
-
-def _said(stacks: IO[bytes]) -> str:
-    text = os.pread(stacks.fileno(), MESSAGE, 0).decode(errors="replace").rstrip()
-    return f"\n{text}" if text else ""
-
-
 def _state(pid: int) -> str:
     """The kernel's letter: D is a wait for a disk or network file system that no signal ends."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def _live_with(rank: int) -> None:
-    """End with the rank, even if it is killed, and with nothing else. Launchers and schedulers send SIGTERM to every
-    process, terminals SIGINT and SIGHUP: the rank answers with a checkpoint, and needs its workers for its step."""
-    for number in SENT_TO_ALL:
-        signal.signal(number, signal.SIG_IGN)
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != rank:
-        os._exit(0)
-
-
-def _work(decode: Callable[[MicroBatch], PackedBatch], connection: socket.socket, stacks: IO[bytes]) -> None:
-    """A worker's life: tasks in, batches out, until the rank closes the connection."""
-    faulthandler.enable(stacks)
-    faulthandler.register(signal.SIGUSR1, stacks)
-    torch.set_num_threads(1)
-    while message := _next_message(connection):
-        try:
-            batch = decode(pickle.loads(message))
-        except Exception:
-            connection.send(pickle.dumps(traceback.format_exc()[-MESSAGE // 2 :]))
-            return
-        try:
-            _Parcel.send(batch, connection)
-        except (BrokenPipeError, ConnectionResetError):
-            return
-
-
-def _next_message(connection: socket.socket) -> bytes:
-    try:
-        return connection.recv(MESSAGE)
-    except ConnectionResetError:
-        return b""

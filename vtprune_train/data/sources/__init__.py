@@ -10,7 +10,6 @@ from pathlib import Path
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, Piece, Place, Reader, TooLarge
 from vtprune_train.data.sources.json_list import JsonList
 from vtprune_train.data.sources.jsonl import Jsonl
-from vtprune_train.data.sources.tables import DatasetOnDisk, Parquet
 from vtprune_train.data.sources.tars import Tar
 
 __all__ = [
@@ -28,10 +27,23 @@ __all__ = [
     "stamp",
 ]
 
+
+def _parquet(file: Path, max_bytes: int) -> Reader:
+    from vtprune_train.data.sources.tables import Parquet  # imported late: Arrow starts a thread
+
+    return Parquet(file, max_bytes)
+
+
+def _dataset_on_disk(file: Path, max_bytes: int) -> Reader:
+    from vtprune_train.data.sources.tables import DatasetOnDisk
+
+    return DatasetOnDisk(file, max_bytes)
+
+
 KINDS: dict[str, Callable[[Path, int], Reader]] = {
     ".json": JsonList,
     ".jsonl": Jsonl,
-    ".parquet": Parquet,
+    ".parquet": _parquet,
     ".tar": Tar,
 }
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
@@ -102,7 +114,7 @@ def open_reader(file: Path, max_bytes: int = BOUNDS.record) -> Reader:
     Raises:
         ValueError: see the readers.
     """
-    return DatasetOnDisk(file, max_bytes) if file.is_dir() else KINDS[file.suffix](file, max_bytes)
+    return _dataset_on_disk(file, max_bytes) if file.is_dir() else KINDS[file.suffix](file, max_bytes)
 
 
 def stamp(file: Path) -> list[int]:

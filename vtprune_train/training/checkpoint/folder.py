@@ -6,7 +6,7 @@ weights), ``logs/`` (copies of ``metrics.jsonl``, ``eval.jsonl`` and ``spikes.js
 sizes and SHA-256 of all files. It is written beside as ``.partial``, synced, renamed; then ``latest`` names it. A
 folder without a matching manifest is never loaded. On several nodes the folder must be on a file system they share.
 
-The loop waits for copies in host memory alone; a thread of every rank writes them (``saving.py``).
+The loop waits for copies in host memory alone; a thread of every rank writes them (``writing.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -25,20 +25,13 @@ from vtprune_train.files import pickles
 from vtprune_train.files.disk import naming, remove
 from vtprune_train.models.io.export import EXPORT, UNEXPORTED, write_weights
 from vtprune_train.training.checkpoint import manifest
-from vtprune_train.training.checkpoint.json_lines import LOGS
+from vtprune_train.training.checkpoint.host_copies import HostCopies
+from vtprune_train.training.checkpoint.writing import Entries, Save, write_file
 from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by, world_size
-from vtprune_train.training.engine.reshard import (
-    fill_scaler,
-    has_layout,
-    layout_of,
-    load_elastic,
-    open_state,
-    scaler_numbers,
-    weight,
-    write_layout,
-)
-from vtprune_train.training.engine.start import precision
-from vtprune_train.training.engine.state import Entries, Files, HostCopies, Save, collect_files, write_file
+from vtprune_train.training.engine.engine import Engine
+from vtprune_train.training.engine.files import DeepSpeedFiles, weight
+from vtprune_train.training.engine.layout import layout_name, whole_shape
+from vtprune_train.training.engine.state import Files
 from vtprune_train.training.engine.weights import export_plan, full_state_dict, holds_only_trained, write_export
 
 log = logging.getLogger(__name__)
@@ -90,7 +83,7 @@ class CheckpointFolder:
 
     def save(
         self,
-        engine: Any,
+        engine: Engine,
         processor: Any,
         state: TrainerState,
         config_yaml: str,
@@ -114,24 +107,24 @@ class CheckpointFolder:
         partial = self.folder / f"step_{state.step:08d}.partial"
         from_rank_0(lambda: _fresh(partial))
         self._copies.begin()
-        files = collect_files(engine, partial, TAG, self._copies, holds_only_trained(engine.module))
+        files = engine.state_files(partial, TAG, self._copies.copy, holds_only_trained(engine.module))
         exports = self.export == "every" or (self.export == "last" and last)
         weights = self._copies.copy(full_state_dict(engine)) if exports else None
         self._copies.finish()
         plan = export_plan(engine.module)
         texts = {"trainer.json": json.dumps(asdict(state), indent=1).encode(), "config.yaml": config_yaml.encode()}
-        texts |= {f"{LOGS}/{name}.gz": copied for name, copied in logs.items()}
+        texts |= {f"{manifest.LOGS}/{name}.gz": copied for name, copied in logs.items()}
         own_bytes = self._copies.num_bytes() + sum(map(len, texts.values()))
         own_bytes += plan.num_bytes if exports and rank() == 0 else 0
         needed = sum(gather(own_bytes)) + SLACK
         self._check_space(partial, needed)
         if self._processor is None:  # the thread's own: a tokenizer must not be used by two threads at once
             self._processor = copy.deepcopy(processor)
-        layout = layout_of(engine)
+        layout = f"{TAG}/{layout_name(rank())}", engine.layout().to_json()
 
         def write() -> Entries:
             entries = write_part(partial, files)
-            entries.update(write_layout(partial, TAG, layout, rank()))
+            entries.update(_write_text(partial, *layout))
             if rank() == 0:
                 folder = partial / (EXPORT if exports else UNEXPORTED)
                 with naming(folder):
@@ -139,14 +132,12 @@ class CheckpointFolder:
                     if not exports:
                         plan.save(folder)
                 for name, text in texts.items():
-                    (partial / name).parent.mkdir(exist_ok=True)
-                    with naming(partial / name):
-                        (partial / name).write_bytes(text)
+                    entries.update(_write_text(partial, name, text))
             return entries
 
         def publish(entries: Entries) -> None:
             if exports and weights is None:  # ZeRO-3: no rank has them, but they are in the files of all ranks now
-                saved = open_state(partial)
+                saved = DeepSpeedFiles(partial / TAG)
                 with naming(partial / EXPORT):
                     write_weights(plan, partial / EXPORT, lambda stored: weight(saved, stored))
             self._publish(partial, entries)
@@ -186,7 +177,7 @@ class CheckpointFolder:
         save.join()
         from_rank_0(lambda: shutil.rmtree(save.partial, ignore_errors=True))
         step = manifest.step_of(save.partial)
-        said = f"the checkpoint of step {step} could not be written: {_joined(errors)}. {self._rest()}"
+        said = f"the checkpoint of step {step} could not be written: {joined(errors)}. {self._rest()}"
         raise told_by([bool(error) for error in errors].index(True), CheckpointError(said))
 
     def settle(self) -> None:
@@ -300,7 +291,7 @@ class CheckpointFolder:
 
         from_rank_0(remove_all)
 
-    def warn_of_space(self, engine: Any, resumed: Path | None) -> None:
+    def warn_of_space(self, engine: Engine, resumed: Path | None) -> None:
         """Say at the start that the next checkpoint will not fit."""
         if rank():
             return
@@ -313,17 +304,25 @@ class CheckpointFolder:
             )  # fmt: skip
 
 
-def next_size(engine: Any, resumed: Path | None) -> int:
+def next_size(engine: Engine, resumed: Path | None) -> int:
     """About how many bytes the next checkpoint takes: what the one resumed from took, or weights twice (state and
     export) and three float32 numbers for each trained one."""
     if resumed is not None:
         return sum(entry["size"] for entry in manifest.read_manifest(resumed).values())
     weights = trained = 0
     for parameter in engine.module.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())
+        count = whole_shape(parameter).numel()
         weights += count * parameter.element_size()
         trained += count if parameter.requires_grad else 0
     return 2 * weights + 12 * trained + SLACK
+
+
+def _write_text(partial: Path, name: str, text: bytes) -> Entries:
+    path = partial / name
+    path.parent.mkdir(exist_ok=True)
+    with naming(path):
+        path.write_bytes(text)
+    return {name: manifest.sync_and_hash(path)}
 
 
 def write_part(partial: Path, files: Files) -> Entries:
@@ -335,62 +334,6 @@ def write_part(partial: Path, files: Files) -> Entries:
     return entries
 
 
-def load(engine: Any, checkpoint: Path) -> TrainerState:
-    """Restore weights and optimizer of every rank, and the trainer's state; all ranks call this.
-
-    If the engine keeps its numbers as the one that wrote them did (ranks, ZeRO stage, dtype, order of parameters),
-    DeepSpeed loads its own files, to the bit; otherwise (or from the portable form) :mod:`elastic` deals the same
-    numbers anew. Rates, weight decay and betas are the engine's, not the checkpoint's.
-
-    Args:
-        engine: not stepped yet.
-        checkpoint: complete.
-
-    Raises:
-        ValueError: a rank does not see the files, or they do not fit this model.
-    """
-    _agree(lambda: _all_there(checkpoint))
-    try:
-        state = TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{checkpoint / 'trainer.json'} is not what this version writes ({error})") from error
-    now = (world_size(), int(engine.zero_optimization_stage()), precision(engine))
-    if _written_alike(state, now, engine, checkpoint):
-        settings = [{key: v for key, v in group.items() if key != "params"} for group in engine.optimizer.param_groups]
-        strict = not holds_only_trained(engine.module)
-        with pickles.for_torch_load(lambda state: _with_scaler(state, engine.optimizer)):
-            loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=strict)
-        if loaded is None:
-            raise ValueError(f"DeepSpeed found nothing to load in {checkpoint / TAG}")
-        for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
-            group.update(own)
-    else:
-        if rank() == 0:
-            log.warning(
-                "%s was written by %d rank(s) with ZeRO %d in %s; its state is dealt anew to %d with ZeRO %d in %s",
-                checkpoint, state.world_size, state.zero_stage, state.dtype or "an unknown dtype", *now,
-            )  # fmt: skip
-        load_elastic(engine, checkpoint, _agree)
-    state.world_size, state.zero_stage, state.dtype = now
-    return state
-
-
-def _with_scaler(state: Any, optimizer: Any) -> Any:
-    """A file's content with the optimizer's own loss scaler, which takes the numbers of the one in the file."""
-    inner = state.get("optimizer_state_dict") if isinstance(state, dict) else None
-    if isinstance(inner, dict) and "loss_scaler" in inner:
-        fill_scaler(optimizer, scaler_numbers(inner["loss_scaler"]))
-        inner["loss_scaler"] = optimizer.loss_scaler
-    return state
-
-
-def _written_alike(state: TrainerState, now: tuple[int, int, str], engine: Any, checkpoint: Path) -> bool:
-    """Whether DeepSpeed's files hold every number where every rank of this run looks for it."""
-    same = (state.world_size, state.zero_stage) == now[:2] and state.dtype in ("", now[2])
-    same = same and (checkpoint / TAG).is_dir() and has_layout(checkpoint / TAG, engine, rank())
-    return all(gather(same))
-
-
 def _check_pickles(checkpoint: Path) -> None:
     try:
         pickles.check_folder(checkpoint / TAG)
@@ -398,30 +341,11 @@ def _check_pickles(checkpoint: Path) -> None:
         raise ValueError(f"{error}. To go on from the checkpoint before, remove {checkpoint}") from error
 
 
-def _all_there(checkpoint: Path) -> None:
-    for name, entry in manifest.read_manifest(checkpoint).items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            raise ValueError(f"{path} is not what rank 0 sees; run.output_dir must be on storage that all nodes share")
-
-
-def _agree(act: Callable[[], None]) -> None:
-    """Do something without collectives on every rank; an error on one rank ends all of them, named."""
-    error: Exception | None = None
-    try:
-        act()
-    except Exception as caught:
-        error = caught
-    errors = gather("" if error is None else f"{type(error).__name__}: {error}")
-    if any(errors):
-        raise ValueError(_joined(errors)) from error
-
-
 def _errors(save: Save) -> list[str]:
     return gather("" if save.error is None else f"{type(save.error).__name__}: {save.error}")
 
 
-def _joined(errors: list[str]) -> str:
+def joined(errors: list[str]) -> str:
     """Each rank's error, the same one of several ranks once."""
     by_text: dict[str, list[int]] = {}
     for number, text in enumerate(errors):

@@ -17,11 +17,11 @@ from types import MappingProxyType
 from typing import Any
 
 from vtprune_train.files.disk import naming, replace_synced
+from vtprune_train.training.checkpoint.manifest import LOGS
 
 log = logging.getLogger(__name__)
 
 Lines = list[tuple[int, bytes]]  # a step and its line, with the newline
-LOGS = "logs"  # the folder of a checkpoint
 NO_FILE = -1  # size of a link that leads nowhere, or of a folder
 SHOWN = 8  # ranges of steps in a message
 

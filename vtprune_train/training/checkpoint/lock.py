@@ -16,7 +16,7 @@ FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
 def hold_run(run_dir: Path) -> int:
     """Take the run's folder for as long as this process lives; rank 0 alone calls this, before it changes anything.
 
-    A POSIX record lock: the kernel drops it with the process, however that ends, forked loader workers do not inherit
+    A POSIX record lock: the kernel drops it with the process, however that ends, processes that it forks do not inherit
     it, and NFS (version 4, or 3 with its lock daemon) carries it to other machines.
 
     Returns:

@@ -19,6 +19,7 @@ from vtprune_train.files.disk import naming, remove, replace_synced, sync, write
 STEP = re.compile(r"^step_(\d{8,})$")
 MANIFEST = "manifest.json"
 LATEST = "latest"
+LOGS = "logs"  # copies of what a run writes line by line
 FORMAT = 1
 HASHING_THREADS = 4
 

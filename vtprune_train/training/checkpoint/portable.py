@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vtprune_train.training.engine.reshard import SavedState
+from vtprune_train.training.engine.files import SavedState
 
+PORTABLE = "portable"  # the folder of a checkpoint
 INDEX = "index.json"
 AS_IS = "as_is"
 FILE_BYTES = 2**32

@@ -11,14 +11,15 @@ from vtprune_train.config.load import changed_settings, differences
 from vtprune_train.files.parse import read_json_object
 from vtprune_train.pruning import UntrustedMethodError, check_trusted, completed_settings
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState, load
-from vtprune_train.training.engine.start import precision
+from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
+from vtprune_train.training.checkpoint.load import load
+from vtprune_train.training.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
 
 def resume(
-    identity: dict[str, Any], policy: str, checkpoints: CheckpointFolder, engine: Any, stage: int, config_yaml: str
+    identity: dict[str, Any], policy: str, checkpoints: CheckpointFolder, engine: Engine, config_yaml: str
 ) -> TrainerState:
     """The newest complete checkpoint of the run loaded into ``engine``, or a fresh start; all ranks call this.
 
@@ -27,7 +28,6 @@ def resume(
         policy: ``train.resume``.
         checkpoints: the run's.
         engine: not stepped yet.
-        stage: its ZeRO stage.
         config_yaml: the run's settings, as checkpoints record them; those that have changed are logged.
 
     Raises:
@@ -44,7 +44,7 @@ def resume(
     checkpoints.clean()
     if newest is None:
         state = TrainerState(
-            identity=identity, world_size=ranks.world_size(), zero_stage=stage, dtype=precision(engine)
+            identity=identity, world_size=ranks.world_size(), zero_stage=engine.zero_stage, dtype=engine.dtype
         )
     else:
         checkpoints.continue_from(newest)

@@ -6,14 +6,49 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.engine.private import MODULES
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
 Scalar = tuple[str, float, int]
-KINDS = ("TensorBoardMonitor", "WandbMonitor", "csvMonitor", "CometMonitor")
+
+
+class Monitors:
+    """Those that the DeepSpeed JSON switches on. Rank 0 writes; on other ranks nothing happens.
+
+    Args:
+        master: DeepSpeed's ``MonitorMaster``.
+    """
+
+    def __init__(self, master: Any):
+        self._master = master
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any is, on this rank."""
+        return ranks.rank() == 0 and bool(self._master.enabled)
+
+    def write(self, scalars: list[Scalar]) -> None:
+        """Show scalars in all of them."""
+        if self.enabled:
+            self._master.write_events(scalars)
+
+    @property
+    def tensorboard(self) -> SummaryWriter | None:
+        """TensorBoard's writer; ``None`` on other ranks, where the JSON switches it off, or where it failed."""
+        board = self._master.tb_monitor
+        return board.summary_writer if board is not None and board.enabled else None
+
+    def write_tensorboard(self, scalars: list[Scalar]) -> None:
+        """Show scalars in TensorBoard alone."""
+        if self.tensorboard is not None:
+            self._master.tb_monitor.write_events(scalars)
 
 
 @contextmanager
@@ -22,7 +57,7 @@ def optional_monitors() -> Iterator[None]:
     is switched off. DeepSpeed itself writes to them in every step, so their errors would end training."""
     from deepspeed.monitor import monitor as deepspeed_monitor
 
-    originals = {kind: getattr(deepspeed_monitor, kind) for kind in KINDS}
+    originals = {kind: getattr(deepspeed_monitor, kind) for kind in MODULES[deepspeed_monitor.__name__]}
     for kind, original in originals.items():
         setattr(deepspeed_monitor, kind, _optional(original))
     try:

@@ -10,6 +10,7 @@ import torch
 from vtprune_train.models.io.export import Plan, plan_of, write_weights
 from vtprune_train.models.io.peft import adapted_of, adapter_plan, write_adapter_settings
 from vtprune_train.training.distributed import rank
+from vtprune_train.training.engine.engine import Engine
 
 
 def holds_only_trained(module: Any) -> bool:
@@ -17,13 +18,13 @@ def holds_only_trained(module: Any) -> bool:
     return adapted_of(module) is not None
 
 
-def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
+def full_state_dict(engine: Engine) -> dict[str, torch.Tensor] | None:
     """What is exported, on rank 0; ``None`` on other ranks, and under ZeRO-3, where no rank has it.
 
     All weights, or the trained ones where :func:`holds_only_trained`.
     """
     module = engine.module
-    if rank() or engine.zero_optimization_stage() == 3:
+    if rank() or engine.zero_stage == 3:
         return None
     if holds_only_trained(module):
         return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}

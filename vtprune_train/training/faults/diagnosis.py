@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import PackedBatch
+from vtprune_train.training.engine.layout import own_part
 
 SHOWN = 8  # tensors of a micro-batch and kind that are described; the others are counted
 
@@ -109,7 +110,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def non_finite_parameters(module: nn.Module) -> list[dict[str, Any]]:
     """Statistics of this rank's parameters (under ZeRO-3: its parts of them) that are not finite."""
-    held = ((name, getattr(parameter, "ds_tensor", parameter)) for name, parameter in module.named_parameters())
+    held = ((name, own_part(parameter)) for name, parameter in module.named_parameters())
     return [{"name": name, **statistics(part)} for name, part in held if not bool(torch.isfinite(part).all())][:SHOWN]
 
 

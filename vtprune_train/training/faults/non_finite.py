@@ -9,16 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.data.plan.planner import StepPlan
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.engine.gradients import discard, scale_may_fall
 from vtprune_train.training.faults.diagnosis import Watch, first_fault, non_finite_parameters, write_report
-
-if TYPE_CHECKING:
-    from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.faults.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +52,9 @@ def judge(
         return _count(trainer, "unsupervised", problem, step)
     if math.isfinite(loss) and grad_norm < LARGEST_NORM:
         return None
-    if math.isfinite(loss) and scale_may_fall(trainer.engine):
+    if math.isfinite(loss) and trainer.engine.loss_scale_may_fall:
         return None  # float16: DeepSpeed will leave the step out and lower its loss scale
-    discard(trainer.engine)
+    trainer.engine.zero_grad()
     what = f"the gradient's norm is {grad_norm:g}" if math.isfinite(loss) else f"the loss is {loss}"
     problem = f"{what}; no parameter was changed\n{_examine(trainer, plan, batches, supervised, what)}"
     _refuse_unless(config.train.on_non_finite == "skip", problem, "train.on_non_finite", step)

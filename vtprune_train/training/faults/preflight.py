@@ -10,25 +10,19 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.models.forward.recompute import Level, typical_stages
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.engine.gradients import discard
-from vtprune_train.training.engine.start import engine_config, offloads_optimizer, zero_stage
-from vtprune_train.training.loop.metrics import peak_memory_bytes
+from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
+from vtprune_train.training.faults.trainer import Trainer
 from vtprune_train.training.memory.predict import GIB, Estimate, MicroBatch
-from vtprune_train.training.memory.track import track_allocations
-
-if TYPE_CHECKING:
-    from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.memory.track import peak_memory_bytes, track_allocations
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +51,8 @@ def preflight(trainer: Trainer) -> None:
     """
     engine, device = trainer.engine, trainer.device
     step = densest_step(trainer)
-    batches = [trainer.collate(samples, step=step) for samples in worst_micro_batches(trainer)]
-    steps = range(trainer.state.step, min(trainer.state.step + STEPS_LOOKED_AT, trainer.end_step))
-    accumulates = any(len(trainer.planner.plan(step).micro_batches) > 1 for step in steps)
+    worst, accumulates = ranks.from_rank_0(lambda: (worst_micro_batches(trainer), steps_accumulate(trainer)))
+    batches = [trainer.collate(samples, step=step) for samples in worst]
     if accumulates and len(batches) == 1:
         batches *= 2
     estimate = heaviest_estimate(trainer, batches, accumulates)
@@ -68,16 +61,15 @@ def preflight(trainer: Trainer) -> None:
     with unchanged_random_states(device):
         try:
             with track_allocations(device) as memory:
-                held_back = missing_states(engine)
+                held_back = engine.missing_states()
                 for number, batch in enumerate(batches):
                     boundary = number == len(batches) - 1 or not accumulates
-                    engine.set_gradient_accumulation_boundary(boundary)
-                    with memory.phase("backward"):
-                        engine.backward(engine(batch.to(device)).loss_sum, scale_wrt_gas=False)
+                    with memory.phase("backward"), engine.accumulate(last=boundary):
+                        engine.backward(engine(batch.to(device)).loss_sum)
                     if boundary:
                         with memory.phase("step"):
                             hold(predicted.states.step, device)
-                        discard(engine)
+                        engine.zero_grad()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -125,20 +117,25 @@ def densest_step(trainer: Trainer) -> int:
     return next((step for step in range(first, trainer.end_step) if phases.of(step).full_tokens), first)
 
 
+def steps_accumulate(trainer: Trainer) -> bool:
+    """Whether any of the next steps has several micro-batches."""
+    steps = range(trainer.state.step, min(trainer.state.step + STEPS_LOOKED_AT, trainer.end_step))
+    return any(len(trainer.planner.plan(step).micro_batches) > 1 for step in steps)
+
+
 def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
     """Micro-batches that ask most of the decoder (text, which is never dropped) and of the tower (tiles)."""
     index: SampleIndex = trainer.collate.index
-    near: dict[str, list[int]] = {"text": [], "tiles": []}
+    near = {name: np.zeros(0, dtype=np.int64) for name in ("text", "tiles")}
     most, limit = trainer.config.train.global_batch_size, trainer.config.data.max_tokens
     for start in range(0, len(index), LOOKED_AT):  # bounded memory: the best of what is known and the next piece
-        piece = list(range(start, min(start + LOOKED_AT, len(index))))
-        for name, kept in near.items():
-            samples = np.array(kept + piece)
-            lengths = index.lengths(samples)
-            near[name] = samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)].tolist()
+        piece = np.arange(start, min(start + LOOKED_AT, len(index)))
+        samples = np.concatenate([np.union1d(*near.values()), piece])
+        lengths = index.lengths(samples)
+        near = {name: samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)] for name in near}
     found = []
-    for name, kept in near.items():
-        samples, lengths = np.array(kept), index.lengths(kept)
+    for name, samples in near.items():
+        lengths = index.lengths(samples)
         weight = getattr(lengths, name)
         if weight.any():
             found.append(sorted(samples[heaviest(lengths.tokens, weight, limit, most)].tolist()))
@@ -172,17 +169,6 @@ def heaviest(tokens: np.ndarray, weight: np.ndarray, max_tokens: int, most: int)
         return sorted(chosen)
 
     return max((fill(weight), fill(weight / np.maximum(tokens, 1))), key=lambda samples: int(weight[samples].sum()))
-
-
-def missing_states(engine: Any) -> list[Tensor]:
-    """Room for AdamW's two states of every master weight that has none yet, taken from the same device."""
-    optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
-    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
-    if masters is None:
-        masters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    bare = [master for master in masters if not inner.state.get(master)]
-    return [torch.empty_like(master, requires_grad=False) for master in bare for _ in range(2)]
 
 
 @contextmanager

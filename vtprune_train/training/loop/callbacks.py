@@ -8,40 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from vtprune_train.data.load.collate import Collator
+from vtprune_train.data.plan.planner import data_digest
 from vtprune_train.files.disk import naming
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.loop.evaluate import evaluate
-
-if TYPE_CHECKING:
-    from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.loop.trainer import Callback, Trainer
 
 log = logging.getLogger(__name__)
-
-
-class Callback:
-    """Hooks of the loop. Every rank calls them at the same steps."""
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first step of this process."""
-
-    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        """After an optimizer step, with its metrics."""
-
-    def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
-        """During an evaluation, after its numbers; ``collate`` is that of the evaluation data."""
-
-    def on_end(self, trainer: Trainer, finished: bool) -> None:
-        """After the last step of this process and its checkpoint; ``finished`` if training is complete."""
-
-    def files(self) -> list[JsonLines]:
-        """What the callback writes line by line; every checkpoint holds a copy."""
-        return []
 
 
 @contextmanager
@@ -62,22 +41,22 @@ class Carried(Callback):
         self.file = file
 
     def on_start(self, trainer: Trainer) -> None:
-        if ranks.rank() == 0:
-            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
+        ranks.from_rank_0(lambda: self.file.rewind(trainer.state.step, trainer.checkpoints.resumed))
 
     def files(self) -> list[JsonLines]:
         return [self.file]
 
 
 class Metrics(Carried):
-    """``metrics.jsonl``: a line for every step."""
+    """``metrics.jsonl``: a line for every step, with the digest of its samples' ids."""
 
     def __init__(self, run_dir: Path):
         super().__init__(JsonLines(run_dir / "metrics.jsonl", every_step=True))
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         if ranks.rank() == 0:
-            self.file.append(record)
+            ids = [trainer.collate.index.sample_id(sample) for sample in trainer.samples]
+            self.file.append({**record, "data_digest": data_digest(ids)})
 
 
 class Progress(Callback):
@@ -113,19 +92,17 @@ class Progress(Callback):
         self.bar.close()
 
 
-class Evaluation(Callback):
+class Evaluation(Carried):
     """Held-out loss and exact match every ``train.eval_every`` steps and at the end, in ``eval.jsonl``."""
 
     def __init__(self, run_dir: Path, collate: Collator):
-        self.file, self.collate = JsonLines(run_dir / "eval.jsonl"), collate
+        super().__init__(JsonLines(run_dir / "eval.jsonl"))
+        self.collate = collate
         self._last_step = -1
 
     def on_start(self, trainer: Trainer) -> None:
-        def last_recorded() -> int:
-            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
-            return max((record["step"] for record in self.file.read()), default=-1)
-
-        self._last_step = ranks.from_rank_0(last_recorded)
+        super().on_start(trainer)
+        self._last_step = ranks.from_rank_0(lambda: max((line["step"] for line in self.file.read()), default=-1))
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         every = trainer.config.train.eval_every
@@ -141,7 +118,7 @@ class Evaluation(Callback):
         options: dict[str, Any] = {
             "max_tokens": trainer.config.data.max_tokens,
             "device": trainer.device,
-            "workers": min(1, trainer.config.data.workers),
+            "workers": trainer.config.data.workers,
             "worker_timeout": trainer.config.data.worker_timeout,
             "mark": trainer.watchdog.mark,
         }
@@ -158,11 +135,7 @@ class Evaluation(Callback):
         self.file.append(line, sync=True)  # the last one comes after the last checkpoint
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
         tqdm.write(f"step {trainer.state.step}: held-out {shown}")
-        if trainer.engine.monitor.enabled:
-            trainer.engine.monitor.write_events(eval_scalars(line))
-
-    def files(self) -> list[JsonLines]:
-        return [self.file]
+        trainer.engine.monitors.write(eval_scalars(line))
 
 
 def eval_scalars(line: dict[str, Any]) -> list[tuple[str, float, int]]:

@@ -1,37 +1,42 @@
-"""What a step costs, measured: device peaks and memory."""
+"""What a step costs, measured: peaks of devices."""
 
 from __future__ import annotations
 
-import resource
+import re
 
 import torch
 
 # Dense bf16 tensor throughput in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
+    "GH200": 989e12,
     "H200": 989e12,
-    "H100 PCIe": 756e12,
+    "H200 NVL": 835e12,
     "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "A100": 312e12,
     "A800": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "B200": 2250e12,
+    "GB200": 2500e12,
 }
+# In a name, they tell a card from the one that is called the same without them.
+VARIANTS = {"D", "Laptop", "MIG", "NVL", "Ti"}
 
 
 def device_peak_flops(device: torch.device) -> float | None:
     """Peak of one device in FLOP/s (bf16), or ``None`` where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most device memory allocated so far, or on a CPU the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_of(name: str) -> float | None:
+    """Of the card that the driver calls ``name``, such as ``NVIDIA A100-SXM4-80GB``: its words hold all of the card's,
+    and no other card has more of them."""
+    words = set(re.split(r"[\s-]+", name))
+    card = max((card for card in PEAK_FLOPS if words.issuperset(card.split())), key=len, default="")
+    return None if (words & VARIANTS).difference(card.split()) else PEAK_FLOPS.get(card)

@@ -22,6 +22,7 @@ from vtprune_train.data.chat import ChatEncoder, Template
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.load.collate import Collator
+from vtprune_train.data.load.workers import start_server
 from vtprune_train.data.plan.costs import StepCosts
 from vtprune_train.data.plan.planner import Planner
 from vtprune_train.data.records import Prompt, read_records
@@ -57,24 +58,19 @@ from vtprune_train.training.checkpoint.lock import hold_run
 from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
 from vtprune_train.training.checkpoint.resume import resume
+from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
 from vtprune_train.training.engine.sharded import placement_for
-from vtprune_train.training.engine.start import (
-    check_engine,
-    engine_config,
-    offloads_optimizer,
-    start_engine,
-    zero_stage,
-)
+from vtprune_train.training.engine.start import check_engine, start_engine
 from vtprune_train.training.faults.preflight import preflight
 from vtprune_train.training.faults.preflight import wanted as preflight_wanted
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.adapter import attach_adapter, check_adapter
-from vtprune_train.training.loop.callbacks import Callback, Carried, Evaluation, Metrics, Plot, Progress
-from vtprune_train.training.loop.optimizer import build_optimizer, parameter_groups
+from vtprune_train.training.loop.callbacks import Carried, Evaluation, Metrics, Plot, Progress
 from vtprune_train.training.loop.sample import first_sample, template_misfits, template_of
 from vtprune_train.training.loop.spikes import Spikes
 from vtprune_train.training.loop.trackers import Trackers
-from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.loop.trainer import Callback, Trainer
+from vtprune_train.training.optimizer import build_optimizer, parameter_groups
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +96,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     torch.manual_seed(config.run.seed)
     check_adapter(config, device)
     ranks.from_rank_0(lambda: _check_start(config))
+    if config.data.workers:
+        start_server()  # which imports for seconds
     parts = build_parts(config, placement_for(config, settings))
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
@@ -122,7 +120,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     train = config.train
     checkpoints = CheckpointFolder(run_dir / "checkpoints", train.keep_last, train.save_in_background, train.export)
     identity, config_yaml = _identity(config, collate.index), dump_config(config)
-    state = resume(identity, config.train.resume, checkpoints, engine, zero_stage(settings), config_yaml)
+    state = resume(identity, config.train.resume, checkpoints, engine, config_yaml)
     ranks.from_rank_0(lambda: replace_synced(run_dir / "config.yaml", config_yaml))
     held_out = build_collator(config, parts, cost, method, "eval") if config.data.eval else None
     trainer = Trainer(

@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.json_lines import JsonLines
-from vtprune_train.training.loop.callbacks import Callback
-
-if TYPE_CHECKING:
-    from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.loop.callbacks import Carried
+from vtprune_train.training.loop.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ def sample_losses(trainer: Trainer) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: -entry["loss"])[:SAMPLES]
 
 
-class Spikes(Callback):
+class Spikes(Carried):
     """A warning and a line in ``spikes.jsonl`` for every step whose loss lies far above those before it.
 
     The steps before it are those of ``metrics.jsonl``, so that a resumed run judges as one that was never interrupted.
@@ -55,13 +53,15 @@ class Spikes(Callback):
     """
 
     def __init__(self, run_dir: Path, threshold: float, window: int):
-        self.file, self.metrics = JsonLines(run_dir / "spikes.jsonl"), JsonLines(run_dir / "metrics.jsonl")
+        super().__init__(JsonLines(run_dir / "spikes.jsonl"))
+        self.metrics = JsonLines(run_dir / "metrics.jsonl")
         self.threshold = threshold
         self.recent: deque[float] = deque(maxlen=window)
 
     def on_start(self, trainer: Trainer) -> None:
+        super().on_start(trainer)
+
         def known() -> list[float]:
-            self.file.rewind(trainer.state.step, trainer.checkpoints.resumed)
             lines = [line for line in self.metrics.read() if line["step"] <= trainer.state.step]
             losses = [line.get("loss") for line in lines]  # a line that no checkpoint holds may have lost its own
             return [loss for loss in losses if isinstance(loss, float)][-(self.recent.maxlen or 0) :]
@@ -76,9 +76,6 @@ class Spikes(Callback):
         self.recent.append(loss)
         if score > self.threshold:  # on all ranks or on none: they know the same losses
             self._tell(trainer, record["step"], loss, score)
-
-    def files(self) -> list[JsonLines]:
-        return [self.file]
 
     def _tell(self, trainer: Trainer, step: int, loss: float, score: float) -> None:
         worst = [entry for part in ranks.gather(sample_losses(trainer)) for entry in part]

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.json_lines import JsonLines, ranges
-from vtprune_train.training.engine.monitors import Scalar
-from vtprune_train.training.loop.callbacks import Callback, eval_scalars, only_warning
+from vtprune_train.training.engine.monitors import Monitors, Scalar
+from vtprune_train.training.loop.callbacks import eval_scalars, only_warning
+from vtprune_train.training.loop.trainer import Callback, Trainer
 
 if TYPE_CHECKING:
-    from vtprune_train.training.loop.trainer import Trainer
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -44,31 +44,29 @@ class Trackers(Callback):
         self.run_dir = run_dir
 
     def on_start(self, trainer: Trainer) -> None:
-        if ranks.rank() or not trainer.engine.monitor.enabled:
-            return
-        if (board := trainer.engine.monitor.tb_monitor) is not None:
-            with only_warning(board.summary_writer.log_dir):
-                self._continue(board, trainer.state.step)
+        if (board := trainer.engine.monitors.tensorboard) is not None:
+            with only_warning(board.log_dir):
+                self._continue(board, trainer.engine.monitors, trainer.state.step)
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        if ranks.rank() == 0 and trainer.engine.monitor.enabled:
-            trainer.engine.monitor.write_events(train_scalars(record))
+        if trainer.engine.monitors.enabled:
+            trainer.engine.monitors.write(train_scalars(record))
 
-    def _continue(self, board: Any, step: int) -> None:
+    def _continue(self, board: SummaryWriter, monitors: Monitors, step: int) -> None:
         """Have TensorBoard show the steps up to ``step`` alone, and write again those from the first whose scalars its
         files lack or show with other values."""
-        folder = Path(board.summary_writer.log_dir)
+        folder = Path(board.log_dir)
         events = [event for line in JsonLines(self.run_dir / "metrics.jsonl").read() for event in train_scalars(line)]
         events += [event for line in JsonLines(self.run_dir / "eval.jsonl").read() for event in eval_scalars(line)]
         events = [event for event in events if isinstance(event[1], int | float)]  # a damaged line without a copy
         lacking = steps_lacking(events, scalars_shown(folder))
         first = lacking[0] if lacking else step + 1
-        hide_from(board.summary_writer, first)
+        hide_from(board, first)
         if not lacking:
             return
         log.warning("%s lacks step %s: the scalars from step %d on are written again from metrics.jsonl and eval.jsonl "
                     "(pictures are not)", folder, ranges(lacking), first)  # fmt: skip
-        board.write_events([event for event in events if event[2] >= first])
+        monitors.write_tensorboard([event for event in events if event[2] >= first])
 
 
 def hide_from(writer: Any, step: int) -> None:

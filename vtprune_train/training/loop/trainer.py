@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vtprune_train.config.load import dump_config
 from vtprune_train.config.settings import Config
@@ -17,16 +18,17 @@ from vtprune_train.core.stream import PackedBatch
 from vtprune_train.data.index import most_bad
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.load.loader import StepLoader
-from vtprune_train.data.plan.planner import Planner, StepPlan, data_digest
+from vtprune_train.data.plan.planner import Planner, StepPlan
 from vtprune_train.processes.signals import STOP, agreed_code
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
-from vtprune_train.training.engine.gradients import discard, loss_scale, squared_norm
+from vtprune_train.training.checkpoint.json_lines import JsonLines
+from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.faults.non_finite import Skipped, TrainingError, judge
 from vtprune_train.training.faults.watchdog import Watchdog
-from vtprune_train.training.loop.callbacks import Callback
-from vtprune_train.training.loop.metrics import device_peak_flops, peak_memory_bytes
-from vtprune_train.training.loop.optimizer import rate_factor, set_rates
+from vtprune_train.training.loop.metrics import device_peak_flops
+from vtprune_train.training.memory.track import peak_memory_bytes
+from vtprune_train.training.optimizer import rate_factor, set_rates
 
 # What a step sums over its micro-batches, of what the collator counted in each.
 COUNTED = (
@@ -40,9 +42,67 @@ COUNTED = (
 )
 
 
+class Callback:
+    """Hooks of the loop. Every rank calls them at the same steps."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this process."""
+
+    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        """After an optimizer step, with its metrics."""
+
+    def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
+        """During an evaluation, after its numbers; ``collate`` is that of the evaluation data."""
+
+    def on_end(self, trainer: Trainer, finished: bool) -> None:
+        """After the last step of this process and its checkpoint; ``finished`` if training is complete."""
+
+    def files(self) -> list[JsonLines]:
+        """What the callback writes line by line; every checkpoint holds a copy."""
+        return []
+
+
+def mixed(*numbers: int) -> int:
+    """A seed in [0, 2**63) made of non-negative numbers below 2**61 - 1, the same in every version of Python: xxHash's
+    rounds as CPython 3.8 to 3.14 hash tuples, since earlier runs, which resume here, took that hash."""
+    first, second, fifth, word = 11400714785074694791, 14029467366897019727, 2870177450012600261, 2**64 - 1
+    result = fifth
+    for number in numbers:
+        result = (result + number * second) & word
+        result = (result << 31 | result >> 33) & word
+        result = result * first & word
+    result = (result + (len(numbers) ^ fifth ^ 3527539)) & word
+    return (result if result != word else 1546275796) % 2**63
+
+
+@dataclass
+class Fetched:
+    """This rank's batches of a global step.
+
+    Args:
+        plan: of the step.
+        batches: one for each micro-step.
+        data_wait: seconds that the rank waited for them.
+        batches_ready: see ``StepLoader.ready``.
+    """
+
+    plan: StepPlan
+    batches: Sequence[PackedBatch]
+    data_wait: float
+    batches_ready: int | None
+
+
+def fetched(loader: StepLoader) -> Iterator[Fetched]:
+    """The loader's steps, each with the time from asking for it to having it."""
+    began = time.perf_counter()
+    for plan, batches in loader:
+        yield Fetched(plan, batches, time.perf_counter() - began, loader.ready)
+        began = time.perf_counter()
+
+
 @dataclass
 class Trainer:
-    """Runs global steps on a DeepSpeed engine.
+    """Runs global steps.
 
     Args:
         config: the run's settings.
@@ -58,7 +118,7 @@ class Trainer:
     """
 
     config: Config
-    engine: Any
+    engine: Engine
     collate: Collator
     planner: Planner
     processor: Any
@@ -73,8 +133,12 @@ class Trainer:
         self.total_steps = train.max_steps or train.epochs * self.planner.steps_per_epoch
         self.end_step = min(self.total_steps, self.config.run.stop_after or self.total_steps)
         self.warmup_steps = ceil_of(train.warmup_ratio, self.total_steps)
-        self.row_losses: list[torch.Tensor] = []  # of the last step's micro-batches, [R] each
+        self.row_losses: list[Tensor] = []  # of the last step's micro-batches, [R] each
         self.batches: Sequence[PackedBatch] = ()  # of the last step
+        self.samples: Sequence[int] = ()  # of the last step, of all ranks
+        self._ahead: Fetched | None = None  # of the next step
+        self._supervised = 0  # tokens of the next step, over all ranks
+        self._waited = 0.0  # seconds for the batches fetched last
         self._measured: dict[int, dict[str, float]] = {}  # costs of its micro-batches that counted on the device
         self._saved_step = self.state.step if self.state.step else -1
 
@@ -101,22 +165,7 @@ class Trainer:
         self.engine.train()
         for callback in self.callbacks:
             callback.on_start(self)
-        self.watchdog.mark("waiting for data", self.state.step + 1)
-        waiting_since = time.perf_counter()
-        stop = 0
-        for plan, batches in loader:
-            data_wait = time.perf_counter() - waiting_since
-            record, stop = self.step(plan, batches, data_wait)
-            record["batches_ready"] = loader.ready
-            self.watchdog.mark("after the step")
-            for callback in self.callbacks:
-                callback.on_step(self, record)
-            if stop or self.state.step % self.config.train.save_every == 0:
-                self.save()
-            if stop:
-                break
-            self.watchdog.mark("waiting for data", self.state.step + 1)
-            waiting_since = time.perf_counter()
+        stop = self._steps(fetched(loader))
         self.save()
         self.watchdog.mark("saving")
         self.checkpoints.wait()
@@ -125,6 +174,34 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self, finished=self.state.step >= self.total_steps and not stop)
         return stop or self._stop_code()
+
+    def _steps(self, feed: Iterator[Fetched]) -> int:
+        """Every step that is left. Returns the exit code if a rank was told to stop, else 0."""
+        self._ahead = self._fetch(feed, self.state.step)
+        self.watchdog.mark("counting targets")
+        self._supervised = int(self._sum(self._counts_ahead())["supervised_ahead"])
+        stop = 0
+        while self._ahead is not None and not stop:
+            record, stop = self.step(self._ahead, feed)
+            self.watchdog.mark("after the step")
+            for callback in self.callbacks:
+                callback.on_step(self, record)
+            if stop or self.state.step % self.config.train.save_every == 0:
+                self.save()
+        return stop
+
+    def _fetch(self, feed: Iterator[Fetched], step: int) -> Fetched | None:
+        """The batches of global step ``step``, counted from 0; ``None`` after the last one."""
+        self.watchdog.mark("waiting for data", step + 1)
+        began = time.perf_counter()
+        ahead = next(feed, None)
+        self._waited = time.perf_counter() - began
+        return ahead
+
+    def _counts_ahead(self) -> dict[str, float]:
+        """What the next step's loss is divided by: known only after decoding, as images may turn out unreadable."""
+        batches = self._ahead.batches if self._ahead is not None else ()
+        return {"supervised_ahead": sum(len(batch.targets) for batch in batches)}
 
     def _stop_code(self) -> int:
         """The exit code for the signals that ranks have heard until now, the same on all; 0 without one."""
@@ -138,26 +215,26 @@ class Trainer:
                 self.config.run.name, self.state.step, self.end_step,
             )  # fmt: skip
 
-    def step(self, plan: StepPlan, batches: Sequence[PackedBatch], data_wait: float) -> tuple[dict[str, Any], int]:
+    def step(self, now: Fetched, feed: Iterator[Fetched]) -> tuple[dict[str, Any], int]:
         """One optimizer step over all micro-batches of all ranks: its metrics, and the exit code if a rank was told to
-        stop (else 0)."""
-        self.watchdog.mark("counting targets")
+        stop (else 0). Fetches the next step's batches from ``feed`` meanwhile."""
+        self.watchdog.mark("at its start", now.plan.step + 1)
         began = time.perf_counter()
+        plan, self.batches, self.samples, supervised = now.plan, now.batches, now.plan.samples, self._supervised
         self._seed(plan)
         rates = self._set_rates(plan)
-        supervised = int(self._sum({"supervised": sum(len(batch.targets) for batch in batches)})["supervised"])
-        totals = self._gradients(batches, supervised)
+        totals = self._gradients(now, supervised, feed)
         per_token = 1 / supervised if supervised else math.nan
         loss, consistency = totals.pop("cross_entropy") * per_token, totals.pop("consistency") * per_token
-        grad_norm = math.sqrt(totals.pop("squared_norm")) / loss_scale(self.engine)
-        skipped = judge(self, plan, batches, supervised, loss + consistency, grad_norm)
+        grad_norm = math.sqrt(totals.pop("squared_norm")) / self.engine.loss_scale
+        skipped = judge(self, plan, now.batches, supervised, loss + consistency, grad_norm)
         if skipped is None:
             skipped = self._optimizer_step()
         self.state.step = plan.step + 1
         if totals["unreadable"]:
-            self._note_unreadable(batches)
+            self._note_unreadable(now.batches)
         stop = agreed_code(totals)
-        ids = [self.collate.index.sample_id(sample) for sample in plan.samples]
+        speed = self._speed(now, totals, time.perf_counter() - began - self._waited + now.data_wait)
         record = {
             "step": self.state.step,
             "epoch": plan.epoch,
@@ -165,66 +242,70 @@ class Trainer:
             "learning_rates": rates,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "skipped": skipped,
-            "samples": len(ids),
-            "data_digest": data_digest(ids),
-            "micro_steps": len(batches),
+            "samples": len(plan.samples),
+            "micro_steps": len(now.batches),
             "supervised_tokens": supervised,
             "token_accuracy": totals.pop("correct") / max(1, supervised),
             **self._schedule(plan.step, consistency),
             **totals,
-            **self._speed(totals, time.perf_counter() - began + data_wait, data_wait),
+            **speed,
         }
         return record, stop
 
-    def _gradients(self, batches: Sequence[PackedBatch], supervised: int) -> dict[str, float]:
-        """Accumulate the step's gradients. Returns its losses, counts and flags, summed over ranks.
+    def _gradients(self, now: Fetched, supervised: int, feed: Iterator[Fetched]) -> dict[str, float]:
+        """Accumulate the step's gradients, and fetch the next step's batches while a GPU computes them. Returns the
+        step's losses, counts and flags, and the next step's count, in the step's one sum over ranks.
 
         Raises:
             CheckpointError: on all ranks, if the save in flight has failed on one.
         """
-        self.batches, self.row_losses, self._measured = batches, [], {}
-        sums = self._forward_backward(batches if supervised else (), ranks.world_size() / max(1, supervised))
-        self.watchdog.mark("summing over ranks")
-        squares = {"squared_norm": float(squared_norm(self.engine, ranks.world_size()))}
-        totals = self._sum({**sums, **squares, **self._totals(batches)})
+        self.row_losses, self._measured = [], {}
+        world_size = ranks.world_size()
+        sums = self._forward_backward(now.batches if supervised else (), world_size / max(1, supervised))
+        squares = self.engine.squared_grad_norm()
+        self._ahead = self._fetch(feed, now.plan.step + 1)
+        self.watchdog.mark("summing over ranks", now.plan.step + 1)
+        waits = {f"data_wait_{rank}": now.data_wait * (rank == ranks.rank()) for rank in range(world_size)}
+        counts = {**self._totals(now.batches), **self._counts_ahead(), **waits}
+        totals = self._sum(counts, {**sums, "squared_norm": squares})
+        self._supervised = int(totals.pop("supervised_ahead"))
         if totals.pop("save_failed"):
             self.checkpoints.wait()
         return totals
 
-    def _speed(self, totals: dict[str, float], seconds: float, data_wait: float) -> dict[str, Any]:
-        """The step's time and memory, and what was done in it; all ranks call this together."""
+    def _speed(self, now: Fetched, totals: dict[str, float], seconds: float) -> dict[str, Any]:
+        """The step's time and memory, and what was done in it; takes the waits of the ranks out of ``totals``."""
         peak = device_peak_flops(self.device)
         return {
             "step_time": seconds,
-            "data_wait": data_wait,
-            "data_wait_share": data_wait / seconds,
-            "data_wait_longest": ranks.max_over_ranks(data_wait, self.device),
+            "data_wait": now.data_wait,
+            "data_wait_share": now.data_wait / seconds,
+            "data_wait_longest": max(totals.pop(f"data_wait_{rank}") for rank in range(ranks.world_size())),
+            "batches_ready": now.batches_ready,
             "tokens_per_second": totals["tokens_stage_0"] / seconds,
             "mfu": totals["flops"] / seconds / (peak * ranks.world_size()) if peak else None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
 
-    def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> dict[str, float]:
+    def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> dict[str, Tensor]:
         """Accumulate gradients of ``scale`` times the summed loss (DeepSpeed averages over ranks, so the scale that
         gives the mean over the step's supervised tokens is ranks / tokens). Returns this rank's cross-entropy,
-        divergence from the teacher's pass (0 without one) and correct tokens, summed, and leaves the cross-entropy of
-        every token in ``row_losses``."""
+        divergence from the teacher's pass (0 without one) and correct tokens, summed, still on the device, and leaves
+        the cross-entropy of every token in ``row_losses``."""
         sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            self.watchdog.mark(f"forward {index + 1} of {len(batches)}")
-            output = self.engine(batch.to(self.device))
-            self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
-            self.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
+            with self.engine.accumulate(last=index == len(batches) - 1):
+                self.watchdog.mark(f"forward {index + 1} of {len(batches)}")
+                output = self.engine(batch.to(self.device))
+                self.watchdog.mark(f"backward {index + 1} of {len(batches)}")
+                self.engine.backward(output.loss_sum * scale)
             self.row_losses.append(output.row_loss)
             if any(boundary.drop.adaptive for boundary in batch.plan.boundaries):
                 self._measured[index] = self.collate.measured_costs(batch, output.plan)
             cross_entropy = output.row_loss.sum()
             divergence = torch.zeros_like(cross_entropy) if output.consistency is None else output.consistency
             sums += torch.stack([cross_entropy, divergence, output.correct.sum()])
-            if index < len(batches) - 1:
-                self.engine.step()
-        return dict(zip(("cross_entropy", "consistency", "correct"), sums.tolist(), strict=True))
+        return dict(zip(("cross_entropy", "consistency", "correct"), sums, strict=True))
 
     def _schedule(self, step: int, consistency: float) -> dict[str, Any]:
         """What the step dropped: shares kept in each stage after the first, and what a full-token step adds."""
@@ -243,14 +324,14 @@ class Trainer:
         """Run a step's forward and backward passes once more, to look at them; its gradients are thrown away."""
         self._seed(plan)
         self._forward_backward(batches, ranks.world_size() / supervised)
-        discard(self.engine)
+        self.engine.zero_grad()
 
     def _optimizer_step(self) -> Skipped | None:
         """Change the model; ``overflow`` where float16's loss scaling left the step out instead."""
         self.watchdog.mark("optimizer")
-        self.engine.step()
+        applied = self.engine.step()
         self.state.skipped_in_a_row = 0
-        if self.engine.was_step_applied():
+        if applied:
             return None
         self.state.overflows += 1
         return "overflow"
@@ -259,10 +340,10 @@ class Trainer:
         """The schedule's rates, by part. A step without an update does not move it."""
         updates = plan.step - self.state.skipped - self.state.overflows
         factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
-        return set_rates(self.engine.optimizer, self.config.model.train, factor)
+        return set_rates(self.engine.param_groups, self.config.model.train, factor)
 
     def _seed(self, plan: StepPlan) -> None:
-        torch.manual_seed(hash((self.config.run.seed, plan.step, ranks.rank())) % 2**63)
+        torch.manual_seed(mixed(self.config.run.seed, plan.step, ranks.rank()))
 
     def _totals(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """This rank's counts of the step, the same names on every rank."""
@@ -322,5 +403,5 @@ class Trainer:
         elif hasattr(config, "pruning_training"):  # of the checkpoint that this run started from
             del config.pruning_training
 
-    def _sum(self, values: dict[str, float]) -> dict[str, float]:
-        return ranks.sum_over_ranks(values, self.device)
+    def _sum(self, values: dict[str, float], on_device: dict[str, Tensor] | None = None) -> dict[str, float]:
+        return ranks.sum_over_ranks(values, self.device, on_device)

@@ -22,9 +22,10 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.forward import head
 from vtprune_train.models.forward.recompute import Level, recomputed_layers
-from vtprune_train.training.engine.start import offloads_optimizer, zero_stage
-from vtprune_train.training.loop.optimizer import parameter_groups
+from vtprune_train.training.engine.layout import whole_shape
+from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
 from vtprune_train.training.memory.pinned import pinned_bytes
+from vtprune_train.training.optimizer import parameter_groups
 
 GIB = 2**30
 RESERVED = 0.06  # share of a device's memory for what is not counted
@@ -118,7 +119,7 @@ class Parameters:
 def _numel(parameter: Any) -> int:
     if parameter.dtype == torch.uint8:  # two 4-bit weights in each element
         return 2 * int(parameter.numel())
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return whole_shape(parameter).numel()
 
 
 def _four_bit(model: HFModule) -> int:

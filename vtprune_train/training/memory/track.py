@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bisect
 import gc
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,3 +125,10 @@ def live_bytes(device: torch.device) -> int:
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most device memory allocated so far, or on a CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -10,6 +10,7 @@ from torch import nn
 
 from vtprune_train.models.io.build import parts_of
 from vtprune_train.models.io.placement import whole_shape
+from vtprune_train.training.engine.start import host_adamw
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -34,9 +35,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW: PyTorch's fused one, or DeepSpeed's for states that live in host memory beside a GPU."""
     if offloads and device.type == "cuda":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, betas=betas)
+        return host_adamw(groups, betas)
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
@@ -56,9 +55,9 @@ def rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: Schedu
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_rates(optimizer: Any, rates: dict[str, float], factor: float) -> dict[str, float]:
+def set_rates(groups: list[dict[str, Any]], rates: dict[str, float], factor: float) -> dict[str, float]:
     """Set the learning rate of every group; returns them by part."""
     current = {part: rate * factor for part, rate in rates.items()}
-    for group in optimizer.param_groups:
+    for group in groups:
         group["lr"] = current[group["part"]]
     return current
