@@ -40,6 +40,9 @@ from vtprune_train.models.families.llava_original import is_linear
 from vtprune_train.models.families.towers import open_clip
 from vtprune_train.models.forward.decoder import PARAMETERS
 from vtprune_train.models.io import original
+from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED
+from vtprune_train.models.io.in_pieces import Deferred, placing_what_is_read
+from vtprune_train.models.io.placement import WHOLE, Placement, place_all, whole_shape
 from vtprune_train.models.io.tokenizer import lasting
 from vtprune_train.models.io.weight_files import check_weights, hub_kernels
 from vtprune_train.pruning import CONFIG_KEY, check_trusted, completed_settings
@@ -56,24 +59,37 @@ def resolve_checkpoint(path: str) -> str:
     """The Hugging Face folder behind a run, one of its checkpoints, or a folder or hub id as it is.
 
     Raises:
+        ValueError: a run's folder without a complete checkpoint, or a checkpoint without an export.
+    """
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        return path
+    if not (checkpoint / EXPORT / "config.json").is_file() and (checkpoint / UNEXPORTED / PLAN).is_file():
+        raise ValueError(
+            f"{checkpoint} holds no Hugging Face export (train.export was last or never). Make one with "
+            f"`vtprune export --model {checkpoint} --out DIR`, and name DIR"
+        )
+    return str(checkpoint / EXPORT)
+
+
+def newest_checkpoint(path: str) -> Path | None:
+    """The checkpoint at a path, or a run's newest; ``None`` for what is neither a run nor a checkpoint.
+
+    Raises:
         ValueError: a run's folder without a complete checkpoint.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        return path
-    if (folder / "hf" / "config.json").is_file():
-        return str(folder / "hf")
-    if (folder / "checkpoints").is_dir():
-        latest = folder / "checkpoints" / "latest"
-        named = latest.read_text().strip() if latest.is_file() else ""
-        finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
-        finished = [name for name in finished if name.removeprefix("step_").isdigit()]
-        if not finished:
-            raise ValueError(
-                f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)"
-            )
-        return str(latest.parent / (named if named in finished else finished[-1]) / "hf")
-    return path
+    if (folder / EXPORT / "config.json").is_file() or (folder / UNEXPORTED / PLAN).is_file():
+        return folder
+    if not (folder / "checkpoints").is_dir():
+        return None
+    latest = folder / "checkpoints" / "latest"
+    named = latest.read_text().strip() if latest.is_file() else ""
+    finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
+    finished = [name for name in finished if name.removeprefix("step_").isdigit()]
+    if not finished:
+        raise ValueError(f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)")
+    return latest.parent / (named if named in finished else finished[-1])
 
 
 def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
@@ -205,7 +221,7 @@ def _loading(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: cannot be loaded ({first_line(error)})") from error
 
 
-def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModule:
+def open_whole(model_class: Any, folder: str, dtype: Any, place: str, placement: Placement = WHOLE) -> HFModule:
     """``model_class.from_pretrained``, which must find every weight: transformers starts missing ones at random.
 
     Args:
@@ -213,12 +229,13 @@ def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModul
         folder: a folder or hub id.
         dtype: as for ``from_pretrained``.
         place: for errors.
+        placement: what becomes of each weight once it is read.
 
     Raises:
         ValueError: a file cannot be read, a weight is missing or has another shape.
     """
     check_weights(folder, place)
-    with _loading(place), learned_expected():
+    with _loading(place), learned_expected(), placing_what_is_read(placement):
         model, found = model_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
@@ -230,11 +247,12 @@ def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModul
     return model
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
     """The model, with the image token of ``tokenizer``; unmodified transformers classes.
 
     Parameters have ``config.dtype``. Buffers keep the dtype that transformers gives them: rotary frequencies rounded to
-    bfloat16 would move the angles of late positions by more than a radian.
+    bfloat16 would move the angles of late positions by more than a radian. With ``placement`` each parameter is placed
+    before the next is read or drawn; the embeddings, the output layer and a projector at the end.
 
     Raises:
         ValueError: a part is missing or does not fit.
@@ -245,20 +263,32 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMo
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
     model_class = getattr(transformers, family.model_class)
     if config.path is not None:
-        model = open_whole(model_class, resolve_checkpoint(config.path), dtype, f"model.path={config.path}")
+        folder, place = resolve_checkpoint(config.path), f"model.path={config.path}"
+        model = open_whole(model_class, folder, dtype, place, placement)
     else:
         model_config.image_token_id = image_token_id
         if config.config is not None:
             _fit_special_tokens(model_config, tokenizer)
-            model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+            model = _from_sizes(model_config, dtype, placement)
         else:
-            model = _from_parts(config, model_config)
+            model = _from_parts(config, model_config, placement)
     if config.projector is not None:
-        _load_projector(model, loop, config.projector)
-    vocab = model.get_input_embeddings().weight.shape[0]
+        _load_projector(model, loop, config.projector, placement)
+    vocab = whole_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > vocab:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
     model.config.image_token_id = image_token_id
+    place_all(model, placement)
+    return model
+
+
+def _from_sizes(model_config: PreTrainedConfig, dtype: torch.dtype, placement: Placement) -> HFModule:
+    """A model with random weights."""
+    if not placement.sharded:
+        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+    with Deferred() as deferred:
+        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+    deferred.make(model, placement)
     return model
 
 
@@ -272,33 +302,49 @@ def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizer
     text.pad_token_id = tokenizer.pad_token_id
 
 
-def _from_parts(config: ModelConfig, model_config: PreTrainedConfig) -> HFModule:
+def _from_parts(config: ModelConfig, model_config: PreTrainedConfig, placement: Placement) -> HFModule:
     """A language model and a tower with a new projector between them; only the projector is initialised."""
     assert config.language_model is not None and config.vision_tower is not None
     dtype = getattr(torch, config.dtype)
     places = f"model.language_model={config.language_model}", f"model.vision_tower={config.vision_tower}"
     check_weights(config.language_model, places[0])
     check_weights(config.vision_tower, places[1])
-    with _loading(places[0]):
+    with _loading(places[0]), placing_what_is_read(placement):
         language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, trust_remote_code=False)
-    with _loading(places[1]):
+    with _loading(places[1]), placing_what_is_read(placement):
         tower = open_clip(config.vision_tower, dtype)
-    with no_init_weights():
+    with no_init_weights(), Deferred() as deferred:
         model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
     for module, source in (
         (model.model.language_model, language.model),
         (model.lm_head, language.lm_head),
         (model.model.vision_tower, tower),
     ):
-        module.load_state_dict(source.state_dict(), assign=True)
-        for parameter in module.parameters():
-            parameter._is_hf_initialized = True  # what transformers' own loading marks
+        _hand_over(source, module)
+    deferred.make(model, WHOLE)  # what is left: the projector, which init_weights fills
     model.init_weights()
     model.generation_config = language.generation_config
     return model
 
 
-def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
+def _hand_over(source: HFModule, module: HFModule) -> None:
+    """Let ``module`` have the parameters and buffers of ``source``, which holds the same.
+
+    Raises:
+        ValueError: a name or a shape is in one of them alone.
+    """
+    taken, own = (dict(m.named_parameters(remove_duplicate=False)) for m in (source, module))
+    shapes = [{name: whole_shape(p) for name, p in parameters.items()} for parameters in (taken, own)]
+    if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+        raise ValueError(f"the config of a {type(source).__name__} does not fit its weights, see {differing[0]}")
+    for name, parameter in taken.items():
+        parent, _, last = name.rpartition(".")
+        module.get_submodule(parent)._parameters[last] = parameter
+        parameter._is_hf_initialized = True  # what transformers' own loading marks
+    module.load_state_dict({name: b for name, b in source.state_dict().items() if name not in taken}, strict=False)
+
+
+def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement = WHOLE) -> None:
     """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read.
 
     Raises:
@@ -308,7 +354,7 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
     if (source / original.MM_PROJECTOR).is_file():  # stage 1 of the original code
         source = source / original.MM_PROJECTOR
     keys = tuple(name.removeprefix("model.") for name in loop.projector)
-    own = {key: value for key, value in model.model.state_dict().items() if key.startswith(keys)}
+    own = {key: value for key, value in model.model.named_parameters() if key.startswith(keys)}
     if source.is_file():
         found = _read_mm_projector(model, source)
         if "image_newline" in own and "image_newline" not in found:
@@ -320,13 +366,15 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
         found, place = read_projector(files, keys), f"{len(files)} safetensors file(s) of {source}"
     if missing := sorted(set(own) - set(found)):
         raise ValueError(f"model.projector={path}: no {missing[0]} in {place}")
-    for key, value in own.items():
-        if value.shape != found[key].shape:
+    for key, parameter in own.items():
+        if whole_shape(parameter) != found[key].shape:
             raise ValueError(
                 f"model.projector={path}: {key} has shape {tuple(found[key].shape)}, but this model needs "
-                f"{tuple(value.shape)}; it was trained for another language model or tower"
+                f"{tuple(whole_shape(parameter))}; it was trained for another language model or tower"
             )
-        value.copy_(found[key])
+    with placement.whole(own.values()):
+        for key, parameter in own.items():
+            parameter.data.copy_(found[key])
 
 
 def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:

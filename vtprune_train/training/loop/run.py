@@ -43,6 +43,7 @@ from vtprune_train.models.io.build import (
     set_trainable,
 )
 from vtprune_train.models.io.peft import open_model
+from vtprune_train.models.io.placement import WHOLE, Placement
 from vtprune_train.models.io.processors import build_processor
 from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
@@ -58,6 +59,7 @@ from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
 from vtprune_train.training.checkpoint.resume import resume
 from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
+from vtprune_train.training.engine.sharded import placement_for
 from vtprune_train.training.engine.start import check_engine, start_engine
 from vtprune_train.training.faults.preflight import preflight
 from vtprune_train.training.faults.preflight import wanted as preflight_wanted
@@ -96,7 +98,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     ranks.from_rank_0(lambda: _check_start(config))
     if config.data.workers:
         start_server()  # which imports for seconds
-    parts = build_parts(config)
+    parts = build_parts(config, placement_for(config, settings))
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
     if method is not None and ranks.rank() == 0:
@@ -115,9 +117,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
     engine = start_engine(parts.model, optimizer, settings)
 
-    checkpoints = CheckpointFolder(
-        run_dir / "checkpoints", config.train.keep_last, background=config.train.save_in_background
-    )
+    train = config.train
+    checkpoints = CheckpointFolder(run_dir / "checkpoints", train.keep_last, train.save_in_background, train.export)
     identity, config_yaml = _identity(config, collate.index), dump_config(config)
     state = resume(identity, config.train.resume, checkpoints, engine, config_yaml)
     ranks.from_rank_0(lambda: replace_synced(run_dir / "config.yaml", config_yaml))
@@ -240,11 +241,11 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
     return result
 
 
-def build_parts(config: Config) -> Parts:
+def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
     """Tokenizer, model and processor."""
     template = template_of(config.data)
     tokenizer = _tokenizer(config, template)
-    model = open_model(config.model, tokenizer)
+    model = open_model(config.model, tokenizer, placement)
     _, loop = family_of_config(model.config)
     encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
     if ranks.rank() == 0:
