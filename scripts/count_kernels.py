@@ -43,7 +43,7 @@ from vtprune_train.models.families import KNOWN_CONFIGS
 from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
-from vtprune_train.models.forward.head import chunked_cross_entropy
+from vtprune_train.models.forward.head import chunked_loss
 from vtprune_train.pruning.base import PruningMethod
 
 META = torch.device("meta")
@@ -258,7 +258,7 @@ def head(sizes: Sizes, chunk_rows: int) -> Counted:
     weight = nn.Parameter(torch.empty(sizes.vocab, hidden.shape[1], dtype=torch.bfloat16, device=META))
     targets = torch.empty(sizes.head_rows, dtype=torch.int64, device=META)
     hidden.requires_grad_()
-    return count(lambda: chunked_cross_entropy(hidden, weight, None, targets, chunk_rows)[0], [weight])
+    return count(lambda: chunked_loss(hidden, weight, None, targets, chunk_rows=chunk_rows)[0], [weight])
 
 
 def grouped_attention(sizes: Sizes, expands: bool) -> Counted:

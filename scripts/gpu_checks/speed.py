@@ -35,7 +35,7 @@ from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward import attention as backends
 from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.compile import compile_layers, uncompile_layers
-from vtprune_train.models.forward.head import chunked_cross_entropy
+from vtprune_train.models.forward.head import chunked_loss
 from vtprune_train.models.forward.kernels import use_fp8, use_liger
 from vtprune_train.pruning.base import PruningMethod
 
@@ -214,7 +214,7 @@ def same_as_before(check: Check, part: str, before: tuple[float, list[Tensor], T
 
 def head_losses(check: Check) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Ways to sum the cross-entropy of ``(rows, weight, targets)``."""
-    losses = {"chunks": lambda rows, weight, targets: chunked_cross_entropy(rows, weight, None, targets)[0]}
+    losses = {"chunks": lambda rows, weight, targets: chunked_loss(rows, weight, None, targets)[0]}
     if check.on_cuda and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 

@@ -25,7 +25,6 @@ from vtprune_train.models.forward.sharding import check_all_heads
 from vtprune_train.pruning.base import EncoderRows, PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 
-SEEN = "_vtprune_seen"
 MAPS = 4  # whole attention maps held at a time
 
 

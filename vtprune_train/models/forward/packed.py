@@ -39,8 +39,8 @@ class PackedOutput(NamedTuple):
     correct: Tensor
     kept: tuple[Tensor, ...]
     row_loss: Tensor
-    consistency: Tensor | None = None
-    plan: StreamPlan | None = None
+    consistency: Tensor | None
+    plan: StreamPlan
 
 
 def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
@@ -55,14 +55,12 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
             "of packed rows; replace it first, or unprune(model) and prune it again"
         )
     hidden_RC, ran, taught_RC = model.get_submodule(state.family.base)(batch)
-    if batch.teacher is None:
-        with record_function(ranges.HEAD):
-            loss_sum, correct, row_loss = model.lm_head(hidden_RC, batch.targets)
-        return PackedOutput(loss_sum, correct, ran.kept, row_loss, plan=ran.plan)
-    teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
+    teaching = None
+    if batch.teacher is not None:
+        teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
     with record_function(ranges.HEAD):
         loss_sum, correct, row_loss, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
-    return PackedOutput(loss_sum, correct, ran.kept, row_loss, divergence, ran.plan)
+    return PackedOutput(loss_sum, correct, ran.kept, row_loss, None if teaching is None else divergence, ran.plan)
 
 
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, DecoderOutput, Tensor | None]:

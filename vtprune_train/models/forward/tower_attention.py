@@ -30,6 +30,8 @@ from vtprune_train.models.families.qwen_tower import (
     window_lengths,
 )
 from vtprune_train.models.forward.attention import FUNCTIONS, dense_function
+from vtprune_train.models.forward.calls import State, by_name
+from vtprune_train.models.forward.rotary import full_frequencies
 
 TOWER_PREFIX = "packed_flash_tower_"  # "flash" is what transformers looks for
 _CONFIG = "_vtprune_config"
@@ -83,6 +85,12 @@ class Segments:
                 "cu_seqlens to the model"
             )
         return self._by_number[number]
+
+
+def forward(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    """Forward of the tower of a pruned model."""
+    full_frequencies(self)
+    return original(**complete_inputs(self, by_name(original, args, inputs)))
 
 
 def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
