@@ -110,11 +110,7 @@ class StagedLayer(DynamicLayer):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked by a dense model alone.
-
-        Raises:
-            ValueError: always.
-        """
+        """Only a dense model asks for this, and it cannot use a staged cache."""
         raise ValueError(
             "past_key_values was filled by a pruned model, which keeps another length in every layer, but this one "
             "runs densely; start with a new DynamicCache"
@@ -255,13 +251,8 @@ class StageCache:
 
     @classmethod
     def of(cls, new_lengths: Sequence[int], cached: Sequence[int], cached_width: int) -> StageCache:
-        """Plan one layer, on the host.
-
-        Args:
-            new_lengths: new tokens of each row.
-            cached: tokens of each row in the layer's cache.
-            cached_width: columns of that cache; the new one has as few as the longest row needs.
-        """
+        """Plan one layer, on the host, from each row's number of new tokens and of tokens in the layer's cache. That
+        cache has ``cached_width`` columns; the new one has as few as the longest row needs."""
         lengths = np.add(new_lengths, cached).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         columns = int(lengths.max())

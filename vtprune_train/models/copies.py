@@ -23,12 +23,7 @@ _LOCK = threading.RLock()  # models are opened in several threads
 
 
 class Source:
-    """A pruned model's path.
-
-    Args:
-        name: the config's ``_name_or_path``.
-        prune: prunes a model that was opened from it.
-    """
+    """A pruned model's path: the config's ``_name_or_path``. ``prune`` prunes a model that was opened from it."""
 
     known: ClassVar[weakref.WeakSet[Source]] = weakref.WeakSet()
 

@@ -157,15 +157,8 @@ def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
 
 
 def patch_tower(config: Any, width: int, intermediate: int, out: int, **more: Any) -> PatchTowerGeometry:
-    """Sizes of a tower and its merger. Without more it attends over whole images and its MLP has two products.
-
-    Args:
-        config: the model's.
-        width: of the tower.
-        intermediate: of its MLP.
-        out: of the merger's result.
-        more: see :class:`~vtprune_train.core.flops.PatchTowerGeometry`.
-    """
+    """Sizes of a tower (``width``, ``intermediate`` of its MLP) and its merger (``out``). Without ``more``, see
+    :class:`~vtprune_train.core.flops.PatchTowerGeometry`, it attends over whole images and its MLP has two products."""
     vision = config.vision_config
     sizes = {
         "num_layers": vision.depth,

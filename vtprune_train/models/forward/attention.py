@@ -120,12 +120,6 @@ def _refused_gpu(backend: str, capability: tuple[int, int], head_dim: int | None
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
     """Resolve ``auto`` to the first backend that works on ``device`` in ``dtype``, logging which and why.
 
-    Args:
-        requested: ``auto`` or a backend.
-        device: of the model.
-        dtype: of its states.
-        head_dim: values in a head of the decoder; ``None`` skips the check of it.
-
     Raises:
         ValueError: the backend is unknown or cannot run here.
     """
@@ -334,14 +328,9 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
 
 
 def attention_name(backend: str, dense: str = "sdpa") -> str:
-    """Under which name a pruned model's decoder finds its attention: ``backend`` in a pass over a packed stream, and
-    the implementation ``dense`` in a pass of the dense model (within ``vtprune_train.dense``, in one thread or in the
-    recomputation of its layers).
-
-    Args:
-        backend: one of :data:`BACKENDS`.
-        dense: the model's own implementation, or such a name.
-    """
+    """Under which name a pruned model's decoder finds its attention: ``backend`` in a pass over a packed batch, and
+    the implementation ``dense`` (or such a name, which holds one) in a pass of the dense model, within
+    ``vtprune_train.dense``, in one thread or in the recomputation of its layers."""
     dense = dense_implementation(dense)
     name = PREFIX + backend + ("" if dense == "sdpa" else OTHERWISE + dense)
     if name not in AttentionInterface._global_mapping:

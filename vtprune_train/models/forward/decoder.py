@@ -99,16 +99,10 @@ def run_layers(
     staging: Staging | None = None,
     encoder: EncoderSignals | None = None,
 ) -> DecoderOutput:
-    """Run a packed stream through the decoder layers of ``text_model`` (anything built like ``LlamaModel``).
+    """Run a packed batch through the decoder layers of ``text_model`` (anything built like ``LlamaModel``).
 
-    Args:
-        text_model: has ``layers``, ``rotary_emb``; its ``config._attn_implementation`` is one of our backends.
-        hidden_TC: [T, C], embedded text and projected images in place.
-        plan: the stages; its tensors are on the device of ``hidden_TC``.
-        method: who picks the survivors; may be ``None`` if the plan has no boundary.
-        staging: positions, cache and features of a pass over padded rows; ``None`` numbers each segment from 0.
-        encoder: what the vision tower thought of the visual tokens, for methods that ask.
-    """
+    ``hidden_TC`` has embedded text and projected images in place. ``method`` may be ``None`` if the plan has no
+    drop point; without ``staging`` the positions of each segment count from 0."""
     check_attention(text_model)
     walk = _Walk(text_model, method, plan, staging or Staging.counted(plan), hidden_TC.unsqueeze(0), encoder)
     for index in range(len(plan.stages)):

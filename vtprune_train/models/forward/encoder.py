@@ -54,12 +54,8 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
 
 
 def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
-    """Layers of the tower, counted from 0, that ``wanted`` names.
-
-    Args:
-        config: has ``vision_feature_layer`` and the tower's ``vision_config``.
-        wanted: from 0 on, or negative: -1 is the last that the decoder's features come from. Negative ones that reach
-            in front of the first layer are left out.
+    """Layers of the tower, counted from 0, that ``wanted`` names: from 0 on, or negative, where -1 is the last that the
+    decoder's features come from. Negative ones that reach in front of the first layer are left out.
 
     Raises:
         ValueError: a layer does not exist, or none is left.
@@ -184,12 +180,8 @@ def patches_per_tile(config: Any) -> int:
 
 
 def patch_index(shown: Sequence[tuple[np.ndarray, int]], patches: int) -> np.ndarray:
-    """[V] int64, the patch among those of all images that each visual token shows, or ``NEWLINE``.
-
-    Args:
-        shown: for each image, the patch of its own that each of its tokens shows, or ``NEWLINE``; and its tiles.
-        patches: N.
-    """
+    """[V] int64, the patch among those of all images that each visual token shows, or ``NEWLINE``. ``shown`` gives, for
+    each image, the patch of its own that each of its tokens shows, and its tiles of ``patches`` patches."""
     found, first = [np.zeros(0, dtype=np.int64)], 0
     for own, tiles in shown:
         found.append(np.where(own == NEWLINE, NEWLINE, own + first))

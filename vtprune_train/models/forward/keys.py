@@ -49,12 +49,8 @@ class StageKeys:
     """What the layers of one stage share in choosing keys.
 
     Args:
-        plan: its tensors are on the device.
-        index: of the stage, whose ``key_layouts`` has images.
-        method: the one that chooses in ``layers``.
-        layers: of the stage, in which it does.
+        layers: of the stage, in which ``method`` chooses.
         cached: for each layer, the layout among cached and new keys; empty where nothing was cached before.
-        config: of the decoder, which says how many heads there are.
         has_images: for each row, whether its cache holds what an image left; ``None`` without a cache.
     """
 
@@ -179,11 +175,7 @@ class KeyChoice:
         return [0 if front is None else front + old for front, old in zip(self.stage.fronts, cached, strict=True)]
 
     def _left_out(self) -> np.ndarray:
-        """[B] keys of each row that leave the cache: the copy to the host.
-
-        Raises:
-            ValueError: the heads of a layer keep different numbers.
-        """
+        """[B] keys of each row that leave the cache: the copy to the host."""
         assert self.kept is not None
         spans, layout = self.stage.layout.spans, self.stage.layout
         left = torch.zeros(self.kept.shape[0], len(spans), dtype=torch.int64, device=self.kept.device)

@@ -36,11 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np.ndarray]]]:
-    """Which visual tokens of each image survive each drop, for one forward pass without a gradient.
-
-    Args:
-        model: pruned.
-        inputs: what a processor makes, [B, L] and pixels.
+    """Which visual tokens of each image each drop keeps, for one forward pass of a pruned model without a gradient.
 
     Returns:
         For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens; a token
@@ -210,8 +206,7 @@ def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np
 
     A later turn thereby equals a first call with everything said so far: every image is there in full, and is dropped
     by this turn's question. Only draws differ, which follow from this turn's text alone. What is kept between turns is
-    the decoder's input, a fraction of a full cache.
-    """
+    the decoder's input, a fraction of a full cache."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     if not first.get_seq_length():
         return real
@@ -243,15 +238,9 @@ def prefill(
     cache: DynamicCache | None = None,
     encoder: EncoderSignals | None = None,
 ) -> tuple[Tensor, DecoderOutput, DynamicCache]:
-    """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a stream, not rows.
+    """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a packed batch, not rows.
 
-    Args:
-        text_model: the decoder.
-        method: who drops; ``None`` for nobody.
-        embeds_TC: [T, C], segments end to end, images in place.
-        segments: their layouts.
-        cache: of earlier calls; ``None`` begins one.
-        encoder: what the vision tower thought of the visual tokens, for methods that ask.
+    ``embeds_TC`` holds the segments end to end, with images in place; ``cache`` is of earlier calls.
 
     Returns:
         [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
@@ -271,17 +260,8 @@ def decode(
     hidden_B1C: Tensor,
     cache: DynamicCache,
 ) -> Tensor:
-    """One decoding step of every row on a staged cache, by transformers' own attention.
-
-    Args:
-        text_model: the decoder.
-        method: who filled the cache.
-        hidden_B1C: [B, 1, C], the embedded token.
-        cache: staged and filled; grows by one column in every layer.
-
-    Returns:
-        [B, 1, C] normed.
-    """
+    """One decoding step of every row on a staged cache, by transformers' own attention: [B, 1, C] embedded tokens ->
+    [B, 1, C] normed hidden states. ``cache`` grows by one column in every layer."""
     check_attention(text_model)
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
     num_layers = len(text_model.layers)
@@ -459,14 +439,8 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_width: int | None) -> int:
-    """The key of a row's prompt, which what is generated or supervised after it does not change.
-
-    Args:
-        ids: [L] int64.
-        labels: [L] int64, or ``None``.
-        text: [L] bool, the row's text tokens.
-        prompt_width: columns of the prompt inside ``generate``, or ``None``.
-    """
+    """The key of a row's prompt ([L] ids, labels and which are text), which what is generated or supervised after it
+    does not change."""
     own = np.flatnonzero(text)
     if labels is not None:
         supervised = np.flatnonzero(labels != IGNORE)

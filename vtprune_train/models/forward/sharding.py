@@ -29,14 +29,10 @@ _INSTALLING = threading.Lock()
 
 
 def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor) -> T:
-    """``function(module, *tensors)``, run inside the module's own call where that call gathers its parameters.
+    """``function(module, *tensors)``, run inside the module's own call where that call gathers its parameters. Every
+    tensor that may need a gradient is among ``tensors``, since FSDP listens to a call's inputs.
 
     Gradients are reduced as those of the module's forward are: FSDP and ZeRO-3 see one more call of the module.
-
-    Args:
-        module: for example a decoder layer, wrapped or not.
-        function: takes the module without its wrappers, and the tensors.
-        tensors: every tensor that may need a gradient, since FSDP listens to a call's inputs.
 
     Raises:
         ValueError: gradients are wanted through a ZeRO-3 leaf module, which DeepSpeed reduces once a backward pass.
@@ -103,12 +99,8 @@ def _replace_forward(module: nn.Module) -> None:
 
 
 def check_layers(text_model: HFModule, attention: str, learns: str | None) -> None:
-    """Refuse a decoder that :func:`~vtprune_train.models.patch.prune` finds split in a way that cannot work.
-
-    Args:
-        text_model: the decoder.
-        attention: its attention before ``prune``.
-        learns: the method, where it adds parameters.
+    """Refuse a decoder that :func:`~vtprune_train.models.patch.prune` finds split in a way that cannot work. ``learns``
+    is the method, where it adds parameters; ``attention`` the decoder's before ``prune``.
 
     Raises:
         ValueError: pipeline parallelism, layers on several devices, DeepSpeed's sequence parallelism, or parameters to
@@ -156,13 +148,8 @@ def _sharded_already(text_model: HFModule) -> str | None:
 
 
 def check_all_heads(config: Any, reader: str, queries: int, keys: int | None = None) -> None:
-    """Refuse attention heads that are split over ranks (tensor parallelism): each rank would choose by its own.
-
-    Args:
-        config: of the decoder or the vision tower.
-        reader: who reads the attention, for the message.
-        queries: query heads on this rank.
-        keys: key-value heads on this rank, where they are counted apart.
+    """Refuse attention heads that are split over ranks (tensor parallelism): each rank would keep its own tokens.
+    ``queries`` and ``keys`` are the heads on this rank; ``reader`` reads the attention.
 
     Raises:
         ValueError: some heads are missing; says what works.
@@ -180,15 +167,10 @@ def check_all_heads(config: Any, reader: str, queries: int, keys: int | None = N
 
 
 def check_whole_stream(hidden: Tensor, expected: int, layer: int) -> None:
-    """Refuse layers that return a part of the tokens on each rank (sequence parallelism).
-
-    Args:
-        hidden: [1, T, C], the output of decoder layer ``layer``.
-        expected: T.
-        layer: counted from 0.
+    """Refuse layers that return only part of the ``expected`` tokens on each rank (sequence parallelism).
 
     Raises:
-        ValueError: it is another length.
+        ValueError: ``hidden`` [1, T, C] has another length.
     """
     if hidden.shape[1] != expected:
         raise ValueError(

@@ -134,15 +134,8 @@ def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
 
 
 def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
-    """After a call: the next position of every layer, which rows have had images, the method and the caller's columns.
-
-    Args:
-        cache: filled.
-        plan: what was run.
-        method: whose it was.
-        before: the cache as the call found it.
-        length: columns of the call.
-    """
+    """After a call of ``length`` columns: the next position of every layer, which rows have had images, the method and
+    the caller's columns. ``before`` is the cache as the call found it."""
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
     known = layers[0].ahead
     following, rows = np.array(before.tokens[0]) + plan.stages[0].segment_lengths, []

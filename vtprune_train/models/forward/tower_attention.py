@@ -94,13 +94,10 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
 
 
 def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the tower's forward takes, with everything that it would compute from the grids on the device.
+    """What the forward of a Qwen tower takes, with everything that it would compute from the grids on the device.
 
-    Args:
-        tower: a vision tower of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-        inputs: its keywords; ``grid_thw`` [images, 3] on the host, or on the device, which costs one read. Keywords of
-            :func:`~vtprune_train.models.families.qwen_tower.tower_inputs` that are there are kept.
-    """
+    ``grid_thw`` [images, 3] on the device costs one read. Keywords of
+    :func:`~vtprune_train.models.families.qwen_tower.tower_inputs` that are there are kept."""
     grid_thw = inputs["grid_thw"].cpu()
     grids = tuple(tuple(grid) for grid in grid_thw.tolist())
     shape = TowerShape.of(tower)

@@ -93,11 +93,7 @@ def newest_checkpoint(path: str) -> Path | None:
 
 
 def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
-    """The model's config, without weights.
-
-    Args:
-        config: the YAML's ``model`` section.
-        offline: for well-known hub ids use the recorded sizes instead of asking the hub (dry runs).
+    """The model's config, without weights. ``offline`` takes recorded sizes for well-known hub ids (dry runs).
 
     Raises:
         ValueError: there is no such checkpoint, or none of a family that the loop trains.
@@ -136,11 +132,7 @@ def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
-    """Refuse keys that transformers would silently store: a typo would leave a size at its default.
-
-    Raises:
-        ValueError: an unknown key or model type, with the nearest known key.
-    """
+    """Refuse keys that transformers would silently store: a typo would leave a size at its default."""
     sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, default)]
     for section in ("text_config", "vision_config"):
         values = sizes.get(section) or {}
@@ -158,12 +150,8 @@ def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
 
 
 def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
-    """The config in a folder or on the hub, of whatever family.
-
-    Args:
-        name: folder or hub id.
-        place: the setting that named it and its value, for the error.
-        offline: for well-known hub ids use the recorded sizes.
+    """The config in a folder or on the hub, of whatever family; ``place`` is the setting that named it and its value.
+    ``offline`` takes recorded sizes for well-known hub ids.
 
     Raises:
         ValueError: there is none, or one of the original LLaVA code.
@@ -223,13 +211,6 @@ def _loading(place: str) -> Iterator[None]:
 
 def open_whole(model_class: Any, folder: str, dtype: Any, place: str, placement: Placement = WHOLE) -> HFModule:
     """``model_class.from_pretrained``, which must find every weight: transformers starts missing ones at random.
-
-    Args:
-        model_class: transformers' class.
-        folder: a folder or hub id.
-        dtype: as for ``from_pretrained``.
-        place: for errors.
-        placement: what becomes of each weight once it is read.
 
     Raises:
         ValueError: a file cannot be read, a weight is missing or has another shape.
@@ -328,11 +309,7 @@ def _from_parts(config: ModelConfig, model_config: PreTrainedConfig, placement: 
 
 
 def _hand_over(source: HFModule, module: HFModule) -> None:
-    """Let ``module`` have the parameters and buffers of ``source``, which holds the same.
-
-    Raises:
-        ValueError: a name or a shape is in one of them alone.
-    """
+    """Let ``module`` have the parameters and buffers of ``source``, which holds the same."""
     taken, own = (dict(m.named_parameters(remove_duplicate=False)) for m in (source, module))
     shapes = [{name: whole_shape(p) for name, p in parameters.items()} for parameters in (taken, own)]
     if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
@@ -345,11 +322,7 @@ def _hand_over(source: HFModule, module: HFModule) -> None:
 
 
 def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement = WHOLE) -> None:
-    """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read.
-
-    Raises:
-        ValueError: the checkpoint lacks one of them or its shapes differ.
-    """
+    """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read."""
     source = Path(resolve_checkpoint(path))
     if (source / original.MM_PROJECTOR).is_file():  # stage 1 of the original code
         source = source / original.MM_PROJECTOR
@@ -378,11 +351,7 @@ def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement
 
 
 def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
-    """The ``mm_projector.bin`` of the original code, by its names in the base.
-
-    Raises:
-        ValueError: it is none, or a linear one and this model's has GELU.
-    """
+    """The ``mm_projector.bin`` of the original code, by its names in the base."""
     found = original.read_projector_file(file, f"model.projector={file}")
     wants_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
     if is_linear(found) and not wants_linear:
@@ -416,11 +385,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, with the family's image token as one token (``<image>`` is added where it is missing).
 
-    Args:
-        config: the YAML's ``model`` section.
-        texts: what to train a tokenizer on, if the model is made from a config and none is named.
-        folder: where a tokenizer trained here is kept, and read from when it is there.
-        offline: ask no hub (dry runs).
+    A model made from sizes that names no tokenizer gets one trained on ``texts``, kept in ``folder`` and read from
+    there afterwards. ``offline`` asks no hub (dry runs).
 
     Raises:
         ValueError: there is no tokenizer, or not one of this family.
@@ -520,11 +486,8 @@ def set_trainable(model: HFModule, train: dict[str, float]) -> None:
 
 
 def saved_pruning(path: str, asked: Any = None) -> dict[str, Any] | None:
-    """The pruning settings in a checkpoint's ``config.json``; ``None`` if it was trained without dropping.
-
-    Args:
-        path: of ``train.init_from``.
-        asked: the method that the user named, if any; the settings of another one are returned as they are.
+    """The pruning settings in the ``config.json`` of ``train.init_from``; ``None`` if it was trained without dropping.
+    ``asked`` is the method that the user named, if any; the settings of another one are returned as they are.
 
     Raises:
         ValueError: there is no such checkpoint, or its method is code outside the package that nobody named.

@@ -31,15 +31,10 @@ FILE = "pruning.safetensors"  # beside an adapter
 
 def attach(model: HFModule, method: PruningMethod) -> None:
     """Put what ``method.module`` makes at ``<decoder>.pruning``, in the decoder's dtype and on its device; nothing if
-    it makes nothing.
+    it makes nothing. ``model`` is the Hugging Face model itself, not a PEFT model around it.
 
     Values come from the checkpoint that the model was loaded from, if that was saved with the same method; a warning
-    says so where they do not. Fresh ones depend on PyTorch's seed alone, not on what was drawn since it was set.
-
-    Args:
-        model: the Hugging Face model itself, not a PEFT model around it.
-        method: fits the decoder's depth.
-    """
+    says so where they do not. Fresh ones depend on PyTorch's seed alone, not on what was drawn since it was set."""
     text_model = model.get_submodule(family_of(model).decoder)
     made = fresh(method, text_model)
     detach(model)
@@ -94,11 +89,7 @@ def check_trained(model: HFModule, method: PruningMethod) -> None:
 
 
 def saved_learner(config: PreTrainedConfig, source: str = "") -> PruningMethod | None:
-    """The method in a config's settings if it has parameters of its own.
-
-    Args:
-        config: a model's.
-        source: the folder or hub id with the model's files.
+    """The method in a config's settings if it has parameters of its own; ``source`` is where the model's files are.
 
     Raises:
         UntrustedMethodError: it is code outside the package that nobody named, and its parameters are in ``source``.

@@ -35,10 +35,6 @@ IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
 def open_processor(folder: str, config: PreTrainedConfig) -> Any:
     """The processor that belongs to a model in a Hugging Face folder or on the hub.
 
-    Args:
-        folder: where its files are.
-        config: the model's.
-
     Raises:
         ValueError: there is no readable tokenizer, it has no image token, or a file of the processor is damaged.
     """
@@ -55,17 +51,11 @@ def build_processor(
     path: str | None = None,
     max_pixels: int | None = None,
 ) -> Any:
-    """The processor of a model.
+    """The processor of a model; ``path``, the checkpoint that it came from, brings settings that are kept.
 
     What decides how many tokens an image has (``patch_size``, ``vision_feature_select_strategy``,
     ``num_additional_image_tokens``, ...) comes from the model's config; checkpoints saved by old versions of
     transformers lack these settings, and the model would refuse other counts.
-
-    Args:
-        config: the model's.
-        tokenizer: the model's.
-        path: the folder or hub id of the checkpoint that the model came from, whose settings are kept.
-        max_pixels: see :func:`build_image_processor`.
 
     Raises:
         ValueError: a file of the processor is damaged, or the tokenizer lacks a token that the processor needs.
@@ -96,12 +86,8 @@ def build_processor(
 
 
 def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels: int | None = None) -> Any:
-    """The image processor of the checkpoint at ``path``, or the family's usual one for this config.
-
-    Args:
-        config: the model's.
-        path: a checkpoint's folder or hub id, or ``None``.
-        max_pixels: shrink images that have more; for families that take images of any size.
+    """The image processor of the checkpoint at ``path``, or the family's usual one for this config. ``max_pixels``
+    shrinks images that have more, for families that take images of any size.
 
     Raises:
         ValueError: ``max_pixels`` for a family whose images have fixed sizes, or below the least size; or the
@@ -155,12 +141,8 @@ def saved_image_processor(path: str | None) -> Any:
 
 
 def read_settings(path: str | None, name: str, *, offline: bool = False) -> dict[str, Any] | None:
-    """A JSON file of a folder or of a repository on the hub; ``None`` if it is not there.
-
-    Args:
-        path: the folder or hub id; ``None`` for none.
-        name: of the file.
-        offline: look for files of the hub in its cache alone.
+    """A JSON file of a folder or of a repository on the hub (with ``offline``, of its cache alone); ``None`` if it is
+    not there.
 
     Raises:
         ValueError: it is damaged.

@@ -114,10 +114,7 @@ class Base:
         (folder / RECORD).write_text(json.dumps(found, indent=1))
 
     def check(self, holder: str) -> None:
-        """Compare hashes with what is there.
-
-        Args:
-            holder: the adapter that needs the base, for the error.
+        """Compare hashes with what is there, for the adapter ``holder``.
 
         Raises:
             ValueError: the base is gone or another one, naming both.
@@ -151,11 +148,8 @@ def _absolute(source: str) -> str:
 
 
 def weights_digest(source: str) -> str:
-    """SHA-256 of a model's weights: of the lines that ``LC_ALL=C sha256sum *.safetensors`` prints in its folder
-    (``*.bin`` where there are none). Read once a process.
-
-    Args:
-        source: a folder, or a hub id whose files are in the cache.
+    """SHA-256 of the weights of a folder or of a hub id in the cache: of the lines that
+    ``LC_ALL=C sha256sum *.safetensors`` prints in its folder (``*.bin`` where there are none). Read once a process.
 
     Raises:
         ValueError: there are no weights.

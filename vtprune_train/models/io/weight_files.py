@@ -17,10 +17,6 @@ def check_weights(folder: str, place: str) -> None:
     """Look at the weights that transformers is about to read. A hub id passes, whose files are read by the restricted
     unpickler in any case.
 
-    Args:
-        folder: a folder or hub id.
-        place: for errors.
-
     Raises:
         ValueError: an index names a file outside the folder, or a file of weights or an adapter's settings name code.
     """
