@@ -124,12 +124,8 @@ class GatheredTiles(ImageLayout):
         """[V] int64: for each visual token, its row in the picture's ``num_tiles * patches_per_tile`` features, or
         ``NEWLINE``."""
 
-    def num_tokens(self, image_size: Size) -> int:
-        """Visual tokens of a picture, newlines included."""
-        return len(self.visual_index(image_size))
-
     def tokens(self, sizes: Sequence[Size]) -> list[int]:
-        return [self.num_tokens(size) for size in sizes]
+        return [len(self.visual_index(size)) for size in sizes]
 
     def tiles(self, sizes: Sequence[Size]) -> list[int]:
         return [self.num_tiles(size) for size in sizes]
