@@ -184,15 +184,14 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
         ValueError: the cache is of another kind (static, quantized, offloaded), or was filled by a dense model or by
             another method than ``method``.
     """
-    if cache is None:
-        return _with_staged_layers(DynamicCache(), num_layers)
+    cache = DynamicCache() if cache is None else cache
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
         raise ValueError(
             f"past_key_values is {kind}, but a pruned model keeps another length in every layer and needs a plain "
             "DynamicCache; leave past_key_values and cache_implementation unset"
         )
-    if is_staged(cache):
+    if cache.layers and all(isinstance(layer, StagedLayer) for layer in cache.layers):
         filled_by = cache.layers[0].filled_by  # type: ignore[attr-defined]
         if cache.get_seq_length() and filled_by is not method and filled_by != method:
             raise ValueError(
@@ -205,18 +204,9 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
             f"past_key_values holds {cache.get_seq_length()} tokens of a model that was not pruned; start with an "
             "empty DynamicCache, or run this turn inside `with vtprune_train.dense(model):`"
         )
-    return _with_staged_layers(cache, num_layers)
-
-
-def _with_staged_layers(cache: DynamicCache, num_layers: int) -> DynamicCache:
     cache.layers = [StagedLayer() for _ in range(num_layers)]
     cache.layer_class_to_replicate = None
     return cache
-
-
-def is_staged(cache: Cache) -> bool:
-    """Whether a pruned model has filled (or is about to fill) this cache."""
-    return len(cache.layers) > 0 and all(isinstance(layer, StagedLayer) for layer in cache.layers)
 
 
 def cache_bytes(cache: Cache) -> int:

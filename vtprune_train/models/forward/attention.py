@@ -64,6 +64,9 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signa
 SHARED_CALL_LENGTH = 512
 SHARED_CALL_PADDING = 1.125
 
+# Keywords that transformers' flash path takes as they are.
+FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -296,15 +299,11 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
         k_TGD: Tensor,
         v_TGD: Tensor,
         *,
-        cu_seq_lens_q: Tensor,
-        cu_seq_lens_k: Tensor,
-        max_length_q: int,
-        max_length_k: int,
         scaling: float,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         causal: bool = True,
-        **_: Any,
+        **kwargs: Any,
     ) -> Tensor:
         out = _flash_attention_forward(
             q_THD.unsqueeze(0),
@@ -316,11 +315,8 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
             dropout=dropout,
             softmax_scale=scaling,
             sliding_window=sliding_window,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
             attn_implementation=implementation,
+            **{key: kwargs[key] for key in FLASH_LENGTHS},
         )
         return out.squeeze(0)
 

@@ -146,17 +146,11 @@ class _Walk:
         if part is not None and part.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
             probe = _Probe(self.plan.boundaries[index].query_rows)
         before = self.staging.before
-        keys = StageKeys.of(
-            self.plan,
-            index,
-            self.method,
-            self.staging.cached_layouts,
-            self.text_model.config,
-            None if before is None else before.has_images,
-        )
+        has_images = None if before is None else before.has_images
+        keys = StageKeys(self.plan, index, self.method, self.staging.cached_layouts, self.text_model.config, has_images)
         for layer_index in range(stage.first_layer, stage.end_layer):
             is_last = layer_index == stage.end_layer - 1
-            choice = None if keys is None else keys.layer(layer_index, self.staging.cache)
+            choice = keys.layer(layer_index, self.staging.cache)
             packing = Packing(_lengths(stage, self.staging, layer_index), probe if is_last else None, choice)
             self.hidden = self.text_model.layers[layer_index](
                 self.hidden, attention_mask=None, position_ids=self.position_ids, position_embeddings=self.rotary,

@@ -46,57 +46,39 @@ class BlindRows:
 
 
 class StageKeys:
-    """What the layers of one stage share in choosing keys.
+    """What the layers of stage ``index`` share in choosing keys.
 
-    Args:
-        layers: of the stage, in which ``method`` chooses.
-        cached: for each layer, the layout among cached and new keys; empty where nothing was cached before.
-        has_images: for each row, whether its cache holds what an image left; ``None`` without a cache.
-    """
+    ``cached`` has, for each layer, the layout among cached and new keys (empty where nothing was cached before);
+    ``has_images`` says of each row whether its cache holds what an image left (``None`` without a cache)."""
 
     def __init__(
         self,
-        plan: StreamPlan,
-        index: int,
-        method: PruningMethod,
-        layers: set[int],
-        cached: dict[int, Boundary],
-        config: Any,
-        has_images: Sequence[int] | None,
-    ):
-        layout = plan.key_layouts[index]
-        assert layout is not None and layout.spans, "no keys are chosen in this stage"
-        self.method, self.layers, self.layout, self.cached, self.config = method, layers, layout, cached, config
-        self.segment_lengths = plan.stages[index].segment_lengths
-        blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
-        self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
-        # New keys in front of each segment's first image that, with all cached ones, rows after it do not see.
-        self.fronts: list[int | None] = [None] * len(self.segment_lengths)
-        if method.hides_front:
-            self.fronts = [
-                None if has_images is not None and has_images[index] else front
-                for index, front in enumerate(fronts_of(plan.outline.segments, layout))
-            ]
-
-    @classmethod
-    def of(
-        cls,
         plan: StreamPlan,
         index: int,
         method: PruningMethod | None,
         cached: dict[int, Boundary],
         config: Any,
         has_images: Sequence[int] | None,
-    ) -> StageKeys | None:
-        """The choice of a stage, or ``None`` where no layer of it leaves keys out."""
+    ):
         layout, stage = plan.key_layouts[index], plan.stages[index]
+        self.layers: set[int] = set()
         if method is None or layout is None or not layout.spans:
-            return None
-        layers = set(method.key_layers(plan.outline.num_layers)) & set(range(stage.first_layer, stage.end_layer))
-        return cls(plan, index, method, layers, cached, config, has_images)
+            return
+        self.layers = set(method.key_layers(plan.outline.num_layers)) & set(range(stage.first_layer, stage.end_layer))
+        self.method, self.layout, self.cached, self.config = method, layout, cached, config
+        self.segment_lengths = stage.segment_lengths
+        blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
+        self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
+        # New keys in front of each segment's first image that, with all cached ones, rows after it do not see.
+        self.fronts: list[int | None] = [None] * len(self.segment_lengths)
+        if method.hides_front:
+            self.fronts = [
+                None if has_images is not None and has_images[row] else front
+                for row, front in enumerate(fronts_of(plan.outline.segments, layout))
+            ]
 
     def layer(self, layer: int, cache: PackedCache | None) -> KeyChoice | None:
-        """The choice of one layer."""
+        """The choice of one layer; ``None`` where it leaves no keys out."""
         return KeyChoice(self, layer, cache) if layer in self.layers else None
 
 

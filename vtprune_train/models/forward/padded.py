@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
     stages = [rows.cpu().numpy() for rows in call.survivors]
     images, base = [], 0
     for segment in call.segments:
-        images.append([[_within(rows, base, span) for rows in stages] for span in segment.spans])
+        bounds = [(base + span.start, base + span.end) for span in segment.spans]
+        images.append([[rows[(rows >= start) & (rows < end)] - start for rows in stages] for start, end in bounds])
         base += segment.length
     return images
 
@@ -62,11 +63,6 @@ def stage_layers(model: HFModule) -> list[range]:
     return [range(first, end) for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers])]
 
 
-def _within(rows: np.ndarray, base: int, span: ImageSpan) -> np.ndarray:
-    first = base + span.start
-    return rows[(rows >= first) & (rows < first + span.length)] - first
-
-
 def forward_text(
     text_model: HFModule,
     state: State,
@@ -75,7 +71,6 @@ def forward_text(
     position_ids: Tensor | None = None,
     past_key_values: Cache | None = None,
     use_cache: bool | None = None,
-    visual_pos_masks: Tensor | None = None,
     deepstack_visual_embeds: Sequence[Tensor] | None = None,
     **keywords: Any,
 ) -> BaseModelOutputWithPast:
@@ -116,9 +111,8 @@ def forward_text(
         hidden = decode(text_model, state.method, inputs_embeds, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
     hidden = _run_rows(
-        text_model, state, call, inputs_embeds, attention_mask, position_ids, cache, visual_pos_masks,
-        deepstack_visual_embeds,
-    )  # fmt: skip
+        text_model, state, call, inputs_embeds, attention_mask, position_ids, cache, deepstack_visual_embeds
+    )
     return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
 
@@ -135,7 +129,6 @@ def _run_rows(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: DynamicCache | None,
-    visual_pos_masks: Tensor | None,
     deepstack_visual_embeds: Sequence[Tensor] | None,
 ) -> Tensor:
     """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
@@ -376,7 +369,10 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         if ids is not None:
             own_labels = None if all_labels is None else all_labels[row]
             key = _key(ids[row], own_labels, real[row] & ~visual[row], call.prompt_width)
-        segments.append(_segment(int(real[row].sum()), labels, spans, prompt, key))
+        # The row before every supervised run ranks the images; without labels the prompt's last token does.
+        queries = [] if labels is None else [start - 1 for start, _ in _runs(labels != IGNORE) if start]
+        queries = queries or [prompt - 1]
+        segments.append(SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key))
     if remaining:
         used = len(call.image_lengths) - len(remaining)
         raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
@@ -429,13 +425,8 @@ def _spans(
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     """``(start, length)`` of every run of true values."""
-    runs, position = [], 0
-    for value, group in groupby(flags.tolist()):
-        length = len(list(group))
-        if value:
-            runs.append((position, length))
-        position += length
-    return runs
+    edges = np.flatnonzero(np.diff(np.pad(flags.astype(np.int8), 1))).reshape(-1, 2).tolist()
+    return [(start, end - start) for start, end in edges]
 
 
 def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_width: int | None) -> int:
@@ -448,16 +439,6 @@ def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_wi
     elif prompt_width is not None:
         own = own[own < prompt_width]
     return text_key(ids[own])
-
-
-def _segment(
-    length: int, labels: np.ndarray | None, spans: tuple[ImageSpan, ...], prompt: int, key: int
-) -> SegmentLayout:
-    """The row before every supervised run ranks the images; without labels the prompt's last token does."""
-    queries: list[int] = []
-    if labels is not None:
-        queries = [start - 1 for start, _ in _runs(labels != IGNORE) if start]
-    return SegmentLayout(length=length, spans=spans, query_offsets=tuple(queries) or (prompt - 1,), key=key)
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:

@@ -8,7 +8,7 @@ ZeRO-3 leaf module. Code that uses parts of such a unit has to run inside that c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -37,15 +37,16 @@ def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor)
     Raises:
         ValueError: gradients are wanted through a ZeRO-3 leaf module, which DeepSpeed reduces once a backward pass.
     """
-    if not gathered_by_call(module):
+    parts = list(_unwrapping(module))
+    inner = parts[-1]
+    if not any(isinstance(part, FSDPModule | FullyShardedDataParallel) or _is_leaf(part) for part in parts):
         return function(module, *tensors)
     if _is_leaf(module) and torch.is_grad_enabled():
         raise ValueError(
-            f"a {type(_unwrapped(module)).__name__} is a ZeRO-3 leaf module, and DeepSpeed takes one call of those per "
+            f"a {type(inner).__name__} is a ZeRO-3 leaf module, and DeepSpeed takes one call of those per "
             "backward pass, but the method ranks visual tokens by it with gradients: do not make decoder layers leaf "
             "modules (set_z3_leaf_modules), or set differentiable=False"
         )
-    inner = _unwrapped(module)
     with _INSTALLING:
         if _FORWARD not in inner.__dict__:
             _replace_forward(inner)
@@ -54,15 +55,12 @@ def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor)
     )  # not to be checkpointed by a __call__ above it
 
 
-def gathered_by_call(module: nn.Module) -> bool:
-    """Whether a module's parameters are gathered by hooks of its own call rather than by those of its parts."""
-    while True:
-        if isinstance(module, FSDPModule | FullyShardedDataParallel) or _is_leaf(module):
-            return True
-        inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
-        if inner is None:
-            return False
-        module = inner
+def _unwrapping(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, and what is inside each of its wrappers."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        yield inner
+        inner = next((inner._modules[name] for name in _WRAPPED if name in inner._modules), None)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -76,13 +74,6 @@ def restore_forward(module: nn.Module) -> None:
         del module.__dict__["forward"]
         if original is not None:
             module.forward = original
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    for name in _WRAPPED:
-        if name in module._modules:
-            return _unwrapped(module._modules[name])  # type: ignore[arg-type]
-    return module
 
 
 def _replace_forward(module: nn.Module) -> None:

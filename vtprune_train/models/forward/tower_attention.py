@@ -110,8 +110,7 @@ def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
 def _inputs_on(device: torch.device, shape: TowerShape, grids: PatchGrids) -> dict[str, Any]:
-    made = tower_inputs(shape, grids)
-    return to_device(made, device)  # type: ignore[no-any-return]
+    return to_device(tower_inputs(shape, grids), device)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=256)

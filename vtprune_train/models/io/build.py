@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 Texts = Callable[[], Iterable[str]]
 EMBEDDING_MULTIPLE = 64
+PARTS = ("projector", "language_model", "vision_tower", "lora", "pruning", "unused")  # of parts_of
 _LOADING = threading.RLock()  # transformers keeps what it does not warn of on a class
 LEARNED_NAME = re.compile(rf"(?:^|\.){PARAMETERS}\.(.+)$")  # what a method adds, in memory and in files
 
@@ -163,13 +164,12 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         config = None if is_original else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
-    if config is not None:
-        check_attention(name, place)
-    else:
+    if config is None:
         raise ValueError(
             f"{place}: this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: "
             f"vtprune convert --model {name} --to hf --out DIR"
         )
+    check_attention(name, place)
     return config
 
 
@@ -455,14 +455,7 @@ def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
     family, loop = family_of_config(model.config)
     adapter = getattr(model, "peft_config", {}).get("default")
     adapts_bias = adapter is not None and adapter.bias == "lora_only"
-    parts: dict[str, list[tuple[str, nn.Parameter]]] = {
-        "projector": [],
-        "language_model": [],
-        "vision_tower": [],
-        "lora": [],
-        "pruning": [],
-        "unused": [],
-    }
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         if adapter is not None and (".lora_" in name or (adapts_bias and name.endswith(".base_layer.bias"))):
             part = "lora"

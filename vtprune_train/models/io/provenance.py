@@ -219,15 +219,16 @@ def extra_tensors(model: HFModule, config: ModelConfig) -> dict[str, torch.Tenso
     return found
 
 
+def _renamed(name: str, names: dict[str, str]) -> str:
+    rows = ROWS.match(name)
+    return f"{names[rows[1]]}[{rows[2]}:]" if rows else names[name]
+
+
 def save_tensors(tensors: dict[str, torch.Tensor], names: dict[str, str], path: Path) -> None:
     """Write tensors under their published names; nothing where there are none."""
 
-    def published(name: str) -> str:
-        rows = ROWS.match(name)
-        return f"{names[rows[1]]}[{rows[2]}:]" if rows else names[name]
-
     if tensors:
-        renamed = {published(name): tensor.contiguous() for name, tensor in tensors.items()}
+        renamed = {_renamed(name, names): tensor.contiguous() for name, tensor in tensors.items()}
         save_file(renamed, path, metadata={"format": "pt"})
 
 
@@ -237,11 +238,7 @@ def load_tensors(path: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
         return {}
     own = {published: name for name, published in names.items()}
 
-    def in_memory(name: str) -> str:
-        rows = ROWS.match(name)
-        return f"{own[rows[1]]}[{rows[2]}:]" if rows else own[name]
-
-    return {in_memory(name): tensor for name, tensor in load_file(path).items()}
+    return {_renamed(name, own): tensor for name, tensor in load_file(path).items()}
 
 
 @torch.no_grad()
