@@ -40,8 +40,8 @@ from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import KNOWN_CONFIGS
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.recompute import checkpoint_activations

@@ -22,7 +22,7 @@ from vtprune_train.core.flops import DecoderGeometry, layers_per_stage, selector
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import cache_bytes
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.pruning.base import PruningMethod
 

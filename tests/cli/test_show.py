@@ -29,7 +29,8 @@ from tests.support.runner import Runs
 from vtprune_train import PruningMethod, PyramidDrop, prune
 from vtprune_train.cli import main
 from vtprune_train.core.stream import Drop
-from vtprune_train.models.families.anyres import NEWLINE, AnyRes
+from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import grid_places
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size

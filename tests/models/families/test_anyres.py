@@ -10,8 +10,8 @@ from transformers import LlavaNextConfig, LlavaNextImageProcessorPil, LlavaNextP
 
 from tests.support.helpers import tiny_model, tiny_processor
 from vtprune_train.data.images import image_size, load_image
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.io.processors import build_processor
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos"

@@ -18,10 +18,13 @@ from vtprune_train.core.stream import IMAGE
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import Grids, ImageGeometry, ImageLayout, Shown, Size
 from vtprune_train.models.families.places import Places
-from vtprune_train.models.families.text_models import LLAMA_LIKE
 from vtprune_train.models.families.towers import SavedByTower
 
 Part = TypeVar("Part")
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # language models
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+VIDEO = "videos are not dropped yet; pass their frames as images"
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,14 @@ class Family:
             )
 
 
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-VIDEO = "videos are not dropped yet; pass their frames as images"
+def sliding_window(attention: Any) -> int | None:
+    """Keys that a query of this attention layer sees, its own included; ``None`` for all."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    config = attention.config
+    return getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
 
-__all__ = ["LLAMA_LIKE", "VIDEO", "Family", "Lacks", "Loop", "required"]
+
+def normalizes_queries_and_keys(config: Any) -> bool:
+    """Whether each head's queries and keys go through a norm of their own."""
+    return config.model_type.startswith("qwen3")

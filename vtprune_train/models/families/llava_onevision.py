@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, Qwen2Config, SiglipVisionConfig
 
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
 from vtprune_train.models.families.layout import NEWLINE, Grids, ImageLayout, Pictures, Shown, Size, VisionInputs
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.towers import after_features, saved_by_tiles, tile_tower
 

@@ -24,8 +24,8 @@ from vtprune_train.core.stream import IGNORE, ImageSpan, SegmentLayout, StreamPl
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import StagedLayer, Told, staged
 from vtprune_train.models.families import Family
+from vtprune_train.models.families.base import sliding_window
 from vtprune_train.models.families.layout import Grids
-from vtprune_train.models.families.text_models import sliding_window
 from vtprune_train.models.forward.calls import Call, State, state_of
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts

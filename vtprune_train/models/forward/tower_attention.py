@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.qwen_tower import (
+from vtprune_train.models.families.qwen import (
     PatchGrids,
     TowerShape,
     frame_lengths,
@@ -97,7 +97,7 @@ def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the forward of a Qwen tower takes, with everything that it would compute from the grids on the device.
 
     ``grid_thw`` [images, 3] on the device costs one read. Keywords of
-    :func:`~vtprune_train.models.families.qwen_tower.tower_inputs` that are there are kept."""
+    :func:`~vtprune_train.models.families.qwen.tower_inputs` that are there are kept."""
     grid_thw = inputs["grid_thw"].cpu()
     grids = tuple(tuple(grid) for grid in grid_thw.tolist())
     shape = TowerShape.of(tower)
