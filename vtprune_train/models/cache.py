@@ -85,7 +85,7 @@ class StagedLayer(DynamicLayer):
         self._room = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns, in room kept behind the last one: a decoding step writes a column and copies none."""
+        """Append columns, in room kept after the last one: a decoding step writes a column and copies none."""
         assert self.keys is not None and self.values is not None
         if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)

@@ -102,7 +102,6 @@ def prune(
                 f"{family.title}: multi_turn='keep_dense' is not offered, as its positions are not kept between turns; "
                 "use multi_turn='drop'"
             )
-    if method is not None:
         attach(inner, method)
         if inner is not model and learns(method):
             log.warning(
@@ -163,7 +162,7 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
 
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
-    """``method`` for a family whose positions have three parts, which the decoder loop never counts anew."""
+    """``method`` for a family whose positions have three parts, which the decoder loop never counts again."""
     if all(part.positions == "keep" for part in method.parts):
         return method
     log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", title)
@@ -191,9 +190,7 @@ def resolve_method(model: HFModule, method: Any) -> PruningMethod | None:
     if isinstance(method, list | tuple):
         return method_from_settings({"method": list(method)})
     if inspect.isclass(method) and issubclass(method, PruningMethod):
-        raise ValueError(
-            f"method={method.__name__} is a class; make one of it: {method.__name__}(), or with settings of its own"
-        )
+        raise ValueError(f"method={method.__name__} is a class; make one of it: {method.__name__}(), or with settings")
     raise ValueError(
         f"method={method!r} is not a pruning method; use for example PyramidDrop(keep=(0.5, 0.25)) or its name"
     )
@@ -223,9 +220,7 @@ def unprune(model: HFModule) -> HFModule:
     Raises:
         ValueError: the model is not pruned.
     """
-    inner = unwrapped(model)
-    if not is_pruned(inner):
-        raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
+    inner = _pruned(model)
     state = state_of(inner)
     inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
     detach(inner)
@@ -254,6 +249,14 @@ def unprune(model: HFModule) -> HFModule:
     return model
 
 
+def _pruned(model: HFModule) -> HFModule:
+    """The unwrapped model, which must be pruned."""
+    inner = unwrapped(model)
+    if not is_pruned(inner):
+        raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
+    return inner
+
+
 @contextmanager
 def dense(model: HFModule) -> Iterator[HFModule]:
     """Within ``with dense(model):`` a pruned model runs as the dense one it was, in this thread (or asyncio task)
@@ -264,10 +267,7 @@ def dense(model: HFModule) -> Iterator[HFModule]:
     Raises:
         ValueError: the model is not pruned.
     """
-    inner = unwrapped(model)
-    if not is_pruned(inner):
-        raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
-    with state_of(inner).densely():
+    with state_of(_pruned(model)).densely():
         yield model
 
 

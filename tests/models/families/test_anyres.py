@@ -96,5 +96,5 @@ def test_class_token_strategy_and_odd_pinpoints_are_refused():
     with pytest.raises(ValueError, match="'full' is not supported"):
         AnyRes.of(config)
     config = LlavaNextConfig(image_grid_pinpoints=[[336, 500]])
-    with pytest.raises(ValueError, match=r"\[\[336, 500\]\] are no multiples"):
+    with pytest.raises(ValueError, match=r"\[\[336, 500\]\] are not multiples"):
         AnyRes.of(config)

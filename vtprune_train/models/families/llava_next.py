@@ -49,7 +49,7 @@ class AnyRes(GatheredTiles):
         """Read a ``LlavaNextConfig``.
 
         Raises:
-            ValueError: the config keeps the class token, or its pinpoints are no multiples of the tile size.
+            ValueError: the config keeps the class token, or its pinpoints are not multiples of the tile size.
         """
         check_class_token_is_dropped(config)
         return cls.of_pinpoints(config)
@@ -59,17 +59,17 @@ class AnyRes(GatheredTiles):
         """Read pinpoints, tile and patch size of any config that has them.
 
         Raises:
-            ValueError: the pinpoints are no multiples of the tile size.
+            ValueError: the pinpoints are not multiples of the tile size.
         """
         tile = config.vision_config.image_size
         pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
         wrong = [list(point) for point in pinpoints if point[0] % tile or point[1] % tile]
         if wrong:
-            raise ValueError(f"image_grid_pinpoints {wrong} are no multiples of the tower's image_size {tile}")
+            raise ValueError(f"image_grid_pinpoints {wrong} are not multiples of the tower's image_size {tile}")
         return cls(pinpoints, tile, config.vision_config.patch_size)
 
     def grid(self, image_size: Size) -> tuple[int, int]:
-        """Rows and columns of tiles for a picture of ``(height, width)`` pixels."""
+        """Rows and columns of tiles for an image of ``(height, width)`` pixels."""
         height, width = select_best_resolution(tuple(image_size), [list(point) for point in self.pinpoints])
         return height // self.tile_size, width // self.tile_size
 
@@ -155,7 +155,7 @@ def _visual_index(anyres: AnyRes, height: int, width: int) -> np.ndarray:
 
 
 def _padding(height: int, width: int, grid_height: int, grid_width: int) -> tuple[int, int]:
-    """Feature rows above (and below) and columns left (and right) of the picture that hold only padding."""
+    """Feature rows above (and below) and columns left (and right) of the image that hold only padding."""
     if width / height > grid_width / grid_height:
         used = int(round(height * (grid_width / width), 7))
         return (grid_height - used) // 2, 0

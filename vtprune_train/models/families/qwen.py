@@ -41,7 +41,7 @@ PatchGrids = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True)
 class MergedPatches(ImageLayout):
-    """Patches of ``patch_size`` pixels, ``merge_size`` x ``merge_size`` of them one token, in pictures of
+    """Patches of ``patch_size`` pixels, ``merge_size`` x ``merge_size`` of them one token, in images of
     ``min_pixels`` to ``max_pixels``; ``window_size`` pixels a side of an attention window, ``None`` without windows."""
 
     unit: ClassVar[str] = "patches"
@@ -100,7 +100,7 @@ class MergedPatches(ImageLayout):
         return [((rows // self.merge_size, columns // self.merge_size),) for rows, columns in map(self.grid, sizes)]
 
     def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
-        """[patches, channels * frames * patch * patch] of each picture."""
+        """[patches, channels * frames * patch * patch] of each image."""
         return [image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
 
     def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
@@ -127,7 +127,7 @@ class MergedPatches(ImageLayout):
         return list(EXAMPLES)
 
     def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[Pictures]) -> Tensor:
-        """[3, T]: text counts on; a picture's tokens count its rows and columns from there, and what follows it goes
+        """[3, T]: text counts on; an image's tokens count its rows and columns from there, and what follows it goes
         on after the larger of the two (``get_rope_index`` of transformers)."""
         parts = []
         for number, segment in enumerate(segments):

@@ -106,10 +106,7 @@ def unavailable_because(
         return f"needs half precision, not {dtype}"
     if backend in FLASH_INSTALLED and not FLASH_INSTALLED[backend]():
         return "needs its flash-attn package"
-    return _refused_gpu(backend, torch.cuda.get_device_capability(device), head_dim)
-
-
-def _refused_gpu(backend: str, capability: tuple[int, int], head_dim: int | None) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
     by_major, gpu = HEAD_SIZES[backend], ".".join(map(str, capability))
     if capability[0] not in by_major:
         first, last = min(by_major), max(by_major)
@@ -170,7 +167,9 @@ def varlen_sdpa(
     parts = []
     for shape, q, k, v in zip(calls.shapes, *(x.split(sizes) for x in (q_THD, k_TGD, v_TGD)), strict=True):
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # [B, heads, width, D]
-        mask = None if sliding_window is None else _window_mask(shape[1], sliding_window, q.device)
+        mask = None  # also where the window holds the whole segment
+        if sliding_window is not None and sliding_window < shape[1]:
+            mask = causal_mask(torch.arange(shape[1], device=q.device), shape[1], sliding_window)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -239,9 +238,8 @@ def _sdpa_after_cached(
     splits = (q_THD.split(segment_lengths), k_TGD.split(key_lengths), v_TGD.split(key_lengths))
     for q, k, v in zip(*splits, strict=True):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, length, D]
-        query_rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        distance = query_rows[:, None] - torch.arange(k.shape[2], device=q.device)[None, :]
-        mask = (distance >= 0) & (distance < (sliding_window or k.shape[2] + 1))
+        rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        mask = causal_mask(rows, k.shape[2], sliding_window)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -249,13 +247,10 @@ def _sdpa_after_cached(
     return torch.cat(parts)
 
 
-def _window_mask(width: int, sliding_window: int, device: torch.device) -> Tensor | None:
-    """[width, width] bool of a causal window, or ``None`` if the window holds the whole segment."""
-    if sliding_window >= width:
-        return None
-    index = torch.arange(width, device=device)
-    distance = index[:, None] - index[None, :]
-    return (distance >= 0) & (distance < sliding_window)
+def causal_mask(rows: Tensor, num_keys: int, sliding_window: int | None) -> Tensor:
+    """[L, keys] bool: the keys that each of ``rows`` [L] sees, which are counted among them."""
+    distance = rows[:, None] - torch.arange(num_keys, device=rows.device)[None, :]
+    return (distance >= 0) & (distance < (sliding_window or num_keys + 1))
 
 
 def varlen_torch(

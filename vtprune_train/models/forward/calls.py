@@ -42,7 +42,7 @@ class Call:
         image_grids: the rasters of each, as far as the family knows them; empty where it knows none.
         positions: [3, B, L], counting each row of this call from 0, where the family has three parts and knows them.
         encoder: what the vision tower thought of the visual tokens; found likewise, where the method asks.
-        segments, survivors, plan: the rows' layouts; for each boundary, the rows of the packed stream that entered the
+        segments, kept_rows, plan: the rows' layouts; for each boundary, the rows of the packed stream that entered the
             next stage; and the stages that were run. Left by the decoder.
     """
 
@@ -54,7 +54,7 @@ class Call:
     positions: Tensor | None = None
     segments: list[SegmentLayout] = field(default_factory=list)
     encoder: EncoderSignals | None = None
-    survivors: tuple[Tensor, ...] = ()
+    kept_rows: tuple[Tensor, ...] = ()
     plan: StreamPlan | None = None
 
 

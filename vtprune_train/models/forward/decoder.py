@@ -1,7 +1,7 @@
 """The loop over Hugging Face decoder layers, with a drop at every boundary.
 
 The layers run unchanged: a packed stream is one row without padding, so they need no mask, and each attention backend
-reads ``cu_seqlens``. At a boundary the method picks the survivors and the stream is gathered once.
+reads ``cu_seqlens``. At a boundary the method picks the kept tokens and the packed batch is gathered once.
 
 Shape suffixes: T tokens in the stream, C hidden size, Q query rows, H query heads, G key-value heads, D head size.
 """
@@ -53,7 +53,7 @@ class Staging:
     """What a forward pass over padded rows adds to a packed stream.
 
     Args:
-        positions: for each stage, [T] or [parts, T] int64; only the first is read if the survivors keep theirs.
+        positions: for each stage, [T] or [parts, T] int64; only the first is read if the kept tokens keep theirs.
         cache: where keys and values go; ``None`` without a cache.
         joins: for each layer, how its tokens join ``cache``; empty without one.
         ranked_keys: for each boundary, how the next layer's cached keys join the ending stage's tokens for
@@ -130,8 +130,9 @@ class _Walk:
         self.position_ids = staging.positions[0].unsqueeze(-2)  # [1, T] or [parts, 1, T]
         self.origin = torch.arange(hidden.shape[1], device=hidden.device)
         self.deepstack = _Deepstack(staging)
-        # Of each visual token, which of the first stage's it is; -1: a learned one.
-        self.visual = _first_visual(plan, hidden.device)
+        # Index of each visual token into the first stage's visual tokens; -1: a learned one.
+        num_visual = len(plan.boundaries[0].visual_rows) if plan.boundaries else 0
+        self.visual = torch.arange(num_visual, device=hidden.device)
         self.asides: dict[int, _Aside] = {}
         self.memories: dict[int, dict[str, Any]] = {}
         self.kept: list[Tensor] = []
@@ -169,7 +170,7 @@ class _Walk:
                 f"{part.name} ranks by the layer before layer {stage.end_layer}, but none has run; use "
                 "rank_with=next_layer or a later layer"
             )
-        ranking = probe.ranking(_scaling(self.text_model.layers[stage.end_layer - 1]))
+        ranking = probe.ranking(self.text_model.layers[stage.end_layer - 1].self_attn.scaling)
         reader = f"{part.name} (decoder layer {stage.end_layer - 1})"
         check_all_heads(self.text_model.config, reader, ranking.queries.shape[1], ranking.keys.shape[1])
         ranking = ranking if part.rotary else self._unrotated(ranking, index)
@@ -321,7 +322,7 @@ class _Walk:
             if staging.ranked_keys and staging.cache is not None and part.rotary:
                 staging.cache.stage = staging.ranked_keys[index]
                 keys = staging.cache.joined_keys(keys, boundary.layer)
-        return Ranking(queries, keys, _scaling(layer))
+        return Ranking(queries, keys, layer.self_attn.scaling)
 
     def _with_ones(self, ranking: Ranking, index: int) -> Ranking:
         """With vectors of ones at the query rows and the candidates, rotated as the ending stage's tokens are."""
@@ -377,7 +378,7 @@ class _Read(Candidates):
 
 
 def renumbers(part: PruningMethod, drop: Drop) -> bool:
-    """Whether positions are counted anew behind a drop of ``part`` (never where they have three parts)."""
+    """Whether positions are counted again after a drop of ``part`` (never where they have three parts)."""
     return part.positions == "renumber" or drop.adds
 
 
@@ -394,11 +395,6 @@ def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
 def _joined(text: Tensor, visual: Tensor, chosen: Tensor, order: Tensor, dim: int = -1) -> Tensor:
     """Text and the chosen visual tokens, in the next stage's order."""
     return torch.cat([text, visual.index_select(dim, chosen)], dim=dim).index_select(dim, order)
-
-
-def _first_visual(plan: StreamPlan, device: torch.device) -> Tensor:
-    """[V] 0, 1, ...: the visual tokens of the first stage."""
-    return torch.arange(len(plan.boundaries[0].visual_rows) if plan.boundaries else 0, device=device)
 
 
 def check_attention(text_model: HFModule) -> None:
@@ -499,7 +495,3 @@ def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotary embedding in the half-split layout of Llama and its relatives."""
     first, second = x_THD.chunk(2, dim=-1)
     return x_THD * cos_TD.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_TD.unsqueeze(1)
-
-
-def _scaling(layer: HFModule) -> float:
-    return layer.self_attn.scaling

@@ -119,13 +119,11 @@ class _ChunkedLoss(torch.autograd.Function):
         # In float32: a scale rounded to bfloat16 would scale the whole gradient of the head by up to 0.4 % too much or
         # too little.
         scale = grad_outputs[0].float().reshape(1)
-        grads = tuple(None if grad is None else _scaled(grad, scale) for grad in ctx.grads)
+        grads = [
+            None if grad is None else torch.mul(grad, scale.expand((1,) * grad.ndim), out=torch.empty_like(grad))
+            for grad in ctx.grads
+        ]
         return (*grads, None, None, None, None)
-
-
-def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    """``grad`` times ``scale`` [1] float32, computed in float32, in the dtype of ``grad``."""
-    return torch.mul(grad, scale.expand((1,) * grad.ndim), out=torch.empty_like(grad))
 
 
 def _diverge(logits: Tensor, taught: Tensor, teaching: Teaching) -> tuple[Tensor, Tensor]:

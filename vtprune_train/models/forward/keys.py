@@ -1,7 +1,7 @@
-"""Keys that a layer leaves out: not seen by later rows of the pass, and gone from the layer's cache behind it.
+"""Keys that a layer leaves out: not seen by later rows of the pass, and gone from the layer's cache after it.
 
 The attention backend runs as ever, over all rows and all keys. Rows that must not see everything are then computed
-again, by SDPA with a mask for each group of heads: in training the rows behind the first question, in a prefill none
+again, by SDPA with a mask for each group of heads: in training the rows after the first question, in a prefill none
 (its last row is the one that chooses). Choosing waits for nothing; filling a cache waits once a layer, for the counts.
 Under a sliding window rows of the pass count the distance in the stream, decoded ones in what is left in the cache.
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from vtprune_train.core.plan import fronts_of
 from vtprune_train.core.stream import Boundary, SegmentLayout, StreamPlan, to_device
 from vtprune_train.models.cache import PackedCache
+from vtprune_train.models.forward.attention import causal_mask
 from vtprune_train.models.forward.sharding import check_all_heads
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod
 from vtprune_train.pruning.candidates import Ranking
@@ -104,7 +105,7 @@ class KeyChoice:
         sliding_window: int | None = None,
         **_: object,
     ) -> Tensor:
-        """The attention's output [T, H, D] with the blind rows computed anew; fills the layer's cache."""
+        """The attention's output [T, H, D] with the blind rows computed again; fills the layer's cache."""
         stage = self.stage
         if self.kept is None:
             self.kept = self._choose(q_THD, k_TGD, scaling)
@@ -179,7 +180,7 @@ def blind_rows(
 ) -> list[BlindRows]:
     """The rows of each segment, at a stage, that see less than all: from lengths alone, on the host.
 
-    A span's keys are hidden behind its last row (``span``), or behind the first query row at or after that
+    A span's keys are hidden after its last row (``span``), or after the first query row at or after that
     (``query``); an image that no query row follows is hidden from nobody.
     """
     found: list[BlindRows] = []
@@ -212,8 +213,7 @@ def blind_mask(
 ) -> Tensor:
     """[G, L, Lk] bool: which keys each blind row sees; its segment's keys begin with ``cached`` cached ones."""
     rows = torch.arange(blind.first, blind.end, device=kept_GV.device)
-    distance = (rows + cached)[:, None] - torch.arange(num_keys, device=kept_GV.device)[None, :]
-    seen = (distance >= 0) & (distance < (sliding_window or num_keys + 1))
+    seen = causal_mask(rows + cached, num_keys, sliding_window)
     shown = kept_GV[:, None, :] | (rows[:, None] <= blind.limits[None, :])  # [G, L, V]
     columns = blind.columns + cached
     return seen.expand(len(kept_GV), -1, -1).index_copy(2, columns, seen.index_select(1, columns) & shown)

@@ -65,7 +65,7 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
 
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, DecoderOutput, Tensor | None]:
     """Forward of the base: [R, C] normed hidden states of the supervised rows, what the layers left, and [R, C] what
-    the teacher's pass says at the same rows (pictures are looked at once, for both passes)."""
+    the teacher's pass says at the same rows (images are looked at once, for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
     with reading(self, state.method) as read, record_function(ranges.TOWER):
         table = _feature_table(self, batch, text_TC.dtype)

@@ -46,7 +46,7 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
     with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
         assert call is not None, "kept_tokens inside another forward pass"
         model.get_submodule(state.family.base)(**inputs, use_cache=False)
-    stages = [rows.cpu().numpy() for rows in call.survivors]
+    stages = [rows.cpu().numpy() for rows in call.kept_rows]
     images, base = [], 0
     for segment in call.segments:
         bounds = [(base + span.start, base + span.end) for span in segment.spans]
@@ -165,11 +165,11 @@ def _run_rows(
         staging.deepstack, staging.visual_rows = tuple(deepstack_visual_embeds), visual_rows
     embeds = inputs_embeds.flatten(0, 1).index_select(0, token_rows)
     output = run_layers(text_model, embeds, plan, state.method, staging, call.encoder)
-    call.survivors, call.plan = output.origins, output.plan
+    call.kept_rows, call.plan = output.origins, output.plan
     if cache is not None:
         settle(cache, output.plan, state.method, staging.before, inputs_embeds.shape[1])
     if output.origins:
-        # A token made of others takes the place of one of them, yet stands behind all before it in the stream.
+        # A token made of others takes the place of one of them, yet stands after all before it in the packed batch.
         token_rows = token_rows.index_select(0, output.origins[-1]).cummax(0).values
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
     if told is not None and cache is not None:
@@ -334,9 +334,9 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int
     if attention_mask is None:
         return np.ones(shape, dtype=bool)
     if attention_mask.shape[0] != shape[0] or not shape[1] <= attention_mask.shape[1] <= cached + shape[1]:
-        behind = f" after {cached} cached columns" if cached else ""
+        after = f" after {cached} cached columns" if cached else ""
         raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}{behind}; give a "
+            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}{after}; give a "
             "column for each token"
         )
     real = attention_mask[:, attention_mask.shape[1] - shape[1] :].cpu().numpy().astype(bool)

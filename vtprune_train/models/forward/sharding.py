@@ -50,9 +50,8 @@ def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor)
     with _INSTALLING:
         if _FORWARD not in inner.__dict__:
             _replace_forward(inner)
-    return nn.Module.__call__(
-        module, *tensors, **{_FUNCTION: function}
-    )  # not to be checkpointed by a __call__ above it
+    # The plain __call__, so that none above it checkpoints the call.
+    return nn.Module.__call__(module, *tensors, **{_FUNCTION: function})
 
 
 def _unwrapping(module: nn.Module) -> Iterator[nn.Module]:

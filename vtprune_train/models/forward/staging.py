@@ -141,8 +141,8 @@ def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, 
     following, rows = np.array(before.tokens[0]) + plan.stages[0].segment_lengths, []
     for index, stage in enumerate(plan.stages):
         drop = plan.boundaries[index - 1].drop if index else None
-        anew = drop is None or (method is not None and renumbers(method.parts[drop.owner], drop))
-        if anew and not before.three_parts:
+        counts_again = drop is None or (method is not None and renumbers(method.parts[drop.owner], drop))
+        if counts_again and not before.three_parts:
             following = np.array(before.next_positions[stage.first_layer]) + stage.segment_lengths
         rows.append(following)
     visual = np.array(plan.stages[-1].segment_lengths) - [segment.num_text for segment in plan.outline.segments]

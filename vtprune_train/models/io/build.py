@@ -57,7 +57,7 @@ LEARNED_NAME = re.compile(rf"(?:^|\.){PARAMETERS}\.(.+)$")  # what a method adds
 
 
 def resolve_checkpoint(path: str) -> str:
-    """The Hugging Face folder behind a run, one of its checkpoints, or a folder or hub id as it is.
+    """The Hugging Face folder of a run, one of its checkpoints, or a folder or hub id as it is.
 
     Raises:
         ValueError: a run's folder without a complete checkpoint, or a checkpoint without an export.

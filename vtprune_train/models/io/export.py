@@ -75,7 +75,7 @@ class Plan:
                 for file, tensors in found["files"].items()
             }
             if outside := sorted(name for name in files if Path(name).name != name):
-                raise ValueError(f"it names {outside[0]}, which is no file of a folder")
+                raise ValueError(f"it names {outside[0]}, which is not a file of a folder")
             return cls(files, found["index"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / PLAN} cannot be read ({error})") from error

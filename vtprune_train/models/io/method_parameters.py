@@ -79,11 +79,12 @@ def check_trained(model: HFModule, method: PruningMethod) -> None:
     made = fresh(method, model.get_submodule(family_of(model).decoder))
     if made is None:
         return
-    own = made.state_dict()
+    own, names = made.state_dict(), _names(method)
     if missing := _missing(own, saved_tensors(model, method)):
+        named = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
         raise ValueError(
-            f"{' and '.join(_names(method))} learns parameters, and {_lack(model, own, missing)}; train with "
-            f"pruning.method={_named(method)} and name that run, with the settings of its training, or name a method "
+            f"{' and '.join(names)} learns parameters, and {_lack(model, own, missing)}; train with "
+            f"pruning.method={named} and name that run, with the settings of its training, or name a method "
             "that learns nothing"
         )
 
@@ -178,12 +179,6 @@ def _learned_tensors(source: str) -> dict[str, Tensor]:
 
 def _names(method: PruningMethod) -> list[str]:
     return [str(part.settings()["method"]) for part in method.parts]
-
-
-def _named(method: PruningMethod) -> str:
-    """What stands behind ``pruning.method=``."""
-    names = _names(method)
-    return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
 
 
 def _saved_names(config: PreTrainedConfig) -> list[str]:

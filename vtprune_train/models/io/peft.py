@@ -77,14 +77,14 @@ def lora_config(settings: settings_of_runs.PeftConfig, model: HFModule) -> LoraC
     are.
 
     Raises:
-        ConfigError: a target is no linear layer of the decoder.
+        ConfigError: a target is not a linear layer of the decoder.
     """
     known = linear_layers(model)
     chosen = known if settings.target_modules is None else settings.target_modules
     if unknown := [name for name in chosen if name not in known]:
         raise ConfigError(
-            f"model.peft.target_modules: {unknown[0]!r} is no linear layer of the language model's decoder; there are "
-            f"{', '.join(known)}"
+            f"model.peft.target_modules: {unknown[0]!r} is not a linear layer of the language model's decoder; there "
+            f"are {', '.join(known)}"
         )
     decoder = re.escape(family_of(model).decoder)
     return LoraConfig(

@@ -66,7 +66,8 @@ class Base:
             ValueError: its weights are not there.
         """
         keys = ("path",) if config.path is not None else ("language_model", "vision_tower")
-        model = {key: _absolute(resolve_checkpoint(getattr(config, key))) for key in keys}
+        sources = {key: resolve_checkpoint(getattr(config, key)) for key in keys}
+        model = {key: str(Path(name).resolve()) if Path(name).is_dir() else name for key, name in sources.items()}
         hashes = {key: weights_digest(source) for key, source in model.items()}
         if config.path is None:
             model["image_grid_pinpoints"] = config.model_dump(mode="json")["image_grid_pinpoints"]
@@ -143,10 +144,6 @@ def _how_it_is_trained(config: ModelConfig) -> dict[str, Any]:
     return {"peft": config.peft.model_dump(), "trained": sorted(config.train), "dtype": config.dtype}
 
 
-def _absolute(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
-
-
 def weights_digest(source: str) -> str:
     """SHA-256 of the weights of a folder or of a hub id in the cache: of the lines that
     ``LC_ALL=C sha256sum *.safetensors`` prints in its folder (``*.bin`` where there are none). Read once a process.
@@ -154,23 +151,18 @@ def weights_digest(source: str) -> str:
     Raises:
         ValueError: there are no weights.
     """
-    return _digest(source, _stamp(files := tuple(weight_files(source))), files)
-
-
-def _stamp(files: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    files = tuple(weight_files(source))
+    return _digest(files, tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @functools.cache
-def _digest(source: str, stamp: tuple[tuple[int, int], ...], files: tuple[Path, ...]) -> str:
+def _digest(files: tuple[Path, ...], stamp: tuple[tuple[int, int], ...]) -> str:
+    def line(path: Path) -> str:
+        with path.open("rb") as file:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+
     with ThreadPoolExecutor(4) as threads:
-        lines = threads.map(lambda file: f"{_sha256(file)}  {file.name}\n", files)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256("".join(threads.map(line, files)).encode()).hexdigest()
 
 
 def weight_files(source: str) -> list[Path]:
@@ -226,7 +218,6 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 def save_tensors(tensors: dict[str, torch.Tensor], names: dict[str, str], path: Path) -> None:
     """Write tensors under their published names; nothing where there are none."""
-
     if tensors:
         renamed = {_renamed(name, names): tensor.contiguous() for name, tensor in tensors.items()}
         save_file(renamed, path, metadata={"format": "pt"})
@@ -237,7 +228,6 @@ def load_tensors(path: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
     if not path.is_file():
         return {}
     own = {published: name for name, published in names.items()}
-
     return {_renamed(name, own): tensor for name, tensor in load_file(path).items()}
 
 

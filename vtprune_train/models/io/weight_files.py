@@ -80,5 +80,5 @@ def weight_map(index: Path) -> dict[str, str]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not JSON with a weight_map ({error}); copy it again") from error
     if outside:
-        raise ValueError(f"{index} names {outside[0]}, which is no file of its folder; copy it again")
+        raise ValueError(f"{index} names {outside[0]}, which is not a file of its folder; copy it again")
     return files
