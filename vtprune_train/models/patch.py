@@ -38,6 +38,7 @@ from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_layers, restore_forward
 from vtprune_train.models.io.method_parameters import attach, check_trained, detach, modules_to_save
+from vtprune_train.models.io.provenance import published_names
 from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
@@ -286,7 +287,7 @@ def _install(model: HFModule, state: State) -> None:
         ("", "init_continuous_batching", generate.refuse_continuous_batching),
         ("", "_replicate_for_data_parallel", modules.refuse_data_parallel),
         ("", "train", _train),
-        ("", "load_state_dict", modules.load_state_dict),
+        ("", "load_state_dict", _load_state_dict),
         (family.base, "forward", modules.forward_base),
         (family.base, "get_image_features", images.get_image_features),
         (family.decoder, "forward", modules.forward_decoder),
@@ -384,3 +385,15 @@ def _train(self: HFModule, original: Callable[..., Any], state: State, *args: An
     if not _is_ours(self.__dict__.get("forward")):
         self.__dict__[_REPLACED]["forward"] = _replace(self, "forward", modules.forward)
     return original(*args, **kwargs)
+
+
+def _load_state_dict(
+    self: HFModule, original: Callable[..., Any], state: State, state_dict: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Also under the names of the published checkpoints, which ``save_pretrained`` writes: transformers' Trainer
+    resumes from such a file without renaming, and would go on with the weights the model was made with."""
+    own = self.state_dict().keys()
+    if state_dict.keys() - own:  # some names are the same in both, as Qwen2-VL's lm_head.weight
+        names = {published: name for name, published in published_names(self).items()}
+        state_dict = {key if key in own else names.get(key, key): t for key, t in state_dict.items()}
+    return original(state_dict, *args, **kwargs)

@@ -21,7 +21,6 @@ from vtprune_train.core.plan import replan
 from vtprune_train.core.stream import Boundary, Drop, Stage, StreamPlan, to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import PackedCache, StageCache
-from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.attention import PREFIX, Packing
 from vtprune_train.models.forward.keys import StageKeys
 from vtprune_train.models.forward.sharding import call_inside, check_all_heads, check_whole_stream
@@ -30,6 +29,16 @@ from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking
 from vtprune_train.pruning.ops.selection import next_rows
 
 PARAMETERS = "pruning"  # the decoder's submodule that holds what a method learns
+
+# Ranges that the forward pass marks with torch.profiler.record_function: a profiler shows the time of each; without one
+# a mark costs a few microseconds of host time.
+TOWER = "vtprune::tower"  # vision tower and projector
+RANK = "vtprune::rank"  # queries and keys of the ranking layer
+CHOOSE = "vtprune::choose"  # scores, and the rows that stay
+GATHER = "vtprune::gather"  # the packed batch of the next stage
+HEAD = "vtprune::head"  # language-model head and loss
+SELECTOR = (RANK, CHOOSE)  # what dropping adds; the shorter stages pay for the gather
+RANGES = (TOWER, RANK, CHOOSE, GATHER, HEAD)
 
 
 @dataclass
@@ -162,7 +171,7 @@ class _Walk:
         if part is None:
             return None
         if part.rank_with == "next_layer":
-            with record_function(ranges.RANK):
+            with record_function(RANK):
                 ranking = self._rank_with_next_layer(part, index)
             return self._with_ones(ranking, index) if part.gravity else ranking
         if probe is None:
@@ -181,7 +190,7 @@ class _Walk:
         part, boundary = self._part(index), self.plan.boundaries[index]
         assert part is not None, "a plan with boundaries needs the method that planned it"
         aside = self._aside(index)
-        with record_function(ranges.CHOOSE):
+        with record_function(CHOOSE):
             selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
         if selection.counts is not None:
             self._replan(index, selection.counts)
@@ -195,9 +204,9 @@ class _Walk:
             self.origin = _joined(self.origin[text_rows], aside.origin, chosen, next_order)
             self.visual = aside.visual.index_select(0, chosen)
         else:
-            with record_function(ranges.CHOOSE):
+            with record_function(CHOOSE):
                 rows = next_rows(boundary, chosen)
-            with record_function(ranges.GATHER):
+            with record_function(GATHER):
                 self.hidden = self.hidden.index_select(1, rows)
             positions = self.position_ids.index_select(-1, rows)
             self.origin = self.origin.index_select(0, rows)
@@ -462,7 +471,7 @@ class _Probe:
     def __call__(self, q_THD: Tensor, k_TGD: Tensor) -> None:
         if not self.called:
             self.called = True
-            with record_function(ranges.RANK):
+            with record_function(RANK):
                 self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
 
     def ranking(self, scaling: float) -> Ranking:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.core_model_loading import revert_weight_conversion
 
 from vtprune_train.core.stream import IGNORE, PackedBatch, StreamPlan
 from vtprune_train.models import HFModule
@@ -98,21 +97,6 @@ def forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *a
         hidden, targets, teaching = args
         return chunked_loss(hidden, self.weight, self.bias, targets, teaching)
     return original(*args, **kwargs)
-
-
-def load_state_dict(
-    self: HFModule, original: Callable[..., Any], state: State, state_dict: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Also under the names of the published checkpoints, which ``save_pretrained`` writes: transformers' Trainer
-    resumes from such a file without renaming, and would go on with the weights the model was made with."""
-    own = self.state_dict()
-    if state_dict.keys() - own.keys():  # some names are the same in both, as Qwen2-VL's lm_head.weight
-        name_of = {id(tensor): name for name, tensor in own.items()}
-        saved = revert_weight_conversion(self, own)
-        if all(id(tensor) in name_of for tensor in saved.values()):
-            names = {published: name_of[id(tensor)] for published, tensor in saved.items()}
-            state_dict = {key if key in own else names.get(key, key): t for key, t in state_dict.items()}
-    return original(state_dict, *args, **kwargs)
 
 
 def _check_inputs(state: State, inputs: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import difflib
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,23 +16,19 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.config.settings import ModelConfig
-from vtprune_train.core.stream import IMAGE
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, Family, Loop, config_of_parts, trained_family
@@ -43,13 +39,11 @@ from vtprune_train.models.io import original
 from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED
 from vtprune_train.models.io.in_pieces import Deferred, placing_what_is_read
 from vtprune_train.models.io.placement import WHOLE, Placement, place_all, whole_shape
-from vtprune_train.models.io.tokenizer import lasting
 from vtprune_train.models.io.weight_files import check_weights, hub_kernels
 from vtprune_train.pruning import CONFIG_KEY, check_trusted, completed_settings
 
 log = logging.getLogger(__name__)
 
-Texts = Callable[[], Iterable[str]]
 EMBEDDING_MULTIPLE = 64
 PARTS = ("projector", "language_model", "vision_tower", "lora", "pruning", "unused")  # of parts_of
 _LOADING = threading.RLock()  # transformers keeps what it does not warn of on a class
@@ -378,74 +372,6 @@ def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, to
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({first_line(error)})") from error
     return found
-
-
-def load_tokenizer(
-    config: ModelConfig, texts: Texts, folder: Path, *, offline: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the family's image token as one token (``<image>`` is added where it is missing).
-
-    A model made from sizes that names no tokenizer gets one trained on ``texts``, kept in ``folder`` and read from
-    there afterwards. ``offline`` asks no hub (dry runs).
-
-    Raises:
-        ValueError: there is no tokenizer, or not one of this family.
-    """
-    source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
-    if source is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
-    elif folder.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    else:
-        assert config.config is not None
-        tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
-    model_config = load_model_config(config, offline=offline)
-    _ensure_image_token(tokenizer, *family_of_config(model_config), str(source))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return lasting(tokenizer, model_config)
-
-
-def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, family: Family, loop: Loop, source: str) -> None:
-    if loop.image_token in tokenizer.get_vocab():
-        return
-    if loop.image_token != IMAGE:
-        raise ValueError(
-            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {family.model_type}; "
-            "set model.tokenizer to this checkpoint's own"
-        )
-    add_image_token(tokenizer)
-
-
-def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make ``<image>`` one token, if it is none."""
-    if IMAGE not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", IMAGE]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        additional_special_tokens=[IMAGE],
-    )
 
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:

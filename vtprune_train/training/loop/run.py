@@ -34,17 +34,11 @@ from vtprune_train.models.families import required
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.forward.kernels import compile_model, replace_kernels
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
-from vtprune_train.models.io.build import (
-    family_of_config,
-    first_line,
-    load_tokenizer,
-    resolve_checkpoint,
-    saved_pruning,
-    set_trainable,
-)
+from vtprune_train.models.io.build import family_of_config, first_line, resolve_checkpoint, saved_pruning, set_trainable
 from vtprune_train.models.io.peft import open_model
 from vtprune_train.models.io.placement import WHOLE, Placement
 from vtprune_train.models.io.processors import build_processor
+from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.describe import schedule
