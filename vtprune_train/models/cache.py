@@ -66,6 +66,9 @@ class StagedLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
         self.padding: Tensor | None = None
         self.is_padded = False
         self.compacted = False
@@ -129,9 +132,7 @@ class StagedLayer(DynamicLayer):
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False  # first: transformers 5.17 zeroes the columns of a layer that is, and keeps them
         super().reset()
-        self.padding, self.is_padded, self.ahead, self.has_images, self.told = None, False, None, None, None
-        self.compacted = False
-        self.unstored, self.parts, self._room = 0, 1, None
+        self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

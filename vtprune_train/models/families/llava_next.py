@@ -24,7 +24,7 @@ from transformers import LlavaNextConfig, LlavaNextImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
-from vtprune_train.models.families.known import clip_large_336, vicuna_7b
+from vtprune_train.models.families.known import llava_vicuna_7b
 from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, Pictures, Shown, Size
 from vtprune_train.models.families.places import Places, cells, edges
 from vtprune_train.models.families.towers import (
@@ -172,38 +172,27 @@ def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
     )
 
 
-def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
-    return AnyRes.of(config).grids(inputs["image_sizes"].tolist())
-
-
 def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
     layout = AnyRes.of_pinpoints(config)
     sizes = inputs["image_sizes"].tolist()
     return [(layout.visual_index(size), layout.num_tiles(size)) for size in sizes]
 
 
-def _llava_next_vicuna_7b() -> LlavaNextConfig:
-    return LlavaNextConfig(
-        text_config=vicuna_7b(vocab_size=32064),
-        vision_config=clip_large_336(),
-        image_token_index=32000,
-        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-        image_seq_length=576,
-        tie_word_embeddings=False,
-    )
-
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of the published checkpoints
 
 FAMILY = Family(
     title="LLaVA-NeXT",
     model_type="llava_next",
     model_class="LlavaNextForConditionalGeneration",
     text_types=LLAMA_LIKE,
-    grids=_grids,
+    grids=lambda config, inputs: AnyRes.of(config).grids(inputs["image_sizes"].tolist()),
     patches=_patches,
     counting=counted_by_patches,
     flops=tile_tower,
     not_original=None,
-    known={"llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next_vicuna_7b},
+    known={
+        "llava-hf/llava-v1.6-vicuna-7b-hf": lambda: llava_vicuna_7b(LlavaNextConfig, image_grid_pinpoints=PINPOINTS)
+    },
     loop=Loop(
         layout=lambda config, _: AnyRes.of(config),
         image_processor=_image_processor,

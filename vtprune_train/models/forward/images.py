@@ -53,7 +53,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
             )
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
-    grids = _grids(self, state, inputs, lengths) or [()] * len(lengths)
+    grids = _grids(self, state, inputs, lengths)
     if len(images) == len(lengths):
         for image, own, encoder in zip(images, grids, encoders, strict=True):
             setattr(image, SEEN, _Seen(own, encoder))
@@ -79,13 +79,13 @@ def note_images(call: Call, state: State, images: Sequence[Tensor]) -> None:
 
 
 def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[int]) -> list[Grids]:
-    """The rasters of each image; none where the family has no layout for the model's settings."""
+    """The rasters of each image; empty where the family has no layout for the model's settings."""
     try:
         grids = state.family.grids(self.config, inputs)
     except ValueError:
-        return []
+        grids = []
     if len(grids) != len(lengths):
-        return []
+        return [()] * len(lengths)
     fits = [sum(rows * columns for rows, columns in own) == length for own, length in zip(grids, lengths, strict=True)]
     return [own if fit else () for own, fit in zip(grids, fits, strict=True)]
 
