@@ -15,23 +15,31 @@ from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed
 from vtprune_train.training.checkpoint.folder import TrainerState
+from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.loop import trainer
-from vtprune_train.training.loop.callbacks import Callback
-from vtprune_train.training.loop.trainer import Fetched, Trainer, mixed
+from vtprune_train.training.loop.trainer import Callback, Fetched, Trainer, mixed
 
 STEPS = 3
 
 
-class Engine:
-    """DeepSpeed's, as far as a step calls it, with SGD."""
+class DeepSpeed:
+    """Its engine, as far as a step calls it, with SGD."""
 
-    device = DEVICE
+    device, monitor = DEVICE, None
 
     def __init__(self, module):
         self.module = module
         group = {"params": list(module.parameters()), "part": "language_model"}
         self.optimizer = SimpleNamespace(param_groups=[group])
         self.boundary = True
+
+    def zero_optimization_stage(self):
+        return 0
+
+    def bfloat16_enabled(self):
+        return False
+
+    fp16_enabled = bfloat16_enabled
 
     def __call__(self, batch):
         return self.module(batch)
@@ -81,7 +89,7 @@ def train(parts, model, device, happened):
             train=TrainConfig(max_steps=STEPS, warmup_ratio=0.0, schedule="constant"),
             model=SimpleNamespace(train={"language_model": 0.01}, dtype="float32"),
         ),
-        engine=Engine(model),
+        engine=Engine(DeepSpeed(model)),
         collate=collate,
         planner=SimpleNamespace(steps_per_epoch=STEPS),
         processor=None,
