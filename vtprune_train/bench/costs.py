@@ -64,7 +64,7 @@ class Picture:
 class Sample:
     """What one sample holds, and how many such samples are a batch.
 
-    ``text`` counts the tokens beside pictures and answer, ``answer`` the generated or supervised ones; at least 1 each.
+    ``text`` counts the tokens beside images and answer, ``answer`` the generated or supervised ones; at least 1 each.
     """
 
     pictures: tuple[Picture, ...]
@@ -102,8 +102,8 @@ class StageCost:
 class Estimate:
     """What a batch costs.
 
-    Prefill runs pictures and text, and the head on one row. A training step is forward and backward with the answer's
-    supervised tokens behind them. Pruned totals include the selector. ``*_whole`` add tower and projector; they are
+    Prefill runs images and text, and the head on one row. A training step is forward and backward with the answer's
+    supervised tokens after them. Pruned totals include the selector. ``*_whole`` add tower and projector; they are
     ``None`` where ``not_counted`` says why. ``cache_answer`` is the cache once the answer has been generated (its last
     token never enters). ``published`` is PyramidDrop's convention, for one sample. ``visual`` are one sample's visual
     tokens at the layers; where ``expected`` is true the method counts as it runs, and these are what it was planned
@@ -195,7 +195,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
 
 
 def segment_of(sample: Sample, answer: int = 0) -> SegmentLayout:
-    """One sample laid out: its pictures, its text, which ends with the row that ranks, and ``answer`` tokens."""
+    """One sample laid out: its images, its text, which ends with the row that ranks, and ``answer`` tokens."""
     spans: list[ImageSpan] = []
     for picture in sample.pictures:
         spans.append(ImageSpan(spans[-1].end if spans else 0, picture.tokens))
@@ -286,7 +286,7 @@ def _family(config: PreTrainedConfig) -> str:
 def pictures_of(
     config: PreTrainedConfig, resolutions: Sequence[tuple[int, int]] = (), visual_tokens: Sequence[int] = ()
 ) -> tuple[Picture, ...]:
-    """The pictures of a sample, from sizes or from counts; with neither, the one that makes most tokens.
+    """The images of a sample, from sizes or from counts; with neither, the one that makes most tokens.
 
     Args:
         config: the model's.
@@ -317,5 +317,5 @@ def pictures_of(
 
 
 def _picture(size: tuple[int, int], tokens: int, tiles: int) -> Picture:
-    """A picture of ``(width, height)`` pixels."""
+    """An image of ``(width, height)`` pixels."""
     return Picture(f"{size[0]}x{size[1]}", tokens, tiles)

@@ -103,7 +103,7 @@ class DecoderGeometry:
 
 @dataclass(frozen=True)
 class TowerGeometry:
-    """Sizes of a vision transformer that sees tiles, and of the projector behind it."""
+    """Sizes of a vision transformer that sees tiles, and of the projector after it."""
 
     num_layers: int
     hidden: int
@@ -144,7 +144,7 @@ class TowerGeometry:
 
 @dataclass(frozen=True)
 class WindowedTowerGeometry:
-    """Sizes of Qwen2.5-VL's vision transformer and of the merger behind it; its "tiles" are patches."""
+    """Sizes of Qwen2.5-VL's vision transformer and of the merger after it; its "tiles" are patches."""
 
     num_layers: int
     full_layers: int
@@ -171,10 +171,10 @@ class WindowedTowerGeometry:
         )
 
     def tower(self, tiles: Numbers) -> Numbers:
-        """Forward FLOPs of the tower on each picture of ``tiles`` patches.
+        """Forward FLOPs of the tower on each image of ``tiles`` patches.
 
-        A few layers attend over the whole picture, the others within windows, which are counted as full: those at the
-        picture's edge are smaller.
+        A few layers attend over the whole image, the others within windows, which are counted as full: those at the
+        image's edge are smaller.
         """
         n, c = tiles, self.hidden
         linear = 2.0 * n * c * (4 * c + 3 * self.intermediate)
@@ -215,8 +215,8 @@ class TrainingCost:
         supervised: np.ndarray,
         sample_of_tiles: np.ndarray | None = None,
     ) -> np.ndarray:
-        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples], ``tiles`` [pictures] of
-        the samples ``sample_of_tiles`` [pictures]; left out, each sample has one picture."""
+        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples], ``tiles`` [images] of
+        the samples ``sample_of_tiles`` [images]; left out, each sample has one image."""
         vision = self.vision(tiles)
         if sample_of_tiles is not None:
             vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))
@@ -240,7 +240,7 @@ class TrainingCost:
         return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def vision(self, tiles: np.ndarray) -> np.ndarray:
-        """The tower's and the projector's part of :meth:`sample`, [pictures]."""
+        """The tower's and the projector's part of :meth:`sample`, [images]."""
         assert self.tower is not None, "the tower is not counted for this family"
         count = np.asarray(tiles, dtype=np.float64)
         return self.tower.tower(count) * (3 if self.trains_tower else 1) + self.tower.projector(count) * (

@@ -1,6 +1,7 @@
 """What a step costs beside the model: reads from the device, and sums over ranks."""
 
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,51 +16,41 @@ from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed
 from vtprune_train.training.checkpoint.folder import TrainerState
-from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.loop import trainer
-from vtprune_train.training.loop.trainer import Callback, Fetched, Trainer, mixed
+from vtprune_train.training.loop.callbacks import Callback
+from vtprune_train.training.loop.trainer import Fetched, Trainer, mixed
 
 STEPS = 3
 
 
-class DeepSpeed:
-    """Its engine, as far as a step calls it, with SGD."""
+class Engine:
+    """The engine, as far as a step calls it, with SGD."""
 
-    device, monitor = DEVICE, None
+    loss_scale = 1.0
 
     def __init__(self, module):
         self.module = module
-        group = {"params": list(module.parameters()), "part": "language_model"}
-        self.optimizer = SimpleNamespace(param_groups=[group])
-        self.boundary = True
-
-    def zero_optimization_stage(self):
-        return 0
-
-    def bfloat16_enabled(self):
-        return False
-
-    fp16_enabled = bfloat16_enabled
+        self.param_groups = [{"params": list(module.parameters()), "part": "language_model"}]
 
     def __call__(self, batch):
         return self.module(batch)
 
-    def set_gradient_accumulation_boundary(self, is_boundary):
-        self.boundary = is_boundary
+    def accumulate(self, last):
+        return nullcontext()
 
-    def backward(self, loss, scale_wrt_gas):
+    def backward(self, loss):
         loss.backward()
 
+    def squared_grad_norm(self):
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
     def step(self):
-        if not self.boundary:
-            return
         with torch.no_grad():
-            for parameter in self.optimizer.param_groups[0]["params"]:
+            for parameter in self.module.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.01 * parameter.grad
                     parameter.grad = None
-
-    def was_step_applied(self):
         return True
 
 
@@ -89,7 +80,7 @@ def train(parts, model, device, happened):
             train=TrainConfig(max_steps=STEPS, warmup_ratio=0.0, schedule="constant"),
             model=SimpleNamespace(train={"language_model": 0.01}, dtype="float32"),
         ),
-        engine=Engine(DeepSpeed(model)),
+        engine=Engine(model),
         collate=collate,
         planner=SimpleNamespace(steps_per_epoch=STEPS),
         processor=None,

@@ -130,7 +130,7 @@ def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
     most, limit = trainer.config.train.global_batch_size, trainer.config.data.max_tokens
     for start in range(0, len(index), LOOKED_AT):  # bounded memory: the best of what is known and the next piece
         piece = np.arange(start, min(start + LOOKED_AT, len(index)))
-        samples = np.unique(np.concatenate([*near.values(), piece]))
+        samples = np.concatenate([np.union1d(*near.values()), piece])
         lengths = index.lengths(samples)
         near = {name: samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)] for name in near}
     found = []

@@ -23,8 +23,7 @@ from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.load.workers import start_server
-from vtprune_train.data.plan.costs import StepCosts
-from vtprune_train.data.plan.planner import Planner
+from vtprune_train.data.plan.planner import Planner, StepCosts
 from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.data.sources import Bounds
 from vtprune_train.data.templates import build_encoder, carry, stop_where_answers_end
