@@ -17,6 +17,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from vtprune_train.models.io.export import Plan
 from vtprune_train.training.checkpoint import folder as folder_module
 from vtprune_train.training.checkpoint import load as load_module
 from vtprune_train.training.checkpoint import manifest
@@ -24,6 +25,7 @@ from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerSt
 from vtprune_train.training.checkpoint.load import load
 from vtprune_train.training.checkpoint.portable import write_portable
 from vtprune_train.training.distributed import barrier, gather, rank, shut_down, world_size
+from vtprune_train.training.engine import weights as weights_module
 from vtprune_train.training.engine.files import MASTER, DeepSpeedFiles
 from vtprune_train.training.engine.layout import flat_tensors
 from vtprune_train.training.engine.start import start_distributed, start_engine
@@ -152,6 +154,7 @@ if __name__ == "__main__":
     start_distributed(timeout=120)
     command, where, dtype, *form = sys.argv[1:]
     folder_module.holds_only_trained = load_module.holds_only_trained = lambda module: dtype == "bfloat16"
+    folder_module.export_plan = weights_module.export_plan = lambda module: Plan({})  # see Quiet
     if command == "write":
         write(Path(where), dtype)
     else:

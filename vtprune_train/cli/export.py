@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaNextConfig
 
 from vtprune_train.cli.options import add_model_option
 from vtprune_train.evaluation.answering import (
@@ -23,15 +22,17 @@ from vtprune_train.evaluation.answering import (
     recorded_template,
     stop_where_answers_end,
 )
-from vtprune_train.models.io.build import read_projector, resolve_checkpoint
+from vtprune_train.models.families import trained_family
+from vtprune_train.models.io.build import newest_checkpoint, read_projector, resolve_checkpoint
+from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED, Plan, write_weights
 from vtprune_train.models.io.method_parameters import carry
 from vtprune_train.models.io.peft import is_adapter, open_adapter
-from vtprune_train.training.checkpoint.manifest import check_export
+from vtprune_train.models.io.provenance import Base
+from vtprune_train.training.checkpoint.manifest import check_export, verify
 
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = re.compile(r"^[1-9]\d*(\.\d+)?[KMG]i?B$", re.IGNORECASE)
-PROJECTOR = ("multi_modal_projector.", "image_newline")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="made here; written beside and renamed")
     parser.add_argument("--part", choices=("model", "projector"), default="model", help="projector: what stage 2 reads")
     dtypes = [name for name in DTYPES if name != "auto"]
-    parser.add_argument("--dtype", choices=dtypes, default="bfloat16")
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file, for example 5GB or 500MB")
+    parser.add_argument("--dtype", choices=dtypes, help="bfloat16 if left out; of a checkpoint without hf/ as trained")
+    parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file, for example 5GB (if left out) or 500MB")
     parser.add_argument(
         "--merge", action="store_true", help="fold an adapter into its base: a model that needs no PEFT"
     )
@@ -55,8 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: what is wrong with an option or the model, or a folder that must not be replaced.
     """
-    if not SHARD_SIZE.match(arguments.max_shard_size):
-        raise ValueError(f"--max_shard_size={arguments.max_shard_size} is no size such as 5GB or 500MB")
+    shard_size = arguments.max_shard_size or "5GB"
+    if not SHARD_SIZE.match(shard_size):
+        raise ValueError(f"--max_shard_size={shard_size} is no size such as 5GB or 500MB")
+    checkpoint = newest_checkpoint(arguments.model)
+    if checkpoint is not None and (checkpoint / UNEXPORTED).is_dir() and not (checkpoint / EXPORT).is_dir():
+        return export_checkpoint(checkpoint, arguments)
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
     check_export(source)
     check_target(out, source, arguments.force)
@@ -64,13 +69,46 @@ def run(arguments: argparse.Namespace) -> int:
         check_merge(source, arguments.merge)
     elif arguments.merge:
         raise ValueError("--merge has no effect with --part projector; leave one of them out")
-    dtype: torch.dtype = DTYPES[arguments.dtype]  # type: ignore[assignment]
+    dtype: torch.dtype = DTYPES[arguments.dtype or "bfloat16"]  # type: ignore[assignment]
     if arguments.part == "projector":
         write = projector_writer(source, dtype, arguments.keep_names)
     else:
-        write = model_writer(source, dtype, arguments.max_shard_size, arguments.keep_names)
+        write = model_writer(source, dtype, shard_size, arguments.keep_names)
     publish(out, write)
     log.info("%s is in %s", arguments.part, out)
+    return 0
+
+
+def export_checkpoint(checkpoint: Path, arguments: argparse.Namespace) -> int:
+    """Write the ``hf/`` that training left out of a checkpoint, bit for bit, from the files of all ranks: mapped, one
+    tensor in memory at a time, without the model.
+
+    Raises:
+        ValueError: options that need the finished export, or a damaged checkpoint.
+    """
+    from vtprune_train.training.checkpoint.load import open_state
+    from vtprune_train.training.engine.files import weight
+
+    given = vars(arguments) | {"part": arguments.part == "projector"}
+    if others := [key for key in ("dtype", "max_shard_size", "part", "merge", "keep_names") if given[key]]:
+        raise ValueError(
+            f"{checkpoint} holds no hf/: export it without --{others[0]} first, then export the folder that was made "
+            f"with --{others[0]}"
+        )
+    kept, out = checkpoint / UNEXPORTED, Path(arguments.out)
+    check_target(out, str(checkpoint), arguments.force)
+    if wrong := verify(checkpoint):
+        raise ValueError(f"{checkpoint} is damaged: {wrong}. Name an older step_XXXXXXXX of the run")
+    plan, saved = Plan.load(kept), open_state(checkpoint)
+
+    def write(folder: Path) -> None:
+        shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(PLAN))
+        if is_adapter(kept):
+            Base.read(kept).write(folder)  # its base may be named relative to the checkpoint
+        write_weights(plan, folder, lambda stored: weight(saved, stored))
+
+    publish(out, write)
+    log.info("the export of %s is in %s", checkpoint, out)
     return 0
 
 
@@ -159,19 +197,20 @@ def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: b
 
 
 def projector_writer(source: str, dtype: torch.dtype, keep_names: bool) -> Callable[[Path], None]:
-    """Writes projector and ``image_newline`` alone, as ``model.projector`` of a training config reads them.
+    """Writes the projector alone (of LLaVA-NeXT and OneVision with ``image_newline``), as ``model.projector`` of a
+    training config reads it.
 
     Raises:
-        ValueError: the model is no LLaVA-NeXT, lacks them, or a weight is too large for ``dtype``.
+        ValueError: the loop does not train this family, the model lacks a part of it, or a weight is too large for
+            ``dtype``.
     """
-    config = model_config(source)
-    if not isinstance(config, LlavaNextConfig):
-        raise ValueError(f"--part projector: {source} holds a {config.model_type}; training reads llava_next's only")
+    _, loop = trained_family(model_config(source).model_type, f"--part projector: {source}")
     if not Path(source).is_dir():
         raise ValueError(f"--part projector: {source} is not a folder on this machine; download the model first")
-    found = read_projector(sorted(Path(source).glob("*.safetensors")), PROJECTOR)
-    if "image_newline" not in found or len(found) < 2:
-        raise ValueError(f"--part projector: {source} holds no projector with image_newline in safetensors files")
+    keys = tuple(name.removeprefix("model.") for name in loop.projector)
+    found = read_projector(sorted(Path(source).glob("*.safetensors")), keys)
+    if missing := [key for key in keys if not any(name.startswith(key) for name in found)]:
+        raise ValueError(f"--part projector: {source} holds no {missing[0]} in safetensors files")
     for name, tensor in found.items():
         check_range(name, tensor, dtype)
     prefix = "model." if keep_names else ""

@@ -399,6 +399,7 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["all", "first_stage", "none"] | int = "all"
     save_every: int = Field(500, ge=1)
     keep_last: int = Field(3, ge=1)
+    export: Literal["every", "last", "never"] = "every"
     eval_every: int | None = Field(None, ge=1)
     eval_shuffled: bool = False
     eval_show: int = Field(0, ge=0)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vtprune_train.models.io.build import parts_of
+from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.engine.start import host_adamw
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -22,7 +23,7 @@ def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: fl
         if part not in rates:
             continue
         for decays in (True, False):
-            chosen = [p for _, p in parameters if p.requires_grad and (p.ndim > 1) is decays]
+            chosen = [p for _, p in parameters if p.requires_grad and (len(whole_shape(p)) > 1) is decays]
             if chosen:
                 decay = weight_decay if decays else 0.0
                 groups.append({"params": chosen, "lr": rates[part], "weight_decay": decay, "part": part})

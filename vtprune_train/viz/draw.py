@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vtprune_train.viz.places import Places
+from vtprune_train.models.families.places import Places
 
 PANEL = (360, 400)  # most pixels of a panel: width, height
 STRIP = 10  # width of the marks of newline tokens, right of the grid

@@ -23,10 +23,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaNextConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,10 +35,14 @@ from vtprune_train.config.settings import ModelConfig
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import Family, Loop, trained_family
+from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, Family, Loop, config_of_parts, trained_family
+from vtprune_train.models.families.llava_original import is_linear
+from vtprune_train.models.families.towers import open_clip
 from vtprune_train.models.forward.decoder import PARAMETERS
 from vtprune_train.models.io import original
-from vtprune_train.models.io.known import KNOWN_CONFIGS
+from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED
+from vtprune_train.models.io.in_pieces import Deferred, placing_what_is_read
+from vtprune_train.models.io.placement import WHOLE, Placement, place_all, whole_shape
 from vtprune_train.models.io.tokenizer import lasting
 from vtprune_train.models.io.weight_files import check_weights, hub_kernels
 from vtprune_train.pruning import CONFIG_KEY, check_trusted, completed_settings
@@ -59,24 +59,37 @@ def resolve_checkpoint(path: str) -> str:
     """The Hugging Face folder behind a run, one of its checkpoints, or a folder or hub id as it is.
 
     Raises:
+        ValueError: a run's folder without a complete checkpoint, or a checkpoint without an export.
+    """
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        return path
+    if not (checkpoint / EXPORT / "config.json").is_file() and (checkpoint / UNEXPORTED / PLAN).is_file():
+        raise ValueError(
+            f"{checkpoint} holds no Hugging Face export (train.export was last or never). Make one with "
+            f"`vtprune export --model {checkpoint} --out DIR`, and name DIR"
+        )
+    return str(checkpoint / EXPORT)
+
+
+def newest_checkpoint(path: str) -> Path | None:
+    """The checkpoint at a path, or a run's newest; ``None`` for what is neither a run nor a checkpoint.
+
+    Raises:
         ValueError: a run's folder without a complete checkpoint.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        return path
-    if (folder / "hf" / "config.json").is_file():
-        return str(folder / "hf")
-    if (folder / "checkpoints").is_dir():
-        latest = folder / "checkpoints" / "latest"
-        named = latest.read_text().strip() if latest.is_file() else ""
-        finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
-        finished = [name for name in finished if name.removeprefix("step_").isdigit()]
-        if not finished:
-            raise ValueError(
-                f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)"
-            )
-        return str(latest.parent / (named if named in finished else finished[-1]) / "hf")
-    return path
+    if (folder / EXPORT / "config.json").is_file() or (folder / UNEXPORTED / PLAN).is_file():
+        return folder
+    if not (folder / "checkpoints").is_dir():
+        return None
+    latest = folder / "checkpoints" / "latest"
+    named = latest.read_text().strip() if latest.is_file() else ""
+    finished = sorted(path.parent.name for path in latest.parent.glob("step_????????*/manifest.json"))
+    finished = [name for name in finished if name.removeprefix("step_").isdigit()]
+    if not finished:
+        raise ValueError(f"{folder} has no complete checkpoint yet ({latest.parent} holds no finished step_XXXXXXXX)")
+    return latest.parent / (named if named in finished else finished[-1])
 
 
 def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
@@ -98,18 +111,7 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrain
     assert config.language_model is not None and config.vision_tower is not None
     text = load_any_config(config.language_model, f"model.language_model={config.language_model}", offline)
     vision = load_any_config(config.vision_tower, f"model.vision_tower={config.vision_tower}", offline)
-    vision = getattr(vision, "vision_config", vision)
-    if not isinstance(vision, CLIPVisionConfig):
-        raise ValueError(f"model.vision_tower={config.vision_tower} is a {vision.model_type}; use a CLIP vision tower")
-    shared = {
-        "text_config": text,
-        "vision_config": vision,
-        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
-        "tie_word_embeddings": text.tie_word_embeddings,
-    }
-    if config.image_grid_pinpoints is None:
-        return LlavaConfig(**shared)
-    return LlavaNextConfig(image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints], **shared)
+    return config_of_parts(text, vision, config.image_grid_pinpoints, f"model.vision_tower={config.vision_tower}")
 
 
 def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
@@ -118,8 +120,8 @@ def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
 
 
 def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
-    """A config from the YAML's sizes; ``model_type`` names the family, LLaVA-NeXT where it is left out."""
-    model_type = sizes.get("model_type", LlavaNextConfig.model_type)
+    """A config from the YAML's sizes; ``model_type`` names the family, the first one where it is left out."""
+    model_type = sizes.get("model_type", FAMILIES[0].model_type)
     _, loop = trained_family(model_type, "model.config")
     if loop.needs_checkpoint:
         raise ValueError(
@@ -139,11 +141,10 @@ def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
     Raises:
         ValueError: an unknown key or model type, with the nearest known key.
     """
-    known_types = {"text_config": "llama", "vision_config": "clip_vision_model"}
     sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, default)]
-    for section, default_type in known_types.items():
+    for section in ("text_config", "vision_config"):
         values = sizes.get(section) or {}
-        model_type = values.get("model_type", default_type)
+        model_type = values.get("model_type", getattr(default, section).model_type)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"model.config.{section}.model_type={model_type!r} is unknown to transformers")
         sections.append((f"model.config.{section}", values, CONFIG_MAPPING[model_type]()))
@@ -220,7 +221,7 @@ def _loading(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: cannot be loaded ({first_line(error)})") from error
 
 
-def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModule:
+def open_whole(model_class: Any, folder: str, dtype: Any, place: str, placement: Placement = WHOLE) -> HFModule:
     """``model_class.from_pretrained``, which must find every weight: transformers starts missing ones at random.
 
     Args:
@@ -228,12 +229,13 @@ def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModul
         folder: a folder or hub id.
         dtype: as for ``from_pretrained``.
         place: for errors.
+        placement: what becomes of each weight once it is read.
 
     Raises:
         ValueError: a file cannot be read, a weight is missing or has another shape.
     """
     check_weights(folder, place)
-    with _loading(place), learned_expected():
+    with _loading(place), learned_expected(), placing_what_is_read(placement):
         model, found = model_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
@@ -245,11 +247,12 @@ def open_whole(model_class: Any, folder: str, dtype: Any, place: str) -> HFModul
     return model
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
     """The model, with the image token of ``tokenizer``; unmodified transformers classes.
 
     Parameters have ``config.dtype``. Buffers keep the dtype that transformers gives them: rotary frequencies rounded to
-    bfloat16 would move the angles of late positions by more than a radian.
+    bfloat16 would move the angles of late positions by more than a radian. With ``placement`` each parameter is placed
+    before the next is read or drawn; the embeddings, the output layer and a projector at the end.
 
     Raises:
         ValueError: a part is missing or does not fit.
@@ -260,20 +263,32 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMo
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
     model_class = getattr(transformers, family.model_class)
     if config.path is not None:
-        model = open_whole(model_class, resolve_checkpoint(config.path), dtype, f"model.path={config.path}")
+        folder, place = resolve_checkpoint(config.path), f"model.path={config.path}"
+        model = open_whole(model_class, folder, dtype, place, placement)
     else:
         model_config.image_token_id = image_token_id
         if config.config is not None:
             _fit_special_tokens(model_config, tokenizer)
-            model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+            model = _from_sizes(model_config, dtype, placement)
         else:
-            model = _from_parts(config, model_config)
+            model = _from_parts(config, model_config, placement)
     if config.projector is not None:
-        _load_projector(model, loop, config.projector)
-    vocab = model.get_input_embeddings().weight.shape[0]
+        _load_projector(model, loop, config.projector, placement)
+    vocab = whole_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > vocab:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
     model.config.image_token_id = image_token_id
+    place_all(model, placement)
+    return model
+
+
+def _from_sizes(model_config: PreTrainedConfig, dtype: torch.dtype, placement: Placement) -> HFModule:
+    """A model with random weights."""
+    if not placement.sharded:
+        return AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+    with Deferred() as deferred:
+        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+    deferred.make(model, placement)
     return model
 
 
@@ -287,33 +302,49 @@ def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizer
     text.pad_token_id = tokenizer.pad_token_id
 
 
-def _from_parts(config: ModelConfig, model_config: PreTrainedConfig) -> HFModule:
+def _from_parts(config: ModelConfig, model_config: PreTrainedConfig, placement: Placement) -> HFModule:
     """A language model and a tower with a new projector between them; only the projector is initialised."""
     assert config.language_model is not None and config.vision_tower is not None
     dtype = getattr(torch, config.dtype)
     places = f"model.language_model={config.language_model}", f"model.vision_tower={config.vision_tower}"
     check_weights(config.language_model, places[0])
     check_weights(config.vision_tower, places[1])
-    with _loading(places[0]):
+    with _loading(places[0]), placing_what_is_read(placement):
         language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, trust_remote_code=False)
-    with _loading(places[1]):
-        tower = CLIPVisionModel.from_pretrained(config.vision_tower, dtype=dtype)
-    with no_init_weights():
+    with _loading(places[1]), placing_what_is_read(placement):
+        tower = open_clip(config.vision_tower, dtype)
+    with no_init_weights(), Deferred() as deferred:
         model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
     for module, source in (
         (model.model.language_model, language.model),
         (model.lm_head, language.lm_head),
         (model.model.vision_tower, tower),
     ):
-        module.load_state_dict(source.state_dict(), assign=True)
-        for parameter in module.parameters():
-            parameter._is_hf_initialized = True  # what transformers' own loading marks
+        _hand_over(source, module)
+    deferred.make(model, WHOLE)  # what is left: the projector, which init_weights fills
     model.init_weights()
     model.generation_config = language.generation_config
     return model
 
 
-def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
+def _hand_over(source: HFModule, module: HFModule) -> None:
+    """Let ``module`` have the parameters and buffers of ``source``, which holds the same.
+
+    Raises:
+        ValueError: a name or a shape is in one of them alone.
+    """
+    taken, own = (dict(m.named_parameters(remove_duplicate=False)) for m in (source, module))
+    shapes = [{name: whole_shape(p) for name, p in parameters.items()} for parameters in (taken, own)]
+    if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+        raise ValueError(f"the config of a {type(source).__name__} does not fit its weights, see {differing[0]}")
+    for name, parameter in taken.items():
+        parent, _, last = name.rpartition(".")
+        module.get_submodule(parent)._parameters[last] = parameter
+        parameter._is_hf_initialized = True  # what transformers' own loading marks
+    module.load_state_dict({name: b for name, b in source.state_dict().items() if name not in taken}, strict=False)
+
+
+def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement = WHOLE) -> None:
     """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read.
 
     Raises:
@@ -323,7 +354,7 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
     if (source / original.MM_PROJECTOR).is_file():  # stage 1 of the original code
         source = source / original.MM_PROJECTOR
     keys = tuple(name.removeprefix("model.") for name in loop.projector)
-    own = {key: value for key, value in model.model.state_dict().items() if key.startswith(keys)}
+    own = {key: value for key, value in model.model.named_parameters() if key.startswith(keys)}
     if source.is_file():
         found = _read_mm_projector(model, source)
         if "image_newline" in own and "image_newline" not in found:
@@ -335,13 +366,15 @@ def _load_projector(model: HFModule, loop: Loop, path: str) -> None:
         found, place = read_projector(files, keys), f"{len(files)} safetensors file(s) of {source}"
     if missing := sorted(set(own) - set(found)):
         raise ValueError(f"model.projector={path}: no {missing[0]} in {place}")
-    for key, value in own.items():
-        if value.shape != found[key].shape:
+    for key, parameter in own.items():
+        if whole_shape(parameter) != found[key].shape:
             raise ValueError(
                 f"model.projector={path}: {key} has shape {tuple(found[key].shape)}, but this model needs "
-                f"{tuple(value.shape)}; it was trained for another language model or tower"
+                f"{tuple(whole_shape(parameter))}; it was trained for another language model or tower"
             )
-        value.copy_(found[key])
+    with placement.whole(own.values()):
+        for key, parameter in own.items():
+            parameter.data.copy_(found[key])
 
 
 def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
@@ -351,10 +384,10 @@ def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
         ValueError: it is none, or a linear one and this model's has GELU.
     """
     found = original.read_projector_file(file, f"model.projector={file}")
-    is_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
-    if original.is_linear(found) and not is_linear:
+    wants_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
+    if is_linear(found) and not wants_linear:
         raise ValueError(f"model.projector={file} is a linear projector; this model's has two layers and GELU")
-    if is_linear and not original.is_linear(found):
+    if wants_linear and not is_linear(found):
         raise ValueError(f"model.projector={file} has two layers and GELU; this model's projector is linear")
     return {name.removeprefix("model."): value for name, value in found.items()}
 
@@ -404,18 +437,18 @@ def load_tokenizer(
         assert config.config is not None
         tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
     model_config = load_model_config(config, offline=offline)
-    _ensure_image_token(tokenizer, family_of_config(model_config)[1], str(source))
+    _ensure_image_token(tokenizer, *family_of_config(model_config), str(source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return lasting(tokenizer, model_config)
 
 
-def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, loop: Loop, source: str) -> None:
+def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, family: Family, loop: Loop, source: str) -> None:
     if loop.image_token in tokenizer.get_vocab():
         return
     if loop.image_token != IMAGE:
         raise ValueError(
-            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {loop.model_type}; "
+            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {family.model_type}; "
             "set model.tokenizer to this checkpoint's own"
         )
     add_image_token(tokenizer)
@@ -450,7 +483,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
+    """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers after the one whose
     features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included); ``pruning``
     what the method adds."""
     family, loop = family_of_config(model.config)
@@ -472,24 +505,11 @@ def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
         elif name.startswith(loop.projector):
             part = "projector"
         elif name.startswith(loop.vision):
-            part = "unused" if _behind_features(model.config, name) else "vision_tower"
+            part = "unused" if loop.untrained(model.config, name) else "vision_tower"
         else:
             part = "language_model"
         parts[part].append((name, parameter))
     return parts
-
-
-def _behind_features(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a tower's parameter lies behind the layer whose features are taken (or in a pooling head)."""
-    chosen = getattr(config, "vision_feature_layer", None)
-    if chosen is None:
-        return False
-    num_layers = config.vision_config.num_hidden_layers
-    last = max(index % (num_layers + 1) for index in ([chosen] if isinstance(chosen, int) else chosen))
-    if "post_layernorm" in name or ".head." in name:
-        return True
-    _, found, rest = name.partition("encoder.layers.")
-    return bool(found) and int(rest.partition(".")[0]) >= last
 
 
 def set_trainable(model: HFModule, train: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraModel, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -23,7 +23,9 @@ from vtprune_train.config.settings import ConfigError, ModelConfig
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.io.build import LEARNED_NAME, build_model, first_line, resolve_checkpoint
+from vtprune_train.models.io.export import Plan, stored
 from vtprune_train.models.io.method_parameters import FILE, SOURCE
+from vtprune_train.models.io.placement import WHOLE, Placement, placement_of
 from vtprune_train.models.io.provenance import (
     EXTRA,
     RECORD,
@@ -110,7 +112,8 @@ def adapt(model: HFModule, settings: settings_of_runs.PeftConfig) -> None:
     chosen = lora_config(settings, model)
     dtype = model.dtype
     on_meta = next(model.parameters()).is_meta
-    LoraModel(model, chosen, ADAPTER, low_cpu_mem_usage=on_meta)
+    with placement_of(model).libraries_gather():
+        LoraModel(model, chosen, ADAPTER, low_cpu_mem_usage=on_meta)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # PEFT makes them float32 beside a half-precision base; DeepSpeed keeps the masters
             parameter.data = parameter.data.to(dtype)
@@ -164,8 +167,9 @@ def quantise(model: HFModule) -> None:
     model.is_loaded_in_4bit = True  # where PEFT looks
 
 
-def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFModule:
-    """The model that a run starts from, before an adapter of its own is put in.
+def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
+    """The model that a run starts from, before an adapter of its own is put in. With ``placement`` its parameters are
+    placed one by one, but for an adapter that is folded in.
 
     An adapter at ``config.path`` is folded in where the run trains without one. Where the run has an adapter, only the
     parts trained beside it are laid over the base, and :func:`continue_adapter` brings the rest.
@@ -175,7 +179,7 @@ def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMod
     """
     folder = Path(resolve_checkpoint(config.path)) if config.path is not None else None
     if folder is None or not is_adapter(folder):
-        return build_model(config, tokenizer)
+        return build_model(config, tokenizer, placement)
     if config.projector is not None:
         raise ValueError(
             f"model.projector={config.projector} has no place: {folder} is an adapter with a projector of its own; "
@@ -183,7 +187,7 @@ def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> HFMod
         )
     if config.peft is None:
         return open_adapter(folder, config.dtype, merge=True)
-    return _open_base(folder, config.dtype)
+    return _open_base(folder, config.dtype, placement)
 
 
 def continue_adapter(model: HFModule, settings: settings_of_runs.PeftConfig, folder: Path) -> None:
@@ -234,13 +238,12 @@ def open_adapter(folder: str | Path, dtype: str, *, merge: bool) -> HFModule:
     return model
 
 
-def _open_base(folder: Path, dtype: str) -> HFModule:
+def _open_base(folder: Path, dtype: str, placement: Placement = WHOLE) -> HFModule:
     """The base with the parts trained beside the adapter, and the adapter's pruning and generation settings."""
     base = Base.read(folder)
     base.check(str(folder))
-    model = base.build(
-        base.dtype if dtype == "auto" else dtype, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = base.build(base.dtype if dtype == "auto" else dtype, tokenizer, placement)
     model.__dict__[SOURCE] = str(folder)
     names = published_names(model)
     for file in (EXTRA, TRAINED):
@@ -265,34 +268,47 @@ def _load_adapter(model: HFModule, folder: Path) -> None:
         raise ValueError(f"model {folder}: {WEIGHTS} does not fit, see {[*missing, *result.unexpected_keys][0]}")
 
 
-def write_adapter(model: HFModule, processor: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write what was trained: the adapter as PEFT reads it, the parts beside it, and the base's name.
+def adapter_plan(model: HFModule) -> Plan:
+    """The files with what was trained: the adapter as PEFT reads it, a method's parameters, and the parts beside them
+    under their published names."""
+    adapted = adapted_of(model)
+    assert adapted is not None
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    name_of = {id(parameter): name for name, parameter in trained.items()}
+    own = get_peft_model_state_dict(model, trained, ADAPTER, save_embedding_layers=False)
+    learned = {match[0].lstrip("."): name for name in trained if (match := LEARNED_NAME.search(name))}
+    files = {
+        FILE: learned,
+        WEIGHTS: {PREFIX + name: name_of[id(parameter)] for name, parameter in own.items()},
+        TRAINED: {adapted.names[name]: name for name in trained if name in adapted.names},
+    }
+    return Plan(
+        {
+            file: {published: stored(name, trained[name]) for published, name in names.items()}
+            for file, names in files.items()
+            if names
+        }
+    )
+
+
+def write_adapter_settings(model: HFModule, folder: Path) -> None:
+    """Write all of an adapter's export but what was trained and the processor: its settings, and the base's name.
 
     Args:
         model: with an adapter; only its settings are read.
-        processor: saved beside it.
-        weights: what was trained, by the names in memory.
         folder: made here.
     """
     adapted = adapted_of(model)
     assert adapted is not None
     folder.mkdir(parents=True, exist_ok=True)
-    learned = {match[0].lstrip("."): tensor for name, tensor in weights.items() if (match := LEARNED_NAME.search(name))}
-    if learned:
-        save_file({name: t.contiguous() for name, t in learned.items()}, folder / FILE, metadata={"format": "pt"})
-    own = get_peft_model_state_dict(model, weights, ADAPTER, save_embedding_layers=False)
-    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in own.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    beside = {name: tensor for name, tensor in weights.items() if name in adapted.names}
-    save_tensors(beside, adapted.names, folder / TRAINED)
     save_tensors(adapted.extra, adapted.names, folder / EXTRA)
     config: LoraConfig = model.peft_config[ADAPTER]
     # With more than the adapter needed, a loader that knows PEFT's files alone must not find a base by itself.
-    alone = not beside and not learned and not adapted.extra and list(adapted.base.sha256) == ["path"]
+    more = adapter_plan(model).files.keys() - {WEIGHTS}
+    alone = not more and not adapted.extra and list(adapted.base.sha256) == ["path"]
     config.base_model_name_or_path = adapted.base.model["path"] if alone else None
     config.save_pretrained(str(folder))
     adapted.base.write(folder)
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)

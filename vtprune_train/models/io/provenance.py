@@ -32,6 +32,7 @@ from vtprune_train.models.io.build import (
     load_model_config,
     resolve_checkpoint,
 )
+from vtprune_train.models.io.placement import WHOLE, Placement, placement_of, whole_shape
 
 RECORD = "base.json"
 EXTRA = "base_extra.safetensors"
@@ -135,9 +136,9 @@ class Base:
                     f"there have {found} now; put the original back"
                 )
 
-    def build(self, dtype: str, tokenizer: PreTrainedTokenizerBase) -> HFModule:
+    def build(self, dtype: str, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
         """The base in ``dtype``, without its extra tensors."""
-        return build_model(ModelConfig(**self.model, dtype=dtype), tokenizer)  # type: ignore[arg-type]
+        return build_model(ModelConfig(**self.model, dtype=dtype), tokenizer, placement)  # type: ignore[arg-type]
 
 
 def _how_it_is_trained(config: ModelConfig) -> dict[str, Any]:
@@ -211,14 +212,17 @@ def extra_tensors(model: HFModule, config: ModelConfig) -> dict[str, torch.Tenso
     called ``name[first:]``."""
     found: dict[str, torch.Tensor] = {}
     _, loop = family_of_config(model.config)
-    if "projector" not in config.train and (config.path is None or config.projector is not None):
-        found |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(loop.projector)}
+    keeps_projector = "projector" not in config.train and (config.path is None or config.projector is not None)
     rows = load_model_config(config).text_config.vocab_size
     tables = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     for name, parameter in model.named_parameters():
-        if id(parameter) in tables and len(parameter) > rows:
-            found[f"{name}[{rows}:]"] = parameter.data[rows:]
-    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+        if keeps_projector and name.startswith(loop.projector):
+            with placement_of(model).whole([parameter]):
+                found[name] = parameter.detach().cpu().clone()
+        elif id(parameter) in tables and whole_shape(parameter)[0] > rows:
+            with placement_of(model).whole([parameter]):
+                found[f"{name}[{rows}:]"] = parameter.detach()[rows:].cpu().clone()
+    return found
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], names: dict[str, str], path: Path) -> None:
@@ -248,17 +252,19 @@ def load_tensors(path: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def lay_over(model: HFModule, tensors: dict[str, torch.Tensor], place: str) -> None:
-    """Copy tensors (or rows, see :func:`extra_tensors`) into a model.
+    """Copy tensors (or rows, see :func:`extra_tensors`) into a model; all ranks call this.
 
     Raises:
         ValueError: the shapes differ.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         rows = ROWS.match(name)
-        target = own[rows[1]][int(rows[2]) :] if rows else own[name]
-        if target.shape != tensor.shape:
-            raise ValueError(
-                f"{place}: {name} has shape {tuple(tensor.shape)}, but this model needs {tuple(target.shape)}"
-            )
-        target.copy_(tensor)
+        parameter = own[rows[1] if rows else name]
+        with placement_of(model).whole([parameter]):
+            target = parameter.data[int(rows[2]) :] if rows else parameter.data
+            if target.shape != tensor.shape:
+                raise ValueError(
+                    f"{place}: {name} has shape {tuple(tensor.shape)}, but this model needs {tuple(target.shape)}"
+                )
+            target.copy_(tensor)

@@ -1,10 +1,10 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is a folder ``step_00001000/``: ``deepspeed/`` (weights and optimizer, every rank its part),
-``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers), ``logs/`` (copies of ``metrics.jsonl``,
-``eval.jsonl`` and ``spikes.jsonl``) and, last, ``manifest.json`` with sizes and SHA-256 of all files. It is written
-beside as ``.partial``, synced, renamed; then ``latest`` names it. A folder without a matching manifest is never loaded.
-On several nodes the folder must be on a file system they share.
+``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers) or ``export/`` (all of an export but its
+weights), ``logs/`` (copies of ``metrics.jsonl``, ``eval.jsonl`` and ``spikes.jsonl``) and, last, ``manifest.json`` with
+sizes and SHA-256 of all files. It is written beside as ``.partial``, synced, renamed; then ``latest`` names it. A
+folder without a matching manifest is never loaded. On several nodes the folder must be on a file system they share.
 
 The loop waits for copies in host memory alone; a thread of every rank writes them (``writing.py``).
 """
@@ -23,14 +23,16 @@ from typing import Any
 
 from vtprune_train.files import pickles
 from vtprune_train.files.disk import naming, remove
+from vtprune_train.models.io.export import EXPORT, UNEXPORTED, write_weights
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.host_copies import HostCopies
 from vtprune_train.training.checkpoint.writing import Entries, Save, write_file
 from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by, world_size
 from vtprune_train.training.engine.engine import Engine
+from vtprune_train.training.engine.files import DeepSpeedFiles, weight
 from vtprune_train.training.engine.layout import layout_name, whole_shape
 from vtprune_train.training.engine.state import Files
-from vtprune_train.training.engine.weights import full_state_dict, holds_only_trained, write_export
+from vtprune_train.training.engine.weights import export_plan, full_state_dict, holds_only_trained, write_export
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +71,11 @@ class CheckpointFolder:
         folder: made with the first checkpoint.
         keep_last: how many are kept.
         background: write in a thread; otherwise :meth:`save` returns when all is on disk.
+        export: which of them hold an export: ``every``, the ``last`` of the training, or ``never`` one.
     """
 
-    def __init__(self, folder: Path, keep_last: int, background: bool = True):
-        self.folder, self.keep_last, self.background = folder, keep_last, background
+    def __init__(self, folder: Path, keep_last: int, background: bool = True, export: str = "every"):
+        self.folder, self.keep_last, self.background, self.export = folder, keep_last, background, export
         self._copies = HostCopies()
         self._in_flight: Save | None = None
         self._processor: Any = None
@@ -85,6 +88,7 @@ class CheckpointFolder:
         state: TrainerState,
         config_yaml: str,
         logs: Mapping[str, bytes] = MappingProxyType({}),
+        last: bool = False,
     ) -> None:
         """Begin to write one checkpoint (and wait for the one before); all ranks call this at the same step.
 
@@ -94,6 +98,7 @@ class CheckpointFolder:
             state: where training stands.
             config_yaml: the run's settings.
             logs: on rank 0, copies of the files that the run writes line by line, by name (see ``JsonLines.copy``).
+            last: the training is done.
 
         Raises:
             CheckpointError: this one does not fit on the disk, or the one before could not be written.
@@ -103,14 +108,14 @@ class CheckpointFolder:
         from_rank_0(lambda: _fresh(partial))
         self._copies.begin()
         files = engine.state_files(partial, TAG, self._copies.copy, holds_only_trained(engine.module))
-        weights = full_state_dict(engine)
-        if engine.zero_stage < 3:  # under ZeRO-3 they are copies already
-            weights = self._copies.copy(weights)
+        exports = self.export == "every" or (self.export == "last" and last)
+        weights = self._copies.copy(full_state_dict(engine)) if exports else None
         self._copies.finish()
+        plan = export_plan(engine.module)
         texts = {"trainer.json": json.dumps(asdict(state), indent=1).encode(), "config.yaml": config_yaml.encode()}
         texts |= {f"{manifest.LOGS}/{name}.gz": copied for name, copied in logs.items()}
-        own_bytes = self._copies.num_bytes() + sum(t.nbytes for t in (weights or {}).values())
-        own_bytes += sum(map(len, texts.values()))
+        own_bytes = self._copies.num_bytes() + sum(map(len, texts.values()))
+        own_bytes += plan.num_bytes if exports and rank() == 0 else 0
         needed = sum(gather(own_bytes)) + SLACK
         self._check_space(partial, needed)
         if self._processor is None:  # the thread's own: a tokenizer must not be used by two threads at once
@@ -121,13 +126,23 @@ class CheckpointFolder:
             entries = write_part(partial, files)
             entries.update(_write_text(partial, *layout))
             if rank() == 0:
-                with naming(partial / "hf"):
-                    write_export(engine.module, self._processor, weights, partial / "hf")
+                folder = partial / (EXPORT if exports else UNEXPORTED)
+                with naming(folder):
+                    write_export(engine.module, self._processor, weights, folder)
+                    if not exports:
+                        plan.save(folder)
                 for name, text in texts.items():
                     entries.update(_write_text(partial, name, text))
             return entries
 
-        self._in_flight = Save(partial, write, lambda entries: self._publish(partial, entries), rank(), world_size())
+        def publish(entries: Entries) -> None:
+            if exports and weights is None:  # ZeRO-3: no rank has them, but they are in the files of all ranks now
+                saved = DeepSpeedFiles(partial / TAG)
+                with naming(partial / EXPORT):
+                    write_weights(plan, partial / EXPORT, lambda stored: weight(saved, stored))
+            self._publish(partial, entries)
+
+        self._in_flight = Save(partial, write, publish, rank(), world_size())
         self._in_flight.start()
         if not self.background:
             self.wait()

@@ -50,11 +50,12 @@ class PortableFiles:
         full = f"{name}|{key}"
         return self._open[self._files[full]].get_slice(full)[start : start + numel]
 
-    def untrained(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for full, file in self._files.items():
-            name, _, key = full.partition("|")
-            if key == AS_IS:
-                yield name, self._open[file].get_tensor(full)
+    def untrained_names(self) -> list[str]:
+        return [full.partition("|")[0] for full in self._files if full.endswith(f"|{AS_IS}")]
+
+    def untrained(self, name: str) -> torch.Tensor:
+        full = f"{name}|{AS_IS}"
+        return self._open[self._files[full]].get_tensor(full)
 
 
 def write_portable(saved: SavedState, folder: Path) -> None:
@@ -84,5 +85,5 @@ def _tensors(saved: SavedState) -> Iterator[tuple[str, torch.Tensor]]:
         numel = torch.Size(shape).numel()
         for key in saved.keys(name):
             yield f"{name}|{key}", saved.read(name, key, 0, numel)
-    for name, value in saved.untrained():
-        yield f"{name}|{AS_IS}", value.contiguous().clone()
+    for name in saved.untrained_names():
+        yield f"{name}|{AS_IS}", saved.untrained(name).contiguous().clone()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from vtprune_train.files import pickles
+from vtprune_train.models.io.export import Stored
 from vtprune_train.training.engine.layout import Piece, read_layouts
 
 MASTER = "fp32"
@@ -30,8 +30,11 @@ class SavedState(Protocol):
     def read(self, name: str, key: str, start: int, numel: int) -> torch.Tensor:
         """A stretch of the flattened tensor."""
 
-    def untrained(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def untrained_names(self) -> list[str]:
         """Frozen parameters and buffers, as far as the files hold them."""
+
+    def untrained(self, name: str) -> torch.Tensor:
+        """One of these."""
 
 
 class DeepSpeedFiles:
@@ -84,17 +87,20 @@ class DeepSpeedFiles:
             raise ValueError(f"{self.folder}: {missing} elements of {name} ({key}) are in no rank's files")
         return found
 
-    def untrained(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def untrained_names(self) -> list[str]:
         main = self.models[0]
-        fragments = main.get("frozen_param_fragments") or {}
         if (self.folder / WHOLE_MODEL).is_file():
-            yield from ((name, value) for name, value in main["module"].items() if name not in self.shapes)
-            return
-        for name in fragments:
-            shape = main["frozen_param_shapes"][name]
-            whole = torch.cat([model["frozen_param_fragments"][name].flatten() for model in self.models])
-            yield name, whole[: shape.numel()].view(shape)
-        yield from ((name, main["module"][name]) for name in main["buffer_names"] if name in main["module"])
+            return [name for name in main["module"] if name not in self.shapes]
+        fragments = main.get("frozen_param_fragments") or {}
+        return [*fragments, *(name for name in main["buffer_names"] if name in main["module"])]
+
+    def untrained(self, name: str) -> torch.Tensor:
+        main = self.models[0]
+        if name in main["module"] and name not in (main.get("frozen_param_fragments") or {}):
+            return main["module"][name]
+        shape = main["frozen_param_shapes"][name]
+        whole = torch.cat([model["frozen_param_fragments"][name].flatten() for model in self.models])
+        return whole[: shape.numel()].view(shape)
 
     def _states(self, rank: int, flat: int) -> dict[str, Any]:
         optimizer = self.optimizers[rank]
@@ -111,6 +117,14 @@ class DeepSpeedFiles:
         if "fp32_groups" in optimizer:
             return [tensor for group in optimizer["fp32_groups"] for tensor in group][piece.flat]
         return self.models[0]["module"][piece.name]
+
+
+def weight(saved: SavedState, wanted: Stored) -> torch.Tensor:
+    """A whole weight as the model has it: rounded from the master weights, which the optimizer updates."""
+    if wanted.name not in saved.shapes:
+        return saved.untrained(wanted.name)
+    shape = torch.Size(saved.shapes[wanted.name])
+    return saved.read(wanted.name, MASTER, 0, shape.numel()).view(shape).to(getattr(torch, wanted.dtype))
 
 
 def scaler_numbers(scaler: Any) -> dict[str, float]:

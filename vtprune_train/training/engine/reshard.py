@@ -125,7 +125,8 @@ def _fill_untrained(engine: Any, saved: SavedState) -> None:
 
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     buffers = dict(engine.module.named_buffers())
-    for name, value in saved.untrained():
+    for name in saved.untrained_names():
+        value = saved.untrained(name)
         if name in buffers:
             buffers[name].data.copy_(value)
         elif name in parameters and not parameters[name].requires_grad:

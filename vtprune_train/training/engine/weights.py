@@ -1,4 +1,4 @@
-"""The trained weights: gathered from the ranks, and exported for plain transformers or, of an adapter, for PEFT."""
+"""The trained weights: exported for plain transformers or, of an adapter, for PEFT."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vtprune_train.models.io.peft import adapted_of, write_adapter
+from vtprune_train.models.io.export import Plan, plan_of, write_weights
+from vtprune_train.models.io.peft import adapted_of, adapter_plan, write_adapter_settings
 from vtprune_train.training.distributed import rank
 from vtprune_train.training.engine.engine import Engine
 
@@ -18,49 +19,37 @@ def holds_only_trained(module: Any) -> bool:
 
 
 def full_state_dict(engine: Engine) -> dict[str, torch.Tensor] | None:
-    """What is exported, on rank 0, gathered over ranks under ZeRO-3 one parameter at a time; ``None`` on other ranks.
+    """What is exported, on rank 0; ``None`` on other ranks, and under ZeRO-3, where no rank has it.
 
     All weights, or the trained ones where :func:`holds_only_trained`.
     """
-    import deepspeed
-
     module = engine.module
-    only_trained = holds_only_trained(module)
-    if engine.zero_stage < 3:
-        if rank():
-            return None
-        if only_trained:
-            return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-        return module.state_dict()
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if only_trained and not parameter.requires_grad:
-            continue
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if rank() == 0:
-                weights[name] = parameter.data.detach().cpu().clone()
-    if rank():
+    if rank() or engine.zero_stage == 3:
         return None
-    if only_trained:
-        return weights
-    persistent = set(module.state_dict())
-    weights.update({name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in persistent})
-    return weights
+    if holds_only_trained(module):
+        return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return module.state_dict()
+
+
+def export_plan(module: Any) -> Plan:
+    """Which tensors stand in which file of the model's export."""
+    return adapter_plan(module) if holds_only_trained(module) else plan_of(module)
 
 
 def write_export(module: Any, processor: Any, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
     """Write the folder that ``from_pretrained`` of plain transformers opens, or for an adapter that of
-    :func:`~vtprune_train.models.io.peft.write_adapter`; rank 0 alone calls this.
+    :func:`~vtprune_train.models.io.peft.write_adapter_settings`; rank 0 alone calls this.
 
     Args:
         module: the model (its config, with the pruning settings, goes along).
         processor: saved beside it.
-        weights: from :func:`full_state_dict`.
+        weights: from :func:`full_state_dict`; without them all else is written.
         folder: made here.
     """
     if holds_only_trained(module):
-        assert weights is not None
-        write_adapter(module, processor, weights, folder)
-        return
-    module.save_pretrained(folder, state_dict=weights)
+        write_adapter_settings(module, folder)
+    else:
+        module.save_pretrained(folder, state_dict={})
     processor.save_pretrained(folder)
+    if weights is not None:
+        write_weights(export_plan(module), folder, lambda stored: weights[stored.name])

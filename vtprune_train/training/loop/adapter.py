@@ -13,6 +13,7 @@ from vtprune_train.config.settings import Config
 from vtprune_train.files.disk import naming
 from vtprune_train.models import HFModule
 from vtprune_train.models.io.build import parts_of, resolve_checkpoint
+from vtprune_train.models.io.export import EXPORT, UNEXPORTED
 from vtprune_train.models.io.peft import (
     ADAPTED,
     TRAINED,
@@ -50,7 +51,8 @@ def check_adapter(config: Config, device: torch.device) -> None:
     """
     checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.train.keep_last).steps()
     if checkpoints and config.train.resume != "never":
-        had_adapter = any(is_adapter(checkpoint / "hf") for checkpoint in checkpoints)  # the newest may be damaged
+        exports = [checkpoint / name for checkpoint in checkpoints for name in (EXPORT, UNEXPORTED)]
+        had_adapter = any(map(is_adapter, exports))  # the newest may be damaged
         if had_adapter != (config.model.peft is not None):
             raise ValueError(
                 f"{checkpoints[-1]} was written {'with' if had_adapter else 'without'} an adapter, but model.peft is "
@@ -70,10 +72,11 @@ def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
     if settings is None:
         return
     names, folder = published_names(model), config.run_dir / FOLDER
+    own = _extra(config, model, names) if config.model.config is None else {}
 
     def keep() -> None:
         with naming(folder):
-            _keep_base(config, model, processor, names)
+            _keep_base(config, model, processor, names, own)
 
     ranks.from_rank_0(keep)
     if config.model.config is not None:
@@ -99,7 +102,9 @@ def _adapter_before(config: Config) -> Path | None:
     return path if path is not None and is_adapter(path) else None
 
 
-def _keep_base(config: Config, model: HFModule, processor: Any, names: dict[str, str]) -> None:
+def _keep_base(
+    config: Config, model: HFModule, processor: Any, names: dict[str, str], extra: dict[str, torch.Tensor]
+) -> None:
     """Write ``base/`` at a run's first start, compare with it at a later one."""
     folder = config.run_dir / FOLDER
     steps = CheckpointFolder(config.run_dir / "checkpoints", config.train.keep_last).steps()
@@ -120,7 +125,7 @@ def _keep_base(config: Config, model: HFModule, processor: Any, names: dict[str,
         record = Base.kept(folder, config.model)
     else:
         record = _record(config)
-        save_tensors(_extra(config, model, names), names, folder / EXTRA)
+        save_tensors(extra, names, folder / EXTRA)
     record.write(folder)
     log.info("the adapter's base: %s", ", ".join(f"{record.model[key]} {h}" for key, h in record.sha256.items()))
 

@@ -30,6 +30,7 @@ from vtprune_train.data.templates import build_encoder, carry, stop_where_answer
 from vtprune_train.files.checksums import MANIFEST, damage, seal_as_it_is
 from vtprune_train.files.disk import locked, naming, publish, remove, replace_synced
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import required
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.forward.kernels import compile_model, replace_kernels
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
@@ -42,6 +43,7 @@ from vtprune_train.models.io.build import (
     set_trainable,
 )
 from vtprune_train.models.io.peft import open_model
+from vtprune_train.models.io.placement import WHOLE, Placement
 from vtprune_train.models.io.processors import build_processor
 from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
@@ -57,6 +59,7 @@ from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
 from vtprune_train.training.checkpoint.resume import resume
 from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
+from vtprune_train.training.engine.sharded import placement_for
 from vtprune_train.training.engine.start import check_engine, start_engine
 from vtprune_train.training.faults.preflight import preflight
 from vtprune_train.training.faults.preflight import wanted as preflight_wanted
@@ -95,7 +98,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     ranks.from_rank_0(lambda: _check_start(config))
     if config.data.workers:
         start_server()  # which imports for seconds
-    parts = build_parts(config)
+    parts = build_parts(config, placement_for(config, settings))
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
     if method is not None and ranks.rank() == 0:
@@ -114,9 +117,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
     engine = start_engine(parts.model, optimizer, settings)
 
-    checkpoints = CheckpointFolder(
-        run_dir / "checkpoints", config.train.keep_last, background=config.train.save_in_background
-    )
+    train = config.train
+    checkpoints = CheckpointFolder(run_dir / "checkpoints", train.keep_last, train.save_in_background, train.export)
     identity, config_yaml = _identity(config, collate.index), dump_config(config)
     state = resume(identity, config.train.resume, checkpoints, engine, config_yaml)
     ranks.from_rank_0(lambda: replace_synced(run_dir / "config.yaml", config_yaml))
@@ -239,11 +241,11 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
     return result
 
 
-def build_parts(config: Config) -> Parts:
+def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
     """Tokenizer, model and processor."""
     template = template_of(config.data)
     tokenizer = _tokenizer(config, template)
-    model = open_model(config.model, tokenizer)
+    model = open_model(config.model, tokenizer, placement)
     _, loop = family_of_config(model.config)
     encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
     if ranks.rank() == 0:
@@ -326,7 +328,7 @@ def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCos
     decoder, peft = DecoderGeometry.of(model_config.text_config), config.model.peft
     return TrainingCost(
         decoder,
-        family_of_config(model_config)[1].tower(model_config),
+        required(family_of_config(model_config)[0].flops, "training")(model_config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
         trains_projector="projector" in config.model.train,

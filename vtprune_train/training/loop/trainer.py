@@ -388,7 +388,8 @@ class Trainer:
         self._note_schedule()
         files = [] if ranks.rank() else [file for callback in self.callbacks for file in callback.files()]
         logs = {file.path.name: file.copy() for file in files}
-        self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config), logs)
+        last = self.state.step >= self.total_steps
+        self.checkpoints.save(self.engine, self.processor, self.state, dump_config(self.config), logs, last)
         self._saved_step = self.state.step
 
     def _note_schedule(self) -> None:
