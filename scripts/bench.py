@@ -35,15 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_generate
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.core.flops import DecoderGeometry, TrainingCost, selector_flops
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import KNOWN_CONFIGS
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.recompute import checkpoint_activations
-from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.pruning.base import PruningMethod
 
 IMAGE_TOKEN = 3
@@ -372,7 +373,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_rows(model: HFModule, samples: Samples, device: torch.device) -> list[Row]:
     num_layers = model.config.text_config.num_hidden_layers
-    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config), True, True)
+    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), tile_tower(model.config), True, True)
     supervised = np.array([len(segment.supervised_offsets) for segment in samples.segments])
     longest = max(map(len, samples.ids))
 

@@ -18,11 +18,12 @@ import torch
 from transformers import DynamicCache
 
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, layers_per_stage, selector_flops, stage_lengths
+from vtprune_train.core.flops import DecoderGeometry, layers_per_stage, selector_flops, stage_lengths
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import cache_bytes
 from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.pruning.base import PruningMethod
 
 HF = "transformers"
@@ -108,7 +109,7 @@ def prefill_flops(
     model: HFModule, anyres: AnyRes, samples: list[tuple[tuple[int, int], int]], method: PruningMethod | None
 ) -> float:
     """Forward FLOPs of the whole model on the packed prompts; what ranking adds is included."""
-    decoder, tower = DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config)
+    decoder, tower = DecoderGeometry.of(model.config.text_config), tile_tower(model.config)
     drops = () if method is None else method.drops(decoder.num_layers)
     spans = np.array([anyres.num_tokens(size) for size, _ in samples])
     text = np.array([text for _, text in samples])

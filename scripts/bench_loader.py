@@ -23,10 +23,6 @@ import torch
 import yaml
 from PIL import Image, ImageFilter
 
-from vtprune_train.config.load import load_config
-from vtprune_train.data.load.loader import StepLoader
-from vtprune_train.training.loop.run import build_collator, build_parts, build_planner, training_cost
-
 SIZE = (1024, 768)
 PREFETCH = 4
 AFTER = 4  # batches that are waited for after a worker was killed
@@ -74,6 +70,10 @@ class Loaders:
     """Makes loaders of the same steps."""
 
     def __init__(self, folder: Path, steps: int):
+        # here, as workers import this file, and training's own script imports nothing
+        from vtprune_train.config.load import load_config
+        from vtprune_train.training.loop.run import build_collator, build_parts, build_planner, training_cost
+
         (folder / "bench.yaml").write_text(yaml.safe_dump(SETTINGS))
         given = [f"run.output_dir={folder / 'runs'}", f"data.root={folder}", f"data.cache_dir={folder / 'cache'}"]
         config = load_config(str(folder / "bench.yaml"), given)
@@ -82,7 +82,9 @@ class Loaders:
         self.collate = build_collator(config, parts, cost, config.pruning.build(), "train")
         self.planner, self.steps = build_planner(config, self.collate, 1), steps
 
-    def make(self, workers: int) -> StepLoader:
+    def make(self, workers: int) -> Any:
+        from vtprune_train.data.load.loader import StepLoader
+
         options: dict[str, Any] = {"rank": 0, "device": torch.device("cpu"), "prefetch": PREFETCH, "timeout": 120}
         return StepLoader(self.collate, self.planner, first_step=0, end_step=self.steps, workers=workers, **options)
 

@@ -39,11 +39,11 @@ from vtprune_train import PyramidDrop
 from vtprune_train.core.flops import TYPICAL_TEXT, TYPICAL_VISUAL
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import to_device
+from vtprune_train.models.families import KNOWN_CONFIGS
 from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.head import chunked_cross_entropy
-from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.pruning.base import PruningMethod
 
 META = torch.device("meta")

@@ -27,11 +27,11 @@ from vtprune_train.core.flops import (
     TYPICAL_VISUAL,
     DecoderGeometry,
     PassCost,
-    TowerGeometry,
     TrainingCost,
 )
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import to_device
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward import attention as backends
 from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.compile import compile_layers, uncompile_layers
@@ -86,7 +86,7 @@ def noting_lack_of_memory(check: Check, part: str, label: str) -> Iterator[None]
 def decoder_steps(check: Check, part: str, label: str, names: tuple[str, ...], repeats: int = 3) -> None:
     """Forward and backward of the decoder layers and the final norm on samples of typical length."""
     config = check.big.model.config
-    cost = TrainingCost(DecoderGeometry.of(config.text_config), TowerGeometry.of(config), True, True)
+    cost = TrainingCost(DecoderGeometry.of(config.text_config), tile_tower(config), True, True)
     typical = (TYPICAL_VISUAL, TYPICAL_TEXT) if check.geometry_name == "7b" else (200, 20)
     segments = [bench.segment_of(*typical)] * TYPICAL_SAMPLES
     decoder = check.big.model.model.language_model

@@ -68,7 +68,7 @@ def test_who_takes_part(compared):
     assert "takes between 0.167" in absent["pyramiddrop", 0.1] and "learns parameters" in absent["victor", 0.5]
     text = table(results)
     assert "absent: victor at 0.5: victor learns" in text and "absent: pyramiddrop at 0.1: " in text
-    assert {one["reason"] for one in results["left_out"]} == {"it shows no picture, so that every method is dense"}
+    assert {one["reason"] for one in results["left_out"]} == {"it shows no image, so that every method is dense"}
 
 
 @pytest.mark.parametrize("name", ["pyramiddrop", "random", "plphp"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaOnevisionConfig, MixtralConfig, Qwen2VLConfig
+from transformers import Gemma3Config, LlavaConfig, MixtralConfig, Qwen2VLConfig, Qwen2VLImageProcessorPil
 
 from tests.support.helpers import tiny_config, tiny_model
 from vtprune_train import PyramidDrop
@@ -19,8 +19,9 @@ from vtprune_train.bench.costs import Picture, Sample, Subject, estimate, pictur
 from vtprune_train.cli import main
 from vtprune_train.cli.estimate import render
 from vtprune_train.config.load import load_config
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, selector_flops
+from vtprune_train.core.flops import DecoderGeometry, TrainingCost, selector_flops
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.training.dry_run import describe
 
@@ -133,7 +134,7 @@ def test_agrees_with_the_dry_run():
 
 def test_whole_model_adds_tower_and_projector():
     config = tiny_config()
-    tower, pictures = TowerGeometry.of(config), pictures_of(config, [(56, 56), (80, 30)])
+    tower, pictures = tile_tower(config), pictures_of(config, [(56, 56), (80, 30)])
     assert [(picture.tokens, picture.tiles) for picture in pictures] == [(88, 5), (16 + 4 * 11, 4)]
     result = estimate(subject(config, trained=("projector",)), Sample(pictures, batch=3))
     assert result.vision == pytest.approx(3 * (tower.tower(9) + tower.projector(9)))
@@ -172,25 +173,47 @@ def test_cache_is_what_generation_holds():
     assert result.cache_answer.dense == result.cache_answer.pruned == held
 
 
-@pytest.mark.parametrize("family", [LlavaOnevisionConfig, Qwen2VLConfig])
-def test_other_families_count_their_decoder(family):
-    config = family()
-    result = estimate(subject(config, PyramidDrop()), sample(1000))
-    assert result.prefill_whole is None and result.training_whole is None
-    assert f"tower and projector not counted for {config.model_type}" in render(result)
-    assert result.prefill_decoder.ratio > 1
-    with pytest.raises(ValueError, match=rf"--resolution: .*not for {config.model_type}.*give --visual_tokens"):
-        pictures_of(config, [(336, 336)])
-    with pytest.raises(ValueError, match=r"no picture given: .*give --visual_tokens"):
-        pictures_of(config)
+@pytest.mark.parametrize(
+    ("model", "size", "tokens", "seen"),
+    [
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "768x384", 729 + 27 * 55, "3 tile(s)"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "644x420", 23 * 15, f"{46 * 30} patches"),
+    ],
+)
+def test_other_families_count_pictures_tower_and_projector(model, size, tokens, seen, capsys):
+    output = stdout_of(capsys, "--model", model, "--resolution", size)
+    assert f"{size}: {tokens} tokens of {seen}" in output
+    assert "not counted" not in output and output.count("x faster") == 4
+    assert "tower and projector" in stdout_of(capsys, "--model", model), "the largest of its examples"
+
+
+def test_pictures_of_one_sample_are_laid_out_together(capsys):
+    model = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    two = stdout_of(capsys, "--model", model, "--resolution", "768x384", "--resolution", "768x384")
+    assert "768x384: 730 tokens of 1 tile(s); 768x384: 730 tokens of 1 tile(s)" in two
+
+
+def test_what_a_family_lacks_is_said(tmp_path, capsys):
+    Qwen2VLConfig().save_pretrained(tmp_path)
+    [line] = errors_of(capsys, "--model", str(tmp_path), "--resolution", "336x336")
+    assert "for qwen2_vl with qwen2_vl_vision (" in line and "there is no preprocessor_config.json" in line
+    output = stdout_of(capsys, "--model", str(tmp_path), "--visual_tokens", "1000")
+    assert "picture: 1000 tokens of 4000 patches" in output and "not counted" not in output
+    Qwen2VLImageProcessorPil().save_pretrained(tmp_path)
+    assert "280x280: 100 tokens of 400 patches" in stdout_of(
+        capsys, "--model", str(tmp_path), "--resolution", "280x280"
+    )
+    gemma = subject(Gemma3Config(text_config={"num_hidden_layers": 6}))
+    words = "tower and projector not counted: it holds a gemma3, which is not supported; supported: llava_next"
+    assert words in render(estimate(gemma, sample(1000)))
 
 
 def test_towers_that_are_not_counted():
     pixtral = LlavaConfig(vision_config={"model_type": "pixtral"})
-    with pytest.raises(ValueError, match="not for llava with pixtral"):
+    with pytest.raises(ValueError, match=r"for llava with pixtral \(the vision tower is a pixtral"):
         pictures_of(pixtral, [(336, 336)])
     result = estimate(subject(), sample(10))
-    assert "not counted: the tokens are no multiple of a tile's 16; give --resolution" in render(result)
+    assert "not counted: the tokens are not a multiple of a tile's 16; give --resolution" in render(result)
     with pytest.raises(ValueError, match="mixtral decoder is a mixture of experts"):
         estimate(subject(MixtralConfig()), sample(10))
     with pytest.raises(ValueError, match="clip_vision_model decoder has no num_key_value_heads"):
@@ -322,7 +345,10 @@ def test_saved_settings_that_do_not_fit(tmp_path, capsys):
 def test_a_method_that_reads_a_tower_which_does_not_tell(tmp_path, capsys):
     Qwen2VLConfig().save_pretrained(tmp_path)
     [line] = errors_of(capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "visionzip")
-    assert "visionzip reads the vision tower's attention, which Qwen2-VL does not give; use a method" in line
+    assert (
+        "visionzip reads the vision tower's attention, which Qwen2-VL does not give: it is not read there; use a method"
+        in line
+    )
     assert "pruning   divprune" in stdout_of(
         capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "divprune"
     )

@@ -20,8 +20,8 @@ from vtprune_train.cli import main
 from vtprune_train.data.chat import Turn
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.evaluation.answering import Loaded, answers, load, recorded_prompt
-from vtprune_train.evaluation.ledger import Ledger
 from vtprune_train.evaluation.questions import normalized, read_questions
+from vtprune_train.evaluation.results import Ledger
 from vtprune_train.evaluation.timing import drop_layers, measured_answers
 from vtprune_train.models.cache import cache_bytes
 from vtprune_train.models.forward.padded import kept_tokens

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from tests.support.checkpoints import TEMPLATE, same_state, save_folder, save_pictures, save_run, talkative
-from tests.support.families import family_processor
+from tests.support.families import family_model, family_processor
 from tests.support.helpers import tiny_model, tiny_processor
 from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, Template, Turn
 from vtprune_train.evaluation.answering import load, prompt_text
-from vtprune_train.models.families import family_of
+from vtprune_train.models.families import family_of, trained_family
 from vtprune_train.models.io.build import _load_projector
 from vtprune_train.models.patch import saved_method
 
@@ -189,14 +189,36 @@ def test_float16_does_not_make_infinities(capsys, tmp_path):
         assert not (tmp_path / part).exists()
 
 
-def test_other_families(tmp_path, capsys):
+def test_other_families(tmp_path):
     talkative("llava").save_pretrained(tmp_path / "llava")
     family_processor("llava").save_pretrained(tmp_path / "llava")
     export(tmp_path / "llava", tmp_path / "export", "--max_shard_size", "30KB")
     opened = LlavaForConditionalGeneration.from_pretrained(tmp_path / "export")
     same_state(talkative("llava"), opened, torch.bfloat16)
-    export(tmp_path / "llava", tmp_path / "projector", "--part", "projector", expect=2)
-    assert "holds a llava; training reads llava_next's only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--keep_names"]], ids=["published names", "kept names"])
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl"])
+def test_the_projector_of_every_family_that_is_trained(tmp_path, name, options):
+    model, other = family_model(name), family_model(name, seed=9)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "projector", "--part", "projector", "--dtype", "float32", *options)
+    _, loop = trained_family(model.config.model_type, "test")
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    _load_projector(other, loop, str(tmp_path / "projector"))
+    taken = {key for key in before if key.startswith(loop.projector)}
+    assert len(taken) >= 4
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key] if key in taken else before[key]), key
+    with safe_open(str(tmp_path / "projector" / "model.safetensors"), "pt") as file:
+        assert len(file.keys()) == len(taken)
+
+
+def test_a_projector_that_training_does_not_read(tmp_path, capsys):
+    family_model("qwen2_vl").save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "projector", "--part", "projector", expect=2)
+    words = "holds a qwen2_vl, which the training loop does not know; it trains: llava_next, llava, llava_onevision"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,17 @@ from transformers import (
 )
 
 from tests.support.checkpoints import save_run
+from tests.support.family_runs import save_checkpoint
 from tests.support.helpers import SPECIAL, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
 from tests.support.runner import Runs
 from vtprune_train import PruningMethod, PyramidDrop, prune
 from vtprune_train.cli import main
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.families.anyres import NEWLINE, AnyRes
+from vtprune_train.models.families.places import grid_places
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
 from vtprune_train.viz.page import page
-from vtprune_train.viz.places import anyres_places, grid_places
 from vtprune_train.viz.show import encode, look, show, stage_names
 
 ANYRES = AnyRes.of(LlavaNextConfig())  # as released: tiles of 336 pixels, patches of 14
@@ -95,7 +96,7 @@ SIZES = [(336, 672), (300, 500), (641, 333), (767, 1023), (150, 900), (999, 334)
 def test_each_token_lies_where_the_processor_took_its_pixels_from(size):
     """Colours that the tower really sees, against boxes."""
     height, width = size
-    places = anyres_places(ANYRES, size)
+    places = ANYRES.places([size], None)[0]
     colours = seen(processor_336().image_processor, ANYRES, gradient(height, width))
     real = places.kinds != "newline"
     boxes, colours = places.boxes[real], colours[real]
@@ -112,7 +113,7 @@ def test_each_token_lies_where_the_processor_took_its_pixels_from(size):
 
 def check_places(anyres, size):
     height, width = size
-    places = anyres_places(anyres, size)
+    places = anyres.places([size], None)[0]
     assert len(places.kinds) == len(places.boxes) == anyres.num_tokens(size)
     left, top, right, bottom = places.boxes.T
     assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
@@ -229,7 +230,9 @@ def test_what_the_selector_keeps_is_what_is_bright(size, patch):
     scores = redness(picture)
     wanted = np.flatnonzero(scores > 0.5)
     model = prune(model_336(), Known(tuple(scores.tolist()), (len(wanted) + 0.5) / len(scores)))
-    (shown,) = look(model, encode(processor_336(), [picture], "what is shown here ?"), [picture])
+    (shown,) = look(
+        model, processor_336().image_processor, encode(processor_336(), [picture], "what is shown here ?"), [picture]
+    )
     assert shown.kept[1].tolist() == wanted.tolist()
     assert shown.kept[0].tolist() == list(range(len(scores)))
 
@@ -266,7 +269,7 @@ def uncovered(shown, kind, size):
 def test_newlines_stand_apart():
     size = (300, 500)
     picture = patch_picture(size, MIDDLE)
-    places = anyres_places(ANYRES, size)
+    places = ANYRES.places([size], None)[0]
     newlines = np.flatnonzero(places.kinds == "newline")
     shown = ShownImage(picture, places, [np.arange(len(places.kinds)), newlines[:5]])
     assert places.counts(shown.kept[1]) == {"base": 0, "grid": 0, "newline": 5}
@@ -302,7 +305,7 @@ def test_several_pictures_each_with_its_own_tokens():
     pictures = [patch_picture((40, 70), MIDDLE), patch_picture((90, 30), CORNER), patch_picture((50, 50), MIDDLE)]
     model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
     processor = tiny_processor()
-    images = look(model, encode(processor, pictures, "what is this ?"), pictures)
+    images = look(model, processor.image_processor, encode(processor, pictures, "what is this ?"), pictures)
     assert [shown.picture for shown in images] == pictures
     for shown, picture in zip(images, pictures, strict=True):
         total = TINY.num_tokens((picture.height, picture.width))
@@ -334,7 +337,9 @@ def test_a_model_that_drops_nothing_has_one_stage():
     model = prune(tiny_model(), None)
     assert stage_layers(model) == [range(6)]
     picture = patch_picture((40, 70), MIDDLE)
-    (shown,) = look(model.train(), encode(tiny_processor(), [picture], "what ?"), [picture])
+    (shown,) = look(
+        model.train(), tiny_processor().image_processor, encode(tiny_processor(), [picture], "what ?"), [picture]
+    )
     assert len(shown.kept) == 1
     assert model.training
 
@@ -430,6 +435,30 @@ def test_wrong_input_exits_2_with_one_line(folder, capfd, arguments, words):
         assert word in line
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_the_command_shows_every_family(tmp_path, name):
+    save_checkpoint(name, tmp_path / "model")
+    patch_picture((80, 140), MIDDLE).save(tmp_path / "a.png")
+    how = ["--method", "pyramiddrop", "--layers", "3", "--keep", "0.5", "--html", str(tmp_path / "out.html")]
+    if name in ("qwen2_vl", "qwen3_vl", "qwen2_5_vl"):  # whose positions are made to stay with their tokens
+        how += ["--set", "positions=keep"]
+    assert command(tmp_path, model="model", more=how) == 0
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert (np.asarray(drawn) == MAGENTA).all(axis=-1).sum() > 1000
+    page = re.search(r'id="data">(.*?)</script>', (tmp_path / "out.html").read_text(), re.DOTALL)
+    [image] = json.loads(page[1])["images"]
+    first, second = image["kept"]
+    assert len(first) == len(image["boxes"]) == len(image["kinds"]) > 5 and len(second) == len(first) // 2
+
+
+def test_another_image_processor_than_the_models_is_said(tmp_path):
+    """Its places would be wrong: as many tokens were asked for as images of one tile have."""
+    model, picture = prune(tiny_model(), None), patch_picture((40, 70), MIDDLE)
+    inputs = encode(tiny_processor(), [picture], "what ?")
+    with pytest.raises(ValueError, match=r"the prompt holds \d+ visual tokens, but images of \[\(70, 40\)\] .* have"):
+        look(model, tiny_image_processor(), inputs, [picture.transpose(Image.Transpose.ROTATE_90)])
+
+
 def test_training_puts_pictures_into_tensorboard(tmp_path):
     """Under ZeRO-3 too, where every rank has to run the model for what one of them draws."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -467,7 +496,7 @@ def example():
         picture = patch_picture(size, patch)
         best = np.argsort(-redness(picture), kind="stable")
         counts = (len(best), len(best) // 2, len(best) // 10)
-        images.append(ShownImage(picture, anyres_places(ANYRES, size), [np.sort(best[:n]) for n in counts]))
+        images.append(ShownImage(picture, ANYRES.places([size], None)[0], [np.sort(best[:n]) for n in counts]))
     return images, ["stage 1, layers 0-1", "stage 2, layers 2-3", "stage 3, layers 4-5"]
 
 

@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.support.helpers import tiny_config, tiny_model
 from vtprune_train.core.flops import (
     DecoderGeometry,
-    TowerGeometry,
     TrainingCost,
     layers_per_stage,
     published_decoder_flops,
     stage_lengths,
 )
 from vtprune_train.core.stream import Drop
+from vtprune_train.models.families.towers import tile_tower
 
 
 @pytest.mark.parametrize(("tokens", "dense", "dropped"), [(2880, 20.8, 9.46), (576, 3.82, 1.78)])
@@ -28,7 +28,7 @@ def test_decoder_and_tower_against_pytorchs_counter():
     """PyTorch counts full attention; the difference to the causal half is known exactly."""
     model = tiny_model().eval()
     model.set_attn_implementation("eager")  # its products are counted on every device
-    decoder, tower = DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config)
+    decoder, tower = DecoderGeometry.of(model.config.text_config), tile_tower(model.config)
     length = 40
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.language_model(inputs_embeds=torch.randn(1, length, 32))
@@ -53,7 +53,7 @@ def test_stage_lengths():
 
 def test_frozen_parts_cost_less():
     config = tiny_config()
-    geometry = DecoderGeometry.of(config.text_config), TowerGeometry.of(config)
+    geometry = DecoderGeometry.of(config.text_config), tile_tower(config)
     arguments = np.array([[50]]), [6], np.array([2]), np.array([4])
     full = TrainingCost(*geometry, trains_decoder=True, trains_tower=True).sample(*arguments)
     stage_1 = TrainingCost(*geometry, trains_decoder=False, trains_tower=False).sample(*arguments)

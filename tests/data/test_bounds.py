@@ -22,7 +22,7 @@ from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source
 from vtprune_train.data.measure import Measure, Measured, measure_piece
 from vtprune_train.data.records import TURN_BYTES, normalize, read_records
-from vtprune_train.data.sources import Bounds, TooLarge, arrow_rows, base, find_files, json_list, open_reader, tables
+from vtprune_train.data.sources import Bounds, TooLarge, arrow_rows, base, find_files, json_files, open_reader, tables
 from vtprune_train.data.tokens import SectionTokenizer
 from vtprune_train.files.checksums import read_sealed
 
@@ -62,7 +62,7 @@ def places_and_records(path, bound=BOUND):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_reader_passes_over_what_is_too_large(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(json_list, "BLOCK", 4096)
+    monkeypatch.setattr(json_files, "BLOCK", 4096)
     whole = places_and_records(write(tmp_path, kind, records_with("short")))[1]
     reader, found = places_and_records(write(tmp_path, kind, records_with(HUGE)))
     assert len(found) == 9
@@ -158,7 +158,7 @@ def test_the_end_of_a_json_value_is_found_whatever_it_holds():
     for _ in range(2000):
         written = json.dumps(value(), ensure_ascii=rng.random() < 0.5).encode()
         content = written + rng.choice([b",1", b"]", b' , "x"', b"}"])
-        end, block, at = json_list._End(), rng.randint(1, 9), 0
+        end, block, at = json_files._End(), rng.randint(1, 9), 0
         while not (size := end.within(content[at : at + block])):
             at += block
         assert at + size == len(written), content
@@ -181,7 +181,7 @@ def test_one_line_without_an_end_and_one_that_is_blank(tmp_path):
 def test_json_that_takes_more_memory_than_bytes(tmp_path, monkeypatch, name):
     """Millions of tiny values, deep nesting and endless numbers: each is a bad record, the next is read."""
     monkeypatch.setattr(base, "MOST_VALUES", 6000)
-    monkeypatch.setattr(json_list, "MOST_VALUES", 6000)
+    monkeypatch.setattr(json_files, "MOST_VALUES", 6000)
     good = json.dumps({"id": "good", "conversations": say("what", "a cat")})
     bad = ["[" * 5000 + "]" * 5000, "[" + "{}," * 8000 + "{}]", '{"n": ' + "1" * 5000 + "}"]
     deep = json.dumps({"conversations": say("what", "a"), "x": 0}).replace("0", "[" * 700 + "]" * 700)

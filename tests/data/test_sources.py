@@ -24,7 +24,7 @@ from vtprune_train.config.settings import ConfigError
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source
 from vtprune_train.data.records import Conversation, Prompt, read_records
-from vtprune_train.data.sources import arrow_rows, find_files, json_list, open_reader, tables
+from vtprune_train.data.sources import arrow_rows, find_files, json_files, open_reader, tables
 from vtprune_train.training import distributed
 
 
@@ -131,7 +131,7 @@ def test_members_of_a_tar(tmp_path):
         ("a.parquet", b"PAR1 and no more", "a.parquet is not parquet, or is cut off"),
         ("a.json", b'[{"id": 1}, {"id": 2}', "a.json: not JSON .the list has no end"),
         ("a.json", b'[{"id": 1} {"id": 2}]', "a.json: not JSON .',' or ']' expected, at byte 11"),
-        ("a.json", b'[{"id": 1}] x', "something stands behind the list"),
+        ("a.json", b'[{"id": 1}] x', "something stands after the list"),
         ("a.json", b"", "a.json: not JSON"),
         ("a.json", b'["\xff"]', "not UTF-8"),
         ("a.json", b"[" * 99999, "a.json: not JSON .maximum recursion depth"),
@@ -227,8 +227,8 @@ def test_a_json_list_is_read_in_blocks(tmp_path, monkeypatch):
     records = [{"id": i, "text": 'ä€😀\\" [,]}' * (i % 4), "n": [12345, -1.5e3]} for i in range(20)] + [17, "x", None]
     (tmp_path / "a.json").write_text("\n" + json.dumps(records, ensure_ascii=False), encoding="utf-8-sig")
     for block in (1, 2, 3, 7, 64):
-        monkeypatch.setattr(json_list, "BLOCK", block)
-        monkeypatch.setattr(json_list, "PIECE_BYTES", 100)
+        monkeypatch.setattr(json_files, "BLOCK", block)
+        monkeypatch.setattr(json_files, "PIECE_BYTES", 100)
         reader = open_reader(tmp_path / "a.json")
         pieces = list(reader.pieces())
         found = [item for piece in pieces for item in reader.scan(piece)]
@@ -418,7 +418,7 @@ def test_mixtures_in_files(tmp_path):
         ([{"path": "a", "weights": 2}], ["x.yaml, entry 0: weights: unknown key; did you mean", "weight?"]),
         ([{"path": "a"}, {"path": "b", "weight": -1}], ["x.yaml, entry 1: weight", "greater than 0"]),
         ([{"weight": 1}], ["x.yaml, entry 0: path", "required"]),
-        ([{"path": "a", "prompt": {"prefix": "<image>"}}], ["prompt.prefix", "brings no picture"]),
+        ([{"path": "a", "prompt": {"prefix": "<image>"}}], ["prompt.prefix", "brings no image"]),
         ([{"include": "x.yaml"}], ["x.yaml includes itself"]),
         ([{"include": "gone.yaml"}], ["gone.yaml is neither here nor in configs/"]),
         ([{"include": "x.yaml", "weight": 2}], ["an entry with include has nothing beside it", "weight"]),

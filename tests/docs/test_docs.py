@@ -100,6 +100,5 @@ def test_the_table_of_families_is_complete():
         assert f"| {family.title} | `{family.model_class}` |" in page
     assert page.count("| refused: ") == len(UNSUPPORTED)
     [code] = blocks("families.md", "python")
-    names = {}
-    exec(code, names)
-    assert names["FAMILY"] in FAMILIES
+    file = ROOT / "vtprune_train" / "models" / "families" / "qwen2_vl.py"
+    assert code in file.read_text(), "the page shows the smallest family as it stands in its file"

@@ -27,7 +27,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from vtprune_train.cli import train_main
 from vtprune_train.data.load import workers
 from vtprune_train.data.measure import Measure
-from vtprune_train.data.sources import json_list
+from vtprune_train.data.sources import json_files
 from vtprune_train.files import disk
 from vtprune_train.training.checkpoint import folder, manifest, resume, writing
 from vtprune_train.training.checkpoint.json_lines import JsonLines
@@ -328,7 +328,7 @@ FAULTS = {
 }
 
 if __name__ == "__main__":
-    json_list.PIECE_BYTES = PIECE_BYTES
+    json_files.PIECE_BYTES = PIECE_BYTES
     if HERE:
         FAULTS[FAULT]()
     sys.exit(train_main())

@@ -59,6 +59,7 @@ CUT = {"cut.png": PNG[:3000], "cut.jpg": encoded(PHOTO, "JPEG")[:900]}
 NUM_BAD = len(REFUSED) + len(CUT)
 SETTINGS = (
     "data.eval=[]",
+    "data.workers=1",
     f"data.max_bad={NUM_BAD}",
     "data.max_bad_share=1",
     "deepspeed=configs/deepspeed/zero0.json",

@@ -37,7 +37,7 @@ from vtprune_train.processes.signals import (
 
 HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"
-LONG = ("train.save_every=1000", "train.max_steps=100000", "train.epochs=100000", "data.eval=[]")
+LONG = ("train.save_every=1000", "train.max_steps=100000", "train.epochs=100000", "data.eval=[]", "data.workers=1")
 INT, HUP, TERM = signal.SIGINT, signal.SIGHUP, signal.SIGTERM
 
 

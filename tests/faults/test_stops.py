@@ -15,7 +15,7 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("resume"))
 
 
-SETTINGS = ("train.save_every=1", "train.epochs=3")
+SETTINGS = ("train.save_every=1", "train.epochs=3", "data.workers=1")
 
 
 @pytest.fixture(scope="module")

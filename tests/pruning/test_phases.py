@@ -16,7 +16,7 @@ from vtprune_train.config.load import load_config, without_effect
 from vtprune_train.config.settings import ConfigError, PruningConfig
 from vtprune_train.core.flops import selector_flops
 from vtprune_train.data.index import Lengths
-from vtprune_train.data.plan.costs import StepCosts
+from vtprune_train.data.plan.planner import StepCosts
 from vtprune_train.models.forward.head import Teaching, chunked_consistency
 from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup

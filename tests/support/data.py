@@ -8,11 +8,12 @@ import numpy as np
 from PIL import Image
 
 from tests.support.helpers import tiny_image_processor, tiny_model, tiny_tokenizer
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost
+from vtprune_train.core.flops import DecoderGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.towers import tile_tower
 
 CONFIG = tiny_model().config
 
@@ -38,7 +39,7 @@ def index_of(folder, records, name="train.json", take="all", **settings):
 
 
 def collator(index, encoder, method=None):
-    cost = TrainingCost(DecoderGeometry.of(CONFIG.text_config), TowerGeometry.of(CONFIG), True, True)
+    cost = TrainingCost(DecoderGeometry.of(CONFIG.text_config), tile_tower(CONFIG), True, True)
     return Collator(index, encoder, AnyRes.of(CONFIG), tiny_image_processor(), method, cost)
 
 

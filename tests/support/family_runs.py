@@ -6,11 +6,10 @@ import json
 
 import numpy as np
 from PIL import Image
-from transformers import (
-    Qwen2VLImageProcessorPil,
-)
+from transformers import GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil
 
 from tests.support.families import QWEN_SIZE, family_model, family_processor, tokenizer
+from tests.support.helpers import PATCH, TILE
 from tests.support.runner import Runs
 from vtprune_train.config.settings import Config
 from vtprune_train.models.io.build import (
@@ -33,8 +32,10 @@ TEXT_ONLY = 1
 
 
 def image_processor(name):
-    if name == "qwen2_5_vl":
-        return Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, size=QWEN_SIZE)
+    if name.startswith("qwen"):
+        return Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, size=QWEN_SIZE)
+    if name == "internvl":
+        return GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, crop_to_patches=True, max_patches=4)
     return family_processor(name).image_processor
 
 
@@ -42,7 +43,11 @@ def save_checkpoint(name, folder):
     """As a hub would hold it."""
     family_model(name).save_pretrained(folder)
     image_processor(name).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    words = tokenizer()
+    if name == "internvl":
+        names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+        words.init_kwargs.update(names, video_token="<v>")
+    words.save_pretrained(folder)
     return folder
 
 

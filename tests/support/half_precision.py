@@ -17,7 +17,7 @@ from tests.support.families import FAMILIES, family_inputs, family_model, tokeni
 from tests.support.helpers import PINPOINTS
 from vtprune_train import prune
 from vtprune_train.config.settings import ModelConfig, PeftConfig
-from vtprune_train.models.families import family_of
+from vtprune_train.models.families import Lacks, family_of
 from vtprune_train.models.io.build import build_model, load_tokenizer
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.training.engine.start import start_distributed, start_engine
@@ -66,7 +66,7 @@ def save_language_model(model, folder):
 
 def started(settings, reference, folder):
     """The model inside DeepSpeed's engine."""
-    if family_of(reference).loop is None:  # not trained by the loop: as a library's user opens it
+    if isinstance(family_of(reference).loop, Lacks):  # not trained by the loop: as a library's user opens it
         model = type(reference).from_pretrained(settings["path"], dtype=torch.bfloat16)
     else:
         config = ModelConfig(**{key: value for key, value in settings.items() if key != "peft"})

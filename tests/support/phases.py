@@ -8,12 +8,13 @@ from PIL import Image
 
 from tests.support.helpers import tiny_image_processor, tiny_model, tiny_tokenizer
 from vtprune_train import PyramidDrop
-from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost
+from vtprune_train.core.flops import DecoderGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.load.collate import Collator, LoadedSample
 from vtprune_train.data.records import normalize
 from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import Pictures
+from vtprune_train.models.families.towers import tile_tower
 
 METHOD = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1))
 LAYERS = 6
@@ -35,7 +36,7 @@ def make_parts():
         images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
         pictures = Pictures(sizes, layout.pixels(processor, images))
         loaded.append(LoadedSample(str(number), encoder.encode(record.turns), pictures))
-    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), TowerGeometry.of(model.config), True, True)
+    cost = TrainingCost(DecoderGeometry.of(model.config.text_config), tile_tower(model.config), True, True)
 
     def collator(phases=None, method=METHOD):
         return Collator(None, encoder, layout, processor, method, cost, phases)

@@ -62,7 +62,7 @@ TINY = {
         "max_length": 300,
         "max_tokens": 600,
         "max_bad": 0,
-        "workers": 1,
+        "workers": 0,
     },
     "pruning": {"method": "pyramiddrop", "layers": [1, 2, 3], "keep": [0.5, 0.25, 0.125]},
     "train": {

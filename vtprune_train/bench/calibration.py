@@ -1,4 +1,4 @@
-"""How far a method's answers are from those of the dense model, on questions about pictures.
+"""How far a method's answers are from those of the dense model, and from the true ones, on questions about images.
 
 Shape suffixes: B rows, L tokens of a prompt and its answer, N answer tokens of a batch, W words of the vocabulary.
 """
@@ -6,7 +6,7 @@ Shape suffixes: B rows, L tokens of a prompt and its answer, N answer tokens of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from vtprune_train.core.stream import IGNORE
 from vtprune_train.evaluation.answering import GREEDY, Loaded, Prompt, batch, padding
+from vtprune_train.evaluation.questions import normalized
+from vtprune_train.evaluation.timing import measured_answers
 from vtprune_train.models.patch import backend_for, prune, unprune
 from vtprune_train.pruning.base import PruningMethod
 
@@ -31,7 +33,7 @@ class Closeness:
 
 @dataclass(frozen=True)
 class Answered:
-    """One batch with the dense model's answers behind its prompts.
+    """One batch with the dense model's answers after its prompts.
 
     Args:
         inputs: what the model takes, ``labels`` [B, L] at the answers' tokens among it.
@@ -97,7 +99,7 @@ def calibrate(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int, ba
 
     Args:
         loaded: not pruned.
-        prompts: with pictures.
+        prompts: with images.
         max_new_tokens: at most, of each answer.
         batch_size: prompts answered, and later measured, at once.
     """
@@ -117,10 +119,13 @@ def _answered(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> An
     prompts = inputs["input_ids"]
     sequences = loaded.model.generate(**inputs, **GREEDY, **padding(loaded), max_new_tokens=max_new_tokens)
     labels = torch.full_like(sequences, IGNORE)
+    known = loaded.model.generation_config.eos_token_id
+    ends = set(known if isinstance(known, list) else [known])
     for row, answer in enumerate(sequences[:, prompts.shape[1] :]):
-        length = _answer_length(loaded, answer.tolist())
+        end = next((place for place, token in enumerate(answer.tolist()) if token in ends), len(answer))
+        length = min(end + 1, len(answer))  # the token that ends the answer included
         labels[row, prompts.shape[1] : prompts.shape[1] + length] = answer[:length]
-    # Behind an answer's end the padding counts as text: causal attention keeps it from the answer's rows.
+    # After an answer's end the padding counts as text: causal attention keeps it from the answer's rows.
     extended = {
         key: torch.cat([value, value.new_full((len(value), sequences.shape[1] - value.shape[1]), filler)], dim=1)
         for key, value in inputs.items()
@@ -132,13 +137,6 @@ def _answered(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> An
     return Answered(extended, _log_probabilities(loaded, extended), rows)
 
 
-def _answer_length(loaded: Loaded, answer: list[int]) -> int:
-    """Tokens up to the one that ends it, that one included."""
-    known = loaded.model.generation_config.eos_token_id
-    ends = set(known if isinstance(known, list) else [known])
-    return next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
-
-
 @torch.inference_mode()
 def _log_probabilities(loaded: Loaded, inputs: dict[str, Any]) -> Tensor:
     """[N, W] float32 at the rows before supervised tokens."""
@@ -147,11 +145,79 @@ def _log_probabilities(loaded: Loaded, inputs: dict[str, Any]) -> Tensor:
 
 
 def prompts_with_pictures(questions: Sequence[Any], opened: Any) -> Iterator[Prompt]:
-    """The questions that show a picture; ``opened`` opens one.
+    """The questions that show an image; ``opened`` opens one.
 
     Raises:
-        ValueError: a picture cannot be read.
+        ValueError: an image cannot be read.
     """
     for question in questions:
         if question.images:
             yield [opened(path) for path in question.images], question.turns
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One method on all questions.
+
+    Args:
+        exact_match: share of answers that are the true ones.
+        agreement: share of answers that are the dense model's (greedy both).
+        kl: mean over the tokens of the dense model's answers of KL(dense || pruned), teacher-forced, in nats.
+        visual_tokens: mean over questions, before dropping.
+        entering, leaving, cached: likewise, as counted; see :class:`~vtprune_train.core.flops.VisualTokens`.
+        prefill_flops: mean over questions; ``None`` where the decoder is not counted.
+        answers: normalised, in the questions' order.
+    """
+
+    exact_match: float
+    agreement: float
+    kl: float
+    visual_tokens: float
+    entering: float
+    leaving: float
+    cached: float
+    prefill_flops: float | None
+    answers: tuple[str, ...]
+
+
+def quality(
+    calibration: Calibration,
+    batches: Sequence[Any],
+    references: Sequence[str],
+    method: PruningMethod | None,
+    dense: Sequence[str] | None,
+    max_new_tokens: int,
+) -> Quality:
+    """Ask everything.
+
+    Args:
+        calibration: the dense model's answers to the same questions, for the divergence.
+        batches: ``generate``'s inputs.
+        references: true answers, in the batches' order.
+        method: ``None`` for the dense model itself.
+        dense: its answers; ``None`` where this makes them.
+        max_new_tokens: at most, of an answer.
+
+    Raises:
+        ValueError: the method does not fit the model.
+    """
+    loaded = calibration.loaded
+    with nullcontext() if method is None else pruned_by(loaded, method, calibration.attention):
+        measured = [one for inputs in batches for one in measured_answers(loaded, inputs, max_new_tokens)]
+    said = tuple(normalized(one.answer) for one in measured)
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    flops = [one.prefill_flops for one in measured if one.prefill_flops is not None]
+    return Quality(
+        exact_match=mean([a == b for a, b in zip(said, map(normalized, references), strict=True)]),
+        agreement=1.0 if dense is None else mean([a == b for a, b in zip(said, dense, strict=True)]),
+        kl=calibration.closeness(method).kl,
+        visual_tokens=mean([one.visual_tokens[0] for one in measured]),
+        entering=mean([one.entering for one in measured]),
+        leaving=mean([one.leaving for one in measured]),
+        cached=mean([one.cached for one in measured]),
+        prefill_flops=mean(flops) if flops else None,
+        answers=said,
+    )

@@ -19,6 +19,7 @@ from vtprune_train.core.flops import (
     TYPICAL_TEXT,
     DecoderGeometry,
     PassCost,
+    PatchTowerGeometry,
     TowerGeometry,
     TrainingCost,
     VisualTokens,
@@ -30,7 +31,9 @@ from vtprune_train.core.flops import (
 )
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families import Lacks, required, supported_family
+from vtprune_train.models.families.layout import ImageGeometry
+from vtprune_train.models.io.processors import build_image_processor
 from vtprune_train.pruning import PruningMethod
 from vtprune_train.pruning.describe import schedule
 
@@ -40,7 +43,7 @@ TYPICAL_ANSWER = 32
 @dataclass(frozen=True)
 class Subject:
     """A model, how it is pruned, which parts are trained, and the decoder's adapter; ``name`` and ``method_from`` say
-    where they come from."""
+    where they come from, ``source`` where its image processor is, which may be limited to ``max_pixels``."""
 
     name: str
     config: PreTrainedConfig
@@ -49,11 +52,13 @@ class Subject:
     trained: tuple[str, ...] = ("projector", "language_model")
     peft: PeftConfig | None = None
     dtype: str = "bfloat16"
+    source: str | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: its visual tokens, and the tiles that the tower sees (``None``: not known)."""
+    """One picture: its visual tokens, and the tiles (or patches) that the tower sees (``None``: not known)."""
 
     label: str
     tokens: int
@@ -64,7 +69,7 @@ class Picture:
 class Sample:
     """What one sample holds, and how many such samples are a batch.
 
-    ``text`` counts the tokens beside pictures and answer, ``answer`` the generated or supervised ones; at least 1 each.
+    ``text`` counts the tokens beside images and answer, ``answer`` the generated or supervised ones; at least 1 each.
     """
 
     pictures: tuple[Picture, ...]
@@ -102,12 +107,12 @@ class StageCost:
 class Estimate:
     """What a batch costs.
 
-    Prefill runs pictures and text, and the head on one row. A training step is forward and backward with the answer's
-    supervised tokens behind them. Pruned totals include the selector. ``*_whole`` add tower and projector; they are
+    Prefill runs images and text, and the head on one row. A training step is forward and backward with the answer's
+    supervised tokens after them. Pruned totals include the selector. ``*_whole`` add tower and projector; they are
     ``None`` where ``not_counted`` says why. ``cache_answer`` is the cache once the answer has been generated (its last
     token never enters). ``published`` is PyramidDrop's convention, for one sample. ``visual`` are one sample's visual
     tokens at the layers; where ``expected`` is true the method counts as it runs, and these are what it was planned
-    for. ``schedule`` says where it acts.
+    for. ``schedule`` says where it acts, ``unit`` what the tower's work is counted in.
     """
 
     model: str
@@ -121,6 +126,7 @@ class Estimate:
     trained: tuple[str, ...]
     dtype: str
     sample: Sample
+    unit: str
     stages: tuple[StageCost, ...]
     head: float
     selector: float
@@ -141,7 +147,8 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     Raises:
         ValueError: the decoder cannot be counted, or the method does not fit its depth.
     """
-    decoder, tower = DecoderGeometry.of(subject.config.get_text_config()), tower_of(subject.config)
+    decoder, counted = DecoderGeometry.of(subject.config.get_text_config()), tower_of(subject.config)
+    tower = None if isinstance(counted, Lacks) else counted
     method = subject.method
     plan = plan_pass([segment_of(sample)], decoder.num_layers, method)
     layers, lengths = stage_layers(plan), np.array([stage.num_tokens for stage in plan.stages])
@@ -161,7 +168,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         adapter=decoder.adapter_per_token(subject.peft.r, subject.peft.target_modules) if subject.peft else 0.0,
     )
     step = _training_step(cost, method, sample)
-    tiles, not_counted = _tiles(subject.config, tower, sample.pictures)
+    tiles, not_counted = _tiles(counted, sample.pictures)
     vision = prefill_whole = step_whole = None
     if tower is not None and tiles is not None:
         vision = sample.batch * (tower.tower(float(tiles)) + tower.projector(float(tiles)))
@@ -179,6 +186,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         trained=subject.trained,
         dtype=subject.dtype,
         sample=sample,
+        unit=tower.unit if tower else TowerGeometry.unit,
         stages=stages,
         head=head,
         selector=selector,
@@ -195,7 +203,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
 
 
 def segment_of(sample: Sample, answer: int = 0) -> SegmentLayout:
-    """One sample laid out: its pictures, its text, which ends with the row that ranks, and ``answer`` tokens."""
+    """One sample laid out: its images, its text, which ends with the row that ranks, and ``answer`` tokens."""
     spans: list[ImageSpan] = []
     for picture in sample.pictures:
         spans.append(ImageSpan(spans[-1].end if spans else 0, picture.tokens))
@@ -248,14 +256,16 @@ def _training_step(cost: TrainingCost, method: PruningMethod | None, sample: Sam
 
 
 def _tiles(
-    config: PreTrainedConfig, tower: TowerGeometry | None, pictures: Sequence[Picture]
+    tower: TowerGeometry | PatchTowerGeometry | Lacks, pictures: Sequence[Picture]
 ) -> tuple[int | None, str | None]:
     """Tiles of one sample, or why tower and projector cannot be counted."""
-    if tower is None:
-        return None, f"not counted for {_family(config)}"
+    if isinstance(tower, Lacks):
+        return None, f"not counted: {tower.why}"
     known = [picture.tiles for picture in pictures if picture.tiles is not None]
     if len(known) < len(pictures):
-        return None, f"not counted: the tokens are no multiple of a tile's {tower.patches}; give --resolution"
+        assert isinstance(tower, TowerGeometry)
+        per_tile = tower.patches // tower.merge
+        return None, f"not counted: the tokens are not a multiple of a tile's {per_tile}; give --resolution"
     return sum(known), None
 
 
@@ -271,11 +281,30 @@ def _published(decoder: DecoderGeometry, visual: Sequence[int], layers: Sequence
     return Cost(dense, published_decoder_flops(visual, layers, *sizes))
 
 
-def tower_of(config: PreTrainedConfig) -> TowerGeometry | None:
-    """The tower's sizes where they can be counted: LLaVA-1.5 and LLaVA-NeXT with a CLIP tower, without class token."""
-    if config.model_type not in ("llava", "llava_next") or config.vision_config.model_type != "clip_vision_model":
-        return None
-    return TowerGeometry.of(config) if config.vision_feature_select_strategy == "default" else None
+def tower_of(config: PreTrainedConfig) -> TowerGeometry | PatchTowerGeometry | Lacks:
+    """Sizes of tower and projector, or why they are not counted."""
+    try:
+        family = supported_family(config.model_type, "it")
+        return required(family.flops, family.title)(config)
+    except ValueError as error:
+        return Lacks(str(error))
+
+
+def images_of(
+    config: PreTrainedConfig, source: str | None = None, max_pixels: int | None = None
+) -> ImageGeometry | Lacks:
+    """How a model lays out images, or why their tokens cannot be counted.
+
+    Args:
+        config: the model's.
+        source: the folder or hub id of its image processor; without one the family's usual is taken.
+        max_pixels: as in ``model.max_pixels``.
+    """
+    try:
+        family = supported_family(config.model_type, "it")
+        return family.images(config, build_image_processor(config, source, max_pixels), family.title)
+    except ValueError as error:
+        return Lacks(str(error))
 
 
 def _family(config: PreTrainedConfig) -> str:
@@ -284,38 +313,35 @@ def _family(config: PreTrainedConfig) -> str:
 
 
 def pictures_of(
-    config: PreTrainedConfig, resolutions: Sequence[tuple[int, int]] = (), visual_tokens: Sequence[int] = ()
+    config: PreTrainedConfig,
+    resolutions: Sequence[tuple[int, int]] = (),
+    visual_tokens: Sequence[int] = (),
+    images: ImageGeometry | Lacks | None = None,
 ) -> tuple[Picture, ...]:
-    """The pictures of a sample, from sizes or from counts; with neither, the one that makes most tokens.
+    """The images of a sample, from sizes or from counts; with neither, the one that makes most tokens.
 
     Args:
         config: the model's.
         resolutions: ``(width, height)`` in pixels.
         visual_tokens: counts instead of sizes; multiples of a tile's patches are taken for that many tiles.
+        images: of :func:`images_of`; left out, as for a model without files.
 
     Raises:
         ValueError: the family's tokens cannot be counted from a size.
     """
-    tower = tower_of(config)
     if visual_tokens:
-        sides = [divmod(count, tower.patches) if tower else (0, count) for count in visual_tokens]
+        tower = tower_of(config)
         return tuple(
-            Picture("picture", count, None if rest else tiles)
-            for count, (tiles, rest) in zip(visual_tokens, sides, strict=True)
+            Picture("picture", count, None if isinstance(tower, Lacks) else tower.tiles_of(count))
+            for count in visual_tokens
         )
-    if tower is None:
+    images = images_of(config) if images is None else images
+    if isinstance(images, Lacks):
         raise ValueError(
-            f"{'--resolution' if resolutions else 'no picture given'}: the tokens of a picture follow from its size "
-            f"for llava_next and llava with a CLIP tower only, not for {_family(config)}; give --visual_tokens"
+            f"{'--resolution' if resolutions else 'no picture given'}: the tokens of a picture cannot be counted from "
+            f"its size for {_family(config)} ({images.why}); give --visual_tokens"
         )
-    if config.model_type == "llava":
-        side = config.vision_config.image_size
-        return tuple(_picture(size, tower.patches, 1) for size in resolutions or [(side, side)])
-    anyres = AnyRes.of(config)
-    sizes = [(height, width) for width, height in resolutions] or [max(anyres.pinpoints, key=anyres.num_tokens)]
-    return tuple(_picture(size[::-1], anyres.num_tokens(size), anyres.num_tiles(size)) for size in sizes)
-
-
-def _picture(size: tuple[int, int], tokens: int, tiles: int) -> Picture:
-    """A picture of ``(width, height)`` pixels."""
-    return Picture(f"{size[0]}x{size[1]}", tokens, tiles)
+    sizes = [(height, width) for width, height in resolutions]
+    sizes = sizes or [max(images.examples(), key=lambda size: images.tokens([size])[0])]
+    counts = zip(sizes, images.tokens(sizes), images.tiles(sizes), strict=True)
+    return tuple(Picture(f"{width}x{height}", tokens, tiles) for (height, width), tokens, tiles in counts)

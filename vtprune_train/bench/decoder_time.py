@@ -1,6 +1,6 @@
 """``vtprune estimate --clock``: the seconds that a decoder of the model's sizes takes here, dense and pruned in turn.
 
-A Llama decoder of the same sizes with random weights stands for the model's own, and random vectors for its pictures,
+A Llama decoder of the same sizes with random weights stands for the model's own, and random vectors for its images,
 its text and what its tower attends to: no weights are read. Methods that count while they run follow what such scores
 say, so the tokens that entered are reported beside the times.
 """
@@ -59,7 +59,7 @@ class Clock:
         device, dtype, threads, repeats: where and how.
         rows: every kind of work at every batch size.
         visual: one sample's visual tokens as the prefill took them, means over the layers.
-        cache_bytes: keys and values behind the prefill of one sample, dense and pruned.
+        cache_bytes: keys and values after the prefill of one sample, dense and pruned.
         no_training: why no training step was run.
     """
 
@@ -183,7 +183,7 @@ def _generate(model: LlamaModel, side: _Side, sample: Sample, batch: int, counts
 
 
 def _train(model: LlamaModel, side: _Side, sample: Sample, batch: int, counts: bool) -> None:
-    """Forward and backward of the layers, the answer behind each prompt."""
+    """Forward and backward of the layers, the answer after each prompt."""
     plan = plan_pass([segment_of(sample, sample.answer)] * batch, len(model.layers), side.method)
     plan = to_device(plan, model.device)
     embeds = _random(model, plan.stages[0].num_tokens).requires_grad_()
@@ -204,7 +204,7 @@ def _random(model: LlamaModel, rows: int) -> Tensor:
 
 
 def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: torch.device) -> EncoderSignals | None:
-    """What a tower might say, where ``method`` asks; a picture's tokens are dealt evenly to its tiles."""
+    """What a tower might say, where ``method`` asks; an image's tokens are dealt evenly to its tiles."""
     if method is None or not method.encoder_layers:
         return None
     tiles: list[Tensor] = []

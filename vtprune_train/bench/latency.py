@@ -24,7 +24,7 @@ class Times:
         prefill: tower, projector and decoder up to the first token's logits.
         decode: of one step.
         train: forward and backward of a step, without an optimizer; empty where it was not measured.
-        cache_bytes: keys and values of the batch behind the prefill, padding included.
+        cache_bytes: keys and values of the batch after the prefill, padding included.
         peak_bytes: most memory that CUDA's allocator held, in generation and in training; ``None`` on a CPU.
         no_training: why ``train`` is empty.
     """
@@ -62,9 +62,11 @@ def clocked(
     """
     results = {}
     for size in sizes:
-        own = [prompts[index % len(prompts)] for index in range(size)]
-        asked = batch(loaded, own)
-        taught = _normal(calibrate(loaded, own, new_tokens, size).batches[0].inputs) if train else None
+        repeated = [prompts[index % len(prompts)] for index in range(size)]
+        asked, taught = batch(loaded, repeated), None
+        if train:  # copies that autograd takes: these were made in inference mode
+            inputs = calibrate(loaded, repeated, new_tokens, size).batches[0].inputs
+            taught = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
         times = {rival.title: Times() for rival in rivals}
         for repeat in range(repeats + 1):
             first = repeat % len(rivals)
@@ -115,34 +117,23 @@ def _train_step(loaded: Loaded, inputs: Mapping[str, Any]) -> float:
         model.eval()
 
 
-def _normal(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies that autograd takes: these were made in inference mode."""
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
-
-
 def summarized(times: dict[str, Times]) -> dict[str, dict[str, Any]]:
     """Medians, and the median over repeats of the ratio to the dense run of the same repeat."""
+
+    def row(seconds: list[float], dense: list[float]) -> dict[str, Any] | None:
+        if not seconds:
+            return None
+        ratio = statistics.median(one / whole for one, whole in zip(seconds, dense, strict=True))
+        return {"seconds": statistics.median(seconds), "ratio": ratio, "spread": [min(seconds), max(seconds)]}
+
     dense = times[DENSE]
     return {
         title: {
-            **{
-                key: {
-                    "seconds": statistics.median(getattr(own, key)),
-                    "ratio": _median_ratio(getattr(own, key), getattr(dense, key)),
-                    "spread": [min(getattr(own, key)), max(getattr(own, key))],
-                }
-                if getattr(own, key)
-                else None
-                for key in ("prefill", "decode", "train")
-            },
-            "cache_bytes": own.cache_bytes,
-            "cache_ratio": own.cache_bytes / dense.cache_bytes,
-            "peak_bytes": own.peak_bytes,
-            "no_training": own.no_training,
+            **{key: row(getattr(rival, key), getattr(dense, key)) for key in ("prefill", "decode", "train")},
+            "cache_bytes": rival.cache_bytes,
+            "cache_ratio": rival.cache_bytes / dense.cache_bytes,
+            "peak_bytes": rival.peak_bytes,
+            "no_training": rival.no_training,
         }
-        for title, own in times.items()
+        for title, rival in times.items()
     }
-
-
-def _median_ratio(own: Sequence[float], dense: Sequence[float]) -> float:
-    return statistics.median(one / whole for one, whole in zip(own, dense, strict=True))

@@ -78,11 +78,7 @@ def _starting(kind: type[PruningMethod], loaded: Loaded) -> PruningMethod:
 
 
 def _check(method: PruningMethod, loaded: Loaded, attention: str) -> None:
-    """Whether a method can run on the model.
-
-    Raises:
-        ValueError: it cannot, or it learns parameters that the model does not have.
-    """
+    """Refuse a method that cannot run on the model, or learns parameters that the model does not have."""
     check_trained(loaded.model, method)
     prune(loaded.model, method, attention=attention)
     unprune(loaded.model)

@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vtprune_train.bench.agreement import Quality, quality
-from vtprune_train.bench.calibration import Calibration, calibrate
+from vtprune_train.bench.calibration import Calibration, Quality, calibrate, quality
 from vtprune_train.bench.latency import clocked, summarized
 from vtprune_train.bench.rivals import Rival, rivals_of
-from vtprune_train.cli.options import add_data_options, add_model_option, numbers
+from vtprune_train.cli.options import (
+    add_data_options,
+    add_model_option,
+    add_place_options,
+    asked_questions,
+    check_least,
+    numbers,
+)
 from vtprune_train.core.flops import is_adaptive
-from vtprune_train.evaluation.answering import DTYPES, Loaded, Prompt, batch, load, open_picture, recorded_prompt
-from vtprune_train.evaluation.questions import Question, as_answered, read_questions
+from vtprune_train.evaluation.answering import Loaded, Prompt, batch, load, open_picture
+from vtprune_train.evaluation.questions import Question, as_answered
 from vtprune_train.pruning import METHODS
 from vtprune_train.viz.bench_report import plot, table
 
@@ -46,20 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats of everything")
     parser.add_argument("--skip_training", action="store_true", help="do not time training steps")
     parser.add_argument("--out", metavar="DIR", help="left out: a folder of the model's name under runs/bench_methods/")
-    place = parser.add_argument_group("where it runs")
-    place.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
-    place.add_argument("--dtype", choices=[*DTYPES], default="auto", help="auto: as saved")
+    add_place_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, print the table, write JSON and plot.
-
-    Raises:
-        ValueError: what is wrong with an option, the model or the data.
-    """
+    """Compare, print the table, write JSON and plot."""
     _check(arguments)
     names = list(METHODS) if arguments.methods is None else arguments.methods.split(",")
-    questions, prompts, left_out = _with_pictures(arguments)
+    questions, prompts, left_out = _with_images(arguments)
     loaded = load(arguments.model, None, device=arguments.device, dtype=arguments.dtype)
     calibration = calibrate(loaded, prompts, arguments.max_new_tokens, arguments.batch_size)
     rivals, absent = rivals_of(names, arguments.budget, loaded, calibration.attention)
@@ -90,26 +90,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for option, least in (("samples", 1), ("batch_size", 1), ("max_new_tokens", 1), ("time_tokens", 2), ("repeats", 1)):
-        if getattr(arguments, option) < least:
-            raise ValueError(f"--{option}={getattr(arguments, option)} is below {least}")
+    check_least(arguments, samples=1, batch_size=1, max_new_tokens=1, time_tokens=2, repeats=1)
     if wrong := [share for share in arguments.budget if not 0 < share < 1]:
         raise ValueError(f"--budget: {wrong[0]:g} is not between 0 and 1; it is a share of the visual tokens")
     if wrong := [size for size in arguments.time_batch if size < 1]:
         raise ValueError(f"--time_batch: {wrong[0]} is below 1")
 
 
-def _with_pictures(arguments: argparse.Namespace) -> tuple[list[Question], list[Prompt], list[tuple[str, str]]]:
-    """Questions that show a picture, their prompts, and ``(id, reason)`` of what was left out."""
-    found, left_out = read_questions(
-        Path(arguments.data), Path(arguments.images), arguments.samples, arguments.seed, arguments.ignore,
-        recorded_prompt(arguments.model, Path(arguments.data)),
-    )  # fmt: skip
+def _with_images(arguments: argparse.Namespace) -> tuple[list[Question], list[Prompt], list[tuple[str, str]]]:
+    """Questions that show an image, their prompts, and ``(id, reason)`` of what was left out."""
+    everything, left_out = asked_questions(arguments, arguments.samples)
     questions: list[Question] = []
     prompts: list[Prompt] = []
-    for question in found:
+    for question in everything:
         if not question.images:
-            left_out.append((question.sample, "it shows no picture, so that every method is dense"))
+            left_out.append((question.sample, "it shows no image, so that every method is dense"))
             continue
         try:
             prompts.append(([open_picture(path) for path in question.images], question.turns))
@@ -118,7 +113,7 @@ def _with_pictures(arguments: argparse.Namespace) -> tuple[list[Question], list[
         else:
             questions.append(question)
     if not questions:
-        raise ValueError(f"none of the {len(found)} question(s) shows a picture; the first: {left_out[0][1]}")
+        raise ValueError(f"none of the {len(everything)} question(s) shows an image; the first: {left_out[0][1]}")
     return questions, prompts, left_out
 
 
@@ -162,6 +157,7 @@ def _settings(
     arguments: argparse.Namespace, loaded: Loaded, calibration: Calibration, questions: int
 ) -> dict[str, Any]:
     device = loaded.model.device
+    cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
     return {
         "model": arguments.model,
         "data": arguments.data,
@@ -172,14 +168,10 @@ def _settings(
         "layers": loaded.model.config.get_text_config().num_hidden_layers,
         "repeats": arguments.repeats,
         "attention": calibration.attention,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
-
-
-def _cpu() -> str:
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:

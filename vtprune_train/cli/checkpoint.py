@@ -53,11 +53,7 @@ def _count(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do one of the actions; 1 if ``verify`` found something wrong.
-
-    Raises:
-        ValueError: there are no checkpoints at the path, or they cannot be converted.
-    """
+    """Do one of the actions; 1 if ``verify`` found something wrong."""
     path = Path(arguments.path).absolute()  # `.` has neither a name nor a parent to tell a run's folder by
     if arguments.action == "list":
         return list_checkpoints(path)
@@ -128,26 +124,23 @@ def schedule(pruning: dict[str, Any]) -> str:
         return " + ".join(schedule(part) for part in method)
     if method == "none":
         return "none"
-    words = [method]
-    if pruning.get("keep") is not None:
-        words.append("/".join(map(str, _listed(pruning["keep"]))))
-    where = pruning.get("layers", pruning.get("layer"))
-    if where is not None:
-        words.append("at " + ",".join(map(str, _listed(where))))
+    keep, layers = (
+        [] if value is None else value if isinstance(value, list) else [value]
+        for value in (pruning.get("keep"), pruning.get("layers", pruning.get("layer")))
+    )
+    words = [method, "/".join(map(str, keep))]
+    if layers:
+        words.append("at " + ",".join(map(str, layers)))
     elif method == "pyramiddrop":
         words.append("evenly")
-    return " ".join(words)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return " ".join(filter(None, words))
 
 
 def verify_checkpoints(path: Path) -> int:
     """Read every file of every checkpoint at the path, and say what code they name; none of it is run."""
     code = 0
     for checkpoint in find(path):
-        wrong = [*manifest.problems(checkpoint), *pickled_code(checkpoint)]
+        wrong = [*manifest.problems(checkpoint), *_pickled_code(checkpoint)]
         if wrong and not checkpoint.is_dir():
             print(f"{checkpoint}: removed meanwhile")  # by the running job, which keeps the newest
             continue
@@ -160,7 +153,7 @@ def verify_checkpoints(path: Path) -> int:
     return code
 
 
-def pickled_code(checkpoint: Path) -> list[str]:
+def _pickled_code(checkpoint: Path) -> list[str]:
     """A line for each file that names more than tensors and numbers, wherever it lies in the checkpoint."""
     lines = []
     for path in pickles.pickled_files(checkpoint):

@@ -18,7 +18,8 @@ from vtprune_train.processes import signals
 
 log = logging.getLogger("vtprune_train")
 
-# The commands beside train: a module with add_arguments(parser) and run(arguments) -> exit code, and what it does.
+# The commands beside train: a module with add_arguments(parser) and run(arguments) -> exit code, which
+# raises ValueError for what a user can fix; and what it does.
 COMMANDS = {
     "generate": ("vtprune_train.cli.generate", "answer a prompt about pictures"),
     "eval": ("vtprune_train.cli.evaluate", "answers, visual tokens and times on a data file"),

@@ -17,12 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     GenerationConfig,
-    LlavaConfig,
-    LlavaNextConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +27,16 @@ from vtprune_train.cli.options import add_trust_option
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.evaluation.answering import load_processor, load_weights, model_config
 from vtprune_train.files.parse import read_json_object
+from vtprune_train.models.families import llava_original as names
+from vtprune_train.models.families import supported_family
+from vtprune_train.models.families.llava_original_config import (
+    check_images,
+    hf_config,
+    image_processor,
+    original_config,
+    trains_tower,
+)
+from vtprune_train.models.families.towers import check_clip, open_clip
 from vtprune_train.models.io import original
 from vtprune_train.models.io.build import (
     EMBEDDING_MULTIPLE,
@@ -42,7 +47,6 @@ from vtprune_train.models.io.build import (
     resolve_checkpoint,
 )
 from vtprune_train.models.io.method_parameters import saved_learner
-from vtprune_train.models.io.original_config import PIXELS, hf_config, image_processor, original_config, trains_tower
 from vtprune_train.models.io.processors import build_processor, saved_image_processor
 from vtprune_train.models.io.weight_files import check_weights
 from vtprune_train.pruning import CONFIG_KEY, NONE
@@ -51,8 +55,6 @@ from vtprune_train.training.checkpoint.manifest import check_export
 log = logging.getLogger(__name__)
 
 FORMS = ("hf", "original", "mm_projector", "projector")
-TOWER = "model.vision_tower."
-EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,10 +146,10 @@ def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
     file = Path(source) / original.MM_PROJECTOR if Path(source).is_dir() else Path(source)
     if file.is_file():
         found = original.read_projector_file(file, source)
-        return found, original.is_linear(found)
+        return found, names.is_linear(found)
     if original.read_config(Path(source)) is not None:
-        found = original.projector_to_hf(original.read_weights(Path(source)), source)
-        return found, original.is_linear(found)
+        found = names.projector_to_hf(original.read_weights(Path(source)), source)
+        return found, names.is_linear(found)
     config = _llava_config(source)
     weights = load_weights(source, "auto").state_dict()
     own = family_of_config(config)[1].projector
@@ -157,8 +159,8 @@ def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
 
 def _llava_config(source: str) -> PreTrainedConfig:
     config = model_config(source)
-    if not isinstance(config, LlavaConfig | LlavaNextConfig):
-        raise ValueError(f"{source} holds a {config.model_type}; the original format is LLaVA's and LLaVA-NeXT's")
+    if (why := supported_family(config.model_type, source).not_original) is not None:
+        raise ValueError(f"{source} holds a {config.model_type}; {why}")
     return config
 
 
@@ -166,9 +168,9 @@ def _write_mm_projector(source: str, out: Path, force: bool) -> None:
     if out.is_dir() or (out.exists() and not force):
         raise ValueError(f"--out {out} is there; name a file such as mm_projector.bin, or replace one with --force")
     projector, linear = _projector(source)
-    if linear and not original.is_linear(projector):
+    if linear and not names.is_linear(projector):
         raise ValueError(f"{source}: two linear layers without GELU between them are no mm_projector")
-    weights = original.projector_to_original(projector, linear)
+    weights = names.projector_to_original(projector, linear)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     torch.save({name: value.clone() for name, value in weights.items()}, partial)
@@ -197,11 +199,11 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
     if config.text_config.tie_word_embeddings and "lm_head.weight" not in weights:
         weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
     if missing := sorted(own - set(weights)):
-        raise ValueError(f"{source}: {len(missing)} tensor(s) are missing, first {original.to_original(missing[0])}")
+        raise ValueError(f"{source}: {len(missing)} tensor(s) are missing, first {names.to_original(missing[0])}")
     if unexpected := sorted(set(weights) - own):
-        raise ValueError(f"{source}: {original.to_original(unexpected[0])} has no place in a {config.model_type}")
+        raise ValueError(f"{source}: {names.to_original(unexpected[0])} has no place in a {config.model_type}")
     for key, value in model.state_dict().items():
-        _check_tensor(weights[key], value, f"{source}: {original.to_original(key)}")
+        _check_tensor(weights[key], value, f"{source}: {names.to_original(key)}")
     model.load_state_dict(weights, assign=True)
     config.dtype = model.config.dtype = weights["lm_head.weight"].dtype
     if (source / "generation_config.json").is_file():
@@ -233,11 +235,10 @@ def _tower_images(name: str) -> Any:
     return images
 
 
-def _tower_config(name: str, place: str) -> CLIPVisionConfig:
+def _tower_config(name: str, place: str) -> PreTrainedConfig:
     loaded = load_any_config(name, f"the vision tower {name} (--vision_tower)", offline=False)
     vision = getattr(loaded, "vision_config", loaded)
-    if not isinstance(vision, CLIPVisionConfig):
-        raise ValueError(f"{place}: the vision tower {name} is a {vision.model_type}; only CLIP towers are converted")
+    check_clip(vision, f"{place}: the vision tower {name}")
     return vision
 
 
@@ -247,12 +248,12 @@ def hf_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str,
     Raises:
         ValueError: a tensor that is not known, or no readable tower.
     """
-    known = (original.TEXT_KEYS, original.TOWER_KEYS, original.PROJECTOR_KEYS)
-    weights = {name: value for name, value in weights.items() if not name.endswith(original.COMPUTED)}
+    known = (names.TEXT_KEYS, names.TOWER_KEYS, names.PROJECTOR_KEYS)
+    weights = {name: value for name, value in weights.items() if not name.endswith(names.COMPUTED)}
     for name in sorted(weights):
         if not any(pattern.match(name) for pattern in known):
             raise ValueError(f"{place}: the tensor {name} is not known; is this a LLaVA, and merged if it was a LoRA?")
-    found = original.projector_to_hf(weights, place)
+    found = names.projector_to_hf(weights, place)
     kind = settings.get("mm_projector_type", "linear")
     if (kind == "linear") != ("model.mm_projector.weight" in weights):
         raise ValueError(
@@ -260,7 +261,7 @@ def hf_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str,
         )
     if settings.get("mm_patch_merge_type", "flat") == "flat" and found.pop("model.image_newline", None) is not None:
         log.info("%s: image_newline is left out; mm_patch_merge_type flat does not use it", place)
-    others = {original.to_hf(n): v for n, v in weights.items() if not original.PROJECTOR_KEYS.match(n)}
+    others = {names.to_hf(n): v for n, v in weights.items() if not names.PROJECTOR_KEYS.match(n)}
     return {**others, **found, **_tower_weights(others, settings, tower, place)}
 
 
@@ -270,7 +271,7 @@ def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: 
     Raises:
         ValueError: it was trained and the checkpoint has none, or it was not and cannot be read.
     """
-    own = {name: value for name, value in weights.items() if name.startswith(TOWER)}
+    own = {name: value for name, value in weights.items() if name.startswith(names.TOWER)}
     if trains_tower(settings):
         if not own:
             raise ValueError(
@@ -280,14 +281,14 @@ def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: 
         return own
     check_weights(tower, f"the vision tower {tower}")
     try:
-        loaded = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
+        loaded = open_clip(tower, "auto").state_dict()
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         if own:
             return own
         raise ValueError(
             f"{place} holds no vision tower, and {tower} cannot be read ({first_line(error)}); give --vision_tower"
         ) from error
-    published = {f"{TOWER}{name}": value for name, value in loaded.items()}
+    published = {f"{names.TOWER}{name}": value for name, value in loaded.items()}
     if own and _same(own, published):
         return own
     if own:
@@ -330,7 +331,7 @@ def _grow(weights: dict[str, Tensor], config: PreTrainedConfig, tokens: int) -> 
     if tokens <= rows:
         return
     size = -(-tokens // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
-    for name in EMBEDDINGS:
+    for name in names.EMBEDDINGS:
         if name in weights:
             mean = weights[name].float().mean(0, keepdim=True).to(weights[name].dtype)
             weights[name] = torch.cat([weights[name], mean.expand(size - rows, -1)])
@@ -350,7 +351,7 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
     tokenizer = processor.tokenizer
     settings = original_config(config, processor.image_processor, tower, source)
     name = settings["mm_vision_tower"]
-    _check_images(processor.image_processor, saved_image_processor(name), name, source)
+    check_images(processor.image_processor, saved_image_processor(name), name, source)
     model = load_weights(source, "auto")
     state = model.state_dict()
     if not _tower_is(state, name):
@@ -359,12 +360,8 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
         log.info("%s: the vocabulary is kept whole, for tokens such as %s", source, more[0])
         settings["vocab_size"] = config.text_config.vocab_size
     linear = config.projector_hidden_act == "linear"
-    weights = original.projector_to_original(state, linear)
-    weights |= {
-        original.to_original(name): value
-        for name, value in state.items()
-        if not name.startswith(("model.multi_modal_projector.", "model.image_newline"))
-    }
+    weights = names.projector_to_original(state, linear)
+    weights |= {names.to_original(name): value for name, value in state.items() if not name.startswith(names.PROJECTOR)}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = weights[name][: settings["vocab_size"]].clone()
     settings["torch_dtype"] = str(weights["lm_head.weight"].dtype).removeprefix("torch.")
@@ -378,28 +375,11 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
     return write
 
 
-def _check_images(images: Any, published: Any, tower: str, place: str) -> None:
-    """Refuse an image processor with other numbers than the tower's, which the original code takes.
-
-    Raises:
-        ValueError: naming them.
-    """
-    published = published or CLIPImageProcessorPil()
-    for name in PIXELS:
-        ours, theirs = (getattr(processor, name, None) for processor in (images, published))
-        ours, theirs = (list(value) if isinstance(value, list | tuple) else value for value in (ours, theirs))
-        if ours != theirs:
-            raise ValueError(
-                f"{place}: its image processor has {name}={ours}; the original code takes those of the tower {tower}, "
-                f"{theirs}. Give --vision_tower a folder of this tower whose preprocessor_config.json has them"
-            )
-
-
 def _tower_is(state: dict[str, Tensor], tower: str) -> bool:
     """Whether the tower is the one of that name, as far as that can be read."""
     check_weights(tower, f"the vision tower {tower}")
     try:
-        published = CLIPVisionModel.from_pretrained(tower, dtype="auto").state_dict()
+        published = open_clip(tower, "auto").state_dict()
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         log.info(
             "the vision tower %s cannot be read here; the model's is written as a trained one (%s)",
@@ -407,8 +387,8 @@ def _tower_is(state: dict[str, Tensor], tower: str) -> bool:
             first_line(error),
         )
         return False
-    own = {name: value for name, value in state.items() if name.startswith(TOWER)}
-    return _same(own, {f"{TOWER}{name}": value for name, value in published.items()})
+    own = {name: value for name, value in state.items() if name.startswith(names.TOWER)}
+    return _same(own, {f"{names.TOWER}{name}": value for name, value in published.items()})
 
 
 def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:

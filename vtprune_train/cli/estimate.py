@@ -16,7 +16,16 @@ import torch
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
-from vtprune_train.bench.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, pictures_of
+from vtprune_train.bench.costs import (
+    TYPICAL_ANSWER,
+    Cost,
+    Estimate,
+    Sample,
+    Subject,
+    estimate,
+    images_of,
+    pictures_of,
+)
 from vtprune_train.bench.decoder_time import Clock, clock
 from vtprune_train.bench.decoder_time import render as render_clock
 from vtprune_train.cli.options import (
@@ -30,7 +39,7 @@ from vtprune_train.cli.options import (
 from vtprune_train.config.load import load_config
 from vtprune_train.core.flops import TYPICAL_TEXT, DecoderGeometry
 from vtprune_train.evaluation.answering import choose_device
-from vtprune_train.models.families import family_of_type
+from vtprune_train.models.families import KNOWN_CONFIGS, family_of_type
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.io.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_settings, saved_settings
@@ -71,7 +80,7 @@ def _describe(result: Estimate) -> list[str]:
     if not isinstance(name, str):
         name = " + ".join(str(part["method"]) for part in name)
     pictures = [
-        f"{picture.label}: {picture.tokens} tokens" + (f" of {picture.tiles} tile(s)" if picture.tiles else "")
+        f"{picture.label}: {picture.tokens} tokens" + (f" of {picture.tiles} {result.unit}" if picture.tiles else "")
         for picture in sample.pictures
     ]
     rows = {
@@ -270,6 +279,8 @@ def _from_config(request: Request) -> Subject:
         trained=tuple(config.model.train),
         peft=config.model.peft,
         dtype=request.dtype or config.model.dtype,
+        source=config.model.path if config.model.path and Path(config.model.path).is_dir() else None,
+        max_pixels=config.model.max_pixels,
     )
 
 
@@ -288,7 +299,9 @@ def _from_checkpoint(request: Request) -> Subject:
     elif given:
         origin = f"the command line, and {origin}"
     method = _method(settings, config, None if request.pruning else f"pruning in {request.model}: ", given)
-    return Subject(request.model, config, method, origin, dtype=request.dtype or Subject.dtype)
+    known = request.model in KNOWN_CONFIGS and not Path(request.model).exists()
+    source = None if known else request.model
+    return Subject(request.model, config, method, origin, dtype=request.dtype or Subject.dtype, source=source)
 
 
 def _method(
@@ -346,7 +359,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         request = Request.of(arguments)
         subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
-        pictures = pictures_of(subject.config, request.resolution, request.visual_tokens)
+        images = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
+        pictures = pictures_of(subject.config, request.resolution, request.visual_tokens, images)
         sample = Sample(pictures, request.text, request.answer, request.batch)
         result = estimate(subject, sample)
         measured = _measured(request, subject, sample)

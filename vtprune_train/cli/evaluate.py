@@ -15,13 +15,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vtprune_train.cli.options import add_data_options, add_method_options, add_model_option, load_model
+from vtprune_train.cli.options import (
+    add_data_options,
+    add_method_options,
+    add_model_option,
+    check_least,
+    load_model,
+)
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.sources import find_files
 from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_picture, prompt_text, recorded_prompt
-from vtprune_train.evaluation.ledger import Ledger, open_ledger
 from vtprune_train.evaluation.questions import Question, as_answered, normalized, read_questions
-from vtprune_train.evaluation.report import summary, table
+from vtprune_train.evaluation.results import Ledger, open_ledger, summary, table
 from vtprune_train.evaluation.timing import Measured, drop_layers, measured_answers
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.patch import dense, is_pruned, method_of
@@ -47,14 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, or go on with an evaluation that was interrupted.
-
-    Raises:
-        ValueError: what is wrong with an option, the model or the data.
-    """
-    for option in ("batch_size", "max_new_tokens"):
-        if getattr(arguments, option) < 1:
-            raise ValueError(f"--{option}={getattr(arguments, option)} is below 1")
+    """Evaluate, or go on with an evaluation that was interrupted."""
+    check_least(arguments, batch_size=1, max_new_tokens=1)
     data, images = Path(arguments.data), Path(arguments.images)
     added = recorded_prompt(arguments.model, data)
     questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore, added)
@@ -120,16 +119,14 @@ def _data_digest(data: Path) -> str:
     for path in find_files(data):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             with file.open("rb") as opened:
-                while block := opened.read(1 << 20):
-                    digest.update(block)
+                hashlib.file_digest(opened, lambda: digest)  # goes on with what was added before
     return digest.hexdigest()[:16]
 
 
 def _files_digest(folder: Path) -> str:
     """Changes when a model's files do, without reading them."""
     with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.stat()) for entry in entries)
-    files = [(name, state.st_size, state.st_mtime_ns) for name, state in found]
+        files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
@@ -174,7 +171,7 @@ def _ask_all(
 def _prompts(
     loaded: Loaded, questions: Sequence[Question], unreadable: dict[str, str]
 ) -> Iterator[tuple[Question, Prompt]]:
-    """The questions that can be asked: their pictures can be read, and the chat template takes their turns."""
+    """The questions that can be asked: their images can be read, and the chat template takes their turns."""
     for question in questions:
         try:
             pictures = [open_picture(path) for path in question.images]
@@ -194,10 +191,7 @@ def _line(
     question: Question, row: int, names: Sequence[str], runs: dict[str, list[Measured]], tokenizer: Any
 ) -> dict[str, Any]:
     """One line of ``samples.jsonl``."""
-    own = {}
-    expected = as_answered(question.reference, tokenizer)
-    for name in names:
-        measured = runs[name][row]
-        exact = normalized(measured.answer) == normalized(expected)
-        own[name] = {**asdict(measured), "exact": exact}
-    return {"key": question.key, "id": question.sample, "reference": question.reference, "runs": own}
+    expected = normalized(as_answered(question.reference, tokenizer))
+    measured = {name: runs[name][row] for name in names}
+    results = {name: {**asdict(one), "exact": normalized(one.answer) == expected} for name, one in measured.items()}
+    return {"key": question.key, "id": question.sample, "reference": question.reference, "runs": results}

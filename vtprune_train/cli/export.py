@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaNextConfig
 
 from vtprune_train.cli.options import add_model_option
 from vtprune_train.evaluation.answering import (
@@ -23,6 +22,7 @@ from vtprune_train.evaluation.answering import (
     recorded_template,
     stop_where_answers_end,
 )
+from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.build import newest_checkpoint, read_projector, resolve_checkpoint
 from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED, Plan, write_weights
 from vtprune_train.models.io.method_parameters import carry
@@ -33,7 +33,6 @@ from vtprune_train.training.checkpoint.manifest import check_export, verify
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = re.compile(r"^[1-9]\d*(\.\d+)?[KMG]i?B$", re.IGNORECASE)
-PROJECTOR = ("multi_modal_projector.", "image_newline")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,19 +197,20 @@ def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: b
 
 
 def projector_writer(source: str, dtype: torch.dtype, keep_names: bool) -> Callable[[Path], None]:
-    """Writes projector and ``image_newline`` alone, as ``model.projector`` of a training config reads them.
+    """Writes the projector alone (of LLaVA-NeXT and OneVision with ``image_newline``), as ``model.projector`` of a
+    training config reads it.
 
     Raises:
-        ValueError: the model is no LLaVA-NeXT, lacks them, or a weight is too large for ``dtype``.
+        ValueError: the loop does not train this family, the model lacks a part of it, or a weight is too large for
+            ``dtype``.
     """
-    config = model_config(source)
-    if not isinstance(config, LlavaNextConfig):
-        raise ValueError(f"--part projector: {source} holds a {config.model_type}; training reads llava_next's only")
+    _, loop = trained_family(model_config(source).model_type, f"--part projector: {source}")
     if not Path(source).is_dir():
         raise ValueError(f"--part projector: {source} is not a folder on this machine; download the model first")
-    found = read_projector(sorted(Path(source).glob("*.safetensors")), PROJECTOR)
-    if "image_newline" not in found or len(found) < 2:
-        raise ValueError(f"--part projector: {source} holds no projector with image_newline in safetensors files")
+    keys = tuple(name.removeprefix("model.") for name in loop.projector)
+    found = read_projector(sorted(Path(source).glob("*.safetensors")), keys)
+    if missing := [key for key in keys if not any(name.startswith(key) for name in found)]:
+        raise ValueError(f"--part projector: {source} holds no {missing[0]} in safetensors files")
     for name, tensor in found.items():
         check_range(name, tensor, dtype)
     prefix = "model." if keep_names else ""

@@ -1,4 +1,4 @@
-"""``vtprune generate``: the answer to one prompt, about pictures or not."""
+"""``vtprune generate``: the answer to one prompt, about images or not."""
 
 from __future__ import annotations
 
@@ -30,11 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the answer, and nothing else, on standard output.
-
-    Raises:
-        ValueError: what is wrong with an option, the model or a picture.
-    """
+    """Print the answer, and nothing else, on standard output."""
     settings = sampling(arguments)
     pictures = [open_picture(Path(name)) for name in arguments.image]
     loaded = load_model(arguments)

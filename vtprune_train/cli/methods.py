@@ -9,7 +9,7 @@ import json
 import textwrap
 from typing import Any
 
-from vtprune_train.pruning import METHODS, NONE, PruningMethod, method_class, setting_types
+from vtprune_train.pruning import METHODS, NONE, method_class, setting_types
 
 WIDTH = 120
 NO_BREAK = "\N{NO-BREAK SPACE}"  # a number is searched for with the word in front of it
@@ -26,11 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the list, or one method.
-
-    Raises:
-        ValueError: there is no such method.
-    """
+    """Print the list, or one method."""
     names = [*METHODS, NONE] if arguments.method is None else [arguments.method]
     facts = [facts_of(name) for name in names]
     if arguments.names:
@@ -61,13 +57,10 @@ def facts_of(name: str) -> dict[str, Any]:
         for field in dataclasses.fields(cls)  # type: ignore[arg-type]
     ]
     shown = {"name": name, "where": cls.where, "trains": cls.trains, "paper": cls.paper}
-    return {**shown, "settings": settings, "doc": own_doc(cls)}
-
-
-def own_doc(cls: type[PruningMethod]) -> str:
-    """The docstring of the class; empty where it has none but what ``dataclass`` writes."""
     doc = inspect.cleandoc(cls.__doc__ or "")
-    return "" if doc.startswith(f"{cls.__name__}(") else doc
+    if doc.startswith(f"{cls.__name__}("):  # what `dataclass` writes where a class has none
+        doc = ""
+    return {**shown, "settings": settings, "doc": doc}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from vtprune_train.config.load import read_pruning
+from vtprune_train.config.include import read_pruning
 from vtprune_train.config.settings import TRAINING_ONLY
-from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config
+from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config, recorded_prompt
+from vtprune_train.evaluation.questions import Question, read_questions
 from vtprune_train.models.io import original
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.pruning import (
@@ -66,9 +67,28 @@ def trust(arguments: argparse.Namespace) -> None:
 def add_data_options(parser: argparse.ArgumentParser, data: str) -> None:
     """``--data`` (``data`` is its help), ``--images`` and ``--ignore``."""
     parser.add_argument("--data", required=True, metavar="FILE", help=data)
-    parser.add_argument("--images", default=".", metavar="DIR", help="what the data's pictures are relative to")
+    parser.add_argument("--images", default=".", metavar="DIR", help="what the data's images are relative to")
     help_text = "fields of records that change nothing"
     parser.add_argument("--ignore", nargs="+", default=[], metavar="FIELD", help=help_text)
+
+
+def asked_questions(arguments: argparse.Namespace, limit: int) -> tuple[list[Question], list[tuple[str, str]]]:
+    """The questions of :func:`add_data_options`' file, asked with the prompt of the run that trained the model, and
+    ``(id, reason)`` of malformed records.
+
+    Raises:
+        ValueError: see :func:`vtprune_train.evaluation.questions.read_questions`.
+    """
+    data = Path(arguments.data)
+    prompt = recorded_prompt(arguments.model, data)
+    return read_questions(data, Path(arguments.images), limit, arguments.seed, arguments.ignore, prompt)
+
+
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Refuse an option below the number that ``least`` has for it."""
+    for option, number in least.items():
+        if getattr(arguments, option) < number:
+            raise ValueError(f"--{option}={getattr(arguments, option)} is below {number}")
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +101,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     dropping.add_argument("--rank_with", help="next_layer or this_layer")
     dropping.add_argument("--positions", help="renumber or keep")
     dropping.add_argument("--without_instruction", help="last_visual or uniform")
+    add_place_options(parser)
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--dtype``."""
     place = parser.add_argument_group("where it runs")
     place.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
     place.add_argument("--dtype", choices=[*DTYPES], default="auto", help="auto: as saved")
@@ -178,14 +203,10 @@ def changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     if isinstance(name, str) and name != NONE and given:
         types = setting_types(method_class(name))
         given = {
-            key: value[0] if _is_one_number(value) and not takes_list(types.get(key)) else value
+            key: value[0] if isinstance(value, list) and len(value) == 1 and not takes_list(types.get(key)) else value
             for key, value in given.items()
         }
     return {**settings, **given}
-
-
-def _is_one_number(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 1
 
 
 def takes_list(kind: Any) -> bool:

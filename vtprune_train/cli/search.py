@@ -19,10 +19,17 @@ from typing import Any
 import numpy as np
 
 from vtprune_train.bench.calibration import Calibration, Closeness, calibrate, prompts_with_pictures
-from vtprune_train.cli.options import add_data_options, add_model_option, add_set_option, set_values
+from vtprune_train.cli.options import (
+    add_data_options,
+    add_model_option,
+    add_place_options,
+    add_set_option,
+    asked_questions,
+    check_least,
+    set_values,
+)
 from vtprune_train.core.flops import DecoderGeometry, layers_per_stage, stage_lengths
-from vtprune_train.evaluation.answering import DTYPES, load, open_picture, recorded_prompt
-from vtprune_train.evaluation.questions import read_questions
+from vtprune_train.evaluation.answering import load, open_picture
 from vtprune_train.pruning import PyramidDrop, method_from_settings
 from vtprune_train.pruning.base import PruningMethod
 
@@ -156,26 +163,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_new_tokens", type=int, default=16)
     add_set_option(parser)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
-    parser.add_argument("--dtype", choices=[*DTYPES], default="auto", help="auto: as saved")
+    add_place_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Search, print the schedule, write the YAML.
-
-    Raises:
-        ValueError: what is wrong with an option, the model or the data, or nothing can be dropped.
-    """
+    """Search, print the schedule, write the YAML."""
     settings = _checked(arguments)
-    questions, malformed = read_questions(
-        Path(arguments.data), Path(arguments.images), arguments.limit, arguments.seed, arguments.ignore,
-        recorded_prompt(arguments.model, Path(arguments.data)),
-    )  # fmt: skip
+    questions, malformed = asked_questions(arguments, arguments.limit)
     for sample, reason in malformed:
         log.warning("left out %s: %s", sample, reason)
     prompts = list(prompts_with_pictures(questions, open_picture))
     if not prompts:
-        raise ValueError(f"--data={arguments.data}: none of the {len(questions)} question(s) shows a picture")
+        raise ValueError(f"--data={arguments.data}: none of the {len(questions)} question(s) shows an image")
     loaded = load(arguments.model, None, device=arguments.device, dtype=arguments.dtype)
     geometry = DecoderGeometry.of(loaded.model.config.get_text_config())
     calibration = calibrate(loaded, prompts, arguments.max_new_tokens, arguments.batch_size)
@@ -200,9 +199,7 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     keys again and again; and positions stay, as the model was not trained for others."""
     if arguments.steps == 1:
         raise ValueError("--steps=1 has no level between nothing and all; take at least 2")
-    for option in ("steps", "batch_size", "max_new_tokens"):
-        if getattr(arguments, option) < 1:
-            raise ValueError(f"--{option}={getattr(arguments, option)} is below 1")
+    check_least(arguments, steps=1, batch_size=1, max_new_tokens=1)
     if arguments.kl is not None and not arguments.kl >= 0:
         raise ValueError(f"--kl={arguments.kl:g} is negative; give the largest mean KL, for example 0.05")
     for option in ("match", "flops"):

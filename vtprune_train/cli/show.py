@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import LlavaNextConfig, LlavaNextProcessor
+from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.cli.options import (
@@ -22,6 +22,7 @@ from vtprune_train.cli.options import (
 )
 from vtprune_train.evaluation.answering import load, model_config, open_picture
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import supported_family
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.patch import is_pruned, prune
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_class, method_from_settings, saved_settings
@@ -69,27 +70,27 @@ def _show(arguments: argparse.Namespace) -> None:
     pictures = [open_picture(path) for path in arguments.image]
     model, processor = _load(arguments.model, arguments)
     inputs = encode(processor, pictures, arguments.prompt, model.device)
-    images, stages = look(model, inputs, pictures), stage_names(model)
+    images, stages = look(model, processor.image_processor, inputs, pictures), stage_names(model)
     draw(images, stages, arguments.prompt).save(arguments.out)
     if arguments.html is not None:
         arguments.html.write_text(page(images, stages, arguments.prompt), encoding="utf-8")
 
 
-def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, LlavaNextProcessor]:
+def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, Any]:
     """The pruned model and its processor.
 
     Raises:
-        ValueError: there is no such checkpoint, it is no LLaVA-NeXT, lacks a part, or how to prune it is not known.
+        ValueError: there is no such checkpoint, its family is not supported, it lacks a part, or how to prune it is not
+            known.
     """
     path = resolve_checkpoint(source)
     config = model_config(path)
-    if not isinstance(config, LlavaNextConfig):
-        raise ValueError(f"--model {source}: it holds a {config.model_type}; only llava_next models can be shown")
+    supported_family(config.model_type, f"--model {source}: it")
     loaded = load(source, _method(config, arguments))
     return (loaded.model if is_pruned(loaded.model) else prune(loaded.model, None)), loaded.processor
 
 
-def _method(config: LlavaNextConfig, arguments: argparse.Namespace) -> PruningMethod | None:
+def _method(config: PreTrainedConfig, arguments: argparse.Namespace) -> PruningMethod | None:
     """The checkpoint's settings, overruled by the flags."""
     given = {key: value for key in ("layers", "keep") if (value := getattr(arguments, key)) is not None}
     given.update(set_values(arguments.set))

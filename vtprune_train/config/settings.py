@@ -1,4 +1,4 @@
-"""The typed tree of settings (``config_file.py`` reads it)."""
+"""The typed tree of settings (``config/load.py`` reads it)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vtprune_train.core.rounding import ceil_of
 from vtprune_train.files.parse import read_json_object
@@ -39,24 +39,22 @@ def pruning_refusal(error: Exception) -> str:
 def nearest_name(name: str, names: Iterable[str], cutoff: float) -> str | None:
     """The one of ``names`` that is most like ``name``, as :mod:`difflib` compares; of tens of thousands it compares
     those that begin and end most like it."""
-    found = list(names)
-    if len(found) > COMPARED_NAMES:
-        found = heapq.nlargest(
-            COMPARED_NAMES, found, key=lambda other: _shared(name, other) + _shared(name[::-1], other[::-1])
-        )
-    return next(iter(difflib.get_close_matches(name, found, n=1, cutoff=cutoff)), None)
 
+    def shared_ends(other: str) -> int:
+        pairs = ((name, other), (name[::-1], other[::-1]))
+        return sum(len(os.path.commonprefix(pair)) for pair in pairs)  # noqa: RUF071 (of names)
 
-def _shared(one: str, two: str) -> int:
-    """Characters that both begin with."""
-    return len(os.path.commonprefix((one, two)))  # noqa: RUF071 (of names)
+    candidates = list(names)
+    if len(candidates) > COMPARED_NAMES:
+        candidates = heapq.nlargest(COMPARED_NAMES, candidates, key=shared_ends)
+    return next(iter(difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, known: Sequence[str], parents: Sequence[Any] = ()) -> str:
-    """What an error says behind a word that is unknown: the nearest of ``known``, or all of them."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    """What an error says after an unknown word: the nearest of ``known``, or all of them."""
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     prefix = "".join(f"{part}." for part in parents)
-    return f"; did you mean {prefix}{found[0]}?" if found else f"; known: {', '.join(known)}"
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else f"; known: {', '.join(known)}"
 
 
 def find_file(name: str, key: str) -> Path:
@@ -65,8 +63,7 @@ def find_file(name: str, key: str) -> Path:
     Raises:
         ConfigError: it is in neither place.
     """
-    candidates = [Path(name), PACKAGED_CONFIGS / name, PACKAGED_CONFIGS.parent / name]
-    for candidate in candidates:
+    for candidate in (Path(name), PACKAGED_CONFIGS / name, PACKAGED_CONFIGS.parent / name):
         if candidate.is_file():
             return candidate
     asked = Path(name)
@@ -125,20 +122,14 @@ class ModelConfig(Section):
     tokenizer: str | None = None
     image_grid_pinpoints: list[tuple[int, int]] | None = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
     max_pixels: int | None = Field(None, ge=1)
-    attention: str = "auto"
+    attention: Literal[
+        "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen_torch", "varlen_sdpa"
+    ] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     liger: bool = False
     fp8: bool = False
     peft: PeftConfig | None = None
     train: dict[str, float] = {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6}
-
-    @field_validator("attention")
-    @classmethod
-    def _known_attention(cls, value: str) -> str:
-        known = ["auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen_torch", "varlen_sdpa"]
-        if value not in known:
-            raise ValueError(f"{value!r} is unknown; use one of {', '.join(known)}")
-        return value
 
     @field_validator("train")
     @classmethod
@@ -172,10 +163,10 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         parts = self.language_model is not None or self.vision_tower is not None
-        given = [name for name, is_set in (("path", self.path), ("config", self.config), ("parts", parts)) if is_set]
-        if len(given) > 1:
+        origins = [name for name, is_set in (("path", self.path), ("config", self.config), ("parts", parts)) if is_set]
+        if len(origins) > 1:
             raise ValueError(
-                f"{' and '.join(given)} are both set; a model comes from exactly one origin, null the others"
+                f"{' and '.join(origins)} are both set; a model comes from exactly one origin, null the others"
             )
         if parts and (self.language_model is None or self.vision_tower is None):
             raise ValueError("language_model and vision_tower belong together; set both")
@@ -187,25 +178,22 @@ class ModelConfig(Section):
         return self
 
 
-def without_image(value: str | None) -> str | None:
-    """A text that is written into prompts, checked."""
-    if value is not None and "<image>" in value:
-        raise ValueError(f"{value!r} holds <image>, but a prompt brings no picture; place <image> in the records")
+def _without_image(value: str) -> str:
+    if "<image>" in value:
+        raise ValueError(f"{value!r} holds <image>, but a prompt brings no image; place <image> in the records")
     return value
+
+
+PromptText = Annotated[str, AfterValidator(_without_image)]
 
 
 class PromptConfig(Section):
     """What a source adds to its conversations: a system prompt for those that bring none, text before and after the
     first user turn's."""
 
-    system: str | None = None
-    prefix: str = ""
-    suffix: str = ""
-
-    @field_validator("system", "prefix", "suffix")
-    @classmethod
-    def _no_image(cls, value: str | None) -> str | None:
-        return without_image(value)
+    system: PromptText | None = None
+    prefix: PromptText = ""
+    suffix: PromptText = ""
 
 
 class SourceConfig(Section):
@@ -236,7 +224,7 @@ class DataConfig(Section):
     train: list[SourceConfig] = []
     eval: list[SourceConfig] = []
     template: str | dict[str, Any] = "vicuna_v1"
-    system: str | None = None
+    system: PromptText | None = None
     image_position: Literal["as_written", "first"] = "as_written"
     tokenization: Literal["processor", "llava"] = "processor"
     max_length: int = Field(4096, ge=1)
@@ -252,11 +240,6 @@ class DataConfig(Section):
     prefetch: int = Field(4, ge=1, le=64)
     worker_timeout: float | None = Field(600.0, gt=0)
     cache_dir: str | None = None
-
-    @field_validator("system")
-    @classmethod
-    def _no_image(cls, value: str | None) -> str | None:
-        return without_image(value)
 
     @model_validator(mode="after")
     def _short_texts(self) -> DataConfig:
@@ -275,14 +258,14 @@ class DataConfig(Section):
 
     @field_validator("train", "eval")
     @classmethod
-    def _own_names(cls, value: list[SourceConfig]) -> list[SourceConfig]:
+    def _different_names(cls, value: list[SourceConfig]) -> list[SourceConfig]:
         names = [source.name for source in value if source.name is not None]
-        if again := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"two entries are named {again!r}; sample ids begin with the name")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two entries are named {twice!r}; sample ids begin with the name")
         return value
 
     @model_validator(mode="after")
-    def _room_for_a_sample(self) -> DataConfig:
+    def _max_tokens_hold_a_sample(self) -> DataConfig:
         if self.max_tokens < self.max_length:
             raise ValueError(
                 f"max_tokens={self.max_tokens} is smaller than one sample may be (data.max_length={self.max_length}); "
@@ -302,8 +285,8 @@ class WarmupConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> WarmupConfig:
         if (self.steps is None) == (self.ratio is None):
-            given = "neither" if self.steps is None else "both"
-            raise ValueError(f"it lasts steps=N or ratio=R (a share of all steps), exactly one of them; {given} is set")
+            number = "neither" if self.steps is None else "both"
+            raise ValueError(f"set exactly one of steps=N and ratio=R (a share of all steps); {number} is set")
         return self
 
 

@@ -8,17 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
 from vtprune_train.core.plan import counts_per_stage, fronts_of
 from vtprune_train.core.stream import Boundary, Drop, StreamPlan
 
-if TYPE_CHECKING:
-    from vtprune_train.pruning.base import PruningMethod
-
 Numbers = TypeVar("Numbers", float, np.ndarray)
+
+
+class PruningMethod(Protocol):
+    """What is counted of a method; ``vtprune_train.pruning.base.PruningMethod`` is one."""
+
+    @property
+    def hides_front(self) -> bool: ...
+    @property
+    def parts(self) -> Sequence[Any]: ...
+    def drops(self, num_layers: int) -> Sequence[Drop]: ...
+    def key_layers(self, num_layers: int) -> Sequence[int]: ...
+
 
 # An average sample of LLaVA-NeXT's instruction data: 2389 tokens, 2268 of them visual (arXiv 2410.17247).
 TYPICAL_TEXT = 121
@@ -103,7 +112,10 @@ class DecoderGeometry:
 
 @dataclass(frozen=True)
 class TowerGeometry:
-    """Sizes of a vision transformer that sees tiles, and of the projector behind it."""
+    """Sizes of a vision transformer that sees tiles, and of the projector after it, which makes a token of ``merge``
+    patches; ``projector_in`` counts all of them."""
+
+    unit: ClassVar[str] = "tile(s)"
 
     num_layers: int
     hidden: int
@@ -113,23 +125,12 @@ class TowerGeometry:
     projector_in: int
     projector_out: int
     class_tokens: int = 1
+    merge: int = 1
 
-    @classmethod
-    def of(cls, config) -> TowerGeometry:
-        """Read the config of a LLaVA: 1.5, NeXT, OneVision."""
-        vision = config.vision_config
-        layers = config.vision_feature_layer
-        num_features = 1 if isinstance(layers, int) else len(layers)
-        return cls(
-            vision.num_hidden_layers,
-            vision.hidden_size,
-            vision.intermediate_size,
-            (vision.image_size // vision.patch_size) ** 2,
-            vision.patch_size,
-            vision.hidden_size * num_features,
-            config.text_config.hidden_size,
-            1 if vision.model_type == "clip_vision_model" else 0,
-        )
+    def tiles_of(self, tokens: int) -> int | None:
+        """Tiles that make so many tokens; ``None`` where the count is not a multiple of a tile's."""
+        tiles, rest = divmod(tokens * self.merge, self.patches)
+        return None if rest else tiles
 
     def tower(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the tower on ``tiles`` tiles (full attention, class token included)."""
@@ -139,12 +140,19 @@ class TowerGeometry:
 
     def projector(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the two-layer projector."""
-        return 2.0 * tiles * self.patches * self.projector_out * (self.projector_in + self.projector_out)
+        tokens = tiles * (self.patches // self.merge)
+        return 2.0 * tokens * self.projector_out * (self.projector_in + self.projector_out)
 
 
 @dataclass(frozen=True)
-class WindowedTowerGeometry:
-    """Sizes of Qwen2.5-VL's vision transformer and of the merger behind it; its "tiles" are patches."""
+class PatchTowerGeometry:
+    """Sizes of a vision transformer that sees images of any size, and of the mergers after it; its "tiles" are patches.
+
+    ``full_layers`` attend over the whole image, the others within windows of ``window`` patches. ``merge`` patches make
+    a token. The MLP has ``mlp_products`` matrices: 3 where it is gated. ``mergers`` run, each on all patches.
+    """
+
+    unit: ClassVar[str] = "patches"
 
     num_layers: int
     full_layers: int
@@ -154,30 +162,20 @@ class WindowedTowerGeometry:
     window: int
     merge: int
     projector_out: int
+    mlp_products: int = 3
+    mergers: int = 1
 
-    @classmethod
-    def of(cls, config) -> WindowedTowerGeometry:
-        """Read a ``Qwen2_5_VLConfig``."""
-        vision = config.vision_config
-        return cls(
-            vision.depth,
-            len(vision.fullatt_block_indexes),
-            vision.hidden_size,
-            vision.intermediate_size,
-            vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            (vision.window_size // vision.patch_size) ** 2,
-            vision.spatial_merge_size**2,
-            vision.out_hidden_size,
-        )
+    def tiles_of(self, tokens: int) -> int:
+        """Patches that make so many tokens."""
+        return tokens * self.merge
 
     def tower(self, tiles: Numbers) -> Numbers:
-        """Forward FLOPs of the tower on each picture of ``tiles`` patches.
+        """Forward FLOPs of the tower on each image of ``tiles`` patches.
 
-        A few layers attend over the whole picture, the others within windows, which are counted as full: those at the
-        picture's edge are smaller.
+        Windows are counted as full: those at the image's edge are smaller.
         """
         n, c = tiles, self.hidden
-        linear = 2.0 * n * c * (4 * c + 3 * self.intermediate)
+        linear = 2.0 * n * c * (4 * c + self.mlp_products * self.intermediate)
         windowed = 4.0 * n * np.minimum(n, self.window) * c
         return (
             self.num_layers * linear
@@ -187,9 +185,9 @@ class WindowedTowerGeometry:
         )
 
     def projector(self, tiles: Numbers) -> Numbers:
-        """Forward FLOPs of the merger."""
+        """Forward FLOPs of the mergers."""
         inner = self.hidden * self.merge
-        return 2.0 * tiles / self.merge * inner * (inner + self.projector_out)
+        return self.mergers * 2.0 * tiles / self.merge * inner * (inner + self.projector_out)
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ class TrainingCost:
     :meth:`text` only."""
 
     decoder: DecoderGeometry
-    tower: TowerGeometry | WindowedTowerGeometry | None
+    tower: TowerGeometry | PatchTowerGeometry | None
     trains_decoder: bool
     trains_tower: bool
     trains_projector: bool = True
@@ -215,8 +213,8 @@ class TrainingCost:
         supervised: np.ndarray,
         sample_of_tiles: np.ndarray | None = None,
     ) -> np.ndarray:
-        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples], ``tiles`` [pictures] of
-        the samples ``sample_of_tiles`` [pictures]; left out, each sample has one picture."""
+        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples], ``tiles`` [images] of
+        the samples ``sample_of_tiles`` [images]; left out, each sample has one image."""
         vision = self.vision(tiles)
         if sample_of_tiles is not None:
             vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))
@@ -240,7 +238,7 @@ class TrainingCost:
         return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def vision(self, tiles: np.ndarray) -> np.ndarray:
-        """The tower's and the projector's part of :meth:`sample`, [pictures]."""
+        """The tower's and the projector's part of :meth:`sample`, [images]."""
         assert self.tower is not None, "the tower is not counted for this family"
         count = np.asarray(tiles, dtype=np.float64)
         return self.tower.tower(count) * (3 if self.trains_tower else 1) + self.tower.projector(count) * (

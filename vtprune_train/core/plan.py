@@ -127,16 +127,11 @@ def plan_pass(segments: Sequence[SegmentLayout], num_layers: int, method: Any) -
 
 
 def replan(plan: StreamPlan, measured: Sequence[np.ndarray]) -> StreamPlan:
-    """``plan`` anew (on the host) when its first drops left ``measured`` tokens of each span: a [spans] int64 array for
-    each of them."""
-    own = plan.outline
+    """Lay out ``plan`` again (on the host), now that its first drops left ``measured`` tokens of each span: a [spans]
+    int64 array for each of them."""
+    made = plan.outline
     return plan_stream(
-        own.segments,
-        own.drops,
-        own.num_layers,
-        key_layers=own.key_layers,
-        method=own.method,
-        measured=measured,
+        made.segments, made.drops, made.num_layers, key_layers=made.key_layers, method=made.method, measured=measured
     )
 
 
@@ -220,7 +215,7 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _instruction(segment: SegmentLayout) -> np.ndarray:
-    """Offsets of the text behind the last image up to the first query row behind that; where there is none, the
+    """Offsets of the text after the last image up to the first query row after that; where there is none, the
     segment's last query row: the last image's own last token, if an answer follows it at once."""
     last = segment.spans[-1].end
     behind = [offset for offset in segment.query_offsets if offset >= last]

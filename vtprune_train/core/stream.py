@@ -81,7 +81,7 @@ class Drop:
             successive drops are cumulative. Of an adaptive drop: the share expected on average.
         adaptive: the method counts on the device; ``keep`` only serves plans made before.
         returns: all tokens that this method set aside since its first drop come back, with the states they had then.
-        adds: more tokens leave than came in (learned ones), so positions are numbered anew.
+        adds: more tokens leave than came in (learned ones), so positions are numbered again.
         queries: the rows whose attention ranks: ``answer``, those that predict an answer's first token; or
             ``instruction``, the text between a segment's last image and the answer.
         uniform_without_text: spread the kept tokens evenly, instead of ranking them, in segments whose query row is
@@ -206,8 +206,8 @@ class Boundary:
 
 
 class Outline:
-    """What a plan was made of, for planning the rest anew once an adaptive drop has counted; and ``method``, whose plan
-    it is, with the settings of the step that it is for. Host only."""
+    """What a plan was made of, for planning the rest again once an adaptive drop has counted, and ``method``, whose
+    plan it is. Host only, so not a dataclass, whose tensors would be copied to the device."""
 
     def __init__(
         self,

@@ -312,7 +312,7 @@ def _join(
 
 
 def _sizes(pieces: Sequence[_Work], num_files: int) -> tuple[list[int], int, int, int]:
-    """The first record of each file; records, pictures and letters of ids of all pieces together."""
+    """The first record of each file; records, images and letters of ids of all pieces together."""
     of_file = np.zeros(num_files, dtype=np.int64)
     pictures = letters = 0
     for work in pieces:

@@ -183,11 +183,7 @@ def _may_be_a_flag(name: str, value: Any) -> bool:
 
 
 def _check_value(name: str, value: Any) -> None:
-    """A video or audio file is media, whatever its field is called.
-
-    Raises:
-        ValueError: it is one; names it.
-    """
+    """Refuse the name of a video or audio file, whatever its field is called."""
     for leaf in _leaves(value):
         if isinstance(leaf, str) and _IS_MEDIA_FILE.fullmatch(leaf.strip()):
             raise ValueError(f"its field {name!r} ({_shown(value)}) names a video or audio file; {WAY_OUT}")

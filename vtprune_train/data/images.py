@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own: a quarter of a gigabyte in RGB
 BACKGROUND = "white"
-OURS = (errno.EMFILE, errno.ENFILE)  # this process has too many files open: no fault of the picture
+OURS = (errno.EMFILE, errno.ENFILE)  # this process has too many files open: no fault of the image
 WORD_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,7 +34,7 @@ TURNS = {
 
 
 class UnreadableImage(ValueError):  # noqa: N818 (it is what a caller catches by name)
-    """A picture that cannot be used; the message is ``name: reason``."""
+    """An image that cannot be used; the message is ``name: reason``."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -45,22 +45,22 @@ class UnreadableImage(ValueError):  # noqa: N818 (it is what a caller catches by
 
 
 class ChangedImage(UnreadableImage):
-    """A picture that is not of the size that it was planned with."""
+    """An image that is not of the size that it was planned with."""
 
 
 UNREADABLE = (UnreadableImage,)
 
 
 def image_size(source: Path | bytes, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> tuple[int, int]:
-    """``(height, width)`` in pixels as the picture is meant to be seen (EXIF rotation applied), without decoding it.
+    """``(height, width)`` in pixels as the image is meant to be seen (EXIF rotation applied), without decoding it.
 
     Args:
         source: a file, or its content.
-        max_pixels: refuse a picture of more.
-        name: of the picture in messages; the path, if ``None``.
+        max_pixels: refuse an image of more.
+        name: of the image in messages; the path, if ``None``.
 
     Raises:
-        UnreadableImage: there is no readable picture.
+        UnreadableImage: there is no readable image.
     """
     name = name or _name(source)
     with _reading(name, max_pixels), _open(source, name) as image:
@@ -75,7 +75,7 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
 ) -> Image.Image:
-    """The picture (of an animation the first) in 8-bit RGB, EXIF rotation applied, transparency over white.
+    """The image (of an animation the first) in 8-bit RGB, EXIF rotation applied, transparency over white.
 
     Args:
         source, max_pixels, name: see :func:`image_size`.
@@ -91,7 +91,8 @@ def load_image(
         image.load()
     decoded: Image.Image = image
     if orientation in TURNS:
-        decoded = _transposed(decoded, orientation)
+        decoded = image.transpose(TURNS[orientation])
+        decoded.format = image.format
     if (decoded.height, decoded.width) != tuple(expected_size):
         raise ChangedImage(
             name,
@@ -131,7 +132,7 @@ def _reading(name: str, max_pixels: int) -> Iterator[None]:
 
 @contextmanager
 def _open(source: Path | bytes, name: str) -> Iterator[ImageFile.ImageFile]:
-    """The picture with its header read; ``source`` is closed again."""
+    """The image with its header read; ``source`` is closed again."""
     if isinstance(source, Path) and not stat.S_ISREG((mode := source.stat()).st_mode):  # a pipe would never open
         raise UnreadableImage(name, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode.st_mode) else "no regular file")
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
@@ -156,7 +157,7 @@ def _why_unknown(file: IO[bytes]) -> str:
 def _orientation(image: ImageFile.ImageFile) -> int:
     """EXIF orientation, 1 ... 8, from what stands in front of the pixels; 1 where EXIF is missing or damaged.
 
-    Pillow turns TIFF by itself. Its PNG reader would decode the whole picture to look behind the pixels too.
+    Pillow turns TIFF by itself. Its PNG reader would decode the whole image to look after the pixels too.
     """
     if image.format == "TIFF":
         return 1
@@ -167,18 +168,8 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return orientation if orientation in TURNS else 1
 
 
-def _transposed(image: Image.Image, orientation: int) -> Image.Image:
-    turned = image.transpose(TURNS[orientation])
-    turned.format = image.format
-    return turned
-
-
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """8-bit RGB of a decoded picture of any mode.
-
-    Raises:
-        UnreadableImage: a mode that this Pillow cannot convert, or values that are no numbers.
-    """
+    """8-bit RGB of a decoded image of any mode that this Pillow can convert."""
     if image.mode in (*WORD_MODES, "I", "F"):
         return Image.fromarray(_eight_bits(image, name)).convert("RGB")
     try:
@@ -191,7 +182,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
-    """[H, W] uint8 of a grey picture with more than 8 bits (Pillow's own conversion clips them to white).
+    """[H, W] uint8 of a grey image with more than 8 bits (Pillow's own conversion clips them to white).
 
     16 bits keep their scale. 32 bits do not tell theirs: the least of 1 (floats), 255 and 65535 that holds all values
     is white; where none does, or some are negative, the least value is black and the greatest white.

@@ -1,8 +1,8 @@
 """The sample index: which records of which sources are trained on, and every sample's lengths, on disk.
 
-Reading and measuring the records is the work of :mod:`vtprune_train.data.table`, kept by the content that would change
-the lengths. What is left of them after ``take`` and the limits is a *selection*: the rows that can be used, kept beside
-the table. A start reads these files once, to compare their checksums; from then on they are mapped into memory.
+:mod:`vtprune_train.data.table` reads and measures the records, :mod:`vtprune_train.data.selection` keeps those that
+``take`` and the limits leave. A start reads these files once, to compare their checksums; from then on they are mapped
+into memory.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import json
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -25,19 +24,18 @@ from vtprune_train.core.rounding import floor_of
 from vtprune_train.data.building import VERSION
 from vtprune_train.data.chat import ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS
-from vtprune_train.data.measure import FINE, LARGE, SILENT, Measure
-from vtprune_train.data.order import EpochOrder, permuted
+from vtprune_train.data.measure import Measure
+from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
+from vtprune_train.data.selection import NAMED, Selection, select
 from vtprune_train.data.sources import BOUNDS, Bounds, find_files
-from vtprune_train.data.table import Table, open_table
-from vtprune_train.files.checksums import SummedFile, Watch, damage, read_manifest, seal
-from vtprune_train.files.disk import locked, publish, remove
+from vtprune_train.data.table import open_table
+from vtprune_train.files.disk import locked
 from vtprune_train.models.families.layout import ImageLayout, Size
 
 log = logging.getLogger(__name__)
 
 SHOWN = 5
-ROWS = 1 << 20  # looked at together
 TO_MEND = "Shorten or split them, raise the setting that is named, or set data.too_long=skip to leave them out"
 
 
@@ -60,7 +58,7 @@ class Source:
 @dataclass(frozen=True)
 class Lengths:
     """What some samples measure: ``text``, ``supervised`` [S]; ``span_tokens``, ``span_tiles`` and ``span_sample``
-    (a position among these samples) [pictures]; all int64."""
+    (a position among these samples) [images]; all int64."""
 
     text: np.ndarray
     supervised: np.ndarray
@@ -80,39 +78,6 @@ class Lengths:
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.span_sample, weights=values, minlength=len(self.text)).astype(np.int64)
-
-
-class Selection:
-    """The records of a table that are samples, in order. ``manifest`` holds ``samples``, ``longest``, ``tokens``,
-    ``bad``, ``too_long``, ``unsupervised`` and a ``digest`` of the samples' content."""
-
-    def __init__(self, table: Table, folder: Path):
-        self.table, self.folder = table, folder
-        self.manifest = read_manifest(folder)
-        self._watch = Watch(folder, self.manifest["sums"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "rows"}
-
-    def __len__(self) -> int:
-        return self.manifest["samples"]
-
-    def check(self) -> None:
-        """Look whether its files and those of its table are what they were when they were opened.
-
-        Raises:
-            RuntimeError: one was changed in place.
-        """
-        self.table.check()
-        if name := self._watch.changed():
-            raise RuntimeError(
-                f"{self.folder / name} was changed while it was in use; start again to make a new selection"
-            )
-
-    @cached_property
-    def rows(self) -> np.ndarray:
-        """[samples] int64, memory-mapped."""
-        return np.memmap(self.folder / "rows.bin", np.int64, "r") if len(self) else np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -141,12 +106,12 @@ class SampleIndex:
     @property
     def bad(self) -> int:
         """Records left out because they cannot be used."""
-        return sum(selection.manifest["bad"] for selection in self.selections)
+        return _total(self.selections, "bad")
 
     @property
     def too_long(self) -> int:
         """Samples left out for their length or their bytes."""
-        return sum(s.manifest["too_long"] + s.manifest["too_large"] for s in self.selections)
+        return _total(self.selections, "too_long") + _total(self.selections, "too_large")
 
     @property
     def longest(self) -> int:
@@ -156,7 +121,7 @@ class SampleIndex:
     @property
     def total_tokens(self) -> int:
         """Tokens of all samples together, before dropping."""
-        return sum(selection.manifest["tokens"] for selection in self.selections)
+        return _total(self.selections, "tokens")
 
     def order(self) -> EpochOrder:
         """Which samples an epoch holds, by the sources' weights."""
@@ -195,22 +160,18 @@ class SampleIndex:
         return self.selections[self.locate(sample)[0]].table.distrusted(reason)
 
     def pictures(self, sample: int, record: Conversation) -> list[Path | bytes]:
-        """Where the pictures of a sample are read from."""
+        """Where the images of a sample are read from."""
         return record.pictures(self.sources[self.locate(sample)[0]].images)
 
     def picture_sizes(self, sample: int) -> list[Size]:
-        """``(height, width)`` of each picture, as indexed."""
+        """``(height, width)`` of each image, as indexed."""
         source, row = self.locate(sample)
         table = self.selections[source].table
         spans = table.spans(row)
         return list(zip(table.column("height")[spans].tolist(), table.column("width")[spans].tolist(), strict=True))
 
     def _look_at_files(self) -> None:
-        """Now and then, whether they are what they were when they were opened.
-
-        Raises:
-            RuntimeError: one was changed in place.
-        """
+        """Check now and then that no file was changed in place since it was opened."""
         began = time.monotonic()
         if began < self._next_look:
             return
@@ -220,7 +181,7 @@ class SampleIndex:
         self._next_look = ended + self.PAUSE * (ended - began)
 
     def num_pictures(self, samples: np.ndarray) -> np.ndarray:
-        """[S] pictures of each sample."""
+        """[S] images of each sample."""
         return np.bincount(self.lengths(samples).span_sample, minlength=len(samples))
 
     def lengths(self, samples: Sequence[int] | np.ndarray) -> Lengths:
@@ -230,22 +191,19 @@ class SampleIndex:
         source = np.searchsorted(self._starts, samples, side="right") - 1
         text, supervised, first, num = (np.zeros(len(samples), dtype=np.int64) for _ in range(4))
         for number in np.unique(source).tolist():
-            own = source == number
-            selection = self.selections[number]
-            rows = selection.rows[samples[own] - self._starts[number]]
-            starts = selection.table.column("span_starts")
-            first[own], num[own] = starts[rows], starts[rows + 1] - starts[rows]
-            text[own], supervised[own] = (
-                selection.table.column("text")[rows],
-                selection.table.column("supervised")[rows],
-            )
+            of_source = source == number
+            table = self.selections[number].table
+            rows = self.selections[number].rows[samples[of_source] - self._starts[number]]
+            starts = table.column("span_starts")
+            first[of_source], num[of_source] = starts[rows], starts[rows + 1] - starts[rows]
+            text[of_source], supervised[of_source] = table.column("text")[rows], table.column("supervised")[rows]
         span_sample = np.repeat(np.arange(len(samples)), num)
         place = np.arange(len(span_sample)) - np.repeat(np.cumsum(num) - num - first, num)
         tokens, tiles = np.zeros_like(place), np.zeros_like(place)
         for number in np.unique(source).tolist():
-            own = source[span_sample] == number
-            table = self.selections[number].table
-            tokens[own], tiles[own] = table.column("tokens")[place[own]], table.column("tiles")[place[own]]
+            of_source = source[span_sample] == number
+            table, places = self.selections[number].table, place[of_source]
+            tokens[of_source], tiles[of_source] = table.column("tokens")[places], table.column("tiles")[places]
         return Lengths(text, supervised, tokens, tiles, span_sample)
 
 
@@ -278,97 +236,15 @@ def build_index(
     with locked(cache_dir / "index.lock"):
         for number, source in enumerate(sources):
             measure = Measure(encoder, layout, source.images, source.prompt, source.ignore, max_image_pixels, bounds)
-            folder = cache_dir / f"index-{_slot(source, measure)}"
+            # Named by what is measured, not by the files' content: files that change come to the same place.
+            content = json.dumps([VERSION, str(source.path.resolve()), measure.fingerprint()], sort_keys=True)
+            folder = cache_dir / f"index-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
             table = open_table(folder, find_files(source.path), measure, workers)
-            selections.append(_select(table, take=source.take, seed=seed + number, max_length=max_length))
+            selections.append(select(table, take=source.take, seed=seed + number, max_length=max_length))
     _report_unsupervised(selections, unsupervised)
     _report_large(sources, selections, too_long)
     _report(sources, selections, max_bad, max_bad_share, max_length, too_long)
     return SampleIndex(list(sources), selections, seed)
-
-
-def _slot(source: Source, measure: Measure) -> str:
-    """Where a source's table is kept: files that change come to the same place."""
-    content = json.dumps([VERSION, str(source.path.resolve()), measure.fingerprint()], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _select(table: Table, *, take: str, seed: int, max_length: int) -> Selection:
-    """The selection for these settings, made once and kept in the table's folder."""
-    drawn = seed if take.startswith("random") else None
-    key = json.dumps([table.manifest["generation"], take, drawn, max_length])
-    folder = table.folder / f"selection-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    of = [table.folder.name, table.manifest["sums"]["content.npy"]]
-    reason = _unusable(folder, of) if folder.exists() else ""
-    if reason:
-        log.warning("the selection in %s is damaged (%s); selecting again", folder, reason)
-    if reason or not folder.exists():
-        temporary = table.folder / "selection.tmp"
-        remove(temporary)
-        temporary.mkdir()
-        _write_rows(table, take, seed, max_length, temporary, of)
-        publish(temporary, folder)
-    return Selection(table, folder)
-
-
-def _unusable(folder: Path, of: list[Any]) -> str:
-    """What is wrong with a selection of the table that ``of`` says; empty if nothing is."""
-    if what := damage(folder):
-        return what
-    return "" if read_manifest(folder).get("of", of) == of else "it belongs to another index"
-
-
-def _write_rows(table: Table, take: str, seed: int, max_length: int, folder: Path, of: list[Any]) -> None:
-    """Write the rows that can be used to ``rows.bin``, those that are broken to ``bad.bin`` (int64), and to the
-    manifest what the usable ones measure together, a digest of their content, and ``of``: of which table they are."""
-    digest = hashlib.sha256()
-    counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0, "too_large": 0, "unsupervised": 0}
-    large: list[int] = []
-    long: list[list[int]] = []
-    silent: list[int] = []
-    with SummedFile(folder / "rows.bin") as kept, SummedFile(folder / "bad.bin") as bad:
-        for rows in _take(take, len(table), seed):
-            lengths = _tokens(table, rows)
-            state = table.column("state")[rows]
-            fine, is_silent, is_large = state == FINE, state == SILENT, state == LARGE
-            is_long = fine & (lengths > max_length)
-            long += np.stack([rows, lengths], axis=1)[is_long][: 2 * SHOWN - len(long)].tolist()
-            keep, kept_lengths = rows[fine & ~is_long], lengths[fine & ~is_long]
-            kept.write(keep.tobytes())
-            is_bad = ~fine & ~is_silent & ~is_large
-            large += rows[is_large][: 2 * SHOWN - len(large)].tolist()
-            silent += rows[is_silent][: 2 * SHOWN - len(silent)].tolist()
-            bad.write(rows[is_bad].tobytes())
-            digest.update(keep.tobytes() + table.column("content")[keep].tobytes())
-            counts["samples"] += len(keep)
-            counts["longest"] = max(counts["longest"], int(kept_lengths.max(initial=0)))
-            counts["tokens"] += int(kept_lengths.sum())
-            counts["bad"] += int(is_bad.sum())
-            counts["unsupervised"] += int(is_silent.sum())
-            counts["too_long"] += int(is_long.sum())
-            counts["too_large"] += int(is_large.sum())
-    first = {"first_too_long": long, "first_too_large": large, "first_unsupervised": silent}
-    sums = {file.path.name: file.sums for file in (kept, bad)}
-    seal(folder, {**counts, **first, "digest": digest.hexdigest(), "of": of}, sums)
-
-
-def _tokens(table: Table, rows: np.ndarray) -> np.ndarray:
-    """[rows] tokens of records in order, before dropping."""
-    starts, tokens = table.column("span_starts"), table.column("tokens")
-    first, end = starts[rows], starts[rows + 1]
-    begin = int(first[0]) if len(rows) else 0
-    sums = np.cumsum(np.concatenate([[0], tokens[begin : int(end[-1])] if len(rows) else []]), dtype=np.int64)
-    return table.column("text")[rows] + sums[end - begin] - sums[first - begin]
-
-
-def _take(take: str, count: int, seed: int) -> Iterator[np.ndarray]:
-    """The rows asked for, in order, some at a time."""
-    kind, _, number = take.partition(":")
-    wanted = count if kind == "all" else min(int(number), count)
-    drawn = np.sort(permuted(np.arange(wanted), count, [seed])) if kind == "random" else None
-    for start in range(0, wanted, ROWS):
-        stop = min(start + ROWS, wanted)
-        yield np.arange(start, stop) if drawn is None else drawn[start:stop]
 
 
 def _report(
@@ -379,7 +255,7 @@ def _report(
     max_length: int,
     too_long: str,
 ) -> None:
-    """Say what is left out or not read, or raise."""
+    """Log what is left out or not read, or raise."""
     for source, selection in zip(sources, selections, strict=True):
         table = selection.table
         if table.manifest["duplicates"]:
@@ -395,7 +271,7 @@ def _report(
             log.warning(
                 "%s: take=%s asks for more than its %d record(s); all are taken", source.path, source.take, len(table)
             )
-    num_bad = sum(selection.manifest["bad"] for selection in selections)
+    num_bad = _total(selections, "bad")
     if num_bad > max_bad:
         raise ValueError(
             f"{num_bad} records cannot be used, more than data.max_bad={max_bad}; mend them or raise it. "
@@ -407,19 +283,22 @@ def _report(
         for line in _first_bad(selections, num_bad):
             log.warning("left out: %s", line)
         log.warning("%d record(s) cannot be used and are left out (data.max_bad=%d)", num_bad, max_bad)
-    num_long = sum(selection.manifest["too_long"] for selection in selections)
-    first = [(s.table.id(row), n) for s in selections for row, n in s.manifest["first_too_long"]]
-    shown = ", ".join(f"{name} ({n})" for name, n in first[: 2 * SHOWN])
-    if num_long and too_long == "error":
-        raise ValueError(
-            f"{num_long} sample(s) are longer than data.max_length={max_length} tokens (visual tokens counted "
-            f"before dropping; samples are never cut). Raise it or set data.too_long=skip. First: {shown}"
-        )
-    if num_long:
+    if num_long := _total(selections, "too_long"):
+        first = [(s.table.id(row), n) for s in selections for row, n in s.manifest["first_too_long"]]
+        shown = ", ".join(f"{name} ({n})" for name, n in first[:NAMED])
+        if too_long == "error":
+            raise ValueError(
+                f"{num_long} sample(s) are longer than data.max_length={max_length} tokens (visual tokens counted "
+                f"before dropping; samples are never cut). Raise it or set data.too_long=skip. First: {shown}"
+            )
         log.warning("%d sample(s) longer than data.max_length=%d are skipped. First: %s", num_long, max_length, shown)
     for source, selection in zip(sources, selections, strict=True):
         if not len(selection):
             raise ValueError(f"data file {source.path} has no record left that can be used; take the entry out")
+
+
+def _total(selections: Sequence[Selection], reason: str) -> int:
+    return sum(selection.manifest[reason] for selection in selections)
 
 
 def most_bad(share: float, records: int) -> int:
@@ -428,11 +307,7 @@ def most_bad(share: float, records: int) -> int:
 
 
 def _check_bad(source: Source, selection: Selection, share: float) -> None:
-    """One source's share of records that cannot be used.
-
-    Raises:
-        ValueError: there are too many, or no others; with the counts and the first reasons.
-    """
+    """Refuse a source with too many records that cannot be used, or no others; names the first reasons."""
     counts = selection.manifest
     bad, taken = counts["bad"], sum(counts[key] for key in ("samples", "bad", "too_long", "too_large", "unsupervised"))
     if not bad or (bad < taken and bad <= most_bad(share, taken)):
@@ -451,29 +326,28 @@ def shown_fields(unread: Mapping[str, int]) -> str:
 
 
 def _report_unsupervised(selections: Sequence[Selection], policy: str) -> None:
-    """Say which samples have nothing to learn, or raise."""
-    count = sum(selection.manifest["unsupervised"] for selection in selections)
-    shown = ", ".join([s.table.id(row) for s in selections for row in s.manifest["first_unsupervised"]][: 2 * SHOWN])
-    if count and policy == "error":
-        raise ValueError(
-            f"{count} sample(s) have no supervised token: their conversations have no answer to learn from. Mend them "
-            f"or set data.unsupervised=skip. First: {shown}"
-        )
-    if count:
+    """Log which samples have nothing to learn, or raise."""
+    if count := _total(selections, "unsupervised"):
+        first = [s.table.id(row) for s in selections for row in s.manifest["first_unsupervised"]]
+        shown = ", ".join(first[:NAMED])
+        if policy == "error":
+            raise ValueError(
+                f"{count} sample(s) have no supervised token: their conversations have no answer to learn from. Mend "
+                f"them or set data.unsupervised=skip. First: {shown}"
+            )
         log.warning("%d sample(s) without a supervised token are skipped. First: %s", count, shown)
 
 
 def _report_large(sources: Sequence[Source], selections: Sequence[Selection], policy: str) -> None:
-    """Say which records have too many bytes to be read or tokenized, or raise."""
-    count = sum(selection.manifest["too_large"] for selection in selections)
-    shown = "; ".join(
-        f"{source.path}: {line}"
-        for source, selection in zip(sources, selections, strict=True)
-        for line in _errors(selection, selection.manifest["first_too_large"])
-    )
-    if count and policy == "error":
-        raise ValueError(f"{count} record(s) are too large. {TO_MEND}. First: {shown}")
-    if count:
+    """Log which records have too many bytes to be read or tokenized, or raise."""
+    if count := _total(selections, "too_large"):
+        shown = "; ".join(
+            f"{source.path}: {line}"
+            for source, selection in zip(sources, selections, strict=True)
+            for line in _errors(selection, selection.manifest["first_too_large"])
+        )
+        if policy == "error":
+            raise ValueError(f"{count} record(s) are too large. {TO_MEND}. First: {shown}")
         log.warning("%d record(s) are too large and are skipped (data.too_long=skip). First: %s", count, shown)
 
 
@@ -490,5 +364,5 @@ def _errors(selection: Selection, rows: Sequence[int]) -> list[str]:
     if not rows:
         return []
     table, wanted = selection.table, set(rows)
-    found = (entry for entry in table.errors() if entry["row"] in wanted)
-    return [f"{table.id(entry['row'])}: {entry['error']}" for entry in islice(found, len(wanted))]
+    entries = (entry for entry in table.errors() if entry["row"] in wanted)
+    return [f"{table.id(entry['row'])}: {entry['error']}" for entry in islice(entries, len(wanted))]

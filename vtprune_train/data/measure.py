@@ -22,7 +22,7 @@ from vtprune_train.models.families.layout import ImageLayout
 
 BATCH = 512  # conversations tokenized in one call
 BATCH_BYTES = BOUNDS.text  # of text among them: tokenizing takes more than a hundred times as much memory
-BATCH_PICTURES = BOUNDS.record  # bytes of pictures among them
+BATCH_PICTURES = BOUNDS.record  # bytes of images among them
 FINE, BAD, NO_PICTURE, SILENT, LARGE = 0, 1, 2, 3, 4
 """What ``state`` says of a record; pictures that cannot be read may be mended later, nothing is wrong with a silent
 one but that it has no answer to learn, and with a large one but its size."""
@@ -43,7 +43,7 @@ SPAN_COLUMNS = ("height", "width", "tokens", "tiles")
 
 @dataclass
 class Measured:
-    """What the index keeps of one conversation; ``spans`` holds (height, width, tokens, tiles) of each picture."""
+    """What the index keeps of one conversation; ``spans`` holds (height, width, tokens, tiles) of each image."""
 
     text: int = 0
     supervised: int = 0
@@ -58,11 +58,11 @@ class Measure:
 
     Args:
         encoder: conversations to tokens.
-        layout: sizes of pictures to visual tokens.
-        images: the folder that pictures are relative to.
+        layout: sizes of images to visual tokens.
+        images: the folder that images are relative to.
         prompt: what the source adds to its conversations.
         ignore: fields and marks of its records that change nothing.
-        max_image_pixels: a picture of more is not read.
+        max_image_pixels: an image of more is not read.
         bounds: a record of more bytes is not read, a text of more is not tokenized.
     """
 
@@ -75,7 +75,7 @@ class Measure:
     bounds: Bounds = BOUNDS
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a change of would change the lengths."""
+        """Settings that affect the lengths."""
         encoder = hashlib.sha256(self.encoder.fingerprint().encode()).hexdigest()[:16]
         return {
             "template": self.encoder.template.name,
@@ -111,7 +111,7 @@ class Measure:
                 name = picture_name(picture, number)
                 sizes.append(image_size(picture, max_pixels=self.max_image_pixels, name=name))
             except UNREADABLE as error:
-                # Room is kept for its pictures, so that they can be filled in once they are mended.
+                # Room is kept for its images, so that they can be filled in once they are mended.
                 blank = [(0, 0, 0, 0)] * len(conversation.images)
                 return Measured(state=NO_PICTURE, spans=blank, error=f"image {error}")
         try:
@@ -127,7 +127,7 @@ def _refused(error: str) -> Measured:
 
 
 def picture_name(picture: Path | bytes, number: int) -> str:
-    """What a picture is called in a message."""
+    """What an image is called in a message."""
     return f"{number + 1} of the record" if isinstance(picture, bytes) else shortened(str(picture))
 
 
@@ -152,8 +152,8 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
             unread.update(conversation.unread)
         done += len(batch)
     unread.update(dict.fromkeys(reader.unread, done))
-    empty = {name: np.zeros(0, dtype=dtype) for name, dtype in _dtypes().items()}
-    joined = {name: np.concatenate([empty[name], *parts]) for name, parts in columns.items()}
+    dtypes = {**RECORD_COLUMNS, **dict.fromkeys(SPAN_COLUMNS, np.int32), "ids": np.uint8}
+    joined = {name: np.concatenate([np.zeros(0, dtypes[name]), *parts]) for name, parts in columns.items()}
     joined["errors"] = np.frombuffer("\n".join(errors).encode(), dtype=np.uint8)
     joined["unread"] = np.frombuffer(json.dumps(unread).encode(), dtype=np.uint8)
     content = io.BytesIO()
@@ -162,7 +162,7 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
 
 
 def _batches(read: Iterator[tuple[Place, Conversation]]) -> Iterator[list[tuple[Place, Conversation]]]:
-    """Up to ``BATCH`` conversations together, fewer where they are long or bring their pictures."""
+    """Up to ``BATCH`` conversations together, fewer where they are long or bring their images."""
     batch: list[tuple[Place, Conversation]] = []
     text = pictures = 0
     for place, conversation in read:
@@ -175,10 +175,6 @@ def _batches(read: Iterator[tuple[Place, Conversation]]) -> Iterator[list[tuple[
         text, pictures = text + more, pictures + encoded
     if batch:
         yield batch
-
-
-def _dtypes() -> dict[str, Any]:
-    return {**RECORD_COLUMNS, **dict.fromkeys(SPAN_COLUMNS, np.int32), "ids": np.uint8}
 
 
 def _columns(
@@ -203,7 +199,7 @@ def _columns(
 
 
 def content_hash(conversation: Conversation) -> int:
-    """Of all that a record says, and of the names of its pictures (of pictures as bytes: their sizes)."""
+    """Of all that a record says, and of the names of its images (of images as bytes: their sizes)."""
     texts = [part for turn in conversation.turns for part in (turn.role, turn.text)]
     names = [image if isinstance(image, str) else str(len(image)) for image in conversation.images]
     return _hash("\0".join([conversation.id, *texts, *names, conversation.error]).encode(errors="surrogatepass"))

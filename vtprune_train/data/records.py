@@ -32,7 +32,7 @@ from vtprune_train.data.sources.base import utf8_length
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LONGEST_ID = 4096  # characters; ids stand in logs, metrics and checkpoints
 TURN_BYTES = 256  # that a turn counts beside its text: for what the template writes around it, and as an object
-LONGEST_ERROR = 300  # characters; a record with a picture as text would fill the log
+LONGEST_ERROR = 300  # characters; a record with an image as text would fill the log
 _HALF = re.compile(r"[\ud800-\udfff]")  # of a character: what cutting an emoji leaves in JSON, and no UTF-8 can hold
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 PART_IMAGES = ("image", "image_url", "url", "path", "bytes")
@@ -43,7 +43,7 @@ _LEADING_IMAGES = re.compile(rf"(?:{re.escape(IMAGE)}\s*)*")
 
 @dataclass(frozen=True)
 class Conversation:
-    """One record: its turns, and its pictures as names of files or as encoded bytes; ``error`` is empty if it can be
+    """One record: its turns, and its images as names of files or as encoded bytes; ``error`` is empty if it can be
     used, and a :class:`~vtprune_train.data.sources.TooLarge` where only its size is wrong. ``unread`` names fields that
     are not read and may say something."""
 
@@ -54,7 +54,7 @@ class Conversation:
     unread: frozenset[str] = field(default=frozenset(), compare=False)
 
     def pictures(self, folder: Path) -> list[Path | bytes]:
-        """Where each picture is read from."""
+        """Where each image is read from."""
         return [folder / image if isinstance(image, str) else image for image in self.images]
 
 
@@ -64,7 +64,7 @@ class Prompt:
 
     Args:
         system: the system prompt of conversations that bring none, in place of the template's; empty for none at all.
-        prefix: written before the first user turn's text, behind the ``<image>`` placeholders that lead it.
+        prefix: written before the first user turn's text, after the ``<image>`` placeholders that lead it.
         suffix: written at the end of the first user turn.
     """
 
@@ -137,7 +137,9 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = (), max_te
         read = _Reading(ignore, unread)
         turns, brought = read.turns(record)
         if (size := text_bytes(turns)) > max_text:
-            return Conversation(name, error=too_much_text(size, len(turns), max_text), unread=frozenset(unread))
+            counted = f" ({TURN_BYTES} are counted for each turn)" if TURN_BYTES * len(turns) > max_text // 2 else ""
+            what = f"its text has {size} bytes in {len(turns)} turns{counted}, more than data.max_text_bytes={max_text}"
+            return Conversation(name, error=TooLarge(what), unread=frozenset(unread))
         images = _images(record, brought, read)
         unread |= check_fields(record, RECORD, ignore, answer=None, has_images=bool(images))
         _check(turns, images)
@@ -156,18 +158,8 @@ def text_bytes(turns: Sequence[Turn]) -> int:
     return sum(utf8_length(turn.text) for turn in turns) + TURN_BYTES * len(turns)
 
 
-def too_much_text(size: int, turns: int, bound: int) -> TooLarge:
-    """Of a conversation whose text has ``size`` bytes."""
-    counted = f" ({TURN_BYTES} are counted for each turn)" if TURN_BYTES * turns > bound // 2 else ""
-    return TooLarge(f"its text has {size} bytes in {turns} turns{counted}, more than data.max_text_bytes={bound}")
-
-
 def _id(value: Any) -> str:
-    """An id as a text that fits into messages.
-
-    Raises:
-        ValueError: it is too long for one.
-    """
+    """An id as a text that fits into messages."""
     name = _HALF.sub("?", str(value))
     if len(name) > LONGEST_ID:
         raise ValueError(f"its id has {len(name)} characters, more than {LONGEST_ID}; shorten it or leave it out")
@@ -288,7 +280,7 @@ def _either(message: Mapping[str, Any], llava: str, openai: str) -> Any:
 
 
 def _images(record: Mapping[str, Any], parts: Sequence[_Part], read: _Reading) -> list[str | bytes]:
-    """The pictures in the order of their placeholders: the record's, or those of the parts of its turns."""
+    """The images in the order of their placeholders: the record's, or those of the parts of its turns."""
     named = [key for key in IMAGES if not is_empty(record.get(key))]
     forms = [
         [read.image(image) for image in (record[key] if isinstance(record[key], list) else [record[key]])]
@@ -311,7 +303,7 @@ def _images(record: Mapping[str, Any], parts: Sequence[_Part], read: _Reading) -
 
 
 def _image(image: Any) -> str | bytes:
-    """A path, bytes, ``{bytes, path}`` as `datasets` stores pictures, ``{url}``, or a data URL."""
+    """A path, bytes, ``{bytes, path}`` as `datasets` stores images, ``{url}``, or a data URL."""
     if isinstance(image, Mapping):
         inside = image.get("bytes")
         image = (image.get("path") or image.get("url")) if inside is None else inside

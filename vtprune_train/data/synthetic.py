@@ -1,4 +1,4 @@
-"""The embedded default: drawn pictures and questions that need them, written to disk as a user would bring them."""
+"""The embedded default: drawn images and questions that need them, written to disk as a user would bring them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ QUESTIONS = {
 
 
 def draw_picture(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
-    """One picture with one shape on a plain grey ground, and the truth about it (colour, shape, place)."""
+    """One image with one shape on a plain grey ground, and the truth about it (colour, shape, place)."""
     width, height = rng.choice(CANVASES)
     width, height = round(width * rng.uniform(0.9, 1.1)), round(height * rng.uniform(0.9, 1.1))
     truth = {"colour": rng.choice(list(COLOURS)), "shape": rng.choice(list(SHAPES)), "place": rng.choice(list(PLACES))}

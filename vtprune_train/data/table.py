@@ -61,7 +61,7 @@ class Table:
         return self._columns[name]
 
     def spans(self, row: int) -> slice:
-        """Where the pictures of a record stand in the columns of pictures."""
+        """Where the images of a record stand in the columns of images."""
         starts = self.column("span_starts")
         return slice(int(starts[row]), int(starts[row + 1]))
 
@@ -124,7 +124,7 @@ class Table:
 
 
 def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: int) -> Table:
-    """The table of ``files`` in ``folder``: opened, built, or built anew if it is damaged or a file has changed. The
+    """The table of ``files`` in ``folder``: opened, built, or built again if it is damaged or a file has changed. The
     caller holds the lock.
 
     Raises:
@@ -169,7 +169,7 @@ def _outdated(folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]], 
 
 
 def _still_holds(table: Table, number: int, file: Path) -> bool:
-    """Whether the records of a file are those that were indexed, at the same places. Pictures are not looked at."""
+    """Whether the records of a file are those that were indexed, at the same places. Images are not looked at."""
     bounds = [*(entry[-1] for entry in table.manifest["files"]), len(table)]
     row = bounds[number]
     made_with = table.manifest["made_with"]
@@ -177,11 +177,11 @@ def _still_holds(table: Table, number: int, file: Path) -> bool:
     records = (entry for piece in reader.pieces() for entry in reader.scan(piece))
     while batch := list(islice(records, BATCH)):
         rows = slice(row, row + len(batch))
-        found = [
+        entries = [
             (*place, content_hash(normalize(record, "", made_with["ignore"], made_with["bounds"][1])))
             for place, record in batch
         ]
-        for name, values in zip(("at", "size", "content"), zip(*found, strict=True), strict=True):
+        for name, values in zip(("at", "size", "content"), zip(*entries, strict=True), strict=True):
             if table.column(name)[rows].tolist() != list(values):
                 return False
         row += len(batch)
@@ -189,37 +189,37 @@ def _still_holds(table: Table, number: int, file: Path) -> bool:
 
 
 def _mended(table: Table, measure: Measure) -> Table:
-    """Look again at pictures that could not be read (the files' stamps know nothing of them), and enter those that can
+    """Look again at images that could not be read (the files' stamps know nothing of them), and enter those that can
     be read by now."""
     if not table.manifest["doubtful"]:
         return table
-    entries, found, doubtful = [], {}, 0
+    entries, mended, doubtful = [], {}, 0
     for entry in table.errors():
         if entry["state"] == NO_PICTURE:
             result = measure([table.read(entry["row"])])[0]
-            if result.state == FINE and len(result.spans) == _length(table.spans(entry["row"])):
-                found[entry["row"]] = result
+            if result.state == FINE and len(result.spans) == len(table.column("height")[table.spans(entry["row"])]):
+                mended[entry["row"]] = result
                 continue
             doubtful += 1
         entries.append(entry)
-    if not found:
+    if not mended:
         return table
-    names = _enter(table.folder, found, table)
+    names = _enter(table.folder, mended, table)
     replace_synced(table.folder / "errors.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
     counts = {"bad": len(entries), "doubtful": doubtful, "generation": table.manifest["generation"] + 1}
     changed = {name: checksum(table.folder / name) for name in ("errors.jsonl", *names)}
     seal(table.folder, {**table.manifest, **counts}, {**table.manifest["sums"], **changed})
-    log.info("%d record(s) whose pictures could not be read can be used now", len(found))
+    log.info("%d record(s) whose pictures could not be read can be used now", len(mended))
     return Table(table.folder)
 
 
-def _enter(folder: Path, found: dict[int, Measured], table: Table) -> list[str]:
-    """Write what was measured to copies of the columns (room for the pictures was kept), and put these in their place:
+def _enter(folder: Path, mended: dict[int, Measured], table: Table) -> list[str]:
+    """Write what was measured to copies of the columns (room for the images was kept), and put these in their place:
     runs that have mapped the columns go on with what they know. Returns the names of the files."""
     names = ("text", "supervised", *(SPAN_COLUMNS if table.manifest["pictures"] else ()), "state")
     copies = {name: Path(shutil.copyfile(folder / f"{name}.npy", folder / f"{name}.tmp")) for name in names}
     opened = {name: np.lib.format.open_memmap(copy, mode="r+") for name, copy in copies.items()}
-    for row, result in found.items():
+    for row, result in mended.items():
         opened["text"][row], opened["supervised"][row] = result.text, result.supervised
         for name, values in zip(SPAN_COLUMNS, zip(*result.spans, strict=True), strict=True):
             opened[name][table.spans(row)] = values
@@ -229,7 +229,3 @@ def _enter(folder: Path, found: dict[int, Measured], table: Table) -> list[str]:
         sync(copies[name])
         copies[name].replace(folder / f"{name}.npy")
     return [f"{name}.npy" for name in names]
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start

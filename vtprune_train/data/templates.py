@@ -86,7 +86,14 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
         place: the setting that names the checkpoint, and its value.
     """
     name, tokenizer = encoder.template.name, encoder.tokenizer
-    if broken := [mark for mark in _marks(encoder.template) if not _is_token(tokenizer, mark)]:
+    template = encoder.template
+    parts = (template.system, template.user, template.assistant, template.answer, template.separator)
+    broken = []
+    for mark in dict.fromkeys(mark for part in parts for mark in MARK.findall(part)):
+        ids = tokenizer.encode(f"a{mark}a", add_special_tokens=False)
+        if tokenizer.convert_ids_to_tokens(ids).count(mark) != 1:
+            broken.append(mark)
+    if broken:
         yield (
             f"data.template={name} writes {', '.join(broken)}, which the tokenizer of {place} does not have as "
             "single tokens, so the model has not learned them as marks. Use the template that fits this checkpoint"
@@ -105,15 +112,6 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
         f"data.template={name} is not the chat template of {place}{hint}. It writes {_shown(ours[0])}, and the "
         f"checkpoint's {_shown(own[0])}. Exports of this run carry the run's"
     )
-
-
-def _marks(template: Template) -> list[str]:
-    parts = (template.system, template.user, template.assistant, template.answer, template.separator)
-    return list(dict.fromkeys(mark for part in parts for mark in MARK.findall(part)))
-
-
-def _is_token(tokenizer: PreTrainedTokenizerBase, mark: str) -> bool:
-    return tokenizer.convert_ids_to_tokens(tokenizer.encode(f"a{mark}a", add_special_tokens=False)).count(mark) == 1
 
 
 def _contents(image_token: str) -> list[Any]:

@@ -158,16 +158,15 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     template = recorded_template(folder)
     if template is not None:
-        carry(processor, _recorded_source(folder, config, template, tokenizer))
+        settings = _data_settings(folder)  # older checkpoints do not hold the chat template itself
+        _, loop = trained_family(config.model_type, f"model {folder}")
+        tokenization = settings.get("tokenization", "processor")
+        carry(processor, written_by(build_encoder(template, tokenizer, loop, settings["image_position"], tokenization)))
     return processor
 
 
 def _data_settings(folder: str) -> dict[str, Any]:
-    """The ``data`` section that a checkpoint of this project was trained with; empty for other folders.
-
-    Raises:
-        ValueError: its file cannot be read; names it.
-    """
+    """The ``data`` section that a checkpoint of this project was trained with; empty for other folders."""
     record = Path(folder).parent / "config.yaml"
     if Path(folder).name != "hf" or not record.is_file():
         return {}
@@ -193,30 +192,21 @@ def recorded_prompt(model: str, data: Path) -> AddedPrompt:
     ``data.eval`` or ``data.train``); nothing for a file that it does not name, with a warning where it adds something
     to others."""
     settings = _data_settings(resolve_checkpoint(model))
-    entries = [
-        (which, number, entry) for which in ("eval", "train") for number, entry in enumerate(settings.get(which, []))
-    ]
-    prompts = {f"data.{which}.{number}": AddedPrompt(**entry.get("prompt", {})) for which, number, entry in entries}
-    added = [f"{key}: {prompt}" for key, prompt in prompts.items() if prompt != NO_PROMPT]
-    for (key, prompt), (_, _, entry) in zip(prompts.items(), entries, strict=True):
-        if Path(settings["root"], entry["path"]).resolve() == data.resolve():
-            if prompt != NO_PROMPT:
-                log.info("questions are asked with the prompt of the run's %s: %s", key, prompt)
-            return prompt
+    added = []
+    for which in ("eval", "train"):
+        for number, entry in enumerate(settings.get(which, [])):
+            key, prompt = f"data.{which}.{number}", AddedPrompt(**entry.get("prompt", {}))
+            if Path(settings["root"], entry["path"]).resolve() == data.resolve():
+                if prompt != NO_PROMPT:
+                    log.info("questions are asked with the prompt of the run's %s: %s", key, prompt)
+                return prompt
+            added += [f"{key}: {prompt}"] if prompt != NO_PROMPT else []
     if added:
         log.warning(
             "%s was trained with prompts of its own (%s); %s is no file of that run, so they are left out",
             model, "; ".join(added), data,
         )  # fmt: skip
     return NO_PROMPT
-
-
-def _recorded_source(folder: str, config: PreTrainedConfig, template: Template, tokenizer: Any) -> str:
-    """The chat template of a checkpoint of this project, which older ones do not hold."""
-    settings = _data_settings(folder)
-    _, loop = trained_family(config.model_type, f"model {folder}")
-    tokenization = settings.get("tokenization", "processor")
-    return written_by(build_encoder(template, tokenizer, loop, settings["image_position"], tokenization))
 
 
 def content_of(processor: Any) -> Literal["text", "parts"] | None:
@@ -252,10 +242,10 @@ def _image_token(processor: Any) -> str:
 
 
 def open_picture(path: Path | bytes) -> Image.Image:
-    """A picture, or its encoded bytes, in RGB, EXIF rotation applied.
+    """An image, or its encoded bytes, in RGB, EXIF rotation applied.
 
     Raises:
-        ValueError: it is missing or no picture.
+        ValueError: it is missing or no image.
     """
     try:
         return load_image(path, image_size(path))
@@ -281,7 +271,7 @@ def write_prompt(
         question: see :data:`Prompt`.
 
     Raises:
-        ValueError: it marks the places of another number of pictures, or holds the model's own token for one, or the
+        ValueError: it marks the places of another number of images, or holds the model's own token for one, or the
             template refuses the turns.
     """
     turns = [Turn("user", question)] if isinstance(question, str) else list(question)
@@ -308,7 +298,7 @@ def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:
         return text.replace(IMAGE, token)
     parts: list[dict[str, str]] = []
     texts = text.split(IMAGE)
-    for index, part in enumerate(texts):  # the template sets line breaks around a picture itself
+    for index, part in enumerate(texts):  # the template sets line breaks around an image itself
         if index:
             parts.append({"type": "image"})
             part = re.sub(r"^\s*\n\s*", "", part)
@@ -319,7 +309,7 @@ def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:
 
 
 def batch(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
-    """``generate``'s inputs for several prompts: ``input_ids`` [B, L] padded on the left, pixels of all pictures, on
+    """``generate``'s inputs for several prompts: ``input_ids`` [B, L] padded on the left, pixels of all images, on
     the model's device.
 
     Raises:
@@ -350,7 +340,7 @@ def answers(loaded: Loaded, prompts: Sequence[Prompt], **generation: Any) -> lis
 
     Args:
         loaded: see :func:`load`.
-        prompts: pictures and questions.
+        prompts: images and questions.
         generation: passed to ``generate``, for example ``max_new_tokens``.
 
     Raises:

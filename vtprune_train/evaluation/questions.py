@@ -23,7 +23,7 @@ class Question:
         key: ``row:turn:id``, unique within the file.
         sample: the record's own id.
         turns: the conversation up to the question, true answers in between.
-        images: the pictures in these turns, in order.
+        images: the images in these turns, in order.
         reference: the true answer.
     """
 
@@ -47,14 +47,14 @@ def read_questions(
 
     Args:
         data: a data file of any kind that training reads.
-        images: the folder that its pictures are relative to.
+        images: the folder that its images are relative to.
         limit: records to take, drawn by ``seed``, in the file's order; all of them for ``None``.
         seed: of the draw.
         ignore: fields and marks that change nothing, see :func:`vtprune_train.data.records.normalize`.
         prompt: added to each conversation, see :func:`vtprune_train.evaluation.answering.recorded_prompt`.
 
     Raises:
-        ValueError: the file cannot be read, ``limit`` is below 1, there is nothing to ask, or none of the pictures is
+        ValueError: the file cannot be read, ``limit`` is below 1, there is nothing to ask, or none of the images is
             in ``images``.
     """
     if limit is not None and limit < 1:

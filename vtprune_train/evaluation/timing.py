@@ -40,7 +40,7 @@ class Measured:
         prompt_tokens: text and visual tokens before dropping.
         prefill_seconds: from ``generate``'s start to the first token's logits, vision tower included.
         decode_seconds: of all later steps; ``decode_steps`` counts them.
-        cache_bytes: keys and values behind the prefill, padding columns included.
+        cache_bytes: keys and values after the prefill, padding columns included.
         prefill_flops: of decoder, selector and one row of the head; ``None`` where the decoder is not counted.
     """
 

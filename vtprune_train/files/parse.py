@@ -10,11 +10,7 @@ import yaml
 
 
 def _read(path: Path, kind: str) -> str:
-    """The text of a file that should be ``kind``.
-
-    Raises:
-        ValueError: it cannot be read, or is not UTF-8; names it.
-    """
+    """The text of a file that should be ``kind``; errors name the file."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -303,7 +303,7 @@ def _names_in_stream(file: BinaryIO, is_pickle: bool) -> set[str]:
                 found.add(name)
         except Exception:  # no pickle (any more): pickletools raises whatever bytes bring about
             file.seek(begin)
-            if number < LEGACY_PICKLES or _is_pickle(file.read(2)):  # else the numbers behind torch.save's pickles
+            if number < LEGACY_PICKLES or _is_pickle(file.read(2)):  # else the numbers after torch.save's pickles
                 names |= found
             return names | {UNREADABLE} if is_pickle and number == 0 else names
         names |= found

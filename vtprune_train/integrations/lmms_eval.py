@@ -149,7 +149,7 @@ class VTPruneChat(_VTPrune):
 
 
 class VTPruneSimple(_VTPrune):
-    """For tasks that give a question and its pictures."""
+    """For tasks that give a question and its images."""
 
     is_simple = True
 
@@ -159,11 +159,7 @@ class VTPruneSimple(_VTPrune):
 
 
 def _pictures(given: Sequence[Any], task: str, document: Any) -> list[Image.Image]:
-    """Pictures in RGB; a task may give their files' names instead.
-
-    Raises:
-        ValueError: something else, or a file that is no picture; names the document.
-    """
+    """Images in RGB; a task may give their files' names instead. Errors name the document."""
     place = f"task {task}, document {document}"
     pictures = []
     for picture in given:
@@ -190,11 +186,7 @@ def _gen_kwargs(request: Instance) -> dict[str, Any]:
 
 
 def _batch_size(asked: int | str, most: int | None) -> tuple[int, bool]:
-    """The batch size to begin with, and whether it may be halved.
-
-    Raises:
-        ValueError: neither a number above 0 nor ``auto``.
-    """
+    """The batch size to begin with, and whether it may be halved."""
     if str(asked).partition(":")[0] == "auto":
         return int(most or AUTO_BATCH), True
     if not str(asked).isdigit() or int(asked) < 1:
@@ -203,11 +195,7 @@ def _batch_size(asked: int | str, most: int | None) -> tuple[int, bool]:
 
 
 def _device_of_rank(asked: str, accelerator: Any) -> str:
-    """One device a process.
-
-    Raises:
-        ValueError: the processes talk over GPUs and the models are to be elsewhere, or there are too few GPUs.
-    """
+    """One device a process; refuses models elsewhere than on the GPUs that the processes talk over."""
     if accelerator.num_processes == 1:
         return asked
     if accelerator.device.type != "cuda":

@@ -24,7 +24,7 @@ from vtprune_train.pruning import SAVED
 
 
 class VTPrune(BaseModel):
-    """Answers messages of texts and picture paths.
+    """Answers messages of texts and image paths.
 
     Args:
         model_path: a run, checkpoint, Hugging Face folder or hub id.
@@ -53,7 +53,7 @@ class VTPrune(BaseModel):
         """The answer to ``[{"type": "image", "value": PATH}, {"type": "text", "value": STR}, ...]``.
 
         Raises:
-            ValueError: a part of another type, or a picture that cannot be read.
+            ValueError: a part of another type, or an image that cannot be read.
         """
         pictures, texts = [], []
         for part in message:

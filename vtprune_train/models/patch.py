@@ -30,7 +30,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from vtprune_train.core.stream import IGNORE, PackedBatch, StreamPlan, to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
-from vtprune_train.models.families import family_of
+from vtprune_train.models.families import family_of, required
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward import packed
 from vtprune_train.models.forward.attention import (
@@ -574,8 +574,8 @@ def _listen_to_image_features(
     images = features.pooler_output
     lengths = state.family.image_lengths(images)
     encoders: list[EncoderSignals | None] = [None] * len(lengths)
-    if read is not None and state.family.patches is not None:
-        shown = state.family.patches(self.config, inputs)
+    if read is not None:
+        shown = required(state.family.patches, state.family.title)(self.config, inputs)
         if [len(own) for own, _ in shown] != lengths:
             raise ValueError(
                 f"images of {lengths} visual tokens, where {[len(own) for own, _ in shown]} were expected from the "

@@ -75,7 +75,7 @@ def announce() -> None:
 def launchers_above() -> list[Launcher]:
     """The launchers among this process's ancestors, the nearest first; those of other users may not be seen, and one
     that is gone already has the number 0."""
-    found = []
+    launchers = []
     pid = os.getppid()
     python = False
     with contextlib.suppress(PermissionError):  # /proc mounted with hidepid=1, as clusters do
@@ -83,23 +83,20 @@ def launchers_above() -> list[Launcher]:
             command = _command(pid)
             name = launcher_name(command)
             if name is not None:
-                found.append(Launcher(name, pid, process.started))
+                launchers.append(Launcher(name, pid, process.started))
             python |= _is_python(command)
             pid = process.parent
     announced = os.environ.get(LAUNCHER)
     if announced is not None:
         launcher = Launcher("vtprune launch", *map(int, announced.split()))
-        if launcher.pid not in [above.pid for above in found]:
-            found.append(launcher)
-    if not found and not python and _started_here():
-        found = [Launcher(name, 0, 0) for variable, name in THEIRS.items() if variable in os.environ][:1]
-    return found
-
-
-def _started_here() -> bool:
-    """Not in a container by a launcher outside of it, which cannot be seen. If there is no Python above this process
-    either (all launchers are, those that are not known too), its launcher was killed before this process could look."""
-    return os.getppid() > 0 and os.getsid(0) > 0
+        if launcher.pid not in [above.pid for above in launchers]:
+            launchers.append(launcher)
+    # A launcher in another container cannot be seen. Where no Python is above this process either (all launchers are,
+    # unknown ones too), its launcher was killed before this process could look.
+    is_here = os.getppid() > 0 and os.getsid(0) > 0
+    if not launchers and not python and is_here:
+        launchers = [Launcher(name, 0, 0) for variable, name in THEIRS.items() if variable in os.environ][:1]
+    return launchers
 
 
 def _command(pid: int) -> list[str]:

@@ -1,6 +1,6 @@
 """Standard output and error that may break: what they cannot take is lost, and training goes on.
 
-A pipe breaks when ``tee`` gets the Ctrl-C that was meant for training, a terminal is closed, the file behind
+A pipe breaks when ``tee`` gets the Ctrl-C that was meant for training, a terminal is closed, the file after
 ``> log`` fills its disk. None of that may cost the checkpoint that is being written, or the message of another rank.
 """
 

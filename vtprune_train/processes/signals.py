@@ -165,7 +165,7 @@ class Stop:
 
     def end(self) -> None:
         """From now on requests change nothing: this process is ending."""
-        self.act = _nothing
+        self.act = lambda number: None
 
     def requested(self) -> dict[str, float]:
         """Which signal this rank has noted, as numbers to sum over ranks; :func:`agreed_code` reads the sums."""
@@ -210,10 +210,6 @@ class Stop:
                 f"{why}: finishing this step and saving. Another signal changes nothing; SIGQUIT or SIGKILL ends at "
                 "once, without a checkpoint"
             )
-
-
-def _nothing(number: int) -> None:
-    """For requests that come too late."""
 
 
 def agreed_code(totals: dict[str, float]) -> int:

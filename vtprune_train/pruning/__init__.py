@@ -204,11 +204,7 @@ def _combined(entries: Sequence[Any], others: Mapping[str, Any]) -> PruningMetho
 
 
 def _part(number: int, entry: Any) -> PruningMethod:
-    """The method of a combination's entry.
-
-    Raises:
-        ValueError: it is none, or see :func:`method_from_settings`; says which entry.
-    """
+    """The method of a combination's entry; errors name the entry."""
     settings = {"method": entry} if isinstance(entry, str) else entry
     name = settings.get("method") if isinstance(settings, Mapping) else None
     if not isinstance(name, str) or name == NONE:

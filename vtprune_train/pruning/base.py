@@ -55,15 +55,15 @@ class PruningMethod(metaclass=FitsSettings):
             ``this_layer``, the last of the stage that ends (free); ``None``, none is needed.
         rotary: whether queries and keys of the ranking are rotated.
         gravity: whether the ranking comes with rotated vectors of ones, whose products are what positions alone give.
-        positions: ``renumber`` gives the survivors positions 0, 1, ...; ``keep`` leaves them as they were.
+        positions: ``renumber`` gives the kept tokens positions 0, 1, ...; ``keep`` leaves them as they were.
         differentiable: ranking and choice run with gradients, which may reach the model through
             :attr:`Selection.values`.
         multi_turn: what a later turn on the same cache sees of earlier images.
         encoder_layers: layers of the vision tower whose attention is read; negative ones count from the end, -1 being
             the last that the decoder's features come from.
         encoder_rows: whose attention that is: the class token's (``class``), or all of the tile's on average (``all``).
-        hidden_after: from which row on the keys that :meth:`keys` leaves out are not seen: behind the first query row
-            that follows the image, or behind the image's own span.
+        hidden_after: from which row on the keys that :meth:`keys` leaves out are not seen: after the first query row
+            that follows the image, or after the image's own span.
         hides_front: whether rows after a sample's first image do not see what stands in front of that image either
             (text, and in a later turn all earlier turns); for ``hidden_after = "span"`` in all layers.
     """
@@ -93,7 +93,7 @@ class PruningMethod(metaclass=FitsSettings):
         """Where and how many, for a decoder of ``num_layers`` layers, in ascending order of layers.
 
         Raises:
-            ValueError: a setting does not fit the decoder, naming the setting, its value and the way out.
+            ValueError: a setting does not fit the decoder, naming the setting, its value and how to fix it.
         """
         return ()
 

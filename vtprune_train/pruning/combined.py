@@ -29,7 +29,6 @@ class Combined(PruningMethod):
     name: ClassVar[str] = "combined"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "methods", tuple(self.methods))
         if len(self.methods) < 2:
             raise ValueError(f"a combination needs at least two methods, not {len(self.methods)}")
         if nested := [method.name for method in self.methods if len(method.parts) > 1]:

@@ -13,7 +13,7 @@ def check_method(method: PruningMethod, num_layers: int) -> None:
     """Refuse a method whose settings do not fit a decoder of ``num_layers`` layers, or whose class lacks a part.
 
     Raises:
-        ValueError: names the setting, or the class and its part, the value and the way out.
+        ValueError: names the setting, or the class and its part, the value and how to fix it.
     """
     method.drops(num_layers)  # of a combination: what does not go together
     for part in method.parts:

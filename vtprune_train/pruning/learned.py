@@ -1,4 +1,4 @@
-"""What methods with parameters are made of: learned tokens that stand behind an image, and routers.
+"""What methods with parameters are made of: learned tokens that stand after an image, and routers.
 
 Every module here is called with rows [n, C] of the stream, of which there may be none: an empty result still takes part
 in the gradients, so that ranks with and without images stay together.
@@ -21,10 +21,10 @@ from vtprune_train.pruning.candidates import Candidates, Selection
 
 
 class Registers(nn.Embedding):
-    """Learned tokens, the same behind every image; made like the decoder's own embeddings.
+    """Learned tokens, the same after every image; made like the decoder's own embeddings.
 
     Args:
-        number: how many stand behind an image.
+        number: how many stand after an image.
         hidden: C.
     """
 
@@ -75,9 +75,9 @@ class Staying(Drop):
 
 
 def join_registers(candidates: Candidates, number: int) -> Selection:
-    """All candidates, and behind each span's last the registers of ``candidates.module``.
+    """All candidates, and after each span's last the registers of ``candidates.module``.
 
-    Registers take the place of the span's last token, which is where they stand in a picture and in time.
+    Registers take the place of the span's last token, which is where they stand in an image and in time.
     """
     hidden, spans = candidates.hidden, [span for span in candidates.boundary.spans if span.before]
     chosen, at = joined(spans, number, len(hidden), hidden.device)
@@ -86,7 +86,7 @@ def join_registers(candidates: Candidates, number: int) -> Selection:
 
 
 def joined(spans: Sequence[SpanLayout], number: int, num_visual: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where ``number`` tokens stand behind each span.
+    """Where ``number`` tokens stand after each span.
 
     Args:
         spans: those that hold tokens.

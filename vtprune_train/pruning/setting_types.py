@@ -11,13 +11,19 @@ from abc import ABCMeta
 from collections.abc import Iterable, Mapping
 from functools import cache
 from types import NoneType
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+"""A share of tokens, heads or attention in (0, 1]."""
+
+BOUNDS = ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")  # pydantic's errors of constraints
 
 
 class FitsSettings(ABCMeta):
-    """The class of method classes: settings that are given to one are of their types when it is made."""
+    """The class of method classes: settings fit their types (and the constraints of ``Annotated`` ones) from the moment
+    that a method is made."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
         """A method with these settings.
@@ -35,64 +41,52 @@ class FitsSettings(ABCMeta):
             raise TypeError(
                 f"{cls.__name__} has no setting {unknown[0]!r}; {meant}it has: {', '.join(types) or 'none'}"
             )
-        given = inspect.signature(cls.__init__).bind(None, *args, **settings).arguments
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        fitting: dict[str, Any] = {}
-        late: ValueError | None = None
-        for name, value in given.items():
-            if name == "self":
-                continue
-            try:
-                fitting[name] = fitted(name, value, types[name], defaults[name])
-            except ValueError as error:
-                if not _method_checks(types[name], value):
-                    raise
-                fitting[name], late = value, error
-        method = super().__call__(**fitting)
-        if late is not None:
-            raise late
-        return method
-
-
-def _method_checks(kind: Any, value: Any) -> bool:
-    """Whether what does not fit is left to the method, which may say more of it: a word that is not among the choices,
-    a list of another length."""
-    if typing.get_origin(kind) is typing.Literal:
-        return isinstance(value, str)
-    entries = typing.get_args(kind) if typing.get_origin(kind) is tuple else (Ellipsis,)
-    return Ellipsis not in entries and isinstance(value, tuple | list) and len(value) != len(entries)
+        arguments = inspect.signature(cls.__init__).bind(None, *args, **settings).arguments
+        return super().__call__(**{name: _fitted(cls, name, arguments[name]) for name in types if name in arguments})
 
 
 @cache
 def setting_types(cls: Any) -> dict[str, Any]:
-    """The type of each setting of a method."""
+    """The type of each setting of a method, without its constraints."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def fitted(key: str, value: Any, kind: Any, default: Any) -> Any:
-    """``value`` as the setting's type has it: lists become tuples, numbers in text become numbers.
-
-    Raises:
-        ValueError: it does not fit; says what does.
-    """
-    choices = typing.get_args(kind) or (kind,)
-    try:
-        if isinstance(value, bool) and bool not in choices and any(part in (int, float) for part in choices):
-            raise ValueError
-        if isinstance(value, float) and int in choices and float not in choices:
-            raise ValueError
-        return _adapter(kind).validate_python(_plain(value))
-    except ValueError:  # pydantic's among them
-        if typing.get_origin(kind) is typing.Literal:
-            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, choices))}") from None
-        example = "" if default is dataclasses.MISSING else f"; the default is {_written(default)}"
-        raise ValueError(f"{key}={value!r} does not fit; it takes {_in_words(kind)}{example}") from None
-
-
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(cls: Any, name: str) -> TypeAdapter[Any]:
+    kind = typing.get_type_hints(cls, include_extras=True)[name]
     return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def _fitted(cls: Any, name: str, value: Any) -> Any:
+    """``value`` as the type of the setting ``name`` has it: lists become tuples, numbers in text become numbers."""
+    kind = setting_types(cls)[name]
+    choices = typing.get_args(kind) or (kind,)
+    is_bool = isinstance(value, bool) and bool not in choices and any(part in (int, float) for part in choices)
+    is_float = isinstance(value, float) and int in choices and float not in choices
+    problem = ""
+    if not (is_bool or is_float):  # pydantic would take true for 1, and 2.0 for 2
+        try:
+            return _adapter(cls, name).validate_python(_plain(value))
+        except ValidationError as error:
+            [first, *_] = error.errors()
+            if first["type"] in BOUNDS:
+                value, problem = first["input"], _range(_adapter(cls, name).json_schema()) or first["msg"]
+    if typing.get_origin(kind) is typing.Literal:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
+    default = {field.name: field.default for field in dataclasses.fields(cls)}[name]
+    example = "" if default is dataclasses.MISSING else f"; the default is {json.dumps(default, default=repr)}"
+    problem = problem.removeprefix("Input ") or f"does not fit; it takes {_in_words(kind)}"
+    raise ValueError(f"{name}={value!r} {problem}{example}")
+
+
+def _range(schema: dict[str, Any]) -> str:
+    """``is not in (0, 1]`` for a number with two bounds, alone, in a list or beside null; else empty."""
+    for part in (schema, *schema.get("anyOf", ()), *schema.get("prefixItems", ())):
+        if "maximum" in part:
+            low = f"({part['exclusiveMinimum']:g}" if "exclusiveMinimum" in part else f"[{part['minimum']:g}"
+            return f"is not in {low}, {part['maximum']:g}]"
+    return ""
 
 
 def _plain(value: Any) -> Any:
@@ -100,10 +94,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else value
-
-
-def _written(default: Any) -> str:
-    return json.dumps(default, default=repr)
 
 
 def _in_words(kind: Any) -> str:

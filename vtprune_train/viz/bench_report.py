@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.bench.rivals import DENSE
+from vtprune_train.evaluation.results import aligned
 from vtprune_train.viz.draw import INK, PAPER, RULE, SOFT
 
 BASELINES = ("random", "uniform", "pool")  # drawn in grey: what a method has to beat
@@ -22,29 +23,19 @@ def table(results: dict[str, Any]) -> str:
     header = ["", "budget", "planned", "taken", "enter", "leave", "cached", "= dense", "KL", "exact", "GFLOP"]
     header += [f"{what} x{size}" for what in ("prefill", "decode", "train") for size in sizes]
     header += ["cache"]
-    cells = [header, *(_cells(row, rows[0], sizes) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in cells
-    ]
+    lines = aligned([header, *(_cells(row, sizes) for row in rows)])
     lines += ["", *_notes(settings, rows, sizes)]
-    lines += [f"absent: {name} at {budgets}: {reason}" for name, budgets, reason in _absent(results["absent"])]
+    same_reason: dict[tuple[str, str], list[str]] = {}
+    for absent in results["absent"]:
+        same_reason.setdefault((absent["name"], absent["reason"]), []).append(f"{absent['budget']:g}")
+    lines += [f"absent: {name} at {', '.join(budgets)}: {reason}" for (name, reason), budgets in same_reason.items()]
     if results["left_out"]:
         first = results["left_out"][0]
         lines.append(f"{len(results['left_out'])} sample(s) left out; the first, {first['id']}: {first['reason']}")
     return "\n".join(lines)
 
 
-def _absent(absent: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """``(method, budgets, reason)``, budgets with the same reason together."""
-    same: dict[tuple[str, str], list[str]] = {}
-    for one in absent:
-        same.setdefault((one["name"], one["reason"]), []).append(f"{one['budget']:g}")
-    return [(name, ", ".join(budgets), reason) for (name, reason), budgets in same.items()]
-
-
-def _cells(row: dict[str, Any], dense: dict[str, Any], sizes: Sequence[str]) -> list[str]:
+def _cells(row: dict[str, Any], sizes: Sequence[str]) -> list[str]:
     def ratio(values: dict[str, Any] | None) -> str:
         return "-" if values is None else f"{values['ratio']:.3f}"
 

@@ -1,4 +1,4 @@
-"""A picture of the visual tokens that survive each stage: one column a stage, one row of panels an image.
+"""An image of the visual tokens that survive each stage: one column a stage, one row of panels an image.
 
 Shape suffixes: V visual tokens of one image, K of them that remain.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vtprune_train.viz.places import Places
+from vtprune_train.models.families.places import Places
 
 PANEL = (360, 400)  # most pixels of a panel: width, height
 STRIP = 10  # width of the marks of newline tokens, right of the grid
@@ -34,7 +34,7 @@ class ShownImage:
         kept: for each stage, [K] int64 indices of the tokens present in it; ``kept[0]`` holds all V.
 
     Raises:
-        ValueError: the picture is of another size than its places, or a token does not exist.
+        ValueError: the image is of another size than its places, or a token does not exist.
     """
 
     picture: Image.Image
@@ -61,7 +61,7 @@ class ShownImage:
 
 
 def draw(images: Sequence[ShownImage], stages: Sequence[str], title: str = "") -> Image.Image:
-    """The whole picture.
+    """The whole image.
 
     Args:
         images: drawn below one another, each with a panel for its base tile and one for its grid.
@@ -97,7 +97,7 @@ def draw(images: Sequence[ShownImage], stages: Sequence[str], title: str = "") -
 
 
 def panel(shown: ShownImage, stage: int, kind: str, size: tuple[int, int]) -> Image.Image:
-    """The picture at ``size`` (width, height) with everything faded but the tokens of ``kind`` present in ``stage``."""
+    """The image at ``size`` (width, height) with everything faded but the tokens of ``kind`` present in ``stage``."""
     width, height = size
     tokens = shown.kept[stage]
     boxes = shown.places.boxes[tokens[shown.places.kinds[tokens] == kind]]

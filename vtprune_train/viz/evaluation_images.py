@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from vtprune_train.core.stream import IMAGE, to_device
 from vtprune_train.data.images import UNREADABLE, load_image
 from vtprune_train.data.load.collate import Collator, lay_out
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.layout import Pictures
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.loop.callbacks import only_warning
 from vtprune_train.training.loop.trainer import Callback, Trainer
@@ -59,20 +58,17 @@ def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: tor
     Returns:
         for each sample [height, width, 3] uint8.
     """
-    if not isinstance(collate.layout, AnyRes):
-        ranks.log.warning("train.eval_show has no effect: only LLaVA-NeXT's pictures can be drawn")
-        return []
     drawn = []
     for question in ranks.from_rank_0(lambda: _questions(collate, pictures)):
         inputs = to_device(question.inputs, device)
-        shown = look(model, inputs, question.pictures)
+        shown = look(model, collate.image_processor, inputs, question.pictures)
         if ranks.rank() == 0:
             drawn.append(np.asarray(draw(shown, stage_names(model), question.text)))
     return drawn
 
 
 class _NothingToShowError(ValueError):
-    """All pictures of a sample follow its last answer."""
+    """Pictures of a sample follow its last answer, so that the others do not stand as they would without them."""
 
 
 def _questions(collate: Collator, pictures: int) -> list[Question]:
@@ -95,25 +91,28 @@ def _question(collate: Collator, sample: int) -> Question:
 
     Raises:
         UnreadableImage: a picture cannot be read.
-        _NothingToShowError: all of them follow the last answer.
+        _NothingToShowError: all of them follow the last answer, or some do and change the layout of the others.
     """
     index = collate.index
     loaded = collate.load(sample, sample)
     record = index.record(sample)
     sizes, pixels = loaded.pictures.sizes, loaded.pictures.pixels
-    segment, ids = lay_out(loaded.chat, collate.layout.tokens(sizes))
+    tokens = collate.layout.tokens(sizes)
+    segment, ids = lay_out(loaded.chat, tokens)
     end = segment.query_offsets[-1] + 1
     asked = [i for i, span in enumerate(segment.spans) if span.end <= end]
     if not asked:
         raise _NothingToShowError("its pictures follow its last answer")
+    seen = Pictures([sizes[i] for i in asked], [pixels[i] for i in asked])
+    if collate.layout.tokens(seen.sizes) != [tokens[i] for i in asked]:
+        raise _NothingToShowError("pictures follow its last answer, and change how the others are laid out")
     files = index.pictures(sample, record)
     turns = record.turns
     last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
     return Question(
         inputs={
             "input_ids": torch.from_numpy(ids[None, :end]),
-            "pixel_values": pad_sequence([pixels[i] for i in asked], batch_first=True),
-            "image_sizes": torch.tensor([sizes[i] for i in asked]),
+            **collate.layout.model_inputs(seen),
         },
         pictures=[load_image(files[i], sizes[i], max_pixels=collate.max_image_pixels) for i in asked],
         text=turns[last - 1].text.replace(IMAGE, "").strip(),

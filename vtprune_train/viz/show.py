@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaNextProcessor
 
 from vtprune_train.evaluation.answering import content_of, write_prompt
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.forward.calls import state_of
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.viz.draw import ShownImage, draw
-from vtprune_train.viz.places import anyres_places
 
 
-def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
+def show(model: HFModule, processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
     """Draw which tokens of ``pictures`` survive each stage of a pruned model, for example in a notebook.
 
     Args:
@@ -28,30 +27,42 @@ def show(model: HFModule, processor: LlavaNextProcessor, pictures: Sequence[Imag
         prompt: what is asked about them; its last token ranks the visual tokens, as in generating the answer.
 
     Raises:
-        ValueError: no picture.
+        ValueError: no picture, or it is not known where this model's tokens lie.
     """
     inputs = encode(processor, pictures, prompt, model.device)
-    return draw(look(model, inputs, pictures), stage_names(model), prompt)
+    return draw(look(model, processor.image_processor, inputs, pictures), stage_names(model), prompt)
 
 
-def look(model: HFModule, inputs: Mapping[str, Tensor], pictures: Sequence[Image.Image]) -> list[ShownImage]:
+def look(
+    model: HFModule, image_processor: Any, inputs: Mapping[str, Tensor], images: Sequence[Image.Image]
+) -> list[ShownImage]:
     """Run a pruned model in evaluation mode and see which tokens survive.
 
     Args:
         model: pruned; its mode is restored afterwards.
+        image_processor: the model's, which prepared the images.
         inputs: a batch as the processor makes it, on the model's device, without labels.
-        pictures: of all its rows, in order.
+        images: of all its rows, in order.
+
+    Raises:
+        ValueError: it is not known where the tokens of this family, or of these images, lie.
     """
-    anyres = AnyRes.of(model.config)
+    sizes = [(image.height, image.width) for image in images]
+    places = state_of(model).family.places(model.config, image_processor, inputs, sizes)
+    tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    if tokens != (counted := sum(len(own.kinds) for own in places)):
+        raise ValueError(
+            f"the prompt holds {tokens} visual tokens, but images of {sizes} (height, width) have {counted}; use the "
+            "image processor that was saved with the model"
+        )
     was_training = model.training
     model.eval()
     kept = [image for row in kept_tokens(model, inputs) for image in row]
     model.train(was_training)
-    shown = []
-    for picture, stages in zip(pictures, kept, strict=True):
-        places = anyres_places(anyres, (picture.height, picture.width))
-        shown.append(ShownImage(picture, places, [np.arange(len(places.kinds)), *stages]))
-    return shown
+    return [
+        ShownImage(image, own, [np.arange(len(own.kinds)), *stages])
+        for image, own, stages in zip(images, places, kept, strict=True)
+    ]
 
 
 def stage_names(model: HFModule) -> list[str]:
@@ -67,7 +78,7 @@ def stage_names(model: HFModule) -> list[str]:
 
 
 def encode(
-    processor: LlavaNextProcessor, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
+    processor: Any, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """One row of inputs on ``device``: the pictures, then the prompt, up to where the answer begins.
 

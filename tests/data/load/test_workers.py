@@ -196,7 +196,7 @@ def test_a_slow_worker_shows_in_the_queue(pool_of):
 
 @pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGSEGV])
 def test_after_a_worker_is_killed_the_batches_are_the_same(pool_of, which, caplog):
-    pool = pool_of(20, slowly)
+    pool = pool_of(20, slowly, prefetch=9)  # the worker has much to do when it is killed
     first = [pool.next() for _ in range(3)]
     before = [process.pid for process in pool.processes]
     os.kill(before[1], which)

@@ -13,10 +13,10 @@ from tests.support.checkpoints import same_state
 from tests.support.family_runs import FamilyRuns
 from vtprune_train.cli import main
 from vtprune_train.evaluation.answering import answers, load
-from vtprune_train.models.families import FAMILIES
+from vtprune_train.models.families import FAMILIES, Loop
 from vtprune_train.models.io.processors import open_processor
 
-NAMES = [family.loop.model_type for family in FAMILIES if family.loop is not None]
+NAMES = [family.model_type for family in FAMILIES if isinstance(family.loop, Loop)]
 QUESTION = "<image> what is shown here ?"
 LORA = ("model.peft={kind: lora, r: 2}", "model.train={lora: 5e-3, projector: 5e-3}")
 

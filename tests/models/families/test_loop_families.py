@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from tests.support.families import family_model, tokenizer
 from tests.support.family_runs import (
     NAMES,
     RECORDS,
+    SIZES,
     TEXT_ONLY,
     FamilyRuns,
     Setup,
@@ -36,9 +38,9 @@ from tests.support.helpers import Reads, tiny_tokenizer
 from tests.support.runner import TINY, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.settings import ModelConfig
-from vtprune_train.core.flops import TowerGeometry, WindowedTowerGeometry
 from vtprune_train.core.stream import IGNORE
-from vtprune_train.models.families import trained_family
+from vtprune_train.models.families import qwen2_5_vl, trained_family
+from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.io.build import (
     build_model,
     load_model_config,
@@ -47,6 +49,8 @@ from vtprune_train.models.io.build import (
     set_trainable,
 )
 from vtprune_train.models.io.processors import build_image_processor, build_processor
+from vtprune_train.viz.evaluation_images import _question, survivors
+from vtprune_train.viz.show import look
 
 DROP = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")
 
@@ -268,6 +272,22 @@ def test_settings_that_do_not_fit_the_family_are_refused(tmp_path):
         load_tokenizer(words, list, tmp_path / "none")
 
 
+def test_evaluation_images(setup):
+    """The first samples that have pictures, one panel an image and stage; the text-only one is left out."""
+    parts = setup.parts()
+    collate = setup.collator(parts, DROP)
+    model = prune(parts.model, DROP)
+    drawn = survivors(model, collate, pictures=4, device=torch.device("cpu"))
+    assert [pixels.dtype for pixels in drawn] == [np.uint8] * 2
+    one, three = (pixels.shape for pixels in drawn)
+    assert three[0] > 1.5 * one[0] and three[1] == one[1]
+    shown = _question(collate, 2)
+    assert shown.text == "a  dog ?" and [picture.size for picture in shown.pictures] == [(30, 90), (50, 50), (84, 84)]
+    kept = look(model, collate.image_processor, shown.inputs, shown.pictures)
+    counts = collate.layout.tokens([SIZES[number] for number in (1, 2, 3)])
+    assert [[len(tokens) for tokens in image.kept] for image in kept] == [[n, n // 2, n // 4] for n in counts]
+
+
 def test_large_pictures_are_shrunk_to_max_pixels():
     config = family_model("qwen2_5_vl").config
     layouts = [
@@ -283,14 +303,14 @@ def test_tower_flops_against_pytorchs_counter():
     model.set_attn_implementation("eager")
     model.model.visual.fullatt_block_indexes = [0, 1]
     model.config.vision_config.fullatt_block_indexes = [0, 1]
-    geometry = WindowedTowerGeometry.of(model.config)
+    geometry = qwen2_5_vl.FAMILY.flops(model.config)
     grid = torch.tensor([[1, 6, 8]])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.visual(torch.randn(48, 3 * 2 * 7 * 7), grid)
     assert counter.get_total_flops() == pytest.approx(geometry.tower(48) + geometry.projector(48))
     model = family_model("llava_onevision")
     model.set_attn_implementation("eager")
-    tower = TowerGeometry.of(model.config)
+    tower = tile_tower(model.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.vision_tower.encoder(model.model.vision_tower.embeddings(torch.randn(2, 3, 28, 28)))
     assert counter.get_total_flops() == pytest.approx(tower.tower(2))

@@ -64,9 +64,7 @@ class Adaptive(PruningMethod):
     def choose(self, candidates):
         boundary = candidates.boundary
         with torch.no_grad():
-            scores = mean_query_attention(
-                candidates.ranking.queries, candidates.ranking.keys, candidates.ranking.scaling, boundary
-            )
+            scores = mean_query_attention(candidates.ranking, boundary)
             if not boundary.drop.adaptive:
                 return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
             num_spans = len(boundary.spans)

@@ -170,6 +170,6 @@ def test_an_image_is_chosen_from_as_if_alone(method):
 def test_settings_are_checked(cls):
     with pytest.raises(ValueError, match=r"keep=1.5 is not in \(0, 1\]"):
         cls(keep=1.5)
-    with pytest.raises(ValueError, match="positions='later' is not one of keep, renumber"):
+    with pytest.raises(ValueError, match="positions='later' is not one of renumber, keep"):
         cls(positions="later")
     assert cls().for_budget(0.25, 8).input_share(8) == pytest.approx(0.25, abs=1e-3)

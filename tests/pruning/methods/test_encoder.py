@@ -18,7 +18,7 @@ from tests.support.family_runs import RECORDS, TEXT_ONLY, Setup, padded_inputs
 from tests.support.helpers import tiny_model
 from vtprune_train import dense, prune
 from vtprune_train.core.stream import Drop
-from vtprune_train.models.families.onevision_layout import OneVision
+from vtprune_train.models.families.llava_onevision import OneVision
 from vtprune_train.models.forward import encoder
 from vtprune_train.models.forward.encoder import layers_read
 from vtprune_train.models.forward.padded import kept_tokens
@@ -241,7 +241,10 @@ def test_layers():
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_families_whose_tower_is_not_read(name):
-    with pytest.raises(ValueError, match=r"spy reads .* does not give; use a method that does not ask it.*divprune"):
+    with pytest.raises(
+        ValueError,
+        match=r"spy reads .* does not give: it is not read there; use a method that does not ask it.*divprune",
+    ):
         prune(family_model(name), Spy())
 
 

@@ -69,7 +69,7 @@ def test_any_depth(num_layers, layer):
     ("wrong", "message"),
     [
         ({"keep": 0}, "keep=0 is not in"),
-        ({"layer": 0}, "layer=0 is no whole number of 1"),
+        ({"layer": 0}, "layer=0 should be greater than 0"),
         ({"rank_with": "both"}, "rank_with='both' is not one of"),
         ({"positions": "none"}, "positions='none'"),
     ],

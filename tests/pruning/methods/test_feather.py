@@ -26,6 +26,7 @@ from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
+from vtprune_train.pruning.candidates import Ranking
 from vtprune_train.pruning.methods.feather import Feather
 from vtprune_train.pruning.ops.scoring import visual_query_attention
 
@@ -115,7 +116,7 @@ def test_against_the_paper(seed, shapes, decoder, grids, plain):
 def test_a_row_that_is_an_image_s_last_token_ranks_all_of_it():
     """As in captions without a question."""
     (boundary, _) = Feather().plan([SegmentLayout(14, (ImageSpan(1, 9),), (9,), (10,))], 32).boundaries
-    scores = visual_query_attention(torch.randn(1, 2, 4), torch.randn(14, 1, 4), 0.5, boundary)
+    scores = visual_query_attention(Ranking(torch.randn(1, 2, 4), torch.randn(14, 1, 4), 0.5), boundary)
     assert scores.sum() == pytest.approx(1.0)
 
 
@@ -179,7 +180,7 @@ def test_a_small_budget_moves_both_drops_forward():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"keep": (0.5,)}, "drops twice"),
+        ({"keep": (0.5,)}, "a list of 2"),
         ({"keep": (0.2, 0.5)}, "increases"),
         ({"layers": (4, 2)}, "must increase"),
         ({"stride": 0}, "stride=0"),

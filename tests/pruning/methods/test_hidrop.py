@@ -117,7 +117,7 @@ def test_a_surer_token_is_a_larger_one():
     found = method.choose(Candidates(boundary, hidden, hidden, hidden[:0], ranking, training=True))
     upstream = torch.randn(found.values.shape, dtype=torch.float64)
     to_queries, to_hidden = torch.autograd.grad(found.values, (queries, hidden), upstream)
-    scores = mean_query_attention(queries, ranking.keys, ranking.scaling, boundary)
+    scores = mean_query_attention(ranking, boundary)
     kept = hidden.detach()[found.chosen]
     gated = kept * gates(scores, boundary, method.temperature)[found.chosen, None]
     torch.testing.assert_close(to_queries, torch.autograd.grad(gated, queries, upstream)[0])
@@ -211,7 +211,7 @@ def test_tokens_leave_later_before_they_enter_earlier():
 def test_settings_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         HiDrop(**wrong)
-    with pytest.raises(ValueError, match="no layer of 6 sees a picture"):
+    with pytest.raises(ValueError, match="no layer of 6 sees an image"):
         HiDrop(enter=4, leave=3).drops(6)
     with pytest.raises(ValueError, match="do not lie between enter=2 and leave=4"):
         HiDrop(layers=(2, 3), keep=(0.5, 0.2)).drops(6)

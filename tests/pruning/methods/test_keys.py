@@ -25,9 +25,9 @@ from vtprune_train.models.forward.keys import BlindRows, blind_mask
 from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod
-from vtprune_train.pruning.methods.per_head import keep_best, span_sizes
 from vtprune_train.pruning.methods.plphp import PLPHP
 from vtprune_train.pruning.methods.zipvl import ZipVL
+from vtprune_train.pruning.ops.per_head import keep_best, span_sizes
 
 
 @dataclass(frozen=True)

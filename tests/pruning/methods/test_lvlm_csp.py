@@ -104,7 +104,7 @@ def test_the_defaults_save_what_the_paper_reports():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"keep": (0.5,)}, "has 1 entries"),
+        ({"keep": (0.5,)}, "a list of 2"),
         ({"keep": (0.5, 0)}, "keep=0 is not in"),
         ({"layers": (4, 2)}, "increasing layers"),
         ({"scatter": "mean"}, "scatter='mean'"),

@@ -17,8 +17,8 @@ from tests.support.packed import random_segment
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.forward.padded import prefill
 from vtprune_train.pruning import method_from_settings
-from vtprune_train.pruning.methods.per_head import keep_best
 from vtprune_train.pruning.methods.plphp import PLPHP
+from vtprune_train.pruning.ops.per_head import keep_best
 
 
 @settings(max_examples=25, deadline=None)
@@ -137,10 +137,10 @@ def test_defaults_fit_any_depth_and_budgets_are_met(num_layers):
         ({"keep": 1.5}, r"keep=1.5 is not in \[0, 1\]"),
         ({"delta": 0.5}, "delta=0.5: .* use at most 0.4"),
         ({"beta": 0.5}, "beta=0.5 is larger than alpha=0.25"),
-        ({"alpha": math.nan}, "alpha=nan is no threshold"),
-        ({"beta": math.nan}, "beta=nan is no threshold"),
+        ({"alpha": math.nan}, "alpha=nan should be a finite number"),
+        ({"beta": math.nan}, "beta=nan should be a finite number"),
         ({"delta": math.nan}, "delta=nan: keep - delta"),
-        ({"untouched": -1}, "untouched=-1 is negative"),
+        ({"untouched": -1}, "untouched=-1 should be greater than or equal to 0"),
         ({"multi_turn": "forget"}, "multi_turn='forget' is not one of"),
     ],
 )

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,10 +34,10 @@ from vtprune_train.config.load import load_config
 from vtprune_train.core.flops import stage_layers
 from vtprune_train.core.plan import plan_pass, plan_stream
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models.families import KNOWN_CONFIGS, trained_family
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers
-from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.memory.predict import (
     GIB,
@@ -142,16 +143,21 @@ def qwen(depth, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tower", "tokens"), [(clip, 3 * 65), (siglip, 3 * 64), (qwen, 256)])
-def test_a_tower_layer_saves_what_is_counted(tower, tokens, dtype):
+@pytest.mark.parametrize(
+    ("tower", "model_type", "tokens"),
+    [(clip, "llava", 3 * 65), (siglip, "llava_onevision", 3 * 64), (qwen, "qwen2_5_vl", 256)],
+)
+def test_a_tower_layer_saves_what_is_counted(tower, model_type, tokens, dtype):
     def build(depth):
         model, pixels, more = tower(depth, dtype)
         model.train().config._attn_implementation = "sdpa"
         return (lambda: model(pixels, **more)), model
 
     measured = of_one_layer(build, tokens)
-    config = tower(1, dtype)[0].config
-    counted = LayerBytes.of_tower(config, dtype.itemsize).saved
+    sizes = SimpleNamespace(hidden_size=64)
+    config = SimpleNamespace(vision_config=tower(1, dtype)[0].config, text_config=sizes, vision_feature_layer=-1)
+    _, loop = trained_family(model_type, "test")
+    counted = LayerBytes.of_tower(loop.saved(config), dtype.itemsize).saved
     # Means and deviations of LayerNorm are in the model's dtype on a CPU, in float32 on a GPU, as counted.
     assert counted - (8 if dtype == torch.bfloat16 and tower is not qwen else 0) == measured
 

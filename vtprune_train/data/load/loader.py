@@ -69,15 +69,8 @@ class StepLoader:
         self._planned: deque[StepPlan] = deque()
         self._pool: DecodePool | None = None
         if workers and self.steps:
-            self._pool = DecodePool(
-                self.decode,
-                self._order(),
-                workers=workers,
-                prefetch=prefetch,
-                timeout=timeout,
-                names=self._names,
-                pin=self.pin,
-            )
+            order = self._order()
+            self._pool = DecodePool(self.decode, order, workers, prefetch, timeout, names=self._names, pin=self.pin)
 
     def __iter__(self) -> Iterator[tuple[StepPlan, list[PackedBatch]]]:
         if self._pool is None:

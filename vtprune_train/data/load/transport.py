@@ -27,42 +27,36 @@ ALIGNMENT = 64
 class Parcel:
     """A batch in anonymous memory: the many small tensors as one string of bytes, then the pixels."""
 
+    descriptor: int | None = None
+
     def __init__(self, batch: PackedBatch):
         pixels = batch.pixel_values.contiguous()
         small = pickle.dumps(map_leaves(replace(batch, pixel_values=pixels.new_empty(0)), Tensor, Tensor.numpy))
         self.small, self.dtype, self.shape = len(small), pixels.dtype, tuple(pixels.shape)
-        self.descriptor: int | None = os.memfd_create("vtprune-batch")
-        start = _aligned(self.small)
-        os.ftruncate(self.descriptor, start + pixels.nbytes)
+        self.start = -(-self.small // ALIGNMENT) * ALIGNMENT
+        self.descriptor = os.memfd_create("vtprune-batch")
+        os.ftruncate(self.descriptor, self.start + pixels.nbytes)
         with mmap.mmap(self.descriptor, 0) as memory:
             memory[: self.small] = small
-            memory[start:] = pixels.flatten().view(torch.uint8).numpy().data
+            memory[self.start :] = pixels.flatten().view(torch.uint8).numpy().data
 
     def open(self) -> PackedBatch:
         """The batch; its pixels stay where the worker wrote them."""
         if self.descriptor is None:
             raise RuntimeError("too many open files in this rank; raise `ulimit -n`")
         memory = mmap.mmap(self.descriptor, 0)
-        self.close()
         batch = map_leaves(pickle.loads(memory[: self.small]), np.ndarray, torch.from_numpy)
-        count, start = int(np.prod(self.shape)), _aligned(self.small)
-        pixels = torch.frombuffer(memory, dtype=self.dtype, count=count, offset=start)
+        count = int(np.prod(self.shape))
+        pixels = torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.start)
         return replace(batch, pixel_values=pixels.view(self.shape))
 
     def pin_memory(self) -> PackedBatch:
         """The batch in pinned memory; the loader's thread asks for it."""
         return self.open().pin_memory()
 
-    def close(self) -> None:
+    def __del__(self) -> None:
         if self.descriptor is not None:
             os.close(self.descriptor)
-            self.descriptor = None
-
-    __del__ = close
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class Channel:
@@ -102,11 +96,6 @@ class Channel:
         """There is no thread."""
 
 
-class _Process(ForkServerProcess):
-    def terminate(self) -> None:
-        self.kill()  # workers ignore SIGTERM
-
-
 class WorkerContext(ForkServerContext):
     """Starts the workers of one loader and remembers them."""
 
@@ -115,7 +104,7 @@ class WorkerContext(ForkServerContext):
         self.processes: list[BaseProcess] = []
 
     def Process(self, **options: Any) -> BaseProcess:  # type: ignore[override]  # noqa: N802
-        self.processes.append(_Process(**options))
+        self.processes.append(ForkServerProcess(**options))
         return self.processes[-1]
 
     def Queue(self, maxsize: int = 0) -> Channel:  # type: ignore[override]  # noqa: N802

@@ -19,6 +19,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -70,6 +71,14 @@ def start_server() -> None:
             process.ensure_running()
 
 
+def wait_for_server() -> None:
+    """Wait until the server has imported what workers need, which takes seconds: what waits for a batch meanwhile would
+    count as hung."""
+    process = WorkerContext().Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
 @dataclass
 class _Decoded(Dataset[Any]):
     """A batch or what went wrong, for each task; ``counts`` are the batches that each worker has decoded."""
@@ -88,20 +97,15 @@ class _Decoded(Dataset[Any]):
         return parcel
 
 
-@dataclass
-class _Begin:
+def _begin(rank: int, stacks: list[int], worker: int) -> None:
     """The first that a worker does; ``stacks`` are the rank's file descriptors for the stack of each."""
-
-    rank: int
-    stacks: list[int]
-
-    def __call__(self, worker: int) -> None:
-        live_with_parent()
-        file = Path(f"/proc/{self.rank}/fd/{self.stacks[worker]}").open("ab")  # noqa: SIM115 (open as long as it lives)
-        faulthandler.enable(file)
-        faulthandler.register(signal.SIGUSR1, file)
+    live_with_parent()
+    file = Path(f"/proc/{rank}/fd/{stacks[worker]}").open("ab")  # noqa: SIM115 (open as long as it lives)
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR1, file)
 
 
+@dataclass(eq=False)
 class DecodePool:
     """Batches of ``tasks`` in order, decoded by ``workers`` processes that take turns.
 
@@ -117,19 +121,16 @@ class DecodePool:
     ``ready`` counts the batches that lay decoded when the last one was asked for.
     """
 
-    def __init__(
-        self,
-        decode: Callable[[MicroBatch], PackedBatch],
-        tasks: Iterator[MicroBatch],
-        *,
-        workers: int,
-        prefetch: int,
-        timeout: float | None,
-        names: Callable[[MicroBatch], Sequence[str]],
-        pin: bool = False,
-    ):
-        self.decode, self.tasks, self.names = decode, tasks, names
-        self.workers, self.prefetch, self.timeout, self.pin = workers, prefetch, timeout, pin
+    decode: Callable[[MicroBatch], PackedBatch]
+    tasks: Iterator[MicroBatch]
+    workers: int
+    prefetch: int
+    timeout: float | None
+    names: Callable[[MicroBatch], Sequence[str]]
+    pin: bool = False
+
+    def __post_init__(self) -> None:
+        self.rank = os.environ.get("RANK", "0")
         self.owed: deque[MicroBatch] = deque()  # given to workers and not delivered yet
         self.delivered = self.ready = 0
         self._deaths: Counter[int] = Counter()  # by the number of the batch
@@ -152,7 +153,7 @@ class DecodePool:
             if ended:
                 self._restart(ended[0])
             elif "timed out" not in str(item):
-                raise WorkerError(f"the data loader of rank {_rank()} failed: {item}") from item
+                raise WorkerError(f"the data loader of rank {self.rank} failed: {item}") from item
             elif self.timeout is not None and time.monotonic() - began > self.timeout:
                 raise self._hung()
         if item is None:
@@ -198,7 +199,7 @@ class DecodePool:
             prefetch_factor=self.prefetch,
             timeout=LOOK_SECONDS,
             pin_memory=self.pin,
-            worker_init_fn=_Begin(os.getpid(), self._stacks),
+            worker_init_fn=partial(_begin, os.getpid(), self._stacks),
             multiprocessing_context=context,
             generator=torch.Generator(),  # else it draws a number from the rank's
         )
@@ -208,7 +209,7 @@ class DecodePool:
         except (OSError, EOFError) as error:  # most likely a process was killed while it started
             self._deaths[self.delivered] += 1
             if self._deaths[self.delivered] >= MOST_DEATHS:
-                raise WorkerError(f"the decode workers of rank {_rank()} cannot be started: {error}") from error
+                raise WorkerError(f"the decode workers of rank {self.rank} cannot be started: {error}") from error
             self.close()
             self._start()
 
@@ -263,7 +264,7 @@ class DecodePool:
         return f"\n{text}" if text else ""
 
     def _who(self, number: int) -> str:
-        return f"decode worker {number} of rank {_rank()} (process {self.processes[number].pid})"
+        return f"decode worker {number} of rank {self.rank} (process {self.processes[number].pid})"
 
     def _samples(self, task: MicroBatch) -> str:
         return f"samples {', '.join(self.names(task)) or 'of none'}"
@@ -278,10 +279,6 @@ def live_stacks() -> str:
 def _end_all() -> None:
     for pool in list(_LIVE):
         pool.close()
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", "0")
 
 
 def _end_of(code: int | None) -> str:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vtprune_train.core.flops import TrainingCost, layers_per_stage, stage_lengths
+from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.plan.dealing import MicroBatches, deal
+from vtprune_train.pruning.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,35 @@ class Planner:
         numbers = samples.tolist()
         micro_batches = tuple(tuple(tuple(numbers[i] for i in rank) for rank in ranks) for ranks in dealt)
         return StepPlan(step, epoch, tuple(numbers), micro_batches)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Measures the samples of a step for the planner: ``costs(step, samples)``.
+
+    Args:
+        index: lengths and images of all samples.
+        cost: counts FLOPs.
+        phases: which schedule a step runs on.
+    """
+
+    index: SampleIndex
+    cost: TrainingCost
+    phases: Phases
+
+    def __call__(self, step: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[samples] tokens before dropping, and [samples] FLOPs of the step's own forward and backward passes."""
+        measured, num_layers = self.index.lengths(samples), self.cost.decoder.num_layers
+        phase = self.phases.of(step)
+        drops = phase.drops(num_layers)
+        lengths = stage_lengths(measured.text, measured.span_tokens, measured.span_sample, drops)
+        layers = layers_per_stage(drops, num_layers)
+        costs = self.cost.sample(lengths, layers, measured.span_tiles, measured.supervised, measured.span_sample)
+        if phase.teacher is not None:
+            drops = phase.teacher.method.drops(num_layers)
+            taught = stage_lengths(measured.text, measured.span_tokens, measured.span_sample, drops)
+            costs = costs + self.cost.forward_text(taught, layers_per_stage(drops, num_layers), measured.supervised)
+        return lengths[:, 0], costs
 
 
 def data_digest(sample_ids: Sequence[str]) -> str:

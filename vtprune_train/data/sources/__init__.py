@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, Piece, Place, Reader, TooLarge
-from vtprune_train.data.sources.json_list import JsonList
-from vtprune_train.data.sources.jsonl import Jsonl
+from vtprune_train.data.sources.json_files import Jsonl, JsonList
 from vtprune_train.data.sources.tars import Tar
 
 __all__ = [
@@ -60,31 +59,26 @@ def find_files(path: Path) -> list[Path]:
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():
-        found = [str(path)]
-    elif any(character in str(path) for character in "*?["):
-        found = _matches(path)
-        if not found:
+        names = [str(path)]
+    elif glob.has_magic(str(path)):
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207 (absolute patterns)
+        names.sort(key=lambda name: name.split(os.sep))  # noqa: PTH206 (many times faster)
+        if not names:
             raise ValueError(f"no data file matches {path}; check data.root and the path under data.train or data.eval")
     else:
         raise ValueError(f"data file {path} does not exist; check data.root and the path under data.train or data.eval")
-    files = []
-    for file in map(Path, found):
+    files = [Path(name) for name in names]
+    for file in files:
         if file.suffix in COMPRESSED:
             raise ValueError(f"data file {file} is compressed, so no record of it can be reached by itself; unpack it")
         if file.suffix not in KINDS and not _is_dataset(file):
             raise ValueError(f"data file {file}: unknown kind {file.suffix!r}; {KNOWN}")
-        files.append(file)
     return files
 
 
 def is_here(path: Path) -> bool:
     """Whether there is anything that :func:`find_files` could look at."""
     return path.exists() or next(glob.iglob(str(path), recursive=True), None) is not None  # noqa: PTH207
-
-
-def _matches(path: Path) -> list[str]:
-    names = glob.glob(str(path), recursive=True)  # noqa: PTH207 (absolute patterns)
-    return sorted(names, key=lambda name: name.split(os.sep))  # noqa: PTH206 (many times faster)
 
 
 def _in_folder(folder: Path) -> list[Path]:

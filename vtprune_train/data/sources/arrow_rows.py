@@ -52,12 +52,7 @@ def row_bytes(array: pa.Array) -> np.ndarray:
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         array = array.cast(pa.large_binary())
         kind = array.type
-    if (
-        pa.types.is_string(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_string(kind)
-        or (pa.types.is_large_binary(kind))
-    ):
+    if kind in (pa.string(), pa.binary(), pa.large_string(), pa.large_binary()):
         return pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     return np.full(len(array), 8, np.int64)
 

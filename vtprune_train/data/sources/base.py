@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ class TooLarge(Malformed):
 
 class Bounds(NamedTuple):
     """Bytes of one record beyond which it is left alone (``data.max_record_bytes``, ``data.max_text_bytes``): as it
-    stands in its file, with its pictures where they are inside; and of its text."""
+    stands in its file, with its images where they are inside; and of its text."""
 
     record: int = 32 << 20
     text: int = 1 << 20
@@ -42,20 +43,24 @@ def too_many_bytes(size: int, bound: int, at: str = "") -> TooLarge:
     return TooLarge(f"it has {size} bytes{at and f' ({at})'}, more than data.max_record_bytes={bound}")
 
 
-def too_many_values(content: bytes, at: int) -> TooLarge | None:
-    """Of a record written in JSON that begins at byte ``at``; what its texts hold is counted too."""
-    if len(content) <= MOST_VALUES:
-        return None
-    count = sum(map(content.count, (b",", b"[", b"{")))
-    if count <= MOST_VALUES:
-        return None
-    return TooLarge(f"it holds {count} values in {len(content)} bytes (from byte {at} on), more than {MOST_VALUES}")
+def parse_record(content: bytes, at: int) -> Any:
+    """The record written in JSON from byte ``at`` on; :class:`Malformed` where it holds too many values (commas and
+    brackets within its texts are counted too), is nested too deeply, or has a number of thousands of digits.
 
-
-def unparsed(error: Exception) -> Malformed:
-    """Of a record that is JSON, but not what Python reads: nested too deeply, or a number of thousands of digits."""
-    too_deep = "its values are nested too deeply to be read"
-    return Malformed(too_deep if isinstance(error, RecursionError) else f"it cannot be read ({error})")
+    Raises:
+        json.JSONDecodeError, UnicodeDecodeError: it is not JSON.
+    """
+    count = sum(map(content.count, (b",", b"[", b"{"))) if len(content) > MOST_VALUES else 0
+    if count > MOST_VALUES:
+        return TooLarge(f"it holds {count} values in {len(content)} bytes (from byte {at} on), more than {MOST_VALUES}")
+    try:
+        return json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except RecursionError:
+        return Malformed("its values are nested too deeply to be read")
+    except ValueError as error:
+        return Malformed(f"it cannot be read ({error})")
 
 
 class Piece(NamedTuple):

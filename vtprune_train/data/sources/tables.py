@@ -29,11 +29,8 @@ LARGEST_HELD = 128 << 20  # bytes of the rows of a row group that are held
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
-    """The columns that are read: those that a record needs, and those that may make it malformed.
-
-    Raises:
-        ValueError: there is no conversation among them.
-    """
+    """The columns that are read: those that a record needs (a conversation at least), and those that may make it
+    malformed."""
     if not set(CONVERSATIONS) & set(names):
         raise ValueError(
             f"data file {path} has no column 'conversations' or 'messages'; its columns: {', '.join(names)}"
@@ -49,10 +46,10 @@ def _objects(rows: Rows, bound: int) -> Iterator[dict[str, Any] | int]:
     """Each row, or its bytes where they are more than ``bound``."""
     batch, sizes = rows
     if sizes[sizes <= bound].sum() <= BATCH_BYTES:
-        found = iter(batch.to_pylist())
+        objects = iter(batch.to_pylist())
     else:
-        found = (batch.slice(number, 1).to_pylist()[0] for number in range(len(batch)))
-    for row, size in zip(found, sizes.tolist(), strict=True):
+        objects = (batch.slice(number, 1).to_pylist()[0] for number in range(len(batch)))
+    for row, size in zip(objects, sizes.tolist(), strict=True):
         yield row if size <= bound else size
 
 
@@ -123,8 +120,8 @@ class Parquet(Reader):
         at = row - held.first
         [batch] = held.table.slice(at, 1).combine_chunks().to_batches()
         rows = within(batch, self.max_bytes) if held.sizes is None else (batch, held.sizes[at : at + 1])
-        [found] = _objects(rows, self.max_bytes)
-        return self._record(found, group, row)
+        [record] = _objects(rows, self.max_bytes)
+        return self._record(record, group, row)
 
     def _record(self, row: dict[str, Any] | int, group: int, number: int) -> Any:
         if isinstance(row, int):
@@ -167,19 +164,14 @@ class Parquet(Reader):
 
 
 class DatasetOnDisk(Reader):
-    """A place is ``(row, 0)``. Pictures of an ``Image`` feature come as they are stored, not decoded."""
+    """A place is ``(row, 0)``. Images of an ``Image`` feature come as they are stored, not decoded."""
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         super().__init__(path, max_bytes)
         try:
             table = load_from_disk(str(path))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            pa.ArrowException,
-        ) as error:  # of damaged JSON beside the data
+        # Damaged JSON beside the data raises KeyError or TypeError.
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise ValueError(f"data folder {path} cannot be read as a dataset ({error!r})") from error
         self._unread = _unread(table.column_names)
         self._table = table.select_columns(_columns(path, table.column_names)).with_format("arrow")

@@ -17,9 +17,8 @@ from vtprune_train.data.sources.base import (
     Piece,
     Place,
     Reader,
+    parse_record,
     too_many_bytes,
-    too_many_values,
-    unparsed,
 )
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -35,7 +34,7 @@ class Tar(Reader):
         yield Piece(0, self.path.stat().st_size)
 
     def scan(self, piece: Piece) -> Iterator[tuple[Place, Any]]:
-        yield from self._records(*piece)
+        return self._records(*piece)
 
     def read(self, place: Place) -> Any:
         return next(record for _, record in self._records(place.at, place.at + place.size))
@@ -97,11 +96,7 @@ class _Group:
 
 
 def _headers(tar: tarfile.TarFile, path: Path, stop: int) -> Iterator[tarfile.TarInfo]:
-    """The header of each regular file before byte ``stop``.
-
-    Raises:
-        ValueError: the tar is broken or cut off.
-    """
+    """The header of each regular file before byte ``stop``; an error where the tar is broken or cut off."""
     size = path.stat().st_size
     while True:
         try:
@@ -139,7 +134,7 @@ def _extension(name: str) -> str:
 
 
 def _record(members: Sequence[Member], at: int) -> Any:
-    """The record in the form of its ``.json``, pictures as bytes; made from the ``.txt`` where that is a caption. Other
+    """The record in the form of its ``.json``, images as bytes; made from the ``.txt`` where that is a caption. Other
     members are fields by their extension (``.mp4``)."""
     key = _key(members[0][0])
     described: Any = None
@@ -149,7 +144,10 @@ def _record(members: Sequence[Member], at: int) -> Any:
     for name, content in members:
         extension = _extension(name).lower()
         if extension == "json":
-            described = _parsed(name, content, at)
+            try:
+                described = parse_record(content, at)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                described = Malformed(f"{name} is not JSON ({error})")
         elif extension == "txt":
             caption = content.decode("utf-8", errors="replace").strip()
         elif extension.rpartition(".")[2] in PICTURES:
@@ -167,20 +165,11 @@ def _record(members: Sequence[Member], at: int) -> Any:
         return {"id": key, **others} if described is None else described
     if caption is not None:
         others[".txt"] = caption
-    return {"id": key, **described, **others, "images": _chosen(described, pictures), "image": None}
+    return {"id": key, **described, **others, "images": _images(described, pictures), "image": None}
 
 
-def _parsed(name: str, content: bytes, at: int) -> Any:
-    try:
-        return too_many_values(content, at) or json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return Malformed(f"{name} is not JSON ({error})")
-    except (ValueError, RecursionError) as error:
-        return unparsed(error)
-
-
-def _chosen(record: Mapping[str, Any], pictures: Sequence[Member]) -> list[Any]:
-    """The pictures in the order in which the record names them; in the tar's if it names none or all by other names. A
+def _images(record: Mapping[str, Any], pictures: Sequence[Member]) -> list[Any]:
+    """The images in the order in which the record names them; in the tar's if it names none or all by other names. A
     name without a member stays a name, looked up in the source's folder of images."""
     names = record.get("image") if record.get("images") is None else record["images"]
     contents = [content for _, content in pictures]
@@ -191,7 +180,7 @@ def _chosen(record: Mapping[str, Any], pictures: Sequence[Member]) -> list[Any]:
     for name, content in pictures:
         for known in (name, name.rpartition("/")[2], _extension(name)):
             by_name.setdefault(known, content)
-    found = [by_name.get(name) if isinstance(name, str) else None for name in names]
-    if len(names) == len(contents) and not any(content is not None for content in found):
+    named = [by_name.get(name) if isinstance(name, str) else None for name in names]
+    if len(names) == len(contents) and not any(content is not None for content in named):
         return contents
-    return [name if content is None else content for name, content in zip(names, found, strict=True)]
+    return [name if content is None else content for name, content in zip(names, named, strict=True)]

@@ -1,13 +1,16 @@
-"""Model families, one small file each: which class it is, how long an image is, what else goes with its tokens."""
+"""Model families, one file each, which holds all that the project knows of it (:mod:`.base` says what that is)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import (
     internvl,
+    known,
     llava,
     llava_next,
     llava_onevision,
@@ -15,7 +18,8 @@ from vtprune_train.models.families import (
     qwen2_vl,
     qwen3_vl,
 )
-from vtprune_train.models.families.base import Family, Loop
+from vtprune_train.models.families.base import Family, Lacks, Loop, required
+from vtprune_train.models.families.towers import check_clip
 
 FAMILIES: tuple[Family, ...] = (
     llava_next.FAMILY,
@@ -26,6 +30,10 @@ FAMILIES: tuple[Family, ...] = (
     qwen3_vl.FAMILY,
     internvl.FAMILY,
 )
+
+KNOWN_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = dict(known.PARTS)
+for _family in FAMILIES:
+    KNOWN_CONFIGS.update(_family.known)
 
 # Families that were looked at and do not fit, and why.
 UNSUPPORTED = {
@@ -56,9 +64,20 @@ def family_of(model: HFModule) -> Family:
 
 
 def family_of_type(model_type: str) -> Family | None:
-    """The family that transformers builds for a config's ``model_type``; ``None`` where it is not supported."""
-    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
-    return next((family for family in FAMILIES if family.model_class == model_class), None)
+    """The family of a config's ``model_type``; ``None`` where it is not supported."""
+    return next((family for family in FAMILIES if family.model_type == model_type), None)
+
+
+def supported_family(model_type: str, place: str) -> Family:
+    """The family of a config's ``model_type``.
+
+    Raises:
+        ValueError: it is not supported; names ``place``, where the config comes from, and what is.
+    """
+    if (family := family_of_type(model_type)) is None:
+        supported = ", ".join(family.model_type for family in FAMILIES)
+        raise ValueError(f"{place} holds a {model_type}, which is not supported; supported: {supported}")
+    return family
 
 
 def trained_family(model_type: str, place: str) -> tuple[Family, Loop]:
@@ -67,11 +86,45 @@ def trained_family(model_type: str, place: str) -> tuple[Family, Loop]:
     Raises:
         ValueError: there is none; names ``place``, where the model comes from, and what is trained.
     """
-    for family in FAMILIES:
-        if family.loop is not None and family.loop.model_type == model_type:
-            return family, family.loop
-    trained = ", ".join(family.loop.model_type for family in FAMILIES if family.loop is not None)
-    raise ValueError(f"{place} holds a {model_type}, which the training loop does not know; it trains: {trained}")
+    family = family_of_type(model_type)
+    if family is None or isinstance(family.loop, Lacks):
+        trained = ", ".join(family.model_type for family in FAMILIES if not isinstance(family.loop, Lacks))
+        raise ValueError(f"{place} holds a {model_type}, which the training loop does not know; it trains: {trained}")
+    return family, family.loop
 
 
-__all__ = ["FAMILIES", "UNSUPPORTED", "Family", "Loop", "family_of", "family_of_type", "trained_family"]
+def config_of_parts(
+    text: PreTrainedConfig, vision: PreTrainedConfig, pinpoints: Iterable[Iterable[int]] | None, place: str
+) -> PreTrainedConfig:
+    """A LLaVA-1.5 made of a language model and a tower; with ``pinpoints``, resolutions to tile by, a LLaVA-NeXT.
+
+    Raises:
+        ValueError: the tower, which ``place`` names, is not CLIP's.
+    """
+    vision = getattr(vision, "vision_config", vision)
+    check_clip(vision, place)
+    shared = {
+        "text_config": text,
+        "vision_config": vision,
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
+    if pinpoints is None:
+        return LlavaConfig(**shared)
+    return LlavaNextConfig(image_grid_pinpoints=[list(point) for point in pinpoints], **shared)
+
+
+__all__ = [
+    "FAMILIES",
+    "KNOWN_CONFIGS",
+    "UNSUPPORTED",
+    "Family",
+    "Lacks",
+    "Loop",
+    "config_of_parts",
+    "family_of",
+    "family_of_type",
+    "required",
+    "supported_family",
+    "trained_family",
+]

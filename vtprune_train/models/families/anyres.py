@@ -1,23 +1,30 @@
 """AnyRes tiling and ``spatial_unpad`` of LLaVA-NeXT, as index arithmetic on the host.
 
-A picture becomes one base tile (the whole picture, squeezed) and a grid of tiles of its best-fitting resolution. After
+An image becomes one base tile (the whole image, squeezed) and a grid of tiles of its best-fitting resolution. After
 projection, rows and columns of the grid that hold only padding are cut away and a newline feature ends every row. All
 of that is a gather: :func:`visual_index` says which row of the projected features stands at each visual token.
+LLaVA-OneVision tiles in the same way.
 
-Source: ``LlavaNextModel.pack_image_features`` and ``LlavaNextProcessor`` of transformers.
+Source: ``LlavaNextModel.pack_image_features``, ``LlavaNextProcessor`` and ``LlavaNextImageProcessor`` of transformers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_utils import select_best_resolution
 
-from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, Size, check_class_token_is_dropped
+from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, Pictures, Size
+from vtprune_train.models.families.places import Places, cells, edges
+from vtprune_train.models.families.towers import check_class_token_is_dropped
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,50 @@ class AnyRes(GatheredTiles):
 
     def examples(self) -> list[Size]:
         return list(self.pinpoints)
+
+    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+        return {
+            "pixel_values": pad_sequence(pictures.pixels, batch_first=True),
+            "image_sizes": torch.tensor(pictures.sizes),
+        }
+
+    def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
+        return [self.tiled_places(size, self.feature_grid(size)) for size in sizes]
+
+    def tiled_places(self, size: Size, kept: tuple[int, int]) -> Places:
+        """The base tile, then the grid row by row, each row ended by a newline.
+
+        The grid's tiles hold the image resized with its aspect kept, centred between padding. An edge feature may see
+        the image with a part of its patch only: its box is as small. And ``spatial_unpad`` counts whole features: a
+        strip of up to half a feature along the padded edges can belong to no grid token.
+
+        Args:
+            size: ``(height, width)`` of the image in pixels.
+            kept: rows and columns that the unpadded features are pooled to; their own number where they are not.
+        """
+        height, width = size
+        rows, columns = self.grid(size)
+        scale = min(rows * self.tile_size / height, columns * self.tile_size / width)
+        used = self.feature_grid(size)
+        tops = self._grid_edges(rows, height, scale, used[0], kept[0])
+        lefts = self._grid_edges(columns, width, scale, used[1], kept[1])
+        right = np.full(kept[0], float(width))
+        newlines = np.stack([right, tops[:-1], right, tops[1:]], axis=-1)
+        grid = np.concatenate([cells(tops, lefts), newlines[:, None]], axis=1).reshape(-1, 4)
+        steps = self.tile_edges(1) / self.tile_size
+        base = cells(steps * height, steps * width).reshape(-1, 4)
+        row = ["grid"] * kept[1] + ["newline"]
+        kinds = np.array(["base"] * len(base) + row * kept[0])
+        return Places((height, width), kinds, np.concatenate([base, grid]))
+
+    def _grid_edges(self, tiles: int, original: int, scale: float, used: int, kept: int) -> np.ndarray:
+        """[kept + 1] edges of the unpadded features along one axis, in pixels of the original."""
+        target = tiles * self.tile_size
+        resized = min(math.ceil(original * scale), target)
+        every = edges(self.tile_edges(tiles), original, resized, (target - resized) // 2)
+        cut = (tiles * self.patches_per_side - used) // 2
+        own = every[cut : cut + used + 1]
+        return own if kept == used else np.interp(np.linspace(0, used, kept + 1), np.arange(used + 1), own)
 
 
 @lru_cache(maxsize=65536)

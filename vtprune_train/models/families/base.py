@@ -1,17 +1,45 @@
-"""What a family of models tells the rest of the project about itself."""
+"""What a family of models tells the rest of the project about itself. A new family is one file that fills in
+:class:`Family`, and its line in ``__init__.py``; start from ``qwen2_vl.py``.
+
+A part that a family does not have is a :class:`Lacks`, whose sentence ends in the error of the command that needs it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from vtprune_train.core.flops import TowerGeometry, WindowedTowerGeometry
+from vtprune_train.core.flops import PatchTowerGeometry, TowerGeometry
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.layout import CLASS_TOKENS, Grids, ImageLayout, Shown
+from vtprune_train.models.families.layout import Grids, ImageGeometry, ImageLayout, Shown, Size
+from vtprune_train.models.families.places import Places
+from vtprune_train.models.families.text_models import LLAMA_LIKE
+from vtprune_train.models.families.towers import SavedByTower
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Lacks:
+    """In place of a part that a family does not have: the reason, for errors."""
+
+    why: str
+
+
+def required(part: Part | Lacks, what: str) -> Part:
+    """``part``, if the family has it.
+
+    Raises:
+        ValueError: it does not; ``what`` cannot be done, and why.
+    """
+    if isinstance(part, Lacks):
+        raise ValueError(f"{what}: {part.why}")
+    return part
 
 
 def one_image_each(features: Sequence[Any]) -> list[int]:
@@ -20,7 +48,7 @@ def one_image_each(features: Sequence[Any]) -> list[int]:
 
 
 def no_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
-    """For a family whose tokens' places are not known here."""
+    """For a family whose rasters cannot be told from the inputs."""
     return []
 
 
@@ -29,33 +57,14 @@ def counted_by_the_image_processor(config: Any) -> dict[str, Any]:
     return {}
 
 
-def counted_by_patches(config: Any) -> dict[str, Any]:
-    """Settings of the processors of LLaVA-1.5 and LLaVA-NeXT."""
-    vision = config.vision_config
-    settings = {
-        "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-    }
-    if vision.model_type in CLASS_TOKENS:
-        settings["num_additional_image_tokens"] = CLASS_TOKENS[vision.model_type]
-    return settings
+def each_alone(inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[list[Size]]:
+    """For a family that lays out an image in the same way, whatever stands beside it."""
+    return [[size] for size in sizes]
 
 
-def merged_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
-    """Of Qwen's models: one raster an image, of tokens that are patches merged."""
-    merge = config.vision_config.spatial_merge_size
-    return [((rows // merge, columns // merge),) for _, rows, columns in inputs["image_grid_thw"].tolist()]
-
-
-def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
-    """[3, B, L] positions of Qwen's models, from ``input_ids``, ``image_grid_thw`` and the mask of these tokens."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    return base.get_rope_index(
-        input_ids=ids,
-        mm_token_type_ids=(ids == base.config.image_token_id).int(),
-        image_grid_thw=inputs["image_grid_thw"],
-        attention_mask=None if mask is None else mask[:, mask.shape[1] - ids.shape[1] :],
-    )[0]
+def all_trained(config: Any, name: str) -> bool:
+    """For a family whose features come from the tower's last layer."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -63,26 +72,26 @@ class Loop:
     """How the project's own loop trains a family.
 
     Args:
-        model_type: of its config.
         layout: ``(config, image_processor) -> ImageLayout``.
-        tower: ``config ->`` sizes of tower and projector, to count FLOPs.
         image_processor: ``config ->`` transformers' PIL image processor, where a checkpoint brings none.
         image_processors: class names of the image processors that make what ``layout`` expects, without ``Pil``;
             ``None`` for any.
+        saved: ``config ->`` what autograd keeps of the tower, to predict memory.
         vision: how names of the tower's parameters begin.
         projector: how names of the projector's parameters begin (also within ``vision``).
+        untrained: ``(config, name) ->`` whether no gradient reaches this parameter of the tower.
         image_token: the image token in the vocabulary.
         placeholder: what stands in a prompt where an image does; ``<image>`` in it is the image token.
         needs_checkpoint: the model cannot be made from parts or from sizes in the YAML.
     """
 
-    model_type: str
     layout: Callable[[Any, Any], ImageLayout]
-    tower: Callable[[Any], TowerGeometry | WindowedTowerGeometry]
     image_processor: Callable[[Any], Any]
     image_processors: tuple[str, ...] | None
+    saved: Callable[[Any], SavedByTower]
     vision: str = "model.vision_tower."
     projector: tuple[str, ...] = ("model.multi_modal_projector.", "model.image_newline")
+    untrained: Callable[[Any, str], bool] = all_trained
     image_token: str = IMAGE
     placeholder: str = IMAGE
     needs_checkpoint: bool = False
@@ -94,6 +103,7 @@ class Family:
 
     Args:
         title: the family's name, for messages and tables.
+        model_type: of its config.
         model_class: the transformers class, by name.
         text_types: ``model_type`` of the language models whose layers fit.
         base: the submodule that embeds, sees and splices; has ``get_image_features`` and ``language_model``.
@@ -102,35 +112,69 @@ class Family:
         image_lengths: tokens of each entry of ``get_image_features(...).pooler_output``, in placeholder order.
         grids: ``(config, inputs of get_image_features) ->`` the rasters of each of these entries; none where unknown.
         patches: ``(config, inputs of get_image_features) ->`` which patches of the tower each of these entries shows;
-            ``None`` where the tower's attention cannot be read.
+            for methods that read the tower's attention.
         run_is_one_image: all entries that fill one unbroken run of image tokens are one image (its tiles).
         three_part_positions: ``(base, inputs) -> [3, B, L]``, positions (time, height, width) that count each row from
             0 and stay with their tokens; ``None`` where positions count tokens.
         refused: keywords of ``forward`` that a pruned model does not take, with the reason.
         counting: ``config ->`` settings of the processor that tokens of an image are counted by.
-        loop: how the project's own loop trains it; ``None`` where it does not.
+        geometry: ``(config, image_processor) ->`` tokens, tiles and places of images of any size, for ``vtprune show``
+            and ``estimate``; left out where ``loop`` has a layout, which gives them too.
+        samples: ``(inputs, sizes) ->`` the sizes of all images, one list for each sample.
+        flops: ``config ->`` sizes of tower and projector, to count their work.
+        known: sizes of published checkpoints by hub id, for dry runs without network.
+        not_original: why ``vtprune convert`` does not write it in the format of the original LLaVA code; ``None`` where
+            it does (``llava_original_config.py``).
+        loop: how the project's own loop trains it.
     """
 
     title: str
+    model_type: str
     model_class: str
     text_types: tuple[str, ...]
     base: str = "model"
     tower: str | None = None
     image_lengths: Callable[[Sequence[Any]], list[int]] = one_image_each
     grids: Callable[[Any, Mapping[str, Any]], list[Grids]] = no_grids
-    patches: Callable[[Any, Mapping[str, Any]], list[Shown]] | None = None
+    patches: Callable[[Any, Mapping[str, Any]], list[Shown]] | Lacks = Lacks("it is not read there")
     run_is_one_image: bool = False
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()
     counting: Callable[[Any], dict[str, Any]] = counted_by_the_image_processor
-    loop: Loop | None = None
+    geometry: Callable[[Any, Any], ImageGeometry] | Lacks = Lacks("where its visual tokens lie is not known here")
+    samples: Callable[[Mapping[str, Any], Sequence[Size]], list[list[Size]]] = each_alone
+    flops: Callable[[Any], TowerGeometry | PatchTowerGeometry] | Lacks = Lacks("its tower's sizes are not known here")
+    known: Mapping[str, Callable[[], PreTrainedConfig]] = field(default_factory=dict)
+    not_original: str | None = "the original format is LLaVA's and LLaVA-NeXT's"
+    loop: Loop | Lacks = Lacks("the training loop has no layout of its images")
 
     @property
     def decoder(self) -> str:
         return f"{self.base}.language_model"
 
+    def images(self, config: Any, image_processor: Any, what: str) -> ImageGeometry:
+        """The geometry of this model's images.
+
+        Raises:
+            ValueError: the family has none, or does not fit this config; ``what`` says what for.
+        """
+        geometry = required(self.geometry, what) if isinstance(self.loop, Lacks) else self.loop.layout
+        return geometry(config, image_processor)
+
+    def places(
+        self, config: Any, image_processor: Any, inputs: Mapping[str, Any], sizes: Sequence[Size]
+    ) -> list[Places]:
+        """Where the visual tokens of images lie that ``image_processor`` made ``inputs`` of.
+
+        Raises:
+            ValueError: that is not known for this family.
+        """
+        geometry = self.images(config, image_processor, f"cannot show the visual tokens of {self.title}")
+        samples = self.samples(inputs, sizes)
+        return [places for own in samples for places in geometry.places(own, image_processor)]
+
     def check(self, model: HFModule) -> None:
-        """Refuse decoders whose layers need more than the packed stream carries.
+        """Refuse decoders whose layers need more than the packed batch carries.
 
         Raises:
             ValueError: naming the family, the model type and what is supported.
@@ -150,5 +194,6 @@ class Family:
 
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 VIDEO = "videos are not dropped yet; pass their frames as images"
+
+__all__ = ["LLAMA_LIKE", "VIDEO", "Family", "Lacks", "Loop", "required"]

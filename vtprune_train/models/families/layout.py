@@ -1,6 +1,6 @@
-"""What the collator asks of a family's pictures. Host only.
+"""How a family lays out images: what commands ask of their sizes, and what the collator asks beyond that. Host only.
 
-Shape suffixes: T tokens in the stream, V visual tokens, P tiles (or patches, where a family has no tiles).
+Shape suffixes: T tokens in the packed batch, V visual tokens, P tiles (or patches, where a family has no tiles).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from vtprune_train.core.stream import SegmentLayout
+from vtprune_train.models.families.places import Places
 
 NEWLINE = -1
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # in front of the patches, of towers that are read
 MAX_ASPECT = 200  # Qwen's own limit; a CLIP processor scales the SHORT side to a whole tile
 
 Size = tuple[int, int]
@@ -45,38 +45,50 @@ class VisionInputs(NamedTuple):
     image_inputs: dict[str, Any] | None = None
 
 
-class ImageLayout(ABC):
-    """A family's pictures. The unit of the tower's work is called a tile; families without tiles count patches."""
+class ImageGeometry(ABC):
+    """How a family divides images into tiles and tokens. Families without tiles count patches instead."""
 
     unit: ClassVar[str] = "tiles"
 
     @abstractmethod
     def tokens(self, sizes: Sequence[Size]) -> list[int]:
-        """Visual tokens of each picture of one sample.
+        """Visual tokens of each image of one sample.
 
         Raises:
             ValueError: a size that the family's image processor refuses.
         """
 
-    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
-        """The rasters that each picture's tokens fill, in their order, for the pictures of one sample."""
-        return [() for _ in sizes]
-
     @abstractmethod
     def tiles(self, sizes: Sequence[Size]) -> list[int]:
-        """Tiles of each picture of one sample."""
+        """Tiles of each image of one sample."""
 
     @abstractmethod
-    def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
-        """What the tower sees of each picture of one sample, [tiles, ...] float32."""
-
-    @abstractmethod
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
-        """Pack the pictures of all samples; a blank one where there are none, so that every rank runs the tower."""
+    def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
+        """Where the visual tokens of each image of one sample lie, for images that ``image_processor`` prepares."""
 
     @abstractmethod
     def examples(self) -> list[Size]:
-        """Sizes that show the range of lengths, for a dry run."""
+        """Sizes that show the range of lengths."""
+
+
+class ImageLayout(ImageGeometry):
+    """What the training loop needs beyond the geometry."""
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        """The rasters that each image's tokens fill, in their order, for the images of one sample."""
+        return [() for _ in sizes]
+
+    @abstractmethod
+    def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
+        """What the tower sees of each image of one sample, [tiles, ...] float32."""
+
+    @abstractmethod
+    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
+        """Pack the images of all samples; a blank one where there are none, so that every rank runs the tower."""
+
+    @abstractmethod
+    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+        """The images of one sample as the model's own ``forward`` takes them."""
 
     def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[Pictures]) -> Tensor | None:
         """[parts, T] int64 positions that stay with their tokens; ``None`` where each segment counts its tokens."""
@@ -96,6 +108,12 @@ class GatheredTiles(ImageLayout):
     @property
     def patches_per_tile(self) -> int:
         return self.patches_per_side**2
+
+    def tile_edges(self, tiles: int) -> np.ndarray:
+        """[features + 1] edges of the features of ``tiles`` tiles side by side, in pixels. Pixels that a tile has
+        beyond its last whole patch count for that patch, but for those of the last tile, which no token sees."""
+        starts = np.arange(tiles)[:, None] * self.tile_size + np.arange(self.patches_per_side) * self.patch_size
+        return np.append(starts, starts[-1, -1] + self.patch_size)
 
     @abstractmethod
     def num_tiles(self, image_size: Size) -> int:
@@ -147,17 +165,4 @@ def check_aspect(size: Size) -> None:
         raise ValueError(
             f"a picture of {size[0]} x {size[1]} pixels is more than {MAX_ASPECT} times as long as wide; "
             "this family's image processor cannot take it"
-        )
-
-
-def check_class_token_is_dropped(config: Any) -> None:
-    """Refuse a config that keeps the tower's class token.
-
-    Raises:
-        ValueError: with the setting.
-    """
-    if config.vision_feature_select_strategy != "default":
-        raise ValueError(
-            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} is not supported; "
-            "LLaVA-NeXT and LLaVA-1.5 use 'default' (the class token is dropped)"
         )

@@ -1,17 +1,101 @@
-"""LLaVA-1.5: one picture of a fixed size, one token a patch."""
+"""LLaVA-1.5: an image is one tile, one token a patch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from transformers import CLIPImageProcessorPil
+import torch
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, LlavaConfig
 
-from vtprune_train.core.flops import TowerGeometry
-from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop, counted_by_patches
-from vtprune_train.models.families.layout import CLASS_TOKENS, Grids, Shown
-from vtprune_train.models.families.one_tile import OneTile
+from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
+from vtprune_train.models.families.known import clip_large_336, vicuna_7b
+from vtprune_train.models.families.layout import GatheredTiles, Grids, Pictures, Shown, Size, check_aspect
+from vtprune_train.models.families.places import Places, square_edges
+from vtprune_train.models.families.towers import (
+    CLASS_TOKENS,
+    after_features,
+    check_class_token_is_dropped,
+    counted_by_patches,
+    patch_grid,
+    saved_by_tiles,
+    tile_tower,
+)
+
+
+@dataclass(frozen=True)
+class OneTile(GatheredTiles):
+    """The tower's tile and patch size, in pixels."""
+
+    tile_size: int
+    patch_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> OneTile:
+        """Read a ``LlavaConfig``.
+
+        Raises:
+            ValueError: the tower is not CLIP, or the config keeps its class token.
+        """
+        vision = config.vision_config
+        if vision.model_type != "clip_vision_model":
+            raise ValueError(
+                f"the vision tower is a {vision.model_type}; of LlavaForConditionalGeneration's towers the loop trains "
+                "CLIP (clip_vision_model) only"
+            )
+        check_class_token_is_dropped(config)
+        return cls(vision.image_size, vision.patch_size)
+
+    def num_tiles(self, image_size: Size) -> int:
+        return 1
+
+    def visual_index(self, image_size: Size) -> np.ndarray:
+        check_aspect(image_size)
+        return _all_patches(self.patches_per_tile)
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        return [((self.patches_per_side, self.patches_per_side),) for _ in sizes]
+
+    def examples(self) -> list[Size]:
+        return [(self.tile_size, self.tile_size)]
+
+    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+        return {"pixel_values": torch.cat(pictures.pixels)}
+
+    def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
+        """The image may be padded to a square first; then it is resized and its middle cut out."""
+        made = []
+        for size in sizes:
+            canvas = (max(size), max(size)) if getattr(image_processor, "do_pad", None) else size
+            resized = _resized(canvas, image_processor)
+            tops, lefts = (
+                square_edges(self.tile_edges(1), length, whole, target, -((target - self.tile_size) // 2))
+                for length, whole, target in zip(size, canvas, resized, strict=True)
+            )
+            made.append(Places.of_grid(size, tops, lefts))
+        return made
+
+
+def _resized(size: Size, image_processor: Any) -> Size:
+    """What an image is resized to: ``get_resize_output_image_size`` of transformers."""
+    target = image_processor.size
+    if not image_processor.do_resize:
+        return size
+    if (short := target.get("shortest_edge")) is None:
+        return target["height"], target["width"]
+    height, width = (short if side == min(size) else int(short * side / min(size)) for side in size)
+    return height, width
+
+
+@lru_cache
+def _all_patches(count: int) -> np.ndarray:
+    index = np.arange(count)
+    index.setflags(write=False)
+    return index
 
 
 def _image_processor(config: Any) -> CLIPImageProcessorPil:
@@ -20,32 +104,44 @@ def _image_processor(config: Any) -> CLIPImageProcessorPil:
 
 
 def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return [((side, side),)] * len(inputs["pixel_values"])
+    return [(patch_grid(config.vision_config),)] * len(inputs["pixel_values"])
 
 
 def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
-    """One tile a picture, its class token kept or the first token cut off as the config says; -1 is a class token."""
-    vision = config.vision_config
-    class_tokens = CLASS_TOKENS[vision.model_type]
+    """One tile an image, its class token kept or the first token cut off as the config says; -1 is a class token."""
+    class_tokens = CLASS_TOKENS[config.vision_config.model_type]
     first = 1 if config.vision_feature_select_strategy == "default" else 0
-    tokens = np.arange(first, (vision.image_size // vision.patch_size) ** 2 + class_tokens)
+    tokens = np.arange(first, int(np.prod(patch_grid(config.vision_config))) + class_tokens)
     return [(tokens - class_tokens, 1)] * len(inputs["pixel_values"])
+
+
+def _llava_1_5_7b() -> LlavaConfig:
+    return LlavaConfig(
+        text_config=vicuna_7b(vocab_size=32064),
+        vision_config=clip_large_336(),
+        image_token_index=32000,
+        image_seq_length=576,
+        tie_word_embeddings=False,
+    )
 
 
 FAMILY = Family(
     title="LLaVA-1.5",
+    model_type="llava",
     model_class="LlavaForConditionalGeneration",
     text_types=LLAMA_LIKE,
     grids=_grids,
     patches=_patches,
     counting=counted_by_patches,
+    flops=tile_tower,
+    not_original=None,
+    known={"llava-hf/llava-1.5-7b-hf": _llava_1_5_7b},
     loop=Loop(
-        model_type="llava",
         layout=lambda config, _: OneTile.of(config),
-        tower=TowerGeometry.of,
         image_processor=_image_processor,
         image_processors=None,
         projector=("model.multi_modal_projector.",),
+        saved=saved_by_tiles,
+        untrained=after_features,
     ),
 )

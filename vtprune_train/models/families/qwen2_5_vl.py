@@ -1,15 +1,17 @@
-"""Qwen2.5-VL: as Qwen2-VL, with another vision tower."""
+"""Qwen2.5-VL: as Qwen2-VL, with windows and a gated MLP in the vision tower."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 
-from vtprune_train.core.flops import WindowedTowerGeometry
+from vtprune_train.core.flops import PatchTowerGeometry
 from vtprune_train.core.stream import IMAGE
-from vtprune_train.models.families.base import VIDEO, Family, Loop, merged_grids, rope_index
-from vtprune_train.models.families.qwen_layout import MergedPatches
+from vtprune_train.models.families.base import VIDEO, Family, Loop
+from vtprune_train.models.families.known import QWEN2_7B
+from vtprune_train.models.families.qwen import MergedPatches, merged_grids, patch_tower, rope_index
+from vtprune_train.models.families.towers import SavedByTower
 
 
 def _image_processor(config: Any) -> Qwen2VLImageProcessorPil:
@@ -21,20 +23,70 @@ def _image_processor(config: Any) -> Qwen2VLImageProcessorPil:
     )
 
 
+def _flops(config: Any) -> PatchTowerGeometry:
+    vision = config.vision_config
+    return patch_tower(
+        config,
+        vision.hidden_size,
+        vision.intermediate_size,
+        vision.out_hidden_size,
+        full_layers=len(vision.fullatt_block_indexes),
+        window=(vision.window_size // vision.patch_size) ** 2,
+        mlp_products=3,
+    )
+
+
+def _saved(config: Any) -> SavedByTower:
+    """RMSNorms and a gated MLP; values keep the fused projection's output."""
+    vision = config.vision_config
+    c, m = vision.hidden_size, vision.intermediate_size
+    return SavedByTower(
+        layers=vision.depth,
+        tokens=1,
+        hidden=c,
+        intermediate=m,
+        elements=11 * c + 4 * m,
+        raw_bytes=8 * c + 8 + 4 * vision.num_heads,
+        projector=2 * c + config.text_config.hidden_size // 4,
+    )
+
+
+def _qwen2_5_vl_7b() -> Qwen2_5_VLConfig:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+    }
+    return Qwen2_5_VLConfig(
+        text_config={**QWEN2_7B, "vocab_size": 152064, "rope_parameters": rope}, vision_config=vision
+    )
+
+
 FAMILY = Family(
     title="Qwen2.5-VL",
+    model_type="qwen2_5_vl",
     model_class="Qwen2_5_VLForConditionalGeneration",
     text_types=("qwen2_5_vl_text",),
     tower="model.visual",
     grids=merged_grids,
+    flops=_flops,
     three_part_positions=rope_index,
     refused=(("pixel_values_videos", VIDEO),),
+    known={"Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl_7b},
     loop=Loop(
-        model_type="qwen2_5_vl",
         layout=MergedPatches.of,
-        tower=WindowedTowerGeometry.of,
         image_processor=_image_processor,
         image_processors=("Qwen2VLImageProcessor",),
+        saved=_saved,
         vision="model.visual.",
         projector=("model.visual.merger.",),
         image_token="<|image_pad|>",

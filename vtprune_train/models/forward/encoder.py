@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import Family
-from vtprune_train.models.families.layout import CLASS_TOKENS, NEWLINE
+from vtprune_train.models.families import Family, required
+from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.families.towers import class_tokens, feature_states, patch_grid
 from vtprune_train.models.forward.compile import eager
 from vtprune_train.models.forward.sharding import check_all_heads
 from vtprune_train.pruning.base import EncoderRows, PruningMethod
@@ -37,16 +38,11 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
     if not method.encoder_layers:
         return
     instead = "use a method that does not ask it, for example divprune or cdpruner"
-    if family.patches is None:
-        raise ValueError(
-            f"{method.name} reads the vision tower's attention, which {family.title} does not give; {instead}"
-        )
-    vision = config.vision_config
-    if vision.model_type not in CLASS_TOKENS:
-        raise ValueError(
-            f"{method.name} reads the attention of {' and '.join(CLASS_TOKENS)} towers, not of a {vision.model_type}; "
-            f"{instead}"
-        )
+    try:
+        required(family.patches, f"reads the vision tower's attention, which {family.title} does not give")
+        class_tokens(config.vision_config)
+    except ValueError as error:
+        raise ValueError(f"{method.name} {error}; {instead}") from error
     if method.multi_turn == "keep_dense":
         raise ValueError(
             f"{method.name} reads the vision tower, which does not see earlier images again: multi_turn='keep_dense' "
@@ -69,9 +65,8 @@ def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
     Raises:
         ValueError: a layer does not exist, or none is left.
     """
-    depth, chosen = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    states = [chosen] if isinstance(chosen, int) else chosen  # of depth + 1; state 0 is the first layer's input
-    last = max(state if state >= 0 else depth + 1 + state for state in states) - 1
+    depth = config.vision_config.num_hidden_layers
+    last = max(feature_states(config)) - 1
     layers = [layer if layer >= 0 else last + 1 + layer for layer in wanted]
     if beyond := [layer for layer in layers if layer >= depth]:
         raise ValueError(
@@ -92,7 +87,7 @@ class Reading:
     one and ``asked`` is ``class``) and keys [P, S, M]."""
 
     def __init__(self, config: Any, wanted: Sequence[int], asked: EncoderRows = "class"):
-        self.class_tokens = CLASS_TOKENS[config.vision_config.model_type]
+        self.class_tokens = class_tokens(config.vision_config)
         self.rows = self.class_tokens if asked == "class" else 0  # 0: all
         self.layers = layers_read(config, wanted)
         self.queries: dict[int, Tensor] = {}
@@ -170,7 +165,7 @@ def mean_attention(queries_PQHD: Tensor, keys_PSHD: Tensor) -> Tensor:
 @contextmanager
 def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | None]:
     """Note what ``method`` asks while the tower of ``base`` runs inside; ``None`` where it asks nothing. The hooks are
-    gone afterwards, before activation checkpointing runs a layer again. A compiled tower runs eagerly meanwhile."""
+    removed afterwards, before activation checkpointing runs a layer again. A compiled tower runs eagerly meanwhile."""
     if method is None or not method.encoder_layers:
         yield None
         return
@@ -186,7 +181,7 @@ def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | 
 
 def patches_per_tile(config: Any) -> int:
     """N of a tower that is read."""
-    return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return int(np.prod(patch_grid(config.vision_config)))
 
 
 def patch_index(shown: Sequence[tuple[np.ndarray, int]], patches: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from vtprune_train.core.stream import PackedBatch, StreamPlan, to_device
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import required
 from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.calls import STATE, State
 from vtprune_train.models.forward.decoder import DecoderOutput, Staging, run_layers
@@ -88,9 +89,10 @@ def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
     """[V] int64, the patch that each visual token shows; out of range for newlines."""
     if batch.image_inputs is None:
         return batch.visual_index
-    assert state.family.patches is not None
     inputs = {key: np.array(value) if isinstance(value, tuple) else value for key, value in batch.image_inputs.items()}
-    layout = state.family.patches(self.config, {**inputs, "pixel_values": batch.pixel_values})
+    layout = required(state.family.patches, state.family.title)(
+        self.config, {**inputs, "pixel_values": batch.pixel_values}
+    )
     index = to_device(patch_index(layout, patches_per_tile(self.config)), batch.visual_index.device)
     return index.index_select(0, batch.visual_index)
 

@@ -25,6 +25,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.cache import StagedLayer, Told, staged
 from vtprune_train.models.families import Family
 from vtprune_train.models.families.layout import Grids
+from vtprune_train.models.families.text_models import sliding_window
 from vtprune_train.models.forward.calls import Call, State, state_of
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
@@ -296,7 +297,7 @@ def decode(
         masks: dict[tuple[int | None, int | None], Tensor | None] = {}
         for index in range(first, end):
             layer = text_model.layers[index]
-            window = sliding_window(layer)
+            window = sliding_window(layer.self_attn)
             sees = window, index if layers[index].compacted else None
             if sees not in masks:
                 masks[sees] = _decoding_mask(layers[index], window)
@@ -307,14 +308,6 @@ def decode(
     if layers[0].told is not None:
         layers[0].told = layers[0].told.and_then(hidden_B1C, torch.full_like(layers[0].told.image[:, :1], Told.TEXT))
     return text_model.norm(hidden)
-
-
-def sliding_window(layer: HFModule) -> int | None:
-    """Keys that a query of this layer sees, its own included; ``None`` for all."""
-    attention = layer.self_attn
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    return getattr(attention.config, "sliding_window", None) if attention.config.model_type == "mistral" else None
 
 
 def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:

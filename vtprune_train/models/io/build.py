@@ -23,10 +23,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaNextConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,12 +35,13 @@ from vtprune_train.config.settings import ModelConfig
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import Family, Loop, trained_family
+from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, Family, Loop, config_of_parts, trained_family
+from vtprune_train.models.families.llava_original import is_linear
+from vtprune_train.models.families.towers import open_clip
 from vtprune_train.models.forward.decoder import PARAMETERS
 from vtprune_train.models.io import original
 from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED
 from vtprune_train.models.io.in_pieces import Deferred, placing_what_is_read
-from vtprune_train.models.io.known import KNOWN_CONFIGS
 from vtprune_train.models.io.placement import WHOLE, Placement, place_all, whole_shape
 from vtprune_train.models.io.tokenizer import lasting
 from vtprune_train.models.io.weight_files import check_weights, hub_kernels
@@ -114,18 +111,7 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrain
     assert config.language_model is not None and config.vision_tower is not None
     text = load_any_config(config.language_model, f"model.language_model={config.language_model}", offline)
     vision = load_any_config(config.vision_tower, f"model.vision_tower={config.vision_tower}", offline)
-    vision = getattr(vision, "vision_config", vision)
-    if not isinstance(vision, CLIPVisionConfig):
-        raise ValueError(f"model.vision_tower={config.vision_tower} is a {vision.model_type}; use a CLIP vision tower")
-    shared = {
-        "text_config": text,
-        "vision_config": vision,
-        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
-        "tie_word_embeddings": text.tie_word_embeddings,
-    }
-    if config.image_grid_pinpoints is None:
-        return LlavaConfig(**shared)
-    return LlavaNextConfig(image_grid_pinpoints=[list(point) for point in config.image_grid_pinpoints], **shared)
+    return config_of_parts(text, vision, config.image_grid_pinpoints, f"model.vision_tower={config.vision_tower}")
 
 
 def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
@@ -134,8 +120,8 @@ def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
 
 
 def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
-    """A config from the YAML's sizes; ``model_type`` names the family, LLaVA-NeXT where it is left out."""
-    model_type = sizes.get("model_type", LlavaNextConfig.model_type)
+    """A config from the YAML's sizes; ``model_type`` names the family, the first one where it is left out."""
+    model_type = sizes.get("model_type", FAMILIES[0].model_type)
     _, loop = trained_family(model_type, "model.config")
     if loop.needs_checkpoint:
         raise ValueError(
@@ -155,11 +141,10 @@ def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
     Raises:
         ValueError: an unknown key or model type, with the nearest known key.
     """
-    known_types = {"text_config": "llama", "vision_config": "clip_vision_model"}
     sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, default)]
-    for section, default_type in known_types.items():
+    for section in ("text_config", "vision_config"):
         values = sizes.get(section) or {}
-        model_type = values.get("model_type", default_type)
+        model_type = values.get("model_type", getattr(default, section).model_type)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"model.config.{section}.model_type={model_type!r} is unknown to transformers")
         sections.append((f"model.config.{section}", values, CONFIG_MAPPING[model_type]()))
@@ -327,7 +312,7 @@ def _from_parts(config: ModelConfig, model_config: PreTrainedConfig, placement: 
     with _loading(places[0]), placing_what_is_read(placement):
         language = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, trust_remote_code=False)
     with _loading(places[1]), placing_what_is_read(placement):
-        tower = CLIPVisionModel.from_pretrained(config.vision_tower, dtype=dtype)
+        tower = open_clip(config.vision_tower, dtype)
     with no_init_weights(), Deferred() as deferred:
         model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
     for module, source in (
@@ -399,10 +384,10 @@ def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
         ValueError: it is none, or a linear one and this model's has GELU.
     """
     found = original.read_projector_file(file, f"model.projector={file}")
-    is_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
-    if original.is_linear(found) and not is_linear:
+    wants_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
+    if is_linear(found) and not wants_linear:
         raise ValueError(f"model.projector={file} is a linear projector; this model's has two layers and GELU")
-    if is_linear and not original.is_linear(found):
+    if wants_linear and not is_linear(found):
         raise ValueError(f"model.projector={file} has two layers and GELU; this model's projector is linear")
     return {name.removeprefix("model."): value for name, value in found.items()}
 
@@ -452,18 +437,18 @@ def load_tokenizer(
         assert config.config is not None
         tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
     model_config = load_model_config(config, offline=offline)
-    _ensure_image_token(tokenizer, family_of_config(model_config)[1], str(source))
+    _ensure_image_token(tokenizer, *family_of_config(model_config), str(source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return lasting(tokenizer, model_config)
 
 
-def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, loop: Loop, source: str) -> None:
+def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, family: Family, loop: Loop, source: str) -> None:
     if loop.image_token in tokenizer.get_vocab():
         return
     if loop.image_token != IMAGE:
         raise ValueError(
-            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {loop.model_type}; "
+            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {family.model_type}; "
             "set model.tokenizer to this checkpoint's own"
         )
     add_image_token(tokenizer)
@@ -498,7 +483,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers behind the one whose
+    """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers after the one whose
     features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included); ``pruning``
     what the method adds."""
     family, loop = family_of_config(model.config)
@@ -520,24 +505,11 @@ def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
         elif name.startswith(loop.projector):
             part = "projector"
         elif name.startswith(loop.vision):
-            part = "unused" if _behind_features(model.config, name) else "vision_tower"
+            part = "unused" if loop.untrained(model.config, name) else "vision_tower"
         else:
             part = "language_model"
         parts[part].append((name, parameter))
     return parts
-
-
-def _behind_features(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a tower's parameter lies behind the layer whose features are taken (or in a pooling head)."""
-    chosen = getattr(config, "vision_feature_layer", None)
-    if chosen is None:
-        return False
-    num_layers = config.vision_config.num_hidden_layers
-    last = max(index % (num_layers + 1) for index in ([chosen] if isinstance(chosen, int) else chosen))
-    if "post_layernorm" in name or ".head." in name:
-        return True
-    _, found, rest = name.partition("encoder.layers.")
-    return bool(found) and int(rest.partition(".")[0]) >= last
 
 
 def set_trainable(model: HFModule, train: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processo
 from transformers.utils import cached_file
 
 from vtprune_train.files.parse import read_json_object
-from vtprune_train.models.families import family_of_type
+from vtprune_train.models.families import Lacks, family_of_type
 from vtprune_train.models.io.build import first_line, resolve_checkpoint
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels
     path = None if path is None else resolve_checkpoint(path)
     image_processor = saved_image_processor(path)
     family = family_of_type(config.model_type)
-    if family is not None and (loop := family.loop) is not None:
+    if family is not None and not isinstance(loop := family.loop, Lacks):
         image_processor = _fitting(image_processor, loop.image_processor(config), loop.image_processors, path)
     elif image_processor is None:
         raise ValueError(f"model {path}: there is no {IMAGE_FILE} or {PROCESSOR_FILE} with an image processor")

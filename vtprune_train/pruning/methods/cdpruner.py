@@ -13,6 +13,7 @@ from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.diversity import determinantal
+from vtprune_train.pruning.setting_types import Share
 
 LEAST = 1e-6  # relevance of the least relevant token: none is ruled out
 
@@ -50,13 +51,10 @@ class CDPruner(OneShare):
 
     Args:
         keep: share of tokens that stay, in (0, 1]; published from 192 down to 64 of 576.
-        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
     """
 
-    keep: float = 64 / 576
+    keep: Share = 64 / 576
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = (

@@ -11,6 +11,7 @@ from vtprune_train.core.stream import Boundary
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.diversity import max_min_diverse
+from vtprune_train.pruning.setting_types import Share
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,10 @@ class DivPrune(OneShare):
 
     Args:
         keep: share of tokens that stay, in (0, 1]; published down to 0.098.
-        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
     """
 
-    keep: float = 0.098
+    keep: Share = 0.098
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = (

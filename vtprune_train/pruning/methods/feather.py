@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop, SpanLayout
 from vtprune_train.pruning.base import Positions, PruningMethod, RankWith
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.checks import check_choice, check_whole
 from vtprune_train.pruning.ops.grids import rasters_of, spread, strided_cells
 from vtprune_train.pruning.ops.scoring import visual_query_attention
 from vtprune_train.pruning.ops.selection import picked_on_host, top_k_per_span
@@ -37,15 +37,12 @@ class Feather(PruningMethod):
             a grid of stride 3 and a ranking that knows nothing of it overlap by a ninth, which makes 0.378 and 0.034.
         stride: of the grid.
         rank_with: ``this_layer``, the last layer of the stage that ends (published; free), or ``next_layer``.
-        positions: ``keep`` leaves survivors where they were (published); ``renumber`` numbers them 0, 1, ...
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``keep`` leaves the kept tokens where they were (published); ``renumber`` numbers them 0, 1, ...
     """
 
     layers: tuple[int, int] | None = None
     keep: tuple[float, float] = (0.378, 0.034)
-    stride: int = 3
+    stride: PositiveInt = 3
     rank_with: RankWith = "this_layer"
     positions: Positions = "keep"
 
@@ -54,20 +51,10 @@ class Feather(PruningMethod):
         "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration (arXiv "
         "2412.13180)"
     )
-    where: ClassVar[str] = "between layers"
-    trains: ClassVar[str] = "yes"
     rotary: ClassVar[bool] = False  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(float(ratio) for ratio in self.keep))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if len(self.keep) != 2:
-            raise ValueError(f"keep={list(self.keep)} has {len(self.keep)} entries; FEATHER drops twice")
         check_schedule(self.layers, self.keep)
-        check_whole("stride", self.stride, 1)
-        check_choice("rank_with", self.rank_with, ("this_layer", "next_layer"))
-        check_choice("positions", self.positions, ("keep", "renumber"))
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is None:
@@ -78,9 +65,7 @@ class Feather(PruningMethod):
         return one_per_layer((Floored(first, self.keep[0]), Drop(second, self.keep[1])))
 
     def score(self, candidates: Candidates) -> Tensor:
-        ranking = candidates.ranking
-        assert ranking is not None
-        return visual_query_attention(ranking.queries, ranking.keys, ranking.scaling, candidates.boundary)
+        return visual_query_attention(candidates.ranking, candidates.boundary)
 
     def choose(self, candidates: Candidates) -> Selection:
         boundary = candidates.boundary

@@ -12,10 +12,10 @@ from torch import Tensor
 from vtprune_train.core.stream import Boundary, to_device
 from vtprune_train.pruning.base import EncoderRows
 from vtprune_train.pruning.candidates import Candidates
-from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.grids import rasters_of
 from vtprune_train.pruning.ops.significance import neutral, ranked, signals_of
+from vtprune_train.pruning.setting_types import Share
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,16 @@ class FoPru(OneShare):
         strategy: ``rank``, the best tokens; ``row``, whole rows of the image's grids, by the mean of their tokens; of
             the last row that fits in part, its best tokens.
         layer: layer of the vision tower; -1 is the last that the decoder's features come from.
-        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
     """
 
-    keep: float = 0.25
+    keep: Share = 0.25
     strategy: Literal["rank", "row"] = "rank"
     layer: int = -1
 
     name: ClassVar[str] = "fopru"
     paper: ClassVar[str] = "FoPru: Focal Pruning for Efficient Large Vision-Language Models (arXiv 2411.14164)"
     encoder_rows: ClassVar[EncoderRows] = "all"  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("strategy", self.strategy, ("rank", "row"))
 
     @property
     def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import PruningMethod, RankWith
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.checks import check_whole
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.ops.selection import all_candidates, top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
@@ -56,24 +56,21 @@ class HiDrop(PruningMethod):
 
     Args:
         enter: ``None``: 8 of 32, scaled to the depth; 0: from the start.
-        layers: where tokens are pruned, behind ``enter``. ``None``: 10, 14, 16 and 18 of 32, scaled.
+        layers: where tokens are pruned, after ``enter``. ``None``: 10, 14, 16 and 18 of 32, scaled.
         keep: shares of each image's tokens, not increasing; at least one token of an image stays. Published as counts
             of 576: 215, 10, 5 and 1.
         leave: ``None``: 24 of 32, scaled; the number of layers or more: never.
         differentiable: in training, gradients reach the scores through the kept tokens (which keep their values).
         temperature: of that gradient, see :func:`gates`.
         rank_with: the layer whose attention ranks; ``next_layer`` (published), as ``enter`` comes before any layer.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
-    enter: int | None = None
+    enter: NonNegativeInt | None = None
     layers: tuple[int, ...] | None = None
     keep: tuple[float, ...] = KEEP
-    leave: int | None = None
+    leave: PositiveInt | None = None
     differentiable: bool = True
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
 
     name: ClassVar[str] = "hidrop"
     paper: ClassVar[str] = (
@@ -85,19 +82,9 @@ class HiDrop(PruningMethod):
     rank_with: ClassVar[RankWith] = "next_layer"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(float(ratio) for ratio in self.keep))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
         check_schedule(self.layers, self.keep)
         if self.layers is None and len(self.keep) != len(LAYERS):
             raise ValueError(f"keep={list(self.keep)} needs its own layers (the published {list(LAYERS)} are four)")
-        for setting, value, least in (("enter", self.enter, 0), ("leave", self.leave, 1)):
-            if value is not None:
-                check_whole(setting, value, least)
-        if not isinstance(self.differentiable, bool):
-            raise ValueError(f"differentiable={self.differentiable!r} is neither true nor false")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature:g} is not above 0")
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         enter, leave = self._window(num_layers)
@@ -123,7 +110,7 @@ class HiDrop(PruningMethod):
         leave = max(leave, enter + 1) if self.leave is None else self.leave
         if not enter < min(leave, num_layers):
             raise ValueError(
-                f"enter={enter}, leave={leave}: no layer of {num_layers} sees a picture; let tokens leave behind enter"
+                f"enter={enter}, leave={leave}: no layer of {num_layers} sees an image; let tokens leave after enter"
             )
         return enter, leave
 
@@ -134,10 +121,8 @@ class HiDrop(PruningMethod):
         if not boundary.drop.keep:
             return Selection(boundary.take)  # nobody
         soft = self.differentiable and candidates.training
-        ranking = candidates.ranking
-        assert ranking is not None
         with torch.set_grad_enabled(soft):
-            scores = mean_query_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
+            scores = mean_query_attention(candidates.ranking, boundary)
         chosen = top_k_per_span(scores.detach(), boundary.span_of_visual, boundary.take)
         if not soft:
             return Selection(chosen)

@@ -13,11 +13,11 @@ from torch import Tensor
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod, RankWith
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.checks import check_choice, check_share
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.ops.selection import all_candidates, picked_on_host, top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
 from vtprune_train.pruning.schedules.stages import AtLeastOne, scaled_layers
+from vtprune_train.pruning.setting_types import Share
 
 
 def representatives(length: int, count: int) -> np.ndarray:
@@ -44,13 +44,10 @@ class LVLMCSP(PruningMethod):
             these layers 65 % fewer tokens enter a layer, the reduction that the paper reports).
         scatter: ``own``, tokens return as they were; ``cluster`` (ours), each with what its representative has
             become added.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     layers: tuple[int, int] | None = None
-    keep: tuple[float, float] = (0.16, 0.1)
+    keep: tuple[Share, Share] = (0.16, 0.1)
     scatter: Literal["own", "cluster"] = "own"
 
     name: ClassVar[str] = "lvlm_csp"
@@ -63,16 +60,8 @@ class LVLMCSP(PruningMethod):
     rank_with: ClassVar[RankWith] = "next_layer"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(float(ratio) for ratio in self.keep))
-        if len(self.keep) != 2:
-            raise ValueError(f"keep={list(self.keep)} has {len(self.keep)} entries; use [clusters, tokens in the end]")
-        for ratio in self.keep:
-            check_share("keep", ratio)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if len(self.layers) != 2 or not 1 <= self.layers[0] < self.layers[1]:
-                raise ValueError(f"layers={list(self.layers)} are not two increasing layers from 1 on")
-        check_choice("scatter", self.scatter, ("own", "cluster"))
+        if self.layers is not None and not 1 <= self.layers[0] < self.layers[1]:
+            raise ValueError(f"layers={list(self.layers)} are not two increasing layers from 1 on")
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         back, prune = scaled_layers((12, 20), 32, num_layers)
@@ -99,10 +88,8 @@ class LVLMCSP(PruningMethod):
             return Selection(picked_on_host(boundary, lambda span: representatives(span.before, span.after)))
         if boundary.drop.returns:
             return self._scattered(candidates)
-        ranking = candidates.ranking
-        assert ranking is not None
         with torch.no_grad():
-            scores = mean_query_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
+            scores = mean_query_attention(candidates.ranking, boundary)
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
     def _scattered(self, candidates: Candidates) -> Selection:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic import NonNegativeInt
+
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import Positions, PruningMethod
-from vtprune_train.pruning.checks import check_choice, check_share
+from vtprune_train.pruning.schedules.stages import check_layer
+from vtprune_train.pruning.setting_types import Share
 
 
 @dataclass(frozen=True)
@@ -16,22 +19,33 @@ class OneShare(PruningMethod):
 
     Args:
         keep: share of tokens that stay, in (0, 1].
-        positions: ``renumber`` numbers the survivors 0, 1, ...; ``keep`` leaves them where they were.
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ...; ``keep`` leaves them where they were.
     """
 
-    keep: float = 0.5
+    keep: Share = 0.5
     positions: Positions = "renumber"
 
     where: ClassVar[str] = "before the decoder"
-    trains: ClassVar[str] = "yes"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
-        check_share("keep", self.keep)
-        check_choice("positions", self.positions, ("keep", "renumber"))
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (Drop(0, self.keep),)
+
+
+@dataclass(frozen=True)
+class Baseline(OneShare):
+    """``random``, ``uniform`` and ``pool``: each image becomes ``floor(keep * n)`` tokens before layer ``layer``.
+
+    Args:
+        keep: share of tokens that stay, in (0, 1].
+        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
+        layer: decoder layer before which the others go; 0: before the decoder.
+    """
+
+    positions: Positions = "keep"
+    layer: NonNegativeInt = 0
+
+    paper: ClassVar[str] = "baseline"
+
+    def drops(self, num_layers: int) -> tuple[Drop, ...]:
+        check_layer("layer", self.layer, num_layers)
+        return (Drop(self.layer, self.keep),)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary
 from vtprune_train.pruning.base import MultiTurn, PruningMethod
 from vtprune_train.pruning.candidates import Ranking
-from vtprune_train.pruning.checks import check_choice
-from vtprune_train.pruning.methods.per_head import judged_attention, keep_best, of_visual, span_sizes
+from vtprune_train.pruning.ops.per_head import judged_attention, keep_best, of_visual, span_sizes
 from vtprune_train.pruning.schedules.budget import bisected
 from vtprune_train.pruning.schedules.stages import scaled_layers
 
@@ -52,17 +51,14 @@ class PLPHP(PruningMethod):
         beta: a layer is vision-indifferent below this share of attention.
         untouched: first layers that keep everything; ``None``: two of 32 layers, scaled to the depth, at least one.
         multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each head kept of them;
-            ``keep_dense``, all of them, judged anew by that turn's question.
-
-    Raises:
-        ValueError: a setting is out of range; names the setting, its value and the way out.
+            ``keep_dense``, all of them, judged again by that turn's question.
     """
 
-    keep: float = 0.4
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.4
     delta: float = 0.3
-    alpha: float = 0.25
-    beta: float = 0.1
-    untouched: int | None = None
+    alpha: Annotated[float, Field(allow_inf_nan=False)] = 0.25
+    beta: Annotated[float, Field(allow_inf_nan=False)] = 0.1
+    untouched: NonNegativeInt | None = None
     multi_turn: MultiTurn = "drop"
 
     name: ClassVar[str] = "plphp"
@@ -73,25 +69,17 @@ class PLPHP(PruningMethod):
     trains: ClassVar[str] = "as a mask for each head, for consistency; saves no FLOPs"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.keep <= 1.0:
-            raise ValueError(f"keep={self.keep} is not in [0, 1]; it is the share of visual tokens that a head keeps")
         within = 0.0 <= self.delta <= self.keep
         if not within or (self.keep + self.delta > 1.0 and as_fraction(self.keep) + as_fraction(self.delta) > 1):
             raise ValueError(
                 f"delta={self.delta}: keep - delta and keep + delta must lie in [0, 1]; with keep={self.keep} use at "
                 f"most {min(self.keep, 1.0 - self.keep):g}"
             )
-        for setting in ("alpha", "beta"):
-            if math.isnan(getattr(self, setting)):
-                raise ValueError(f"{setting}=nan is no threshold; use a share of attention such as 0.25")
         if self.beta > self.alpha:
             raise ValueError(
                 f"beta={self.beta} is larger than alpha={self.alpha}; a layer is indifferent below beta and attentive "
                 "from alpha on"
             )
-        if self.untouched is not None and self.untouched < 0:
-            raise ValueError(f"untouched={self.untouched} is negative; use 0 to prune every layer")
-        check_choice("multi_turn", self.multi_turn, ("drop", "keep_dense"))
 
     def key_layers(self, num_layers: int) -> tuple[int, ...]:
         first = scaled_layers((2,), 32, num_layers)[0] if self.untouched is None else self.untouched

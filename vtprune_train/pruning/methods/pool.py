@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtprune_train.core.stream import Boundary, to_device
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.methods.baseline import Baseline
+from vtprune_train.pruning.methods.one_share import Baseline
 from vtprune_train.pruning.ops.grids import image_blocks, rasters_of
 from vtprune_train.pruning.ops.selection import picked_on_host
 
@@ -38,9 +38,6 @@ class Pool(Baseline):
         keep: tokens that come out for each that goes in, in (0, 1].
         layer: decoder layer before which they are averaged; 0: before the decoder.
         positions: ``keep`` gives a mean the position of its block's middle token; ``renumber`` numbers them 0, 1, ...
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     name: ClassVar[str] = "pool"

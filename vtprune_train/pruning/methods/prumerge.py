@@ -5,11 +5,11 @@ Shape suffixes: n tokens of an image, k those that stay, C hidden size.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -17,11 +17,11 @@ from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop, to_device
 from vtprune_train.pruning.base import Positions, PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.checks import check_choice, check_share
 from vtprune_train.pruning.ops.grids import spread
 from vtprune_train.pruning.ops.significance import merged, signals_of, sizes_before
 from vtprune_train.pruning.schedules.budget import scaled_to_budget
 from vtprune_train.pruning.schedules.stages import AtLeastOne
+from vtprune_train.pruning.setting_types import Share
 
 EXPECTED = 1 / 14  # reported: about 14 times fewer tokens, on average over data sets
 FENCE = 1.5  # interquartile ranges above the third quartile
@@ -38,14 +38,11 @@ class PruMerge(PruningMethod):
         spatial: so many tokens more for each outlier (floor of the product), spread evenly over the rest (PruMerge+:
             3); 0 for none.
         layer: layer of the vision tower; -1 is the last that the decoder's features come from.
-        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
     """
 
-    keep: float | None = None
-    spatial: float = 0.0
+    keep: Share | None = None
+    spatial: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     layer: int = -1
     positions: Positions = "renumber"
 
@@ -55,15 +52,6 @@ class PruMerge(PruningMethod):
     )
     where: ClassVar[str] = "before the decoder"
     trains: ClassVar[str] = "yes; gradients reach merged tokens too"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", None if self.keep is None else float(self.keep))
-        object.__setattr__(self, "spatial", float(self.spatial))
-        if self.keep is not None:
-            check_share("keep", self.keep)
-        if not 0 <= self.spatial < math.inf:
-            raise ValueError(f"spatial={self.spatial:g} is not a number from 0 on, of tokens for each outlier")
-        check_choice("positions", self.positions, ("keep", "renumber"))
 
     @property
     def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]

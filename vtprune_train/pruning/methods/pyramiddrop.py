@@ -12,7 +12,6 @@ from torch import Tensor
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod, RankWith
 from vtprune_train.pruning.candidates import Candidates
-from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.schedules.budget import first_that_fits
 from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_per_layer, quarters
@@ -35,14 +34,11 @@ class PyramidDrop(PruningMethod):
         keep: shares of each image's original tokens that remain, not increasing, in (0, 1].
         rank_with: the layer whose attention ranks: ``next_layer`` is the first of the stage that begins (the
             published code), ``this_layer`` the last of the stage that ends (the paper; no extra projection).
-        positions: ``renumber`` gives the survivors positions 0, 1, ... (published); ``keep`` leaves them as they were.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them as they were.
         without_instruction: what ranks where no text stands between image and answer, as in projector alignment:
             ``last_visual`` the image's last token (published), ``uniform`` an even grid.
         multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what is left of them;
-            ``keep_dense``, all of them, ranked anew by that turn's question.
-
-    Raises:
-        ValueError: a setting is out of range; names the setting, its value and the way out.
+            ``keep_dense``, all of them, ranked again by that turn's question.
     """
 
     layers: tuple[int, ...] | None = None
@@ -57,18 +53,9 @@ class PyramidDrop(PruningMethod):
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction "
         "(arXiv 2410.17247)"
     )
-    where: ClassVar[str] = "between layers"
-    trains: ClassVar[str] = "yes"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(float(ratio) for ratio in self.keep))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
         check_schedule(self.layers, self.keep)
-        check_choice("rank_with", self.rank_with, ("next_layer", "this_layer"))
-        check_choice("positions", self.positions, ("renumber", "keep"))
-        check_choice("without_instruction", self.without_instruction, ("last_visual", "uniform"))
-        check_choice("multi_turn", self.multi_turn, ("drop", "keep_dense"))
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is None:  # on fewer layers than drops several fall on one
@@ -95,9 +82,8 @@ class PyramidDrop(PruningMethod):
                 yield replace(self, layers=layers)
 
     def score(self, candidates: Candidates) -> Tensor:
-        ranking, boundary = candidates.ranking, candidates.boundary
-        assert ranking is not None
-        scores = mean_query_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
+        boundary = candidates.boundary
+        scores = mean_query_attention(candidates.ranking, boundary)
         if boundary.uniform is None:
             return scores
         return torch.where(boundary.uniform.isnan(), scores, boundary.uniform)

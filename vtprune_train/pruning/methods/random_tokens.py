@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from pydantic import NonNegativeInt
 
 from vtprune_train.core.stream import SpanLayout
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.checks import check_whole
-from vtprune_train.pruning.methods.baseline import Baseline
+from vtprune_train.pruning.methods.one_share import Baseline
 from vtprune_train.pruning.ops.selection import picked_on_host
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -38,21 +38,14 @@ class Random(Baseline):
     Args:
         keep: share of tokens that stay, in (0, 1].
         layer: decoder layer before which they are dropped; 0: before the decoder.
-        positions: ``keep`` leaves survivors where they were; ``renumber`` numbers them 0, 1, ...
+        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
         seed: other draws.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     name: ClassVar[str] = "random"
     trains: ClassVar[str] = "yes; a sample keeps the same tokens in every epoch"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("seed", self.seed, 0)
 
     def choose(self, candidates: Candidates) -> Selection:
         return Selection(picked_on_host(candidates.boundary, self._pick))

@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.checks import check_choice
 from vtprune_train.pruning.ops.raters import numerical_rank, raters_per_segment, rating_attention
 from vtprune_train.pruning.ops.recycling import Recycle, SparseDrop, keep_and_recycle, recycled
 from vtprune_train.pruning.ops.scoring import tokens_holding, visual_per_segment
 from vtprune_train.pruning.schedules.budget import bisected, first_that_fits
 from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_per_layer, scaled_layers
+from vtprune_train.pruning.setting_types import Share
 
 Count = Literal["fixed", "rank", "mass"]
 TOKENS, DEPTH = 576, 32  # of LLaVA-1.5-7B, for which the counts and layers are published
@@ -33,7 +34,7 @@ BUDGETS_UNRECYCLED = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 2
 
 @dataclass(frozen=True)
 class SparseVLM(PruningMethod):
-    """Rates visual tokens by the instruction's raters in a few layers, and deletes behind them.
+    """Rates visual tokens by the instruction's raters in a few layers, and deletes after them.
 
     Args:
         layers: sparse layers, counted from 0: their attention rates, their output loses tokens. Increasing. ``None``:
@@ -53,20 +54,17 @@ class SparseVLM(PruningMethod):
             32); 1 takes all.
         gravity: divide attention by what the positions alone give (SparseVLM+).
         multi_turn: see :class:`~vtprune_train.pruning.methods.pyramiddrop.PyramidDrop`.
-
-    Raises:
-        ValueError: a setting is out of range; names the setting, its value and the way out.
     """
 
     layers: tuple[int, ...] | None = None
     count: Count = "fixed"
     budget: int | None = None
     keep: tuple[float, ...] | None = None
-    scale: float = 0.5
-    mass: float = 0.9
+    scale: Annotated[float, Field(ge=0, le=1)] = 0.5
+    mass: Share = 0.9
     recycle: Recycle = "mean"
     positions: Positions = "renumber"
-    heads: float = 1.0
+    heads: Share = 1.0
     gravity: bool = False
     multi_turn: MultiTurn = "drop"
 
@@ -74,27 +72,14 @@ class SparseVLM(PruningMethod):
     paper: ClassVar[str] = (
         "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
     )
-    where: ClassVar[str] = "between layers"
     trains: ClassVar[str] = "yes; gradients reach recycled tokens too"
     rank_with = "this_layer"  # v1.x and SparseVLM+ delete from the output of the layer that rates
 
     def __post_init__(self) -> None:
-        for setting in ("layers", "keep"):
-            value = getattr(self, setting)
-            object.__setattr__(self, setting, None if value is None else tuple(value))
-        check_choice("count", self.count, ("fixed", "rank", "mass"))
-        check_choice("recycle", self.recycle, ("mean", "sum", "none"))
-        check_choice("positions", self.positions, ("renumber", "keep"))
-        check_choice("multi_turn", self.multi_turn, ("drop", "keep_dense"))
         if self.budget not in (None, *BUDGETS):
             raise ValueError(
                 f"budget={self.budget!r} is not one of {', '.join(map(str, BUDGETS))}; or give keep instead"
             )
-        if not 0 <= self.scale <= 1:
-            raise ValueError(f"scale={self.scale} is not in [0, 1]; it is the share of the excess that is deleted")
-        for setting in ("mass", "heads"):
-            if not 0 < getattr(self, setting) <= 1:
-                raise ValueError(f"{setting}={getattr(self, setting)} is not in (0, 1]; it is a share")
         self._check_counts()
         self._check_layers()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.methods.baseline import Baseline
+from vtprune_train.pruning.methods.one_share import Baseline
 from vtprune_train.pruning.ops.grids import even_cells, rasters_of
 from vtprune_train.pruning.ops.selection import picked_on_host
 
@@ -18,10 +18,7 @@ class Uniform(Baseline):
     Args:
         keep: share of tokens that stay, in (0, 1].
         layer: decoder layer before which the others are dropped; 0: before the decoder.
-        positions: ``keep`` leaves survivors where they were; ``renumber`` numbers them 0, 1, ...
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
     """
 
     name: ClassVar[str] = "uniform"

@@ -1,17 +1,17 @@
-"""Victor (arXiv 2410.14072): learned registers behind each image take it in within the first layers; then it goes."""
+"""Victor (arXiv 2410.14072): learned registers after each image take it in within the first layers; then it goes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.checks import check_whole
 from vtprune_train.pruning.learned import Joining, Registers, Staying, is_register, join_registers
 from vtprune_train.pruning.schedules.stages import scaled_layers
 
@@ -20,18 +20,15 @@ PUBLISHED_LAYERS, PUBLISHED_DEPTH = 3, 32
 
 @dataclass(frozen=True)
 class Victor(PruningMethod):
-    """Put ``registers`` learned tokens behind each image, and drop its own tokens after the first ``layers`` layers.
+    """Put ``registers`` learned tokens after each image, and drop its own tokens after the first ``layers`` layers.
 
     Args:
-        registers: learned tokens behind each image.
+        registers: learned tokens after each image.
         layers: decoder layers that see the image's own tokens; ``None``: 3 of 32, at the same share of the depth.
-
-    Raises:
-        ValueError: a setting is out of range; names the setting, its value and the way out.
     """
 
-    registers: int = 8
-    layers: int | None = None
+    registers: PositiveInt = 8
+    layers: PositiveInt | None = None
 
     name: ClassVar[str] = "victor"
     paper: ClassVar[str] = (
@@ -39,11 +36,6 @@ class Victor(PruningMethod):
     )
     where: ClassVar[str] = "registers behind the image"
     trains: ClassVar[str] = "yes, and must be: the registers are learned"
-
-    def __post_init__(self) -> None:
-        check_whole("registers", self.registers, 1)
-        if self.layers is not None:
-            check_whole("layers", self.layers, 1)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is not None and self.layers >= num_layers:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.checks import check_share
 from vtprune_train.pruning.learned import Routers
 from vtprune_train.pruning.ops.selection import top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
+from vtprune_train.pruning.setting_types import Share
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,10 @@ class VideoLLMMoD(PruningMethod):
         layers: decoder layers, counted from 0, that tokens may skip, increasing; a layer must follow the last.
             ``None``: every second layer, from layer 1 on.
         keep: share of each image's tokens that a layer lets in, in (0, 1]; at 1 nothing skips and nothing is learned.
-
-    Raises:
-        ValueError: a setting is out of range; names the setting, its value and the way out.
     """
 
     layers: tuple[int, ...] | None = None
-    keep: float = 0.2
+    keep: Share = 0.2
 
     name: ClassVar[str] = "videollm_mod"
     paper: ClassVar[str] = (
@@ -44,19 +41,16 @@ class VideoLLMMoD(PruningMethod):
     differentiable: ClassVar[bool] = True  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", float(self.keep))
-        check_share("keep", self.keep)
         if self.layers is None:
             return
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.layers or self.layers[0] < 0 or any(b <= a for a, b in pairwise(self.layers)):
+        if not self.layers or any(later <= earlier for earlier, later in pairwise((-1, *self.layers))):
             raise ValueError(f"layers={list(self.layers)} must increase, from 0 on (for example [1, 3, 5])")
 
     def routed(self, num_layers: int) -> tuple[int, ...]:
         """The layers that tokens may skip; none if all tokens are let in.
 
         Raises:
-            ValueError: there is no layer behind the last of them.
+            ValueError: there is no layer after the last of them.
         """
         layers = self.layers or tuple(range(1, num_layers - 1, 2)) or (0,)
         if layers[-1] > num_layers - 2:

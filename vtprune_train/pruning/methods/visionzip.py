@@ -6,10 +6,11 @@ Shape suffixes: n tokens of an image, C hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -20,6 +21,7 @@ from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.grids import spread
 from vtprune_train.pruning.ops.significance import merged, neutral, signals_of, sizes_before
 from vtprune_train.pruning.schedules.stages import AtLeastOne
+from vtprune_train.pruning.setting_types import Share
 
 
 @dataclass(frozen=True)
@@ -31,25 +33,16 @@ class VisionZip(OneShare):
         keep: share of tokens that come out, in (0, 1]; published 192, 128 and 64 of 576.
         contextual: share of those that are contextual (floor), in [0, 1]; published 30 of 192, 20 of 128, 10 of 64.
         layer: layer of the vision tower; -1 is the last that the decoder's features come from.
-        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
     """
 
-    keep: float = 192 / 576
-    contextual: float = 10 / 64
+    keep: Share = 192 / 576
+    contextual: Annotated[float, Field(ge=0, le=1)] = 10 / 64
     layer: int = -1
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
     trains: ClassVar[str] = "yes; gradients reach merged tokens too"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "contextual", float(self.contextual))
-        if not 0 <= self.contextual <= 1:
-            raise ValueError(f"contextual={self.contextual:g} is not in [0, 1]; it is a share of the tokens that stay")
 
     @property
     def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Ranking, Selection
-from vtprune_train.pruning.checks import check_choice, check_whole
 from vtprune_train.pruning.learned import Joining, Registers, is_register, join_registers
 from vtprune_train.pruning.schedules.budget import COUNTED
 
@@ -28,12 +28,9 @@ class VoCo(PruningMethod):
         hide: what rows after a summary do not see. ``all_before`` (default, as published): the images' own tokens and
             everything before a sample's first image, the beginning-of-sequence token and the system prompt included.
             ``image``: the images' own tokens alone.
-
-    Raises:
-        ValueError: a setting is out of range; names the setting, its value and how to fix it.
     """
 
-    tokens: int = 2
+    tokens: PositiveInt = 2
     hide: Literal["all_before", "image"] = "all_before"
 
     name: ClassVar[str] = "voco"
@@ -42,10 +39,6 @@ class VoCo(PruningMethod):
     trains: ClassVar[str] = "yes, and must be: the summary is learned; training is not faster"
     hidden_after: ClassVar[HiddenAfter] = "span"  # type: ignore[misc]
     before: ClassVar[dict[str, Any]] = {"hide": "image"}
-
-    def __post_init__(self) -> None:
-        check_whole("tokens", self.tokens, 1)
-        check_choice("hide", self.hide, ("all_before", "image"))
 
     @property
     def hides_front(self) -> bool:  # type: ignore[override]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic import PositiveInt
 from torch import Tensor
 
 from vtprune_train.pruning.candidates import Candidates
-from vtprune_train.pruning.checks import check_whole
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.significance import neutral, signals_of
+from vtprune_train.pruning.setting_types import Share
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,14 @@ class VTCCLS(OneShare):
         keep: share of tokens that stay, in (0, 1].
         layers: how many layers of the tower are summed: the last that the decoder's features come from, and those in
             front of it; all of them where there are fewer.
-        positions: ``renumber`` numbers the survivors 0, 1, ... (published); ``keep`` leaves them where they were.
-
-    Raises:
-        ValueError: a setting is out of range.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
     """
 
-    keep: float = 0.25
-    layers: int = 8
+    keep: Share = 0.25
+    layers: PositiveInt = 8
 
     name: ClassVar[str] = "vtc_cls"
     paper: ClassVar[str] = "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs (arXiv 2412.05819)"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_whole("layers", self.layers, 1)
 
     @property
     def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]

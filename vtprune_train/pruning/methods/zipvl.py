@@ -13,9 +13,9 @@ from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Boundary
 from vtprune_train.pruning.base import MultiTurn, PruningMethod
 from vtprune_train.pruning.candidates import Ranking
-from vtprune_train.pruning.checks import check_choice
-from vtprune_train.pruning.methods.per_head import judged_attention, keep_best, of_visual, span_sizes
+from vtprune_train.pruning.ops.per_head import judged_attention, keep_best, of_visual, span_sizes
 from vtprune_train.pruning.schedules.budget import bisected
+from vtprune_train.pruning.setting_types import Share
 
 # Share of tokens kept at a mass tau on LLaVA-NeXT-7B (the paper's Table 1), with the ends that any model has.
 PUBLISHED_SHARES = ((0.0, 0.0), (0.96, 0.404), (0.975, 0.497), (1.0, 1.0))
@@ -44,14 +44,11 @@ class ZipVL(PruningMethod):
         tau: the mass, in (0, 1]; published are 0.975 and 0.96.
         keep: at most ``floor(keep * n)`` of an image's n tokens in any layer; 1 sets no limit.
         multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each layer kept of them;
-            ``keep_dense``, all of them, judged anew by that turn's question.
-
-    Raises:
-        ValueError: a setting is out of range; names the setting, its value and the way out.
+            ``keep_dense``, all of them, judged again by that turn's question.
     """
 
-    tau: float = 0.975
-    keep: float = 1.0
+    tau: Share = 0.975
+    keep: Share = 1.0
     multi_turn: MultiTurn = "drop"
 
     name: ClassVar[str] = "zipvl"
@@ -60,13 +57,6 @@ class ZipVL(PruningMethod):
     )
     where: ClassVar[str] = "key-value cache"
     trains: ClassVar[str] = "as a mask in each layer, for consistency; saves no FLOPs"
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.tau <= 1.0:
-            raise ValueError(f"tau={self.tau} is not in (0, 1]; it is the attention mass that the kept tokens hold")
-        if not 0.0 < self.keep <= 1.0:
-            raise ValueError(f"keep={self.keep} is not in (0, 1]; it is the largest share of tokens that a layer keeps")
-        check_choice("multi_turn", self.multi_turn, ("drop", "keep_dense"))
 
     def key_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(range(num_layers))

@@ -112,7 +112,7 @@ def _rows_dot(unit_SNC: Tensor, best_S: Tensor) -> Tensor:
 
 
 def _padded(values_V: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """[S, N, ...] image by image with zeros behind, and [S, N] bool what is real."""
+    """[S, N, ...] image by image with zeros after, and [S, N] bool what is real."""
     longest = max(sizes, default=0)
     columns = np.arange(longest)
     real = columns[None, :] < np.asarray(sizes, dtype=np.int64).reshape(-1, 1)

@@ -1,4 +1,4 @@
-"""Where a picture's tokens lie, and how to spread a number of them over it. Host only, numpy.
+"""Where an image's tokens lie, and how to spread a number of them over it. Host only, numpy.
 
 A raster is ``(rows, columns)``; an image's tokens are the cells of its rasters, raster after raster, row after row.
 Columns of newline features are cells like others.

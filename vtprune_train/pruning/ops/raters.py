@@ -74,7 +74,7 @@ def rating_attention(candidates: Candidates, raters: Sequence[Tensor], heads: fl
     if ranking.ones is not None:
         rows = [segment.query_end - segment.query_start for segment in boundary.segments]
         ones = list(zip(ranking.ones[0].split(rows), ranking.ones[1].split([sum(own) for own in sizes]), strict=True))
-    attention_HQV = visual_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
+    attention_HQV = visual_attention(ranking, boundary)
     for attention, rates, rotated, own in zip(attention_HQV, raters, ones, sizes, strict=True):
         if rotated is not None:
             attention = relative_attention(attention, *rotated)

@@ -93,7 +93,7 @@ def merge_clusters(hidden_NC: Tensor, cluster_N: Tensor, num_clusters: int, aver
 def keep_and_recycle(
     hidden_VC: Tensor, scores: Sequence[Tensor], left: Sequence[int], recycle: Recycle, counted: bool
 ) -> Selection:
-    """Keep the best tokens of every image in their old order, and put those made of the best deleted behind them.
+    """Keep the best tokens of every image in their old order, and put those made of the best deleted after them.
 
     Args:
         hidden_VC: the candidates, image after image; gradients reach the kept and the recycled.

@@ -13,56 +13,61 @@ import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary
+from vtprune_train.pruning.candidates import Ranking
 
 
-def mean_query_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, boundary: Boundary) -> Tensor:
+def mean_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tensor:
     """Attention that each visual token receives from its segment's query rows, averaged over heads, then rows.
 
     The softmax (float32) runs over the whole causal row, text and visual keys alike, but is computed for the query
     rows only: O(Q L) instead of O(L^2). Source: PyramidDrop (arXiv 2410.17247), the published code's ranking.
 
     Args:
-        queries_QHD: rotated queries of ``boundary.query_rows``, any float dtype.
-        keys_TGD: rotated keys of the stream; H must be a multiple of G (grouped queries).
-        scaling: multiplies the products, 1 / sqrt(D) for Llama.
+        ranking: queries of ``boundary.query_rows`` and keys of the stream, any float dtype; H must be a multiple of G
+            (grouped queries).
         boundary: names segments and visual rows.
 
     Returns:
         [V] float32, in the order of ``boundary.visual_rows``. Tokens after a query row receive nothing from it.
     """
-    scores = [attention.mean(dim=(0, 1)) for attention in segment_attention(queries_QHD, keys_TGD, scaling, boundary)]
-    if not scores:
-        return queries_QHD.new_zeros(0, dtype=torch.float32)
-    return torch.cat(scores).index_select(0, boundary.visual_in_scored)
+    scores = [attention.mean(dim=(0, 1)) for attention in segment_attention(ranking, boundary)]
+    empty = torch.zeros(0, device=boundary.visual_in_scored.device)  # where no segment has an image
+    return torch.cat([empty, *scores]).index_select(0, boundary.visual_in_scored)
 
 
-def segment_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, boundary: Boundary) -> Iterator[Tensor]:
+def _by_group(ranking: Ranking | None) -> tuple[int, Tensor, Tensor]:
+    """Query heads; scaled queries [G, H / G, Q, D]; keys [G, D, T]."""
+    assert ranking is not None, "a method without rank_with has no attention to rank by"
+    queries_QHD, keys_TGD = ranking.queries, ranking.keys
+    scaled = (queries_QHD * ranking.scaling).unflatten(1, (keys_TGD.shape[1], -1)).permute(1, 2, 0, 3)
+    return queries_QHD.shape[1], scaled, keys_TGD.permute(1, 2, 0)
+
+
+def segment_attention(ranking: Ranking | None, boundary: Boundary) -> Iterator[Tensor]:
     """For every scored segment in turn, [H, q, L] float32: the causal attention rows of its q query rows.
 
     Arguments as in :func:`mean_query_attention`.
     """
-    num_heads, groups = queries_QHD.shape[1], keys_TGD.shape[1]
-    scaled = (queries_QHD * scaling).unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, H / G, Q, D]
-    keys_GDT = keys_TGD.permute(1, 2, 0)
-    stream_rows = torch.arange(keys_TGD.shape[0], device=keys_TGD.device)
+    num_heads, scaled, keys_GDT = _by_group(ranking)
+    stream_rows = torch.arange(keys_GDT.shape[2], device=keys_GDT.device)
     for segment in boundary.segments:
-        queries, own = slice(segment.query_start, segment.query_end), slice(segment.start, segment.end)
-        logits = torch.matmul(scaled[:, :, queries].flatten(1, 2), keys_GDT[:, :, own])  # [G, H / G * q, L]
-        future = stream_rows[own] > boundary.query_rows[queries, None]
+        queries, rows = slice(segment.query_start, segment.query_end), slice(segment.start, segment.end)
+        logits = torch.matmul(scaled[:, :, queries].flatten(1, 2), keys_GDT[:, :, rows])  # [G, H / G * q, L]
+        future = stream_rows[rows] > boundary.query_rows[queries, None]
         logits = logits.view(num_heads, -1, logits.shape[-1]).masked_fill(future, float("-inf"))
         yield logits.softmax(dim=-1, dtype=torch.float32)
 
 
-def visual_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, boundary: Boundary) -> Iterator[Tensor]:
+def visual_attention(ranking: Ranking | None, boundary: Boundary) -> Iterator[Tensor]:
     """For every scored segment in turn, [H, q, v] float32: what its q query rows give to its v visual tokens.
 
     The softmax ran over the whole row. Arguments as in :func:`mean_query_attention`.
     """
     columns = boundary.visual_in_scored.split(visual_per_segment(boundary))
     first = 0  # of the segment, in the scored segments laid end to end
-    attention_HQL = segment_attention(queries_QHD, keys_TGD, scaling, boundary)
-    for segment, own, attention in zip(boundary.segments, columns, attention_HQL, strict=True):
-        yield attention.index_select(2, own - first)
+    attention_HQL = segment_attention(ranking, boundary)
+    for segment, visual, attention in zip(boundary.segments, columns, attention_HQL, strict=True):
+        yield attention.index_select(2, visual - first)
         first += segment.end - segment.start
 
 
@@ -78,7 +83,7 @@ def tokens_holding(scores_V: Tensor, share: float) -> Tensor:
     return (mass < share * mass[-1:]).sum().add(1).clamp(max=len(scores_V))
 
 
-def visual_query_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float, boundary: Boundary) -> Tensor:
+def visual_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tensor:
     """Attention that each visual token receives from its segment's query rows when they attend to its image alone,
     averaged over heads, then rows.
 
@@ -87,10 +92,8 @@ def visual_query_attention(queries_QHD: Tensor, keys_TGD: Tensor, scaling: float
 
     Args, shapes and order as there; rows before an image give it nothing.
     """
-    num_heads, groups = queries_QHD.shape[1], keys_TGD.shape[1]
-    scaled = (queries_QHD * scaling).unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, H / G, Q, D]
-    keys_GDT = keys_TGD.permute(1, 2, 0)
-    scores, start, scored_end = [queries_QHD.new_zeros(0, dtype=torch.float32)], 0, 0
+    num_heads, scaled, keys_GDT = _by_group(ranking)
+    scores, start, scored_end = [torch.zeros(0, device=keys_GDT.device)], 0, 0
     segments = iter(boundary.segments)
     segment, previous = None, None
     for span in boundary.spans:

@@ -56,7 +56,7 @@ def scaled_to_budget(method: Method, share: float, num_layers: int) -> Method:
 def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) -> Method:
     """The first of ``methods`` (one, then the same on other layers) that takes ``share`` with at least half of its
     ``keep``; where none does, the one that leaves most room for it. A schedule whose first layers use the budget up
-    keeps next to nothing behind them, and is no longer the method's.
+    keeps next to nothing after them, and is no longer the method's.
 
     Raises:
         ValueError: none can be scaled to ``share``; names the reachable range.

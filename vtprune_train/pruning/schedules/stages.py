@@ -42,11 +42,24 @@ def one_per_layer(drops: Sequence[Drop]) -> tuple[Drop, ...]:
     return tuple(sorted({drop.layer: drop for drop in drops}.values(), key=lambda drop: drop.layer))
 
 
+def check_layer(setting: str, layer: int, num_layers: int, least: int = 0) -> None:
+    """Check a decoder layer, counted from 0, before which tokens change; ``least`` 1 where attention has to come first.
+
+    Raises:
+        ValueError: naming the setting, its value and how to fix it.
+    """
+    if not least <= layer < num_layers:
+        raise ValueError(
+            f"{setting}={layer} does not fit a decoder of {num_layers} layers (counted from 0); use a layer from "
+            f"{least} to {num_layers - 1}"
+        )
+
+
 def check_schedule(layers: Sequence[int] | None, keep: Sequence[float], num_layers: int | None = None) -> None:
     """Check a drop schedule.
 
     Raises:
-        ValueError: naming the setting, its value and the way out.
+        ValueError: naming the setting, its value and how to fix it.
     """
     problems = _keep_problems(keep)
     if layers is not None:

@@ -23,14 +23,14 @@ from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.load.workers import start_server
-from vtprune_train.data.plan.costs import StepCosts
-from vtprune_train.data.plan.planner import Planner
+from vtprune_train.data.plan.planner import Planner, StepCosts
 from vtprune_train.data.records import Prompt, read_records
 from vtprune_train.data.sources import Bounds
 from vtprune_train.data.templates import build_encoder, carry, stop_where_answers_end
 from vtprune_train.files.checksums import MANIFEST, damage, seal_as_it_is
 from vtprune_train.files.disk import locked, naming, publish, remove, replace_synced
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import required
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.forward.kernels import compile_model, replace_kernels
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
@@ -328,7 +328,7 @@ def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCos
     decoder, peft = DecoderGeometry.of(model_config.text_config), config.model.peft
     return TrainingCost(
         decoder,
-        family_of_config(model_config)[1].tower(model_config),
+        required(family_of_config(model_config)[0].flops, "training")(model_config),
         trains_decoder="language_model" in config.model.train,
         trains_tower="vision_tower" in config.model.train,
         trains_projector="projector" in config.model.train,

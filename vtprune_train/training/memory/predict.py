@@ -19,7 +19,9 @@ from vtprune_train.config.settings import Config
 from vtprune_train.core.flops import DecoderGeometry, stage_layers
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import family_of
+from vtprune_train.models.families import family_of, trained_family
+from vtprune_train.models.families.text_models import normalizes_queries_and_keys
+from vtprune_train.models.families.towers import SavedByTower
 from vtprune_train.models.forward import head
 from vtprune_train.models.forward.recompute import Level, recomputed_layers
 from vtprune_train.training.engine.layout import whole_shape
@@ -242,7 +244,7 @@ class LayerBytes:
         Saved are, in elements of the model's dtype unless noted: for each of two RMSNorms its input in float32, 1 / RMS
         in float32, what the weight multiplies, and the output (the input of linear layers); queries, keys, values and
         output of attention, and its log-sum-exp in float32; gate, SiLU(gate), up and their product. Linear layers and
-        norms whose weights are frozen do not need their inputs. Qwen3's norms of queries and keys come on top.
+        norms whose weights are frozen do not need their inputs. Norms of queries and keys come on top if it has any.
 
         Args:
             config: the text config.
@@ -254,7 +256,7 @@ class LayerBytes:
         q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
         if_trained = element if trained else 0
         norms = 2 * (4 * g.hidden + 4 + 2 * if_trained * g.hidden)
-        if config.model_type.startswith("qwen3"):
+        if normalizes_queries_and_keys(config):
             norms += (4 + if_trained) * (q + k) + 4 * (g.heads + g.kv_heads)
         attention = element * 2 * (q + k) + 4 * g.heads + (if_trained * q if copies_output else 0)
         mlp = (3 * element + if_trained) * g.intermediate
@@ -262,15 +264,10 @@ class LayerBytes:
         return cls(norms + attention + mlp, element * g.hidden, backward)
 
     @classmethod
-    def of_tower(cls, vision: Any, element: int) -> LayerBytes:
-        """A trained layer of CLIP, SigLIP or Qwen2.5-VL's vision transformer."""
-        c, m = vision.hidden_size, vision.intermediate_size
-        if hasattr(vision, "depth"):  # RMSNorms and a gated MLP; values keep the fused projection's output
-            saved = 8 * c + 8 + element * (11 * c + 4 * m) + 4 * vision.num_heads
-        else:
-            saved = element * (8 * c + (3 if vision.hidden_act == "quick_gelu" else 2) * m) + 16
-            saved += 4 * vision.num_attention_heads
-        return cls(saved, element * c, 2 * element * (m + c))
+    def of_tower(cls, saved: SavedByTower, element: int) -> LayerBytes:
+        """A trained layer of a vision tower."""
+        c, m = saved.hidden, saved.intermediate
+        return cls(saved.raw_bytes + element * saved.elements, element * c, 2 * element * (m + c))
 
 
 @dataclass(frozen=True)
@@ -295,31 +292,23 @@ class Geometry:
         """Read a model's config.
 
         Args:
-            model_config: of LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL.
+            model_config: of a family that the loop trains.
             dtype: of weights and activations.
             train: the parts that are trained, as in ``model.train``. Under an adapter layers are counted as if they
                 were trained themselves: a little more than norms with frozen weights save, and what the adapter saves.
             attention: the decoder's backend.
         """
-        text, vision, e = model_config.text_config, model_config.vision_config, DTYPE_BYTES[dtype]
+        text, e = model_config.text_config, DTYPE_BYTES[dtype]
+        tower = trained_family(model_config.model_type, "this config")[1].saved(model_config)
         trained = "language_model" in train
         layer = LayerBytes.of_decoder(text, e, trained or "lora" in train, attention.endswith("varlen_sdpa"))
-        if hasattr(vision, "depth"):
-            depth, tokens, projector = vision.depth, 1, e * (2 * vision.hidden_size + text.hidden_size // 4)
-        else:
-            chosen = model_config.vision_feature_layer
-            states = [chosen] if isinstance(chosen, int) else chosen
-            depth = max(state % (vision.num_hidden_layers + 1) for state in states)
-            class_token = vision.model_type == "clip_vision_model"
-            tokens = (vision.image_size // vision.patch_size) ** 2 + class_token
-            projector = e * (len(states) * vision.hidden_size + 3 * text.hidden_size)
         return cls(
             layer,
             text.num_hidden_layers,
-            LayerBytes.of_tower(vision, e) if "vision_tower" in train else None,
-            depth,
-            tokens,
-            projector if trained or {"projector", "lora", "vision_tower"} & set(train) else 0,
+            LayerBytes.of_tower(tower, e) if "vision_tower" in train else None,
+            tower.layers,
+            tower.tokens,
+            e * tower.projector if trained or {"projector", "lora", "vision_tower"} & set(train) else 0,
             text.hidden_size,
             2 * e * DecoderGeometry.of(text).head_dim,
             text.vocab_size,

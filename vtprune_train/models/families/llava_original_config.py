@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from vtprune_train.models.io.original import PROJECTOR_TYPES, TEXT_TYPES
+from vtprune_train.models.families.llava_original import PROJECTOR_TYPES, TEXT_TYPES
 
 log = logging.getLogger(__name__)
 
@@ -243,6 +243,23 @@ def image_processor(config: PreTrainedConfig, settings: Mapping[str, Any], tower
     if settings.get("image_aspect_ratio") == "pad":
         return LlavaImageProcessorPil(do_pad=True, **numbers)
     return CLIPImageProcessorPil(**numbers)
+
+
+def check_images(images: Any, published: Any, tower: str, place: str) -> None:
+    """Refuse an image processor with other numbers than the tower's, which the original code takes.
+
+    Raises:
+        ValueError: naming them.
+    """
+    published = published or CLIPImageProcessorPil()
+    for name in PIXELS:
+        ours, theirs = (getattr(processor, name, None) for processor in (images, published))
+        ours, theirs = (list(value) if isinstance(value, list | tuple) else value for value in (ours, theirs))
+        if ours != theirs:
+            raise ValueError(
+                f"{place}: its image processor has {name}={ours}; the original code takes those of the tower {tower}, "
+                f"{theirs}. Give --vision_tower a folder of this tower whose preprocessor_config.json has them"
+            )
 
 
 def trains_tower(settings: Mapping[str, Any]) -> bool:

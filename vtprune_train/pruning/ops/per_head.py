@@ -26,7 +26,7 @@ def judged_attention(ranking: Ranking, boundary: Boundary) -> Iterator[tuple[Ten
         head; [L] int64, for each token the first of those rows at or after it (the last row where there is none, which
         then attends to it with 0).
     """
-    attention_HQL = segment_attention(ranking.queries, ranking.keys, ranking.scaling, boundary)
+    attention_HQL = segment_attention(ranking, boundary)
     for segment, attention in zip(boundary.segments, attention_HQL, strict=True):
         rows = boundary.query_rows[segment.query_start : segment.query_end] - segment.start
         judge = torch.searchsorted(rows, torch.arange(attention.shape[-1], device=rows.device))

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL: a picture of any size, cut into patches that are merged by fours; positions of (time, height, width).
+"""What Qwen2-VL, Qwen2.5-VL and Qwen3-VL share: an image of any size, cut into patches that are merged by fours;
+positions of (time, height, width).
 
 The features come from the family's own ``get_image_features``. What it would read from sizes on the device (windows,
 rotary positions, sequence bounds) is computed here by transformers' own functions and handed to it.
@@ -6,7 +7,7 @@ rotary positions, sequence bounds) is computed here by transformers' own functio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,8 +17,11 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from vtprune_train.core.flops import PatchTowerGeometry
 from vtprune_train.core.stream import SegmentLayout
+from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures, Size, VisionInputs, check_aspect
+from vtprune_train.models.families.places import Places, grid_places
 from vtprune_train.models.families.qwen_tower import PatchGrids, TowerShape, tower_inputs
 
 EXAMPLES = ((224, 224), (448, 448), (768, 1024), (1080, 1920), (2160, 3840))
@@ -27,20 +31,20 @@ CHANNELS = 3
 @dataclass(frozen=True)
 class MergedPatches(ImageLayout):
     """Patches of ``patch_size`` pixels, ``merge_size`` x ``merge_size`` of them one token, in pictures of
-    ``min_pixels`` to ``max_pixels``; ``window_size`` pixels a side of an attention window."""
+    ``min_pixels`` to ``max_pixels``; ``window_size`` pixels a side of an attention window, ``None`` without windows."""
 
     unit: ClassVar[str] = "patches"
 
     patch_size: int
     merge_size: int
     temporal_patch_size: int
-    window_size: int
+    window_size: int | None
     min_pixels: int
     max_pixels: int
 
     @classmethod
     def of(cls, config: Any, image_processor: Any) -> MergedPatches:
-        """Read a ``Qwen2_5_VLConfig`` and the checkpoint's image processor.
+        """Read a model's config and the checkpoint's image processor.
 
         Raises:
             ValueError: the two disagree about patches.
@@ -61,7 +65,7 @@ class MergedPatches(ImageLayout):
             vision.patch_size,
             vision.spatial_merge_size,
             vision.temporal_patch_size,
-            vision.window_size,
+            getattr(vision, "window_size", None),
             size["shortest_edge"],
             size["longest_edge"],
         )
@@ -102,12 +106,20 @@ class MergedPatches(ImageLayout):
         made = tower_inputs(TowerShape(self.merge_size, self.patch_size, self.window_size), grids)
         return {"image_grid_thw": grids, **{f"image_{key}": value for key, value in made.items()}}
 
+    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+        grids = torch.tensor([(1, *self.grid(size)) for size in pictures.sizes])
+        return {"pixel_values": torch.cat(pictures.pixels), "image_grid_thw": grids}
+
+    def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
+        """The whole image is squeezed to a multiple of a merged patch."""
+        return [grid_places(*size, *grid[0]) for size, grid in zip(sizes, self.grids(sizes), strict=True)]
+
     def examples(self) -> list[Size]:
         return list(EXAMPLES)
 
     def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[Pictures]) -> Tensor:
         """[3, T]: text counts on; a picture's tokens count its rows and columns from there, and what follows it goes
-        on behind the larger of the two (``get_rope_index`` of transformers)."""
+        on after the larger of the two (``get_rope_index`` of transformers)."""
         parts = []
         for number, segment in enumerate(segments):
             sizes = samples[number].sizes if number < len(samples) else []
@@ -125,3 +137,45 @@ class MergedPatches(ImageLayout):
 
 def _text(position: int, length: int) -> np.ndarray:
     return np.broadcast_to(np.arange(position, position + length), (3, length))
+
+
+def merged_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
+    """One raster an image, of tokens that are patches merged."""
+    merge = config.vision_config.spatial_merge_size
+    return [((rows // merge, columns // merge),) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+
+
+def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
+    """[3, B, L] positions, from ``input_ids``, ``image_grid_thw`` and the mask of these tokens."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return base.get_rope_index(
+        input_ids=ids,
+        mm_token_type_ids=(ids == base.config.image_token_id).int(),
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=None if mask is None else mask[:, mask.shape[1] - ids.shape[1] :],
+    )[0]
+
+
+def patch_tower(config: Any, width: int, intermediate: int, out: int, **more: Any) -> PatchTowerGeometry:
+    """Sizes of a tower and its merger. Without more it attends over whole images and its MLP has two products.
+
+    Args:
+        config: the model's.
+        width: of the tower.
+        intermediate: of its MLP.
+        out: of the merger's result.
+        more: see :class:`~vtprune_train.core.flops.PatchTowerGeometry`.
+    """
+    vision = config.vision_config
+    sizes = {
+        "num_layers": vision.depth,
+        "full_layers": vision.depth,
+        "hidden": width,
+        "intermediate": intermediate,
+        "patch_values": vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        "window": 0,
+        "merge": vision.spatial_merge_size**2,
+        "projector_out": out,
+        "mlp_products": 2,
+    }
+    return PatchTowerGeometry(**{**sizes, **more})

@@ -1,8 +1,10 @@
-"""JSON: a list of records, parsed one at a time so that the file never has to fit into memory.
+"""JSONL (one record a line, cut into pieces at line ends) and JSON (a list of records).
+
+Records are parsed one at a time, so a file never has to fit into memory.
 
 Streaming parsers do not tell at which byte an element begins and ends, by which it is read again; the standard
-library's decoder, fed block by block, does. The end of an element that is larger than some blocks is looked for first,
-so that one of too many bytes is passed over without being kept or parsed.
+library's decoder, fed block by block, does. The end of an element that is larger than some blocks is located first, so
+that one of too many bytes is passed over without being kept or parsed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,17 +25,77 @@ from vtprune_train.data.sources.base import (
     MOST_VALUES,
     PIECE_BYTES,
     BytesAt,
+    Malformed,
     Piece,
     Place,
     Reader,
     line_and_column,
+    parse_record,
     too_many_bytes,
-    too_many_values,
-    unparsed,
 )
 
 PARSED_BLOCKS = 4  # of an element whose end is not known
 _SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Jsonl(Reader):
+    """Empty lines are no records. A line of too many bytes is passed over block by block."""
+
+    def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
+        super().__init__(path, max_bytes)
+        self._bytes = BytesAt(path)
+
+    def pieces(self) -> Iterator[Piece]:
+        size, start = self.path.stat().st_size, 0
+        with self.path.open("rb") as file:
+            while start < size:
+                file.seek(start + PIECE_BYTES - 1)  # a line that ends just there stays in this piece
+                _pass_line(file)
+                stop = min(file.tell(), size)
+                yield Piece(start, stop)
+                start = stop
+
+    def scan(self, piece: Piece) -> Iterator[tuple[Place, Any]]:
+        with self.path.open("rb", buffering=BLOCK) as file:
+            file.seek(piece.start)
+            at = piece.start
+            while at < piece.stop and (line := file.readline(self.max_bytes + 2)):  # with its end
+                size, is_blank = len(line), not line.strip()
+                if size > self.max_bytes + 1 and line[-1:] != b"\n":
+                    rest, rest_is_blank = _pass_line(file)
+                    size, is_blank = size + rest, is_blank and rest_is_blank
+                if not is_blank:
+                    yield Place(at, size), self._parse(line, at) if size == len(line) else self._too_large(at, size)
+                at += size
+
+    def read(self, place: Place) -> Any:
+        if place.size > self.max_bytes + 2:
+            return self._too_large(*place)
+        return self._parse(self._bytes.read(*place), place.at)
+
+    def _too_large(self, at: int, size: int) -> Malformed:
+        return too_many_bytes(size, self.max_bytes, f"a line from byte {at} on")
+
+    def _parse(self, line: bytes, at: int) -> Any:
+        if len(line) > self.max_bytes and len(line.rstrip(b"\r\n")) > self.max_bytes:
+            return self._too_large(at, len(line))
+        try:
+            return parse_record(line.removeprefix(codecs.BOM_UTF8) if at == 0 else line, at)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            line_number = line_and_column(self.path, at).partition(",")[0]
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{self.path}, {line_number}: not JSON ({what})") from error
+
+
+def _pass_line(file: BinaryIO) -> tuple[int, bool]:
+    """Go to the end of the line: how many bytes that took, and whether they are all white space."""
+    size, is_blank = 0, True
+    while block := file.readline(BLOCK):
+        size += len(block)
+        is_blank = is_blank and not block.strip()
+        if block[-1:] == b"\n":
+            break
+    return size, is_blank
 
 
 class JsonList(Reader):
@@ -58,16 +120,11 @@ class JsonList(Reader):
     def read(self, place: Place) -> Any:
         if place.size > self.max_bytes:
             return too_many_bytes(place.size, self.max_bytes, f"from byte {place.at} on")
-        content = self._bytes.read(*place)
-        if (too_many := too_many_values(content, place.at)) is not None:
-            return too_many
         try:
-            return json.loads(content)
+            return parse_record(self._bytes.read(*place), place.at)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             where = line_and_column(self.path, place.at)
             raise ValueError(f"{self.path}, byte {place.at}, {where}: not JSON ({error})") from error
-        except (ValueError, RecursionError) as error:
-            return unparsed(error)
 
     def _elements(self, start: int, stop: int | None) -> Iterator[tuple[Place, Any]]:
         """Elements of the list from byte ``start`` to ``stop``; of the whole file if that is ``None``."""
@@ -100,7 +157,7 @@ class JsonList(Reader):
                 raise text.error("the list has no end")
             text.skip()
             if text.peek():
-                raise text.error("something stands behind the list")
+                raise text.error("something stands after the list")
 
 
 class _End:
@@ -111,7 +168,7 @@ class _End:
         self._quoted, self._backslashes, self._depth = False, 0, 0
 
     def within(self, block: bytes) -> int | None:
-        """Bytes of ``block`` up to the end of the value; ``None`` if it goes on behind it."""
+        """Bytes of ``block`` up to the end of the value; ``None`` if it goes on after it."""
         if self._quoted and b'"' not in block:  # as nearly all of a long text
             run = len(block) - len(block.rstrip(b"\\"))
             self._backslashes = (run + (self._backslashes if run == len(block) else 0)) % 2
@@ -202,11 +259,8 @@ class _Window:
                     return value
 
     def _pass_over(self, message: str, beyond: int = 0) -> Any:
-        """Go to the end of the value that begins here, keeping nothing of it.
-
-        Raises:
-            ValueError: it has none, with ``message``: what kept it from being parsed.
-        """
+        """Go to the end of the value that begins here, keeping nothing of it; ``message`` says why it cannot be parsed,
+        for the error where it has no end."""
         first = self._text[self._position]
         if first not in '[{"-0123456789':
             raise self.error(message, beyond)

@@ -1,0 +1,108 @@
+"""What a user reads of settings that pydantic refuses: a line a key, with the key that was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from vtprune_train.config.settings import Config, Section, did_you_mean
+
+LONGEST_SHOWN = 200  # characters of a value
+OTHER_LIBRARIES = {  # what a setting is here: what other libraries call it
+    "a rate for each part that is trained: model.train={projector: 1.0e-3, ...}": "learning_rate lr",
+    "train.global_batch_size, in samples of all GPUs together": "batch_size train_batch_size",
+    "data.max_tokens, the tokens of a micro-batch; train.global_batch_size decides how many a step needs": (
+        "per_device_train_batch_size micro_batch_size gradient_accumulation_steps"
+    ),
+    "train.epochs": "num_epochs num_train_epochs",
+    "train.max_steps": "steps num_steps",
+    "train.warmup_ratio, a share of all steps": "warmup_steps",
+    "train.clip": "max_grad_norm grad_clip",
+    "train.schedule": "lr_scheduler_type scheduler",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "model.dtype": "bf16 fp16 torch_dtype precision",
+    "train.save_every": "save_steps save_interval",
+    "train.keep_last": "save_total_limit",
+    "train.eval_every": "eval_steps",
+    "data.train=[{path: train.json, images: images}]": "data_path train_file dataset",
+    "data.train.0.images": "image_folder image_root",
+    "model.path": "model_name_or_path model_path",
+    "data.max_length": "model_max_length max_seq_length",
+    "model.peft.r": "lora_r lora_rank",
+    "model.peft.alpha": "lora_alpha",
+}
+OTHER_NAMES = {name: here for here, names in OTHER_LIBRARIES.items() for name in names.split()}
+
+
+def explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
+    """One line for each wrong key; ``parents`` is where in the settings the checked part stands."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        location = [part for part in (*parents, *item["loc"]) if part not in ("str", "dict[str,any]")]
+        key = ".".join(str(part) for part in location)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            line = f"{key}: unknown key{_nearest_key(location)}"
+        elif item["type"] == "value_error":
+            line = f"{key}.{message}" if _names_key(message, location) else f"{key}: {message}" if key else message
+        else:
+            line = f"{key}: {_type_problem(item, location)}"
+        lines.setdefault(key, line)
+    return list(lines.values())
+
+
+def _names_key(message: str, location: Sequence[Any]) -> bool:
+    """Whether a section's message begins with one of its keys, ``key=value ...``."""
+    if len(location) != 1 or location[0] not in Config.model_fields:
+        return False
+    name = message.partition("=")[0]
+    # The settings of a pruning method are keys that the tree of settings does not list.
+    return name.isidentifier() and (location[0] == "pruning" or name in _known_keys(location))
+
+
+def _type_problem(item: Any, location: Sequence[Any]) -> str:
+    """What is wrong with a value of another type."""
+    message, value = item["msg"], item["input"]
+    if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        known = ", ".join(_known_keys(location))
+        message = f"it takes keys, not a single value{f'; known: {known}' if known else ''}"
+    if item["type"] == "list_type" and isinstance(value, dict | str):
+        message += "; write it in brackets, [...], or each entry on a line of its own that begins with '- '"
+    if item["type"] == "string_type" and isinstance(value, int | float):
+        text = "..." if isinstance(value, bool) else value
+        message += f"""; quote a text: '{".".join(map(str, location))}="{text}"'"""
+    is_shown = item["type"] != "missing" and len(repr(value)) <= LONGEST_SHOWN
+    return f"{message} (it is {value!r})" if is_shown else message
+
+
+def _nearest_key(location: Sequence[Any]) -> str:
+    """What an error says after an unknown key: another library's name for a setting, the same key in another section,
+    or the nearest."""
+    *parents, name = location
+    if name in OTHER_NAMES:
+        return f"; here it is {OTHER_NAMES[name]}"
+    elsewhere = [
+        f"{section}.{name}"
+        for section, field in Config.model_fields.items()
+        if _is_section(field.annotation) and name in field.annotation.model_fields  # type: ignore[union-attr]
+    ]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    return did_you_mean(str(name), _known_keys(parents), parents)
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """The keys of the section at ``location``."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int) or not _is_section(section):
+            continue
+        annotation = section.model_fields[part].annotation
+        section = next(filter(_is_section, getattr(annotation, "__args__", ())), annotation)
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

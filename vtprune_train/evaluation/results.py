@@ -1,0 +1,188 @@
+"""The results of an evaluation.
+
+One line a sample, on disk as soon as it is done and read again at the next start; means of the samples, ratios of
+pruned to dense, and a table of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from vtprune_train.evaluation.questions import normalized
+from vtprune_train.files.disk import replace_synced
+
+SETTINGS = "settings.json"
+SAMPLES = "samples.jsonl"
+MEANS = ("entering", "leaving", "cached", "prompt_tokens", "prefill_seconds", "cache_bytes")
+MEASURES = (  # of a run: title in the table, name, factor, format; each with its ratio
+    ("enter a layer, mean over layers", "entering", 1.0, ".1f"),
+    ("leave a layer (as papers count)", "leaving", 1.0, ".1f"),
+    ("stay in a layer's cache", "cached", 1.0, ".1f"),
+    ("decoder's prefill, GFLOP a sample", "prefill_flops", 1e-9, ".4g"),
+    ("prefill, ms a sample", "prefill_seconds", 1e3, ".2f"),
+    ("decoding, ms a token", "decode_seconds_per_token", 1e3, ".2f"),
+    ("cache, MiB a sample", "cache_bytes", 2.0**-20, ".3f"),
+)
+
+
+@contextmanager
+def open_ledger(folder: Path, settings: dict[str, Any]) -> Iterator[Ledger]:
+    """The ledger in ``folder``, made where it is missing, for this process alone.
+
+    Raises:
+        ValueError: it cannot be made, another process has it open, or see :class:`Ledger`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder / ".lock"), timeout=0):
+            yield Ledger(folder, settings)
+    except Timeout as error:
+        raise ValueError(f"--out {folder}: another process is writing to it") from error
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be written to ({error})") from error
+
+
+class Ledger:
+    """The folder of one evaluation: ``settings.json`` says of what, ``samples.jsonl`` holds what is done.
+
+    Args:
+        folder: is there.
+        settings: plain data; the same on every start that continues this evaluation.
+
+    Raises:
+        ValueError: the folder holds results of other settings, or a line in the middle is broken.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        self.path = folder / SAMPLES
+        self._check(settings)
+        self.done: dict[str, dict[str, Any]] = {line["key"]: line for line in self._read()}
+
+    def append(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Write finished samples (each with its ``key``) to the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.update({line["key"]: line for line in lines})
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        """A whole file of the folder, or none."""
+        replace_synced(self.folder / name, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        settings = json.loads(json.dumps(settings))
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            if self.path.exists():
+                raise ValueError(f"--out {self.folder} holds {SAMPLES} without {SETTINGS}; use another folder")
+            self.write(SETTINGS, settings)
+            return
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it, or use another --out") from error
+        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        if changed:
+            lines = "; ".join(f"{key}: there {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
+            raise ValueError(
+                f"--out {self.folder} holds an evaluation with other settings ({lines}); set them back to continue it, "
+                "or use another folder"
+            )
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The lines on disk; a half-written last one is cut off."""
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            os.truncate(self.path, whole)
+        lines = []
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {number}: not JSON ({error}); use another --out") from error
+        return lines
+
+
+def summary(
+    lines: Sequence[dict[str, Any]], layers: Sequence[int], left_out: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Means over the lines of ``samples.jsonl``.
+
+    Args:
+        lines: at least one.
+        layers: decoder layers before which the pruned model drops.
+        left_out: ``(id, reason)`` of samples that could not be asked.
+
+    Returns:
+        ``answers``; ``runs``, by name; ``left_out``; and with two runs ``ratios`` (pruned to dense) and ``agreement``
+        (share of equal answers).
+    """
+    names = list(lines[0]["runs"])
+    runs = {name: _means([line["runs"][name] for line in lines]) for name in names}
+    results: dict[str, Any] = {
+        "answers": len(lines),
+        "drop_layers": list(layers),
+        "runs": runs,
+        "left_out": [{"id": sample, "reason": reason} for sample, reason in left_out],
+    }
+    if len(names) == 2:
+        pruned, dense = (runs[name] for name in names)
+        pairs = [[normalized(line["runs"][name]["answer"]) for name in names] for line in lines]
+        results["agreement"] = sum(one == other for one, other in pairs) / len(lines)
+        pairs_of = {key: (pruned[key], dense[key]) for _, key, _, _ in MEASURES}
+        results["ratios"] = {
+            key: one / two if one is not None and two else None for key, (one, two) in pairs_of.items()
+        }
+    return results
+
+
+def _means(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(samples)
+
+    steps = sum(sample["decode_steps"] for sample in samples)
+    flops = [sample["prefill_flops"] for sample in samples]
+    return {
+        "exact_match": mean(sample["exact"] for sample in samples),
+        "visual_tokens": [mean(stage) for stage in zip(*(s["visual_tokens"] for s in samples), strict=True)],
+        **{key: mean(sample[key] for sample in samples) for key in MEANS},
+        "decode_seconds_per_token": sum(sample["decode_seconds"] for sample in samples) / steps if steps else None,
+        "prefill_flops": None if flops[0] is None else mean(flops),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as text, a column a run."""
+    runs, ratios = results["runs"], results.get("ratios", {})
+    rows = [["", *runs, "ratio"]]
+    rows.append(["exact match", *(f"{run['exact_match']:.1%}" for run in runs.values()), ""])
+    for stage, layer in enumerate([None, *results["drop_layers"]]):
+        title = "visual tokens" if layer is None else f"visual tokens from layer {layer}"
+        counts = [run["visual_tokens"][min(stage, len(run["visual_tokens"]) - 1)] for run in runs.values()]
+        rows.append([title, *(f"{count:.1f}" for count in counts), ""])
+    for title, key, factor, form in MEASURES:
+        values = ["-" if run[key] is None else format(factor * run[key], form) for run in runs.values()]
+        rows.append([title, *values, "" if ratios.get(key) is None else f"{ratios[key]:.3f}"])
+    notes = [f"{results['answers']} answers"]
+    notes += [f"{results['agreement']:.1%} of them equal"] if ratios else []
+    notes += [f"{len(results['left_out'])} sample(s) left out"] if results["left_out"] else []
+    return "\n".join([*aligned(rows if ratios else [row[:-1] for row in rows]), ", ".join(notes)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return ["  ".join(cells).rstrip() for cells in padded]

@@ -1,0 +1,147 @@
+"""Vision towers that see tiles of one size: CLIP, SigLIP and InternVL's; what LLaVAs and InternVL share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from vtprune_train.core.flops import TowerGeometry
+
+# Class tokens in front of the patches, of the towers whose attention can be read.
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+def class_tokens(vision: Any) -> int:
+    """Class tokens of a tower whose attention is read, judged by its config.
+
+    Raises:
+        ValueError: another tower than those of :data:`CLASS_TOKENS`.
+    """
+    if vision.model_type not in CLASS_TOKENS:
+        raise ValueError(f"reads the attention of {' and '.join(CLASS_TOKENS)} towers, not of a {vision.model_type}")
+    return CLASS_TOKENS[vision.model_type]
+
+
+def check_clip(vision: Any, place: str) -> None:
+    """Refuse another tower than CLIP's.
+
+    Raises:
+        ValueError: with ``place`` in front and the tower's type.
+    """
+    if not isinstance(vision, CLIPVisionConfig):
+        raise ValueError(f"{place} is a {vision.model_type}; use a CLIP vision tower")
+
+
+def open_clip(path: str, dtype: Any) -> CLIPVisionModel:
+    """A CLIP tower with its weights, from its own checkpoint or a whole CLIP's."""
+    return CLIPVisionModel.from_pretrained(path, dtype=dtype)
+
+
+def feature_states(config: Any) -> list[int]:
+    """The hidden states of the tower that the projector reads, counted from 0, the first layer's input."""
+    chosen = config.vision_feature_layer
+    states = config.vision_config.num_hidden_layers + 1
+    return [state % states for state in ([chosen] if isinstance(chosen, int) else chosen)]
+
+
+def patch_grid(vision: Any) -> tuple[int, int]:
+    """Rows and columns of a tile's patches."""
+    sizes = np.broadcast_to(vision.image_size, 2), np.broadcast_to(vision.patch_size, 2)
+    rows, columns = (int(size // patch) for size, patch in zip(*sizes, strict=True))
+    return rows, columns
+
+
+def tile_tower(config: Any) -> TowerGeometry:
+    """Sizes of tower and projector of a LLaVA: 1.5, NeXT, OneVision.
+
+    Raises:
+        ValueError: another tower than those of :data:`CLASS_TOKENS`.
+    """
+    vision = config.vision_config
+    if vision.model_type not in CLASS_TOKENS:
+        raise ValueError(f"only {' and '.join(CLASS_TOKENS)} towers are counted, not a {vision.model_type}")
+    return TowerGeometry(
+        num_layers=vision.num_hidden_layers,
+        hidden=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        patches=int(np.prod(patch_grid(vision))),
+        patch_size=vision.patch_size,
+        projector_in=vision.hidden_size * len(feature_states(config)),
+        projector_out=config.text_config.hidden_size,
+        class_tokens=CLASS_TOKENS[vision.model_type],
+    )
+
+
+@dataclass(frozen=True)
+class SavedByTower:
+    """What autograd keeps of a tower and its projector for the backward pass, in elements of the activations' dtype
+    unless noted. ``vtprune_train.training.memory.predict`` counts with it.
+
+    Args:
+        layers: that run before the features are taken.
+        tokens: of a tile; 1 where the tower counts patches.
+        hidden: width.
+        intermediate: of the MLP.
+        elements: of a layer, for each token.
+        raw_bytes: of a layer, for each token, whatever the dtype: float32 statistics.
+        projector: for each token of the tower.
+    """
+
+    layers: int
+    tokens: int
+    hidden: int
+    intermediate: int
+    elements: int
+    raw_bytes: int
+    projector: int
+
+
+def saved_by_tiles(config: Any) -> SavedByTower:
+    """Of a LLaVA's CLIP or SigLIP tower."""
+    vision, geometry, states = config.vision_config, tile_tower(config), feature_states(config)
+    per_mlp = 3 if vision.hidden_act == "quick_gelu" else 2
+    return SavedByTower(
+        layers=max(states),
+        tokens=geometry.patches + geometry.class_tokens,
+        hidden=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        elements=8 * vision.hidden_size + per_mlp * vision.intermediate_size,
+        raw_bytes=16 + 4 * vision.num_attention_heads,
+        projector=len(states) * vision.hidden_size + 3 * config.text_config.hidden_size,
+    )
+
+
+def after_features(config: Any, name: str) -> bool:
+    """Whether a tower's parameter comes after the layer whose features are taken, so that no gradient reaches it."""
+    if "post_layernorm" in name or ".head." in name:
+        return True
+    _, in_layer, rest = name.partition("encoder.layers.")
+    return bool(in_layer) and int(rest.partition(".")[0]) >= max(feature_states(config))
+
+
+def counted_by_patches(config: Any) -> dict[str, Any]:
+    """Settings of the processors of LLaVA-1.5 and LLaVA-NeXT."""
+    vision = config.vision_config
+    settings = {
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+    if vision.model_type in CLASS_TOKENS:
+        settings["num_additional_image_tokens"] = CLASS_TOKENS[vision.model_type]
+    return settings
+
+
+def check_class_token_is_dropped(config: Any) -> None:
+    """Refuse a config that keeps the tower's class token.
+
+    Raises:
+        ValueError: with the setting.
+    """
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} is not supported; "
+            "LLaVA-NeXT and LLaVA-1.5 use 'default' (the class token is dropped)"
+        )
