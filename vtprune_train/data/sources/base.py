@@ -78,7 +78,7 @@ class Place(NamedTuple):
 
 
 class Reader(ABC):
-    """One data file. A reader may be used in processes forked from the one that made it.
+    """One data file. A reader may be used in other processes than the one that made it.
 
     Args:
         path: the file.
