@@ -47,10 +47,8 @@ BUCKETS = 16
 def build_table(
     folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]], measure: Measure, workers: int
 ) -> None:
-    """Build the table of ``files`` in ``folder``, also from finished pieces of earlier starts.
-
-    Args:
-        stamps: path and stamp of each file; pieces of other ones are removed.
+    """Build the table of ``files`` in ``folder``, also from finished pieces of earlier starts; pieces of files with
+    other ``stamps`` (path and stamp of each) are removed.
 
     Raises:
         ValueError: a file cannot be read, or there is no record; names it.

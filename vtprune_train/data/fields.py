@@ -109,11 +109,9 @@ def is_empty(value: Any) -> bool:
 def check_fields(
     fields: Mapping[str, Any], read: Set[str], ignore: Collection[str], *, answer: bool | None, has_images: bool
 ) -> set[str]:
-    """The fields that are not read and should be mentioned.
+    """Of the fields of a record, a turn or a part of a turn's content, those that are not read and should be mentioned.
 
     Args:
-        fields: of a record, a turn or a part of a turn's content.
-        read: those that are honoured.
         ignore: those that the user says change nothing.
         answer: of a turn, whether it is the assistant's; ``None`` elsewhere.
         has_images: whether the record brings images where they are read from.

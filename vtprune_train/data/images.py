@@ -45,7 +45,7 @@ class UnreadableImage(ValueError):  # noqa: N818 (it is what a caller catches by
 
 
 class ChangedImage(UnreadableImage):
-    """An image that is not of the size that it was planned with."""
+    """An image whose size is not the one that it was planned with."""
 
 
 UNREADABLE = (UnreadableImage,)

@@ -156,7 +156,7 @@ class SampleIndex:
         return self.sources[source].prompt.apply(self.selections[source].table.read(row))
 
     def distrusted(self, sample: int, reason: str) -> RuntimeError:
-        """See :meth:`vtprune_train.data.table.Table.distrusted`: of the table that a sample is in."""
+        """See :meth:`vtprune_train.data.table.Table.distrusted`."""
         return self.selections[self.locate(sample)[0]].table.distrusted(reason)
 
     def pictures(self, sample: int, record: Conversation) -> list[Path | bytes]:

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.core.stream import IMAGE
-from vtprune_train.data.sources.base import (
-    Malformed,
-    Piece,
-    Place,
-    Reader,
-    parse_record,
-    too_many_bytes,
-)
+from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader, parse_record, too_many_bytes
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 LONGEST_NAME = 1 << 20  # bytes of what stands before a member: its name where that is long, times, attributes
