@@ -19,8 +19,7 @@ from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
-from vtprune_train.training.engine.start import start_distributed, start_engine
-from vtprune_train.training.optimizer import build_optimizer
+from vtprune_train.training.engine.start import build_optimizer, start_distributed, start_engine
 
 
 class NoProcessor:

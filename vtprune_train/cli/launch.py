@@ -110,11 +110,7 @@ def _torchrun(command: list[str], config: Config) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """torchrun's options, and what begins with ``--config``.
-
-    Raises:
-        ValueError: there is no ``--config``.
-    """
+    """torchrun's options, and what begins with ``--config``."""
     for position, argument in enumerate(arguments):
         if argument == "--config" or argument.startswith("--config="):
             return list(arguments[:position]), list(arguments[position:])
@@ -122,11 +118,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def torchrun_options(given: Sequence[str], config: Config) -> list[str]:
-    """``given`` and what it leaves open: all GPUs of one machine, restarts as ``train.max_restarts`` says.
-
-    Raises:
-        ValueError: an option that the settings decide.
-    """
+    """``given`` and what it leaves open: all GPUs of one machine, restarts as ``train.max_restarts`` says."""
     import torch
 
     names = {_name(option) for option in given if option.startswith("-")}

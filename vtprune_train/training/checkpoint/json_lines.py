@@ -27,14 +27,8 @@ SHOWN = 8  # ranges of steps in a message
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with its ``step``, at most one for each step.
-
-    One process writes it, after :meth:`rewind`; any may :meth:`read` it.
-
-    Args:
-        path: of the file.
-        every_step: a line is due for every step, so one that is missing is known to be.
-    """
+    """A file of one JSON object a line, each with its ``step``, at most one for each step; with ``every_step`` exactly
+    one. One process writes it, after :meth:`rewind`; any may :meth:`read` it."""
 
     def __init__(self, path: Path, every_step: bool = False):
         self.path, self.every_step = path, every_step
@@ -43,14 +37,9 @@ class JsonLines:
         self._packed = bytearray()
 
     def rewind(self, step: int, checkpoint: Path | None = None) -> None:
-        """Keep the lines up to ``step``, and restore from the checkpoint's copy those that are missing or damaged; says
-        what was restored, and what is lost. Lines of earlier steps that the copy lacks are not the run's, and are
-        removed; one of ``step`` itself may have come after the checkpoint.
-
-        Args:
-            step: training continues after it.
-            checkpoint: the one that it continues from.
-        """
+        """Keep the lines up to ``step``, after which training continues from ``checkpoint``, and restore from its copy
+        those that are missing or damaged; says what was restored, and what is lost. Lines of earlier steps that the
+        copy lacks are not the run's, and are removed; one of ``step`` itself may have come after the checkpoint."""
         content = self.path.read_bytes() if self.path.is_file() else b""
         copy = _read_copy(checkpoint, self.path.name)
         copied = dict(_parse(copy or b"")[0])

@@ -78,8 +78,7 @@ def problems(checkpoint: Path, part: str = "") -> list[str]:
 
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in one line, or ``None``."""
-    found = problems(checkpoint)
-    return "; ".join(found) if found else None
+    return "; ".join(problems(checkpoint)) or None
 
 
 def check_export(source: str | Path) -> None:
@@ -91,8 +90,7 @@ def check_export(source: str | Path) -> None:
     checkpoint, part = Path(source).parent, f"{Path(source).name}/"
     if not (checkpoint / MANIFEST).is_file():
         return
-    found = problems(checkpoint, part)
-    if found:
+    if found := problems(checkpoint, part):
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(found)}. Name an older step_XXXXXXXX of the run")
 
 

@@ -28,6 +28,12 @@ REPORT_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
 WELCOME_SECONDS = 60.0  # thousands of ranks come at once
 DEAD_HOST_SECONDS = 30
+KEEPALIVE = {
+    socket.TCP_KEEPIDLE: 10,
+    socket.TCP_KEEPINTVL: 5,
+    socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 1000 * DEAD_HOST_SECONDS,
+}
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,8 @@ class JsonConnection:
         self._buffer = b""
         self._kept: list[dict[str, Any]] = []
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        options = {
-            "TCP_KEEPIDLE": 10,
-            "TCP_KEEPINTVL": 5,
-            "TCP_KEEPCNT": 4,
-            "TCP_USER_TIMEOUT": DEAD_HOST_SECONDS * 1000,
-        }
-        for name, value in options.items():
-            if hasattr(socket, name):  # Linux; elsewhere a dead HOST is noticed later
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        for option, value in KEEPALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send(self, kind: str, **content: Any) -> None:
         line = json.dumps({"kind": kind, **content}).encode() + b"\n"
@@ -153,8 +152,8 @@ class JsonConnection:
 
     def receive(self) -> list[dict[str, Any]]:
         """What has arrived; call when the socket is readable. ``open`` is false once the other side is gone."""
-        if self._kept:
-            kept, self._kept = self._kept, []
+        kept, self._kept = self._kept, []
+        if kept:
             return kept
         try:
             chunk = self.socket.recv(65536)

@@ -41,11 +41,7 @@ COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 
 
 class Watchdog:
-    """One rank's marks of progress, and its end.
-
-    Args:
-        connection: to the other ranks.
-    """
+    """One rank's marks of progress, and its end."""
 
     def __init__(self, connection: RankConnection):
         self.connection = connection
@@ -93,12 +89,8 @@ class Watchdog:
     def fail(self, error: BaseException, code: int, *, final: bool, shown: str, terminated: bool = False) -> NoReturn:
         """End this rank, and with it the job, because of ``error``; prints ``shown`` if this rank is the cause.
 
-        Args:
-            error: what was raised.
-            code: exit code of all ranks.
-            final: starting again would end the same way.
-            shown: what the user is to read.
-            terminated: it is SIGTERM, which a launcher also sends because another rank failed.
+        ``code`` is the exit code of all ranks, ``final`` says that starting again would end the same way, and
+        ``terminated`` that it is SIGTERM, which a launcher also sends because another rank failed.
         """
         STOP.end()  # a launcher sends SIGTERM as soon as one rank is gone
         message = _first_lines(f"{type(error).__name__}: {error}")
@@ -127,9 +119,6 @@ class Watchdog:
         collective, frame = _standing(sys._current_frames(), self._main)
         return replace(place, collective=collective, frame=frame)
 
-    def _limit(self) -> float | None:
-        return self.saving_timeout if self._phase == "saving" else self.timeout
-
     def _watch(self) -> None:
         while True:
             messages = self.connection.poll(POLL_SECONDS)
@@ -149,7 +138,7 @@ class Watchdog:
 
     def _look(self) -> None:
         """Whether this rank makes progress; the thread being here shows that Python's lock is free."""
-        limit = self._limit()
+        limit = self.saving_timeout if self._phase == "saving" else self.timeout
         if limit is None and STOP.orphaned:  # nobody is there to end it
             limit = ORPHAN_SECONDS
         if limit is None:

@@ -34,8 +34,7 @@ def only_warning(what: str | Path) -> Iterator[None]:
 
 
 class Carried(Callback):
-    """A file that goes on with the run, from checkpoint to checkpoint, even while nothing adds lines to it (evaluation
-    is switched off)."""
+    """A file that every checkpoint holds a copy of, also while nothing adds lines to it (evaluation is off)."""
 
     def __init__(self, file: JsonLines):
         self.file = file

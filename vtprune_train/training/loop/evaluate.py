@@ -35,13 +35,10 @@ def evaluate(
 
     Args:
         model: pruned; its mode is restored afterwards.
-        collate: makes the batches.
         max_tokens: most tokens of a batch, before dropping.
-        device: this rank's.
-        workers: decode processes.
-        mark: told of every batch (the watchdog's).
-        worker_timeout: seconds after which one counts as hung.
-        shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
+        mark: called at every batch (the watchdog's).
+        worker_timeout: seconds after which a decode process counts as hung.
+        shuffle_pictures: give every sample another one's images: what the model answers without seeing.
 
     Returns:
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
