@@ -43,16 +43,8 @@ RANK_MODULE = "vtprune_train.cli"
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run all ranks of this machine; returns their exit code.
-
-    Args:
-        arguments: torchrun's own options (``--nproc_per_node``, ``--nnodes``, ``--rdzv_endpoint`` ...), then
-            ``--config FILE`` and ``key=value`` settings.
-
-    Raises:
-        ValueError: no ``--config``, settings that cannot be trained with, a run that another process is at, or a port
-            that is taken.
-    """
+    """Run all ranks of this machine; returns their exit code. ``arguments`` are torchrun's own options
+    (``--nproc_per_node``, ``--nnodes``, ``--rdzv_endpoint`` ...), then ``--config FILE`` and ``key=value`` settings."""
     options, training = split_arguments(arguments)
     config = _settings(training)
     command = [*torchrun_options(options, config), "-m", RANK_MODULE, "train", *training]

@@ -48,7 +48,6 @@ def least_levels(distance: Distance, num_layers: int, steps: int, tolerance: flo
 
     Args:
         distance: of the output under levels [num_layers - 1] from the dense output.
-        num_layers: decoder layers.
         steps: the level at which everything stays.
         tolerance: the largest distance.
 
@@ -72,12 +71,8 @@ def least_levels(distance: Distance, num_layers: int, steps: int, tolerance: flo
 
 
 def sigmoid_levels(num_layers: int, steps: int, slope: float, middle: float) -> list[int]:
-    """P-Sigmoid's schedule: the share kept falls from 1 to 0 around ``middle`` (a share of the depth), the more
-    steeply the larger ``slope``; never below one level.
-
-    Returns:
-        [num_layers - 1], not increasing.
-    """
+    """P-Sigmoid's schedule [num_layers - 1]: the share kept falls from 1 to 0 around ``middle`` (a share of the depth),
+    the more steeply the larger ``slope``; never below one level."""
     exponents = [slope * (layer / num_layers - middle) for layer in range(1, num_layers)]
     return [max(1, round(steps / (1.0 + math.exp(min(exponent, 60.0))))) for exponent in exponents]
 
@@ -89,9 +84,6 @@ def best_sigmoid(
 
     Published is a Bayesian search over both parameters; with the budget met exactly only the slope is free, so a few
     are tried.
-
-    Raises:
-        ValueError: even one level a layer costs more; says how much.
     """
     least = cost([1] * (num_layers - 1))
     if least > budget:

@@ -84,11 +84,7 @@ class _Work(NamedTuple):
         return f"{self.target.parent.name} {self.target.name} {self.piece.start} {self.piece.stop}"
 
     def load(self) -> Mapping[str, np.ndarray]:
-        """The columns of the finished piece.
-
-        Raises:
-            RuntimeError: it was damaged after it was looked at or written.
-        """
+        """The columns of the finished piece; a ``RuntimeError`` if it was damaged since it was looked at or written."""
         try:
             return np.load(io.BytesIO(read_sealed(self.target, self.identity)))
         except (OSError, ValueError) as error:

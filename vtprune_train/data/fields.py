@@ -148,11 +148,7 @@ def check_fields(
 def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None:
     """Refuse placeholders in a prompt: of anything but images (``<bbox>`` stands for the ``bbox`` of a record's
     ``objects``), and of images where the record has none. ``<video>`` with ``</video>`` and ``<picture>`` with
-    ``</picture>`` are HTML.
-
-    Raises:
-        ValueError: there is one; names it.
-    """
+    ``</picture>`` are HTML."""
     lowered = text.lower() if (marks := dict.fromkeys(_MARK.findall(text))) else ""
     for mark in marks:
         if mark not in ignore and f"</{mark[1:]}".lower() not in lowered:

@@ -85,11 +85,8 @@ NO_PROMPT = Prompt()
 
 def read_records(path: Path, ignore: Collection[str] = (), bounds: Bounds = BOUNDS) -> Iterator[Conversation]:
     """All conversations of a data file (or a folder, or a glob of files), one at a time. A record beyond ``bounds``
-    comes with an ``error``, its content is left alone; for ``ignore`` see :func:`normalize`.
-
-    Raises:
-        ValueError: see :func:`vtprune_train.data.sources.find_files` and its readers.
-    """
+    comes with an ``error``, its content is left alone; for ``ignore`` see :func:`normalize`. For errors see
+    :func:`vtprune_train.data.sources.find_files` and its readers."""
     for file in find_files(path):
         reader = open_reader(file, bounds.record)
         records = (record for piece in reader.pieces() for _, record in reader.scan(piece))

@@ -90,11 +90,7 @@ def barrier() -> None:
 
 
 def check_same(value: Any, what: str) -> None:
-    """Make sure that all ranks found the same.
-
-    Raises:
-        ValueError: names ``what`` and two machines that differ.
-    """
+    """Raise a ``ValueError`` on all ranks if their values differ; it names ``what`` and two machines."""
     answers = gather((socket.gethostname(), value))
     for number, (host, found) in enumerate(answers):
         if found != answers[0][1]:

@@ -42,9 +42,6 @@ class StopRequestError(Exception):
 def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
     """Train as one rank, with ``callbacks`` after those that every run has. Returns the exit code; does not return
     after a failure of any rank.
-
-    Raises:
-        ConfigError: the ranks cannot reach each other.
     """
     keep_streams()
     listens_for_this = STOP.listen()

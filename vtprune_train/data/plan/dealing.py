@@ -31,22 +31,14 @@ def deal(tokens: np.ndarray, costs: np.ndarray, world_size: int, max_tokens: int
     Args:
         tokens: [N] tokens before dropping.
         costs: [N] cost after dropping, any unit, not negative.
-        world_size: ranks.
-        max_tokens: most tokens of a micro-batch.
+        max_tokens: most tokens of a micro-batch; no sample has more.
 
     Returns:
         ``micro_batches[m][r]``, the positions in ``tokens`` that rank r takes in micro-step m, ascending; empty
         where there are fewer samples than ranks.
-
-    Raises:
-        ValueError: a sample is longer than ``max_tokens``.
     """
     tokens, costs = np.asarray(tokens, dtype=np.int64), np.asarray(costs, dtype=np.float64)
-    if len(tokens) and int(tokens.max()) > max_tokens:
-        raise ValueError(
-            f"data.max_tokens={max_tokens} is smaller than the longest sample ({int(tokens.max())} tokens); "
-            "raise it, or lower data.max_length and set data.too_long=skip"
-        )
+    assert tokens.max(initial=0) <= max_tokens, "the planner refuses longer samples"
     micro_steps = max(1, -(-fewest_bins(tokens, max_tokens) // world_size))
     while (bin_of := _pack(tokens, costs, micro_steps * world_size, max_tokens)) is None:
         micro_steps += 1

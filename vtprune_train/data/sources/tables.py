@@ -28,12 +28,9 @@ LARGEST_HELD = 128 << 20  # bytes of the rows of a row group that are held
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
-    """The columns that are read: those that a record needs (a conversation at least), and those that may make it
-    malformed."""
+    """The columns that are read: those that a record needs (a conversation at least) or that may make it malformed."""
     if not set(CONVERSATIONS) & set(names):
-        raise ValueError(
-            f"data file {path} has no column 'conversations' or 'messages'; its columns: {', '.join(names)}"
-        )
+        raise ValueError(f"data file {path} has no column 'conversations' or 'messages'; it has {', '.join(names)}")
     return [name for name in names if is_looked_at(name)]
 
 

@@ -39,9 +39,8 @@ class Tar(Reader):
             try:
                 tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
             except tarfile.ReadError as error:
-                raise ValueError(
-                    f"data file {self.path} is no plain tar ({error}); is it compressed or cut off?"
-                ) from error
+                what = f"data file {self.path} is not a plain tar ({error}); is it compressed or cut off?"
+                raise ValueError(what) from error
             group = _Group(tar, start)
             for header in _headers(tar, self.path, stop):
                 if group.key is not None and group.key != _key(header.name):

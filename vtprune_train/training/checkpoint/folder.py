@@ -150,11 +150,6 @@ class CheckpointFolder:
         """Whether this rank's part of the save in flight has ended with an error; :meth:`wait` raises it on all."""
         return self._in_flight is not None and self._in_flight.error is not None
 
-    @property
-    def busy(self) -> bool:
-        """Whether this rank's thread is writing."""
-        return self._in_flight is not None and not self._in_flight.join(0)
-
     def wait(self) -> None:
         """Wait until the save in flight is published; all ranks call this together.
 

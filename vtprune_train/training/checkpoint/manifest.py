@@ -82,11 +82,8 @@ def verify(checkpoint: Path) -> str | None:
 
 
 def check_export(source: str | Path) -> None:
-    """Before weights are taken from a checkpoint's ``hf/`` folder; another folder, or a hub id, passes.
-
-    Raises:
-        ValueError: a file is not what the checkpoint's manifest says.
-    """
+    """Raise a ``ValueError`` if a file of a checkpoint's ``hf/`` folder, which weights are taken from, is not what the
+    manifest says; another folder, or a hub id, passes."""
     checkpoint, part = Path(source).parent, f"{Path(source).name}/"
     if not (checkpoint / MANIFEST).is_file():
         return

@@ -38,11 +38,7 @@ class SavedState(Protocol):
 
 
 class DeepSpeedFiles:
-    """Reads the files of all ranks of a checkpoint; tensors are memory-mapped.
-
-    Args:
-        folder: ``deepspeed/`` of a checkpoint.
-    """
+    """Reads the files of all ranks in a checkpoint's ``deepspeed/``; tensors are memory-mapped."""
 
     def __init__(self, folder: Path):
         self.folder, layouts = folder, read_layouts(folder)

@@ -23,12 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Sharded(Placement):
-    """Cuts parameters as DeepSpeed's ZeRO-3 does.
-
-    Args:
-        settings: what the engine is started with.
-        dtype: that of the engine's parameters.
-    """
+    """Cuts parameters as DeepSpeed's ZeRO-3 does; ``settings`` and ``dtype`` are those that the engine starts with."""
 
     sharded = True
 

@@ -188,22 +188,22 @@ class Watchdog:
     def _write_stacks(self, reason: EndReason) -> None:
         """Stacks of all threads and of the loader workers, in the rank's file; a failed rank's on stderr as well."""
         try:
-            self._write_stack_file(reason)
+            self._file.write(f"{reason.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
+            self._file.flush()
+            faulthandler.dump_traceback(file=self._file, all_threads=True)
+            self._file.write(f"\n{_worker_stacks()}\n")
+            self._file.flush()
         except OSError as error:  # a full disk: the rank must end all the same
             _print(f"the stacks of rank {ranks.rank()} cannot be written to {self._file.name}: {error}")
         if ranks.rank() in reason.failed_ranks:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
-    def _write_stack_file(self, reason: EndReason) -> None:
-        self._file.write(f"{reason.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
-        self._file.flush()
-        faulthandler.dump_traceback(file=self._file, all_threads=True)
-        try:
-            workers = live_stacks()
-        except (OSError, ValueError) as error:  # a loader that is being closed just now; the job must end all the same
-            workers = f"the decode workers cannot be asked: {error}"
-        self._file.write(f"\n{workers}\n")
-        self._file.flush()
+
+def _worker_stacks() -> str:
+    try:
+        return live_stacks()
+    except (OSError, ValueError) as error:  # a loader that is being closed just now; the job must end all the same
+        return f"the decode workers cannot be asked: {error}"
 
 
 def end(code: int, final: bool) -> NoReturn:

@@ -22,11 +22,7 @@ from vtprune_train.training.loop.parts import Parts
 
 
 def cache_dir(config: Config) -> Path:
-    """Where the indices of the data are kept.
-
-    Raises:
-        ConfigError: it cannot be made or written; says why.
-    """
+    """Where the indices of the data are kept; a ``ConfigError`` if it cannot be made or written."""
     from datasets import config as datasets_config
 
     named = config.data.cache_dir

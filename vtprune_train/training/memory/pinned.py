@@ -78,11 +78,8 @@ class Arena:
         self._layout = Layout()
 
     def cut(self, like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised contiguous tensor on the host, of the shape and dtype of ``like``, which is not empty.
-
-        Raises:
-            RuntimeError: there is not enough memory to lock.
-        """
+        """An uninitialised contiguous tensor on the host, of the shape and dtype of ``like``, which is not empty; a
+        ``RuntimeError`` if there is not enough memory to lock."""
         block, offset = self._layout.place(like.numel() * like.element_size())
         size = self._layout.blocks[block]
         if block < len(self._blocks) and self._blocks[block].size != size:
