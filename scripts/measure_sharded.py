@@ -89,11 +89,14 @@ def child(out: Path, kind: str, arguments: list[str]) -> int:
         peaks[0].begin("steps")
         return fit(trainer)
 
+    def build_whole(config: Any, settings: Any) -> Any:
+        return WHOLE
+
     fit = run.Trainer.fit
     replaced: list[tuple[Any, str, Any]] = [(run.Trainer, "fit", on_fit), (run, "build_parts", measured_build)]
     replaced.append((CheckpointFolder, "save", measured_save))
     if kind == "whole":
-        replaced.append((run, "placement_for", lambda config, settings: WHOLE))
+        replaced.append((run, "placement_for", build_whole))
     for holder, name, function in replaced:
         setattr(holder, name, function)
     sys.argv = ["train.py", *arguments]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.faults.changed import edit, zero_body
@@ -431,9 +432,9 @@ def test_no_micro_batch_is_beyond_its_limit(tmp_path):
         index.order(), lambda _, samples: (np.ones(len(samples), dtype=np.int64), np.ones(len(samples))),
         longest=1, global_batch_size=4, max_tokens=4, world_size=1,
     )  # fmt: skip
-    loader = StepLoader(collate, short, first_step=0, end_step=1, rank=0, workers=0, device=None)
+    loader = StepLoader(collate, short, first_step=0, end_step=1, rank=0, workers=0, device=torch.device("cpu"))
     with pytest.raises(AssertionError, match=r"beyond data.max_tokens"):
-        loader._decode(next(iter(loader._tasks(short.plan(0)))))
+        loader.decode(next(iter(loader._tasks(short.plan(0)))))
 
 
 @pytest.mark.parametrize(("build_of", "name"), [("nothing", "0000000.npz"), ("pieces", "at.npy")])

@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 
 from vtprune_train.config.settings import Config, ConfigError, refusal
+from vtprune_train.data.load.workers import wait_for_server
 from vtprune_train.models.forward.kernels import be_deterministic
 from vtprune_train.processes.output import keep_streams
 from vtprune_train.processes.signals import BEFORE_TRAINING, STOP, exit_code, final_exit
@@ -69,6 +70,8 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> int:
             what = "the settings are wrong" if isinstance(error, ConfigError) else "cannot train"
             watchdog.fail(error, EXIT_REFUSED, final=True, shown=refusal(what, error))
         settings = config.train
+        if config.data.workers:
+            wait_for_server()
         ranks.barrier()  # a machine may index its data longer than another: that is no hang
         watchdog.watch(config.run_dir / "watchdog", settings.watchdog_timeout, settings.collective_timeout)
         STOP.train()

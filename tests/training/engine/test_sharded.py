@@ -65,6 +65,7 @@ KINDS = {
     "sizes": (),
     "half": ("model.dtype=bfloat16",),
     "checkpoint": ("BASE",),
+    "offloaded": ("BASE", "deepspeed=configs/deepspeed/zero3_offload.json"),
     "adapter": ("BASE", *LORA),
     "dora": ("BASE", *LORA, "model.peft.kind=dora"),
     "learned": ("BASE", "pruning.method=voco", "model.train.pruning=1.0e-2"),

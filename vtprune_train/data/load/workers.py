@@ -71,6 +71,14 @@ def start_server() -> None:
             process.ensure_running()
 
 
+def wait_for_server() -> None:
+    """Wait until the server has imported what workers need, which takes seconds: what waits for a batch meanwhile would
+    count as hung."""
+    process = WorkerContext().Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
 @dataclass
 class _Decoded(Dataset[Any]):
     """A batch or what went wrong, for each task; ``counts`` are the batches that each worker has decoded."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from vtprune_train.files import pickles
 from vtprune_train.files.disk import naming, remove
-from vtprune_train.models.io.export import EXPORT, UNEXPORTED, write_weights
+from vtprune_train.models.io.export import EXPORT, UNEXPORTED, Plan, write_weights
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.writing import Entries, Save, write_file
 from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by
@@ -106,11 +106,11 @@ class CheckpointFolder:
         exports = self.export == "every" or (self.export == "last" and last)
         weights = self._copies.copy(full_state_dict(engine)) if exports else None
         self._copies.finish()
-        plan = export_plan(engine.module)
+        plan = export_plan(engine.module) if rank() == 0 else Plan({})
         texts = {"trainer.json": json.dumps(asdict(state), indent=1).encode(), "config.yaml": config_yaml.encode()}
         texts |= {f"{manifest.LOGS}/{name}.gz": copied for name, copied in logs.items()}
         own_bytes = self._copies.num_bytes() + sum(map(len, texts.values()))
-        own_bytes += plan.num_bytes if exports and rank() == 0 else 0
+        own_bytes += plan.num_bytes if exports else 0
         needed = sum(gather(own_bytes)) + SLACK
         self._check_space(partial, needed)
         if self._processor is None:  # the thread's own: a tokenizer must not be used by two threads at once

@@ -343,7 +343,7 @@ class RankConnection:
         self.link.close()
 
     def _leave_in_child(self) -> None:
-        """Workers are forked: were they to hold a copy, the end of a rank would not show before theirs."""
+        """A forked child (of a user's callback) that held a copy would hide that this rank has ended."""
         if self.link.open:
             os.close(self.link.socket.detach())
             if self.hub is not None:
