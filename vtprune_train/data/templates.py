@@ -60,11 +60,7 @@ def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template, 
 
 def saved_chat_template(tokenizer: PreTrainedTokenizerBase, place: str | None, *, offline: bool = False) -> str | None:
     """The chat template that a checkpoint brings, ``None`` if it brings none: of its ``tokenizer``, opened from the
-    folder or hub id ``place``. ``offline``: ask no hub (dry runs).
-
-    Raises:
-        ValueError: its file is damaged.
-    """
+    folder or hub id ``place``. ``offline``: ask no hub (dry runs). A damaged file is a ``ValueError``."""
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default")

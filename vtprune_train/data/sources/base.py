@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,10 +86,10 @@ class Reader(ABC):
         self._file: IO[bytes] | None = None
 
     def _bytes(self, place: Place) -> bytes:
-        """The bytes at a place of a text file, which stays open; fewer at the file's end."""
-        self._file = self._file or self.path.open("rb", buffering=0)  # what changes in the file shows
-        self._file.seek(place.at)
-        return self._file.read(place.size)
+        """The bytes at a place of a text file, fewer at its end. It stays open; a process that was forked from this one
+        shares its position, which ``pread`` does not use."""
+        self._file = self._file or self.path.open("rb")
+        return os.pread(self._file.fileno(), place.size, place.at)
 
     @property
     def unread(self) -> list[str]:

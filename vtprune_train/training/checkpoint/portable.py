@@ -56,11 +56,7 @@ class PortableFiles:
 
 
 def open_state(checkpoint: Path) -> SavedState:
-    """The state in a checkpoint, whichever form it has.
-
-    Raises:
-        ValueError: it has none, or from an older version.
-    """
+    """The state in a checkpoint, whichever form it has; a ``ValueError`` if an older version wrote it."""
     portable = checkpoint / PORTABLE
     return PortableFiles(portable) if portable.is_dir() else DeepSpeedFiles(checkpoint / TAG)
 

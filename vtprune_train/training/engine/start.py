@@ -50,11 +50,7 @@ def start_distributed(timeout: float) -> torch.device:
 
 
 def check_engine(config: Config, settings: dict[str, Any], device: torch.device) -> None:
-    """Make sure that this device can train in ``model.dtype``, and that DeepSpeed takes ``settings``.
-
-    Raises:
-        ConfigError: names the key, its value and what fits.
-    """
+    """Raise a ``ConfigError`` if this device cannot train in ``model.dtype``, or DeepSpeed refuses ``settings``."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

@@ -64,7 +64,7 @@ def _refuse_unless(skip: bool, problem: str, key: str, step: int) -> None:
 
 
 def _count(trainer: Trainer, kind: Skipped, problem: str, step: int) -> Skipped:
-    """One more step without an update."""
+    """Count one more step without an update; too many end the run."""
     state, train = trainer.state, trainer.config.train
     state.skipped += 1
     state.skipped_in_a_row += 1

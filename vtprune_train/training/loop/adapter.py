@@ -59,11 +59,8 @@ def check_adapter(config: Config, device: torch.device) -> None:
 
 
 def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
-    """Name, check and keep the base of a run with ``model.peft``, then put its adapter in; all ranks call this.
-
-    Raises:
-        ValueError: the base is another one than when the run began, or settings of the adapter changed.
-    """
+    """Name, check and keep the base of a run with ``model.peft``, then put its adapter in; all ranks call this. A
+    ``ValueError`` if the base or the adapter's settings are not what they were when the run began."""
     settings = config.model.peft
     if settings is None:
         return

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from vtprune_train.config.settings import Config, ConfigError, SourceConfig
+from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.core.flops import TrainingCost
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.load.collate import Collator
@@ -37,16 +37,23 @@ def cache_dir(config: Config) -> Path:
 
 
 def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval"]) -> SampleIndex:
-    """Index the training or evaluation data; all ranks call this.
-
-    Raises:
-        ValueError: no file is named, ranks do not find the same (they would plan different steps and wait for each
-            other for ever), or see :func:`vtprune_train.data.index.build_index`.
-    """
+    """Index the training or evaluation data; all ranks call this. A ``ValueError`` if no file is named, or ranks do not
+    find the same: they would plan different steps and wait for each other for ever."""
     if not config.sources(which):
         raise ValueError(f"data.{which} names no file; for example [{{path: train.json, images: images}}]")
     index = build_index(
-        [_source(source) for source in config.sources(which)],
+        [
+            Source(
+                path=Path(source.path),
+                images=Path(source.images),
+                take=source.take,
+                weight=source.weight,
+                prompt=Prompt(**source.prompt.model_dump()),
+                name=source.name or "",
+                ignore=tuple(source.ignore),
+            )
+            for source in config.sources(which)
+        ],
         parts.encoder,
         parts.layout,
         max_length=config.data.max_length,
@@ -62,18 +69,6 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
     )
     ranks.check_same(f"{index.identity()}, {index.total_tokens} tokens", f"the samples of data.{which}")
     return index
-
-
-def _source(config: SourceConfig) -> Source:
-    return Source(
-        path=Path(config.path),
-        images=Path(config.images),
-        take=config.take,
-        weight=config.weight,
-        prompt=Prompt(**config.prompt.model_dump()),
-        name=config.name or "",
-        ignore=tuple(config.ignore),
-    )
 
 
 def build_collator(

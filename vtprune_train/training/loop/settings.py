@@ -34,11 +34,8 @@ def with_saved_settings(config: Config) -> Config:
 
 
 def with_pruning_rate(config: Config) -> Config:
-    """With a rate for the parameters that the method adds: the projector's, where ``model.train`` names none.
-
-    Raises:
-        ConfigError: there is no rate for them, or one and no such parameters.
-    """
+    """With a rate for the parameters that the method adds: the projector's, where ``model.train`` names none. A
+    ``ConfigError`` if there is none either, or a rate and no such parameters."""
     train, name = config.model.train, config.pruning.method
     if not learns(config.pruning.build()):
         if "pruning" in train:
