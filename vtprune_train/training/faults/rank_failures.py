@@ -28,12 +28,7 @@ REPORT_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
 WELCOME_SECONDS = 60.0  # thousands of ranks come at once
 DEAD_HOST_SECONDS = 30
-KEEPALIVE = {
-    socket.TCP_KEEPIDLE: 10,
-    socket.TCP_KEEPINTVL: 5,
-    socket.TCP_KEEPCNT: 4,
-    socket.TCP_USER_TIMEOUT: 1000 * DEAD_HOST_SECONDS,
-}
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 1000 * DEAD_HOST_SECONDS}
 
 
 @dataclass(frozen=True)
@@ -139,8 +134,9 @@ class JsonConnection:
         self._buffer = b""
         self._kept: list[dict[str, Any]] = []
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE.items():
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):  # Linux; elsewhere a dead HOST is noticed later
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, kind: str, **content: Any) -> None:
         line = json.dumps({"kind": kind, **content}).encode() + b"\n"
