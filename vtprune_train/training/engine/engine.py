@@ -109,9 +109,6 @@ class Engine:
     def load_files(self, folder: Path, tag: str, strict: bool) -> None:
         """Load what :meth:`state_files` gave as many ranks of the same ZeRO stage and dtype, before the first step;
         ``strict`` where it holds every parameter. All ranks call this. Rates, weight decay and betas stay as they are.
-
-        Raises:
-            ValueError: there is nothing to load.
         """
         optimizer = self._deepspeed.optimizer
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]

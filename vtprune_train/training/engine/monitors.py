@@ -70,11 +70,18 @@ def _optional(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except OSError as error:
             _warn(original, settings, error)
             return None
-        write = monitor.write_events
+        write, world_size = monitor.write_events, ranks.world_size()
 
         def guarded(events: list[Scalar]) -> None:
             try:
-                write([_by_global_step(event) for event in events])
+                # DeepSpeed's own events count the micro-batches of all ranks, all others global steps.
+                by_sample = "Train/Samples/"
+                write(
+                    [
+                        (tag, value, step // world_size if tag.startswith(by_sample) else step)
+                        for tag, value, step in events
+                    ]
+                )
             except Exception as error:
                 monitor.enabled = False
                 _warn(original, settings, error)
@@ -83,12 +90,6 @@ def _optional(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return monitor
 
     return make
-
-
-def _by_global_step(event: Scalar) -> Scalar:
-    """DeepSpeed's own events count the micro-batches of all ranks, all others global steps."""
-    tag, value, step = event
-    return tag, value, step // ranks.world_size() if tag.startswith("Train/Samples/") else step
 
 
 def _warn(original: Any, settings: Any, error: Exception) -> None:

@@ -23,11 +23,8 @@ def load_resharded(
     engine: Any, source: Path, open_state: Callable[[Path], SavedState], agree: Callable[[Callable[[], None]], None]
 ) -> None:
     """Fill a DeepSpeed engine that is not stepped yet from the checkpoint ``source`` of other ranks or another ZeRO
-    stage; all ranks call this. ``agree`` does something on every rank and raises on all if one fails.
-
-    Raises:
-        ValueError: the files do not hold what this engine trains.
-    """
+    stage; all ranks call this. ``agree`` does something on every rank and raises on all if one fails, as where the
+    files do not hold what this engine trains."""
     optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False):
         raise ValueError("optimizer states on NVMe resume only with the ranks and ZeRO stage that wrote the checkpoint")
