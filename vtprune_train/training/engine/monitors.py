@@ -70,18 +70,11 @@ def _optional(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except OSError as error:
             _warn(original, settings, error)
             return None
-        write, world_size = monitor.write_events, ranks.world_size()
+        write = monitor.write_events
 
         def guarded(events: list[Scalar]) -> None:
             try:
-                # DeepSpeed's own events count the micro-batches of all ranks, all others global steps.
-                by_sample = "Train/Samples/"
-                write(
-                    [
-                        (tag, value, step // world_size if tag.startswith(by_sample) else step)
-                        for tag, value, step in events
-                    ]
-                )
+                write([_by_global_step(event) for event in events])
             except Exception as error:
                 monitor.enabled = False
                 _warn(original, settings, error)
@@ -90,6 +83,12 @@ def _optional(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return monitor
 
     return make
+
+
+def _by_global_step(event: Scalar) -> Scalar:
+    """DeepSpeed's own events count the micro-batches of all ranks, all others global steps."""
+    tag, value, step = event
+    return tag, value, step // ranks.world_size() if tag.startswith("Train/Samples/") else step
 
 
 def _warn(original: Any, settings: Any, error: Exception) -> None:
