@@ -72,7 +72,8 @@ class Loaders:
     def __init__(self, folder: Path, steps: int):
         # here, as workers import this file, and training's own script imports nothing
         from vtprune_train.config.load import load_config
-        from vtprune_train.training.loop.run import build_collator, build_parts, build_planner, training_cost
+        from vtprune_train.training.loop.data import build_collator, build_planner
+        from vtprune_train.training.loop.parts import build_parts, training_cost
 
         (folder / "bench.yaml").write_text(yaml.safe_dump(SETTINGS))
         given = [f"run.output_dir={folder / 'runs'}", f"data.root={folder}", f"data.cache_dir={folder / 'cache'}"]

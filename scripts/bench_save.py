@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,7 @@ from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
-from vtprune_train.training.engine.start import start_distributed, start_engine
-from vtprune_train.training.optimizer import build_optimizer
+from vtprune_train.training.engine.start import build_optimizer, start_distributed, start_engine
 
 
 class NoProcessor:
@@ -84,7 +84,7 @@ def measure(
     found = {name: [time.perf_counter() - began]}
     if name == "background":
         steps = []
-        while checkpoints.busy:
+        while any(thread.name == "checkpoint" for thread in threading.enumerate()):
             steps.append(step())
         found |= {"step_while_writing": steps, "writing": [time.perf_counter() - began]}
         checkpoints.wait()

@@ -93,7 +93,7 @@ def child(out: Path, kind: str, arguments: list[str]) -> int:
         return WHOLE
 
     fit = run.Trainer.fit
-    replaced = [(run.Trainer, "fit", on_fit), (run, "build_parts", measured_build)]
+    replaced: list[tuple[Any, str, Any]] = [(run.Trainer, "fit", on_fit), (run, "build_parts", measured_build)]
     replaced.append((CheckpointFolder, "save", measured_save))
     if kind == "whole":
         replaced.append((run, "placement_for", build_whole))
@@ -126,7 +126,7 @@ def make_checkpoint(runs: Any, folder: Path, layers: int) -> None:
 
     from tests.support.runner import TINY
     from vtprune_train.config.load import load_config
-    from vtprune_train.training.loop.run import build_parts
+    from vtprune_train.training.loop.parts import build_parts
 
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": layers, "initializer_range": 0.02}
     TINY["model"]["config"]["text_config"].update(sizes)  # type: ignore[index]

@@ -47,8 +47,9 @@ def errors_of(capsys, *arguments):
     assert main(["estimate", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert all(line.startswith("vtprune estimate: ") for line in captured.err.splitlines())
-    return [line.removeprefix("vtprune estimate: ") for line in captured.err.splitlines()]
+    title, *lines = captured.err.splitlines()
+    assert title == "vtprune estimate:"
+    return [line.removeprefix("  ") for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -363,7 +364,7 @@ def test_as_a_user_calls_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
     wrong = subprocess.run([*command, "--text", "-3"], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert len(wrong.stderr.splitlines()) == 1 and "Traceback" not in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 2 and "Traceback" not in wrong.stderr
 
 
 def documented_commands():

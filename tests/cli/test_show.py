@@ -429,10 +429,11 @@ def test_the_command_takes_flags(folder):
         ({"out": "no/out.png"}, ["folder", "does not exist"]),
     ],
 )
-def test_wrong_input_exits_2_with_one_line(folder, capfd, arguments, words):
+def test_wrong_input_exits_2_with_what_is_wrong(folder, capfd, arguments, words):
     assert command(folder, **arguments) == 2
-    (line,) = capfd.readouterr().err.strip().splitlines()
-    for word in ["cannot show: ", *words]:
+    title, line = capfd.readouterr().err.strip().splitlines()
+    assert title == "vtprune show:"
+    for word in words:
         assert word in line
 
 

@@ -21,7 +21,7 @@ from vtprune_train.core.stream import Drop
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.pruning import METHODS, method_class, setting_types
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.loop.run import merge_pruning
+from vtprune_train.training.loop.settings import merge_pruning
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

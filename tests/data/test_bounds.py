@@ -226,7 +226,7 @@ def test_text_is_bounded_before_it_is_tokenized(tmp_path, caplog):
     with pytest.raises(ValueError, match=message + f", more than data.max_text_bytes={BOUND}"):
         build([Source(path, tmp_path)], tmp_path, bounds=bounds)
     index, _ = build([Source(path, tmp_path)], tmp_path, bounds=bounds, too_long="skip")
-    assert len(index) == 7 and index.too_long == 3 and index.bad == 0
+    assert len(index) == 7 and index.selections[0].manifest["too_large"] == 3 and index.bad == 0
     assert [index.sample_id(i) for i in (2, 3, 6)] == ["0:2:r2", "0:4:r4", "0:7:r7"]
     assert index.record(3).turns[1].text == "a dog " * 5
     assert "3 record(s) are too large and are skipped" in caplog.text and "a-9: its text has 60" in caplog.text

@@ -169,7 +169,7 @@ def test_too_long_samples(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"2 sample\(s\) are longer than data.max_length=80.*r1 \(\d+\), r2"):
         index_of(tmp_path, records, max_length=80)
     index, _ = index_of(tmp_path, records, max_length=80, too_long="skip")
-    assert len(index) == 1 and index.too_long == 2
+    assert len(index) == 1 and index.selections[0].manifest["too_long"] == 2
 
 
 def test_take(tmp_path, caplog):

@@ -127,7 +127,7 @@ def test_members_of_a_tar(tmp_path):
     ("name", "content", "message"),
     [
         ("a.tar.gz", b"x", "a.tar.gz is compressed, so no record of it can be reached by itself; unpack it"),
-        ("a.tar", b"\x1f\x8b garbage", "a.tar is no plain tar"),
+        ("a.tar", b"\x1f\x8b garbage", "a.tar is not a plain tar"),
         ("a.parquet", b"PAR1 and no more", "a.parquet is not parquet, or is cut off"),
         ("a.json", b'[{"id": 1}, {"id": 2}', "a.json: not JSON .the list has no end"),
         ("a.json", b'[{"id": 1} {"id": 2}]', "a.json: not JSON .',' or ']' expected, at byte 11"),
@@ -211,7 +211,7 @@ def test_a_dataset_that_is_damaged_in_place_is_named(tmp_path, damage):
 
 def test_columns_and_folders_that_cannot_be_read(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"question": "a", "answer": "b"}]), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="no column 'conversations' or 'messages'; its columns: question, answer"):
+    with pytest.raises(ValueError, match="no column 'conversations' or 'messages'; it has question, answer"):
         build([Source(tmp_path / "a.parquet", tmp_path)], tmp_path)
     (tmp_path / "mixed").mkdir()
     with pytest.raises(ValueError, match=r"mixed holds no data file; use .json"):

@@ -19,11 +19,11 @@ from torch import nn
 
 from vtprune_train.models.io.export import Plan
 from vtprune_train.training.checkpoint import folder as folder_module
-from vtprune_train.training.checkpoint import load as load_module
 from vtprune_train.training.checkpoint import manifest
+from vtprune_train.training.checkpoint import resume as resume_module
 from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
-from vtprune_train.training.checkpoint.load import load
 from vtprune_train.training.checkpoint.portable import write_portable
+from vtprune_train.training.checkpoint.resume import load
 from vtprune_train.training.distributed import barrier, gather, rank, shut_down, world_size
 from vtprune_train.training.engine import weights as weights_module
 from vtprune_train.training.engine.files import MASTER, DeepSpeedFiles
@@ -153,7 +153,7 @@ def read(folder, dtype, form):
 if __name__ == "__main__":
     start_distributed(timeout=120)
     command, where, dtype, *form = sys.argv[1:]
-    folder_module.holds_only_trained = load_module.holds_only_trained = lambda module: dtype == "bfloat16"
+    folder_module.holds_only_trained = resume_module.holds_only_trained = lambda module: dtype == "bfloat16"
     folder_module.export_plan = weights_module.export_plan = lambda module: Plan({})  # see Quiet
     if command == "write":
         write(Path(where), dtype)

@@ -16,8 +16,9 @@ from vtprune_train import prune
 from vtprune_train.cli import main
 from vtprune_train.config.load import load_config
 from vtprune_train.evaluation.answering import content_of, load_processor, model_config, write_prompt
+from vtprune_train.training.loop.data import build_collator
 from vtprune_train.training.loop.evaluate import evaluate
-from vtprune_train.training.loop.run import build_collator, build_parts, training_cost
+from vtprune_train.training.loop.parts import build_parts, training_cost
 
 WORDS = ["red cat", "two dogs", "blue bird", "the left one", "a right one", "no, five"]
 KINDS = {

@@ -21,7 +21,7 @@ from vtprune_train.models.forward.head import Teaching, chunked_loss
 from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
-from vtprune_train.training.loop.run import merge_pruning
+from vtprune_train.training.loop.settings import merge_pruning
 
 # ------------------------------------------------------------------------------------------------ which phase
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vtprune_train.config.settings import Config
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.training.loop.adapter import attach_adapter
-from vtprune_train.training.loop.run import build_parts
+from vtprune_train.training.loop.parts import build_parts
 
 ALL = {"lora": 1e-3, "projector": 1e-3, "vision_tower": 1e-3}
 

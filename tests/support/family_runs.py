@@ -15,7 +15,8 @@ from vtprune_train.config.settings import Config
 from vtprune_train.models.io.build import (
     set_trainable,
 )
-from vtprune_train.training.loop.run import build_collator, build_parts, training_cost
+from vtprune_train.training.loop.data import build_collator
+from vtprune_train.training.loop.parts import build_parts, training_cost
 
 NAMES = ["llava", "llava_onevision", "qwen2_5_vl"]
 TEMPLATE = {"user": "user : {text}", "assistant": " assistant :", "answer": " {text}{eos}", "separator": " "}

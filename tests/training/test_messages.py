@@ -15,7 +15,8 @@ from vtprune_train.files.parse import read_yaml
 from vtprune_train.training.check_data import check_run_dir
 from vtprune_train.training.checkpoint.resume import _check_identity
 from vtprune_train.training.engine.settings import engine_config
-from vtprune_train.training.loop.run import cache_dir, warn_of_batch
+from vtprune_train.training.loop.data import cache_dir
+from vtprune_train.training.loop.run import warn_of_batch
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The command line: ``train.py`` and ``vtprune``, one file per command."""
+"""The command line: ``train.py`` and ``vtprune``, one file per command.
+
+Everything here raises ``ValueError``, with how to fix it, for what a user can cause; :func:`main` prints it.
+"""
 
 from vtprune_train.cli.commands import main, train_main
 

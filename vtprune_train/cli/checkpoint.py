@@ -65,11 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find(path: Path) -> list[Path]:
-    """The checkpoints at a path, oldest first.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The checkpoints at a path, oldest first."""
     if not path.is_dir():
         what = "is no folder" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}; name a run's folder, its checkpoints folder, or one checkpoint")
@@ -231,8 +227,7 @@ def convert_checkpoint(path: Path, out: str | None) -> int:
 
 def write_converted(source: Path, partial: Path) -> None:
     """Fill ``partial`` with the portable form of ``source``, its manifest included."""
-    from vtprune_train.training.checkpoint.load import open_state
-    from vtprune_train.training.checkpoint.portable import PORTABLE, write_portable
+    from vtprune_train.training.checkpoint.portable import PORTABLE, open_state, write_portable
 
     write_portable(open_state(source), partial / PORTABLE)
     for name in manifest.read_manifest(source):

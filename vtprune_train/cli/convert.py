@@ -16,11 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vtprune_train.cli.export import check_target, publish
 from vtprune_train.cli.options import add_trust_option
@@ -73,11 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the conversion.
-
-    Raises:
-        ValueError: what is wrong with an option or the checkpoint, or something there that must not be replaced.
-    """
+    """Write the conversion."""
     form = arguments.to
     if arguments.vision_tower is not None and form not in ("hf", "original"):
         raise ValueError(f"--vision_tower has no effect with --to {form}, which is the projector alone; leave it out")
@@ -85,12 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--without_learned has no effect with --to {form}; leave it out")
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
     check_export(source)
-    if arguments.to == "mm_projector":
+    if form == "mm_projector":
         _write_mm_projector(source, out, arguments.force)
     else:
         check_target(out, source, arguments.force)
-        publish(out, _writer(source, arguments.to, arguments.vision_tower, arguments.without_learned))
-    log.info("%s is in %s", arguments.to, out)
+        publish(out, _writer(source, form, arguments.vision_tower, arguments.without_learned))
+    log.info("%s is in %s", form, out)
     return 0
 
 
@@ -112,11 +104,7 @@ def _writer(source: str, form: str, tower: str | None, without_learned: bool) ->
 
 
 def _check_whole(source: Path) -> None:
-    """Refuse a folder that holds a part of a checkpoint only.
-
-    Raises:
-        ValueError: saying what it holds and what to do.
-    """
+    """Refuse a folder that holds a part of a checkpoint only."""
     if not source.is_dir():
         raise ValueError(f"--to hf: {source} is not a folder on this machine; download the checkpoint first")
     if not (source / "config.json").is_file():
@@ -126,35 +114,28 @@ def _check_whole(source: Path) -> None:
             f"--to hf: {source} holds a LoRA adapter of the original code, not a model; merge it first "
             "(scripts/merge_lora_weights.py there)"
         )
-    if (source / original.MM_PROJECTOR).is_file() and not any(source.glob("*.safetensors")) and not _has_bin(source):
+    has_weights = any(source.glob("*.safetensors")) or any(source.glob("pytorch_model*.bin"))
+    if (source / original.MM_PROJECTOR).is_file() and not has_weights:
         raise ValueError(
             f"--to hf: {source} holds a projector alone ({original.MM_PROJECTOR}, tune_mm_mlp_adapter); --to "
             "projector makes what model.projector reads"
         )
 
 
-def _has_bin(source: Path) -> bool:
-    return any(source.glob("pytorch_model*.bin"))
-
-
 def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
-    """Projector and ``image_newline`` by Hugging Face names, and whether it is a linear one.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Projector and ``image_newline`` by Hugging Face names, and whether it is a linear one."""
     file = Path(source) / original.MM_PROJECTOR if Path(source).is_dir() else Path(source)
     if file.is_file():
-        found = original.read_projector_file(file, source)
-        return found, names.is_linear(found)
-    if original.read_config(Path(source)) is not None:
-        found = names.projector_to_hf(original.read_weights(Path(source)), source)
-        return found, names.is_linear(found)
-    config = _llava_config(source)
-    weights = load_weights(source, "auto").state_dict()
-    own = family_of_config(config)[1].projector
-    found = {name: value for name, value in weights.items() if name.startswith(own)}
-    return found, config.projector_hidden_act == "linear"
+        projector = original.read_projector_file(file, source)
+    elif original.read_config(Path(source)) is not None:
+        projector = names.projector_to_hf(original.read_weights(Path(source)), source)
+    else:
+        config = _llava_config(source)
+        prefixes = family_of_config(config)[1].projector
+        weights = load_weights(source, "auto").state_dict()
+        projector = {name: value for name, value in weights.items() if name.startswith(prefixes)}
+        return projector, config.projector_hidden_act == "linear"
+    return projector, names.is_linear(projector)
 
 
 def _llava_config(source: str) -> PreTrainedConfig:
@@ -178,11 +159,7 @@ def _write_mm_projector(source: str, out: Path, force: bool) -> None:
 
 
 def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
-    """Writes an original checkpoint as weights, config, tokenizer with ``<image>``, and processor.
-
-    Raises:
-        ValueError: a setting that transformers' classes do not have, a missing tower, missing or unexpected tensors.
-    """
+    """Writes an original checkpoint as weights, config, tokenizer with ``<image>``, and processor."""
     settings = original.read_config(source)
     assert settings is not None
     name = tower or settings.get("mm_vision_tower") or settings.get("vision_tower")
@@ -210,7 +187,10 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
         read_json_object(source / "generation_config.json")  # names the file where it is damaged
         model.generation_config = GenerationConfig.from_pretrained(str(source))
     processor = build_processor(config, tokenizer)
-    processor.image_processor = image_processor(config, settings, _tower_images(name), str(source))
+    images = saved_image_processor(name)
+    if images is None:
+        log.warning("the vision tower %s brings no preprocessor_config.json here; CLIP's usual numbers are used", name)
+    processor.image_processor = image_processor(config, settings, images, str(source))
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -227,14 +207,6 @@ def _check_tensor(value: Tensor, expected: Tensor, place: str) -> None:
         raise ValueError(f"{place} has shape {tuple(value.shape)}{empty}, config.json asks for {tuple(expected.shape)}")
 
 
-def _tower_images(name: str) -> Any:
-    """The image processor in a tower's folder; ``None`` if it brings none, which is said."""
-    images = saved_image_processor(name)
-    if images is None:
-        log.warning("the vision tower %s brings no preprocessor_config.json here; CLIP's usual numbers are used", name)
-    return images
-
-
 def _tower_config(name: str, place: str) -> PreTrainedConfig:
     loaded = load_any_config(name, f"the vision tower {name} (--vision_tower)", offline=False)
     vision = getattr(loaded, "vision_config", loaded)
@@ -243,11 +215,7 @@ def _tower_config(name: str, place: str) -> PreTrainedConfig:
 
 
 def hf_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str, place: str) -> dict[str, Tensor]:
-    """Original weights by Hugging Face names; a tower that was not trained is taken from its own checkpoint.
-
-    Raises:
-        ValueError: a tensor that is not known, or no readable tower.
-    """
+    """Original weights by Hugging Face names; a tower that was not trained is taken from its own checkpoint."""
     known = (names.TEXT_KEYS, names.TOWER_KEYS, names.PROJECTOR_KEYS)
     weights = {name: value for name, value in weights.items() if not name.endswith(names.COMPUTED)}
     for name in sorted(weights):
@@ -266,11 +234,7 @@ def hf_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str,
 
 
 def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str, place: str) -> dict[str, Tensor]:
-    """The tower's weights that the original code would use: the checkpoint's where it was trained, else its own's.
-
-    Raises:
-        ValueError: it was trained and the checkpoint has none, or it was not and cannot be read.
-    """
+    """The tower's weights that the original code would use: the checkpoint's where it was trained, else its own's."""
     own = {name: value for name, value in weights.items() if name.startswith(names.TOWER)}
     if trains_tower(settings):
         if not own:
@@ -279,27 +243,31 @@ def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: 
                 "checkpoint has no weights of it"
             )
         return own
-    check_weights(tower, f"the vision tower {tower}")
-    try:
-        loaded = open_clip(tower, "auto").state_dict()
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+    published = _published_tower(tower)
+    if isinstance(published, str):
         if own:
             return own
         raise ValueError(
-            f"{place} holds no vision tower, and {tower} cannot be read ({first_line(error)}); give --vision_tower"
-        ) from error
-    published = {f"{names.TOWER}{name}": value for name, value in loaded.items()}
+            f"{place} holds no vision tower, and {tower} cannot be read ({published}); give --vision_tower"
+        )
     if own and _same(own, published):
         return own
     if own:
         log.warning(
             "%s holds another vision tower than %s, and config.json does not say that it was trained "
-            "(unfreeze_mm_vision_tower): as in the original code, %s is used",
-            place,
-            tower,
-            tower,
-        )
+            "(unfreeze_mm_vision_tower): as in the original code, %s is used", place, tower, tower,
+        )  # fmt: skip
     return published
+
+
+def _published_tower(name: str) -> dict[str, Tensor] | str:
+    """Weights of the tower of that name as a LLaVA has them, or why they cannot be read."""
+    check_weights(name, f"the vision tower {name}")
+    try:
+        weights = open_clip(name, "auto").state_dict()
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        return first_line(error)
+    return {f"{names.TOWER}{key}": value for key, value in weights.items()}
 
 
 def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
@@ -339,12 +307,7 @@ def _grow(weights: dict[str, Tensor], config: PreTrainedConfig, tokens: int) -> 
 
 
 def original_writer(source: str, tower: str | None, without_learned: bool) -> Callable[[Path], None]:
-    """Writes a Hugging Face folder, or a run, as the original code reads it.
-
-    Raises:
-        ValueError: it is no LLaVA, or nothing says which tower it has, or its pruning method learned parameters that
-            are not to be left out.
-    """
+    """Writes a Hugging Face folder, or a run, as the original code reads it."""
     config = _llava_config(source)
     _check_learned(config, source, without_learned)
     processor = load_processor(source, config)
@@ -356,7 +319,8 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
     state = model.state_dict()
     if not _tower_is(state, name):
         settings["unfreeze_mm_vision_tower"] = True  # or the original code would read the named one instead
-    if more := _tokens_beyond(tokenizer, settings["vocab_size"]):
+    rows = settings["vocab_size"]  # the original code needs none for <image>
+    if more := [token for token, number in tokenizer.get_vocab().items() if number >= rows and token != IMAGE]:
         log.info("%s: the vocabulary is kept whole, for tokens such as %s", source, more[0])
         settings["vocab_size"] = config.text_config.vocab_size
     linear = config.projector_hidden_act == "linear"
@@ -377,23 +341,13 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
 
 def _tower_is(state: dict[str, Tensor], tower: str) -> bool:
     """Whether the tower is the one of that name, as far as that can be read."""
-    check_weights(tower, f"the vision tower {tower}")
-    try:
-        published = open_clip(tower, "auto").state_dict()
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+    published = _published_tower(tower)
+    if isinstance(published, str):
         log.info(
-            "the vision tower %s cannot be read here; the model's is written as a trained one (%s)",
-            tower,
-            first_line(error),
+            "the vision tower %s cannot be read here; the model's is written as a trained one (%s)", tower, published
         )
         return False
-    own = {name: value for name, value in state.items() if name.startswith(names.TOWER)}
-    return _same(own, {f"{names.TOWER}{name}": value for name, value in published.items()})
-
-
-def _tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
-    """Tokens without a row among the first ones, but for ``<image>``, which the original code needs none for."""
-    return [token for token, number in tokenizer.get_vocab().items() if number >= rows and token != IMAGE]
+    return _same({name: value for name, value in state.items() if name.startswith(names.TOWER)}, published)
 
 
 def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool) -> None:

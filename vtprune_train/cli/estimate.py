@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,26 +15,10 @@ import torch
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
-from vtprune_train.bench.costs import (
-    TYPICAL_ANSWER,
-    Cost,
-    Estimate,
-    Sample,
-    Subject,
-    estimate,
-    images_of,
-    pictures_of,
-)
+from vtprune_train.bench.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, images_of, pictures_of
 from vtprune_train.bench.decoder_time import Clock, clock
 from vtprune_train.bench.decoder_time import render as render_clock
-from vtprune_train.cli.options import (
-    METHOD_HELP,
-    add_set_option,
-    add_trust_option,
-    changed,
-    named_method,
-    set_values,
-)
+from vtprune_train.cli.options import METHOD_HELP, add_set_option, add_trust_option, changed, named_method, set_values
 from vtprune_train.config.load import load_config
 from vtprune_train.core.flops import TYPICAL_TEXT, DecoderGeometry
 from vtprune_train.evaluation.answering import choose_device
@@ -53,20 +36,13 @@ UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def render(result: Estimate, *, published: bool = False) -> str:
-    """The estimate as plain text.
-
-    Args:
-        result: what :func:`estimate` returned.
-        published: add the paper's convention.
-    """
+    """The estimate as plain text; with ``published`` by the paper's convention too."""
     scale, unit = _unit(result.prefill_decoder.dense, "FLOP")
     lines = [*_describe(result), "", *_stage_table(result), ""]
     lines += _visual_lines(result)
     lines += [f"head on the prompt's last row {result.head / scale:.4f} {unit}, {_selector_line(result, scale, unit)}"]
-    if result.vision is None:
-        lines += [f"tower and projector {result.not_counted}"]
-    else:
-        lines += [f"tower and projector {result.vision / scale:.3f} {unit} forward"]
+    vision = result.not_counted if result.vision is None else f"{result.vision / scale:.3f} {unit} forward"
+    lines += [f"tower and projector {vision}"]
     lines += ["", *_totals(result)]
     if published:
         lines += ["", *_published_lines(result)]
@@ -139,20 +115,17 @@ def _tenths(count: float) -> str:
 def _selector_line(result: Estimate, scale: float, unit: str) -> str:
     if not result.selector:
         return "no selector" if result.schedule == "none" else "a selector that computes next to nothing"
-    how = {
-        "next_layer": " (next_layer projects keys)",
-        "this_layer": " (this_layer projects nothing)",
-    }.get(result.pruning.get("rank_with", ""), "")
+    ways = {"next_layer": " (next_layer projects keys)", "this_layer": " (this_layer projects nothing)"}
+    how = ways.get(result.pruning.get("rank_with", ""), "")
     return f"selector {result.selector / scale:.4f} {unit}{how}"
 
 
 def _totals(result: Estimate) -> list[str]:
-    whole = "whole model"
     rows: list[tuple[str, str, Cost | None, str]] = [
         ("prefill, decoder", "FLOP", result.prefill_decoder, "x faster"),
-        (f"prefill, {whole}", "FLOP", result.prefill_whole, "x faster"),
+        ("prefill, whole model", "FLOP", result.prefill_whole, "x faster"),
         ("training step, decoder", "FLOP", result.training_decoder, "x faster"),
-        (f"training step, {whole}", "FLOP", result.training_whole, "x faster"),
+        ("training step, whole model", "FLOP", result.training_whole, "x faster"),
         ("cache of the prompt", "B", result.cache_prompt, "x smaller"),
         (f"cache after {result.sample.answer} tokens", "B", result.cache_answer, "x smaller"),
     ]
@@ -245,11 +218,7 @@ class Request(BaseModel):
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Request:
-        """Check parsed arguments.
-
-        Raises:
-            ValueError: one line for each argument that is wrong.
-        """
+        """Check parsed arguments; the error has a line for each that is wrong."""
         given = {key: value for key, value in vars(arguments).items() if value is not None}
         try:
             return cls.model_validate(given)
@@ -266,7 +235,7 @@ def _explain(item: Any) -> str:
 
 
 def _from_config(request: Request) -> Subject:
-    from vtprune_train.training.loop.run import with_saved_settings  # slow to import, and only needed here
+    from vtprune_train.training.loop.settings import with_saved_settings  # slow to import, and only needed here
 
     assert request.config is not None
     config = with_saved_settings(load_config(request.config, request.overrides))
@@ -308,11 +277,7 @@ def _method(
     settings: Mapping[str, Any], config: PreTrainedConfig, place: str | None, given: Mapping[str, Any] | None = None
 ) -> PruningMethod | None:
     """The method with the settings ``given`` as options, if it fits the decoder's depth; ``place`` stands before what
-    does not, ``None`` for the options themselves.
-
-    Raises:
-        ValueError: a setting is wrong, the decoder cannot be counted, or its tower does not give what the method reads.
-    """
+    does not, ``None`` for the options themselves."""
     num_layers = DecoderGeometry.of(config.get_text_config()).num_layers
     try:
         method = method_from_settings(changed(settings, given or {}))
@@ -355,31 +320,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``vtprune estimate``: returns the exit code (0 done, 2 wrong input)."""
-    try:
-        request = Request.of(arguments)
-        subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
-        images = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
-        pictures = pictures_of(subject.config, request.resolution, request.visual_tokens, images)
-        sample = Sample(pictures, request.text, request.answer, request.batch)
-        result = estimate(subject, sample)
-        measured = _measured(request, subject, sample)
-        if request.report is not None:
-            _write(Path(request.report), {**asdict(result), "clock": measured and asdict(measured)})
-    except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"vtprune estimate: {line}", file=sys.stderr)
-        return 2
+    """Estimate, and with ``--clock`` measure; print both."""
+    request = Request.of(arguments)
+    subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
+    images = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
+    pictures = pictures_of(subject.config, request.resolution, request.visual_tokens, images)
+    sample = Sample(pictures, request.text, request.answer, request.batch)
+    result = estimate(subject, sample)
+    measured = _measured(request, subject, sample) if request.clock else None
+    if request.report is not None:
+        _write(Path(request.report), {**asdict(result), "clock": measured and asdict(measured)})
     print(render(result, published=request.published))
     if measured is not None:
         print("\n".join(["", *render_clock(measured)]))
     return 0
 
 
-def _measured(request: Request, subject: Subject, sample: Sample) -> Clock | None:
-    """The wall-clock, where it was asked for."""
-    if not request.clock:
-        return None
+def _measured(request: Request, subject: Subject, sample: Sample) -> Clock:
     sizes, dtype = DecoderGeometry.of(subject.config.get_text_config()), getattr(torch, subject.dtype)
     device = choose_device(request.device)
     return clock(sizes, subject.method, sample, request.clock, repeats=request.repeats, device=device, dtype=dtype)

@@ -15,13 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vtprune_train.cli.options import (
-    add_data_options,
-    add_method_options,
-    add_model_option,
-    check_least,
-    load_model,
-)
+from vtprune_train.cli.options import add_data_options, add_method_options, add_model_option, check_least, load_model
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.sources import find_files
 from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_picture, prompt_text, recorded_prompt

@@ -51,11 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the export.
-
-    Raises:
-        ValueError: what is wrong with an option or the model, or a folder that must not be replaced.
-    """
+    """Write the export."""
     shard_size = arguments.max_shard_size or "5GB"
     if not SHARD_SIZE.match(shard_size):
         raise ValueError(f"--max_shard_size={shard_size} is no size such as 5GB or 500MB")
@@ -81,12 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def export_checkpoint(checkpoint: Path, arguments: argparse.Namespace) -> int:
     """Write the ``hf/`` that training left out of a checkpoint, bit for bit, from the files of all ranks: mapped, one
-    tensor in memory at a time, without the model.
-
-    Raises:
-        ValueError: options that need the finished export, or a damaged checkpoint.
-    """
-    from vtprune_train.training.checkpoint.load import open_state
+    tensor in memory at a time, without the model."""
+    from vtprune_train.training.checkpoint.portable import open_state
     from vtprune_train.training.engine.files import weight
 
     given = vars(arguments) | {"part": arguments.part == "projector"}
@@ -113,11 +105,7 @@ def export_checkpoint(checkpoint: Path, arguments: argparse.Namespace) -> int:
 
 
 def check_merge(source: str, merge: bool) -> None:
-    """An adapter is exported folded in only, and nothing else is folded in.
-
-    Raises:
-        ValueError: saying what to do.
-    """
+    """An adapter is exported folded in only, and nothing else is folded in."""
     if is_adapter(source) and not merge:
         raise ValueError(
             f"{source} holds an adapter: --merge folds it into its base and writes a model that needs no PEFT. The "
@@ -128,11 +116,7 @@ def check_merge(source: str, merge: bool) -> None:
 
 
 def check_target(out: Path, source: str, force: bool) -> None:
-    """Refuse to lose anything.
-
-    Raises:
-        ValueError: ``out`` is a file, holds something (with ``force``: anything but an export), or the model itself.
-    """
+    """Refuse to replace anything but, with ``force``, an export; and the model itself."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     inside = Path(source).resolve()
@@ -147,11 +131,7 @@ def check_target(out: Path, source: str, force: bool) -> None:
 
 
 def publish(out: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder beside ``out`` that then takes its place.
-
-    Raises:
-        ValueError: no folder can be made there.
-    """
+    """Let ``write`` fill a folder beside ``out`` that then takes its place."""
     out = out.resolve()
     partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
     for leftover in (partial, replaced):
@@ -172,11 +152,7 @@ def publish(out: Path, write: Callable[[Path], None]) -> None:
 
 def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: bool) -> Callable[[Path], None]:
     """Writes weights (those of the pruning method too), config with the pruning settings, generation config, and
-    processor with its chat template.
-
-    Raises:
-        ValueError: the model or its processor cannot be loaded, or a weight is too large for ``dtype``.
-    """
+    processor with its chat template."""
     config = model_config(source)
     processor = load_processor(source, config)
     # An adapter is folded in with full precision, and rounded once.
@@ -198,12 +174,7 @@ def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: b
 
 def projector_writer(source: str, dtype: torch.dtype, keep_names: bool) -> Callable[[Path], None]:
     """Writes the projector alone (of LLaVA-NeXT and OneVision with ``image_newline``), as ``model.projector`` of a
-    training config reads it.
-
-    Raises:
-        ValueError: the loop does not train this family, the model lacks a part of it, or a weight is too large for
-            ``dtype``.
-    """
+    training config reads it."""
     _, loop = trained_family(model_config(source).model_type, f"--part projector: {source}")
     if not Path(source).is_dir():
         raise ValueError(f"--part projector: {source} is not a folder on this machine; download the model first")
@@ -219,11 +190,7 @@ def projector_writer(source: str, dtype: torch.dtype, keep_names: bool) -> Calla
 
 
 def check_range(name: str, tensor: Any, dtype: torch.dtype) -> None:
-    """Refuse a cast that would make infinities.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
+    """Refuse a cast that would make infinities."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     largest, limit = float(tensor.detach().abs().amax()), torch.finfo(dtype).max

@@ -49,11 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Settings of ``generate``; seeds the draw.
-
-    Raises:
-        ValueError: a number out of range, or a seed without a draw.
-    """
+    """Settings of ``generate``; seeds the draw."""
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens={arguments.max_new_tokens}: an answer has at least 1 token")
     if arguments.temperature is None:

@@ -43,16 +43,8 @@ RANK_MODULE = "vtprune_train.cli"
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run all ranks of this machine; returns their exit code.
-
-    Args:
-        arguments: torchrun's own options (``--nproc_per_node``, ``--nnodes``, ``--rdzv_endpoint`` ...), then
-            ``--config FILE`` and ``key=value`` settings.
-
-    Raises:
-        ValueError: no ``--config``, settings that cannot be trained with, a run that another process is at, or a port
-            that is taken.
-    """
+    """Run all ranks of this machine; returns their exit code. ``arguments`` are torchrun's own options
+    (``--nproc_per_node``, ``--nnodes``, ``--rdzv_endpoint`` ...), then ``--config FILE`` and ``key=value`` settings."""
     options, training = split_arguments(arguments)
     config = _settings(training)
     command = [*torchrun_options(options, config), "-m", RANK_MODULE, "train", *training]
@@ -110,11 +102,7 @@ def _torchrun(command: list[str], config: Config) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """torchrun's options, and what begins with ``--config``.
-
-    Raises:
-        ValueError: there is no ``--config``.
-    """
+    """torchrun's options, and what begins with ``--config``."""
     for position, argument in enumerate(arguments):
         if argument == "--config" or argument.startswith("--config="):
             return list(arguments[:position]), list(arguments[position:])
@@ -122,11 +110,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def torchrun_options(given: Sequence[str], config: Config) -> list[str]:
-    """``given`` and what it leaves open: all GPUs of one machine, restarts as ``train.max_restarts`` says.
-
-    Raises:
-        ValueError: an option that the settings decide.
-    """
+    """``given`` and what it leaves open: all GPUs of one machine, restarts as ``train.max_restarts`` says."""
     import torch
 
     names = {_name(option) for option in given if option.startswith("-")}

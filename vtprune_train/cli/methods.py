@@ -42,11 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def facts_of(name: str) -> dict[str, Any]:
-    """A method as plain data: ``name``, ``where``, ``trains``, ``paper``, ``settings`` (name, type, default), ``doc``.
-
-    Raises:
-        ValueError: there is no such method.
-    """
+    """A method as plain data: name, where, trains, paper, doc, and ``settings`` (each with name, type, default)."""
     if name == NONE:
         doc = "The dense model: nothing is dropped."
         return {"name": NONE, "where": "nowhere", "trains": "yes", "paper": "", "settings": [], "doc": doc}

@@ -50,11 +50,7 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
 
 
 def trust(arguments: argparse.Namespace) -> None:
-    """Before a command runs: import the method that the model's ``config.json`` names, if the options say so.
-
-    Raises:
-        ValueError: there is no model, or no such method here.
-    """
+    """Before a command runs: import the method that the model's ``config.json`` names, if the options say so."""
     if not getattr(arguments, "trust_remote_code", False):
         return
     if arguments.model is None:
@@ -74,11 +70,7 @@ def add_data_options(parser: argparse.ArgumentParser, data: str) -> None:
 
 def asked_questions(arguments: argparse.Namespace, limit: int) -> tuple[list[Question], list[tuple[str, str]]]:
     """The questions of :func:`add_data_options`' file, asked with the prompt of the run that trained the model, and
-    ``(id, reason)`` of malformed records.
-
-    Raises:
-        ValueError: see :func:`vtprune_train.evaluation.questions.read_questions`.
-    """
+    ``(id, reason)`` of malformed records."""
     data = Path(arguments.data)
     prompt = recorded_prompt(arguments.model, data)
     return read_questions(data, Path(arguments.images), limit, arguments.seed, arguments.ignore, prompt)
@@ -130,20 +122,12 @@ def numbers(kind: Callable[[str], Number], example: str) -> Callable[[str], list
 
 
 def load_model(arguments: argparse.Namespace) -> Loaded:
-    """The model that the options name.
-
-    Raises:
-        ValueError: see :func:`asked_method` and :func:`vtprune_train.evaluation.answering.load`.
-    """
+    """The model that the options name."""
     return load(arguments.model, asked_method(arguments), device=arguments.device, dtype=arguments.dtype)
 
 
 def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["saved"] | None:
-    """The method that the options name; settings without ``--method`` change the model's saved ones.
-
-    Raises:
-        ValueError: unknown method or setting, or settings of no method.
-    """
+    """The method that the options name; settings without ``--method`` change the model's saved ones."""
     given = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None}
     shown = [f"--{key}" for key in given] + [f"--set {pair}" for pair in arguments.set]
     given.update(set_values(arguments.set))
@@ -161,11 +145,7 @@ def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["save
 
 
 def set_values(pairs: list[str]) -> dict[str, Any]:
-    """The settings of ``--set key=value``, values read as YAML.
-
-    Raises:
-        ValueError: no such pair.
-    """
+    """The settings of ``--set key=value``, values read as YAML."""
     values = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -181,11 +161,7 @@ def set_values(pairs: list[str]) -> dict[str, Any]:
 
 
 def named_method(name: str) -> dict[str, Any]:
-    """The settings that ``--method`` stands for.
-
-    Raises:
-        ValueError: a list or file that cannot be read.
-    """
+    """The settings that ``--method`` stands for."""
     if name.endswith((".yaml", ".yml")):
         section = read_pruning(Path(name))
         return {key: value for key, value in section.items() if key not in TRAINING_ONLY}

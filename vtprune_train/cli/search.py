@@ -48,7 +48,6 @@ def least_levels(distance: Distance, num_layers: int, steps: int, tolerance: flo
 
     Args:
         distance: of the output under levels [num_layers - 1] from the dense output.
-        num_layers: decoder layers.
         steps: the level at which everything stays.
         tolerance: the largest distance.
 
@@ -72,12 +71,8 @@ def least_levels(distance: Distance, num_layers: int, steps: int, tolerance: flo
 
 
 def sigmoid_levels(num_layers: int, steps: int, slope: float, middle: float) -> list[int]:
-    """P-Sigmoid's schedule: the share kept falls from 1 to 0 around ``middle`` (a share of the depth), the more
-    steeply the larger ``slope``; never below one level.
-
-    Returns:
-        [num_layers - 1], not increasing.
-    """
+    """P-Sigmoid's schedule [num_layers - 1]: the share kept falls from 1 to 0 around ``middle`` (a share of the depth),
+    the more steeply the larger ``slope``; never below one level."""
     exponents = [slope * (layer / num_layers - middle) for layer in range(1, num_layers)]
     return [max(1, round(steps / (1.0 + math.exp(min(exponent, 60.0))))) for exponent in exponents]
 
@@ -89,15 +84,10 @@ def best_sigmoid(
 
     Published is a Bayesian search over both parameters; with the budget met exactly only the slope is free, so a few
     are tried.
-
-    Raises:
-        ValueError: even one level a layer costs more; says how much.
     """
     least = cost([1] * (num_layers - 1))
     if least > budget:
-        raise ValueError(
-            f"--flops={budget:g} cannot be reached: the least that dropping from layer 1 on takes is {least:.3f}"
-        )
+        raise ValueError(f"--flops={budget:g} cannot be reached; dropping from layer 1 on takes at least {least:.3f}")
     found = []
     for slope in SLOPES:
         low, high = -60.0 / slope, 1.0 + 60.0 / slope
@@ -127,14 +117,8 @@ def schedule_of(levels: Sequence[int], steps: int, settings: dict[str, Any]) -> 
 
 
 def flop_share(method: PruningMethod | None, geometry: DecoderGeometry, text: np.ndarray, visual: np.ndarray) -> float:
-    """FLOPs of the decoder's layers and of ranking, of those of the dense layers.
-
-    Args:
-        method: the schedule.
-        geometry: the decoder's.
-        text: [samples] text tokens.
-        visual: [samples] visual tokens.
-    """
+    """FLOPs of the decoder's layers and of ranking, as a share of the dense layers', for samples of ``text`` and
+    ``visual`` tokens [samples]."""
     if method is None:
         return 1.0
     drops = method.drops(geometry.num_layers)
@@ -186,9 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     closeness = calibration.closeness(method)
     share = flop_share(method, geometry, calibration.text, calibration.visual)
-    written = as_yaml(
-        method, _header(arguments, closeness, share, method.input_share(geometry.num_layers), len(prompts))
-    )
+    entering = method.input_share(geometry.num_layers)
+    written = as_yaml(method, _header(arguments, closeness, share, entering, len(prompts)))
     Path(arguments.out).write_text(written)
     print(written, end="")
     return 0
@@ -231,16 +214,15 @@ def searched(
         method = schedule_of(levels, arguments.steps, settings)
         return flop_share(method, geometry, calibration.text, calibration.visual)
 
+    def kl(levels: Sequence[int]) -> float:
+        return closeness(levels).kl
+
+    num_layers, steps = geometry.num_layers, arguments.steps
     if arguments.flops is not None:
-        return best_sigmoid(
-            lambda levels: closeness(levels).kl, cost, geometry.num_layers, arguments.steps, arguments.flops
-        )
-    if arguments.match is not None:
-        # Shares of few answers: 1 - 0.9 is more than 0.1 in floating point.
-        return least_levels(
-            lambda levels: 1 - closeness(levels).match, geometry.num_layers, arguments.steps, 1 - arguments.match + 1e-9
-        )
-    return least_levels(lambda levels: closeness(levels).kl, geometry.num_layers, arguments.steps, arguments.kl)
+        return best_sigmoid(kl, cost, num_layers, steps, arguments.flops)
+    if arguments.match is not None:  # shares of few answers: 1 - 0.9 is more than 0.1 in floating point
+        return least_levels(lambda found: 1 - closeness(found).match, num_layers, steps, 1 - arguments.match + 1e-9)
+    return least_levels(kl, num_layers, steps, arguments.kl)
 
 
 def _header(arguments: argparse.Namespace, closeness: Closeness, share: float, entering: float, questions: int) -> str:
@@ -256,8 +238,7 @@ def _header(arguments: argparse.Namespace, closeness: Closeness, share: float, e
 
 def as_yaml(method: PruningMethod, header: str) -> str:
     """A section ``pruning`` that ``train.py`` (``pruning=FILE``) and ``--method FILE`` take."""
-    settings = method.settings()
-    lines = [f"  {key}: {_value(value)}" for key, value in settings.items()]
+    lines = [f"  {key}: {_value(value)}" for key, value in method.settings().items()]
     return header + "\n".join(["pruning:", *lines]) + "\n"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from vtprune_train.cli.options import (
     set_values,
 )
 from vtprune_train.evaluation.answering import load, model_config, open_picture
-from vtprune_train.models import HFModule
 from vtprune_train.models.families import supported_family
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.patch import is_pruned, prune
@@ -46,48 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``vtprune show``: returns the exit code (0 done, 2 wrong input)."""
+    """Check everything cheap, load the model, write the files."""
     disable_progress_bar()
-    try:
-        _show(arguments)
-    except ValueError as error:
-        print(f"cannot show: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    """Check everything cheap, load the model, write the files.
-
-    Raises:
-        ValueError: a file, model or setting that cannot be used.
-    """
     for path in (arguments.out, arguments.html):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
     if Image.registered_extensions().get(arguments.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {arguments.out}: unknown kind of picture {arguments.out.suffix!r}; use .png")
     pictures = [open_picture(path) for path in arguments.image]
-    model, processor = _load(arguments.model, arguments)
+    config = model_config(resolve_checkpoint(arguments.model))
+    supported_family(config.model_type, f"--model {arguments.model}: it")
+    loaded = load(arguments.model, _method(config, arguments))
+    model, processor = loaded.model if is_pruned(loaded.model) else prune(loaded.model, None), loaded.processor
     inputs = encode(processor, pictures, arguments.prompt, model.device)
     images, stages = look(model, processor.image_processor, inputs, pictures), stage_names(model)
     draw(images, stages, arguments.prompt).save(arguments.out)
     if arguments.html is not None:
         arguments.html.write_text(page(images, stages, arguments.prompt), encoding="utf-8")
-
-
-def _load(source: str, arguments: argparse.Namespace) -> tuple[HFModule, Any]:
-    """The pruned model and its processor.
-
-    Raises:
-        ValueError: there is no such checkpoint, its family is not supported, it lacks a part, or how to prune it is not
-            known.
-    """
-    path = resolve_checkpoint(source)
-    config = model_config(path)
-    supported_family(config.model_type, f"--model {source}: it")
-    loaded = load(source, _method(config, arguments))
-    return (loaded.model if is_pruned(loaded.model) else prune(loaded.model, None)), loaded.processor
+    return 0
 
 
 def _method(config: PreTrainedConfig, arguments: argparse.Namespace) -> PruningMethod | None:

@@ -47,10 +47,8 @@ BUCKETS = 16
 def build_table(
     folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]], measure: Measure, workers: int
 ) -> None:
-    """Build the table of ``files`` in ``folder``, also from finished pieces of earlier starts.
-
-    Args:
-        stamps: path and stamp of each file; pieces of other ones are removed.
+    """Build the table of ``files`` in ``folder``, also from finished pieces of earlier starts; pieces of files with
+    other ``stamps`` (path and stamp of each) are removed.
 
     Raises:
         ValueError: a file cannot be read, or there is no record; names it.
@@ -86,11 +84,7 @@ class _Work(NamedTuple):
         return f"{self.target.parent.name} {self.target.name} {self.piece.start} {self.piece.stop}"
 
     def load(self) -> Mapping[str, np.ndarray]:
-        """The columns of the finished piece.
-
-        Raises:
-            RuntimeError: it was damaged after it was looked at or written.
-        """
+        """The columns of the finished piece; a ``RuntimeError`` if it was damaged since it was looked at or written."""
         try:
             return np.load(io.BytesIO(read_sealed(self.target, self.identity)))
         except (OSError, ValueError) as error:

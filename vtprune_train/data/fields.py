@@ -109,11 +109,9 @@ def is_empty(value: Any) -> bool:
 def check_fields(
     fields: Mapping[str, Any], read: Set[str], ignore: Collection[str], *, answer: bool | None, has_images: bool
 ) -> set[str]:
-    """The fields that are not read and should be mentioned.
+    """Of the fields of a record, a turn or a part of a turn's content, those that are not read and should be mentioned.
 
     Args:
-        fields: of a record, a turn or a part of a turn's content.
-        read: those that are honoured.
         ignore: those that the user says change nothing.
         answer: of a turn, whether it is the assistant's; ``None`` elsewhere.
         has_images: whether the record brings images where they are read from.
@@ -150,11 +148,7 @@ def check_fields(
 def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None:
     """Refuse placeholders in a prompt: of anything but images (``<bbox>`` stands for the ``bbox`` of a record's
     ``objects``), and of images where the record has none. ``<video>`` with ``</video>`` and ``<picture>`` with
-    ``</picture>`` are HTML.
-
-    Raises:
-        ValueError: there is one; names it.
-    """
+    ``</picture>`` are HTML."""
     lowered = text.lower() if (marks := dict.fromkeys(_MARK.findall(text))) else ""
     for mark in marks:
         if mark not in ignore and f"</{mark[1:]}".lower() not in lowered:

@@ -45,7 +45,7 @@ class UnreadableImage(ValueError):  # noqa: N818 (it is what a caller catches by
 
 
 class ChangedImage(UnreadableImage):
-    """An image that is not of the size that it was planned with."""
+    """An image whose size is not the one that it was planned with."""
 
 
 UNREADABLE = (UnreadableImage,)
@@ -57,10 +57,10 @@ def image_size(source: Path | bytes, *, max_pixels: int = MAX_PIXELS, name: str 
     Args:
         source: a file, or its content.
         max_pixels: refuse an image of more.
-        name: of the image in messages; the path, if ``None``.
+        name: in messages; the path, if ``None``.
 
     Raises:
-        UnreadableImage: there is no readable image.
+        UnreadableImage: it cannot be read.
     """
     name = name or _name(source)
     with _reading(name, max_pixels), _open(source, name) as image:
@@ -69,11 +69,7 @@ def image_size(source: Path | bytes, *, max_pixels: int = MAX_PIXELS, name: str 
 
 
 def load_image(
-    source: Path | bytes,
-    expected_size: tuple[int, int],
-    *,
-    max_pixels: int = MAX_PIXELS,
-    name: str | None = None,
+    source: Path | bytes, expected_size: tuple[int, int], *, max_pixels: int = MAX_PIXELS, name: str | None = None
 ) -> Image.Image:
     """The image (of an animation the first) in 8-bit RGB, EXIF rotation applied, transparency over white.
 
@@ -94,10 +90,8 @@ def load_image(
         decoded = image.transpose(TURNS[orientation])
         decoded.format = image.format
     if (decoded.height, decoded.width) != tuple(expected_size):
-        raise ChangedImage(
-            name,
-            f"it is {decoded.height} x {decoded.width}, but was {tuple(expected_size)} when the data was indexed",
-        )
+        size = f"{decoded.height} x {decoded.width}"
+        raise ChangedImage(name, f"it is {size}, but was {tuple(expected_size)} when the data was indexed")
     return _rgb(decoded, name)
 
 

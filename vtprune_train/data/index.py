@@ -109,11 +109,6 @@ class SampleIndex:
         return _total(self.selections, "bad")
 
     @property
-    def too_long(self) -> int:
-        """Samples left out for their length or their bytes."""
-        return _total(self.selections, "too_long") + _total(self.selections, "too_large")
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest sample, before dropping."""
         return max((selection.manifest["longest"] for selection in self.selections), default=0)
@@ -147,16 +142,13 @@ class SampleIndex:
         return f"{self.sources[source].name or source}:{row}:{self.selections[source].table.id(row)}"
 
     def record(self, sample: int) -> Conversation:
-        """The conversation as it is trained on, its source's prompt included.
-
-        Raises:
-            RuntimeError: the data file has changed since the index was opened.
-        """
+        """The conversation as it is trained on, its source's prompt included; a ``RuntimeError`` if the data file has
+        changed since the index was opened."""
         source, row = self.locate(sample)
         return self.sources[source].prompt.apply(self.selections[source].table.read(row))
 
     def distrusted(self, sample: int, reason: str) -> RuntimeError:
-        """See :meth:`vtprune_train.data.table.Table.distrusted`: of the table that a sample is in."""
+        """See :meth:`vtprune_train.data.table.Table.distrusted`."""
         return self.selections[self.locate(sample)[0]].table.distrusted(reason)
 
     def pictures(self, sample: int, record: Conversation) -> list[Path | bytes]:

@@ -27,10 +27,8 @@ def chat_template(
     does not know raise jinja2's ``TemplateError``.
 
     Args:
-        template: how training wrote conversations.
         image_first: a message's only image goes to its front (``data.image_position: first``).
         placeholder: what the family writes at an image, ``<image>`` standing for its image token.
-        token: the family's image token.
         spaces_unless: a space before every text between images that does not begin with one of these
             (``data.tokenization: llava``); ``None`` for no spaces.
     """

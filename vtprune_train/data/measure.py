@@ -54,12 +54,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures the conversations of one source.
+    """Measures the conversations of one source, whose images are relative to ``images``.
 
     Args:
-        encoder: conversations to tokens.
-        layout: sizes of images to visual tokens.
-        images: the folder that images are relative to.
         prompt: what the source adds to its conversations.
         ignore: fields and marks of its records that change nothing.
         max_image_pixels: an image of more is not read.

@@ -19,16 +19,8 @@ ROUNDS = 8
 
 
 def permuted(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
-    """Where a permutation of ``[0, size)`` sends ``positions``.
-
-    Args:
-        positions: [P] integers in ``[0, size)``.
-        size: what is permuted.
-        key: non-negative integers that choose the permutation.
-
-    Returns:
-        [P] int64, different for different positions.
-    """
+    """Where the permutation of ``[0, size)`` that ``key`` (non-negative integers) chooses sends ``positions`` [P]: [P]
+    int64, different for different positions."""
     assert size > 0 and (not len(positions) or (positions.min() >= 0 and positions.max() < size)), "a place in [0, n)"
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)

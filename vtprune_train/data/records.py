@@ -16,16 +16,7 @@ from typing import Any
 
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.chat import UNSUPERVISED, Turn
-from vtprune_train.data.fields import (
-    CONVERSATIONS,
-    IMAGES,
-    RECORD,
-    SYSTEM,
-    TURN,
-    check_fields,
-    check_marks,
-    is_empty,
-)
+from vtprune_train.data.fields import CONVERSATIONS, IMAGES, RECORD, SYSTEM, TURN, check_fields, check_marks, is_empty
 from vtprune_train.data.sources import BOUNDS, Bounds, Malformed, TooLarge, find_files, open_reader
 from vtprune_train.data.sources.base import utf8_length
 
@@ -93,16 +84,9 @@ NO_PROMPT = Prompt()
 
 
 def read_records(path: Path, ignore: Collection[str] = (), bounds: Bounds = BOUNDS) -> Iterator[Conversation]:
-    """All conversations of a data file (or a folder, or a glob of files), one at a time.
-
-    Args:
-        path: see :func:`vtprune_train.data.sources.find_files`.
-        ignore: see :func:`normalize`.
-        bounds: what a record may have in bytes; a larger one comes with an ``error``, its content is left alone.
-
-    Raises:
-        ValueError: see :func:`vtprune_train.data.sources.find_files` and its readers.
-    """
+    """All conversations of a data file (or a folder, or a glob of files), one at a time. A record beyond ``bounds``
+    comes with an ``error``, its content is left alone; for ``ignore`` see :func:`normalize`. For errors see
+    :func:`vtprune_train.data.sources.find_files` and its readers."""
     for file in find_files(path):
         reader = open_reader(file, bounds.record)
         records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
@@ -119,7 +103,6 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = (), max_te
     """One record as a conversation; what is wrong with it goes to ``error``.
 
     Args:
-        record: as a reader gives it.
         default_id: what it is called without an ``id``.
         ignore: fields and marks (``<video>``) that change nothing here, so that they are not refused.
         max_text: bytes of text that it may have (see :func:`text_bytes`).

@@ -41,11 +41,7 @@ class Selection:
         return self.manifest["samples"]
 
     def check(self) -> None:
-        """Check that its files and those of its table are what they were when they were opened.
-
-        Raises:
-            RuntimeError: one was changed in place.
-        """
+        """Raise a ``RuntimeError`` if one of its files, or of its table's, was changed in place since it was opened."""
         self.table.check()
         if name := self._watch.changed():
             raise RuntimeError(

@@ -75,11 +75,7 @@ class Table:
         return default_id(Path(self.manifest["files"][file][0]), row - int(self._first[file]))
 
     def read(self, row: int) -> Conversation:
-        """The record, from its data file.
-
-        Raises:
-            RuntimeError: the file, or this record of it, has changed since it was indexed.
-        """
+        """The record, from its data file; a ``RuntimeError`` if it has changed since it was indexed."""
         number, made_with = self._file(row), self.manifest["made_with"]
         path, size, changed, *_ = self.manifest["files"][number]
         if number not in self._readers and stamp(Path(path))[:2] != [size, changed]:
@@ -98,11 +94,7 @@ class Table:
         return record if record.id else replace(record, id=self.id(row))
 
     def check(self) -> None:
-        """Look whether the columns are what they were when they were opened.
-
-        Raises:
-            RuntimeError: one was changed in place.
-        """
+        """Raise a ``RuntimeError`` if a column was changed in place since it was opened."""
         if name := self._watch.changed():
             raise self.distrusted(f"{self.folder / name} was changed while it was in use")
 
@@ -125,11 +117,7 @@ class Table:
 
 def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: int) -> Table:
     """The table of ``files`` in ``folder``: opened, built, or built again if it is damaged or a file has changed. The
-    caller holds the lock.
-
-    Raises:
-        ValueError: a file cannot be read; names it.
-    """
+    caller holds the lock. A file that cannot be read is a ``ValueError`` that names it."""
     stamps = [[str(file.resolve()), *stamp(file)] for file in files]
     if folder.exists():
         reason = _outdated(folder, files, stamps, measure)

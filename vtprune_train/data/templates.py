@@ -59,16 +59,8 @@ def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template, 
 
 
 def saved_chat_template(tokenizer: PreTrainedTokenizerBase, place: str | None, *, offline: bool = False) -> str | None:
-    """The chat template that a checkpoint brings; ``None`` if it brings none.
-
-    Args:
-        tokenizer: as it was opened.
-        place: the folder or hub id that it was opened from.
-        offline: ask no hub (dry runs).
-
-    Raises:
-        ValueError: its file is damaged.
-    """
+    """The chat template that a checkpoint brings, ``None`` if it brings none: of its ``tokenizer``, opened from the
+    folder or hub id ``place``. ``offline``: ask no hub (dry runs). A damaged file is a ``ValueError``."""
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default")
@@ -78,15 +70,10 @@ def saved_chat_template(tokenizer: PreTrainedTokenizerBase, place: str | None, *
 
 
 def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str]:
-    """What does not fit between a template and the checkpoint that is trained with it, a line each.
-
-    Args:
-        encoder: of the run.
-        saved: see :func:`saved_chat_template`.
-        place: the setting that names the checkpoint, and its value.
-    """
-    name, tokenizer = encoder.template.name, encoder.tokenizer
-    template = encoder.template
+    """What does not fit between a run's template and the checkpoint that is trained with it, a line each; ``place`` is
+    the setting that names the checkpoint, with its value. ``saved``: see :func:`saved_chat_template`."""
+    template, tokenizer = encoder.template, encoder.tokenizer
+    name = template.name
     parts = (template.system, template.user, template.assistant, template.answer, template.separator)
     broken = []
     for mark in dict.fromkeys(mark for part in parts for mark in MARK.findall(part)):
@@ -100,9 +87,7 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
         )
     if saved is None:
         return
-    own = [
-        text for text in (_rendered(tokenizer, saved, content) for content in _contents(encoder.image_token)) if text
-    ]
+    own = _prompts(tokenizer, saved, _contents(encoder.image_token))
     ours = _prompts(tokenizer, written_by(encoder))
     if not own or any(_same(tokenizer, one, two) for one in own for two in ours):
         return
@@ -120,8 +105,9 @@ def _contents(image_token: str) -> list[Any]:
     return [parts, f"{image_token}\n{QUESTION}", f"{image_token}{QUESTION}"]
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
-    rendered = (_rendered(tokenizer, source, content) for content in _contents(IMAGE)[1:])
+def _prompts(tokenizer: PreTrainedTokenizerBase, source: str, contents: Sequence[Any] = ()) -> list[str]:
+    """The prompts that a chat template makes of those contents which it takes, by default our own two."""
+    rendered = (_rendered(tokenizer, source, content) for content in contents or _contents(IMAGE)[1:])
     return [text for text in rendered if text]
 
 

@@ -24,11 +24,7 @@ WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] da
 
 
 def check_paths(config: Config) -> None:
-    """Make sure that every file and folder which the data settings name is there.
-
-    Raises:
-        ConfigError: one line for each that is missing, with its key and path.
-    """
+    """Raise a ``ConfigError`` with a line for each file and folder of the data settings that is missing."""
     lines = []
     for key, path in _paths(config):
         if key.endswith("images"):
@@ -47,11 +43,7 @@ def check_paths(config: Config) -> None:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Whether the run's folder can be made and written, without making it.
-
-    Raises:
-        ConfigError: it cannot; says why.
-    """
+    """Raise a ``ConfigError`` if the run's folder cannot be made or written; it is not made here."""
     place = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists() or parent.is_symlink())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(unwritable("run.output_dir", run_dir, OSError(errno.EACCES, os.strerror(errno.EACCES))))

@@ -90,11 +90,7 @@ def barrier() -> None:
 
 
 def check_same(value: Any, what: str) -> None:
-    """Make sure that all ranks found the same.
-
-    Raises:
-        ValueError: names ``what`` and two machines that differ.
-    """
+    """Raise a ``ValueError`` on all ranks if their values differ; it names ``what`` and two machines."""
     answers = gather((socket.gethostname(), value))
     for number, (host, found) in enumerate(answers):
         if found != answers[0][1]:
@@ -106,18 +102,15 @@ def check_same(value: Any, what: str) -> None:
 
 
 def check_shared(folder: Path, key: str) -> None:
-    """Make sure that all machines see the same ``folder``.
-
-    Args:
-        folder: where rank 0 can write.
-        key: the setting that names it, for the error.
+    """Make sure that all machines see the same ``folder``, which the setting ``key`` names and rank 0 can write.
 
     Raises:
         ConfigError: names the machines that do not see what rank 0 wrote.
     """
     if world_size() == 1:
         return
-    token = from_rank_0(lambda: _write_token(folder))
+    token = folder / from_rank_0(lambda: f".shared-{secrets.token_hex(8)}")
+    from_rank_0(token.touch)
     deadline = time.monotonic() + SHARED_SECONDS
     while not (seen := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -131,12 +124,6 @@ def check_shared(folder: Path, key: str) -> None:
             "put it on a file system that all machines of the job share"
         )
         raise told_by(0, error)
-
-
-def _write_token(folder: Path) -> Path:
-    token = folder / f".shared-{secrets.token_hex(8)}"
-    token.touch()
-    return token
 
 
 def shut_down() -> None:

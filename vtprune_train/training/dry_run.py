@@ -18,12 +18,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.forward.recompute import typical_stages
-from vtprune_train.models.io.build import (
-    family_of_config,
-    load_model_config,
-    parts_of,
-    set_trainable,
-)
+from vtprune_train.models.io.build import family_of_config, load_model_config, parts_of, set_trainable
 from vtprune_train.models.io.method_parameters import attach
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
@@ -33,8 +28,9 @@ from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
 from vtprune_train.training.engine.settings import engine_config, zero_stage
-from vtprune_train.training.loop.run import training_cost, with_saved_settings
+from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.sample import sample_lines
+from vtprune_train.training.loop.settings import with_saved_settings
 from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch
 
 log = logging.getLogger(__name__)
@@ -43,10 +39,8 @@ WARMUP_POINTS = 64  # at which the cost of a warm-up is looked at
 
 
 def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_data: bool = False) -> str:
-    """The dry run's report, for ``gpus`` GPUs with ``memory`` GiB each.
-
-    Args:
-        needs_data: whether it is an error that none of the data is on this machine; if some is, all must be.
+    """The dry run's report, for ``gpus`` GPUs with ``memory`` GiB each. ``needs_data``: whether it is an error that
+    none of the data is on this machine; if some is, all must be.
 
     Raises:
         ConfigError: settings that only show once the model's sizes are known; data that is missing or cannot be used.

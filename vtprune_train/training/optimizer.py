@@ -1,16 +1,14 @@
-"""Optimizer, parameter groups and schedule. The learning rate is a function of the number of updates alone."""
+"""Parameter groups and schedule. The learning rate is a function of the number of updates alone."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from vtprune_train.models.io.build import parts_of
 from vtprune_train.models.io.placement import whole_shape
-from vtprune_train.training.engine.start import host_adamw
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -28,15 +26,6 @@ def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: fl
                 decay = weight_decay if decays else 0.0
                 groups.append({"params": chosen, "lr": rates[part], "weight_decay": decay, "part": part})
     return groups
-
-
-def build_optimizer(
-    groups: list[dict[str, Any]], betas: tuple[float, float], device: torch.device, offloads: bool
-) -> torch.optim.Optimizer:
-    """AdamW: PyTorch's fused one, or DeepSpeed's for states that live in host memory beside a GPU."""
-    if offloads and device.type == "cuda":
-        return host_adamw(groups, betas)
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: Schedule) -> float:

@@ -41,14 +41,8 @@ class StopRequestError(Exception):
 
 
 def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
-    """Train as one rank. Returns the exit code; does not return after a failure of any rank.
-
-    Args:
-        config: the settings.
-        callbacks: called after those that every run has.
-
-    Raises:
-        ConfigError: the ranks cannot reach each other.
+    """Train as one rank, with ``callbacks`` after those that every run has. Returns the exit code; does not return
+    after a failure of any rank.
     """
     keep_streams()
     listens_for_this = STOP.listen()
@@ -91,11 +85,7 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> int:
 
 
 def _join(config: Config) -> torch.device:
-    """Join the process group; returns this rank's device.
-
-    Raises:
-        ValueError: another process is at this run, or at its port; said by rank 0.
-    """
+    """Join the process group; returns this rank's device."""
     try:
         return start_distributed(config.train.collective_timeout)
     except Exception as error:
@@ -105,8 +95,7 @@ def _join(config: Config) -> torch.device:
         port = os.environ["MASTER_PORT"]
         raise ConfigError(
             f"port {port} of {os.environ['MASTER_ADDR']}, where the ranks meet, is taken by another program (another "
-            "training?); give the launcher another one, such as --master_port "
-            f"{int(port) + 1}"
+            f"training?); give the launcher another one, such as --master_port {int(port) + 1}"
         ) from error
 
 
@@ -143,7 +132,5 @@ def _note_restarts(wanted: int) -> None:
         log.warning(
             "train.max_restarts=%d has no effect: what started this process restarts %s. Start with "
             "`vtprune launch`, or with torchrun --max_restarts %d",
-            wanted,
-            f"{most} times" if most else "nothing",
-            wanted,
-        )
+            wanted, f"{most} times" if most else "nothing", wanted,
+        )  # fmt: skip

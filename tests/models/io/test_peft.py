@@ -33,7 +33,8 @@ from vtprune_train.models.io.peft import adapt, adapted_of, check_quantisation, 
 from vtprune_train.models.io.provenance import Base, weights_digest
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.engine.weights import full_state_dict, write_export
-from vtprune_train.training.loop.run import training_cost, with_saved_settings
+from vtprune_train.training.loop.parts import training_cost
+from vtprune_train.training.loop.settings import with_saved_settings
 from vtprune_train.training.optimizer import parameter_groups
 
 DROP = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))

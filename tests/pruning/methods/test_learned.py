@@ -32,7 +32,7 @@ from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
 from vtprune_train.pruning.methods.voco import VoCo
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.engine.weights import full_state_dict, write_export
-from vtprune_train.training.loop.run import with_pruning_rate
+from vtprune_train.training.loop.settings import with_pruning_rate
 from vtprune_train.training.optimizer import parameter_groups
 
 VICTOR, MOD = Victor(registers=3, layers=2), VideoLLMMoD(layers=(1, 3), keep=0.5)

@@ -117,14 +117,14 @@ def test_when_to_look_and_what_to_advise():
     assert not wanted(config, CPU) and wanted(config, torch.device("cuda", 0))
     assert wanted(load_config("quickstart.yaml", ["train.preflight=always"]), CPU)
     assert not wanted(load_config("quickstart.yaml", ["train.preflight=never"]), torch.device("cuda", 0))
-    said = advice(config, [], CPU, MemoryError("no"))
+    said = advice(config, [], CPU, MemoryError("no"), None)
     for words in ("data.max_tokens=4096", "activation_checkpointing=all", "zero3.json", "zero3_offload.json", "LoRA"):
         assert words in said
     turned = load_config(
         "quickstart.yaml",
         ["train.activation_checkpointing=all", "deepspeed=configs/deepspeed/zero3_offload.json"],
     )
-    said = advice(turned, [], CPU, MemoryError("no"))
+    said = advice(turned, [], CPU, MemoryError("no"), None)
     assert "activation_checkpointing" not in said and "ZeRO stage" not in said and "offload" not in said
 
 

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vtprune_train.training.checkpoint.host_copies import HostCopies
 from vtprune_train.training.memory import pinned
-from vtprune_train.training.memory.pinned import Arena, Layout, pinned_bytes
+from vtprune_train.training.memory.pinned import Arena, HostCopies, Layout, pinned_bytes
 
 GIB = 2**30
 

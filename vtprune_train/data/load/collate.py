@@ -1,4 +1,4 @@
-"""Samples to a packed batch: pictures decoded and tiled, the stream laid out, every stage planned. Host only.
+"""Samples to a packed batch: images decoded and tiled, samples laid end to end, every stage planned. Host only.
 
 Runs in the loader's workers; nothing here depends on which worker, rank or machine it is.
 """
@@ -38,14 +38,12 @@ class Collator:
     """Makes packed batches of samples of an index.
 
     Args:
-        index: where the samples are.
-        encoder: conversations to tokens.
-        layout: how the family sees pictures.
+        layout: how the family sees images.
         image_processor: transformers' own; it makes the tower's input.
         method: plans the stages; ``None`` for a dense pass.
         cost: counts FLOPs; its decoder geometry gives the number of layers.
         phases: what a step of training does instead of ``method``; ``None`` where every batch drops by it.
-        max_image_pixels: a picture of more is not read.
+        max_image_pixels: an image of more is not read.
     """
 
     index: SampleIndex
@@ -60,15 +58,10 @@ class Collator:
     def __call__(
         self, samples: Sequence[int], pictures_of: Sequence[int] | None = None, step: int | None = None
     ) -> PackedBatch:
-        """Pack ``samples``. Samples whose pictures cannot be read are left out and named in ``unreadable``; if none
-        is left the batch is one blank token without supervision. Where a picture has another size than was indexed, the
-        next start indexes its source anew.
-
-        Args:
-            samples: indices into the index.
-            pictures_of: take the pictures from these samples instead (same number of pictures each).
-            step: the global step of training that the batch is for.
-        """
+        """Pack ``samples`` for global step ``step`` of training, with the images of ``pictures_of`` (as many samples
+        with as many images) instead of their own. Samples whose images cannot be read are left out and named in
+        ``unreadable``; if none is left the batch is one blank token without supervision. Where an image has another
+        size than was indexed, the next start indexes its source again."""
         loaded: list[LoadedSample] = []
         unreadable: list[tuple[str, str]] = []
         for sample, picture_sample in zip(samples, samples if pictures_of is None else pictures_of, strict=True):
@@ -121,13 +114,16 @@ class Collator:
     ) -> PackedBatch:
         """Lay samples end to end and plan the stages of the step's phase."""
         phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
-        laid_out = [_laid_out(sample, self.layout) for sample in loaded]
+        laid_out = [
+            lay_out(sample.chat, self.layout.tokens(sample.pictures.sizes), self.layout.grids(sample.pictures.sizes))
+            for sample in loaded
+        ]
         segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
-        plan = self._plan(phase.method, segments)
-        teacher = None
+        num_layers, teacher = self.cost.decoder.num_layers, None
+        plan = plan_pass(segments, num_layers, phase.method)
         if phase.teacher is not None:
-            own = self._plan(phase.teacher.method, segments)
-            teacher = TeacherPass(own, phase.teacher.weight, phase.teacher.temperature)
+            taught = plan_pass(segments, num_layers, phase.teacher.method)
+            teacher = TeacherPass(taught, phase.teacher.weight, phase.teacher.temperature)
         ids = np.concatenate([ids for _, ids in laid_out]) if laid_out else np.zeros(1, dtype=np.int64)
         answers = [_answer_of_target(sample.chat) for sample in loaded]
         num_answers = np.cumsum([0, *(len(sample.chat.answer_starts) for sample in loaded)])
@@ -151,9 +147,6 @@ class Collator:
             positions=self.layout.positions(segments, pictures),
             teacher=teacher,
         )
-
-    def _plan(self, method: PruningMethod | None, segments: Sequence[SegmentLayout]) -> StreamPlan:
-        return plan_pass(segments, self.cost.decoder.num_layers, method)
 
     @property
     def num_stages(self) -> int:
@@ -207,24 +200,11 @@ class Collator:
         return {**batch.costs, **self._pass_costs(own, ran, batch.costs["flops_other"])}
 
 
-def _laid_out(sample: LoadedSample, layout: ImageLayout) -> tuple[SegmentLayout, np.ndarray]:
-    sizes = sample.pictures.sizes
-    return lay_out(sample.chat, layout.tokens(sizes), layout.grids(sizes))
-
-
 def lay_out(
     chat: EncodedChat, image_tokens: Sequence[int], grids: Sequence[Grids] | None = None
 ) -> tuple[SegmentLayout, np.ndarray]:
-    """Expand each image's single token to its visual tokens.
-
-    Args:
-        chat: one token an image.
-        image_tokens: visual tokens of each image.
-        grids: the rasters of each, for methods that ask where tokens lie.
-
-    Returns:
-        the segment's layout and its [L] input ids.
-    """
+    """Expand each image's single token to its ``image_tokens`` visual tokens; ``grids`` are the rasters of each, for
+    methods that ask where tokens lie. Returns the segment's layout and its [L] input ids."""
     assert len(chat.image_offsets) == len(image_tokens), "one length per image"
     extra = np.zeros(len(chat.input_ids) + 1, dtype=np.int64)
     for offset, length in zip(chat.image_offsets, image_tokens, strict=True):
@@ -234,22 +214,18 @@ def lay_out(
         ImageSpan(int(moved[offset]), length, own)
         for offset, length, own in zip(chat.image_offsets, image_tokens, grids or [()] * len(image_tokens), strict=True)
     )
+    first = min(chat.answer_starts, default=len(chat.input_ids))
+    prompt = np.delete(chat.input_ids[:first], [offset for offset in chat.image_offsets if offset < first])
     repeats = np.ones(len(chat.input_ids), dtype=np.int64)
     repeats[list(chat.image_offsets)] = image_tokens
     segment = SegmentLayout(
-        key=text_key(_prompt(chat)),
+        key=text_key(prompt),
         length=int(repeats.sum()),
         spans=spans,
         query_offsets=tuple(int(moved[start]) - 1 for start in chat.answer_starts),
         supervised_offsets=tuple(moved[:-1][chat.labels >= 0].tolist()),
     )
     return segment, np.repeat(chat.input_ids, repeats)
-
-
-def _prompt(chat: EncodedChat) -> np.ndarray:
-    """Ids of the text before the first answer."""
-    first = min(chat.answer_starts, default=len(chat.input_ids))
-    return np.delete(chat.input_ids[:first], [offset for offset in chat.image_offsets if offset < first])
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:

@@ -35,8 +35,6 @@ class StepLoader:
 
     Args:
         collate: samples to batches; is pickled and runs in the workers, which start here.
-        planner: which samples.
-        rank: this rank.
         workers: decode processes; 0 decodes in this one.
         device: batches for CUDA are pinned.
         pictures_of: whose pictures each sample gets, by sample index; its own if ``None``.
@@ -62,15 +60,17 @@ class StepLoader:
         timeout: float | None = None,
     ):
         self.steps = range(first_step, end_step)
-        self.index, self.planner, self.rank, self.pictures_of = collate.index, planner, rank, pictures_of
+        self.planner, self.rank, self.pictures_of = planner, rank, pictures_of
         self.decode = _Decode(collate, planner.max_tokens)
         self.pin = device.type == "cuda"
         self.ready: int | None = None
         self._planned: deque[StepPlan] = deque()
         self._pool: DecodePool | None = None
         if workers and self.steps:
-            order = self._order()
-            self._pool = DecodePool(self.decode, order, workers, prefetch, timeout, names=self._names, pin=self.pin)
+            self._pool = DecodePool(
+                self.decode, self._order(), workers, prefetch, timeout, pin=self.pin,
+                names=lambda task: [collate.index.sample_id(sample) for sample in task.samples],
+            )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[StepPlan, list[PackedBatch]]]:
         if self._pool is None:
@@ -108,6 +108,3 @@ class StepLoader:
             samples = ranks[self.rank]
             pictures = None if self.pictures_of is None else tuple(self.pictures_of[sample] for sample in samples)
             yield MicroBatch(plan.step, samples, pictures)
-
-    def _names(self, task: MicroBatch) -> list[str]:
-        return [self.index.sample_id(sample) for sample in task.samples]

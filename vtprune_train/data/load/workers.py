@@ -111,8 +111,6 @@ class DecodePool:
 
     Args:
         decode: makes a batch; is pickled, and runs in the workers.
-        tasks: what to decode.
-        workers: number of processes.
         prefetch: batches that each worker is given ahead.
         timeout: seconds to wait for a batch before its worker counts as hung; ``None`` waits for ever.
         names: the samples of a task, for messages.

@@ -31,22 +31,14 @@ def deal(tokens: np.ndarray, costs: np.ndarray, world_size: int, max_tokens: int
     Args:
         tokens: [N] tokens before dropping.
         costs: [N] cost after dropping, any unit, not negative.
-        world_size: ranks.
-        max_tokens: most tokens of a micro-batch.
+        max_tokens: most tokens of a micro-batch; no sample has more.
 
     Returns:
         ``micro_batches[m][r]``, the positions in ``tokens`` that rank r takes in micro-step m, ascending; empty
         where there are fewer samples than ranks.
-
-    Raises:
-        ValueError: a sample is longer than ``max_tokens``.
     """
     tokens, costs = np.asarray(tokens, dtype=np.int64), np.asarray(costs, dtype=np.float64)
-    if len(tokens) and int(tokens.max()) > max_tokens:
-        raise ValueError(
-            f"data.max_tokens={max_tokens} is smaller than the longest sample ({int(tokens.max())} tokens); "
-            "raise it, or lower data.max_length and set data.too_long=skip"
-        )
+    assert tokens.max(initial=0) <= max_tokens, "the planner refuses longer samples"
     micro_steps = max(1, -(-fewest_bins(tokens, max_tokens) // world_size))
     while (bin_of := _pack(tokens, costs, micro_steps * world_size, max_tokens)) is None:
         micro_steps += 1
@@ -70,10 +62,16 @@ def _by_cost(tokens: np.ndarray, costs: np.ndarray, num_bins: int, max_tokens: i
     at_a_time = max(1, num_bins // 8)
     first = min(num_bins, len(order))
     chunks = [order[:first], *np.split(order[first:], np.arange(at_a_time, len(order) - first, at_a_time))]
+
+    def put(samples: np.ndarray, bins: np.ndarray) -> None:
+        bin_of[samples] = bins
+        load[bins] += costs[samples]
+        room[bins] -= tokens[samples]
+
     for chunk in chunks:
         bins = _smallest(load, len(chunk))
         fits = tokens[chunk] <= room[bins]
-        _put(chunk[fits], bins[fits], bin_of, load, room, costs, tokens)
+        put(chunk[fits], bins[fits])
     left = np.flatnonzero(bin_of < 0)
     left = left[np.argsort(-tokens[left], kind="stable")]
     while len(left):
@@ -82,7 +80,7 @@ def _by_cost(tokens: np.ndarray, costs: np.ndarray, num_bins: int, max_tokens: i
         fits = tokens[chunk] <= room[bins]
         if not fits[0]:
             return None
-        _put(chunk[fits], bins[fits], bin_of, load, room, costs, tokens)
+        put(chunk[fits], bins[fits])
         left = np.concatenate([chunk[~fits], left[at_a_time:]])
     return bin_of
 
@@ -95,20 +93,6 @@ def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
     below, equal = np.flatnonzero(keys < largest), np.flatnonzero(keys == largest)
     chosen = np.concatenate([below, equal[: count - len(below)]])
     return chosen[np.argsort(keys[chosen], kind="stable")]
-
-
-def _put(
-    samples: np.ndarray,
-    bins: np.ndarray,
-    bin_of: np.ndarray,
-    load: np.ndarray,
-    room: np.ndarray,
-    costs: np.ndarray,
-    tokens: np.ndarray,
-) -> None:
-    bin_of[samples] = bins
-    load[bins] += costs[samples]
-    room[bins] -= tokens[samples]
 
 
 def _by_length(tokens: np.ndarray, num_bins: int, max_tokens: int) -> np.ndarray | None:

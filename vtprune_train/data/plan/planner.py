@@ -33,12 +33,10 @@ class Planner:
     """Plans global steps.
 
     Args:
-        order: which sample stands where in each epoch.
         measure: ``(step, samples)`` to [samples] tokens before dropping and [samples] FLOPs after it (any unit).
         longest: tokens of the longest sample.
         global_batch_size: samples a step; the last step of an epoch takes what is left.
         max_tokens: most tokens (before dropping) of a micro-batch.
-        world_size: ranks.
 
     Raises:
         ValueError: there are no samples, or one is longer than ``max_tokens``.
@@ -92,13 +90,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Measures the samples of a step for the planner: ``costs(step, samples)``.
-
-    Args:
-        index: lengths and images of all samples.
-        cost: counts FLOPs.
-        phases: which schedule a step runs on.
-    """
+    """Measures the samples of a step for the planner: ``costs(step, samples)``."""
 
     index: SampleIndex
     cost: TrainingCost

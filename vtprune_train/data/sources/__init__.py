@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, Piece, Place, Reader, TooLarge
@@ -13,7 +12,6 @@ from vtprune_train.data.sources.tars import Tar
 
 __all__ = [
     "BOUNDS",
-    "KINDS",
     "Bounds",
     "Malformed",
     "Piece",
@@ -27,24 +25,8 @@ __all__ = [
 ]
 
 
-def _parquet(file: Path, max_bytes: int) -> Reader:
-    from vtprune_train.data.sources.tables import Parquet  # imported late: Arrow starts a thread
-
-    return Parquet(file, max_bytes)
-
-
-def _dataset_on_disk(file: Path, max_bytes: int) -> Reader:
-    from vtprune_train.data.sources.tables import DatasetOnDisk
-
-    return DatasetOnDisk(file, max_bytes)
-
-
-KINDS: dict[str, Callable[[Path, int], Reader]] = {
-    ".json": JsonList,
-    ".jsonl": Jsonl,
-    ".parquet": _parquet,
-    ".tar": Tar,
-}
+KINDS: dict[str, type[Reader]] = {".json": JsonList, ".jsonl": Jsonl, ".tar": Tar}
+ENDINGS = (*KINDS, ".parquet")
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 KNOWN = "use .json (a list), .jsonl, .parquet, .tar, or a folder written by datasets' save_to_disk"
 
@@ -71,7 +53,7 @@ def find_files(path: Path) -> list[Path]:
     for file in files:
         if file.suffix in COMPRESSED:
             raise ValueError(f"data file {file} is compressed, so no record of it can be reached by itself; unpack it")
-        if file.suffix not in KINDS and not _is_dataset(file):
+        if file.suffix not in ENDINGS and not _is_dataset(file):
             raise ValueError(f"data file {file}: unknown kind {file.suffix!r}; {KNOWN}")
     return files
 
@@ -88,8 +70,8 @@ def _in_folder(folder: Path) -> list[Path]:
         splits = sorted(part.name for part in folder.iterdir() if _is_dataset(part))
         raise ValueError(f"data folder {folder} holds several datasets ({', '.join(splits)}); name one of them")
     with os.scandir(folder) as entries:
-        endings = tuple(KINDS)  # compared before the system is asked what each of the entries is
-        names = sorted(entry.name for entry in entries if entry.name[1:].endswith(endings) and entry.is_file())
+        # Endings are compared before the system is asked what each of the entries is.
+        names = sorted(entry.name for entry in entries if entry.name[1:].endswith(ENDINGS) and entry.is_file())
     files = [folder / name for name in names]
     if not files:
         raise ValueError(f"data folder {folder} holds no data file; {KNOWN}")
@@ -103,12 +85,12 @@ def _is_dataset(path: Path) -> bool:
 
 
 def open_reader(file: Path, max_bytes: int = BOUNDS.record) -> Reader:
-    """The reader of one of the files that :func:`find_files` gave; a record of more than ``max_bytes`` is not read.
+    """The reader of one of the files that :func:`find_files` gave; a record of more than ``max_bytes`` is not read."""
+    if file.suffix in KINDS and not file.is_dir():
+        return KINDS[file.suffix](file, max_bytes)
+    from vtprune_train.data.sources.tables import DatasetOnDisk, Parquet  # imported late: Arrow starts a thread
 
-    Raises:
-        ValueError: see the readers.
-    """
-    return _dataset_on_disk(file, max_bytes) if file.is_dir() else KINDS[file.suffix](file, max_bytes)
+    return DatasetOnDisk(file, max_bytes) if file.is_dir() else Parquet(file, max_bytes)
 
 
 def stamp(file: Path) -> list[int]:

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 PIECE_BYTES = 8 << 20
 PIECE_ROWS = 8192
@@ -78,15 +78,18 @@ class Place(NamedTuple):
 
 
 class Reader(ABC):
-    """One data file. A reader may be used in other processes than the one that made it.
-
-    Args:
-        path: the file.
-        max_bytes: a record of more is not read (see :class:`Bounds`).
-    """
+    """One data file, for the process that opened it; a record of more than ``max_bytes`` is not read (see
+    :class:`Bounds`)."""
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         self.path, self.max_bytes = path, max_bytes
+        self._file: IO[bytes] | None = None
+
+    def _bytes(self, place: Place) -> bytes:
+        """The bytes at a place of a text file, fewer at its end. It stays open; a process that was forked from this one
+        shares its position, which ``pread`` does not use."""
+        self._file = self._file or self.path.open("rb")
+        return os.pread(self._file.fileno(), place.size, place.at)
 
     @property
     def unread(self) -> list[str]:
@@ -113,28 +116,6 @@ class Reader(ABC):
     @abstractmethod
     def read(self, place: Place) -> Any:
         """The record at a place that :meth:`scan` gave."""
-
-
-class BytesAt:
-    """Random access to the bytes of a file, from any process: forked ones share an open file's position, so each opens
-    its own."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._opened: tuple[int, BinaryIO] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_opened": None}
-
-    def read(self, at: int, size: int) -> bytes:
-        """``size`` bytes from byte ``at`` on; fewer at the file's end."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), self.path.open("rb"))
-        parts = []
-        while size > 0 and (part := os.pread(self._opened[1].fileno(), min(size, 1 << 30), at)):
-            parts.append(part)
-            at, size = at + len(part), size - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def utf8_length(text: str) -> int:

@@ -21,10 +21,8 @@ import numpy as np
 
 from vtprune_train.data.sources.base import (
     BLOCK,
-    BOUNDS,
     MOST_VALUES,
     PIECE_BYTES,
-    BytesAt,
     Malformed,
     Piece,
     Place,
@@ -39,11 +37,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Jsonl(Reader):
-    """Empty lines are no records. A line of too many bytes is passed over block by block."""
-
-    def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
-        super().__init__(path, max_bytes)
-        self._bytes = BytesAt(path)
+    """Empty lines are not records. A line of too many bytes is passed over block by block."""
 
     def pieces(self) -> Iterator[Piece]:
         size, start = self.path.stat().st_size, 0
@@ -71,7 +65,7 @@ class Jsonl(Reader):
     def read(self, place: Place) -> Any:
         if place.size > self.max_bytes + 2:
             return self._too_large(*place)
-        return self._parse(self._bytes.read(*place), place.at)
+        return self._parse(self._bytes(place), place.at)
 
     def _too_large(self, at: int, size: int) -> Malformed:
         return too_many_bytes(size, self.max_bytes, f"a line from byte {at} on")
@@ -99,10 +93,6 @@ def _pass_line(file: BinaryIO) -> tuple[int, bool]:
 
 
 class JsonList(Reader):
-    def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
-        super().__init__(path, max_bytes)
-        self._bytes = BytesAt(path)
-
     def pieces(self) -> Iterator[Piece]:
         start = stop = None
         for place, _ in self._elements(0, None):
@@ -121,7 +111,7 @@ class JsonList(Reader):
         if place.size > self.max_bytes:
             return too_many_bytes(place.size, self.max_bytes, f"from byte {place.at} on")
         try:
-            return parse_record(self._bytes.read(*place), place.at)
+            return parse_record(self._bytes(place), place.at)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             where = line_and_column(self.path, place.at)
             raise ValueError(f"{self.path}, byte {place.at}, {where}: not JSON ({error})") from error

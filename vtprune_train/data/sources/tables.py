@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +28,9 @@ LARGEST_HELD = 128 << 20  # bytes of the rows of a row group that are held
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
-    """The columns that are read: those that a record needs (a conversation at least), and those that may make it
-    malformed."""
+    """The columns that are read: those that a record needs (a conversation at least) or that may make it malformed."""
     if not set(CONVERSATIONS) & set(names):
-        raise ValueError(
-            f"data file {path} has no column 'conversations' or 'messages'; its columns: {', '.join(names)}"
-        )
+        raise ValueError(f"data file {path} has no column 'conversations' or 'messages'; it has {', '.join(names)}")
     return [name for name in names if is_looked_at(name)]
 
 
@@ -68,28 +64,24 @@ class Parquet(Reader):
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         super().__init__(path, max_bytes)
-        self._opened: tuple[int, pq.ParquetFile, list[str]] | None = None
+        self._opened: tuple[pq.ParquetFile, list[str]] | None = None
         self._held: _Held | None = None
         self._apart: dict[int, bool] = {}  # row groups, and whether they are read by another process
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None, "_held": None}
 
     @property
     def unread(self) -> list[str]:
         return _unread(self._open()[0].schema_arrow.names)
 
     def _open(self) -> tuple[pq.ParquetFile, list[str]]:
-        if self._opened is None or self._opened[0] != os.getpid():
+        if self._opened is None:
             try:
                 file = pq.ParquetFile(self.path)
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own have no number
                     raise
                 raise ValueError(f"data file {self.path} is not parquet, or is cut off or damaged ({error})") from error
-            self._opened = (os.getpid(), file, _columns(self.path, file.schema_arrow.names))
-            self._held = None
-        return self._opened[1:]
+            self._opened = (file, _columns(self.path, file.schema_arrow.names))
+        return self._opened
 
     def pieces(self) -> Iterator[Piece]:
         metadata = self._open()[0].metadata

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.core.stream import IMAGE
-from vtprune_train.data.sources.base import (
-    Malformed,
-    Piece,
-    Place,
-    Reader,
-    parse_record,
-    too_many_bytes,
-)
+from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader, parse_record, too_many_bytes
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 LONGEST_NAME = 1 << 20  # bytes of what stands before a member: its name where that is long, times, attributes
@@ -46,9 +39,8 @@ class Tar(Reader):
             try:
                 tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
             except tarfile.ReadError as error:
-                raise ValueError(
-                    f"data file {self.path} is no plain tar ({error}); is it compressed or cut off?"
-                ) from error
+                what = f"data file {self.path} is not a plain tar ({error}); is it compressed or cut off?"
+                raise ValueError(what) from error
             group = _Group(tar, start)
             for header in _headers(tar, self.path, stop):
                 if group.key is not None and group.key != _key(header.name):

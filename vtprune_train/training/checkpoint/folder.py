@@ -25,14 +25,13 @@ from vtprune_train.files import pickles
 from vtprune_train.files.disk import naming, remove
 from vtprune_train.models.io.export import EXPORT, UNEXPORTED, Plan, write_weights
 from vtprune_train.training.checkpoint import manifest
-from vtprune_train.training.checkpoint.host_copies import HostCopies
 from vtprune_train.training.checkpoint.writing import Entries, Save, write_file
-from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by, world_size
+from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.engine.files import DeepSpeedFiles, weight
 from vtprune_train.training.engine.layout import layout_name, whole_shape
-from vtprune_train.training.engine.state import Files
 from vtprune_train.training.engine.weights import export_plan, full_state_dict, holds_only_trained, write_export
+from vtprune_train.training.memory.pinned import HostCopies
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +67,6 @@ class CheckpointFolder:
     """The ``checkpoints/`` folder of a run.
 
     Args:
-        folder: made with the first checkpoint.
-        keep_last: how many are kept.
         background: write in a thread; otherwise :meth:`save` returns when all is on disk.
         export: which of them hold an export: ``every``, the ``last`` of the training, or ``never`` one.
     """
@@ -93,12 +90,10 @@ class CheckpointFolder:
         """Begin to write one checkpoint (and wait for the one before); all ranks call this at the same step.
 
         Args:
-            engine: its weights and optimizer are saved.
             processor: saved with the export.
-            state: where training stands.
             config_yaml: the run's settings.
             logs: on rank 0, copies of the files that the run writes line by line, by name (see ``JsonLines.copy``).
-            last: the training is done.
+            last: training is done.
 
         Raises:
             CheckpointError: this one does not fit on the disk, or the one before could not be written.
@@ -123,7 +118,10 @@ class CheckpointFolder:
         layout = f"{TAG}/{layout_name(rank())}", engine.layout().to_json()
 
         def write() -> Entries:
-            entries = write_part(partial, files)
+            entries = {}
+            for path, content in files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                entries[str(path.relative_to(partial))] = write_file(path, content)
             entries.update(_write_text(partial, *layout))
             if rank() == 0:
                 folder = partial / (EXPORT if exports else UNEXPORTED)
@@ -142,7 +140,7 @@ class CheckpointFolder:
                     write_weights(plan, partial / EXPORT, lambda stored: weight(saved, stored))
             self._publish(partial, entries)
 
-        self._in_flight = Save(partial, write, publish, rank(), world_size())
+        self._in_flight = Save(partial, write, publish)
         self._in_flight.start()
         if not self.background:
             self.wait()
@@ -151,11 +149,6 @@ class CheckpointFolder:
     def failed(self) -> bool:
         """Whether this rank's part of the save in flight has ended with an error; :meth:`wait` raises it on all."""
         return self._in_flight is not None and self._in_flight.error is not None
-
-    @property
-    def busy(self) -> bool:
-        """Whether this rank's thread is writing."""
-        return self._in_flight is not None and not self._in_flight.join(0)
 
     def wait(self) -> None:
         """Wait until the save in flight is published; all ranks call this together.
@@ -198,11 +191,7 @@ class CheckpointFolder:
         return f"{rest}. Mend it (a full disk: lower train.keep_last), start again, and the run goes on from there"
 
     def _check_space(self, partial: Path, needed: int) -> None:
-        """Refuse a checkpoint that would not fit, before a byte of it is written.
-
-        Raises:
-            CheckpointError: naming what is needed and free.
-        """
+        """Refuse a checkpoint that would not fit, before a byte of it is written."""
 
         def free() -> int:
             free = shutil.disk_usage(self.folder).free
@@ -245,7 +234,12 @@ class CheckpointFolder:
             for checkpoint in reversed(found):
                 problem = manifest.verify(checkpoint)
                 if problem is None:
-                    _check_pickles(checkpoint)
+                    try:
+                        pickles.check_folder(checkpoint / TAG)
+                    except pickles.ForeignCodeError as error:
+                        raise ValueError(
+                            f"{error}. To go on from the checkpoint before, remove {checkpoint}"
+                        ) from error
                     return checkpoint
                 if strict:
                     raise ValueError(
@@ -284,10 +278,9 @@ class CheckpointFolder:
         """Remove what interrupted saves and deletions left behind."""
 
         def remove_all() -> None:
-            if self.folder.is_dir():
-                for leftover in [*self.folder.glob("*.partial"), *self.folder.glob("*.deleting")]:
-                    log.warning("removing %s, left by an interrupted run", leftover)
-                    remove(leftover)
+            for leftover in [*self.folder.glob("*.partial"), *self.folder.glob("*.deleting")]:
+                log.warning("removing %s, left by an interrupted run", leftover)
+                remove(leftover)
 
         from_rank_0(remove_all)
 
@@ -323,22 +316,6 @@ def _write_text(partial: Path, name: str, text: bytes) -> Entries:
     with naming(path):
         path.write_bytes(text)
     return {name: manifest.sync_and_hash(path)}
-
-
-def write_part(partial: Path, files: Files) -> Entries:
-    """Write one rank's DeepSpeed files."""
-    entries = {}
-    for path, state in files:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        entries[str(path.relative_to(partial))] = write_file(path, state)
-    return entries
-
-
-def _check_pickles(checkpoint: Path) -> None:
-    try:
-        pickles.check_folder(checkpoint / TAG)
-    except pickles.ForeignCodeError as error:
-        raise ValueError(f"{error}. To go on from the checkpoint before, remove {checkpoint}") from error
 
 
 def _errors(save: Save) -> list[str]:

@@ -27,14 +27,8 @@ SHOWN = 8  # ranges of steps in a message
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with its ``step``, at most one for each step.
-
-    One process writes it, after :meth:`rewind`; any may :meth:`read` it.
-
-    Args:
-        path: of the file.
-        every_step: a line is due for every step, so one that is missing is known to be.
-    """
+    """A file of one JSON object a line, each with its ``step``, at most one for each step; with ``every_step`` exactly
+    one. One process writes it, after :meth:`rewind`; any may :meth:`read` it."""
 
     def __init__(self, path: Path, every_step: bool = False):
         self.path, self.every_step = path, every_step
@@ -43,16 +37,12 @@ class JsonLines:
         self._packed = bytearray()
 
     def rewind(self, step: int, checkpoint: Path | None = None) -> None:
-        """Keep the lines up to ``step``, and restore from the checkpoint's copy those that are missing or damaged; says
-        what was restored, and what is lost. Lines of earlier steps that the copy lacks are not the run's, and are
-        removed; one of ``step`` itself may have come after the checkpoint.
-
-        Args:
-            step: training continues after it.
-            checkpoint: the one that it continues from.
-        """
+        """Keep the lines up to ``step``, after which training continues from ``checkpoint``, and restore from its copy
+        those that are missing or damaged; says what was restored, and what is lost. Lines of earlier steps that the
+        copy lacks are not the run's, and are removed; one of ``step`` itself may have come after the checkpoint."""
         content = self.path.read_bytes() if self.path.is_file() else b""
-        copy = _read_copy(checkpoint, self.path.name)
+        saved_at = checkpoint and checkpoint / LOGS / f"{self.path.name}.gz"  # older versions wrote none
+        copy = gzip.decompress(saved_at.read_bytes()) if saved_at and saved_at.is_file() else None
         copied = dict(_parse(copy or b"")[0])
         order, unreadable = _parse(content, {line: number for number, line in copied.items()})
         written, saved = dict(order), {number: line for number, line in copied.items() if number <= step}
@@ -81,7 +71,8 @@ class JsonLines:
                      self.path, ranges(repeated), step)  # fmt: skip
         if lines != content or self._found() == NO_FILE:
             replace_synced(self.path, lines)
-        self._remember(lines)
+        self._size, self._packer = len(lines), zlib.compressobj(1, wbits=31)  # 31: as gzip writes it
+        self._packed = bytearray(self._packer.compress(lines))
 
     def append(self, record: dict[str, Any], sync: bool = False) -> None:
         """Write a line, whole or not at all; with ``sync`` it is on disk when this returns.
@@ -123,10 +114,6 @@ class JsonLines:
             return self.path.stat().st_size
         return NO_FILE if self.path.is_symlink() or self.path.exists() else 0
 
-    def _remember(self, lines: bytes) -> None:
-        self._size, self._packer = len(lines), zlib.compressobj(1, wbits=31)  # 31: as gzip writes it
-        self._packed = bytearray(self._packer.compress(lines))
-
 
 def _parse(content: bytes, known: Mapping[bytes, int] = MappingProxyType({})) -> tuple[Lines, list[int]]:
     """The lines with their steps, in order, and the numbers of those that are damaged; ``known`` need no parsing."""
@@ -148,12 +135,6 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return step if type(step) is int and step > 0 else None
-
-
-def _read_copy(checkpoint: Path | None, name: str) -> bytes | None:
-    """A checkpoint's copy of a file; None for one that an older version wrote."""
-    path = checkpoint and checkpoint / LOGS / f"{name}.gz"
-    return gzip.decompress(path.read_bytes()) if path and path.is_file() else None
 
 
 def ranges(steps: Iterable[int]) -> str:

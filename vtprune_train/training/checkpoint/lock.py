@@ -43,11 +43,7 @@ def hold_run(run_dir: Path) -> int:
 
 
 def check_free(run_dir: Path) -> None:
-    """Make sure that no process is at the run. Nothing is taken or made: rank 0 does that later.
-
-    Raises:
-        ValueError: another process holds it.
-    """
+    """Raise a ``ValueError`` if another process holds the run. Nothing is taken or made: rank 0 does that later."""
     path = run_dir / LOCK
     if not os.access(path, os.R_OK):  # there is no such run yet; or rank 0 says what is wrong
         return

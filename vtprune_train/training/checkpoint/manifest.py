@@ -78,21 +78,16 @@ def problems(checkpoint: Path, part: str = "") -> list[str]:
 
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in one line, or ``None``."""
-    found = problems(checkpoint)
-    return "; ".join(found) if found else None
+    return "; ".join(problems(checkpoint)) or None
 
 
 def check_export(source: str | Path) -> None:
-    """Before weights are taken from a checkpoint's ``hf/`` folder; another folder, or a hub id, passes.
-
-    Raises:
-        ValueError: a file is not what the checkpoint's manifest says.
-    """
+    """Raise a ``ValueError`` if a file of a checkpoint's ``hf/`` folder, which weights are taken from, is not what the
+    manifest says; another folder, or a hub id, passes."""
     checkpoint, part = Path(source).parent, f"{Path(source).name}/"
     if not (checkpoint / MANIFEST).is_file():
         return
-    found = problems(checkpoint, part)
-    if found:
+    if found := problems(checkpoint, part):
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(found)}. Name an older step_XXXXXXXX of the run")
 
 

@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vtprune_train.training.engine.files import SavedState
+from vtprune_train.training.checkpoint.folder import TAG
+from vtprune_train.training.engine.files import DeepSpeedFiles, SavedState
 
 PORTABLE = "portable"  # the folder of a checkpoint
 INDEX = "index.json"
@@ -24,11 +25,7 @@ FILE_BYTES = 2**32
 
 
 class PortableFiles:
-    """Reads the portable form.
-
-    Args:
-        folder: ``portable/`` of a checkpoint.
-    """
+    """Reads the portable form, ``portable/`` of a checkpoint."""
 
     def __init__(self, folder: Path):
         index = json.loads((folder / INDEX).read_text())
@@ -56,6 +53,12 @@ class PortableFiles:
     def untrained(self, name: str) -> torch.Tensor:
         full = f"{name}|{AS_IS}"
         return self._open[self._files[full]].get_tensor(full)
+
+
+def open_state(checkpoint: Path) -> SavedState:
+    """The state in a checkpoint, whichever form it has; a ``ValueError`` if an older version wrote it."""
+    portable = checkpoint / PORTABLE
+    return PortableFiles(portable) if portable.is_dir() else DeepSpeedFiles(checkpoint / TAG)
 
 
 def write_portable(saved: SavedState, folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""Which checkpoint a run continues from, and whether it may."""
+"""Which checkpoint a run continues from, whether it may, and its state loaded however many ranks wrote it."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from vtprune_train.config.load import changed_settings, differences
 from vtprune_train.files.parse import read_json_object
 from vtprune_train.pruning import UntrustedMethodError, check_trusted, completed_settings
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
-from vtprune_train.training.checkpoint.load import load
+from vtprune_train.training.checkpoint import manifest
+from vtprune_train.training.checkpoint.folder import TAG, CheckpointFolder, TrainerState, joined
+from vtprune_train.training.checkpoint.portable import open_state
 from vtprune_train.training.engine.engine import Engine
+from vtprune_train.training.engine.layout import Layout, layout_name
+from vtprune_train.training.engine.weights import holds_only_trained
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +30,6 @@ def resume(
     Args:
         identity: what must not change, by setting.
         policy: ``train.resume``.
-        checkpoints: the run's.
-        engine: not stepped yet.
         config_yaml: the run's settings, as checkpoints record them; those that have changed are logged.
 
     Raises:
@@ -69,15 +71,12 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     if "pruning" in known:
         known["pruning"] = _completed(known["pruning"], checkpoint)
     if changed := differences(known, json.loads(json.dumps(identity))):
-        raise ValueError(
-            "\n".join(
-                [
-                    f"{checkpoint} was trained with other settings, so its steps would hold other samples than these:",
-                    *(f"  {key}: checkpoint {before}, now {now}" for key, before, now in changed),
-                    f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={checkpoint}",
-                ]
-            )
-        )
+        lines = [
+            f"{checkpoint} was trained with other settings, so its steps would hold other samples than these:",
+            *(f"  {key}: checkpoint {before}, now {now}" for key, before, now in changed),
+            f"Set them back, or start a new run from its weights: run.name=NEW train.init_from={checkpoint}",
+        ]
+        raise ValueError("\n".join(lines))
 
 
 def _completed(pruning: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -87,3 +86,59 @@ def _completed(pruning: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     except UntrustedMethodError:
         return pruning
     return completed_settings(pruning)
+
+
+def load(engine: Engine, checkpoint: Path) -> TrainerState:
+    """Restore weights and optimizer of every rank, and the trainer's state; all ranks call this.
+
+    If the engine keeps its numbers as the one that wrote them did (ranks, ZeRO stage, dtype, order of parameters),
+    DeepSpeed loads its own files, to the bit; otherwise (or from the portable form) the same numbers are distributed
+    to this run's ranks. Rates, weight decay and betas are the engine's, which is not stepped yet.
+
+    Raises:
+        ValueError: a rank does not see the files, or they do not fit this model.
+    """
+    _agree(lambda: _all_there(checkpoint))
+    try:
+        state = TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint / 'trainer.json'} is not what this version writes ({error})") from error
+    now = (ranks.world_size(), engine.zero_stage, engine.dtype)
+    if _written_alike(state, now, engine, checkpoint):
+        engine.load_files(checkpoint, TAG, strict=not holds_only_trained(engine.module))
+    else:
+        if ranks.rank() == 0:
+            log.warning(
+                "%s was written by %d rank(s) with ZeRO %d in %s; its state is distributed to %d with ZeRO %d in %s",
+                checkpoint, state.world_size, state.zero_stage, state.dtype or "an unknown dtype", *now,
+            )  # fmt: skip
+        engine.load_resharded(checkpoint, open_state, _agree)
+    state.world_size, state.zero_stage, state.dtype = now
+    return state
+
+
+def _written_alike(state: TrainerState, now: tuple[int, int, str], engine: Engine, checkpoint: Path) -> bool:
+    """Whether DeepSpeed's files hold every number where every rank of this run looks for it."""
+    same = (state.world_size, state.zero_stage) == now[:2] and state.dtype in ("", now[2])
+    layout = checkpoint / TAG / layout_name(ranks.rank())  # older versions wrote none
+    same = same and layout.parent.is_dir() and (not layout.is_file() or Layout.read(layout) == engine.layout())
+    return all(ranks.gather(same))
+
+
+def _all_there(checkpoint: Path) -> None:
+    for name, entry in manifest.read_manifest(checkpoint).items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise ValueError(f"{path} is not what rank 0 sees; run.output_dir must be on storage that all nodes share")
+
+
+def _agree(act: Callable[[], None]) -> None:
+    """Do something without collectives on every rank; an error on one rank ends all of them, named."""
+    error: Exception | None = None
+    try:
+        act()
+    except Exception as caught:
+        error = caught
+    errors = ranks.gather("" if error is None else f"{type(error).__name__}: {error}")
+    if any(errors):
+        raise ValueError(joined(errors)) from error

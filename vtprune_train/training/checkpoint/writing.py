@@ -17,6 +17,7 @@ from torch.utils.serialization import config as serialization
 
 from vtprune_train.files.checksums import HashedFile
 from vtprune_train.files.disk import naming
+from vtprune_train.training.distributed import rank, world_size
 
 POLL_SECONDS = 0.02
 Entries = dict[str, dict[str, Any]]
@@ -37,27 +38,16 @@ def write_file(path: Path, state: Any) -> dict[str, Any]:
 class Save:
     """One checkpoint on its way to disk, as one rank sees it.
 
-    Args:
-        partial: the folder that is being filled.
-        write: writes this rank's files into it and returns the manifest's entries.
-        publish: on rank 0, what makes the folder a checkpoint once all ranks' files are there.
-        rank, world_size: this rank, and how many there are.
+    ``write`` writes this rank's files into the folder ``partial`` and returns the manifest's entries; on rank 0
+    ``publish`` makes the folder a checkpoint once all ranks' files are there.
     """
 
-    def __init__(
-        self,
-        partial: Path,
-        write: Callable[[], Entries],
-        publish: Callable[[Entries], None],
-        rank: int,
-        world_size: int,
-    ):
-        self.partial, self.error = partial, None
+    def __init__(self, partial: Path, write: Callable[[], Entries], publish: Callable[[Entries], None]):
+        self.partial = partial
+        self.error: BaseException | None = None
         self.written, self.cancelled = threading.Event(), threading.Event()
-        self._write, self._publish, self._rank, self._world_size = write, publish, rank, world_size
+        self._write, self._publish, self._rank, self._world_size = write, publish, rank(), world_size()
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-
-    error: BaseException | None
 
     def start(self) -> None:
         self._thread.start()
@@ -70,7 +60,10 @@ class Save:
     def _run(self) -> None:
         try:
             entries = self._write()
-            _say_written(self.partial, self._rank, entries)
+            path = part_path(self.partial, self._rank)
+            with naming(path):
+                path.with_suffix(".tmp").write_text(json.dumps(entries))
+            path.with_suffix(".tmp").rename(path)
             self.written.set()
             if self._rank == 0 and self._all_parts(entries):
                 self._publish(entries)
@@ -94,10 +87,3 @@ class Save:
 def part_path(partial: Path, rank: int) -> Path:
     """Where a rank says that its files are written."""
     return partial / f"rank_{rank:05d}.json"
-
-
-def _say_written(partial: Path, rank: int, entries: Entries) -> None:
-    path = part_path(partial, rank)
-    with naming(path):
-        path.with_suffix(".tmp").write_text(json.dumps(entries))
-    path.with_suffix(".tmp").rename(path)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import gradients, reshard, state
@@ -27,15 +28,9 @@ class Engine:
                 engine.backward(output.loss)
         applied = engine.step()  # or engine.zero_grad(), to leave the step out
 
-    Args:
-        deepspeed: a ``DeepSpeedEngine``; see :func:`vtprune_train.training.engine.start.start_engine`.
-
-    Attributes:
-        module: the model. Under ZeRO-3 its parameters are partitions.
-        device: this rank's.
-        zero_stage: 0 to 3.
-        dtype: what it computes in, as ``model.dtype`` names it.
-        monitors: where scalars are shown.
+    Under ZeRO-3 the parameters of ``module``, the model, are partitions; ``dtype`` is what it computes in, as
+    ``model.dtype`` names it, and scalars are shown in ``monitors``.
+    :func:`vtprune_train.training.engine.start.start_engine` makes one around a ``DeepSpeedEngine``.
     """
 
     def __init__(self, deepspeed: Any):
@@ -74,12 +69,13 @@ class Engine:
     @property
     def loss_scale(self) -> float:
         """What losses are multiplied by before the backward pass, and gradients with them (1 but for float16)."""
-        return gradients.loss_scale(self._deepspeed)
+        return float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0))
 
     @property
     def loss_scale_may_fall(self) -> bool:
         """Whether dynamic loss scaling (float16) can still answer an overflow with a smaller scale."""
-        return gradients.scale_may_fall(self._deepspeed)
+        scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None)
+        return scaler is not None and bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
 
     def step(self) -> bool:
         """Update the model by the step's gradients. False if float16's loss scaling left the update out instead."""
@@ -111,8 +107,17 @@ class Engine:
         return state.collect_files(self._deepspeed, folder, tag, copy, trained_only)
 
     def load_files(self, folder: Path, tag: str, strict: bool) -> None:
-        """Load files that this layout wrote; see :func:`state.load_files`. All ranks call this together."""
-        state.load_files(self._deepspeed, folder, tag, strict)
+        """Load what :meth:`state_files` gave as many ranks of the same ZeRO stage and dtype, before the first step;
+        ``strict`` where it holds every parameter. All ranks call this. Rates, weight decay and betas stay as they are.
+        """
+        optimizer = self._deepspeed.optimizer
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        with pickles.for_torch_load(lambda content: reshard.with_scaler(content, optimizer)):
+            loaded, _ = self._deepspeed.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
+        if loaded is None:
+            raise ValueError(f"DeepSpeed found nothing to load in {folder / tag}")
+        for group, before in zip(self.param_groups, settings, strict=True):
+            group.update(before)
 
     def load_resharded(
         self, source: Path, open_state: Callable[[Path], SavedState], agree: Callable[[Callable[[], None]], None]

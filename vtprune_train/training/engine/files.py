@@ -38,24 +38,23 @@ class SavedState(Protocol):
 
 
 class DeepSpeedFiles:
-    """Reads the files of all ranks of a checkpoint; tensors are memory-mapped.
-
-    Args:
-        folder: ``deepspeed/`` of a checkpoint.
-    """
+    """Reads the files of all ranks in a checkpoint's ``deepspeed/``; tensors are memory-mapped."""
 
     def __init__(self, folder: Path):
         self.folder, layouts = folder, read_layouts(folder)
         self.shapes = layouts[0].shapes
-        self.models = [pickles.read(path, mmap=True) for path in _model_files(folder, len(layouts))]
+        paths = [folder / WHOLE_MODEL]
+        if not paths[0].is_file():
+            paths = [_of_rank(folder, rank, "model_states") for rank in range(len(layouts))]
+        self.models = [pickles.read(path, mmap=True) for path in paths]
         main = self.models[0]
         self.counters = {name: main[name] for name in ("global_steps", "global_samples", "skipped_steps")}
         if main["optimizer"] is not None:  # ZeRO 0: every rank has everything, rank 0 wrote it
             layouts = layouts[:1]
             self.optimizers = [main["optimizer"]]
         else:
-            self.optimizers = [pickles.read(path, mmap=True) for path in _optimizer_files(folder, len(layouts))]
-            self.optimizers = [optimizer["optimizer_state_dict"] for optimizer in self.optimizers]
+            paths = [_of_rank(folder, rank, "optim_states") for rank in range(len(layouts))]
+            self.optimizers = [pickles.read(path, mmap=True)["optimizer_state_dict"] for path in paths]
         self.counters["loss_scaler"] = scaler_numbers(self.optimizers[0].get("loss_scaler"))
         self.places: dict[str, list[tuple[int, Piece]]] = {}
         for rank, layout in enumerate(layouts):
@@ -64,10 +63,8 @@ class DeepSpeedFiles:
 
     def keys(self, name: str) -> list[str]:
         rank, piece = self.places[name][0]
-        return [
-            MASTER,
-            *(k for k, v in self._states(rank, piece.flat).items() if isinstance(v, torch.Tensor) and v.ndim),
-        ]
+        states = self._states(rank, piece.flat)
+        return [MASTER, *(key for key, value in states.items() if isinstance(value, torch.Tensor) and value.ndim)]
 
     def step(self, name: str) -> float | None:
         rank, piece = self.places[name][0]
@@ -132,17 +129,9 @@ def scaler_numbers(scaler: Any) -> dict[str, float]:
     return {k: v for k, v in getattr(scaler, "__dict__", {}).items() if isinstance(v, int | float)}
 
 
-def _model_files(folder: Path, ranks: int) -> list[Path]:
-    if (folder / WHOLE_MODEL).is_file():
-        return [folder / WHOLE_MODEL]
-    return [_only(folder, f"*zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
-
-
-def _optimizer_files(folder: Path, ranks: int) -> list[Path]:
-    return [_only(folder, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(ranks)]
-
-
-def _only(folder: Path, pattern: str) -> Path:
+def _of_rank(folder: Path, rank: int, kind: str) -> Path:
+    """The file of a rank."""
+    pattern = f"*zero_pp_rank_{rank}_mp_rank_00_{kind}.pt"
     found = list(folder.glob(pattern))
     if len(found) != 1:
         raise ValueError(f"{folder} holds {len(found)} files {pattern}, not one")

@@ -38,17 +38,6 @@ def squared_norm(engine: Any, world_size: int) -> Tensor:
     return torch.stack(norms).double().square().sum() / replicas
 
 
-def loss_scale(engine: Any) -> float:
-    """What losses are multiplied by before the backward pass (1 but for float16)."""
-    return float(getattr(engine.optimizer, "loss_scale", 1.0))
-
-
-def scale_may_fall(engine: Any) -> bool:
-    """Whether dynamic loss scaling (float16) can still answer an overflow with a smaller scale."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return scaler is not None and bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
-
-
 def discard(engine: Any) -> None:
     """Forget the gradients accumulated since the last optimizer step; the next backward pass starts from zero.
     Parameters, optimizer states and the loss scale stay as they are.

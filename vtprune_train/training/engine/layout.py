@@ -51,11 +51,7 @@ def layout_name(rank: int) -> str:
 
 
 def read_layouts(folder: Path) -> list[Layout]:
-    """The layouts of all ranks that wrote a checkpoint.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The layouts of all ranks that wrote a checkpoint; a ``ValueError`` if there are none."""
     layouts = [Layout.read(path) for path in sorted(folder.glob("layout_*.json"))]
     if not layouts:
         raise ValueError(

@@ -20,11 +20,7 @@ Scalar = tuple[str, float, int]
 
 
 class Monitors:
-    """Those that the DeepSpeed JSON switches on. Rank 0 writes; on other ranks nothing happens.
-
-    Args:
-        master: DeepSpeed's ``MonitorMaster``.
-    """
+    """Those that the DeepSpeed JSON switches on, ``master`` its ``MonitorMaster``. On ranks but 0 nothing happens."""
 
     def __init__(self, master: Any):
         self._master = master

@@ -103,21 +103,13 @@ MODULES = {
 
 
 def check_release() -> None:
-    """Make sure that this DeepSpeed has the classes that are named here, before it starts an engine.
-
-    Raises:
-        ConfigError: names what is missing, and the releases that have it.
-    """
+    """Raise a ``ConfigError`` if this DeepSpeed lacks a class that is named here, before it starts an engine."""
     read = [(name, import_module(name), names) for name, names in MODULES.items()]
     _refuse(f"{module}.{name}" for module, thing, names in read for name in names if not _has(thing, name))
 
 
 def check(engine: Any) -> None:
-    """Make sure that a new DeepSpeed engine has every name that is read of it.
-
-    Raises:
-        ConfigError: names what is missing, and the releases that have it.
-    """
+    """Raise a ``ConfigError`` if a new DeepSpeed engine lacks a name that is read of it."""
     _refuse(f"{owner}.{name}" for owner, thing, names in _read(engine) for name in names if not _has(thing, name))
 
 

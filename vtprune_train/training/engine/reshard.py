@@ -22,17 +22,9 @@ from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of
 def load_resharded(
     engine: Any, source: Path, open_state: Callable[[Path], SavedState], agree: Callable[[Callable[[], None]], None]
 ) -> None:
-    """Fill a DeepSpeed engine from a checkpoint of other ranks or another ZeRO stage; all ranks call this.
-
-    Args:
-        engine: not stepped yet.
-        source: the checkpoint.
-        open_state: opens the state in it.
-        agree: does something on every rank and raises on all if one fails.
-
-    Raises:
-        ValueError: the files do not hold what this engine trains.
-    """
+    """Fill a DeepSpeed engine that is not stepped yet from the checkpoint ``source`` of other ranks or another ZeRO
+    stage; all ranks call this. ``agree`` does something on every rank and raises on all if one fails, as where the
+    files do not hold what this engine trains."""
     optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False):
         raise ValueError("optimizer states on NVMe resume only with the ranks and ZeRO stage that wrote the checkpoint")
@@ -58,10 +50,8 @@ def load_resharded(
 
 
 def _check(layout: Layout, saved: SavedState, source: Path) -> None:
-    differing = sorted(
-        name for name in {*layout.shapes, *saved.shapes} if layout.shapes.get(name) != saved.shapes.get(name)
-    )
-    if differing:
+    every = {*layout.shapes, *saved.shapes}
+    if differing := sorted(name for name in every if layout.shapes.get(name) != saved.shapes.get(name)):
         name = differing[0]
         raise ValueError(
             f"{source} trained other parameters than this run: {len(differing)} differ, the first is {name} "
@@ -92,15 +82,24 @@ def _fill_optimizer(engine: Any, saved: SavedState) -> None:
             target = flat if key == MASTER else inner.state[flat][key]
             part = target.data.view(-1).narrow(0, piece.offset, piece.numel)
             part.copy_(saved.read(piece.name, key, piece.start, piece.numel))
-    fill_scaler(optimizer, saved.counters["loss_scaler"])
+    _fill_scaler(optimizer, saved.counters["loss_scaler"])
 
 
-def fill_scaler(optimizer: Any, saved: dict[str, float]) -> None:
+def _fill_scaler(optimizer: Any, saved: dict[str, float]) -> None:
     """The numbers of float16's loss scaler; those of another dtype's are of no use here."""
     scaler = getattr(optimizer, "loss_scaler", None)
     if saved.keys() == scaler_numbers(scaler).keys():
         for name, value in saved.items():
             setattr(scaler, name, value)
+
+
+def with_scaler(state: Any, optimizer: Any) -> Any:
+    """The content of one of DeepSpeed's files with this optimizer's own loss scaler, which takes the file's numbers."""
+    inner = state.get("optimizer_state_dict") if isinstance(state, dict) else None
+    if isinstance(inner, dict) and "loss_scaler" in inner:
+        _fill_scaler(optimizer, scaler_numbers(inner["loss_scaler"]))
+        inner["loss_scaler"] = optimizer.loss_scaler
+    return state
 
 
 def _fill_weights(engine: Any, saved: SavedState) -> None:

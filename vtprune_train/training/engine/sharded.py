@@ -17,17 +17,13 @@ from torch import nn
 from vtprune_train.config.settings import Config
 from vtprune_train.models.io.placement import SHAPE, WHOLE, Placement
 from vtprune_train.training.distributed import rank
+from vtprune_train.training.engine.settings import zero_stage
 
 log = logging.getLogger(__name__)
 
 
 class Sharded(Placement):
-    """Cuts parameters as DeepSpeed's ZeRO-3 does.
-
-    Args:
-        settings: what the engine is started with.
-        dtype: that of the engine's parameters.
-    """
+    """Cuts parameters as DeepSpeed's ZeRO-3 does; ``settings`` and ``dtype`` are those that the engine starts with."""
 
     sharded = True
 
@@ -108,7 +104,7 @@ def placement_for(config: Config, settings: dict[str, Any]) -> Placement:
     zero = settings.get("zero_optimization", {})
     on_nvme = zero.get("offload_param", {}).get("device") == "nvme"
     keeps_base = config.model.peft is not None and config.model.config is not None
-    if int(zero.get("stage", 0)) < 3 or on_nvme or keeps_base:
+    if zero_stage(settings) < 3 or on_nvme or keeps_base:
         return WHOLE
     if rank() == 0:
         log.info("ZeRO-3: every parameter is cut among the ranks as soon as it is read")

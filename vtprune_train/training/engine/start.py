@@ -31,14 +31,8 @@ def start_distributed(timeout: float) -> torch.device:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        alone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update(alone)
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(port))
     if on_cpu:
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks share the machine's cores: more threads than cores make each of them wait for the others.
@@ -56,11 +50,7 @@ def start_distributed(timeout: float) -> torch.device:
 
 
 def check_engine(config: Config, settings: dict[str, Any], device: torch.device) -> None:
-    """Make sure that this device can train in ``model.dtype``, and that DeepSpeed takes ``settings``.
-
-    Raises:
-        ConfigError: names the key, its value and what fits.
-    """
+    """Raise a ``ConfigError`` if this device cannot train in ``model.dtype``, or DeepSpeed refuses ``settings``."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -78,8 +68,12 @@ def check_engine(config: Config, settings: dict[str, Any], device: torch.device)
         raise ConfigError(f"model.dtype={dtype}: {where} cannot train in it; use model.dtype={other} or float32")
 
 
-def host_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """DeepSpeed's AdamW, for states that live in host memory beside a GPU."""
+def build_optimizer(
+    groups: list[dict[str, Any]], betas: tuple[float, float], device: torch.device, offloads: bool
+) -> torch.optim.Optimizer:
+    """AdamW: PyTorch's fused one, or DeepSpeed's for states that live in host memory beside a GPU."""
+    if not offloads or device.type != "cuda":
+        return torch.optim.AdamW(groups, betas=betas, fused=True)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(groups, betas=betas)

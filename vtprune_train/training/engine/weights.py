@@ -37,15 +37,9 @@ def export_plan(module: Any) -> Plan:
 
 
 def write_export(module: Any, processor: Any, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
-    """Write the folder that ``from_pretrained`` of plain transformers opens, or for an adapter that of
-    :func:`~vtprune_train.models.io.peft.write_adapter_settings`; rank 0 alone calls this.
-
-    Args:
-        module: the model (its config, with the pruning settings, goes along).
-        processor: saved beside it.
-        weights: from :func:`full_state_dict`; without them all else is written.
-        folder: made here.
-    """
+    """Write the folder that ``from_pretrained`` of plain transformers opens (its config has the pruning settings), or
+    for an adapter that of :func:`~vtprune_train.models.io.peft.write_adapter_settings`; rank 0 alone calls this.
+    Without ``weights``, those of :func:`full_state_dict`, all else is written."""
     if holds_only_trained(module):
         write_adapter_settings(module, folder)
     else:

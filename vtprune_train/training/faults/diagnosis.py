@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Watch:
             self.handles.append(module.register_forward_hook(self._output_of(name or "model")))
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                self.handles.append(parameter.register_hook(self._gradient_of(name)))
+                self.handles.append(parameter.register_hook(partial(self._look, "gradient", name)))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -77,12 +78,6 @@ class Watch:
                     self._look("loss" if module is self.module else "activation", name, tensor)
             if module is self.module:
                 self.forward = False
-
-        return hook
-
-    def _gradient_of(self, name: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            self._look("gradient", name, gradient)
 
         return hook
 

@@ -32,12 +32,9 @@ class TrainingError(RuntimeError):
 def judge(
     trainer: Trainer, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float, loss: float, grad_norm: float
 ) -> Skipped | None:
-    """Why this step must not change the model, if so; its gradients are then gone.
+    """Why this step must not change the model, if so; its gradients are then gone. Called after the last backward pass.
 
     Args:
-        trainer: after the step's last backward pass.
-        plan: of the step.
-        batches: this rank's.
         supervised: tokens of all ranks.
         loss: their mean; NaN where there are none.
         grad_norm: of the whole gradient, over all ranks.
@@ -67,11 +64,7 @@ def _refuse_unless(skip: bool, problem: str, key: str, step: int) -> None:
 
 
 def _count(trainer: Trainer, kind: Skipped, problem: str, step: int) -> Skipped:
-    """One more step without an update.
-
-    Raises:
-        TrainingError: one too many.
-    """
+    """Count one more step without an update; too many end the run."""
     state, train = trainer.state, trainer.config.train
     state.skipped += 1
     state.skipped_in_a_row += 1

@@ -51,7 +51,10 @@ def preflight(trainer: Trainer) -> None:
     """
     engine, device = trainer.engine, trainer.device
     step = densest_step(trainer)
-    worst, accumulates = ranks.from_rank_0(lambda: (worst_micro_batches(trainer), steps_accumulate(trainer)))
+    steps = range(trainer.state.step, min(trainer.state.step + STEPS_LOOKED_AT, trainer.end_step))
+    worst, accumulates = ranks.from_rank_0(
+        lambda: (worst_micro_batches(trainer), any(len(trainer.planner.plan(step).micro_batches) > 1 for step in steps))
+    )
     batches = [trainer.collate(samples, step=step) for samples in worst]
     if accumulates and len(batches) == 1:
         batches *= 2
@@ -67,8 +70,8 @@ def preflight(trainer: Trainer) -> None:
                     with memory.phase("backward"), engine.accumulate(last=boundary):
                         engine.backward(engine(batch.to(device)).loss_sum)
                     if boundary:
-                        with memory.phase("step"):
-                            hold(predicted.states.step, device)
+                        with memory.phase("step"):  # held together, and let go
+                            [torch.empty(size, dtype=torch.uint8, device=device) for size in predicted.states.step]
                         engine.zero_grad()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -102,12 +105,6 @@ def heaviest_estimate(trainer: Trainer, batches: Sequence[PackedBatch], accumula
     return max(estimates, key=lambda estimate: estimate.at(level, accumulates).peak)
 
 
-def hold(sizes: Sequence[int], device: torch.device) -> None:
-    """Allocate tensors of these sizes in bytes together, and let them go."""
-    held = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-    del held
-
-
 def densest_step(trainer: Trainer) -> int:
     """A step to come that drops least: one on all tokens if there is any, otherwise the next one (a warm-up drops ever
     more)."""
@@ -115,12 +112,6 @@ def densest_step(trainer: Trainer) -> int:
     if phases is None or not phases.vary:
         return first
     return next((step for step in range(first, trainer.end_step) if phases.of(step).full_tokens), first)
-
-
-def steps_accumulate(trainer: Trainer) -> bool:
-    """Whether any of the next steps has several micro-batches."""
-    steps = range(trainer.state.step, min(trainer.state.step + STEPS_LOOKED_AT, trainer.end_step))
-    return any(len(trainer.planner.plan(step).micro_batches) > 1 for step in steps)
 
 
 def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
@@ -149,15 +140,8 @@ def foremost(weight: np.ndarray, tokens: np.ndarray, number: int) -> np.ndarray:
 
 
 def heaviest(tokens: np.ndarray, weight: np.ndarray, max_tokens: int, most: int) -> list[int]:
-    """Samples of much ``weight`` that fit into ``max_tokens`` together: greedily by weight and by weight per token,
-    whichever comes to more.
-
-    Args:
-        tokens: [samples] before dropping.
-        weight: [samples] what there should be much of.
-        max_tokens: most tokens in all.
-        most: samples there may be.
-    """
+    """At most ``most`` samples of much ``weight`` [samples] whose ``tokens`` [samples] (before dropping) fit into
+    ``max_tokens`` together: greedily by weight and by weight per token, whichever comes to more."""
 
     def fill(key: np.ndarray) -> list[int]:
         chosen: list[int] = []
@@ -209,11 +193,7 @@ def describe(batches: Sequence[PackedBatch]) -> str:
 
 
 def advice(
-    config: Config,
-    batches: Sequence[PackedBatch],
-    device: torch.device,
-    error: BaseException,
-    fitting: Level | None = None,
+    config: Config, batches: Sequence[PackedBatch], device: torch.device, error: BaseException, fitting: Level | None
 ) -> str:
     """What happened, with numbers, and every setting that this run can still turn; ``fitting`` is the level of
     recomputation that fits by estimate."""

@@ -28,6 +28,7 @@ REPORT_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
 WELCOME_SECONDS = 60.0  # thousands of ranks come at once
 DEAD_HOST_SECONDS = 30
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 1000 * DEAD_HOST_SECONDS}
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,7 @@ class JsonConnection:
         self._buffer = b""
         self._kept: list[dict[str, Any]] = []
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        options = {
-            "TCP_KEEPIDLE": 10,
-            "TCP_KEEPINTVL": 5,
-            "TCP_KEEPCNT": 4,
-            "TCP_USER_TIMEOUT": DEAD_HOST_SECONDS * 1000,
-        }
-        for name, value in options.items():
+        for name, value in KEEPALIVE.items():
             if hasattr(socket, name):  # Linux; elsewhere a dead HOST is noticed later
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -153,8 +148,8 @@ class JsonConnection:
 
     def receive(self) -> list[dict[str, Any]]:
         """What has arrived; call when the socket is readable. ``open`` is false once the other side is gone."""
-        if self._kept:
-            kept, self._kept = self._kept, []
+        kept, self._kept = self._kept, []
+        if kept:
             return kept
         try:
             chunk = self.socket.recv(65536)
@@ -200,13 +195,8 @@ class _Reports:
 
 
 class Hub:
-    """Rank 0's thread that knows all ranks.
-
-    Args:
-        address: to listen at; ``""`` for every interface.
-        token: who does not know it is sent away.
-        world_size: ranks that may join.
-    """
+    """Rank 0's thread that knows all ranks. It listens at ``address`` (``""`` for every interface), and sends away who
+    does not know ``token``."""
 
     def __init__(self, address: str, token: str, world_size: int):
         self.token, self.world_size = token, world_size
@@ -236,20 +226,17 @@ class Hub:
         try:
             while sum(member.left or not member.link.open for member in self._members.values()) < self.world_size:
                 for key, _ in self._selector.select(timeout=0.1):
-                    if key.data is None:
-                        self._accept()
-                    else:
+                    if key.data is not None:
                         self._hear(key.data)
+                        continue
+                    connection, _ = self.server.accept()
+                    connection.settimeout(CONNECT_SECONDS)
+                    self._selector.register(connection, selectors.EVENT_READ, _Member(JsonConnection(connection)))
                 self._decide()
         finally:
             for member in [key.data for key in list(self._selector.get_map().values()) if key.data is not None]:
                 member.link.close()
             self.server.close()
-
-    def _accept(self) -> None:
-        connection, _ = self.server.accept()
-        connection.settimeout(CONNECT_SECONDS)
-        self._selector.register(connection, selectors.EVENT_READ, _Member(JsonConnection(connection)))
 
     def _hear(self, member: _Member) -> None:
         for message in member.link.receive():
@@ -290,15 +277,17 @@ class Hub:
                 member.link.send("cause_ended")
 
     def _failed(self, failure: Failure) -> None:
-        known = {earlier.rank for earlier in self._reports.failures}
-        if failure.rank not in known:
+        if failure.rank not in {earlier.rank for earlier in self._reports.failures}:
             self._reports.failures.append(failure)
             self._reports.since = self._reports.since or time.monotonic()
 
     def _decide(self) -> None:
         reports, now = self._reports, time.monotonic()
         if self._reason is not None:
-            self._tell_of_the_end(self._reason)
+            failed_ranks = [self._members[rank] for rank in self._reason.failed_ranks if rank in self._members]
+            if not self._cause_ended and not any(member.link.open for member in failed_ranks):
+                self._cause_ended = True  # and so the others may end
+                self._tell("cause_ended")
         elif reports.failures:
             if now - reports.since > self._settling():
                 self._announce(reason_of_failures(reports.failures))
@@ -322,13 +311,6 @@ class Hub:
     def _announce(self, reason: EndReason) -> None:
         self._reason = reason
         self._tell("reason", **asdict(reason))
-
-    def _tell_of_the_end(self, reason: EndReason) -> None:
-        """Once the ranks that are the cause have ended, the others may."""
-        failed_ranks = [self._members[rank] for rank in reason.failed_ranks if rank in self._members]
-        if not self._cause_ended and not any(member.link.open for member in failed_ranks):
-            self._cause_ended = True
-            self._tell("cause_ended")
 
     def _tell(self, kind: str, **content: Any) -> None:
         """To rank 0 last: its process ends this thread when it ends."""
@@ -365,11 +347,7 @@ class RankConnection:
 
 
 def connect() -> RankConnection:
-    """Join all ranks; every rank calls this once the process group stands.
-
-    Raises:
-        ConfigError: rank 0 cannot be reached.
-    """
+    """Join all ranks, once the process group stands; a ``ConfigError`` if rank 0 cannot be reached."""
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))) == ranks.world_size()
     hub: Hub | None = None
 
@@ -383,11 +361,7 @@ def connect() -> RankConnection:
 
 
 def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> JsonConnection:
-    """A connection to the hub, at the first address where it answers.
-
-    Raises:
-        ConfigError: it answers at none.
-    """
+    """A connection to the hub, at the first address where it answers; a ``ConfigError`` if it answers at none."""
     reasons = []
     for address in addresses:
         try:

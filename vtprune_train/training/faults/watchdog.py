@@ -41,11 +41,7 @@ COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 
 
 class Watchdog:
-    """One rank's marks of progress, and its end.
-
-    Args:
-        connection: to the other ranks.
-    """
+    """One rank's marks of progress, and its end."""
 
     def __init__(self, connection: RankConnection):
         self.connection = connection
@@ -93,12 +89,8 @@ class Watchdog:
     def fail(self, error: BaseException, code: int, *, final: bool, shown: str, terminated: bool = False) -> NoReturn:
         """End this rank, and with it the job, because of ``error``; prints ``shown`` if this rank is the cause.
 
-        Args:
-            error: what was raised.
-            code: exit code of all ranks.
-            final: starting again would end the same way.
-            shown: what the user is to read.
-            terminated: it is SIGTERM, which a launcher also sends because another rank failed.
+        ``code`` is the exit code of all ranks, ``final`` says that starting again would end the same way, and
+        ``terminated`` that it is SIGTERM, which a launcher also sends because another rank failed.
         """
         STOP.end()  # a launcher sends SIGTERM as soon as one rank is gone
         message = _first_lines(f"{type(error).__name__}: {error}")
@@ -127,9 +119,6 @@ class Watchdog:
         collective, frame = _standing(sys._current_frames(), self._main)
         return replace(place, collective=collective, frame=frame)
 
-    def _limit(self) -> float | None:
-        return self.saving_timeout if self._phase == "saving" else self.timeout
-
     def _watch(self) -> None:
         while True:
             messages = self.connection.poll(POLL_SECONDS)
@@ -149,7 +138,7 @@ class Watchdog:
 
     def _look(self) -> None:
         """Whether this rank makes progress; the thread being here shows that Python's lock is free."""
-        limit = self._limit()
+        limit = self.saving_timeout if self._phase == "saving" else self.timeout
         if limit is None and STOP.orphaned:  # nobody is there to end it
             limit = ORPHAN_SECONDS
         if limit is None:
@@ -199,22 +188,22 @@ class Watchdog:
     def _write_stacks(self, reason: EndReason) -> None:
         """Stacks of all threads and of the loader workers, in the rank's file; a failed rank's on stderr as well."""
         try:
-            self._write_stack_file(reason)
+            self._file.write(f"{reason.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
+            self._file.flush()
+            faulthandler.dump_traceback(file=self._file, all_threads=True)
+            self._file.write(f"\n{_worker_stacks()}\n")
+            self._file.flush()
         except OSError as error:  # a full disk: the rank must end all the same
             _print(f"the stacks of rank {ranks.rank()} cannot be written to {self._file.name}: {error}")
         if ranks.rank() in reason.failed_ranks:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
-    def _write_stack_file(self, reason: EndReason) -> None:
-        self._file.write(f"{reason.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
-        self._file.flush()
-        faulthandler.dump_traceback(file=self._file, all_threads=True)
-        try:
-            workers = live_stacks()
-        except (OSError, ValueError) as error:  # a loader that is being closed just now; the job must end all the same
-            workers = f"the decode workers cannot be asked: {error}"
-        self._file.write(f"\n{workers}\n")
-        self._file.flush()
+
+def _worker_stacks() -> str:
+    try:
+        return live_stacks()
+    except (OSError, ValueError) as error:  # a loader that is being closed just now; the job must end all the same
+        return f"the decode workers cannot be asked: {error}"
 
 
 def end(code: int, final: bool) -> NoReturn:

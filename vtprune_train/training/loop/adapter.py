@@ -35,7 +35,7 @@ from vtprune_train.models.io.provenance import (
     weight_files,
 )
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.checkpoint.folder import CheckpointFolder
+from vtprune_train.training.checkpoint.manifest import steps
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,9 @@ FOLDER = "base"
 
 
 def check_adapter(config: Config, device: torch.device) -> None:
-    """What must hold before anything is built.
-
-    Raises:
-        ConfigError: a quantised base that cannot be made here.
-        ValueError: the run's checkpoints were written with an adapter and this one has none, or the reverse.
-    """
-    checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.train.keep_last).steps()
+    """Refuse, before anything is built, checkpoints with an adapter for a run without one, or the reverse, and a
+    quantised base that cannot be made here."""
+    checkpoints = steps(config.run_dir / "checkpoints")
     if checkpoints and config.train.resume != "never":
         exports = [checkpoint / name for checkpoint in checkpoints for name in (EXPORT, UNEXPORTED)]
         had_adapter = any(map(is_adapter, exports))  # the newest may be damaged
@@ -63,22 +59,14 @@ def check_adapter(config: Config, device: torch.device) -> None:
 
 
 def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
-    """Name, check and keep the base of a run with ``model.peft``, then put its adapter in; all ranks call this.
-
-    Raises:
-        ValueError: the base is another one than when the run began, or settings of the adapter changed.
-    """
+    """Name, check and keep the base of a run with ``model.peft``, then put its adapter in; all ranks call this. A
+    ``ValueError`` if the base or the adapter's settings are not what they were when the run began."""
     settings = config.model.peft
     if settings is None:
         return
     names, folder = published_names(model), config.run_dir / FOLDER
-    own = _extra(config, model, names) if config.model.config is None else {}
-
-    def keep() -> None:
-        with naming(folder):
-            _keep_base(config, model, processor, names, own)
-
-    ranks.from_rank_0(keep)
+    extra = _extra(config, model, names) if config.model.config is None else {}
+    ranks.from_rank_0(lambda: _keep_base(config, model, processor, names, extra))
     if config.model.config is not None:
         for file in weight_files(str(folder)):
             if file.name != EXTRA:
@@ -107,8 +95,7 @@ def _keep_base(
 ) -> None:
     """Write ``base/`` at a run's first start, compare with it at a later one."""
     folder = config.run_dir / FOLDER
-    steps = CheckpointFolder(config.run_dir / "checkpoints", config.train.keep_last).steps()
-    if steps:
+    if steps(config.run_dir / "checkpoints"):
         saved = Base.read(folder)
         if config.model.config is not None:
             saved.check(str(config.run_dir))
@@ -116,17 +103,18 @@ def _keep_base(
             _compare(saved, _record(config), config.run_dir)
         _compare_settings(saved, config)
         return
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    if config.model.config is not None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        record = Base.kept(folder, config.model)
-    else:
-        record = _record(config)
-        save_tensors(extra, names, folder / EXTRA)
-    record.write(folder)
+    with naming(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        if config.model.config is not None:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            record = Base.kept(folder, config.model)
+        else:
+            record = _record(config)
+            save_tensors(extra, names, folder / EXTRA)
+        record.write(folder)
     log.info("the adapter's base: %s", ", ".join(f"{record.model[key]} {h}" for key, h in record.sha256.items()))
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ def only_warning(what: str | Path) -> Iterator[None]:
 
 
 class Carried(Callback):
-    """A file that goes on with the run, from checkpoint to checkpoint, even while nothing adds lines to it (evaluation
-    is switched off)."""
+    """A file that every checkpoint holds a copy of, also while nothing adds lines to it (evaluation is off)."""
 
     def __init__(self, file: JsonLines):
         self.file = file
@@ -115,17 +115,14 @@ class Evaluation(Carried):
 
     def _evaluate(self, trainer: Trainer) -> None:
         began = time.perf_counter()
-        options: dict[str, Any] = {
-            "max_tokens": trainer.config.data.max_tokens,
-            "device": trainer.device,
-            "workers": trainer.config.data.workers,
-            "worker_timeout": trainer.config.data.worker_timeout,
-            "mark": trainer.watchdog.mark,
-        }
-        result = evaluate(trainer.engine.module, self.collate, **options)
+        data = trainer.config.data
+        run = partial(
+            evaluate, trainer.engine.module, self.collate, max_tokens=data.max_tokens, device=trainer.device,
+            workers=data.workers, worker_timeout=data.worker_timeout, mark=trainer.watchdog.mark,
+        )  # fmt: skip
+        result = run()
         if trainer.config.train.eval_shuffled:
-            shuffled = evaluate(trainer.engine.module, self.collate, shuffle_pictures=True, **options)
-            result["exact_match_shuffled"] = shuffled["exact_match"]
+            result["exact_match_shuffled"] = run(shuffle_pictures=True)["exact_match"]
         for callback in trainer.callbacks:
             callback.on_evaluation(trainer, self.collate)
         self._last_step = trainer.state.step

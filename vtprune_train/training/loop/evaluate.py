@@ -7,6 +7,7 @@ to produce, in one pass: the first wrong token would end the match in either cas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,19 +36,19 @@ def evaluate(
 
     Args:
         model: pruned; its mode is restored afterwards.
-        collate: makes the batches.
         max_tokens: most tokens of a batch, before dropping.
-        device: this rank's.
-        workers: decode processes.
-        mark: told of every batch (the watchdog's).
-        worker_timeout: seconds after which one counts as hung.
-        shuffle_pictures: give every sample another one's pictures: what the model answers without seeing.
+        mark: called at every batch (the watchdog's).
+        worker_timeout: seconds after which a decode process counts as hung.
+        shuffle_pictures: give every sample another one's images: what the model answers without seeing.
 
     Returns:
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
         the samples left out because a picture could not be read.
     """
-    loader = _loader(collate, max_tokens, device, workers, worker_timeout, shuffle_pictures)
+    pictures_of = exchange_pictures(collate) if shuffle_pictures else None
+    loader = _loader(
+        collate, max_tokens, device=device, workers=workers, timeout=worker_timeout, pictures_of=pictures_of
+    )
     was_training = model.training
     model.eval()
     sums = {"loss_sum": 0.0, "tokens": 0.0, "exact": 0.0, "answers": 0.0, "unreadable": 0.0}
@@ -85,15 +86,8 @@ def _sums(model: nn.Module, batch: PackedBatch, device: torch.device) -> dict[st
     }
 
 
-def _loader(
-    collate: Collator,
-    max_tokens: int,
-    device: torch.device,
-    workers: int,
-    worker_timeout: float | None,
-    shuffle_pictures: bool,
-) -> StepLoader:
-    """All samples once, in batches of about ``max_tokens`` on every rank."""
+def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
+    """All samples once, in batches of about ``max_tokens`` on every rank; ``loading`` goes to :class:`StepLoader`."""
     index = collate.index
     batch_size = max(1, min(len(index), ranks.world_size() * max_tokens * len(index) // index.total_tokens))
 
@@ -109,17 +103,7 @@ def _loader(
         max_tokens=max(max_tokens, index.longest),
         world_size=ranks.world_size(),
     )
-    return StepLoader(
-        collate,
-        planner,
-        first_step=0,
-        end_step=planner.steps_per_epoch,
-        rank=ranks.rank(),
-        workers=workers,
-        device=device,
-        pictures_of=exchange_pictures(collate) if shuffle_pictures else None,
-        timeout=worker_timeout,
-    )
+    return StepLoader(collate, planner, first_step=0, end_step=planner.steps_per_epoch, rank=ranks.rank(), **loading)
 
 
 def exchange_pictures(collate: Collator) -> Sequence[int]:

@@ -47,11 +47,8 @@ def first_sample(collate: Collator) -> str:
 
 
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
-    """The same before anything is built, and what does not fit; where data and tokenizer are on this machine.
-
-    Raises:
-        ValueError: template and tokenizer do not go together.
-    """
+    """The same before anything is built, and what does not fit; where data and tokenizer are on this machine. A
+    ``ValueError`` if template and tokenizer do not go together."""
     found = next(_readable(config), None)
     if found is None:
         return ["sample        not shown: no record with readable pictures is here"]

@@ -1,4 +1,4 @@
-"""Losses that leap: told apart from noise by the median of recent steps, and traced to samples."""
+"""Loss spikes: told apart from noise by the median of recent steps, and traced to samples."""
 
 from __future__ import annotations
 
@@ -44,12 +44,8 @@ def sample_losses(trainer: Trainer) -> list[dict[str, Any]]:
 class Spikes(Carried):
     """A warning and a line in ``spikes.jsonl`` for every step whose loss lies far above those before it.
 
-    The steps before it are those of ``metrics.jsonl``, so that a resumed run judges as one that was never interrupted.
-
-    Args:
-        run_dir: of the run.
-        threshold: standard deviations above the median from which on a loss is a spike.
-        window: steps that are looked back at.
+    It looks back at ``window`` steps of ``metrics.jsonl``, so that a resumed run judges as one that was never
+    interrupted; ``threshold`` is in standard deviations above their median.
     """
 
     def __init__(self, run_dir: Path, threshold: float, window: int):

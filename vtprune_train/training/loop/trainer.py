@@ -77,14 +77,8 @@ def mixed(*numbers: int) -> int:
 
 @dataclass
 class Fetched:
-    """This rank's batches of a global step.
-
-    Args:
-        plan: of the step.
-        batches: one for each micro-step.
-        data_wait: seconds that the rank waited for them.
-        batches_ready: see ``StepLoader.ready``.
-    """
+    """This rank's batches of a global step, one for each micro-step, and the seconds it waited for them; for
+    ``batches_ready`` see ``StepLoader.ready``."""
 
     plan: StepPlan
     batches: Sequence[PackedBatch]
@@ -102,20 +96,8 @@ def fetched(loader: StepLoader) -> Iterator[Fetched]:
 
 @dataclass
 class Trainer:
-    """Runs global steps.
-
-    Args:
-        config: the run's settings.
-        engine: from :func:`vtprune_train.training.engine.start.start_engine`.
-        collate: samples to batches.
-        planner: which samples, and to which rank.
-        processor: saved with every export.
-        checkpoints: where states are kept.
-        callbacks: called after every step and at the end.
-        device: this rank's.
-        state: where training stands.
-        watchdog: told of every phase of a step.
-    """
+    """Runs global steps, the batches of ``planner``'s samples made by ``collate``; ``processor`` is saved with every
+    export, and ``watchdog`` gets a mark at every phase of a step."""
 
     config: Config
     engine: Engine
@@ -254,11 +236,7 @@ class Trainer:
 
     def _gradients(self, now: Fetched, supervised: int, feed: Iterator[Fetched]) -> dict[str, float]:
         """Accumulate the step's gradients, and fetch the next step's batches while a GPU computes them. Returns the
-        step's losses, counts and flags, and the next step's count, in the step's one sum over ranks.
-
-        Raises:
-            CheckpointError: on all ranks, if the save in flight has failed on one.
-        """
+        step's losses, counts and flags, and the next step's count, in the step's one sum over ranks."""
         self.row_losses, self._measured = [], {}
         world_size = ranks.world_size()
         sums = self._forward_backward(now.batches if supervised else (), world_size / max(1, supervised))
@@ -270,7 +248,7 @@ class Trainer:
         totals = self._sum(counts, {**sums, "squared_norm": squares})
         self._supervised = int(totals.pop("supervised_ahead"))
         if totals.pop("save_failed"):
-            self.checkpoints.wait()
+            self.checkpoints.wait()  # raises on all ranks
         return totals
 
     def _speed(self, now: Fetched, totals: dict[str, float], seconds: float) -> dict[str, Any]:
@@ -329,9 +307,8 @@ class Trainer:
     def _optimizer_step(self) -> Skipped | None:
         """Change the model; ``overflow`` where float16's loss scaling left the step out instead."""
         self.watchdog.mark("optimizer")
-        applied = self.engine.step()
         self.state.skipped_in_a_row = 0
-        if applied:
+        if self.engine.step():
             return None
         self.state.overflows += 1
         return "overflow"
@@ -357,11 +334,7 @@ class Trainer:
         return {"unreadable": unreadable, "save_failed": failed, **STOP.requested(), **costs}
 
     def _note_unreadable(self, batches: Sequence[PackedBatch]) -> None:
-        """Count pictures that could not be read, on every rank alike; too many stop the run.
-
-        Raises:
-            TrainingError: more samples were left out so far than ``data.max_bad`` or ``data.max_bad_share`` allow.
-        """
+        """Count pictures that could not be read, on every rank alike; too many stop the run."""
         new = [f"{sample}: {reason}" for batch in batches for sample, reason in batch.unreadable]
         for line in new:
             ranks.log.warning("step %d: left out %s", self.state.step, line)

@@ -1,4 +1,5 @@
-"""Host memory for copies of tensors: few large blocks, from which tensors are cut, the same for every save.
+"""Copies of a run's state in host memory, so that training goes on while they are written: few large blocks, from which
+tensors are cut, the same for every save.
 
 Blocks are anonymous mappings of exactly the size they need, page-locked beside a GPU by ``cudaHostRegister``. PyTorch's
 own pinned allocator rounds every request up to a power of two: 32 GiB for a float32 copy of 6.7 billion weights, whose
@@ -10,9 +11,12 @@ view of a large tensor would bring all of that one's storage along.
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
+from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -74,11 +78,8 @@ class Arena:
         self._layout = Layout()
 
     def cut(self, like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised contiguous tensor on the host, of the shape and dtype of ``like``, which is not empty.
-
-        Raises:
-            RuntimeError: there is not enough memory to lock.
-        """
+        """An uninitialised contiguous tensor on the host, of the shape and dtype of ``like``, which is not empty; a
+        ``RuntimeError`` if there is not enough memory to lock."""
         block, offset = self._layout.place(like.numel() * like.element_size())
         size = self._layout.blocks[block]
         if block < len(self._blocks) and self._blocks[block].size != size:
@@ -116,3 +117,60 @@ class _Block:
             code = int(torch.cuda.cudart().cudaHostUnregister(self._locked_at))
             assert code == 0, f"cudaHostUnregister failed with CUDA error {code}"
             self._locked_at = 0
+
+
+class HostCopies:
+    """Copies of state in host memory (pinned beside a GPU), the same memory for every save."""
+
+    def __init__(self) -> None:
+        self._arenas = {on_gpu: Arena(lock=on_gpu) for on_gpu in (False, True)}
+        self._taken: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._sources: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        """Forget what was copied, keep the memory: copies made before are overwritten."""
+        self._taken, self._sources = {}, []
+        for arena in self._arenas.values():
+            arena.begin()
+
+    def copy(self, value: Any) -> Any:
+        """``value`` with every tensor in nested dicts, lists and tuples copied to the host, and everything else so
+        that later changes do not reach it. One tensor met twice (tied weights) is copied once."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, dict):
+            made: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
+            made.update((key, self.copy(item)) for key, item in value.items())
+            if hasattr(value, "_metadata"):  # of a module's state
+                made._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
+            return made
+        if isinstance(value, list):
+            return [self.copy(item) for item in value]
+        if type(value) is tuple:
+            return tuple(self.copy(item) for item in value)
+        return copy.deepcopy(value)
+
+    def finish(self) -> None:
+        """Wait until what :meth:`copy` began is in the host's memory."""
+        if any(source.is_cuda for source in self._sources):
+            torch.cuda.synchronize()
+        self._sources = []
+        for arena in self._arenas.values():
+            arena.trim()
+
+    def num_bytes(self) -> int:
+        """Size of what was copied since :meth:`begin`."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._taken.values())
+
+    def _tensor(self, source: torch.Tensor) -> torch.Tensor:
+        source = source.detach()
+        key = (source.data_ptr(), source.dtype, tuple(source.shape), tuple(source.stride()), str(source.device))
+        if source.numel() and key in self._taken:
+            return self._taken[key]
+        if not source.numel():
+            return source.cpu().clone()
+        target = self._arenas[source.is_cuda].cut(source)
+        target.copy_(source, non_blocking=source.is_cuda)
+        self._taken[key] = target
+        self._sources.append(source)  # alive until copied, so that no other tensor gets its address
+        return target

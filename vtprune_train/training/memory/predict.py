@@ -38,11 +38,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, 
 
 @dataclass(frozen=True)
 class Zero:
-    """What of a DeepSpeed config decides about memory.
+    """What of a DeepSpeed config decides about memory; ``ranks`` share the states.
 
     Args:
-        stage: 0 to 3.
-        ranks: how many share the states.
         element: bytes of a weight.
         accumulation: bytes of an accumulated gradient.
         bucket: elements of a reduction bucket.
@@ -244,13 +242,9 @@ class LayerBytes:
         Saved are, in elements of the model's dtype unless noted: for each of two RMSNorms its input in float32, 1 / RMS
         in float32, what the weight multiplies, and the output (the input of linear layers); queries, keys, values and
         output of attention, and its log-sum-exp in float32; gate, SiLU(gate), up and their product. Linear layers and
-        norms whose weights are frozen do not need their inputs. Norms of queries and keys come on top if it has any.
-
-        Args:
-            config: the text config.
-            element: bytes of an activation.
-            trained: whether the layer's own weights are.
-            copies_output: whether the attention backend lays its output out once more (``varlen_sdpa``).
+        norms whose weights are frozen do not need their inputs. Norms of queries and keys come on top if it has any,
+        and attention's output once more if the backend ``copies_output`` (``varlen_sdpa``). ``element``: bytes of an
+        activation.
         """
         g = DecoderGeometry.of(config)
         q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
@@ -289,15 +283,9 @@ class Geometry:
 
     @classmethod
     def of(cls, model_config: Any, dtype: str, train: Sequence[str], attention: str) -> Geometry:
-        """Read a model's config.
-
-        Args:
-            model_config: of a family that the loop trains.
-            dtype: of weights and activations.
-            train: the parts that are trained, as in ``model.train``. Under an adapter layers are counted as if they
-                were trained themselves: a little more than norms with frozen weights save, and what the adapter saves.
-            attention: the decoder's backend.
-        """
+        """Read the config of a family that the loop trains, for weights of ``dtype``, the parts in ``model.train`` and
+        the decoder's ``attention`` backend. Under an adapter layers are counted as if they were trained themselves: a
+        little more than norms with frozen weights save, and what the adapter saves."""
         text, e = model_config.text_config, DTYPE_BYTES[dtype]
         tower = trained_family(model_config.model_type, "this config")[1].saved(model_config)
         trained = "language_model" in train
@@ -444,7 +432,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that a prediction needs except the recomputation level of recomputation; ``order`` is what
+    """Everything that a prediction needs except the level of recomputation; ``order`` is what
     :func:`~vtprune_train.models.forward.recompute.typical_stages` returns."""
 
     zero: Zero
@@ -464,16 +452,8 @@ class Estimate:
         batch: MicroBatch,
         order: tuple[Sequence[int], Sequence[int]],
     ) -> Estimate:
-        """Of a run.
-
-        Args:
-            config: its settings.
-            model: with ``requires_grad`` set, on whatever device (``meta`` too).
-            settings: its DeepSpeed config.
-            ranks: GPUs.
-            batch: the micro-batch that is looked at.
-            order: of the stages, see above.
-        """
+        """Of a run with these DeepSpeed ``settings`` on ``ranks`` GPUs; ``model`` has ``requires_grad`` set, and may be
+        on any device (``meta`` too)."""
         groups = parameter_groups(model, config.model.train, config.train.weight_decay)
         zero = Zero.of(settings, config.model.dtype, ranks)
         packed = config.model.peft is not None and config.model.peft.kind == "qlora"

@@ -17,13 +17,8 @@ PHASE = "phase:"
 
 
 class Allocations:
-    """What :func:`track_allocations` found, once its block has ended.
-
-    Attributes:
-        start: bytes allocated when the block began.
-        peaks: for each phase, most bytes allocated at a time in it.
-        ends: for each phase, bytes allocated when it ended.
-    """
+    """What :func:`track_allocations` found, once its block has ended: bytes allocated at its start, and for each phase
+    the most at a time (``peaks``) and those at its end (``ends``)."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -55,7 +50,10 @@ class Allocations:
 
     def _read(self, roots: list[Any]) -> None:
         """Replay the profiler's record of allocations, releases and phases."""
-        nodes = _flattened(roots)
+        nodes, left = [], list(roots)
+        while left:
+            nodes.append(left.pop())
+            left += nodes[-1].children
         phases = [node for node in nodes if node.name.startswith(PHASE)]
         changes = _changes([node for node in nodes if node.name == "[memory]"])
         for node in sorted(phases, key=lambda node: node.start_time_ns):
@@ -66,15 +64,6 @@ class Allocations:
                     now += change
                     peak = max(peak, now)
             self._note(node.name.removeprefix(PHASE), peak, now)
-
-
-def _flattened(roots: list[Any]) -> list[Any]:
-    found, left = [], list(roots)
-    while left:
-        node = left.pop()
-        found.append(node)
-        left += node.children
-    return found
 
 
 def _changes(events: list[Any]) -> list[tuple[int, int]]:

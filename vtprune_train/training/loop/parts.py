@@ -1,0 +1,119 @@
+"""A run's tokenizer, model and processor, and what a step of the model costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from vtprune_train.config.settings import Config
+from vtprune_train.core.flops import DecoderGeometry, TrainingCost
+from vtprune_train.data.chat import ChatEncoder, Template
+from vtprune_train.data.jinja import written_by
+from vtprune_train.data.records import Prompt, read_records
+from vtprune_train.data.sources import Bounds
+from vtprune_train.data.templates import build_encoder, carry, stop_where_answers_end
+from vtprune_train.files.checksums import MANIFEST, damage, seal_as_it_is
+from vtprune_train.files.disk import locked, naming, publish, remove
+from vtprune_train.models import HFModule
+from vtprune_train.models.families import required
+from vtprune_train.models.families.layout import ImageLayout
+from vtprune_train.models.io.build import family_of_config, first_line
+from vtprune_train.models.io.peft import open_model
+from vtprune_train.models.io.placement import WHOLE, Placement
+from vtprune_train.models.io.processors import build_processor
+from vtprune_train.models.io.tokenizer import load_tokenizer
+from vtprune_train.training import distributed as ranks
+from vtprune_train.training.loop.sample import template_misfits, template_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """A model with its processor, the encoder of its conversations and the layout of its pictures."""
+
+    model: HFModule
+    processor: Any
+    encoder: ChatEncoder
+    layout: ImageLayout
+
+
+def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
+    """Tokenizer, model and processor."""
+    template = template_of(config.data)
+    tokenizer = _tokenizer(config, template)
+    model = open_model(config.model, tokenizer, placement)
+    _, loop = family_of_config(model.config)
+    encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
+    if ranks.rank() == 0:
+        for line in template_misfits(config, encoder):
+            log.warning("%s", line)
+    processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels)
+    carry(processor, written_by(encoder))
+    stop_where_answers_end(model, tokenizer, template, warn=ranks.rank() == 0)
+    return Parts(model, processor, encoder, loop.layout(model.config, processor.image_processor))
+
+
+def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
+    """The run's tokenizer. Ranks of one machine take turns where it is made and kept; a damaged one is made again, from
+    the same data."""
+    folder = config.run_dir / "tokenizer"
+
+    def load() -> PreTrainedTokenizerBase:
+        return load_tokenizer(config.model, lambda: training_texts(config, template), folder)
+
+    if config.model.config is None:
+        return load()
+    with locked(config.run_dir / "tokenizer.lock"):
+        if folder.exists() and (what := _tokenizer_damage(folder)):
+            log.warning("the tokenizer in %s is damaged (%s); training it again", folder, what)
+            remove(folder)
+        tokenizer = load()
+        if not folder.is_dir():
+            temporary = folder.with_name("tokenizer.tmp")
+            remove(temporary)
+            with naming(temporary):
+                tokenizer.save_pretrained(str(temporary))
+            seal_as_it_is(temporary)
+            publish(temporary, folder)
+            tokenizer = load()  # so that every rank exports the same files, whichever of them came first
+    return tokenizer
+
+
+def _tokenizer_damage(folder: Path) -> str:
+    """What is wrong with a run's tokenizer; empty if nothing is."""
+    if (folder / MANIFEST).exists():
+        return damage(folder)
+    try:  # older versions wrote no manifest
+        AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing more special
+        return f"there is no {MANIFEST}, and it cannot be opened: {first_line(error)}"
+    return ""
+
+
+def training_texts(config: Config, template: Template) -> Iterator[str]:
+    """Every conversation of the training data as the template writes it, to train a tokenizer on."""
+    for source in config.sources("train"):
+        prompt = Prompt(**source.prompt.model_dump())
+        bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
+        for record in read_records(Path(source.path), source.ignore, bounds):
+            if not record.error:
+                yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
+
+
+def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCost:
+    """How FLOPs are counted for this model and the parts that are trained."""
+    decoder, peft = DecoderGeometry.of(model_config.text_config), config.model.peft
+    return TrainingCost(
+        decoder,
+        required(family_of_config(model_config)[0].flops, "training")(model_config),
+        trains_decoder="language_model" in config.model.train,
+        trains_tower="vision_tower" in config.model.train,
+        trains_projector="projector" in config.model.train,
+        adapter=decoder.adapter_per_token(peft.r, peft.target_modules) if peft else 0.0,
+    )
