@@ -1,5 +1,6 @@
 # make quickstart   the main job on an embedded default: a tiny model, two CPU ranks, a few minutes
 # make test         the tests; those of other packages run after `make ecosystem` (TRL, PEFT, lmms-eval, ...)
+# make test-fast    those that take less than a second or two each, before every commit: under 3 minutes
 # make test-floor   those that matter there, with the lowest supported releases, in .venv-floor (5 GB: torch with CUDA)
 # make gpu          on a machine with a GPU: the tests that need one, then scripts/gpu_check.py (under 7 minutes)
 # They create their environment when it is missing. PYTHON names another interpreter (3.11 or newer).
@@ -18,12 +19,12 @@ ECOSYSTEM_CONSTRAINTS := $(VENV)/.installed.txt
 # What depends on the releases of PyTorch, transformers, DeepSpeed and PEFT.
 FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_families.py \
 	models/families/test_loop_families.py models/forward/test_attention.py models/forward/test_head.py \
-	models/io/test_build.py models/io/test_peft.py models/test_equivalence.py models/test_generate.py \
+	models/io/test_build.py models/io/test_in_pieces.py models/io/test_peft.py models/test_equivalence.py models/test_generate.py \
 	models/test_golden.py models/test_prune.py models/test_trained.py pruning/methods/test_combinations.py \
 	pruning/methods/test_contract.py pruning/methods/test_encoder.py pruning/methods/test_keys.py \
-	training/memory/test_allocator.py training/test_runs.py)
+	training/engine/test_private.py training/memory/test_allocator.py training/test_runs.py)
 
-.PHONY: quickstart compare test test-floor gpu ecosystem lint format bench docs clean
+.PHONY: quickstart compare test test-fast test-floor gpu ecosystem lint format bench docs clean
 
 quickstart: $(READY)
 	$(BIN)/python scripts/quickstart.py
@@ -32,10 +33,13 @@ compare: $(READY)
 	$(BIN)/python scripts/quickstart.py --compare
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-fast: $(READY_DEV)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 test-floor: $(READY_FLOOR)
-	$(FLOOR)/bin/python -m pytest --numprocesses 2 --dist loadfile $(FLOOR_TESTS)
+	$(FLOOR)/bin/python -m pytest --numprocesses 2 --dist worksteal $(FLOOR_TESTS)
 
 gpu: $(READY_DEV)
 	$(BIN)/python -m pytest -m gpu tests
@@ -47,6 +51,7 @@ lint: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
 
 format: $(READY_DEV)

@@ -19,6 +19,8 @@ from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.pruning import method_class
 from vtprune_train.viz.bench_report import plot, table
 
+pytestmark = pytest.mark.slow
+
 NAMES = "none,pyramiddrop,random,plphp,victor"
 
 

@@ -15,6 +15,8 @@ from vtprune_train.core.flops import DecoderGeometry, is_adaptive
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.pruning import METHODS, method_class
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 CONFIG = load_model_config(load_config("configs/quickstart.yaml").model)
 SIZES = DecoderGeometry.of(CONFIG.get_text_config())

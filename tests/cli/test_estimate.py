@@ -25,6 +25,8 @@ from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.training.dry_run import describe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NEXT, LLAVA = "llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-1.5-7b-hf"
 METHOD = PyramidDrop(layers=(2, 4), keep=(0.5, 0.2))

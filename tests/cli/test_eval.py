@@ -26,6 +26,8 @@ from vtprune_train.evaluation.timing import drop_layers, measured_answers
 from vtprune_train.models.cache import cache_bytes
 from vtprune_train.models.forward.padded import kept_tokens
 
+pytestmark = pytest.mark.slow
+
 TIMES = ("prefill_seconds", "decode_seconds")
 TEN_RECORDS = 13  # answers: three of the ten have two turns
 

@@ -21,6 +21,8 @@ from vtprune_train.models.families import family_of, trained_family
 from vtprune_train.models.io.build import _load_projector
 from vtprune_train.models.patch import saved_method
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "what is shown on the left ?"
 
 

@@ -18,6 +18,8 @@ from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Template, Turn
 from vtprune_train.evaluation.answering import Loaded, answers, batch, content_of, load, prompt_text
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "what is shown on the left ?"
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "

@@ -22,6 +22,8 @@ from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_class, method_from_settings, setting_types
 from vtprune_train.pruning.contract import check_method
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     "pyramiddrop", "sparsevlm", "plphp", "fastv", "feather", "prumerge", "fopru", "vtc_cls", "visionzip", "divprune",
     "cdpruner", "videollm_mod", "victor", "voco", "hidrop", "lvlm_csp", "zipvl", "random", "uniform", "pool", "none",

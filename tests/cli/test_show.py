@@ -37,6 +37,8 @@ from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownIm
 from vtprune_train.viz.page import page
 from vtprune_train.viz.show import encode, look, show, stage_names
 
+pytestmark = pytest.mark.slow
+
 ANYRES = AnyRes.of(LlavaNextConfig())  # as released: tiles of 336 pixels, patches of 14
 TINY = AnyRes.of(tiny_model().config)
 BLUE, MAGENTA = (0, 0, 255), (255, 0, 255)

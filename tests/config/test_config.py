@@ -128,6 +128,7 @@ def test_every_line_of_a_shipped_config_is_commented(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_dry_run_of_every_shipped_config(path, tmp_path):
     """Without weights or network, as a user calls it."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", path.name, "--dry_run"]

@@ -27,6 +27,8 @@ from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import arrow_rows, find_files, json_files, open_reader, tables
 from vtprune_train.training import distributed
 
+pytestmark = pytest.mark.slow
+
 
 def records_of(folder, count=6):
     """Records with 0, 1 and 2 pictures by turns, as paths; the pictures are written."""

@@ -18,6 +18,8 @@ from tests.support.trl_data import rows as trainer_rows
 from vtprune_train import is_pruned
 from vtprune_train.models.families import FAMILIES, UNSUPPORTED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 

@@ -12,6 +12,8 @@ from tests.support.checkpoints import save_data, save_pictures, save_run
 from vtprune_train import PyramidDrop
 from vtprune_train.cli import main
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[2] / "docs"
 BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)

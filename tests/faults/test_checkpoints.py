@@ -12,6 +12,8 @@ from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.folder import CheckpointFolder
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = (
     "train.save_every=1",
     "train.max_steps=4",

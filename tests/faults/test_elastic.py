@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.runner import ROOT, WARM, Runs
 
+pytestmark = pytest.mark.slow
+
 DEAL = ROOT / "tests" / "faults" / "deal.py"
 STAGES = "deepspeed=configs/deepspeed/zero{}.json"
 

@@ -14,6 +14,8 @@ from hammering import damage
 from hammering.plans import STEPS, Choices, Fault, Settings, Trial, draw
 from hammering.trial import Failed, References, Run, compare, finish, run_trial
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = Settings(ranks=1, zero=2, background=True, workers=1, evaluate=True, save_every=2)
 
 

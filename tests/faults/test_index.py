@@ -28,6 +28,8 @@ from vtprune_train.data.plan.planner import Planner
 from vtprune_train.data.sources import BOUNDS, Bounds
 from vtprune_train.files import checksums
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "changed.py"
 SHORT = ("data.eval=[]", "train.epochs=1")
 

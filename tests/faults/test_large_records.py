@@ -14,6 +14,8 @@ from datasets import Dataset
 
 from tests.support.runner import ROOT, Runs
 
+pytestmark = pytest.mark.slow
+
 MB = 1_000_000
 PEAK = """
 import resource, subprocess, sys

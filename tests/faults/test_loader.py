@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.runner import Runs, assert_equal_checkpoints
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "faulty_worker.py"
 PICTURE = "train-18-0.png"
 SETTINGS = ("data.eval=[]", "train.save_every=2", "data.workers=2", "data.prefetch=1")

@@ -10,6 +10,8 @@ import pytest
 from tests.support.runner import ROOT, VARYING, Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.training.checkpoint import manifest
 
+pytestmark = pytest.mark.slow
+
 LOGS = {"metrics.jsonl.gz", "eval.jsonl.gz", "spikes.jsonl.gz"}
 INJECT = ROOT / "tests" / "faults" / "inject.py"
 SETTINGS = (

@@ -13,6 +13,8 @@ from vtprune_train.training.checkpoint.folder import TrainerState
 from vtprune_train.training.faults.diagnosis import Watch, first_fault, non_finite_parameters, statistics, write_report
 from vtprune_train.training.faults.non_finite import TrainingError, _count
 
+pytestmark = pytest.mark.slow
+
 INJECT = Path(__file__).parent / "poison.py"
 SETTINGS = ("data.eval=[]", "data.workers=0", "train.max_steps=6", "train.save_every=2", "data.max_tokens=400")
 

@@ -11,6 +11,8 @@ from PIL import Image
 
 from tests.support.runner import Runs, assert_equal_checkpoints
 
+pytestmark = pytest.mark.slow
+
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(NOISE)
 

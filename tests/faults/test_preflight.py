@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.runner import Runs
+
+pytestmark = pytest.mark.slow
 
 
 def test_out_of_memory_on_one_rank_ends_the_job_with_advice(tmp_path):

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.runner import ROOT, Runs, all_end, assert_equal_checkpoints, wait_until
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"
 SETTINGS = ("train.save_every=1", "train.max_steps=5", "data.eval=[]")

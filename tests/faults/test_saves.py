@@ -12,6 +12,8 @@ from tests.support.runner import ROOT, Runs, assert_equal_checkpoints, assert_sa
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.lock import hold_run
 
+pytestmark = pytest.mark.slow
+
 INJECT = ROOT / "tests" / "faults" / "inject.py"
 SETTINGS = ("train.save_every=1", "train.max_steps=4", "train.keep_last=2", "data.eval=[]", "data.workers=0")
 STAGE = {1: "deepspeed=configs/deepspeed/zero0.json", 2: "deepspeed=configs/deepspeed/zero3.json"}

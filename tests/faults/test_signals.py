@@ -35,6 +35,8 @@ from vtprune_train.processes.signals import (
     noted,
 )
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 FAULTY = HERE / "faulty.py"
 LONG = ("train.save_every=1000", "train.max_steps=100000", "train.epochs=100000", "data.eval=[]", "data.workers=1")

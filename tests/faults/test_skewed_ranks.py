@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.runner import Runs
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = (
     "deepspeed=configs/deepspeed/zero3.json",

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics, wait_until, workers_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

@@ -25,6 +25,8 @@ from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.io.original import read_bin
 from vtprune_train.training.checkpoint import manifest
 
+pytestmark = pytest.mark.slow
+
 CLI = ROOT / "vtprune_train" / "cli" / "__main__.py"
 SCALER = "deepspeed.runtime.fp16.loss_scaler.LossScaler"
 # Each stage has files of its own; one of each kind is made hostile.

@@ -21,6 +21,8 @@ from tests.support.runner import Runs
 from vtprune_train.cli import main
 from vtprune_train.files import pickles
 
+pytestmark = pytest.mark.slow
+
 
 def in_zip(path, payload, name="in.pt"):
     content = io.BytesIO()

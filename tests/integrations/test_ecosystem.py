@@ -16,6 +16,8 @@ from vtprune_train import PyramidDrop, dense, is_pruned, prune, unprune
 from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.models.patch import method_of
 
+pytestmark = pytest.mark.slow
+
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 KEEP_ALL = PyramidDrop(layers=(2, 4), keep=(1.0, 1.0))
 LORA_TARGETS = r".*language_model.*(q_proj|v_proj)"

@@ -17,6 +17,8 @@ from tests.support.checkpoints import HALF, save_folder, save_pictures
 from tests.support.harness_task import TASK, UTILS
 from vtprune_train.evaluation.answering import answers, load
 
+pytestmark = pytest.mark.slow
+
 needs_lmms = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (make ecosystem)"
 )

@@ -28,6 +28,8 @@ from tests.support.families import FAMILIES, SPECIAL, family_inputs, family_mode
 from tests.support.runner import ROOT
 from vtprune_train import PyramidDrop, dense, is_pruned, prune, unprune
 
+pytestmark = pytest.mark.slow
+
 ALL = PyramidDrop(layers=(2, 4), keep=(1.0, 1.0))
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 BATCH = [["user :", 0, "what is shown here ? assistant"], ["a", 1, "red", 2, "blue"], ["what is a dog ?"]]

@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import check_golden  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # What differs from the published code, as the pages say. A case that comes out equal belongs here no more.
 DEVIATIONS = {
     "cdpruner_negated": {"kept"},

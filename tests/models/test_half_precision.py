@@ -17,6 +17,8 @@ from vtprune_train.config.settings import ConfigError
 from vtprune_train.evaluation.answering import load_weights
 from vtprune_train.training.engine.start import start_engine
 
+pytestmark = pytest.mark.slow
+
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")
 
 

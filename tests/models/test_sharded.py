@@ -13,6 +13,8 @@ from vtprune_train import PyramidDrop, prune
 from vtprune_train.models.forward import sharding
 from vtprune_train.pruning import METHODS
 
+pytestmark = pytest.mark.slow
+
 # The next layer ranks (in hidrop with gradients), this layer, keys of the cache, learned modules.
 KINDS = ("pyramiddrop", "hidrop", "this_layer", "plphp", "victor")
 

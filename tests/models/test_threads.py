@@ -15,6 +15,8 @@ from vtprune_train.models.copies import Source
 from vtprune_train.models.forward.compile import compile_layers
 from vtprune_train.pruning import METHODS, NONE, method_class
 
+pytestmark = pytest.mark.slow
+
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")
 PROMPTS = [
     [["user :", 0, "what is shown here ? assistant :"]],

@@ -15,6 +15,8 @@ from vtprune_train.cli import main
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.patch import method_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

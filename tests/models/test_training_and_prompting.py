@@ -20,6 +20,8 @@ from vtprune_train.training.loop.data import build_collator
 from vtprune_train.training.loop.evaluate import evaluate
 from vtprune_train.training.loop.parts import build_parts, training_cost
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["red cat", "two dogs", "blue bird", "the left one", "a right one", "no, five"]
 KINDS = {
     "1 turn, image first": (["<image>\nwhat is {n}?"], 1),

@@ -28,6 +28,8 @@ from vtprune_train.pruning.phases import FullTokens, Phases
 from vtprune_train.training.engine.gradients import squared_norm
 from vtprune_train.training.loop.evaluate import evaluate
 
+pytestmark = pytest.mark.slow
+
 NAMES = [*METHODS, NONE]
 ALL_PARTS = {"projector": 1.0, "language_model": 1.0, "pruning": 1.0, "vision_tower": 1.0}
 

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import count_kernels
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

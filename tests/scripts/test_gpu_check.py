@@ -16,7 +16,7 @@ from vtprune_train.pruning import METHODS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
-pytestmark = pytest.mark.timeout(1800)  # one minute, but for machines that do much else
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 PARTS = [
     "env", "peaks", "attention", "tiny", "decoder", "seven", "compile", "head", "methods", "generate", "train",
     "profile", "fp8", "liger", "fa4", "train_large",

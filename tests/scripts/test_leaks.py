@@ -11,6 +11,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import leaks
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 
 

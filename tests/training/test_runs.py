@@ -9,6 +9,8 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 from tests.support.runner import Runs
 from vtprune_train import PyramidDrop, prune
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

@@ -22,6 +22,8 @@ from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import PackedBatch, SegmentLayout
 from vtprune_train.data.load.workers import DecodePool, MicroBatch, WorkerError
 
+pytestmark = pytest.mark.slow
+
 PIXELS = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
 
 

@@ -16,6 +16,8 @@ from vtprune_train.evaluation.answering import answers, load
 from vtprune_train.models.families import FAMILIES, Loop
 from vtprune_train.models.io.processors import open_processor
 
+pytestmark = pytest.mark.slow
+
 NAMES = [family.model_type for family in FAMILIES if isinstance(family.loop, Loop)]
 QUESTION = "<image> what is shown here ?"
 LORA = ("model.peft={kind: lora, r: 2}", "model.train={lora: 5e-3, projector: 5e-3}")

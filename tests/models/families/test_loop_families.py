@@ -47,6 +47,8 @@ from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.viz.evaluation_images import _question, survivors
 from vtprune_train.viz.show import look
 
+pytestmark = pytest.mark.slow
+
 DROP = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25), positions="keep")
 
 

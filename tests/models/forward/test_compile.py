@@ -21,6 +21,8 @@ from vtprune_train.models.forward.compile import _EAGER, compile_layers, is_comp
 from vtprune_train.models.forward.kernels import compile_model, compile_refusal
 from vtprune_train.pruning import method_from_settings
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 METHODS = {
     "none": None,

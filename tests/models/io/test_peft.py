@@ -37,6 +37,8 @@ from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.settings import with_saved_settings
 from vtprune_train.training.optimizer import parameter_groups
 
+pytestmark = pytest.mark.slow
+
 DROP = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))
 TEXTS = [["what is", 0, "?"], ["is a red cat left ?"]]
 KINDS = {

@@ -33,6 +33,8 @@ from vtprune_train.pruning.methods.visionzip import VisionZip
 from vtprune_train.pruning.methods.voco import VoCo
 from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 6  # of the families' tiny decoders
 TOWER = {"vtc_cls", "fopru", "prumerge", "visionzip"}  # read the vision tower's attention, which Qwen's does not show
 BATCH = [

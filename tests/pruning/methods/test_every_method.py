@@ -25,6 +25,8 @@ from vtprune_train.pruning.phases import Phases
 from vtprune_train.pruning.schedules.budget import first_that_fits, layer_counts
 from vtprune_train.pruning.schedules.stages import earlier
 
+pytestmark = pytest.mark.slow
+
 NAMES = [*METHODS, NONE]
 STEPS, STOP = 24, 16
 # Before the decoder, without regard to newlines: few of them or none stay.

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tests.support.runner import ROOT, Runs
 from vtprune_train.cli import main
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = ROOT / "tests" / "fixtures" / "version_0_1_0"
 SMALL = [
     "model.config.text_config.hidden_size=16",

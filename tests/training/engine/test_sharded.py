@@ -13,6 +13,8 @@ from tests.support.runner import BIN, ROOT, Runs, assert_equal_checkpoints, asse
 from vtprune_train.cli import main
 from vtprune_train.models.io.build import resolve_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ZERO3 = ("deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 10}}",)
 SHORT = (*ZERO3, "data.eval=[]", "train.max_steps=3", "train.epochs=1")
 WHOLE = ROOT / "tests" / "support" / "whole.py"

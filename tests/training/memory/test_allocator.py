@@ -10,6 +10,8 @@ import torch
 
 from vtprune_train.training import process
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def environment():
