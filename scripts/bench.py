@@ -40,10 +40,10 @@ from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import IGNORE, ImageSpan, PackedBatch, SegmentLayout
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import KNOWN_CONFIGS
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.towers import tile_tower
-from vtprune_train.models.forward import ranges
+from vtprune_train.models.forward.decoder import RANGES, SELECTOR
 from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.pruning.base import PruningMethod
 
@@ -215,14 +215,14 @@ class Row:
 
 
 def range_seconds(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds that a call spends in each range of :mod:`vtprune_train.models.forward.ranges`: on CUDA those of its
+    """Seconds that a call spends in each range of :mod:`vtprune_train.models.forward.decoder`: on CUDA those of its
     kernels, which the profiler reads afterwards, so that nothing waits for the device in between."""
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:
         run()
         synchronize(device)
-    seconds = dict.fromkeys(ranges.RANGES, 0.0)
+    seconds = dict.fromkeys(RANGES, 0.0)
     for event in profiler.events():
         if event.name in seconds and event.device_type == DeviceType.CPU:
             kernels = sum(child.device_time_total for child in event.cpu_children)
@@ -251,7 +251,7 @@ def measure(row: Row, model: HFModule, optimizer: torch.optim.Optimizer | None, 
     row.peak_memory = max(row.peak_memory, peak_memory(device))
     if row.method is not None:
         seconds = range_seconds(row.run, device)
-        row.selector_seconds.append(sum(seconds[name] for name in ranges.SELECTOR))
+        row.selector_seconds.append(sum(seconds[name] for name in SELECTOR))
     if row.name != "hf_padded":
         unprune(model)
 

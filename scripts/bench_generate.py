@@ -22,7 +22,7 @@ from vtprune_train.core.flops import DecoderGeometry, layers_per_stage, selector
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import cache_bytes
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.pruning.base import PruningMethod
 
@@ -86,7 +86,7 @@ def make_inputs(model: HFModule, anyres: AnyRes, samples: list[tuple[tuple[int, 
     """Random pictures and text, padded on the left."""
     rng = np.random.default_rng(0)
     image, vocab = model.config.image_token_id, model.config.text_config.vocab_size
-    counts = [anyres.num_tokens(size) for size, _ in samples]
+    counts = [anyres.tokens([size])[0] for size, _ in samples]
     tiles = [anyres.num_tiles(size) for size, _ in samples]
     longest = max(count + text for count, (_, text) in zip(counts, samples, strict=True))
     ids = np.zeros((len(samples), longest), dtype=np.int64)
@@ -111,7 +111,7 @@ def prefill_flops(
     """Forward FLOPs of the whole model on the packed prompts; what ranking adds is included."""
     decoder, tower = DecoderGeometry.of(model.config.text_config), tile_tower(model.config)
     drops = () if method is None else method.drops(decoder.num_layers)
-    spans = np.array([anyres.num_tokens(size) for size, _ in samples])
+    spans = np.array([anyres.tokens([size])[0] for size, _ in samples])
     text = np.array([text for _, text in samples])
     lengths = stage_lengths(text, spans, np.arange(len(samples)), drops)
     tiles = sum(anyres.num_tiles(size) for size, _ in samples)

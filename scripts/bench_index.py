@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from vtprune_train.data.chat import ChatEncoder, get_template  # noqa: E402
 from vtprune_train.data.index import SampleIndex, Source, build_index  # noqa: E402
 from vtprune_train.data.plan.planner import Planner  # noqa: E402
-from vtprune_train.models.families.anyres import AnyRes  # noqa: E402
+from vtprune_train.models.families.llava_next import AnyRes  # noqa: E402
 
 VOCABULARY = 8192
 LAYOUT = AnyRes(((336, 672), (672, 336), (672, 672)), 336, 14)

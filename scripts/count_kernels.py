@@ -40,10 +40,9 @@ from vtprune_train.core.flops import TYPICAL_TEXT, TYPICAL_VISUAL
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import to_device
 from vtprune_train.models.families import KNOWN_CONFIGS
-from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.attention import PREFIX
-from vtprune_train.models.forward.decoder import run_layers
-from vtprune_train.models.forward.head import chunked_cross_entropy
+from vtprune_train.models.forward.decoder import RANGES, SELECTOR, run_layers
+from vtprune_train.models.forward.head import chunked_loss
 from vtprune_train.pruning.base import PruningMethod
 
 META = torch.device("meta")
@@ -72,7 +71,7 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = Count()
-        self.by_range: dict[str, Count] = {name: Count() for name in ranges.RANGES}
+        self.by_range: dict[str, Count] = {name: Count() for name in RANGES}
         self.open: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -258,7 +257,7 @@ def head(sizes: Sizes, chunk_rows: int) -> Counted:
     weight = nn.Parameter(torch.empty(sizes.vocab, hidden.shape[1], dtype=torch.bfloat16, device=META))
     targets = torch.empty(sizes.head_rows, dtype=torch.int64, device=META)
     hidden.requires_grad_()
-    return count(lambda: chunked_cross_entropy(hidden, weight, None, targets, chunk_rows)[0], [weight])
+    return count(lambda: chunked_loss(hidden, weight, None, targets, chunk_rows=chunk_rows)[0], [weight])
 
 
 def grouped_attention(sizes: Sizes, expands: bool) -> Counted:
@@ -305,7 +304,7 @@ def count_all(sizes: Sizes) -> list[dict[str, Any]]:
     for rank_with in ("next_layer", "this_layer"):
         dropped = count_decoder(whole, sizes, PyramidDrop(rank_with=rank_with))
         add(f"the same, PyramidDrop, {rank_with}", dropped, tokens)
-        selector = [dropped.by_range[name] for name in ranges.SELECTOR]
+        selector = [dropped.by_range[name] for name in SELECTOR]
         total = Count(*(sum(values) for values in zip(*(part.values() for part in selector), strict=True)))
         add(f"its selector, {rank_with}", Counted(total, Count()), tokens)
     return rows

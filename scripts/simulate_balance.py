@@ -26,7 +26,7 @@ import numpy as np
 
 from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.data.plan.dealing import deal
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.pruning import PyramidDrop
 
 LLAVA_NEXT_7B = TrainingCost(

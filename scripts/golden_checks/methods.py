@@ -21,7 +21,7 @@ from vtprune_train.core.stream import Boundary, ImageSpan, SegmentLayout
 from vtprune_train.models.forward.attention import PREFIX
 from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.encoder import Reading
-from vtprune_train.models.forward.head import Teaching, chunked_consistency
+from vtprune_train.models.forward.head import Teaching, chunked_loss
 from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
@@ -236,7 +236,7 @@ def check_consistency(entries: Entries, tensors: Tensors) -> list[Part]:
     hidden, head = (tensors[key].float().requires_grad_() for key in ("hidden", "head"))
     own, rows = entries["settings"], len(tensors["targets"])
     teaching = Teaching(tensors["teacher_hidden"].float(), own["consistency_weight"], own["consistency_temperature"])
-    loss, _, _, divergence = chunked_consistency(hidden, head, None, tensors["targets"], teaching)
+    loss, _, _, divergence = chunked_loss(hidden, head, None, tensors["targets"], teaching)
     (loss / rows).backward()
     found: dict[str, Any] = {
         "loss": (loss / rows).reshape(1),

@@ -20,7 +20,7 @@ import torch
 
 import bench
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.forward.recompute import checkpoint_activations
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -33,9 +33,9 @@ from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import to_device
 from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.forward import attention as backends
-from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.compile import compile_layers, uncompile_layers
-from vtprune_train.models.forward.head import chunked_cross_entropy
+from vtprune_train.models.forward.decoder import SELECTOR
+from vtprune_train.models.forward.head import chunked_loss
 from vtprune_train.models.forward.kernels import use_fp8, use_liger
 from vtprune_train.pruning.base import PruningMethod
 
@@ -135,7 +135,7 @@ def forward_ranges(check: Check, run: Callable[[], Tensor]) -> dict[str, float]:
     del loss
     seconds = bench.range_seconds(run, check.device)
     marks = {f"{name.removeprefix('vtprune::')}_ms": 1e3 * value for name, value in seconds.items()}
-    selector = 1e3 * sum(seconds[name] for name in ranges.SELECTOR)
+    selector = 1e3 * sum(seconds[name] for name in SELECTOR)
     return {"forward_host_ms": launched, **marks, "selector_ms": selector}
 
 
@@ -214,7 +214,7 @@ def same_as_before(check: Check, part: str, before: tuple[float, list[Tensor], T
 
 def head_losses(check: Check) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Ways to sum the cross-entropy of ``(rows, weight, targets)``."""
-    losses = {"chunks": lambda rows, weight, targets: chunked_cross_entropy(rows, weight, None, targets)[0]}
+    losses = {"chunks": lambda rows, weight, targets: chunked_loss(rows, weight, None, targets)[0]}
     if check.on_cuda and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 

@@ -29,7 +29,8 @@ from tests.support.runner import Runs
 from vtprune_train import PruningMethod, PyramidDrop, prune
 from vtprune_train.cli import main
 from vtprune_train.core.stream import Drop
-from vtprune_train.models.families.anyres import NEWLINE, AnyRes
+from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import grid_places
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
@@ -114,7 +115,7 @@ def test_each_token_lies_where_the_processor_took_its_pixels_from(size):
 def check_places(anyres, size):
     height, width = size
     places = anyres.places([size], None)[0]
-    assert len(places.kinds) == len(places.boxes) == anyres.num_tokens(size)
+    assert len(places.kinds) == len(places.boxes) == anyres.tokens([size])[0]
     left, top, right, bottom = places.boxes.T
     assert (left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all()
     assert ((places.kinds == "newline") == (anyres.visual_index(size) == NEWLINE)).all()
@@ -308,7 +309,7 @@ def test_several_pictures_each_with_its_own_tokens():
     images = look(model, processor.image_processor, encode(processor, pictures, "what is this ?"), pictures)
     assert [shown.picture for shown in images] == pictures
     for shown, picture in zip(images, pictures, strict=True):
-        total = TINY.num_tokens((picture.height, picture.width))
+        total = TINY.tokens([(picture.height, picture.width)])[0]
         assert [len(tokens) for tokens in shown.kept] == [total, total // 2, total // 4]
         assert set(shown.kept[2].tolist()) < set(shown.kept[1].tolist())
     assert stage_names(model) == ["stage 1, layers 0-1", "stage 2, layers 2-3", "stage 3, layers 4-5"]
@@ -348,7 +349,7 @@ def test_the_prompt_goes_through_the_chat_template():
     processor = tiny_processor()
     picture = patch_picture((40, 70), MIDDLE)
     plain = processor.tokenizer.decode(encode(processor, [picture, picture], "what is here ?")["input_ids"][0])
-    assert plain.endswith("what is here ?") and plain.count("<image>") == 2 * TINY.num_tokens((40, 70))
+    assert plain.endswith("what is here ?") and plain.count("<image>") == 2 * TINY.tokens([(40, 70)])[0]
     processor.chat_template = (
         "<s> user : {% for part in messages[0]['content'] %}"
         "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}"

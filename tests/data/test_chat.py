@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vtprune_train.data.chat import LLAMA_3_SYSTEM, TEMPLATES, VICUNA_SYSTEM, ChatEncoder, Turn, get_template
 from vtprune_train.data.load.collate import lay_out
-from vtprune_train.models.io.build import train_tokenizer
+from vtprune_train.models.io.tokenizer import train_tokenizer
 
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [

@@ -17,7 +17,7 @@ from vtprune_train.data.images import image_size, load_image
 from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.records import Conversation, normalize, read_records
 from vtprune_train.data.synthetic import write_dataset
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.training.loop.evaluate import exchange_pictures
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

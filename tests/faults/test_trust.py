@@ -482,4 +482,4 @@ def test_latest_and_indexes_name_their_own_folder_alone(folder, tmp_path, capsys
     index = {"weight_map": {"lm_head.weight": "../model.safetensors"}}
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert main(["export", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]) == 2
-    assert "names ../model.safetensors, which is no file of its folder" in capsys.readouterr().err
+    assert "names ../model.safetensors, which is not a file of its folder" in capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_training_a_family_does_not_wait(name, tmp_path):
 PADDED = (READ, "vtprune_train/models/forward/padded.py")  # the mask, token ids, labels
 # To lay images out: their sizes, and how many of them are each sample's.
 SIZES = {
-    name: {(READ, "vtprune_train/models/patch.py"): 2 if name == "llava_onevision" else 1}
+    name: {(READ, "vtprune_train/models/forward/images.py"): 2 if name == "llava_onevision" else 1}
     for name in ("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 }
 

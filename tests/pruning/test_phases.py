@@ -17,7 +17,7 @@ from vtprune_train.config.settings import ConfigError, PruningConfig
 from vtprune_train.core.flops import selector_flops
 from vtprune_train.data.index import Lengths
 from vtprune_train.data.plan.planner import StepCosts
-from vtprune_train.models.forward.head import Teaching, chunked_consistency
+from vtprune_train.models.forward.head import Teaching, chunked_loss
 from vtprune_train.models.forward.recompute import checkpoint_activations
 from vtprune_train.pruning.phases import FullTokens, Phase, Phases, Warmup
 from vtprune_train.training.dry_run import describe
@@ -158,7 +158,7 @@ def test_the_chunked_divergence_is_pytorchs_own(chunk, with_bias):
     bias = torch.randn(17, dtype=torch.float64, requires_grad=True) if with_bias else None
     targets = torch.randint(0, 17, (9,))
     inputs = [x for x in (hidden, weight, bias) if x is not None]
-    loss, correct, row_loss, divergence_sum = chunked_consistency(
+    loss, correct, row_loss, divergence_sum = chunked_loss(
         hidden, weight, bias, targets, Teaching(taught, 0.7, 2.0), chunk
     )
     logits = F.linear(hidden, weight, bias)

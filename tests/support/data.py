@@ -12,7 +12,7 @@ from vtprune_train.core.flops import DecoderGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.load.collate import Collator
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.towers import tile_tower
 
 CONFIG = tiny_model().config

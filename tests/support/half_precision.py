@@ -18,8 +18,9 @@ from tests.support.helpers import PINPOINTS
 from vtprune_train import prune
 from vtprune_train.config.settings import ModelConfig, PeftConfig
 from vtprune_train.models.families import Lacks, family_of
-from vtprune_train.models.io.build import build_model, load_tokenizer
+from vtprune_train.models.io.build import build_model
 from vtprune_train.models.io.peft import adapt
+from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.training.engine.start import start_distributed, start_engine
 
 LONG = [["what", "is", "shown", 0, *["a", "red", "cat", "on", "the", "left"] * 200]]

@@ -10,10 +10,8 @@ from transformers import (
 
 from tests.support.helpers import tiny_config, tiny_tokenizer
 from vtprune_train.config.settings import ModelConfig
-from vtprune_train.models.io.build import (
-    build_model,
-    load_tokenizer,
-)
+from vtprune_train.models.io.build import build_model
+from vtprune_train.models.io.tokenizer import load_tokenizer
 
 
 def save_parts(folder, text_type="llama", tied=False):

@@ -10,7 +10,7 @@ from tests.support.helpers import tiny_model
 from vtprune_train import prune
 from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import ImageSpan, PackedBatch, SegmentLayout
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 
 IMAGE_ID = 4
 

@@ -12,8 +12,8 @@ from vtprune_train.core.flops import DecoderGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.load.collate import Collator, LoadedSample
 from vtprune_train.data.records import normalize
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import Pictures
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.towers import tile_tower
 
 METHOD = PyramidDrop(layers=(2, 3, 5), keep=(0.5, 0.3, 0.1))

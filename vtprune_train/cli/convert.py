@@ -36,7 +36,6 @@ from vtprune_train.models.families.towers import check_clip, open_clip
 from vtprune_train.models.io import original
 from vtprune_train.models.io.build import (
     EMBEDDING_MULTIPLE,
-    add_image_token,
     family_of_config,
     first_line,
     load_any_config,
@@ -44,6 +43,7 @@ from vtprune_train.models.io.build import (
 )
 from vtprune_train.models.io.method_parameters import saved_learner
 from vtprune_train.models.io.processors import build_processor, saved_image_processor
+from vtprune_train.models.io.tokenizer import add_image_token
 from vtprune_train.models.io.weight_files import check_weights
 from vtprune_train.pruning import CONFIG_KEY, NONE
 from vtprune_train.training.checkpoint.manifest import check_export

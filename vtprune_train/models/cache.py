@@ -66,6 +66,9 @@ class StagedLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
         self.padding: Tensor | None = None
         self.is_padded = False
         self.compacted = False
@@ -85,7 +88,7 @@ class StagedLayer(DynamicLayer):
         self._room = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns, in room kept behind the last one: a decoding step writes a column and copies none."""
+        """Append columns, in room kept after the last one: a decoding step writes a column and copies none."""
         assert self.keys is not None and self.values is not None
         if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)
@@ -110,11 +113,7 @@ class StagedLayer(DynamicLayer):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked by a dense model alone.
-
-        Raises:
-            ValueError: always.
-        """
+        """Only a dense model asks for this, and it cannot use a staged cache."""
         raise ValueError(
             "past_key_values was filled by a pruned model, which keeps another length in every layer, but this one "
             "runs densely; start with a new DynamicCache"
@@ -133,9 +132,7 @@ class StagedLayer(DynamicLayer):
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False  # first: transformers 5.17 zeroes the columns of a layer that is, and keeps them
         super().reset()
-        self.padding, self.is_padded, self.ahead, self.has_images, self.told = None, False, None, None, None
-        self.compacted = False
-        self.unstored, self.parts, self._room = 0, 1, None
+        self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -188,15 +185,14 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
         ValueError: the cache is of another kind (static, quantized, offloaded), or was filled by a dense model or by
             another method than ``method``.
     """
-    if cache is None:
-        return _with_staged_layers(DynamicCache(), num_layers)
+    cache = DynamicCache() if cache is None else cache
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
         raise ValueError(
             f"past_key_values is {kind}, but a pruned model keeps another length in every layer and needs a plain "
             "DynamicCache; leave past_key_values and cache_implementation unset"
         )
-    if is_staged(cache):
+    if cache.layers and all(isinstance(layer, StagedLayer) for layer in cache.layers):
         filled_by = cache.layers[0].filled_by  # type: ignore[attr-defined]
         if cache.get_seq_length() and filled_by is not method and filled_by != method:
             raise ValueError(
@@ -209,18 +205,9 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
             f"past_key_values holds {cache.get_seq_length()} tokens of a model that was not pruned; start with an "
             "empty DynamicCache, or run this turn inside `with vtprune_train.dense(model):`"
         )
-    return _with_staged_layers(cache, num_layers)
-
-
-def _with_staged_layers(cache: DynamicCache, num_layers: int) -> DynamicCache:
     cache.layers = [StagedLayer() for _ in range(num_layers)]
     cache.layer_class_to_replicate = None
     return cache
-
-
-def is_staged(cache: Cache) -> bool:
-    """Whether a pruned model has filled (or is about to fill) this cache."""
-    return len(cache.layers) > 0 and all(isinstance(layer, StagedLayer) for layer in cache.layers)
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -255,13 +242,8 @@ class StageCache:
 
     @classmethod
     def of(cls, new_lengths: Sequence[int], cached: Sequence[int], cached_width: int) -> StageCache:
-        """Plan one layer, on the host.
-
-        Args:
-            new_lengths: new tokens of each row.
-            cached: tokens of each row in the layer's cache.
-            cached_width: columns of that cache; the new one has as few as the longest row needs.
-        """
+        """Plan one layer, on the host, from each row's number of new tokens and of tokens in the layer's cache. That
+        cache has ``cached_width`` columns; the new one has as few as the longest row needs."""
         lengths = np.add(new_lengths, cached).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         columns = int(lengths.max())

@@ -23,12 +23,7 @@ _LOCK = threading.RLock()  # models are opened in several threads
 
 
 class Source:
-    """A pruned model's path.
-
-    Args:
-        name: the config's ``_name_or_path``.
-        prune: prunes a model that was opened from it.
-    """
+    """A pruned model's path: the config's ``_name_or_path``. ``prune`` prunes a model that was opened from it."""
 
     known: ClassVar[weakref.WeakSet[Source]] = weakref.WeakSet()
 
@@ -51,21 +46,18 @@ class Source:
 def follow(model_class: type[HFModule]) -> None:
     """Let ``model_class.from_pretrained`` prune what is opened by the string of a :class:`Source`."""
     with _LOCK:
-        if _OPENERS not in model_class.__dict__:
-            _replace_opener(model_class)
+        if _OPENERS in model_class.__dict__:
+            return
+        opened = model_class.from_pretrained.__func__
 
+        @functools.wraps(opened)
+        def from_pretrained(cls: type[HFModule], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+            source = Source.of(pretrained_model_name_or_path)
+            made = opened(cls, pretrained_model_name_or_path, *args, **kwargs)
+            if source is not None:
+                source.prune(made[0] if isinstance(made, tuple) else made)  # a tuple with output_loading_info
+                log.info("%s was opened by a pruned model's path and is pruned alike", pretrained_model_name_or_path)
+            return made
 
-def _replace_opener(model_class: type[HFModule]) -> None:
-    opened = model_class.from_pretrained.__func__
-
-    @functools.wraps(opened)
-    def from_pretrained(cls: type[HFModule], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        source = Source.of(pretrained_model_name_or_path)
-        made = opened(cls, pretrained_model_name_or_path, *args, **kwargs)
-        if source is not None:
-            source.prune(made[0] if isinstance(made, tuple) else made)  # a tuple with output_loading_info
-            log.info("%s was opened by the path of a pruned model and is pruned alike", pretrained_model_name_or_path)
-        return made
-
-    model_class.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
-    setattr(model_class, _OPENERS, True)
+        model_class.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+        setattr(model_class, _OPENERS, True)

@@ -10,8 +10,8 @@ from transformers import LlavaNextConfig, LlavaNextImageProcessorPil, LlavaNextP
 
 from tests.support.helpers import tiny_model, tiny_processor
 from vtprune_train.data.images import image_size, load_image
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.layout import NEWLINE
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.io.processors import build_processor
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos"
@@ -45,7 +45,7 @@ def test_counts_equal_the_processor_at_336(size):
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    assert anyres.num_tokens(size) == processor._get_num_multimodal_tokens([size])["num_image_tokens"][0]
+    assert anyres.tokens([size])[0] == processor._get_num_multimodal_tokens([size])["num_image_tokens"][0]
 
 
 @pytest.mark.parametrize("size", [(20, 30), (56, 57), (1, 90), (90, 1), (200, 199), (28, 84), (31, 29)])
@@ -69,7 +69,7 @@ def test_tokens_and_pixels_equal_the_processor(size):
     config = tiny_model().config
     own = build_processor(config, processor.tokenizer)
     anyres = AnyRes.of(config)
-    assert int((theirs["input_ids"] == config.image_token_id).sum()) == anyres.num_tokens(size)
+    assert int((theirs["input_ids"] == config.image_token_id).sum()) == anyres.tokens([size])[0]
     ours = own.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
     assert ours.shape[0] == anyres.num_tiles(size)
     assert torch.equal(ours, theirs["pixel_values"][0])
@@ -86,7 +86,7 @@ def test_photographs(name):
     theirs = processor(images=[image], text="<image>", return_tensors="pt")
     config = tiny_model().config
     assert tuple(theirs["image_sizes"][0].tolist()) == size
-    assert int((theirs["input_ids"] == config.image_token_id).sum()) == AnyRes.of(config).num_tokens(size)
+    assert int((theirs["input_ids"] == config.image_token_id).sum()) == AnyRes.of(config).tokens([size])[0]
     ours = build_processor(config, processor.tokenizer).image_processor(images=image, return_tensors="pt")
     assert torch.equal(ours["pixel_values"][0], theirs["pixel_values"][0])
 
@@ -96,5 +96,5 @@ def test_class_token_strategy_and_odd_pinpoints_are_refused():
     with pytest.raises(ValueError, match="'full' is not supported"):
         AnyRes.of(config)
     config = LlavaNextConfig(image_grid_pinpoints=[[336, 500]])
-    with pytest.raises(ValueError, match=r"\[\[336, 500\]\] are no multiples"):
+    with pytest.raises(ValueError, match=r"\[\[336, 500\]\] are not multiples"):
         AnyRes.of(config)

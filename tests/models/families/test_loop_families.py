@@ -41,14 +41,9 @@ from vtprune_train.config.settings import ModelConfig
 from vtprune_train.core.stream import IGNORE
 from vtprune_train.models.families import qwen2_5_vl, trained_family
 from vtprune_train.models.families.towers import tile_tower
-from vtprune_train.models.io.build import (
-    build_model,
-    load_model_config,
-    load_tokenizer,
-    parts_of,
-    set_trainable,
-)
+from vtprune_train.models.io.build import build_model, load_model_config, parts_of, set_trainable
 from vtprune_train.models.io.processors import build_image_processor, build_processor
+from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.viz.evaluation_images import _question, survivors
 from vtprune_train.viz.show import look
 

@@ -17,7 +17,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 from tests.support.families import family_inputs, family_model
 from tests.support.helpers import PATCH, Reads
 from vtprune_train import PyramidDrop, dense, prune, unprune
-from vtprune_train.models.families.qwen_tower import TowerShape, frame_lengths, window_lengths
+from vtprune_train.models.families.qwen import TowerShape, frame_lengths, window_lengths
 from vtprune_train.models.forward import attention, tower_attention
 from vtprune_train.models.forward.tower_attention import TOWER_PREFIX, Segments
 

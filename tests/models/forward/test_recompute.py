@@ -9,7 +9,7 @@ from tests.support.runner import Runs
 from vtprune_train import PyramidDrop
 from vtprune_train.config.load import dump_config, load_config
 from vtprune_train.config.settings import ConfigError
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.pruning import method_from_settings
 

@@ -17,7 +17,7 @@ from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
 from vtprune_train.data.chat import EncodedChat
 from vtprune_train.data.load.collate import lay_out
-from vtprune_train.models.families.anyres import AnyRes
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.llava_onevision import OneVision
 from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.padded import kept_tokens

@@ -18,10 +18,13 @@ from vtprune_train.core.stream import IMAGE
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import Grids, ImageGeometry, ImageLayout, Shown, Size
 from vtprune_train.models.families.places import Places
-from vtprune_train.models.families.text_models import LLAMA_LIKE
 from vtprune_train.models.families.towers import SavedByTower
 
 Part = TypeVar("Part")
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # language models
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+VIDEO = "videos are not dropped yet; pass their frames as images"
 
 
 @dataclass(frozen=True)
@@ -42,31 +45,6 @@ def required(part: Part | Lacks, what: str) -> Part:
     return part
 
 
-def one_image_each(features: Sequence[Any]) -> list[int]:
-    """Tokens of each image, where ``get_image_features`` returns one tensor [tokens, C] an image."""
-    return [len(feature) for feature in features]
-
-
-def no_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
-    """For a family whose rasters cannot be told from the inputs."""
-    return []
-
-
-def counted_by_the_image_processor(config: Any) -> dict[str, Any]:
-    """For a family whose processor has no settings of its own."""
-    return {}
-
-
-def each_alone(inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[list[Size]]:
-    """For a family that lays out an image in the same way, whatever stands beside it."""
-    return [[size] for size in sizes]
-
-
-def all_trained(config: Any, name: str) -> bool:
-    """For a family whose features come from the tower's last layer."""
-    return False
-
-
 @dataclass(frozen=True)
 class Loop:
     """How the project's own loop trains a family.
@@ -79,7 +57,7 @@ class Loop:
         saved: ``config ->`` what autograd keeps of the tower, to predict memory.
         vision: how names of the tower's parameters begin.
         projector: how names of the projector's parameters begin (also within ``vision``).
-        untrained: ``(config, name) ->`` whether no gradient reaches this parameter of the tower.
+        untrained: ``(config, name) ->`` whether no gradient reaches this parameter of the tower; by default all train.
         image_token: the image token in the vocabulary.
         placeholder: what stands in a prompt where an image does; ``<image>`` in it is the image token.
         needs_checkpoint: the model cannot be made from parts or from sizes in the YAML.
@@ -91,7 +69,7 @@ class Loop:
     saved: Callable[[Any], SavedByTower]
     vision: str = "model.vision_tower."
     projector: tuple[str, ...] = ("model.multi_modal_projector.", "model.image_newline")
-    untrained: Callable[[Any, str], bool] = all_trained
+    untrained: Callable[[Any, str], bool] = lambda config, name: False
     image_token: str = IMAGE
     placeholder: str = IMAGE
     needs_checkpoint: bool = False
@@ -117,10 +95,12 @@ class Family:
         three_part_positions: ``(base, inputs) -> [3, B, L]``, positions (time, height, width) that count each row from
             0 and stay with their tokens; ``None`` where positions count tokens.
         refused: keywords of ``forward`` that a pruned model does not take, with the reason.
-        counting: ``config ->`` settings of the processor that tokens of an image are counted by.
+        counting: ``config ->`` settings of the processor that tokens of an image are counted by; by default the image
+            processor counts alone.
         geometry: ``(config, image_processor) ->`` tokens, tiles and places of images of any size, for ``vtprune show``
             and ``estimate``; left out where ``loop`` has a layout, which gives them too.
-        samples: ``(inputs, sizes) ->`` the sizes of all images, one list for each sample.
+        samples: ``(inputs, sizes) ->`` the sizes of all images, one list for each sample; by default an image is laid
+            out in the same way whatever stands beside it.
         flops: ``config ->`` sizes of tower and projector, to count their work.
         known: sizes of published checkpoints by hub id, for dry runs without network.
         not_original: why ``vtprune convert`` does not write it in the format of the original LLaVA code; ``None`` where
@@ -134,15 +114,17 @@ class Family:
     text_types: tuple[str, ...]
     base: str = "model"
     tower: str | None = None
-    image_lengths: Callable[[Sequence[Any]], list[int]] = one_image_each
-    grids: Callable[[Any, Mapping[str, Any]], list[Grids]] = no_grids
+    image_lengths: Callable[[Sequence[Any]], list[int]] = lambda images: [len(tokens) for tokens in images]
+    grids: Callable[[Any, Mapping[str, Any]], list[Grids]] = lambda config, inputs: []
     patches: Callable[[Any, Mapping[str, Any]], list[Shown]] | Lacks = Lacks("it is not read there")
     run_is_one_image: bool = False
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()
-    counting: Callable[[Any], dict[str, Any]] = counted_by_the_image_processor
+    counting: Callable[[Any], dict[str, Any]] = lambda config: {}
     geometry: Callable[[Any, Any], ImageGeometry] | Lacks = Lacks("where its visual tokens lie is not known here")
-    samples: Callable[[Mapping[str, Any], Sequence[Size]], list[list[Size]]] = each_alone
+    samples: Callable[[Mapping[str, Any], Sequence[Size]], list[list[Size]]] = lambda inputs, sizes: [
+        [s] for s in sizes
+    ]
     flops: Callable[[Any], TowerGeometry | PatchTowerGeometry] | Lacks = Lacks("its tower's sizes are not known here")
     known: Mapping[str, Callable[[], PreTrainedConfig]] = field(default_factory=dict)
     not_original: str | None = "the original format is LLaVA's and LLaVA-NeXT's"
@@ -193,7 +175,14 @@ class Family:
             )
 
 
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-VIDEO = "videos are not dropped yet; pass their frames as images"
+def sliding_window(attention: Any) -> int | None:
+    """Keys that a query of this attention layer sees, its own included; ``None`` for all."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    config = attention.config
+    return getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
 
-__all__ = ["LLAMA_LIKE", "VIDEO", "Family", "Lacks", "Loop", "required"]
+
+def normalizes_queries_and_keys(config: Any) -> bool:
+    """Whether each head's queries and keys go through a norm of their own."""
+    return config.model_type.startswith("qwen3")

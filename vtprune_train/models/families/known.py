@@ -7,6 +7,7 @@ Source: the ``config.json`` files of these repositories.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
@@ -34,6 +35,18 @@ def clip_large_336() -> CLIPVisionConfig:
         image_size=336,
         patch_size=14,
         projection_dim=768,
+    )
+
+
+def llava_vicuna_7b(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+    """A LLaVA of llava-hf over Vicuna 7B and CLIP."""
+    return config_class(
+        text_config=vicuna_7b(vocab_size=32064),
+        vision_config=clip_large_336(),
+        image_token_index=32000,
+        image_seq_length=576,
+        tie_word_embeddings=False,
+        **more,
     )
 
 

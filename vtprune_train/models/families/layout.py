@@ -22,16 +22,16 @@ NEWLINE = -1
 MAX_ASPECT = 200  # Qwen's own limit; a CLIP processor scales the SHORT side to a whole tile
 
 Size = tuple[int, int]
-"""``(height, width)`` of a picture in pixels."""
+"""``(height, width)`` of an image in pixels."""
 Grids = tuple[tuple[int, int], ...]
 """See :class:`~vtprune_train.core.stream.ImageSpan`."""
 Shown = tuple[np.ndarray, int]
-"""The patch of its picture that each visual token shows ([V] int64, or ``NEWLINE``), and the picture's tiles."""
+"""The patch of its image that each visual token shows ([V] int64, or ``NEWLINE``), and the image's tiles."""
 
 
 @dataclass
 class Pictures:
-    """The pictures of one sample: their sizes, and what the tower sees of each ([tiles, ...] float32)."""
+    """The images of one sample: their sizes, and what the tower sees of each ([tiles, ...] float32)."""
 
     sizes: list[Size]
     pixels: list[Tensor]
@@ -121,15 +121,11 @@ class GatheredTiles(ImageLayout):
 
     @abstractmethod
     def visual_index(self, image_size: Size) -> np.ndarray:
-        """[V] int64: for each visual token, its row in the picture's ``num_tiles * patches_per_tile`` features, or
+        """[V] int64: for each visual token, its row in the image's ``num_tiles * patches_per_tile`` features, or
         ``NEWLINE``."""
 
-    def num_tokens(self, image_size: Size) -> int:
-        """Visual tokens of a picture, newlines included."""
-        return len(self.visual_index(image_size))
-
     def tokens(self, sizes: Sequence[Size]) -> list[int]:
-        return [self.num_tokens(size) for size in sizes]
+        return [len(self.visual_index(size)) for size in sizes]
 
     def tiles(self, sizes: Sequence[Size]) -> list[int]:
         return [self.num_tiles(size) for size in sizes]
@@ -156,13 +152,13 @@ class GatheredTiles(ImageLayout):
 
 
 def check_aspect(size: Size) -> None:
-    """Refuse a picture so long that an image processor would blow it up, or refuses it itself.
+    """Refuse an image so long that an image processor would blow it up, or refuses it itself.
 
     Raises:
-        ValueError: with the picture's size.
+        ValueError: with the image's size.
     """
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(
-            f"a picture of {size[0]} x {size[1]} pixels is more than {MAX_ASPECT} times as long as wide; "
+            f"an image of {size[0]} x {size[1]} pixels is more than {MAX_ASPECT} times as long as wide; "
             "this family's image processor cannot take it"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaConfig
 
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
-from vtprune_train.models.families.known import clip_large_336, vicuna_7b
+from vtprune_train.models.families.known import llava_vicuna_7b
 from vtprune_train.models.families.layout import GatheredTiles, Grids, Pictures, Shown, Size, check_aspect
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.towers import (
@@ -103,10 +103,6 @@ def _image_processor(config: Any) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile})
 
 
-def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
-    return [(patch_grid(config.vision_config),)] * len(inputs["pixel_values"])
-
-
 def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
     """One tile an image, its class token kept or the first token cut off as the config says; -1 is a class token."""
     class_tokens = CLASS_TOKENS[config.vision_config.model_type]
@@ -115,27 +111,17 @@ def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
     return [(tokens - class_tokens, 1)] * len(inputs["pixel_values"])
 
 
-def _llava_1_5_7b() -> LlavaConfig:
-    return LlavaConfig(
-        text_config=vicuna_7b(vocab_size=32064),
-        vision_config=clip_large_336(),
-        image_token_index=32000,
-        image_seq_length=576,
-        tie_word_embeddings=False,
-    )
-
-
 FAMILY = Family(
     title="LLaVA-1.5",
     model_type="llava",
     model_class="LlavaForConditionalGeneration",
     text_types=LLAMA_LIKE,
-    grids=_grids,
+    grids=lambda config, inputs: [(patch_grid(config.vision_config),)] * len(inputs["pixel_values"]),
     patches=_patches,
     counting=counted_by_patches,
     flops=tile_tower,
     not_original=None,
-    known={"llava-hf/llava-1.5-7b-hf": _llava_1_5_7b},
+    known={"llava-hf/llava-1.5-7b-hf": lambda: llava_vicuna_7b(LlavaConfig)},
     loop=Loop(
         layout=lambda config, _: OneTile.of(config),
         image_processor=_image_processor,

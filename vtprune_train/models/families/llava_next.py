@@ -1,17 +1,166 @@
-"""LLaVA-NeXT: a base tile and a grid of tiles, unpadded, with a newline feature after every row (see ``anyres.py``)."""
+"""LLaVA-NeXT: AnyRes tiling and ``spatial_unpad``, as index arithmetic on the host.
+
+An image becomes one base tile (the whole image, squeezed) and a grid of tiles of its best-fitting resolution. After
+projection, rows and columns of the grid that hold only padding are cut away and a newline feature ends every row. All
+of that is a gather: :func:`visual_index` says which row of the projected features stands at each visual token.
+LLaVA-OneVision tiles in the same way.
+
+Source: ``LlavaNextModel.pack_image_features``, ``LlavaNextProcessor`` and ``LlavaNextImageProcessor`` of transformers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaNextConfig, LlavaNextImageProcessorPil
+from transformers.image_processing_utils import select_best_resolution
 
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
-from vtprune_train.models.families.known import clip_large_336, vicuna_7b
-from vtprune_train.models.families.layout import Grids, Shown
-from vtprune_train.models.families.towers import after_features, counted_by_patches, saved_by_tiles, tile_tower
+from vtprune_train.models.families.known import llava_vicuna_7b
+from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, Pictures, Shown, Size
+from vtprune_train.models.families.places import Places, cells, edges
+from vtprune_train.models.families.towers import (
+    after_features,
+    check_class_token_is_dropped,
+    counted_by_patches,
+    saved_by_tiles,
+    tile_tower,
+)
+
+
+@dataclass(frozen=True)
+class AnyRes(GatheredTiles):
+    """Tiling geometry: resolutions ``(height, width)`` to choose from, the tower's tile and patch size, in pixels."""
+
+    pinpoints: tuple[tuple[int, int], ...]
+    tile_size: int
+    patch_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> AnyRes:
+        """Read a ``LlavaNextConfig``.
+
+        Raises:
+            ValueError: the config keeps the class token, or its pinpoints are not multiples of the tile size.
+        """
+        check_class_token_is_dropped(config)
+        return cls.of_pinpoints(config)
+
+    @classmethod
+    def of_pinpoints(cls, config: Any) -> AnyRes:
+        """Read pinpoints, tile and patch size of any config that has them.
+
+        Raises:
+            ValueError: the pinpoints are not multiples of the tile size.
+        """
+        tile = config.vision_config.image_size
+        pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+        wrong = [list(point) for point in pinpoints if point[0] % tile or point[1] % tile]
+        if wrong:
+            raise ValueError(f"image_grid_pinpoints {wrong} are not multiples of the tower's image_size {tile}")
+        return cls(pinpoints, tile, config.vision_config.patch_size)
+
+    def grid(self, image_size: Size) -> tuple[int, int]:
+        """Rows and columns of tiles for an image of ``(height, width)`` pixels."""
+        height, width = select_best_resolution(tuple(image_size), [list(point) for point in self.pinpoints])
+        return height // self.tile_size, width // self.tile_size
+
+    def num_tiles(self, image_size: Size) -> int:
+        """Tiles that the tower sees, the base tile included."""
+        rows, columns = self.grid(image_size)
+        return 1 + rows * columns
+
+    def visual_index(self, image_size: Size) -> np.ndarray:
+        return _visual_index(self, int(image_size[0]), int(image_size[1]))
+
+    def feature_grid(self, image_size: Size) -> tuple[int, int]:
+        """Rows and columns of the grid's features without padding and newlines."""
+        rows, columns = (tiles * self.patches_per_side for tiles in self.grid(image_size))
+        top, left = _padding(*image_size, rows, columns)
+        return rows - 2 * top, columns - 2 * left
+
+    def grids(self, sizes: Sequence[Size]) -> list[Grids]:
+        """The base tile; the unpadded tiles with their column of newlines."""
+        side = self.patches_per_side
+        return [((side, side), (rows, columns + 1)) for rows, columns in map(self.feature_grid, sizes)]
+
+    def examples(self) -> list[Size]:
+        return list(self.pinpoints)
+
+    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+        return {
+            "pixel_values": pad_sequence(pictures.pixels, batch_first=True),
+            "image_sizes": torch.tensor(pictures.sizes),
+        }
+
+    def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
+        return [self.tiled_places(size, self.feature_grid(size)) for size in sizes]
+
+    def tiled_places(self, size: Size, kept: tuple[int, int]) -> Places:
+        """The base tile, then the grid row by row, each row ended by a newline.
+
+        The grid's tiles hold the image resized with its aspect kept, centred between padding. An edge feature may see
+        the image with a part of its patch only: its box is as small. And ``spatial_unpad`` counts whole features: a
+        strip of up to half a feature along the padded edges can belong to no grid token.
+
+        Args:
+            size: ``(height, width)`` of the image in pixels.
+            kept: rows and columns that the unpadded features are pooled to; their own number where they are not.
+        """
+        height, width = size
+        rows, columns = self.grid(size)
+        scale = min(rows * self.tile_size / height, columns * self.tile_size / width)
+        used = self.feature_grid(size)
+        tops = self._grid_edges(rows, height, scale, used[0], kept[0])
+        lefts = self._grid_edges(columns, width, scale, used[1], kept[1])
+        right = np.full(kept[0], float(width))
+        newlines = np.stack([right, tops[:-1], right, tops[1:]], axis=-1)
+        grid = np.concatenate([cells(tops, lefts), newlines[:, None]], axis=1).reshape(-1, 4)
+        steps = self.tile_edges(1) / self.tile_size
+        base = cells(steps * height, steps * width).reshape(-1, 4)
+        row = ["grid"] * kept[1] + ["newline"]
+        kinds = np.array(["base"] * len(base) + row * kept[0])
+        return Places((height, width), kinds, np.concatenate([base, grid]))
+
+    def _grid_edges(self, tiles: int, original: int, scale: float, used: int, kept: int) -> np.ndarray:
+        """[kept + 1] edges of the unpadded features along one axis, in pixels of the original."""
+        target = tiles * self.tile_size
+        resized = min(math.ceil(original * scale), target)
+        every = edges(self.tile_edges(tiles), original, resized, (target - resized) // 2)
+        cut = (tiles * self.patches_per_side - used) // 2
+        own = every[cut : cut + used + 1]
+        return own if kept == used else np.interp(np.linspace(0, used, kept + 1), np.arange(used + 1), own)
+
+
+@lru_cache(maxsize=65536)
+def _visual_index(anyres: AnyRes, height: int, width: int) -> np.ndarray:
+    side, per_tile = anyres.patches_per_side, anyres.patches_per_tile
+    rows, columns = anyres.grid((height, width))
+    tiles = np.arange(per_tile, per_tile * (1 + rows * columns)).reshape(rows, columns, side, side)
+    features = tiles.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+    top, left = _padding(height, width, *features.shape)
+    features = features[top : features.shape[0] - top, left : features.shape[1] - left]
+    newlines = np.full((features.shape[0], 1), NEWLINE)
+    index = np.concatenate([np.arange(per_tile), np.concatenate([features, newlines], axis=1).ravel()])
+    index.setflags(write=False)
+    return index
+
+
+def _padding(height: int, width: int, grid_height: int, grid_width: int) -> tuple[int, int]:
+    """Feature rows above (and below) and columns left (and right) of the image that hold only padding."""
+    if width / height > grid_width / grid_height:
+        used = int(round(height * (grid_width / width), 7))
+        return (grid_height - used) // 2, 0
+    used = int(round(width * (grid_height / height), 7))
+    return 0, (grid_width - used) // 2
 
 
 def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
@@ -23,38 +172,27 @@ def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
     )
 
 
-def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
-    return AnyRes.of(config).grids(inputs["image_sizes"].tolist())
-
-
 def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
     layout = AnyRes.of_pinpoints(config)
     sizes = inputs["image_sizes"].tolist()
     return [(layout.visual_index(size), layout.num_tiles(size)) for size in sizes]
 
 
-def _llava_next_vicuna_7b() -> LlavaNextConfig:
-    return LlavaNextConfig(
-        text_config=vicuna_7b(vocab_size=32064),
-        vision_config=clip_large_336(),
-        image_token_index=32000,
-        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-        image_seq_length=576,
-        tie_word_embeddings=False,
-    )
-
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of the published checkpoints
 
 FAMILY = Family(
     title="LLaVA-NeXT",
     model_type="llava_next",
     model_class="LlavaNextForConditionalGeneration",
     text_types=LLAMA_LIKE,
-    grids=_grids,
+    grids=lambda config, inputs: AnyRes.of(config).grids(inputs["image_sizes"].tolist()),
     patches=_patches,
     counting=counted_by_patches,
     flops=tile_tower,
     not_original=None,
-    known={"llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next_vicuna_7b},
+    known={
+        "llava-hf/llava-v1.6-vicuna-7b-hf": lambda: llava_vicuna_7b(LlavaNextConfig, image_grid_pinpoints=PINPOINTS)
+    },
     loop=Loop(
         layout=lambda config, _: AnyRes.of(config),
         image_processor=_image_processor,

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, Qwen2Config, SiglipVisionConfig
 
-from vtprune_train.models.families.anyres import AnyRes
 from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
 from vtprune_train.models.families.layout import NEWLINE, Grids, ImageLayout, Pictures, Shown, Size, VisionInputs
+from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.towers import after_features, saved_by_tiles, tile_tower
 
@@ -41,7 +41,7 @@ class OneVision(ImageLayout):
         """Read a ``LlavaOnevisionConfig``.
 
         Raises:
-            ValueError: a setting under which the features are no whole grid of patches.
+            ValueError: a setting under which the features are not a whole grid of patches.
         """
         if config.vision_feature_select_strategy != "full":
             raise ValueError(
@@ -62,12 +62,12 @@ class OneVision(ImageLayout):
     def grids(self, sizes: Sequence[Size]) -> list[Grids]:
         tile = (self.anyres.patches_per_side, self.anyres.patches_per_side)
         if len(sizes) != 1:
-            return [(tile, (1, 1)) for _ in sizes]  # the newline behind the tile
+            return [(tile, (1, 1)) for _ in sizes]  # the newline after the tile
         rows, columns = self._grid(sizes[0])
         return [(tile, (rows, columns + 1))]
 
     def patches(self, sizes: Sequence[Size]) -> list[Shown]:
-        """For the pictures of one sample, which patch each token shows; of a shrunk grid, the one at its middle."""
+        """For the images of one sample, which patch each token shows; of a shrunk grid, the one at its middle."""
         base = np.arange(self.anyres.patches_per_tile)
         if len(sizes) != 1:
             return [(np.append(base, NEWLINE), 1) for _ in sizes]

@@ -40,7 +40,9 @@ def projector_to_hf(weights: Mapping[str, Tensor], place: str) -> dict[str, Tens
         ValueError: there is no projector, or one of another shape than ``mlp2x_gelu`` and ``linear``, or its tensors do
             not fit together.
     """
-    found = {_full(name): value for name, value in weights.items() if "mm_projector" in name or "image_newline" in name}
+    # LoRA runs and old versions write other prefixes.
+    names = {name: re.search(r"(mm_projector|image_newline).*", name) for name in weights}
+    found = {f"model.{match[0]}": weights[name] for name, match in names.items() if match}
     others = sorted(name for name in found if not PROJECTOR_KEYS.match(name))
     if others:
         raise ValueError(f"{place}: {others[0]} is of no projector known here; known: {', '.join(PROJECTOR_TYPES)}")
@@ -108,11 +110,6 @@ def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
         if name.startswith(before):
             return after + name.removeprefix(before)
     raise ValueError(f"{name} is not a tensor of a LLaVA")
-
-
-def _full(name: str) -> str:
-    """LoRA runs and old versions write other prefixes."""
-    return "model." + name[name.index("mm_projector" if "mm_projector" in name else "image_newline") :]
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

@@ -69,12 +69,8 @@ COSMETIC = {"model_type", "architectures", "transformers_version", "dtype", "tor
 
 
 def hf_config(settings: dict[str, Any], vision: CLIPVisionConfig, place: str) -> PreTrainedConfig:
-    """The Hugging Face config for an original one, which is kept in it.
-
-    Args:
-        settings: the original ``config.json``.
-        vision: the config of its tower.
-        place: where the settings are from, for errors.
+    """The Hugging Face config for an original one (``settings``), which is kept in it; ``vision`` is its tower's
+    config.
 
     Raises:
         ValueError: a setting that transformers' classes do not have, or that does not fit the tower; names it.
@@ -177,15 +173,10 @@ def _check_others(settings: Mapping[str, Any], text: set[str], place: str) -> No
 
 
 def pinpoints_to_hf(settings: Mapping[str, Any], tile: int, place: str) -> list[list[int]]:
-    """``image_grid_pinpoints`` as ``[height, width]``, which the original code holds as ``(width, height)``.
+    """``image_grid_pinpoints`` as ``[height, width]`` in pixels, which the original code holds as ``(width, height)``.
 
     It may also be a list written as a string, or a range of tile counts such as ``(1x1),...,(6x6)``, which stands for
     ``(columns x rows)``.
-
-    Args:
-        settings: the original ``config.json``.
-        tile: the tower's image size, in pixels.
-        place: for errors.
 
     Raises:
         ValueError: it is none of these, or not made of whole tiles.
@@ -216,13 +207,8 @@ def _is_pair(point: Any) -> bool:
 
 
 def image_processor(config: PreTrainedConfig, settings: Mapping[str, Any], tower: Any, place: str) -> Any:
-    """The image processor that makes the pixels of the original code.
-
-    Args:
-        config: of :func:`hf_config`.
-        settings: the original ``config.json``.
-        tower: the tower's own image processor, whose numbers the original code takes; ``None`` for CLIP's usual ones.
-        place: for errors.
+    """The image processor that makes the pixels of the original code, which takes the numbers of the tower's own image
+    processor (``tower``; ``None`` for CLIP's usual ones).
 
     Raises:
         ValueError: the tower's own makes images of another size than the tower takes.
@@ -270,13 +256,7 @@ def trains_tower(settings: Mapping[str, Any]) -> bool:
 
 def original_config(config: PreTrainedConfig, images: Any, tower: str | None, place: str) -> dict[str, Any]:
     """``config.json`` of the original code: the one that was kept with what has changed since, or one made from the
-    Hugging Face config.
-
-    Args:
-        config: the model's.
-        images: its image processor.
-        tower: the CLIP tower's folder or hub id, where it is not known from a conversion or is another now.
-        place: for errors.
+    Hugging Face config. ``tower`` is the CLIP tower's folder or hub id, needed where no conversion recorded it.
 
     Raises:
         ValueError: nothing says which tower it has, or the original code has no such setting; names it.

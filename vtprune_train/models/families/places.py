@@ -40,16 +40,10 @@ class Places:
 
 
 def grid_places(height: int, width: int, rows: int, columns: int) -> Places:
-    """Of a family that sees an image as one grid of tokens over all of it.
-
-    Args:
-        height: of the image, in pixels, as is ``width``.
-        width: see ``height``.
-        rows: of the grid, in tokens, as are ``columns``.
-        columns: see ``rows``.
+    """For a family that sees an image of ``height`` x ``width`` pixels as one grid of tokens over all of it.
 
     Raises:
-        ValueError: one of them is not positive.
+        ValueError: a number is not positive.
     """
     if min(height, width, rows, columns) < 1:
         raise ValueError(f"{rows} x {columns} tokens over {height} x {width} pixels: all four must be at least 1")

@@ -1,8 +1,12 @@
 """What Qwen2-VL, Qwen2.5-VL and Qwen3-VL share: an image of any size, cut into patches that are merged by fours;
 positions of (time, height, width).
 
-The features come from the family's own ``get_image_features``. What it would read from sizes on the device (windows,
-rotary positions, sequence bounds) is computed here by transformers' own functions and handed to it.
+The features come from the family's own ``get_image_features``. Its tower runs over the patches of all images in one
+row and splits attention by ``cu_seqlens``: one segment a frame, and in the windowed layers of Qwen2.5-VL one a window.
+What it would read from sizes on the device (windows, rotary positions, sequence bounds) is computed here on the host,
+by transformers' own functions, and handed to it.
+
+Shape suffixes: N patches of all images, M merged patches.
 """
 
 from __future__ import annotations
@@ -16,21 +20,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from vtprune_train.core.flops import PatchTowerGeometry
 from vtprune_train.core.stream import SegmentLayout
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures, Size, VisionInputs, check_aspect
 from vtprune_train.models.families.places import Places, grid_places
-from vtprune_train.models.families.qwen_tower import PatchGrids, TowerShape, tower_inputs
 
 EXAMPLES = ((224, 224), (448, 448), (768, 1024), (1080, 1920), (2160, 3840))
 CHANNELS = 3
+PatchGrids = tuple[tuple[int, int, int], ...]
+"""``(frames, rows, columns)`` of each image's patches."""
 
 
 @dataclass(frozen=True)
 class MergedPatches(ImageLayout):
-    """Patches of ``patch_size`` pixels, ``merge_size`` x ``merge_size`` of them one token, in pictures of
+    """Patches of ``patch_size`` pixels, ``merge_size`` x ``merge_size`` of them one token, in images of
     ``min_pixels`` to ``max_pixels``; ``window_size`` pixels a side of an attention window, ``None`` without windows."""
 
     unit: ClassVar[str] = "patches"
@@ -89,7 +100,7 @@ class MergedPatches(ImageLayout):
         return [((rows // self.merge_size, columns // self.merge_size),) for rows, columns in map(self.grid, sizes)]
 
     def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
-        """[patches, channels * frames * patch * patch] of each picture."""
+        """[patches, channels * frames * patch * patch] of each image."""
         return [image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
 
     def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
@@ -100,11 +111,9 @@ class MergedPatches(ImageLayout):
             grids = [(1, self.merge_size, self.merge_size)]
             per_patch = CHANNELS * self.temporal_patch_size * self.patch_size**2
             every = [torch.zeros(self.merge_size**2, per_patch)]
-        return VisionInputs(torch.cat(every), torch.arange(tokens), self._image_inputs(tuple(grids)))
-
-    def _image_inputs(self, grids: PatchGrids) -> dict[str, Any]:
-        made = tower_inputs(TowerShape(self.merge_size, self.patch_size, self.window_size), grids)
-        return {"image_grid_thw": grids, **{f"image_{key}": value for key, value in made.items()}}
+        inputs = tower_inputs(TowerShape(self.merge_size, self.patch_size, self.window_size), tuple(grids))
+        image_inputs = {"image_grid_thw": tuple(grids), **{f"image_{key}": value for key, value in inputs.items()}}
+        return VisionInputs(torch.cat(every), torch.arange(tokens), image_inputs)
 
     def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
         grids = torch.tensor([(1, *self.grid(size)) for size in pictures.sizes])
@@ -118,7 +127,7 @@ class MergedPatches(ImageLayout):
         return list(EXAMPLES)
 
     def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[Pictures]) -> Tensor:
-        """[3, T]: text counts on; a picture's tokens count its rows and columns from there, and what follows it goes
+        """[3, T]: text counts on; an image's tokens count its rows and columns from there, and what follows it goes
         on after the larger of the two (``get_rope_index`` of transformers)."""
         parts = []
         for number, segment in enumerate(segments):
@@ -157,15 +166,8 @@ def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
 
 
 def patch_tower(config: Any, width: int, intermediate: int, out: int, **more: Any) -> PatchTowerGeometry:
-    """Sizes of a tower and its merger. Without more it attends over whole images and its MLP has two products.
-
-    Args:
-        config: the model's.
-        width: of the tower.
-        intermediate: of its MLP.
-        out: of the merger's result.
-        more: see :class:`~vtprune_train.core.flops.PatchTowerGeometry`.
-    """
+    """Sizes of a tower (``width``, ``intermediate`` of its MLP) and its merger (``out``). Without ``more``, see
+    :class:`~vtprune_train.core.flops.PatchTowerGeometry`, it attends over whole images and its MLP has two products."""
     vision = config.vision_config
     sizes = {
         "num_layers": vision.depth,
@@ -179,3 +181,98 @@ def patch_tower(config: Any, width: int, intermediate: int, out: int, **more: An
         "mlp_products": 2,
     }
     return PatchTowerGeometry(**{**sizes, **more})
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """A learned square table of positions, ``side`` x ``side``, resampled to each image's grid (Qwen3-VL)."""
+
+    side: int
+    mode: str
+    align_corners: bool
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """``merge_size`` x ``merge_size`` patches of ``patch_size`` pixels are merged; ``window_size`` pixels a side of an
+    attention window, ``None`` without windowed layers; ``table``: learned positions, ``None`` without."""
+
+    merge_size: int
+    patch_size: int
+    window_size: int | None = None
+    table: PositionTable | None = None
+
+    @classmethod
+    def of(cls, tower: Any) -> TowerShape:
+        """Read a vision tower of Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
+        table = None
+        if hasattr(tower, "num_grid_per_side"):
+            table = PositionTable(tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners)
+        window = getattr(tower, "window_size", None)
+        return cls(tower.spatial_merge_size, tower.config.patch_size, window, table)
+
+    @property
+    def keywords(self) -> set[str]:
+        """The keywords that :func:`tower_inputs` returns."""
+        names = {"position_ids", "cu_seqlens", "max_seqlen"}
+        if self.window_size is not None:
+            names |= {"window_index", "cu_window_seqlens", "max_window_seqlen"}
+        if self.table is not None:
+            names |= {"interp_indices", "interp_weights"}
+        return names
+
+
+def tower_inputs(shape: TowerShape, grids: PatchGrids) -> dict[str, Tensor | int]:
+    """Keywords of the tower's forward, by transformers' own functions, on the CPU.
+
+    Returns:
+        ``position_ids`` [N, 2] int64, ``cu_seqlens`` [frames + 1] int32, ``max_seqlen``; with windows ``window_index``
+        [M] int64, ``cu_window_seqlens`` [windows + 1] int32, ``max_window_seqlen``; with a table ``interp_indices``
+        [N, taps] int64, ``interp_weights`` [N, taps] float32.
+    """
+    grid_thw = torch.tensor(grids)
+    cu_seqlens = get_vision_cu_seqlens(grid_thw)
+    inputs: dict[str, Tensor | int] = {
+        "position_ids": get_vision_position_ids(grid_thw, shape.merge_size),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": int(cu_seqlens.diff().max()),
+    }
+    if shape.window_size is not None:
+        window_index, cu_windows = get_vision_window_index(
+            grid_thw, shape.merge_size, shape.window_size, shape.patch_size
+        )
+        inputs |= {
+            "window_index": window_index,
+            "cu_window_seqlens": cu_windows,
+            "max_window_seqlen": int(cu_windows.diff().max()),
+        }
+    if shape.table is not None:
+        inputs["interp_indices"], inputs["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=shape.table.side,
+            mode=shape.table.mode,
+            align_corners=shape.table.align_corners,
+            spatial_merge_size=shape.merge_size,
+        )
+    return inputs
+
+
+def frame_lengths(grids: PatchGrids) -> tuple[int, ...]:
+    """Patches of each frame of each image: the segments of a layer without windows."""
+    return tuple(rows * columns for frames, rows, columns in grids for _ in range(frames))
+
+
+def window_lengths(shape: TowerShape, grids: PatchGrids) -> tuple[int, ...]:
+    """Patches of each window, in the order of ``window_index``; those at an image's edges are smaller."""
+    assert shape.window_size is not None
+    side = shape.window_size // shape.patch_size // shape.merge_size * shape.merge_size
+    lengths: list[int] = []
+    for frames, rows, columns in grids:
+        own = np.outer(_pieces(rows, side), _pieces(columns, side)).ravel().tolist()
+        lengths += own * frames
+    return tuple(lengths)
+
+
+def _pieces(length: int, size: int) -> list[int]:
+    """``length`` cut into pieces of ``size``, the last one smaller."""
+    return [min(size, length - start) for start in range(0, length, size)]

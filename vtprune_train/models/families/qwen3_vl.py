@@ -3,11 +3,12 @@ their tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from vtprune_train.core.flops import PatchTowerGeometry
-from vtprune_train.models.families.base import VIDEO, Family
-from vtprune_train.models.families.qwen import MergedPatches, merged_grids, patch_tower, rope_index
+from vtprune_train.models.families import qwen2_vl
+from vtprune_train.models.families.qwen import patch_tower
 
 
 def _flops(config: Any) -> PatchTowerGeometry:
@@ -16,15 +17,11 @@ def _flops(config: Any) -> PatchTowerGeometry:
     return patch_tower(config, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size, mergers=mergers)
 
 
-FAMILY = Family(
+FAMILY = dataclasses.replace(
+    qwen2_vl.FAMILY,
     title="Qwen3-VL",
     model_type="qwen3_vl",
     model_class="Qwen3VLForConditionalGeneration",
     text_types=("qwen3_vl_text",),
-    tower="model.visual",
-    grids=merged_grids,
-    geometry=MergedPatches.of,
     flops=_flops,
-    three_part_positions=rope_index,
-    refused=(("pixel_values_videos", VIDEO),),
 )

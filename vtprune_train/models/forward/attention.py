@@ -64,6 +64,9 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signa
 SHARED_CALL_LENGTH = 512
 SHARED_CALL_PADDING = 1.125
 
+# Keywords that transformers' flash path takes as they are.
+FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -103,10 +106,7 @@ def unavailable_because(
         return f"needs half precision, not {dtype}"
     if backend in FLASH_INSTALLED and not FLASH_INSTALLED[backend]():
         return "needs its flash-attn package"
-    return _refused_gpu(backend, torch.cuda.get_device_capability(device), head_dim)
-
-
-def _refused_gpu(backend: str, capability: tuple[int, int], head_dim: int | None) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
     by_major, gpu = HEAD_SIZES[backend], ".".join(map(str, capability))
     if capability[0] not in by_major:
         first, last = min(by_major), max(by_major)
@@ -119,12 +119,6 @@ def _refused_gpu(backend: str, capability: tuple[int, int], head_dim: int | None
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
     """Resolve ``auto`` to the first backend that works on ``device`` in ``dtype``, logging which and why.
-
-    Args:
-        requested: ``auto`` or a backend.
-        device: of the model.
-        dtype: of its states.
-        head_dim: values in a head of the decoder; ``None`` skips the check of it.
 
     Raises:
         ValueError: the backend is unknown or cannot run here.
@@ -173,7 +167,9 @@ def varlen_sdpa(
     parts = []
     for shape, q, k, v in zip(calls.shapes, *(x.split(sizes) for x in (q_THD, k_TGD, v_TGD)), strict=True):
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # [B, heads, width, D]
-        mask = None if sliding_window is None else _window_mask(shape[1], sliding_window, q.device)
+        mask = None  # also where the window holds the whole segment
+        if sliding_window is not None and sliding_window < shape[1]:
+            mask = causal_mask(torch.arange(shape[1], device=q.device), shape[1], sliding_window)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -242,9 +238,8 @@ def _sdpa_after_cached(
     splits = (q_THD.split(segment_lengths), k_TGD.split(key_lengths), v_TGD.split(key_lengths))
     for q, k, v in zip(*splits, strict=True):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, length, D]
-        query_rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
-        distance = query_rows[:, None] - torch.arange(k.shape[2], device=q.device)[None, :]
-        mask = (distance >= 0) & (distance < (sliding_window or k.shape[2] + 1))
+        rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        mask = causal_mask(rows, k.shape[2], sliding_window)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -252,13 +247,10 @@ def _sdpa_after_cached(
     return torch.cat(parts)
 
 
-def _window_mask(width: int, sliding_window: int, device: torch.device) -> Tensor | None:
-    """[width, width] bool of a causal window, or ``None`` if the window holds the whole segment."""
-    if sliding_window >= width:
-        return None
-    index = torch.arange(width, device=device)
-    distance = index[:, None] - index[None, :]
-    return (distance >= 0) & (distance < sliding_window)
+def causal_mask(rows: Tensor, num_keys: int, sliding_window: int | None) -> Tensor:
+    """[L, keys] bool: the keys that each of ``rows`` [L] sees, which are counted among them."""
+    distance = rows[:, None] - torch.arange(num_keys, device=rows.device)[None, :]
+    return (distance >= 0) & (distance < (sliding_window or num_keys + 1))
 
 
 def varlen_torch(
@@ -302,15 +294,11 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
         k_TGD: Tensor,
         v_TGD: Tensor,
         *,
-        cu_seq_lens_q: Tensor,
-        cu_seq_lens_k: Tensor,
-        max_length_q: int,
-        max_length_k: int,
         scaling: float,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         causal: bool = True,
-        **_: Any,
+        **kwargs: Any,
     ) -> Tensor:
         out = _flash_attention_forward(
             q_THD.unsqueeze(0),
@@ -322,11 +310,8 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
             dropout=dropout,
             softmax_scale=scaling,
             sliding_window=sliding_window,
-            cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q,
-            max_length_k=max_length_k,
             attn_implementation=implementation,
+            **{key: kwargs[key] for key in FLASH_LENGTHS},
         )
         return out.squeeze(0)
 
@@ -334,14 +319,9 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
 
 
 def attention_name(backend: str, dense: str = "sdpa") -> str:
-    """Under which name a pruned model's decoder finds its attention: ``backend`` in a pass over a packed stream, and
-    the implementation ``dense`` in a pass of the dense model (within ``vtprune_train.dense``, in one thread or in the
-    recomputation of its layers).
-
-    Args:
-        backend: one of :data:`BACKENDS`.
-        dense: the model's own implementation, or such a name.
-    """
+    """Under which name a pruned model's decoder finds its attention: ``backend`` in a pass over a packed batch, and
+    the implementation ``dense`` (or such a name, which holds one) in a pass of the dense model, within
+    ``vtprune_train.dense``, in one thread or in the recomputation of its layers."""
     dense = dense_implementation(dense)
     name = PREFIX + backend + ("" if dense == "sdpa" else OTHERWISE + dense)
     if name not in AttentionInterface._global_mapping:

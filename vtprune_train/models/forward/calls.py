@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Call:
         image_grids: the rasters of each, as far as the family knows them; empty where it knows none.
         positions: [3, B, L], counting each row of this call from 0, where the family has three parts and knows them.
         encoder: what the vision tower thought of the visual tokens; found likewise, where the method asks.
-        segments, survivors, plan: the rows' layouts; for each boundary, the rows of the packed stream that entered the
+        segments, kept_rows, plan: the rows' layouts; for each boundary, the rows of the packed stream that entered the
             next stage; and the stages that were run. Left by the decoder.
     """
 
@@ -53,7 +54,7 @@ class Call:
     positions: Tensor | None = None
     segments: list[SegmentLayout] = field(default_factory=list)
     encoder: EncoderSignals | None = None
-    survivors: tuple[Tensor, ...] = ()
+    kept_rows: tuple[Tensor, ...] = ()
     plan: StreamPlan | None = None
 
 
@@ -130,3 +131,23 @@ class State:
 def state_of(model: HFModule) -> State:
     """The state of a pruned model."""
     return model.__dict__[STATE]
+
+
+def is_pruned(model: HFModule) -> bool:
+    """Whether :func:`prune` changed this model, and neither :func:`unprune` nor :func:`dense` undoes it here."""
+    inner = unwrapped(model)
+    return STATE in inner.__dict__ and not state_of(inner).is_dense
+
+
+def unwrapped(model: HFModule) -> HFModule:
+    """The Hugging Face model inside a PEFT model or ``torch.compile``; any other model as it is."""
+    model = model.__dict__.get("_modules", {}).get("_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def by_name(original: Callable[..., Any], args: tuple[Any, ...], inputs: dict[str, Any]) -> dict[str, Any]:
+    """All inputs as keywords."""
+    if not args:
+        return inputs
+    names = [name for name in inspect.signature(original).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **inputs}

@@ -36,19 +36,11 @@ _EAGER = _Eager()
 
 
 def compile_layers(model: HFModule, *, tower: bool = True, backend: str | Callable[..., Any] = "inductor") -> HFModule:
-    """Compile the decoder's layers and the vision tower's, in place, for any number of tokens.
+    """Compile the decoder's layers and the vision tower's, in place, for any number of tokens; returns ``model``.
 
     The first training step compiles; later ones do not, whatever the lengths and the number of segments and tiles,
     except for the first batch with a single tile. Passes that fill a key-value cache, and decoding, run without
-    compilation. Compiled layers cannot be pickled.
-
-    Args:
-        model: of a supported family, or a PEFT model around one; pruned or not.
-        tower: compile the tower's layers too.
-        backend: of ``torch.compile``.
-
-    Returns:
-        ``model``.
+    compilation. Compiled layers cannot be pickled. ``model`` may be pruned or not, and wrapped by PEFT.
 
     Raises:
         ValueError: it is compiled already.

@@ -1,7 +1,7 @@
 """The loop over Hugging Face decoder layers, with a drop at every boundary.
 
 The layers run unchanged: a packed stream is one row without padding, so they need no mask, and each attention backend
-reads ``cu_seqlens``. At a boundary the method picks the survivors and the stream is gathered once.
+reads ``cu_seqlens``. At a boundary the method picks the kept tokens and the packed batch is gathered once.
 
 Shape suffixes: T tokens in the stream, C hidden size, Q query rows, H query heads, G key-value heads, D head size.
 """
@@ -21,7 +21,6 @@ from vtprune_train.core.plan import replan
 from vtprune_train.core.stream import Boundary, Drop, Stage, StreamPlan, to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import PackedCache, StageCache
-from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.attention import PREFIX, Packing
 from vtprune_train.models.forward.keys import StageKeys
 from vtprune_train.models.forward.sharding import call_inside, check_all_heads, check_whole_stream
@@ -30,6 +29,16 @@ from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking
 from vtprune_train.pruning.ops.selection import next_rows
 
 PARAMETERS = "pruning"  # the decoder's submodule that holds what a method learns
+
+# Ranges that the forward pass marks with torch.profiler.record_function: a profiler shows the time of each; without one
+# a mark costs a few microseconds of host time.
+TOWER = "vtprune::tower"  # vision tower and projector
+RANK = "vtprune::rank"  # queries and keys of the ranking layer
+CHOOSE = "vtprune::choose"  # scores, and the rows that stay
+GATHER = "vtprune::gather"  # the packed batch of the next stage
+HEAD = "vtprune::head"  # language-model head and loss
+SELECTOR = (RANK, CHOOSE)  # what dropping adds; the shorter stages pay for the gather
+RANGES = (TOWER, RANK, CHOOSE, GATHER, HEAD)
 
 
 @dataclass
@@ -53,7 +62,7 @@ class Staging:
     """What a forward pass over padded rows adds to a packed stream.
 
     Args:
-        positions: for each stage, [T] or [parts, T] int64; only the first is read if the survivors keep theirs.
+        positions: for each stage, [T] or [parts, T] int64; only the first is read if the kept tokens keep theirs.
         cache: where keys and values go; ``None`` without a cache.
         joins: for each layer, how its tokens join ``cache``; empty without one.
         ranked_keys: for each boundary, how the next layer's cached keys join the ending stage's tokens for
@@ -99,16 +108,10 @@ def run_layers(
     staging: Staging | None = None,
     encoder: EncoderSignals | None = None,
 ) -> DecoderOutput:
-    """Run a packed stream through the decoder layers of ``text_model`` (anything built like ``LlamaModel``).
+    """Run a packed batch through the decoder layers of ``text_model`` (anything built like ``LlamaModel``).
 
-    Args:
-        text_model: has ``layers``, ``rotary_emb``; its ``config._attn_implementation`` is one of our backends.
-        hidden_TC: [T, C], embedded text and projected images in place.
-        plan: the stages; its tensors are on the device of ``hidden_TC``.
-        method: who picks the survivors; may be ``None`` if the plan has no boundary.
-        staging: positions, cache and features of a pass over padded rows; ``None`` numbers each segment from 0.
-        encoder: what the vision tower thought of the visual tokens, for methods that ask.
-    """
+    ``hidden_TC`` has embedded text and projected images in place. ``method`` may be ``None`` if the plan has no
+    drop point; without ``staging`` the positions of each segment count from 0."""
     check_attention(text_model)
     walk = _Walk(text_model, method, plan, staging or Staging.counted(plan), hidden_TC.unsqueeze(0), encoder)
     for index in range(len(plan.stages)):
@@ -136,8 +139,9 @@ class _Walk:
         self.position_ids = staging.positions[0].unsqueeze(-2)  # [1, T] or [parts, 1, T]
         self.origin = torch.arange(hidden.shape[1], device=hidden.device)
         self.deepstack = _Deepstack(staging)
-        # Of each visual token, which of the first stage's it is; -1: a learned one.
-        self.visual = _first_visual(plan, hidden.device)
+        # Index of each visual token into the first stage's visual tokens; -1: a learned one.
+        num_visual = len(plan.boundaries[0].visual_rows) if plan.boundaries else 0
+        self.visual = torch.arange(num_visual, device=hidden.device)
         self.asides: dict[int, _Aside] = {}
         self.memories: dict[int, dict[str, Any]] = {}
         self.kept: list[Tensor] = []
@@ -152,17 +156,11 @@ class _Walk:
         if part is not None and part.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
             probe = _Probe(self.plan.boundaries[index].query_rows)
         before = self.staging.before
-        keys = StageKeys.of(
-            self.plan,
-            index,
-            self.method,
-            self.staging.cached_layouts,
-            self.text_model.config,
-            None if before is None else before.has_images,
-        )
+        has_images = None if before is None else before.has_images
+        keys = StageKeys(self.plan, index, self.method, self.staging.cached_layouts, self.text_model.config, has_images)
         for layer_index in range(stage.first_layer, stage.end_layer):
             is_last = layer_index == stage.end_layer - 1
-            choice = None if keys is None else keys.layer(layer_index, self.staging.cache)
+            choice = keys.layer(layer_index, self.staging.cache)
             packing = Packing(_lengths(stage, self.staging, layer_index), probe if is_last else None, choice)
             self.hidden = self.text_model.layers[layer_index](
                 self.hidden, attention_mask=None, position_ids=self.position_ids, position_embeddings=self.rotary,
@@ -173,7 +171,7 @@ class _Walk:
         if part is None:
             return None
         if part.rank_with == "next_layer":
-            with record_function(ranges.RANK):
+            with record_function(RANK):
                 ranking = self._rank_with_next_layer(part, index)
             return self._with_ones(ranking, index) if part.gravity else ranking
         if probe is None:
@@ -181,7 +179,7 @@ class _Walk:
                 f"{part.name} ranks by the layer before layer {stage.end_layer}, but none has run; use "
                 "rank_with=next_layer or a later layer"
             )
-        ranking = probe.ranking(_scaling(self.text_model.layers[stage.end_layer - 1]))
+        ranking = probe.ranking(self.text_model.layers[stage.end_layer - 1].self_attn.scaling)
         reader = f"{part.name} (decoder layer {stage.end_layer - 1})"
         check_all_heads(self.text_model.config, reader, ranking.queries.shape[1], ranking.keys.shape[1])
         ranking = ranking if part.rotary else self._unrotated(ranking, index)
@@ -192,7 +190,7 @@ class _Walk:
         part, boundary = self._part(index), self.plan.boundaries[index]
         assert part is not None, "a plan with boundaries needs the method that planned it"
         aside = self._aside(index)
-        with record_function(ranges.CHOOSE):
+        with record_function(CHOOSE):
             selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
         if selection.counts is not None:
             self._replan(index, selection.counts)
@@ -206,9 +204,9 @@ class _Walk:
             self.origin = _joined(self.origin[text_rows], aside.origin, chosen, next_order)
             self.visual = aside.visual.index_select(0, chosen)
         else:
-            with record_function(ranges.CHOOSE):
+            with record_function(CHOOSE):
                 rows = next_rows(boundary, chosen)
-            with record_function(ranges.GATHER):
+            with record_function(GATHER):
                 self.hidden = self.hidden.index_select(1, rows)
             positions = self.position_ids.index_select(-1, rows)
             self.origin = self.origin.index_select(0, rows)
@@ -333,7 +331,7 @@ class _Walk:
             if staging.ranked_keys and staging.cache is not None and part.rotary:
                 staging.cache.stage = staging.ranked_keys[index]
                 keys = staging.cache.joined_keys(keys, boundary.layer)
-        return Ranking(queries, keys, _scaling(layer))
+        return Ranking(queries, keys, layer.self_attn.scaling)
 
     def _with_ones(self, ranking: Ranking, index: int) -> Ranking:
         """With vectors of ones at the query rows and the candidates, rotated as the ending stage's tokens are."""
@@ -389,7 +387,7 @@ class _Read(Candidates):
 
 
 def renumbers(part: PruningMethod, drop: Drop) -> bool:
-    """Whether positions are counted anew behind a drop of ``part`` (never where they have three parts)."""
+    """Whether positions are counted again after a drop of ``part`` (never where they have three parts)."""
     return part.positions == "renumber" or drop.adds
 
 
@@ -406,11 +404,6 @@ def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
 def _joined(text: Tensor, visual: Tensor, chosen: Tensor, order: Tensor, dim: int = -1) -> Tensor:
     """Text and the chosen visual tokens, in the next stage's order."""
     return torch.cat([text, visual.index_select(dim, chosen)], dim=dim).index_select(dim, order)
-
-
-def _first_visual(plan: StreamPlan, device: torch.device) -> Tensor:
-    """[V] 0, 1, ...: the visual tokens of the first stage."""
-    return torch.arange(len(plan.boundaries[0].visual_rows) if plan.boundaries else 0, device=device)
 
 
 def check_attention(text_model: HFModule) -> None:
@@ -478,7 +471,7 @@ class _Probe:
     def __call__(self, q_THD: Tensor, k_TGD: Tensor) -> None:
         if not self.called:
             self.called = True
-            with record_function(ranges.RANK):
+            with record_function(RANK):
                 self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
 
     def ranking(self, scaling: float) -> Ranking:
@@ -511,7 +504,3 @@ def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotary embedding in the half-split layout of Llama and its relatives."""
     first, second = x_THD.chunk(2, dim=-1)
     return x_THD * cos_TD.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_TD.unsqueeze(1)
-
-
-def _scaling(layer: HFModule) -> float:
-    return layer.self_attn.scaling

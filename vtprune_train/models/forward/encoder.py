@@ -25,7 +25,6 @@ from vtprune_train.models.forward.sharding import check_all_heads
 from vtprune_train.pruning.base import EncoderRows, PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 
-SEEN = "_vtprune_seen"
 MAPS = 4  # whole attention maps held at a time
 
 
@@ -55,12 +54,8 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
 
 
 def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
-    """Layers of the tower, counted from 0, that ``wanted`` names.
-
-    Args:
-        config: has ``vision_feature_layer`` and the tower's ``vision_config``.
-        wanted: from 0 on, or negative: -1 is the last that the decoder's features come from. Negative ones that reach
-            in front of the first layer are left out.
+    """Layers of the tower, counted from 0, that ``wanted`` names: from 0 on, or negative, where -1 is the last that the
+    decoder's features come from. Negative ones that reach in front of the first layer are left out.
 
     Raises:
         ValueError: a layer does not exist, or none is left.
@@ -145,21 +140,16 @@ class Reading:
         )
 
     def _received(self, layer: int) -> Tensor:
-        """[P * N] float32, the attention that each patch receives in a layer."""
+        """[P * N] float32, the attention that each patch receives in a layer, on average over heads and queries."""
         queries_PQHD = self.queries[layer].unflatten(-1, (self.heads, -1))
         keys_PSHD = self.keys[layer].unflatten(-1, (self.heads, -1))
         at_a_time = max(1, len(queries_PQHD)) if self.rows else MAPS
         rows = []
         for queries, keys in zip(queries_PQHD.split(at_a_time), keys_PSHD.split(at_a_time), strict=True):
-            rows.append(mean_attention(queries, keys)[:, self.class_tokens :])
+            queries, keys = queries.float().transpose(1, 2), keys.float().transpose(1, 2)
+            products = queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5  # [P, H, Q, S]
+            rows.append(products.softmax(dim=-1).mean(dim=(1, 2))[:, self.class_tokens :])
         return torch.cat(rows).flatten()
-
-
-def mean_attention(queries_PQHD: Tensor, keys_PSHD: Tensor) -> Tensor:
-    """[P, S] float32: attention on each key, on average over heads and queries."""
-    queries, keys = queries_PQHD.float().transpose(1, 2), keys_PSHD.float().transpose(1, 2)
-    products = queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5  # [P, H, Q, S]
-    return products.softmax(dim=-1).mean(dim=(1, 2))
 
 
 @contextmanager
@@ -185,12 +175,8 @@ def patches_per_tile(config: Any) -> int:
 
 
 def patch_index(shown: Sequence[tuple[np.ndarray, int]], patches: int) -> np.ndarray:
-    """[V] int64, the patch among those of all images that each visual token shows, or ``NEWLINE``.
-
-    Args:
-        shown: for each image, the patch of its own that each of its tokens shows, or ``NEWLINE``; and its tiles.
-        patches: N.
-    """
+    """[V] int64, the patch among those of all images that each visual token shows, or ``NEWLINE``. ``shown`` gives, for
+    each image, the patch of its own that each of its tokens shows, and its tiles of ``patches`` patches."""
     found, first = [np.zeros(0, dtype=np.int64)], 0
     for own, tiles in shown:
         found.append(np.where(own == NEWLINE, NEWLINE, own + first))
@@ -200,11 +186,9 @@ def patch_index(shown: Sequence[tuple[np.ndarray, int]], patches: int) -> np.nda
 
 def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSignals]:
     """The signals of each image's tokens."""
-    parts = zip(
-        signals.attention.split(list(lengths), dim=1), signals.keys.split(list(lengths)),
-        signals.tile.split(list(lengths)), strict=True,
-    )  # fmt: skip
-    return [EncoderSignals(*part) for part in parts]
+    sizes = list(lengths)
+    parts = signals.attention.split(sizes, dim=1), signals.keys.split(sizes), signals.tile.split(sizes)
+    return [EncoderSignals(*part) for part in zip(*parts, strict=True)]
 
 
 def joined(images: Sequence[EncoderSignals]) -> EncoderSignals:

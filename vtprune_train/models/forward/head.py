@@ -28,38 +28,26 @@ class Teaching:
     temperature: float
 
 
-def chunked_cross_entropy(
-    hidden_RC: Tensor, weight_NC: Tensor, bias_N: Tensor | None, targets_R: Tensor, chunk_rows: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the cross-entropy over rows, and whether the most likely token is the target.
-
-    Gradients are made in the forward pass, chunk by chunk, so the head's weight is read only while it is there (under
-    ZeRO-3 it is partitioned again before the backward pass).
-
-    Returns:
-        ``loss_sum`` [] float32, ``correct`` [R] bool, and for reading ``row_loss`` [R] float32, its parts. No rows give
-        a zero that is still part of the graph.
-    """
-    loss, correct, row_loss, _ = chunked_consistency(hidden_RC, weight_NC, bias_N, targets_R, None, chunk_rows)
-    return loss, correct, row_loss
-
-
-def chunked_consistency(
+def chunked_loss(
     hidden_RC: Tensor,
     weight_NC: Tensor,
     bias_N: Tensor | None,
     targets_R: Tensor,
-    teaching: Teaching | None,
+    teaching: Teaching | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy + weight * T^2 * KL(teacher || model) at temperature T, summed over rows, in one pass over chunks.
+    """Cross-entropy, and with a teacher + weight * T^2 * KL(teacher || model) at temperature T, summed over rows.
+
+    Gradients are made in the forward pass, chunk by chunk, so the head's weight is read only while it is there (under
+    ZeRO-3 it is partitioned again before the backward pass).
 
     Source: the self-distillation of DualSpeed (arXiv 2602.03815), in the direction of its published code: the teacher's
     distribution weighs the logarithms.
 
     Returns:
-        ``loss_sum`` [] float32, ``correct`` [R] bool, and for reading ``row_loss``, the cross-entropy of each row, [R]
-        float32, and ``divergence`` (T^2 * KL), [] float32.
+        ``loss_sum`` [] float32, ``correct`` [R] bool (whether the most likely token is the target), and for reading
+        ``row_loss`` [R] float32, the cross-entropy of each row, and ``divergence`` (T^2 * KL), [] float32. No rows give
+        a zero that is still part of the graph.
     """
     rows = chunk_rows or default_chunk_rows(weight_NC.shape[0], teaching is not None)
     # Inside a Function autograd is always off, so whether gradients are wanted at all is asked here.
@@ -131,13 +119,11 @@ class _ChunkedLoss(torch.autograd.Function):
         # In float32: a scale rounded to bfloat16 would scale the whole gradient of the head by up to 0.4 % too much or
         # too little.
         scale = grad_outputs[0].float().reshape(1)
-        grads = tuple(None if grad is None else _scaled(grad, scale) for grad in ctx.grads)
+        grads = [
+            None if grad is None else torch.mul(grad, scale.expand((1,) * grad.ndim), out=torch.empty_like(grad))
+            for grad in ctx.grads
+        ]
         return (*grads, None, None, None, None)
-
-
-def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    """``grad`` times ``scale`` [1] float32, computed in float32, in the dtype of ``grad``."""
-    return torch.mul(grad, scale.expand((1,) * grad.ndim), out=torch.empty_like(grad))
 
 
 def _diverge(logits: Tensor, taught: Tensor, teaching: Teaching) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Keys that a layer leaves out: not seen by later rows of the pass, and gone from the layer's cache behind it.
+"""Keys that a layer leaves out: not seen by later rows of the pass, and gone from the layer's cache after it.
 
 The attention backend runs as ever, over all rows and all keys. Rows that must not see everything are then computed
-again, by SDPA with a mask for each group of heads: in training the rows behind the first question, in a prefill none
+again, by SDPA with a mask for each group of heads: in training the rows after the first question, in a prefill none
 (its last row is the one that chooses). Choosing waits for nothing; filling a cache waits once a layer, for the counts.
 Under a sliding window rows of the pass count the distance in the stream, decoded ones in what is left in the cache.
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from vtprune_train.core.plan import fronts_of
 from vtprune_train.core.stream import Boundary, SegmentLayout, StreamPlan, to_device
 from vtprune_train.models.cache import PackedCache
+from vtprune_train.models.forward.attention import causal_mask
 from vtprune_train.models.forward.sharding import check_all_heads
 from vtprune_train.pruning.base import HiddenAfter, PruningMethod
 from vtprune_train.pruning.candidates import Ranking
@@ -46,61 +47,39 @@ class BlindRows:
 
 
 class StageKeys:
-    """What the layers of one stage share in choosing keys.
+    """What the layers of stage ``index`` share in choosing keys.
 
-    Args:
-        plan: its tensors are on the device.
-        index: of the stage, whose ``key_layouts`` has images.
-        method: the one that chooses in ``layers``.
-        layers: of the stage, in which it does.
-        cached: for each layer, the layout among cached and new keys; empty where nothing was cached before.
-        config: of the decoder, which says how many heads there are.
-        has_images: for each row, whether its cache holds what an image left; ``None`` without a cache.
-    """
+    ``cached`` has, for each layer, the layout among cached and new keys (empty where nothing was cached before);
+    ``has_images`` says of each row whether its cache holds what an image left (``None`` without a cache)."""
 
     def __init__(
         self,
-        plan: StreamPlan,
-        index: int,
-        method: PruningMethod,
-        layers: set[int],
-        cached: dict[int, Boundary],
-        config: Any,
-        has_images: Sequence[int] | None,
-    ):
-        layout = plan.key_layouts[index]
-        assert layout is not None and layout.spans, "no keys are chosen in this stage"
-        self.method, self.layers, self.layout, self.cached, self.config = method, layers, layout, cached, config
-        self.segment_lengths = plan.stages[index].segment_lengths
-        blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
-        self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
-        # New keys in front of each segment's first image that, with all cached ones, rows after it do not see.
-        self.fronts: list[int | None] = [None] * len(self.segment_lengths)
-        if method.hides_front:
-            self.fronts = [
-                None if has_images is not None and has_images[index] else front
-                for index, front in enumerate(fronts_of(plan.outline.segments, layout))
-            ]
-
-    @classmethod
-    def of(
-        cls,
         plan: StreamPlan,
         index: int,
         method: PruningMethod | None,
         cached: dict[int, Boundary],
         config: Any,
         has_images: Sequence[int] | None,
-    ) -> StageKeys | None:
-        """The choice of a stage, or ``None`` where no layer of it leaves keys out."""
+    ):
         layout, stage = plan.key_layouts[index], plan.stages[index]
+        self.layers: set[int] = set()
         if method is None or layout is None or not layout.spans:
-            return None
-        layers = set(method.key_layers(plan.outline.num_layers)) & set(range(stage.first_layer, stage.end_layer))
-        return cls(plan, index, method, layers, cached, config, has_images)
+            return
+        self.layers = set(method.key_layers(plan.outline.num_layers)) & set(range(stage.first_layer, stage.end_layer))
+        self.method, self.layout, self.cached, self.config = method, layout, cached, config
+        self.segment_lengths = stage.segment_lengths
+        blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
+        self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
+        # New keys in front of each segment's first image that, with all cached ones, rows after it do not see.
+        self.fronts: list[int | None] = [None] * len(self.segment_lengths)
+        if method.hides_front:
+            self.fronts = [
+                None if has_images is not None and has_images[row] else front
+                for row, front in enumerate(fronts_of(plan.outline.segments, layout))
+            ]
 
     def layer(self, layer: int, cache: PackedCache | None) -> KeyChoice | None:
-        """The choice of one layer."""
+        """The choice of one layer; ``None`` where it leaves no keys out."""
         return KeyChoice(self, layer, cache) if layer in self.layers else None
 
 
@@ -126,7 +105,7 @@ class KeyChoice:
         sliding_window: int | None = None,
         **_: object,
     ) -> Tensor:
-        """The attention's output [T, H, D] with the blind rows computed anew; fills the layer's cache."""
+        """The attention's output [T, H, D] with the blind rows computed again; fills the layer's cache."""
         stage = self.stage
         if self.kept is None:
             self.kept = self._choose(q_THD, k_TGD, scaling)
@@ -179,11 +158,7 @@ class KeyChoice:
         return [0 if front is None else front + old for front, old in zip(self.stage.fronts, cached, strict=True)]
 
     def _left_out(self) -> np.ndarray:
-        """[B] keys of each row that leave the cache: the copy to the host.
-
-        Raises:
-            ValueError: the heads of a layer keep different numbers.
-        """
+        """[B] keys of each row that leave the cache: the copy to the host."""
         assert self.kept is not None
         spans, layout = self.stage.layout.spans, self.stage.layout
         left = torch.zeros(self.kept.shape[0], len(spans), dtype=torch.int64, device=self.kept.device)
@@ -205,7 +180,7 @@ def blind_rows(
 ) -> list[BlindRows]:
     """The rows of each segment, at a stage, that see less than all: from lengths alone, on the host.
 
-    A span's keys are hidden behind its last row (``span``), or behind the first query row at or after that
+    A span's keys are hidden after its last row (``span``), or after the first query row at or after that
     (``query``); an image that no query row follows is hidden from nobody.
     """
     found: list[BlindRows] = []
@@ -238,8 +213,7 @@ def blind_mask(
 ) -> Tensor:
     """[G, L, Lk] bool: which keys each blind row sees; its segment's keys begin with ``cached`` cached ones."""
     rows = torch.arange(blind.first, blind.end, device=kept_GV.device)
-    distance = (rows + cached)[:, None] - torch.arange(num_keys, device=kept_GV.device)[None, :]
-    seen = (distance >= 0) & (distance < (sliding_window or num_keys + 1))
+    seen = causal_mask(rows + cached, num_keys, sliding_window)
     shown = kept_GV[:, None, :] | (rows[:, None] <= blind.limits[None, :])  # [G, L, V]
     columns = blind.columns + cached
     return seen.expand(len(kept_GV), -1, -1).index_copy(2, columns, seen.index_select(1, columns) & shown)

@@ -18,9 +18,8 @@ from torch.profiler import record_function
 from vtprune_train.core.stream import PackedBatch, StreamPlan, to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import required
-from vtprune_train.models.forward import ranges
 from vtprune_train.models.forward.calls import STATE, State
-from vtprune_train.models.forward.decoder import DecoderOutput, Staging, run_layers
+from vtprune_train.models.forward.decoder import HEAD, TOWER, DecoderOutput, Staging, run_layers
 from vtprune_train.models.forward.encoder import patch_index, patches_per_tile, reading
 from vtprune_train.models.forward.head import Teaching
 from vtprune_train.pruning.candidates import EncoderSignals
@@ -39,8 +38,8 @@ class PackedOutput(NamedTuple):
     correct: Tensor
     kept: tuple[Tensor, ...]
     row_loss: Tensor
-    consistency: Tensor | None = None
-    plan: StreamPlan | None = None
+    consistency: Tensor | None
+    plan: StreamPlan
 
 
 def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
@@ -55,21 +54,19 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
             "of packed rows; replace it first, or unprune(model) and prune it again"
         )
     hidden_RC, ran, taught_RC = model.get_submodule(state.family.base)(batch)
-    if batch.teacher is None:
-        with record_function(ranges.HEAD):
-            loss_sum, correct, row_loss = model.lm_head(hidden_RC, batch.targets)
-        return PackedOutput(loss_sum, correct, ran.kept, row_loss, plan=ran.plan)
-    teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
-    with record_function(ranges.HEAD):
+    teaching = None
+    if batch.teacher is not None:
+        teaching = Teaching(taught_RC, batch.teacher.weight, batch.teacher.temperature)
+    with record_function(HEAD):
         loss_sum, correct, row_loss, divergence = model.lm_head(hidden_RC, batch.targets, teaching)
-    return PackedOutput(loss_sum, correct, ran.kept, row_loss, divergence, ran.plan)
+    return PackedOutput(loss_sum, correct, ran.kept, row_loss, None if teaching is None else divergence, ran.plan)
 
 
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, DecoderOutput, Tensor | None]:
     """Forward of the base: [R, C] normed hidden states of the supervised rows, what the layers left, and [R, C] what
-    the teacher's pass says at the same rows (pictures are looked at once, for both passes)."""
+    the teacher's pass says at the same rows (images are looked at once, for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
-    with reading(self, state.method) as read, record_function(ranges.TOWER):
+    with reading(self, state.method) as read, record_function(TOWER):
         table = _feature_table(self, batch, text_TC.dtype)
     encoder = None if read is None else read.signals(_patches(self, state, batch))
     if len(batch.visual_rows):

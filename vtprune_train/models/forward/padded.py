@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from vtprune_train.core.stream import IGNORE, ImageSpan, SegmentLayout, StreamPl
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import StagedLayer, Told, staged
 from vtprune_train.models.families import Family
+from vtprune_train.models.families.base import sliding_window
 from vtprune_train.models.families.layout import Grids
-from vtprune_train.models.families.text_models import sliding_window
 from vtprune_train.models.forward.calls import Call, State, state_of
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
@@ -36,11 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np.ndarray]]]:
-    """Which visual tokens of each image survive each drop, for one forward pass without a gradient.
-
-    Args:
-        model: pruned.
-        inputs: what a processor makes, [B, L] and pixels.
+    """Which visual tokens of each image each drop keeps, for one forward pass of a pruned model without a gradient.
 
     Returns:
         For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens; a token
@@ -50,10 +46,11 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
     with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
         assert call is not None, "kept_tokens inside another forward pass"
         model.get_submodule(state.family.base)(**inputs, use_cache=False)
-    stages = [rows.cpu().numpy() for rows in call.survivors]
+    stages = [rows.cpu().numpy() for rows in call.kept_rows]
     images, base = [], 0
     for segment in call.segments:
-        images.append([[_within(rows, base, span) for rows in stages] for span in segment.spans])
+        bounds = [(base + span.start, base + span.end) for span in segment.spans]
+        images.append([[rows[(rows >= start) & (rows < end)] - start for rows in stages] for start, end in bounds])
         base += segment.length
     return images
 
@@ -66,11 +63,6 @@ def stage_layers(model: HFModule) -> list[range]:
     return [range(first, end) for first, end in pairwise([0, *(drop.layer for drop in drops), num_layers])]
 
 
-def _within(rows: np.ndarray, base: int, span: ImageSpan) -> np.ndarray:
-    first = base + span.start
-    return rows[(rows >= first) & (rows < first + span.length)] - first
-
-
 def forward_text(
     text_model: HFModule,
     state: State,
@@ -79,7 +71,6 @@ def forward_text(
     position_ids: Tensor | None = None,
     past_key_values: Cache | None = None,
     use_cache: bool | None = None,
-    visual_pos_masks: Tensor | None = None,
     deepstack_visual_embeds: Sequence[Tensor] | None = None,
     **keywords: Any,
 ) -> BaseModelOutputWithPast:
@@ -120,9 +111,8 @@ def forward_text(
         hidden = decode(text_model, state.method, inputs_embeds, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
     hidden = _run_rows(
-        text_model, state, call, inputs_embeds, attention_mask, position_ids, cache, visual_pos_masks,
-        deepstack_visual_embeds,
-    )  # fmt: skip
+        text_model, state, call, inputs_embeds, attention_mask, position_ids, cache, deepstack_visual_embeds
+    )
     return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
 
@@ -139,7 +129,6 @@ def _run_rows(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: DynamicCache | None,
-    visual_pos_masks: Tensor | None,
     deepstack_visual_embeds: Sequence[Tensor] | None,
 ) -> Tensor:
     """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
@@ -176,11 +165,11 @@ def _run_rows(
         staging.deepstack, staging.visual_rows = tuple(deepstack_visual_embeds), visual_rows
     embeds = inputs_embeds.flatten(0, 1).index_select(0, token_rows)
     output = run_layers(text_model, embeds, plan, state.method, staging, call.encoder)
-    call.survivors, call.plan = output.origins, output.plan
+    call.kept_rows, call.plan = output.origins, output.plan
     if cache is not None:
         settle(cache, output.plan, state.method, staging.before, inputs_embeds.shape[1])
     if output.origins:
-        # A token made of others takes the place of one of them, yet stands behind all before it in the stream.
+        # A token made of others takes the place of one of them, yet stands after all before it in the packed batch.
         token_rows = token_rows.index_select(0, output.origins[-1]).cummax(0).values
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
     if told is not None and cache is not None:
@@ -210,8 +199,7 @@ def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np
 
     A later turn thereby equals a first call with everything said so far: every image is there in full, and is dropped
     by this turn's question. Only draws differ, which follow from this turn's text alone. What is kept between turns is
-    the decoder's input, a fraction of a full cache.
-    """
+    the decoder's input, a fraction of a full cache."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     if not first.get_seq_length():
         return real
@@ -243,15 +231,9 @@ def prefill(
     cache: DynamicCache | None = None,
     encoder: EncoderSignals | None = None,
 ) -> tuple[Tensor, DecoderOutput, DynamicCache]:
-    """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a stream, not rows.
+    """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a packed batch, not rows.
 
-    Args:
-        text_model: the decoder.
-        method: who drops; ``None`` for nobody.
-        embeds_TC: [T, C], segments end to end, images in place.
-        segments: their layouts.
-        cache: of earlier calls; ``None`` begins one.
-        encoder: what the vision tower thought of the visual tokens, for methods that ask.
+    ``embeds_TC`` holds the segments end to end, with images in place; ``cache`` is of earlier calls.
 
     Returns:
         [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
@@ -271,17 +253,8 @@ def decode(
     hidden_B1C: Tensor,
     cache: DynamicCache,
 ) -> Tensor:
-    """One decoding step of every row on a staged cache, by transformers' own attention.
-
-    Args:
-        text_model: the decoder.
-        method: who filled the cache.
-        hidden_B1C: [B, 1, C], the embedded token.
-        cache: staged and filled; grows by one column in every layer.
-
-    Returns:
-        [B, 1, C] normed.
-    """
+    """One decoding step of every row on a staged cache, by transformers' own attention: [B, 1, C] embedded tokens ->
+    [B, 1, C] normed hidden states. ``cache`` grows by one column in every layer."""
     check_attention(text_model)
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
     num_layers = len(text_model.layers)
@@ -361,9 +334,9 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int
     if attention_mask is None:
         return np.ones(shape, dtype=bool)
     if attention_mask.shape[0] != shape[0] or not shape[1] <= attention_mask.shape[1] <= cached + shape[1]:
-        behind = f" after {cached} cached columns" if cached else ""
+        after = f" after {cached} cached columns" if cached else ""
         raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}{behind}; give a "
+            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}{after}; give a "
             "column for each token"
         )
     real = attention_mask[:, attention_mask.shape[1] - shape[1] :].cpu().numpy().astype(bool)
@@ -396,7 +369,10 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         if ids is not None:
             own_labels = None if all_labels is None else all_labels[row]
             key = _key(ids[row], own_labels, real[row] & ~visual[row], call.prompt_width)
-        segments.append(_segment(int(real[row].sum()), labels, spans, prompt, key))
+        # The row before every supervised run ranks the images; without labels the prompt's last token does.
+        queries = [] if labels is None else [start - 1 for start, _ in _runs(labels != IGNORE) if start]
+        queries = queries or [prompt - 1]
+        segments.append(SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key))
     if remaining:
         used = len(call.image_lengths) - len(remaining)
         raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
@@ -449,24 +425,13 @@ def _spans(
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     """``(start, length)`` of every run of true values."""
-    runs, position = [], 0
-    for value, group in groupby(flags.tolist()):
-        length = len(list(group))
-        if value:
-            runs.append((position, length))
-        position += length
-    return runs
+    edges = np.flatnonzero(np.diff(np.pad(flags.astype(np.int8), 1))).reshape(-1, 2).tolist()
+    return [(start, end - start) for start, end in edges]
 
 
 def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_width: int | None) -> int:
-    """The key of a row's prompt, which what is generated or supervised after it does not change.
-
-    Args:
-        ids: [L] int64.
-        labels: [L] int64, or ``None``.
-        text: [L] bool, the row's text tokens.
-        prompt_width: columns of the prompt inside ``generate``, or ``None``.
-    """
+    """The key of a row's prompt ([L] ids, labels and which are text), which what is generated or supervised after it
+    does not change."""
     own = np.flatnonzero(text)
     if labels is not None:
         supervised = np.flatnonzero(labels != IGNORE)
@@ -474,16 +439,6 @@ def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_wi
     elif prompt_width is not None:
         own = own[own < prompt_width]
     return text_key(ids[own])
-
-
-def _segment(
-    length: int, labels: np.ndarray | None, spans: tuple[ImageSpan, ...], prompt: int, key: int
-) -> SegmentLayout:
-    """The row before every supervised run ranks the images; without labels the prompt's last token does."""
-    queries: list[int] = []
-    if labels is not None:
-        queries = [start - 1 for start, _ in _runs(labels != IGNORE) if start]
-    return SegmentLayout(length=length, spans=spans, query_offsets=tuple(queries) or (prompt - 1,), key=key)
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:

@@ -17,13 +17,8 @@ def full_frequencies(module: HFModule, *, look: bool = False) -> None:
     """Compute the rotary frequencies of a decoder or vision tower again where they were cast to half precision.
 
     ``model.to(dtype)``, ``half()`` and ``bfloat16()`` cast all buffers; ``from_pretrained`` and DeepSpeed do not. In
-    bfloat16, cosines at position 1,000 are off by up to 0.9.
-
-    Args:
-        module: one of transformers' models, with a rotary embedding among its children; changed in place.
-        look: also at the values of those in float32, which may have been cast to half precision and back. Reads the
-            device.
-    """
+    bfloat16, cosines at position 1,000 are off by up to 0.9. With ``look``, the values of those in float32 are checked
+    too, which may have been cast to half precision and back; this reads the device."""
     for rotary in module.children():
         frequencies = rotary._buffers.get("inv_freq")
         if frequencies is None or (frequencies.element_size() >= 4 and (not look or frequencies.is_meta)):

@@ -8,7 +8,7 @@ ZeRO-3 leaf module. Code that uses parts of such a unit has to run inside that c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -29,44 +29,37 @@ _INSTALLING = threading.Lock()
 
 
 def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor) -> T:
-    """``function(module, *tensors)``, run inside the module's own call where that call gathers its parameters.
+    """``function(module, *tensors)``, run inside the module's own call where that call gathers its parameters. Every
+    tensor that may need a gradient is among ``tensors``, since FSDP listens to a call's inputs.
 
     Gradients are reduced as those of the module's forward are: FSDP and ZeRO-3 see one more call of the module.
-
-    Args:
-        module: for example a decoder layer, wrapped or not.
-        function: takes the module without its wrappers, and the tensors.
-        tensors: every tensor that may need a gradient, since FSDP listens to a call's inputs.
 
     Raises:
         ValueError: gradients are wanted through a ZeRO-3 leaf module, which DeepSpeed reduces once a backward pass.
     """
-    if not gathered_by_call(module):
+    parts = list(_unwrapping(module))
+    inner = parts[-1]
+    if not any(isinstance(part, FSDPModule | FullyShardedDataParallel) or _is_leaf(part) for part in parts):
         return function(module, *tensors)
     if _is_leaf(module) and torch.is_grad_enabled():
         raise ValueError(
-            f"a {type(_unwrapped(module)).__name__} is a ZeRO-3 leaf module, and DeepSpeed takes one call of those per "
+            f"a {type(inner).__name__} is a ZeRO-3 leaf module, and DeepSpeed takes one call of those per "
             "backward pass, but the method ranks visual tokens by it with gradients: do not make decoder layers leaf "
             "modules (set_z3_leaf_modules), or set differentiable=False"
         )
-    inner = _unwrapped(module)
     with _INSTALLING:
         if _FORWARD not in inner.__dict__:
             _replace_forward(inner)
-    return nn.Module.__call__(
-        module, *tensors, **{_FUNCTION: function}
-    )  # not to be checkpointed by a __call__ above it
+    # The plain __call__, so that none above it checkpoints the call.
+    return nn.Module.__call__(module, *tensors, **{_FUNCTION: function})
 
 
-def gathered_by_call(module: nn.Module) -> bool:
-    """Whether a module's parameters are gathered by hooks of its own call rather than by those of its parts."""
-    while True:
-        if isinstance(module, FSDPModule | FullyShardedDataParallel) or _is_leaf(module):
-            return True
-        inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
-        if inner is None:
-            return False
-        module = inner
+def _unwrapping(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, and what is inside each of its wrappers."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        yield inner
+        inner = next((inner._modules[name] for name in _WRAPPED if name in inner._modules), None)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -80,13 +73,6 @@ def restore_forward(module: nn.Module) -> None:
         del module.__dict__["forward"]
         if original is not None:
             module.forward = original
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    for name in _WRAPPED:
-        if name in module._modules:
-            return _unwrapped(module._modules[name])  # type: ignore[arg-type]
-    return module
 
 
 def _replace_forward(module: nn.Module) -> None:
@@ -103,12 +89,8 @@ def _replace_forward(module: nn.Module) -> None:
 
 
 def check_layers(text_model: HFModule, attention: str, learns: str | None) -> None:
-    """Refuse a decoder that :func:`~vtprune_train.models.patch.prune` finds split in a way that cannot work.
-
-    Args:
-        text_model: the decoder.
-        attention: its attention before ``prune``.
-        learns: the method, where it adds parameters.
+    """Refuse a decoder that :func:`~vtprune_train.models.patch.prune` finds split in a way that cannot work. ``learns``
+    is the method, where it adds parameters; ``attention`` the decoder's before ``prune``.
 
     Raises:
         ValueError: pipeline parallelism, layers on several devices, DeepSpeed's sequence parallelism, or parameters to
@@ -156,13 +138,8 @@ def _sharded_already(text_model: HFModule) -> str | None:
 
 
 def check_all_heads(config: Any, reader: str, queries: int, keys: int | None = None) -> None:
-    """Refuse attention heads that are split over ranks (tensor parallelism): each rank would choose by its own.
-
-    Args:
-        config: of the decoder or the vision tower.
-        reader: who reads the attention, for the message.
-        queries: query heads on this rank.
-        keys: key-value heads on this rank, where they are counted apart.
+    """Refuse attention heads that are split over ranks (tensor parallelism): each rank would keep its own tokens.
+    ``queries`` and ``keys`` are the heads on this rank; ``reader`` reads the attention.
 
     Raises:
         ValueError: some heads are missing; says what works.
@@ -180,15 +157,10 @@ def check_all_heads(config: Any, reader: str, queries: int, keys: int | None = N
 
 
 def check_whole_stream(hidden: Tensor, expected: int, layer: int) -> None:
-    """Refuse layers that return a part of the tokens on each rank (sequence parallelism).
-
-    Args:
-        hidden: [1, T, C], the output of decoder layer ``layer``.
-        expected: T.
-        layer: counted from 0.
+    """Refuse layers that return only part of the ``expected`` tokens on each rank (sequence parallelism).
 
     Raises:
-        ValueError: it is another length.
+        ValueError: ``hidden`` [1, T, C] has another length.
     """
     if hidden.shape[1] != expected:
         raise ValueError(

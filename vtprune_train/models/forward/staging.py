@@ -134,22 +134,15 @@ def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
 
 
 def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
-    """After a call: the next position of every layer, which rows have had images, the method and the caller's columns.
-
-    Args:
-        cache: filled.
-        plan: what was run.
-        method: whose it was.
-        before: the cache as the call found it.
-        length: columns of the call.
-    """
+    """After a call of ``length`` columns: the next position of every layer, which rows have had images, the method and
+    the caller's columns. ``before`` is the cache as the call found it."""
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
     known = layers[0].ahead
     following, rows = np.array(before.tokens[0]) + plan.stages[0].segment_lengths, []
     for index, stage in enumerate(plan.stages):
         drop = plan.boundaries[index - 1].drop if index else None
-        anew = drop is None or (method is not None and renumbers(method.parts[drop.owner], drop))
-        if anew and not before.three_parts:
+        counts_again = drop is None or (method is not None and renumbers(method.parts[drop.owner], drop))
+        if counts_again and not before.three_parts:
             following = np.array(before.next_positions[stage.first_layer]) + stage.segment_lengths
         rows.append(following)
     visual = np.array(plan.stages[-1].segment_lengths) - [segment.num_text for segment in plan.outline.segments]

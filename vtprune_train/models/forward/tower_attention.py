@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.qwen_tower import (
+from vtprune_train.models.families.qwen import (
     PatchGrids,
     TowerShape,
     frame_lengths,
@@ -30,6 +30,8 @@ from vtprune_train.models.families.qwen_tower import (
     window_lengths,
 )
 from vtprune_train.models.forward.attention import FUNCTIONS, dense_function
+from vtprune_train.models.forward.calls import State, by_name
+from vtprune_train.models.forward.rotary import full_frequencies
 
 TOWER_PREFIX = "packed_flash_tower_"  # "flash" is what transformers looks for
 _CONFIG = "_vtprune_config"
@@ -85,14 +87,17 @@ class Segments:
         return self._by_number[number]
 
 
-def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the tower's forward takes, with everything that it would compute from the grids on the device.
+def forward(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    """Forward of the tower of a pruned model."""
+    full_frequencies(self)
+    return original(**complete_inputs(self, by_name(original, args, inputs)))
 
-    Args:
-        tower: a vision tower of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-        inputs: its keywords; ``grid_thw`` [images, 3] on the host, or on the device, which costs one read. Keywords of
-            :func:`~vtprune_train.models.families.qwen_tower.tower_inputs` that are there are kept.
-    """
+
+def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the forward of a Qwen tower takes, with everything that it would compute from the grids on the device.
+
+    ``grid_thw`` [images, 3] on the device costs one read. Keywords of
+    :func:`~vtprune_train.models.families.qwen.tower_inputs` that are there are kept."""
     grid_thw = inputs["grid_thw"].cpu()
     grids = tuple(tuple(grid) for grid in grid_thw.tolist())
     shape = TowerShape.of(tower)
@@ -105,8 +110,7 @@ def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
 def _inputs_on(device: torch.device, shape: TowerShape, grids: PatchGrids) -> dict[str, Any]:
-    made = tower_inputs(shape, grids)
-    return to_device(made, device)  # type: ignore[no-any-return]
+    return to_device(tower_inputs(shape, grids), device)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ import difflib
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,23 +16,19 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vtprune_train.config.settings import ModelConfig
-from vtprune_train.core.stream import IMAGE
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, Family, Loop, config_of_parts, trained_family
@@ -43,20 +39,19 @@ from vtprune_train.models.io import original
 from vtprune_train.models.io.export import EXPORT, PLAN, UNEXPORTED
 from vtprune_train.models.io.in_pieces import Deferred, placing_what_is_read
 from vtprune_train.models.io.placement import WHOLE, Placement, place_all, whole_shape
-from vtprune_train.models.io.tokenizer import lasting
 from vtprune_train.models.io.weight_files import check_weights, hub_kernels
 from vtprune_train.pruning import CONFIG_KEY, check_trusted, completed_settings
 
 log = logging.getLogger(__name__)
 
-Texts = Callable[[], Iterable[str]]
 EMBEDDING_MULTIPLE = 64
+PARTS = ("projector", "language_model", "vision_tower", "lora", "pruning", "unused")  # of parts_of
 _LOADING = threading.RLock()  # transformers keeps what it does not warn of on a class
 LEARNED_NAME = re.compile(rf"(?:^|\.){PARAMETERS}\.(.+)$")  # what a method adds, in memory and in files
 
 
 def resolve_checkpoint(path: str) -> str:
-    """The Hugging Face folder behind a run, one of its checkpoints, or a folder or hub id as it is.
+    """The Hugging Face folder of a run, one of its checkpoints, or a folder or hub id as it is.
 
     Raises:
         ValueError: a run's folder without a complete checkpoint, or a checkpoint without an export.
@@ -93,11 +88,7 @@ def newest_checkpoint(path: str) -> Path | None:
 
 
 def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
-    """The model's config, without weights.
-
-    Args:
-        config: the YAML's ``model`` section.
-        offline: for well-known hub ids use the recorded sizes instead of asking the hub (dry runs).
+    """The model's config, without weights. ``offline`` takes recorded sizes for well-known hub ids (dry runs).
 
     Raises:
         ValueError: there is no such checkpoint, or none of a family that the loop trains.
@@ -136,11 +127,7 @@ def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
-    """Refuse keys that transformers would silently store: a typo would leave a size at its default.
-
-    Raises:
-        ValueError: an unknown key or model type, with the nearest known key.
-    """
+    """Refuse keys that transformers would silently store: a typo would leave a size at its default."""
     sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, default)]
     for section in ("text_config", "vision_config"):
         values = sizes.get(section) or {}
@@ -158,12 +145,8 @@ def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
 
 
 def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
-    """The config in a folder or on the hub, of whatever family.
-
-    Args:
-        name: folder or hub id.
-        place: the setting that named it and its value, for the error.
-        offline: for well-known hub ids use the recorded sizes.
+    """The config in a folder or on the hub, of whatever family; ``place`` is the setting that named it and its value.
+    ``offline`` takes recorded sizes for well-known hub ids.
 
     Raises:
         ValueError: there is none, or one of the original LLaVA code.
@@ -175,13 +158,12 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         config = None if is_original else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
-    if config is not None:
-        check_attention(name, place)
-    else:
+    if config is None:
         raise ValueError(
             f"{place}: this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: "
             f"vtprune convert --model {name} --to hf --out DIR"
         )
+    check_attention(name, place)
     return config
 
 
@@ -223,13 +205,6 @@ def _loading(place: str) -> Iterator[None]:
 
 def open_whole(model_class: Any, folder: str, dtype: Any, place: str, placement: Placement = WHOLE) -> HFModule:
     """``model_class.from_pretrained``, which must find every weight: transformers starts missing ones at random.
-
-    Args:
-        model_class: transformers' class.
-        folder: a folder or hub id.
-        dtype: as for ``from_pretrained``.
-        place: for errors.
-        placement: what becomes of each weight once it is read.
 
     Raises:
         ValueError: a file cannot be read, a weight is missing or has another shape.
@@ -328,11 +303,7 @@ def _from_parts(config: ModelConfig, model_config: PreTrainedConfig, placement: 
 
 
 def _hand_over(source: HFModule, module: HFModule) -> None:
-    """Let ``module`` have the parameters and buffers of ``source``, which holds the same.
-
-    Raises:
-        ValueError: a name or a shape is in one of them alone.
-    """
+    """Let ``module`` have the parameters and buffers of ``source``, which holds the same."""
     taken, own = (dict(m.named_parameters(remove_duplicate=False)) for m in (source, module))
     shapes = [{name: whole_shape(p) for name, p in parameters.items()} for parameters in (taken, own)]
     if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
@@ -345,11 +316,7 @@ def _hand_over(source: HFModule, module: HFModule) -> None:
 
 
 def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement = WHOLE) -> None:
-    """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read.
-
-    Raises:
-        ValueError: the checkpoint lacks one of them or its shapes differ.
-    """
+    """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read."""
     source = Path(resolve_checkpoint(path))
     if (source / original.MM_PROJECTOR).is_file():  # stage 1 of the original code
         source = source / original.MM_PROJECTOR
@@ -378,11 +345,7 @@ def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement
 
 
 def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
-    """The ``mm_projector.bin`` of the original code, by its names in the base.
-
-    Raises:
-        ValueError: it is none, or a linear one and this model's has GELU.
-    """
+    """The ``mm_projector.bin`` of the original code, by its names in the base."""
     found = original.read_projector_file(file, f"model.projector={file}")
     wants_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
     if is_linear(found) and not wants_linear:
@@ -411,77 +374,6 @@ def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, to
     return found
 
 
-def load_tokenizer(
-    config: ModelConfig, texts: Texts, folder: Path, *, offline: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the family's image token as one token (``<image>`` is added where it is missing).
-
-    Args:
-        config: the YAML's ``model`` section.
-        texts: what to train a tokenizer on, if the model is made from a config and none is named.
-        folder: where a tokenizer trained here is kept, and read from when it is there.
-        offline: ask no hub (dry runs).
-
-    Raises:
-        ValueError: there is no tokenizer, or not one of this family.
-    """
-    source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
-    if source is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
-    elif folder.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    else:
-        assert config.config is not None
-        tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
-    model_config = load_model_config(config, offline=offline)
-    _ensure_image_token(tokenizer, *family_of_config(model_config), str(source))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return lasting(tokenizer, model_config)
-
-
-def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, family: Family, loop: Loop, source: str) -> None:
-    if loop.image_token in tokenizer.get_vocab():
-        return
-    if loop.image_token != IMAGE:
-        raise ValueError(
-            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {family.model_type}; "
-            "set model.tokenizer to this checkpoint's own"
-        )
-    add_image_token(tokenizer)
-
-
-def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make ``<image>`` one token, if it is none."""
-    if IMAGE not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", IMAGE]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        additional_special_tokens=[IMAGE],
-    )
-
-
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers after the one whose
     features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included); ``pruning``
@@ -489,14 +381,7 @@ def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
     family, loop = family_of_config(model.config)
     adapter = getattr(model, "peft_config", {}).get("default")
     adapts_bias = adapter is not None and adapter.bias == "lora_only"
-    parts: dict[str, list[tuple[str, nn.Parameter]]] = {
-        "projector": [],
-        "language_model": [],
-        "vision_tower": [],
-        "lora": [],
-        "pruning": [],
-        "unused": [],
-    }
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         if adapter is not None and (".lora_" in name or (adapts_bias and name.endswith(".base_layer.bias"))):
             part = "lora"
@@ -520,11 +405,8 @@ def set_trainable(model: HFModule, train: dict[str, float]) -> None:
 
 
 def saved_pruning(path: str, asked: Any = None) -> dict[str, Any] | None:
-    """The pruning settings in a checkpoint's ``config.json``; ``None`` if it was trained without dropping.
-
-    Args:
-        path: of ``train.init_from``.
-        asked: the method that the user named, if any; the settings of another one are returned as they are.
+    """The pruning settings in the ``config.json`` of ``train.init_from``; ``None`` if it was trained without dropping.
+    ``asked`` is the method that the user named, if any; the settings of another one are returned as they are.
 
     Raises:
         ValueError: there is no such checkpoint, or its method is code outside the package that nobody named.

@@ -63,7 +63,8 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
-        """
+        """Read what :meth:`save` wrote.
+
         Raises:
             ValueError: there is none that can be read.
         """
@@ -74,7 +75,7 @@ class Plan:
                 for file, tensors in found["files"].items()
             }
             if outside := sorted(name for name in files if Path(name).name != name):
-                raise ValueError(f"it names {outside[0]}, which is no file of a folder")
+                raise ValueError(f"it names {outside[0]}, which is not a file of a folder")
             return cls(files, found["index"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / PLAN} cannot be read ({error})") from error
@@ -111,13 +112,7 @@ def plan_of(model: HFModule) -> Plan:
 
 
 def write_weights(plan: Plan, folder: Path, read: Callable[[Stored], torch.Tensor]) -> None:
-    """Write the safetensors files of an export, with one tensor in memory at a time.
-
-    Args:
-        plan: which there are.
-        folder: is there.
-        read: gives a tensor.
-    """
+    """Write the safetensors files of an export into a folder that is there, with one tensor in memory at a time."""
     for file, tensors in plan.files.items():
         write_tensors(folder / file, tensors, read)
     if plan.index is not None:

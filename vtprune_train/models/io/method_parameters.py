@@ -31,15 +31,10 @@ FILE = "pruning.safetensors"  # beside an adapter
 
 def attach(model: HFModule, method: PruningMethod) -> None:
     """Put what ``method.module`` makes at ``<decoder>.pruning``, in the decoder's dtype and on its device; nothing if
-    it makes nothing.
+    it makes nothing. ``model`` is the Hugging Face model itself, not a PEFT model around it.
 
     Values come from the checkpoint that the model was loaded from, if that was saved with the same method; a warning
-    says so where they do not. Fresh ones depend on PyTorch's seed alone, not on what was drawn since it was set.
-
-    Args:
-        model: the Hugging Face model itself, not a PEFT model around it.
-        method: fits the decoder's depth.
-    """
+    says so where they do not. Fresh ones depend on PyTorch's seed alone, not on what was drawn since it was set."""
     text_model = model.get_submodule(family_of(model).decoder)
     made = fresh(method, text_model)
     detach(model)
@@ -84,21 +79,18 @@ def check_trained(model: HFModule, method: PruningMethod) -> None:
     made = fresh(method, model.get_submodule(family_of(model).decoder))
     if made is None:
         return
-    own = made.state_dict()
+    own, names = made.state_dict(), _names(method)
     if missing := _missing(own, saved_tensors(model, method)):
+        named = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
         raise ValueError(
-            f"{' and '.join(_names(method))} learns parameters, and {_lack(model, own, missing)}; train with "
-            f"pruning.method={_named(method)} and name that run, with the settings of its training, or name a method "
+            f"{' and '.join(names)} learns parameters, and {_lack(model, own, missing)}; train with "
+            f"pruning.method={named} and name that run, with the settings of its training, or name a method "
             "that learns nothing"
         )
 
 
 def saved_learner(config: PreTrainedConfig, source: str = "") -> PruningMethod | None:
-    """The method in a config's settings if it has parameters of its own.
-
-    Args:
-        config: a model's.
-        source: the folder or hub id with the model's files.
+    """The method in a config's settings if it has parameters of its own; ``source`` is where the model's files are.
 
     Raises:
         UntrustedMethodError: it is code outside the package that nobody named, and its parameters are in ``source``.
@@ -187,12 +179,6 @@ def _learned_tensors(source: str) -> dict[str, Tensor]:
 
 def _names(method: PruningMethod) -> list[str]:
     return [str(part.settings()["method"]) for part in method.parts]
-
-
-def _named(method: PruningMethod) -> str:
-    """What stands behind ``pruning.method=``."""
-    names = _names(method)
-    return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
 
 
 def _saved_names(config: PreTrainedConfig) -> list[str]:

@@ -47,13 +47,9 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a training run keeps beside a model with an adapter, to write checkpoints.
-
-    Args:
-        base: what it stands on.
-        extra: see :func:`vtprune_train.models.io.provenance.extra_tensors`.
-        names: published names of the base's tensors, by those in memory.
-    """
+    """What a training run keeps beside a model with an adapter, to write checkpoints: what it stands on, the
+    :func:`~vtprune_train.models.io.provenance.extra_tensors`, and published names of the base's tensors by those in
+    memory."""
 
     base: Base
     extra: dict[str, torch.Tensor]
@@ -81,14 +77,14 @@ def lora_config(settings: settings_of_runs.PeftConfig, model: HFModule) -> LoraC
     are.
 
     Raises:
-        ConfigError: a target is no linear layer of the decoder.
+        ConfigError: a target is not a linear layer of the decoder.
     """
     known = linear_layers(model)
     chosen = known if settings.target_modules is None else settings.target_modules
     if unknown := [name for name in chosen if name not in known]:
         raise ConfigError(
-            f"model.peft.target_modules: {unknown[0]!r} is no linear layer of the language model's decoder; there are "
-            f"{', '.join(known)}"
+            f"model.peft.target_modules: {unknown[0]!r} is not a linear layer of the language model's decoder; there "
+            f"are {', '.join(known)}"
         )
     decoder = re.escape(family_of(model).decoder)
     return LoraConfig(
@@ -210,12 +206,8 @@ def continue_adapter(model: HFModule, settings: settings_of_runs.PeftConfig, fol
 
 
 def open_adapter(folder: str | Path, dtype: str, *, merge: bool) -> HFModule:
-    """The model of a checkpoint that holds an adapter, on the CPU.
-
-    Args:
-        folder: its ``hf/``.
-        dtype: ``auto`` (as trained), ``float32``, ``bfloat16`` or ``float16``.
-        merge: fold the adapter in, so that a plain model is left.
+    """The model of a checkpoint (its ``hf/``) that holds an adapter, on the CPU. ``dtype`` may be ``auto`` (as
+    trained). ``merge`` folds the adapter in, so that a plain model is left.
 
     Raises:
         ValueError: the base is gone or another one, or files of the adapter are missing.
@@ -292,12 +284,7 @@ def adapter_plan(model: HFModule) -> Plan:
 
 
 def write_adapter_settings(model: HFModule, folder: Path) -> None:
-    """Write all of an adapter's export but what was trained and the processor: its settings, and the base's name.
-
-    Args:
-        model: with an adapter; only its settings are read.
-        folder: made here.
-    """
+    """Write all of an adapter's export but what was trained and the processor: its settings, and the base's name."""
     adapted = adapted_of(model)
     assert adapted is not None
     folder.mkdir(parents=True, exist_ok=True)

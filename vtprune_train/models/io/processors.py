@@ -35,10 +35,6 @@ IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
 def open_processor(folder: str, config: PreTrainedConfig) -> Any:
     """The processor that belongs to a model in a Hugging Face folder or on the hub.
 
-    Args:
-        folder: where its files are.
-        config: the model's.
-
     Raises:
         ValueError: there is no readable tokenizer, it has no image token, or a file of the processor is damaged.
     """
@@ -55,17 +51,11 @@ def build_processor(
     path: str | None = None,
     max_pixels: int | None = None,
 ) -> Any:
-    """The processor of a model.
+    """The processor of a model; ``path``, the checkpoint that it came from, brings settings that are kept.
 
     What decides how many tokens an image has (``patch_size``, ``vision_feature_select_strategy``,
     ``num_additional_image_tokens``, ...) comes from the model's config; checkpoints saved by old versions of
     transformers lack these settings, and the model would refuse other counts.
-
-    Args:
-        config: the model's.
-        tokenizer: the model's.
-        path: the folder or hub id of the checkpoint that the model came from, whose settings are kept.
-        max_pixels: see :func:`build_image_processor`.
 
     Raises:
         ValueError: a file of the processor is damaged, or the tokenizer lacks a token that the processor needs.
@@ -73,7 +63,8 @@ def build_processor(
     path = None if path is None else resolve_checkpoint(path)
     saved = read_settings(path, PROCESSOR_FILE)
     settings = {**_processor_settings(path, saved), **_counting(config, saved, path)}
-    processor_class = _without_videos(_processor_class(config, saved))  # type: ignore[arg-type]
+    named = processor_class_from_name(name) if (name := (saved or {}).get("processor_class")) else None
+    processor_class = _without_videos(named or PROCESSOR_MAPPING[type(config)])  # type: ignore[arg-type]
     parts = {"image_processor": build_image_processor(config, path, max_pixels), "tokenizer": tokenizer}
     try:
         arguments = [parts[name] for name in processor_class.get_attributes()]
@@ -96,12 +87,8 @@ def build_processor(
 
 
 def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels: int | None = None) -> Any:
-    """The image processor of the checkpoint at ``path``, or the family's usual one for this config.
-
-    Args:
-        config: the model's.
-        path: a checkpoint's folder or hub id, or ``None``.
-        max_pixels: shrink images that have more; for families that take images of any size.
+    """The image processor of the checkpoint at ``path``, or the family's usual one for this config. ``max_pixels``
+    shrinks images that have more, for families that take images of any size.
 
     Raises:
         ValueError: ``max_pixels`` for a family whose images have fixed sizes, or below the least size; or the
@@ -124,7 +111,7 @@ def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels
         size = dict(image_processor.size)
         if "longest_edge" not in size:
             raise ValueError(
-                f"model.max_pixels={max_pixels} is for models that take pictures of any size; those of a "
+                f"model.max_pixels={max_pixels} is for models that take images of any size; those of a "
                 f"{config.model_type} are fixed: leave it null"
             )
         if max_pixels < size["shortest_edge"]:
@@ -155,32 +142,25 @@ def saved_image_processor(path: str | None) -> Any:
 
 
 def read_settings(path: str | None, name: str, *, offline: bool = False) -> dict[str, Any] | None:
-    """A JSON file of a folder or of a repository on the hub; ``None`` if it is not there.
-
-    Args:
-        path: the folder or hub id; ``None`` for none.
-        name: of the file.
-        offline: look for files of the hub in its cache alone.
+    """A JSON file of a folder or of a repository on the hub (with ``offline``, of its cache alone); ``None`` if it is
+    not there.
 
     Raises:
         ValueError: it is damaged.
     """
     if path is None:
         return None
-    file = Path(path) / name if Path(path).is_dir() else _hub_file(path, name, offline)
-    return read_json_object(file) if file is not None and file.is_file() else None
-
-
-def _hub_file(path: str, name: str, offline: bool) -> Path | None:
-    found = cached_file(
-        path,
-        name,
-        local_files_only=offline,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    return None if found is None else Path(found)
+    file: str | Path | None = Path(path) / name
+    if not Path(path).is_dir():
+        file = cached_file(
+            path,
+            name,
+            local_files_only=offline,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    return read_json_object(Path(file)) if file is not None and Path(file).is_file() else None
 
 
 def _processor_settings(path: str | None, saved: dict[str, Any] | None) -> dict[str, Any]:
@@ -194,13 +174,6 @@ def _processor_settings(path: str | None, saved: dict[str, Any] | None) -> dict[
             raise ValueError(f"model {path}: its processor's files cannot be read ({first_line(error)})") from error
         return {}
     return {name: value for name, value in settings.items() if name not in ("image_processor", "video_processor")}
-
-
-def _processor_class(config: PreTrainedConfig, saved: dict[str, Any] | None) -> type[ProcessorMixin]:
-    """The class that the checkpoint names, or transformers' for this type of model."""
-    name = (saved or {}).get("processor_class")
-    named = processor_class_from_name(name) if name else None
-    return named if named is not None else PROCESSOR_MAPPING[type(config)]
 
 
 def _counting(config: PreTrainedConfig, saved: dict[str, Any] | None, path: str | None) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class Base:
             ValueError: its weights are not there.
         """
         keys = ("path",) if config.path is not None else ("language_model", "vision_tower")
-        model = {key: _absolute(resolve_checkpoint(getattr(config, key))) for key in keys}
+        sources = {key: resolve_checkpoint(getattr(config, key)) for key in keys}
+        model = {key: str(Path(name).resolve()) if Path(name).is_dir() else name for key, name in sources.items()}
         hashes = {key: weights_digest(source) for key, source in model.items()}
         if config.path is None:
             model["image_grid_pinpoints"] = config.model_dump(mode="json")["image_grid_pinpoints"]
@@ -114,10 +115,7 @@ class Base:
         (folder / RECORD).write_text(json.dumps(found, indent=1))
 
     def check(self, holder: str) -> None:
-        """Compare hashes with what is there.
-
-        Args:
-            holder: the adapter that needs the base, for the error.
+        """Compare hashes with what is there, for the adapter ``holder``.
 
         Raises:
             ValueError: the base is gone or another one, naming both.
@@ -146,37 +144,25 @@ def _how_it_is_trained(config: ModelConfig) -> dict[str, Any]:
     return {"peft": config.peft.model_dump(), "trained": sorted(config.train), "dtype": config.dtype}
 
 
-def _absolute(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
-
-
 def weights_digest(source: str) -> str:
-    """SHA-256 of a model's weights: of the lines that ``LC_ALL=C sha256sum *.safetensors`` prints in its folder
-    (``*.bin`` where there are none). Read once a process.
-
-    Args:
-        source: a folder, or a hub id whose files are in the cache.
+    """SHA-256 of the weights of a folder or of a hub id in the cache: of the lines that
+    ``LC_ALL=C sha256sum *.safetensors`` prints in its folder (``*.bin`` where there are none). Read once a process.
 
     Raises:
         ValueError: there are no weights.
     """
-    return _digest(source, _stamp(files := tuple(weight_files(source))), files)
-
-
-def _stamp(files: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    files = tuple(weight_files(source))
+    return _digest(files, tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @functools.cache
-def _digest(source: str, stamp: tuple[tuple[int, int], ...], files: tuple[Path, ...]) -> str:
+def _digest(files: tuple[Path, ...], stamp: tuple[tuple[int, int], ...]) -> str:
+    def line(path: Path) -> str:
+        with path.open("rb") as file:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+
     with ThreadPoolExecutor(4) as threads:
-        lines = threads.map(lambda file: f"{_sha256(file)}  {file.name}\n", files)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256("".join(threads.map(line, files)).encode()).hexdigest()
 
 
 def weight_files(source: str) -> list[Path]:
@@ -225,15 +211,15 @@ def extra_tensors(model: HFModule, config: ModelConfig) -> dict[str, torch.Tenso
     return found
 
 
+def _renamed(name: str, names: dict[str, str]) -> str:
+    rows = ROWS.match(name)
+    return f"{names[rows[1]]}[{rows[2]}:]" if rows else names[name]
+
+
 def save_tensors(tensors: dict[str, torch.Tensor], names: dict[str, str], path: Path) -> None:
     """Write tensors under their published names; nothing where there are none."""
-
-    def published(name: str) -> str:
-        rows = ROWS.match(name)
-        return f"{names[rows[1]]}[{rows[2]}:]" if rows else names[name]
-
     if tensors:
-        renamed = {published(name): tensor.contiguous() for name, tensor in tensors.items()}
+        renamed = {_renamed(name, names): tensor.contiguous() for name, tensor in tensors.items()}
         save_file(renamed, path, metadata={"format": "pt"})
 
 
@@ -242,12 +228,7 @@ def load_tensors(path: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
     if not path.is_file():
         return {}
     own = {published: name for name, published in names.items()}
-
-    def in_memory(name: str) -> str:
-        rows = ROWS.match(name)
-        return f"{own[rows[1]]}[{rows[2]}:]" if rows else own[name]
-
-    return {in_memory(name): tensor for name, tensor in load_file(path).items()}
+    return {_renamed(name, own): tensor for name, tensor in load_file(path).items()}
 
 
 @torch.no_grad()

@@ -1,15 +1,91 @@
-"""Tokenizers that keep their ids when they are saved and opened again."""
+"""The tokenizer of a model: loaded or trained, with the image token, and keeping its ids when it is saved."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vtprune_train.config.settings import ModelConfig
+from vtprune_train.core.stream import IMAGE
+from vtprune_train.models.families import Family, Loop
+from vtprune_train.models.io.build import family_of_config, first_line, load_model_config, resolve_checkpoint
+
+Texts = Callable[[], Iterable[str]]
 PROBES = ("A cat.", " A cat", "\nWhat?  Two\n\ncats", "1234 é 你好", "it's   x ")
+
+
+def load_tokenizer(
+    config: ModelConfig, texts: Texts, folder: Path, *, offline: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the family's image token as one token (``<image>`` is added where it is missing).
+
+    A model made from sizes that names no tokenizer gets one trained on ``texts``, kept in ``folder`` and read from
+    there afterwards. ``offline`` asks no hub (dry runs).
+
+    Raises:
+        ValueError: there is no tokenizer, or not one of this family.
+    """
+    source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
+    if source is not None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
+    elif folder.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    else:
+        assert config.config is not None
+        tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
+    model_config = load_model_config(config, offline=offline)
+    _ensure_image_token(tokenizer, *family_of_config(model_config), str(source))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return lasting(tokenizer, model_config)
+
+
+def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, family: Family, loop: Loop, source: str) -> None:
+    if loop.image_token in tokenizer.get_vocab():
+        return
+    if loop.image_token != IMAGE:
+        raise ValueError(
+            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {family.model_type}; "
+            "set model.tokenizer to this checkpoint's own"
+        )
+    add_image_token(tokenizer)
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ``<image>`` one token, if it is none."""
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", IMAGE]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[IMAGE],
+    )
 
 
 def lasting(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedTokenizerBase:

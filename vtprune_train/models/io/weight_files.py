@@ -17,10 +17,6 @@ def check_weights(folder: str, place: str) -> None:
     """Look at the weights that transformers is about to read. A hub id passes, whose files are read by the restricted
     unpickler in any case.
 
-    Args:
-        folder: a folder or hub id.
-        place: for errors.
-
     Raises:
         ValueError: an index names a file outside the folder, or a file of weights or an adapter's settings name code.
     """
@@ -84,5 +80,5 @@ def weight_map(index: Path) -> dict[str, str]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not JSON with a weight_map ({error}); copy it again") from error
     if outside:
-        raise ValueError(f"{index} names {outside[0]}, which is no file of its folder; copy it again")
+        raise ValueError(f"{index} names {outside[0]}, which is not a file of its folder; copy it again")
     return files

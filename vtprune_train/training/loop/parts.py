@@ -22,14 +22,11 @@ from vtprune_train.files.disk import locked, naming, publish, remove
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import required
 from vtprune_train.models.families.layout import ImageLayout
-from vtprune_train.models.io.build import (
-    family_of_config,
-    first_line,
-    load_tokenizer,
-)
+from vtprune_train.models.io.build import family_of_config, first_line
 from vtprune_train.models.io.peft import open_model
 from vtprune_train.models.io.placement import WHOLE, Placement
 from vtprune_train.models.io.processors import build_processor
+from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.loop.sample import template_misfits, template_of
 

@@ -19,10 +19,7 @@ from vtprune_train.data.load.workers import start_server
 from vtprune_train.files.disk import remove, replace_synced
 from vtprune_train.models.forward.kernels import compile_model, replace_kernels
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
-from vtprune_train.models.io.build import (
-    resolve_checkpoint,
-    set_trainable,
-)
+from vtprune_train.models.io.build import resolve_checkpoint, set_trainable
 from vtprune_train.models.patch import prune
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.describe import schedule

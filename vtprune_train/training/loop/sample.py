@@ -17,7 +17,8 @@ from vtprune_train.data.sources import Bounds, is_here
 from vtprune_train.data.templates import build_encoder, misfits, saved_chat_template, shown_sample
 from vtprune_train.models.families import Loop
 from vtprune_train.models.families.layout import ImageLayout
-from vtprune_train.models.io.build import load_tokenizer, resolve_checkpoint
+from vtprune_train.models.io.build import resolve_checkpoint
+from vtprune_train.models.io.tokenizer import load_tokenizer
 
 LOOKED_AT = 100  # records of the first file, for one that can be shown
 

@@ -20,7 +20,7 @@ from vtprune_train.core.flops import DecoderGeometry, stage_layers
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of, trained_family
-from vtprune_train.models.families.text_models import normalizes_queries_and_keys
+from vtprune_train.models.families.base import normalizes_queries_and_keys
 from vtprune_train.models.families.towers import SavedByTower
 from vtprune_train.models.forward import head
 from vtprune_train.models.forward.recompute import Level, recomputed_layers

@@ -1,0 +1,115 @@
+"""``generate`` of a pruned model, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+
+from vtprune_train.models import HFModule
+from vtprune_train.models.forward.calls import State, by_name, is_pruned
+from vtprune_train.models.forward.padded import checkpoints_layers
+
+
+def generate(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """``generate``, after refusing what a staged cache cannot do; without a cache every step ranks by the prompt."""
+    inputs = by_name(original, args, kwargs)
+    config = self._prepare_generation_config(**{"generation_config": None, **inputs})[0]  # the model's own filled in
+    _check_generation(self, config, inputs)
+    if checkpoints_layers(self.get_submodule(state.family.decoder)):
+        inputs["use_cache"] = _without_cache(state, config, inputs)
+    prompt = inputs.get("input_ids") if inputs.get("inputs") is None else inputs["inputs"]
+    if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
+        _check_repeated_images(self, prompt, inputs.get("pixel_values"))
+    given = [tensor.shape[1] for tensor in (prompt, inputs.get("attention_mask")) if tensor is not None]
+    previous = state.running.prompt_width, state.running.is_step
+    state.running.prompt_width, state.running.is_step = max(given, default=None), None
+    try:
+        return original(**inputs)
+    finally:
+        state.running.prompt_width, state.running.is_step = previous
+
+
+def prepare_inputs(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` does this before each of its own forward passes; only those are about its prompt."""
+    state.running.is_step = True
+    return original(*args, **kwargs)
+
+
+def prepare_position_ids(
+    self: HFModule, original: Callable[..., Any], state: State, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+) -> Any:
+    """Positions of three parts; in a later turn those of text, which are not looked at: transformers would add what the
+    last request on any cache left on the module."""
+    cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
+    cached = 0 if cache is None else cache.get_seq_length()
+    if not cached:
+        return original(inputs_tensor, model_kwargs)
+    has_images = model_kwargs.get("image_grid_thw") is not None if types is None else types[:, cached:].any()
+    if has_images:
+        return original(inputs_tensor, model_kwargs)
+    return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)[None]
+
+
+def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[str, Any]) -> None:
+    """Refuse settings of ``generate`` that a staged cache cannot honour, wherever they are set."""
+    if config.prefill_chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={config.prefill_chunk_size}: a pruned model ranks visual tokens by the end of the "
+            "prompt and cannot read it in chunks; leave prefill_chunk_size unset"
+        )
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r}: a pruned model keeps another length in every "
+            "layer, which only the dynamic cache does; leave cache_implementation unset"
+        )
+    assistant, negative = inputs.get("assistant_model"), inputs.get("negative_prompt_ids")
+    if assistant is not None and is_pruned(assistant):
+        raise ValueError("assistant_model is pruned: it is shown the prompt without its images; unprune it")
+    if negative is not None and (negative == model.config.image_token_id).any():
+        raise ValueError(
+            "negative_prompt_ids hold image tokens, but generate passes no image with them; leave the image tokens "
+            "out of the negative prompt"
+        )
+
+
+def _without_cache(state: State, config: GenerationConfig, inputs: dict[str, Any]) -> bool:
+    """``use_cache`` for a model in training mode whose layers are recomputed, which leave a cache empty."""
+    needs_cache = [key for key in ("past_key_values", "assistant_model") if inputs.get(key) is not None]
+    needs_cache += ["prompt_lookup_num_tokens"] if config.prompt_lookup_num_tokens is not None else []
+    if needs_cache:
+        raise ValueError(
+            f"{needs_cache[0]} needs a cache, which layers with gradient checkpointing do not fill in training mode; "
+            "call model.eval() or model.gradient_checkpointing_disable() before generate"
+        )
+    state.warn_once(
+        "generate in training mode with gradient checkpointing runs without a cache, every step the whole row: call "
+        "model.eval() or model.gradient_checkpointing_disable() first"
+    )
+    return False
+
+
+def _check_repeated_images(model: HFModule, prompt: Tensor | None, pixel_values: Tensor | None) -> None:
+    """Refuse rows of several images (or tiles) that transformers before 5.18 mixes up: for each beam it repeats every
+    image on its own, not a row's images together."""
+    if hasattr(GenerationMixin, "_expand_multimodal_outputs") or prompt is None or pixel_values is None:
+        return
+    if type(model)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation:
+        return  # Qwen2-VL and those after it do it themselves
+    rows = int((prompt == model.config.image_token_id).any(dim=1).sum())
+    if len(pixel_values) != rows:
+        raise ValueError(
+            f"num_beams or num_return_sequences above 1 with {len(pixel_values)} images or tiles in {rows} rows: "
+            "transformers before 5.18 mixes the images of a row up; install transformers>=5.18, or give each row one"
+        )
+
+
+def refuse_continuous_batching(
+    self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any
+) -> Any:
+    raise ValueError(
+        f"{original.__name__}: continuous batching packs requests into a paged cache, but a pruned model keeps another "
+        "length in every layer; pad the prompts to one batch and call generate, or use unprune(model)"
+    )

@@ -1,0 +1,158 @@
+"""What stands in for ``forward`` of a pruned model, its base, its decoder and its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+
+from vtprune_train.core.stream import IGNORE, PackedBatch, StreamPlan
+from vtprune_train.models import HFModule
+from vtprune_train.models.forward import packed, padded
+from vtprune_train.models.forward.calls import State, by_name, state_of
+from vtprune_train.models.forward.head import chunked_loss
+from vtprune_train.models.forward.images import note_images
+from vtprune_train.models.forward.rotary import full_frequencies
+from vtprune_train.models.forward.sharding import check_attention_function
+
+
+@torch.compiler.disable
+def open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    """Before whatever stands as the model's ``forward``: the decoder has to know the labels, even where a Trainer
+    computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
+    state = state_of(model)
+    if state.is_dense:
+        return
+    if state.running.call is None and not args and isinstance(inputs.get("input_ids"), Tensor):
+        state.running.open(inputs["input_ids"], _supervised(inputs))
+
+
+@torch.compiler.disable
+def close_call(model: HFModule, args: tuple[Any, ...], output: Any) -> None:
+    state = state_of(model)
+    if not state.is_dense:
+        state.running.call = None
+
+
+def forward(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    """Forward of the whole model: a :class:`PackedBatch`, or the padded inputs of a Hugging Face processor."""
+    if args and isinstance(args[0], PackedBatch):
+        return packed.forward(self, state, args[0])
+    inputs = by_name(original, args, inputs)
+    _check_inputs(state, inputs)
+    input_ids, labels = inputs["input_ids"], _supervised(inputs)
+    if labels is not None:
+        _mask_visual(inputs, input_ids == state.image_token)
+    elif self.training and torch.is_grad_enabled() and state.method is not None:
+        state.warn_once(
+            "a training forward without labels: the last token of each row ranks the visual tokens, which in "
+            "generation the end of the prompt does (label smoothing and compute_loss_func keep labels from the model)"
+        )
+    with state.calling(input_ids, labels):
+        return original(**inputs)
+
+
+def forward_base(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    """Forward of the base: a :class:`PackedBatch`, or padded inputs, which the family's own code embeds and splices."""
+    if args and isinstance(args[0], PackedBatch):
+        return packed.forward_base(self, state, args[0])
+    inputs = by_name(original, args, inputs)
+    _check_inputs(state, inputs)
+    with state.calling(inputs["input_ids"]) as call:
+        assert call is not None
+        features = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if features is not None:
+            note_images(call, state, features.pooler_output)
+        if state.family.three_part_positions is not None and inputs.get("position_ids") is None:
+            cache = inputs.get("past_key_values")
+            if inputs.get("image_grid_thw") is not None:
+                inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
+            elif features is None and isinstance(cache, Cache) and cache.get_seq_length():
+                # Not looked at: a staged cache knows its positions. Transformers would add what the last request on any
+                # cache left on the module.
+                inputs["position_ids"] = inputs["input_ids"].new_zeros(3, *inputs["input_ids"].shape)
+        return original(**inputs)
+
+
+def forward_decoder(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
+    check_attention_function(state.attention)
+    full_frequencies(self)
+    if len(args) > 1 and isinstance(args[1], StreamPlan):
+        return packed.forward_text(self, state, *args)
+    inputs = by_name(original, args, inputs)
+    input_ids = inputs.pop("input_ids", None)
+    if inputs.get("inputs_embeds") is None:
+        inputs["inputs_embeds"] = self.embed_tokens(input_ids)
+    return padded.forward_text(self, state, **inputs)
+
+
+def forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """Logits, or with targets the chunked loss (and with a teacher the divergence from it); inside the module's own
+    call, where ZeRO-3 has its weight gathered."""
+    if len(args) > 1:
+        hidden, targets, teaching = args
+        return chunked_loss(hidden, self.weight, self.bias, targets, teaching)
+    return original(*args, **kwargs)
+
+
+def _check_inputs(state: State, inputs: dict[str, Any]) -> None:
+    if inputs.get("input_ids") is None:
+        raise ValueError(
+            "a pruned model needs input_ids and takes no inputs_embeds, which do not say where the images are; pass "
+            "input_ids and pixel_values alone, or call the model inside `with vtprune_train.dense(model):`"
+        )
+    if inputs["input_ids"].ndim != 2:
+        raise ValueError(f"input_ids of shape {tuple(inputs['input_ids'].shape)} are not [rows, length]; add the rows")
+    for key, reason in state.family.refused:
+        if inputs.get(key) is not None:
+            raise ValueError(f"a pruned {state.family.title} does not take {key}: {reason}")
+
+
+def _supervised(inputs: dict[str, Any]) -> Tensor | None:
+    """[B, L] int64: the token that each column of ``input_ids`` is supervised as, or -100; ``None`` without labels.
+
+    ``labels`` may be as short as the logits that ``logits_to_keep`` keeps; without them ``shift_labels`` (of sequence
+    parallelism) say it.
+
+    Raises:
+        ValueError: ``labels`` fit neither.
+    """
+    input_ids, labels, shifted = inputs["input_ids"], inputs.get("labels"), inputs.get("shift_labels")
+    if labels is None:
+        return None if shifted is None else F.pad(shifted, (1, 0), value=IGNORE)[:, :-1]
+    if labels.shape == input_ids.shape:
+        return labels
+    kept = inputs.get("logits_to_keep", 0)
+    columns = torch.arange(input_ids.shape[1])[_columns_kept(kept)]
+    if labels.shape != (len(input_ids), len(columns)):
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit input_ids of {tuple(input_ids.shape)} with "
+            f"logits_to_keep={kept}; give a label for each token, -100 where none is supervised"
+        )
+    everywhere = labels.new_full(input_ids.shape, IGNORE)
+    return everywhere.index_copy(1, columns.to(labels.device), labels)
+
+
+def _columns_kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
+
+
+def _mask_visual(inputs: dict[str, Any], visual: Tensor) -> None:
+    """Leave image tokens ([B, L] bool) out of the loss: rows of dropped tokens predict nothing."""
+    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+    if labels is not None:
+        kept = slice(None) if labels.shape == visual.shape else _columns_kept(inputs["logits_to_keep"])
+        inputs["labels"] = labels.masked_fill(visual[:, kept].to(labels.device), IGNORE)
+    if shifted is not None:
+        inputs["shift_labels"] = shifted.masked_fill(F.pad(visual, (0, 1))[:, 1:].to(shifted.device), IGNORE)
+
+
+def refuse_data_parallel(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "torch.nn.DataParallel copies a pruned model without what it is pruned by; run one process a device: torchrun, "
+        "deepspeed or accelerate launch (transformers' Trainer takes DataParallel where one process sees several GPUs)"
+    )
