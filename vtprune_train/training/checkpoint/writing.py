@@ -60,10 +60,7 @@ class Save:
     def _run(self) -> None:
         try:
             entries = self._write()
-            path = part_path(self.partial, self._rank)
-            with naming(path):
-                path.with_suffix(".tmp").write_text(json.dumps(entries))
-            path.with_suffix(".tmp").rename(path)
+            _say_written(self.partial, self._rank, entries)
             self.written.set()
             if self._rank == 0 and self._all_parts(entries):
                 self._publish(entries)
@@ -87,3 +84,10 @@ class Save:
 def part_path(partial: Path, rank: int) -> Path:
     """Where a rank says that its files are written."""
     return partial / f"rank_{rank:05d}.json"
+
+
+def _say_written(partial: Path, rank: int, entries: Entries) -> None:
+    path = part_path(partial, rank)
+    with naming(path):
+        path.with_suffix(".tmp").write_text(json.dumps(entries))
+    path.with_suffix(".tmp").rename(path)
