@@ -27,7 +27,7 @@ import numpy as np
 from vtprune_train.core.flops import DecoderGeometry, TowerGeometry, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.data.plan.dealing import deal
 from vtprune_train.models.families.llava_next import AnyRes
-from vtprune_train.pruning import PyramidDrop
+from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
 
 LLAVA_NEXT_7B = TrainingCost(
     DecoderGeometry(32, 4096, 11008, 32, 32, 128, 32064),

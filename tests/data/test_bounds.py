@@ -22,7 +22,8 @@ from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source
 from vtprune_train.data.measure import Measure, Measured, measure_piece
 from vtprune_train.data.records import TURN_BYTES, normalize, read_records
-from vtprune_train.data.sources import Bounds, TooLarge, arrow_rows, base, find_files, json_files, open_reader, tables
+from vtprune_train.data.sources import arrow_rows, base, find_files, json_files, open_reader, tables
+from vtprune_train.data.sources.base import Bounds, TooLarge
 from vtprune_train.data.tokens import SectionTokenizer
 from vtprune_train.files.checksums import read_sealed
 

@@ -25,7 +25,7 @@ from vtprune_train.data import building, table
 from vtprune_train.data.index import SampleIndex, Source
 from vtprune_train.data.load.loader import StepLoader
 from vtprune_train.data.plan.planner import Planner
-from vtprune_train.data.sources import BOUNDS, Bounds
+from vtprune_train.data.sources.base import BOUNDS, Bounds
 from vtprune_train.files import checksums
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,8 @@ from tests.support.families import FAMILIES, family_inputs, family_model, tokeni
 from tests.support.helpers import PINPOINTS
 from vtprune_train import prune
 from vtprune_train.config.settings import ModelConfig, PeftConfig
-from vtprune_train.models.families import Lacks, family_of
+from vtprune_train.models.families import family_of
+from vtprune_train.models.families.base import Lacks
 from vtprune_train.models.io.build import build_model
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.tokenizer import load_tokenizer

@@ -31,7 +31,8 @@ from vtprune_train.core.flops import (
 )
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
-from vtprune_train.models.families import Lacks, required, supported_family
+from vtprune_train.models.families import supported_family
+from vtprune_train.models.families.base import Lacks, required
 from vtprune_train.models.families.layout import ImageGeometry
 from vtprune_train.models.io.processors import build_image_processor
 from vtprune_train.pruning import PruningMethod

@@ -30,8 +30,9 @@ from vtprune_train.cli.options import (
 )
 from vtprune_train.core.flops import DecoderGeometry, layers_per_stage, stage_lengths
 from vtprune_train.evaluation.answering import load, open_picture
-from vtprune_train.pruning import PyramidDrop, method_from_settings
+from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
 
 log = logging.getLogger(__name__)
 

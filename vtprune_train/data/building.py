@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vtprune_train.data.measure import FINE, NO_PICTURE, RECORD_COLUMNS, SPAN_COLUMNS, Measure, measure_piece
-from vtprune_train.data.sources import Piece, Reader, open_reader
+from vtprune_train.data.sources import open_reader
+from vtprune_train.data.sources.base import Piece, Reader
 from vtprune_train.files.checksums import SummedFile, read_sealed, seal
 from vtprune_train.files.disk import publish, remove
 from vtprune_train.processes.children import live_with_parent, signals_blocked

@@ -28,7 +28,8 @@ from vtprune_train.data.measure import Measure
 from vtprune_train.data.order import EpochOrder
 from vtprune_train.data.records import NO_PROMPT, Conversation, Prompt
 from vtprune_train.data.selection import NAMED, Selection, select
-from vtprune_train.data.sources import BOUNDS, Bounds, find_files
+from vtprune_train.data.sources import find_files
+from vtprune_train.data.sources.base import BOUNDS, Bounds
 from vtprune_train.data.table import open_table
 from vtprune_train.files.disk import locked
 from vtprune_train.models.families.layout import ImageLayout, Size

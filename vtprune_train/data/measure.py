@@ -16,7 +16,7 @@ import numpy as np
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
-from vtprune_train.data.sources import BOUNDS, Bounds, Piece, Place, Reader, TooLarge
+from vtprune_train.data.sources.base import BOUNDS, Bounds, Piece, Place, Reader, TooLarge
 from vtprune_train.files.checksums import write_sealed
 from vtprune_train.models.families.layout import ImageLayout
 

@@ -17,8 +17,8 @@ from typing import Any
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.chat import UNSUPERVISED, Turn
 from vtprune_train.data.fields import CONVERSATIONS, IMAGES, RECORD, SYSTEM, TURN, check_fields, check_marks, is_empty
-from vtprune_train.data.sources import BOUNDS, Bounds, Malformed, TooLarge, find_files, open_reader
-from vtprune_train.data.sources.base import utf8_length
+from vtprune_train.data.sources import find_files, open_reader
+from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, TooLarge, utf8_length
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 LONGEST_ID = 4096  # characters; ids stand in logs, metrics and checkpoints

@@ -21,7 +21,8 @@ import numpy as np
 from vtprune_train.data.building import build_table, remove_builds
 from vtprune_train.data.measure import BATCH, FINE, NO_PICTURE, SPAN_COLUMNS, Measure, Measured, content_hash
 from vtprune_train.data.records import Conversation, default_id, normalize
-from vtprune_train.data.sources import Place, Reader, open_reader, stamp
+from vtprune_train.data.sources import open_reader, stamp
+from vtprune_train.data.sources.base import Place, Reader
 from vtprune_train.files.checksums import Watch, checksum, damage, read_manifest, seal
 from vtprune_train.files.disk import remove, replace_synced, sync
 

@@ -14,7 +14,7 @@ from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, EncodedChat, Template
 from vtprune_train.data.jinja import chat_template, written_by
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import Loop
+from vtprune_train.models.families.base import Loop
 from vtprune_train.models.io.processors import read_settings
 
 log = logging.getLogger(__name__)

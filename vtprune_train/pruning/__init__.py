@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
+from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vtprune_train.pruning.setting_types import setting_types
 from vtprune_train.pruning.user_methods import load_class, loaded_class, names_beside
 
@@ -216,17 +216,3 @@ def _part(number: int, entry: Any) -> PruningMethod:
         return method_from_settings(settings)  # type: ignore[return-value]
     except ValueError as error:
         raise ValueError(f"entry {number} of the list of methods, {name}: {error}") from error
-
-
-__all__ = [
-    "METHODS",
-    "NONE",
-    "SAVED",
-    "PruningMethod",
-    "PyramidDrop",
-    "UnknownSettingError",
-    "UntrustedMethodError",
-    "method_class",
-    "method_from_settings",
-    "setting_types",
-]

@@ -16,7 +16,8 @@ from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
 from vtprune_train.data.measure import picture_name
 from vtprune_train.data.records import Conversation, default_id, normalize
-from vtprune_train.data.sources import Bounds, TooLarge, find_files, is_here, open_reader
+from vtprune_train.data.sources import find_files, is_here, open_reader
+from vtprune_train.data.sources.base import Bounds, TooLarge
 
 LOOKED_AT = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")

@@ -13,7 +13,8 @@ from tests.support.checkpoints import same_state
 from tests.support.family_runs import FamilyRuns
 from vtprune_train.cli import main
 from vtprune_train.evaluation.answering import answers, load
-from vtprune_train.models.families import FAMILIES, Loop
+from vtprune_train.models.families import FAMILIES
+from vtprune_train.models.families.base import Loop
 from vtprune_train.models.io.processors import open_processor
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from tests.support.families import QWEN_SIZE, family_model, family_processor
 from tests.support.helpers import PATCH, TILE
-from vtprune_train.models.families import FAMILIES, family_of, required
-from vtprune_train.models.families.base import Family, Lacks
+from vtprune_train.models.families import FAMILIES, family_of
+from vtprune_train.models.families.base import Family, Lacks, required
 
 MIXES = ("out_proj.", "attn.proj.", "projection_layer.")  # what brings attention's sums back into the tower's rows
 SIZES = [(240, 400), (400, 240), (300, 300), (210, 290)]

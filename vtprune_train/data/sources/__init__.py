@@ -6,24 +6,9 @@ import glob
 import os
 from pathlib import Path
 
-from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, Piece, Place, Reader, TooLarge
+from vtprune_train.data.sources.base import BOUNDS, Reader
 from vtprune_train.data.sources.json_files import Jsonl, JsonList
 from vtprune_train.data.sources.tars import Tar
-
-__all__ = [
-    "BOUNDS",
-    "Bounds",
-    "Malformed",
-    "Piece",
-    "Place",
-    "Reader",
-    "TooLarge",
-    "find_files",
-    "is_here",
-    "open_reader",
-    "stamp",
-]
-
 
 KINDS: dict[str, type[Reader]] = {".json": JsonList, ".jsonl": Jsonl, ".tar": Tar}
 ENDINGS = (*KINDS, ".parquet")

@@ -18,7 +18,7 @@ from vtprune_train.models.families import (
     qwen2_vl,
     qwen3_vl,
 )
-from vtprune_train.models.families.base import Family, Lacks, Loop, required
+from vtprune_train.models.families.base import Family, Lacks, Loop
 from vtprune_train.models.families.towers import check_clip
 
 FAMILIES: tuple[Family, ...] = (
@@ -112,19 +112,3 @@ def config_of_parts(
     if pinpoints is None:
         return LlavaConfig(**shared)
     return LlavaNextConfig(image_grid_pinpoints=[list(point) for point in pinpoints], **shared)
-
-
-__all__ = [
-    "FAMILIES",
-    "KNOWN_CONFIGS",
-    "UNSUPPORTED",
-    "Family",
-    "Lacks",
-    "Loop",
-    "config_of_parts",
-    "family_of",
-    "family_of_type",
-    "required",
-    "supported_family",
-    "trained_family",
-]

@@ -18,7 +18,7 @@ from torch import Tensor
 from vtprune_train.core.stream import SegmentLayout, StreamPlan
 from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source
-from vtprune_train.models.families import Family
+from vtprune_train.models.families.base import Family
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import Family, required
+from vtprune_train.models.families.base import Family, required
 from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.towers import class_tokens, feature_states, patch_grid
 from vtprune_train.models.forward.compile import eager

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import required
+from vtprune_train.models.families.base import required
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward.calls import Call, State, by_name
 from vtprune_train.models.forward.encoder import joined, patch_index, patches_per_tile, per_image, reading

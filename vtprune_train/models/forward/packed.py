@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from vtprune_train.core.stream import PackedBatch, StreamPlan, to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import required
+from vtprune_train.models.families.base import required
 from vtprune_train.models.forward.calls import STATE, State
 from vtprune_train.models.forward.decoder import HEAD, TOWER, DecoderOutput, Staging, run_layers
 from vtprune_train.models.forward.encoder import patch_index, patches_per_tile, reading

@@ -23,8 +23,7 @@ from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, text_key, to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.cache import StagedLayer, Told, staged
-from vtprune_train.models.families import Family
-from vtprune_train.models.families.base import sliding_window
+from vtprune_train.models.families.base import Family, sliding_window
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward.calls import Call, State, state_of
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers

@@ -31,7 +31,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vtprune_train.config.settings import ModelConfig
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, Family, Loop, config_of_parts, trained_family
+from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, config_of_parts, trained_family
+from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.models.families.llava_original import is_linear
 from vtprune_train.models.families.towers import open_clip
 from vtprune_train.models.forward.decoder import PARAMETERS

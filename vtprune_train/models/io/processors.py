@@ -20,7 +20,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processo
 from transformers.utils import cached_file
 
 from vtprune_train.files.parse import read_json_object
-from vtprune_train.models.families import Lacks, family_of_type
+from vtprune_train.models.families import family_of_type
+from vtprune_train.models.families.base import Lacks
 from vtprune_train.models.io.build import first_line, resolve_checkpoint
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from vtprune_train.config.settings import ModelConfig
 from vtprune_train.core.stream import IMAGE
-from vtprune_train.models.families import Family, Loop
+from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.models.io.build import family_of_config, first_line, load_model_config, resolve_checkpoint
 
 Texts = Callable[[], Iterable[str]]

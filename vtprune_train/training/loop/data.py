@@ -13,7 +13,7 @@ from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.plan.planner import Planner, StepCosts
 from vtprune_train.data.records import Prompt
-from vtprune_train.data.sources import Bounds
+from vtprune_train.data.sources.base import Bounds
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phases
 from vtprune_train.training import distributed as ranks

@@ -15,12 +15,12 @@ from vtprune_train.core.flops import DecoderGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, Template
 from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import Prompt, read_records
-from vtprune_train.data.sources import Bounds
+from vtprune_train.data.sources.base import Bounds
 from vtprune_train.data.templates import build_encoder, carry, stop_where_answers_end
 from vtprune_train.files.checksums import MANIFEST, damage, seal_as_it_is
 from vtprune_train.files.disk import locked, naming, publish, remove
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import required
+from vtprune_train.models.families.base import required
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.io.build import family_of_config, first_line
 from vtprune_train.models.io.peft import open_model

@@ -13,9 +13,10 @@ from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, Prompt, read_records
-from vtprune_train.data.sources import Bounds, is_here
+from vtprune_train.data.sources import is_here
+from vtprune_train.data.sources.base import Bounds
 from vtprune_train.data.templates import build_encoder, misfits, saved_chat_template, shown_sample
-from vtprune_train.models.families import Loop
+from vtprune_train.models.families.base import Loop
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.io.tokenizer import load_tokenizer
