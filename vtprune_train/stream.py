@@ -2,8 +2,6 @@
 
 import warnings
 
-from vtprune_train.core.stream import Drop
-
-__all__ = ["Drop"]
+from vtprune_train.core.stream import Drop as Drop
 
 warnings.warn("vtprune_train.stream moved: use `from vtprune_train import Drop`", FutureWarning, stacklevel=2)

@@ -45,10 +45,7 @@ class Loop:
         if done.returncode:
             raise RuntimeError(f"train.py, run {name}, ended with {done.returncode}: {done.stderr[-1500:]}")
         rows = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        return {
-            "seconds": time.time() - began,
-            "metrics": {key: [row.get(key) for row in rows] for key in rows[0]},
-        }
+        return {"seconds": time.time() - began, "metrics": {key: [row.get(key) for row in rows] for key in rows[0]}}
 
     def resumed_equals_whole(self, *settings: str, half: int, whole: int) -> dict[str, Any]:
         """One run to step ``whole``, and one that stops at ``half`` and is started again: the losses of both."""
@@ -123,10 +120,7 @@ def _write_images(folder: Path, count: int) -> None:
         image = Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
         image.save(folder / "images" / f"{number}.jpg", quality=90)
         words = " ".join(f"word{rng.integers(50)}" for _ in range(60))
-        turns = [
-            {"from": "human", "value": f"<image>\nwhat is shown {words[:80]}?"},
-            {"from": "gpt", "value": words},
-        ]
+        turns = [{"from": "human", "value": f"<image>\nwhat is shown {words[:80]}?"}, {"from": "gpt", "value": words}]
         records.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
     (folder / "train.json").write_text(json.dumps(records))
 

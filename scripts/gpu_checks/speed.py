@@ -22,13 +22,7 @@ import bench
 from gpu_checks.common import Check, kept_differ, relative_error
 from gpu_checks.numerics import run_backend
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.core.flops import (
-    TYPICAL_TEXT,
-    TYPICAL_VISUAL,
-    DecoderGeometry,
-    PassCost,
-    TrainingCost,
-)
+from vtprune_train.core.flops import TYPICAL_TEXT, TYPICAL_VISUAL, DecoderGeometry, PassCost, TrainingCost
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import to_device
 from vtprune_train.models.families.towers import tile_tower

@@ -58,13 +58,7 @@ def test_who_takes_part(compared):
     """Whose first layer of six sees all tokens cannot take a tenth of them; Victor's registers were never trained."""
     results, _ = compared
     rows = [(row["name"], row["budget"]) for row in results["rows"]]
-    assert rows == [
-        ("dense", None),
-        ("pyramiddrop", 0.5),
-        ("random", 0.5),
-        ("random", 0.1),
-        ("plphp", 0.5),
-    ]
+    assert rows == [("dense", None), ("pyramiddrop", 0.5), ("random", 0.5), ("random", 0.1), ("plphp", 0.5)]
     absent = {(one["name"], one["budget"]): one["reason"] for one in results["absent"]}
     assert absent.keys() == {("pyramiddrop", 0.1), ("plphp", 0.1), ("victor", 0.5), ("victor", 0.1)}
     assert "takes between 0.167" in absent["pyramiddrop", 0.1] and "learns parameters" in absent["victor", 0.5]

@@ -55,15 +55,9 @@ def errors_of(path, *overrides):
         ("pruning.keep=0.5", ["pruning.keep=0.5 does not fit; it takes a list such as [0.5]; the default is [0.5, "]),
         ("pruning={method: fastv, keep: [0.5]}", ["pruning.keep=[0.5] does not fit; it takes a number; the default"]),
         ("pruning={method: fastv, keep: true}", ["pruning.keep=True does not fit; it takes a number"]),
-        (
-            "pruning={method: feather, layers: [4]}",
-            ["it takes a list of 2 such as [1, 1] or null; the default"],
-        ),
+        ("pruning={method: feather, layers: [4]}", ["it takes a list of 2 such as [1, 1] or null; the default"]),
         ("pruning={method: voco, hidden_after: query}", ["'hidden_after' is not a setting of voco"]),
-        (
-            "pruning.method=[fastv, {method: plphp, keep: 7}]",
-            ["pruning: entry 2 of", "plphp: keep=7 is not in [0, 1]"],
-        ),
+        ("pruning.method=[fastv, {method: plphp, keep: 7}]", ["pruning: entry 2 of", "plphp: keep=7 is not in [0, 1]"]),
         ("pruning.method=[fastv, {method_: plphp}]", ["pruning: entry 2 of the list", "names no method; write"]),
         ("pruning.method=[[fastv], plphp]", ["pruning: entry 1 of the list", "names no method; write"]),
         ("pruning.method=[none, plphp]", ["pruning: entry 1 of the list", "names no method; write"]),

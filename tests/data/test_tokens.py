@@ -5,12 +5,7 @@ import json
 import numpy as np
 import pytest
 from tokenizers import AddedToken
-from transformers import (
-    AutoTokenizer,
-    ByT5Tokenizer,
-    LlavaNextConfig,
-    LlavaOnevisionConfig,
-)
+from transformers import AutoTokenizer, ByT5Tokenizer, LlavaNextConfig, LlavaOnevisionConfig
 
 from tests.support.tokenizers_made import LEGACY_FILE, TOKENIZERS, byte_level, llama, sentencepiece
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn, get_template

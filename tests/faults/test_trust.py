@@ -34,10 +34,7 @@ FILES = {
     ("zero0", "bfloat16"): ["mp_rank_00_model_states.pt"],
     ("zero1", "bfloat16"): ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
     ("zero2", "float32"): ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-    ("zero3", "float32"): [
-        "zero_pp_rank_0_mp_rank_00_model_states.pt",
-        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
-    ],
+    ("zero3", "float32"): ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
 }
 
 

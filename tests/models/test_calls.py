@@ -617,7 +617,7 @@ REFUSED = {
     ],
     "videos (`pixel_values_videos`)": [(video, "does not take pixel_values_videos")],
     "an attention implementation set after `prune`": [
-        (lambda m, i: (m.set_attn_implementation("sdpa"), m(**i)), "was set to 'sdpa'"),
+        (lambda m, i: (m.set_attn_implementation("sdpa"), m(**i)), "was set to 'sdpa'")
     ],
 }
 

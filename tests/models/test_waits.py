@@ -147,11 +147,7 @@ def test_the_variable_length_kernels_get_what_they_want(parts, name):
 # ---------------------------------------------------------------------------------------- families, packed batches
 
 # Waits in the forward and the backward pass.
-TOWERS = {
-    "llava": ({}, {}),
-    "llava_onevision": ({}, {}),
-    "qwen2_5_vl": ({}, {}),
-}
+TOWERS = {"llava": ({}, {}), "llava_onevision": ({}, {}), "qwen2_5_vl": ({}, {})}
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -81,11 +81,7 @@ def same_batch(one, two):
 
 
 @pytest.mark.parametrize(
-    "phases",
-    [
-        Phases(METHOD, full=FullTokens(share=1.0)),
-        Phases(METHOD, warmup=Warmup(10, "dense")),
-    ],
+    "phases", [Phases(METHOD, full=FullTokens(share=1.0)), Phases(METHOD, warmup=Warmup(10, "dense"))]
 )
 def test_steps_on_all_tokens_are_those_of_a_dense_run(parts, phases):
     batch, dense = parts.collator(phases).pack(parts.loaded, step=3), parts.collator(None, None).pack(parts.loaded)

@@ -17,11 +17,7 @@ from vtprune_train.models.io.placement import placement_of, whole_shape
 from vtprune_train.training.engine.sharded import Sharded, is_cut
 from vtprune_train.training.engine.start import start_distributed
 
-SETTINGS = {
-    "train_micro_batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 1,
-    "zero_optimization": {"stage": 3},
-}
+SETTINGS = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 3}}
 
 
 def compare(folder: Path, dtype: str) -> None:

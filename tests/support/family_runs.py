@@ -12,9 +12,7 @@ from tests.support.families import QWEN_SIZE, family_model, family_processor, to
 from tests.support.helpers import PATCH, TILE
 from tests.support.runner import Runs
 from vtprune_train.config.settings import Config
-from vtprune_train.models.io.build import (
-    set_trainable,
-)
+from vtprune_train.models.io.build import set_trainable
 from vtprune_train.training.loop.data import build_collator
 from vtprune_train.training.loop.parts import build_parts, training_cost
 

@@ -101,9 +101,7 @@ def tiny_model(seed: int = 0, **config: Any) -> LlavaNextForConditionalGeneratio
 
 def tiny_image_processor() -> LlavaNextImageProcessorPil:
     return LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE},
-        crop_size={"height": TILE, "width": TILE},
-        image_grid_pinpoints=PINPOINTS,
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
     )
 
 

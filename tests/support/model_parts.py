@@ -2,11 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPVisionModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerFast
 
 from tests.support.helpers import tiny_config, tiny_tokenizer
 from vtprune_train.config.settings import ModelConfig

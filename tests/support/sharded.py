@@ -217,12 +217,7 @@ def gradients_through_a_leaf(name, folder):
 
 SPLIT = {
     function.__name__: function
-    for function in (
-        tensor_parallel,
-        automatic_tensor_parallel,
-        learned_after_fsdp,
-        gradients_through_a_leaf,
-    )
+    for function in (tensor_parallel, automatic_tensor_parallel, learned_after_fsdp, gradients_through_a_leaf)
 }
 
 

@@ -163,14 +163,8 @@ def test_what_only_a_start_can_tell(tmp_path):
     """The device, and a folder that the system alone knows to refuse."""
     runs = Runs(tmp_path, num_train=3)
     for setting, words in (
-        (
-            "model.dtype=float16",
-            r"float16: a CPU cannot train in it; use model.dtype=(bfloat16 or )?float32",
-        ),
-        (
-            "run.output_dir=/proc/none",
-            r"run.output_dir: /proc/none/refused cannot be written \(No such file",
-        ),
+        ("model.dtype=float16", r"float16: a CPU cannot train in it; use model.dtype=(bfloat16 or )?float32"),
+        ("run.output_dir=/proc/none", r"run.output_dir: /proc/none/refused cannot be written \(No such file"),
         ("deepspeed={zero_optimization: {stage: 7}}", r"deepspeed.zero_optimization.stage: .*0, 1, 2.* \(it is 7\)"),
         ("deepspeed={zero_optimization: {stge: 2}}", r"deepspeed.zero_optimization.stge: .*not permitted"),
     ):

@@ -64,8 +64,4 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--seed={arguments.seed} is not between 0 and 2**63 - 1")
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    return {
-        "max_new_tokens": arguments.max_new_tokens,
-        "do_sample": True,
-        "temperature": arguments.temperature,
-    }
+    return {"max_new_tokens": arguments.max_new_tokens, "do_sample": True, "temperature": arguments.temperature}

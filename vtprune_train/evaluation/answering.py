@@ -24,12 +24,7 @@ from vtprune_train.data.records import Prompt as AddedPrompt
 from vtprune_train.data.templates import build_encoder, carry, stop_where_answers_end
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import trained_family
-from vtprune_train.models.io.build import (
-    first_line,
-    load_any_config,
-    open_whole,
-    resolve_checkpoint,
-)
+from vtprune_train.models.io.build import first_line, load_any_config, open_whole, resolve_checkpoint
 from vtprune_train.models.io.method_parameters import check_trained
 from vtprune_train.models.io.peft import is_adapter, open_adapter
 from vtprune_train.models.io.processors import open_processor

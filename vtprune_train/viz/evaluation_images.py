@@ -110,10 +110,7 @@ def _question(collate: Collator, sample: int) -> Question:
     turns = record.turns
     last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
     return Question(
-        inputs={
-            "input_ids": torch.from_numpy(ids[None, :end]),
-            **collate.layout.model_inputs(seen),
-        },
+        inputs={"input_ids": torch.from_numpy(ids[None, :end]), **collate.layout.model_inputs(seen)},
         pictures=[load_image(files[i], sizes[i], max_pixels=collate.max_image_pixels) for i in asked],
         text=turns[last - 1].text.replace(IMAGE, "").strip(),
     )

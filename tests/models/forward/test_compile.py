@@ -55,8 +55,7 @@ def step(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointed"),
-    [(name, 0) for name in METHODS] + [("next_layer", 2), ("this_layer", 6), ("plphp", 6)],
+    ("name", "checkpointed"), [(name, 0) for name in METHODS] + [("next_layer", 2), ("this_layer", 6), ("plphp", 6)]
 )
 def test_compiled_once_and_equal(name, checkpointed):
     torch._dynamo.reset()

@@ -2,23 +2,12 @@
 
 import pytest
 import torch
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    LlavaNextForConditionalGeneration,
-)
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, LlavaNextForConditionalGeneration
 
 from tests.support.helpers import tiny_config, tiny_model, tiny_processor
 from tests.support.model_parts import built, from_parts, save_parts
 from vtprune_train.config.settings import ModelConfig
-from vtprune_train.models.io.build import (
-    build_model,
-    parts_of,
-    resolve_checkpoint,
-    saved_pruning,
-    set_trainable,
-)
+from vtprune_train.models.io.build import build_model, parts_of, resolve_checkpoint, saved_pruning, set_trainable
 from vtprune_train.models.io.processors import build_processor
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")

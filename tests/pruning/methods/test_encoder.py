@@ -5,13 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    SiglipVisionConfig,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from tests.support.families import TEXT, VISION, family_inputs, family_model, images_repeated
 from tests.support.family_runs import RECORDS, TEXT_ONLY, Setup, padded_inputs
@@ -288,10 +282,7 @@ def test_other_towers_in_llava(tower, strategy, tokens):
     """A class token that stays among the visual tokens is no patch; a tower without one has none to cut off."""
     vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](**VISION)
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**TEXT),
-        image_token_id=4,
-        vision_feature_select_strategy=strategy,
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=4, vision_feature_select_strategy=strategy
     )
     model = prune(LlavaForConditionalGeneration(config).float().eval(), Spy())
     ids = torch.tensor([[1, *[4] * tokens, 7, 8], [1, *[4] * tokens, 9, 7]])

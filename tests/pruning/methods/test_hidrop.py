@@ -182,8 +182,7 @@ def test_the_published_schedule_takes_64_of_576_tokens_through_a_layer():
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "expected"),
-    [(2, [0, 1]), (6, [0, 2, 3, 4]), (8, [0, 2, 3, 4, 6]), (32, [0, 8, 10, 14, 16, 18, 24])],
+    ("num_layers", "expected"), [(2, [0, 1]), (6, [0, 2, 3, 4]), (8, [0, 2, 3, 4, 6]), (32, [0, 8, 10, 14, 16, 18, 24])]
 )
 def test_any_depth(num_layers, expected):
     drops = HiDrop().drops(num_layers)

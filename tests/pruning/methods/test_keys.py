@@ -227,12 +227,7 @@ def test_heads_that_keep_different_numbers_are_refused():
         prefill(packed_decoder(0), Uneven(0.5), torch.randn(segment.length, 32, dtype=torch.float64), [segment])
 
 
-METHODS = [
-    ByContent(0.4),
-    ByContent(0.4, hidden_after="span"),
-    ByContent(0.6, keep=0.5),
-    PLPHP(alpha=0.6, beta=0.3),
-]
+METHODS = [ByContent(0.4), ByContent(0.4, hidden_after="span"), ByContent(0.6, keep=0.5), PLPHP(alpha=0.6, beta=0.3)]
 IDS = ["query", "span", "after a drop", "plphp"]
 
 

@@ -31,10 +31,7 @@ def step_of(losses_of_samples):
     )
     rows = torch.tensor([loss for losses in losses_of_samples for loss in losses])
     return SimpleNamespace(
-        batches=[batch],
-        row_losses=[rows],
-        state=SimpleNamespace(step=0),
-        checkpoints=SimpleNamespace(resumed=None),
+        batches=[batch], row_losses=[rows], state=SimpleNamespace(step=0), checkpoints=SimpleNamespace(resumed=None)
     )
 
 
@@ -121,8 +118,7 @@ def test_when_to_look_and_what_to_advise():
     for words in ("data.max_tokens=4096", "activation_checkpointing=all", "zero3.json", "zero3_offload.json", "LoRA"):
         assert words in said
     turned = load_config(
-        "quickstart.yaml",
-        ["train.activation_checkpointing=all", "deepspeed=configs/deepspeed/zero3_offload.json"],
+        "quickstart.yaml", ["train.activation_checkpointing=all", "deepspeed=configs/deepspeed/zero3_offload.json"]
     )
     said = advice(turned, [], CPU, MemoryError("no"), None)
     assert "activation_checkpointing" not in said and "ZeRO stage" not in said and "offload" not in said

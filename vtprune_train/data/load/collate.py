@@ -107,10 +107,7 @@ class Collator:
             )
 
     def pack(
-        self,
-        loaded: Sequence[LoadedSample],
-        unreadable: tuple[tuple[str, str], ...] = (),
-        step: int | None = None,
+        self, loaded: Sequence[LoadedSample], unreadable: tuple[tuple[str, str], ...] = (), step: int | None = None
     ) -> PackedBatch:
         """Lay samples end to end and plan the stages of the step's phase."""
         phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)

@@ -101,10 +101,7 @@ class OneVision(ImageLayout):
         return VisionInputs(
             pixel_values=torch.cat([pixels for sample in seen for pixels in sample.pixels]),
             visual_index=torch.arange(tokens),
-            image_inputs={
-                "image_sizes": tuple(sizes),
-                "batch_num_images": tuple(len(sample.sizes) for sample in seen),
-            },
+            image_inputs={"image_sizes": tuple(sizes), "batch_num_images": tuple(len(sample.sizes) for sample in seen)},
         )
 
     def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:

@@ -173,10 +173,7 @@ class KeyChoice:
 
 
 def blind_rows(
-    segments: Sequence[SegmentLayout],
-    layout: Boundary,
-    segment_lengths: tuple[int, ...],
-    hidden_after: HiddenAfter,
+    segments: Sequence[SegmentLayout], layout: Boundary, segment_lengths: tuple[int, ...], hidden_after: HiddenAfter
 ) -> list[BlindRows]:
     """The rows of each segment, at a stage, that see less than all: from lengths alone, on the host.
 

@@ -246,12 +246,7 @@ def prefill(
     return text_model.norm(output.last_hidden_state), output, cache
 
 
-def decode(
-    text_model: HFModule,
-    method: PruningMethod | None,
-    hidden_B1C: Tensor,
-    cache: DynamicCache,
-) -> Tensor:
+def decode(text_model: HFModule, method: PruningMethod | None, hidden_B1C: Tensor, cache: DynamicCache) -> Tensor:
     """One decoding step of every row on a staged cache, by transformers' own attention: [B, 1, C] embedded tokens ->
     [B, 1, C] normed hidden states. ``cache`` grows by one column in every layer."""
     check_attention(text_model)

@@ -62,12 +62,7 @@ class Before:
             tokens, next_positions = ([next(read) if layer.width else none[0] for layer in layers] for _ in range(2))
             has_images = next(read, has_images)
         return cls(
-            tokens,
-            next_positions,
-            [layer.width for layer in layers],
-            cache.get_seq_length(),
-            three_parts,
-            has_images,
+            tokens, next_positions, [layer.width for layer in layers], cache.get_seq_length(), three_parts, has_images
         )
 
 

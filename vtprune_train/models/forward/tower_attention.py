@@ -22,13 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.qwen import (
-    PatchGrids,
-    TowerShape,
-    frame_lengths,
-    tower_inputs,
-    window_lengths,
-)
+from vtprune_train.models.families.qwen import PatchGrids, TowerShape, frame_lengths, tower_inputs, window_lengths
 from vtprune_train.models.forward.attention import FUNCTIONS, dense_function
 from vtprune_train.models.forward.calls import State, by_name
 from vtprune_train.models.forward.rotary import full_frequencies

@@ -106,8 +106,7 @@ def plan_of(model: HFModule) -> Plan:
         return Plan(files)
     total = sum(whole_shape(parameter).numel() for parameter in model.parameters())
     return Plan(
-        files,
-        {"metadata": {"total_parameters": total, **split.metadata}, "weight_map": split.tensor_to_filename},
+        files, {"metadata": {"total_parameters": total, **split.metadata}, "weight_map": split.tensor_to_filename}
     )
 
 

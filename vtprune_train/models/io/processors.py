@@ -47,10 +47,7 @@ def open_processor(folder: str, config: PreTrainedConfig) -> Any:
 
 
 def build_processor(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    path: str | None = None,
-    max_pixels: int | None = None,
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None, max_pixels: int | None = None
 ) -> Any:
     """The processor of a model; ``path``, the checkpoint that it came from, brings settings that are kept.
 
