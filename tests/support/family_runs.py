@@ -12,11 +12,14 @@ from tests.support.families import QWEN_SIZE, family_model, family_processor, to
 from tests.support.helpers import PATCH, TILE
 from tests.support.runner import Runs
 from vtprune_train.config.settings import Config
+from vtprune_train.models.families import FAMILIES
+from vtprune_train.models.families.base import Loop
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.training.loop.data import build_collator
 from vtprune_train.training.loop.parts import build_parts, training_cost
 
-NAMES = ["llava", "llava_onevision", "qwen2_5_vl"]
+# LLaVA-NeXT is what all other tests of the loop train.
+NAMES = [f.model_type for f in FAMILIES if isinstance(f.loop, Loop) and f.model_type != "llava_next"]
 TEMPLATE = {"user": "user : {text}", "assistant": " assistant :", "answer": " {text}{eos}", "separator": " "}
 SIZES = [(40, 70), (90, 30), (50, 50), (84, 84), (30, 31), (64, 100)]
 RECORDS = [

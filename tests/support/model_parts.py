@@ -9,6 +9,8 @@ from vtprune_train.config.settings import ModelConfig
 from vtprune_train.models.io.build import build_model
 from vtprune_train.models.io.tokenizer import load_tokenizer
 
+TEXT_TYPES = ("llama", "mistral", "qwen2")
+
 
 def save_parts(folder, text_type="llama", tied=False):
     """A language model with a tokenizer that lacks <image>, and a vision tower, as a hub would hold them."""

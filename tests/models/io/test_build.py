@@ -5,12 +5,10 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, LlavaNextForConditionalGeneration
 
 from tests.support.helpers import tiny_config, tiny_model, tiny_processor
-from tests.support.model_parts import built, from_parts, save_parts
+from tests.support.model_parts import TEXT_TYPES, built, from_parts, save_parts
 from vtprune_train.config.settings import ModelConfig
 from vtprune_train.models.io.build import build_model, parts_of, resolve_checkpoint, saved_pruning, set_trainable
 from vtprune_train.models.io.processors import build_processor
-
-TEXT_TYPES = ("llama", "mistral", "qwen2")
 
 
 @pytest.mark.parametrize("text_type", TEXT_TYPES)

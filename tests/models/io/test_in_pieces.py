@@ -6,10 +6,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from tests.models.families.test_loop_families import NAMES, save_checkpoint
-from tests.models.io.test_build import TEXT_TYPES
 from tests.support.families import family_model
+from tests.support.family_runs import NAMES, save_checkpoint
 from tests.support.helpers import tiny_config
+from tests.support.model_parts import TEXT_TYPES
 from vtprune_train.models.io.build import open_whole
 from vtprune_train.models.io.export import INDEX, Plan, plan_of, stored, write_tensors, write_weights
 from vtprune_train.models.io.in_pieces import Deferred

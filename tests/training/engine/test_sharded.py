@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.families import family_model, tokenizer
+from tests.support.family_runs import NAMES, save_checkpoint
+from tests.support.model_parts import save_parts
 from tests.support.runner import BIN, ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.cli import main
 from vtprune_train.models.io.build import resolve_checkpoint
@@ -81,8 +83,6 @@ def test_sharded_equals_whole(runs, base, kind):
 
 
 def test_parts_with_a_fresh_projector_and_then_with_that_projector(tmp_path):
-    from tests.models.io.test_build import save_parts
-
     runs = Runs(tmp_path)
     save_parts(tmp_path)
     parts = (
@@ -178,7 +178,6 @@ def test_options_that_need_an_export_say_so(runs, capsys):
 
 def test_checkpoints_of_every_trained_family(tmp_path):
     """Also one in several files, one of torch.save, tied embeddings, and embeddings that grow for a new token."""
-    from tests.models.families.test_loop_families import NAMES, save_checkpoint
 
     for name in NAMES:
         save_checkpoint(name, tmp_path / name)
