@@ -216,10 +216,9 @@ def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
     export = (total if config.model.peft is None else trained) * element
     master = trained * 12 if element == 2 or stage else trained * 8
     written = 0 if config.train.export == "never" else export
-    what = "export of the last one" if config.train.export == "last" else "export"
     lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
     lines.append(
-        f"{'checkpoint':<16}{(written + export + master) / 1e9:>12.3f} GB: {what} {written / 1e9:.3f}, weights for "
+        f"{'checkpoint':<16}{(written + export + master) / 1e9:>12.3f} GB: export {written / 1e9:.3f}, weights for "
         f"resuming {export / 1e9:.3f}, optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
     )
     return lines

@@ -54,8 +54,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
     grids = _grids(self, state, inputs, lengths)
-    noted = any(grids) or read is not None
-    assert not (noted and isinstance(images, Tensor)), "grids and patches need image features that are separate tensors"
+    assert not isinstance(images, Tensor) or not (any(grids) or read), "grids and patches need a tensor an image"
     if len(images) == len(lengths):
         for image, own, encoder in zip(images, grids, encoders, strict=True):
             setattr(image, SEEN, _Seen(own, encoder))
