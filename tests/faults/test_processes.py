@@ -133,9 +133,9 @@ def test_restarts_are_bounded(runs):
 LONG = ("train.max_restarts=3", "train.save_every=1000", "train.max_steps=20000", "train.epochs=20000")
 
 
-def launched(runs, name):
+def launched(runs, name, *settings):
     """`vtprune launch` in the middle of training; the process, and the launcher as psutil has it."""
-    process = runs.start(name, *SETTINGS, *LONG, **LAUNCH)
+    process = runs.start(name, *SETTINGS, *LONG, *settings, **LAUNCH)
     assert wait_until(lambda: runs.metrics(name), process), runs.log(name)[-3000:]
     [launcher] = psutil.Process(process.pid).children()
     return process, launcher
@@ -169,7 +169,7 @@ def test_ctrl_c_twice_and_a_second_start_meanwhile(runs):
 
 def test_the_launcher_is_killed(runs):
     """Its ranks save and stop by themselves, and nothing of the run is left."""
-    process, launcher = launched(runs, "orphaned")
+    process, launcher = launched(runs, "orphaned", "data.workers=1")
     everyone = launcher.children(recursive=True)
     assert len(everyone) >= 4, "ranks and their loader workers"
     launcher.kill()
