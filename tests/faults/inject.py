@@ -304,7 +304,7 @@ IN_STEP: dict[str, Callable[[], Any]] = {
     "after_evaluation": lambda: after(callbacks.Evaluation, "_evaluate"),
 }
 IN_SAVE: dict[str, Callable[[], Any]] = {
-    "before_weights": lambda: before(folder, "write_part", step_of_path(0)),
+    "before_weights": lambda: before(folder, "write_file", step_of_path(0)),
     "in_shard": in_shard,
     "before_export": lambda: before(folder, "write_export", step_of_path(3)),
     "after_export": lambda: after(folder, "write_export", step_of_path(3)),

@@ -68,7 +68,7 @@ def test_rank_0_killed(runs):
 
 
 def test_a_hung_rank_is_named_with_stacks(runs, whole):
-    said, seconds = faulty(runs, "hung", "hang:1:3", "train.watchdog_timeout=12")
+    said, seconds = faulty(runs, "hung", "hang:1:3", "train.watchdog_timeout=12", "data.workers=1")
     assert seconds < SOON
     assert f"no progress for 12 s. rank 1 on {HOST}: step 3, at its start, at fault, {FAULTY}:" in said
     assert "1 other rank(s) wait for it, such as rank 0: step 3, backward 1 of 1, waiting in all_reduce" in said

@@ -223,7 +223,7 @@ def test_without_pictures_full_and_pruned_agree(parts):
         ("pruning.full_token_share=-0.1", ["pruning.full_token_share", "greater than or equal to 0"]),
         ("pruning.consistency_weight=0.5", ["pruning.consistency_weight=0.5", "set full_token_share"]),
         ("pruning.consistency_temperature=0", ["pruning.consistency_temperature", "greater than 0"]),
-        ("pruning.warmup={kind: linear}", ["pruning.warmup", "steps=N or ratio=R", "neither is set"]),
+        ("pruning.warmup={kind: linear}", ["pruning.warmup", "steps=N and ratio=R", "neither is set"]),
         ("pruning.warmup={steps: 5, ratio: 0.1}", ["pruning.warmup", "both is set"]),
         ("pruning.warmup={steps: 0}", ["pruning.warmup.steps", "greater than or equal to 1"]),
         ("pruning.warmup={steps: 5, kind: slow}", ["pruning.warmup.kind", "'slow'"]),

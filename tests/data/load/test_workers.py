@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from tests.support.runner import ROOT
 from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import PackedBatch, SegmentLayout
 from vtprune_train.data.load.workers import DecodePool, MicroBatch, WorkerError
@@ -301,7 +302,8 @@ if __name__ == "__main__":
 def test_workers_outlive_what_a_scheduler_sends_and_end_with_their_rank(tmp_path):
     """The rank is killed: no process of it stays, not even one that hangs."""
     (tmp_path / "rank.py").write_text(RANK)
-    rank = subprocess.Popen([sys.executable, str(tmp_path / "rank.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command, env = [sys.executable, str(tmp_path / "rank.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
+    rank = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     pids = [int(pid) for pid in rank.stdout.readline().split()]
     helpers = [process.pid for process in psutil.Process(rank.pid).children()]
     for pid in (*pids, *helpers):

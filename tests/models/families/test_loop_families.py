@@ -255,7 +255,7 @@ def test_settings_that_do_not_fit_the_family_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a qwen3_vl, which the training loop does not know; it trains: llava_n"):
         family_model("qwen3_vl").config.save_pretrained(tmp_path)
         load_model_config(ModelConfig(path=str(tmp_path)))
-    with pytest.raises(ValueError, match="max_pixels=5000 is for models that take pictures of any size"):
+    with pytest.raises(ValueError, match="max_pixels=5000 is for models that take images of any size"):
         build_image_processor(family_model("llava").config, None, 5000)
     config = family_model("qwen2_5_vl").config
     with pytest.raises(ValueError, match="max_pixels=9 is below the least size, 3136 pixels"):
