@@ -241,6 +241,7 @@ def test_what_is_measured_is_what_the_layers_see(name, values):
     assert measured[2].entering == measured[2].cached == 0 and measured[0].prefill_flops > 0
 
 
+@pytest.mark.slow
 def test_a_run_logs_what_its_batches_counted(tmp_path):
     """An adaptive method's record holds what it took, not what it was planned for."""
     runs = Runs(tmp_path)

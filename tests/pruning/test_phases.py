@@ -313,6 +313,7 @@ def runs(tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 def test_a_run_of_projector_alignment_drops_at_every_step(tmp_path):
     runs = Runs(tmp_path)
     asked = ["pruning.full_token_share=0.5", "pruning.consistency_weight=1", "data.eval=[]", "train.max_steps=6"]
@@ -322,6 +323,7 @@ def test_a_run_of_projector_alignment_drops_at_every_step(tmp_path):
         assert not line.get("full_tokens") and line["visual_tokens_entering"] < line["visual_tokens"]
 
 
+@pytest.mark.slow
 def test_dense_steps_of_a_warm_up_are_a_dense_run_and_a_resume_is_exact(runs):
     zero0 = "deepspeed=configs/deepspeed/zero0.json"
     runs.run("dense", "pruning={method: none}", "data.eval=[]", "run.stop_after=3", zero0)
@@ -357,6 +359,7 @@ def test_metrics_follow_the_phase_of_the_step(runs):
             assert m["tokens_stage_3"] < m["tokens_stage_0"] and m["flops"] < m["flops_dense"]
 
 
+@pytest.mark.slow
 def test_two_ranks_of_zero_3_take_the_same_steps(runs):
     runs.run("two", *PHASES, "deepspeed=configs/deepspeed/zero3.json", ranks=2)
     one, two = runs.metrics("whole"), runs.metrics("two")

@@ -128,6 +128,7 @@ def test_deterministic_kernels_are_asked_for_by_a_setting(monkeypatch, determini
     assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 def test_a_run_with_deterministic_fp8(tmp_path):
     """Stopped and resumed, it ends with the same bits."""

@@ -228,6 +228,7 @@ def is_as_predicted(row):
     return all(row[f"predicted_{phase}"] == pytest.approx(row[phase], rel=0.1) for phase in ("backward", "step"))
 
 
+@pytest.mark.slow
 def test_states_at_every_stage_are_what_deepspeed_allocates(measured):
     for row in (row for rows in measured for row in rows):
         assert is_as_predicted(row), row
