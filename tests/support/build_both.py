@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from torch import distributed
 from transformers import AutoTokenizer

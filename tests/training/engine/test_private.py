@@ -47,7 +47,7 @@ OF_PARAMETERS = {
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     out = tmp_path_factory.mktemp("engines") / "found.json"
-    script = ROOT / "tests" / "training" / "engine" / "engines.py"
+    script = ROOT / "tests" / "support" / "every_engine.py"
     command = [sys.executable, str(script), str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
