@@ -110,21 +110,26 @@ def test_an_export_made_later_is_that_of_training(runs, stage):
     assert_same_files(runs.checkpoint(f"every{stage}") / "hf", runs.checkpoint(f"never{stage}") / "hf")
 
 
-def test_the_last_checkpoint_is_exported(runs, base):
-    """The one of the last step alone; a run that was stopped goes on from a checkpoint without an export."""
+@pytest.fixture(scope="module")
+def exported_last(runs, base):
+    """Settings of a run with ``train.export=last``; it was stopped after step 2 and went on to step 3."""
     settings = (*SHORT, f"train.init_from={base}", "train.export=last", "train.save_every=1")
     runs.run("last", *settings, "run.stop_after=2", ranks=2)
     assert not list(runs.directory("last").glob("checkpoints/*/hf"))
     assert main(["checkpoint", "verify", str(runs.directory("last"))]) == 0
     runs.run("last", *settings, ranks=2)
-    runs.run("uninterrupted", *settings, ranks=2)
+    return settings
+
+
+def test_the_last_checkpoint_is_exported(runs, exported_last):
+    """The one of the last step alone; a run that was stopped goes on from a checkpoint without an export."""
+    runs.run("uninterrupted", *exported_last, ranks=2)
     assert [path.parent.name for path in runs.directory("last").glob("checkpoints/*/hf")] == ["step_00000003"]
     assert_same_metrics(runs.metrics("last"), runs.metrics("uninterrupted"))
     assert_equal_checkpoints(runs.checkpoint("last"), runs.checkpoint("uninterrupted"))
 
 
-def test_an_export_from_the_portable_form(runs):
-    """On top of what ``test_the_last_checkpoint_is_exported`` leaves."""
+def test_an_export_from_the_portable_form(runs, exported_last):
     checkpoint = runs.directory("last") / "checkpoints" / "step_00000002"
     for name, source in (("direct", checkpoint), ("portable", runs.folder / "portable" / "step_00000002")):
         if name == "portable":
@@ -169,7 +174,7 @@ def test_a_faulty_checkpoint_is_named_and_ends_all_ranks(runs, base, tmp_path, f
     assert "Traceback" not in done.stderr
 
 
-def test_options_that_need_an_export_say_so(runs, capsys):
+def test_options_that_need_an_export_say_so(runs, exported_last, capsys):
     checkpoint = runs.directory("last") / "checkpoints" / "step_00000002"
     command = ["export", "--model", str(checkpoint), "--out", str(runs.folder / "no"), "--dtype", "float16"]
     assert main(command) == 2
