@@ -210,7 +210,7 @@ def test_after_a_worker_is_killed_the_batches_are_the_same(pool_of, which, caplo
     assert f"{who} was killed by {which.name} (most likely " in caplog.text
     assert "samples id" in caplog.text and "the workers are started again" in caplog.text
     if which == signal.SIGSEGV:
-        assert "in slowly" in caplog.text, "the stack of the crash"
+        assert "in _worker_loop" in caplog.text, "the stack of the crash"
     assert not any(map(running, before))
 
 
