@@ -72,7 +72,7 @@ def errors_of(path, *overrides):
         ("model.path=x", ["model", "path and config are both set"]),
         ("model.config=null", ["model has no origin", "model.path"]),
         ("model.dtype=int8", ["model.dtype", "'int8'"]),
-        ("nonsense", ["'nonsense' is no key=value"]),
+        ("nonsense", ["'nonsense' is not key=value"]),
     ],
 )
 def test_one_wrong_setting(override, words):

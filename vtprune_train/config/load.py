@@ -109,7 +109,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one ``key=value``; refuse another form, a value that is not YAML, and a key that leads outside of a list."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"{override!r} is no key=value")
+        raise ValueError(f"{override!r} is not key=value")
     value = parse_value(text, key)
     *parents, last = key.split(".")
     if parents[:1] == ["deepspeed"] and isinstance(tree.get("deepspeed"), str):
@@ -129,7 +129,7 @@ def _place(node: dict[str, Any] | list[Any], part: str, key: str) -> Any:
     if isinstance(node, dict):
         return part
     if not part.isdigit() or int(part) >= len(node):
-        raise ValueError(f"{key}: {part!r} is no index into a list of {len(node)}")
+        raise ValueError(f"{key}: {part!r} is not an index into a list of {len(node)}")
     return int(part)
 
 

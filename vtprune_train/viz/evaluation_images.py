@@ -35,7 +35,7 @@ class EvaluationImages(Callback):
     def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
         if not trainer.config.train.eval_show or collate.method is None:
             return
-        drawn = survivors(
+        drawn = draw_kept(
             trainer.engine.module, collate, pictures=trainer.config.train.eval_show, device=trainer.device
         )
         board = trainer.engine.monitors.tensorboard
@@ -46,7 +46,7 @@ class EvaluationImages(Callback):
                 board.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
 
 
-def survivors(model: nn.Module, collate: Collator, *, pictures: int, device: torch.device) -> list[np.ndarray]:
+def draw_kept(model: nn.Module, collate: Collator, *, pictures: int, device: torch.device) -> list[np.ndarray]:
     """The first samples of ``collate.index`` that have pictures, drawn; all ranks call this together.
 
     Args:

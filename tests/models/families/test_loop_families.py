@@ -44,7 +44,7 @@ from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.io.build import build_model, load_model_config, parts_of, set_trainable
 from vtprune_train.models.io.processors import build_image_processor, build_processor
 from vtprune_train.models.io.tokenizer import load_tokenizer
-from vtprune_train.viz.evaluation_images import _question, survivors
+from vtprune_train.viz.evaluation_images import _question, draw_kept
 from vtprune_train.viz.show import look
 
 pytestmark = pytest.mark.slow
@@ -274,7 +274,7 @@ def test_evaluation_images(setup):
     parts = setup.parts()
     collate = setup.collator(parts, DROP)
     model = prune(parts.model, DROP)
-    drawn = survivors(model, collate, pictures=4, device=torch.device("cpu"))
+    drawn = draw_kept(model, collate, pictures=4, device=torch.device("cpu"))
     assert [pixels.dtype for pixels in drawn] == [np.uint8] * 2
     one, three = (pixels.shape for pixels in drawn)
     assert three[0] > 1.5 * one[0] and three[1] == one[1]

@@ -72,7 +72,7 @@ def test_nothing_else_knows_deepspeed():
     [
         "def f():\n    from deepspeed.ops.adam import DeepSpeedCPUAdam",
         "import importlib\nimportlib.import_module('deepspeed.zero')",
-        "def f(parameter):\n    return getattr(parameter, 'ds_shape', None)",
+        "def f(parameter):\n    return getattr(parameter, 'ds_tensor', None)",
         "def f(trainer):\n    return trainer.engine.optimizer",
         "def f(engine):\n    return engine.global_steps",
         "def f(engine):\n    return engine._deepspeed",

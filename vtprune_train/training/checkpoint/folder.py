@@ -24,12 +24,13 @@ from typing import Any
 from vtprune_train.files import pickles
 from vtprune_train.files.disk import naming, remove
 from vtprune_train.models.io.export import EXPORT, UNEXPORTED, Plan, write_weights
+from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.writing import Entries, Save, write_file
 from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.engine.files import DeepSpeedFiles, weight
-from vtprune_train.training.engine.layout import layout_name, whole_shape
+from vtprune_train.training.engine.layout import layout_name
 from vtprune_train.training.engine.weights import export_plan, full_state_dict, holds_only_trained, write_export
 from vtprune_train.training.memory.pinned import HostCopies
 

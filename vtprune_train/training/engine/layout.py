@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vtprune_train.models.io.placement import whole_shape
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -59,11 +61,6 @@ def read_layouts(folder: Path) -> list[Layout]:
             f"it, or start from its weights with train.init_from={folder.parent}"
         )
     return layouts
-
-
-def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of a parameter, also of one that ZeRO-3 has partitioned."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:

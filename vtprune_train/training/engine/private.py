@@ -89,7 +89,6 @@ PARAMETERS: dict[str, dict[str, str]] = {
     "DeepSpeedZeroOptimizer_Stage3": {
         "ds_id": "sharded: whether a parameter is partitioned, and the order in which gradients are summed",
         "convert_to_zero_parameters": "sharded: partitions other parameters likewise",
-        "ds_shape": "layout: of the whole parameter",
         "ds_numel": "layout: of the whole parameter",
         "ds_tensor": "layout: this rank's partition",
         "partition_numel": "layout: the size of a rank's partition",

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.engine.files import MASTER, SavedState, scaler_numbers
-from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of, whole_shape
+from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of
 
 
 def load_resharded(

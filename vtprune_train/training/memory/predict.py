@@ -24,7 +24,7 @@ from vtprune_train.models.families.base import normalizes_queries_and_keys
 from vtprune_train.models.families.towers import SavedByTower
 from vtprune_train.models.forward import head
 from vtprune_train.models.forward.recompute import Level, recomputed_layers
-from vtprune_train.training.engine.layout import whole_shape
+from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
 from vtprune_train.training.memory.pinned import pinned_bytes
 from vtprune_train.training.optimizer import parameter_groups
