@@ -9,7 +9,7 @@ from vtprune_train.evaluation.answering import Loaded
 from vtprune_train.models.io.method_parameters import check_trained, saved_learner
 from vtprune_train.models.patch import prune, unprune
 from vtprune_train.pruning import CONFIG_KEY, NONE, PruningMethod, method_class
-from vtprune_train.pruning.user_methods import method_name
+from vtprune_train.pruning.base import method_name
 
 DENSE = "dense"
 

@@ -9,10 +9,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from vtprune_train.core.user_code import load_class, loaded
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vtprune_train.pruning.setting_types import setting_types
-from vtprune_train.pruning.user_methods import load_class, loaded_class, names_beside
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ METHODS: dict[str, str] = {
 
 
 def method_class(name: str) -> type[PruningMethod]:
-    """The class of a method: a name of :data:`METHODS`, or the path of one's own, ``package.module:Class`` or
+    """The class of a method: a name of :data:`METHODS`, or the path of your own, ``package.module:Class`` or
     ``path/to/file.py:Class``.
 
     Raises:
@@ -63,13 +63,10 @@ def method_class(name: str) -> type[PruningMethod]:
             f"{', '.join(METHODS)}, {NONE}; one's own is named by its path, 'package.module:Class' or "
             "'path/to/file.py:Class'"
         )
-    found = load_class(path)
-    if not (inspect.isclass(found) and issubclass(found, PruningMethod) and dataclasses.is_dataclass(found)):
-        module, _, attribute = path.rpartition(":")
-        nearest = difflib.get_close_matches(attribute, names_beside(path), n=1)
-        meant = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"method={name!r}: {module} has no dataclass {attribute!r} that is a PruningMethod{meant}")
-    return found
+    cls = load_class(path, PruningMethod, "method")
+    if not dataclasses.is_dataclass(cls):
+        raise ValueError(f"method={name!r} is not a dataclass; decorate the class with @dataclass(frozen=True)")
+    return cls
 
 
 def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
@@ -137,7 +134,7 @@ def check_trusted(settings: Any, place: str, name_it: str = "") -> None:
         UntrustedMethodError: names the checkpoint, the method and what to do.
     """
     for path in outside_methods(settings):
-        found = loaded_class(path)
+        found = loaded(path)
         if not (inspect.isclass(found) and issubclass(found, PruningMethod)):
             ways = name_it or (
                 f"name the method yourself (--method {path}, or prune(model, method)), or allow what the checkpoint "

@@ -25,17 +25,25 @@ from torch import Tensor, nn
 
 from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import Boundary, Drop, SegmentLayout, StreamPlan
+from vtprune_train.core.user_code import path_of
 from vtprune_train.pruning.candidates import Candidates, Ranking, Selection
 from vtprune_train.pruning.ops.selection import top_k_per_span
 from vtprune_train.pruning.schedules.budget import mean_input_share, scaled_to_budget
 from vtprune_train.pruning.setting_types import FitsSettings
-from vtprune_train.pruning.user_methods import method_name
 
 RankWith = Literal["next_layer", "this_layer"]
 Positions = Literal["renumber", "keep"]
 MultiTurn = Literal["drop", "keep_dense"]
 HiddenAfter = Literal["query", "span"]
 EncoderRows = Literal["class", "all"]
+
+
+PACKAGE = "vtprune_train.pruning."
+
+
+def method_name(cls: type[PruningMethod]) -> str:
+    """How settings name a method's class: by its name if the package has it, else by its path."""
+    return cls.name if cls.__module__.startswith(PACKAGE) else path_of(cls)
 
 
 class PruningMethod(metaclass=FitsSettings):

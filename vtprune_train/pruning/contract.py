@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import PruningMethod
-from vtprune_train.pruning.user_methods import method_name
+from vtprune_train.pruning.base import PruningMethod, method_name
 
 
 def check_method(method: PruningMethod, num_layers: int) -> None:

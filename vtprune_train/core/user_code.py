@@ -1,0 +1,116 @@
+"""Loads what a setting names by its path: ``package.module:Name`` or ``path/to/file.py:Name``.
+
+Every extension point goes through here: methods, callbacks, optimizers, schedules, data readers, attention backends and
+families.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_FILES: dict[str, str] = {}  # path, as the user wrote it, of each module that was named by its file
+
+
+def is_path(name: str) -> bool:
+    """Whether ``name`` is the path of something outside the package, not a name that the package knows."""
+    return ":" in name
+
+
+def load(path: str, key: str) -> Any:
+    """Import what ``path`` names: a class, a function or any other object.
+
+    A file's folder is appended to ``sys.path`` and the file is imported under its own name, as with modules beside a
+    script: its classes can be pickled and are found again by processes started with ``spawn`` or ``forkserver``.
+
+    Args:
+        path: ``package.module:Name`` or ``path/to/file.py:Name``.
+        key: the setting that holds ``path``, for errors.
+
+    Raises:
+        ValueError: the file or module does not exist or cannot be imported, another module has the file's name, or the
+            module has no such name (the error suggests the nearest).
+    """
+    place, colon, attribute = path.rpartition(":")
+    if not colon or not attribute:
+        raise ValueError(f"{key}={path!r} is not a path; write package.module:Name or path/to/file.py:Name")
+    if place.endswith(".py"):
+        module = _load_file(place, path, key)
+    else:
+        module = _load_module(place, path, key)
+        _FILES.pop(place, None)
+    if attribute not in vars(module) and not hasattr(module, attribute):
+        raise ValueError(f"{key}={path!r}: {place} does not define {attribute}{_nearest(module, attribute)}")
+    return getattr(module, attribute)
+
+
+def load_class(path: str, base: type[T], key: str) -> type[T]:
+    """Like :func:`load`, for a subclass of ``base``.
+
+    Raises:
+        ValueError: see :func:`load`; or ``path`` does not name a subclass of ``base``.
+    """
+    cls = load(path, key)
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise ValueError(f"{key}={path!r} is not a subclass of {base.__name__}, but {cls!r}")
+    return cls
+
+
+def loaded(path: str) -> Any:
+    """What :func:`load` returns if the module of ``path`` has already been imported by anyone, else ``None``. Runs no
+    code."""
+    place, _, attribute = path.rpartition(":")
+    if not place.endswith(".py"):
+        module = sys.modules.get(place)
+        return None if module is None else vars(module).get(attribute)
+    file, module = Path(place).expanduser(), sys.modules.get(Path(place).stem)
+    if module is None or getattr(module, "__file__", None) is None or not file.is_file():
+        return None
+    return vars(module).get(attribute) if Path(str(module.__file__)).samefile(file) else None
+
+
+def path_of(cls: type) -> str:
+    """The path that :func:`load` takes for ``cls``; a file's path is returned as the user wrote it."""
+    return f"{_FILES.get(cls.__module__, cls.__module__)}:{cls.__qualname__}"
+
+
+def _nearest(module: ModuleType, attribute: str) -> str:
+    nearest = difflib.get_close_matches(attribute, vars(module), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _load_module(name: str, path: str, key: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except SyntaxError as error:
+        raise ValueError(f"{key}={path!r} cannot be imported: {error}") from error
+    except ImportError as error:
+        raise ValueError(
+            f"{key}={path!r} cannot be imported: {error}; put the package's folder in PYTHONPATH, start in that "
+            "folder, or name a file: path/to/file.py:Name"
+        ) from error
+
+
+def _load_file(place: str, path: str, key: str) -> ModuleType:
+    file = Path(place).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{key}={path!r}: file {place} does not exist in {Path.cwd()}; correct the path")
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()
+    module = _load_module(file.stem, path, key)
+    if module.__file__ is None or not Path(module.__file__).samefile(file):
+        raise ValueError(
+            f"{key}={path!r}: another module is already named {file.stem} ({module.__file__ or 'built in'}); rename "
+            "the file"
+        )
+    _FILES[file.stem] = place
+    return module
