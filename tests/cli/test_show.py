@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -33,6 +32,7 @@ from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import grid_places
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
 from vtprune_train.viz.page import page
 from vtprune_train.viz.show import encode, look, show, stage_names
@@ -180,7 +180,6 @@ def test_a_grid_of_nothing_is_refused():
         grid_places(10, 10, 0, 3)
 
 
-@dataclass(frozen=True)
 class Known(PruningMethod):
     """Keeps the tokens whose scores the test knows."""
 
@@ -189,6 +188,10 @@ class Known(PruningMethod):
     rank_with: str = "next_layer"
     positions: str = "renumber"
     name = "known"
+
+    @property
+    def needs(self):
+        return Needs(rank_with=self.rank_with, positions=self.positions)
 
     def drops(self, num_layers):
         return (Drop(3, self.keep),)

@@ -4,9 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -235,12 +233,11 @@ def test_another_method_begins_with_its_own_defaults(caplog):
     assert lines == [f"pruning: 'keep' is not a setting of {own}; it has: share"]
 
 
-@dataclass(frozen=True)
 class Every(PruningMethod):
     """A method of one setting."""
 
     share: float = 0.5
-    name: ClassVar[str] = "every"
+    name = "every"
 
     def drops(self, num_layers):
         return (Drop(1, self.share),)

@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -751,7 +752,7 @@ def test_wrapped_models_are_refused():
 class Asked(PyramidDrop):
     """Keeps the layouts that it is asked to plan."""
 
-    asked: list = []  # noqa: RUF012
+    asked: ClassVar[list] = []
 
     def plan(self, segments, num_layers):
         self.asked[:] = segments

@@ -22,7 +22,7 @@ class PruningMethod(Protocol):
     """What is counted of a method; ``vtprune_train.pruning.base.PruningMethod`` is one."""
 
     @property
-    def hides_front(self) -> bool: ...
+    def needs(self) -> Any: ...
     @property
     def parts(self) -> Sequence[Any]: ...
     def drops(self, num_layers: int) -> Sequence[Drop]: ...
@@ -274,9 +274,9 @@ def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, method: PruningM
     total = 0.0
     for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
         part = method.parts[boundary.drop.owner]
-        if part.rank_with is not None and boundary.drop.ranked:
+        if part.needs.rank_with is not None and boundary.drop.ranked:
             rows, pairs = len(boundary.query_rows), _ranked_pairs(boundary)
-            total += geometry.selector(stage.num_tokens, rows, pairs, part.rank_with == "next_layer")
+            total += geometry.selector(stage.num_tokens, rows, pairs, part.needs.rank_with == "next_layer")
         total += part.selector_flops(geometry.hidden, boundary)
     chooser = next((part for part in method.parts if part.key_layers(plan.outline.num_layers)), None)
     for stage, layout in zip(plan.stages, plan.key_layouts, strict=True):
@@ -343,7 +343,7 @@ def hidden_text(plan: StreamPlan, method: PruningMethod | None) -> list[int]:
     hides them. In the first call on a cache."""
     segments = plan.outline.segments
     layout = next((layout for layout in plan.key_layouts if layout is not None), None)
-    if method is None or not method.hides_front or layout is None:
+    if method is None or not method.needs.hides_front or layout is None:
         return [0] * len(segments)
     return [front or 0 for front in fronts_of(segments, layout)]
 

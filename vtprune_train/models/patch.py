@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -42,20 +42,23 @@ from vtprune_train.models.io.provenance import published_names
 from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
+from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.learned import learns
+from vtprune_train.pruning.setting_types import setting_types
 
 log = logging.getLogger(__name__)
 
 _REPLACED = "_vtprune_replaced"
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def prune(
-    model: HFModule,
+    model: Model,
     method: PruningMethod | str | Mapping[str, Any] | Sequence[Any] | None = SAVED,
     *,
     attention: str = "auto",
     trust_remote_code: bool = False,
-) -> HFModule:
+) -> Model:
     """Let ``model`` drop visual tokens inside its forward pass, in training, evaluation and generation.
 
     Afterwards ``model(**processor(...))`` and ``model.generate(**processor(...))`` take what they always took
@@ -98,7 +101,7 @@ def prune(
         check_tower(inner.get_submodule(family.base).config, family, method)
         if family.three_part_positions is not None:
             method = _keeping_positions(method, family.title)
-        if family.three_part_positions is not None and method.multi_turn == "keep_dense":
+        if family.three_part_positions is not None and method.needs.multi_turn == "keep_dense":
             raise ValueError(
                 f"{family.title}: multi_turn='keep_dense' is not offered, as its positions are not kept between turns; "
                 "use multi_turn='drop'"
@@ -164,11 +167,11 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
     """``method`` for a family whose positions have three parts, which the decoder loop never counts again."""
-    if all(part.positions == "keep" for part in method.parts):
+    if all(part.needs.positions == "keep" for part in method.parts):
         return method
     log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", title)
-    if "positions" in (field.name for field in dataclasses.fields(method)):  # type: ignore[arg-type]
-        return dataclasses.replace(method, positions="keep")  # type: ignore[type-var]
+    if "positions" in setting_types(type(method)):
+        return dataclasses.replace(method, positions="keep")
     return method
 
 
@@ -212,7 +215,7 @@ def saved_method(model: HFModule) -> PruningMethod | None:
     return method_from_settings(settings)
 
 
-def unprune(model: HFModule) -> HFModule:
+def unprune(model: Model) -> Model:
     """Undo :func:`prune`: methods, attention and config are what they were before, and parameters that the method
     brought are gone.
 
@@ -259,7 +262,7 @@ def _pruned(model: HFModule) -> HFModule:
 
 
 @contextmanager
-def dense(model: HFModule) -> Iterator[HFModule]:
+def dense(model: Model) -> Iterator[Model]:
     """Within ``with dense(model):`` a pruned model runs as the dense one it was, in this thread (or asyncio task)
     alone: requests of others are pruned meanwhile. Afterwards it is pruned as before.
 
@@ -288,6 +291,7 @@ def _install(model: HFModule, state: State) -> None:
         ("", "_replicate_for_data_parallel", modules.refuse_data_parallel),
         ("", "train", _train),
         ("", "load_state_dict", _load_state_dict),
+        ("", "extra_repr", _extra_repr),
         (family.base, "forward", modules.forward_base),
         (family.base, "get_image_features", images.get_image_features),
         (family.decoder, "forward", modules.forward_decoder),
@@ -385,6 +389,13 @@ def _train(self: HFModule, original: Callable[..., Any], state: State, *args: An
     if not _is_ours(self.__dict__.get("forward")):
         self.__dict__[_REPLACED]["forward"] = _replace(self, "forward", modules.forward)
     return original(*args, **kwargs)
+
+
+def _extra_repr(self: HFModule, original: Callable[..., str], state: State) -> str:
+    """``print(model)`` says how it is pruned, in its first line."""
+    depth = len(self.get_submodule(state.family.decoder).layers)
+    pruned = "packed, nothing is dropped" if state.method is None else f"pruned by {schedule(state.method, depth)}"
+    return "\n".join(filter(None, (pruned, original())))
 
 
 def _load_state_dict(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,53 +27,34 @@ from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import Boundary, Drop, SegmentLayout, StreamPlan
 from vtprune_train.core.user_code import path_of
 from vtprune_train.pruning.candidates import Candidates, Ranking, Selection
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.ops.selection import top_k_per_span
 from vtprune_train.pruning.schedules.budget import mean_input_share, scaled_to_budget
-from vtprune_train.pruning.setting_types import FitsSettings
-
-RankWith = Literal["next_layer", "this_layer"]
-Positions = Literal["renumber", "keep"]
-MultiTurn = Literal["drop", "keep_dense"]
-HiddenAfter = Literal["query", "span"]
-EncoderRows = Literal["class", "all"]
-
+from vtprune_train.pruning.setting_types import Settings
 
 PACKAGE = "vtprune_train.pruning."
 
 
 def method_name(cls: type[PruningMethod]) -> str:
-    """How settings name a method's class: by its name if the package has it, else by its path."""
+    """How settings name a method's class: by its name if it is part of the package, else by its path."""
     return cls.name if cls.__module__.startswith(PACKAGE) else path_of(cls)
 
 
-class PruningMethod(metaclass=FitsSettings):
-    """One way of dropping visual tokens. Subclasses are frozen dataclasses with at least :meth:`drops` or
-    :meth:`key_layers`, and :meth:`score` or :meth:`choose`.
+class PruningMethod(Settings):
+    """Base class of methods that drop visual tokens.
 
-    Class attributes tell what the loop must prepare; a subclass makes one a dataclass field where it is a setting.
+    The annotated attributes of a subclass are its settings: a frozen dataclass, validated by pydantic, without a
+    decorator. A subclass defines at least :meth:`drops` or :meth:`key_layers`, and :meth:`score`, :meth:`choose` or
+    :meth:`keys`; :attr:`needs` says what the loop must prepare for it.
 
-    Args:
-        name: in YAML, on the command line and in ``config.json``.
-        paper: its title and arXiv number.
-        where: for the list of methods: ``before the decoder``, ``between layers``, ``key-value cache``, ...
-        trains: for that list: what training does with it, and why not where it cannot.
-        before: settings that the method did not always have, with the values that do what it did then; for checkpoints
-            saved before.
-        rank_with: whose attention :attr:`Candidates.ranking` holds: ``next_layer``, the first of the stage that begins;
-            ``this_layer``, the last of the stage that ends (free); ``None``, none is needed.
-        rotary: whether queries and keys of the ranking are rotated.
-        gravity: whether the ranking comes with rotated vectors of ones, whose products are what positions alone give.
-        positions: ``renumber`` gives the kept tokens positions 0, 1, ...; ``keep`` leaves them as they were.
-        differentiable: ranking and choice run with gradients, which may reach the model through
-            :attr:`Selection.values`.
-        multi_turn: what a later turn on the same cache sees of earlier images.
-        encoder_layers: layers of the vision tower whose attention is read; negative ones count from the end, -1 being
-            the last that the decoder's features come from.
-        encoder_rows: whose attention that is: the class token's (``class``), or all of the tile's on average (``all``).
-        hidden_after: from which row on the keys that :meth:`keys` leaves out are not seen: after the first query row
-            that follows the image, or after the image's own span.
-        hides_front: whether rows after a sample's first image do not see what stands in front of that image either
-            (text, and in a later turn all earlier turns); for ``hidden_after = "span"`` in all layers.
+    Attributes:
+        name: the method's name in logs and errors, and for the methods of the package in YAML, on the command line and
+            in ``config.json``; by default the name of the class.
+        paper: title and arXiv number.
+        where: where it acts, for the list of methods: ``before the decoder``, ``between layers``, ``key-value cache``.
+        trains: what training does with it, for the same list; if it cannot be trained, why.
+        before: settings added after a release, with the values that reproduce the method's earlier behavior; they apply
+            to checkpoints that lack these settings.
     """
 
     name: ClassVar[str]
@@ -81,16 +62,17 @@ class PruningMethod(metaclass=FitsSettings):
     where: ClassVar[str] = "between layers"
     trains: ClassVar[str] = "yes"
     before: ClassVar[Mapping[str, Any]] = {}
-    rank_with: RankWith | None = None
-    rotary: bool = True
-    gravity: bool = False
-    positions: Positions = "keep"
-    differentiable: bool = False
-    multi_turn: MultiTurn = "drop"
-    encoder_layers: tuple[int, ...] = ()
-    encoder_rows: EncoderRows = "class"
-    hidden_after: HiddenAfter = "query"
-    hides_front: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+        _refuse_bare_needs(cls)
+        super().__init_subclass__(**options)
+
+    @property
+    def needs(self) -> Needs:
+        """What the decoder loop prepares for the method; the default is :class:`Needs` without arguments."""
+        return Needs()
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:
@@ -120,21 +102,22 @@ class PruningMethod(metaclass=FitsSettings):
     def choose(self, candidates: Candidates) -> Selection:
         """Which candidates enter the next stage; without a device-to-host copy unless the drop is adaptive.
 
-        Runs with gradients, which :attr:`Selection.values` may carry: an own one scores under ``torch.no_grad()``. The
-        default takes the best by :meth:`score`, as many as planned, in their old order.
+        Runs with gradients, which :attr:`Selection.values` may carry; an override should score under
+        ``torch.no_grad()``. The default keeps the planned number of tokens with the highest :meth:`score`, in their
+        original order.
 
         Raises:
-            ValueError: :meth:`score` did not give one number a candidate.
+            ValueError: :meth:`score` did not return one number per candidate.
         """
         boundary = candidates.boundary
         with torch.no_grad():
             scores = self.score(candidates)
         expected = boundary.span_of_visual.shape
         if not isinstance(scores, Tensor) or scores.shape != expected:
-            given = list(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+            result = f"a tensor {list(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
             raise ValueError(
-                f"{method_name(type(self))}: score(candidates) gave {given}, not one number for each of the "
-                f"{len(boundary.span_of_visual)} candidates; return a tensor {list(expected)}"
+                f"{method_name(type(self))}: score(candidates) returned {result}; return a tensor {list(expected)}, "
+                f"one number for each of the {len(boundary.span_of_visual)} candidates"
             )
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
@@ -198,22 +181,42 @@ class PruningMethod(metaclass=FitsSettings):
         keep = getattr(self, "keep", None)
         return keep if isinstance(keep, tuple) else () if keep is None else (keep,)
 
-    def eased(self, start: float, progress: float) -> PruningMethod:
+    def eased(self, start: float, progress: float) -> Self:
         """The method on its way from keeping the share ``start`` at every boundary (``progress`` 0) to itself (1).
 
         Raises:
             ValueError: it has no ratios ``keep`` that could move.
         """
-        if not self.ratios:
+        keep = getattr(self, "keep", None)
+        if keep is None:
             raise ValueError(f"{self.name} has no keep ratios to anneal; use pruning.warmup.kind=dense")
         moved = tuple(start + (ratio - start) * progress for ratio in self.ratios)
-        one = not isinstance(self.keep, tuple)  # type: ignore[attr-defined]
-        return replace(self, keep=moved[0] if one else moved)  # type: ignore[type-var]
+        return replace(self, keep=moved if isinstance(keep, tuple) else moved[0])
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data, as they stand in a checkpoint's ``config.json`` and in YAML."""
-        values = dataclasses.asdict(self)  # type: ignore[call-overload]
         return {
             "method": method_name(type(self)),
-            **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()},
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()},
         }
+
+
+def _refuse_bare_needs(cls: type[PruningMethod]) -> None:
+    """Reject a class that sets an attribute of :class:`Needs` directly, where the loop does not read it.
+
+    Raises:
+        ValueError: says what to write instead.
+    """
+    if "needs" in vars(cls):
+        return
+    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
+    stated = {*vars(cls), *vars(cls).get("__annotations__", ())} - inherited
+    if names := [field.name for field in dataclasses.fields(Needs) if field.name in stated]:
+        arguments = ", ".join(f"{name}=self.{name}" for name in names)
+        first = cls.needs is PruningMethod.needs
+        source = "Needs from vtprune_train" if first else "replace from dataclasses"
+        value = f"Needs({arguments})" if first else f"replace(super().needs, {arguments})"
+        raise ValueError(
+            f"{cls.__name__}.{names[0]} has no effect: the loop reads the property needs. Import {source} and add to "
+            f"the class:\n\n    @property\n    def needs(self):\n        return {value}\n"
+        )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Ranking
+from vtprune_train.pruning.needs import Needs
 
 
-@dataclass(frozen=True)
 class Combined(PruningMethod):
     """All ``methods`` in one model. Each one's shares are of the tokens that it finds at its first drop, so budgets
     multiply: a method that keeps a half, then one that keeps a quarter, leave an eighth.
@@ -24,9 +24,9 @@ class Combined(PruningMethod):
         ValueError: fewer than two methods, or two that want the same thing (the tower's attention, keys of the cache).
     """
 
-    methods: tuple[PruningMethod, ...]
+    methods: tuple[InstanceOf[PruningMethod], ...]
 
-    name: ClassVar[str] = "combined"
+    name = "combined"
 
     def __post_init__(self) -> None:
         if len(self.methods) < 2:
@@ -34,7 +34,7 @@ class Combined(PruningMethod):
         if nested := [method.name for method in self.methods if len(method.parts) > 1]:
             raise ValueError(f"a combination cannot hold another ({nested[0]}); write one list")
         for what, users in (
-            ("the vision tower's attention", [m.name for m in self.methods if m.encoder_layers]),
+            ("the vision tower's attention", [m.name for m in self.methods if m.needs.encoder_layers]),
             ("which keys a layer's cache keeps", [m.name for m in self.methods if _chooses_keys(m)]),
         ):
             if len(users) > 1:
@@ -45,24 +45,18 @@ class Combined(PruningMethod):
         return self.methods
 
     @property
-    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        return next((method.encoder_layers for method in self.methods if method.encoder_layers), ())
-
-    @property
-    def encoder_rows(self) -> Any:  # type: ignore[override]
-        return next((method.encoder_rows for method in self.methods if method.encoder_layers), "class")
-
-    @property
-    def multi_turn(self) -> Any:  # type: ignore[override]
-        return "keep_dense" if any(method.multi_turn == "keep_dense" for method in self.methods) else "drop"
-
-    @property
-    def hidden_after(self) -> Any:  # type: ignore[override]
-        return next((method.hidden_after for method in self.methods if _chooses_keys(method)), "query")
-
-    @property
-    def hides_front(self) -> bool:  # type: ignore[override]
-        return any(method.hides_front for method in self.methods)
+    def needs(self) -> Needs:
+        """What the parts need together. Ranking, positions and gradients are each part's own."""
+        needs = [method.needs for method in self.methods]
+        tower = next((need for need in needs if need.encoder_layers), Needs())
+        keys = next((method.needs for method in self.methods if _chooses_keys(method)), Needs())
+        return Needs(
+            multi_turn="keep_dense" if any(need.multi_turn == "keep_dense" for need in needs) else "drop",
+            encoder_layers=tower.encoder_layers,
+            encoder_rows=tower.encoder_rows,
+            hidden_after=keys.hidden_after,
+            hides_front=any(need.hides_front for need in needs),
+        )
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         drops = [
@@ -161,7 +155,7 @@ def _check_ranking(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
     """Refuse a ranking by the layer before a drop where another drop stands between the two."""
     for earlier, drop in pairwise(drops):
         method = methods[drop.owner]
-        if earlier.layer == drop.layer and drop.ranked and method.rank_with == "this_layer":
+        if earlier.layer == drop.layer and drop.ranked and method.needs.rank_with == "this_layer":
             raise ValueError(
                 f"{method.name} ranks by the layer before layer {drop.layer}, but {methods[earlier.owner].name} drops "
                 f"there first; list {method.name} before it, or give one of them another layer"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod, method_name
+from vtprune_train.pruning.needs import Needs
 
 
 def check_method(method: PruningMethod, num_layers: int) -> None:
@@ -25,13 +26,13 @@ def check_method(method: PruningMethod, num_layers: int) -> None:
 
 
 def _check_parts(part: PruningMethod, place: str, drops: bool, chooses_keys: bool) -> None:
-    """A class says what it is called, where it acts, and what it keeps there."""
+    """A class defines where it acts, what it keeps there, and what it needs from the loop."""
 
     def lacks(*names: str) -> bool:
         return all(getattr(type(part), name) is getattr(PruningMethod, name) for name in names)
 
-    if not isinstance(getattr(part, "name", None), str):
-        raise ValueError(f'{place} has no name; write for example name: ClassVar[str] = "mine"')
+    if not isinstance(part.needs, Needs):
+        raise ValueError(f"{place}: needs is {part.needs!r}; write a property that returns Needs(...)")
     if lacks("drops", "key_layers"):
         raise ValueError(f"{place} does not say where it acts; write its drops(num_layers), or key_layers(num_layers)")
     if drops and lacks("score", "choose"):

@@ -173,9 +173,9 @@ def test_a_combination_asks_for_what_its_methods_ask():
     first, keys = DivPrune(keep=0.5), PLPHP(multi_turn="keep_dense")
     both = Combined((first, keys))
     assert both.input_share(8) == pytest.approx(first.input_share(8) * keys.input_share(8))
-    assert (both.multi_turn, Combined((first, PLPHP())).multi_turn) == ("keep_dense", "drop")
-    assert (both.hidden_after, Combined((first, VoCo())).hidden_after) == ("query", "span")
-    assert (both.encoder_rows, Combined((FoPru(), keys)).encoder_rows) == ("class", "all")
+    assert (both.needs.multi_turn, Combined((first, PLPHP())).needs.multi_turn) == ("keep_dense", "drop")
+    assert (both.needs.hidden_after, Combined((first, VoCo())).needs.hidden_after) == ("query", "span")
+    assert (both.needs.encoder_rows, Combined((FoPru(), keys)).needs.encoder_rows) == ("class", "all")
 
 
 def test_what_is_listed_in_the_order_that_works_is_not():

@@ -153,7 +153,7 @@ class _Walk:
         self.rotary = self.text_model.rotary_emb(self.hidden, position_ids=self.position_ids)
         part = self._ranking_part(index)
         probe = None
-        if part is not None and part.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
+        if part is not None and part.needs.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
             probe = _Probe(self.plan.boundaries[index].query_rows)
         before = self.staging.before
         has_images = None if before is None else before.has_images
@@ -170,10 +170,10 @@ class _Walk:
             self.hidden = self.deepstack.add(self.hidden, layer_index)
         if part is None:
             return None
-        if part.rank_with == "next_layer":
+        if part.needs.rank_with == "next_layer":
             with record_function(RANK):
                 ranking = self._rank_with_next_layer(part, index)
-            return self._with_ones(ranking, index) if part.gravity else ranking
+            return self._with_ones(ranking, index) if part.needs.gravity else ranking
         if probe is None:
             raise ValueError(
                 f"{part.name} ranks by the layer before layer {stage.end_layer}, but none has run; use "
@@ -182,8 +182,8 @@ class _Walk:
         ranking = probe.ranking(self.text_model.layers[stage.end_layer - 1].self_attn.scaling)
         reader = f"{part.name} (decoder layer {stage.end_layer - 1})"
         check_all_heads(self.text_model.config, reader, ranking.queries.shape[1], ranking.keys.shape[1])
-        ranking = ranking if part.rotary else self._unrotated(ranking, index)
-        return self._with_ones(ranking, index) if part.gravity else ranking
+        ranking = ranking if part.needs.rotary else self._unrotated(ranking, index)
+        return self._with_ones(ranking, index) if part.needs.gravity else ranking
 
     def cross(self, index: int, ranking: Ranking | None) -> None:
         """Let the method choose, and gather the stream for the next stage."""
@@ -243,7 +243,7 @@ class _Walk:
     def _ranking_part(self, index: int) -> PruningMethod | None:
         """Whose ranking the boundary that ends stage ``index`` wants."""
         part = self._part(index)
-        ranked = part is not None and part.rank_with is not None and self.plan.boundaries[index].drop.ranked
+        ranked = part is not None and part.needs.rank_with is not None and self.plan.boundaries[index].drop.ranked
         return part if ranked else None
 
     def _module(self, owner: int) -> HFModule | None:
@@ -277,23 +277,19 @@ class _Walk:
         self, part: PruningMethod, boundary: Boundary, ranking: Ranking | None, index: int, aside: _Aside | None
     ) -> Candidates:
         stream = self.hidden[0]
-        returned = aside if boundary.drop.returns else None
-        encoder = None
-        if part.encoder_layers and self.encoder is not None:
-            encoder = _seen_of(self.encoder, self.visual if returned is None else returned.visual)
-
-        def hidden() -> Tensor:
-            return stream.index_select(0, boundary.visual_rows) if returned is None else returned.hidden
-
-        return _Read(
-            {
-                "hidden": hidden,
-                "before": hidden if returned is None else lambda: returned.before,
-                "instruction": lambda: stream.index_select(0, boundary.query_rows),
-            },
+        if aside is not None and boundary.drop.returns:
+            hidden, before, visual = aside.hidden, aside.before, aside.visual
+        else:
+            hidden = before = stream.index_select(0, boundary.visual_rows)
+            visual = self.visual
+        encoder = self.encoder if part.needs.encoder_layers else None
+        return Candidates(
             boundary=self.staging.ranked_boundaries[index] if self.staging.ranked_boundaries else boundary,
+            hidden=hidden,
+            before=before,
+            instruction=stream.index_select(0, boundary.query_rows),
             ranking=ranking,
-            encoder=encoder,
+            encoder=None if encoder is None else _seen_of(encoder, visual),
             memory=self.memories.setdefault(boundary.drop.owner, {}),
             module=self._module(boundary.drop.owner),
             training=self.text_model.training and torch.is_grad_enabled(),
@@ -317,7 +313,7 @@ class _Walk:
         that ranks stay together under ZeRO-3.
         """
         boundary, staging = self.plan.boundaries[index], self.staging
-        with torch.set_grad_enabled(torch.is_grad_enabled() and part.differentiable):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and part.needs.differentiable):
             layer = self.text_model.layers[boundary.layer]
             cos, sin = (table.squeeze(0) for table in self.rotary)  # [T, D]
             rows = boundary.query_rows
@@ -325,10 +321,10 @@ class _Walk:
             check_all_heads(
                 self.text_model.config, f"{part.name} (decoder layer {boundary.layer})", queries.shape[1], keys.shape[1]
             )
-            if part.rotary:
+            if part.needs.rotary:
                 queries = _rotate(queries, cos.index_select(0, rows), sin.index_select(0, rows))
                 keys = _rotate(keys, cos, sin)
-            if staging.ranked_keys and staging.cache is not None and part.rotary:
+            if staging.ranked_keys and staging.cache is not None and part.needs.rotary:
                 staging.cache.stage = staging.ranked_keys[index]
                 keys = staging.cache.joined_keys(keys, boundary.layer)
         return Ranking(queries, keys, layer.self_attn.scaling)
@@ -372,23 +368,9 @@ class _Aside:
         return torch.full_like(self.origin, -1).index_copy(0, self.alive, visual_rows)
 
 
-class _Read(Candidates):
-    """Candidates that read the stream when they are asked to."""
-
-    def __init__(self, readers: dict[str, Callable[[], Tensor]], **given: Any):
-        self.__dict__.update(given, _readers=readers)
-
-    def __getattr__(self, name: str) -> Tensor:
-        reader = self.__dict__["_readers"].get(name)
-        if reader is None:
-            raise AttributeError(name)
-        self.__dict__[name] = reader()
-        return self.__dict__[name]
-
-
 def renumbers(part: PruningMethod, drop: Drop) -> bool:
     """Whether positions are counted again after a drop of ``part`` (never where they have three parts)."""
-    return part.positions == "renumber" or drop.adds
+    return part.needs.positions == "renumber" or drop.adds
 
 
 def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:

@@ -22,8 +22,9 @@ from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.towers import class_tokens, feature_states, patch_grid
 from vtprune_train.models.forward.compile import eager
 from vtprune_train.models.forward.sharding import check_all_heads
-from vtprune_train.pruning.base import EncoderRows, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
+from vtprune_train.pruning.needs import EncoderRows
 
 MAPS = 4  # whole attention maps held at a time
 
@@ -34,7 +35,7 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
     Raises:
         ValueError: naming the method, the family and what works there.
     """
-    if not method.encoder_layers:
+    if not method.needs.encoder_layers:
         return
     instead = "use a method that does not ask it, for example divprune or cdpruner"
     try:
@@ -42,13 +43,13 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
         class_tokens(config.vision_config)
     except ValueError as error:
         raise ValueError(f"{method.name} {error}; {instead}") from error
-    if method.multi_turn == "keep_dense":
+    if method.needs.multi_turn == "keep_dense":
         raise ValueError(
             f"{method.name} reads the vision tower, which does not see earlier images again: multi_turn='keep_dense' "
             "cannot be combined with it; use multi_turn='drop'"
         )
     try:
-        layers_read(config, method.encoder_layers)
+        layers_read(config, method.needs.encoder_layers)
     except ValueError as error:
         raise ValueError(f"{method.name}: {error}") from error
 
@@ -156,10 +157,10 @@ class Reading:
 def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | None]:
     """Note what ``method`` asks while the tower of ``base`` runs inside; ``None`` where it asks nothing. The hooks are
     removed afterwards, before activation checkpointing runs a layer again. A compiled tower runs eagerly meanwhile."""
-    if method is None or not method.encoder_layers:
+    if method is None or not method.needs.encoder_layers:
         yield None
         return
-    notes = Reading(base.config, method.encoder_layers, method.encoder_rows)
+    notes = Reading(base.config, method.needs.encoder_layers, method.needs.encoder_rows)
     handles = notes.hook(base.vision_tower)
     try:
         with eager(base.vision_tower):

@@ -68,7 +68,7 @@ def note_images(call: Call, state: State, images: Sequence[Tensor]) -> None:
     call.image_lengths = state.family.image_lengths(images)
     seen: list[_Seen] = [image.__dict__[SEEN] for image in images if SEEN in image.__dict__]
     if len(seen) < len(call.image_lengths):
-        if state.method is not None and state.method.encoder_layers:
+        if state.method is not None and state.method.needs.encoder_layers:
             raise ValueError(
                 f"{state.method.name} reads the vision tower's attention, but the image features were not made by this "
                 "model's get_image_features as it is; pass pixel_values"

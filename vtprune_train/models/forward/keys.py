@@ -26,8 +26,9 @@ from vtprune_train.core.stream import Boundary, SegmentLayout, StreamPlan, to_de
 from vtprune_train.models.cache import PackedCache
 from vtprune_train.models.forward.attention import causal_mask
 from vtprune_train.models.forward.sharding import check_all_heads
-from vtprune_train.pruning.base import HiddenAfter, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Ranking
+from vtprune_train.pruning.needs import HiddenAfter
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class StageKeys:
         self.layers = set(method.key_layers(plan.outline.num_layers)) & set(range(stage.first_layer, stage.end_layer))
         self.method, self.layout, self.cached, self.config = method, layout, cached, config
         self.segment_lengths = stage.segment_lengths
-        blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
+        blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.needs.hidden_after)
         self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
         # New keys in front of each segment's first image that, with all cached ones, rows after it do not see.
         self.fronts: list[int | None] = [None] * len(self.segment_lengths)
-        if method.hides_front:
+        if method.needs.hides_front:
             self.fronts = [
                 None if has_images is not None and has_images[row] else front
                 for row, front in enumerate(fronts_of(plan.outline.segments, layout))

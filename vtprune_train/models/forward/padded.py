@@ -142,7 +142,7 @@ def _run_rows(
     device = inputs_embeds.device
     new_length = inputs_embeds.shape[1]
     told = None
-    if cache is not None and state.method is not None and state.method.multi_turn == "keep_dense":
+    if cache is not None and state.method is not None and state.method.needs.multi_turn == "keep_dense":
         told = _tell(call, rows, inputs_embeds, cache)
         if not verifies_candidates:
             inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)

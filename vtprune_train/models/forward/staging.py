@@ -100,10 +100,10 @@ def _ranked_among_cached(
     keys, boundaries = [], []
     for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
         part = method.parts[boundary.drop.owner]
-        layer = boundary.layer if part.rank_with == "next_layer" else max(0, stage.end_layer - 1)
+        layer = boundary.layer if part.needs.rank_with == "next_layer" else max(0, stage.end_layer - 1)
         own = before.tokens[layer]
         keys.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
-        boundaries.append(_behind_cached(boundary, stage, own) if part.rotary else boundary)
+        boundaries.append(_behind_cached(boundary, stage, own) if part.needs.rotary else boundary)
     return keys, boundaries
 
 

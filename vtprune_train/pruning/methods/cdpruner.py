@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +41,6 @@ def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> 
     return torch.cat(parts)
 
 
-@dataclass(frozen=True)
 class CDPruner(OneShare):
     """Each image keeps ``floor(keep * n)`` tokens: those that a determinantal point process, conditioned on the
     instruction, finds most likely together (greedily).
@@ -56,8 +52,8 @@ class CDPruner(OneShare):
 
     keep: Share = 64 / 576
 
-    name: ClassVar[str] = "cdpruner"
-    paper: ClassVar[str] = (
+    name = "cdpruner"
+    paper = (
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (arXiv 2506.10967)"
     )
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 
 from vtprune_train.core.stream import Boundary
@@ -14,7 +11,6 @@ from vtprune_train.pruning.ops.diversity import max_min_diverse
 from vtprune_train.pruning.setting_types import Share
 
 
-@dataclass(frozen=True)
 class DivPrune(OneShare):
     """Each image keeps ``floor(keep * n)`` tokens, chosen one after the other so that the smallest cosine distance
     between two of them stays large. Neither the question nor the vision tower's attention is asked.
@@ -26,10 +22,8 @@ class DivPrune(OneShare):
 
     keep: Share = 0.098
 
-    name: ClassVar[str] = "divprune"
-    paper: ClassVar[str] = (
-        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175)"
-    )
+    name = "divprune"
+    paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175)"
 
     def choose(self, candidates: Candidates) -> Selection:
         spans = candidates.boundary.spans

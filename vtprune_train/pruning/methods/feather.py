@@ -4,8 +4,7 @@ one."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,8 +12,9 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop, SpanLayout
-from vtprune_train.pruning.base import Positions, PruningMethod, RankWith
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
+from vtprune_train.pruning.needs import Needs, Positions, RankWith
 from vtprune_train.pruning.ops.grids import rasters_of, spread, strided_cells
 from vtprune_train.pruning.ops.scoring import visual_query_attention
 from vtprune_train.pruning.ops.selection import picked_on_host, top_k_per_span
@@ -26,7 +26,6 @@ class Floored(Drop):
     """A drop that keeps an even grid whatever the ranking says."""
 
 
-@dataclass(frozen=True)
 class Feather(PruningMethod):
     """Before ``layers[0]`` each image keeps every ``stride``-th token of every ``stride``-th row and the best of the
     rest, ``floor(keep[0] * n)`` in all; before ``layers[1]`` the ``floor(keep[1] * n)`` best, grid or not.
@@ -46,15 +45,18 @@ class Feather(PruningMethod):
     rank_with: RankWith = "this_layer"
     positions: Positions = "keep"
 
-    name: ClassVar[str] = "feather"
-    paper: ClassVar[str] = (
+    name = "feather"
+    paper = (
         "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration (arXiv "
         "2412.13180)"
     )
-    rotary: ClassVar[bool] = False  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         check_schedule(self.layers, self.keep)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rank_with=self.rank_with, positions=self.positions, rotary=False)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary, to_device
-from vtprune_train.pruning.base import EncoderRows
 from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.methods.one_share import OneShare
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.ops.grids import rasters_of
 from vtprune_train.pruning.ops.significance import neutral, ranked, signals_of
 from vtprune_train.pruning.setting_types import Share
 
 
-@dataclass(frozen=True)
 class FoPru(OneShare):
     """Each image keeps ``floor(keep * n)`` tokens by the attention that they receive in the vision tower, from all
     tokens of their tile on average.
@@ -35,13 +33,12 @@ class FoPru(OneShare):
     strategy: Literal["rank", "row"] = "rank"
     layer: int = -1
 
-    name: ClassVar[str] = "fopru"
-    paper: ClassVar[str] = "FoPru: Focal Pruning for Efficient Large Vision-Language Models (arXiv 2411.14164)"
-    encoder_rows: ClassVar[EncoderRows] = "all"  # type: ignore[misc]
+    name = "fopru"
+    paper = "FoPru: Focal Pruning for Efficient Large Vision-Language Models (arXiv 2411.14164)"
 
     @property
-    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        return (self.layer,)
+    def needs(self) -> Needs:
+        return Needs(positions=self.positions, encoder_layers=(self.layer,), encoder_rows="all")
 
     def score(self, candidates: Candidates) -> Tensor:
         significance = neutral(signals_of(candidates, 1).attention[0], candidates.boundary)

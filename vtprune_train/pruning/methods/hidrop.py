@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import PruningMethod, RankWith
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.ops.selection import all_candidates, top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
@@ -49,7 +49,6 @@ def gates(scores_V: Tensor, boundary: Boundary, temperature: float) -> Tensor:
     return torch.cat(found)
 
 
-@dataclass(frozen=True)
 class HiDrop(PruningMethod):
     """Text alone runs through the first layers; all visual tokens enter before layer ``enter`` as the projector made
     them, are pruned before ``layers`` and leave before layer ``leave``. Layers are counted from 0.
@@ -72,19 +71,22 @@ class HiDrop(PruningMethod):
     differentiable: bool = True
     temperature: PositiveFloat = 1.0
 
-    name: ClassVar[str] = "hidrop"
-    paper: ClassVar[str] = (
+    name = "hidrop"
+    paper = (
         "HiDrop: Hierarchical Vision Token Reduction in MLLMs via Late Injection, Concave Pyramid Pruning, "
         "and Early Exit (arXiv 2602.23699)"
     )
-    where: ClassVar[str] = "enters late, pruned between layers, leaves early"
-    trains: ClassVar[str] = "yes, made for it; gradients reach the ranking"
-    rank_with: ClassVar[RankWith] = "next_layer"  # type: ignore[misc]
+    where = "enters late, pruned between layers, leaves early"
+    trains = "yes, made for it; gradients reach the ranking"
 
     def __post_init__(self) -> None:
         check_schedule(self.layers, self.keep)
         if self.layers is None and len(self.keep) != len(LAYERS):
             raise ValueError(f"keep={list(self.keep)} needs its own layers (the published {list(LAYERS)} are four)")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rank_with="next_layer", differentiable=self.differentiable)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         enter, leave = self._window(num_layers)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import PruningMethod, RankWith
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.ops.selection import all_candidates, picked_on_host, top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
@@ -31,7 +32,6 @@ def clusters(length: int, count: int) -> np.ndarray:
     return own[np.searchsorted(own, np.arange(length), side="right") - 1]
 
 
-@dataclass(frozen=True)
 class LVLMCSP(PruningMethod):
     """Clustering, scattering, pruning: up to layer ``layers[0]`` one token of each cluster stands for the others; then
     all tokens are there; from layer ``layers[1]`` on only those with the most attention.
@@ -50,18 +50,21 @@ class LVLMCSP(PruningMethod):
     keep: tuple[Share, Share] = (0.16, 0.1)
     scatter: Literal["own", "cluster"] = "own"
 
-    name: ClassVar[str] = "lvlm_csp"
-    paper: ClassVar[str] = (
+    name = "lvlm_csp"
+    paper = (
         "LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering, and Pruning for "
         "Reasoning Segmentation (arXiv 2504.10854)"
     )
-    where: ClassVar[str] = "before the decoder and between layers; all return"
-    trains: ClassVar[str] = "yes (published for inference)"
-    rank_with: ClassVar[RankWith] = "next_layer"  # type: ignore[misc]
+    where = "before the decoder and between layers; all return"
+    trains = "yes (published for inference)"
 
     def __post_init__(self) -> None:
         if self.layers is not None and not 1 <= self.layers[0] < self.layers[1]:
             raise ValueError(f"layers={list(self.layers)} are not two increasing layers from 1 on")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rank_with="next_layer")
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         back, prune = scaled_layers((12, 20), 32, num_layers)

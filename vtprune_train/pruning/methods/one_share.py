@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from pydantic import NonNegativeInt
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import Positions, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.needs import Needs, Positions
 from vtprune_train.pruning.schedules.stages import check_layer
 from vtprune_train.pruning.setting_types import Share
 
 
-@dataclass(frozen=True)
 class OneShare(PruningMethod):
     """Each image keeps ``floor(keep * n)`` tokens before the decoder.
 
@@ -25,13 +22,16 @@ class OneShare(PruningMethod):
     keep: Share = 0.5
     positions: Positions = "renumber"
 
-    where: ClassVar[str] = "before the decoder"
+    where = "before the decoder"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(positions=self.positions)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (Drop(0, self.keep),)
 
 
-@dataclass(frozen=True)
 class Baseline(OneShare):
     """``random``, ``uniform`` and ``pool``: each image becomes ``floor(keep * n)`` tokens before layer ``layer``.
 
@@ -44,7 +44,7 @@ class Baseline(OneShare):
     positions: Positions = "keep"
     layer: NonNegativeInt = 0
 
-    paper: ClassVar[str] = "baseline"
+    paper = "baseline"
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         check_layer("layer", self.layer, num_layers)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary
-from vtprune_train.pruning.base import MultiTurn, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Ranking
+from vtprune_train.pruning.needs import MultiTurn, Needs
 from vtprune_train.pruning.ops.per_head import judged_attention, keep_best, of_visual, span_sizes
 from vtprune_train.pruning.schedules.budget import bisected
 from vtprune_train.pruning.schedules.stages import scaled_layers
@@ -38,7 +39,6 @@ def vision_attention(ranking: Ranking, boundary: Boundary) -> tuple[Tensor, Tens
     return scores_GV, judge_V, gamma_Q
 
 
-@dataclass(frozen=True)
 class PLPHP(PruningMethod):
     """Prune the key-value cache after the prefill: each layer at a rate by how much it attends to vision, each head by
     its own attention. The prefill itself sees everything and is not faster.
@@ -61,12 +61,12 @@ class PLPHP(PruningMethod):
     untouched: NonNegativeInt | None = None
     multi_turn: MultiTurn = "drop"
 
-    name: ClassVar[str] = "plphp"
-    paper: ClassVar[str] = (
+    name = "plphp"
+    paper = (
         "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models (arXiv 2502.14504)"
     )
-    where: ClassVar[str] = "key-value cache"
-    trains: ClassVar[str] = "as a mask for each head, for consistency; saves no FLOPs"
+    where = "key-value cache"
+    trains = "as a mask for each head, for consistency; saves no FLOPs"
 
     def __post_init__(self) -> None:
         within = 0.0 <= self.delta <= self.keep
@@ -80,6 +80,10 @@ class PLPHP(PruningMethod):
                 f"beta={self.beta} is larger than alpha={self.alpha}; a layer is indifferent below beta and attentive "
                 "from alpha on"
             )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(multi_turn=self.multi_turn)
 
     def key_layers(self, num_layers: int) -> tuple[int, ...]:
         first = scaled_layers((2,), 32, num_layers)[0] if self.untouched is None else self.untouched

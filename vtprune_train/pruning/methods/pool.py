@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,7 +26,6 @@ def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor
     return torch.segment_reduce(wide, "mean", lengths=sizes_K, axis=0, unsafe=True).to(hidden_VC.dtype)
 
 
-@dataclass(frozen=True)
 class Pool(Baseline):
     """Each image becomes ``floor(keep * n)`` means over near-square blocks of its rasters, each at the place of its
     block's middle token.
@@ -40,8 +36,8 @@ class Pool(Baseline):
         positions: ``keep`` gives a mean the position of its block's middle token; ``renumber`` numbers them 0, 1, ...
     """
 
-    name: ClassVar[str] = "pool"
-    trains: ClassVar[str] = "yes; gradients reach all tokens of a block"
+    name = "pool"
+    trains = "yes; gradients reach all tokens of a block"
 
     def choose(self, candidates: Candidates) -> Selection:
         boundary = candidates.boundary

@@ -5,8 +5,8 @@ Shape suffixes: n tokens of an image, k those that stay, C hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from dataclasses import replace
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -15,8 +15,9 @@ from torch.nn.functional import normalize
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop, to_device
-from vtprune_train.pruning.base import Positions, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
+from vtprune_train.pruning.needs import Needs, Positions
 from vtprune_train.pruning.ops.grids import spread
 from vtprune_train.pruning.ops.significance import merged, signals_of, sizes_before
 from vtprune_train.pruning.schedules.budget import scaled_to_budget
@@ -27,7 +28,6 @@ EXPECTED = 1 / 14  # reported: about 14 times fewer tokens, on average over data
 FENCE = 1.5  # interquartile ranges above the third quartile
 
 
-@dataclass(frozen=True)
 class PruMerge(PruningMethod):
     """Each image keeps the tokens whose attention from the class token is an outlier, however many those are, and each
     other patch is averaged into the kept one whose key resembles its own most, weighted by attention.
@@ -46,16 +46,14 @@ class PruMerge(PruningMethod):
     layer: int = -1
     positions: Positions = "renumber"
 
-    name: ClassVar[str] = "prumerge"
-    paper: ClassVar[str] = (
-        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv 2403.15388)"
-    )
-    where: ClassVar[str] = "before the decoder"
-    trains: ClassVar[str] = "yes; gradients reach merged tokens too"
+    name = "prumerge"
+    paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv 2403.15388)"
+    where = "before the decoder"
+    trains = "yes; gradients reach merged tokens too"
 
     @property
-    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        return (self.layer,)
+    def needs(self) -> Needs:
+        return Needs(positions=self.positions, encoder_layers=(self.layer,))
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.keep is not None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod, RankWith
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates
+from vtprune_train.pruning.needs import MultiTurn, Needs, Positions, RankWith
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.schedules.budget import first_that_fits
 from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_per_layer, quarters
@@ -24,7 +25,6 @@ class PublishedDrop(Drop):
         return int(length * self.keep)
 
 
-@dataclass(frozen=True)
 class PyramidDrop(PruningMethod):
     """Drop visual tokens before ``layers[i]``, keeping ``int(n * keep[i])`` of each image's n original tokens.
 
@@ -48,14 +48,18 @@ class PyramidDrop(PruningMethod):
     without_instruction: Literal["last_visual", "uniform"] = "last_visual"
     multi_turn: MultiTurn = "drop"
 
-    name: ClassVar[str] = "pyramiddrop"
-    paper: ClassVar[str] = (
+    name = "pyramiddrop"
+    paper = (
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction "
         "(arXiv 2410.17247)"
     )
 
     def __post_init__(self) -> None:
         check_schedule(self.layers, self.keep)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rank_with=self.rank_with, positions=self.positions, multi_turn=self.multi_turn)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is None:  # on fewer layers than drops several fall on one

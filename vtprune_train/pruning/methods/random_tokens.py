@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 from pydantic import NonNegativeInt
 
@@ -31,7 +28,6 @@ def draws(seed: int, key: int, number: int, count: int) -> np.ndarray:
     return mixed(state + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
 
 
-@dataclass(frozen=True)
 class Random(Baseline):
     """Each image keeps ``floor(keep * n)`` tokens, drawn by the sample's text, the image's number in it and ``seed``.
 
@@ -44,8 +40,8 @@ class Random(Baseline):
 
     seed: NonNegativeInt = 0
 
-    name: ClassVar[str] = "random"
-    trains: ClassVar[str] = "yes; a sample keeps the same tokens in every epoch"
+    name = "random"
+    trains = "yes; a sample keeps the same tokens in every epoch"
 
     def choose(self, candidates: Candidates) -> Selection:
         return Selection(picked_on_host(candidates.boundary, self._pick))

@@ -6,9 +6,9 @@ Shape suffixes: V visual tokens of a segment or span, Q instruction rows of a se
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
+from vtprune_train.pruning.needs import MultiTurn, Needs, Positions
 from vtprune_train.pruning.ops.raters import numerical_rank, raters_per_segment, rating_attention
 from vtprune_train.pruning.ops.recycling import Recycle, SparseDrop, keep_and_recycle, recycled
 from vtprune_train.pruning.ops.scoring import tokens_holding, visual_per_segment
@@ -32,7 +33,6 @@ BUDGETS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66
 BUDGETS_UNRECYCLED = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
 
 
-@dataclass(frozen=True)
 class SparseVLM(PruningMethod):
     """Rates visual tokens by the instruction's raters in a few layers, and deletes after them.
 
@@ -68,12 +68,9 @@ class SparseVLM(PruningMethod):
     gravity: bool = False
     multi_turn: MultiTurn = "drop"
 
-    name: ClassVar[str] = "sparsevlm"
-    paper: ClassVar[str] = (
-        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
-    )
-    trains: ClassVar[str] = "yes; gradients reach recycled tokens too"
-    rank_with = "this_layer"  # v1.x and SparseVLM+ delete from the output of the layer that rates
+    name = "sparsevlm"
+    paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
+    trains = "yes; gradients reach recycled tokens too"
 
     def __post_init__(self) -> None:
         if self.budget not in (None, *BUDGETS):
@@ -118,6 +115,15 @@ class SparseVLM(PruningMethod):
             return self.keep
         published = BUDGETS_UNRECYCLED if self.recycle == "none" else BUDGETS
         return tuple(kept / TOKENS for kept in published[self.budget or max(published)])
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            rank_with="this_layer",  # v1.x and SparseVLM+ delete from the output of the layer that rates
+            positions=self.positions,
+            gravity=self.gravity,
+            multi_turn=self.multi_turn,
+        )
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         self._check_layers(num_layers)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from vtprune_train.pruning.schedules.stages import scaled_layers
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = 3, 32
 
 
-@dataclass(frozen=True)
 class Victor(PruningMethod):
     """Put ``registers`` learned tokens after each image, and drop its own tokens after the first ``layers`` layers.
 
@@ -30,12 +28,10 @@ class Victor(PruningMethod):
     registers: PositiveInt = 8
     layers: PositiveInt | None = None
 
-    name: ClassVar[str] = "victor"
-    paper: ClassVar[str] = (
-        "Efficient Vision-Language Models by Summarizing Visual Tokens into Compact Registers (arXiv 2410.14072)"
-    )
-    where: ClassVar[str] = "registers behind the image"
-    trains: ClassVar[str] = "yes, and must be: the registers are learned"
+    name = "victor"
+    paper = "Efficient Vision-Language Models by Summarizing Visual Tokens into Compact Registers (arXiv 2410.14072)"
+    where = "registers behind the image"
+    trains = "yes, and must be: the registers are learned"
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is not None and self.layers >= num_layers:

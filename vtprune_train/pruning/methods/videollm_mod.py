@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,12 @@ from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.learned import Routers
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.ops.selection import top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
 from vtprune_train.pruning.setting_types import Share
 
 
-@dataclass(frozen=True)
 class VideoLLMMoD(PruningMethod):
     """In each of ``layers`` only the share ``keep`` of an image's tokens that the layer's router rates highest runs
     through the layer, by as much as it rates them; the others stay what they were.
@@ -32,13 +31,12 @@ class VideoLLMMoD(PruningMethod):
     layers: tuple[int, ...] | None = None
     keep: Share = 0.2
 
-    name: ClassVar[str] = "videollm_mod"
-    paper: ClassVar[str] = (
+    name = "videollm_mod"
+    paper = (
         "VideoLLM-MoD: Efficient Video-Language Streaming with Mixture-of-Depths Vision Computation (arXiv 2408.16730)"
     )
-    where: ClassVar[str] = "skips layers"
-    trains: ClassVar[str] = "yes, and must be: the routers are learned"
-    differentiable: ClassVar[bool] = True  # type: ignore[misc]
+    where = "skips layers"
+    trains = "yes, and must be: the routers are learned"
 
     def __post_init__(self) -> None:
         if self.layers is None:
@@ -59,6 +57,10 @@ class VideoLLMMoD(PruningMethod):
                 f"reads what its router decides; use layers up to {num_layers - 2}"
             )
         return layers if self.keep < 1.0 else ()
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(differentiable=True)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         pairs = ((Drop(n, self.keep), Drop(n + 1, 1.0, returns=True)) for n in self.routed(num_layers))

@@ -5,8 +5,7 @@ Shape suffixes: n tokens of an image, C hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -18,13 +17,13 @@ from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Boundary, Drop, to_device
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.ops.grids import spread
 from vtprune_train.pruning.ops.significance import merged, neutral, signals_of, sizes_before
 from vtprune_train.pruning.schedules.stages import AtLeastOne
 from vtprune_train.pruning.setting_types import Share
 
 
-@dataclass(frozen=True)
 class VisionZip(OneShare):
     """Each image keeps ``floor(keep * n)`` tokens: dominant ones as they are, and contextual ones, each the mean of
     one of the rest and of those that resemble it.
@@ -40,13 +39,13 @@ class VisionZip(OneShare):
     contextual: Annotated[float, Field(ge=0, le=1)] = 10 / 64
     layer: int = -1
 
-    name: ClassVar[str] = "visionzip"
-    paper: ClassVar[str] = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
-    trains: ClassVar[str] = "yes; gradients reach merged tokens too"
+    name = "visionzip"
+    paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
+    trains = "yes; gradients reach merged tokens too"
 
     @property
-    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        return (self.layer,)
+    def needs(self) -> Needs:
+        return Needs(positions=self.positions, encoder_layers=(self.layer,))
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (AtLeastOne(0, self.keep),)

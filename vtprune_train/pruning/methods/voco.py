@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import HiddenAfter, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Ranking, Selection
 from vtprune_train.pruning.learned import Joining, Registers, is_register, join_registers
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.schedules.budget import COUNTED
 
 
-@dataclass(frozen=True)
 class VoCo(PruningMethod):
     """Put ``tokens`` learned tokens after each image and hide what stands before them from everything after them.
 
@@ -33,16 +33,15 @@ class VoCo(PruningMethod):
     tokens: PositiveInt = 2
     hide: Literal["all_before", "image"] = "all_before"
 
-    name: ClassVar[str] = "voco"
-    paper: ClassVar[str] = "VoCo-LLaMA: Towards Vision Compression with Large Language Models (arXiv 2406.12275)"
-    where: ClassVar[str] = "attention and key-value cache of every layer"
-    trains: ClassVar[str] = "yes, and must be: the summary is learned; training is not faster"
-    hidden_after: ClassVar[HiddenAfter] = "span"  # type: ignore[misc]
-    before: ClassVar[dict[str, Any]] = {"hide": "image"}
+    name = "voco"
+    paper = "VoCo-LLaMA: Towards Vision Compression with Large Language Models (arXiv 2406.12275)"
+    where = "attention and key-value cache of every layer"
+    trains = "yes, and must be: the summary is learned; training is not faster"
+    before: ClassVar[Mapping[str, Any]] = {"hide": "image"}
 
     @property
-    def hides_front(self) -> bool:  # type: ignore[override]
-        return self.hide == "all_before"
+    def needs(self) -> Needs:
+        return Needs(hidden_after="span", hides_front=self.hide == "all_before")
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (Joining(0, 1.0, adds=True, number=self.tokens),)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vtprune_train.core.rounding import floor_of
 from vtprune_train.core.stream import Boundary
-from vtprune_train.pruning.base import MultiTurn, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Ranking
+from vtprune_train.pruning.needs import MultiTurn, Needs
 from vtprune_train.pruning.ops.per_head import judged_attention, keep_best, of_visual, span_sizes
 from vtprune_train.pruning.schedules.budget import bisected
 from vtprune_train.pruning.setting_types import Share
@@ -35,7 +35,6 @@ def mass_holders(weights_QL: Tensor, tau: float) -> Tensor:
     return torch.zeros_like(weights_QL, dtype=torch.bool).scatter(1, ordered.indices, before < tau)
 
 
-@dataclass(frozen=True)
 class ZipVL(PruningMethod):
     """After the prefill each layer keeps the visual tokens among the fewest that hold the mass ``tau`` of the attention
     of the image's query row, text included; all heads keep the same ones, and all text stays.
@@ -51,12 +50,14 @@ class ZipVL(PruningMethod):
     keep: Share = 1.0
     multi_turn: MultiTurn = "drop"
 
-    name: ClassVar[str] = "zipvl"
-    paper: ClassVar[str] = (
-        "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification (arXiv 2410.08584)"
-    )
-    where: ClassVar[str] = "key-value cache"
-    trains: ClassVar[str] = "as a mask in each layer, for consistency; saves no FLOPs"
+    name = "zipvl"
+    paper = "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification (arXiv 2410.08584)"
+    where = "key-value cache"
+    trains = "as a mask in each layer, for consistency; saves no FLOPs"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(multi_turn=self.multi_turn)
 
     def key_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(range(num_layers))
