@@ -172,7 +172,7 @@ def test_what_stands_for_a_method(asked, expected):
         ({"method": "none", "keep": 0.5}, "has settings, but none drops nothing"),
         ({"method": "saved"}, r"stands for the settings of a checkpoint that is opened.*prune\(model, 'saved'\)"),
         ([], "a combination names at least one method"),
-        ([FastV()], "entry 1 of the list of methods, FastV.* names no method"),
+        ([FastV()], "entry 1 of the method list, FastV.* names no method"),
         (0.5, "method=0.5 is not a pruning method"),
         (True, "method=True is not a pruning method"),
     ],

@@ -171,7 +171,8 @@ def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
         return method
     log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", title)
     if "positions" in setting_types(type(method)):
-        return dataclasses.replace(method, positions="keep")
+        changes: dict[str, Any] = {"positions": "keep"}
+        return dataclasses.replace(method, **changes)
     return method
 
 

@@ -203,10 +203,12 @@ def _part(number: int, entry: Any) -> PruningMethod:
     name = settings.get("method") if isinstance(settings, Mapping) else None
     if not isinstance(name, str) or name == NONE:
         raise ValueError(
-            f"entry {number} of the list of methods, {entry!r}, names no method; write a name, or a mapping such as "
+            f"entry {number} of the method list, {entry!r}, names no method; write a name, or a mapping such as "
             "{method: random, keep: 0.5}"
         )
     try:
-        return method_from_settings(settings)  # type: ignore[return-value]
+        method = method_from_settings(settings)
     except ValueError as error:
-        raise ValueError(f"entry {number} of the list of methods, {name}: {error}") from error
+        raise ValueError(f"entry {number} of the method list, {name}: {error}") from error
+    assert method is not None
+    return method

@@ -181,17 +181,20 @@ class PruningMethod(Settings):
         keep = getattr(self, "keep", None)
         return keep if isinstance(keep, tuple) else () if keep is None else (keep,)
 
-    def eased(self, start: float, progress: float) -> Self:
+    def with_ratios(self, ratios: Sequence[float]) -> Self:
+        """The method with these keep ratios instead of :attr:`ratios`."""
+        changes = {"keep": tuple(ratios) if isinstance(getattr(self, "keep", None), tuple) else ratios[0]}
+        return replace(self, **changes)
+
+    def eased(self, start: float, progress: float) -> PruningMethod:
         """The method on its way from keeping the share ``start`` at every boundary (``progress`` 0) to itself (1).
 
         Raises:
             ValueError: it has no ratios ``keep`` that could move.
         """
-        keep = getattr(self, "keep", None)
-        if keep is None:
+        if not self.ratios:
             raise ValueError(f"{self.name} has no keep ratios to anneal; use pruning.warmup.kind=dense")
-        moved = tuple(start + (ratio - start) * progress for ratio in self.ratios)
-        return replace(self, keep=moved if isinstance(keep, tuple) else moved[0])
+        return self.with_ratios([start + (ratio - start) * progress for ratio in self.ratios])
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain data, as they stand in a checkpoint's ``config.json`` and in YAML."""

@@ -31,7 +31,7 @@ class Registers(nn.Embedding):
     def __init__(self, number: int, hidden: int):
         super().__init__(number, hidden)
 
-    def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, rows: Tensor) -> Tensor:
         """[n, C] one row an image -> [n * number, C], image after image."""
         return self.weight.repeat(len(rows), 1)
 
@@ -47,7 +47,8 @@ class Routers(nn.ModuleDict):
     def __init__(self, layers: Sequence[int], hidden: int):
         super().__init__({str(layer): nn.Linear(hidden, 1, bias=False) for layer in layers})
         for router in self.values():
-            nn.init.normal_(router.weight, std=0.02 * hidden**-0.5)  # type: ignore[arg-type]
+            assert isinstance(router, nn.Linear)
+            nn.init.normal_(router.weight, std=0.02 * hidden**-0.5)
 
     def forward(self, rows: Tensor) -> Tensor:
         """[n, C] -> [n, layers], what every router says."""
@@ -120,7 +121,7 @@ def is_register(span_V: Tensor, number: int) -> Tensor:
 def _last(spans: Sequence[SpanLayout], device: torch.device) -> Tensor:
     """[spans] int64, each span's last candidate."""
     ends = np.cumsum([span.before for span in spans], dtype=np.int64)
-    return to_device(ends - 1, device)  # type: ignore[no-any-return]
+    return to_device(ends - 1, device)
 
 
 def learns(method: PruningMethod | None) -> bool:

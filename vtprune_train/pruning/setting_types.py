@@ -51,9 +51,13 @@ class Settings:
         raise dataclasses.FrozenInstanceError(f"cannot delete {name}")
 
 
-@cache
 def setting_types(cls: type[Settings]) -> dict[str, Any]:
     """The type of each field, without its constraints."""
+    return _types_of(typing.cast(Any, cls))
+
+
+@cache
+def _types_of(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 

@@ -124,7 +124,7 @@ class PLPHP(PruningMethod):
             relative = self.delta / self.keep if self.keep else 0.0
             return replace(self, keep=keep, delta=min(keep * relative, keep, 1.0 - keep))
 
-        return bisected(scaled, 0.0, 1.0, share, num_layers)  # type: ignore[return-value]
+        return bisected(scaled, 0.0, 1.0, share, num_layers)
 
     def eased(self, start: float, progress: float) -> PLPHP:
         keep = start + (self.keep - start) * progress

@@ -56,4 +56,4 @@ def picked_on_host(boundary: Boundary, pick: Callable[[SpanLayout], np.ndarray])
     for span in boundary.spans:
         found.append(start + pick(span))
         start += span.before
-    return to_device(np.concatenate(found), boundary.span_of_visual.device)  # type: ignore[no-any-return]
+    return to_device(np.concatenate(found), boundary.span_of_visual.device)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.stream import Drop
@@ -14,10 +13,15 @@ COUNTED = 100_000  # tokens of the span by which shares are measured: floors do 
 
 
 class Budgeted(Protocol):
-    """What a budget needs of a method."""
+    """What a method has to define to be fitted to a budget."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def ratios(self) -> tuple[float, ...]: ...
+
+    def with_ratios(self, ratios: Sequence[float]) -> Self: ...
 
     def input_share(self, num_layers: int) -> float: ...
 
@@ -80,15 +84,12 @@ def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) ->
 
 
 def _scaling(method: Method) -> tuple[Callable[[float], Method], float]:
-    """The method by the factor that its ``keep`` is multiplied with, and the factor that keeps everything."""
-    keep = method.keep  # type: ignore[attr-defined]
-    ratios = keep if isinstance(keep, tuple) else (keep,)
+    """A function from a factor to the method with its keep ratios multiplied by it, and the factor that keeps all."""
 
     def scaled(factor: float) -> Method:
-        moved = tuple(min(1.0, max(1e-6, ratio * factor)) for ratio in ratios)
-        return replace(method, keep=moved if isinstance(keep, tuple) else moved[0])  # type: ignore[type-var]
+        return method.with_ratios([min(1.0, max(1e-6, ratio * factor)) for ratio in method.ratios])
 
-    return scaled, 1.0 / min(ratios)
+    return scaled, 1.0 / min(method.ratios)
 
 
 def bisected(made: Callable[[float], Method], low: float, high: float, share: float, num_layers: int) -> Method:
