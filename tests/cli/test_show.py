@@ -25,7 +25,7 @@ from tests.support.checkpoints import save_run
 from tests.support.family_runs import save_checkpoint
 from tests.support.helpers import SPECIAL, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
 from tests.support.runner import Runs
-from vtprune_train import PruningMethod, PyramidDrop, prune
+from vtprune_train import PruningMethod, PyramidDrop, prune, unprune
 from vtprune_train.cli import main
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.families.layout import NEWLINE
@@ -320,8 +320,11 @@ def test_several_pictures_each_with_its_own_tokens():
     assert stage_names(model) == ["stage 1, layers 0-1", "stage 2, layers 2-3", "stage 3, layers 4-5"]
     assert stage_names(prune(tiny_model(), PyramidDrop(layers=(5,), keep=(0.5,))))[1] == "stage 2, layer 5"
     drawn = show(model, processor, pictures, "what is this ?")
-    assert drawn.height > show(model, processor, pictures[:1], "what is this ?").height
+    one = show(model, processor, pictures[0], "what is this ?")
+    assert drawn.height > one.height and one == show(model, processor, pictures[:1], "what is this ?")
     assert drawn.tobytes() == draw(images, stage_names(model), "what is this ?").tobytes()
+    with pytest.raises(ValueError, match="show draws what a pruned model keeps; call prune"):
+        show(unprune(model), processor, pictures[0])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,5 +1,6 @@
 """The front door on unmodified transformers models."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaNextForConditionalGeneration
 
-import vtprune_train
 from tests.support.families import FAMILIES, family_inputs, family_model
 from tests.support.helpers import tiny_model, tiny_processor
 from vtprune_train import FastV, PyramidDrop, dense, is_pruned, prune, unprune
 from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_from_settings
+from vtprune_train.pruning.describe import schedule
 
 TEXTS = [
     "<s> <image> what is shown here ? assistant : a red cat",
@@ -87,6 +88,27 @@ def test_unprune_restores_the_model_exactly():
     assert model.config.to_dict() == before_config
     assert {k: v for k, v in model.__dict__.items() if k != "_modules"} == before_dict
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_print_says_how_the_model_is_pruned():
+    model = tiny_model()
+    dense_text, names = str(model), list(model.state_dict())
+    first, _, rest = dense_text.partition("\n")
+    prune(model, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    line = f"  pruned by {schedule(method_of(model), 6)}"
+    assert line.startswith("  pruned by pyramiddrop: before layers 2, 4 of 6 it keeps 0.5, 0.25")
+    assert str(model) == f"{first}\n{line}\n{rest}" == str(copy.deepcopy(model))
+    assert list(model.state_dict()) == names
+    with dense(model):
+        assert str(model) == dense_text
+    assert str(unprune(model)) == dense_text
+    assert str(prune(model, None)).splitlines()[1] == "  packed, nothing is dropped"
+
+
+def test_kept_tokens_of_a_dense_model_are_refused():
+    made, _ = inputs()
+    with pytest.raises(ValueError, match=r"kept_tokens needs a pruned model; call prune\(model, method\) first"):
+        kept_tokens(tiny_model(), dict(made.items()))
 
 
 def test_rows_of_dropped_tokens_repeat_the_last_survivor():
@@ -321,11 +343,6 @@ def test_dense_is_the_model_with_its_own_attention(name, attention):
     unprune(model)
     assert model.model.language_model.config._attn_implementation == attention
     assert all(torch.equal(a, b) for a, b in zip(expected, outputs(), strict=True))
-
-
-def test_names_that_are_imported_late_are_listed():
-    assert set(vtprune_train.__all__) <= set(dir(vtprune_train))
-    assert all(getattr(vtprune_train, name).__name__ == name for name in vtprune_train.__all__)
 
 
 def test_submodules_are_there_without_an_import_of_their_own():

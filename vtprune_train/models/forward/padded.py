@@ -25,7 +25,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.cache import StagedLayer, Told, staged
 from vtprune_train.models.families.base import Family, sliding_window
 from vtprune_train.models.families.layout import Grids
-from vtprune_train.models.forward.calls import Call, State, state_of
+from vtprune_train.models.forward.calls import Call, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
 from vtprune_train.pruning.base import PruningMethod
@@ -35,12 +35,25 @@ log = logging.getLogger(__name__)
 
 
 def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np.ndarray]]]:
-    """Which visual tokens of each image each drop keeps, for one forward pass of a pruned model without a gradient.
+    """Return the visual tokens that a pruned model keeps after each drop, from one forward pass without gradients::
+
+        kept = kept_tokens(model, processor(images=image, text=prompt, return_tensors="pt"))
+        kept[0][0][-1]  # row 0, image 0, last drop: for example array([3, 17, 42, ...])
+
+    Args:
+        model: a pruned model.
+        inputs: a batch as the processor returns it, on the model's device, without labels.
 
     Returns:
-        For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens; a token
-        made of others is named by one of them.
+        For each row, for each of its images, for each drop: [k] int64, indices into the tokens of the image. A merged
+        token is listed as one of those that it was made of.
+
+    Raises:
+        ValueError: the model is not pruned.
     """
+    if not is_pruned(model):
+        raise ValueError("kept_tokens needs a pruned model; call prune(model, method) first")
+    model = unwrapped(model)
     state: State = state_of(model)
     with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
         assert call is not None, "kept_tokens inside another forward pass"
