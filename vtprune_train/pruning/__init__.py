@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_KEY = "pruning"  # of a model's config
 NONE = "none"
-SAVED: Literal["saved"] = "saved"  # what a checkpoint was saved with, where there is one
+SAVED: Literal["saved"] = "saved"  # use the checkpoint's saved method, if any
 METHODS: dict[str, str] = {
     "pyramiddrop": "vtprune_train.pruning.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "vtprune_train.pruning.methods.sparsevlm:SparseVLM",
@@ -48,7 +48,8 @@ def method_class(name: str) -> type[PruningMethod]:
     ``path/to/file.py:Class``.
 
     Raises:
-        ValueError: no such name, or the path leads to no method; names what is known.
+        ValueError: the name is unknown or the path does not point to a pruning method; the message lists the known
+            methods.
     """
     path = METHODS.get(name, name)
     if name == SAVED:
@@ -67,11 +68,11 @@ def method_class(name: str) -> type[PruningMethod]:
 
 
 def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
-    """Build a method from plain data (YAML, a checkpoint's ``config.json``); ``method: none`` gives ``None``, a list
-    of names or of such mappings gives a combination.
+    """Build a method from plain data (YAML, a checkpoint's ``config.json``); ``method: none`` returns ``None``; a list
+    of names or mappings returns a combination.
 
     Raises:
-        ValueError: unknown method or setting, or a value that does not fit; names what is known.
+        ValueError: unknown method or setting, or an invalid value; the message lists the valid names.
     """
     if not isinstance(settings, Mapping):
         raise ValueError(f"pruning settings {settings!r} are no mapping; write for example {{'method': 'pyramiddrop'}}")
@@ -90,14 +91,16 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
 
 
 class UntrustedMethodError(ValueError):
-    """A checkpoint names a method outside the package, which nobody else has named: its code is not run."""
+    """A checkpoint refers to a method defined outside this package that the user did not name explicitly; its code is
+    not executed."""
 
 
 def saved_settings(config: Any) -> dict[str, Any] | None:
     """The pruning settings in a model's config, see :func:`completed_settings`; ``None`` if it holds none.
 
     Raises:
-        UntrustedMethodError: they name a method outside the package that was not imported before.
+        UntrustedMethodError: the settings refer to a method outside this package that has not been imported in this
+            process.
     """
     settings = getattr(config, CONFIG_KEY, None)
     if settings is None:
@@ -107,7 +110,7 @@ def saved_settings(config: Any) -> dict[str, Any] | None:
 
 
 def outside_methods(settings: Any) -> list[str]:
-    """The paths of methods outside the package in settings that a checkpoint recorded."""
+    """List the paths of custom (non-built-in) methods in a checkpoint's saved settings."""
     name = settings.get("method") if isinstance(settings, Mapping) else settings
     if isinstance(name, list | tuple):
         return [path for part in name for path in outside_methods(part)]
@@ -119,13 +122,14 @@ def outside_methods(settings: Any) -> list[str]:
 
 
 def check_trusted(settings: Any, place: str, name_it: str = "") -> None:
-    """Make sure that settings which a checkpoint recorded lead to no code but the package's and what this process has
-    imported already: the user's YAML, options or script named that.
+    """Check that a checkpoint's saved settings only refer to built-in methods or to code this process has already
+    imported (because the user's YAML, command line or script named it).
 
     Args:
-        settings: as recorded.
-        place: the checkpoint, for the error.
-        name_it: what else names the method here; left out: any of the usual ways, or to trust the checkpoint.
+        settings: the settings as saved in the checkpoint.
+        place: checkpoint path, used in the error message.
+        name_it: how the user can name the method in this context, for the error message; by default it suggests
+            --method, prune(model, method) or trust_remote_code.
 
     Raises:
         UntrustedMethodError: names the checkpoint, the method and what to do.
@@ -144,7 +148,8 @@ def check_trusted(settings: Any, place: str, name_it: str = "") -> None:
 
 
 def trust_saved(config: Any) -> None:
-    """Import the methods that a model's config names, as the user allowed; :func:`saved_settings` takes them then.
+    """Import the custom methods named in a model's config (the user passed trust_remote_code), so that
+    :func:`saved_settings` accepts them.
 
     Raises:
         ValueError: see :func:`method_class`.
@@ -155,8 +160,8 @@ def trust_saved(config: Any) -> None:
 
 
 def completed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's settings as a checkpoint recorded them, after :func:`check_trusted`. A setting that the method did not
-    have when the checkpoint was saved gets the value that does what the method did then."""
+    """Return a checkpoint's method settings after :func:`check_trusted`. Settings added to the method since the
+    checkpoint was saved are filled in with values that reproduce the old behaviour."""
     name = settings.get("method")
     if isinstance(name, list | tuple):
         return {
@@ -167,14 +172,14 @@ def completed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_given(cls: type[PruningMethod], name: str, values: Mapping[str, Any]) -> None:
-    """Settings without a default are all there."""
+    """Check that every required setting has a value."""
     for field in dataclasses.fields(cls):
         if field.name not in values and {field.default, field.default_factory} == {dataclasses.MISSING} and field.init:
             raise ValueError(f"{field.name} of {name} has no default; give its value")
 
 
 class UnknownSettingError(ValueError):
-    """A setting ``key`` that the method does not have; ``also`` are further keys that may have been meant."""
+    """Raised for a setting ``key`` the method does not have; ``also`` lists other keys to suggest."""
 
     def __init__(self, key: str, method: str, known: tuple[str, ...], also: tuple[str, ...] = ()):
         self.key, self.method, self.known = key, method, known
@@ -198,7 +203,7 @@ def _combined(entries: Sequence[Any], others: Mapping[str, Any]) -> PruningMetho
 
 
 def _part(number: int, entry: Any) -> PruningMethod:
-    """The method of a combination's entry; errors name the entry."""
+    """Build the method for one entry of a combination; errors include the entry's number."""
     settings = {"method": entry} if isinstance(entry, str) else entry
     name = settings.get("method") if isinstance(settings, Mapping) else None
     if not isinstance(name, str) or name == NONE:

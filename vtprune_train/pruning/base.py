@@ -1,13 +1,15 @@
-"""The contract of a pruning method: where it acts, what it scores, how many tokens stay, and what becomes of the rest.
+"""The pruning-method interface: where a method drops tokens, how it scores them, how many it keeps, and what happens to
+the others.
 
-A method is a frozen dataclass of its settings with pure functions on tensors; it holds no state between passes and
-never sees a model. The decoder loop (:mod:`vtprune_train.models.forward.decoder`) asks it at every boundary. What
-becomes of the rest:
+A method is a frozen dataclass whose fields are its settings and whose methods are pure functions on tensors; it keeps
+no state between forward passes and never accesses the model. The decoder loop
+(:mod:`vtprune_train.models.forward.decoder`) asks it at every boundary. Tokens that are not kept can be:
 
 - dropped: they are not in the :class:`Selection`;
 - merged: :attr:`Selection.values` replaces tokens of the next stage, by means of others or of learned ones;
 - kept aside, skipped: a later :class:`~vtprune_train.core.stream.Drop` with ``returns`` brings all of them back;
-- dropped from a head's cache: :meth:`PruningMethod.keys` says which keys later rows see in one layer.
+- dropped from the KV cache of a head: :meth:`PruningMethod.keys` returns which keys later rows can attend to in a
+  layer.
 
 Shape suffixes: T tokens in the stream, V candidates (visual tokens before a boundary), K tokens after it, Q query rows,
 H query heads, G key-value heads, D head size, C hidden size.
@@ -80,15 +82,17 @@ class PruningMethod(Settings):
         return (self,)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        """Where and how many, for a decoder of ``num_layers`` layers, in ascending order of layers.
+        """Return the drop points for a decoder with ``num_layers`` layers and the keep ratio at each, in ascending
+        layer order.
 
         Raises:
-            ValueError: a setting does not fit the decoder, naming the setting, its value and how to fix it.
+            ValueError: a setting is invalid for this decoder; the message names the setting, its value and how to fix
+                it.
         """
         return ()
 
     def key_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers in which :meth:`keys` leaves keys out.
+        """Return the layers in which :meth:`keys` drops keys.
 
         Raises:
             ValueError: a setting does not fit the decoder.
@@ -96,11 +100,11 @@ class PruningMethod(Settings):
         return ()
 
     def score(self, candidates: Candidates) -> Tensor:
-        """[V] float32, the worth of each candidate; higher stays. Runs without gradients."""
+        """Return [V] float32 scores, one per candidate; the highest are kept. Runs without gradients."""
         raise NotImplementedError(f"{self.name} neither scores nor chooses")
 
     def choose(self, candidates: Candidates) -> Selection:
-        """Which candidates enter the next stage; without a device-to-host copy unless the drop is adaptive.
+        """Select the candidates that enter the next stage. Does no device-to-host copy unless the drop is adaptive.
 
         Runs with gradients, which :attr:`Selection.values` may carry; an override should score under
         ``torch.no_grad()``. The default keeps the planned number of tokens with the highest :meth:`score`, in their
@@ -122,62 +126,65 @@ class PruningMethod(Settings):
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
     def keys(self, layer: int, ranking: Ranking, boundary: Boundary) -> Tensor:
-        """[G, V] bool, the visual keys of decoder layer ``layer`` that later rows (and the cache) go on seeing.
+        """Return a [G, V] bool mask of the visual keys in decoder layer ``layer`` that stay visible to later rows and
+        stay in the cache.
 
-        Each head of a layer keeps equally many of a span, so that the layer's cache stays rectangular. Runs without
-        gradients; ``ranking`` is that of the layer itself; ``boundary`` describes the stage it lies in (nothing is
-        dropped by it).
+        Every head of a layer must keep the same number of keys per span so that the layer's cache stays rectangular.
+        Runs without gradients. ``ranking`` comes from this layer; ``boundary`` describes the stage the layer belongs to
+        (no tokens are dropped there).
         """
         raise NotImplementedError(f"{self.name} does not choose keys")
 
     def module(self, hidden: int, num_layers: int) -> nn.Module | None:
-        """The parameters that the method adds to the model, or ``None``: trained, saved and loaded with it.
+        """Return the module with the method's learned parameters, or ``None``. It is trained, saved and loaded with the
+        model.
 
-        They start as the module makes them, but embeddings as the decoder makes its own. Submodules must be called, not
-        read (a parameter's own value is only there inside its module's ``forward`` when ZeRO-3 shards it), and as often
-        on a rank without images as on others: an empty result must reach :attr:`Selection.values` too. The module's own
-        ``forward`` takes [n, hidden] for any n and gives something of all parameters; with n = 0 it is called on steps
-        that drop nothing.
+        Parameters keep the module's own initialization, except embeddings, which use the decoder's initializer.
+        Submodules must be called, not read (a parameter's own value is only there inside its module's ``forward`` when
+        ZeRO-3 shards it), and as often on a rank without images as on others: an empty result must reach
+        :attr:`Selection.values` too. ``forward`` must accept [n, hidden] for any n and its output must depend on every
+        parameter; it is called with n = 0 on steps that drop nothing.
         """
         return None
 
     def plan(self, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
-        """Lay out a micro-batch's stages (host only)."""
+        """Plan the stages of a micro-batch (runs on the host only)."""
         key_layers = self.key_layers(num_layers)
         return plan_stream(segments, self.drops(num_layers), num_layers, key_layers=key_layers, method=self)
 
     def input_share(self, num_layers: int) -> float:
-        """Visual tokens that enter a layer, on average over the layers, as a share of all (what a budget means). A
-        method that only drops keys is measured by the keys that later rows see."""
+        """Mean over layers of the fraction of visual tokens entering a layer; this is the quantity a budget refers to.
+        For a method that only drops keys, the fraction of keys visible to later rows is used instead."""
         return mean_input_share(self.drops(num_layers), num_layers)
 
     def kept_key_share(self, layer: int, length: float, num_layers: int) -> float:
-        """The share of an image's keys that layer ``layer`` of :meth:`key_layers` goes on showing, as planned.
+        """Planned fraction of an image's keys that layer ``layer`` (one of :meth:`key_layers`) keeps.
 
         Args:
             layer: decoder layer, counted from 0.
-            length: the image's tokens there, on average.
-            num_layers: the decoder's depth.
+            length: mean number of image tokens in that layer.
+            num_layers: number of decoder layers.
         """
         chosen = len(self.key_layers(num_layers))
         share = (self.input_share(num_layers) * num_layers - (num_layers - chosen)) / chosen
         return min(1.0, max(0.0, share))
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """The method with its free setting such that :meth:`input_share` is ``share``; the default scales ``keep``.
+        """Return a copy of the method tuned so that :meth:`input_share` equals ``share``. The default implementation
+        scales ``keep``.
 
         Raises:
-            ValueError: it cannot reach ``share`` on so many layers; says what it can.
+            ValueError: the method cannot reach ``share`` with this many layers; the message gives the reachable range.
         """
         return scaled_to_budget(self, share, num_layers)
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
-        """FLOPs of scoring and choosing at a boundary, beside the ranking's own projections and attention rows."""
+        """FLOPs of scoring and selection at a drop point, excluding the ranking's projections and attention rows."""
         return 0.0
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """The shares of tokens that stay, which a warm-up moves; empty where a method has none."""
+        """The keep ratios that a warm-up anneals; empty if the method has none."""
         keep = getattr(self, "keep", None)
         return keep if isinstance(keep, tuple) else () if keep is None else (keep,)
 
@@ -187,17 +194,18 @@ class PruningMethod(Settings):
         return replace(self, **changes)
 
     def eased(self, start: float, progress: float) -> PruningMethod:
-        """The method on its way from keeping the share ``start`` at every boundary (``progress`` 0) to itself (1).
+        """Return the method with its keep ratios interpolated from ``start`` at every drop point (``progress`` 0) to
+        their configured values (1).
 
         Raises:
-            ValueError: it has no ratios ``keep`` that could move.
+            ValueError: the method has no keep ratios to anneal.
         """
         if not self.ratios:
             raise ValueError(f"{self.name} has no keep ratios to anneal; use pruning.warmup.kind=dense")
         return self.with_ratios([start + (ratio - start) * progress for ratio in self.ratios])
 
     def settings(self) -> dict[str, Any]:
-        """The settings as plain data, as they stand in a checkpoint's ``config.json`` and in YAML."""
+        """Return the settings as plain data, in the form stored in ``config.json`` and in YAML."""
         return {
             "method": method_name(type(self)),
             **{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()},

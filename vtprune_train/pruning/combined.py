@@ -1,4 +1,4 @@
-"""Several methods one after the other: one before the decoder, a pyramid inside it, keys dropped from the cache."""
+"""Combinations of methods, for example one before the decoder, one between decoder layers, and one on the KV cache."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from vtprune_train.pruning.needs import Needs
 
 
 class Combined(PruningMethod):
-    """All ``methods`` in one model. Each one's shares are of the tokens that it finds at its first drop, so budgets
-    multiply: a method that keeps a half, then one that keeps a quarter, leave an eighth.
+    """Apply all ``methods`` to one model. Each one's shares are of the tokens that it finds at its first drop, so
+    budgets multiply: a method that keeps a half, then one that keeps a quarter, leave an eighth.
 
     Raises:
-        ValueError: fewer than two methods, or two that want the same thing (the tower's attention, keys of the cache).
+        ValueError: fewer than two methods, or two that need the same exclusive resource (vision-tower attention or
+            KV-cache keys).
     """
 
     methods: tuple[InstanceOf[PruningMethod], ...]
@@ -64,7 +65,7 @@ class Combined(PruningMethod):
             for owner, method in enumerate(self.methods)
             for drop in _drops(method, num_layers)
         ]
-        drops.sort(key=lambda drop: drop.layer)  # stable: before the same layer the methods act as listed
+        drops.sort(key=lambda drop: drop.layer)  # stable sort: methods that drop at the same layer act in list order
         _check_returns(self.methods, drops)
         _check_learned(self.methods, drops)
         _check_ranking(self.methods, drops)
@@ -81,7 +82,7 @@ class Combined(PruningMethod):
         return nn.ModuleDict(modules) if modules else None
 
     def input_share(self, num_layers: int) -> float:
-        """Drops of all methods together; keys that one of them leaves out of the cache multiply it."""
+        """Input share of all drops together, multiplied by the kept-key share if one method prunes the cache."""
         share = super().input_share(num_layers)
         for method in self.methods:
             if _chooses_keys(method):
@@ -117,7 +118,7 @@ def _drops(method: PruningMethod, num_layers: int) -> tuple[Drop, ...]:
 
 
 def _check_returns(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
-    """Refuse a drop by one method while another holds tokens aside that are to come back."""
+    """Reject a drop by one method while another has tokens set aside."""
     for owner, method in enumerate(methods):
         own = [index for index, drop in enumerate(drops) if drop.owner == owner]
         returning = [index for index in own if drops[index].returns]
@@ -132,8 +133,8 @@ def _check_returns(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
 
 
 def _check_learned(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
-    """Refuse a drop by one method among learned tokens that another goes on to tell from the image's own by their
-    place: up to that one's last drop (till when what was set aside may return), or anywhere if it chooses keys."""
+    """Reject a drop by one method while another method's learned tokens are in the image span, because that method
+    identifies them by position: until its last drop, or in any later layer if it prunes keys."""
     for owner, method in enumerate(methods):
         own = [index for index, drop in enumerate(drops) if drop.owner == owner]
         adding = [index for index in own if drops[index].adds]
@@ -152,7 +153,7 @@ def _check_learned(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
 
 
 def _check_ranking(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
-    """Refuse a ranking by the layer before a drop where another drop stands between the two."""
+    """Reject ``rank_with='this_layer'`` if another method drops tokens at the same layer first."""
     for earlier, drop in pairwise(drops):
         method = methods[drop.owner]
         if earlier.layer == drop.layer and drop.ranked and method.needs.rank_with == "this_layer":

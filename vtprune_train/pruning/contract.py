@@ -1,4 +1,4 @@
-"""Whether a method keeps its side of the contract, asked once where it meets a decoder."""
+"""Checks that a method implements the interface correctly; run once when it is attached to a decoder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from vtprune_train.pruning.needs import Needs
 
 
 def check_method(method: PruningMethod, num_layers: int) -> None:
-    """Refuse a method whose settings do not fit a decoder of ``num_layers`` layers, or whose class lacks a part.
+    """Raise if a method's settings are invalid for a decoder with ``num_layers`` layers, or if a required member is
+    missing.
 
     Raises:
-        ValueError: names the setting, or the class and its part, the value and how to fix it.
+        ValueError: the message names the setting (or the class and the missing member), its value and how to fix it.
     """
-    method.drops(num_layers)  # of a combination: what does not go together
+    method.drops(num_layers)  # for a combination: incompatible methods
     for part in method.parts:
         place = method_name(type(part))
         drops, key_layers = part.drops(num_layers), part.key_layers(num_layers)
@@ -42,7 +43,7 @@ def _check_parts(part: PruningMethod, place: str, drops: bool, chooses_keys: boo
 
 
 def _check_drops(drops: Sequence[Drop], what: str, num_layers: int) -> None:
-    """Drops are in order, within the decoder, and keep a share."""
+    """Check that drops are in ascending order, within the decoder, and have keep ratios in [0, 1]."""
     if not isinstance(drops, tuple | list) or not all(isinstance(drop, Drop) for drop in drops):
         raise ValueError(f"{what} is {drops!r}; return a tuple of Drop(layer, keep)")
     for drop in drops:

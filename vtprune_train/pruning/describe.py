@@ -1,4 +1,4 @@
-"""A method on a decoder of given depth, in words: for logs, the dry run and the list of methods."""
+"""Human-readable descriptions of a method on a decoder of a given depth, for logs, the dry run and the method list."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod
 
-MOST = 10  # drops that a line lists
+MOST = 10  # maximum number of drops shown on one line
 
 
 def title(method: PruningMethod) -> str:
@@ -17,7 +17,8 @@ def title(method: PruningMethod) -> str:
 
 
 def schedule(method: PruningMethod, num_layers: int) -> str:
-    """Where a method acts on a decoder of ``num_layers`` layers and how much it keeps, its defaults resolved.
+    """Describe where a method drops tokens in a decoder with ``num_layers`` layers and how many it keeps, with defaults
+    resolved.
 
     Raises:
         ValueError: a setting does not fit the decoder.
@@ -47,7 +48,7 @@ def _kept(drop: Drop) -> str:
 
 
 def _listed(words: Iterable[str]) -> str:
-    """All of a few, the first and the last of many."""
+    """List all items if there are few, otherwise only the first and last."""
     several = list(words)
     if len(several) > MOST:
         several = [*several[: MOST - 2], "...", several[-1]]
@@ -55,6 +56,6 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """``2, 3, 4, 7`` as ``2-4, 7``."""
+    """Format ``2, 3, 4, 7`` as ``2-4, 7``."""
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -19,7 +19,12 @@ from pydantic.dataclasses import dataclass
 Share = Annotated[float, Field(gt=0, le=1)]
 """A share of tokens, heads or attention in (0, 1]."""
 
-BOUNDS = ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")  # pydantic's errors of constraints
+BOUNDS = (
+    "greater_than",
+    "greater_than_equal",
+    "less_than_equal",
+    "finite_number",
+)  # pydantic error types for violated constraints
 
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
@@ -120,7 +125,8 @@ def _schema(cls: type[Settings], name: str) -> dict[str, Any]:
 
 
 def _range(schema: dict[str, Any]) -> str:
-    """``is not in (0, 1]`` for a number with two bounds, alone, in a list or beside null; else empty."""
+    """Return e.g. ``is not in (0, 1]`` for a bounded number (plain, in a list, or optional); otherwise an empty
+    string."""
     for part in (schema, *schema.get("anyOf", ()), *schema.get("prefixItems", ())):
         if "maximum" in part:
             low = f"({part['exclusiveMinimum']:g}" if "exclusiveMinimum" in part else f"[{part['minimum']:g}"
@@ -129,7 +135,7 @@ def _range(schema: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and ranges as lists."""
+    """Convert arrays and ranges to lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else value
@@ -151,7 +157,7 @@ def _leaves(kind: Any) -> Iterable[Any]:
 
 
 def _in_words(kind: Any) -> str:
-    """A setting's type as a user would say it."""
+    """User-facing description of a setting's type."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         entries = ["0.5" if part is float else "1" if part is int else "..." for part in inner if part is not Ellipsis]

@@ -12,19 +12,19 @@ from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.diversity import determinantal
 from vtprune_train.pruning.setting_types import Share
 
-LEAST = 1e-6  # relevance of the least relevant token: none is ruled out
+LEAST = 1e-6  # lower bound on relevance, so that no token is excluded outright
 
 
 def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> Tensor:
-    """[V] float32 in (0, 1]: cosine of each token with the mean of its sample's instruction embeddings, each of unit
-    length, stretched over each image from its least to its most relevant token.
+    """[V] float32 in (0, 1]: cosine similarity between each token and the mean of its sample's unit-normalized
+    instruction embeddings, min-max normalized per image.
 
     Source: CDPruner (arXiv 2506.10967), section on conditional diversity; the embedding is the decoder's own.
 
     Args:
         hidden_VC: candidates, any float dtype.
-        instruction_QC: rows of ``boundary.query_rows``.
-        boundary: names segments and spans.
+        instruction_QC: hidden states of ``boundary.query_rows``.
+        boundary: provides the segments and spans.
     """
     parts, start = [hidden_VC.new_zeros(0, dtype=torch.float32)], 0
     asked = dict(zip(sorted({span.segment for span in boundary.spans}), boundary.segments, strict=True))
@@ -42,8 +42,8 @@ def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> 
 
 
 class CDPruner(OneShare):
-    """Each image keeps ``floor(keep * n)`` tokens: those that a determinantal point process, conditioned on the
-    instruction, finds most likely together (greedily).
+    """Keep floor(keep * n) of each image's n tokens: the greedy MAP subset of a determinantal point process conditioned
+    on the instruction.
 
     Args:
         keep: share of tokens that stay, in (0, 1]; published from 192 down to 64 of 576.

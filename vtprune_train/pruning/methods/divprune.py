@@ -12,8 +12,8 @@ from vtprune_train.pruning.setting_types import Share
 
 
 class DivPrune(OneShare):
-    """Each image keeps ``floor(keep * n)`` tokens, chosen one after the other so that the smallest cosine distance
-    between two of them stays large. Neither the question nor the vision tower's attention is asked.
+    """Each image keeps ``floor(keep * n)`` tokens, chosen greedily to maximize the minimum pairwise cosine distance.
+    Uses neither the question nor the vision tower's attention.
 
     Args:
         keep: share of tokens that stay, in (0, 1]; published down to 0.098.

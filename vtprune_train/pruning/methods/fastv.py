@@ -1,4 +1,4 @@
-"""FastV (arXiv 2403.06764): one early drop, ranked by the attention that the last token of the prompt has given."""
+"""FastV (arXiv 2403.06764): one early drop, ranked by the attention from the last prompt token."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vtprune_train.pruning.setting_types import Share
 
 
 class FastV(PruningMethod):
-    """Before decoder layer ``layer`` each image keeps ``floor(keep * n)`` of its n tokens, those with the most
-    attention in the layer before, mean over heads.
+    """Before decoder layer ``layer`` each image keeps ``floor(keep * n)`` of its n tokens, those that receive the most
+    head-averaged attention in the previous layer.
 
     Args:
         layer: K of the paper, counted from 0, at least 1. ``None``: 2 of 32, scaled to the depth.
         keep: 1 - R of the paper, in (0, 1].
-        rank_with: ``this_layer``, the last layer that saw all tokens (published; free), or ``next_layer``.
+        rank_with: ``this_layer``, the last layer with all tokens (as published; no extra cost), or ``next_layer``.
         positions: ``keep`` leaves the kept tokens where they were (published); ``renumber`` numbers them 0, 1, ...
     """
 

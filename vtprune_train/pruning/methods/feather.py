@@ -1,5 +1,5 @@
-"""FEATHER (arXiv 2412.13180): an early drop ranked without rotary embedding over a uniform floor, and a later, harder
-one."""
+"""FEATHER (arXiv 2412.13180): an early drop that keeps a uniform grid plus the tokens ranked highest without rotary
+embedding, then a later, more aggressive drop."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_
 
 
 class Floored(Drop):
-    """A drop that keeps an even grid whatever the ranking says."""
+    """A drop that always keeps a uniform grid, regardless of the ranking."""
 
 
 class Feather(PruningMethod):
     """Before ``layers[0]`` each image keeps every ``stride``-th token of every ``stride``-th row and the best of the
-    rest, ``floor(keep[0] * n)`` in all; before ``layers[1]`` the ``floor(keep[1] * n)`` best, grid or not.
+    rest, ``floor(keep[0] * n)`` in all; before ``layers[1]`` it keeps the top ``floor(keep[1] * n)`` tokens, whether or
+    not they are on the grid.
 
     Args:
         layers: two decoder layers, counted from 0. ``None``: 8 and 16 of 32, scaled to the depth.
-        keep: shares of each image's original tokens. Published: the best 30 % and the grid, then 9 % of what is left;
-            a grid of stride 3 and a ranking that knows nothing of it overlap by a ninth, which makes 0.378 and 0.034.
-        stride: of the grid.
-        rank_with: ``this_layer``, the last layer of the stage that ends (published; free), or ``next_layer``.
+        keep: keep ratios relative to each image's original tokens. The paper keeps the top 30 % plus the grid, then 9 %
+            of the remaining tokens; since a stride-3 grid overlaps the top tokens by about 1/9, that is 0.378 and 0.034
+            here.
+        stride: grid stride.
+        rank_with: ``this_layer``, the last layer before the drop (as published; no extra cost), or ``next_layer``.
         positions: ``keep`` leaves the kept tokens where they were (published); ``renumber`` numbers them 0, 1, ...
     """
 
@@ -78,12 +80,13 @@ class Feather(PruningMethod):
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
     def _floor(self, span: SpanLayout) -> np.ndarray:
-        """Places of the grid; evenly thinned where more than the image keeps."""
+        """Grid indices, evenly thinned if there are more than the image keeps."""
         grid = strided_cells(rasters_of(span), self.stride)
         return grid if len(grid) <= span.after else grid[spread(span.after, len(grid))]
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """Scales ``keep``; where the layers before the first drop leave too little of ``share``, both come earlier."""
+        """Scale ``keep``; if the layers before the first drop already use too much of the budget, move both drops
+        earlier."""
         return first_that_fits(self._earlier(num_layers), share, num_layers)
 
     def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:

@@ -1,4 +1,4 @@
-"""FoPru (arXiv 2411.14164): tokens that the vision tower attends to, the best one by one or in whole rows."""
+"""FoPru (arXiv 2411.14164): keeps the tokens the vision tower attends to most, individually or as whole rows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vtprune_train.pruning.setting_types import Share
 
 
 class FoPru(OneShare):
-    """Each image keeps ``floor(keep * n)`` tokens by the attention that they receive in the vision tower, from all
-    tokens of their tile on average.
+    """Keep floor(keep * n) tokens per image, ranked by the mean attention they receive from all tokens of their tile in
+    the vision tower.
 
     Args:
         keep: share of tokens that stay, in (0, 1]; published 0.25 and 0.5.
-        strategy: ``rank``, the best tokens; ``row``, whole rows of the image's grids, by the mean of their tokens; of
-            the last row that fits in part, its best tokens.
+        strategy: ``rank``, the best tokens; ``row``, whole grid rows ranked by their mean score; the last row that only
+            partly fits contributes its best tokens.
         layer: layer of the vision tower; -1 is the last that the decoder's features come from.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
     """
@@ -46,14 +46,14 @@ class FoPru(OneShare):
 
 
 def by_rows(significance_V: Tensor, boundary: Boundary) -> Tensor:
-    """[V] float32, higher for every token of a better row; within a row higher for the better token. Rows are better
-    by their mean, equal ones by which comes first."""
+    """[V] float32 scores that rank rows by their mean score (ties: earlier row first) and tokens within a row by their
+    own score."""
     if not len(significance_V):
         return significance_V
     lengths = np.concatenate([np.repeat([c for _, c in grid], [r for r, _ in grid]) for grid in _grids(boundary)])
     rows = np.repeat(np.arange(len(lengths)), lengths)
     sizes, of_token = to_device((lengths, rows), significance_V.device)
-    # unsafe: do not wait for the device to check the sizes
+    # unsafe=True skips the size check, which would synchronize with the device
     means = torch.segment_reduce(significance_V, "mean", lengths=sizes, axis=0, unsafe=True)
     best = torch.sort(means, descending=True, stable=True).indices
     place = torch.empty_like(best)

@@ -1,4 +1,4 @@
-"""LVLM_CSP (arXiv 2504.10854): a few tokens first, then all of them, then the best."""
+"""LVLM_CSP (arXiv 2504.10854): clustering (few tokens), scattering (all tokens), pruning (best tokens)."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from vtprune_train.pruning.setting_types import Share
 
 
 def representatives(length: int, count: int) -> np.ndarray:
-    """[count] int64: every ``floor(length / count)``-th token, the paper's uniform clusters."""
+    """[count] int64, indices of every ``floor(length / count)``-th token (uniform clusters, as in the paper)."""
     return np.arange(count) * (length // max(count, 1))
 
 
 def clusters(length: int, count: int) -> np.ndarray:
-    """[length] int64, the token that represents each: the last one at or before it."""
+    """[length] int64, each token's representative: the nearest representative at or before it."""
     own = representatives(length, count)
     return own[np.searchsorted(own, np.arange(length), side="right") - 1]
 
 
 class LVLMCSP(PruningMethod):
-    """Clustering, scattering, pruning: up to layer ``layers[0]`` one token of each cluster stands for the others; then
-    all tokens are there; from layer ``layers[1]`` on only those with the most attention.
+    """Clustering, scattering, pruning: until layer ``layers[0]`` one token represents each cluster; then all tokens are
+    restored; from layer ``layers[1]`` on only the most attended tokens remain.
 
     Args:
-        layers: before which all return, and before which they are pruned; counted from 0; the second may be the
-            depth, for no pruning. ``None``: 12 and 20 of 32, scaled to the depth (ours: the paper's are not known to
-            us).
-        keep: clusters, and tokens left in the end, as shares of each image's tokens; at least one stays (ours: with
-            these layers 65 % fewer tokens enter a layer, the reduction that the paper reports).
-        scatter: ``own``, tokens return as they were; ``cluster`` (ours), each with what its representative has
-            become added.
+        layers: two layer indices: tokens are restored before the first and pruned before the second; set the second to
+            num_layers to disable pruning. ``None``: 12 and 20 of 32, scaled to the depth (our choice; we could not find
+            the paper's values).
+        keep: number of clusters and number of finally kept tokens, as fractions of each image's tokens (at least one is
+            kept). Defaults are ours: with the default layers they give the 65 % reduction reported in the paper.
+        scatter: ``own`` restores tokens unchanged; ``cluster`` (ours) also adds the change of the token's
+            representative to each.
     """
 
     layers: tuple[int, int] | None = None
@@ -99,12 +99,12 @@ class LVLMCSP(PruningMethod):
         everyone = all_candidates(candidates.boundary)
         if self.scatter == "own":
             return Selection(everyone)
-        moved: Tensor = candidates.hidden - candidates.before  # 0 but for the representatives
+        moved: Tensor = candidates.hidden - candidates.before  # zero except for the representatives
         values = candidates.before + moved.index_select(0, candidates.memory["clusters"])
         return Selection(everyone, everyone, values)
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """Scales ``keep``; where the layers that see all leave too little of ``share``, pruning comes earlier."""
+        """Scale ``keep``; if the layers that process all tokens use too much of the budget, move pruning earlier."""
         return first_that_fits(self._earlier(num_layers), share, num_layers)
 
     def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:

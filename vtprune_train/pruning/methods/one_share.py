@@ -1,4 +1,4 @@
-"""What methods share that drop once, by one share of each image's tokens."""
+"""Shared base classes of methods with a single drop and a single keep ratio." ("share."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class OneShare(PruningMethod):
 
 
 class Baseline(OneShare):
-    """``random``, ``uniform`` and ``pool``: each image becomes ``floor(keep * n)`` tokens before layer ``layer``.
+    """Base of ``random``, ``uniform`` and ``pool``: reduce each image to floor(keep * n) tokens before layer ``layer``.
 
     Args:
         keep: share of tokens that stay, in (0, 1].
         positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
-        layer: decoder layer before which the others go; 0: before the decoder.
+        layer: decoder layer before which tokens are dropped; 0 means before the decoder.
     """
 
     positions: Positions = "keep"

@@ -21,14 +21,14 @@ from vtprune_train.pruning.schedules.stages import scaled_layers
 
 
 def vision_attention(ranking: Ranking, boundary: Boundary) -> tuple[Tensor, Tensor, Tensor]:
-    """What a layer's heads think of the visual tokens, and what the layer thinks of vision.
+    """Per-head attention to each visual token, and the layer's overall attention to vision.
 
-    An image is judged by the first query row that follows it: in a prompt its last token.
+    An image is scored with the first query row after it; in a prompt, that is the last prompt token." ("its.
 
     Returns:
         [G, V] float32, the attention of each visual token, averaged over the query heads of each key-value head;
-        [V] int64, which query row judged it; [Q] float32, gamma: each query row's attention to all the visual tokens
-        that it judges, summed, and averaged over heads.
+        [V] int64, index of the query row used for each token; [Q] float32 gamma, each query row's total attention to
+        the visual tokens it scores, averaged over heads.
     """
     scores, judges = [], []
     for segment, (weights_GQL, judge_L) in zip(boundary.segments, judged_attention(ranking, boundary), strict=True):
@@ -40,14 +40,14 @@ def vision_attention(ranking: Ranking, boundary: Boundary) -> tuple[Tensor, Tens
 
 
 class PLPHP(PruningMethod):
-    """Prune the key-value cache after the prefill: each layer at a rate by how much it attends to vision, each head by
-    its own attention. The prefill itself sees everything and is not faster.
+    """Prune the KV cache after prefill: the rate of each layer depends on how much it attends to vision, and each head
+    keeps the keys it attends to most. Prefill uses all tokens and is not faster.
 
     Args:
         keep: the rate r of a layer between the two classes: each head keeps ``floor(r * n)`` of an image's n tokens
             (exactly, see :mod:`vtprune_train.core.rounding`).
         delta: a vision-attentive layer keeps ``keep + delta``, a vision-indifferent one ``keep - delta``.
-        alpha: a layer is vision-attentive from this share of attention on.
+        alpha: a layer is vision-attentive if its attention to vision is at least alpha.
         beta: a layer is vision-indifferent below this share of attention.
         untouched: first layers that keep everything; ``None``: two of 32 layers, scaled to the depth, at least one.
         multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each head kept of them;
@@ -102,22 +102,23 @@ class PLPHP(PruningMethod):
         return keep_best(scores_GV, span_V, counts)
 
     def counts(self, gamma: Tensor, sizes: Tensor) -> Tensor:
-        """int64, how many of ``sizes`` tokens (int64) a head keeps in layers with the attention ``gamma`` to vision."""
+        """int64, number of tokens a head keeps for spans of ``sizes`` tokens, in a layer whose attention to vision is
+        ``gamma``."""
         keep, delta = as_fraction(self.keep), as_fraction(self.delta)
         low, middle, high = (floor_of(rate, sizes) for rate in (keep - delta, keep, min(keep + delta, Fraction(1))))
         return torch.where(gamma >= self.alpha, high, torch.where(gamma < self.beta, low, middle))
 
     def input_share(self, num_layers: int) -> float:
-        """Visual keys that decoding reads, if as many layers are attentive as are indifferent. All tokens enter all
-        layers."""
+        """Share of visual keys read during decoding, assuming as many attentive as indifferent layers. (All tokens
+        enter every layer.)."""
         pruned = len(self.key_layers(num_layers))
         return (num_layers - pruned + pruned * self.keep) / num_layers
 
     def for_budget(self, share: float, num_layers: int) -> PLPHP:
-        """Scales ``keep``, and ``delta`` with it as far as rates stay within [0, 1].
+        """Scale ``keep``, and ``delta`` along with it as long as the rates stay in [0, 1].
 
         Raises:
-            ValueError: the untouched layers alone take more.
+            ValueError: the unpruned layers alone exceed the budget.
         """
 
         def scaled(keep: float) -> PLPHP:

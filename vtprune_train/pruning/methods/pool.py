@@ -14,7 +14,8 @@ from vtprune_train.pruning.ops.selection import picked_on_host
 
 
 def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor:
-    """[K, C] in the type of ``hidden_VC``, averaged in float32 (or what is wider), in the same order in any batch.
+    """[K, C] in the dtype of ``hidden_VC``, accumulated in at least float32, with a summation order independent of the
+    batch.
 
     Args:
         hidden_VC: tokens.
@@ -27,11 +28,11 @@ def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor
 
 
 class Pool(Baseline):
-    """Each image becomes ``floor(keep * n)`` means over near-square blocks of its rasters, each at the place of its
-    block's middle token.
+    """Average-pool each image to floor(keep * n) tokens over near-square blocks; each pooled token takes the position
+    of its block's centre token.
 
     Args:
-        keep: tokens that come out for each that goes in, in (0, 1].
+        keep: ratio of output to input tokens, in (0, 1].
         layer: decoder layer before which they are averaged; 0: before the decoder.
         positions: ``keep`` gives a mean the position of its block's middle token; ``renumber`` numbers them 0, 1, ...
     """
@@ -43,7 +44,7 @@ class Pool(Baseline):
         boundary = candidates.boundary
         chosen = picked_on_host(boundary, lambda span: image_blocks(rasters_of(span), span.after)[1])
         if all(span.after == span.before for span in boundary.spans):
-            return Selection(chosen)  # every token is its own block
+            return Selection(chosen)  # one block per token
         members, sizes = to_device(_blocks(boundary), chosen.device)
         at = torch.arange(len(chosen), device=chosen.device)
         return Selection(chosen, at, block_means(candidates.hidden, members, sizes))

@@ -1,4 +1,5 @@
-"""SparseVLM (arXiv 2410.04417) and SparseVLM+: text that looks like the image rates it; the best of the rest return.
+"""SparseVLM (arXiv 2410.04417) and SparseVLM+: visual tokens are scored by the text tokens most similar to the image;
+the best dropped tokens are recycled as cluster means.
 
 Shape suffixes: V visual tokens of a segment or span, Q instruction rows of a segment, H query heads, C hidden size.
 """
@@ -27,32 +28,35 @@ from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_
 from vtprune_train.pruning.setting_types import Share
 
 Count = Literal["fixed", "rank", "mass"]
-TOKENS, DEPTH = 576, 32  # of LLaVA-1.5-7B, for which the counts and layers are published
+TOKENS, DEPTH = 576, 32  # depth of LLaVA-1.5-7B, the model the published counts and layers refer to
 LAYERS = {3: (2, 6, 15), 4: (2, 6, 15, 19)}  # v1.5 and v1.0
 BUDGETS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 BUDGETS_UNRECYCLED = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
 
 
 class SparseVLM(PruningMethod):
-    """Rates visual tokens by the instruction's raters in a few layers, and deletes after them.
+    """Score visual tokens with attention from selected instruction tokens (raters) in a few layers, and drop tokens
+    after those layers.
 
     Args:
-        layers: sparse layers, counted from 0: their attention rates, their output loses tokens. Increasing. ``None``:
-            2, 6, 15 of 32 (v1.5), or 2, 6, 15, 19 where ``keep`` has four shares (v1.0), scaled to the depth.
-        count: ``fixed``, as many stay as ``budget`` or ``keep`` say; ``rank``, ``scale`` of the tokens in excess of the
-            rank of the raters' attention go; ``mass``, the fewest that hold the share ``mass`` of it stay.
-        budget: published counts, 192, 128, 96 or 64 of 576 tokens on average over the layers. ``None``: 192, or
+        layers: layers, counted from 0 and increasing, whose attention scores the tokens and after which tokens are
+            dropped. ``None``: 2, 6, 15 of 32 (v1.5), or 2, 6, 15, 19 where ``keep`` has four shares (v1.0), scaled to
+            the depth.
+        count: how many tokens to keep: ``fixed``, as set by ``budget`` or ``keep``; ``rank``, drop ``scale`` times the
+            excess of the token count over the rank of the raters' attention matrix; ``mass``, keep the fewest tokens
+            that hold ``mass`` of the attention.
+        budget: one of the published budgets: 192, 128, 96 or 64 of 576 tokens, averaged over layers. ``None``: 192, or
             ``keep``.
-        keep: for ``fixed``, shares of each image's original tokens that stay at each sparse layer (floor), without
-            recycled ones; not increasing, in (0, 1].
-        scale: the paper's lambda, in [0, 1]: of n tokens in excess ``floor(scale * n)`` go.
-        mass: in (0, 1].
-        recycle: what clusters of the best 30 % of the deleted become: their ``mean`` (published code) or ``sum``
-            (paper); ``none`` drops all of the deleted (SparseVLM+).
+        keep: for ``fixed``, keep ratio at each layer relative to the original tokens, not counting recycled ones;
+            non-increasing, in (0, 1].
+        scale: the paper's lambda, in [0, 1]: of n excess tokens, floor(scale * n) are dropped.
+        mass: attention mass to keep with ``count='mass'``, in (0, 1].
+        recycle: how clusters of the best 30 % of the dropped tokens are merged: ``mean`` (published code) or ``sum``
+            (paper); ``none`` disables recycling (SparseVLM+).
         positions: ``renumber`` (v1.x) or ``keep`` (SparseVLM+).
         heads: share of the heads that rate, those with most attention from raters to visual tokens (SparseVLM+: 14 of
             32); 1 takes all.
-        gravity: divide attention by what the positions alone give (SparseVLM+).
+        gravity: divide attention by the position-only attention (SparseVLM+).
         multi_turn: see :class:`~vtprune_train.pruning.methods.pyramiddrop.PyramidDrop`.
     """
 
@@ -110,7 +114,7 @@ class SparseVLM(PruningMethod):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Shares of the original tokens that stay, recycled ones not counted, with ``count: fixed``."""
+        """Keep ratios for ``count='fixed'``, relative to the original tokens and not counting recycled tokens."""
         if self.keep is not None:
             return self.keep
         published = BUDGETS_UNRECYCLED if self.recycle == "none" else BUDGETS
@@ -119,7 +123,7 @@ class SparseVLM(PruningMethod):
     @property
     def needs(self) -> Needs:
         return Needs(
-            rank_with="this_layer",  # v1.x and SparseVLM+ delete from the output of the layer that rates
+            rank_with="this_layer",  # v1.x and SparseVLM+ drop tokens from the output of the scoring layer
             positions=self.positions,
             gravity=self.gravity,
             multi_turn=self.multi_turn,
@@ -179,7 +183,7 @@ class SparseVLM(PruningMethod):
         return keep_and_recycle(candidates.hidden, scores, left, self.recycle, counted=drop.adaptive)
 
     def _left(self, attention_QV: Tensor) -> Tensor:
-        """[] int64: tokens of an image that stay as they are, by what its raters' attention says."""
+        """Scalar int64: number of an image's tokens to keep, from the raters' attention."""
         if self.count == "mass":
             return tokens_holding(attention_QV.sum(dim=0), self.mass)
         tokens = attention_QV.shape[1]

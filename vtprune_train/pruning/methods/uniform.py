@@ -9,7 +9,7 @@ from vtprune_train.pruning.ops.selection import picked_on_host
 
 
 class Uniform(Baseline):
-    """Each image keeps ``floor(keep * n)`` tokens, spread evenly over its rasters in both directions.
+    """Keep floor(keep * n) tokens per image, evenly spaced over its grid in both dimensions.
 
     Args:
         keep: share of tokens that stay, in (0, 1].

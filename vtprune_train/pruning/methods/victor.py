@@ -1,4 +1,5 @@
-"""Victor (arXiv 2410.14072): learned registers after each image take it in within the first layers; then it goes."""
+"""Victor (arXiv 2410.14072): learned registers after each image absorb its information in the first layers; then the
+image tokens are dropped."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ PUBLISHED_LAYERS, PUBLISHED_DEPTH = 3, 32
 
 
 class Victor(PruningMethod):
-    """Put ``registers`` learned tokens after each image, and drop its own tokens after the first ``layers`` layers.
+    """Append ``registers`` learned tokens to each image and drop the image tokens after the first ``layers`` layers.
 
     Args:
         registers: learned tokens after each image.
-        layers: decoder layers that see the image's own tokens; ``None``: 3 of 32, at the same share of the depth.
+        layers: number of decoder layers that process the image tokens; ``None`` means 3 of 32, scaled to the depth.
     """
 
     registers: PositiveInt = 8
@@ -51,11 +52,12 @@ class Victor(PruningMethod):
         return super().choose(candidates)
 
     def score(self, candidates: Candidates) -> Tensor:
-        """[V] float32, 1 for registers, 0 for the image's own tokens."""
+        """[V] float32: 1 for registers, 0 for image tokens."""
         return is_register(candidates.boundary.span_of_visual, self.registers).float()
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """As many layers with the image as ``share`` allows: it moves in steps of a layer, and takes no more."""
+        """Use the largest ``layers`` whose input share does not exceed ``share`` (the share changes in whole-layer
+        steps)."""
         layers = floor_of(share, num_layers)
         if not 1 <= layers < num_layers:
             raise ValueError(

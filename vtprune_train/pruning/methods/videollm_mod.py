@@ -1,4 +1,5 @@
-"""VideoLLM-MoD (arXiv 2408.16730): learned routers let the best visual tokens into some layers; the rest skip them."""
+"""VideoLLM-MoD (arXiv 2408.16730): in some layers a learned router selects the visual tokens to process; the others
+skip the layer."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from vtprune_train.pruning.setting_types import Share
 
 
 class VideoLLMMoD(PruningMethod):
-    """In each of ``layers`` only the share ``keep`` of an image's tokens that the layer's router rates highest runs
-    through the layer, by as much as it rates them; the others stay what they were.
+    """In each of ``layers``, only the fraction ``keep`` of an image's tokens with the highest router scores is
+    processed, with the layer's update scaled by the score; the other tokens are passed through unchanged.
 
     Args:
-        layers: decoder layers, counted from 0, that tokens may skip, increasing; a layer must follow the last.
-            ``None``: every second layer, from layer 1 on.
-        keep: share of each image's tokens that a layer lets in, in (0, 1]; at 1 nothing skips and nothing is learned.
+        layers: routed decoder layers, counted from 0, increasing; the decoder's last layer cannot be routed. ``None``:
+            every second layer, from layer 1 on.
+        keep: fraction of each image's tokens that a routed layer processes, in (0, 1]; 1 disables routing.
     """
 
     layers: tuple[int, ...] | None = None
@@ -45,10 +46,10 @@ class VideoLLMMoD(PruningMethod):
             raise ValueError(f"layers={list(self.layers)} must increase, from 0 on (for example [1, 3, 5])")
 
     def routed(self, num_layers: int) -> tuple[int, ...]:
-        """The layers that tokens may skip; none if all tokens are let in.
+        """Return the routed layers; empty if ``keep`` is 1.
 
         Raises:
-            ValueError: there is no layer after the last of them.
+            ValueError: the decoder's last layer is routed.
         """
         layers = self.layers or tuple(range(1, num_layers - 1, 2)) or (0,)
         if layers[-1] > num_layers - 2:
@@ -84,16 +85,17 @@ class VideoLLMMoD(PruningMethod):
         return Selection(everything, at=let_in, values=before + memory["gates"].unsqueeze(-1) * (after - before))
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """Scales ``keep``; where every second layer is too few for ``share``, all but the first and last are routed."""
+        """Scale ``keep``; if routing every second layer cannot reach ``share``, route all layers except the first and
+        last."""
         methods = [self] if self.layers else [self, replace(self, layers=tuple(range(1, num_layers - 1)) or None)]
         return first_that_fits(methods, share, num_layers)
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
-        """The router's products; bringing tokens back costs nothing to speak of."""
+        """FLOPs of the router projection; restoring tokens is negligible."""
         return 0.0 if boundary.drop.returns else 2.0 * hidden * len(boundary.visual_rows)
 
 
 def gate(rating_K: Tensor) -> Tensor:
-    """[K], how much of a layer's change a token takes: 1 for a rating of 0, so that a pretrained decoder starts as it
-    was; between 0 and 2."""
+    """[K] multiplier in (0, 2) for the layer's residual update; a router score of 0 gives 1, so a pretrained decoder is
+    initially unchanged."""
     return 2.0 * torch.sigmoid(rating_K)

@@ -1,4 +1,5 @@
-"""VisionZip (arXiv 2412.04467): dominant tokens by the vision tower's attention, and the rest merged into a few.
+"""VisionZip (arXiv 2412.04467): keeps dominant tokens by vision-tower attention and merges the rest into a few
+contextual tokens.
 
 Shape suffixes: n tokens of an image, C hidden size.
 """
@@ -25,11 +26,11 @@ from vtprune_train.pruning.setting_types import Share
 
 
 class VisionZip(OneShare):
-    """Each image keeps ``floor(keep * n)`` tokens: dominant ones as they are, and contextual ones, each the mean of
-    one of the rest and of those that resemble it.
+    """Each image keeps ``floor(keep * n)`` tokens: dominant tokens unchanged, plus contextual tokens, each the mean of
+    an evenly spaced remaining token and the remaining tokens most similar to it.
 
     Args:
-        keep: share of tokens that come out, in (0, 1]; published 192, 128 and 64 of 576.
+        keep: keep ratio, in (0, 1]; published settings are 192, 128 and 64 of 576.
         contextual: share of those that are contextual (floor), in [0, 1]; published 30 of 192, 20 of 128, 10 of 64.
         layer: layer of the vision tower; -1 is the last that the decoder's features come from.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
@@ -70,7 +71,7 @@ class VisionZip(OneShare):
         return Selection(torch.cat(chosen), torch.cat(at), torch.cat(values))
 
     def targets(self, before: int, after: int) -> int:
-        """Contextual tokens of an image; none where all tokens stay."""
+        """Number of contextual tokens of an image; 0 if all tokens are kept."""
         return 0 if before == after else floor_of(self.contextual, after)
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
@@ -81,19 +82,18 @@ class VisionZip(OneShare):
 def zipped(
     hidden_nC: Tensor, scores_n: Tensor, keys: Tensor, patch_n: Tensor, count: int, targets: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What an image becomes.
+    """Reduce one image's tokens.
 
     Args:
-        hidden_nC: its tokens.
-        scores_n: float32; of equals the earlier token is better.
-        keys: [n, M], what tells resemblance (cosine).
-        patch_n: bool; a token that is no patch resembles none: it neither joins a mean nor is joined.
-        count: tokens that come out.
-        targets: how many of those are contextual.
+        hidden_nC: hidden states of the image's tokens.
+        scores_n: float32; ties go to the earlier token.
+        keys: [n, M], features compared by cosine similarity.
+        patch_n: bool mask of patch tokens; other tokens are never merged.
+        count: number of output tokens. targets: number of contextual tokens among them.
 
     Returns:
-        [count - targets] int64 ascending, the dominant tokens; [targets] int64 ascending, those among the rest, evenly
-        spread, that the others join; [targets, C] the means.
+        [count - targets] int64 ascending, the dominant tokens; [targets] int64 ascending, evenly spaced remaining
+        tokens that serve as merge targets; [targets, C] their merged values.
     """
     order = torch.sort(scores_n, descending=True, stable=True).indices
     dominant = torch.sort(order[: count - targets]).values

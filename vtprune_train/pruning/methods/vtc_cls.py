@@ -17,8 +17,8 @@ class VTCCLS(OneShare):
 
     Args:
         keep: share of tokens that stay, in (0, 1].
-        layers: how many layers of the tower are summed: the last that the decoder's features come from, and those in
-            front of it; all of them where there are fewer.
+        layers: number of vision-tower layers to sum over, counted back from the layer that feeds the projector; all
+            layers if the tower has fewer.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
     """
 

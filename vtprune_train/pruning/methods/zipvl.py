@@ -17,16 +17,17 @@ from vtprune_train.pruning.ops.per_head import judged_attention, keep_best, of_v
 from vtprune_train.pruning.schedules.budget import bisected
 from vtprune_train.pruning.setting_types import Share
 
-# Share of tokens kept at a mass tau on LLaVA-NeXT-7B (the paper's Table 1), with the ends that any model has.
+# Share of tokens kept at each tau on LLaVA-NeXT-7B (Table 1 of the paper), plus the end points that hold for any model.
 PUBLISHED_SHARES = ((0.0, 0.0), (0.96, 0.404), (0.975, 0.497), (1.0, 1.0))
 
 
 def mass_holders(weights_QL: Tensor, tau: float) -> Tensor:
-    """[Q, L] bool: for each row the fewest tokens that hold ``tau`` of its attention; equal ones: the earlier first.
+    """[Q, L] bool mask of the smallest set of tokens per row whose attention sums to ``tau``; ties go to the earlier
+    token.
 
     Args:
         weights_QL: [Q, L] float32, attention averaged over heads; each row sums to 1.
-        tau: at 1 all tokens hold it.
+        tau: attention mass to cover; 1 selects all tokens.
     """
     if tau >= 1.0:
         return torch.ones_like(weights_QL, dtype=torch.bool)
@@ -36,11 +37,12 @@ def mass_holders(weights_QL: Tensor, tau: float) -> Tensor:
 
 
 class ZipVL(PruningMethod):
-    """After the prefill each layer keeps the visual tokens among the fewest that hold the mass ``tau`` of the attention
-    of the image's query row, text included; all heads keep the same ones, and all text stays.
+    """After prefill, find in each layer the smallest set of tokens (visual and text) that covers the mass ``tau`` of
+    the image's query-row attention, and keep the visual tokens in that set. All heads keep the same tokens; text is
+    always kept.
 
     Args:
-        tau: the mass, in (0, 1]; published are 0.975 and 0.96.
+        tau: attention mass, in (0, 1]; the paper uses 0.975 and 0.96.
         keep: at most ``floor(keep * n)`` of an image's n tokens in any layer; 1 sets no limit.
         multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each layer kept of them;
             ``keep_dense``, all of them, judged again by that turn's question.
@@ -75,16 +77,16 @@ class ZipVL(PruningMethod):
         return kept.expand(ranking.keys.shape[1], -1)
 
     def input_share(self, num_layers: int) -> float:
-        """Visual keys that decoding reads, if tau asks of this model what it asked of LLaVA-NeXT-7B (the published
-        shares, straight lines between them). All tokens enter all layers."""
+        """Share of visual keys read during decoding, estimated by linear interpolation of the published LLaVA-NeXT-7B
+        values. (All tokens enter every layer.)."""
         for (low_tau, low), (high_tau, high) in pairwise(PUBLISHED_SHARES):
             if self.tau <= high_tau:
                 return min(self.keep, low + (high - low) * (self.tau - low_tau) / (high_tau - low_tau))
         raise AssertionError(self.tau)
 
     def for_budget(self, share: float, num_layers: int) -> ZipVL:
-        """``keep`` as a limit: never more, perhaps less. ``tau`` as it is, or where the published shares say that it
-        would keep less than ``share``, the one that keeps as much."""
+        """Set ``keep`` to ``share`` as an upper limit. Keep ``tau``, unless the published values predict fewer kept
+        tokens than ``share``; then raise it to match."""
 
         def massed(tau: float) -> ZipVL:
             return replace(self, tau=max(tau, 1e-6), keep=1.0)

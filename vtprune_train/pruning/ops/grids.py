@@ -1,7 +1,7 @@
-"""Where an image's tokens lie, and how to spread a number of them over it. Host only, numpy.
+"""Token grid layout of an image, and how to pick evenly spaced tokens from it. Host only, numpy.
 
-A raster is ``(rows, columns)``; an image's tokens are the cells of its rasters, raster after raster, row after row.
-Columns of newline features are cells like others.
+A grid is ``(rows, columns)``; an image's tokens are the cells of its grids, in row-major order, grid by grid."
+("raster" vs "grid" vs "tile. Newline columns count as ordinary cells.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ Raster = tuple[int, int]
 
 
 def rasters_of(span: SpanLayout) -> tuple[Raster, ...]:
-    """The rasters of the tokens that a boundary finds; one row where the family does not say, or where an earlier
-    method has taken cells away."""
+    """The grids of the candidates at a drop point; a single row if the model family provides no grid or an earlier
+    method has already dropped tokens."""
     fits = sum(rows * columns for rows, columns in span.grids) == span.before
     return span.grids if span.grids and fits else ((1, span.before),)
 
 
 def spread(count: int, length: int) -> np.ndarray:
-    """[count] int64 ascending, different places in ``range(length)``, each in the middle of an equal share of it."""
+    """[count] int64 ascending, distinct, evenly spaced indices in ``range(length)``, each at the centre of an equal
+    interval."""
     return ((2 * np.arange(count) + 1) * length) // (2 * max(count, 1))
 
 
 def shared(count: int, weights: Sequence[int]) -> list[int]:
-    """``count`` things dealt in proportion to ``weights``, none getting more than its weight: the whole parts first,
-    then one each by the largest remainder (the first of equal ones).
+    """Distribute ``count`` items in proportion to ``weights`` with the largest-remainder method, none receiving more
+    than its weight; ties go to the first.
 
     Args:
         count: at most ``sum(weights)``.
-        weights: not negative.
+        weights: non-negative.
     """
     total = max(sum(weights), 1)
     dealt = [count * weight // total for weight in weights]
@@ -45,7 +46,8 @@ def shared(count: int, weights: Sequence[int]) -> list[int]:
 
 
 def blocks(raster: Raster, count: int) -> np.ndarray:
-    """[rows * columns] int64: the raster cut into ``count`` near-square blocks, numbered row after row.
+    """[rows * columns] int64 block index of each cell when the grid is divided into ``count`` near-square blocks,
+    numbered in row-major order.
 
     Bands of rows first, ``sqrt(count * rows / columns)`` of them rounded; the blocks are dealt evenly to the bands, and
     each band's columns evenly to its blocks. Sizes differ by at most one row and one column within a band.
@@ -64,7 +66,7 @@ def blocks(raster: Raster, count: int) -> np.ndarray:
 
 
 def block_centres(raster: Raster, count: int) -> np.ndarray:
-    """[count] int64 ascending, the cell in the middle of each of :func:`blocks`."""
+    """[count] int64 ascending, centre cell of each block from :func:`blocks`."""
     columns = raster[1]
     of_cell = blocks(raster, count)
     order = np.argsort(of_cell, kind="stable")
@@ -76,11 +78,11 @@ def block_centres(raster: Raster, count: int) -> np.ndarray:
 
 
 def image_blocks(rasters: Sequence[Raster], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` blocks of an image of several rasters, shared by their cells; all cells belong to some block of their
-    own raster, or to none (-1) where a raster gets no block.
+    """Divide an image with several grids into ``count`` blocks, distributed over the grids by cell count; cells of a
+    grid that gets no block have index -1.
 
     Returns:
-        [cells] int64, the block of each cell; [count] int64, the cell in the middle of each block.
+        [cells] int64, the block of each cell; [count] int64, centre cell of each block.
     """
     own = shared(count, [rows * columns for rows, columns in rasters])
     of_cell, centres, cells, done = [], [], 0, 0
@@ -97,13 +99,13 @@ def image_blocks(rasters: Sequence[Raster], count: int) -> tuple[np.ndarray, np.
 
 
 def even_cells(rasters: Sequence[Raster], count: int) -> np.ndarray:
-    """[count] int64 ascending, cells that spread evenly over an image's rasters."""
+    """[count] int64 ascending, cells evenly spaced over an image's grids."""
     return image_blocks(rasters, count)[1]
 
 
 def strided_cells(rasters: Sequence[Raster], stride: int) -> np.ndarray:
-    """Ascending: every ``stride``-th cell of every ``stride``-th row of each raster; of a raster of one row (where
-    nothing more is known) every ``stride ** 2``-th cell, so that about the same share is taken."""
+    """Ascending indices of every ``stride``-th cell of every ``stride``-th row of each grid. For single-row grids
+    (layout unknown), every ``stride ** 2``-th cell, which keeps about the same share."""
     found, cells = [np.zeros(0, dtype=np.int64)], 0
     for rows, columns in rasters:
         step = stride if rows > 1 else stride**2

@@ -1,4 +1,4 @@
-"""Budgets: how many visual tokens a schedule takes through the decoder, and the schedule that takes a given number."""
+"""Token budgets: the mean number of visual tokens per layer for a schedule, and fitting a schedule to a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol, Self, TypeVar
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.stream import Drop
 
-COUNTED = 100_000  # tokens of the span by which shares are measured: floors do not show
+COUNTED = 100_000  # span length used to measure shares; large enough that rounding is negligible
 
 
 class Budgeted(Protocol):
@@ -32,8 +32,8 @@ Method = TypeVar("Method", bound=Budgeted)
 def layer_counts(drops: Sequence[Drop], num_layers: int, length: int) -> tuple[list[int], list[int]]:
     """Visual tokens of a span of ``length`` that ENTER each layer, and those that LEAVE each layer.
 
-    A drop before layer L acts on the output of layer L - 1, so the two differ there: published budgets of SparseVLM
-    count what leaves, the work is done on what enters.
+    A drop before layer L acts on the output of layer L - 1, so the two differ there: SparseVLM's published budgets
+    count tokens leaving a layer, while compute depends on tokens entering it.
     """
     counts = [int(stage[0]) for stage in counts_per_stage(drops, [length])]
     edges = [0, *(drop.layer for drop in drops), num_layers]
@@ -43,24 +43,24 @@ def layer_counts(drops: Sequence[Drop], num_layers: int, length: int) -> tuple[l
 
 
 def mean_input_share(drops: Sequence[Drop], num_layers: int) -> float:
-    """Mean over layers of the share of visual tokens that enters."""
+    """Mean over layers of the fraction of visual tokens that enter."""
     return sum(layer_counts(drops, num_layers, COUNTED)[0]) / (COUNTED * num_layers)
 
 
 def scaled_to_budget(method: Method, share: float, num_layers: int) -> Method:
-    """``method`` with every ratio of ``keep`` multiplied by the factor that makes its input share ``share``.
+    """Return ``method`` with all ``keep`` ratios scaled by the factor that makes its input share equal ``share``.
 
     Raises:
-        ValueError: no factor does; names the reachable range.
+        ValueError: no factor reaches ``share``; the message gives the reachable range.
     """
     made, high = _scaling(method)
     return bisected(made, 0.0, high, share, num_layers)
 
 
 def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) -> Method:
-    """The first of ``methods`` (one, then the same on other layers) that takes ``share`` with at least half of its
-    ``keep``; where none does, the one that leaves most room for it. A schedule whose first layers use the budget up
-    keeps next to nothing after them, and is no longer the method's.
+    """Return the first of ``methods`` (the same method at different layers) that reaches ``share`` while keeping at
+    least half of its ``keep`` ratios; if none does, the one that keeps the largest fraction. If the first layers
+    already use up the budget, almost nothing is kept after them and the schedule no longer resembles the method.
 
     Raises:
         ValueError: none can be scaled to ``share``; names the reachable range.
@@ -93,7 +93,8 @@ def _scaling(method: Method) -> tuple[Callable[[float], Method], float]:
 
 
 def bisected(made: Callable[[float], Method], low: float, high: float, share: float, num_layers: int) -> Method:
-    """The method ``made(x)`` whose input share is ``share``, for an x in [low, high] by which the share grows.
+    """Find x in [low, high] by bisection such that ``made(x)`` has input share ``share``; the share must increase with
+    x.
 
     Raises:
         ValueError: ``share`` lies outside what ``made(low)`` and ``made(high)`` take.
