@@ -13,16 +13,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-DIGITS = 17  # tell any two floats in [0.1, 1) apart
-LARGEST = 2**31  # counts in tensors, and denominators for them: their product fits int64
+DIGITS = 17  # enough digits to distinguish any two floats in [0.1, 1)
+LARGEST = 2**31  # limit for tensor counts and denominators, so that their product fits in int64
 
 Whole = TypeVar("Whole", int, Tensor)
 
 
 @lru_cache(maxsize=1024)
 def as_fraction(share: float) -> Fraction:
-    """The fraction that ``share`` was rounded from: the nearest one, with the fewest digits in its denominator, that
-    gives this float again.
+    """Return the fraction ``share`` approximates: the nearest fraction with the shortest denominator that converts back
+    to the same float.
 
     Raises:
         ValueError: ``share`` is not finite.
@@ -42,8 +42,7 @@ def floor_of(share: float | Fraction, count: Whole) -> Whole:
 
     Args:
         share: see :func:`as_fraction`; for a tensor in [0, 1].
-        count: a whole number, or int64 ones from 0 to 2 ** 31, of any shape, on any device (nothing is copied to the
-            host).
+        count: an int, or an int64 tensor of any shape on any device with values in [0, 2**31] (no device-to-host copy).
     """
     fraction = _fraction(share)
     if isinstance(count, Tensor):

@@ -1,7 +1,8 @@
-"""The staged key-value cache: every layer holds the tokens of its stage, each row's padded on the left.
+"""Staged KV cache: each layer stores the tokens of its stage, left-padded per row.
 
 A ``transformers.DynamicCache`` whose layers are :class:`StagedLayer`, so ``generate``, beam search and everything else
-that handles a cache goes on doing so. The first layer always holds all tokens; its length is the one position counter.
+that handles a cache goes on doing so. The first layer always holds all tokens, and its length defines the sequence
+length.
 
 Shape suffixes: B rows, G key-value heads, W columns of a layer's cache, D head size, T tokens of the packed stream.
 """
@@ -21,16 +22,15 @@ from vtprune_train.core.stream import to_device
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.pruning.base import PruningMethod
 
-# A layer that decodes keeps a sixteenth of its columns free: copying all of them once in so many steps costs little,
-# and so does the memory.
+# Preallocate 1/16 extra columns for decoding: the occasional reallocation and the extra memory are both negligible.
 LEAST_ROOM = 16
 ROOM_SHARE = 16
 
 
 @dataclass(frozen=True)
 class Told:
-    """A conversation so far, before any layer, in the caller's columns: ``embeds`` [B, W, C]; ``image`` [B, W] int64,
-    which of its row's images each column belongs to, or that it is text or padding; ``grids``, of each row's images."""
+    """Decoder inputs of the conversation so far, in the caller's columns: ``embeds`` [B, W, C]; ``image`` [B, W] int64,
+    image index within the row, or a marker for text/padding; ``grids`` of each row's images."""
 
     TEXT: ClassVar[int] = -1
     PADDING: ClassVar[int] = -2
@@ -40,12 +40,12 @@ class Told:
     grids: tuple[tuple[Grids, ...], ...]
 
     def and_then(self, embeds: Tensor, image: Tensor, grids: tuple[tuple[Grids, ...], ...] | None = None) -> Told:
-        """With the next columns, and the grids of the images in them."""
+        """Return a copy with the next columns and their image grids appended."""
         both = self.grids if grids is None else tuple(a + b for a, b in zip(self.grids, grids, strict=True))
         return Told(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1), both)
 
     def rows(self, function: Callable[[Tensor], Tensor]) -> Told:
-        """With other rows: ``function`` picks them from any tensor."""
+        """Return a copy with rows selected or reordered by ``function``."""
         numbers = function(torch.arange(len(self.grids), device=self.image.device)).tolist()
         return Told(function(self.embeds), function(self.image), tuple(self.grids[number] for number in numbers))
 
@@ -53,13 +53,13 @@ class Told:
 class StagedLayer(DynamicLayer):
     """One layer's keys and values [B, G, W, D]; the first ``padding[b]`` columns of row b are not tokens.
 
-    ``padding`` [B] int64; ``is_padded`` is the host's word for whether any of it is positive; ``compacted``, for
-    whether keys were left out here, so that the padding is this layer's own and not its stage's. ``ahead`` [B] int64 is
-    how far a row's next position lies ahead of its number of tokens, where tokens were left out before or positions
-    were kept, or where an image advances positions by less (or more) than its tokens; ``None`` where positions count
-    tokens. On the first layer only: ``has_images`` [B] int64, 1 where a row has had an image; ``unstored``, columns
-    that the caller counts and the layer does not hold; ``parts``, of a position; ``told``, what ``multi_turn:
-    keep_dense`` runs again in a later turn; ``filled_by``, the method that dropped.
+    ``padding`` [B] int64; ``is_padded`` is a host-side flag for any(padding > 0); ``compacted`` is true if keys were
+    dropped in this layer, so its padding differs from the rest of its stage. ``ahead`` [B] int64 is the row's next
+    position minus its number of cached tokens. It is non-zero if tokens were dropped with positions kept, or with
+    M-RoPE; ``None`` if positions equal token indices. First layer only: ``has_images`` [B] int64, 1 for rows that had
+    an image; ``unstored``, number of caller-visible columns not stored in the layer; ``parts``, number of position
+    components; ``told``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``; ``filled_by``, the method
+    used to fill the cache.
     """
 
     is_initialized: bool
@@ -78,7 +78,7 @@ class StagedLayer(DynamicLayer):
         self.parts = 1
         self.told: Told | None = None
         self.filled_by: PruningMethod | None = None
-        self._room: tuple[Tensor, Tensor] | None = None  # what keys and values are the first columns of
+        self._room: tuple[Tensor, Tensor] | None = None  # buffers that keys and values are views of
 
     def fill(self, keys: Tensor, values: Tensor, padding: Tensor, is_padded: bool) -> None:
         """Replace the content: keys and values [B, G, W, D], ``padding`` [B]."""
@@ -88,7 +88,8 @@ class StagedLayer(DynamicLayer):
         self._room = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns, in room kept after the last one: a decoding step writes a column and copies none."""
+        """Append columns into preallocated space, so that a decoding step writes one column without copying the
+        cache."""
         assert self.keys is not None and self.values is not None
         if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)
@@ -102,7 +103,8 @@ class StagedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, columns: int) -> bool:
-        """Whether the content still lies at the head of the room (it was not reordered or replaced), and fits."""
+        """Whether the keys are still a view of the preallocated buffer (not reordered or replaced) and the new columns
+        fit."""
         if self._room is None or self._room[0].shape[-2] < columns:
             return False
         if self._room[0].is_inference() and not torch.is_inference_mode_enabled():
@@ -113,7 +115,7 @@ class StagedLayer(DynamicLayer):
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Only a dense model asks for this, and it cannot use a staged cache."""
+        """Only called by a dense model, which cannot use a staged cache."""
         raise ValueError(
             "past_key_values was filled by a pruned model, which keeps another length in every layer, but this one "
             "runs densely; start with a new DynamicCache"
@@ -121,16 +123,18 @@ class StagedLayer(DynamicLayer):
 
     @property
     def width(self) -> int:
-        """Columns held."""
+        """Number of stored columns."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
 
     def get_seq_length(self) -> int:
-        """Columns as the caller counts them (on the first layer, which a cache asks)."""
+        """Sequence length as seen by the caller (the cache queries its first layer)."""
         return self.width + self.unstored
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
-        self.is_initialized = False  # first: transformers 5.17 zeroes the columns of a layer that is, and keeps them
+        self.is_initialized = (
+            False  # check this first: for initialized layers transformers 5.17 only zeroes the columns but keeps them
+        )
         super().reset()
         self._forget()
 
@@ -166,20 +170,20 @@ class StagedLayer(DynamicLayer):
         return self.num_tokens() if self.ahead is None else self.num_tokens() + self.ahead
 
     def num_tokens(self) -> Tensor:
-        """[B] int64, the tokens each row holds."""
+        """[B] int64, number of cached tokens per row."""
         assert self.padding is not None, "an empty layer has no rows"
         return self.keys.shape[-2] - self.padding
 
 
 def _with_room(content: Tensor, columns: int) -> Tensor:
-    """[B, G, at least ``columns``, D] that begins with ``content`` [B, G, W, D]."""
+    """Allocate a buffer [B, G, >= columns, D] that starts with ``content`` [B, G, W, D]."""
     room = content.new_empty(*content.shape[:2], columns + max(LEAST_ROOM, columns // ROOM_SHARE), content.shape[-1])
     room[:, :, : content.shape[-2]] = content
     return room
 
 
 def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -> DynamicCache:
-    """``cache`` with staged layers, changed in place while it is empty; a new one for ``None``.
+    """Convert an empty ``cache`` to staged layers in place; create a new one for ``None``.
 
     Raises:
         ValueError: the cache is of another kind (static, quantized, offloaded), or was filled by a dense model or by
@@ -211,7 +215,7 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values, padding columns included; without the columns that decoding keeps free."""
+    """Bytes of all keys and values, including padding but excluding preallocated space."""
     return sum(
         tensor.numel() * tensor.element_size()
         for layer in cache.layers
@@ -222,15 +226,15 @@ def cache_bytes(cache: Cache) -> int:
 
 @dataclass(frozen=True)
 class StageCache:
-    """How the packed tokens of a stage join the cache of a layer; laid out on the host once for layers alike, then
-    copied to the device.
+    """How a stage's packed tokens are appended to a layer's cache; computed on the host once per group of identical
+    layers, then copied to the device.
 
     Args:
-        join: [Tk] int64, rows of [the cached columns of all rows; the new stream] that make the packed keys, row after
-            row; ``None`` where nothing is cached, so that the new stream is all.
-        spread: [B * W] int64, the packed key at each column of the layer's new cache (padding repeats a token).
+        join: [Tk] int64, indices into the concatenation of cached columns and new tokens that give the packed keys, row
+            by row; ``None`` if nothing is cached.
+        spread: [B * W] int64, packed-key index for each column of the new cache (padding columns repeat a token).
         padding: [B] int64, padding columns of each row; ``is_padded`` whether any is positive.
-        key_lengths: packed keys of each row; ``cu_seqlens_k`` [B + 1] int32 where each row's begin.
+        key_lengths: number of packed keys per row; ``cu_seqlens_k`` [B + 1] int32 their cumulative offsets.
     """
 
     join: Tensor | None
@@ -242,8 +246,8 @@ class StageCache:
 
     @classmethod
     def of(cls, new_lengths: Sequence[int], cached: Sequence[int], cached_width: int) -> StageCache:
-        """Plan one layer, on the host, from each row's number of new tokens and of tokens in the layer's cache. That
-        cache has ``cached_width`` columns; the new one has as few as the longest row needs."""
+        """Plan one layer on the host from each row's new and cached token counts. The current cache has
+        ``cached_width`` columns; the new cache is as wide as its longest row."""
         lengths = np.add(new_lengths, cached).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         columns = int(lengths.max())
@@ -267,20 +271,20 @@ class StageCache:
         )
 
     def new_keys(self, new_lengths: Sequence[int]) -> Tensor:
-        """[T] int64, where the new stream's tokens stand among the packed keys."""
+        """[T] int64, index of each new token within the packed keys."""
         ends = np.cumsum(self.key_lengths)
         parts = [np.arange(end - new, end) for end, new in zip(ends, new_lengths, strict=True)]
         return to_device(np.concatenate(parts), self.spread.device)  # type: ignore[no-any-return]
 
 
 class PackedCache:
-    """Stands where a decoder layer expects ``past_key_values`` while a packed stream runs: stores each row's keys and
-    values padded, and hands back the packed ones, cached tokens first."""
+    """Passed to decoder layers as ``past_key_values`` for packed batches: stores keys and values padded per row and
+    returns them packed, cached tokens first."""
 
     def __init__(self, cache: DynamicCache):
         self.cache = cache
         self.stage: StageCache | None = None
-        self.withheld = False  # the layer about to run fills its cache by itself, with the keys it chooses
+        self.withheld = False  # this layer writes its cache itself, with the kept keys only
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """keys and values [1, G, T, D] of the new stream -> [1, G, Tk, D] of cached and new tokens."""
@@ -296,7 +300,7 @@ class PackedCache:
     def fill_kept(
         self, layer_idx: int, keys_TGD: Tensor, values_TGD: Tensor, kept_GT: Tensor, left_out: np.ndarray
     ) -> None:
-        """Store some of the packed keys, equally many of a row in every head; the others are freed with the stream.
+        """Store only the kept keys, the same number per row in every head; the rest are freed with the batch.
 
         Args:
             layer_idx: whose they are.
@@ -315,7 +319,7 @@ class PackedCache:
         layer.compacted = True
 
     def joined_keys(self, keys_TGD: Tensor, layer_idx: int) -> Tensor:
-        """[Tk, G, D]: the layer's cached keys and the new stream's, row after row."""
+        """[Tk, G, D]: cached and new keys of the layer, row by row."""
         cached = self.cache.layers[layer_idx].keys
         return self._join(keys_TGD.transpose(0, 1).unsqueeze(0), cached).squeeze(0).transpose(0, 1)
 

@@ -2,9 +2,9 @@
 
 Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and
 (where it takes images of any size) vision tower, ``generate``, ``prepare_inputs_for_generation`` and
-``get_image_features`` (which are only listened to) and ``pack_image_features``. Parameters, names and classes stay what
-they were, so checkpoints, optimizers, DeepSpeed and PEFT see the model they know. A method that learns adds its own
-parameters at ``<decoder>.pruning``.
+``get_image_features`` (which are only listened to) and ``pack_image_features``. Parameters, names and classes are
+unchanged, so checkpoints, optimizers, DeepSpeed and PEFT work as usual. Methods with learned parameters add them at
+<decoder>.pruning.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def prune(
     attention: str = "auto",
     trust_remote_code: bool = False,
 ) -> Model:
-    """Let ``model`` drop visual tokens inside its forward pass, in training, evaluation and generation.
+    """Make ``model`` drop visual tokens in its forward pass, for training, evaluation and generation.
 
     Afterwards ``model(**processor(...))`` and ``model.generate(**processor(...))`` take what they always took
     (:func:`vtprune_train.models.forward.padded.forward_text` says what dropped rows hold), and, for the families that
-    the project trains, ``model(batch)`` takes a :class:`~vtprune_train.core.stream.PackedBatch`. The settings stand in
-    ``model.config.pruning``, so ``save_pretrained`` keeps them.
+    the project trains, ``model(batch)`` takes a :class:`~vtprune_train.core.stream.PackedBatch`. The settings are
+    stored in ``model.config.pruning``, so ``save_pretrained`` saves them.
 
     Args:
         model: a model of one of :data:`vtprune_train.models.families.FAMILIES`, or a PEFT model around one; changed in
@@ -82,8 +82,8 @@ def prune(
         ``model``.
 
     Raises:
-        ValueError: the class is not supported, the model is pruned already, the method is unknown, nothing was saved,
-            or the method does not fit its depth.
+        ValueError: the model class is unsupported, the model is already pruned, the method is unknown, no method is
+            saved in the checkpoint, or the method does not fit the number of layers.
     """
     inner = unwrapped(model)
     family = family_of(inner)
@@ -130,7 +130,7 @@ def prune(
 
 
 def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> HFModule:
-    """Prune a model that was opened by a pruned model's path as that one is."""
+    """Apply a pruned model's method to a model loaded from its path."""
     if method is not None:
         try:
             check_trained(model, method)
@@ -146,8 +146,8 @@ def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> 
 
 
 def _tower_backend(module: nn.Module, backend: str) -> str:
-    """The decoder's ``backend`` for the tower at ``module``, or the best one for the tower's dtype and head size where
-    it does not take them."""
+    """Return the decoder's ``backend`` if it supports the vision tower's dtype and head size, otherwise the best one
+    that does."""
     tower = next(iter(tower_attention.towers(module).values()))
     sizes = tower.device, tower.dtype, next(m.head_dim for m in tower.modules() if hasattr(m, "head_dim"))
     return choose_backend("auto", *sizes) if unavailable_because(backend, *sizes) else backend
@@ -166,7 +166,7 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
 
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
-    """``method`` for a family whose positions have three parts, which the decoder loop never counts again."""
+    """Return ``method`` with ``positions='keep'`` for M-RoPE families, whose positions are never renumbered."""
     if all(part.needs.positions == "keep" for part in method.parts):
         return method
     log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", title)
@@ -205,7 +205,7 @@ def saved_method(model: HFModule) -> PruningMethod | None:
     """The method in a model's ``config.pruning``.
 
     Raises:
-        ValueError: there is none, or it is not known here.
+        ValueError: the config has no pruning settings, or the method is unknown.
     """
     settings = saved_settings(unwrapped(model).config)
     if settings is None:
@@ -220,7 +220,7 @@ def unprune(model: Model) -> Model:
     """Undo :func:`prune`: methods, attention and config are what they were before, and parameters that the method
     brought are gone.
 
-    What a Trainer put around a method in the meantime stays, and runs the dense model from now on.
+    Wrappers that a Trainer added in the meantime stay in place and now call the dense model.
 
     Raises:
         ValueError: the model is not pruned.
@@ -229,7 +229,7 @@ def unprune(model: Model) -> Model:
     state = state_of(inner)
     inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
     detach(inner)
-    for module in inner.modules():  # by what they carry: PEFT may have moved some of them, or copied the tower
+    for module in inner.modules():  # find modules by their attributes: PEFT may have moved or copied them
         module.__dict__.pop(STATE, None)
         module.__dict__.pop(OWNED, None)
         tower_attention.restore_config(module)
@@ -255,7 +255,7 @@ def unprune(model: Model) -> Model:
 
 
 def _pruned(model: HFModule) -> HFModule:
-    """The unwrapped model, which must be pruned."""
+    """Return the unwrapped model; raise if it is not pruned."""
     inner = unwrapped(model)
     if not is_pruned(inner):
         raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
@@ -264,8 +264,8 @@ def _pruned(model: HFModule) -> HFModule:
 
 @contextmanager
 def dense(model: Model) -> Iterator[Model]:
-    """Within ``with dense(model):`` a pruned model runs as the dense one it was, in this thread (or asyncio task)
-    alone: requests of others are pruned meanwhile. Afterwards it is pruned as before.
+    """Context manager that temporarily disables pruning in the current thread (or asyncio task); other threads are not
+    affected.
 
     Parameters that a method learns stay in the model's state; :func:`unprune` takes them out.
 
@@ -277,7 +277,7 @@ def dense(model: Model) -> Iterator[Model]:
 
 
 def method_of(model: HFModule) -> PruningMethod | None:
-    """The method that a pruned model drops by; ``None`` if it packs without dropping."""
+    """Return a pruned model's method; ``None`` if it packs without dropping."""
     return state_of(unwrapped(model)).method
 
 
@@ -332,12 +332,12 @@ def _set_path(model: HFModule, path: str) -> None:
 
 
 def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Make ``module.attribute(...)`` call ``function(module, original, state, ...)``; returns what stood on the
-    instance before, or ``None`` where the class's own method did.
+    """Make ``module.attribute(...)`` call ``function(module, original, state, ...)``; returns the previous instance
+    attribute, or ``None`` if the class's method was used.
 
     Signatures are kept: Trainers read them (which inputs a model takes, whether it takes ``num_items_in_batch``), and
-    so does ``generate``. State and class methods are looked up through ``self``, so that a deep copy calls its own; a
-    model that is not pruned any more runs the original, for whoever still holds the method.
+    so does ``generate``. State and class methods are looked up through ``self`` so that a deep copy uses its own. After
+    unprune, references to the replaced method call the original.
     """
     original = module.__dict__.get(attribute)
     signature = original or getattr(type(module), attribute)
@@ -361,11 +361,11 @@ def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) ->
 
 @torch.compiler.disable
 def _uncompiled(run: Callable[..., Any], self: HFModule, *args: Any, **kwargs: Any) -> Any:
-    """``run`` outside the graph of a ``torch.compile`` around the whole model, or any part of it that was replaced:
-    rows are laid out on the host, and lengths change with every call.
+    """Run ``run`` outside any torch.compile graph, because rows are laid out on the host and lengths change with every
+    call.
 
     Raises:
-        ValueError: the call is being traced or exported, which would freeze them.
+        ValueError: the call is being traced or exported, which would bake the lengths in.
     """
     if STATE in self.__dict__ and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
         raise ValueError(
@@ -385,8 +385,9 @@ def _is_ours(method: Any) -> bool:
 
 
 def _train(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """Stay outermost: TRL's trainers put a ``forward`` of their own on the instance that keeps the labels from the
-    decoder; every Trainer calls ``train()`` before it steps, and ``eval()`` (which comes here too) before it scores."""
+    """Keep our ``forward`` outermost. TRL trainers install a ``forward`` on the instance that hides the labels from the
+    decoder, so it is re-wrapped here: trainers call ``train()`` before stepping and ``eval()`` (which also ends up
+    here) before evaluating."""
     if not _is_ours(self.__dict__.get("forward")):
         self.__dict__[_REPLACED]["forward"] = _replace(self, "forward", modules.forward)
     return original(*args, **kwargs)
@@ -402,10 +403,10 @@ def _extra_repr(self: HFModule, original: Callable[..., str], state: State) -> s
 def _load_state_dict(
     self: HFModule, original: Callable[..., Any], state: State, state_dict: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Also under the names of the published checkpoints, which ``save_pretrained`` writes: transformers' Trainer
-    resumes from such a file without renaming, and would go on with the weights the model was made with."""
+    """Also accept the parameter names of published checkpoints (written by ``save_pretrained``): transformers' Trainer
+    resumes from such files without renaming keys and would otherwise silently continue with the initial weights."""
     own = self.state_dict().keys()
-    if state_dict.keys() - own:  # some names are the same in both, as Qwen2-VL's lm_head.weight
+    if state_dict.keys() - own:  # some names are identical in both, e.g. Qwen2-VL's lm_head.weight
         names = {published: name for name, published in published_names(self).items()}
         state_dict = {key if key in own else names.get(key, key): t for key, t in state_dict.items()}
     return original(state_dict, *args, **kwargs)

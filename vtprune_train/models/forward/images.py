@@ -1,4 +1,4 @@
-"""The images of a call: the family's own features, and what the decoder has to know of each image."""
+"""Image features of a call, from the family's own code, plus the per-image metadata the decoder needs."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")  # inputs of get_i
 
 @dataclass(frozen=True)
 class _Seen:
-    """What an image's features cannot say of themselves; carried on the tensor, as ``generate`` asks for the features
-    first and hands them to ``forward`` later."""
+    """Image metadata attached to the feature tensor, because ``generate`` computes features first and passes them to
+    ``forward`` later."""
 
     grids: Grids
     encoder: EncoderSignals | None
 
 
 def get_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """The family's own features; an open call learns how many tokens each image has, where they lie and what the
-    vision tower thought of them."""
+    """Compute image features with the family's code, and record the token count, grid and vision-tower signals of each
+    image in the current call."""
     inputs = by_name(original, args, kwargs)
-    # Where sizes are on the device, one read of each serves all that follows.
+    # If sizes are on the device, read each once and reuse it.
     inputs |= {key: _on_host(inputs[key]) for key in SIZES if inputs.get(key) is not None}
     as_tuple = inputs.get("return_dict") is False
     with reading(self, state.method) as read:
@@ -64,7 +64,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
 
 
 def note_images(call: Call, state: State, images: Sequence[Tensor]) -> None:
-    """Note in an open call what is known of its images."""
+    """Record the images' metadata in the current call."""
     call.image_lengths = state.family.image_lengths(images)
     seen: list[_Seen] = [image.__dict__[SEEN] for image in images if SEEN in image.__dict__]
     if len(seen) < len(call.image_lengths):
@@ -80,7 +80,7 @@ def note_images(call: Call, state: State, images: Sequence[Tensor]) -> None:
 
 
 def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[int]) -> list[Grids]:
-    """The rasters of each image; empty where the family has no layout for the model's settings."""
+    """Token grids of each image; empty if the family defines no layout for this config."""
     try:
         grids = state.family.grids(self.config, inputs)
     except ValueError:
@@ -92,15 +92,15 @@ def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[i
 
 
 def _on_host(sizes: Tensor | Sequence[Any]) -> Tensor:
-    """Sizes as a processor may give them: a tensor or array, or a list of tuples, arrays or tensors."""
+    """Convert image sizes from a processor (tensor, array, or list of tuples, arrays or tensors) to host values."""
     if isinstance(sizes, Tensor):
         return sizes.cpu()
     return torch.stack([torch.as_tensor(size).cpu() for size in sizes]) if len(sizes) else torch.zeros(0, 2)
 
 
 def pack_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """The family's own packing. The lengths that it returns beside the features, which ``get_image_features`` does not
-    use, stay on the host: copying them to the device would wait for all that it has to do."""
+    """Call the family's packing, but keep the returned lengths (unused by get_image_features) on the host, because a
+    host-to-device copy would synchronize."""
     with _TensorsOnHost():
         return original(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What stands in for ``forward`` of a pruned model, its base, its decoder and its head."""
+"""Replacement ``forward`` functions for a pruned model, its base model, decoder and head."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vtprune_train.models.forward.sharding import check_attention_function
 
 @torch.compiler.disable
 def open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-    """Before whatever stands as the model's ``forward``: the decoder has to know the labels, even where a Trainer
-    computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
+    """Open a call before the model's ``forward`` so that the decoder knows the labels, even if a trainer computes the
+    loss itself from the base model's output (TRL, including its reference model)."""
     state = state_of(model)
     if state.is_dense:
         return
@@ -72,8 +72,8 @@ def forward_base(self: HFModule, original: Callable[..., Any], state: State, *ar
             if inputs.get("image_grid_thw") is not None:
                 inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
             elif features is None and isinstance(cache, Cache) and cache.get_seq_length():
-                # Not looked at: a staged cache knows its positions. Transformers would add what the last request on any
-                # cache left on the module.
+                # Ignored: the staged cache tracks positions. Transformers would add a stale rope delta from the
+                # previous request.
                 inputs["position_ids"] = inputs["input_ids"].new_zeros(3, *inputs["input_ids"].shape)
         return original(**inputs)
 
@@ -91,8 +91,8 @@ def forward_decoder(self: HFModule, original: Callable[..., Any], state: State, 
 
 
 def forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """Logits, or with targets the chunked loss (and with a teacher the divergence from it); inside the module's own
-    call, where ZeRO-3 has its weight gathered."""
+    """Return logits, or the chunked loss if targets are given (plus the KL term with a teacher). Runs inside the head's
+    own call, where ZeRO-3 has gathered its weight."""
     if len(args) > 1:
         hidden, targets, teaching = args
         return chunked_loss(hidden, self.weight, self.bias, targets, teaching)
@@ -113,13 +113,13 @@ def _check_inputs(state: State, inputs: dict[str, Any]) -> None:
 
 
 def _supervised(inputs: dict[str, Any]) -> Tensor | None:
-    """[B, L] int64: the token that each column of ``input_ids`` is supervised as, or -100; ``None`` without labels.
+    """[B, L] int64 labels aligned with ``input_ids`` (-100 = ignored); ``None`` without labels.
 
-    ``labels`` may be as short as the logits that ``logits_to_keep`` keeps; without them ``shift_labels`` (of sequence
-    parallelism) say it.
+    ``labels`` may be shortened to match ``logits_to_keep``. If they are missing, ``shift_labels`` (from sequence
+    parallelism) are used.
 
     Raises:
-        ValueError: ``labels`` fit neither.
+        ValueError: ``labels`` match neither ``input_ids`` nor ``logits_to_keep``.
     """
     input_ids, labels, shifted = inputs["input_ids"], inputs.get("labels"), inputs.get("shift_labels")
     if labels is None:
@@ -142,7 +142,7 @@ def _columns_kept(logits_to_keep: int | Tensor) -> slice | Tensor:
 
 
 def _mask_visual(inputs: dict[str, Any], visual: Tensor) -> None:
-    """Leave image tokens ([B, L] bool) out of the loss: rows of dropped tokens predict nothing."""
+    """Exclude image tokens ([B, L] bool) from the loss; dropped tokens have no logits."""
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     if labels is not None:
         kept = slice(None) if labels.shape == visual.shape else _columns_kept(inputs["logits_to_keep"])

@@ -1,7 +1,7 @@
-"""The padded interface of a pruned model: what a Hugging Face processor makes goes in, packed inside.
+"""Padded interface of a pruned model: accepts Hugging Face processor outputs and packs them internally.
 
-The family's own code embeds, sees and splices. Only the decoder is ours: rows are packed, run through the stages, and
-laid out again as the caller had them. With a cache the same holds for every later call on it.
+Embedding, image encoding and feature insertion use the family's code; only the decoder is replaced: rows are packed,
+run through the stages, and unpacked to the original layout. The same applies to later calls with a cache.
 
 Shape suffixes: B rows, L padded length, T tokens of the packed stream, V visual tokens, C hidden size.
 """
@@ -90,19 +90,19 @@ def forward_text(
 
     Args:
         text_model: the decoder.
-        state: the method, and the open call that says which tokens are visual.
-        inputs_embeds: [B, L, C], images in place.
+        state: the pruning state, with the current call that identifies the visual tokens.
+        inputs_embeds: [B, L, C], with image features inserted.
         attention_mask: [B, cached + L], 0 for padding; ``None`` means no padding.
-        position_ids: [B, L], which must count each row's tokens (inside ``generate`` they are not looked at).
-        past_key_values: a staged cache of earlier calls; the new tokens follow what it holds.
-        use_cache: keep keys and values; ``None`` asks the config, outside training.
+        position_ids: [B, L]; must number each row's tokens consecutively (ignored inside ``generate``).
+        past_key_values: staged cache from earlier calls; new tokens are appended.
+        use_cache: whether to cache keys and values; ``None`` uses the config's value (never in training mode).
 
     Returns:
-        ``last_hidden_state`` [B, L, C], normed: rows of padding and of dropped tokens repeat the last surviving row to
-        their left (0 where there is none), so the row before any token is the one that predicts it.
+        ``last_hidden_state`` [B, L, C], normalized. Padding and dropped positions repeat the nearest kept row to their
+        left (0 if none), so the row before any token is always the one that predicts it.
 
     Raises:
-        ValueError: an input that a packed stream cannot honour.
+        ValueError: an input is not supported for packed batches.
     """
     _refuse(keywords, attention_mask, text_model.config)
     if use_cache is None:
@@ -147,7 +147,7 @@ def _run_rows(
     _refuse_adapters_of_rows(text_model)
     rows = _real_rows(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
     verifies_candidates, said_from = False, rows.shape[1]
-    if call.prompt_width is not None:  # from here on: columns of this call
+    if call.prompt_width is not None:  # columns of this call start here
         call.prompt_width -= 0 if cache is None else cache.get_seq_length()
         verifies_candidates, said_from = call.prompt_width <= 0, max(call.prompt_width, 0)
         call.prompt_width = call.prompt_width if 0 < call.prompt_width < rows.shape[1] else None
@@ -169,7 +169,9 @@ def _run_rows(
         continues = bool(cache is not None and cache.get_seq_length())
         if not three_parts:
             _check_positions(position_ids, rows.shape, token_rows, plan, continues)
-        elif len(position_ids) == 4 and attention_mask is None:  # the first part tells samples in one row apart
+        elif (
+            len(position_ids) == 4 and attention_mask is None
+        ):  # the first position component would reveal several samples in one row
             _check_positions(position_ids[0], rows.shape, token_rows, plan, continues)
     if three_parts:
         use_three_parts(staging, call, position_ids, token_rows, cache)
@@ -181,7 +183,7 @@ def _run_rows(
     if cache is not None:
         settle(cache, output.plan, state.method, staging.before, inputs_embeds.shape[1])
     if output.origins:
-        # A token made of others takes the place of one of them, yet stands after all before it in the packed batch.
+        # A merged token uses the position of one of its sources, but comes later in the packed batch.
         token_rows = token_rows.index_select(0, output.origins[-1]).cummax(0).values
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
     if told is not None and cache is not None:
@@ -190,7 +192,7 @@ def _run_rows(
 
 
 def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Told:
-    """The conversation with this call's columns."""
+    """Append this call's columns to the stored conversation."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     image = np.full(real.shape, Told.PADDING, dtype=np.int64)
     already = torch.zeros(len(real), 1, dtype=torch.int64)
@@ -207,11 +209,12 @@ def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCac
 
 
 def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np.ndarray:
-    """Empty the cache and lay the whole conversation out as this call's segments; returns its real columns.
+    """Clear the cache and rerun the whole conversation as this call's segments; return the mask of its non-padding
+    columns.
 
-    A later turn thereby equals a first call with everything said so far: every image is there in full, and is dropped
-    by this turn's question. Only draws differ, which follow from this turn's text alone. What is kept between turns is
-    the decoder's input, a fraction of a full cache."""
+    A later turn is therefore equivalent to one call with the whole conversation: all image tokens are present and are
+    ranked with the new question. Only random draws differ, since they are seeded by this turn's text. Between turns
+    only the decoder's input embeddings are stored, a fraction of a full cache."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     if not first.get_seq_length():
         return real
@@ -245,7 +248,7 @@ def prefill(
 ) -> tuple[Tensor, DecoderOutput, DynamicCache]:
     """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a packed batch, not rows.
 
-    ``embeds_TC`` holds the segments end to end, with images in place; ``cache`` is of earlier calls.
+    ``embeds_TC`` holds the concatenated segments with image features inserted; ``cache`` comes from earlier calls.
 
     Returns:
         [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
@@ -260,8 +263,8 @@ def prefill(
 
 
 def decode(text_model: HFModule, method: PruningMethod | None, hidden_B1C: Tensor, cache: DynamicCache) -> Tensor:
-    """One decoding step of every row on a staged cache, by transformers' own attention: [B, 1, C] embedded tokens ->
-    [B, 1, C] normed hidden states. ``cache`` grows by one column in every layer."""
+    """Run one decoding step for all rows on a staged cache with transformers' attention: token embeddings [B, 1, C] ->
+    normalized hidden states [B, 1, C]. Adds one column to every layer's cache."""
     check_attention(text_model)
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
     num_layers = len(text_model.layers)
@@ -291,7 +294,7 @@ def decode(text_model: HFModule, method: PruningMethod | None, hidden_B1C: Tenso
 
 
 def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:
-    """[B, 1, 1, W + 1] bool: the columns a new token sees; ``None`` if that is all of them."""
+    """[B, 1, 1, W + 1] bool: mask of the columns visible to the new token; ``None`` if all are."""
     assert layer.padding is not None
     width = layer.width + 1
     if not layer.is_padded and (window is None or window >= width):
@@ -305,7 +308,7 @@ def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:
 
 def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any) -> None:
     for key in ("output_attentions", "output_hidden_states"):
-        if keywords.get(key, getattr(config, key, False)):  # as transformers asks for them
+        if keywords.get(key, getattr(config, key, False)):  # names used by transformers
             raise ValueError(
                 f"a pruned model does not take {key}{'' if key in keywords else ' (set in the config)'}: every stage "
                 "has another length; call the model inside `with vtprune_train.dense(model):` for the dense ones"
@@ -324,7 +327,8 @@ def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any
 
 
 def _refuse_adapters_of_rows(text_model: HFModule) -> None:
-    """PEFT tells its layers which rows an adapter is for, or from which of their tokens on, by hooks for one call."""
+    """Reject PEFT options that select adapters per row or per token position (PEFT passes them to its layers through
+    hooks)."""
     for module in text_model.layers.modules():
         for hook in module._forward_pre_hooks.values():
             for key in {"adapter_names", "alora_offsets"} & getattr(hook, "keywords", {}).keys():
@@ -336,7 +340,7 @@ def _refuse_adapters_of_rows(text_model: HFModule) -> None:
 
 
 def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int) -> np.ndarray:
-    """[B, L] bool: which of this call's places are tokens, after ``cached`` columns."""
+    """[B, L] bool mask of non-padding positions of this call, after ``cached`` columns."""
     shape = inputs_embeds.shape[:2]
     if attention_mask is None:
         return np.ones(shape, dtype=bool)
@@ -353,8 +357,8 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int
 
 
 def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> list[SegmentLayout]:
-    """The layout of every row: its images, which tokens rank, which are supervised. Columns from ``said_from`` on were
-    generated, and are text whatever their ids are."""
+    """Build the layout of every row: images, query rows and supervised tokens. Columns from ``said_from`` on were
+    generated and are treated as text regardless of their ids."""
     grids = call.image_grids or [()] * len(call.image_lengths)
     remaining = list(zip(call.image_lengths, grids, strict=True))
     ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
@@ -376,7 +380,7 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         if ids is not None:
             own_labels = None if all_labels is None else all_labels[row]
             key = _key(ids[row], own_labels, real[row] & ~visual[row], call.prompt_width)
-        # The row before every supervised run ranks the images; without labels the prompt's last token does.
+        # Query rows: the row before each supervised run; without labels, the last prompt token.
         queries = [] if labels is None else [start - 1 for start, _ in _runs(labels != IGNORE) if start]
         queries = queries or [prompt - 1]
         segments.append(SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key))
@@ -387,8 +391,9 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
 
 
 def _prompt_is_supervised(supervised: np.ndarray, spans: Sequence[ImageSpan]) -> bool:
-    """Whether a row's supervised tokens ([length] bool) seem to hold text of its prompt: one of the two tokens after an
-    image (the first may mark its end). An answer has whose turn it is, and mostly its question, before it."""
+    """Heuristic: whether a row's labels ([length] bool) seem to include prompt text, i.e. one of the two tokens after
+    an image is supervised (the first may be an end-of-image marker). A real answer is preceded by at least a role
+    header and usually the question."""
     images = np.zeros(len(supervised) + 2, dtype=bool)
     for span in spans:
         images[span.start : span.end] = True
@@ -431,14 +436,14 @@ def _spans(
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
-    """``(start, length)`` of every run of true values."""
+    """Return (start, length) of every run of consecutive True values."""
     edges = np.flatnonzero(np.diff(np.pad(flags.astype(np.int8), 1))).reshape(-1, 2).tolist()
     return [(start, end - start) for start, end in edges]
 
 
 def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_width: int | None) -> int:
-    """The key of a row's prompt ([L] ids, labels and which are text), which what is generated or supervised after it
-    does not change."""
+    """Hash of a row's prompt text (from ids, labels and the text mask), independent of generated or supervised tokens
+    after it."""
     own = np.flatnonzero(text)
     if labels is not None:
         supervised = np.flatnonzero(labels != IGNORE)
@@ -460,7 +465,8 @@ def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
 def _check_positions(
     position_ids: Tensor, shape: tuple[int, ...], token_rows: Tensor, plan: StreamPlan, continues: bool
 ) -> None:
-    """Refuse positions that do not count each row's tokens (from what is cached on, if the call ``continues``)."""
+    """Raise if position_ids do not number each row's tokens consecutively (starting after the cached tokens if the call
+    ``continues``)."""
     given = position_ids.expand(shape).flatten().index_select(0, token_rows)
     counted, first = plan.stages[0].position_ids, plan.stages[0].cu_seqlens[:-1]
     if continues:
@@ -475,7 +481,7 @@ def _check_positions(
 
 
 def _spread(hidden_TC: Tensor, token_rows: Tensor, shape: torch.Size) -> Tensor:
-    """[B, L, C]: each place gets the last surviving token of its row at or before it; 0 where there is none."""
+    """[B, L, C]: each position gets the hidden state of the nearest kept token at or before it; 0 if there is none."""
     places = torch.arange(shape[0] * shape[1], device=hidden_TC.device)
     source = torch.searchsorted(token_rows, places, right=True) - 1
     first = source.clamp(min=0)
