@@ -102,7 +102,7 @@ def test_the_page_s_method_trains_and_is_found_again(own, capsys):
     metrics = runs.metrics("own")
     assert metrics[0]["tokens_stage_1"] < metrics[0]["tokens_stage_0"]
     runs.run("own", "data.workers=2", "run.stop_after=3", ranks=2)
-    with pytest.raises(ValueError, match=f"was saved with the method {own}/outliers.py:Outliers, which is code"):
+    with pytest.raises(ValueError, match=f"was saved with the method {own}/outliers.py:Outliers, which is not part"):
         load(str(runs.directory("own")))
     loaded = load(str(runs.directory("own")), trust_remote_code=True)
     assert method_of(loaded.model).settings() == section["pruning"]
@@ -110,7 +110,7 @@ def test_the_page_s_method_trains_and_is_found_again(own, capsys):
     picture = str(next((own / "training" / "data" / "images").glob("train-0-*.png")))
     ask = ["generate", "--model", str(runs.directory("own")), "--image", picture, "--prompt", "how bright is it?"]
     assert main(ask) == 2
-    assert "or allow what the checkpoint names: --trust_remote_code" in capsys.readouterr().err
+    assert "or pass --trust_remote_code" in capsys.readouterr().err
     said(capsys, *ask, "--max_new_tokens", "2", "--trust_remote_code")
     (own / "outliers.py").rename(own / "moved.py")
     assert main([*ask, "--trust_remote_code"]) == 2
@@ -131,7 +131,7 @@ def test_the_page_s_commands(own, capsys):
     [
         ("nowhere.py:Outliers", "file nowhere.py does not exist in"),
         ("outliers.py:Inliers", "outliers.py does not define Inliers; did you mean Outliers?"),
-        ("outliers.py:Drop", "is not a subclass of PruningMethod"),
+        ("outliers.py:Drop", "must be a subclass of PruningMethod"),
         ("json.py:Mine", "another module is already named json"),
         ("no.such.module:Mine", "cannot be imported: No module named 'no'"),
     ],
@@ -237,15 +237,15 @@ def parts_of_a_method(own):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Nowhere", "does not say where it acts; write its drops(num_layers)"),
-        ("Needy", "needs is {'rank_with': 'this_layer'}; write a property that returns Needs(...)"),
-        ("Scoreless", "drops tokens but does not say which; write its score(candidates)"),
-        ("Keyless", "leaves keys out but does not say which; write its keys("),
-        ("Pairs", "drops(4) is ((1, 0.5),); return a tuple of Drop(layer, keep)"),
-        ("Deep", "drops(4) drops before layer 99; use 0 to 3"),
-        ("Back", "drops(4) drops before layers [2, 1]; let them ascend"),
-        ("More", "drops(4) keeps 1.5 before layer 1; it is a share of tokens"),
-        ("DeepKeys", "key_layers(4) names layer 4; use 0 to 3"),
+        ("Nowhere", "must implement drops(num_layers) or key_layers"),
+        ("Needy", "needs is {'rank_with': 'this_layer'}; it must be a property that returns Needs(...)"),
+        ("Scoreless", "drops tokens but implements neither score(candidates) nor"),
+        ("Keyless", "does not implement keys("),
+        ("Pairs", "drops(4) must return a tuple of Drop(layer, keep), not ((1, 0.5),)"),
+        ("Deep", "drops(4): layer 99 does not exist; use 0 to 3"),
+        ("Back", "drops(4): layers [2, 1] must be in ascending order"),
+        ("More", "drops(4): keep=1.5 before layer 1 must be between 0 and 1"),
+        ("DeepKeys", "key_layers(4) returned layer 4, which does not exist; use 0 to 3"),
     ],
 )
 def test_a_class_that_lacks_a_part_is_refused(parts_of_a_method, name, words):
@@ -276,7 +276,7 @@ def test_scores_of_another_shape_are_refused(parts_of_a_method, capsys, name, gi
 def test_a_setting_without_a_default_is_asked_for(parts_of_a_method, capsys):
     assert main(["methods", "lacking.py:Bare"]) == 0
     assert "keep  required  (float)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"^keep of lacking\.py:Bare has no default; give its value"):
+    with pytest.raises(ValueError, match=r"^keep of lacking\.py:Bare has no default; set it"):
         method_from_settings({"method": "lacking.py:Bare"})
     assert method_from_settings({"method": "lacking.py:Bare", "keep": 0.5}).keep == 0.5
 

@@ -56,9 +56,15 @@ class DecoderGeometry:
         """
         sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
         if missing := [size for size in sizes if getattr(config, size, None) is None]:
-            raise ValueError(f"the {config.model_type} decoder has no {missing[0]}; only Llama-like ones are counted")
+            raise ValueError(
+                f"cannot count the FLOPs of the {config.model_type} decoder: its config has no {missing[0]}; only "
+                "Llama-like decoders are supported"
+            )
         if any(getattr(config, experts, None) for experts in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise ValueError(f"the {config.model_type} decoder is a mixture of experts; only dense ones are counted")
+            raise ValueError(
+                f"cannot count the FLOPs of the {config.model_type} decoder: mixture-of-experts models are not "
+                "supported"
+            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             config.num_hidden_layers,
@@ -87,7 +93,7 @@ class DecoderGeometry:
         other = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query, **inner}
         targets = list(other) if targets is None else targets
         if unknown := [name for name in targets if name not in other]:
-            raise ValueError(f"{unknown[0]!r} is no linear layer of the decoder; there are {', '.join(other)}")
+            raise ValueError(f"the decoder has no linear layer named {unknown[0]!r}; it has {', '.join(other)}")
         return 2.0 * rank * sum(self.hidden + other[name] for name in targets)
 
     def layer(self, lengths: np.ndarray) -> np.ndarray:
@@ -241,7 +247,7 @@ class TrainingCost:
 
     def vision(self, tiles: np.ndarray) -> np.ndarray:
         """The tower's and the projector's part of :meth:`sample`, [images]."""
-        assert self.tower is not None, "the tower is not counted for this family"
+        assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
         count = np.asarray(tiles, dtype=np.float64)
         return self.tower.tower(count) * (3 if self.trains_tower else 1) + self.tower.projector(count) * (
             3 if self.trains_tower else 2 if self.trains_projector else 1

@@ -77,7 +77,7 @@ def plan_stream(
         ValueError: no segments, a span or query row outside its segment, or a segment with no remaining tokens.
     """
     if not segments:
-        raise ValueError("plan_stream needs at least one segment; an empty micro-batch is padded with a blank one")
+        raise ValueError("plan_stream needs at least one segment; pass a blank one for an empty micro-batch")
     layout = _StreamLayout.of(segments)
     kept = counts_per_stage(drops, layout.lengths, measured)
     places = [_Places(layout.starts, layout.lengths, counts) for counts in kept]
@@ -229,16 +229,22 @@ def _check_segment(segment: SegmentLayout) -> None:
     end = 0
     for span in segment.spans:
         if span.start < end or span.length < 0 or span.end > segment.length:
-            raise ValueError(f"image span {span} overlaps another or leaves its segment of {segment.length} tokens")
+            raise ValueError(
+                f"image span {span} overlaps another span or ends after its segment of {segment.length} tokens"
+            )
         end = span.end
     for offset in segment.query_offsets:
         if not 0 <= offset < segment.length:
             raise ValueError(f"query row {offset} lies outside its segment of {segment.length} tokens")
         if any(span.start <= offset < span.end - 1 for span in segment.spans):
-            raise ValueError(f"query row {offset} lies inside an image; only an image's last token can rank")
+            raise ValueError(
+                f"query row {offset} is inside an image; only the last token of an image can be a query row"
+            )
     for offset in segment.supervised_offsets:
         if not 1 <= offset < segment.length or any(span.start <= offset < span.end for span in segment.spans):
-            raise ValueError(f"supervised token {offset} is the segment's first, outside it, or inside an image")
+            raise ValueError(
+                f"supervised token {offset} must not be the first of its segment, outside it, or inside an image"
+            )
     if segment.spans and not segment.query_offsets:
         raise ValueError("a segment with images needs at least one query row to rank their tokens")
 
@@ -254,8 +260,8 @@ def _rows_before(layout: _StreamLayout, places: _Places, rows: np.ndarray) -> np
 
 def _nothing_left() -> ValueError:
     return ValueError(
-        "an image at the very start of a sample keeps no token at this ratio, so nothing is left to predict from; "
-        "raise the keep ratio or begin the template with a token"
+        "an image at the start of a sample keeps no token at this keep ratio, so no row is left to predict the next "
+        "token from; raise the keep ratio, or begin the template with a token"
     )
 
 

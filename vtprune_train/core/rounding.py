@@ -28,7 +28,7 @@ def as_fraction(share: float) -> Fraction:
         ValueError: ``share`` is not finite.
     """
     if not math.isfinite(share):
-        raise ValueError(f"{share} is not a share of anything; use a finite number")
+        raise ValueError(f"{share} is not a finite number, so it cannot be a share")
     exact = Fraction(share)
     for digits in range(DIGITS + 1):
         nearest = exact.limit_denominator(10**digits)

@@ -59,7 +59,7 @@ def load_class(path: str, base: type[T], key: str) -> type[T]:
     """
     cls = load(path, key)
     if not (inspect.isclass(cls) and issubclass(cls, base)):
-        raise ValueError(f"{key}={path!r} is not a subclass of {base.__name__}, but {cls!r}")
+        raise ValueError(f"{key}={path!r} must be a subclass of {base.__name__}, but is {cls!r}")
     return cls
 
 
@@ -92,8 +92,8 @@ def _load_module(name: str, path: str, key: str) -> ModuleType:
         raise ValueError(f"{key}={path!r} cannot be imported: {error}") from error
     except ImportError as error:
         raise ValueError(
-            f"{key}={path!r} cannot be imported: {error}; put the package's folder in PYTHONPATH, start in that "
-            "folder, or name a file: path/to/file.py:Name"
+            f"{key}={path!r} cannot be imported: {error}; add the package's folder to PYTHONPATH, start in that "
+            "folder, or give a file: path/to/file.py:Name"
         ) from error
 
 

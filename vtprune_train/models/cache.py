@@ -117,8 +117,8 @@ class StagedLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Only called by a dense model, which cannot use a staged cache."""
         raise ValueError(
-            "past_key_values was filled by a pruned model, which keeps another length in every layer, but this one "
-            "runs densely; start with a new DynamicCache"
+            "past_key_values was filled by a pruned model, whose layers hold different numbers of tokens, so a dense "
+            "model cannot use it; start with a new DynamicCache"
         )
 
     @property
@@ -159,7 +159,9 @@ class StagedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): a staged layer is cut by a negative number, tokens to remove")
+            raise ValueError(
+                f"crop({tokens_to_remove}): a staged cache takes only a negative number, the tokens to remove"
+            )
         super().crop(tokens_to_remove)
         if self.told is not None and tokens_to_remove < 0:
             embeds, image = (columns[:, :tokens_to_remove] for columns in (self.told.embeds, self.told.image))
@@ -171,7 +173,7 @@ class StagedLayer(DynamicLayer):
 
     def num_tokens(self) -> Tensor:
         """[B] int64, number of cached tokens per row."""
-        assert self.padding is not None, "an empty layer has no rows"
+        assert self.padding is not None, "the number of tokens is not defined for an empty layer"
         return self.keys.shape[-2] - self.padding
 
 
@@ -193,8 +195,8 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
         raise ValueError(
-            f"past_key_values is {kind}, but a pruned model keeps another length in every layer and needs a plain "
-            "DynamicCache; leave past_key_values and cache_implementation unset"
+            f"past_key_values is {kind}, but a pruned model keeps a different number of tokens in each layer and needs "
+            "a plain DynamicCache; leave past_key_values and cache_implementation unset"
         )
     if cache.layers and all(isinstance(layer, StagedLayer) for layer in cache.layers):
         filled_by = cache.layers[0].filled_by  # type: ignore[attr-defined]
@@ -206,8 +208,8 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
         return cache
     if cache.get_seq_length():
         raise ValueError(
-            f"past_key_values holds {cache.get_seq_length()} tokens of a model that was not pruned; start with an "
-            "empty DynamicCache, or run this turn inside `with vtprune_train.dense(model):`"
+            f"past_key_values already holds {cache.get_seq_length()} tokens of a dense model; start with an empty "
+            "DynamicCache, or run this turn inside `with vtprune_train.dense(model):`"
         )
     cache.layers = [StagedLayer() for _ in range(num_layers)]
     cache.layer_class_to_replicate = None
@@ -288,7 +290,7 @@ class PackedCache:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """keys and values [1, G, T, D] of the new stream -> [1, G, Tk, D] of cached and new tokens."""
-        assert self.stage is not None, "the decoder loop sets the stage before its layers run"
+        assert self.stage is not None, "the stage must be set before its layers run"
         layer = self.cache.layers[layer_idx]
         keys = self._join(keys, layer.keys)
         values = self._join(values, layer.values)

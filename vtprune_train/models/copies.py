@@ -56,7 +56,10 @@ def follow(model_class: type[HFModule]) -> None:
             made = opened(cls, pretrained_model_name_or_path, *args, **kwargs)
             if source is not None:
                 source.prune(made[0] if isinstance(made, tuple) else made)  # a tuple with output_loading_info
-                log.info("%s was opened by a pruned model's path and is pruned alike", pretrained_model_name_or_path)
+                log.info(
+                    "%s was opened by a pruned model's path, so it is pruned in the same way",
+                    pretrained_model_name_or_path,
+                )
             return made
 
         model_class.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]

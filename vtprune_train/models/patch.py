@@ -88,7 +88,7 @@ def prune(
     inner = unwrapped(model)
     family = family_of(inner)
     if STATE in inner.__dict__:
-        raise ValueError(f"this model is pruned already ({state_of(inner).method}); call unprune(model) first")
+        raise ValueError(f"this model is already pruned ({state_of(inner).method}); call unprune(model) first")
     if trust_remote_code and method == SAVED:
         trust_saved(inner.config)
     method = resolve_method(inner, method)
@@ -103,13 +103,13 @@ def prune(
             method = _keeping_positions(method, family.title)
         if family.three_part_positions is not None and method.needs.multi_turn == "keep_dense":
             raise ValueError(
-                f"{family.title}: multi_turn='keep_dense' is not offered, as its positions are not kept between turns; "
-                "use multi_turn='drop'"
+                f"{family.title}: multi_turn='keep_dense' is not supported because its positions are not kept between "
+                "turns; use multi_turn='drop'"
             )
         attach(inner, method)
         if inner is not model and learns(method):
             log.warning(
-                "%s has parameters of its own, which PEFT's save_pretrained leaves out: prune first, then "
+                "%s has learned parameters, which PEFT's save_pretrained does not save: prune first, then "
                 "get_peft_model(model, LoraConfig(modules_to_save=%s, ...))", method.name, modules_to_save(inner),
             )  # fmt: skip
     state = State(
@@ -136,9 +136,9 @@ def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> 
             check_trained(model, method)
         except ValueError as error:
             raise ValueError(
-                f"{model.config._name_or_path} was opened as the copy of a model pruned by {method.name}, but does not "
-                "hold its learned parameters. Save the pruned model with save_pretrained, open it from that folder and "
-                "prune it there before you give it to the trainer; or give the trainer a ref_model"
+                f"{model.config._name_or_path} was opened as a copy of a model pruned by {method.name}, but does not "
+                "hold its learned parameters. Save the pruned model with save_pretrained, open it from that folder "
+                "and prune it before you pass it to the trainer; or pass a ref_model to the trainer"
             ) from error
     weight = model.get_output_embeddings().weight
     available = unavailable_because(backend, weight.device, weight.dtype) is None
@@ -169,7 +169,7 @@ def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
     """Return ``method`` with ``positions='keep'`` for M-RoPE families, whose positions are never renumbered."""
     if all(part.needs.positions == "keep" for part in method.parts):
         return method
-    log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", title)
+    log.warning("%s: positions have three parts, so tokens keep their positions (positions=keep)", title)
     if "positions" in setting_types(type(method)):
         changes: dict[str, Any] = {"positions": "keep"}
         return dataclasses.replace(method, **changes)
@@ -188,14 +188,16 @@ def resolve_method(model: HFModule, method: Any) -> PruningMethod | None:
         return saved_method(model) if method == SAVED else method_from_settings({"method": method})
     if isinstance(method, Mapping):
         if not isinstance(method.get("method"), str | list | tuple):
-            raise ValueError(f"method={dict(method)!r} names no method; write for example {{'method': 'fastv'}}")
+            raise ValueError(f"method={dict(method)!r} has no key 'method'; for example {{'method': 'fastv'}}")
         if method["method"] == NONE and len(method) > 1:
-            raise ValueError(f"method={dict(method)!r} has settings, but none drops nothing; leave them out")
+            raise ValueError(f"method={dict(method)!r}: none takes no settings; remove them")
         return method_from_settings(method)
     if isinstance(method, list | tuple):
         return method_from_settings({"method": list(method)})
     if inspect.isclass(method) and issubclass(method, PruningMethod):
-        raise ValueError(f"method={method.__name__} is a class; make one of it: {method.__name__}(), or with settings")
+        raise ValueError(
+            f"method={method.__name__} is a class; pass an instance: {method.__name__}(), or with settings"
+        )
     raise ValueError(
         f"method={method!r} is not a pruning method; use for example PyramidDrop(keep=(0.5, 0.25)) or its name"
     )
@@ -210,8 +212,8 @@ def saved_method(model: HFModule) -> PruningMethod | None:
     settings = saved_settings(unwrapped(model).config)
     if settings is None:
         raise ValueError(
-            "config.json of this model holds no pruning settings, so name the method: "
-            "prune(model, PyramidDrop(keep=(0.5, 0.25, 0.125)))"
+            "config.json of this model has no pruning settings; pass a method: prune(model, PyramidDrop(keep=(0.5, "
+            "0.25, 0.125)))"
         )
     return method_from_settings(settings)
 
@@ -258,7 +260,7 @@ def _pruned(model: HFModule) -> HFModule:
     """Return the unwrapped model; raise if it is not pruned."""
     inner = unwrapped(model)
     if not is_pruned(inner):
-        raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
+        raise ValueError(f"this {type(inner).__name__} is not pruned; call prune(model, method) first")
     return inner
 
 
@@ -369,13 +371,13 @@ def _uncompiled(run: Callable[..., Any], self: HFModule, *args: Any, **kwargs: A
     """
     if STATE in self.__dict__ and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
         raise ValueError(
-            "a pruned model cannot be traced or exported (torch.jit.trace, torch.export, ONNX): its rows are laid out "
-            "on the host, and their lengths change with every call; export inside `with vtprune_train.dense(model):`"
+            "a pruned model cannot be traced or exported (torch.jit.trace, torch.export, ONNX): rows are laid out on "
+            "the host, and their lengths change with every call; export inside `with vtprune_train.dense(model):`"
         )
     if (state := self.__dict__.get(STATE)) is not None:
         state.warn_once(
-            "torch.compile around a whole pruned model leaves its forward uncompiled, since the rows are laid out on "
-            "the host first; compile the layers: vtprune_train.models.forward.compile.compile_layers(model)"
+            "torch.compile around a whole pruned model has no effect, because rows are laid out on the host; compile "
+            "the layers: vtprune_train.models.forward.compile.compile_layers(model)"
         )
     return run(self, *args, **kwargs)
 

@@ -54,14 +54,14 @@ def method_class(name: str) -> type[PruningMethod]:
     path = METHODS.get(name, name)
     if name == SAVED:
         raise ValueError(
-            f"method={SAVED!r} stands for the settings of a checkpoint that is opened, with none beside it: "
+            f"method={SAVED!r} means the method that a checkpoint was saved with and only works alone, as in "
             f"prune(model, {SAVED!r}); here name one of {', '.join(METHODS)}, {NONE}"
         )
     if ":" not in path:
         nearest = difflib.get_close_matches(name.lower(), (*METHODS, NONE, SAVED), n=1)
         raise ValueError(
-            f"method={name!r} is unknown; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
-            f"{', '.join(METHODS)}, {NONE}; one's own is named by its path, 'package.module:Class' or "
+            f"unknown method={name!r}; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
+            f"{', '.join(METHODS)}, {NONE}; for your own method give its path, 'package.module:Class' or "
             "'path/to/file.py:Class'"
         )
     return load_class(path, PruningMethod, "method")
@@ -75,7 +75,9 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
         ValueError: unknown method or setting, or an invalid value; the message lists the valid names.
     """
     if not isinstance(settings, Mapping):
-        raise ValueError(f"pruning settings {settings!r} are no mapping; write for example {{'method': 'pyramiddrop'}}")
+        raise ValueError(
+            f"pruning settings must be a mapping, not {settings!r}; for example {{'method': 'pyramiddrop'}}"
+        )
     name = settings.get("method")
     values = {key: value for key, value in settings.items() if key != "method"}
     if name in (None, NONE):
@@ -138,12 +140,12 @@ def check_trusted(settings: Any, place: str, name_it: str = "") -> None:
         found = loaded(path)
         if not (inspect.isclass(found) and issubclass(found, PruningMethod)):
             ways = name_it or (
-                f"name the method yourself (--method {path}, or prune(model, method)), or allow what the checkpoint "
-                "names: --trust_remote_code, in Python trust_remote_code=True"
+                f"name the method yourself (--method {path}, or prune(model, method)), or pass --trust_remote_code (in "
+                "Python trust_remote_code=True)"
             )
             raise UntrustedMethodError(
-                f"{place} was saved with the method {path}, which is code outside of vtprune_train. Opening a "
-                f"checkpoint runs no such code unasked; if you trust that file, {ways}"
+                f"{place} was saved with the method {path}, which is not part of vtprune_train. Opening a checkpoint "
+                f"does not run such code by default; if you trust it, {ways}"
             )
 
 
@@ -155,7 +157,7 @@ def trust_saved(config: Any) -> None:
         ValueError: see :func:`method_class`.
     """
     for path in outside_methods(getattr(config, CONFIG_KEY, None)):
-        log.warning("running the code of %s, which %s names", path, getattr(config, "_name_or_path", "this model"))
+        log.warning("running the code of %s, named in %s", path, getattr(config, "_name_or_path", "this model"))
         method_class(path)
 
 
@@ -175,7 +177,7 @@ def _check_given(cls: type[PruningMethod], name: str, values: Mapping[str, Any])
     """Check that every required setting has a value."""
     for field in dataclasses.fields(cls):
         if field.name not in values and {field.default, field.default_factory} == {dataclasses.MISSING} and field.init:
-            raise ValueError(f"{field.name} of {name} has no default; give its value")
+            raise ValueError(f"{field.name} of {name} has no default; set it")
 
 
 class UnknownSettingError(ValueError):
@@ -192,11 +194,11 @@ def _combined(entries: Sequence[Any], others: Mapping[str, Any]) -> PruningMetho
     if others:
         key = next(iter(others))
         raise ValueError(
-            f"{key}={others[key]!r} stands beside a list of methods; write it into the entry it belongs to"
+            f"{key}={others[key]!r} is set beside a list of methods; move it into the entry that it belongs to"
         )
     methods = [_part(number, entry) for number, entry in enumerate(entries, start=1)]
     if not methods:
-        raise ValueError("method=[]: a combination names at least one method; write none for the dense model")
+        raise ValueError("method=[]: list at least one method, or use none for the dense model")
     from vtprune_train.pruning.combined import Combined
 
     return Combined(tuple(methods)) if len(methods) > 1 else methods[0]
@@ -208,8 +210,8 @@ def _part(number: int, entry: Any) -> PruningMethod:
     name = settings.get("method") if isinstance(settings, Mapping) else None
     if not isinstance(name, str) or name == NONE:
         raise ValueError(
-            f"entry {number} of the method list, {entry!r}, names no method; write a name, or a mapping such as "
-            "{method: random, keep: 0.5}"
+            f"entry {number} of the method list, {entry!r}, has no method name; use a name, or a mapping such as "
+            f"{{method: random, keep: 0.5}}"
         )
     try:
         method = method_from_settings(settings)

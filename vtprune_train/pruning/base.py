@@ -101,7 +101,7 @@ class PruningMethod(Settings):
 
     def score(self, candidates: Candidates) -> Tensor:
         """Return [V] float32 scores, one per candidate; the highest are kept. Runs without gradients."""
-        raise NotImplementedError(f"{self.name} neither scores nor chooses")
+        raise NotImplementedError(f"{self.name} must implement score or choose")
 
     def choose(self, candidates: Candidates) -> Selection:
         """Select the candidates that enter the next stage. Does no device-to-host copy unless the drop is adaptive.
@@ -133,7 +133,7 @@ class PruningMethod(Settings):
         Runs without gradients. ``ranking`` comes from this layer; ``boundary`` describes the stage the layer belongs to
         (no tokens are dropped there).
         """
-        raise NotImplementedError(f"{self.name} does not choose keys")
+        raise NotImplementedError(f"{self.name} does not implement keys")
 
     def module(self, hidden: int, num_layers: int) -> nn.Module | None:
         """Return the module with the method's learned parameters, or ``None``. It is trained, saved and loaded with the

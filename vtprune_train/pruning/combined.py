@@ -31,15 +31,15 @@ class Combined(PruningMethod):
 
     def __post_init__(self) -> None:
         if len(self.methods) < 2:
-            raise ValueError(f"a combination needs at least two methods, not {len(self.methods)}")
+            raise ValueError(f"a combination needs at least two methods, got {len(self.methods)}")
         if nested := [method.name for method in self.methods if len(method.parts) > 1]:
-            raise ValueError(f"a combination cannot hold another ({nested[0]}); write one list")
+            raise ValueError(f"combinations cannot be nested ({nested[0]}); put all methods into one list")
         for what, users in (
             ("the vision tower's attention", [m.name for m in self.methods if m.needs.encoder_layers]),
-            ("which keys a layer's cache keeps", [m.name for m in self.methods if _chooses_keys(m)]),
+            ("the choice of keys to keep in the key-value cache", [m.name for m in self.methods if _chooses_keys(m)]),
         ):
             if len(users) > 1:
-                raise ValueError(f"{' and '.join(users)} cannot be combined: both want {what}; leave one out")
+                raise ValueError(f"{' and '.join(users)} cannot be combined because both use {what}; remove one")
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:
@@ -90,7 +90,7 @@ class Combined(PruningMethod):
         return share
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        raise ValueError("a combination has no single setting to fit to a budget; give each of its methods its own")
+        raise ValueError("a combination cannot be fitted to one budget; set the budget of each of its methods")
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -127,8 +127,9 @@ def _check_returns(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
         between = [drop for drop in drops[own[0] : returning[-1]] if drop.owner != owner]
         if between:
             raise ValueError(
-                f"{methods[between[0].owner].name} drops before layer {between[0].layer}, where {method.name} holds "
-                f"tokens aside (layers {drops[own[0]].layer} to {drops[returning[-1]].layer}); give it layers outside"
+                f"{methods[between[0].owner].name} drops tokens before layer {between[0].layer}, but {method.name} has "
+                f"tokens set aside in layers {drops[own[0]].layer} to {drops[returning[-1]].layer}; move the drop "
+                "outside those layers"
             )
 
 
@@ -146,9 +147,9 @@ def _check_learned(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
             back = not always and any(other.owner == drop.owner and other.returns for other in drops[index:last])
             if index > adding[0] and drop.owner != owner and not back:
                 raise ValueError(
-                    f"{methods[drop.owner].name} drops before layer {drop.layer}, where the learned tokens of "
-                    f"{method.name} stand among the image's and would go with them; let it act before {method.name} "
-                    f"adds them{'' if always else f', or behind layer {drops[last].layer}'}"
+                    f"{methods[drop.owner].name} drops tokens before layer {drop.layer}, where it would also drop the "
+                    f"learned tokens of {method.name}; let it drop before {method.name} adds "
+                    f"them{'' if always else f', or after layer {drops[last].layer}'}"
                 )
 
 
@@ -158,6 +159,6 @@ def _check_ranking(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
         method = methods[drop.owner]
         if earlier.layer == drop.layer and drop.ranked and method.needs.rank_with == "this_layer":
             raise ValueError(
-                f"{method.name} ranks by the layer before layer {drop.layer}, but {methods[earlier.owner].name} drops "
-                f"there first; list {method.name} before it, or give one of them another layer"
+                f"{method.name} ranks with the layer before layer {drop.layer}, but {methods[earlier.owner].name} "
+                f"drops tokens there first; list {method.name} before it, or change the layer of one of them"
             )

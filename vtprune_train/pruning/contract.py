@@ -23,7 +23,10 @@ def check_method(method: PruningMethod, num_layers: int) -> None:
         _check_parts(part, place, bool(drops), bool(key_layers))
         _check_drops(drops, f"{place}: drops({num_layers})", num_layers)
         if wrong := [layer for layer in key_layers if not 0 <= layer < num_layers]:
-            raise ValueError(f"{place}: key_layers({num_layers}) names layer {wrong[0]}; use 0 to {num_layers - 1}")
+            raise ValueError(
+                f"{place}: key_layers({num_layers}) returned layer {wrong[0]}, which does not exist; use 0 to "
+                f"{num_layers - 1}"
+            )
 
 
 def _check_parts(part: PruningMethod, place: str, drops: bool, chooses_keys: bool) -> None:
@@ -33,26 +36,24 @@ def _check_parts(part: PruningMethod, place: str, drops: bool, chooses_keys: boo
         return all(getattr(type(part), name) is getattr(PruningMethod, name) for name in names)
 
     if not isinstance(part.needs, Needs):
-        raise ValueError(f"{place}: needs is {part.needs!r}; write a property that returns Needs(...)")
+        raise ValueError(f"{place}: needs is {part.needs!r}; it must be a property that returns Needs(...)")
     if lacks("drops", "key_layers"):
-        raise ValueError(f"{place} does not say where it acts; write its drops(num_layers), or key_layers(num_layers)")
+        raise ValueError(f"{place} must implement drops(num_layers) or key_layers(num_layers)")
     if drops and lacks("score", "choose"):
-        raise ValueError(f"{place} drops tokens but does not say which; write its score(candidates), or choose")
+        raise ValueError(f"{place} drops tokens but implements neither score(candidates) nor choose(candidates)")
     if chooses_keys and lacks("keys"):
-        raise ValueError(f"{place} leaves keys out but does not say which; write its keys(layer, ranking, boundary)")
+        raise ValueError(f"{place} has key_layers but does not implement keys(layer, ranking, boundary)")
 
 
 def _check_drops(drops: Sequence[Drop], what: str, num_layers: int) -> None:
     """Check that drops are in ascending order, within the decoder, and have keep ratios in [0, 1]."""
     if not isinstance(drops, tuple | list) or not all(isinstance(drop, Drop) for drop in drops):
-        raise ValueError(f"{what} is {drops!r}; return a tuple of Drop(layer, keep)")
+        raise ValueError(f"{what} must return a tuple of Drop(layer, keep), not {drops!r}")
     for drop in drops:
         if not 0 <= drop.layer < num_layers:
-            raise ValueError(f"{what} drops before layer {drop.layer}; use 0 to {num_layers - 1}")
+            raise ValueError(f"{what}: layer {drop.layer} does not exist; use 0 to {num_layers - 1}")
         if not 0 <= drop.keep <= 1:
-            raise ValueError(
-                f"{what} keeps {drop.keep} before layer {drop.layer}; it is a share of tokens, from 0 to 1"
-            )
+            raise ValueError(f"{what}: keep={drop.keep} before layer {drop.layer} must be between 0 and 1")
     layers = [drop.layer for drop in drops]
     if layers != sorted(layers):
-        raise ValueError(f"{what} drops before layers {layers}; let them ascend")
+        raise ValueError(f"{what}: layers {layers} must be in ascending order")

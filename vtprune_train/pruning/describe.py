@@ -26,7 +26,7 @@ def schedule(method: PruningMethod, num_layers: int) -> str:
     drops, key_layers = method.drops(num_layers), method.key_layers(num_layers)
     words = [_drops(drops, num_layers)] if drops else []
     if key_layers:
-        words.append(f"keys are left out in layers {_ranges(key_layers)} of {num_layers}")
+        words.append(f"keys are dropped in layers {_ranges(key_layers)} of {num_layers}")
     counted = "keys that later rows see" if key_layers else "tokens that enter"
     words.append(f"mean over layers of the {counted} {method.input_share(num_layers):.3f}")
     return f"{title(method)}: {'; '.join(words)}"
@@ -43,7 +43,7 @@ def _kept(drop: Drop) -> str:
     if drop.returns:
         return "all (they return)"
     if drop.adds:
-        return "all (and adds its own)"
+        return "all (and adds learned tokens)"
     return f"{drop.keep:.3g}"
 
 

@@ -83,7 +83,7 @@ def join_registers(candidates: Candidates, number: int) -> Selection:
     """
     hidden, spans = candidates.hidden, [span for span in candidates.boundary.spans if span.before]
     chosen, at = joined(spans, number, len(hidden), hidden.device)
-    assert candidates.module is not None, "the module that this method asked for is not there"
+    assert candidates.module is not None, "the method's module is missing"
     return Selection(chosen, at, candidates.module(hidden.index_select(0, _last(spans, hidden.device))))
 
 

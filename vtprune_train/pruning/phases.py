@@ -144,4 +144,4 @@ class Phases:
         if self.full.share:
             loss = f"KL weight {self.full.weight:g}" if self.full.weight else "no consistency loss"
             parts.append(f"{self.full.share:.3g} of the steps on full tokens ({loss})")
-        return ", ".join(parts) or "one schedule from the first step"
+        return ", ".join(parts) or "the same schedule at every step"

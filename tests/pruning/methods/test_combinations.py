@@ -157,9 +157,15 @@ def test_training(family, method):
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ((VoCo(), PyramidDrop()), "pyramiddrop drops before layer 2, where the learned tokens of voco stand"),
-        ((Victor(layers=3), FastV()), "fastv drops before layer 1, .* of victor .*, or behind layer 3"),
-        ((VoCo(), VideoLLMMoD()), "videollm_mod drops before layer 1, where the learned tokens of voco"),
+        (
+            (VoCo(), PyramidDrop()),
+            "pyramiddrop drops tokens before layer 2, where it would also drop the learned tokens of voco",
+        ),
+        ((Victor(layers=3), FastV()), "fastv drops tokens before layer 1, .* of victor.*, or after layer 3"),
+        (
+            (VoCo(), VideoLLMMoD()),
+            "videollm_mod drops tokens before layer 1, where it would also drop the learned tokens of voco",
+        ),
         ((PyramidDrop(layers=(2,), keep=(0.5,)), FastV(layer=2)), "fastv ranks by .* list fastv before it"),
     ],
 )

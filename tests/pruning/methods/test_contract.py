@@ -276,7 +276,7 @@ def test_budgets_multiply(lengths, ratios):
 def test_combinations_that_cannot_be():
     with pytest.raises(ValueError, match="at least two"):
         Combined((Early(),))
-    with pytest.raises(ValueError, match="early drops before layer 3, where detour holds tokens aside"):
+    with pytest.raises(ValueError, match="early drops tokens before layer 3, but detour has tokens set aside"):
         Combined((Detour(), Early(layer=3))).drops(6)
-    with pytest.raises(ValueError, match="cannot hold another"):
+    with pytest.raises(ValueError, match="cannot be nested"):
         Combined((Early(), Combined((Early(), Early()))))

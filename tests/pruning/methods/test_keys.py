@@ -225,7 +225,7 @@ def test_heads_that_keep_different_numbers_are_refused():
             return kept
 
     segment = random_prompt(np.random.default_rng(0), 1)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"different heads of layer 0.*keep equally many"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"different heads of layer 0.*keep the same number"):
         prefill(packed_decoder(0), Uneven(0.5), torch.randn(segment.length, 32, dtype=torch.float64), [segment])
 
 

@@ -150,7 +150,7 @@ def test_settings_out_of_range_are_refused(setting, message):
 
 
 def test_settings_and_depth():
-    with pytest.raises(ValueError, match="untouched=6 leaves none of the 6 layers"):
+    with pytest.raises(ValueError, match="untouched=6 leaves no layer to prune in a decoder of 6 layers"):
         PLPHP(untouched=6).key_layers(6)
     method = PLPHP(keep=0.5, delta=0.2, untouched=1)
     assert method_from_settings(method.settings()) == method

@@ -97,13 +97,13 @@ def unavailable_because(
         ValueError: unknown backend.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"attention={backend!r} is unknown; use auto or one of: {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown attention={backend!r}; use auto or one of: {', '.join(BACKENDS)}")
     if backend == "varlen_sdpa":
         return None
     if device.type != "cuda":
         return "needs CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"needs half precision, not {dtype}"
+        return f"needs float16 or bfloat16, not {dtype}"
     if backend in FLASH_INSTALLED and not FLASH_INSTALLED[backend]():
         return "needs its flash-attn package"
     capability = torch.cuda.get_device_capability(device)
@@ -113,7 +113,7 @@ def unavailable_because(
         needed = f"{first}.x" if first == last else f"{first}.x to {last}.x"
         return f"needs compute capability {needed}, this GPU has {gpu}"
     if head_dim is not None and head_dim not in by_major[capability[0]]:
-        return f"has no kernel for heads of {head_dim} values at this GPU's compute capability {gpu}"
+        return f"has no kernel for head_dim={head_dim} at this GPU's compute capability {gpu}"
     return None
 
 
@@ -278,7 +278,9 @@ def varlen_torch(
         ValueError: attention dropout is non-zero; the kernel does not support it.
     """
     if dropout:
-        raise ValueError("attention=varlen_torch has no attention dropout; set attention_dropout to 0 or use flash")
+        raise ValueError(
+            "attention=varlen_torch does not support attention dropout; set attention_dropout to 0 or use flash"
+        )
     window = (-1 if sliding_window is None else sliding_window - 1, 0 if causal else -1)
     return varlen_attn(  # type: ignore[return-value]
         q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
@@ -364,12 +366,12 @@ def _register(name: str, function: Callable[..., Tensor], dense: str) -> None:
         if packing is None:
             if OWNED not in module.__dict__:
                 raise ValueError(
-                    f"attention {name!r} belongs to a pruned model, but this one is not: its config was copied from a "
-                    "pruned model; prune(model) it too, load it with attn_implementation='sdpa', or unprune before "
-                    "copying"
+                    f"attention {name!r} is only for pruned models, and this one is not pruned: its config was copied "
+                    "from a pruned model; call prune(model), load it with attn_implementation='sdpa', or unprune "
+                    "before copying"
                 )
             return dense_function(module, dense)(module, query, key, value, attention_mask, **kwargs)
-        assert attention_mask is None, "a packed stream has no attention mask"
+        assert attention_mask is None, "packed batches do not take an attention mask"
         q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if packing.probe is not None:
             packing.probe(q_THD, k_TGD)

@@ -49,7 +49,7 @@ def compile_layers(model: HFModule, *, tower: bool = True, backend: str | Callab
     classes: dict[type[nn.Module], type[nn.Module]] = {}
     for layer in _layers(model, tower):
         if is_compiled(layer):
-            raise ValueError(f"a {type(layer).__name__} is compiled already; call uncompile_layers(model) first")
+            raise ValueError(f"{type(layer).__name__} is already compiled; call uncompile_layers(model) first")
         base = type(layer)
         if base not in classes:
             classes[base] = _compiled_class(base, backend)

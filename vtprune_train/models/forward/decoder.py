@@ -177,7 +177,7 @@ class _Walk:
             return self._with_ones(ranking, index) if part.needs.gravity else ranking
         if probe is None:
             raise ValueError(
-                f"{part.name} ranks by the layer before layer {stage.end_layer}, but none has run; use "
+                f"{part.name} ranks with the layer before layer {stage.end_layer}, but no layer has run yet; use "
                 "rank_with=next_layer or a later layer"
             )
         ranking = probe.ranking(self.text_model.layers[stage.end_layer - 1].self_attn.scaling)
@@ -189,7 +189,7 @@ class _Walk:
     def cross(self, index: int, ranking: Ranking | None) -> None:
         """Run token selection at a drop point and gather the tokens of the next stage."""
         part, boundary = self._part(index), self.plan.boundaries[index]
-        assert part is not None, "a plan with boundaries needs the method that planned it"
+        assert part is not None, "a plan with drop points needs the method that planned it"
         aside = self._aside(index)
         with record_function(CHOOSE):
             selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
@@ -402,8 +402,8 @@ def check_attention(text_model: HFModule) -> None:
     name = text_model.config._attn_implementation
     if not str(name).startswith(PREFIX):
         raise ValueError(
-            f"the attention of this pruned model was set to {name!r}, under which samples of a batch would see each "
-            "other; unprune(model) first, or choose it by prune(..., attention=...)"
+            f"attn_implementation of this pruned model was changed to {name!r}, with which samples of a batch would "
+            "see each other; call unprune(model) first, or choose it with prune(..., attention=...)"
         )
 
 

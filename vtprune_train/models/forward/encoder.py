@@ -37,16 +37,16 @@ def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
     """
     if not method.needs.encoder_layers:
         return
-    instead = "use a method that does not ask it, for example divprune or cdpruner"
+    instead = "use a method that does not need it, for example divprune or cdpruner"
     try:
-        required(family.patches, f"reads the vision tower's attention, which {family.title} does not give")
+        required(family.patches, f"needs the vision tower's attention, which is not available for {family.title}")
         class_tokens(config.vision_config)
     except ValueError as error:
         raise ValueError(f"{method.name} {error}; {instead}") from error
     if method.needs.multi_turn == "keep_dense":
         raise ValueError(
-            f"{method.name} reads the vision tower, which does not see earlier images again: multi_turn='keep_dense' "
-            "cannot be combined with it; use multi_turn='drop'"
+            f"{method.name} needs the vision tower's attention, which is not computed again for earlier images: "
+            "multi_turn='keep_dense' cannot be combined with it; use multi_turn='drop'"
         )
     try:
         layers_read(config, method.needs.encoder_layers)
@@ -66,14 +66,14 @@ def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
     layers = [layer if layer >= 0 else last + 1 + layer for layer in wanted]
     if beyond := [layer for layer in layers if layer >= depth]:
         raise ValueError(
-            f"the vision tower has no layer {beyond[0]}, but {depth} (counted from 0); use one from 0 to {last}, or "
-            "negative ones, which count from the end"
+            f"the vision tower has no layer {beyond[0]}: it has {depth}, counted from 0; use 0 to {last}, or a "
+            "negative number, which counts from the end"
         )
     layers = [layer for layer in layers if layer >= 0]
     if not layers:
         raise ValueError(
-            f"{list(wanted)} names no layer of the vision tower's first {last + 1}, which the decoder's features come "
-            f"from; use one from 0 to {last}, or -1 for the last of them"
+            f"{list(wanted)} are not among the vision tower's first {last + 1} layers, which the decoder's features "
+            f"come from; use 0 to {last}, or -1 for the last of them"
         )
     return layers
 
@@ -124,9 +124,9 @@ class Reading:
         """
         if missing := [layer for layer in self.layers if layer not in self.keys]:
             raise ValueError(
-                f"the attention of the vision tower's layer {missing[0]} was not seen: a tower compiled by "
-                "torch.compile before it was pruned calls no hooks; compile it with "
-                "vtprune_train.models.forward.compile.compile_layers(model), or leave it uncompiled"
+                f"the attention of the vision tower's layer {missing[0]} could not be read: a tower that was compiled "
+                "by torch.compile before prune runs no hooks; compile it with "
+                "vtprune_train.models.forward.compile.compile_layers(model), or do not compile it"
             )
         received = {layer: self._received(layer) for layer in set(self.layers)}
         keys_PNM = self.keys[self.layers[-1]][:, self.class_tokens :]

@@ -61,17 +61,19 @@ def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[st
     generation config."""
     if config.prefill_chunk_size is not None:
         raise ValueError(
-            f"prefill_chunk_size={config.prefill_chunk_size}: a pruned model ranks visual tokens by the end of the "
-            "prompt and cannot read it in chunks; leave prefill_chunk_size unset"
+            f"prefill_chunk_size={config.prefill_chunk_size} is not supported: a pruned model ranks visual tokens by "
+            "the end of the prompt and needs it as a whole; leave prefill_chunk_size unset"
         )
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
-            f"cache_implementation={config.cache_implementation!r}: a pruned model keeps another length in every "
-            "layer, which only the dynamic cache does; leave cache_implementation unset"
+            f"cache_implementation={config.cache_implementation!r} is not supported: a pruned model keeps a different "
+            "number of tokens in each layer, which needs the dynamic cache; leave cache_implementation unset"
         )
     assistant, negative = inputs.get("assistant_model"), inputs.get("negative_prompt_ids")
     if assistant is not None and is_pruned(assistant):
-        raise ValueError("assistant_model is pruned: it is shown the prompt without its images; unprune it")
+        raise ValueError(
+            "assistant_model is pruned, but it gets the prompt without its images; call unprune(assistant_model)"
+        )
     if negative is not None and (negative == model.config.image_token_id).any():
         raise ValueError(
             "negative_prompt_ids hold image tokens, but generate passes no image with them; leave the image tokens "
@@ -90,8 +92,8 @@ def _without_cache(state: State, config: GenerationConfig, inputs: dict[str, Any
             "call model.eval() or model.gradient_checkpointing_disable() before generate"
         )
     state.warn_once(
-        "generate in training mode with gradient checkpointing runs without a cache, every step the whole row: call "
-        "model.eval() or model.gradient_checkpointing_disable() first"
+        "generate in training mode with gradient checkpointing runs without a cache and computes the whole row at "
+        "every step: call model.eval() or model.gradient_checkpointing_disable() first"
     )
     return False
 
@@ -107,7 +109,8 @@ def _check_repeated_images(model: HFModule, prompt: Tensor | None, pixel_values:
     if len(pixel_values) != rows:
         raise ValueError(
             f"num_beams or num_return_sequences above 1 with {len(pixel_values)} images or tiles in {rows} rows: "
-            "transformers before 5.18 mixes the images of a row up; install transformers>=5.18, or give each row one"
+            "transformers before 5.18 assigns images to the wrong rows; install transformers>=5.18, or use one image "
+            "for each row"
         )
 
 
@@ -115,6 +118,7 @@ def refuse_continuous_batching(
     self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any
 ) -> Any:
     raise ValueError(
-        f"{original.__name__}: continuous batching packs requests into a paged cache, but a pruned model keeps another "
-        "length in every layer; pad the prompts to one batch and call generate, or use unprune(model)"
+        f"{original.__name__} is not supported: continuous batching uses a paged cache, but a pruned model keeps a "
+        "different number of tokens in each layer; pad the prompts to one batch and call generate, or use "
+        "unprune(model)"
     )

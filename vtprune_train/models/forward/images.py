@@ -47,14 +47,16 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         shown = required(state.family.patches, state.family.title)(self.config, inputs)
         if [len(own) for own, _ in shown] != lengths:
             raise ValueError(
-                f"images of {lengths} visual tokens, where {[len(own) for own, _ in shown]} were expected from the "
-                "config: the vision tower's attention cannot be told to tokens; leave vision_feature_select_strategy "
-                "and vision_aspect_ratio to the config"
+                f"images have {lengths} visual tokens, but the config implies {[len(own) for own, _ in shown]}, so the "
+                "vision tower's attention cannot be assigned to tokens; do not pass vision_feature_select_strategy or "
+                "vision_aspect_ratio"
             )
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
     grids = _grids(self, state, inputs, lengths)
-    assert not isinstance(images, Tensor) or not (any(grids) or read), "grids and patches need a tensor an image"
+    assert not isinstance(images, Tensor) or not (any(grids) or read), (
+        "grids and patches need one tensor for each image"
+    )
     if len(images) == len(lengths):
         for image, own, encoder in zip(images, grids, encoders, strict=True):
             setattr(image, SEEN, _Seen(own, encoder))
@@ -70,8 +72,8 @@ def note_images(call: Call, state: State, images: Sequence[Tensor]) -> None:
     if len(seen) < len(call.image_lengths):
         if state.method is not None and state.method.needs.encoder_layers:
             raise ValueError(
-                f"{state.method.name} reads the vision tower's attention, but the image features were not made by this "
-                "model's get_image_features as it is; pass pixel_values"
+                f"{state.method.name} needs the vision tower's attention, but the image features were not computed by "
+                "this model's get_image_features; pass pixel_values instead"
             )
         return
     call.image_grids = [own.grids for own in seen]

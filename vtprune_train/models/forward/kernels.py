@@ -61,7 +61,7 @@ def use_liger(text_model: HFModule) -> None:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
         raise ConfigError(
-            f"model.liger=true needs liger-kernel, which cannot be imported ({error}); pip install -r "
+            f"model.liger=true needs liger-kernel, but importing it failed ({error}); pip install -r "
             "requirements-gpu.txt, or set model.liger=false"
         ) from error
     model_type = text_model.config.model_type
@@ -84,15 +84,15 @@ def use_fp8(text_model: HFModule, device: torch.device) -> None:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ConfigError(
-            f"model.fp8=true needs torchao, which cannot be imported ({error}); pip install -r requirements-gpu.txt, "
-            "or set model.fp8=false"
+            f"model.fp8=true needs torchao, but importing it failed ({error}); pip install -r requirements-gpu.txt, or "
+            "set model.fp8=false"
         ) from error
     emulate = device.type != "cuda"
     if emulate:
         log.warning("model.fp8=true on %s: rounding to float8 is emulated; this is slower, not faster", device.type)
     elif (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise ConfigError(
-            f"model.fp8=true needs a GPU of compute capability 8.9 or newer, and {torch.cuda.get_device_name(device)} "
+            f"model.fp8=true needs a GPU of compute capability 8.9 or higher, but {torch.cuda.get_device_name(device)} "
             f"has {capability[0]}.{capability[1]}; set model.fp8=false"
         )
 
@@ -113,15 +113,15 @@ def compile_refusal(config: Config, device: torch.device, zero_stage: int) -> st
     if config.model.peft is not None and config.model.peft.kind == "qlora":
         return "4-bit weights are unpacked inside the layers"
     if config.model.liger:
-        return "model.liger=true replaces what would be compiled"
+        return "model.liger=true replaces the modules that would be compiled"
     if config.train.compile == "always":
         return None
     if device.type != "cuda":
         return "there is no GPU"
     if importlib.util.find_spec("triton") is None:
-        return "Triton, which writes the kernels, is not installed"
+        return "Triton is not installed"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        return "Triton needs a C compiler, and there is none"
+        return "Triton needs a C compiler, but none was found"
     return None
 
 

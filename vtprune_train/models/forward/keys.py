@@ -169,8 +169,8 @@ class KeyChoice:
         counts = left.index_add(1, layout.span_of_visual, (~self.kept).long()).cpu().numpy()  # [G, spans]
         if (counts != counts[:1]).any():
             raise ValueError(
-                f"{self.stage.method.name}.keys keeps a different number of an image's tokens in different heads of "
-                f"layer {self.layer}; a layer's cache is rectangular, so every head must keep equally many"
+                f"{self.stage.method.name}.keys keeps different numbers of an image's tokens in different heads of "
+                f"layer {self.layer}; a layer's cache is rectangular, so every head must keep the same number"
             )
         rows = [span.segment for span in spans]
         return np.bincount(rows, counts[0], len(self.stage.segment_lengths)).astype(np.int64) + self._hidden_in_front()

@@ -49,8 +49,8 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
         _mask_visual(inputs, input_ids == state.image_token)
     elif self.training and torch.is_grad_enabled() and state.method is not None:
         state.warn_once(
-            "a training forward without labels: the last token of each row ranks the visual tokens, which in "
-            "generation the end of the prompt does (label smoothing and compute_loss_func keep labels from the model)"
+            "forward in training mode without labels: visual tokens are ranked by the last token of each row, but in "
+            "generation by the end of the prompt (label smoothing and compute_loss_func keep labels from the model)"
         )
     with state.calling(input_ids, labels):
         return original(**inputs)
@@ -102,11 +102,14 @@ def forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *a
 def _check_inputs(state: State, inputs: dict[str, Any]) -> None:
     if inputs.get("input_ids") is None:
         raise ValueError(
-            "a pruned model needs input_ids and takes no inputs_embeds, which do not say where the images are; pass "
-            "input_ids and pixel_values alone, or call the model inside `with vtprune_train.dense(model):`"
+            "a pruned model needs input_ids to find the images and does not take inputs_embeds; pass input_ids and "
+            "pixel_values alone, or call the model inside `with vtprune_train.dense(model):`"
         )
     if inputs["input_ids"].ndim != 2:
-        raise ValueError(f"input_ids of shape {tuple(inputs['input_ids'].shape)} are not [rows, length]; add the rows")
+        raise ValueError(
+            f"input_ids must have the shape [rows, length], not {tuple(inputs['input_ids'].shape)}; add the row "
+            "dimension"
+        )
     for key, reason in state.family.refused:
         if inputs.get(key) is not None:
             raise ValueError(f"a pruned {state.family.title} does not take {key}: {reason}")
@@ -130,8 +133,8 @@ def _supervised(inputs: dict[str, Any]) -> Tensor | None:
     columns = torch.arange(input_ids.shape[1])[_columns_kept(kept)]
     if labels.shape != (len(input_ids), len(columns)):
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} do not fit input_ids of {tuple(input_ids.shape)} with "
-            f"logits_to_keep={kept}; give a label for each token, -100 where none is supervised"
+            f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(input_ids.shape)} with "
+            f"logits_to_keep={kept}; pass one label for each token, -100 for those that are not supervised"
         )
     everywhere = labels.new_full(input_ids.shape, IGNORE)
     return everywhere.index_copy(1, columns.to(labels.device), labels)
@@ -153,6 +156,7 @@ def _mask_visual(inputs: dict[str, Any], visual: Tensor) -> None:
 
 def refuse_data_parallel(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(
-        "torch.nn.DataParallel copies a pruned model without what it is pruned by; run one process a device: torchrun, "
-        "deepspeed or accelerate launch (transformers' Trainer takes DataParallel where one process sees several GPUs)"
+        "torch.nn.DataParallel does not work with a pruned model, whose replicas are not pruned; run one process for "
+        "each device: torchrun, deepspeed or accelerate launch (transformers' Trainer uses DataParallel where one "
+        "process sees several GPUs)"
     )

@@ -50,8 +50,8 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
     """
     if not any(STATE in module.__dict__ for module in model.lm_head.modules()):
         raise ValueError(
-            "lm_head was replaced after prune (resize_token_embeddings, set_output_embeddings), so it computes no loss "
-            "of packed rows; replace it first, or unprune(model) and prune it again"
+            "lm_head was replaced after prune (resize_token_embeddings, set_output_embeddings) and cannot compute the "
+            "loss of packed batches; replace it before prune, or unprune(model) and prune it again"
         )
     hidden_RC, ran, taught_RC = model.get_submodule(state.family.base)(batch)
     teaching = None

@@ -56,7 +56,7 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
     model = unwrapped(model)
     state: State = state_of(model)
     with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
-        assert call is not None, "kept_tokens inside another forward pass"
+        assert call is not None, "kept_tokens cannot be called inside another forward pass"
         model.get_submodule(state.family.base)(**inputs, use_cache=False)
     stages = [rows.cpu().numpy() for rows in call.kept_rows]
     images, base = [], 0
@@ -110,8 +110,9 @@ def forward_text(
     if checkpoints_layers(text_model):
         if past_key_values is not None:
             raise ValueError(
-                "past_key_values in training mode with gradient checkpointing, whose layers do not fill a cache; call "
-                "model.eval() or model.gradient_checkpointing_disable() first, or leave past_key_values unset"
+                "past_key_values in training mode with gradient checkpointing is not supported, as layers do not fill "
+                "the cache; call model.eval() or model.gradient_checkpointing_disable() first, or leave "
+                "past_key_values unset"
             )
         use_cache = False
     cache = None
@@ -310,19 +311,20 @@ def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any
     for key in ("output_attentions", "output_hidden_states"):
         if keywords.get(key, getattr(config, key, False)):  # names used by transformers
             raise ValueError(
-                f"a pruned model does not take {key}{'' if key in keywords else ' (set in the config)'}: every stage "
-                "has another length; call the model inside `with vtprune_train.dense(model):` for the dense ones"
+                f"a pruned model does not take {key}{'' if key in keywords else ' (set in the config)'}: stages have "
+                "different lengths; call the model inside `with vtprune_train.dense(model):` to get it from the dense "
+                "model"
             )
     if keywords.get("cu_seq_lens_q") is not None:
         raise ValueError(
-            "cu_seq_lens_q says that several samples are packed into one row, which a pruned model does not tell "
-            "apart; pad each sample to a row of its own"
+            "cu_seq_lens_q (several samples packed into one row) is not supported by a pruned model; pad each sample "
+            "to its own row"
         )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         shape = type(attention_mask).__name__ if not isinstance(attention_mask, Tensor) else tuple(attention_mask.shape)
         raise ValueError(
-            f"a pruned model takes an attention_mask [rows, length] with 0 for padding, not {shape}; it masks causally "
-            "within each row by itself"
+            f"attention_mask must be [rows, length] with 0 for padding, not {shape}; a pruned model applies the causal "
+            "mask itself"
         )
 
 
@@ -333,9 +335,9 @@ def _refuse_adapters_of_rows(text_model: HFModule) -> None:
         for hook in module._forward_pre_hooks.values():
             for key in {"adapter_names", "alora_offsets"} & getattr(hook, "keywords", {}).keys():
                 raise ValueError(
-                    f"a pruned model does not take {key}: rows are packed into one, whose tokens all see the same "
-                    "adapters; call the model once for each adapter (set_adapter), or inside "
-                    "`with vtprune_train.dense(model):`"
+                    f"a pruned model does not take {key}: rows are packed into one, and all their tokens use the same "
+                    "adapters; call the model once for each adapter (set_adapter), or inside `with "
+                    "vtprune_train.dense(model):`"
                 )
 
 
@@ -347,12 +349,12 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int
     if attention_mask.shape[0] != shape[0] or not shape[1] <= attention_mask.shape[1] <= cached + shape[1]:
         after = f" after {cached} cached columns" if cached else ""
         raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}{after}; give a "
-            "column for each token"
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not match inputs of shape "
+            f"{tuple(shape)}{after}; it needs one column for each token"
         )
     real = attention_mask[:, attention_mask.shape[1] - shape[1] :].cpu().numpy().astype(bool)
     if empty := np.flatnonzero(~real.any(axis=1)).tolist():
-        raise ValueError(f"row {empty[0]} of the batch has no token: its attention_mask is all 0")
+        raise ValueError(f"row {empty[0]} of the batch has no token: its attention_mask is all zeros")
     return real
 
 
@@ -371,9 +373,9 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         labels = None if all_labels is None else all_labels[row][real[row]]
         if labels is not None and state.method is not None and _prompt_is_supervised(labels != IGNORE, spans):
             state.warn_once(
-                "labels supervise text right after an image, so the visual tokens are ranked from there, but in "
+                "labels supervise text right after an image, so visual tokens are ranked from there, but in "
                 "generation by the last token of the prompt: mask the whole prompt in the labels (TRL: prompt and "
-                "completion columns, or assistant_only_loss=True), unless the prompt is an image alone"
+                "completion columns, or assistant_only_loss=True), unless the prompt is only an image"
             )
         prompt = int(real[row, : call.prompt_width].sum())
         key = 0
@@ -386,7 +388,7 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         segments.append(SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key))
     if remaining:
         used = len(call.image_lengths) - len(remaining)
-        raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
+        raise ValueError(f"got {len(call.image_lengths)} images, but input_ids hold the tokens of {used}")
     return segments
 
 
@@ -405,8 +407,9 @@ def _without_images(labels: np.ndarray, visual: np.ndarray, state: State) -> np.
     """[B, L] ``labels`` with -100 at image tokens."""
     if (visual & (labels != IGNORE)).any():
         state.warn_once(
-            "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts them divides "
-            "by too many: mask them in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
+            "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts labels "
+            "divides the loss by too large a number: mask them in the collator (TRL: prompt and completion columns, "
+            "or assistant_only_loss=True)"
         )
     return np.where(visual, IGNORE, labels)
 
@@ -420,15 +423,15 @@ def _spans(
         while offset < start + length:
             if not remaining:
                 raise ValueError(
-                    f"row {row} has image tokens beyond the {given} images given; pass pixel_values of every image "
-                    "whose tokens are in input_ids (all those not cached yet)"
+                    f"row {row} has more image tokens than the {given} images have; pass pixel_values of every image "
+                    "whose tokens are in input_ids (all that are not cached yet)"
                 )
             spans.append(ImageSpan(offset, *remaining.pop(0)))
             offset = spans[-1].end
         if offset != start + length:
             raise ValueError(
-                f"row {row}: a run of {length} image tokens does not end where an image does "
-                f"(images of {[span.length for span in spans if span.start >= start]} tokens)"
+                f"row {row}: a run of {length} image tokens does not match the sizes of its images "
+                f"({[span.length for span in spans if span.start >= start]} tokens)"
             )
         if family.run_is_one_image:
             spans = [*(span for span in spans if span.start < start), ImageSpan(start, length)]
@@ -475,8 +478,8 @@ def _check_positions(
         counted = counted + starts.repeat_interleave(lengths, output_size=len(counted))
     if not torch.equal(given, counted):
         raise ValueError(
-            "position_ids must count the tokens of each row from 0 (after what is cached): a pruned model numbers "
-            "them itself, and several samples packed into one row are not told apart; leave position_ids unset"
+            "position_ids must number the tokens of each row from 0 (after the cached ones); several samples packed "
+            "into one row are not supported; leave position_ids unset"
         )
 
 

@@ -44,8 +44,8 @@ def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor)
         return function(module, *tensors)
     if _is_leaf(module) and torch.is_grad_enabled():
         raise ValueError(
-            f"a {type(inner).__name__} is a ZeRO-3 leaf module, and DeepSpeed takes one call of those per "
-            "backward pass, but the method ranks visual tokens by it with gradients: do not make decoder layers leaf "
+            f"{type(inner).__name__} is a ZeRO-3 leaf module, which DeepSpeed lets run once per backward pass, but the "
+            "method runs it a second time to rank visual tokens with gradients: do not make decoder layers leaf "
             "modules (set_z3_leaf_modules), or set differentiable=False"
         )
     with _INSTALLING:
@@ -113,7 +113,7 @@ def check_layers(text_model: HFModule, attention: str, learns: str | None) -> No
     check_attention_function(attention)
     if learns is not None and (how := _sharded_already(text_model)):
         raise ValueError(
-            f"{learns} adds parameters to the decoder, which is sharded already ({how}), so that they would differ on "
+            f"{learns} adds learned parameters, but the decoder is already sharded ({how}), so they would differ on "
             "each rank: prune first, then shard the model"
         )
 
@@ -151,9 +151,10 @@ def check_all_heads(config: Any, reader: str, queries: int, keys: int | None = N
         return
     have = f"{queries} of {expected} attention heads" if queries != expected else f"{keys} of {expected_keys} key heads"
     raise ValueError(
-        f"{reader} reads {have}: tensor parallelism splits them over the ranks (tp_plan, DeepSpeed AutoTP), and each "
-        "rank would keep other visual tokens. Shard the model with FSDP or ZeRO instead (load it without tp_plan), or "
-        "use a method that reads no attention of the decoder: prumerge, divprune, cdpruner, uniform, random or pool"
+        f"{reader} sees only {have}: tensor parallelism (tp_plan, DeepSpeed AutoTP) splits heads over the ranks, so "
+        "each rank would keep different visual tokens. Shard the model with FSDP or ZeRO instead (load it without "
+        "tp_plan), or use a method that does not need attention of the decoder: prumerge, divprune, cdpruner, "
+        "uniform, random or pool"
     )
 
 
@@ -165,7 +166,7 @@ def check_whole_stream(hidden: Tensor, expected: int, layer: int) -> None:
     """
     if hidden.shape[1] != expected:
         raise ValueError(
-            f"decoder layer {layer} returned {hidden.shape[1]} tokens for {expected}: a pruned model needs all tokens "
+            f"decoder layer {layer} returned {hidden.shape[1]} tokens, not {expected}: a pruned model needs all tokens "
             "of a sample on each rank, so sequence and context parallelism do not work; shard the model with FSDP or "
             "ZeRO"
         )

@@ -75,8 +75,8 @@ class Segments:
         if number not in self._by_number:
             expected = " or ".join(str(known) for known in self._by_number)
             raise ValueError(
-                f"cu_seqlens of the vision tower bounds {number} segments, but the image grids make {expected}; leave "
-                "cu_seqlens to the model"
+                f"the vision tower's cu_seqlens has {number} segments, but the image grids imply {expected}; do not "
+                "pass cu_seqlens"
             )
         return self._by_number[number]
 
@@ -146,7 +146,7 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         missing, run the dense model's attention."""
         if segments is None:
             return _dense_attention(module, query, key, value, cu_seq_lens_q, is_causal=is_causal, **kwargs)
-        assert attention_mask is None and not is_causal, "a tower's segments have no mask"
+        assert attention_mask is None and not is_causal, "attention of the vision tower does not take a mask"
         q_NHD, k_NHD, v_NHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         lengths = segments.within(cu_seq_lens_q)
         out_NHD = function(

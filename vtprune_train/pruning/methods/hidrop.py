@@ -82,12 +82,15 @@ class HiDrop(PruningMethod):
         "and Early Exit (arXiv 2602.23699)"
     )
     where = "enters late, pruned between layers, leaves early"
-    trains = "yes, made for it; gradients reach the ranking"
+    trains = "yes, designed for it; gradients reach the ranking"
 
     def __post_init__(self) -> None:
         check_schedule(self.layers, self.keep)
         if self.layers is None and len(self.keep) != len(LAYERS):
-            raise ValueError(f"keep={list(self.keep)} needs its own layers (the published {list(LAYERS)} are four)")
+            raise ValueError(
+                f"keep={list(self.keep)} has {len(self.keep)} entries, but the default layers {list(LAYERS)} have "
+                "four; set layers too"
+            )
 
     @property
     def needs(self) -> Needs:
@@ -100,8 +103,8 @@ class HiDrop(PruningMethod):
             layers = tuple(max(layer, enter + 1) for layer in scaled_layers(LAYERS, DEPTH, num_layers))
         elif layers and (layers[0] <= enter or layers[-1] >= min(leave, num_layers)):
             raise ValueError(
-                f"layers={list(layers)} do not lie between enter={enter} and leave={min(leave, num_layers)} (of "
-                f"{num_layers} layers); set enter and leave too"
+                f"layers={list(layers)} must lie between enter={enter} and leave={min(leave, num_layers)} in a decoder "
+                f"of {num_layers} layers; set enter and leave too"
             )
         pyramid = [AtLeastOne(layer, keep) for layer, keep in zip(layers, self.keep, strict=True)]
         within = [
@@ -117,7 +120,8 @@ class HiDrop(PruningMethod):
         leave = max(leave, enter + 1) if self.leave is None else self.leave
         if not enter < min(leave, num_layers):
             raise ValueError(
-                f"enter={enter}, leave={leave}: no layer of {num_layers} sees an image; let tokens leave after enter"
+                f"enter={enter}, leave={leave}: none of the {num_layers} layers would process visual tokens; set leave "
+                "above enter"
             )
         return enter, leave
 

@@ -55,12 +55,12 @@ class LVLMCSP(PruningMethod):
         "LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering, and Pruning for "
         "Reasoning Segmentation (arXiv 2504.10854)"
     )
-    where = "before the decoder and between layers; all return"
+    where = "before the decoder and between layers; all tokens return in between"
     trains = "yes (published for inference)"
 
     def __post_init__(self) -> None:
         if self.layers is not None and not 1 <= self.layers[0] < self.layers[1]:
-            raise ValueError(f"layers={list(self.layers)} are not two increasing layers from 1 on")
+            raise ValueError(f"layers={list(self.layers)} must be two increasing layers, from 1 on")
 
     @property
     def needs(self) -> Needs:

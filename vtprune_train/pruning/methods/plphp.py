@@ -66,7 +66,7 @@ class PLPHP(PruningMethod):
         "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models (arXiv 2502.14504)"
     )
     where = "key-value cache"
-    trains = "as a mask for each head, for consistency; saves no FLOPs"
+    trains = "yes, as a mask for each head, consistent with inference; saves no FLOPs"
 
     def __post_init__(self) -> None:
         within = 0.0 <= self.delta <= self.keep
@@ -89,7 +89,8 @@ class PLPHP(PruningMethod):
         first = scaled_layers((2,), 32, num_layers)[0] if self.untouched is None else self.untouched
         if first >= num_layers:
             raise ValueError(
-                f"untouched={first} leaves none of the {num_layers} layers to prune; use at most {num_layers - 1}"
+                f"untouched={first} leaves no layer to prune in a decoder of {num_layers} layers; use at most "
+                f"{num_layers - 1}"
             )
         return tuple(range(first, num_layers))
 

@@ -79,7 +79,7 @@ class SparseVLM(PruningMethod):
     def __post_init__(self) -> None:
         if self.budget not in (None, *BUDGETS):
             raise ValueError(
-                f"budget={self.budget!r} is not one of {', '.join(map(str, BUDGETS))}; or give keep instead"
+                f"budget={self.budget!r} is not one of {', '.join(map(str, BUDGETS))}; or set keep instead"
             )
         self._check_counts()
         self._check_layers()
@@ -93,23 +93,28 @@ class SparseVLM(PruningMethod):
             if self.count != count and (value := getattr(self, setting)) != getattr(type(self), setting):
                 raise ValueError(f"{setting}={value} has no effect with count={self.count}; use count={count}")
         if len(given) == 2:
-            raise ValueError(f"budget={self.budget} and keep={list(self.keep or ())} both say how many stay; give one")
+            raise ValueError(
+                f"budget={self.budget} and keep={list(self.keep or ())} exclude each other; set one of them"
+            )
         check_schedule(None, self.shares)
         if self.layers is None and len(self.shares) not in LAYERS:
-            raise ValueError(f"keep={list(self.shares)}: published layers are for 3 or 4 shares; give layers too")
+            raise ValueError(
+                f"keep={list(self.shares)} has {len(self.shares)} entries, but default layers exist for 3 or 4; set "
+                "layers too"
+            )
 
     def _check_layers(self, num_layers: int | None = None) -> None:
         layers = self.layers
         if layers is None:
             return
         if any(later <= earlier for earlier, later in pairwise((-1, *layers))) or not layers:
-            raise ValueError(f"layers={list(layers)} must increase from 0 on (for example [2, 6, 15])")
+            raise ValueError(f"layers={list(layers)} must increase, from 0 on (for example [2, 6, 15])")
         if self.count == "fixed" and len(layers) != len(self.shares):
             raise ValueError(f"layers={list(layers)} has {len(layers)} entries but keep has {len(self.shares)}")
         if num_layers is not None and layers[-1] >= num_layers - 1:
             raise ValueError(
-                f"layers={list(layers)}: no layer follows {layers[-1]} in a decoder of {num_layers} layers (counted "
-                f"from 0); use layers below {num_layers - 1}"
+                f"layers={list(layers)}: layer {layers[-1]} is the last of the decoder's {num_layers} or lies beyond "
+                f"(counted from 0), so no layer would see fewer tokens; use layers below {num_layers - 1}"
             )
 
     @property

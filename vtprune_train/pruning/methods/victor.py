@@ -31,14 +31,14 @@ class Victor(PruningMethod):
 
     name = "victor"
     paper = "Efficient Vision-Language Models by Summarizing Visual Tokens into Compact Registers (arXiv 2410.14072)"
-    where = "registers behind the image"
-    trains = "yes, and must be: the registers are learned"
+    where = "registers after the image"
+    trains = "yes, required: the registers are learned"
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is not None and self.layers >= num_layers:
             raise ValueError(
-                f"layers={self.layers} leaves no layer without the image's tokens in a decoder of {num_layers} layers; "
-                f"use at most {num_layers - 1}"
+                f"layers={self.layers}: the image's tokens would be in all {num_layers} layers of the decoder; use at "
+                f"most {num_layers - 1}"
             )
         end = self.layers or scaled_layers((PUBLISHED_LAYERS,), PUBLISHED_DEPTH, num_layers)[0]
         return Joining(0, 1.0, adds=True, number=self.registers), Staying(end, 0.0, number=self.registers)
@@ -61,7 +61,7 @@ class Victor(PruningMethod):
         layers = floor_of(share, num_layers)
         if not 1 <= layers < num_layers:
             raise ValueError(
-                f"victor takes between {1 / num_layers:.3f} and {1 - 1 / num_layers:.3f} of the visual tokens through "
-                f"{num_layers} layers, a layer at a time, not {share:g}; use another budget"
+                f"budget {share:g} is out of range for victor, which reaches {1 / num_layers:.3f} to "
+                f"{1 - 1 / num_layers:.3f} on {num_layers} layers in steps of one layer; choose another budget"
             )
         return replace(self, layers=layers)

@@ -37,7 +37,7 @@ class VideoLLMMoD(PruningMethod):
         "VideoLLM-MoD: Efficient Video-Language Streaming with Mixture-of-Depths Vision Computation (arXiv 2408.16730)"
     )
     where = "skips layers"
-    trains = "yes, and must be: the routers are learned"
+    trains = "yes, required: the routers are learned"
 
     def __post_init__(self) -> None:
         if self.layers is None:
@@ -54,8 +54,8 @@ class VideoLLMMoD(PruningMethod):
         layers = self.layers or tuple(range(1, num_layers - 1, 2)) or (0,)
         if layers[-1] > num_layers - 2:
             raise ValueError(
-                f"layers={list(layers)}: no layer follows layer {layers[-1]} in a decoder of {num_layers}, so nothing "
-                f"reads what its router decides; use layers up to {num_layers - 2}"
+                f"layers={list(layers)}: layer {layers[-1]} is the last of the decoder's {num_layers} or lies beyond, "
+                f"so nothing would read what its router decides; use layers up to {num_layers - 2}"
             )
         return layers if self.keep < 1.0 else ()
 
@@ -74,7 +74,7 @@ class VideoLLMMoD(PruningMethod):
     def choose(self, candidates: Candidates) -> Selection:
         boundary, memory = candidates.boundary, candidates.memory
         if not boundary.drop.returns:
-            assert isinstance(candidates.module, Routers), "the routers that this method asked for are not there"
+            assert isinstance(candidates.module, Routers), "the method's routers are missing"
             rating = candidates.module[str(boundary.layer)](candidates.hidden).squeeze(-1)  # [V]
             chosen = top_k_per_span(rating.detach().float(), boundary.span_of_visual, boundary.take)
             memory["let_in"], memory["gates"] = chosen, gate(rating.index_select(0, chosen))

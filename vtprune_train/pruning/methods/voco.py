@@ -36,7 +36,7 @@ class VoCo(PruningMethod):
     name = "voco"
     paper = "VoCo-LLaMA: Towards Vision Compression with Large Language Models (arXiv 2406.12275)"
     where = "attention and key-value cache of every layer"
-    trains = "yes, and must be: the summary is learned; training is not faster"
+    trains = "yes, required: the summary is learned; training is not faster"
     before: ClassVar[Mapping[str, Any]] = {"hide": "image"}
 
     @property
@@ -69,6 +69,6 @@ class VoCo(PruningMethod):
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
         raise ValueError(
-            f"voco leaves {self.tokens} token(s) of an image in the cache whatever its size, which is no share such as "
-            f"{share:g}; set tokens yourself"
+            f"voco keeps {self.tokens} token(s) of an image in the cache regardless of its size, so it cannot be "
+            f"fitted to a share such as {share:g}; set tokens instead"
         )

@@ -55,7 +55,7 @@ class ZipVL(PruningMethod):
     name = "zipvl"
     paper = "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification (arXiv 2410.08584)"
     where = "key-value cache"
-    trains = "as a mask in each layer, for consistency; saves no FLOPs"
+    trains = "yes, as a mask in each layer, consistent with inference; saves no FLOPs"
 
     @property
     def needs(self) -> Needs:

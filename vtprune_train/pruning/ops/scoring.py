@@ -38,7 +38,7 @@ def mean_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tensor:
 
 def _by_group(ranking: Ranking | None) -> tuple[int, Tensor, Tensor]:
     """Query heads; scaled queries [G, H / G, Q, D]; keys [G, D, T]."""
-    assert ranking is not None, "a method without rank_with has no attention to rank by"
+    assert ranking is not None, "candidates.ranking is None: the method must return Needs(rank_with=...) from needs"
     queries_QHD, keys_TGD = ranking.queries, ranking.keys
     scaled = (queries_QHD * ranking.scaling).unflatten(1, (keys_TGD.shape[1], -1)).permute(1, 2, 0, 3)
     return queries_QHD.shape[1], scaled, keys_TGD.permute(1, 2, 0)

@@ -24,7 +24,8 @@ def signals_of(candidates: Candidates, layers: int) -> EncoderSignals:
         return candidates.encoder
     if len(candidates.boundary.span_of_visual):
         raise ValueError(
-            "the method reads the vision tower's attention, which this call did not run; pass pixel_values to the model"
+            "the method needs the vision tower's attention, but the tower did not run in this call; pass pixel_values "
+            "to the model"
         )
     hidden = candidates.hidden
     return EncoderSignals(

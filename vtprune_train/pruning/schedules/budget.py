@@ -76,8 +76,8 @@ def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) ->
             fitting.append((least, made, high))
     if not fitting:
         raise ValueError(
-            f"{method.name} takes between {min(ranges):.3f} and {max(ranges):.3f} of the visual tokens through "
-            f"{num_layers} layers, whichever it drops at, not {share:g}; choose another budget"
+            f"budget {share:g} is out of range for {method.name} on {num_layers} layers, which reaches "
+            f"{min(ranges):.3f} to {max(ranges):.3f}; choose another budget"
         )
     _, made, high = min(fitting, key=lambda entry: entry[0])
     return bisected(made, 0.0, high, share, num_layers)
@@ -103,8 +103,8 @@ def bisected(made: Callable[[float], Method], low: float, high: float, share: fl
     if not least - 1e-4 <= share <= most + 1e-4:
         name = made(high).name
         raise ValueError(
-            f"{name} takes between {least:.3f} and {most:.3f} of the visual tokens through {num_layers} layers, not "
-            f"{share:g}; give it other layers or another budget"
+            f"budget {share:g} is out of range for {name} on {num_layers} layers, which reaches {least:.3f} to "
+            f"{most:.3f}; choose other layers or another budget"
         )
     for _ in range(50):
         middle = (low + high) / 2

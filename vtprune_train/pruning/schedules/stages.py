@@ -72,12 +72,10 @@ def check_schedule(layers: Sequence[int] | None, keep: Sequence[float], num_laye
 def _keep_problems(keep: Sequence[float]) -> list[str]:
     problems = []
     if outside := [ratio for ratio in keep if not 0.0 < ratio <= 1.0]:
-        problems.append(
-            f"keep={list(keep)}: {outside[0]} is not in (0, 1]; each entry is the share of tokens that stay"
-        )
+        problems.append(f"keep={list(keep)}: {outside[0]} is not in (0, 1]; each entry is a keep ratio")
     if any(later > earlier for earlier, later in pairwise(keep)):
         problems.append(
-            f"keep={list(keep)} increases; each entry is a share of the ORIGINAL tokens, so later ones must not be "
+            f"keep={list(keep)} increases; each entry is relative to the ORIGINAL tokens, so later ones must not be "
             f"larger (for example {sorted(keep, reverse=True)})"
         )
     return problems
@@ -87,7 +85,8 @@ def _layer_problems(layers: Sequence[int], keep: Sequence[float], num_layers: in
     problems = []
     if len(layers) != len(keep):
         problems.append(
-            f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}; give as many"
+            f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}; they must have "
+            "the same length"
         )
     if any(later <= earlier for earlier, later in pairwise(layers)):
         problems.append(f"layers={list(layers)} must increase (for example {sorted(set(layers))})")
