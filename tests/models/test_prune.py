@@ -183,13 +183,13 @@ def test_what_stands_for_a_method(asked, expected):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("fastvv", "method='fastvv' is unknown; did you mean fastv?"),
+        ("fastvv", "unknown method='fastvv'; did you mean fastv?"),
         ("FastV", "did you mean fastv?"),
         ("Saved", "did you mean saved?"),
-        ("", "method='' is unknown"),
+        ("", "unknown method=''"),
         (PyramidDrop, r"method=PyramidDrop is a class; pass an instance: PyramidDrop\(\)"),
         ({"keep": 0.5}, r"has no key 'method'; for example \{'method': 'fastv'\}"),
-        ({}, "names no method"),
+        ({}, "has no key 'method'"),
         ({"method": "fastv", "kep": 0.5}, "'kep' is not a setting of fastv; did you mean keep?"),
         ({"method": "none", "keep": 0.5}, "none takes no settings"),
         ({"method": "saved"}, r"means the method that a checkpoint was saved with .*prune\(model, 'saved'\)"),
@@ -206,7 +206,7 @@ def test_what_is_no_method_is_refused(asked, message):
         prune(model, asked)
     assert not is_pruned(model)
     del model.config.pruning
-    with pytest.raises(ValueError, match="holds no pruning settings"):
+    with pytest.raises(ValueError, match="has no pruning settings"):
         prune(model, "saved")
 
 
@@ -231,7 +231,7 @@ def test_wrong_models_are_refused():
     with pytest.raises(ValueError, match="cannot prune a LlamaForCausalLM"):
         prune(llama, PyramidDrop())
     model = prune(tiny_model(), PyramidDrop())
-    with pytest.raises(ValueError, match="pruned already"):
+    with pytest.raises(ValueError, match="already pruned"):
         prune(model, PyramidDrop())
     unprune(model)
     with pytest.raises(ValueError, match="not pruned"):

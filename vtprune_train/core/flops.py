@@ -20,7 +20,7 @@ Numbers = TypeVar("Numbers", float, np.ndarray)
 
 
 class PruningMethod(Protocol):
-    """What is counted of a method; ``vtprune_train.pruning.base.PruningMethod`` is one."""
+    """The parts of a pruning method that FLOP counting needs; see ``vtprune_train.pruning.base.PruningMethod``."""
 
     @property
     def needs(self) -> Any: ...
@@ -153,7 +153,7 @@ class TowerGeometry:
 
 @dataclass(frozen=True)
 class PatchTowerGeometry:
-    """Sizes of a vision transformer that sees images of any size, and of the mergers after it; its "tiles" are patches.
+    """Dimensions of a native-resolution vision transformer and of the mergers after it; a "tile" here is one patch.
 
     ``full_layers`` attend over the whole image, the others within windows of ``window`` patches. ``merge`` patches form
     one token. ``mlp_products`` is the number of MLP matrices (3 if gated). ``mergers`` is the number of mergers; each
@@ -221,8 +221,9 @@ class TrainingCost:
         supervised: np.ndarray,
         sample_of_tiles: np.ndarray | None = None,
     ) -> np.ndarray:
-        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples], ``tiles`` [images] of
-        the samples ``sample_of_tiles`` [images]; left out, each sample has one image."""
+        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples]. ``tiles`` [images] is
+        the number of tiles of each image, and ``sample_of_tiles`` [images] the sample it belongs to (default: each
+        sample has one image)."""
         vision = self.vision(tiles)
         if sample_of_tiles is not None:
             vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))

@@ -36,8 +36,8 @@ def counts_per_stage(
 
     Args:
         drops: in the order in which they act.
-        lengths: [spans] tokens before the first.
-        measured: what the first drops really left, where that is known already.
+        lengths: [spans] token counts before the first drop.
+        measured: actual counts after the first drops, if already known.
     """
     counts = [np.asarray(lengths, dtype=np.int64)]
     found: dict[int, np.ndarray] = {}
@@ -69,9 +69,9 @@ def plan_stream(
         segments: the samples, in stream order; at least one.
         drops: in ascending order of their layers, each in ``[0, num_layers)``; empty for a dense pass.
         num_layers: decoder layers.
-        key_layers: layers in which a method leaves keys out.
-        method: whose drops they are; ``None`` for a dense pass.
-        measured: [spans] tokens that the first drops left, where a pass has found them out.
+        key_layers: layers in which the method drops keys.
+        method: the method that defines the drops; ``None`` for a dense pass.
+        measured: [spans] actual token counts after the first drops, if a pass has already determined them.
 
     Raises:
         ValueError: no segments, a span or query row outside its segment, or a segment with no remaining tokens.

@@ -1,6 +1,6 @@
-"""Shares of whole numbers, without floating-point rounding: 0.7 of 90 is 63, though ``0.7 * 90`` is 62.99999999999999.
+"""Shares of integers without floating-point error: 0.7 of 90 is 63, although ``0.7 * 90`` is 62.99999999999999.
 
-A share is taken for the fraction that its float stands for: 0.7 for 7/10, ``64 / 576`` for 1/9.
+Each float is interpreted as the fraction that it approximates: 0.7 as 7/10, ``64 / 576`` as 1/9.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def ceil_of(share: float | Fraction, count: int) -> int:
 
 
 def round_of(share: float | Fraction, count: int) -> int:
-    """``share * count`` to the nearest whole number, a half to the even one; see :func:`floor_of`."""
+    """``share * count`` rounded to the nearest integer, half to even; see :func:`floor_of`."""
     return round(_fraction(share) * count)
 
 
@@ -67,8 +67,8 @@ def _fraction(share: float | Fraction) -> Fraction:
 
 @lru_cache(maxsize=1024)
 def _below(fraction: Fraction) -> Fraction:
-    """The largest fraction that is not above ``fraction``, with a denominator up to :data:`LARGEST`: of counts up to
-    there it has the same floor."""
+    """Largest fraction <= ``fraction`` with a denominator <= :data:`LARGEST`; it gives the same floor for all counts up
+    to :data:`LARGEST`."""
     nearest = fraction.limit_denominator(LARGEST)
     if nearest <= fraction:
         return nearest

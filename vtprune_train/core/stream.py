@@ -27,8 +27,8 @@ COPY_ALIGNMENT = 16  # alignment in bytes of tensors in the shared buffer
 class ImageSpan:
     """One image's visual tokens within a segment: ``length`` tokens from offset ``start``.
 
-    ``grids`` are the rasters ``(rows, columns)`` whose cells the tokens are, in order (LLaVA-NeXT: the base tile, then
-    the unpadded tiles with their newline column); empty where the family does not say.
+    ``grids`` lists the grids ``(rows, columns)`` that the tokens come from, in order (LLaVA-NeXT: the base tile, then
+    the unpadded tiles with their newline column); empty if the family does not provide them.
     """
 
     start: int
@@ -71,9 +71,9 @@ def text_key(ids: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Drop:
-    """Where and how much a method drops: before decoder layer ``layer`` (0: before the decoder), each span keeps
-    ``floor(n * keep)``, exactly (:mod:`vtprune_train.core.rounding`). Subclasses can override :meth:`kept` to count
-    differently.
+    """A drop point: before decoder layer ``layer`` (0: before the decoder), each span of n tokens keeps
+    ``floor(n * keep)``, computed exactly (:mod:`vtprune_train.core.rounding`). Subclasses can override :meth:`kept` to
+    count differently.
 
     Args:
         layer: decoder layer, counted from 0, before which tokens are dropped or added.
@@ -83,10 +83,10 @@ class Drop:
         returns: restore all tokens this method has set aside since its first drop, with the hidden states they had when
             set aside.
         adds: the drop point also adds learned tokens, so positions must be renumbered.
-        queries: the rows whose attention ranks: ``answer``, those that predict an answer's first token; or
+        queries: which rows are query rows: ``answer``, those that predict the first token of an answer; or
             ``instruction``, the text between a segment's last image and the answer.
-        uniform_without_text: spread the kept tokens evenly, instead of ranking them, in segments whose query row is
-            itself a visual token (no instruction follows the image, as in projector alignment).
+        uniform_without_text: keep evenly spaced tokens, instead of ranked ones, in segments whose query row is itself a
+            visual token (no text between image and answer, as in projector alignment).
         ranked: whether this drop point needs the attention ranking; some drop points only read hidden states.
         owner: index of the method (in a combination) that performs this drop.
     """
@@ -115,7 +115,8 @@ class Drop:
 class Stage:
     """Consecutive decoder layers [first_layer, end_layer) that see the same tokens; empty before a drop at layer 0.
 
-    ``position_ids`` [T] int64 number each segment from 0 (the ``renumber`` choice); ``cu_seqlens`` [S + 1] int32.
+    ``position_ids`` [T] int64 count from 0 in each segment (as with ``positions: renumber``); ``cu_seqlens`` [S + 1]
+    int32.
     """
 
     first_layer: int
@@ -148,11 +149,11 @@ class SpanLayout:
     """Host-side counts of one image's visual tokens at a drop point.
 
     Args:
-        segment: which segment of the stream.
-        number: which image of its segment, from 0.
-        original: tokens at the method's first drop.
-        before: tokens in the stage that ends.
-        after: tokens that enter the next stage (of an adaptive drop: as expected).
+        segment: index of the segment.
+        number: index of the image in its segment.
+        original: token count at the method's first drop.
+        before: token count before this drop.
+        after: token count after this drop (for an adaptive drop, the expected one).
         grids: see :class:`ImageSpan`.
         key: see :class:`SegmentLayout`.
     """
@@ -244,8 +245,8 @@ class TeacherPass:
 
     Args:
         plan: its stages.
-        weight: of the KL divergence in the loss.
-        temperature: softens both outputs.
+        weight: weight of the KL divergence in the loss.
+        temperature: softmax temperature of both distributions.
     """
 
     plan: StreamPlan
@@ -262,7 +263,7 @@ class PackedBatch:
         visual_rows: [V] int64, the rows that projected image features fill.
         visual_index: [V] int64, feature index for each visual row: a row of [projected features of all tiles;
             image_newline], or of the features the family computes from ``image_inputs``.
-        pixel_values: [P, ...] float32, the tiles (or patches) of all images; a blank one where no sample has an image.
+        pixel_values: [P, ...] float32, the tiles (or patches) of all images; one blank tile if no sample has an image.
         plan: the stages.
         targets: [R] int64, the supervised tokens, in the order of ``plan.predict_rows``.
         answer_of_target: [R] int64, answer index of each target within the batch.
@@ -295,7 +296,7 @@ class PackedBatch:
     teacher: TeacherPass | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Copy every tensor to ``device``, without waiting for a GPU (see :func:`to_device`)."""
+        """Copy every tensor to ``device`` without synchronizing (see :func:`to_device`)."""
         return to_device(self, device)
 
     def pin_memory(self) -> PackedBatch:

@@ -1,4 +1,4 @@
-"""Loads what a setting names by its path: ``package.module:Name`` or ``path/to/file.py:Name``.
+"""Imports user code that a setting names by its path: ``package.module:Name`` or ``path/to/file.py:Name``.
 
 Every extension point goes through here: methods, callbacks, optimizers, schedules, data readers, attention backends and
 families.
@@ -27,8 +27,8 @@ def is_path(name: str) -> bool:
 def load(path: str, key: str) -> Any:
     """Import the object at ``path`` (a class, function or any other object).
 
-    A file's folder is appended to ``sys.path`` and the file is imported under its own name, as with modules beside a
-    script: its classes can be pickled and are found again by processes started with ``spawn`` or ``forkserver``.
+    A file's folder is appended to ``sys.path`` and the file is imported under its file name, like a module beside a
+    script, so its classes can be pickled, and imported by processes started with ``spawn`` or ``forkserver``.
 
     Args:
         path: ``package.module:Name`` or ``path/to/file.py:Name``.

@@ -1,8 +1,7 @@
 """Staged KV cache: each layer stores the tokens of its stage, left-padded per row.
 
-A ``transformers.DynamicCache`` whose layers are :class:`StagedLayer`, so ``generate``, beam search and everything else
-that handles a cache goes on doing so. The first layer always holds all tokens, and its length defines the sequence
-length.
+A ``transformers.DynamicCache`` whose layers are :class:`StagedLayer`, so ``generate``, beam search and other users of a
+cache keep working. The first layer always holds all tokens, and its length defines the sequence length.
 
 Shape suffixes: B rows, G key-value heads, W columns of a layer's cache, D head size, T tokens of the packed stream.
 """
@@ -81,7 +80,7 @@ class StagedLayer(DynamicLayer):
         self._room: tuple[Tensor, Tensor] | None = None  # buffers that keys and values are views of
 
     def fill(self, keys: Tensor, values: Tensor, padding: Tensor, is_padded: bool) -> None:
-        """Replace the content: keys and values [B, G, W, D], ``padding`` [B]."""
+        """Replace the contents with keys and values [B, G, W, D] and ``padding`` [B]."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.keys, self.values, self.padding, self.is_padded = keys, values, padding, is_padded
@@ -132,9 +131,7 @@ class StagedLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
-        self.is_initialized = (
-            False  # check this first: for initialized layers transformers 5.17 only zeroes the columns but keeps them
-        )
+        self.is_initialized = False  # or transformers 5.17 zeroes the columns and keeps them
         super().reset()
         self._forget()
 
@@ -188,8 +185,8 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
     """Convert an empty ``cache`` to staged layers in place; create a new one for ``None``.
 
     Raises:
-        ValueError: the cache is of another kind (static, quantized, offloaded), or was filled by a dense model or by
-            another method than ``method``.
+        ValueError: the cache has an unsupported type (static, quantized, offloaded), or was filled by a dense model or
+            by another method than ``method``.
     """
     cache = DynamicCache() if cache is None else cache
     if type(cache) is not DynamicCache or cache.offloading:
@@ -305,10 +302,10 @@ class PackedCache:
         """Store only the kept keys, the same number per row in every head; the rest are freed with the batch.
 
         Args:
-            layer_idx: whose they are.
+            layer_idx: index of the layer.
             keys_TGD: [Tk, G, D] as :meth:`update` returned them, likewise ``values_TGD``.
             kept_GT: [G, Tk] bool.
-            left_out: [B] int64, how many of each row are not kept.
+            left_out: [B] int64, number of dropped keys of each row.
         """
         assert self.stage is not None
         lengths = np.array(self.stage.key_lengths) - left_out

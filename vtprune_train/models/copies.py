@@ -44,7 +44,7 @@ class Source:
 
 
 def follow(model_class: type[HFModule]) -> None:
-    """Let ``model_class.from_pretrained`` prune what is opened by the string of a :class:`Source`."""
+    """Make ``model_class.from_pretrained`` prune a model that is opened by the string of a :class:`Source`."""
     with _LOCK:
         if _OPENERS in model_class.__dict__:
             return

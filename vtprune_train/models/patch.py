@@ -1,10 +1,10 @@
-"""The front door: ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
+"""The public functions ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
 
-Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and
-(where it takes images of any size) vision tower, ``generate``, ``prepare_inputs_for_generation`` and
-``get_image_features`` (which are only listened to) and ``pack_image_features``. Parameters, names and classes are
+Pruning replaces methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and (for
+families with native resolution) vision tower; ``generate``, ``prepare_inputs_for_generation`` and
+``get_image_features``, which are only observed; and ``pack_image_features``. Parameters, names and classes are
 unchanged, so checkpoints, optimizers, DeepSpeed and PEFT work as usual. Methods with learned parameters add them at
-<decoder>.pruning.
+``<decoder>.pruning``.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def prune(
 ) -> Model:
     """Make ``model`` drop visual tokens in its forward pass, for training, evaluation and generation.
 
-    Afterwards ``model(**processor(...))`` and ``model.generate(**processor(...))`` take what they always took
-    (:func:`vtprune_train.models.forward.padded.forward_text` says what dropped rows hold), and, for the families that
-    the project trains, ``model(batch)`` takes a :class:`~vtprune_train.core.stream.PackedBatch`. The settings are
+    ``model(**processor(...))`` and ``model.generate(**processor(...))`` accept the same inputs as before (see
+    :func:`vtprune_train.models.forward.padded.forward_text` for the values at dropped positions). For families that the
+    project trains, ``model(batch)`` also accepts a :class:`~vtprune_train.core.stream.PackedBatch`. The settings are
     stored in ``model.config.pruning``, so ``save_pretrained`` saves them.
 
     Args:
@@ -71,12 +71,11 @@ def prune(
             place.
         method: for example ``PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125))``; or, as in YAML, a name
             (``"fastv"``, with its defaults), a mapping ``{"method": "fastv", "keep": 0.5}`` or a list of these;
-            ``None`` and ``"none"`` pack without dropping; ``"saved"`` (the default) is what the checkpoint was saved
-            with.
-        attention: ``auto`` (the best for the model's device and dtype, so move it first) or a backend of
+            ``None`` or ``"none"`` packs without dropping; ``"saved"`` (default) uses the method that the checkpoint was
+            saved with.
+        attention: ``auto`` (selected for the model's device and dtype, so move the model first) or a backend of
             :mod:`vtprune_train.models.forward.attention`.
-        trust_remote_code: with ``"saved"``: run the code of a method outside of the package that ``config.pruning``
-            names and that was not imported yet.
+        trust_remote_code: with ``"saved"``: allow importing a method outside the package that ``config.pruning`` names.
 
     Returns:
         ``model``.
@@ -154,7 +153,7 @@ def _tower_backend(module: nn.Module, backend: str) -> str:
 
 
 def backend_for(model: HFModule, requested: str = "auto") -> str:
-    """The attention backend for a model's device, dtype and head size: what :func:`prune` takes.
+    """Return the attention backend that :func:`prune` uses for the model's device, dtype and head size.
 
     Raises:
         ValueError: ``requested`` is unknown or cannot run here.
@@ -177,10 +176,10 @@ def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
 
 
 def resolve_method(model: HFModule, method: Any) -> PruningMethod | None:
-    """The method that :func:`prune` is asked for.
+    """Resolve the argument ``method`` of :func:`prune`.
 
     Raises:
-        ValueError: it is unknown or no method, or ``"saved"`` and nothing was saved.
+        ValueError: an unknown method, not a method, or ``"saved"`` without saved settings.
     """
     if method is None or isinstance(method, PruningMethod):
         return method
@@ -219,8 +218,7 @@ def saved_method(model: HFModule) -> PruningMethod | None:
 
 
 def unprune(model: Model) -> Model:
-    """Undo :func:`prune`: methods, attention and config are what they were before, and parameters that the method
-    brought are gone.
+    """Undo :func:`prune`: restore methods, attention and config, and remove the method's learned parameters.
 
     Wrappers that a Trainer added in the meantime stay in place and now call the dense model.
 
@@ -269,7 +267,7 @@ def dense(model: Model) -> Iterator[Model]:
     """Context manager that temporarily disables pruning in the current thread (or asyncio task); other threads are not
     affected.
 
-    Parameters that a method learns stay in the model's state; :func:`unprune` takes them out.
+    Learned parameters of the method stay in the state dict; :func:`unprune` removes them.
 
     Raises:
         ValueError: the model is not pruned.

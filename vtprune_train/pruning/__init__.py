@@ -44,7 +44,7 @@ METHODS: dict[str, str] = {
 
 
 def method_class(name: str) -> type[PruningMethod]:
-    """The class of a method: a name of :data:`METHODS`, or the path of your own, ``package.module:Class`` or
+    """Return the class of a method: a name of :data:`METHODS`, or the path of a class, ``package.module:Class`` or
     ``path/to/file.py:Class``.
 
     Raises:
@@ -98,7 +98,7 @@ class UntrustedMethodError(ValueError):
 
 
 def saved_settings(config: Any) -> dict[str, Any] | None:
-    """The pruning settings in a model's config, see :func:`completed_settings`; ``None`` if it holds none.
+    """Return the pruning settings in a model's config, see :func:`completed_settings`, or ``None`` if there are none.
 
     Raises:
         UntrustedMethodError: the settings refer to a method outside this package that has not been imported in this

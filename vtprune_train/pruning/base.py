@@ -3,11 +3,13 @@ the others.
 
 A method is a frozen dataclass whose fields are its settings and whose methods are pure functions on tensors; it keeps
 no state between forward passes and never accesses the model. The decoder loop
-(:mod:`vtprune_train.models.forward.decoder`) asks it at every boundary. Tokens that are not kept can be:
+(:mod:`vtprune_train.models.forward.decoder`) calls it at every drop point. Tokens that are not kept can be:
 
-- dropped: they are not in the :class:`Selection`;
-- merged: :attr:`Selection.values` replaces tokens of the next stage, by means of others or of learned ones;
-- kept aside, skipped: a later :class:`~vtprune_train.core.stream.Drop` with ``returns`` brings all of them back;
+- dropped: absent from the :class:`Selection`;
+- merged: :attr:`Selection.values` replaces tokens of the next stage with averages of dropped tokens, or with learned
+  tokens;
+- set aside: they skip some layers, and a later :class:`~vtprune_train.core.stream.Drop` with ``returns`` restores them
+  all;
 - dropped from the KV cache of a head: :meth:`PruningMethod.keys` returns which keys later rows can attend to in a
   layer.
 
@@ -78,7 +80,8 @@ class PruningMethod(Settings):
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:
-        """The methods that :attr:`~vtprune_train.core.stream.Drop.owner` counts; a combination has several."""
+        """The individual methods that :attr:`~vtprune_train.core.stream.Drop.owner` refers to; a combination has
+        several."""
         return (self,)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
@@ -140,10 +143,10 @@ class PruningMethod(Settings):
         model.
 
         Parameters keep the module's own initialization, except embeddings, which use the decoder's initializer.
-        Submodules must be called, not read (a parameter's own value is only there inside its module's ``forward`` when
-        ZeRO-3 shards it), and as often on a rank without images as on others: an empty result must reach
-        :attr:`Selection.values` too. ``forward`` must accept [n, hidden] for any n and its output must depend on every
-        parameter; it is called with n = 0 on steps that drop nothing.
+        Call submodules instead of reading their parameters (ZeRO-3 gathers a parameter only inside its module's
+        ``forward``), and call them equally often on every rank, with or without images: an empty result must also be
+        passed to :attr:`Selection.values`. ``forward`` must accept [n, hidden] for any n and its output must depend on
+        every parameter; it is called with n = 0 on steps that drop nothing.
         """
         return None
 

@@ -37,9 +37,9 @@ class EncoderSignals:
     Tokens that are not patches (newline or learned tokens) have NaN attention and zero keys.
 
     Args:
-        attention: [layers, V] float32, for each layer of :attr:`PruningMethod.encoder_layers`, the attention that a
-            patch receives, averaged over heads: from the class token; in towers without one, or where
-            :attr:`PruningMethod.encoder_rows` asks all, from all tokens of its tile on average.
+        attention: [layers, V] float32, for each layer of :attr:`Needs.encoder_layers` the attention that each patch
+            receives, averaged over heads: from the class token, or, if the tower has none or :attr:`Needs.encoder_rows`
+            is ``all``, the mean over all tokens of its tile.
         keys: [V, tower hidden], keys of the last of those layers, heads concatenated.
         tile: [V] int64, batch-wide index of each token's tile; -1 for tokens that are not patches.
     """

@@ -17,8 +17,8 @@ from vtprune_train.pruning.needs import Needs
 
 
 class Combined(PruningMethod):
-    """Apply all ``methods`` to one model. Each one's shares are of the tokens that it finds at its first drop, so
-    budgets multiply: a method that keeps a half, then one that keeps a quarter, leave an eighth.
+    """Apply all ``methods`` to one model. Each method's keep ratios are relative to the tokens present at its first
+    drop, so they multiply: a method that keeps a half followed by one that keeps a quarter leaves an eighth.
 
     Raises:
         ValueError: fewer than two methods, or two that need the same exclusive resource (vision-tower attention or

@@ -84,7 +84,8 @@ class Phases:
     Args:
         method: the configured method; ``None`` never drops tokens.
         seed: the run's seed.
-        warmup: warm-up schedule; ``None`` disables it. full: schedule of full-token steps.
+        warmup: warm-up schedule; ``None`` disables it.
+        full: schedule of full-token steps.
     """
 
     method: PruningMethod | None

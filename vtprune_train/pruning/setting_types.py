@@ -19,12 +19,8 @@ from pydantic.dataclasses import dataclass
 Share = Annotated[float, Field(gt=0, le=1)]
 """A share of tokens, heads or attention in (0, 1]."""
 
-BOUNDS = (
-    "greater_than",
-    "greater_than_equal",
-    "less_than_equal",
-    "finite_number",
-)  # pydantic error types for violated constraints
+# pydantic's error types for violated constraints
+BOUNDS = ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")
 
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))

@@ -226,7 +226,7 @@ def test_layers():
     config = tiny_model().config  # 3 layers, features from hidden_states[-2]: the second layer's output
     assert layers_read(config, (-1, -2, 0, 2)) == [1, 0, 0, 2]
     assert layers_read(config, (-9, -8, -1)) == [1], "as many as there are"
-    with pytest.raises(ValueError, match="has no layer 3, but 3"):
+    with pytest.raises(ValueError, match="has no layer 3: it has 3"):
         layers_read(config, (3,))
     with pytest.raises(ValueError, match="names no layer"):
         layers_read(config, (-3,))

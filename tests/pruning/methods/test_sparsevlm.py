@@ -395,7 +395,7 @@ def replace_drop(method, plan):
     [
         ({"count": "some"}, "count='some' is not one of fixed, rank, mass"),
         ({"budget": 100}, "budget=100 is not one of 192, 128, 96, 64"),
-        ({"budget": 64, "keep": (0.5, 0.2, 0.1)}, "give one"),
+        ({"budget": 64, "keep": (0.5, 0.2, 0.1)}, "set one of them"),
         ({"budget": 64, "count": "rank"}, "budget=64 has no effect with count=rank"),
         ({"scale": 0.3}, "scale=0.3 has no effect with count=fixed; use count=rank"),
         ({"mass": 0.8, "count": "rank"}, "mass=0.8 has no effect with count=rank; use count=mass"),

@@ -1,7 +1,7 @@
 """Attention backends for packed batches, and how ``auto`` selects one.
 
-Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME``. A decoder layer hands it one
-keyword of ours, ``packing``, with everything that changes from batch to batch (:class:`Packing`).
+Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME``. Decoder layers pass it one
+extra keyword, ``packing`` (:class:`Packing`), which holds everything that changes between batches.
 
 Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head size.
 """
@@ -59,8 +59,8 @@ HEAD_SIZES: dict[str, dict[int, frozenset[int]]] = {
 # explicit keyword; 2.11 has neither the keyword nor the check.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-# Segments up to this length share one SDPA call with others of similar length: below it the call costs more than the
-# few padded rows.
+# Segments up to this length share one SDPA call with others of similar length: the overhead of a call exceeds the cost
+# of a few padded rows.
 SHARED_CALL_LENGTH = 512
 SHARED_CALL_PADDING = 1.125
 
@@ -76,8 +76,8 @@ class Packing:
     trigger a recompile for every number of segments.
 
     Args:
-        lengths: keywords of the Hugging Face flash path (``cu_seq_lens_q``, ``max_length_q``, ...), and two of ours:
-            ``segment_lengths``, the host's copy of the lengths, and ``key_lengths``, where keys begin with cached ones.
+        lengths: keywords of the Hugging Face flash path (``cu_seq_lens_q``, ``max_length_q``, ...), and
+            ``segment_lengths`` (host copy of the lengths) and ``key_lengths`` (if cached keys precede the new ones).
         probe: called with the rotated queries and keys; this is how a method reads them at no extra cost.
         key_choice: called with queries, keys, values and output; returns the output with the rows that must not see all
             keys recomputed.
@@ -118,7 +118,7 @@ def unavailable_because(
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    """Resolve ``auto`` to the first backend that works on ``device`` in ``dtype``, logging which and why.
+    """Resolve ``auto`` to the first backend that works on ``device`` in ``dtype``, and log which one and why.
 
     Raises:
         ValueError: the backend is unknown or cannot run here.
@@ -149,9 +149,9 @@ def varlen_sdpa(
 ) -> Tensor:
     """Causal attention within each segment with PyTorch SDPA; the reference implementation, available on every device.
 
-    Long segments take one call each. Short ones of similar length share a call, padded on the right: under a causal
-    mask no real token sees what lies to its right, so no mask is needed and the result is the same. Without ``causal``
-    (every token sees its whole segment) segments of equal length share a call.
+    Long segments use one call each. Short segments of similar length are padded on the right and share a call: under a
+    causal mask real tokens never see the padding, so no mask is needed and the result is the same. Without ``causal``
+    (every token sees its whole segment) only segments of equal length share a call.
 
     With ``key_lengths``, each segment's keys start with cached keys, which are visible to all its queries.
 
@@ -332,7 +332,7 @@ def attention_name(backend: str, dense: str = "sdpa") -> str:
 
 
 def dense_implementation(name: str | None) -> str:
-    """The implementation of the dense model in a name that :func:`attention_name` made, or any other name itself."""
+    """Extract the dense implementation from a name built by :func:`attention_name`; return any other name as it is."""
     if not str(name).startswith(PREFIX):
         return str(name or "eager")
     return str(name).partition(OTHERWISE)[2] or "sdpa"
@@ -358,9 +358,9 @@ def _register(name: str, function: Callable[..., Tensor], dense: str) -> None:
         staged_decoding: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps carry no lengths and
-        go to transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]. Anything else is a
-        pass of the dense model."""
+        """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps have no lengths and
+        use transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]. All other calls come
+        from the dense model."""
         if staged_decoding:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         if packing is None:

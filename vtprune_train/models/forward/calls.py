@@ -35,7 +35,7 @@ class Call:
     """State of one forward pass in progress that the decoder needs in addition to the embeddings.
 
     Args:
-        input_ids: [B, L] int64; ``None`` where the decoder is called alone, with text only.
+        input_ids: [B, L] int64; ``None`` if the decoder is called directly, with text only.
         labels: [B, L] int64, as passed by the caller; ``None`` if no loss is computed.
         prompt_width: prompt length in columns inside ``generate``, including cached columns; later columns are never
             query rows.
@@ -135,7 +135,7 @@ def state_of(model: HFModule) -> State:
 
 
 def is_pruned(model: HFModule) -> bool:
-    """Whether :func:`prune` changed this model, and neither :func:`unprune` nor :func:`dense` undoes it here."""
+    """Whether the model is pruned, and pruning is not disabled here by :func:`dense`."""
     inner = unwrapped(model)
     return STATE in inner.__dict__ and not state_of(inner).is_dense
 

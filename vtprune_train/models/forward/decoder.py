@@ -1,7 +1,7 @@
 """The loop over Hugging Face decoder layers, with token drops between stages.
 
-The layers run unchanged: a packed stream is one row without padding, so they need no mask, and each attention backend
-reads ``cu_seqlens``. At a boundary the method picks the kept tokens and the packed batch is gathered once.
+The layers run unchanged: a packed batch is a single row without padding, so no mask is needed, and each attention
+backend reads ``cu_seqlens``. At a drop point the method picks the kept tokens and the packed batch is gathered once.
 
 Shape suffixes: T tokens in the stream, C hidden size, Q query rows, H query heads, G key-value heads, D head size.
 """
@@ -61,7 +61,7 @@ class Staging:
     """Additional inputs of a padded-row forward pass: positions and cache layout.
 
     Args:
-        positions: for each stage, [T] or [parts, T] int64; only the first is read if the kept tokens keep theirs.
+        positions: for each stage, [T] or [parts, T] int64; only the first is used if tokens keep their positions.
         cache: the KV cache to write to; ``None`` if caching is off.
         joins: for each layer, how its tokens are appended to ``cache``; empty without a cache.
         ranked_keys: for each drop point, how the next layer's cached keys are combined with the current tokens for
@@ -109,7 +109,7 @@ def run_layers(
     staging: Staging | None = None,
     encoder: EncoderSignals | None = None,
 ) -> DecoderOutput:
-    """Run a packed batch through the decoder layers of ``text_model`` (anything built like ``LlamaModel``).
+    """Run a packed batch through the decoder layers of ``text_model`` (any Llama-like model).
 
     ``hidden_TC`` holds the input embeddings with image features already inserted. ``method`` may be ``None`` if the
     plan has no drop point; without ``staging`` the positions of each segment count from 0."""
@@ -140,7 +140,7 @@ class _Walk:
         self.position_ids = staging.positions[0].unsqueeze(-2)  # [1, T] or [parts, 1, T]
         self.origin = torch.arange(hidden.shape[1], device=hidden.device)
         self.deepstack = _Deepstack(staging)
-        # Index of each visual token into the first stage's visual tokens; -1: a learned one.
+        # Index of each visual token into the first stage's visual tokens; -1 for learned tokens.
         num_visual = len(plan.boundaries[0].visual_rows) if plan.boundaries else 0
         self.visual = torch.arange(num_visual, device=hidden.device)
         self.asides: dict[int, _Aside] = {}
@@ -428,7 +428,7 @@ class _Deepstack:
 
 
 def _lengths(stage: Stage, staging: Staging, layer: int) -> dict[str, Any]:
-    """A layer's attention arguments about segments; see :class:`~vtprune_train.models.forward.attention.Packing`."""
+    """Segment lengths for a layer's attention; see :class:`~vtprune_train.models.forward.attention.Packing`."""
     lengths: dict[str, Any] = {
         "cu_seq_lens_q": stage.cu_seqlens,
         "cu_seq_lens_k": stage.cu_seqlens,

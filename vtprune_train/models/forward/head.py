@@ -45,9 +45,9 @@ def chunked_loss(
     expectation is taken over the teacher's distribution.
 
     Returns:
-        ``loss_sum`` [] float32, ``correct`` [R] bool (whether the most likely token is the target), and for reading
-        ``row_loss`` [R] float32, the cross-entropy of each row, and ``divergence`` (T^2 * KL), [] float32. No rows give
-        a zero that is still part of the graph.
+        ``loss_sum`` [] float32, ``correct`` [R] bool (whether the most likely token is the target), and for logging
+        only ``row_loss`` [R] float32, the cross-entropy of each row, and ``divergence`` (T^2 * KL), [] float32. Without
+        rows the loss is a zero that is still part of the graph.
     """
     rows = chunk_rows or default_chunk_rows(weight_NC.shape[0], teaching is not None)
     # Check here whether gradients are needed, because grad mode is always off inside autograd.Function.forward.

@@ -108,7 +108,7 @@ def pack_image_features(self: HFModule, original: Callable[..., Any], state: Sta
 
 
 class _TensorsOnHost(TorchFunctionMode):
-    """``torch.tensor(...)`` inside makes its tensor on the host, whatever device it is asked for."""
+    """Context in which ``torch.tensor(...)`` creates tensors on the host, regardless of ``device``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -37,8 +37,8 @@ from vtprune_train.pruning.needs import HiddenAfter
 class BlindRows:
     """Rows [first, end) of one segment (relative to its start) whose attention is restricted.
 
-    ``visual`` are the segment's own among all visual tokens; ``columns`` [V of the segment] int64 where they stand in
-    it, ``limits`` [V of the segment] int64 the last row that sees each whatever is chosen.
+    ``visual`` indexes the segment's visual tokens among all visual tokens; ``columns`` [V of the segment] int64 is
+    their place in the segment; ``limits`` [V of the segment] int64 is the last row that sees each of them in any case.
     """
 
     segment: int

@@ -57,7 +57,7 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
 
 
 def forward_base(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
-    """Forward of the base: a :class:`PackedBatch`, or padded inputs, which the family's own code embeds and splices."""
+    """Forward of the base for a :class:`PackedBatch`, or for padded inputs, which the family's own code embeds."""
     if args and isinstance(args[0], PackedBatch):
         return packed.forward_base(self, state, args[0])
     inputs = by_name(original, args, inputs)

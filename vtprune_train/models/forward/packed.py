@@ -30,7 +30,7 @@ class PackedOutput(NamedTuple):
 
     ``loss_sum`` [] float32 is the training loss: the sum of the per-row cross-entropies ``row_loss`` [R] float32, plus
     weight * ``consistency`` [] float32 with a teacher. ``row_loss`` and ``consistency`` are detached and for logging
-    only. ``correct`` [R] bool, whether greedy decoding agrees; ``kept`` and ``plan`` (what was run) as in
+    only. ``correct`` [R] bool, whether the most likely token is the target; ``kept`` and ``plan`` as in
     :class:`~vtprune_train.models.forward.decoder.DecoderOutput`.
     """
 

@@ -144,7 +144,7 @@ def _run_rows(
     cache: DynamicCache | None,
     deepstack_visual_embeds: Sequence[Tensor] | None,
 ) -> Tensor:
-    """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
+    """[B, L, C]: :func:`forward_text` except for single-token decoding: pack, run the stages, unpack."""
     _refuse_adapters_of_rows(text_model)
     rows = _real_rows(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
     verifies_candidates, said_from = False, rows.shape[1]
@@ -170,9 +170,7 @@ def _run_rows(
         continues = bool(cache is not None and cache.get_seq_length())
         if not three_parts:
             _check_positions(position_ids, rows.shape, token_rows, plan, continues)
-        elif (
-            len(position_ids) == 4 and attention_mask is None
-        ):  # the first position component would reveal several samples in one row
+        elif len(position_ids) == 4 and attention_mask is None:  # the first part distinguishes samples in one row
             _check_positions(position_ids[0], rows.shape, token_rows, plan, continues)
     if three_parts:
         use_three_parts(staging, call, position_ids, token_rows, cache)
@@ -247,12 +245,12 @@ def prefill(
     cache: DynamicCache | None = None,
     encoder: EncoderSignals | None = None,
 ) -> tuple[Tensor, DecoderOutput, DynamicCache]:
-    """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a packed batch, not rows.
+    """Run packed prompts and fill a staged cache; the equivalent of :func:`forward_text` for a packed batch.
 
     ``embeds_TC`` holds the concatenated segments with image features inserted; ``cache`` comes from earlier calls.
 
     Returns:
-        [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
+        [T_last, C] normalized hidden states, the output of the layers, and the cache for :func:`decode`.
     """
     cache = staged(cache, len(text_model.layers), method)
     planned = plan_pass(segments, len(text_model.layers), method)

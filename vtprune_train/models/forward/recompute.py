@@ -24,9 +24,10 @@ def recomputed_layers(level: Level, tokens: Sequence[int], layers: Sequence[int]
 
     Args:
         level: ``all``; ``none``; ``first_stage``, all layers that see the most tokens (with PyramidDrop those of the
-            first stage, with HiDrop those between entering and the first drop, without drops all layers); or how many.
+            first stage, with HiDrop those between entering and the first drop, without drops all layers); or a number
+            of layers.
         tokens: [stages] tokens of a sample in each stage.
-        layers: [stages] decoder layers in each stage; 0 where tokens are dropped before the decoder.
+        layers: [stages] number of decoder layers in each stage; 0 for the stage before a drop at layer 0.
 
     Raises:
         ConfigError: ``level`` exceeds the number of decoder layers.

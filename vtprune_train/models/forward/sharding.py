@@ -2,7 +2,7 @@
 across ranks.
 
 FSDP gathers the parameters of a unit (usually a decoder layer) in hooks around the unit's call, as DeepSpeed does for a
-ZeRO-3 leaf module. Code that uses parts of such a unit has to run inside that call.
+ZeRO-3 leaf module. Code that uses submodules of such a unit must run inside that call.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def _replace_forward(module: nn.Module) -> None:
 
 
 def check_layers(text_model: HFModule, attention: str, learns: str | None) -> None:
-    """Refuse a decoder that :func:`~vtprune_train.models.patch.prune` finds split in a way that cannot work. ``learns``
-    is the method, where it adds parameters; ``attention`` the decoder's before ``prune``.
+    """Reject a decoder that is split in an unsupported way. ``learns`` is the name of the method if it adds parameters;
+    ``attention`` is the decoder's implementation before :func:`~vtprune_train.models.patch.prune`.
 
     Raises:
-        ValueError: pipeline parallelism, layers on several devices, DeepSpeed's sequence parallelism, or parameters to
-            be added to a decoder that is sharded already.
+        ValueError: pipeline parallelism, layers on several devices, DeepSpeed's sequence parallelism, or a method
+            with learned parameters on a decoder that is already sharded.
     """
     missing = [index for index, layer in enumerate(text_model.layers) if not hasattr(layer, "self_attn")]
     if missing:

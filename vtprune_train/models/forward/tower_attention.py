@@ -1,10 +1,10 @@
 """Attention for native-resolution vision towers: one varlen call per layer, with lengths from the host.
 
 By default, Qwen's vision towers copy the segment boundaries from the device in every layer and call SDPA once per
-segment. Where the name of the attention contains "flash", transformers makes one call with the bounds instead; the
-decoder's kernels are registered here under such names, without a causal mask. The lengths that they need on the host
-come from the image grids and reach every layer as the keyword ``segments``, so that neither the forward pass, nor the
-backward pass, nor a recomputed layer waits for the device.
+segment. If the name of the attention contains "flash", transformers makes a single varlen call instead; the decoder's
+kernels are registered here under such names, without a causal mask. The lengths on the host are computed from the image
+grids and passed to every layer as the keyword ``segments``, so neither the forward pass, nor the backward pass, nor a
+recomputed layer waits for the device.
 
 Shape suffixes: N patches of all images, H heads, D head size.
 """
@@ -88,10 +88,10 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
 
 
 def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the forward of a Qwen tower takes, with everything that it would compute from the grids on the device.
+    """Complete the inputs of a Qwen tower with everything that it would otherwise compute from the grids on the device.
 
-    ``grid_thw`` [images, 3] on the device costs one read. Keywords of
-    :func:`~vtprune_train.models.families.qwen.tower_inputs` that are there are kept."""
+    If ``grid_thw`` [images, 3] is on the device, this synchronizes once. Existing keywords of
+    :func:`~vtprune_train.models.families.qwen.tower_inputs` are kept."""
     grid_thw = inputs["grid_thw"].cpu()
     grids = tuple(tuple(grid) for grid in grid_thw.tolist())
     shape = TowerShape.of(tower)

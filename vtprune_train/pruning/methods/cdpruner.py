@@ -1,4 +1,4 @@
-"""CDPruner (arXiv 2506.10967): visual tokens that fit the instruction and differ from each other."""
+"""CDPruner (arXiv 2506.10967): keeps visual tokens that are relevant to the instruction and diverse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> 
     """[V] float32 in (0, 1]: cosine similarity between each token and the mean of its sample's unit-normalized
     instruction embeddings, min-max normalized per image.
 
-    Source: CDPruner (arXiv 2506.10967), section on conditional diversity; the embedding is the decoder's own.
+    Source: CDPruner (arXiv 2506.10967), section on conditional diversity; the embeddings are the decoder's input
+    embeddings.
 
     Args:
         hidden_VC: candidates, any float dtype.
@@ -46,8 +47,8 @@ class CDPruner(OneShare):
     on the instruction.
 
     Args:
-        keep: share of tokens that stay, in (0, 1]; published from 192 down to 64 of 576.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        keep: keep ratio, in (0, 1]; published from 192 down to 64 of 576.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share = 64 / 576

@@ -16,8 +16,8 @@ class DivPrune(OneShare):
     Uses neither the question nor the vision tower's attention.
 
     Args:
-        keep: share of tokens that stay, in (0, 1]; published down to 0.098.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        keep: keep ratio, in (0, 1]; published down to 0.098.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share = 0.098

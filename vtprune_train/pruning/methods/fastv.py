@@ -22,7 +22,7 @@ class FastV(PruningMethod):
         layer: K of the paper, counted from 0, at least 1. ``None``: 2 of 32, scaled to the depth.
         keep: 1 - R of the paper, in (0, 1].
         rank_with: ``this_layer``, the last layer with all tokens (as published; no extra cost), or ``next_layer``.
-        positions: ``keep`` leaves the kept tokens where they were (published); ``renumber`` numbers them 0, 1, ...
+        positions: ``keep`` keeps the positions of the kept tokens (published); ``renumber`` numbers them 0, 1, ...
     """
 
     layer: PositiveInt | None = None

@@ -38,7 +38,7 @@ class Feather(PruningMethod):
             here.
         stride: grid stride.
         rank_with: ``this_layer``, the last layer before the drop (as published; no extra cost), or ``next_layer``.
-        positions: ``keep`` leaves the kept tokens where they were (published); ``renumber`` numbers them 0, 1, ...
+        positions: ``keep`` keeps the positions of the kept tokens (published); ``renumber`` numbers them 0, 1, ...
     """
 
     layers: tuple[int, int] | None = None

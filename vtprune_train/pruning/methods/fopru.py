@@ -22,11 +22,11 @@ class FoPru(OneShare):
     the vision tower.
 
     Args:
-        keep: share of tokens that stay, in (0, 1]; published 0.25 and 0.5.
+        keep: keep ratio, in (0, 1]; published 0.25 and 0.5.
         strategy: ``rank``, the best tokens; ``row``, whole grid rows ranked by their mean score; the last row that only
             partly fits contributes its best tokens.
-        layer: layer of the vision tower; -1 is the last that the decoder's features come from.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        layer: layer of the vision tower; -1 is the layer whose output the projector receives.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share = 0.25

@@ -28,8 +28,8 @@ def gates(scores_V: Tensor, boundary: Boundary, temperature: float) -> Tensor:
     """[V] float32 soft keep gates: a sigmoid of each score's distance to the keep/drop threshold.
 
     Scores are standardized per image; the threshold is halfway between the lowest kept and the highest dropped score.
-    Mean/standard deviation and threshold are treated as constants in backward. If an image keeps all or none of its
-    tokens, its gates have no gradient." ("one.
+    The standard deviation and the threshold are constants in the backward pass. If an image keeps all or none of its
+    tokens, its gates have no gradient.
 
     Args:
         scores_V: [V] float32, with gradients.
@@ -65,8 +65,6 @@ class HiDrop(PruningMethod):
         differentiable: during training, pass gradients to the scores through the kept tokens with a straight-through
             gate (forward values are unchanged).
         temperature: gate temperature, see :func:`gates`.
-        rank_with: the layer whose attention ranks tokens; ``next_layer`` as published, because ``enter`` may come
-            before any visual token has been seen.
     """
 
     enter: NonNegativeInt | None = None

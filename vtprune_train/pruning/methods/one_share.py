@@ -15,8 +15,8 @@ class OneShare(PruningMethod):
     """Each image keeps ``floor(keep * n)`` tokens before the decoder.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
-        positions: ``renumber`` numbers the kept tokens 0, 1, ...; ``keep`` leaves them where they were.
+        keep: keep ratio, in (0, 1].
+        positions: ``renumber`` numbers the kept tokens 0, 1, ...; ``keep`` keeps their positions.
     """
 
     keep: Share = 0.5
@@ -36,8 +36,8 @@ class Baseline(OneShare):
     """Base of ``random``, ``uniform`` and ``pool``: reduce each image to floor(keep * n) tokens before layer ``layer``.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
-        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
+        keep: keep ratio, in (0, 1].
+        positions: ``keep`` keeps the positions of the kept tokens; ``renumber`` numbers them 0, 1, ...
         layer: decoder layer before which tokens are dropped; 0 means before the decoder.
     """
 

@@ -23,7 +23,7 @@ from vtprune_train.pruning.schedules.stages import scaled_layers
 def vision_attention(ranking: Ranking, boundary: Boundary) -> tuple[Tensor, Tensor, Tensor]:
     """Per-head attention to each visual token, and the layer's overall attention to vision.
 
-    An image is scored with the first query row after it; in a prompt, that is the last prompt token." ("its.
+    An image is scored with the first query row after it; in a prompt, that is the last prompt token.
 
     Returns:
         [G, V] float32, the attention of each visual token, averaged over the query heads of each key-value head;
@@ -44,14 +44,14 @@ class PLPHP(PruningMethod):
     keeps the keys it attends to most. Prefill uses all tokens and is not faster.
 
     Args:
-        keep: the rate r of a layer between the two classes: each head keeps ``floor(r * n)`` of an image's n tokens
-            (exactly, see :mod:`vtprune_train.core.rounding`).
+        keep: keep ratio r of layers that are neither attentive nor indifferent: each head keeps ``floor(r * n)`` of an
+            image's n tokens (exactly, see :mod:`vtprune_train.core.rounding`).
         delta: a vision-attentive layer keeps ``keep + delta``, a vision-indifferent one ``keep - delta``.
         alpha: a layer is vision-attentive if its attention to vision is at least alpha.
         beta: a layer is vision-indifferent below this share of attention.
-        untouched: first layers that keep everything; ``None``: two of 32 layers, scaled to the depth, at least one.
-        multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each head kept of them;
-            ``keep_dense``, all of them, judged again by that turn's question.
+        untouched: number of initial layers that are not pruned; ``None``: two of 32, scaled to the depth, at least one.
+        multi_turn: the tokens of earlier images that a later turn sees: ``drop``, only those that each head kept;
+            ``keep_dense``, all of them, ranked again by the new question.
     """
 
     keep: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -110,8 +110,8 @@ class PLPHP(PruningMethod):
         return torch.where(gamma >= self.alpha, high, torch.where(gamma < self.beta, low, middle))
 
     def input_share(self, num_layers: int) -> float:
-        """Share of visual keys read during decoding, assuming as many attentive as indifferent layers. (All tokens
-        enter every layer.)."""
+        """Share of visual keys read during decoding, assuming as many attentive as indifferent layers. All tokens
+        enter every layer."""
         pruned = len(self.key_layers(num_layers))
         return (num_layers - pruned + pruned * self.keep) / num_layers
 

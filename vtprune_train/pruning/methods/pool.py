@@ -19,7 +19,7 @@ def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor
 
     Args:
         hidden_VC: tokens.
-        members_M: [M] int64, the tokens of the first block, of the second, ...
+        members_M: [M] int64, token indices, block by block.
         sizes_K: [K] int64, tokens of each block, at least one.
     """
     wide = hidden_VC.to(torch.promote_types(hidden_VC.dtype, torch.float32)).index_select(0, members_M)
@@ -54,7 +54,7 @@ class Pool(Baseline):
 
 
 def _blocks(boundary: Boundary) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates of the first block, of the second, ..., over all images; and how many each has."""
+    """Candidate indices, block by block over all images, and the number of tokens of each block."""
     members, sizes, start = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
     for span in boundary.spans:
         block = image_blocks(rasters_of(span), span.after)[0]

@@ -37,8 +37,8 @@ class PruMerge(PruningMethod):
         keep: fixed keep ratio in (0, 1] (floor, at least one token), including the spatial tokens; ``None`` keeps the
             outliers instead.
         spatial: number of additional, evenly spaced tokens per outlier (PruMerge+: 3); 0 disables them.
-        layer: layer of the vision tower; -1 is the last that the decoder's features come from.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        layer: layer of the vision tower; -1 is the layer whose output the projector receives.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share | None = None

@@ -35,7 +35,7 @@ class PyramidDrop(PruningMethod):
         keep: keep ratios relative to each image's original tokens, non-increasing, in (0, 1].
         rank_with: layer whose attention ranks the tokens: ``next_layer``, the first after the drop (published code), or
             ``this_layer``, the last before it (paper; needs no extra projection).
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them as they were.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
         without_instruction: what to do for samples with no text between image and answer (projector alignment):
             ``last_visual`` ranks with the image's last token (as published), ``uniform`` keeps an even grid.
         multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, only the kept tokens;

@@ -33,9 +33,9 @@ class Random(Baseline):
     sample and ``seed``.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
+        keep: keep ratio, in (0, 1].
         layer: decoder layer before which they are dropped; 0: before the decoder.
-        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
+        positions: ``keep`` keeps the positions of the kept tokens; ``renumber`` numbers them 0, 1, ...
         seed: change it to get a different draw.
     """
 

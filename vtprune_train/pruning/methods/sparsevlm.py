@@ -54,8 +54,8 @@ class SparseVLM(PruningMethod):
         recycle: how clusters of the best 30 % of the dropped tokens are merged: ``mean`` (published code) or ``sum``
             (paper); ``none`` disables recycling (SparseVLM+).
         positions: ``renumber`` (v1.x) or ``keep`` (SparseVLM+).
-        heads: share of the heads that rate, those with most attention from raters to visual tokens (SparseVLM+: 14 of
-            32); 1 takes all.
+        heads: share of the heads used for scoring, those with the most attention from raters to visual tokens
+            (SparseVLM+: 14 of 32); 1 uses all.
         gravity: divide attention by the position-only attention (SparseVLM+).
         multi_turn: see :class:`~vtprune_train.pruning.methods.pyramiddrop.PyramidDrop`.
     """
@@ -183,7 +183,7 @@ class SparseVLM(PruningMethod):
             attention = rating_attention(candidates, candidates.memory["raters"], self.heads)
             left = [drop.left(span.original, span.before) for span in spans]
             if drop.adaptive and spans:
-                left = torch.stack([self._left(rows) for rows in attention]).tolist()  # the one copy to the host
+                left = torch.stack([self._left(rows) for rows in attention]).tolist()  # the only device-to-host copy
             scores = [rows.sum(dim=0) for rows in attention]
         return keep_and_recycle(candidates.hidden, scores, left, self.recycle, counted=drop.adaptive)
 

@@ -12,9 +12,9 @@ class Uniform(Baseline):
     """Keep floor(keep * n) tokens per image, evenly spaced over its grid in both dimensions.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
+        keep: keep ratio, in (0, 1].
         layer: decoder layer before which the others are dropped; 0: before the decoder.
-        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
+        positions: ``keep`` keeps the positions of the kept tokens; ``renumber`` numbers them 0, 1, ...
     """
 
     name = "uniform"

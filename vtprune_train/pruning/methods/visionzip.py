@@ -31,9 +31,10 @@ class VisionZip(OneShare):
 
     Args:
         keep: keep ratio, in (0, 1]; published settings are 192, 128 and 64 of 576.
-        contextual: share of those that are contextual (floor), in [0, 1]; published 30 of 192, 20 of 128, 10 of 64.
-        layer: layer of the vision tower; -1 is the last that the decoder's features come from.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        contextual: share of the output tokens that are contextual (rounded down), in [0, 1]; published 30 of 192, 20 of
+            128, 10 of 64.
+        layer: layer of the vision tower; -1 is the layer whose output the projector receives.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share = 192 / 576
@@ -76,7 +77,7 @@ class VisionZip(OneShare):
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
         pairs = sum(self.targets(span.before, span.after) * (span.before - span.after) for span in boundary.spans)
-        return 4.0 * hidden * pairs  # similarities and means; keys are taken to be as wide as the decoder
+        return 4.0 * hidden * pairs  # similarities and means; assumes that keys have the decoder's hidden size
 
 
 def zipped(
@@ -89,7 +90,8 @@ def zipped(
         scores_n: float32; ties go to the earlier token.
         keys: [n, M], features compared by cosine similarity.
         patch_n: bool mask of patch tokens; other tokens are never merged.
-        count: number of output tokens. targets: number of contextual tokens among them.
+        count: number of output tokens.
+        targets: number of contextual tokens among them.
 
     Returns:
         [count - targets] int64 ascending, the dominant tokens; [targets] int64 ascending, evenly spaced remaining

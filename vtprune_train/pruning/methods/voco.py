@@ -25,7 +25,7 @@ class VoCo(PruningMethod):
 
     Args:
         tokens: summary tokens of an image.
-        hide: what rows after a summary do not see. ``all_before`` (default, as published): the image tokens and
+        hide: what tokens after a summary do not see. ``all_before`` (default, as published): the image tokens and
             everything before the sample's first image, including BOS and the system prompt. ``image``: the images' own
             tokens alone.
     """

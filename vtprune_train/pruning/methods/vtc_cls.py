@@ -16,10 +16,10 @@ class VTCCLS(OneShare):
     """Each image keeps the ``floor(keep * n)`` tokens that the tower's class token attends to most.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
+        keep: keep ratio, in (0, 1].
         layers: number of vision-tower layers to sum over, counted back from the layer that feeds the projector; all
             layers if the tower has fewer.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share = 0.25

@@ -62,9 +62,9 @@ def determinantal(features_VC: Tensor, relevance_V: Tensor, sizes: Sequence[int]
     token that increases the volume most. Once no token increases it (more tokens than dimensions), tokens are added by
     relevance.
 
-    Sources: CDPruner (arXiv 2506.10967), conditional kernel and its MAP inference; the greedy steps are those of Chen
-    et al. 2018 (arXiv 1709.05135), algorithm 1, with the Cholesky factor's rows as products with orthonormal axes: a
-    step costs the same number of operations whatever was chosen before.
+    Sources: CDPruner (arXiv 2506.10967), conditional kernel and its MAP inference; the greedy steps follow Chen et al.
+    2018 (arXiv 1709.05135), algorithm 1, with the rows of the Cholesky factor as projections onto orthonormal axes, so
+    every step has the same cost.
 
     Args:
         features_VC: image after image, any float dtype.

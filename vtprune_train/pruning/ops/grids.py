@@ -1,7 +1,7 @@
 """Token grid layout of an image, and how to pick evenly spaced tokens from it. Host only, numpy.
 
-A grid is ``(rows, columns)``; an image's tokens are the cells of its grids, in row-major order, grid by grid."
-("raster" vs "grid" vs "tile. Newline columns count as ordinary cells.
+A grid is ``(rows, columns)``; an image's tokens are the cells of its grids, in row-major order, grid by grid.
+Newline columns count as ordinary cells.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def blocks(raster: Raster, count: int) -> np.ndarray:
     """[rows * columns] int64 block index of each cell when the grid is divided into ``count`` near-square blocks,
     numbered in row-major order.
 
-    Bands of rows first, ``sqrt(count * rows / columns)`` of them rounded; the blocks are dealt evenly to the bands, and
-    each band's columns evenly to its blocks. Sizes differ by at most one row and one column within a band.
+    The grid is split into ``round(sqrt(count * rows / columns))`` bands of rows; blocks are distributed evenly over the
+    bands, and the columns of a band evenly over its blocks. Sizes differ by at most one row and one column within a
+    band.
 
     Args:
         count: 1 to ``rows * columns``.

@@ -16,9 +16,8 @@ from vtprune_train.core.rounding import round_of
 from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.ops.scoring import visual_attention, visual_per_segment
 
-LEAST_RESPONSE = (
-    0.05  # relative to the maximum: beyond a few thousand positions the response approaches zero and changes sign
-)
+# Relative to the maximum: beyond a few thousand positions the response approaches zero and changes sign.
+LEAST_RESPONSE = 0.05
 
 
 def text_raters(visual_VC: Tensor, text_QC: Tensor) -> Tensor:

@@ -60,8 +60,9 @@ def merged(hidden: Tensor, kept: Tensor, others: Tensor, target: Tensor, weights
 
     Args:
         hidden: [n, C] tokens.
-        kept: [k] int64, indices of kept tokens. others: [m] int64, indices of merged tokens. target: [m] int64, index
-            into ``kept`` each is merged into.
+        kept: [k] int64, indices of kept tokens.
+        others: [m] int64, indices of merged tokens.
+        target: [m] int64, the index into ``kept`` that each is merged into.
         weights: of ``kept`` [k] and of ``others`` [m], float, not negative.
     """
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
