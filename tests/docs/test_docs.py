@@ -52,7 +52,7 @@ def test_generation_page(folder):
     assert not is_pruned(names["model"])
     names["model"] = type(names["model"]).from_pretrained("pruned").eval()
     exec(second, names)
-    assert names["again"].shape[1] > names["ids"].shape[1]
+    assert names["second_output"].shape[1] > names["ids"].shape[1]
 
 
 def conversations():
