@@ -27,7 +27,7 @@ ROOM_SHARE = 16
 
 
 @dataclass(frozen=True)
-class Told:
+class Conversation:
     """Decoder inputs of the conversation so far, in the caller's columns: ``embeds`` [B, W, C]; ``image`` [B, W] int64,
     image index within the row, or a marker for text/padding; ``grids`` of each row's images."""
 
@@ -38,15 +38,19 @@ class Told:
     image: Tensor
     grids: tuple[tuple[Grids, ...], ...]
 
-    def and_then(self, embeds: Tensor, image: Tensor, grids: tuple[tuple[Grids, ...], ...] | None = None) -> Told:
+    def and_then(
+        self, embeds: Tensor, image: Tensor, grids: tuple[tuple[Grids, ...], ...] | None = None
+    ) -> Conversation:
         """Return a copy with the next columns and their image grids appended."""
         both = self.grids if grids is None else tuple(a + b for a, b in zip(self.grids, grids, strict=True))
-        return Told(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1), both)
+        return Conversation(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1), both)
 
-    def rows(self, function: Callable[[Tensor], Tensor]) -> Told:
+    def rows(self, function: Callable[[Tensor], Tensor]) -> Conversation:
         """Return a copy with rows selected or reordered by ``function``."""
         numbers = function(torch.arange(len(self.grids), device=self.image.device)).tolist()
-        return Told(function(self.embeds), function(self.image), tuple(self.grids[number] for number in numbers))
+        return Conversation(
+            function(self.embeds), function(self.image), tuple(self.grids[number] for number in numbers)
+        )
 
 
 class StagedLayer(DynamicLayer):
@@ -57,8 +61,8 @@ class StagedLayer(DynamicLayer):
     position minus its number of cached tokens. It is non-zero if tokens were dropped with positions kept, or with
     M-RoPE; ``None`` if positions equal token indices. First layer only: ``has_images`` [B] int64, 1 for rows that had
     an image; ``unstored``, number of caller-visible columns not stored in the layer; ``parts``, number of position
-    components; ``told``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``; ``filled_by``, the method
-    used to fill the cache.
+    components; ``conversation``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``; ``filled_by``, the
+    method used to fill the cache.
     """
 
     is_initialized: bool
@@ -75,7 +79,7 @@ class StagedLayer(DynamicLayer):
         self.has_images: Tensor | None = None
         self.unstored = 0
         self.parts = 1
-        self.told: Told | None = None
+        self.conversation: Conversation | None = None
         self.filled_by: PruningMethod | None = None
         self._room: tuple[Tensor, Tensor] | None = None  # buffers that keys and values are views of
 
@@ -151,8 +155,8 @@ class StagedLayer(DynamicLayer):
         self.padding = None if self.padding is None else function(self.padding)
         self.ahead = None if self.ahead is None else function(self.ahead)
         self.has_images = None if self.has_images is None else function(self.has_images)
-        if self.told is not None:
-            self.told = self.told.rows(function)
+        if self.conversation is not None:
+            self.conversation = self.conversation.rows(function)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -160,9 +164,11 @@ class StagedLayer(DynamicLayer):
                 f"crop({tokens_to_remove}): a staged cache takes only a negative number, the tokens to remove"
             )
         super().crop(tokens_to_remove)
-        if self.told is not None and tokens_to_remove < 0:
-            embeds, image = (columns[:, :tokens_to_remove] for columns in (self.told.embeds, self.told.image))
-            self.told = replace(self.told, embeds=embeds, image=image)
+        if self.conversation is not None and tokens_to_remove < 0:
+            embeds, image = (
+                columns[:, :tokens_to_remove] for columns in (self.conversation.embeds, self.conversation.image)
+            )
+            self.conversation = replace(self.conversation, embeds=embeds, image=image)
 
     def next_positions(self) -> Tensor:
         """[B] int64, the position of each row's next token."""

@@ -137,8 +137,8 @@ def check_trusted(settings: Any, place: str, name_it: str = "") -> None:
         UntrustedMethodError: names the checkpoint, the method and what to do.
     """
     for path in outside_methods(settings):
-        found = loaded(path)
-        if not (inspect.isclass(found) and issubclass(found, PruningMethod)):
+        imported = loaded(path)
+        if not (inspect.isclass(imported) and issubclass(imported, PruningMethod)):
             ways = name_it or (
                 f"name the method yourself (--method {path}, or prune(model, method)), or pass --trust_remote_code (in "
                 "Python trust_remote_code=True)"

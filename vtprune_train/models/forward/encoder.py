@@ -176,14 +176,14 @@ def patches_per_tile(config: Any) -> int:
     return int(np.prod(patch_grid(config.vision_config)))
 
 
-def patch_index(shown: Sequence[tuple[np.ndarray, int]], patches: int) -> np.ndarray:
+def patch_index(patches_of_image: Sequence[tuple[np.ndarray, int]], patches: int) -> np.ndarray:
     """[V] int64, batch-wide patch index of each visual token, or NEWLINE. ``shown`` holds, per image, the image-local
     patch index of each token and the image's number of tiles (of ``patches`` patches)."""
-    found, first = [np.zeros(0, dtype=np.int64)], 0
-    for own, tiles in shown:
-        found.append(np.where(own == NEWLINE, NEWLINE, own + first))
+    parts, first = [np.zeros(0, dtype=np.int64)], 0
+    for index, tiles in patches_of_image:
+        parts.append(np.where(index == NEWLINE, NEWLINE, index + first))
         first += tiles * patches
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
 def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSignals]:

@@ -184,14 +184,14 @@ def blind_rows(
     A span's keys are hidden after its last row (``span``), or after the first query row at or after that
     (``query``); an image without a following query row is never masked.
     """
-    found: list[BlindRows] = []
+    blind: list[BlindRows] = []
     first_visual, laid_out = 0, iter(layout.spans)
     for index, (segment, length) in enumerate(zip(segments, segment_lengths, strict=True)):
         counts = [next(laid_out).before for _ in segment.spans]
-        gone = np.cumsum([0, *(span.length - count for span, count in zip(segment.spans, counts, strict=True))])
-        starts = [span.start - before for span, before in zip(segment.spans, gone.tolist(), strict=False)]
+        dropped = np.cumsum([0, *(span.length - count for span, count in zip(segment.spans, counts, strict=True))])
+        starts = [span.start - before for span, before in zip(segment.spans, dropped.tolist(), strict=False)]
         query_rows = [
-            offset - int(gone[sum(span.end <= offset + 1 for span in segment.spans)])
+            offset - int(dropped[sum(span.end <= offset + 1 for span in segment.spans)])
             for offset in segment.query_offsets
         ]
         limits = []
@@ -205,8 +205,8 @@ def blind_rows(
         if first < length:
             columns = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
             of_columns = torch.from_numpy(np.repeat(limits, counts))
-            found.append(BlindRows(index, first, length, visual, torch.from_numpy(columns), of_columns))
-    return found
+            blind.append(BlindRows(index, first, length, visual, torch.from_numpy(columns), of_columns))
+    return blind
 
 
 def blind_mask(

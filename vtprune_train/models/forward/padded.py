@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, text_key, to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.cache import StagedLayer, Told, staged
+from vtprune_train.models.cache import Conversation, StagedLayer, staged
 from vtprune_train.models.families.base import Family, sliding_window
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward.calls import Call, State, is_pruned, state_of, unwrapped
@@ -155,11 +155,11 @@ def _run_rows(
     call.segments = _segments(call, rows, state, said_from)
     device = inputs_embeds.device
     new_length = inputs_embeds.shape[1]
-    told = None
+    conversation = None
     if cache is not None and state.method is not None and state.method.needs.multi_turn == "keep_dense":
-        told = _tell(call, rows, inputs_embeds, cache)
+        conversation = _extended_conversation(call, rows, inputs_embeds, cache)
         if not verifies_candidates:
-            inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
+            inputs_embeds, rows = conversation.embeds, _laid_out_again(call, rows, conversation, cache)
     planned = plan_pass(call.segments, len(text_model.layers), state.method)
     three_parts = state.family.three_part_positions is not None
     staging = plan_staging(planned, state.method, len(call.segments), cache, device, three_parts)
@@ -185,29 +185,33 @@ def _run_rows(
         # A merged token uses the position of one of its sources, but comes later in the packed batch.
         token_rows = token_rows.index_select(0, output.origins[-1]).cummax(0).values
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
-    if told is not None and cache is not None:
-        cache.layers[0].told = told  # type: ignore[attr-defined]
+    if conversation is not None and cache is not None:
+        cache.layers[0].conversation = conversation  # type: ignore[attr-defined]
     return hidden[:, -new_length:]
 
 
-def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Told:
+def _extended_conversation(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Conversation:
     """Append this call's columns to the stored conversation."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
-    image = np.full(real.shape, Told.PADDING, dtype=np.int64)
+    image = np.full(real.shape, Conversation.PADDING, dtype=np.int64)
     already = torch.zeros(len(real), 1, dtype=torch.int64)
-    if first.told is not None:
-        already = (first.told.image.amax(dim=1, keepdim=True).cpu() + 1).clamp(min=0)
+    if first.conversation is not None:
+        already = (first.conversation.image.amax(dim=1, keepdim=True).cpu() + 1).clamp(min=0)
     for row, segment in enumerate(call.segments):
-        own = np.full(segment.length, Told.TEXT, dtype=np.int64)
+        own = np.full(segment.length, Conversation.TEXT, dtype=np.int64)
         for number, span in enumerate(segment.spans):
             own[span.start : span.end] = number + int(already[row])
         image[row, real[row]] = own
     new = to_device(image, inputs_embeds.device)
     grids = tuple(tuple(span.grids for span in segment.spans) for segment in call.segments)
-    return Told(inputs_embeds, new, grids) if first.told is None else first.told.and_then(inputs_embeds, new, grids)
+    return (
+        Conversation(inputs_embeds, new, grids)
+        if first.conversation is None
+        else first.conversation.and_then(inputs_embeds, new, grids)
+    )
 
 
-def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np.ndarray:
+def _laid_out_again(call: Call, real: np.ndarray, conversation: Conversation, cache: DynamicCache) -> np.ndarray:
     """Clear the cache and rerun the whole conversation as this call's segments; return the mask of its non-padding
     columns.
 
@@ -217,8 +221,8 @@ def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     if not first.get_seq_length():
         return real
-    images = told.image.cpu().numpy()
-    everything = images != Told.PADDING
+    images = conversation.image.cpu().numpy()
+    everything = images != Conversation.PADDING
     segments = []
     for row, segment in enumerate(call.segments):
         before = int(everything[row].sum()) - segment.length
@@ -227,7 +231,9 @@ def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np
         segments.append(
             SegmentLayout(
                 length=before + segment.length,
-                spans=tuple(ImageSpan(int(s), n, grids) for (s, n), grids in zip(spans, told.grids[row], strict=True)),
+                spans=tuple(
+                    ImageSpan(int(s), n, grids) for (s, n), grids in zip(spans, conversation.grids[row], strict=True)
+                ),
                 query_offsets=tuple(before + offset for offset in segment.query_offsets),
                 key=segment.key,
             )
@@ -287,8 +293,10 @@ def decode(text_model: HFModule, method: PruningMethod | None, hidden_B1C: Tenso
                 hidden, attention_mask=masks[sees], position_ids=positions, position_embeddings=rotary,
                 past_key_values=cache, use_cache=True, staged_decoding=True,
             )  # fmt: skip
-    if layers[0].told is not None:
-        layers[0].told = layers[0].told.and_then(hidden_B1C, torch.full_like(layers[0].told.image[:, :1], Told.TEXT))
+    if layers[0].conversation is not None:
+        layers[0].conversation = layers[0].conversation.and_then(
+            hidden_B1C, torch.full_like(layers[0].conversation.image[:, :1], Conversation.TEXT)
+        )
     return text_model.norm(hidden)
 
 
@@ -413,7 +421,7 @@ def _without_images(labels: np.ndarray, visual: np.ndarray, state: State) -> np.
 
 
 def _spans(
-    visual: np.ndarray, remaining: list[tuple[int, Grids]], row: int, given: int, family: Family
+    visual: np.ndarray, remaining: list[tuple[int, Grids]], row: int, num_images: int, family: Family
 ) -> tuple[ImageSpan, ...]:
     spans: list[ImageSpan] = []
     for start, length in _runs(visual):
@@ -421,8 +429,8 @@ def _spans(
         while offset < start + length:
             if not remaining:
                 raise ValueError(
-                    f"row {row} has more image tokens than the {given} images have; pass pixel_values of every image "
-                    "whose tokens are in input_ids (all that are not cached yet)"
+                    f"row {row} has more image tokens than the {num_images} images have; pass pixel_values of every "
+                    "image whose tokens are in input_ids (all that are not cached yet)"
                 )
             spans.append(ImageSpan(offset, *remaining.pop(0)))
             offset = spans[-1].end
@@ -445,13 +453,13 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
 def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_width: int | None) -> int:
     """Hash of a row's prompt text (from ids, labels and the text mask), independent of generated or supervised tokens
     after it."""
-    own = np.flatnonzero(text)
+    rows = np.flatnonzero(text)
     if labels is not None:
         supervised = np.flatnonzero(labels != IGNORE)
-        own = own[own < (supervised[0] if len(supervised) else len(text))]
+        rows = rows[rows < (supervised[0] if len(supervised) else len(text))]
     elif prompt_width is not None:
-        own = own[own < prompt_width]
-    return text_key(ids[own])
+        rows = rows[rows < prompt_width]
+    return text_key(ids[rows])
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
@@ -468,13 +476,13 @@ def _check_positions(
 ) -> None:
     """Raise if position_ids do not number each row's tokens consecutively (starting after the cached tokens if the call
     ``continues``)."""
-    given = position_ids.expand(shape).flatten().index_select(0, token_rows)
+    positions = position_ids.expand(shape).flatten().index_select(0, token_rows)
     counted, first = plan.stages[0].position_ids, plan.stages[0].cu_seqlens[:-1]
     if continues:
         lengths = plan.stages[0].cu_seqlens.diff()
-        starts = given.index_select(0, first)
+        starts = positions.index_select(0, first)
         counted = counted + starts.repeat_interleave(lengths, output_size=len(counted))
-    if not torch.equal(given, counted):
+    if not torch.equal(positions, counted):
         raise ValueError(
             "position_ids must number the tokens of each row from 0 (after the cached ones); several samples packed "
             "into one row are not supported; leave position_ids unset"
@@ -487,6 +495,6 @@ def _spread(hidden_TC: Tensor, token_rows: Tensor, shape: torch.Size) -> Tensor:
     source = torch.searchsorted(token_rows, places, right=True) - 1
     first = source.clamp(min=0)
     same_row = token_rows.index_select(0, first) // shape[1] == places // shape[1]
-    found = (source >= 0) & same_row
-    filled = torch.where(found.unsqueeze(1), hidden_TC.index_select(0, first), hidden_TC.new_zeros(()))
+    exists = (source >= 0) & same_row
+    filled = torch.where(exists.unsqueeze(1), hidden_TC.index_select(0, first), hidden_TC.new_zeros(()))
     return filled.view(shape[0], shape[1], -1)

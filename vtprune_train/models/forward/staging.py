@@ -101,9 +101,9 @@ def _ranked_among_cached(
     for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
         part = method.parts[boundary.drop.owner]
         layer = boundary.layer if part.needs.rank_with == "next_layer" else max(0, stage.end_layer - 1)
-        own = before.tokens[layer]
-        keys.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
-        boundaries.append(_behind_cached(boundary, stage, own) if part.needs.rotary else boundary)
+        cached_tokens = before.tokens[layer]
+        keys.append(StageCache.of(stage.segment_lengths, cached_tokens, before.widths[layer]))
+        boundaries.append(_behind_cached(boundary, stage, cached_tokens) if part.needs.rotary else boundary)
     return keys, boundaries
 
 

@@ -28,15 +28,15 @@ def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> 
         boundary: provides the segments and spans.
     """
     parts, start = [hidden_VC.new_zeros(0, dtype=torch.float32)], 0
-    asked = dict(zip(sorted({span.segment for span in boundary.spans}), boundary.segments, strict=True))
+    segment_of = dict(zip(sorted({span.segment for span in boundary.spans}), boundary.segments, strict=True))
     for span in boundary.spans:
-        rows = slice(asked[span.segment].query_start, asked[span.segment].query_end)
-        wanted_C = F.normalize(instruction_QC[rows].float(), dim=-1).mean(dim=0)
-        own_NC = hidden_VC[start : start + span.before].float()
+        rows = slice(segment_of[span.segment].query_start, segment_of[span.segment].query_end)
+        instruction_C = F.normalize(instruction_QC[rows].float(), dim=-1).mean(dim=0)
+        hidden_NC = hidden_VC[start : start + span.before].float()
         start += span.before
         if not span.before:
             continue
-        cosine_N = (F.normalize(own_NC, dim=-1) * F.normalize(wanted_C, dim=0)).sum(dim=-1)
+        cosine_N = (F.normalize(hidden_NC, dim=-1) * F.normalize(instruction_C, dim=0)).sum(dim=-1)
         low, high = cosine_N.amin(), cosine_N.amax()
         parts.append((cosine_N - low + LEAST) / (high - low + LEAST))
     return torch.cat(parts)

@@ -15,7 +15,7 @@ from vtprune_train.core.stream import Drop, SpanLayout
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.needs import Needs, Positions, RankWith
-from vtprune_train.pruning.ops.grids import rasters_of, spread, strided_cells
+from vtprune_train.pruning.ops.grids import grids_of, spread, strided_cells
 from vtprune_train.pruning.ops.scoring import visual_query_attention
 from vtprune_train.pruning.ops.selection import picked_on_host, top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
@@ -81,7 +81,7 @@ class Feather(PruningMethod):
 
     def _floor(self, span: SpanLayout) -> np.ndarray:
         """Grid indices, evenly thinned if there are more than the image keeps."""
-        grid = strided_cells(rasters_of(span), self.stride)
+        grid = strided_cells(grids_of(span), self.stride)
         return grid if len(grid) <= span.after else grid[spread(span.after, len(grid))]
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:

@@ -12,7 +12,7 @@ from vtprune_train.core.stream import Boundary, to_device
 from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.needs import Needs
-from vtprune_train.pruning.ops.grids import rasters_of
+from vtprune_train.pruning.ops.grids import grids_of
 from vtprune_train.pruning.ops.significance import neutral, ranked, signals_of
 from vtprune_train.pruning.setting_types import Share
 
@@ -65,4 +65,4 @@ def by_rows(significance_V: Tensor, boundary: Boundary) -> Tensor:
 
 
 def _grids(boundary: Boundary) -> list[tuple[tuple[int, int], ...]]:
-    return [rasters_of(span) for span in boundary.spans]
+    return [grids_of(span) for span in boundary.spans]

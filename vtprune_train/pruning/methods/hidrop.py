@@ -36,18 +36,18 @@ def gates(scores_V: Tensor, boundary: Boundary, temperature: float) -> Tensor:
         boundary: provides the number of kept tokens per image.
         temperature: in standard deviations; smaller values confine the gradient to tokens near the threshold.
     """
-    found, start = [scores_V.new_zeros(0)], 0
+    gates_of, start = [scores_V.new_zeros(0)], 0
     for span in boundary.spans:
-        own = scores_V[start : start + span.before]
+        scores = scores_V[start : start + span.before]
         start += span.before
         if not 0 < span.after < span.before:
-            found.append(torch.ones_like(own))
+            gates_of.append(torch.ones_like(scores))
             continue
-        fixed = own.detach()
+        fixed = scores.detach()
         edge = fixed.topk(span.after + 1).values[-2:].mean()
         unit = torch.maximum(fixed.std(), LEAST_SPREAD * fixed.mean()).clamp(min=1e-12)
-        found.append(torch.sigmoid((own - edge) / (unit * temperature)))
-    return torch.cat(found)
+        gates_of.append(torch.sigmoid((scores - edge) / (unit * temperature)))
+    return torch.cat(gates_of)
 
 
 class HiDrop(PruningMethod):
@@ -108,8 +108,8 @@ class HiDrop(PruningMethod):
         within = [
             drop for drop in (*pyramid, Drop(leave, 0.0, ranked=False)) if drop.layer < min(num_layers, leave + 1)
         ]
-        found = one_per_layer(within)
-        return (Drop(0, 0.0, ranked=False), Drop(enter, 1.0, returns=True, ranked=False), *found) if enter else found
+        inside = one_per_layer(within)
+        return (Drop(0, 0.0, ranked=False), Drop(enter, 1.0, returns=True, ranked=False), *inside) if enter else inside
 
     def _window(self, num_layers: int) -> tuple[int, int]:
         """Return the (enter, leave) layers; at least one layer must process visual tokens."""
@@ -128,7 +128,7 @@ class HiDrop(PruningMethod):
         if boundary.drop.returns:
             return Selection(all_candidates(boundary))
         if not boundary.drop.keep:
-            return Selection(boundary.take)  # nobody
+            return Selection(boundary.take)  # none
         soft = self.differentiable and candidates.training
         with torch.set_grad_enabled(soft):
             scores = mean_query_attention(candidates.ranking, boundary)

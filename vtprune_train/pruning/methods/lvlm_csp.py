@@ -28,8 +28,8 @@ def representatives(length: int, count: int) -> np.ndarray:
 
 def clusters(length: int, count: int) -> np.ndarray:
     """[length] int64, each token's representative: the nearest representative at or before it."""
-    own = representatives(length, count)
-    return own[np.searchsorted(own, np.arange(length), side="right") - 1]
+    firsts = representatives(length, count)
+    return firsts[np.searchsorted(firsts, np.arange(length), side="right") - 1]
 
 
 class LVLMCSP(PruningMethod):
@@ -77,12 +77,12 @@ class LVLMCSP(PruningMethod):
                     f"layers={list(self.layers)}: in a decoder of {num_layers} layers the tokens would never {never}; "
                     f"use layers below {num_layers}"
                 )
-        found = (
+        drops = (
             AtLeastOne(0, self.keep[0], ranked=False),
             Drop(back, 1.0, returns=True, ranked=False),
             AtLeastOne(prune, self.keep[1]),
         )
-        return found if prune < num_layers else found[:2]
+        return drops if prune < num_layers else drops[:2]
 
     def choose(self, candidates: Candidates) -> Selection:
         boundary = candidates.boundary
@@ -96,12 +96,12 @@ class LVLMCSP(PruningMethod):
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
     def _scattered(self, candidates: Candidates) -> Selection:
-        everyone = all_candidates(candidates.boundary)
+        all_tokens = all_candidates(candidates.boundary)
         if self.scatter == "own":
-            return Selection(everyone)
+            return Selection(all_tokens)
         moved: Tensor = candidates.hidden - candidates.before  # zero except for the representatives
         values = candidates.before + moved.index_select(0, candidates.memory["clusters"])
-        return Selection(everyone, everyone, values)
+        return Selection(all_tokens, all_tokens, values)
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
         """Scale ``keep``; if the layers that process all tokens use too much of the budget, move pruning earlier."""

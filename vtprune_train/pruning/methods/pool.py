@@ -9,7 +9,7 @@ from torch import Tensor
 from vtprune_train.core.stream import Boundary, to_device
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import Baseline
-from vtprune_train.pruning.ops.grids import image_blocks, rasters_of
+from vtprune_train.pruning.ops.grids import grids_of, image_blocks
 from vtprune_train.pruning.ops.selection import picked_on_host
 
 
@@ -42,7 +42,7 @@ class Pool(Baseline):
 
     def choose(self, candidates: Candidates) -> Selection:
         boundary = candidates.boundary
-        chosen = picked_on_host(boundary, lambda span: image_blocks(rasters_of(span), span.after)[1])
+        chosen = picked_on_host(boundary, lambda span: image_blocks(grids_of(span), span.after)[1])
         if all(span.after == span.before for span in boundary.spans):
             return Selection(chosen)  # one block per token
         members, sizes = to_device(_blocks(boundary), chosen.device)
@@ -57,7 +57,7 @@ def _blocks(boundary: Boundary) -> tuple[np.ndarray, np.ndarray]:
     """Candidate indices, block by block over all images, and the number of tokens of each block."""
     members, sizes, start = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
     for span in boundary.spans:
-        block = image_blocks(rasters_of(span), span.after)[0]
+        block = image_blocks(grids_of(span), span.after)[0]
         pooled = np.flatnonzero(block >= 0)
         members.append(start + pooled[np.argsort(block[pooled], kind="stable")])
         sizes.append(np.bincount(block[pooled], minlength=span.after))

@@ -68,21 +68,21 @@ class PruMerge(PruningMethod):
         sizes = sizes_before(boundary)
         attention, keys = signals.attention[0].split(sizes), signals.keys.split(sizes)
         if self.keep is None and sizes:
-            found = torch.stack([outliers(own) for own in attention]).tolist()  # the only device-to-host copy
-            counts = [self._counted(outlying, n) for outlying, n in zip(found, sizes, strict=True)]
+            num_outliers = torch.stack([outliers(scores) for scores in attention]).tolist()  # the only copy to the host
+            counts = [self._counted(outlying, n) for outlying, n in zip(num_outliers, sizes, strict=True)]
         else:
             counts = [self._shared(span.after) for span in boundary.spans]
         empty = boundary.span_of_visual[:0]
         chosen, values, first = [empty], [candidates.hidden[:0]], 0
-        for own, score, key, count in zip(candidates.hidden.split(sizes), attention, keys, counts, strict=True):
+        for hidden, score, key, count in zip(candidates.hidden.split(sizes), attention, keys, counts, strict=True):
             kept = kept_tokens(score, *count)
             chosen.append(first + kept)
-            values.append(merged_into(own, score, key, kept))
-            first += len(own)
-        every = torch.cat(chosen)
+            values.append(merged_into(hidden, score, key, kept))
+            first += len(hidden)
+        all_kept = torch.cat(chosen)
         totals = torch.tensor([best + spatial for best, spatial in counts], dtype=torch.int64)
-        at = torch.arange(len(every), device=every.device)
-        return Selection(every, at, torch.cat(values), totals if self.keep is None else None)
+        at = torch.arange(len(all_kept), device=all_kept.device)
+        return Selection(all_kept, at, torch.cat(values), totals if self.keep is None else None)
 
     def _counted(self, outlying: int, tokens: int) -> tuple[int, int]:
         """Return the number of tokens kept by attention and the number of evenly spaced ones."""

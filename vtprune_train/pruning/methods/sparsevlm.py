@@ -85,14 +85,14 @@ class SparseVLM(PruningMethod):
         self._check_layers()
 
     def _check_counts(self) -> None:
-        given = [setting for setting in ("budget", "keep") if getattr(self, setting) is not None]
-        if given and self.count != "fixed":
-            value = getattr(self, given[0])
-            raise ValueError(f"{given[0]}={value} has no effect with count={self.count}; leave it out, or use fixed")
+        settings = [setting for setting in ("budget", "keep") if getattr(self, setting) is not None]
+        if settings and self.count != "fixed":
+            value = getattr(self, settings[0])
+            raise ValueError(f"{settings[0]}={value} has no effect with count={self.count}; leave it out, or use fixed")
         for setting, count in (("scale", "rank"), ("mass", "mass")):
             if self.count != count and (value := getattr(self, setting)) != getattr(type(self), setting):
                 raise ValueError(f"{setting}={value} has no effect with count={self.count}; use count={count}")
-        if len(given) == 2:
+        if len(settings) == 2:
             raise ValueError(
                 f"budget={self.budget} and keep={list(self.keep or ())} exclude each other; set one of them"
             )
@@ -136,16 +136,16 @@ class SparseVLM(PruningMethod):
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         self._check_layers(num_layers)
-        behind = [layer + 1 for layer in self.layers or LAYERS[len(self.shares)]]
+        after = [layer + 1 for layer in self.layers or LAYERS[len(self.shares)]]
         if self.layers is None:
-            behind = list(scaled_layers(behind, DEPTH, num_layers))
+            after = list(scaled_layers(after, DEPTH, num_layers))
         same: dict[str, Any] = {"queries": "instruction", "recycles": self.recycle != "none"}
         if self.count == "fixed":
-            drops = [SparseDrop(layer, share, **same) for layer, share in zip(behind, self.shares, strict=True)]
+            drops = [SparseDrop(layer, share, **same) for layer, share in zip(after, self.shares, strict=True)]
         else:
             share = float(1 - as_fraction(self.scale)) if self.count == "rank" else self.mass
             same |= {"adaptive": True, "of_present": share}
-            drops = [SparseDrop(layer, share**n, **same) for n, layer in enumerate(sorted(set(behind)), start=1)]
+            drops = [SparseDrop(layer, share**n, **same) for n, layer in enumerate(sorted(set(after)), start=1)]
         return (Drop(0, 1.0, queries="instruction", ranked=False), *one_per_layer(drops))
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
@@ -156,11 +156,11 @@ class SparseVLM(PruningMethod):
         return first_that_fits(self._earlier(num_layers), share, num_layers)
 
     def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:
-        yield (own := replace(self, budget=None, keep=self.shares))
-        behind = [drop.layer for drop in self.drops(num_layers)[1:]]
-        if len(behind) == len(self.shares):
-            for layers in earlier(behind):
-                yield replace(own, layers=tuple(layer - 1 for layer in layers))
+        yield (scaled := replace(self, budget=None, keep=self.shares))
+        after = [drop.layer for drop in self.drops(num_layers)[1:]]
+        if len(after) == len(self.shares):
+            for layers in earlier(after):
+                yield replace(scaled, layers=tuple(layer - 1 for layer in layers))
 
     @property
     def ratios(self) -> tuple[float, ...]:

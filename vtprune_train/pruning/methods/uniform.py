@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import Baseline
-from vtprune_train.pruning.ops.grids import even_cells, rasters_of
+from vtprune_train.pruning.ops.grids import even_cells, grids_of
 from vtprune_train.pruning.ops.selection import picked_on_host
 
 
@@ -20,4 +20,4 @@ class Uniform(Baseline):
     name = "uniform"
 
     def choose(self, candidates: Candidates) -> Selection:
-        return Selection(picked_on_host(candidates.boundary, lambda span: even_cells(rasters_of(span), span.after)))
+        return Selection(picked_on_host(candidates.boundary, lambda span: even_cells(grids_of(span), span.after)))

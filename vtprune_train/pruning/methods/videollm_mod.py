@@ -81,8 +81,8 @@ class VideoLLMMoD(PruningMethod):
             return Selection(chosen)
         let_in = memory["let_in"]
         before, after = (states.index_select(0, let_in) for states in (candidates.before, candidates.hidden))
-        everything = torch.arange(len(candidates.before), device=let_in.device)
-        return Selection(everything, at=let_in, values=before + memory["gates"].unsqueeze(-1) * (after - before))
+        all_tokens = torch.arange(len(candidates.before), device=let_in.device)
+        return Selection(all_tokens, at=let_in, values=before + memory["gates"].unsqueeze(-1) * (after - before))
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
         """Scale ``keep``; if routing every second layer cannot reach ``share``, route all layers except the first and

@@ -102,7 +102,7 @@ def zipped(
     rest = torch.sort(order[count - targets :]).values
     places = spread(targets, len(rest))
     among = to_device((places, np.setdiff1d(np.arange(len(rest)), places)), rest.device)
-    contextual, others = (rest.index_select(0, own) for own in among)
+    contextual, others = (rest.index_select(0, index) for index in among)
     if not targets:
         return dominant, contextual, hidden_nC[:0]
     unit = normalize(keys.float(), dim=-1)

@@ -91,8 +91,8 @@ class ZipVL(PruningMethod):
         def massed(tau: float) -> ZipVL:
             return replace(self, tau=max(tau, 1e-6), keep=1.0)
 
-        found: ZipVL = bisected(massed, 0.0, 1.0, share, num_layers)
-        return replace(self, tau=max(self.tau, found.tau), keep=share)
+        fitted: ZipVL = bisected(massed, 0.0, 1.0, share, num_layers)
+        return replace(self, tau=max(self.tau, fitted.tau), keep=share)
 
     def eased(self, start: float, progress: float) -> ZipVL:
         tau, keep = (first + (last - first) * progress for first, last in ((1.0, self.tau), (start, self.keep)))

@@ -35,7 +35,7 @@ def max_min_diverse(features_VC: Tensor, sizes: Sequence[int], take: Sequence[in
         [K] int64 candidate indices, grouped by image and ascending within each.
     """
     unit_SNC, real_SN = _padded(F.normalize(features_VC.float(), dim=-1), sizes)
-    nearest = [nearest_other(own[:size]) for own, size in zip(unit_SNC, sizes, strict=True)]
+    nearest = [nearest_other(unit[:size]) for unit, size in zip(unit_SNC, sizes, strict=True)]
     distance_SN, _ = _padded(torch.cat(nearest) if nearest else features_VC.new_zeros(0), sizes)
     picks: list[Tensor] = []
     for step in range(max(take, default=0)):

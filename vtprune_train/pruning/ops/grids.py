@@ -13,10 +13,10 @@ import numpy as np
 
 from vtprune_train.core.stream import SpanLayout
 
-Raster = tuple[int, int]
+Grid = tuple[int, int]
 
 
-def rasters_of(span: SpanLayout) -> tuple[Raster, ...]:
+def grids_of(span: SpanLayout) -> tuple[Grid, ...]:
     """The grids of the candidates at a drop point; a single row if the model family provides no grid or an earlier
     method has already dropped tokens."""
     fits = sum(rows * columns for rows, columns in span.grids) == span.before
@@ -45,7 +45,7 @@ def shared(count: int, weights: Sequence[int]) -> list[int]:
     return dealt
 
 
-def blocks(raster: Raster, count: int) -> np.ndarray:
+def blocks(grid: Grid, count: int) -> np.ndarray:
     """[rows * columns] int64 block index of each cell when the grid is divided into ``count`` near-square blocks,
     numbered in row-major order.
 
@@ -56,7 +56,7 @@ def blocks(raster: Raster, count: int) -> np.ndarray:
     Args:
         count: 1 to ``rows * columns``.
     """
-    rows, columns = raster
+    rows, columns = grid
     bands = round(math.sqrt(count * rows / columns))
     bands = min(max(bands, -(-count // columns), 1), rows, count)
     first = np.arange(bands + 1) * count // bands  # the first block of each band
@@ -66,10 +66,10 @@ def blocks(raster: Raster, count: int) -> np.ndarray:
     return (first[band_of_row][:, None] + column_block).ravel()
 
 
-def block_centres(raster: Raster, count: int) -> np.ndarray:
+def block_centres(grid: Grid, count: int) -> np.ndarray:
     """[count] int64 ascending, centre cell of each block from :func:`blocks`."""
-    columns = raster[1]
-    of_cell = blocks(raster, count)
+    columns = grid[1]
+    of_cell = blocks(grid, count)
     order = np.argsort(of_cell, kind="stable")
     centres = []
     for cells in np.split(order, np.cumsum(np.bincount(of_cell, minlength=count))[:-1]):
@@ -78,20 +78,20 @@ def block_centres(raster: Raster, count: int) -> np.ndarray:
     return np.array(centres, dtype=np.int64)
 
 
-def image_blocks(rasters: Sequence[Raster], count: int) -> tuple[np.ndarray, np.ndarray]:
+def image_blocks(grids: Sequence[Grid], count: int) -> tuple[np.ndarray, np.ndarray]:
     """Divide an image with several grids into ``count`` blocks, distributed over the grids by cell count; cells of a
     grid that gets no block have index -1.
 
     Returns:
         [cells] int64, the block of each cell; [count] int64, centre cell of each block.
     """
-    own = shared(count, [rows * columns for rows, columns in rasters])
+    counts = shared(count, [rows * columns for rows, columns in grids])
     of_cell, centres, cells, done = [], [], 0, 0
-    for raster, blocks_here in zip(rasters, own, strict=True):
-        size = raster[0] * raster[1]
+    for grid, blocks_here in zip(grids, counts, strict=True):
+        size = grid[0] * grid[1]
         if blocks_here:
-            of_cell.append(blocks(raster, blocks_here) + done)
-            centres.append(block_centres(raster, blocks_here) + cells)
+            of_cell.append(blocks(grid, blocks_here) + done)
+            centres.append(block_centres(grid, blocks_here) + cells)
         else:
             of_cell.append(np.full(size, -1, dtype=np.int64))
         cells, done = cells + size, done + blocks_here
@@ -99,17 +99,17 @@ def image_blocks(rasters: Sequence[Raster], count: int) -> tuple[np.ndarray, np.
     return np.concatenate([empty, *of_cell]), np.concatenate([empty, *centres])
 
 
-def even_cells(rasters: Sequence[Raster], count: int) -> np.ndarray:
+def even_cells(grids: Sequence[Grid], count: int) -> np.ndarray:
     """[count] int64 ascending, cells evenly spaced over an image's grids."""
-    return image_blocks(rasters, count)[1]
+    return image_blocks(grids, count)[1]
 
 
-def strided_cells(rasters: Sequence[Raster], stride: int) -> np.ndarray:
+def strided_cells(grids: Sequence[Grid], stride: int) -> np.ndarray:
     """Ascending indices of every ``stride``-th cell of every ``stride``-th row of each grid. For single-row grids
     (layout unknown), every ``stride ** 2``-th cell, which keeps about the same share."""
-    found, cells = [np.zeros(0, dtype=np.int64)], 0
-    for rows, columns in rasters:
+    picked, cells = [np.zeros(0, dtype=np.int64)], 0
+    for rows, columns in grids:
         step = stride if rows > 1 else stride**2
-        found.append(cells + np.arange(rows * columns).reshape(rows, columns)[::stride, ::step].ravel())
+        picked.append(cells + np.arange(rows * columns).reshape(rows, columns)[::stride, ::step].ravel())
         cells += rows * columns
-    return np.concatenate(found)
+    return np.concatenate(picked)

@@ -61,7 +61,7 @@ def raters_per_segment(candidates: Candidates) -> list[Tensor]:
     boundary = candidates.boundary
     visual = candidates.hidden.split(visual_per_segment(boundary))
     text = [candidates.instruction[segment.query_start : segment.query_end] for segment in boundary.segments]
-    return [text_raters(own, rows) for own, rows in zip(visual, text, strict=True)]
+    return [text_raters(visual_VC, rows) for visual_VC, rows in zip(visual, text, strict=True)]
 
 
 def rating_attention(candidates: Candidates, raters: Sequence[Tensor], heads: float) -> list[Tensor]:
@@ -71,18 +71,19 @@ def rating_attention(candidates: Candidates, raters: Sequence[Tensor], heads: fl
     Averaged over the selected fraction ``heads`` of the heads, and divided by the position-only response if ``gravity``
     is set.
     """
-    boundary, ranking, found = candidates.boundary, candidates.ranking, []
+    boundary, ranking, ratings = candidates.boundary, candidates.ranking, []
     assert ranking is not None
     sizes = [[span.before for span in spans] for _, spans in groupby(boundary.spans, lambda span: span.segment)]
     ones: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(sizes)
     if ranking.ones is not None:
         rows = [segment.query_end - segment.query_start for segment in boundary.segments]
-        ones = list(zip(ranking.ones[0].split(rows), ranking.ones[1].split([sum(own) for own in sizes]), strict=True))
+        visual = [sum(span_sizes) for span_sizes in sizes]
+        ones = list(zip(ranking.ones[0].split(rows), ranking.ones[1].split(visual), strict=True))
     attention_HQV = visual_attention(ranking, boundary)
-    for attention, rates, rotated, own in zip(attention_HQV, raters, ones, sizes, strict=True):
+    for attention, rates, rotated, span_sizes in zip(attention_HQV, raters, ones, sizes, strict=True):
         if rotated is not None:
             attention = relative_attention(attention, *rotated)
         if heads < 1:
             attention = most_visual_heads(attention, rates, max(1, round_of(heads, len(attention))))
-        found += (attention.mean(dim=0) * (rates / rates.sum())[:, None]).split(own, dim=1)
-    return found
+        ratings += (attention.mean(dim=0) * (rates / rates.sum())[:, None]).split(span_sizes, dim=1)
+    return ratings

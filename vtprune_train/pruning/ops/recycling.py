@@ -106,9 +106,9 @@ def keep_and_recycle(
     device = hidden_VC.device
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     chosen, at, values, counts, first, place = [empty], [empty], [], [], 0, 0
-    for own, stay in zip(scores, left, strict=True):
-        tokens, clusters = (0, 0) if recycle == "none" else recycled(len(own) - stay)
-        best = first + torch.sort(own, descending=True, stable=True).indices
+    for score, stay in zip(scores, left, strict=True):
+        tokens, clusters = (0, 0) if recycle == "none" else recycled(len(score) - stay)
+        best = first + torch.sort(score, descending=True, stable=True).indices
         chosen.append(torch.sort(best[:stay]).values)
         if clusters:
             pool = torch.sort(best[stay : stay + tokens]).values
@@ -118,7 +118,7 @@ def keep_and_recycle(
             values.append(merge_clusters(features, cluster, clusters, average=recycle == "mean"))
             at.append(torch.arange(place + stay, place + stay + clusters, device=device))
         counts.append(stay + clusters)
-        first, place = first + len(own), place + stay + clusters
+        first, place = first + len(score), place + stay + clusters
     return Selection(
         torch.cat(chosen),
         torch.cat(at) if values else None,

@@ -53,8 +53,8 @@ def picked_on_host(boundary: Boundary, pick: Callable[[SpanLayout], np.ndarray])
     Returns:
         int64 candidate indices for all images, on the boundary's device.
     """
-    found, start = [np.zeros(0, dtype=np.int64)], 0
+    picks, start = [np.zeros(0, dtype=np.int64)], 0
     for span in boundary.spans:
-        found.append(start + pick(span))
+        picks.append(start + pick(span))
         start += span.before
-    return to_device(np.concatenate(found), boundary.span_of_visual.device)
+    return to_device(np.concatenate(picks), boundary.span_of_visual.device)

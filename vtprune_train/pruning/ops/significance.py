@@ -36,8 +36,8 @@ def signals_of(candidates: Candidates, layers: int) -> EncoderSignals:
 def neutral(scores_V: Tensor, boundary: Boundary) -> Tensor:
     """[V] ``scores_V`` with NaN (non-patch tokens) replaced by the image's mean score, or 0 if all are NaN."""
     filled = [scores_V[:0]]
-    for own in scores_V.split(sizes_before(boundary)):
-        filled.append(torch.where(own.isnan(), torch.nan_to_num(own.nanmean(), nan=0.0), own))
+    for scores in scores_V.split(sizes_before(boundary)):
+        filled.append(torch.where(scores.isnan(), torch.nan_to_num(scores.nanmean(), nan=0.0), scores))
     return torch.cat(filled)
 
 
@@ -66,10 +66,10 @@ def merged(hidden: Tensor, kept: Tensor, others: Tensor, target: Tensor, weights
         weights: of ``kept`` [k] and of ``others`` [m], float, not negative.
     """
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    own, joining = wide.index_select(0, kept), wide.index_select(0, others)
+    kept_hidden, merged_hidden = wide.index_select(0, kept), wide.index_select(0, others)
     numbers = torch.arange(len(kept), device=target.device)
     shares = (target == numbers[:, None]) * weights[1].to(wide.dtype)  # [k, m]
     total = weights[0].to(wide.dtype) + shares.sum(dim=1)
     # dividing by a tiny number would give infinite gradients
     shares = shares / torch.where(total > torch.finfo(wide.dtype).tiny, total, 1.0)[:, None]
-    return (own + (shares @ joining - shares.sum(dim=1, keepdim=True) * own)).to(hidden.dtype)
+    return (kept_hidden + (shares @ merged_hidden - shares.sum(dim=1, keepdim=True) * kept_hidden)).to(hidden.dtype)

@@ -53,8 +53,8 @@ def scaled_to_budget(method: Method, share: float, num_layers: int) -> Method:
     Raises:
         ValueError: no factor reaches ``share``; the message gives the reachable range.
     """
-    made, high = _scaling(method)
-    return bisected(made, 0.0, high, share, num_layers)
+    build, high = _scaling(method)
+    return bisected(build, 0.0, high, share, num_layers)
 
 
 def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) -> Method:
@@ -67,20 +67,20 @@ def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) ->
     """
     ranges, fitting = [], []
     for method in methods:
-        made, high = _scaling(method)
-        least, half, most = (made(factor).input_share(num_layers) for factor in (0.0, 0.5, high))
+        build, high = _scaling(method)
+        least, half, most = (build(factor).input_share(num_layers) for factor in (0.0, 0.5, high))
         ranges += [least, most]
         if least - 1e-4 <= share <= most + 1e-4:
             if half <= share:
-                return bisected(made, 0.0, high, share, num_layers)
-            fitting.append((least, made, high))
+                return bisected(build, 0.0, high, share, num_layers)
+            fitting.append((least, build, high))
     if not fitting:
         raise ValueError(
             f"budget {share:g} is out of range for {method.name} on {num_layers} layers, which reaches "
             f"{min(ranges):.3f} to {max(ranges):.3f}; choose another budget"
         )
-    _, made, high = min(fitting, key=lambda entry: entry[0])
-    return bisected(made, 0.0, high, share, num_layers)
+    _, build, high = min(fitting, key=lambda entry: entry[0])
+    return bisected(build, 0.0, high, share, num_layers)
 
 
 def _scaling(method: Method) -> tuple[Callable[[float], Method], float]:
@@ -92,24 +92,24 @@ def _scaling(method: Method) -> tuple[Callable[[float], Method], float]:
     return scaled, 1.0 / min(method.ratios)
 
 
-def bisected(made: Callable[[float], Method], low: float, high: float, share: float, num_layers: int) -> Method:
+def bisected(build: Callable[[float], Method], low: float, high: float, share: float, num_layers: int) -> Method:
     """Find x in [low, high] by bisection such that ``made(x)`` has input share ``share``; the share must increase with
     x.
 
     Raises:
         ValueError: ``share`` lies outside what ``made(low)`` and ``made(high)`` take.
     """
-    least, most = made(low).input_share(num_layers), made(high).input_share(num_layers)
+    least, most = build(low).input_share(num_layers), build(high).input_share(num_layers)
     if not least - 1e-4 <= share <= most + 1e-4:
-        name = made(high).name
+        name = build(high).name
         raise ValueError(
             f"budget {share:g} is out of range for {name} on {num_layers} layers, which reaches {least:.3f} to "
             f"{most:.3f}; choose other layers or another budget"
         )
     for _ in range(50):
         middle = (low + high) / 2
-        if made(middle).input_share(num_layers) < share:
+        if build(middle).input_share(num_layers) < share:
             low = middle
         else:
             high = middle
-    return made(high)
+    return build(high)
