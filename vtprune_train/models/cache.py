@@ -61,8 +61,8 @@ class StagedLayer(DynamicLayer):
     position minus its number of cached tokens. It is non-zero if tokens were dropped with positions kept, or with
     M-RoPE; ``None`` if positions equal token indices. First layer only: ``has_images`` [B] int64, 1 for rows that had
     an image; ``unstored``, number of caller-visible columns not stored in the layer; ``parts``, number of position
-    components; ``conversation``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``; ``filled_by``, the
-    method used to fill the cache.
+    components; ``conversation``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``; ``filled_by``,
+    the method used to fill the cache.
     """
 
     is_initialized: bool
