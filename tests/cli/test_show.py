@@ -24,7 +24,7 @@ from transformers import (
 from tests.support.checkpoints import save_run
 from tests.support.family_runs import save_checkpoint
 from tests.support.helpers import SPECIAL, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
-from tests.support.runner import Runs
+from tests.support.runner import ROOT, Runs
 from vtprune_train import PruningMethod, PyramidDrop, prune, unprune
 from vtprune_train.cli import main
 from vtprune_train.core.stream import Drop
@@ -325,6 +325,18 @@ def test_several_pictures_each_with_its_own_tokens():
     assert drawn.tobytes() == draw(images, stage_names(model), "what is this ?").tobytes()
     with pytest.raises(ValueError, match="show draws what a pruned model keeps; call prune"):
         show(unprune(model), processor, pictures[0])
+
+
+def test_the_page_s_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "show.md").read_text(), re.DOTALL)
+    names = {
+        "processor": tiny_processor(),
+        "image": patch_picture((40, 70), MIDDLE),
+        "prompt": "<image> what is here ?",
+    }
+    exec(code, {**names, "model": (model := tiny_model())})
+    assert Image.open("kept.png").width > 100 and "pruned by fastv" in str(model)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

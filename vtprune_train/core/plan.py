@@ -161,9 +161,7 @@ class _StreamLayout:
     starts: np.ndarray  # [spans]
     lengths: np.ndarray  # [spans]
     text: np.ndarray  # [T - V]
-    after_query: (
-        np.ndarray
-    )  # [Q], the row after each query row; never inside a span, so its index can be tracked through the stages
+    after_query: np.ndarray  # [Q], the row after each query row; never inside a span, so stages can track its index
     query_segment: np.ndarray  # [Q]
     span_segment: np.ndarray  # [spans]
     supervised: np.ndarray  # [R]

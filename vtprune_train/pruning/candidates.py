@@ -16,10 +16,10 @@ from vtprune_train.core.stream import Boundary
 
 @dataclass(frozen=True)
 class Ranking:
-    """Queries and keys of the ranking layer, with rotary embedding applied unless the method sets ``rotary = False``.
+    """Queries and keys of the ranking layer, with rotary embedding applied unless the method needs ``rotary=False``.
 
     ``queries`` [Q, H, D] of ``boundary.query_rows``; ``keys`` [T, G, D] cover the whole packed batch (G key-value
-    heads); ``scaling`` is the softmax scale of the dot products. ``ones`` (only if ``gravity = True``): a pair of
+    heads); ``scaling`` is the softmax scale of the dot products. ``ones`` (only with ``gravity=True``): a pair of
     all-ones tensors [Q, D] and [V, D], rotated like the queries and the candidates' keys.
     """
 
@@ -61,8 +61,8 @@ class Candidates:
         before: [V, C] at a return, the hidden states of all candidates at this method's previous drop point; otherwise
             the same as ``hidden``.
         instruction: [Q, C] hidden states of the query rows (``boundary.query_rows``).
-        ranking: queries and keys of the ranking layer; ``None`` if ``rank_with`` is ``None``.
-        encoder: vision-tower signals; ``None`` unless the method sets :attr:`PruningMethod.encoder_layers`.
+        ranking: queries and keys of the ranking layer; ``None`` if the method needs none.
+        encoder: vision-tower signals; ``None`` unless the method states :attr:`Needs.encoder_layers`.
         memory: scratch space for this method during one forward pass; empty at its first drop point.
         module: the module returned by :meth:`PruningMethod.module`.
         training: whether gradients are needed.

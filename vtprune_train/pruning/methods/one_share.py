@@ -1,4 +1,4 @@
-"""Shared base classes of methods with a single drop and a single keep ratio." ("share."""
+"""Shared base classes of methods with a single drop and a single keep ratio."""
 
 from __future__ import annotations
 

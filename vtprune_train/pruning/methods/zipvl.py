@@ -78,7 +78,7 @@ class ZipVL(PruningMethod):
 
     def input_share(self, num_layers: int) -> float:
         """Share of visual keys read during decoding, estimated by linear interpolation of the published LLaVA-NeXT-7B
-        values. (All tokens enter every layer.)."""
+        values. All tokens enter every layer."""
         for (low_tau, low), (high_tau, high) in pairwise(PUBLISHED_SHARES):
             if self.tau <= high_tau:
                 return min(self.keep, low + (high - low) * (self.tau - low_tau) / (high_tau - low_tau))
