@@ -228,7 +228,7 @@ def test_layers():
     assert layers_read(config, (-9, -8, -1)) == [1], "as many as there are"
     with pytest.raises(ValueError, match="has no layer 3: it has 3"):
         layers_read(config, (3,))
-    with pytest.raises(ValueError, match="names no layer"):
+    with pytest.raises(ValueError, match="are not among the vision tower"):
         layers_read(config, (-3,))
     config.vision_feature_layer = [-1, 1]
     assert layers_read(config, (-1,)) == [2]
