@@ -291,8 +291,8 @@ def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, method: PruningM
     for stage, layout in zip(plan.stages, plan.key_layouts, strict=True):
         if layout is not None and chooser is not None:
             layers = sum(stage.first_layer <= layer < stage.end_layer for layer in plan.outline.key_layers)
-            own = geometry.selector(0.0, 0.0, _ranked_pairs(layout), projects=False)
-            total += layers * (own + chooser.selector_flops(geometry.hidden, layout))
+            ranking_flops = geometry.selector(0.0, 0.0, _ranked_pairs(layout), projects=False)
+            total += layers * (ranking_flops + chooser.selector_flops(geometry.hidden, layout))
     return total
 
 

@@ -205,9 +205,9 @@ class _StreamLayout:
         rows, owners = [], []
         for index, segment in enumerate(self.segments):
             if segment.spans:
-                own = _instruction(segment) + self.cu_seqlens[index] + 1
-                rows.append(own)
-                owners.append(np.full(len(own), index))
+                rows_of_segment = _instruction(segment) + self.cu_seqlens[index] + 1
+                rows.append(rows_of_segment)
+                owners.append(np.full(len(rows_of_segment), index))
         return _joined(rows), _joined(owners)
 
 
@@ -285,11 +285,11 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
     offset_in_scored: dict[int, int] = {}
     length_so_far = 0
     for index in np.unique(layout.span_segment).tolist():
-        own = query_rows[query_segment == index]
+        segment_rows = query_rows[query_segment == index]
         start, end = int(cu_seqlens[index]), int(cu_seqlens[index + 1])
         taken = sum(len(rows) for rows in scored_queries)
-        scored.append(ScoredSegment(start, end, taken, taken + len(own)))
-        scored_queries.append(own)
+        scored.append(ScoredSegment(start, end, taken, taken + len(segment_rows)))
+        scored_queries.append(segment_rows)
         offset_in_scored[index] = length_so_far - start
         length_so_far += end - start
     sizes = original if drop.returns else before.kept

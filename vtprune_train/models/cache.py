@@ -113,8 +113,10 @@ class StagedLayer(DynamicLayer):
         if self._room[0].is_inference() and not torch.is_inference_mode_enabled():
             return False
         return all(
-            own.data_ptr() == store.data_ptr() and own.stride() == store.stride() and own.shape[:2] == store.shape[:2]
-            for own, store in zip((self.keys, self.values), self._room, strict=True)
+            view.data_ptr() == store.data_ptr()
+            and view.stride() == store.stride()
+            and view.shape[:2] == store.shape[:2]
+            for view, store in zip((self.keys, self.values), self._room, strict=True)
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -405,8 +405,8 @@ def _load_state_dict(
 ) -> Any:
     """Also accept the parameter names of published checkpoints (written by ``save_pretrained``): transformers' Trainer
     resumes from such files without renaming keys and would otherwise silently continue with the initial weights."""
-    own = self.state_dict().keys()
-    if state_dict.keys() - own:  # some names are identical in both, e.g. Qwen2-VL's lm_head.weight
+    keys = self.state_dict().keys()
+    if state_dict.keys() - keys:  # some names are identical in both, e.g. Qwen2-VL's lm_head.weight
         names = {published: name for name, published in published_names(self).items()}
-        state_dict = {key if key in own else names.get(key, key): t for key, t in state_dict.items()}
+        state_dict = {key if key in keys else names.get(key, key): t for key, t in state_dict.items()}
     return original(state_dict, *args, **kwargs)

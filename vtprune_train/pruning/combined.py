@@ -120,15 +120,15 @@ def _drops(method: PruningMethod, num_layers: int) -> tuple[Drop, ...]:
 def _check_returns(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
     """Reject a drop by one method while another has tokens set aside."""
     for owner, method in enumerate(methods):
-        own = [index for index, drop in enumerate(drops) if drop.owner == owner]
-        returning = [index for index in own if drops[index].returns]
+        indices = [index for index, drop in enumerate(drops) if drop.owner == owner]
+        returning = [index for index in indices if drops[index].returns]
         if not returning:
             continue
-        between = [drop for drop in drops[own[0] : returning[-1]] if drop.owner != owner]
+        between = [drop for drop in drops[indices[0] : returning[-1]] if drop.owner != owner]
         if between:
             raise ValueError(
                 f"{methods[between[0].owner].name} drops tokens before layer {between[0].layer}, but {method.name} has "
-                f"tokens set aside in layers {drops[own[0]].layer} to {drops[returning[-1]].layer}; move the drop "
+                f"tokens set aside in layers {drops[indices[0]].layer} to {drops[returning[-1]].layer}; move the drop "
                 "outside those layers"
             )
 
@@ -137,12 +137,12 @@ def _check_learned(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
     """Reject a drop by one method while another method's learned tokens are in the image span, because that method
     identifies them by position: until its last drop, or in any later layer if it prunes keys."""
     for owner, method in enumerate(methods):
-        own = [index for index, drop in enumerate(drops) if drop.owner == owner]
-        adding = [index for index in own if drops[index].adds]
+        indices = [index for index, drop in enumerate(drops) if drop.owner == owner]
+        adding = [index for index in indices if drops[index].adds]
         if not adding:
             continue
         always = _chooses_keys(method)
-        last = len(drops) if always else own[-1]
+        last = len(drops) if always else indices[-1]
         for index, drop in enumerate(drops[:last]):
             back = not always and any(other.owner == drop.owner and other.returns for other in drops[index:last])
             if index > adding[0] and drop.owner != owner and not back:

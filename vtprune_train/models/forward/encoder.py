@@ -196,7 +196,7 @@ def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSi
 def joined(images: Sequence[EncoderSignals]) -> EncoderSignals:
     """Concatenate the signals of several images."""
     return EncoderSignals(
-        torch.cat([own.attention for own in images], dim=1),
-        torch.cat([own.keys for own in images]),
-        torch.cat([own.tile for own in images]),
+        torch.cat([image.attention for image in images], dim=1),
+        torch.cat([image.keys for image in images]),
+        torch.cat([image.tile for image in images]),
     )

@@ -45,10 +45,10 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
     encoders: list[EncoderSignals | None] = [None] * len(lengths)
     if read is not None:
         shown = required(state.family.patches, state.family.title)(self.config, inputs)
-        if [len(own) for own, _ in shown] != lengths:
+        if [len(index) for index, _ in shown] != lengths:
             raise ValueError(
-                f"images have {lengths} visual tokens, but the config implies {[len(own) for own, _ in shown]}, so the "
-                "vision tower's attention cannot be assigned to tokens; do not pass vision_feature_select_strategy or "
+                f"images have {lengths} visual tokens, but the config implies {[len(index) for index, _ in shown]}, so "
+                "the vision tower's attention cannot be assigned to tokens; do not pass vision_feature_select_strategy or "
                 "vision_aspect_ratio"
             )
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
@@ -58,8 +58,8 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         "grids and patches need one tensor for each image"
     )
     if len(images) == len(lengths):
-        for image, own, encoder in zip(images, grids, encoders, strict=True):
-            setattr(image, SEEN, _Seen(own, encoder))
+        for image, grids_of_image, encoder in zip(images, grids, encoders, strict=True):
+            setattr(image, SEEN, _Seen(grids_of_image, encoder))
     if state.running.call is not None:
         note_images(state.running.call, state, images)
     return features.to_tuple() if as_tuple else features
@@ -76,8 +76,8 @@ def note_images(call: Call, state: State, images: Sequence[Tensor]) -> None:
                 "this model's get_image_features; pass pixel_values instead"
             )
         return
-    call.image_grids = [own.grids for own in seen]
-    encoders = [own.encoder for own in seen if own.encoder is not None]
+    call.image_grids = [image.grids for image in seen]
+    encoders = [image.encoder for image in seen if image.encoder is not None]
     call.encoder = joined(encoders) if encoders else None
 
 
@@ -89,8 +89,11 @@ def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[i
         grids = []
     if len(grids) != len(lengths):
         return [()] * len(lengths)
-    fits = [sum(rows * columns for rows, columns in own) == length for own, length in zip(grids, lengths, strict=True)]
-    return [own if fit else () for own, fit in zip(grids, fits, strict=True)]
+    fits = [
+        sum(rows * columns for rows, columns in image_grids) == length
+        for image_grids, length in zip(grids, lengths, strict=True)
+    ]
+    return [image_grids if fit else () for image_grids, fit in zip(grids, fits, strict=True)]
 
 
 def _on_host(sizes: Tensor | Sequence[Any]) -> Tensor:

@@ -123,12 +123,12 @@ class KeyChoice:
         parts, done = [], 0
         for blind in stage.blind:
             first, end = starts[blind.segment] + blind.first, starts[blind.segment] + blind.end
-            own = slice(ends[blind.segment] - (key_lengths or lengths)[blind.segment], ends[blind.segment])
-            cached = own.stop - own.start - lengths[blind.segment]
-            seen_GLL = blind_mask(blind, self.kept[:, blind.visual], cached, own.stop - own.start, sliding_window)
+            window = slice(ends[blind.segment] - (key_lengths or lengths)[blind.segment], ends[blind.segment])
+            cached = window.stop - window.start - lengths[blind.segment]
+            seen_GLL = blind_mask(blind, self.kept[:, blind.visual], cached, window.stop - window.start, sliding_window)
             if (front := stage.fronts[blind.segment]) is not None:
                 seen_GLL = seen_GLL.index_fill(2, torch.arange(cached + front, device=seen_GLL.device), False)
-            again = _attend(q_THD[first:end], k_TGD[own], v_TGD[own], seen_GLL, scaling, dropout)
+            again = _attend(q_THD[first:end], k_TGD[window], v_TGD[window], seen_GLL, scaling, dropout)
             parts += [out_THD[done:first], again]
             done = end
         return torch.cat([*parts, out_THD[done:]])

@@ -194,14 +194,14 @@ def _extended_conversation(call: Call, real: np.ndarray, inputs_embeds: Tensor, 
     """Append this call's columns to the stored conversation."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     image = np.full(real.shape, Conversation.PADDING, dtype=np.int64)
-    already = torch.zeros(len(real), 1, dtype=torch.int64)
+    images_before = torch.zeros(len(real), 1, dtype=torch.int64)
     if first.conversation is not None:
-        already = (first.conversation.image.amax(dim=1, keepdim=True).cpu() + 1).clamp(min=0)
+        images_before = (first.conversation.image.amax(dim=1, keepdim=True).cpu() + 1).clamp(min=0)
     for row, segment in enumerate(call.segments):
-        own = np.full(segment.length, Conversation.TEXT, dtype=np.int64)
+        image_of_token = np.full(segment.length, Conversation.TEXT, dtype=np.int64)
         for number, span in enumerate(segment.spans):
-            own[span.start : span.end] = number + int(already[row])
-        image[row, real[row]] = own
+            image_of_token[span.start : span.end] = number + int(images_before[row])
+        image[row, real[row]] = image_of_token
     new = to_device(image, inputs_embeds.device)
     grids = tuple(tuple(span.grids for span in segment.spans) for segment in call.segments)
     return (
@@ -222,12 +222,15 @@ def _laid_out_again(call: Call, real: np.ndarray, conversation: Conversation, ca
     if not first.get_seq_length():
         return real
     images = conversation.image.cpu().numpy()
-    everything = images != Conversation.PADDING
+    is_token = images != Conversation.PADDING
     segments = []
     for row, segment in enumerate(call.segments):
-        before = int(everything[row].sum()) - segment.length
-        own = images[row][everything[row]]
-        spans = [(np.flatnonzero(own == number)[0], int((own == number).sum())) for number in range(own.max() + 1)]
+        before = int(is_token[row].sum()) - segment.length
+        image_of_token = images[row][is_token[row]]
+        spans = [
+            (np.flatnonzero(image_of_token == number)[0], int((image_of_token == number).sum()))
+            for number in range(image_of_token.max() + 1)
+        ]
         segments.append(
             SegmentLayout(
                 length=before + segment.length,
@@ -240,7 +243,7 @@ def _laid_out_again(call: Call, real: np.ndarray, conversation: Conversation, ca
         )
     call.segments = segments
     cache.reset()
-    return everything
+    return is_token
 
 
 def prefill(

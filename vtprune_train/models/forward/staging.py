@@ -76,8 +76,8 @@ def _staging(
             if known and before.widths[layer] == before.widths[layer - 1]:
                 joins.append(joins[-1])
             else:
-                own = before.tokens[layer]
-                joins.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
+                cached_tokens = before.tokens[layer]
+                joins.append(StageCache.of(stage.segment_lengths, cached_tokens, before.widths[layer]))
     keys: list[StageCache] = []
     boundaries: list[Boundary] = []
     layouts: dict[int, Boundary] = {}
@@ -123,8 +123,8 @@ def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
     positions = []
     for index, stage in enumerate(plan.stages):
         count_tokens = before.three_parts and index == 0
-        own = (before.tokens if count_tokens else before.next_positions)[stage.first_layer]
-        shift = torch.from_numpy(np.repeat(own, stage.segment_lengths))
+        offsets = (before.tokens if count_tokens else before.next_positions)[stage.first_layer]
+        shift = torch.from_numpy(np.repeat(offsets, stage.segment_lengths))
         positions.append(stage.position_ids + shift)
     return tuple(positions)
 
@@ -170,11 +170,11 @@ def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Bound
             )
         )  # fmt: skip
         query_rows[segment.query_start : segment.query_end] += int(above[row + 1])
-        own = (boundary.visual_in_scored >= scored_end) & (
+        in_segment = (boundary.visual_in_scored >= scored_end) & (
             boundary.visual_in_scored < scored_end + segment.end - segment.start
         )
         cached_so_far += cached[row]
-        in_scored[own] += cached_so_far
+        in_scored[in_segment] += cached_so_far
         scored_end += segment.end - segment.start
     return dataclasses.replace(boundary, query_rows=query_rows, visual_in_scored=in_scored, segments=tuple(segments))
 

@@ -41,14 +41,14 @@ def towers(module: nn.Module) -> dict[str, HFModule]:
 def replace_config(tower: HFModule, backend: str) -> None:
     """Give the tower's modules a copy of the config that selects ``backend``. The model's config is not changed,
     because another model created from it would not know that kernel."""
-    theirs = tower.config
-    ours = copy.copy(theirs)
-    ours._attn_implementation = TOWER_PREFIX + backend
-    setattr(ours, _DENSE, theirs._attn_implementation)
+    original = tower.config
+    replaced = copy.copy(original)
+    replaced._attn_implementation = TOWER_PREFIX + backend
+    setattr(replaced, _DENSE, original._attn_implementation)
     for module in tower.modules():
-        if module.__dict__.get("config") is theirs:
-            module.__dict__[_CONFIG] = theirs
-            module.config = ours
+        if module.__dict__.get("config") is original:
+            module.__dict__[_CONFIG] = original
+            module.config = replaced
 
 
 def restore_config(module: nn.Module) -> None:
