@@ -48,8 +48,8 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         if [len(index) for index, _ in shown] != lengths:
             raise ValueError(
                 f"images have {lengths} visual tokens, but the config implies {[len(index) for index, _ in shown]}, so "
-                "the vision tower's attention cannot be assigned to tokens; do not pass vision_feature_select_strategy or "
-                "vision_aspect_ratio"
+                "the vision tower's attention cannot be assigned to tokens; do not pass vision_feature_select_strategy "
+                "or vision_aspect_ratio"
             )
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
