@@ -47,7 +47,7 @@ def errors_of(path, *overrides):
         ("pruning.keep=[0.1, 0.2, 0.3]", ["pruning.keep", "increases", "[0.3, 0.2, 0.1]"]),
         ("pruning.keep=[1.5, 0.2, 0.1]", ["pruning.keep", "1.5 is not in (0, 1]"]),
         ("pruning.keep=[0.5, 0.2, 0.0]", ["pruning.keep", "0.0 is not in (0, 1]"]),
-        ("pruning.method=pyramid", ["pruning", "unknown method='pyramid'", "did you mean pyramiddrop?"]),
+        ("pruning.method=pyramid", ["pruning", "'pyramid' is unknown", "did you mean pyramiddrop?"]),
         ("pruning.method=3", ["pruning.method: 3 is no name of a method and no list", "vtprune methods --names"]),
         ("pruning.method_=fastv", ["'method_' is not a setting of pyramiddrop; did you mean method?"]),
         ("pruning.keep=0.5", ["pruning.keep=0.5 does not fit; it takes a list such as [0.5]; the default is [0.5, "]),

@@ -183,10 +183,10 @@ def test_what_stands_for_a_method(asked, expected):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("fastvv", "unknown method='fastvv'; did you mean fastv?"),
+        ("fastvv", "method='fastvv' is unknown; did you mean fastv?"),
         ("FastV", "did you mean fastv?"),
         ("Saved", "did you mean saved?"),
-        ("", "unknown method=''"),
+        ("", "method='' is unknown"),
         (PyramidDrop, r"method=PyramidDrop is a class; pass an instance: PyramidDrop\(\)"),
         ({"keep": 0.5}, r"has no key 'method'; for example \{'method': 'fastv'\}"),
         ({}, "has no key 'method'"),

@@ -60,7 +60,7 @@ def method_class(name: str) -> type[PruningMethod]:
     if ":" not in path:
         nearest = difflib.get_close_matches(name.lower(), (*METHODS, NONE, SAVED), n=1)
         raise ValueError(
-            f"unknown method={name!r}; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
+            f"method={name!r} is unknown; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
             f"{', '.join(METHODS)}, {NONE}; for your own method give its path, 'package.module:Class' or "
             "'path/to/file.py:Class'"
         )

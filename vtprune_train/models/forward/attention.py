@@ -97,7 +97,7 @@ def unavailable_because(
         ValueError: unknown backend.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown attention={backend!r}; use auto or one of: {', '.join(BACKENDS)}")
+        raise ValueError(f"attention={backend!r} is unknown; use auto or one of: {', '.join(BACKENDS)}")
     if backend == "varlen_sdpa":
         return None
     if device.type != "cuda":
