@@ -16,7 +16,7 @@ from tests.support.checkpoints import HALF, save_folder, save_pictures
 from tests.support.runner import ROOT, Runs
 from vtprune_train import PyramidDrop, is_pruned
 from vtprune_train.cli import main
-from vtprune_train.config.settings import PruningConfig
+from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_class, method_from_settings, setting_types

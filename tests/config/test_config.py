@@ -15,8 +15,12 @@ from pydantic import BaseModel
 
 from vtprune_train import PruningMethod, PyramidDrop
 from vtprune_train.cli.checkpoint import schedule
+from vtprune_train.config.data import SourceConfig
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import changed_settings, differences, dump_config, load_config, without_effect
-from vtprune_train.config.settings import Config, ConfigError, ModelConfig, PruningConfig, SourceConfig
+from vtprune_train.config.model import ModelConfig
+from vtprune_train.config.pruning import PruningConfig
+from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.pruning import METHODS, method_class, setting_types

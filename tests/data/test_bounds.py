@@ -16,7 +16,9 @@ from datasets import Dataset
 
 from tests.support.data import build, index_of, say, write_tar
 from tests.support.helpers import tiny_tokenizer
-from vtprune_train.config.settings import Config, ConfigError, find_file, nearest_name
+from vtprune_train.config.errors import ConfigError, nearest_name
+from vtprune_train.config.paths import find_file
+from vtprune_train.config.settings import Config
 from vtprune_train.data import records as record_module
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source

@@ -19,8 +19,8 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from tests.support.data import build, collator, index_of, picture_bytes, say, write_tar
 from tests.support.helpers import tiny_tokenizer
 from tests.support.runner import Runs, assert_equal_checkpoints
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config, without_effect
-from vtprune_train.config.settings import ConfigError
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source
 from vtprune_train.data.records import Conversation, Prompt, read_records

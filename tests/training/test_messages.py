@@ -9,8 +9,10 @@ import yaml
 
 from tests.support.runner import TINY, Runs
 from vtprune_train.cli import main, train_main
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.config.settings import Config, ConfigError, PruningConfig
+from vtprune_train.config.pruning import PruningConfig
+from vtprune_train.config.settings import Config
 from vtprune_train.files.parse import read_yaml
 from vtprune_train.training.check_data import check_run_dir
 from vtprune_train.training.checkpoint.resume import _check_identity

@@ -41,7 +41,7 @@ class TrainParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: --"):
             message += "; settings are key=value without dashes, for example train.epochs=3"
         if message.endswith("required: --config"):
-            from vtprune_train.config.settings import PACKAGED_CONFIGS
+            from vtprune_train.config.paths import PACKAGED_CONFIGS
 
             recipes = ", ".join(sorted(path.name for path in PACKAGED_CONFIGS.glob("*.yaml")))
             message += f"; name a YAML file of your own, or one of {recipes}"
@@ -74,8 +74,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     if signals.asked_to_stop():
         return 0
     _start_logging()
+    from vtprune_train.config.errors import ConfigError
     from vtprune_train.config.load import load_config
-    from vtprune_train.config.settings import ConfigError
 
     try:
         strict = ["train.resume=strict"] if arguments.strict else []
@@ -105,7 +105,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def _names_data(arguments: argparse.Namespace) -> bool:
     """Whether it is the user who says where the data is: a recipe of the package names what is seldom there."""
-    from vtprune_train.config.settings import PACKAGED_CONFIGS, find_file
+    from vtprune_train.config.paths import PACKAGED_CONFIGS, find_file
 
     if find_file(arguments.config, "--config").resolve().parent != PACKAGED_CONFIGS:
         return True
@@ -114,7 +114,7 @@ def _names_data(arguments: argparse.Namespace) -> bool:
 
 
 def _refuse(what: str, error: ValueError) -> int:
-    from vtprune_train.config.settings import refusal
+    from vtprune_train.config.errors import refusal
 
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine: they may not have the same files
         print(refusal(what, error), file=sys.stderr)
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _launch(arguments: Sequence[str]) -> int:
     from vtprune_train.cli.launch import launch
-    from vtprune_train.config.settings import ConfigError
+    from vtprune_train.config.errors import ConfigError
 
     try:
         return launch(arguments)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from vtprune_train.config.include import read_pruning
-from vtprune_train.config.settings import TRAINING_ONLY
+from vtprune_train.config.pruning import TRAINING_ONLY
 from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config, recorded_prompt
 from vtprune_train.evaluation.questions import Question, read_questions
 from vtprune_train.models.io import original

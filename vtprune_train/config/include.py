@@ -9,8 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vtprune_train.config.data import SourceConfig
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.messages import explain
-from vtprune_train.config.settings import ConfigError, SourceConfig, find_file
+from vtprune_train.config.paths import find_file
 from vtprune_train.files.parse import read_yaml
 
 DATA = (".json", ".jsonl", ".parquet", ".tar")

@@ -11,9 +11,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.include import include_mixtures, include_pruning
 from vtprune_train.config.messages import explain
-from vtprune_train.config.settings import TRAINING_ONLY, Config, ConfigError, find_file
+from vtprune_train.config.paths import find_file
+from vtprune_train.config.pruning import TRAINING_ONLY
+from vtprune_train.config.settings import Config
 from vtprune_train.files.parse import parse_value, read_json_object, read_yaml
 
 log = logging.getLogger(__name__)

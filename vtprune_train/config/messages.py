@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vtprune_train.config.settings import Config, Section, did_you_mean
+from vtprune_train.config.errors import did_you_mean
+from vtprune_train.config.section import Section
+from vtprune_train.config.settings import Config
 
 LONGEST_SHOWN = 200  # characters of a value
 OTHER_LIBRARIES = {  # what a setting is here: what other libraries call it
