@@ -27,10 +27,10 @@ FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_famil
 .PHONY: quickstart compare test test-fast test-floor gpu ecosystem lint format bench docs clean
 
 quickstart: $(READY)
-	$(BIN)/python scripts/quickstart.py
+	$(BIN)/vtprune quickstart
 
 compare: $(READY)
-	$(BIN)/python scripts/quickstart.py --compare
+	$(BIN)/vtprune quickstart --compare
 
 test: $(READY_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal

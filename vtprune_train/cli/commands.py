@@ -3,68 +3,83 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from vtprune_train.processes import signals
 
-# Whatever takes long to import is imported by the functions that need it, once signals are heard.
+# Functions import what takes long to import, after this process has begun to listen for signals.
 
 log = logging.getLogger("vtprune_train")
 
-# The commands beside train: a module with add_arguments(parser) and run(arguments) -> exit code, which
-# raises ValueError for what a user can fix; and what it does.
+# The commands beside train and launch: a summary, and a module with add_arguments(parser) and run(arguments), which
+# returns the exit code and raises ValueError for what a user can fix.
 COMMANDS = {
-    "generate": ("vtprune_train.cli.generate", "answer a prompt about pictures"),
-    "eval": ("vtprune_train.cli.evaluate", "answers, visual tokens and times on a data file"),
-    "show": ("vtprune_train.cli.show", "draw which visual tokens of a picture survive each stage"),
-    "estimate": ("vtprune_train.cli.estimate", "tokens, FLOPs and cache, dropping beside dense"),
-    "methods": ("vtprune_train.cli.methods", "the pruning methods, their settings and papers"),
-    "search": ("vtprune_train.cli.search", "the least tokens a layer needs, or the best schedule for a budget"),
-    "bench-methods": ("vtprune_train.cli.bench_methods", "all methods at equal budgets on the same questions"),
-    "convert": ("vtprune_train.cli.convert", "checkpoints of the original LLaVA code, in and out"),
-    "checkpoint": ("vtprune_train.cli.checkpoint", "list, verify, convert and prune checkpoints"),
-    "export": ("vtprune_train.cli.export", "a checkpoint's model or projector in half precision"),
+    "quickstart": ("vtprune_train.cli.quickstart", "train a tiny model on drawn images: two CPU cores, a few minutes"),
+    "generate": ("vtprune_train.cli.generate", "answer a prompt about images"),
+    "eval": ("vtprune_train.cli.evaluate", "answer the questions of a data file; report visual tokens and times"),
+    "show": ("vtprune_train.cli.show", "draw which visual tokens of an image are kept in each stage"),
+    "estimate": ("vtprune_train.cli.estimate", "tokens, FLOPs and KV cache with dropping, compared with dense"),
+    "methods": ("vtprune_train.cli.methods", "list the pruning methods with their settings and papers"),
+    "search": ("vtprune_train.cli.search", "find the fewest tokens for each layer, or the best schedule for a budget"),
+    "bench-methods": ("vtprune_train.cli.bench_methods", "compare methods at equal budgets on the same questions"),
+    "convert": ("vtprune_train.cli.convert", "convert checkpoints from and to the original LLaVA code"),
+    "checkpoint": ("vtprune_train.cli.checkpoint", "list, verify, convert and delete checkpoints"),
+    "export": ("vtprune_train.cli.export", "export a checkpoint's model or projector in half precision"),
 }
+# The modules of the extras in pyproject.toml, by the names under which they are imported.
+EXTRAS = {
+    "train": ("deepspeed", "peft", "accelerate", "datasets", "pyarrow", "tokenizers", "sentencepiece", "google", "yaml",
+              "PIL", "filelock", "psutil", "jinja2", "tqdm", "tensorboard"),
+    "viz": ("matplotlib",),
+}  # fmt: skip
+
+
+TRAIN_SUMMARY = "train a vision-language model, in this process"
+LAUNCH_SUMMARY = "train in several processes; takes the options of torchrun and of train"
 
 
 class TrainParser(argparse.ArgumentParser):
-    """Tells those who write a setting as an option how it is written."""
+    """Explains how settings and recipes are written where one is given as an option or is missing."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):
             message += "; settings are key=value without dashes, for example train.epochs=3"
         if message.endswith("required: --config"):
-            from vtprune_train.config.paths import PACKAGED_CONFIGS
+            from vtprune_train.config.paths import recipe_names
 
-            recipes = ", ".join(sorted(path.name for path in PACKAGED_CONFIGS.glob("*.yaml")))
-            message += f"; name a YAML file of your own, or one of {recipes}"
+            message += f"; name your YAML file, or one of {', '.join(recipe_names())}"
         super().error(message)
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file: a path, or a name in configs/")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what the run would be, and stop")
-    parser.add_argument("--gpus", type=int, help="for --dry_run: how many GPUs train (default: this job's)")
-    parser.add_argument("--memory", type=float, metavar="GiB", help="for --dry_run: memory of a GPU, to say what fits")
+    from vtprune_train.cli.settings_help import add_help
+
+    add_help(parser)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file: a path, or the name of a recipe")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="describe the run without training")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry_run: number of GPUs (default: this job's)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="with --dry_run: memory of a GPU; says what fits")
     parser.add_argument("--strict", action="store_true", help="train.resume=strict: refuse a damaged newest checkpoint")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by launchers")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.clip=1.0")
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 143 stopped by SIGTERM)."""
-    if argv is None:  # this process is its own, not a test's or a notebook's
+    if argv is None:  # not called by a test or a notebook
         signals.STOP.listen()
-    parser = TrainParser(prog="train.py", description="Train a vision-language model with token dropping.")
-    add_train_arguments(parser)
-    return run_train(parser.parse_intermixed_args(argv))
+    with _extras_named():
+        parser = TrainParser(prog="train.py", description="Train a vision-language model.", add_help=False)
+        add_train_arguments(parser)
+        return run_train(parser.parse_intermixed_args(argv))
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -104,7 +119,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def _names_data(arguments: argparse.Namespace) -> bool:
-    """Whether it is the user who says where the data is: a recipe of the package names what is seldom there."""
+    """Whether the user says where the data is. The recipes of the package name data that most users do not have."""
     from vtprune_train.config.paths import PACKAGED_CONFIGS, find_file
 
     if find_file(arguments.config, "--config").resolve().parent != PACKAGED_CONFIGS:
@@ -125,12 +140,21 @@ def _start_logging() -> None:
     level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log.setLevel(level)
-    if int(os.environ.get("RANK", "0")):  # every rank finds the same in the index; the first one says it
+    if int(os.environ.get("RANK", "0")):  # all ranks would log the same about the index
         logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``vtprune``: returns the exit code (2 for what a user can mend)."""
+    """``vtprune``: returns the exit code (2 for what a user can fix)."""
+    try:
+        with _extras_named():
+            return _main(argv)
+    except BrokenPipeError:  # the reader has ended, as in `vtprune methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        return 128 + signal.SIGPIPE
+
+
+def _main(argv: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["launch"] and not {"-h", "--help"} & set(given):
         if argv is None:
@@ -142,21 +166,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == ["train"] and argv is None:
         signals.STOP.listen()
     kind = TrainParser if given[:1] == ["train"] else argparse.ArgumentParser
-    parser = kind(prog="vtprune", description="Visual-token pruning for training and inference.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train in this process (`vtprune launch` uses several)")
-    add_train_arguments(train)
-    commands.add_parser("launch", help="train in several processes, through torchrun", usage=signals.LAUNCH_USAGE)
+    parser = kind(
+        prog="vtprune",
+        description="Train and run vision-language models that drop visual tokens inside the forward pass.",
+        epilog="`vtprune COMMAND --help` describes a command, `vtprune train --help KEY` a setting.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22),
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    _add_train(commands, given)
     for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name in given[:1]:
-            chosen = importlib.import_module(module)
-            chosen.add_arguments(command)
-            command.set_defaults(run=chosen.run)
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
     arguments = parser.parse_args(given)
     if arguments.command == "train":
         return run_train(arguments)
     return _run_command(arguments)
+
+
+def _add_train(commands: Any, given: Sequence[str]) -> None:
+    """``train``, and ``launch`` for its help; their options are added if one of them is named."""
+    train = commands.add_parser("train", help=TRAIN_SUMMARY, add_help=False)
+    launch = commands.add_parser("launch", help=LAUNCH_SUMMARY, usage=signals.LAUNCH_USAGE, add_help=False)
+    if given[:1] == ["train"]:
+        add_train_arguments(train)
+    if given[:1] == ["launch"]:
+        from vtprune_train.cli.settings_help import add_help
+
+        add_help(launch)
+
+
+@contextlib.contextmanager
+def _extras_named() -> Iterator[None]:
+    """For a module of an extra that is not installed: exit code 2 and the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+        if extra is None:
+            raise
+        print(f'{module} is not installed; install it with: pip install "vtprune-train[{extra}]"', file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _launch(arguments: Sequence[str]) -> int:
@@ -181,9 +234,6 @@ def _run_command(arguments: argparse.Namespace) -> int:
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever reads has seen enough, as `vtprune methods | head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
-        return 128 + signal.SIGPIPE
     except ValueError as error:
         log.debug("where it came from", exc_info=True)
         return _refuse(f"vtprune {arguments.command}", error)

@@ -75,8 +75,8 @@ class DataConfig(Section):
     eval: list[SourceConfig] = Field([], description="Held-out sources for evaluation, written like `data.train`.")
     template: str | dict[str, Any] = Field(
         "vicuna_v1",
-        description="Chat template: plain, vicuna_v1, llama_3, mistral or qwen, or the fields of your own (user, "
-        "assistant, answer, separator, system). `plain` is for projector alignment: images and captions alone.",
+        description="Chat template: plain, vicuna_v1, llama_3, mistral, qwen, or your own fields. The fields are user, "
+        "assistant, answer, separator and system. `plain` is for projector alignment: images and captions alone.",
     )
     system: PromptText | None = Field(
         None, description="System prompt instead of the template's; an empty text means none."
@@ -91,13 +91,16 @@ class DataConfig(Section):
         "Prompts in generation follow. They differ only for some SentencePiece tokenizers.",
     )
     max_length: int = Field(
-        4096, ge=1, description="Most tokens of a sample before dropping. Samples are never truncated: see `too_long`."
+        4096,
+        ge=1,
+        description="Maximum number of tokens of a sample, before dropping. Samples are never truncated: see "
+        "`data.too_long`.",
     )
     max_tokens: int = Field(
         16384,
         ge=1,
-        description="Most tokens of a micro-batch before dropping; this bounds memory. The number of micro-batches in "
-        "a step follows from it and `train.global_batch_size`.",
+        description="Maximum number of tokens of a micro-batch, before dropping; bounds memory. The number of "
+        "micro-batches in a step follows from it and `train.global_batch_size`.",
     )
     too_long: Literal["error", "skip"] = Field(
         "error", description="Samples longer than `data.max_length`: stop with an error, or leave them out."
@@ -108,7 +111,7 @@ class DataConfig(Section):
         "step that has none left because its images could not be read.",
     )
     max_bad: int = Field(
-        100, ge=0, description="Most malformed or unreadable samples to leave out; one more stops the run."
+        100, ge=0, description="Maximum number of malformed or unreadable samples to leave out; one more stops the run."
     )
     max_bad_share: float = Field(
         0.05, ge=0, le=1, description="Largest share of unusable samples in each source; more stops the run."

@@ -55,8 +55,7 @@ def _expanded(entry: Any, key: str, chain: tuple[Path, ...]) -> Iterator[Any]:
     name = str(entry["include"])
     if Path(name).suffix in DATA:  # as YAML a large one would be read for hours
         raise ValueError(f"{key}: {name} is a data file, not a mixture; write [{{path: {name}}}], or include a .yaml")
-    beside = chain[-1].parent / name
-    file = (beside if beside.is_file() else find_file(name, key)).resolve()
+    file = find_file(name, key, beside=chain[-1]).resolve()
     if file in chain:
         raise ValueError(f"{key}: {file} includes itself ({' -> '.join(path.name for path in (*chain[1:], file))})")
     entries, root = _read_mixture(file, key)
@@ -100,11 +99,10 @@ def include_pruning(tree: dict[str, Any], config: Path) -> list[str]:
     if not isinstance(name, str):
         return []
     del tree["pruning"]
-    beside = config.resolve().parent / name
-    if not Path(name).suffix and not beside.is_file():
-        return [f"pruning: {name} is no file; a method is named by pruning.method={name}"]
+    if not Path(name).suffix and not (config.resolve().parent / name).is_file():
+        return [f"pruning: {name} is not a file; to choose a method, set pruning.method={name}"]
     try:
-        tree["pruning"] = read_pruning(beside if beside.is_file() else find_file(name, "pruning"))
+        tree["pruning"] = read_pruning(find_file(name, "pruning", beside=config))
     except ConfigError as error:
         return [str(error)]
     return []

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.include import include_mixtures, include_pruning
+from vtprune_train.config.inherit import read_settings
 from vtprune_train.config.messages import explain
 from vtprune_train.config.paths import find_file
-from vtprune_train.config.pruning import TRAINING_ONLY
+from vtprune_train.config.pruning import DEFAULT_METHOD, TRAINING_ONLY
 from vtprune_train.config.settings import Config
-from vtprune_train.files.parse import parse_value, read_json_object, read_yaml
+from vtprune_train.files.parse import parse_value, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +36,18 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with one line for each thing that is wrong.
     """
     file = find_file(path, "--config")
-    try:
-        tree = read_yaml(file) or {}
-    except ValueError as error:
-        raise ConfigError(f"--config: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file} holds a {type(tree).__name__}, not settings")
-    errors = [*include_mixtures(tree, file), *include_pruning(tree, file)]
+    tree, sources, errors = read_settings(file)
     _change_method(tree, overrides)
     for override in overrides:
         try:
             _apply(tree, override)
         except ValueError as error:
             errors.append(str(error))
+        sources.override(override.partition("=")[0])
         errors += [*include_mixtures(tree, file), *include_pruning(tree, file)]
     config, more = _validate(tree)
     if errors or more or config is None:
-        raise ConfigError("\n".join(errors + more))
+        raise ConfigError("\n".join(map(sources.named, errors + more)))
     return config
 
 
@@ -60,7 +56,7 @@ def _change_method(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     meant for it. With none they stay, and are warned about."""
     section, prefix = tree.get("pruning"), "pruning.method="
     named = [override.removeprefix(prefix) for override in overrides if override.startswith(prefix)]
-    if not named or not isinstance(section, dict) or named[-1] in ("none", section.get("method", "pyramiddrop")):
+    if not named or not isinstance(section, dict) or named[-1] in ("none", section.get("method", DEFAULT_METHOD)):
         return
     left_out = [key for key in section if key not in ("method", *TRAINING_ONLY)]
     for key in left_out:
@@ -69,7 +65,7 @@ def _change_method(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         log.info(
             "pruning.%s of the file belong to %s; pruning.method=%s begins with its own defaults",
             ", ".join(left_out),
-            section.get("method", "pyramiddrop"),
+            section.get("method", DEFAULT_METHOD),
             named[-1],
         )
 

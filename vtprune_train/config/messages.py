@@ -46,7 +46,7 @@ def explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
         key = ".".join(str(part) for part in location)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            line = f"{key}: unknown key{_nearest_key(location)}"
+            line = f"{key}: unknown key{nearest_key(location)}"
         elif item["type"] == "value_error":
             line = f"{key}.{message}" if _names_key(message, location) else f"{key}: {message}" if key else message
         else:
@@ -79,7 +79,7 @@ def _type_problem(item: Any, location: Sequence[Any]) -> str:
     return f"{message} (it is {value!r})" if is_shown else message
 
 
-def _nearest_key(location: Sequence[Any]) -> str:
+def nearest_key(location: Sequence[Any]) -> str:
     """What an error says after an unknown key: another library's name for a setting, the same key in another section,
     or the nearest."""
     *parents, name = location

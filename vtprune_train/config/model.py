@@ -51,11 +51,11 @@ class ModelConfig(Section):
     )
     language_model: str | None = Field(
         None,
-        description="Language model to combine with a vision tower: folder or Hub id of a Llama, Vicuna, Mistral or "
-        "Qwen2 checkpoint.",
+        description="Language model to combine with a vision tower: a folder or Hub id. Llama, Vicuna, Mistral and "
+        "Qwen2 checkpoints work.",
     )
     vision_tower: str | None = Field(
-        None, description="Vision tower to combine with the language model: folder or Hub id of a CLIP checkpoint."
+        None, description="Vision tower to combine with the language model: a folder or Hub id of a CLIP checkpoint."
     )
     projector: str | None = Field(
         None,
@@ -90,7 +90,7 @@ class ModelConfig(Section):
         "faster ones do not; `varlen_sdpa` works everywhere.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Data type of weights and activations; the optimizer's master weights are float32."
+        "bfloat16", description="Data type of weights and activations. The optimizer's master weights are float32."
     )
     liger: bool = Field(
         False,
@@ -101,14 +101,19 @@ class ModelConfig(Section):
         description="Multiply in float8 in the decoder's linear layers; needs torchao and compute capability 8.9.",
     )
     peft: PeftConfig | None = Field(
-        None, description="Adapter (LoRA, DoRA, QLoRA) on the language model, whose own weights are frozen; null: none."
+        None, description="Adapter (LoRA, DoRA, QLoRA) on the language model, which is frozen itself; null: none."
     )
     train: dict[str, float] = Field(
         {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6},
-        description="Peak learning rate of each part to train: projector, language_model, vision_tower, lora, pruning. "
-        "Parts left out, or null, are frozen. `projector` includes `image_newline`; `lora` is the adapter of "
-        "`model.peft`; `pruning` is the parameters of a method that learns some.",
+        description="Peak learning rate of each part to train. Parts are projector, language_model, vision_tower, lora "
+        "and pruning; those left out, or null, are frozen. `projector` includes `image_newline`; `lora` is the adapter "
+        "of `model.peft`; `pruning` is the parameters of a method that learns some.",
     )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _null_freezes(cls, value: Any) -> Any:
+        return {part: rate for part, rate in value.items() if rate is not None} if isinstance(value, dict) else value
 
     @field_validator("train")
     @classmethod

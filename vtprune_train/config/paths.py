@@ -12,15 +12,27 @@ PACKAGED_CONFIGS = next(path / "configs" for path in (_PACKAGE, _PACKAGE.parent)
 SETTINGS = (".yaml", ".yml", ".json")
 
 
-def find_file(name: str, key: str) -> Path:
-    """``name`` as it is, or in ``configs/`` of the project.
+def recipe_names() -> list[str]:
+    """The recipes of the package, for ``--config``."""
+    return sorted(path.name for path in PACKAGED_CONFIGS.glob("*.yaml"))
+
+
+def find_file(name: str, key: str, beside: Path | None = None) -> Path:
+    """Find a file that a setting names: in the folder of the file ``beside``, in the working folder, or in the
+    package's ``configs/``, whose files may be named with or without ``configs/``.
 
     Raises:
-        ConfigError: it is in neither place.
+        ConfigError: it is in none of them; lists the package's files and suggests the nearest name.
     """
-    for candidate in (Path(name), PACKAGED_CONFIGS / name, PACKAGED_CONFIGS.parent / name):
-        if candidate.is_file():
-            return candidate
+    folders = (
+        *([] if beside is None else [beside.resolve().parent]),
+        Path(),
+        PACKAGED_CONFIGS,
+        PACKAGED_CONFIGS.parent,
+    )
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
     asked = Path(name)
     if asked.is_dir():
         raise ConfigError(f"{key}: {name} is a folder; name a file in it")
@@ -28,7 +40,8 @@ def find_file(name: str, key: str) -> Path:
     known = {path.name: path.relative_to(PACKAGED_CONFIGS.parent) for path in sorted(PACKAGED_CONFIGS.glob(packaged))}
     files = {**known, **{path.name: path for path in asked.parent.glob("*.[jy]*") if path.suffix in SETTINGS}}
     nearest = nearest_name(asked.name, (name for name in files if name in known or files[name].is_file()), 0.6)
-    meant = f"; did you mean {files[nearest]}?" if nearest else ""
+    suggestion = f"; did you mean {files[nearest]}?" if nearest else ""
     raise ConfigError(
-        f"{key}: {name} is neither here nor in {PACKAGED_CONFIGS.name}/ (there: {', '.join(known)}){meant}"
+        f"{key}: {name} is neither in {Path.cwd() if beside is None else beside.resolve().parent} nor one of the "
+        f"package's files: {', '.join(map(str, known.values()))}{suggestion}"
     )

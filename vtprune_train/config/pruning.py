@@ -32,6 +32,8 @@ class WarmupConfig(Section):
         return self
 
 
+DEFAULT_METHOD = "pyramiddrop"
+# Keys that concern training alone and are not settings of the method.
 TRAINING_ONLY = ("warmup", "full_token_share", "consistency_weight", "consistency_temperature")
 
 
@@ -42,9 +44,9 @@ class PruningConfig(Section):
     model_config = ConfigDict(extra="allow", validate_default=True)
 
     method: str | list[Any] = Field(
-        "pyramiddrop",
-        description="Pruning method: a name, none (dense), file.py:Class, package.module:Class, or a list of methods "
-        "to combine. `vtprune methods` lists the names and the settings of each.",
+        DEFAULT_METHOD,
+        description="Pruning method: a name, none (dense), file.py:Class, package.module:Class, or a list to combine. "
+        "`vtprune methods` lists the names and the settings of each.",
     )
     warmup: WarmupConfig | None = Field(
         None, description="Start training with more tokens, for example {ratio: 0.1, kind: linear}; null: no warmup."

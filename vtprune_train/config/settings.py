@@ -22,11 +22,11 @@ from vtprune_train.files.parse import read_json_object
 class Config(Section):
     """All settings of a run."""
 
-    run: RunConfig = Field(RunConfig(), description="Name, folder and seed of the run.")
-    model: ModelConfig = Field(ModelConfig(), description="The model and which of its parts are trained.")
-    data: DataConfig = Field(DataConfig(), description="Training and evaluation data, and how it becomes tokens.")
-    pruning: PruningConfig = Field(PruningConfig(), description="The pruning method and its settings.")
-    train: TrainConfig = Field(TrainConfig(), description="The training loop.")
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    pruning: PruningConfig = PruningConfig()
+    train: TrainConfig = TrainConfig()
     deepspeed: str | dict[str, Any] = Field(
         "configs/deepspeed/zero2.json",
         description="DeepSpeed settings: a JSON file or a mapping, mainly the ZeRO stage. Batch sizes, clipping, "

@@ -43,7 +43,8 @@ class TrainConfig(Section):
     )
     eval_shuffled: bool = Field(
         False,
-        description="Also evaluate with images exchanged between samples, which shows what is answered without seeing.",
+        description="Also evaluate with images exchanged between samples. The difference shows how much the answers "
+        "depend on the images.",
     )
     eval_show: int = Field(
         0, ge=0, description="Images per evaluation to draw with their kept tokens, for TensorBoard; 0 draws none."
@@ -53,8 +54,10 @@ class TrainConfig(Section):
         description="When a loss or gradient is NaN or infinite: stop the run, or skip the step. Either way the model "
         "does not change and a report names the samples.",
     )
-    max_skipped: int = Field(20, ge=0, description="Most steps to skip in a run; one more stops it.")
-    max_skipped_in_a_row: int = Field(3, ge=0, description="Most steps to skip in a row; one more stops the run.")
+    max_skipped: int = Field(20, ge=0, description="Maximum number of steps to skip in a run; one more stops it.")
+    max_skipped_in_a_row: int = Field(
+        3, ge=0, description="Maximum number of steps to skip in a row; one more stops it."
+    )
     spike_threshold: float | None = Field(
         10.0, gt=0, description="Warn about a loss this many standard deviations above the recent median; null: never."
     )
