@@ -24,7 +24,7 @@ FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_famil
 	pruning/methods/test_contract.py pruning/methods/test_encoder.py pruning/methods/test_keys.py \
 	training/engine/test_private.py training/memory/test_allocator.py training/test_runs.py)
 
-.PHONY: quickstart compare test test-fast test-floor gpu ecosystem lint format bench docs clean
+.PHONY: quickstart compare test test-fast test-floor gpu ecosystem lint format bench settings docs clean
 
 quickstart: $(READY)
 	$(BIN)/vtprune quickstart
@@ -60,6 +60,9 @@ format: $(READY_DEV)
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py --device cpu --geometry small
+
+settings: $(READY_DEV)
+	$(BIN)/python scripts/write_settings.py
 
 docs: $(READY_DEV)
 	$(BIN)/sphinx-build -W -b html docs site

@@ -96,8 +96,7 @@ def _comment(key: str, method: str) -> str | None:
     section, _, name = key.partition(".")
     if section != "pruning" or method == "none":
         return None
-    described = first_sentence(method_settings(method_class(method))[name])
-    return described[0].upper() + described[1:]
+    return first_sentence(method_settings(method_class(method))[name])
 
 
 def _ends(node: yaml.Node, parents: str = "") -> Iterator[tuple[str, int, int]]:

@@ -113,16 +113,8 @@ def test_a_bare_name_is_found_here_first_then_in_configs(tmp_path, monkeypatch):
     assert load_config("quickstart.yaml").run.name == "quickstart"
     (tmp_path / "quickstart.yaml").write_text("{run: {name: mine}, model: {path: x}}")
     assert load_config("quickstart.yaml").run.name == "mine"
-    with pytest.raises(ConfigError, match=r"quikstart.yaml is neither here nor in configs/ \(there: .*quickstart.yaml"):
+    with pytest.raises(ConfigError, match=r"quikstart.yaml does not exist; the package has .*configs/quickstart.yaml"):
         load_config("quikstart.yaml")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_line_of_a_shipped_config_is_commented(path):
-    for line in path.read_text().splitlines():
-        key, colon, rest = line.strip().lstrip("- ").partition(":")
-        if colon and rest.strip() and not key.startswith("#") and not key.startswith("{"):
-            assert "#" in line, line
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -157,7 +149,7 @@ def test_deepspeed_keys_that_belong_to_the_run_are_refused():
     config = load_config("quickstart.yaml", ["deepspeed={gradient_clipping: 1.0, zero_optimization: {stage: 1}}"])
     with pytest.raises(ConfigError, match=r"gradient_clipping is decided by train.clip"):
         describe(config)
-    with pytest.raises(ConfigError, match=r"zero9.json is neither here"):
+    with pytest.raises(ConfigError, match=r"zero9.json does not exist"):
         describe(load_config("quickstart.yaml", ["deepspeed=configs/deepspeed/zero9.json"]))
 
 
@@ -293,7 +285,7 @@ def test_a_section_of_its_own_file(tmp_path):
     assert config.pruning.build() == PyramidDrop(layers=(3,), keep=(0.3,), positions="keep")
     (tmp_path / "bare.yaml").write_text("layers: [3]")
     assert "has no section pruning" in errors_of("quickstart.yaml", f"pruning={tmp_path}/bare.yaml")[0]
-    assert "nowhere.yaml is neither here nor in" in errors_of("quickstart.yaml", "pruning=nowhere.yaml")[0]
+    assert "nowhere.yaml does not exist" in errors_of("quickstart.yaml", "pruning=nowhere.yaml")[0]
 
 
 def test_the_dry_run_states_the_resolved_schedule():

@@ -422,7 +422,7 @@ def test_mixtures_in_files(tmp_path):
         ([{"weight": 1}], ["x.yaml, entry 0: path", "required"]),
         ([{"path": "a", "prompt": {"prefix": "<image>"}}], ["prompt.prefix", "brings no image"]),
         ([{"include": "x.yaml"}], ["x.yaml includes itself"]),
-        ([{"include": "gone.yaml"}], ["gone.yaml is neither here nor in configs/"]),
+        ([{"include": "gone.yaml"}], ["gone.yaml does not exist"]),
         ([{"include": "x.yaml", "weight": 2}], ["an entry with include has nothing beside it", "weight"]),
         ({"files": []}, ["x.yaml holds no mixture"]),
         ([{"path": "a", "name": "n"}, {"path": "b", "name": "n"}], ["data.train", "two entries are named 'n'"]),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import textwrap
 from typing import Any
 
+from vtprune_train.config.errors import did_you_mean
 from vtprune_train.config.messages import nearest_key
 from vtprune_train.config.paths import recipe_names
-from vtprune_train.config.pruning import TRAINING_ONLY
-from vtprune_train.config.reference import Setting, all_settings, find_setting, method_settings, yaml_value
+from vtprune_train.config.pruning import TRAINING_ONLY, PruningConfig
+from vtprune_train.config.reference import REQUIRED, Setting, all_settings, find_setting, method_settings, yaml_value
 
 WIDTH = 100
 
@@ -23,8 +25,7 @@ class SettingsHelp(argparse.Action):
             print(parser.format_help())
         text = overview() if values is None else explain_key(values)
         if text is None:
-            key = str(values).split(".")
-            parser.exit(2, f"{parser.prog} --help: unknown key {values!r}{nearest_key(key)}\n")
+            parser.exit(2, f"{parser.prog} --help: unknown key {values!r}{_suggestion(values)}\n")
         print(text, flush=True)
         parser.exit()
 
@@ -78,20 +79,36 @@ def _setting(setting: Setting) -> str:
     return "\n".join([setting.key, _wrapped(setting.description, "  "), "", *facts])
 
 
-def _of_methods(name: str) -> str | None:
-    """The help of a setting of pruning methods, one paragraph for each method that has it."""
-    import dataclasses
+def _suggestion(key: str) -> str:
+    """What an error says after an unknown key: the key that was probably meant, or all of the section."""
+    section, *rest = key.split(".")
+    if section != "pruning":
+        return nearest_key(key.split("."))
+    names = sorted({name for settings in _methods().values() for name in settings} | set(PruningConfig.model_fields))
+    return did_you_mean(".".join(rest), names, ["pruning"])
 
+
+def _methods() -> dict[str, dict[str, str]]:
+    """The settings of each pruning method, with description and default."""
     from vtprune_train.pruning import METHODS, method_class
 
-    lines = []
-    for method in METHODS:
-        cls: Any = method_class(method)
-        for field in dataclasses.fields(cls):
-            if field.name == name:
-                default = "required" if field.default is dataclasses.MISSING else yaml_value(field.default)
-                description = method_settings(cls).get(name, "")
-                lines.append(_row(method, f"{description[:1].upper()}{description[1:]} (default {default})"))
+    methods: dict[str, dict[str, str]] = {}
+    for name in METHODS:
+        cls: Any = method_class(name)
+        descriptions = method_settings(cls)
+        methods[name] = {
+            field.name: f"{descriptions[field.name]} (default {_default(field)})" for field in dataclasses.fields(cls)
+        }
+    return methods
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    return REQUIRED if field.default is dataclasses.MISSING else yaml_value(field.default)
+
+
+def _of_methods(name: str) -> str | None:
+    """The help of a setting of pruning methods, one paragraph for each method that has it."""
+    lines = [_row(method, settings[name]) for method, settings in _methods().items() if name in settings]
     if not lines:
         return None
     return "\n".join([f"pruning.{name}", "  A setting of these pruning methods:", "", *lines])

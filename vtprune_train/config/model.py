@@ -59,7 +59,7 @@ class ModelConfig(Section):
     )
     projector: str | None = Field(
         None,
-        description="Run or checkpoint whose projector (and `image_newline`) replaces the model's; null keeps the "
+        description="Run or checkpoint whose projector (and `image_newline`) replaces the model's. null keeps the "
         "checkpoint's, or creates a new one.",
     )
     config: dict[str, Any] | None = Field(

@@ -42,6 +42,5 @@ def find_file(name: str, key: str, beside: Path | None = None) -> Path:
     nearest = nearest_name(asked.name, (name for name in files if name in known or files[name].is_file()), 0.6)
     suggestion = f"; did you mean {files[nearest]}?" if nearest else ""
     raise ConfigError(
-        f"{key}: {name} is neither in {Path.cwd() if beside is None else beside.resolve().parent} nor one of the "
-        f"package's files: {', '.join(map(str, known.values()))}{suggestion}"
+        f"{key}: {name} does not exist; the package has {', '.join(map(str, known.values()))}{suggestion}"
     )

@@ -63,7 +63,7 @@ def method_settings(cls: type) -> dict[str, str]:
         block = re.split(r"\n(?=\S)", arguments)[0]
         for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", block, re.MULTILINE):
             plain = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", " ".join(text.split()))
-            described[name] = plain.replace("``", "`")
+            described[name] = plain[0].upper() + plain[1:].replace("``", "`")
     return described
 
 

@@ -63,7 +63,7 @@ class TrainConfig(Section):
     )
     spike_window: int = Field(100, ge=20, description="Number of recent steps that a loss is compared with.")
     compile: Literal["auto", "always", "never"] = Field(
-        "auto", description="torch.compile of decoder and tower layers. `auto` compiles on GPUs."
+        "auto", description="Whether torch.compile compiles decoder and tower layers. `auto` does so on GPUs."
     )
     deterministic: bool = Field(
         False, description="Use only kernels that give the same bits every time on a GPU; slower."
