@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from vtprune_train.processes import signals
@@ -200,15 +201,19 @@ def _add_train(commands: Any, given: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _extras_named() -> Iterator[None]:
-    """For a module of an extra that is not installed: exit code 2 and the command that installs it."""
+    """Where an import fails and modules of an extra are not installed: exit code 2 and how to install them."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+    except ImportError as error:  # not always a ModuleNotFoundError: transformers looks for packages by itself
+        missing = {extra: [name for name in names if find_spec(name) is None] for extra, names in EXTRAS.items()}
+        extra = next((extra for extra, names in missing.items() if names), None)
         if extra is None:
             raise
-        print(f'{module} is not installed; install it with: pip install "vtprune-train[{extra}]"', file=sys.stderr)
+        print(
+            f"{error}\nNot installed: {', '.join(missing[extra])}. Install what this command needs with:\n"
+            f'  pip install "vtprune-train[{extra}]"',
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
 
 
