@@ -99,7 +99,7 @@ def _comment(key: str, method: str) -> str | None:
     return first_sentence(method_settings(method_class(method))[name])
 
 
-def _ends(node: yaml.Node, parents: str = "") -> Iterator[tuple[str, int, int]]:
+def _ends(node: yaml.Node | None, parents: str = "") -> Iterator[tuple[str, int, int]]:
     """``(key, line, column)`` where each ``key: value`` of a line of its own ends: after the value, or after the colon
     if the value begins on the next line. Keys inside ``{...}`` and lists are not settings with a line of their own."""
     assert isinstance(node, yaml.MappingNode)
