@@ -71,7 +71,7 @@ def test_the_last_name_alone_is_enough(capsys):
     [
         ("train.clipp", "unknown key 'train.clipp'; did you mean train.clip?"),
         ("pruning.keeep", "did you mean pruning.keep?"),
-        ("max_grad_norm", "here it is train.clip"),
+        ("max_grad_norm", "use train.clip"),
         ("trian", "did you mean train?"),
     ],
 )

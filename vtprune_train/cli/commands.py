@@ -68,13 +68,15 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="describe the run without training")
     parser.add_argument("--gpus", type=int, metavar="N", help="with --dry_run: number of GPUs (default: this job's)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="with --dry_run: memory of a GPU; says what fits")
-    parser.add_argument("--strict", action="store_true", help="train.resume=strict: refuse a damaged newest checkpoint")
+    parser.add_argument(
+        "--strict", action="store_true", help="train.resume=strict: stop if the newest checkpoint is damaged"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.clip=1.0")
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 143 stopped by SIGTERM)."""
+    """``train.py``: returns the exit code (0: finished, 2: wrong settings or data, 143: stopped by SIGTERM)."""
     if argv is None:  # not called by a test or a notebook
         signals.STOP.listen()
     with _extras_named():
@@ -84,7 +86,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Load the settings, then train or describe."""
+    """Load the settings, then train or describe the run."""
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     if signals.asked_to_stop():
@@ -101,13 +103,15 @@ def run_train(arguments: argparse.Namespace) -> int:
 
             gpus = int(os.environ.get("WORLD_SIZE", "1")) if arguments.gpus is None else arguments.gpus
             if gpus < 1:
-                raise ConfigError(f"--gpus {gpus}: at least one GPU is needed")
+                raise ConfigError(f"--gpus {gpus} is below 1")
             if arguments.memory is not None and not 0 < arguments.memory < math.inf:
-                raise ConfigError(f"--memory {arguments.memory:g}: a positive number of GiB is needed, for example 80")
+                raise ConfigError(f"--memory {arguments.memory:g} is not a positive number of GiB, for example 80")
             print(describe(config, gpus, arguments.memory, _names_data(arguments)))
             return 0
         if arguments.gpus is not None or arguments.memory is not None:
-            raise ConfigError("--gpus and --memory are for --dry_run; a launcher decides how many processes train")
+            raise ConfigError(
+                "--gpus and --memory need --dry_run; the launcher sets the number of processes that train"
+            )
         from vtprune_train.training.process import train
         from vtprune_train.viz.evaluation_images import EvaluationImages
 
@@ -115,7 +119,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         return _refuse("the settings are wrong", error)
     except ValueError as error:
-        log.debug("where it came from", exc_info=True)
+        log.debug("traceback", exc_info=True)
         return _refuse("cannot train", error)
 
 
@@ -132,7 +136,7 @@ def _names_data(arguments: argparse.Namespace) -> bool:
 def _refuse(what: str, error: ValueError) -> int:
     from vtprune_train.config.errors import refusal
 
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine: they may not have the same files
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine, as their files may differ
         print(refusal(what, error), file=sys.stderr)
     return signals.final_exit(2)
 
@@ -151,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _extras_named():
             return _main(argv)
     except BrokenPipeError:  # the reader has ended, as in `vtprune methods | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
         return 128 + signal.SIGPIPE
 
 
@@ -162,7 +166,7 @@ def _main(argv: Sequence[str] | None) -> int:
             signals.quit_on_signals()
         code = _launch(given[1:])
         if argv is None:
-            signals.ignore_signals()  # the first one has decided the exit code
+            signals.ignore_signals()  # the first signal decided the exit code
         return code
     if given[:1] == ["train"] and argv is None:
         signals.STOP.listen()
@@ -240,10 +244,10 @@ def _run_command(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
         return code
     except ValueError as error:
-        log.debug("where it came from", exc_info=True)
+        log.debug("traceback", exc_info=True)
         return _refuse(f"vtprune {arguments.command}", error)
-    except OSError as error:  # a file that an option names
+    except OSError as error:  # of a file named by an option
         if error.filename is None:
             raise
-        log.debug("where it came from", exc_info=True)
+        log.debug("traceback", exc_info=True)
         return _refuse(f"vtprune {arguments.command}", ValueError(f"{error.filename}: {error.strerror}"))

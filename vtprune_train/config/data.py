@@ -11,7 +11,7 @@ from vtprune_train.config.section import Section
 
 def _without_image(value: str) -> str:
     if "<image>" in value:
-        raise ValueError(f"{value!r} holds <image>, but a prompt brings no image; place <image> in the records")
+        raise ValueError(f"{value!r} contains <image>, but a prompt has no image; put <image> in the records")
     return value
 
 
@@ -59,7 +59,7 @@ class SourceConfig(Section):
     def _valid_take(cls, value: str) -> str:
         kind, _, number = value.partition(":")
         if value != "all" and not (kind in ("first", "random") and number.isdecimal() and int(number) > 0):
-            raise ValueError(f"{value!r} is none of all, first:N, random:N (N at least 1)")
+            raise ValueError(f"{value!r} is not all, first:N or random:N (N at least 1)")
         return value
 
 
@@ -152,7 +152,7 @@ class DataConfig(Section):
         for key, text in texts.items():
             if len(text.encode(errors="surrogatepass")) > self.max_text_bytes:
                 raise ValueError(
-                    f"{key} has {len(text)} characters, so that every record's text has more bytes than "
+                    f"{key} has {len(text)} characters, so every record exceeds "
                     f"data.max_text_bytes={self.max_text_bytes}; shorten it or raise max_text_bytes"
                 )
         return self
@@ -161,15 +161,15 @@ class DataConfig(Section):
     @classmethod
     def _different_names(cls, value: list[SourceConfig]) -> list[SourceConfig]:
         names = [source.name for source in value if source.name is not None]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"two entries are named {twice!r}; sample ids begin with the name")
+        if duplicate := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two entries have the name {duplicate!r}; sample ids begin with it, so it must be unique")
         return value
 
     @model_validator(mode="after")
     def _max_tokens_hold_a_sample(self) -> DataConfig:
         if self.max_tokens < self.max_length:
             raise ValueError(
-                f"max_tokens={self.max_tokens} is smaller than one sample may be (data.max_length={self.max_length}); "
+                f"max_tokens={self.max_tokens} is smaller than the longest sample (data.max_length={self.max_length}); "
                 "raise max_tokens or lower max_length"
             )
         return self

@@ -12,22 +12,22 @@ COMPARED_NAMES = 500
 
 
 class ConfigError(ValueError):
-    """All that is wrong with a run's settings, one line each."""
+    """Settings are wrong; the message has one line for each error."""
 
 
 def refusal(what: str, error: Exception) -> str:
-    """What the user reads when settings or data cannot be used, or a guard stops: the reasons, without a traceback."""
+    """The message for an error that a user can fix, or for a guard that stops a run, without a traceback."""
     return "\n".join([f"{what}:", *(f"  {line}" for line in str(error).splitlines())])
 
 
 def pruning_refusal(error: Exception) -> str:
-    """What a method refused, with its place in the settings; ``setting=value ...`` is a key of the section."""
+    """The error of a pruning method with its place in the settings: ``setting=value ...`` is a key of the section."""
     return f"pruning.{error}" if str(error).partition("=")[0].isidentifier() else f"pruning: {error}"
 
 
 def nearest_name(name: str, names: Iterable[str], cutoff: float) -> str | None:
-    """The one of ``names`` that is most like ``name``, as :mod:`difflib` compares; of tens of thousands it compares
-    those that begin and end most like it."""
+    """The closest match of ``name`` in ``names``, by :mod:`difflib`. Of very many names, only those with the most
+    similar beginning and end are compared."""
 
     def shared_ends(other: str) -> int:
         pairs = ((name, other), (name[::-1], other[::-1]))
@@ -40,7 +40,7 @@ def nearest_name(name: str, names: Iterable[str], cutoff: float) -> str | None:
 
 
 def did_you_mean(word: str, known: Sequence[str], parents: Sequence[Any] = ()) -> str:
-    """What an error says after an unknown word: the nearest of ``known``, or all of them."""
+    """What an error says after an unknown word: the closest of ``known``, or all of them."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     prefix = "".join(f"{part}." for part in parents)
     return f"; did you mean {prefix}{nearest[0]}?" if nearest else f"; known: {', '.join(known)}"

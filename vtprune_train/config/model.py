@@ -38,7 +38,7 @@ class PeftConfig(Section):
     @classmethod
     def _names(cls, value: list[str] | None) -> list[str] | None:
         if value is not None and not value:
-            raise ValueError("names no layer; null adapts all linear layers of the decoder")
+            raise ValueError("is empty; set it to null to adapt all linear layers of the decoder")
         return value
 
 
@@ -120,43 +120,43 @@ class ModelConfig(Section):
     def _known_parts(cls, value: dict[str, float]) -> dict[str, float]:
         for part, rate in value.items():
             if part not in TRAINABLE:
-                raise ValueError(f"{part!r} is no part of the model{did_you_mean(part, TRAINABLE)}; parts: {TRAINABLE}")
+                raise ValueError(f"{part!r} is not a part of the model{did_you_mean(part, TRAINABLE)}")
             if not 0 < rate < math.inf:
                 raise ValueError(
-                    f"{part}: the learning rate {rate} is not positive and finite; leave the part out to freeze it"
+                    f"{part}: the learning rate {rate} is not positive and finite; set the part to null to freeze it"
                 )
         if not value:
-            raise ValueError("names no part, so nothing would be trained; for example {projector: 1.0e-3}")
+            raise ValueError("is empty, so nothing would be trained; for example {projector: 1.0e-3}")
         return value
 
     @model_validator(mode="after")
     def _adapter_has_a_rate(self) -> ModelConfig:
         if self.peft is None:
             if "lora" in self.train:
-                raise ValueError("train names lora, but there is no adapter; set peft, for example peft={r: 16}")
+                raise ValueError("train has a rate for lora, but no adapter is set; for example peft={r: 16}")
             return self
         if "language_model" in self.train:
             raise ValueError(
-                "train names language_model, which peft freezes under its adapter; give the adapter a rate instead, "
-                "for example train={lora: 2.0e-4, projector: 2.0e-5}, or set peft to null to train it fully"
+                "train has a rate for language_model, which peft freezes; set a rate for the adapter instead, for "
+                "example train={lora: 2.0e-4, projector: 2.0e-5, language_model: null}, or peft=null to train it fully"
             )
         if "lora" not in self.train:
-            raise ValueError("train has no rate for peft's adapter; for example train={lora: 2.0e-4}")
+            raise ValueError("train has no rate for the adapter of peft; for example train={lora: 2.0e-4}")
         return self
 
     @model_validator(mode="after")
-    def _one_origin(self) -> ModelConfig:
+    def _one_source(self) -> ModelConfig:
         parts = self.language_model is not None or self.vision_tower is not None
-        origins = [name for name, is_set in (("path", self.path), ("config", self.config), ("parts", parts)) if is_set]
-        if len(origins) > 1:
+        sources = [name for name, is_set in (("path", self.path), ("config", self.config), ("parts", parts)) if is_set]
+        if len(sources) > 1:
             raise ValueError(
-                f"{' and '.join(origins)} are both set; a model comes from exactly one origin, null the others"
+                f"{' and '.join(sources)} are both set; a model has exactly one source, so set the others to null"
             )
         if parts and (self.language_model is None or self.vision_tower is None):
-            raise ValueError("language_model and vision_tower belong together; set both")
+            raise ValueError("language_model and vision_tower must be set together")
         vocab = ((self.config or {}).get("text_config") or {}).get("vocab_size")
         if self.config is not None and self.tokenizer is None and not isinstance(vocab, int):
             raise ValueError(
-                "config.text_config.vocab_size is missing; a tokenizer of that size is trained on the data"
+                "config.text_config.vocab_size is missing; a tokenizer of this size is trained on the data"
             )
         return self

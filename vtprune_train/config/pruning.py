@@ -73,8 +73,8 @@ class PruningConfig(Section):
     def _names(cls, value: Any) -> Any:
         if not isinstance(value, str | list):
             raise ValueError(
-                f"{value!r} is no name of a method and no list of them; `vtprune methods --names` has the names, none "
-                "is the dense model"
+                f"{value!r} is not the name of a method or a list of names; `vtprune methods --names` lists them, "
+                "none is the dense model"
             )
         return value
 
@@ -88,17 +88,17 @@ class PruningConfig(Section):
             raise UnknownSettingError(error.key, error.method, error.known, ("method", *TRAINING_ONLY)) from None
         if method is None and (wanted := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
             raise ValueError(
-                f"{wanted[0]} is set, but method is none, so no step drops tokens; null it or name a method"
+                f"{wanted[0]} is set, but method is none, so no step drops tokens; set it to null or choose a method"
             )
         if self.consistency_weight and not self.full_token_share:
             raise ValueError(
-                f"consistency_weight={self.consistency_weight:g} weighs nothing: no step runs on full tokens; set "
+                f"consistency_weight={self.consistency_weight:g} has no effect: no step runs on all tokens; set "
                 "full_token_share too (for example 0.1)"
             )
         if method is not None:
             self._check_warmup(method)
             resolved = method.settings()
-            self.__dict__["method"] = resolved.pop("method")  # not by assignment: that would count as set by the user
+            self.__dict__["method"] = resolved.pop("method")  # an assignment would count as set by the user
             assert self.__pydantic_extra__ is not None
             self.__pydantic_extra__.update(resolved)
         return self
@@ -109,14 +109,14 @@ class PruningConfig(Section):
         method.eased(self.warmup.start, 0.0)
         ratios = method.ratios
         if self.warmup.start < max(ratios):
-            shown = list(ratios) if len(ratios) > 1 else ratios[0]
+            keep = list(ratios) if len(ratios) > 1 else ratios[0]
             raise ValueError(
-                f"warmup.start={self.warmup.start:g} is below keep={shown}; a warm-up begins with more tokens"
+                f"warmup.start={self.warmup.start:g} is below keep={keep}; a warm-up begins with more tokens"
             )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method with its settings as plain data, without what training alone does."""
+        """The method and its settings as plain data, without the keys that concern training alone."""
         return {"method": self.method, **(self.__pydantic_extra__ or {})}
 
     def build(self) -> Any:
@@ -126,8 +126,8 @@ class PruningConfig(Section):
         return method_from_settings(self.settings)
 
     def phases(self, total_steps: int, seed: int) -> Any:
-        """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps in which the
-        decoder is trained; :meth:`Config.phases` asks whether it is."""
+        """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps that trains the decoder;
+        :meth:`Config.phases` is for any run."""
         from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
 
         warmup = None
@@ -138,8 +138,9 @@ class PruningConfig(Section):
         return Phases(self.build(), seed, warmup, full)
 
     def identity(self) -> dict[str, Any]:
-        """What must not change on resume; of the training's own part only what is used, so that checkpoints written
-        before it existed can be continued. Those of dense runs have always recorded PyramidDrop's settings."""
+        """The settings that must not change on resume. Keys that concern training alone are included only if they are
+        used, so that checkpoints from before they existed can be resumed. Checkpoints of dense runs record
+        PyramidDrop's settings, as they always did."""
         values = self.model_dump()
         defaults = PruningConfig().model_dump()
         used = {key: v for key, v in values.items() if key not in TRAINING_ONLY or v != defaults[key]}

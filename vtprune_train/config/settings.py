@@ -34,11 +34,11 @@ class Config(Section):
     )
 
     @model_validator(mode="after")
-    def _origin(self) -> Config:
+    def _source(self) -> Config:
         model = self.model
         if not any((model.path, model.config, model.language_model, self.train.init_from)):
             raise ValueError(
-                "model has no origin: set model.path, or model.language_model and model.vision_tower, or model.config "
+                "model has no source: set model.path, or model.language_model and model.vision_tower, or model.config "
                 "(or train.init_from)"
             )
         depth = ((model.config or {}).get("text_config") or {}).get("num_hidden_layers")
@@ -54,24 +54,24 @@ class Config(Section):
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder."""
+        """The folder of the run."""
         return Path(self.run.output_dir) / self.run.name
 
     @property
     def full_token_share(self) -> float:
-        """The share of this run's steps on full tokens: none where the decoder is frozen, as in projector alignment.
-        There every step drops tokens, as in DualSpeed's code (``is_pretraining_stage``)."""
+        """The share of steps on all tokens; 0 if the decoder is frozen (projector alignment), where every step drops
+        tokens as in DualSpeed's code (``is_pretraining_stage``)."""
         return self.pruning.full_token_share if {"language_model", "lora"} & set(self.model.train) else 0.0
 
     def phases(self, total_steps: int) -> Any:
-        """The :class:`~vtprune_train.pruning.phases.Phases` of this run, if it has ``total_steps`` steps."""
+        """The :class:`~vtprune_train.pruning.phases.Phases` of this run, for ``total_steps`` steps."""
         from vtprune_train.pruning.phases import FullTokens
 
         phases = self.pruning.phases(total_steps, self.run.seed)
         return phases if self.full_token_share else replace(phases, full=FullTokens())
 
     def sources(self, which: Literal["train", "eval"]) -> list[SourceConfig]:
-        """The data files with paths joined to ``data.root``."""
+        """The data sources, with paths joined to ``data.root``."""
         root = Path(self.data.root)
         return [
             source.model_copy(update={"path": str(root / source.path), "images": str(root / source.images)})
@@ -82,7 +82,7 @@ class Config(Section):
         """The DeepSpeed JSON as a dict.
 
         Raises:
-            ConfigError: the file is missing or no JSON object.
+            ConfigError: the file is missing or is not a JSON object.
         """
         if isinstance(self.deepspeed, dict):
             return dict(self.deepspeed)

@@ -101,19 +101,19 @@ class TrainConfig(Section):
     )
     @classmethod
     def _known_level(cls, value: Any) -> str | int:
-        if isinstance(value, bool):  # what it was before it had levels
+        if isinstance(value, bool):  # the values of older versions
             return "all" if value else "none"
         if value in ("all", "first_stage", "none") or (isinstance(value, int) and value >= 1):
             return value  # type: ignore[no-any-return]
-        raise ValueError(f"{value!r} is none of all, first_stage, none, or a number of decoder layers (at least 1)")
+        raise ValueError(f"{value!r} is not all, first_stage, none or a number of decoder layers (at least 1)")
 
     @model_validator(mode="after")
-    def _ends_make_sense(self) -> TrainConfig:
+    def _timeouts_and_restarts(self) -> TrainConfig:
         if self.watchdog_timeout is not None and self.collective_timeout <= self.watchdog_timeout:
             raise ValueError(
                 f"collective_timeout={self.collective_timeout:g} must be longer than watchdog_timeout="
-                f"{self.watchdog_timeout:g}: otherwise a collective breaks before the hung rank is named; raise it"
+                f"{self.watchdog_timeout:g}, or a collective fails before the hung rank is named; raise it"
             )
         if self.max_restarts and self.resume == "never":
-            raise ValueError(f"max_restarts={self.max_restarts} needs resume=auto: a restart continues a checkpoint")
+            raise ValueError(f"max_restarts={self.max_restarts} needs resume=auto: a restart resumes from a checkpoint")
         return self
