@@ -361,8 +361,8 @@ def test_set_changes_what_is_saved(capsys, tmp_path, monkeypatch, command):
     assert asked[1] == PyramidDrop(layers=(3,), keep=(0.5,))
     for option, words in (
         (["--set", "kep=[0.5,0.2]"], "'kep' is not a setting of pyramiddrop; did you mean keep?"),
-        (["--set", "keep"], "--set keep: write a setting of the method and its value"),
-        (["--set", "method=random"], "--set method=random: a method is no setting"),
+        (["--set", "keep"], "--set keep: write key=value"),
+        (["--set", "method=random"], "--set method=random: the method is not one of its settings"),
         (["--set", "keep=high"], "keep='high'"),
     ):
         assert main([*common, *option]) == 2

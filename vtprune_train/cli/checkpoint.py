@@ -196,7 +196,7 @@ def _has_key(content: Any, key: str) -> bool:
 
 
 def convert_checkpoint(path: Path, out: str | None) -> int:
-    """Write a checkpoint in the portable format to a temporary folder, then move that to ``out`` or over the original."""
+    """Write a checkpoint in the portable format to a temporary folder, then move it to ``out`` or over the original."""
     source = find(path)[-1]
     if wrong := manifest.verify(source):
         raise ValueError(f"{source} is damaged: {wrong}")
