@@ -539,7 +539,7 @@ def test_the_stage_behind_the_address_is_what_the_page_shows(tmp_path):
         for number, shown in enumerate(images, start=1):
             total, kept = (shown.places.counts(shown.kept[i]) for i in (0, stage - 1))
             line = {kind: f"{kind} {kept[kind]} of {total[kind]}" for kind in total}
-            expected += [f"picture {number}: {shown.totals(stage - 1)}", line["base"]]
+            expected += [f"image {number}: {shown.totals(stage - 1)}", line["base"]]
             expected += [f"{line['grid']}, {line['newline']}"]
         assert texts == expected
         holes = [path.count("M") - 1 for path in paths]
