@@ -54,8 +54,8 @@ def write() -> None:
 
 def page() -> str:
     """The reference of all settings as Markdown."""
-    shown = [setting for key, setting in all_settings().items() if not key.startswith("data.eval.N.")]
-    return "\n".join([INTRODUCTION, *map(_entry, shown)])
+    listed = [setting for key, setting in all_settings().items() if not key.startswith("data.eval.N.")]
+    return "\n".join([INTRODUCTION, *map(_entry, listed)])
 
 
 def _entry(setting: Setting) -> str:
@@ -77,8 +77,8 @@ def commented(recipe: Path) -> str:
     for key, line, end in _ends(yaml.compose(text)):
         before, comment = lines[line][:end].rstrip(), lines[line][end:].strip()
         if not comment.startswith(HERE):
-            wanted = _comment(key, method)
-            comment = comment if wanted is None else f"# {wanted}"
+            generated = _comment(key, method)
+            comment = comment if generated is None else f"# {generated}"
         lines[line] = f"{before.ljust(COLUMN - 2)}  {comment}" if comment else before
     return "\n".join(lines) + "\n"
 
@@ -100,8 +100,8 @@ def _comment(key: str, method: str) -> str | None:
 
 
 def _ends(node: yaml.Node | None, parents: str = "") -> Iterator[tuple[str, int, int]]:
-    """``(key, line, column)`` where each ``key: value`` of a line of its own ends: after the value, or after the colon
-    if the value begins on the next line. Keys inside ``{...}`` and lists are not settings with a line of their own."""
+    """``(key, line, column)`` of the end of each ``key: value`` on a separate line: after the value, or after the colon
+    if the value begins on the next line. Keys inside ``{...}`` and lists are left out."""
     assert isinstance(node, yaml.MappingNode)
     for key_node, value in node.value:
         key = f"{parents}{key_node.value}"

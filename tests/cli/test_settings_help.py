@@ -6,8 +6,10 @@ import sys
 import pytest
 
 from tests.support.runner import ROOT
+from vtprune_train import PyramidDrop
 from vtprune_train.cli import main, train_main
 from vtprune_train.config.pruning import PruningConfig
+from vtprune_train.config.reference import method_settings
 from vtprune_train.config.settings import Config
 
 
@@ -56,7 +58,7 @@ def test_a_section_lists_its_keys(capsys):
 
 def test_a_setting_of_methods_names_them_with_their_defaults(capsys):
     text = " ".join(help_of(capsys, "train", "--help", "pruning.keep").split())
-    assert "pyramiddrop Shares of each image's original tokens" in text and "(default [0.5, 0.25, 0.125])" in text
+    assert f"pyramiddrop {method_settings(PyramidDrop)['keep']} (default [0.5, 0.25, 0.125])" in text
     assert " fastv " in text and " voco " not in text
 
 

@@ -44,14 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=numbers(float, "0.5,0.25,0.1"), default=[0.5, 0.25, 0.1], help=budget_help)
     parser.add_argument("--methods", metavar="A,B", help=f"any of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="use N random records (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random records")
-    parser.add_argument("--batch_size", type=int, default=8, help="batch size of the untimed answers (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random records")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="batch size of the untimed answers (default: 8)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
     parser.add_argument(
         "--time_batch", type=numbers(int, "1,8"), default=[1, 8], help="batch sizes to time, for example 1,8"
     )
-    parser.add_argument("--time_tokens", type=int, default=8, help="number of tokens of a timed answer (default: 8)")
-    parser.add_argument("--repeats", type=int, default=5, help="number of timed repetitions (default: 5)")
+    parser.add_argument(
+        "--time_tokens", type=int, default=8, metavar="N", help="number of tokens of a timed answer (default: 8)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="number of timed repetitions (default: 5)")
     parser.add_argument("--skip_training", action="store_true", help="do not time training steps")
     parser.add_argument("--out", metavar="DIR", help="output folder (default: runs/bench_methods/MODEL)")
     add_place_options(parser)

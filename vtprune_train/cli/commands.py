@@ -23,11 +23,14 @@ log = logging.getLogger("vtprune_train")
 # The commands beside train and launch: a summary, and a module with add_arguments(parser) and run(arguments), which
 # returns the exit code and raises ValueError for what a user can fix.
 COMMANDS = {
-    "quickstart": ("vtprune_train.cli.quickstart", "train a tiny model on drawn images: two CPU cores, a few minutes"),
+    "quickstart": (
+        "vtprune_train.cli.quickstart",
+        "train a tiny model on drawn images, in a few minutes on two CPU cores",
+    ),
     "generate": ("vtprune_train.cli.generate", "answer a prompt about images"),
     "eval": ("vtprune_train.cli.evaluate", "answer the questions of a data file; report visual tokens and times"),
     "show": ("vtprune_train.cli.show", "draw which visual tokens of an image are kept in each stage"),
-    "estimate": ("vtprune_train.cli.estimate", "tokens, FLOPs and KV cache with dropping, compared with dense"),
+    "estimate": ("vtprune_train.cli.estimate", "estimate tokens, FLOPs and KV cache with pruning, compared with dense"),
     "methods": ("vtprune_train.cli.methods", "list the pruning methods with their settings and papers"),
     "search": ("vtprune_train.cli.search", "find the fewest tokens for each layer, or the best schedule for a budget"),
     "bench-methods": ("vtprune_train.cli.bench_methods", "compare methods at equal budgets on the same questions"),
@@ -48,7 +51,7 @@ LAUNCH_SUMMARY = "train in several processes; takes the options of torchrun and 
 
 
 class TrainParser(argparse.ArgumentParser):
-    """Explains how settings and recipes are written where one is given as an option or is missing."""
+    """Explains how to write settings and recipes, if one is written as an option or is missing."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):
@@ -160,17 +163,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["launch"] and not {"-h", "--help"} & set(given):
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["launch"] and not {"-h", "--help"} & set(words):
         if argv is None:
             signals.quit_on_signals()
-        code = _launch(given[1:])
+        code = _launch(words[1:])
         if argv is None:
             signals.ignore_signals()  # the first signal decided the exit code
         return code
-    if given[:1] == ["train"] and argv is None:
+    if words[:1] == ["train"] and argv is None:
         signals.STOP.listen()
-    kind = TrainParser if given[:1] == ["train"] else argparse.ArgumentParser
+    kind = TrainParser if words[:1] == ["train"] else argparse.ArgumentParser
     parser = kind(
         prog="vtprune",
         description="Train and run vision-language models that drop visual tokens inside the forward pass.",
@@ -178,26 +181,26 @@ def _main(argv: Sequence[str] | None) -> int:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22),
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    _add_train(commands, given)
+    _add_train(commands, words)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name in given[:1]:
+        if name in words[:1]:
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(words)
     if arguments.command == "train":
         return run_train(arguments)
     return _run_command(arguments)
 
 
-def _add_train(commands: Any, given: Sequence[str]) -> None:
+def _add_train(commands: Any, words: Sequence[str]) -> None:
     """``train``, and ``launch`` for its help; their options are added if one of them is named."""
     train = commands.add_parser("train", help=TRAIN_SUMMARY, add_help=False)
     launch = commands.add_parser("launch", help=LAUNCH_SUMMARY, usage=signals.LAUNCH_USAGE, add_help=False)
-    if given[:1] == ["train"]:
+    if words[:1] == ["train"]:
         add_train_arguments(train)
-    if given[:1] == ["launch"]:
+    if words[:1] == ["launch"]:
         from vtprune_train.cli.settings_help import add_help
 
         add_help(launch)

@@ -31,7 +31,7 @@ from vtprune_train.pruning.contract import check_method
 LARGEST = 10**6  # tokens of a sample: each takes memory
 MOST_SAMPLES = 10**9
 MOST_CLOCKED = 1024
-OPTIONS = ("method", "layers", "keep")  # settings of a method with an option of their own; the others are set by --set
+OPTIONS = ("method", "layers", "keep")  # settings of a method with their own option; --set sets the others
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -94,7 +94,7 @@ def _stage_table(result: Estimate) -> list[str]:
 
 def _visual_lines(result: Estimate) -> list[str]:
     """The visual tokens counted by both conventions, for comparison with the budgets of papers."""
-    visual, whole = result.visual, sum(picture.tokens for picture in result.sample.pictures)
+    visual, whole = result.visual, sum(image.tokens for image in result.sample.pictures)
     rows = [
         ("enter a layer", visual.entering, "tokens that the layers process"),
         ("leave a layer", visual.leaving, "as papers count: a drop after a layer counts for that layer"),
@@ -142,7 +142,7 @@ def _totals(result: Estimate) -> list[str]:
 
 
 def _published_lines(result: Estimate) -> list[str]:
-    cost, tokens = result.published, sum(picture.tokens for picture in result.sample.pictures)
+    cost, tokens = result.published, sum(image.tokens for image in result.sample.pictures)
     return [
         f"as published (arXiv 2410.17247): decoder layers, {tokens} visual tokens only, 4nd^2 + 2n^2d + 3ndm a layer",
         f"  dense {cost.dense / 1e12:.3g} TFLOP, pruned {cost.pruned / 1e12:.3g} TFLOP, {cost.ratio:.3f}x",
@@ -342,9 +342,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Estimate, and measure with ``--clock``; print the results."""
     request = Request.of(arguments)
     subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
-    images = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
-    pictures = pictures_of(subject.config, request.resolution, request.visual_tokens, images)
-    sample = Sample(pictures, request.text, request.answer, request.batch)
+    image_processor = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
+    images = pictures_of(subject.config, request.resolution, request.visual_tokens, image_processor)
+    sample = Sample(images, request.text, request.answer, request.batch)
     result = estimate(subject, sample)
     measured = _measured(request, subject, sample) if request.clock else None
     if request.report is not None:

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="questions in a batch (default: 8)")
     parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
     parser.add_argument("--limit", type=int, metavar="N", help="use N random records (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random records")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random records")
     parser.add_argument("--out", metavar="DIR", help="output folder (default: one for these settings under runs/eval/)")
     add_method_options(parser)
 

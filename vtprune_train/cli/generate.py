@@ -21,10 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="F", help="image files, in order")
-    parser.add_argument("--prompt", required=True, help="the question; <image> marks the place of an image")
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="the question; <image> marks the place of an image"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
-    parser.add_argument("--temperature", type=float, help="sample tokens instead of taking the likeliest")
-    parser.add_argument("--seed", type=int, help="seed of the sampling")
+    parser.add_argument("--temperature", type=float, metavar="X", help="sample tokens instead of taking the likeliest")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     add_method_options(parser)
 

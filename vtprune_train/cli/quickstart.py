@@ -71,7 +71,7 @@ def empty_folder(run_dir: Path) -> Path:
 
 
 def start(run_dir: Path, overrides: list[str], ranks: int, threads: int | None = None) -> subprocess.Popen[bytes]:
-    """Start ``vtprune launch`` in a process of its own, on CPUs, with ``threads`` in each rank (default: cores divided
+    """Start ``vtprune launch`` in a new process, on CPUs, with ``threads`` in each rank (default: cores divided
     by ranks)."""
     settings = [f"run.output_dir={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
     arguments = ["launch", "--nproc_per_node", str(ranks), "--config", RECIPE, *settings]

@@ -149,12 +149,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flops", type=float, metavar="X", help="P-Sigmoid: budget, as a share of the dense decoder's FLOPs"
     )
     parser.add_argument(
-        "--steps", type=int, default=50, help="number of levels between no tokens and all (default: 50)"
+        "--steps", type=int, default=50, metavar="N", help="number of levels between no tokens and all (default: 50)"
     )
     parser.add_argument("--limit", type=int, default=32, metavar="N", help="use N random records (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random records")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--max_new_tokens", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random records")
+    parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="questions in a batch (default: 4)")
+    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
     add_set_option(parser)
     add_place_options(parser)
 

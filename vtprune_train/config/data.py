@@ -75,7 +75,7 @@ class DataConfig(Section):
     eval: list[SourceConfig] = Field([], description="Held-out sources for evaluation, written like `data.train`.")
     template: str | dict[str, Any] = Field(
         "vicuna_v1",
-        description="Chat template: plain, vicuna_v1, llama_3, mistral, qwen, or your own fields. The fields are user, "
+        description="Chat template: plain, vicuna_v1, llama_3, mistral, qwen, or custom fields. The fields are user, "
         "assistant, answer, separator and system. `plain` is for projector alignment: images and captions alone.",
     )
     system: PromptText | None = Field(
@@ -83,11 +83,11 @@ class DataConfig(Section):
     )
     image_position: Literal["as_written", "first"] = Field(
         "as_written",
-        description="Where images stand in a user turn. `first` moves them to the front, as LLaVA's own code does.",
+        description="Where images stand in a user turn. `first` moves them to the front, as LLaVA's code does.",
     )
     tokenization: Literal["processor", "llava"] = Field(
         "processor",
-        description="Token ids around images: those of the checkpoint's processor, or those of LLaVA's own code. "
+        description="Token ids around images: those of the checkpoint's processor, or of LLaVA's code. "
         "Prompts in generation follow. They differ only for some SentencePiece tokenizers.",
     )
     max_length: int = Field(

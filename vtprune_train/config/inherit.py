@@ -67,7 +67,7 @@ def merge(base: Tree, tree: Tree) -> Tree:
 
 
 def _chain(file: Path) -> list[tuple[Path, Tree]]:
-    """The file and its bases, each with its own settings."""
+    """The file and its bases, each with the settings that it states."""
     chain: list[tuple[Path, Tree]] = []
     key = "--config"
     while True:
@@ -94,12 +94,12 @@ def _chain(file: Path) -> list[tuple[Path, Tree]]:
 def _leave_method(base: Tree, tree: Tree) -> None:
     """Where a file names another method than its base, drop the base's settings of that method; with ``none``, the
     whole section."""
-    section, own = base.get("pruning"), tree.get("pruning")
-    if not isinstance(section, dict) or not isinstance(own, dict) or "method" not in own:
+    section, derived = base.get("pruning"), tree.get("pruning")
+    if not isinstance(section, dict) or not isinstance(derived, dict) or "method" not in derived:
         return
-    if own["method"] == "none":
+    if derived["method"] == "none":
         section.clear()
-    elif own["method"] != section.get("method", DEFAULT_METHOD):
+    elif derived["method"] != section.get("method", DEFAULT_METHOD):
         base["pruning"] = {key: value for key, value in section.items() if key in TRAINING_ONLY}
 
 

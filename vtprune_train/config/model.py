@@ -74,7 +74,7 @@ class ModelConfig(Section):
     image_grid_pinpoints: list[tuple[int, int]] | None = Field(
         [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)],
         description="AnyRes resolutions (height, width) for a model combined from parts. null combines a LLaVA-1.5, "
-        "where each image is one tile. Checkpoints keep their own resolutions.",
+        "where each image is one tile. A checkpoint has its resolutions in its config.",
     )
     max_pixels: int | None = Field(
         None,

@@ -33,13 +33,13 @@ def find_file(name: str, key: str, beside: Path | None = None) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    asked = Path(name)
-    if asked.is_dir():
+    path = Path(name)
+    if path.is_dir():
         raise ConfigError(f"{key}: {name} is a folder; name a file in it")
-    packaged = "deepspeed/*.json" if asked.suffix == ".json" else "*.yaml"
-    known = {path.name: path.relative_to(PACKAGED_CONFIGS.parent) for path in sorted(PACKAGED_CONFIGS.glob(packaged))}
-    files = {**known, **{path.name: path for path in asked.parent.glob("*.[jy]*") if path.suffix in SETTINGS}}
-    nearest = nearest_name(asked.name, (name for name in files if name in known or files[name].is_file()), 0.6)
+    packaged = "deepspeed/*.json" if path.suffix == ".json" else "*.yaml"
+    known = {file.name: file.relative_to(PACKAGED_CONFIGS.parent) for file in sorted(PACKAGED_CONFIGS.glob(packaged))}
+    files = {**known, **{file.name: file for file in path.parent.glob("*.[jy]*") if file.suffix in SETTINGS}}
+    nearest = nearest_name(path.name, (file for file in files if file in known or files[file].is_file()), 0.6)
     suggestion = f"; did you mean {files[nearest]}?" if nearest else ""
     raise ConfigError(
         f"{key}: {name} does not exist; the package has {', '.join(map(str, known.values()))}{suggestion}"

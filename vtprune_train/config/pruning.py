@@ -86,9 +86,9 @@ class PruningConfig(Section):
             method = self.build()
         except UnknownSettingError as error:
             raise UnknownSettingError(error.key, error.method, error.known, ("method", *TRAINING_ONLY)) from None
-        if method is None and (wanted := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
+        if method is None and (training := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
             raise ValueError(
-                f"{wanted[0]} is set, but method is none, so no step drops tokens; set it to null or choose a method"
+                f"{training[0]} is set, but method is none, so no step drops tokens; set it to null or choose a method"
             )
         if self.consistency_weight and not self.full_token_share:
             raise ValueError(
