@@ -245,7 +245,7 @@ def test_where_the_pruning_settings_come_from(tmp_path, capsys):
     plain = checkpoint(tmp_path / "plain")
     for arguments, words in (
         (["--model", saved], ["layers=[1, 5] keep=[0.5, 0.25]", "saved in the checkpoint"]),
-        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no pruning settings"]),
+        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no settings"]),
         (["--model", saved, "--keep", "0.3,0.2"], ["layers=[1, 5] keep=[0.3, 0.2]", "the command line, and"]),
         (["--model", saved, "--method", "pyramiddrop"], ["before layers 2, 3, 4 of 6", "the command line"]),
         (["--model", saved, "--method", "none"], ["none", "no selector"]),
@@ -284,13 +284,13 @@ def test_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--resolution", "big"], ["--resolution: 'big' is not WIDTHxHEIGHT", "672x336"]),
+        (["--resolution", "big"], ["--resolution: 'big' is no WIDTHxHEIGHT", "672x336"]),
         (["--resolution", "0x5"], ["--resolution: '0x5'"]),
         (["--text", "-3"], ["--text", "greater than or equal to 1", "'-3'"]),
         (["--answer", "many"], ["--answer", "'many'"]),
         (["--batch", "1" + "0" * 400], ["--batch"]),
         (["--visual_tokens", "576,0"], ["--visual_tokens", "'0'"]),
-        (["--visual_tokens", "576", "--resolution", "5x5"], ["--resolution and --visual_tokens", "remove one"]),
+        (["--visual_tokens", "576", "--resolution", "5x5"], ["--resolution and --visual_tokens", "give one"]),
         (["--keep", "0.1,0.2,0.3"], ["--keep=[0.1, 0.2, 0.3] increases", "[0.3, 0.2, 0.1]"]),
         (["--keep", "half"], ["--keep", "'half'"]),
         (["--keep", "nan,nan,nan"], ["--keep=[nan, nan, nan]: nan is not in (0, 1]"]),
@@ -303,7 +303,7 @@ def test_json(tmp_path, capsys):
         (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot be written (No such file"]),
         (["--repeats", "5"], ["--repeats has no effect without --clock"]),
         (["--method", "fopru", "--set", "layer=99"], ["fopru", "99"]),
-        (["train.clip=1"], ["'train.clip=1': key=value needs --config"]),
+        (["train.clip=1"], ["'train.clip=1': key=value belongs to --config"]),
     ],
 )
 def test_wrong_input(arguments, words, capsys):
@@ -316,11 +316,14 @@ def test_wrong_input(arguments, words, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["set either --config FILE or --model"]),
-        (["--model", NEXT, "--config", "quickstart.yaml"], ["set either"]),
+        ([], ["give one of --config FILE and --model"]),
+        (["--model", NEXT, "--config", "quickstart.yaml"], ["give one of"]),
         (["--model", "runs/nowhere"], ["--model=runs/nowhere: no readable config.json"]),
         (["--config", "nowhere.yaml"], ["--config: nowhere.yaml does not exist"]),
-        (["--config", "llava_next_pdrop.yaml", "--layers", "1,2,3"], ["--layers needs --model", "pruning.layers="]),
+        (
+            ["--config", "llava_next_pdrop.yaml", "--layers", "1,2,3"],
+            ["--layers belongs to --model", "pruning.layers="],
+        ),
         (["--config", "llava_next_pdrop.yaml", "pruning.layers=[8,16,40]"], ["pruning.layers=[8, 16, 40]: layer 40"]),
         (["--config", "llava_next_pdrop.yaml", "prunning.keep=1"], ["prunning: unknown key; did you mean pruning?"]),
     ],
