@@ -5,6 +5,7 @@ import logging
 import pytest
 import yaml
 
+from vtprune_train.cli import main
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.inherit import merge
 from vtprune_train.config.load import dump_config, load_config, without_effect
@@ -66,6 +67,14 @@ def test_names_are_looked_up_beside_the_file_that_holds_them(write, tmp_path):
     config = load_config("mine.yaml")
     assert config.model.path == "x" and config.data.train[0].path == "beside"
     assert (config.pruning.layers, config.pruning.keep) == ([3], [0.25])
+
+
+@pytest.mark.parametrize(("data", "code"), [("{max_length: 512}", 0), ("{train: [{path: nowhere.json}]}", 2)])
+@pytest.mark.slow
+def test_a_dry_run_needs_data_only_if_a_file_of_the_user_names_it(write, capsys, data, code):
+    write(mine=f"base: quickstart.yaml\ndata: {data}")
+    assert main(["train", "--config", "mine.yaml", "--dry_run"]) == code
+    assert ("nowhere.json" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.parametrize(

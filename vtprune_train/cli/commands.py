@@ -128,11 +128,15 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def _names_data(arguments: argparse.Namespace) -> bool:
     """Whether the user says where the data is. The recipes of the package name data that most users do not have."""
+    from vtprune_train.config.inherit import read_chain
     from vtprune_train.config.paths import PACKAGED_CONFIGS, find_file
 
-    if find_file(arguments.config, "--config").resolve().parent != PACKAGED_CONFIGS:
+    chain = read_chain(find_file(arguments.config, "--config"))
+    of_user = [tree for path, tree in chain if path.resolve().parent != PACKAGED_CONFIGS]
+    if len(of_user) == len(chain):
         return True
     keys = [override.partition("=")[0].split(".")[:2] for override in arguments.overrides]
+    keys += [["data", key] for tree in of_user if isinstance(tree.get("data"), dict) for key in tree["data"]]
     return any(key in (["data"], ["data", "root"], ["data", "train"], ["data", "eval"]) for key in keys)
 
 

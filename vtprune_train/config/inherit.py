@@ -50,7 +50,7 @@ def read_settings(file: Path) -> tuple[Tree, Sources, list[str]]:
     """
     merged: Tree = {}
     sources, errors = Sources(), []
-    for path, tree in reversed(_chain(file)):
+    for path, tree in reversed(read_chain(file)):
         if isinstance(tree.get("pruning"), str):  # a file with the whole section
             merged.pop("pruning", None)
         errors += [*include_mixtures(tree, path), *include_pruning(tree, path)]
@@ -66,7 +66,7 @@ def merge(base: Tree, tree: Tree) -> Tree:
     return {**base, **{key: merge(base[key], value) if key in both else value for key, value in tree.items()}}
 
 
-def _chain(file: Path) -> list[tuple[Path, Tree]]:
+def read_chain(file: Path) -> list[tuple[Path, Tree]]:
     """The file and its bases, each with the settings that it states."""
     chain: list[tuple[Path, Tree]] = []
     key = "--config"
