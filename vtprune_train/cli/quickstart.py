@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 def train(overrides: list[str], ranks: int) -> int:
     """One run, with PyramidDrop, in ``runs/quickstart``."""
     run_dir = empty_folder(Path("runs/quickstart"))
-    if code := start(run_dir, overrides, ranks).wait():
+    if code := finish([start(run_dir, overrides, ranks)]):
         return code
     result = summarize(run_dir)
     print_table({"pyramiddrop": result})
@@ -47,12 +47,10 @@ def compare(overrides: list[str]) -> int:
     folder = Path("runs/compare")
     folders = {name: empty_folder(folder / name) for name in ("dense", "pyramiddrop")}
     settings = {"dense": ["pruning.method=none", *overrides], "pyramiddrop": overrides}
-    # At the same time, each on half of the cores: what else runs on the machine slows both equally.
+    # At the same time, each on half of the cores, so that other load on the machine slows both equally.
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    processes = [start(folders[name], settings[name], 1, threads) for name in folders]
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        return max(codes)
+    if code := finish([start(folders[name], settings[name], 1, threads) for name in folders]):
+        return code
     results = {name: summarize(run_dir) for name, run_dir in folders.items()}
     print_table(results)
     time_ratio, flop_ratio = (results["pyramiddrop"][key] / results["dense"][key] for key in ("train_seconds", "flops"))
@@ -63,7 +61,7 @@ def compare(overrides: list[str]) -> int:
 
 
 def empty_folder(run_dir: Path) -> Path:
-    """The folder, emptied."""
+    """Create the folder; delete it first if it exists."""
     if run_dir.exists():
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True)
@@ -71,14 +69,23 @@ def empty_folder(run_dir: Path) -> Path:
 
 
 def start(run_dir: Path, overrides: list[str], ranks: int, threads: int | None = None) -> subprocess.Popen[bytes]:
-    """Start ``vtprune launch`` in a new process, on CPUs, with ``threads`` in each rank (default: cores divided
-    by ranks)."""
+    """Start ``vtprune launch`` in a new process, on CPUs, with ``threads`` in each rank (default: OMP_NUM_THREADS, or
+    cores divided by ranks)."""
     settings = [f"run.output_dir={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
     arguments = ["launch", "--nproc_per_node", str(ranks), "--config", RECIPE, *settings]
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "DS_ACCELERATOR": "cpu"}
+    default = os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // ranks))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads or default)}
     print(f"$ vtprune {' '.join(arguments)}", flush=True)
     return subprocess.Popen([sys.executable, "-m", "vtprune_train.cli", *arguments], env=environment)
+
+
+def finish(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; returns the exit code of the first that failed, or 0."""
+    try:
+        codes = [process.wait() for process in processes]
+    except KeyboardInterrupt:  # they got it too, and save
+        codes = [process.wait() for process in processes]
+    return next((code for code in codes if code), 0)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -104,16 +111,15 @@ def summarize(run_dir: Path) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
-    print(
-        f"\n{'':14}{'exact match':>12}{'shuffled':>10}{'steps':>7}{'seconds':>9}{'TFLOP':>8}  tokens a sample, by stage"
-    )
+    columns = f"{'exact match':>12}{'shuffled':>10}{'steps':>7}{'seconds':>9}{'TFLOP':>8}"
+    print(f"\n{'':14}{columns}  tokens per sample, by stage")
     for name, result in results.items():
         tokens = " / ".join(f"{count:.0f}" for count in result["tokens_per_stage"])
         print(
             f"{name:14}{result['exact_match']:>11.1%}{result['exact_match_shuffled']:>10.1%}{result['steps']:>7}"
             f"{result['train_seconds']:>9.0f}{result['flops'] / 1e12:>8.1f}  {tokens}"
         )
-    print("shuffled: the same model on other samples' images, which shows what it answers without seeing\n")
+    print("shuffled: exact match with images exchanged between samples, so without seeing the right one\n")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -122,7 +128,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def plot_comparison(folders: dict[str, Path], results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Loss over time of both runs, and accuracy, time and FLOPs side by side."""
+    """Plot loss over time, and accuracy, time and FLOPs of both runs."""
     import matplotlib
 
     matplotlib.use("Agg")
