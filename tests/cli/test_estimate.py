@@ -319,7 +319,7 @@ def test_wrong_input(arguments, words, capsys):
         ([], ["give one of --config FILE and --model"]),
         (["--model", NEXT, "--config", "quickstart.yaml"], ["give one of"]),
         (["--model", "runs/nowhere"], ["--model=runs/nowhere: no readable config.json"]),
-        (["--config", "nowhere.yaml"], ["--config: nowhere.yaml is neither here"]),
+        (["--config", "nowhere.yaml"], ["--config: nowhere.yaml does not exist"]),
         (
             ["--config", "llava_next_pdrop.yaml", "--layers", "1,2,3"],
             ["--layers belongs to --model", "pruning.layers="],

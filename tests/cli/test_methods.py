@@ -18,7 +18,7 @@ from tests.support.families import family_inputs, family_model
 from tests.support.runner import ROOT, Runs
 from vtprune_train import FastV, PyramidDrop, is_pruned, kept_tokens, prune, unprune
 from vtprune_train.cli import main
-from vtprune_train.config.settings import PruningConfig
+from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_class, method_from_settings, setting_types
@@ -411,8 +411,8 @@ def test_set_changes_what_is_saved(capsys, tmp_path, monkeypatch, command):
     assert asked[1] == PyramidDrop(layers=(3,), keep=(0.5,))
     for option, words in (
         (["--set", "kep=[0.5,0.2]"], "'kep' is not a setting of pyramiddrop; did you mean keep?"),
-        (["--set", "keep"], "--set keep: write a setting of the method and its value"),
-        (["--set", "method=random"], "--set method=random: a method is no setting"),
+        (["--set", "keep"], "--set keep: write key=value"),
+        (["--set", "method=random"], "--set method=random: the method is not one of its settings"),
         (["--set", "keep=high"], "keep='high'"),
     ):
         assert main([*common, *option]) == 2

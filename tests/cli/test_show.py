@@ -442,8 +442,8 @@ def test_the_command_takes_flags(folder):
         ({"image": ("c.png",)}, ["c.png cannot be read"]),
         ({"model": "missing"}, ["missing: there is no such folder"]),
         ({"model": "text"}, ["text: it holds a llama", "llava_next"]),
-        ({"model": "plain"}, ["plain: it was saved without pruning settings", "--method pyramiddrop"]),
-        ({"model": "plain", "more": ["--keep", "0.5"]}, ["without pruning settings"]),
+        ({"model": "plain"}, ["plain: it has no saved pruning settings", "--method pyramiddrop"]),
+        ({"model": "plain", "more": ["--keep", "0.5"]}, ["no saved pruning settings"]),
         ({"more": ["--layers", "9", "--keep", "0.5"]}, ["layer 9 does not exist in a decoder of 6"]),
         ({"out": "out.docx"}, ["out.docx", "'.docx'", "use .png"]),
         ({"out": "no/out.png"}, ["folder", "does not exist"]),
@@ -557,7 +557,7 @@ def test_the_stage_behind_the_address_is_what_the_page_shows(tmp_path):
         for number, shown in enumerate(images, start=1):
             total, kept = (shown.places.counts(shown.kept[i]) for i in (0, stage - 1))
             line = {kind: f"{kind} {kept[kind]} of {total[kind]}" for kind in total}
-            expected += [f"picture {number}: {shown.totals(stage - 1)}", line["base"]]
+            expected += [f"image {number}: {shown.totals(stage - 1)}", line["base"]]
             expected += [f"{line['grid']}, {line['newline']}"]
         assert texts == expected
         holes = [path.count("M") - 1 for path in paths]

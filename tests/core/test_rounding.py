@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtprune_train import PyramidDrop
-from vtprune_train.config.settings import PruningConfig
+from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.rounding import as_fraction, ceil_of, floor_of, round_of
 from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout

@@ -18,8 +18,9 @@ from tests.support.helpers import tiny_model
 from tests.support.packed import random_batch, random_segment
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.io.build import parts_of, set_trainable
 from vtprune_train.models.io.method_parameters import attach, modules_to_save
