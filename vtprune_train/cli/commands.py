@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vtprune_train.processes import signals
+from vtprune_train.processes.console import start_logging
 
 # Whatever takes long to import is imported by the functions that need it, once signals are heard.
 
@@ -73,7 +74,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     if signals.asked_to_stop():
         return 0
-    _start_logging()
+    start_logging()
     from vtprune_train.config.load import load_config
     from vtprune_train.config.settings import ConfigError
 
@@ -121,14 +122,6 @@ def _refuse(what: str, error: ValueError) -> int:
     return signals.final_exit(2)
 
 
-def _start_logging() -> None:
-    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    log.setLevel(level)
-    if int(os.environ.get("RANK", "0")):  # every rank finds the same in the index; the first one says it
-        logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """``vtprune``: returns the exit code (2 for what a user can mend)."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -172,7 +165,7 @@ def _launch(arguments: Sequence[str]) -> int:
 
 
 def _run_command(arguments: argparse.Namespace) -> int:
-    _start_logging()
+    start_logging()
     try:
         if getattr(arguments, "trust_remote_code", False):
             from vtprune_train.cli.options import trust

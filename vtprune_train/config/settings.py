@@ -403,6 +403,9 @@ class TrainConfig(Section):
     eval_every: int | None = Field(None, ge=1)
     eval_shuffled: bool = False
     eval_show: int = Field(0, ge=0)
+    trackers: list[str] = Field(
+        ["tensorboard"], description="Trackers that get every number: tensorboard, wandb, or others of accelerate's."
+    )
     on_non_finite: Literal["stop", "skip"] = "stop"
     max_skipped: int = Field(20, ge=0)
     max_skipped_in_a_row: int = Field(3, ge=0)
@@ -447,6 +450,11 @@ class Config(Section):
     data: DataConfig = DataConfig()
     pruning: PruningConfig = PruningConfig()
     train: TrainConfig = TrainConfig()
+    callbacks: list[str | dict[str, Any]] = Field(
+        [],
+        description="Callbacks beside those of every run: profiler, garbage_collection or path/to/file.py:Class; with "
+        "arguments {class: ..., argument: value}.",
+    )
     deepspeed: str | dict[str, Any] = "configs/deepspeed/zero2.json"
 
     @model_validator(mode="after")

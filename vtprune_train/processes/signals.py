@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,8 @@ def _say(text: str) -> None:
     """Once on every machine."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"\n{text}", file=sys.stderr, flush=True)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            print(f"\n{now} {text}", file=sys.stderr, flush=True)
 
 
 STOP = Stop()

@@ -17,6 +17,7 @@ import torch
 from vtprune_train.config.settings import Config, ConfigError, refusal
 from vtprune_train.data.load.workers import wait_for_server
 from vtprune_train.models.forward.kernels import be_deterministic
+from vtprune_train.processes.console import quiet_libraries
 from vtprune_train.processes.output import keep_streams
 from vtprune_train.processes.signals import BEFORE_TRAINING, STOP, exit_code, final_exit
 from vtprune_train.training import distributed as ranks
@@ -25,8 +26,8 @@ from vtprune_train.training.engine.start import start_distributed
 from vtprune_train.training.faults.non_finite import EXIT_STOPPED, TrainingError
 from vtprune_train.training.faults.rank_failures import connect
 from vtprune_train.training.faults.watchdog import Watchdog
+from vtprune_train.training.loop.callback import Callback
 from vtprune_train.training.loop.run import prepare
-from vtprune_train.training.loop.trainer import Callback
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> int:
     be_deterministic(config)
     set_allocator()
     device = _join(config)
+    quiet_libraries()
     watchdog = Watchdog(connect())
     STOP.act = partial(_stop_before_training, watchdog)
     if ranks.rank() == 0:

@@ -9,7 +9,7 @@ import torch
 
 from vtprune_train.config.load import load_config, without_effect
 from vtprune_train.training.faults.preflight import advice, heaviest, is_out_of_memory, unchanged_random_states, wanted
-from vtprune_train.training.loop.spikes import Spikes, sample_losses, z_score
+from vtprune_train.training.loop.callbacks.spikes import Spikes, sample_losses, z_score
 
 CPU = torch.device("cpu")
 

@@ -62,6 +62,7 @@ class TrainerState:
     zero_stage: int = 0
     dtype: str = ""  # unknown: an older version wrote the checkpoint
     pruning: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # what their state_dict() returned on rank 0, by name
 
 
 class CheckpointFolder:

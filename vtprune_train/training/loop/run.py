@@ -14,7 +14,6 @@ from transformers.utils.logging import disable_progress_bar
 from vtprune_train.config.load import dump_config, without_effect
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.data.index import SampleIndex
-from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.load.workers import start_server
 from vtprune_train.files.disk import remove, replace_synced
 from vtprune_train.models.forward.kernels import compile_model, replace_kernels
@@ -26,7 +25,6 @@ from vtprune_train.pruning.describe import schedule
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.check_data import check_paths, unwritable
 from vtprune_train.training.checkpoint.folder import CheckpointFolder
-from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.checkpoint.lock import hold_run
 from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
@@ -38,14 +36,14 @@ from vtprune_train.training.faults.preflight import preflight
 from vtprune_train.training.faults.preflight import wanted as preflight_wanted
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.adapter import attach_adapter, check_adapter
-from vtprune_train.training.loop.callbacks import Carried, Evaluation, Metrics, Plot, Progress
+from vtprune_train.training.loop.callback import Callback
+from vtprune_train.training.loop.callbacks.build import build_callbacks, chosen_callbacks
 from vtprune_train.training.loop.data import build_collator, build_planner
 from vtprune_train.training.loop.parts import Parts, build_parts, training_cost
 from vtprune_train.training.loop.sample import first_sample
 from vtprune_train.training.loop.settings import with_saved_settings
-from vtprune_train.training.loop.spikes import Spikes
-from vtprune_train.training.loop.trackers import Trackers
-from vtprune_train.training.loop.trainer import Callback, Trainer
+from vtprune_train.training.loop.trackers import Trackers, check_trackers
+from vtprune_train.training.loop.trainer import Trainer
 from vtprune_train.training.optimizer import parameter_groups
 
 log = logging.getLogger(__name__)
@@ -63,6 +61,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     settings = engine_config(config)
     check_paths(config)
     check_engine(config, settings, device)
+    check_trackers(config)
+    chosen = chosen_callbacks(config)
     if ranks.rank() == 0:
         for line in without_effect(config):
             log.warning("%s", line)
@@ -98,15 +98,17 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     identity, config_yaml = _identity(config, collate.index), dump_config(config)
     state = resume(identity, config.train.resume, checkpoints, engine, config_yaml)
     ranks.from_rank_0(lambda: replace_synced(run_dir / "config.yaml", config_yaml))
-    held_out = build_collator(config, parts, cost, method, "eval") if config.data.eval else None
+    trackers = Trackers(config)
     trainer = Trainer(
         config=config,
         engine=engine,
         collate=collate,
+        eval_collate=build_collator(config, parts, cost, method, "eval") if config.data.eval else None,
         planner=build_planner(config, collate, ranks.world_size()),
         processor=parts.processor,
         checkpoints=checkpoints,
-        callbacks=[*build_callbacks(config, held_out), *callbacks],
+        callbacks=build_callbacks(config, trackers, chosen, callbacks),
+        trackers=trackers,
         device=device,
         state=state,
         watchdog=watchdog,
@@ -124,18 +126,6 @@ def warn_of_batch(global_batch_size: int, samples: int) -> None:
             "lower it to %d or less for more steps",
             global_batch_size, samples, samples,
         )  # fmt: skip
-
-
-def build_callbacks(config: Config, held_out: Collator | None) -> list[Callback]:
-    """What happens around the loop, in this order."""
-    run_dir, train = config.run_dir, config.train
-    evaluation: Callback = Carried(JsonLines(run_dir / "eval.jsonl"))
-    spikes: Callback = Carried(JsonLines(run_dir / "spikes.jsonl"))
-    if held_out is not None:
-        evaluation = Evaluation(run_dir, held_out)
-    if train.spike_threshold is not None:
-        spikes = Spikes(run_dir, train.spike_threshold, train.spike_window)
-    return [Metrics(run_dir), Progress(), evaluation, Trackers(run_dir), Plot(run_dir), spikes]
 
 
 def _check_start(config: Config) -> None:

@@ -12,8 +12,8 @@ import torch
 
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.json_lines import JsonLines
-from vtprune_train.training.loop.callbacks import Carried
-from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.loop.callback import Trainer
+from vtprune_train.training.loop.callbacks.metrics import LineFile
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def sample_losses(trainer: Trainer) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: -entry["loss"])[:SAMPLES]
 
 
-class Spikes(Carried):
+class Spikes(LineFile):
     """A warning and a line in ``spikes.jsonl`` for every step whose loss lies far above those before it.
 
     It looks back at ``window`` steps of ``metrics.jsonl``, so that a resumed run judges as one that was never
