@@ -124,7 +124,7 @@ DAMAGE = {
         "spikes.jsonl: removed, for step_00000005 does not hold them: the line(s) of step 2",
         "lacks step 2, 4",
     ),
-    a_number_on_the_board_is_wrong: ("lacks step 5: the scalars from step 5 on",),
+    a_number_on_the_board_is_wrong: ("lacks step 5; writing the scalars from step 5 on",),
     removed_and_the_newest_checkpoint_is_damaged: ("step_00000005 is damaged", "the line(s) of step 1 to 3"),
 }
 

@@ -156,6 +156,7 @@ def _launch(arguments: Sequence[str]) -> int:
     from vtprune_train.cli.launch import launch
     from vtprune_train.config.settings import ConfigError
 
+    start_logging()
     try:
         return launch(arguments)
     except ConfigError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -40,6 +41,12 @@ from vtprune_train.processes.signals import (
 from vtprune_train.training.checkpoint.lock import check_free, port_taken
 
 RANK_MODULE = "vtprune_train.cli"
+# What torchrun logs that a user cannot act on: a word of it by logger.
+NOISE = {
+    "torch.distributed.run": "OMP_NUM_THREADS",
+    "torch.distributed.elastic.multiprocessing.errors.error_handler": "no error file defined for parent",
+}
+log = logging.getLogger(__name__)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -77,12 +84,16 @@ def _torchrun(command: list[str], config: Config) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    for name, words in NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
     try:
         torchrun(command)
     except ChildFailedError as error:
-        if not launcher_was_asked():
-            print(error, file=sys.stderr)
-        code = error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if not launcher_was_asked():  # what went wrong the rank has said itself
+            ended = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+            log.error("rank %d (process %d) was the first to fail: it %s", rank, failure.pid, ended)
         asked = noted(asked_file(os.environ[FINAL_FILE]))
         if asked is not None and code == -signal.SIGTERM:  # it was not listening yet
             return asked

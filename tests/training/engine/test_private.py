@@ -82,8 +82,7 @@ def made(kind, without=None):
         fill(optimizer.loss_scaler, private.DYNAMIC)
     parameter = fill(SimpleNamespace(requires_grad=True), private.PARAMETERS.get(kind, ()))
     module = SimpleNamespace(parameters=lambda: [parameter])
-    engine = fill(SimpleNamespace(optimizer=optimizer, module=module), private.ENGINE)
-    return engine
+    return fill(SimpleNamespace(optimizer=optimizer, module=module), private.ENGINE)
 
 
 READ = [
@@ -105,10 +104,8 @@ def test_a_release_without_a_name_is_refused_by_it(kind, name):
 
 def test_a_release_without_a_class_is_refused_by_it(monkeypatch):
     private.check_release()
-    monkeypatch.delattr("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3")
-    with pytest.raises(
-        ConfigError, match=r"has no deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3, which training reads"
-    ):
+    monkeypatch.delattr("deepspeed.runtime.zero.stage_1_and_2.INITIAL_MICRO_STEP_ID")
+    with pytest.raises(ConfigError, match=r"has no deepspeed.*INITIAL_MICRO_STEP_ID, which training reads"):
         private.check_release()
 
 

@@ -14,9 +14,8 @@ from vtprune_train.config.settings import RunConfig, TrainConfig
 from vtprune_train.data.plan.planner import StepPlan
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning.phases import Phases
-from vtprune_train.training import distributed
+from vtprune_train.training import Callback, distributed
 from vtprune_train.training.checkpoint.folder import TrainerState
-from vtprune_train.training import Callback
 from vtprune_train.training.loop import step_metrics
 from vtprune_train.training.loop.feed import Fetched
 from vtprune_train.training.loop.seed import mixed

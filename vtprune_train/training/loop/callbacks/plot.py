@@ -14,7 +14,7 @@ from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.loop.callback import Callback, Trainer
 from vtprune_train.training.loop.callbacks.optional import only_warning
 
-SMOOTHED_SHARE = 0.03  # of the steps: time constant of the smoothed loss
+SMOOTHED_SHARE = 0.015  # of the steps: time constant of the smoothed loss
 
 
 class Plot(Callback):
