@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
+from tests.support.runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.training import Callback
 from vtprune_train.training.loop.callbacks.build import build_callbacks, chosen_callbacks
@@ -54,6 +54,19 @@ def test_a_callback_from_outside_sees_every_hook_and_resumes(runs, tmp_path):
     runs.run("plain", *settings, f"callbacks=[{OUTSIDE}:Skips]", ranks=2)
     assert_same_metrics(runs.metrics("seen"), runs.metrics("plain"))
     assert_equal_checkpoints(runs.checkpoint("seen"), runs.checkpoint("plain"))
+
+
+@pytest.mark.slow
+def test_the_callback_of_the_documentation_runs(runs, tmp_path):
+    page = (ROOT / "docs" / "training.md").read_text()
+    code = next(block.partition("```")[0] for block in page.split("```python\n")[1:] if "class Best" in block)
+    (tmp_path / "best.py").write_text(code)
+    entry = json.dumps({"class": f"{tmp_path / 'best.py'}:Best", "file": str(tmp_path / "best.json")})
+    runs.run("documented", *SETTINGS, f"callbacks=[{entry}]", "train.max_steps=4")
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["step"] == 4
+    state = json.loads((runs.checkpoint("documented") / "trainer.json").read_text())["callbacks"]
+    assert state[f"{tmp_path / 'best.py'}:Best"] == best
 
 
 @pytest.mark.slow
