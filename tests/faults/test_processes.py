@@ -71,7 +71,7 @@ def test_a_hung_rank_is_named_with_stacks(runs, whole):
     said, seconds = faulty(runs, "hung", "hang:1:3", "train.watchdog_timeout=12", "data.workers=1")
     assert seconds < SOON
     assert f"no progress for 12 s. rank 1 on {HOST}: step 3, at its start, at fault, {FAULTY}:" in said
-    assert "1 other rank(s) wait for it, such as rank 0: step 3, backward 1 of 1, waiting in all_reduce" in said
+    assert "1 other rank(s) are waiting, such as rank 0: step 3, backward 1 of 1, waiting in all_reduce" in said
     stacks = [(runs.directory("hung") / "watchdog" / f"rank_0000{rank}.txt").read_text() for rank in (0, 1)]
     assert "faulty.py" in stacks[1] and "in fault" in stacks[1] and "in fault" not in stacks[0]
     assert "in all_reduce" in stacks[0] and "all_reduce" not in stacks[1].partition("Thread")[2]
@@ -208,7 +208,7 @@ def test_an_error_that_rank_0_tells_all_is_its_own(runs):
 
 def test_a_launcher_that_cannot_restart_says_so(runs):
     done = runs.run("unheeded", *SETTINGS, "train.max_restarts=3", "train.max_steps=1")
-    assert "train.max_restarts=3 has no effect: what started this process restarts nothing" in done.stderr
+    assert "train.max_restarts=3 has no effect: the launcher restarts the ranks 0 times" in done.stderr
 
 
 def slurm(runs, *settings, **environment):

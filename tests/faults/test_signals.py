@@ -425,7 +425,7 @@ def test_a_second_start_names_the_run_although_the_port_is_taken(runs):
     said = runs.run("held", *LONG, env=rank, expect=2).stderr
     assert f"is in use by process {holder.pid} on {socket.gethostname()}, since " in said and "Traceback" not in said
     said = runs.run("other", *LONG, env=rank, expect=2).stderr
-    assert f"port {rank['MASTER_PORT']} of 127.0.0.1, where the ranks meet, is taken" in said
+    assert f"port {rank['MASTER_PORT']} of 127.0.0.1, where the ranks meet, is already in use" in said
     assert "--master_port" in said and "Traceback" not in said
     holder.send_signal(TERM)
     assert first.wait(timeout=120) == 143

@@ -156,7 +156,7 @@ def test_a_batch_larger_than_the_data(caplog):
     warn_of_batch(20, 20)
     assert not caplog.text
     warn_of_batch(128, 20)
-    assert "train.global_batch_size=128 is larger than an epoch, which has 20 sample(s): every step" in caplog.text
+    assert "train.global_batch_size=128 is larger than an epoch of 20 sample(s), so every step" in caplog.text
 
 
 def test_what_only_a_start_can_tell(tmp_path):
@@ -171,7 +171,7 @@ def test_what_only_a_start_can_tell(tmp_path):
         done = runs.run("refused", setting, expect=2)
         assert re.search(words, done.stderr) and "Traceback" not in done.stderr, done.stderr
     done = runs.run("big", "train.global_batch_size=50", "train.epochs=1", "data.eval=[]")
-    assert "train.global_batch_size=50 is larger than an epoch, which has 3 sample(s)" in done.stderr
+    assert "train.global_batch_size=50 is larger than an epoch of 3 sample(s)" in done.stderr
     assert "nothing to train" not in done.stderr
     done = runs.run("big", "train.global_batch_size=50", "train.epochs=1", "data.eval=[]")
     assert "nothing to train: run.name=big has a checkpoint of step 1, and the settings end at step 1" in done.stderr

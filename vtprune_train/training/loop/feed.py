@@ -13,8 +13,8 @@ from vtprune_train.data.plan.planner import StepPlan
 
 @dataclass
 class Fetched:
-    """This rank's batches of a global step, one for each micro-step, and the seconds it waited for them; for
-    ``batches_ready`` see ``StepLoader.ready``."""
+    """This rank's micro-batches of a global step and the seconds spent waiting for them; see ``StepLoader.ready`` for
+    ``batches_ready``."""
 
     plan: StepPlan
     batches: Sequence[PackedBatch]
@@ -23,7 +23,7 @@ class Fetched:
 
 
 def fetched(loader: StepLoader) -> Iterator[Fetched]:
-    """The loader's steps, each with the time from asking for it to having it."""
+    """Yield the loader's steps with the time spent waiting for each."""
     began = time.perf_counter()
     for plan, batches in loader:
         yield Fetched(plan, batches, time.perf_counter() - began, loader.ready)

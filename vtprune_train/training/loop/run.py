@@ -50,13 +50,14 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Build or resume the training that ``config`` describes, up to its first step. The process group stands.
+    """Build or resume the training described by ``config``, up to its first step. The process group must be
+    initialized.
 
     Raises:
-        ValueError: settings or data that cannot be trained with (``ConfigError`` included).
+        ValueError: invalid settings or data (including ``ConfigError``).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    disable_progress_bar()  # of every export; the run has its own
+    disable_progress_bar()  # transformers' own, shown at every export
     config = with_saved_settings(config)
     settings = engine_config(config)
     check_paths(config)
@@ -73,7 +74,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     check_adapter(config, device)
     ranks.from_rank_0(lambda: _check_start(config))
     if config.data.workers:
-        start_server()  # which imports for seconds
+        start_server()  # slow import
     parts = build_parts(config, placement_for(config, settings))
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
@@ -119,17 +120,17 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
 
 
 def warn_of_batch(global_batch_size: int, samples: int) -> None:
-    """Warn that there are fewer samples than a step should take."""
+    """Warn if the dataset is smaller than the global batch size."""
     if global_batch_size > samples and ranks.rank() == 0:
         log.warning(
-            "train.global_batch_size=%d is larger than an epoch, which has %d sample(s): every step takes all of them; "
-            "lower it to %d or less for more steps",
+            "train.global_batch_size=%d is larger than an epoch of %d sample(s), so every step takes all of them; set "
+            "it to at most %d for more steps",
             global_batch_size, samples, samples,
         )  # fmt: skip
 
 
 def _check_start(config: Config) -> None:
-    """Runs that a new run takes weights from are whole; one that resumes does not need them."""
+    """Check that the runs a new run takes weights from are complete (not needed when resuming)."""
     if finished_checkpoints(config.run_dir / "checkpoints"):
         return
     for path in (config.model.path, config.model.projector):
@@ -138,7 +139,7 @@ def _check_start(config: Config) -> None:
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    """The run's folder, for this run alone, without the tokenizer of an earlier start that came to no checkpoint."""
+    """Create and lock the run folder, and remove the tokenizer of an earlier start that never reached a checkpoint."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         hold_run(run_dir)
@@ -162,11 +163,12 @@ def _prepare(config: Config, parts: Parts, method: PruningMethod | None, device:
 
 
 def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that resumes it: it decides which samples a step holds."""
+    """Settings that must match between a checkpoint and the resuming run, because they determine the samples of each
+    step."""
     return {
         "run.seed": config.run.seed,
         "train.global_batch_size": config.train.global_batch_size,
-        # Without what older checkpoints do not know, where it is not used.
+        # Omit settings that older checkpoints lack, if they are not used.
         "data.train": [
             {key: value for key, value in source.model_dump().items() if key != "ignore" or value}
             for source in config.data.train

@@ -15,7 +15,7 @@ from vtprune_train.training.loop.feed import Fetched
 from vtprune_train.training.loop.metrics import device_peak_flops
 from vtprune_train.training.memory.track import peak_memory_bytes
 
-# What a step sums over its micro-batches, of what the collator counted in each.
+# Counts of the collator that are summed over the micro-batches of a step.
 COUNTED = (
     "flops",
     "flops_dense",
@@ -30,7 +30,7 @@ COUNTED = (
 def counts(
     collate: Collator, batches: Sequence[PackedBatch], measured: Mapping[int, dict[str, float]], dtype: str
 ) -> dict[str, float]:
-    """This rank's counts of a step, the same names on every rank.
+    """This rank's counts of a step, under the same names on every rank.
 
     Args:
         measured: costs of the micro-batches that were counted on the device, by position.
@@ -64,7 +64,7 @@ def speed(now: Fetched, totals: dict[str, float], seconds: float, device: torch.
 
 
 def dropping(collate: Collator, step: int, consistency: float) -> dict[str, Any]:
-    """The shares that ``step`` kept in each stage after the first, and what a full-token step adds."""
+    """Pruning metrics of a step: the keep ratio of each stage after the first, and those of full-token steps."""
     phases = collate.phases
     if phases is None or phases.method is None:
         return {}

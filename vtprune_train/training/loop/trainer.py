@@ -62,8 +62,8 @@ class Trainer:
         self.samples: Sequence[int] = ()  # of the last step, of all ranks
         self._ahead: Fetched | None = None  # of the next step
         self._supervised = 0  # tokens of the next step, over all ranks
-        self._waited = 0.0  # seconds for the batches fetched last
-        self._measured: dict[int, dict[str, float]] = {}  # costs of its micro-batches that counted on the device
+        self._waited = 0.0  # seconds spent fetching the last batches
+        self._measured: dict[int, dict[str, float]] = {}  # costs of micro-batches counted on the device
         self._saved_step = self.state.step if self.state.step else -1
         self._hooks = Hooks(self.callbacks)
         self.stop_code = 0  # exit code of the signal that ended training
@@ -107,7 +107,7 @@ class Trainer:
         return self.stop_code or self._stop_code()
 
     def _steps(self, feed: Iterator[Fetched]) -> int:
-        """Every step that is left. Returns the exit code if a rank was told to stop, else 0."""
+        """Run all remaining steps. Returns the exit code if a rank received a stop signal, else 0."""
         self._ahead = self._fetch(feed, self.state.step)
         self.watchdog.mark("counting targets")
         self._supervised = int(self._sum(self._counts_ahead())["supervised_ahead"])
@@ -131,17 +131,18 @@ class Trainer:
         return ahead
 
     def _counts_ahead(self) -> dict[str, float]:
-        """What the next step's loss is divided by: known only after decoding, as images may turn out unreadable."""
+        """Loss normalizer (supervised tokens) of the next step; only known after image decoding, because images may be
+        unreadable."""
         batches = self._ahead.batches if self._ahead is not None else ()
         return {"supervised_ahead": sum(len(batch.targets) for batch in batches)}
 
     def _stop_code(self) -> int:
-        """The exit code for the signals that ranks have heard until now, the same on all; 0 without one."""
+        """Exit code for signals received so far by any rank (identical on all ranks); 0 if none."""
         return agreed_code(self._sum(STOP.requested()))
 
     def step(self, now: Fetched, feed: Iterator[Fetched]) -> tuple[dict[str, Any], int]:
-        """One optimizer step over all micro-batches of all ranks: its metrics, and the exit code if a rank was told to
-        stop (else 0). Fetches the next step's batches from ``feed`` meanwhile."""
+        """Run one optimizer step over all micro-batches of all ranks, prefetching the next step's batches from
+        ``feed``. Returns its metrics and the exit code (0 unless a rank received a stop signal)."""
         self.watchdog.mark("at its start", now.plan.step + 1)
         began = time.perf_counter()
         plan, self.batches, self.samples, supervised = now.plan, now.batches, now.plan.samples, self._supervised
@@ -176,8 +177,8 @@ class Trainer:
         return record, stop
 
     def _gradients(self, now: Fetched, supervised: int, feed: Iterator[Fetched]) -> dict[str, float]:
-        """Accumulate the step's gradients, and fetch the next step's batches while a GPU computes them. Returns the
-        step's losses, counts and flags, and the next step's count, in the step's one sum over ranks."""
+        """Accumulate the step's gradients, and fetch the next step's batches while a GPU computes them. Returns losses,
+        counts and flags of this step and the token count of the next one, reduced over ranks in a single all-reduce."""
         self.row_losses, self._measured = [], {}
         world_size = ranks.world_size()
         sums = self._forward_backward(now.batches if supervised else (), world_size / max(1, supervised))
@@ -195,10 +196,10 @@ class Trainer:
         return totals
 
     def _forward_backward(self, batches: Sequence[PackedBatch], scale: float) -> dict[str, Tensor]:
-        """Accumulate gradients of ``scale`` times the summed loss (DeepSpeed averages over ranks, so the scale that
-        gives the mean over the step's supervised tokens is ranks / tokens). Returns this rank's cross-entropy,
-        divergence from the teacher's pass (0 without one) and correct tokens, summed, still on the device, and leaves
-        the cross-entropy of every token in ``row_losses``."""
+        """Accumulate gradients of ``scale`` times the summed loss. DeepSpeed averages gradients over ranks, so use
+        scale = world_size / supervised_tokens to get the mean over the step's tokens. Returns this rank's summed
+        cross-entropy, KL term (0 without teacher) and correct-token count as device tensors, and stores per-token
+        losses in ``row_losses``."""
         sums = torch.zeros(3, device=self.device)
         for index, batch in enumerate(batches):
             with self.engine.accumulate(last=index == len(batches) - 1):
@@ -215,13 +216,13 @@ class Trainer:
         return dict(zip(("cross_entropy", "consistency", "correct"), sums, strict=True))
 
     def repeat(self, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float) -> None:
-        """Run a step's forward and backward passes once more, to look at them; its gradients are thrown away."""
+        """Rerun a step's forward and backward passes for diagnosis; gradients are discarded."""
         self._seed(plan)
         self._forward_backward(batches, ranks.world_size() / supervised)
         self.engine.zero_grad()
 
     def _optimizer_step(self) -> Skipped | None:
-        """Change the model; ``overflow`` where float16's loss scaling left the step out instead."""
+        """Apply the optimizer step. Returns ``overflow`` if float16 loss scaling skipped it."""
         self.watchdog.mark("optimizer")
         self.state.skipped_in_a_row = 0
         if self.engine.step():
@@ -230,7 +231,7 @@ class Trainer:
         return "overflow"
 
     def _set_rates(self, plan: StepPlan) -> dict[str, float]:
-        """The schedule's rates, by part. A step without an update does not move it."""
+        """Set the scheduled learning rate of each part. Skipped steps do not advance the schedule."""
         updates = plan.step - self.state.skipped - self.state.overflows
         factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
         return set_rates(self.engine.param_groups, self.config.model.train, factor)
@@ -239,11 +240,11 @@ class Trainer:
         torch.manual_seed(mixed(self.config.run.seed, plan.step, ranks.rank()))
 
     def save(self) -> None:
-        """Begin a checkpoint of the current step, unless there is one."""
+        """Start saving a checkpoint of the current step, unless it already exists."""
         if self._saved_step == self.state.step:
             return
         self.watchdog.mark("saving")
-        self.checkpoints.wait()  # its thread reads the model's config
+        self.checkpoints.wait()  # the saving thread reads the model's config
         self._note_schedule()
         self.state.callbacks = self._hooks.state_dict()
         files = [] if ranks.rank() else [file for callback in self.callbacks for file in callback.files()]

@@ -29,6 +29,6 @@ class Unreadable(Callback):
             limit = f"data.max_bad_share={data.max_bad_share:g} of {len(index)}"
         if limit:
             raise TrainingError(
-                f"{count} samples could not be used, more than {limit}; repair them or raise it. "
+                f"{count} samples could not be used, more than {limit}; fix them or raise the limit. "
                 f"Last: {state.unreadable[-1]}"
             )
