@@ -61,7 +61,7 @@ def test_the_commands_at_the_end_work(runs):
 
 @pytest.mark.slow
 def test_sigterm_says_what_was_saved_and_how_to_continue(runs):
-    process = runs.start("stopped", *SETTINGS, "train.max_steps=500", "data.eval=[]")
+    process = runs.start("stopped", *SETTINGS, "train.max_steps=500", "data.eval=[]", launcher="python")
     assert wait_until(lambda: len(runs.metrics("stopped")) >= 2, process)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=120) == 143
