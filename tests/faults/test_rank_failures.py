@@ -36,7 +36,7 @@ def test_the_first_cause_is_blamed_not_its_victims():
     assert (
         reason_of_failures([broken, stopped]).failed_ranks == reason_of_failures([stopped, broken]).failed_ranks == (0,)
     )
-    told = Failure(1, "a", "OSError: full", where="saving", told_by=0)
+    told = Failure(1, "a", "OSError: full", where="saving", raised_on=0)
     assert reason_of_failures([told, raised]).failed_ranks == (2,), "what a rank raised itself comes first"
     known = reason_of_failures([Failure(0, "a"), told, broken])
     assert known.failed_ranks == (1,) and known.text == "rank 0 failed (saving): OSError: full", (
@@ -131,7 +131,7 @@ def test_what_arrives_with_the_welcome_is_not_lost():
 
 def test_an_error_told_to_all_waits_for_the_rank_that_raised_it(connected):
     _, lines = connected
-    failed(lines[1], "OSError: full", told_by=0)
+    failed(lines[1], "OSError: full", raised_on=0)
     assert heard(lines[2], SETTLE_SECONDS) == []
     failed(lines[0], "OSError: full")
     assert next_message(lines[2])["failed_ranks"] == [0]

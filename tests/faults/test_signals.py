@@ -349,7 +349,7 @@ def test_processes_that_may_not_be_looked_at_are_no_news(monkeypatch):
     assert not launcher.is_alive()
 
 
-@pytest.mark.parametrize(("variable", "name"), launchers.THEIRS.items())
+@pytest.mark.parametrize(("variable", "name"), launchers.VARIABLES.items())
 def test_a_launcher_that_was_killed_before_its_rank_could_look_is_gone(monkeypatch, variable, name):
     parents, commands = {300: 200, 200: 1, 1: 0}, {300: "sh", 200: "bash", 1: "/sbin/init"}
     monkeypatch.setattr(os, "getppid", lambda: 300)

@@ -84,8 +84,8 @@ def _torchrun(command: list[str], config: Config) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    for name, words in NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_is_useful)
     try:
         torchrun(command)
     except ChildFailedError as error:
@@ -112,6 +112,10 @@ def _torchrun(command: list[str], config: Config) -> int:
     return 0
 
 
+def _is_useful(record: logging.LogRecord) -> bool:
+    return NOISE[record.name] not in record.getMessage()
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split arguments into torchrun options and everything from ``--config`` on."""
     for position, argument in enumerate(arguments):
@@ -120,21 +124,21 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     raise ValueError(f"--config is missing; {LAUNCH_USAGE}")
 
 
-def torchrun_options(given: Sequence[str], config: Config) -> list[str]:
-    """Add defaults to the ``given`` torchrun options: all GPUs of one machine, and ``train.max_restarts`` restarts."""
+def torchrun_options(options: Sequence[str], config: Config) -> list[str]:
+    """Add defaults to torchrun options: all GPUs of one machine, and ``train.max_restarts`` restarts."""
     import torch
 
-    names = {_name(option) for option in given if option.startswith("-")}
+    names = {_name(option) for option in options if option.startswith("-")}
     if "max_restarts" in names:
         raise ValueError("--max_restarts is not supported; set train.max_restarts=N instead")
     if "signals_to_handle" in names:
         raise ValueError("--signals_to_handle is not supported: vtprune launch forwards signals to the ranks itself")
-    options = [*given, "--max_restarts", str(config.train.max_restarts)]
+    defaults = ["--max_restarts", str(config.train.max_restarts), "--signals_to_handle", "SIGQUIT"]
     if not names & {"nnodes", "standalone", "master_port", "rdzv_endpoint"}:
-        options.append("--standalone")
+        defaults.append("--standalone")
     if "nproc_per_node" not in names:
-        options += ["--nproc_per_node", "gpu" if torch.cuda.is_available() else "1"]
-    return [*options, "--signals_to_handle", "SIGQUIT"]
+        defaults += ["--nproc_per_node", "gpu" if torch.cuda.is_available() else "1"]
+    return [*options, *defaults]
 
 
 def _name(option: str) -> str:

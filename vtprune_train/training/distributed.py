@@ -64,14 +64,14 @@ def from_rank_0(make: Callable[[], Result]) -> Result:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise told_by(0, box[1])
+        raise raised_on(0, box[1])
     return box[0]
 
 
-def told_by(source: int, error: Failed) -> Failed:
+def raised_on(source: int, error: Failed) -> Failed:
     """Mark an error raised on all ranks as originating from rank ``source``."""
     if rank() != source:
-        error.told_by = source  # type: ignore[attr-defined]
+        error.raised_on = source  # type: ignore[attr-defined]
     return error
 
 
@@ -92,13 +92,13 @@ def barrier() -> None:
 def check_same(value: Any, what: str) -> None:
     """Raise ``ValueError`` on all ranks if values differ; the message names ``what`` and two hosts."""
     answers = gather((socket.gethostname(), value))
-    for number, (host, found) in enumerate(answers):
-        if found != answers[0][1]:
+    for number, (host, other) in enumerate(answers):
+        if other != answers[0][1]:
             error = ValueError(
-                f"{what} differ between ranks: {answers[0][1]} on rank 0 ({answers[0][0]}), {found} on rank {number} "
+                f"{what} differ between ranks: {answers[0][1]} on rank 0 ({answers[0][0]}), {other} on rank {number} "
                 f"({host}); all machines of the job must have the same files"
             )
-            raise told_by(0, error)
+            raise raised_on(0, error)
 
 
 def check_shared(folder: Path, key: str) -> None:
@@ -112,9 +112,9 @@ def check_shared(folder: Path, key: str) -> None:
     token = folder / from_rank_0(lambda: f".shared-{secrets.token_hex(8)}")
     from_rank_0(token.touch)
     deadline = time.monotonic() + SHARED_SECONDS
-    while not (seen := token.exists()) and time.monotonic() < deadline:
+    while not (is_visible := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    answers = gather((socket.gethostname(), seen))
+    answers = gather((socket.gethostname(), is_visible))
     if rank() == 0:
         token.unlink()
     blind = sorted({host for host, sees in answers if not sees})
@@ -123,7 +123,7 @@ def check_shared(folder: Path, key: str) -> None:
             f"{key}: {folder.resolve()} of rank 0 on {answers[0][0]} is not visible on {', '.join(blind[:8])}; "
             "use a file system that all machines of the job share"
         )
-        raise told_by(0, error)
+        raise raised_on(0, error)
 
 
 def shut_down() -> None:

@@ -28,7 +28,7 @@ from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
 from vtprune_train.training.engine.settings import engine_config, zero_stage
-from vtprune_train.training.loop.callbacks.build import chosen_callbacks
+from vtprune_train.training.loop.callbacks.build import callbacks_of
 from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.sample import sample_lines
 from vtprune_train.training.loop.settings import with_saved_settings
@@ -50,7 +50,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     config = with_saved_settings(config)
     settings = engine_config(config)
     check_trackers(config)
-    chosen_callbacks(config)
+    callbacks_of(config)
     check_run_dir(config.run_dir)
     get_template(config.data.template)
     data = _data(config, needs_data)

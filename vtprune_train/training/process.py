@@ -70,7 +70,7 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> int:
         except ValueError as error:
             log.debug("traceback", exc_info=True)
             what = "the settings are wrong" if isinstance(error, ConfigError) else "cannot train"
-            watchdog.fail(error, EXIT_REFUSED, final=True, shown=refusal(what, error))
+            watchdog.fail(error, EXIT_REFUSED, final=True, message=refusal(what, error))
         settings = config.train
         if config.data.workers:
             wait_for_server()
@@ -104,36 +104,36 @@ def _join(config: Config) -> torch.device:
 def set_allocator() -> None:
     """Enable expandable segments in the CUDA allocator unless configured by the environment: micro-batch shapes always
     differ, which fragments fixed-size segments. PyTorch reads the variable when it first allocates on a GPU."""
-    chosen = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
-    if not chosen:
+    variables = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
+    if not variables:
         os.environ[ALLOCATOR_VARIABLES[0]] = GROWING_SEGMENTS
-        chosen = [f"{ALLOCATOR_VARIABLES[0]}={GROWING_SEGMENTS} (set the variable yourself to override)"]
+        variables = [f"{ALLOCATOR_VARIABLES[0]}={GROWING_SEGMENTS} (set the variable yourself to override)"]
     if torch.cuda.is_available():
-        log.info("CUDA allocator: %s", ", ".join(chosen))
+        log.info("CUDA allocator: %s", ", ".join(variables))
 
 
 def _stop_before_training(watchdog: Watchdog, number: int) -> NoReturn:
-    shown = f"{signal.Signals(number).name} {BEFORE_TRAINING}"
-    watchdog.fail(StopRequestError(shown), exit_code(number), final=True, shown=shown, terminated=True)
+    message = f"{signal.Signals(number).name} {BEFORE_TRAINING}"
+    watchdog.fail(StopRequestError(message), exit_code(number), final=True, message=message, terminated=True)
 
 
 def _give_up(watchdog: Watchdog, error: Exception) -> NoReturn:
     if isinstance(error, TrainingError):  # the same on all ranks; a restart would fail in the same way
-        ranks.told_by(0, error)
-        watchdog.fail(error, EXIT_STOPPED, final=True, shown=refusal("training stopped", error))
+        ranks.raised_on(0, error)
+        watchdog.fail(error, EXIT_STOPPED, final=True, message=refusal("training stopped", error))
     place = f"rank {ranks.rank()} on {socket.gethostname()} failed ({watchdog.place().where}):"
-    watchdog.fail(error, 1, final=False, shown=f"{place}\n{''.join(traceback.format_exception(error)).rstrip()}")
+    watchdog.fail(error, 1, final=False, message=f"{place}\n{''.join(traceback.format_exception(error)).rstrip()}")
 
 
-def _note_restarts(wanted: int) -> None:
+def _note_restarts(max_restarts: int) -> None:
     """Log the restart count, and warn if ``train.max_restarts`` cannot be honored (only the launcher can restart
     ranks)."""
     done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if done:
         log.warning("restart %d of at most %d after a failure", done, most)
-    if wanted and wanted != most:
+    if max_restarts and max_restarts != most:
         log.warning(
             "train.max_restarts=%d has no effect: the launcher restarts the ranks %d times. Start with "
             "`vtprune launch`, or with torchrun --max_restarts %d",
-            wanted, most, wanted,
+            max_restarts, most, max_restarts,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from tests.support.runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.config.settings import Config, ConfigError
 from vtprune_train.training import Callback
-from vtprune_train.training.loop.callbacks.build import build_callbacks, chosen_callbacks
+from vtprune_train.training.loop.callbacks.build import build_callbacks, callbacks_of
 from vtprune_train.training.loop.callbacks.garbage_collection import GarbageCollection
 from vtprune_train.training.loop.hooks import Hooks
 from vtprune_train.training.loop.trackers import Trackers
@@ -115,7 +115,7 @@ def test_the_order_is_the_shipped_ones_then_the_users():
     ]
     settings = config(*given)
     more = Callback()
-    made = build_callbacks(settings, Trackers(settings), chosen_callbacks(settings), [more])
+    made = build_callbacks(settings, Trackers(settings), callbacks_of(settings), [more])
     assert [type(callback).__name__ for callback in made] == [
         "Unreadable", "Metrics", "Evaluation", "Tracking", "Plot", "Spikes", "Progress", "Callback", "Profiler",
         "GarbageCollection", "FailsOnError", "Skips",
@@ -125,10 +125,10 @@ def test_the_order_is_the_shipped_ones_then_the_users():
 WRONG = [
     ("profilr", "callbacks.0: 'profilr' is not a callback; did you mean profiler?"),
     ({"steps": [1, 2]}, "callbacks.0={'steps': [1, 2]}: class is missing"),
-    ({"class": "profiler", "steps": [5, 2]}, "callbacks.0: profiler cannot be made: steps=[5, 2] is not the first"),
+    ({"class": "profiler", "steps": [5, 2]}, "callbacks.0: profiler cannot be created: steps=[5, 2] is not the first"),
     (
         {"class": "profiler"},
-        "callbacks.0: profiler cannot be made: Profiler.__init__() missing 1 required positional argument: 'steps'",
+        "callbacks.0: profiler cannot be created: Profiler.__init__() missing 1 required positional argument: 'steps'",
     ),
     ({"class": "garbage_collection", "evry": 2}, "no argument 'evry'; did you mean every?"),
     ({"class": f"{OUTSIDE}:Skips", "x": 2}, "Skips has no argument 'x'; it takes none"),
@@ -141,7 +141,7 @@ WRONG = [
 @pytest.mark.parametrize("entry, message", WRONG, ids=lambda value: str(value)[:30])
 def test_a_wrong_entry_is_refused_before_training(entry, message):
     with pytest.raises(ConfigError) as caught:
-        chosen_callbacks(config(entry))
+        callbacks_of(config(entry))
     assert message in str(caught.value)
 
 

@@ -85,10 +85,10 @@ class Watch:
         tensor = tensor.detach()  # must not be recorded by autograd
         if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
             return
-        seen = self.micro_batches[-1]
-        count = seen["non_finite"][kind] = seen["non_finite"].get(kind, 0) + 1
+        micro_batch = self.micro_batches[-1]
+        count = micro_batch["non_finite"][kind] = micro_batch["non_finite"].get(kind, 0) + 1
         if count <= SHOWN:
-            seen["tensors"].append({"kind": kind, "name": name, **statistics(tensor)})
+            micro_batch["tensors"].append({"kind": kind, "name": name, **statistics(tensor)})
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

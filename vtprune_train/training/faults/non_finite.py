@@ -87,13 +87,13 @@ def _examine(trainer: Trainer, plan: StepPlan, batches: Sequence[PackedBatch], s
     module = trainer.engine.module
     with Watch(module) as watch:
         trainer.repeat(plan, batches, supervised)
-    own = {
+    report_of_rank = {
         "rank": ranks.rank(),
         "losses": losses,
         "parameters": non_finite_parameters(module),
         "micro_batches": watch.micro_batches,
     }
-    reports = ranks.gather(own)
+    reports = ranks.gather(report_of_rank)
     path = trainer.config.run_dir / "non_finite" / f"step_{plan.step + 1:08d}.json"
     report = {"step": plan.step + 1, "what": what, "fault": first_fault(reports), "ranks": reports}
     return f"{report['fault']}\n{ranks.from_rank_0(lambda: write_report(path, report))}"

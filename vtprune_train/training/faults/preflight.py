@@ -36,7 +36,7 @@ class MemoryShortageError(ValueError):
     """The worst micro-batch does not fit into this rank's memory. The state of the other ranks is unknown."""
 
 
-def wanted(config: Config, device: torch.device) -> bool:
+def needs_preflight(config: Config, device: torch.device) -> bool:
     """Whether to run the preflight check; ``auto`` enables it on GPUs. (Running out of host memory kills the process
     without an exception.)"""
     return config.train.preflight == "always" or (config.train.preflight == "auto" and device.type == "cuda")
@@ -124,13 +124,13 @@ def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
         samples = np.concatenate([np.union1d(*near.values()), piece])
         lengths = index.lengths(samples)
         near = {name: samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)] for name in near}
-    found = []
+    selections: list[list[int]] = []
     for name, samples in near.items():
         lengths = index.lengths(samples)
         weight = getattr(lengths, name)
         if weight.any():
-            found.append(sorted(samples[heaviest(lengths.tokens, weight, limit, most)].tolist()))
-    return [samples for number, samples in enumerate(found) if samples not in found[:number]]
+            selections.append(sorted(samples[heaviest(lengths.tokens, weight, limit, most)].tolist()))
+    return [samples for number, samples in enumerate(selections) if samples not in selections[:number]]
 
 
 def foremost(weight: np.ndarray, tokens: np.ndarray, number: int) -> np.ndarray:
@@ -146,13 +146,13 @@ def heaviest(tokens: np.ndarray, weight: np.ndarray, max_tokens: int, most: int)
     result."""
 
     def fill(key: np.ndarray) -> list[int]:
-        chosen: list[int] = []
+        selected: list[int] = []
         room = max_tokens
         for sample in np.argsort(-key, kind="stable").tolist():
-            if tokens[sample] <= room and len(chosen) < most:
-                chosen.append(sample)
+            if tokens[sample] <= room and len(selected) < most:
+                selected.append(sample)
                 room -= int(tokens[sample])
-        return sorted(chosen)
+        return sorted(selected)
 
     return max((fill(weight), fill(weight / np.maximum(tokens, 1))), key=lambda samples: int(weight[samples].sum()))
 

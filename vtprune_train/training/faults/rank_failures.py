@@ -46,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that raised ``error``, or died without one (``None``). ``told_by``: the rank where the error originated,
+    """A rank that raised ``error``, or died without one (``None``). ``raised_on``: the rank where the error originated,
     if it was propagated from there."""
 
     rank: int
@@ -57,13 +57,13 @@ class Failure:
     final: bool = False
     in_collective: bool = False
     terminated: bool = False
-    told_by: int | None = None
+    raised_on: int | None = None
 
     @property
     def is_consequence(self) -> bool:
         """Whether the failure was caused by another rank: a broken collective, SIGTERM from the launcher, or a
         propagated error."""
-        return self.in_collective or self.terminated or self.told_by is not None
+        return self.in_collective or self.terminated or self.raised_on is not None
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def reason_of_failures(failures: Sequence[Failure]) -> EndReason:
     rank wins."""
 
     def order(failure: Failure) -> tuple[int, int]:
-        if failure.told_by is not None:
+        if failure.raised_on is not None:
             return 1, failure.rank
         if failure.is_consequence:
             return 3, failure.rank
         return (2 if failure.error is None else 0), 0
 
     first = min(failures, key=order)
-    name = f"rank {first.rank} on {first.host}" if first.told_by is None else f"rank {first.told_by}"
+    name = f"rank {first.rank} on {first.host}" if first.raised_on is None else f"rank {first.raised_on}"
     if first.error is None:
         text = f"{name} died without an error (killed? out of host memory?)"
     else:
@@ -115,8 +115,8 @@ def reason_of_stall(places: Mapping[int, Place], hosts: Mapping[int, str], calle
         notes = [f"rank {rank} on {hosts[rank]}: {_described(places[rank])}" for rank in late]
     others = [rank for rank in sorted(places) if rank not in late]
     waited = places[caller].seconds if caller in places else 0.0
-    shown = "; ".join(notes[:4]) + (f"; and {len(notes) - 4} more" if len(notes) > 4 else "")
-    text = f"no progress for {waited:.0f} s. {shown}."
+    first_notes = "; ".join(notes[:4]) + (f"; and {len(notes) - 4} more" if len(notes) > 4 else "")
+    text = f"no progress for {waited:.0f} s. {first_notes}."
     if others:
         text += f" {len(others)} other rank(s) are waiting, such as rank {others[0]}: {_described(places[others[0]])}."
     return EndReason(tuple(late), text, EXIT_HUNG, hung=True)
@@ -165,7 +165,7 @@ class JsonConnection:
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         try:
             return [json.loads(line) for line in lines]
-        except ValueError:  # not one of ours
+        except ValueError:  # not a client of this protocol
             self.open = False
             return []
 
@@ -268,8 +268,8 @@ class Hub:
 
     def _admit(self, member: _Member, message: Any) -> None:
         """Accept a connection with the right token; reject all others."""
-        given = message.get("token") if isinstance(message, dict) else None
-        if not isinstance(given, str) or not secrets.compare_digest(given.encode(), self.token.encode()):
+        token = message.get("token") if isinstance(message, dict) else None
+        if not isinstance(token, str) or not secrets.compare_digest(token.encode(), self.token.encode()):
             member.link.open = False
             return
         member.rank, member.host = message["rank"], message["host"]
@@ -331,7 +331,7 @@ class RankConnection:
         os.register_at_fork(after_in_child=self._leave_in_child)
 
     def poll(self, seconds: float) -> list[dict[str, Any]]:
-        """Messages that arrive within ``seconds``; ``gone`` if the hub is."""
+        """Messages that arrive within ``seconds``; the last one is ``gone`` if the hub has exited."""
         self.link.socket.settimeout(seconds)
         messages = self.link.receive()
         return messages if self.link.open else [*messages, {"kind": "gone"}]
@@ -391,13 +391,13 @@ def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> JsonCon
 def _own_addresses() -> list[str]:
     """Candidate addresses of this machine, most likely first."""
     master = os.environ["MASTER_ADDR"]
-    found = []
+    addresses = []
     for family, kind, protocol, _, address in socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM):
         with socket.socket(family, kind, protocol) as probe:
             try:
                 probe.connect(address)  # sends nothing: the kernel only chooses the interface that leads there
             except OSError:
                 continue
-            found.append(probe.getsockname()[0])
-    local = [address for address in found if address.startswith("127.") or address == "::1"]
-    return list(dict.fromkeys([a for a in found if a not in local] + [master, socket.gethostname(), *local]))
+            addresses.append(probe.getsockname()[0])
+    local = [address for address in addresses if address.startswith("127.") or address == "::1"]
+    return list(dict.fromkeys([a for a in addresses if a not in local] + [master, socket.gethostname(), *local]))

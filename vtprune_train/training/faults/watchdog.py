@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5
 REASON_SECONDS = 60.0  # longer than the hub ever needs; no reply means rank 0 is stopped
 CAUSE_SECONDS = 10.0  # grace period for the failed rank to report its error and exit
 LINGER_SECONDS = 2.0  # before the other ranks exit: launchers poll once per second and report the first exit
-ORPHAN_SECONDS = 600.0  # without train.watchdog_timeout, once the launcher is gone
+ORPHAN_SECONDS = 600.0  # without train.watchdog_timeout, once the launcher has exited
 COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 
 
@@ -86,30 +86,30 @@ class Watchdog:
             if not Path(self._file.name).stat().st_size:
                 Path(self._file.name).unlink()
 
-    def fail(self, error: BaseException, code: int, *, final: bool, shown: str, terminated: bool = False) -> NoReturn:
-        """Terminate this rank and the job because of ``error``; print ``shown`` if this rank is the root cause.
+    def fail(self, error: BaseException, code: int, *, final: bool, message: str, terminated: bool = False) -> NoReturn:
+        """Terminate this rank and the job because of ``error``; print ``message`` if this rank is the root cause.
 
         ``code``: exit code of all ranks. ``final``: a restart would fail in the same way. ``terminated``: the cause is
         SIGTERM, which launchers also send when another rank failed.
         """
         STOP.end()  # launchers send SIGTERM as soon as one rank exits
-        message = _first_lines(f"{type(error).__name__}: {error}")
+        summary = _first_lines(f"{type(error).__name__}: {error}")
         inside = _in_collective(error)
-        told_by = getattr(error, "told_by", None)
+        raised_on = getattr(error, "raised_on", None)
         self.connection.link.send(
-            "failed", error=message, where=self.place().where, code=code, final=final, in_collective=inside,
-            terminated=terminated, told_by=told_by,
+            "failed", error=summary, where=self.place().where, code=code, final=final, in_collective=inside,
+            terminated=terminated, raised_on=raised_on,
         )  # fmt: skip
         self._reason_known.wait(REASON_SECONDS)
-        reason = self._reason or EndReason((ranks.rank(),), message, code, final)
+        reason = self._reason or EndReason((ranks.rank(),), summary, code, final)
         if ranks.rank() not in reason.failed_ranks:
             self._others_may_end.wait(CAUSE_SECONDS + LINGER_SECONDS)
         with self._ending:
             if ranks.rank() in reason.failed_ranks and not reason.hung:
-                _write_error_file(shown)
-                _print(shown)
-            elif not reason.text.endswith(message):  # ranks may raise the same error; it is shown once
-                self._report(reason, broken=shown if inside else "")
+                _write_error_file(message)
+                _print(message)
+            elif not reason.text.endswith(summary):  # ranks may raise the same error; print it once
+                self._report(reason, broken=message if inside else "")
             end(reason.code, reason.final)
 
     def place(self) -> Place:

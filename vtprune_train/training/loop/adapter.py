@@ -128,18 +128,20 @@ def _extra(config: Config, model: HFModule, names: dict[str, str]) -> dict[str, 
     before = _adapter_before(config)
     if before is None:
         return extra_tensors(model, config.model)
-    trained_now = {name for part, found in parts_of(model).items() if part in config.model.train for name, _ in found}
+    trained_now = {
+        name for part, parameters in parts_of(model).items() if part in config.model.train for name, _ in parameters
+    }
     inherited = load_tensors(before / EXTRA, names) | load_tensors(before / TRAINED, names)
     return {name: tensor for name, tensor in inherited.items() if name not in trained_now}
 
 
 def _compare(saved: Base, now: Base, run_dir: Path) -> None:
     for key, recorded in saved.sha256.items():
-        found = now.sha256.get(key)
-        if found != recorded:
+        current = now.sha256.get(key)
+        if current != recorded:
             raise ValueError(
                 f"{run_dir} trains an adapter on {saved.model[key]} with SHA-256 {recorded}, but model.{key} is "
-                f"{now.model.get(key)} with SHA-256 {found} now; restore the original, or start a new run: "
+                f"{now.model.get(key)} with SHA-256 {current} now; restore the original, or start a new run: "
                 "run.name=NEW"
             )
 

@@ -30,7 +30,7 @@ def evaluate(
     workers: int,
     mark: Callable[[str], None],
     worker_timeout: float | None = None,
-    shuffle_pictures: bool = False,
+    shuffle_images: bool = False,
 ) -> dict[str, float]:
     """Evaluate on all samples of ``collate.index``; all ranks call this together.
 
@@ -39,14 +39,14 @@ def evaluate(
         max_tokens: maximum number of tokens per batch, before dropping.
         mark: watchdog callback, called for every batch.
         worker_timeout: seconds after which a decode process counts as hung.
-        shuffle_pictures: pair each sample with another sample's images, to measure how well the model does without the
+        shuffle_images: pair each sample with another sample's images, to measure how well the model does without the
             right image.
 
     Returns:
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
         number of samples skipped because an image could not be read.
     """
-    pictures_of = exchange_pictures(collate) if shuffle_pictures else None
+    pictures_of = exchange_images(collate) if shuffle_images else None
     loader = _loader(
         collate, max_tokens, device=device, workers=workers, timeout=worker_timeout, pictures_of=pictures_of
     )
@@ -107,7 +107,7 @@ def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
     return StepLoader(collate, planner, first_step=0, end_step=planner.steps_per_epoch, rank=ranks.rank(), **loading)
 
 
-def exchange_pictures(collate: Collator) -> Sequence[int]:
+def exchange_images(collate: Collator) -> Sequence[int]:
     """Map each sample to a different one with the same number of images, using a fixed derangement (if there are at
     least two)."""
     index = collate.index

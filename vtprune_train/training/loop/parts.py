@@ -70,8 +70,8 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
     if config.model.config is None:
         return load()
     with locked(config.run_dir / "tokenizer.lock"):
-        if folder.exists() and (what := _tokenizer_damage(folder)):
-            log.warning("the tokenizer in %s is damaged (%s); training it again", folder, what)
+        if folder.exists() and (damaged := _tokenizer_damage(folder)):
+            log.warning("the tokenizer in %s is damaged (%s); training it again", folder, damaged)
             remove(folder)
         tokenizer = load()
         if not folder.is_dir():

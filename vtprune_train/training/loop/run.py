@@ -32,12 +32,11 @@ from vtprune_train.training.checkpoint.resume import resume
 from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
 from vtprune_train.training.engine.sharded import placement_for
 from vtprune_train.training.engine.start import build_optimizer, check_engine, start_engine
-from vtprune_train.training.faults.preflight import preflight
-from vtprune_train.training.faults.preflight import wanted as preflight_wanted
+from vtprune_train.training.faults.preflight import needs_preflight, preflight
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.adapter import attach_adapter, check_adapter
 from vtprune_train.training.loop.callback import Callback
-from vtprune_train.training.loop.callbacks.build import build_callbacks, chosen_callbacks
+from vtprune_train.training.loop.callbacks.build import build_callbacks, callbacks_of
 from vtprune_train.training.loop.data import build_collator, build_planner
 from vtprune_train.training.loop.parts import Parts, build_parts, training_cost
 from vtprune_train.training.loop.sample import first_sample
@@ -63,7 +62,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     check_paths(config)
     check_engine(config, settings, device)
     check_trackers(config)
-    chosen = chosen_callbacks(config)
+    configured = callbacks_of(config)
     if ranks.rank() == 0:
         for line in without_effect(config):
             log.warning("%s", line)
@@ -108,13 +107,13 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
         planner=build_planner(config, collate, ranks.world_size()),
         processor=parts.processor,
         checkpoints=checkpoints,
-        callbacks=build_callbacks(config, trackers, chosen, callbacks),
+        callbacks=build_callbacks(config, trackers, configured, callbacks),
         trackers=trackers,
         device=device,
         state=state,
         watchdog=watchdog,
     )
-    if preflight_wanted(config, device):
+    if needs_preflight(config, device):
         preflight(trainer)
     return trainer
 

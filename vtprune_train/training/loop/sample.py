@@ -50,10 +50,10 @@ def first_sample(collate: Collator) -> str:
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     """Like first_sample, plus template mismatches, but before anything is built; requires data and tokenizer to be
     available locally. Raises ``ValueError`` if template and tokenizer are incompatible."""
-    found = next(_readable(config), None)
-    if found is None:
+    readable = next(_readable(config), None)
+    if readable is None:
         return ["sample        not shown: no record with readable images found"]
-    record, sizes = found
+    record, sizes = readable
     template = template_of(config.data)
     texts = [text for text, _ in template.pieces(record.turns)]
     try:
@@ -88,5 +88,5 @@ def _described(encoder: ChatEncoder, layout: ImageLayout, record: Conversation, 
     image_tokens = layout.tokens(sizes) if sizes else []
     tokens = len(chat.input_ids) - len(image_tokens) + sum(image_tokens)
     supervised = int((chat.labels >= 0).sum())
-    shown = shown_sample(encoder, chat, image_tokens)
-    return f"{title} {record.id}: {tokens} tokens, {supervised} supervised (between [[ and ]]):\n{shown}"
+    text = shown_sample(encoder, chat, image_tokens)
+    return f"{title} {record.id}: {tokens} tokens, {supervised} supervised (between [[ and ]]):\n{text}"

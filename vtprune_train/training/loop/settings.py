@@ -25,8 +25,8 @@ def with_saved_settings(config: Config) -> Config:
         update={"path": resolve_checkpoint(source), "config": None, "language_model": None, "vision_tower": None,
                 "projector": None, "tokenizer": None}
     )  # fmt: skip
-    asked = config.pruning.method if "method" in config.pruning.model_fields_set else None
-    pruning = merge_pruning(config.pruning, saved_pruning(source, asked))
+    method = config.pruning.method if "method" in config.pruning.model_fields_set else None
+    pruning = merge_pruning(config.pruning, saved_pruning(source, method))
     return with_pruning_rate(config.model_copy(update={"model": model, "pruning": pruning}))
 
 

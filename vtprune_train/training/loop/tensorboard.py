@@ -37,7 +37,7 @@ def continue_after(step: int, writer: Any, events: list[Scalar]) -> None:
 
 
 def hide_from(writer: Any, step: int) -> None:
-    """Make TensorBoard hide what was written before of ``step`` and later steps."""
+    """Make TensorBoard hide everything written so far for ``step`` and later steps."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     for _ in range(2):  # TensorBoard takes the first one it meets for the start of the run: it hides nothing
@@ -49,12 +49,12 @@ def steps_lacking(events: list[Scalar], shown: dict[int, dict[str, float]]) -> l
     """Steps of ``events`` that TensorBoard does not show completely and with the same float32 values, in order."""
     with np.errstate(over="ignore"):
         values = np.array([value for _, value, _ in events], np.float64).astype(np.float32).tolist()
-    lacking = set()
+    incomplete = set()
     for (tag, _, step), value in zip(events, values, strict=True):
-        found = shown.get(step, {}).get(tag)
-        if found != value and (found is None or found == found or value == value):  # NaN is shown as NaN
-            lacking.add(step)
-    return sorted(lacking)
+        in_file = shown.get(step, {}).get(tag)
+        if in_file != value and (in_file is None or in_file == in_file or value == value):  # NaN is shown as NaN
+            incomplete.add(step)
+    return sorted(incomplete)
 
 
 def scalars_shown(folder: Path) -> dict[int, dict[str, float]]:

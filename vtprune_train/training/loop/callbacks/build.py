@@ -26,10 +26,10 @@ OPTIONAL: dict[str, type[Callback]] = {"profiler": Profiler, "garbage_collection
 
 
 def build_callbacks(
-    config: Config, trackers: Trackers, chosen: Sequence[Callback], more: Sequence[Callback] = ()
+    config: Config, trackers: Trackers, configured: Sequence[Callback], more: Sequence[Callback] = ()
 ) -> list[Callback]:
-    """All callbacks of a run in order: those that every run has, ``more``, and ``chosen`` (see
-    :func:`chosen_callbacks`)."""
+    """All callbacks of a run in order: those that every run has, ``more``, and ``configured`` (see
+    :func:`callbacks_of`)."""
     run_dir, train = config.run_dir, config.train
     spikes = LineFile(JsonLines(run_dir / "spikes.jsonl"))
     if train.spike_threshold is not None:
@@ -43,18 +43,18 @@ def build_callbacks(
         spikes,
         Progress(),
     ]
-    return [*shipped, *more, *chosen]
+    return [*shipped, *more, *configured]
 
 
-def chosen_callbacks(config: Config) -> list[Callback]:
+def callbacks_of(config: Config) -> list[Callback]:
     """The callbacks of the ``callbacks`` setting: shipped ones first, then the others as listed.
 
     Raises:
         ConfigError: an entry names no callback, or its arguments are wrong; names the entry.
     """
-    made = [_make(entry, f"callbacks.{number}") for number, entry in enumerate(config.callbacks)]
-    order = [*OPTIONAL.values()]
-    return sorted(made, key=lambda callback: order.index(type(callback)) if type(callback) in order else len(order))
+    callbacks = [_make(entry, f"callbacks.{number}") for number, entry in enumerate(config.callbacks)]
+    shipped = [callback for cls in OPTIONAL.values() for callback in callbacks if type(callback) is cls]
+    return [*shipped, *(callback for callback in callbacks if callback not in shipped)]
 
 
 def _make(entry: str | dict[str, Any], key: str) -> Callback:
@@ -81,4 +81,4 @@ def _make(entry: str | dict[str, Any], key: str) -> Callback:
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} cannot be made: {error}") from error
+        raise ConfigError(f"{key}: {path} cannot be created: {error}") from error

@@ -43,7 +43,7 @@ class Evaluation(LineFile):
         )  # fmt: skip
         result = run()
         if trainer.config.train.eval_shuffled:
-            result["exact_match_shuffled"] = run(shuffle_pictures=True)["exact_match"]
+            result["exact_match_shuffled"] = run(shuffle_images=True)["exact_match"]
         self._last_step = trainer.state.step
         line = {"step": trainer.state.step, **result, "seconds": time.perf_counter() - began}
         if ranks.rank() == 0:

@@ -27,8 +27,8 @@ class Plot(Callback):
         if ranks.rank() == 0:
             path = self.run_dir / "loss.png"
             with only_warning(path):
-                lines = [JsonLines(self.run_dir / name).read() for name in ("metrics.jsonl", "eval.jsonl")]
-                plot_training(*lines, path)
+                metrics = JsonLines(self.run_dir / "metrics.jsonl").read()
+                plot_training(metrics, JsonLines(self.run_dir / "eval.jsonl").read(), path)
 
 
 def plot_training(metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:

@@ -31,7 +31,11 @@ class Profiler(Callback):
         if not two or not 1 <= steps[0] <= steps[1]:
             raise ValueError(f"steps={steps!r} is not the first and the last step to trace, for example [10, 12]")
         self.first, self.last = steps
-        self.options = {"record_shapes": record_shapes, "profile_memory": profile_memory, "with_stack": with_stack}
+        self.options: dict[str, Any] = {
+            "record_shapes": record_shapes,
+            "profile_memory": profile_memory,
+            "with_stack": with_stack,
+        }
         self._profile: Any = None
 
     def on_start(self, trainer: Trainer) -> None:

@@ -34,10 +34,10 @@ class Progress(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         self._began, self._first_step = time.monotonic(), trainer.state.step
-        self._last_line = self._began - LINE_SECONDS  # the first step is shown at once
+        self._last_line = self._began - LINE_SECONDS  # the first step is logged at once
         if ranks.rank():
             return
-        tell_start(trainer)
+        log_start(trainer)
         if sys.stderr.isatty():
             bar = tqdm(total=trainer.total_steps, initial=trainer.state.step, desc="train", mininterval=1.0)
             self._bar = self._open.enter_context(bar)
@@ -46,14 +46,14 @@ class Progress(Callback):
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         if ranks.rank():
             return
-        shown = step_numbers(trainer, metrics)
+        numbers = step_numbers(trainer, metrics)
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
+            self._bar.set_postfix(numbers, refresh=False)
             self._bar.update()
         elif time.monotonic() - self._last_line >= LINE_SECONDS or metrics["step"] == trainer.end_step:
             self._last_line = time.monotonic()
-            numbers = ", ".join(f"{name} {value}" for name, value in shown.items())
-            log.info("step %d of %d: %s%s", metrics["step"], trainer.total_steps, numbers, self._left(trainer))
+            text = ", ".join(f"{name} {value}" for name, value in numbers.items())
+            log.info("step %d of %d: %s%s", metrics["step"], trainer.total_steps, text, self._left(trainer))
 
     def on_end(self, trainer: Trainer, finished: bool) -> None:
         self._open.close()
@@ -72,7 +72,7 @@ class Progress(Callback):
         return f", about {duration((time.monotonic() - self._began) / done * left)} left"
 
 
-def tell_start(trainer: Trainer) -> None:
+def log_start(trainer: Trainer) -> None:
     """Log where training begins, what it trains on and how."""
     config, phases, step = trainer.config, trainer.collate.phases, trainer.state.step
     if step >= trainer.end_step:
@@ -106,10 +106,10 @@ def where(trainer: Trainer) -> str:
 def step_numbers(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, str]:
     """The numbers of a step that the console shows."""
     loss = str(metrics["skipped"]) if metrics["loss"] is None else f"{metrics['loss']:.3f}"
-    shown = {"loss": loss, "tokens/s": f"{metrics['tokens_per_second']:,.0f}"}
+    numbers = {"loss": loss, "tokens/s": f"{metrics['tokens_per_second']:,.0f}"}
     if trainer.collate.phases is not None and trainer.collate.phases.vary:
-        shown["keep"] = "/".join(f"{share:.3g}" for share in metrics["keep"])
-    return shown
+        numbers["keep"] = "/".join(f"{share:.3g}" for share in metrics["keep"])
+    return numbers
 
 
 def end_lines(trainer: Trainer, finished: bool, steps: int, seconds: float) -> list[str]:
@@ -122,11 +122,11 @@ def end_lines(trainer: Trainer, finished: bool, steps: int, seconds: float) -> l
     if not finished:
         return [f"run.stop_after={config.run.stop_after}: {saved}; the same command without it continues from there"]
     model, out = shlex.quote(str(config.run_dir)), shlex.quote(f"{config.run_dir}-export")
-    asked = out if config.train.export == "never" else model
+    generating = out if config.train.export == "never" else model
     return [
         f"done: {steps} steps in {duration(seconds)}; the run is in {config.run_dir}",
         f"export the model: vtprune export --model {model} --out {out}",
-        f'ask it something: vtprune generate --model {asked} --image FILE --prompt "..."',
+        f'generate an answer: vtprune generate --model {generating} --image FILE --prompt "..."',
     ]
 
 

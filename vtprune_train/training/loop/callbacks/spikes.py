@@ -32,13 +32,13 @@ def z_score(loss: float, recent: list[float]) -> float:
 
 def sample_losses(trainer: Trainer) -> list[dict[str, Any]]:
     """This rank's samples of the last step with their mean token loss, sorted descending."""
-    found: list[dict[str, Any]] = []
+    losses: list[dict[str, Any]] = []
     for batch, row_loss in zip(trainer.batches, trainer.row_losses, strict=True):
         parts = torch.split(row_loss.cpu(), list(batch.targets_per_sample))
         for sample, part in zip(batch.sample_ids, parts, strict=True):
             if len(part):
-                found.append({"id": sample, "loss": float(part.mean()), "tokens": len(part)})
-    return sorted(found, key=lambda entry: -entry["loss"])[:SAMPLES]
+                losses.append({"id": sample, "loss": float(part.mean()), "tokens": len(part)})
+    return sorted(losses, key=lambda entry: -entry["loss"])[:SAMPLES]
 
 
 class Spikes(LineFile):
@@ -59,7 +59,7 @@ class Spikes(LineFile):
 
         def known() -> list[float]:
             lines = [line for line in self.metrics.read() if line["step"] <= trainer.state.step]
-            losses = [line.get("loss") for line in lines]  # a line that no checkpoint holds may have lost its own
+            losses = [line.get("loss") for line in lines]  # lines without a copy in a checkpoint may be damaged
             return [loss for loss in losses if isinstance(loss, float)][-(self.recent.maxlen or 0) :]
 
         self.recent.extend(ranks.from_rank_0(known))
@@ -71,9 +71,9 @@ class Spikes(LineFile):
         score = z_score(loss, list(self.recent)) if len(self.recent) >= HISTORY else 0.0
         self.recent.append(loss)
         if score > self.threshold:  # same decision on all ranks, since they have the same losses
-            self._tell(trainer, record["step"], loss, score)
+            self._report(trainer, record["step"], loss, score)
 
-    def _tell(self, trainer: Trainer, step: int, loss: float, score: float) -> None:
+    def _report(self, trainer: Trainer, step: int, loss: float, score: float) -> None:
         worst = [entry for part in ranks.gather(sample_losses(trainer)) for entry in part]
         worst = sorted(worst, key=lambda entry: -entry["loss"])[:SAMPLES]
         if ranks.rank():
