@@ -40,7 +40,8 @@ def start(run_dir: Path, overrides: list[str], ranks: int, threads: int | None =
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    launcher += ["--num_gpus", str(ranks), "--master_port", str(port)]
     settings = [f"run.output_dir={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
     command = [*launcher, "train.py", "--config", CONFIG, *settings]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
