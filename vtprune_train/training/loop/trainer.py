@@ -78,6 +78,7 @@ class Trainer:
             return self._fit()
         except Exception as error:
             self._hooks.call_on_error(self, error)
+            self.trackers.finish(failed=True)
             raise
         finally:
             self.checkpoints.settle()
@@ -104,6 +105,7 @@ class Trainer:
         self.watchdog.mark("at the end")
         self.stop_code = self.stop_code or self._stop_code()
         self.call("on_end", self.state.step >= self.total_steps and not self.stop_code)
+        self.trackers.finish()
         return self.stop_code or self._stop_code()
 
     def _steps(self, feed: Iterator[Fetched]) -> int:

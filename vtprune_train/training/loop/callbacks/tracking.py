@@ -1,4 +1,4 @@
-"""The numbers of ``metrics.jsonl`` and ``eval.jsonl`` for trackers."""
+"""Sends the numbers of ``metrics.jsonl`` and ``eval.jsonl`` to trackers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vtprune_train.training.loop.trackers import Trackers
 class Tracking(Callback):
     """Sends every number of each step and evaluation to the trackers.
 
-    On resume TensorBoard hides the steps after the checkpoint, and what its files lack or show wrongly is written
-    again. Weights & Biases continues the same run.
+    On resume, TensorBoard hides the steps after the checkpoint, and missing or wrong scalars are written again; Weights &
+    Biases continues the same run.
     """
 
     name = "tracking"
@@ -41,15 +41,9 @@ class Tracking(Callback):
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self.trackers.log(eval_numbers(metrics), metrics["step"])
 
-    def on_end(self, trainer: Trainer, finished: bool) -> None:
-        self.trackers.finish()
-
-    def on_error(self, trainer: Trainer, error: Exception) -> None:
-        self.trackers.finish(failed=True)
-
 
 def recorded_scalars(run_dir: Path) -> list[Scalar]:
-    """What trackers were sent of a run so far, by its files."""
+    """All scalars that were sent to trackers so far, from the files of the run."""
     scalars: list[Scalar] = []
     for file, numbers in (("metrics.jsonl", train_numbers), ("eval.jsonl", eval_numbers)):
         for line in JsonLines(run_dir / file).read():
