@@ -84,7 +84,7 @@ def test_skip(runs):
     skipping = ("train.on_non_finite=skip", "data.unsupervised=skip", "train.preflight=always")
     done = runs.run("skipped", *settings, *skipping, **faults(nan_gradient=3, nothing_to_learn=1))
     assert "skipping step 4 (2 skipped so far): the gradient's norm is nan" in done.stderr
-    assert "gradient model.language_model.norm.weight has 32 NaN" in done.stderr
+    assert "gradient model.language_model.norm.weight with 32 NaN" in done.stderr
     metrics = runs.metrics("skipped")
     assert [m["skipped"] for m in metrics] == [None, "unsupervised", None, "non_finite", None, None]
     assert metrics[1]["loss"] is None and metrics[3]["loss"] > 0 and metrics[3]["grad_norm"] is None
@@ -105,7 +105,7 @@ def test_skipped_steps_are_bounded():
     trainer = SimpleNamespace(state=TrainerState(), config=config)
     for _ in range(2):
         assert _count(trainer, "non_finite", "why", 7) == "non_finite"
-    with pytest.raises(TrainingError, match=r"step 8: why\n3 steps were skipped, train.max_skipped_in_a_row=2 allows"):
+    with pytest.raises(TrainingError, match=r"step 8: why\n3 steps were skipped, more than .*_in_a_row=2"):
         _count(trainer, "non_finite", "why", 8)
     trainer.state = TrainerState(skipped=4)
     with pytest.raises(TrainingError, match=r"5 steps were skipped, more than train.max_skipped=4"):

@@ -71,7 +71,7 @@ SETTINGS = [
     ("deepspeed={zero_optimization: 2}", "deepspeed.zero_optimization=2: it takes keys, for example {stage: 2}"),
     ("data.template=vicuna", "data.template='vicuna' is unknown; known: plain, vicuna_v1"),
     ("model.config.text_config.num_attention_heads=3", "model.config: transformers refuses these sizes: The hidden si"),
-    ("run.output_dir=file", "run.output_dir: file/run cannot be written (file is a file); name a folder in which you "),
+    ("run.output_dir=file", "run.output_dir: file/run cannot be written (file is a file); choose a writable folder"),
     ("run.output_dir=file/x/y", "run.output_dir: file/x/y/run cannot be written (file is a file)"),
     ("run.output_dir=dangling", "run.output_dir: dangling/run cannot be written (dangling is a link to nowhere, which"),
     ("data.train=[{path: bad.json}]", "bad.json: not JSON (Expecting value, at byte 21: line 3, column 9)"),

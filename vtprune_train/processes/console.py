@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from typing import Any
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 TIME = "%Y-%m-%d %H:%M:%S"
@@ -12,7 +14,7 @@ TIME = "%Y-%m-%d %H:%M:%S"
 def start_logging() -> None:
     """Log to standard error: on rank 0 this package from INFO on, everything else from WARNING on."""
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.WARNING, format=FORMAT, datefmt=TIME)
+    logging.basicConfig(level=logging.WARNING, format=FORMAT, datefmt=TIME, handlers=[_StderrHandler()])
     logging.getLogger("vtprune_train").setLevel(logging.WARNING if rank else logging.INFO)
     if rank:  # every rank finds the same in the index; the first one says it
         logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
@@ -26,6 +28,18 @@ def quiet_libraries() -> None:
     if int(os.environ.get("RANK", "0")):
         for name in ("py.warnings", "DeepSpeed", "transformers"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to what ``sys.stderr`` is at the time: :mod:`vtprune_train.processes.output` replaces it."""
+
+    @property
+    def stream(self) -> Any:  # type: ignore[override]
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        """Has no effect; the base class sets it."""
 
 
 class _OncePerMessage(logging.Filter):

@@ -14,8 +14,8 @@ from vtprune_train.training.loop.trackers import Trackers
 class Tracking(Callback):
     """Sends every number of each step and evaluation to the trackers.
 
-    On resume, TensorBoard hides the steps after the checkpoint, and missing or wrong scalars are written again; Weights &
-    Biases continues the same run.
+    On resume, TensorBoard hides the steps after the checkpoint, and missing or wrong scalars are written again. Weights
+    & Biases continues the same run.
     """
 
     name = "tracking"
