@@ -5,13 +5,7 @@ from vtprune_train import __version__
 project = "vtprune-train"
 author = "the vtprune-train authors"
 release = __version__
-extensions = [
-    "myst_parser",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
-    "sphinx_copybutton",
-]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["benchmarks/*.json", "methods/*.json"]
 
 html_theme = "furo"

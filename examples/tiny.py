@@ -50,7 +50,11 @@ def tiny_llava_next() -> tuple[LlavaNextForConditionalGeneration, LlavaNextProce
         size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS
     )
     processor = LlavaNextProcessor(
-        image_processor, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        image_processor,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
     return LlavaNextForConditionalGeneration(config), processor
 
