@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -127,7 +128,9 @@ def test_restarts_are_bounded(runs):
     env = {**LAUNCH["env"], "FAULT": "always:1:1"}
     done = runs.run("bounded", *SETTINGS, "train.max_restarts=1", script=LAUNCH["script"], env=env, expect=1)
     assert done.stderr.count("restart 1 of at most 1") == 1 and "restart 2" not in done.stderr
-    assert "RuntimeError: something in this rank alone" in done.stderr.partition("Root Cause")[2]
+    said = done.stderr.partition("restart 1 of at most 1")[2]
+    assert said.count("RuntimeError: something in this rank alone") == 2, "by the rank, and by another that stops"
+    assert re.search(r"ERROR rank 1 \(process \d+\) was the first to fail: it ended with exit code 1\n", said)
 
 
 LONG = ("train.max_restarts=3", "train.save_every=1000", "train.max_steps=20000", "train.epochs=20000")
