@@ -375,7 +375,9 @@ def test_ranks_that_lose_their_launcher_save_and_stop(runs):
         launcher.kill()
     process.wait(timeout=120)
     assert_saved_once(runs, "orphans")
-    assert f"vtprune launch (process {launcher.pid}), which started this rank, is gone: finish" in runs.log("orphans")
+    assert f"vtprune launch (process {launcher.pid}), which started this rank, has exited: finish" in runs.log(
+        "orphans"
+    )
     assert all_end(everyone, 20)
 
 

@@ -180,7 +180,7 @@ class Stop:
         while True:
             if not select.select([read], [], [], POLL_SECONDS)[0]:
                 if not self.orphaned:
-                    self._look_for_launchers()
+                    self._check_launchers()
                 continue
             if not (arrived := os.read(read, 512)):  # the other end is closed
                 os.close(read)
@@ -189,11 +189,11 @@ class Stop:
                 if number in STOPPING:
                     self._asked(number)
 
-    def _look_for_launchers(self) -> None:
-        gone = next((launcher for launcher in self._launchers if not launcher.is_alive()), None)
-        if gone is not None:
+    def _check_launchers(self) -> None:
+        dead = next((launcher for launcher in self._launchers if not launcher.is_alive()), None)
+        if dead is not None:
             self.orphaned = True
-            self._asked(signal.SIGTERM, f"{gone}, which started this rank, is gone")
+            self._asked(signal.SIGTERM, f"{dead}, which started this rank, has exited")
 
     def _asked(self, number: int, why: str = "") -> None:
         self._note(number, None)

@@ -19,7 +19,7 @@ from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import find_files, is_here, open_reader
 from vtprune_train.data.sources.base import Bounds, TooLarge
 
-LOOKED_AT = 200  # records of each entry
+NUM_CHECKED = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] data.eval=[]"
 
@@ -68,7 +68,7 @@ def any_data_here(config: Config) -> bool:
     return any(is_here(path) for key, path in _paths(config) if key.endswith("path"))
 
 
-def look_at_data(config: Config) -> list[str]:
+def check_records(config: Config) -> list[str]:
     """Read the first records and image headers of each data entry; return one report line per entry.
 
     Raises:
@@ -76,23 +76,23 @@ def look_at_data(config: Config) -> list[str]:
             first reasons.
         ValueError: a file cannot be read.
     """
-    looks = {
-        f"data.{which}.{number}": _look(f"data.{which}.{number}", source, config)
+    checks = {
+        f"data.{which}.{number}": _check_entry(f"data.{which}.{number}", source, config)
         for which in SPLITS
         for number, source in enumerate(config.sources(which))
     }
-    if wrong := [look.wrong for look in looks.values() if look.wrong]:
+    if wrong := [check.wrong for check in checks.values() if check.wrong]:
         raise ConfigError("\n".join(wrong))
-    lines = [f"{key:<14}{look.line}" for key, look in looks.items()]
-    counts = [look.records for key, look in looks.items() if key.startswith("data.train")]
+    lines = [f"{key:<14}{check.line}" for key, check in checks.items()]
+    counts = [check.records for key, check in checks.items() if key.startswith("data.train")]
     batch = config.train.global_batch_size
-    if counts and max(counts) < LOOKED_AT and sum(counts) < batch:
+    if counts and max(counts) < NUM_CHECKED and sum(counts) < batch:
         size = f"train.global_batch_size={batch}"
         lines.append(f"{'':<14}{size} is larger than the {sum(counts)} record(s) of data.train")
     return lines
 
 
-class _Look(NamedTuple):
+class _EntryCheck(NamedTuple):
     """Result of checking an entry's first records: report line, error (if too many are bad), and number of records."""
 
     line: str
@@ -100,7 +100,7 @@ class _Look(NamedTuple):
     records: int
 
 
-def _look(key: str, source: SourceConfig, config: Config) -> _Look:
+def _check_entry(key: str, source: SourceConfig, config: Config) -> _EntryCheck:
     images, data = Path(source.images), config.data
     number, reasons, large = 0, [], []
     unread: Counter[str] = Counter()
@@ -119,16 +119,16 @@ def _look(key: str, source: SourceConfig, config: Config) -> _Look:
             f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {TO_MEND}. "
             f"First: {'; '.join(large[:3])}"
         )
-        return _Look("", wrong, number)
+        return _EntryCheck("", wrong, number)
     wrong = ""
     # Bad records may be clustered at the start of a file, so the bad share is unknown if more records follow.
-    most = data.max_bad if number == LOOKED_AT else min(most_bad(data.max_bad_share, number), data.max_bad)
+    most = data.max_bad if number == NUM_CHECKED else min(most_bad(data.max_bad_share, number), data.max_bad)
     if reasons and (len(reasons) > most or len(reasons) + len(large) == number):
         wrong = (
             f"{key}: {len(reasons)} of the first {number} records of {source.path} (images in {images}) cannot be used "
             f"(data.max_bad={data.max_bad}, data.max_bad_share={data.max_bad_share:g}). First: {'; '.join(reasons[:3])}"
         )
-    return _Look(f"{source.path}: first {number} record(s) checked{bad}{skipped}{fields}", wrong, number)
+    return _EntryCheck(f"{source.path}: first {number} record(s) checked{bad}{skipped}{fields}", wrong, number)
 
 
 def _paths(config: Config) -> list[tuple[str, Path]]:
@@ -145,7 +145,7 @@ def _first_records(path: Path, ignore: list[str], bounds: Bounds) -> Iterator[Co
     reader = open_reader(file, bounds.record)
     records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
     number = -1
-    for number, content in enumerate(islice(records, LOOKED_AT)):
+    for number, content in enumerate(islice(records, NUM_CHECKED)):
         record = normalize(content, default_id(file, number), ignore, bounds.text)
         yield replace(record, unread=record.unread | frozenset(reader.unread))
     if number < 0:

@@ -26,7 +26,7 @@ from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
-from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
+from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, check_records
 from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.callbacks.build import callbacks_of
 from vtprune_train.training.loop.parts import training_cost
@@ -112,7 +112,7 @@ def _data(config: Config, needed: bool) -> list[str]:
         check_paths(config)
     except ConfigError as error:
         raise ConfigError(f"{error}\n{WITHOUT_DATA}") from error
-    return look_at_data(config)
+    return check_records(config)
 
 
 def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:

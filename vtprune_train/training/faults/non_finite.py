@@ -26,7 +26,7 @@ EXIT_STOPPED = 3
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; all ranks raise it at the same step, before the optimizer step."""
+    """Training cannot continue. All ranks raise it at the same step."""
 
 
 def judge(

@@ -139,7 +139,7 @@ class Watchdog:
     def _look(self) -> None:
         """Check whether this rank makes progress; reaching this code shows that the GIL is available."""
         limit = self.saving_timeout if self._phase == "saving" else self.timeout
-        if limit is None and STOP.orphaned:  # orphaned: nobody is left to stop it
+        if limit is None and STOP.orphaned:  # no launcher is left to stop it
             limit = ORPHAN_SECONDS
         if limit is None:
             return

@@ -18,8 +18,8 @@ Scalar = tuple[str, float, int]  # tag, value, step
 
 
 def continue_after(step: int, writer: Any, events: list[Scalar]) -> None:
-    """Make TensorBoard show ``events``, which end at ``step``, and nothing after them: hides later steps, and writes
-    again all from the first whose scalars its files lack or show with other values."""
+    """Hide what TensorBoard has after ``step``, and write ``events`` again from the first step on that is incomplete in
+    its files or has other values. ``events`` end at ``step``."""
     folder = Path(writer.log_dir)
     lacking = steps_lacking(events, scalars_shown(folder))
     first = lacking[0] if lacking else step + 1

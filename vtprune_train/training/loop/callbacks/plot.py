@@ -32,7 +32,7 @@ class Plot(Callback):
 
 
 def plot_training(metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:
-    """Draw the lines of ``metrics.jsonl`` and ``eval.jsonl`` into a PNG file, written whole or not at all."""
+    """Draw the lines of ``metrics.jsonl`` and ``eval.jsonl`` into a PNG file, atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
