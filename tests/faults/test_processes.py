@@ -178,7 +178,7 @@ def test_the_launcher_is_killed(runs):
     launcher.kill()
     assert all_end(everyone, SOON)
     process.wait(timeout=60)
-    assert f"vtprune launch (process {launcher.pid}), which started this rank, is gone" in runs.log("orphaned")
+    assert f"vtprune launch (process {launcher.pid}), which started this rank, has exited" in runs.log("orphaned")
     assert_saved_without_restart(runs, "orphaned")
 
 

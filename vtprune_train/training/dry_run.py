@@ -26,7 +26,7 @@ from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
-from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, check_records
+from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
 from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.callbacks.build import callbacks_of
 from vtprune_train.training.loop.parts import training_cost
