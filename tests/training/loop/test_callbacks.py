@@ -130,7 +130,7 @@ WRONG = [
         {"class": "profiler"},
         "callbacks.0: profiler cannot be created: Profiler.__init__() missing 1 required positional argument: 'steps'",
     ),
-    ({"class": "garbage_collection", "evry": 2}, "no argument 'evry'; did you mean every?"),
+    ({"class": "garbage_collection", "ever": 2}, "no argument 'ever'; did you mean every?"),
     ({"class": f"{OUTSIDE}:Skips", "x": 2}, "Skips has no argument 'x'; it takes none"),
     (f"{OUTSIDE}:Recrder", "outside.py does not define Recrder; did you mean Recorder?"),
     ("pathlib:Path", "callbacks.0='pathlib:Path' is not a subclass of Callback"),
