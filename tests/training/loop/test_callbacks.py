@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.training import Callback
 from vtprune_train.training.loop.callbacks.build import build_callbacks, callbacks_of
 from vtprune_train.training.loop.callbacks.garbage_collection import GarbageCollection

@@ -7,7 +7,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.runner import Runs
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.training.loop.callbacks.tracking import train_numbers
 from vtprune_train.training.loop.trackers import Trackers, check_trackers
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune_train.config.settings import Config, ConfigError, did_you_mean
+from vtprune_train.config.errors import ConfigError, did_you_mean
+from vtprune_train.config.settings import Config
 from vtprune_train.training import distributed as ranks
 
 if TYPE_CHECKING:

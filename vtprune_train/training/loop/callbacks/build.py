@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from vtprune_train.config.settings import Config, ConfigError, did_you_mean
+from vtprune_train.config.errors import ConfigError, did_you_mean
+from vtprune_train.config.settings import Config
 from vtprune_train.core.user_code import is_path, load_class
 from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.loop.callback import Callback
