@@ -134,7 +134,7 @@ WRONG = [
     ({"class": "garbage_collection", "ever": 2}, "no argument 'ever'; did you mean every?"),
     ({"class": f"{OUTSIDE}:Skips", "x": 2}, "Skips has no argument 'x'; it takes none"),
     (f"{OUTSIDE}:Recrder", "outside.py does not define Recrder; did you mean Recorder?"),
-    ("pathlib:Path", "callbacks.0='pathlib:Path' is not a subclass of Callback"),
+    ("pathlib:Path", "callbacks.0='pathlib:Path' must be a subclass of Callback"),
     ("nowhere.py:Mine", "callbacks.0='nowhere.py:Mine': file nowhere.py does not exist"),
 ]
 
