@@ -29,8 +29,8 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     callbacks: list[str | dict[str, Any]] = Field(
         [],
-        description="Callbacks besides those of every run: profiler, garbage_collection or path/to/file.py:Class. Write "
-        "{class: ..., argument: value} to set arguments.",
+        description="Callbacks besides those of every run: profiler, garbage_collection or path/to/file.py:Class. "
+        "Write {class: ..., argument: value} to set arguments.",
     )
     deepspeed: str | dict[str, Any] = Field(
         "configs/deepspeed/zero2.json",
