@@ -18,7 +18,7 @@ from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.records import Conversation, normalize, read_records
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.families.llava_next import AnyRes
-from vtprune_train.training.loop.evaluate import exchange_pictures
+from vtprune_train.training.loop.evaluate import exchange_images
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -220,7 +220,7 @@ def test_a_truncated_picture_is_left_out_and_named(tmp_path):
 def test_exchanged_pictures_are_never_ones_own(tmp_path):
     write_dataset(tmp_path, num_train=9, num_eval=1, seed=0)
     index, encoder = index_of(tmp_path, None)
-    partners = exchange_pictures(collator(index, encoder))
+    partners = exchange_images(collator(index, encoder))
     assert sorted(partners) == list(range(9))
     assert all(a != b for a, b in enumerate(partners))
 

@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     "docs/inference.md": "tests/docs/test_inference_docs.py",
     "docs/methods/own.md": "tests/cli/test_methods.py",
     "docs/peft.md": "tests/models/io/test_peft.py",
+    "docs/training.md": "tests/training/loop/test_callbacks.py",
 }
 SHELL = ("cd", "source", "lmms-eval", "sbatch", "accelerate")  # not ours to parse
 
