@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtprune_train.core.stream import Drop
+    from vtprune_train.models.families import register_family
     from vtprune_train.models.patch import dense, is_pruned, prune, unprune
     from vtprune_train.pruning.base import PruningMethod
     from vtprune_train.pruning.candidates import Candidates, Selection
@@ -33,12 +34,14 @@ __all__ = [
     "dense",
     "is_pruned",
     "prune",
+    "register_family",
     "unprune",
 ]
 
 # Imported when they are asked for: training processes listen for signals before PyTorch is imported, which takes long.
 _PLACES = {
     "vtprune_train.models.patch": ("dense", "is_pruned", "prune", "unprune"),
+    "vtprune_train.models.families": ("register_family",),
     "vtprune_train.core.stream": ("Drop",),
     "vtprune_train.pruning.base": ("PruningMethod",),
     "vtprune_train.pruning.candidates": ("Candidates", "Selection"),

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vtprune_train.core.backends import BACKENDS
 from vtprune_train.core.rounding import ceil_of
+from vtprune_train.core.user_code import is_path
 from vtprune_train.files.parse import read_json_object
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -122,14 +124,27 @@ class ModelConfig(Section):
     tokenizer: str | None = None
     image_grid_pinpoints: list[tuple[int, int]] | None = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
     max_pixels: int | None = Field(None, ge=1)
-    attention: Literal[
-        "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen_torch", "varlen_sdpa"
-    ] = "auto"
+    attention: str = Field(
+        "auto", description=f"auto, one of {', '.join(BACKENDS)}, or a function by its path: path/to/file.py:function"
+    )
+    family: str | None = Field(
+        None, description="model family outside the package, by the path of its Family: path/to/file.py:FAMILY"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     liger: bool = False
     fp8: bool = False
     peft: PeftConfig | None = None
     train: dict[str, float] = {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6}
+
+    @field_validator("attention")
+    @classmethod
+    def _known_backend(cls, value: str) -> str:
+        if value not in ("auto", *BACKENDS) and not is_path(value):
+            raise ValueError(
+                f"{value!r} is not an attention backend{did_you_mean(value, ('auto', *BACKENDS))}; or name a function "
+                "by its path: path/to/file.py:function"
+            )
+        return value
 
     @field_validator("train")
     @classmethod
@@ -207,6 +222,9 @@ class SourceConfig(Section):
     prompt: PromptConfig = PromptConfig()
     name: str | None = Field(None, pattern=r"^[^:\s]+$")
     ignore: list[str] = []
+    reader: str | None = Field(
+        None, description="class that reads the files, for other kinds of files: path/to/file.py:Class"
+    )
 
     @field_validator("take")
     @classmethod

@@ -114,7 +114,7 @@ def _build_pieces(building: Path, files: Sequence[Path], measure: Measure, worke
     def missing() -> Iterator[_Work]:
         nonlocal kept
         for number, file in enumerate(files):
-            for piece in open_reader(file, measure.bounds.record).pieces():
+            for piece in open_reader(file, measure.bounds.record, measure.reader).pieces():
                 work = _Work(number, file, piece, building / f"{len(every):07d}.npz")
                 every.append(work)
                 if work.is_finished():
@@ -144,7 +144,7 @@ class _Worker:
 
     def __call__(self, work: _Work) -> None:
         if self._reader is None or self._reader.path != work.file:
-            self._reader = open_reader(work.file, self.measure.bounds.record)
+            self._reader = open_reader(work.file, self.measure.bounds.record, self.measure.reader)
         measure_piece(self.measure, self._reader, work.piece, work.target, work.identity)
 
 

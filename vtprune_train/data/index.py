@@ -45,7 +45,7 @@ class Source:
     """One entry of the data: a path (see :func:`vtprune_train.data.sources.find_files`) and its folder of images;
     ``take`` is ``all``, ``first:N`` or ``random:N``, ``weight`` its share of an epoch, ``name`` what it is called in
     sample ids instead of its number, ``ignore`` fields and marks of its records that change nothing (see
-    :mod:`vtprune_train.data.fields`)."""
+    :mod:`vtprune_train.data.fields`), ``reader`` the path of a reader outside the package."""
 
     path: Path
     images: Path
@@ -54,6 +54,7 @@ class Source:
     prompt: Prompt = NO_PROMPT
     name: str = ""
     ignore: tuple[str, ...] = ()
+    reader: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,12 @@ def build_index(
     selections = []
     with locked(cache_dir / "index.lock"):
         for number, source in enumerate(sources):
-            measure = Measure(encoder, layout, source.images, source.prompt, source.ignore, max_image_pixels, bounds)
+            settings = source.images, source.prompt, source.ignore, max_image_pixels, bounds, source.reader
+            measure = Measure(encoder, layout, *settings)
             # Named by what is measured, not by the files' content: files that change come to the same place.
             content = json.dumps([VERSION, str(source.path.resolve()), measure.fingerprint()], sort_keys=True)
             folder = cache_dir / f"index-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-            table = open_table(folder, find_files(source.path), measure, workers)
+            table = open_table(folder, find_files(source.path, source.reader), measure, workers)
             selections.append(select(table, take=source.take, seed=seed + number, max_length=max_length))
     _report_unsupervised(selections, unsupervised)
     _report_large(sources, selections, too_long)

@@ -16,6 +16,7 @@ import numpy as np
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
+from vtprune_train.data.sources import reader_identity
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Piece, Place, Reader, TooLarge
 from vtprune_train.files.checksums import write_sealed
 from vtprune_train.models.families.layout import ImageLayout
@@ -61,6 +62,7 @@ class Measure:
         ignore: fields and marks of its records that change nothing.
         max_image_pixels: an image of more is not read.
         bounds: a record of more bytes is not read, a text of more is not tokenized.
+        reader: path of the reader of the data files; empty for the package's readers.
     """
 
     encoder: ChatEncoder
@@ -70,6 +72,7 @@ class Measure:
     ignore: tuple[str, ...] = ()
     max_image_pixels: int = MAX_PIXELS
     bounds: Bounds = BOUNDS
+    reader: str = ""
 
     def fingerprint(self) -> dict[str, Any]:
         """Settings that affect the lengths."""
@@ -83,6 +86,7 @@ class Measure:
             "ignore": list(self.ignore),
             "max_image_pixels": self.max_image_pixels,
             "bounds": list(self.bounds),
+            **({"reader": reader_identity(self.reader)} if self.reader else {}),
         }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Measured]:

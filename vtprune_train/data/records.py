@@ -83,13 +83,22 @@ class Prompt:
 NO_PROMPT = Prompt()
 
 
-def read_records(path: Path, ignore: Collection[str] = (), bounds: Bounds = BOUNDS) -> Iterator[Conversation]:
-    """All conversations of a data file (or a folder, or a glob of files), one at a time. A record beyond ``bounds``
-    comes with an ``error``, its content is left alone; for ``ignore`` see :func:`normalize`. For errors see
-    :func:`vtprune_train.data.sources.find_files` and its readers."""
-    for file in find_files(path):
-        reader = open_reader(file, bounds.record)
-        records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
+def read_records(
+    path: Path, ignore: Collection[str] = (), bounds: Bounds = BOUNDS, reader: str = ""
+) -> Iterator[Conversation]:
+    """Yield all conversations of a data file, or of the files of a folder or glob.
+
+    Args:
+        ignore: see :func:`normalize`.
+        bounds: a record that exceeds them has an ``error`` and no content.
+        reader: path of a reader outside the package.
+
+    Raises:
+        ValueError: see :func:`vtprune_train.data.sources.find_files` and the readers.
+    """
+    for file in find_files(path, reader):
+        opened = open_reader(file, bounds.record, reader)
+        records = (record for piece in opened.pieces() for _, record in opened.scan(piece))
         for number, record in enumerate(records):
             yield normalize(record, default_id(file, number), ignore, bounds.text)
 

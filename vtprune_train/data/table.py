@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -84,7 +84,7 @@ class Table:
         place = Place(int(self.column("at")[row]), int(self.column("size")[row]))
         try:
             if number not in self._readers:
-                self._readers[number] = open_reader(Path(path), made_with["bounds"][0])
+                self._readers[number] = _open(Path(path), made_with)
             record = normalize(self._readers[number].read(place), "", made_with["ignore"], made_with["bounds"][1])
         except OSError as error:
             raise RuntimeError(f"data file {path} cannot be read where it was indexed: {error}") from error
@@ -114,6 +114,11 @@ class Table:
 
     def _file(self, row: int) -> int:
         return int(np.searchsorted(self._first, row, side="right")) - 1
+
+
+def _open(file: Path, made_with: Mapping[str, Any]) -> Reader:
+    """A reader of a file as it was indexed."""
+    return open_reader(file, made_with["bounds"][0], made_with.get("reader", [""])[0])
 
 
 def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: int) -> Table:
@@ -162,7 +167,7 @@ def _still_holds(table: Table, number: int, file: Path) -> bool:
     bounds = [*(entry[-1] for entry in table.manifest["files"]), len(table)]
     row = bounds[number]
     made_with = table.manifest["made_with"]
-    reader = open_reader(file, made_with["bounds"][0])
+    reader = _open(file, made_with)
     records = (entry for piece in reader.pieces() for entry in reader.scan(piece))
     while batch := list(islice(records, BATCH)):
         rows = slice(row, row + len(batch))

@@ -41,6 +41,7 @@ def read_questions(
     seed: int = 0,
     ignore: Collection[str] = (),
     prompt: Prompt = NO_PROMPT,
+    reader: str = "",
 ) -> tuple[list[Question], list[tuple[str, str]]]:
     """The questions of a file in the forms of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of malformed
     records.
@@ -52,6 +53,7 @@ def read_questions(
         seed: of the draw.
         ignore: fields and marks that change nothing, see :func:`vtprune_train.data.records.normalize`.
         prompt: added to each conversation, see :func:`vtprune_train.evaluation.answering.recorded_prompt`.
+        reader: path of a reader outside the package.
 
     Raises:
         ValueError: the file cannot be read, ``limit`` is below 1, there is nothing to ask, or none of the images is
@@ -63,12 +65,12 @@ def read_questions(
         raise ValueError(f"--data {data} does not exist")
     chosen = None
     if limit is not None:
-        count = sum(1 for _ in read_records(data, ignore))
+        count = sum(1 for _ in read_records(data, ignore, reader=reader))
         chosen = set(np.random.default_rng(seed).permutation(count)[:limit].tolist())
     questions: list[Question] = []
     malformed: list[tuple[str, str]] = []
     asked = 0
-    for number, row in enumerate(read_records(data, ignore)):
+    for number, row in enumerate(read_records(data, ignore, reader=reader)):
         if chosen is not None and number not in chosen:
             continue
         asked += 1

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from vtprune_train.core.user_code import is_path
 from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
 from vtprune_train.models.families import family_of
@@ -70,8 +71,9 @@ def prune(
             (``"fastv"``, with its defaults), a mapping ``{"method": "fastv", "keep": 0.5}`` or a list of these;
             ``None`` and ``"none"`` pack without dropping; ``"saved"`` (the default) is what the checkpoint was saved
             with.
-        attention: ``auto`` (the best for the model's device and dtype, so move it first) or a backend of
-            :mod:`vtprune_train.models.forward.attention`.
+        attention: ``auto`` (the best for the model's device and dtype, so move it first), a backend of
+            :mod:`vtprune_train.models.forward.attention`, or a function by its path (see
+            :func:`vtprune_train.models.forward.attention.user_function`).
         trust_remote_code: with ``"saved"``: run the code of a method outside of the package that ``config.pruning``
             names and that was not imported yet.
 
@@ -143,11 +145,12 @@ def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> 
 
 
 def _tower_backend(module: nn.Module, backend: str) -> str:
-    """The decoder's ``backend`` for the tower at ``module``, or the best one for the tower's dtype and head size where
-    it does not take them."""
+    """The attention backend of the tower at ``module``: the decoder's, or the best one for the tower's dtype and head
+    size if that does not take them or is a user's function."""
     tower = next(iter(tower_attention.towers(module).values()))
     sizes = tower.device, tower.dtype, next(m.head_dim for m in tower.modules() if hasattr(m, "head_dim"))
-    return choose_backend("auto", *sizes) if unavailable_because(backend, *sizes) else backend
+    takes = not is_path(backend) and unavailable_because(backend, *sizes) is None
+    return backend if takes else choose_backend("auto", *sizes)
 
 
 def backend_for(model: HFModule, requested: str = "auto") -> str:

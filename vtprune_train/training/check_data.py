@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vtprune_train.config.settings import Config, ConfigError, SourceConfig, nearest_name
+from vtprune_train.core.user_code import load_class
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
 from vtprune_train.data.measure import picture_name
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import find_files, is_here, open_reader
-from vtprune_train.data.sources.base import Bounds, TooLarge
+from vtprune_train.data.sources.base import Bounds, Reader, TooLarge
 
 LOOKED_AT = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
@@ -25,8 +26,9 @@ WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] da
 
 
 def check_paths(config: Config) -> None:
-    """Raise a ``ConfigError`` with a line for each file and folder of the data settings that is missing."""
-    lines = []
+    """Raise a ``ConfigError`` with a line for each file and folder of the data settings that is missing, and for each
+    reader that cannot be loaded."""
+    lines = list(_wrong_readers(config))
     for key, path in _paths(config):
         if key.endswith("images"):
             if not path.is_dir():
@@ -103,7 +105,7 @@ def _look(key: str, source: SourceConfig, config: Config) -> _Look:
     images, data = Path(source.images), config.data
     number, reasons, large = 0, [], []
     unread: Counter[str] = Counter()
-    for record in _first_records(Path(source.path), source.ignore, Bounds(data.max_record_bytes, data.max_text_bytes)):
+    for record in _first_records(source, Bounds(data.max_record_bytes, data.max_text_bytes)):
         number += 1  # its pictures, which may be inside, go with it
         unread.update(record.unread)
         if isinstance(record.error, TooLarge):
@@ -139,13 +141,24 @@ def _paths(config: Config) -> list[tuple[str, Path]]:
     ]
 
 
-def _first_records(path: Path, ignore: list[str], bounds: Bounds) -> Iterator[Conversation]:
-    file = find_files(path)[0]
-    reader = open_reader(file, bounds.record)
+def _wrong_readers(config: Config) -> Iterator[str]:
+    """A line for each entry whose reader cannot be loaded."""
+    for which in SPLITS:
+        for number, source in enumerate(config.sources(which)):
+            try:
+                if source.reader is not None:
+                    load_class(source.reader, Reader, f"data.{which}.{number}.reader")
+            except ValueError as error:
+                yield str(error)
+
+
+def _first_records(source: SourceConfig, bounds: Bounds) -> Iterator[Conversation]:
+    file = find_files(Path(source.path), source.reader or "")[0]
+    reader = open_reader(file, bounds.record, source.reader or "")
     records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
     number = -1
     for number, content in enumerate(islice(records, LOOKED_AT)):
-        record = normalize(content, default_id(file, number), ignore, bounds.text)
+        record = normalize(content, default_id(file, number), source.ignore, bounds.text)
         yield replace(record, unread=record.unread | frozenset(reader.unread))
     if number < 0:
         raise ValueError(f"data file {file} holds no record")

@@ -78,8 +78,19 @@ class Place(NamedTuple):
 
 
 class Reader(ABC):
-    """One data file, for the process that opened it; a record of more than ``max_bytes`` is not read (see
-    :class:`Bounds`)."""
+    """Reads one data file. Subclasses implement :meth:`pieces`, :meth:`scan` and :meth:`read`.
+
+    An entry of the data names a subclass outside the package by its path: ``{path: pairs.csv, reader:
+    my_readers.py:Pairs}``. Each process opens its own reader. ``scan`` runs in the processes that build the index,
+    ``read`` in the data loader's workers, in any order. A record is plain data as in JSON: a mapping with
+    ``conversations`` or ``messages``, ``image`` or ``images`` (a name in the entry's folder of images, or the encoded
+    image as ``bytes``), and optionally ``id``.
+
+    Args:
+        path: the data file.
+        max_bytes: size limit of a record; ``scan`` should yield ``too_many_bytes(size, max_bytes)`` instead of reading
+            a larger one.
+    """
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         self.path, self.max_bytes = path, max_bytes
@@ -93,29 +104,30 @@ class Reader(ABC):
 
     @property
     def unread(self) -> list[str]:
-        """Columns that no record is given."""
+        """Names of columns in the file that are not part of its records; a warning lists them."""
         return []
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
-        """Parts in the file's order. They depend on the file alone, so that finished ones can be kept.
+        """Parts of the file, in order, that can be scanned in parallel. They must depend on the file alone: an
+        interrupted build continues from its finished pieces.
 
         Raises:
-            ValueError: the file is not of its kind; names it.
+            ValueError: the file is not of this reader's kind; names it.
         """
 
     @abstractmethod
     def scan(self, piece: Piece) -> Iterator[tuple[Place, Any]]:
-        """The records of a piece, one at a time, and their places; :class:`Malformed` in place of one that cannot be
-        read, of which :class:`TooLarge` takes no memory.
+        """Yield the place and the content of each record of a piece. Yields :class:`Malformed` instead of a record that
+        cannot be parsed, and :class:`TooLarge` instead of one that exceeds ``max_bytes``.
 
         Raises:
-            ValueError: the file is broken; names the place.
+            ValueError: the file is broken; names the position.
         """
 
     @abstractmethod
     def read(self, place: Place) -> Any:
-        """The record at a place that :meth:`scan` gave."""
+        """The record that :meth:`scan` yielded with this place."""
 
 
 def utf8_length(text: str) -> int:

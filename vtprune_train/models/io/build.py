@@ -13,7 +13,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -31,7 +30,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vtprune_train.config.settings import ModelConfig
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, config_of_parts, trained_family
+from vtprune_train.models.families import (
+    FAMILIES,
+    KNOWN_CONFIGS,
+    OUTSIDE,
+    class_of_config,
+    config_of_parts,
+    trained_family,
+)
 from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.models.families.llava_original import is_linear
 from vtprune_train.models.families.towers import open_clip
@@ -156,6 +162,8 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         return KNOWN_CONFIGS[name]()
     try:
         is_original = original.read_config(Path(name)) is not None
+        if not is_original:
+            _check_type(name)
         config = None if is_original else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
@@ -166,6 +174,14 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         )
     check_attention(name, place)
     return config
+
+
+def _check_type(name: str) -> None:
+    """Refuse a model type that transformers does not know, unless the checkpoint brings code for it."""
+    content, _ = PreTrainedConfig.get_config_dict(name)
+    model_type = content.get("model_type")
+    if model_type is not None and model_type not in CONFIG_MAPPING and "auto_map" not in content:
+        raise ValueError(f"its model_type {model_type!r} is unknown to transformers; {OUTSIDE}")
 
 
 def check_attention(name: str, place: str) -> None:
@@ -235,12 +251,11 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placeme
     """
     dtype = getattr(torch, config.dtype)
     model_config = load_model_config(config)
-    family, loop = family_of_config(model_config)
+    _, loop = family_of_config(model_config)
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
-    model_class = getattr(transformers, family.model_class)
     if config.path is not None:
         folder, place = resolve_checkpoint(config.path), f"model.path={config.path}"
-        model = open_whole(model_class, folder, dtype, place, placement)
+        model = open_whole(class_of_config(model_config), folder, dtype, place, placement)
     else:
         model_config.image_token_id = image_token_id
         if config.config is not None:

@@ -72,7 +72,8 @@ def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
             continue
         prompt = Prompt(**source.prompt.model_dump())
         bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
-        for record in islice(read_records(Path(source.path), source.ignore, bounds), LOOKED_AT):
+        records = read_records(Path(source.path), source.ignore, bounds, source.reader or "")
+        for record in islice(records, LOOKED_AT):
             if record.error:
                 continue
             try:

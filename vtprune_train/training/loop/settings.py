@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vtprune_train.config.settings import TRAINING_ONLY, Config, ConfigError, PruningConfig
+from vtprune_train.models.families import register_family
 from vtprune_train.models.io.build import resolve_checkpoint, saved_pruning
 from vtprune_train.pruning.learned import learns
 from vtprune_train.training import distributed as ranks
@@ -16,8 +17,11 @@ log = logging.getLogger(__name__)
 
 
 def with_saved_settings(config: Config) -> Config:
-    """With ``train.init_from``: the model comes from that checkpoint, and so do the pruning settings that the YAML
-    does not set; every difference is printed."""
+    """The settings of a run with what they leave to others. With ``train.init_from`` the model comes from that
+    checkpoint, and so do the pruning settings that the YAML does not set; every difference is printed. The family that
+    ``model.family`` names is registered."""
+    if config.model.family is not None:
+        register_family(config.model.family, "model.family")
     source = config.train.init_from
     if source is None:
         return with_pruning_rate(config)
