@@ -96,11 +96,17 @@ def test_lmms_eval_commands(folder):
         assert list((folder / out).rglob("*_results.json")), done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_the_reader_of_the_page_on_data_is_tested():
+    [reader] = [code for code in blocks("data.md", "python") if "(Reader)" in code]
+    assert reader.replace("\\n", "\\\\n") in (ROOT / "tests" / "data" / "test_user_readers.py").read_text()
+
+
 def test_the_table_of_families_is_complete():
     page = (ROOT / "docs" / "families.md").read_text()
     for family in FAMILIES:
         assert f"| {family.title} | `{family.model_class}` |" in page
     assert page.count("| refused: ") == len(UNSUPPORTED)
-    [code] = blocks("families.md", "python")
+    code, outside = blocks("families.md", "python")
+    assert outside in (ROOT / "tests" / "models" / "families" / "test_user_family.py").read_text()
     file = ROOT / "vtprune_train" / "models" / "families" / "qwen2_vl.py"
     assert code in file.read_text(), "the page shows the smallest family as it stands in its file"

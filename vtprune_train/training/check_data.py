@@ -5,20 +5,22 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vtprune_train.config.settings import Config, ConfigError, SourceConfig, nearest_name
-from vtprune_train.core.user_code import load_class
+from vtprune_train.core.user_code import is_path
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
 from vtprune_train.data.measure import picture_name
 from vtprune_train.data.records import Conversation, default_id, normalize
-from vtprune_train.data.sources import find_files, is_here, open_reader
-from vtprune_train.data.sources.base import Bounds, Reader, TooLarge
+from vtprune_train.data.sources import find_files, is_here, open_reader, reader_class
+from vtprune_train.data.sources.base import Bounds, TooLarge
+from vtprune_train.models.forward.attention import user_function
 
 LOOKED_AT = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
@@ -27,8 +29,8 @@ WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] da
 
 def check_paths(config: Config) -> None:
     """Raise a ``ConfigError`` with a line for each file and folder of the data settings that is missing, and for each
-    reader that cannot be loaded."""
-    lines = list(_wrong_readers(config))
+    reader or attention function that cannot be loaded."""
+    lines = list(_wrong_code(config))
     for key, path in _paths(config):
         if key.endswith("images"):
             if not path.is_dir():
@@ -141,15 +143,20 @@ def _paths(config: Config) -> list[tuple[str, Path]]:
     ]
 
 
-def _wrong_readers(config: Config) -> Iterator[str]:
-    """A line for each entry whose reader cannot be loaded."""
+def _wrong_code(config: Config) -> Iterator[str]:
+    """A line for each reader or attention function that cannot be loaded."""
+    paths: dict[str, Callable[[], Any]] = {}
+    if is_path(config.model.attention):
+        paths["model."] = partial(user_function, config.model.attention)
     for which in SPLITS:
         for number, source in enumerate(config.sources(which)):
-            try:
-                if source.reader is not None:
-                    load_class(source.reader, Reader, f"data.{which}.{number}.reader")
-            except ValueError as error:
-                yield str(error)
+            if source.reader is not None:
+                paths[f"data.{which}.{number}."] = partial(reader_class, source.reader)
+    for section, load in paths.items():
+        try:
+            load()
+        except ValueError as error:
+            yield f"{section}{error}"
 
 
 def _first_records(source: SourceConfig, bounds: Bounds) -> Iterator[Conversation]:

@@ -100,10 +100,19 @@ def open_reader(file: Path, max_bytes: int = BOUNDS.record, reader: str = "") ->
     return DatasetOnDisk(file, max_bytes) if file.is_dir() else Parquet(file, max_bytes)
 
 
+def reader_class(path: str, key: str = "reader") -> type[Reader]:
+    """The reader at a path; ``key`` is the setting that holds it.
+
+    Raises:
+        ValueError: there is no subclass of :class:`Reader`.
+    """
+    return load_class(path, Reader, key)  # type: ignore[type-abstract]
+
+
 def reader_identity(reader: str) -> list[str]:
     """The path of a reader from outside the package and the hash of its module: an index made by another reader, or by
     another version of it, is built again."""
-    module = sys.modules[load_class(reader, Reader, "reader").__module__]
+    module = sys.modules[reader_class(reader).__module__]
     return [reader, hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:16]]
 
 
@@ -113,7 +122,7 @@ class _UserReader(Reader):
 
     def __init__(self, path: Path, max_bytes: int, reader: str):
         super().__init__(path, max_bytes)
-        self._name, self._class = reader, load_class(reader, Reader, "reader")
+        self._name, self._class = reader, reader_class(reader)
         self._inner = self._open()
 
     @property

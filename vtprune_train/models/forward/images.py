@@ -68,7 +68,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
 
 def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> None:
     """Note in an open call what is known of its images."""
-    call.image_lengths = state.family.image_lengths(images)
+    call.image_lengths = state.family.image_lengths(list(images))
     if isinstance(images, Tensor):
         seen: list[_Seen] = images.__dict__.get(SEEN, [])
     else:
