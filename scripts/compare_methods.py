@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from vtprune_train.bench.calibration import pruned_by  # noqa: E402
 from vtprune_train.data.synthetic import write_dataset  # noqa: E402
-from vtprune_train.evaluation.answering import Loaded, batch, load, open_picture  # noqa: E402
+from vtprune_train.evaluation.answering import Loaded, batch, load, open_image  # noqa: E402
 from vtprune_train.evaluation.questions import Question, normalized, read_questions  # noqa: E402
 from vtprune_train.evaluation.timing import measured_answers  # noqa: E402
 from vtprune_train.models.patch import backend_for  # noqa: E402
@@ -163,7 +163,7 @@ def fill(
         return
     loaded = load(str(run), None, device="cpu")
     attention = backend_for(loaded.model)
-    prompts = [([open_picture(path) for path in question.images], question.turns) for question in questions]
+    prompts = [([open_image(path) for path in question.images], question.turns) for question in questions]
     batches = [batch(loaded, prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     for other, (method, _) in methods.items():
         if cells.of(run, other) is None:

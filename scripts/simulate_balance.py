@@ -39,7 +39,7 @@ ANYRES = AnyRes(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), 
 # LLaVA-NeXT's data have about 2,268 visual and 121 text tokens a sample (arXiv 2410.17247, average lengths of stages).
 TEXT_ONLY = 0.05  # share of samples without a picture, as in the published mixes (ShareGPT)
 # Pictures: share of the samples with one, (height, width) of their middle, spread of log aspect ratio and log size.
-PICTURES = (
+IMAGES = (
     (0.51, (480, 640), 0.12, 0.10),  # photographs (COCO, Visual Genome), landscape
     (0.12, (640, 480), 0.10, 0.10),  # photographs, portrait
     (0.16, (800, 800), 0.06, 0.25),  # squares
@@ -49,7 +49,7 @@ PICTURES = (
 )
 PROMPT = 40  # tokens of the system prompt and the roles of one turn
 # A turn of question and answer: log-normal tokens (mean, sigma); turns are geometric with this mean.
-WITH_PICTURE, PICTURE_TURNS = (27.0, 1.0), 1.8
+WITH_IMAGE, IMAGE_TURNS = (27.0, 1.0), 1.8
 WITHOUT, TEXT_TURNS = (160.0, 0.9), 3.5
 LONGEST = 4096
 
@@ -84,22 +84,22 @@ def pass_cost(
 
 def draw_mix(count: int, rng: np.random.Generator) -> Mix:
     """``count`` samples of a mix like LLaVA-NeXT's instruction data."""
-    has_picture = rng.random(count) >= TEXT_ONLY
-    visual, tiles = draw_pictures(count, rng)
-    visual, tiles = visual * has_picture, tiles * has_picture
-    turns = rng.geometric(1 / np.where(has_picture, PICTURE_TURNS, TEXT_TURNS))
-    mean = np.where(has_picture, WITH_PICTURE[0], WITHOUT[0]) * turns
-    sigma = np.where(has_picture, WITH_PICTURE[1], WITHOUT[1]) / np.sqrt(turns)
+    has_image = rng.random(count) >= TEXT_ONLY
+    visual, tiles = draw_images(count, rng)
+    visual, tiles = visual * has_image, tiles * has_image
+    turns = rng.geometric(1 / np.where(has_image, IMAGE_TURNS, TEXT_TURNS))
+    mean = np.where(has_image, WITH_IMAGE[0], WITHOUT[0]) * turns
+    sigma = np.where(has_image, WITH_IMAGE[1], WITHOUT[1]) / np.sqrt(turns)
     words = np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma))
     text = np.clip(PROMPT + 10 * (turns - 1) + words, PROMPT + 2, LONGEST - visual).astype(np.int64)
     return Mix(text, visual, tiles, np.maximum(1, (text - PROMPT) * 6 // 10))
 
 
-def draw_pictures(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_images(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """[count] visual tokens and tiles of drawn picture sizes (rounded to 20 pixels: AnyRes works on each size once)."""
-    kind = rng.choice(len(PICTURES), count, p=[share for share, *_ in PICTURES])
-    height, width = np.array([size for _, size, _, _ in PICTURES], dtype=float)[kind].T
-    aspect, size = (rng.normal(0, np.array([row[i] for row in PICTURES])[kind]) for i in (2, 3))
+    kind = rng.choice(len(IMAGES), count, p=[share for share, *_ in IMAGES])
+    height, width = np.array([size for _, size, _, _ in IMAGES], dtype=float)[kind].T
+    aspect, size = (rng.normal(0, np.array([row[i] for row in IMAGES])[kind]) for i in (2, 3))
     sides = np.stack([height * np.exp(size - aspect / 2), width * np.exp(size + aspect / 2)], axis=1)
     sides = np.maximum(40, np.round(sides / 20) * 20).astype(np.int64)
     different, which = np.unique(sides, axis=0, return_inverse=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.checkpoints import HALF, TEMPLATE, save_folder, save_pictures, save_run, talkative
+from tests.support.checkpoints import HALF, TEMPLATE, save_folder, save_images, save_run, talkative
 from tests.support.families import family_processor
 from tests.support.helpers import tiny_processor
 from vtprune_train import PyramidDrop, is_pruned, prune
@@ -48,7 +48,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return save_pictures(tmp_path_factory.mktemp("pictures"))
+    return save_images(tmp_path_factory.mktemp("pictures"))
 
 
 def plain_answer(text, pictures, method=HALF, **settings):
@@ -196,7 +196,7 @@ def test_chat_templates_of_other_projects(template, image_token, content, expect
             prompt_text(loaded, 1, f"<image> or {image_token} ?")
 
 
-def test_spaces_around_pictures_are_kept_for_chat_templates_of_other_projects():
+def test_spaces_around_images_are_kept_for_chat_templates_of_other_projects():
     """Only line breaks beside a picture are the template's own business."""
     processor = family_processor("llava")
     processor.chat_template, processor.image_token = QWEN_TEMPLATE, "<|image_pad|>"

@@ -282,7 +282,7 @@ def test_long_conversations_are_measured_a_few_at_a_time(tmp_path, monkeypatch):
     encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
     monkeypatch.setattr(encoder, "count", lambda chats, _: calls.append(len(chats)) or [(1, 1)] * len(chats))
     measure = Measure(encoder, None, tmp_path, record_module.NO_PROMPT)
-    monkeypatch.setattr(Measure, "_pictures", lambda *_: Measured())
+    monkeypatch.setattr(Measure, "_measure_images", lambda *_: Measured())
     reader = open_reader(path)
     measure_piece(measure, reader, next(reader.pieces()), tmp_path / "piece.npz", "piece")
     assert sum(calls) == 20 and max(calls) < 15 and len(calls) > 2
@@ -295,7 +295,7 @@ def test_a_prompt_of_the_settings_is_bounded(tmp_path):
         Config.model_validate({"data": {"train": [source], "max_text_bytes": 2000}})
 
 
-def test_a_folder_of_many_pictures_is_listed_at_once(tmp_path, monkeypatch):
+def test_a_folder_of_many_images_is_listed_at_once(tmp_path, monkeypatch):
     """Neither the nearest name nor the kind of what is in it asks the system or difflib about each of 20,000 files."""
     for number in range(20_000):
         (tmp_path / f"picture_{number:06d}.jpg").touch()

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from tests.support.data import build, picture_bytes, say, write_tar
+from tests.support.data import build, image_bytes, say, write_tar
 from vtprune_train.data.chat import Turn
 from vtprune_train.data.index import Source
 from vtprune_train.data.records import normalize, read_records
@@ -199,7 +199,7 @@ def test_system_prompts():
 
 
 def test_images_of_content_parts(tmp_path):
-    picture = picture_bytes(tmp_path, 1)
+    picture = image_bytes(tmp_path, 1)
     url = "data:image/png;base64," + base64.b64encode(picture).decode()
     text = {"type": "text", "text": "what ?"}
     for part, image in [
@@ -264,12 +264,12 @@ def test_every_kind_of_file_tells_of_a_field_that_is_refused_and_of_one_that_is_
         assert len(read_questions(tmp_path / name, tmp_path, ignore=["video"])[0]) == 2, name
 
 
-def test_questions_whose_pictures_are_all_elsewhere(tmp_path):
+def test_questions_whose_images_are_all_elsewhere(tmp_path):
     records = [{"id": "r", "image": "a.png", "conversations": say("<image> what ?", "a cat")}, {"id": "t", **TALK}]
     (tmp_path / "a.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match=r"--images .*: none of the 1 pictures that .*a.json names is there"):
         read_questions(tmp_path / "a.json", tmp_path)
-    picture_bytes(tmp_path, 1)
+    image_bytes(tmp_path, 1)
     (tmp_path / "images" / "1.png").rename(tmp_path / "images" / "a.png")
     assert len(read_questions(tmp_path / "a.json", tmp_path / "images")[0]) == 2
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from tests.support.data import build, collator, index_of, picture_bytes, say, write_tar
+from tests.support.data import build, collator, image_bytes, index_of, say, write_tar
 from tests.support.helpers import tiny_tokenizer
 from tests.support.runner import Runs, assert_equal_checkpoints
 from vtprune_train.config.load import load_config, without_effect
@@ -36,7 +36,7 @@ def records_of(folder, count=6):
     for number in range(count):
         names = [f"{10 * number + i}.png" for i in range(number % 3)]
         for i in range(number % 3):
-            picture_bytes(folder, 10 * number + i, (20 + 7 * number, 50))
+            image_bytes(folder, 10 * number + i, (20 + 7 * number, 50))
         question = "<image>\n" * len(names) + "what is shown here ?"
         records.append(
             {"id": f"r{number}", "images": names, "conversations": say(question, "a red cat " * number + ".")}
@@ -45,8 +45,8 @@ def records_of(folder, count=6):
 
 
 def in_bytes(folder, record):
-    pictures = [{"bytes": (folder / "images" / name).read_bytes(), "path": name} for name in record["images"]]
-    return {**record, "images": pictures}
+    images = [{"bytes": (folder / "images" / name).read_bytes(), "path": name} for name in record["images"]]
+    return {**record, "images": images}
 
 
 def write_kinds(folder):
@@ -88,34 +88,34 @@ def test_the_same_records_in_every_kind_of_file(tmp_path):
 
 
 def test_an_image_feature_of_datasets(tmp_path):
-    picture_bytes(tmp_path, 1)
+    image_bytes(tmp_path, 1)
     features = Features({"image": Image(), "conversations": [{"from": Value("string"), "value": Value("string")}]})
     rows = [{"image": str(tmp_path / "images/1.png"), "conversations": say("<image> what", "a cat")}]
     Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "disk"))
     index, encoder = build([Source(tmp_path / "disk", tmp_path)], tmp_path)
-    assert index.picture_sizes(0) == [(40, 60)] and not collator(index, encoder)([0]).unreadable
+    assert index.image_sizes(0) == [(40, 60)] and not collator(index, encoder)([0]).unreadable
     DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows)).save_to_disk(str(tmp_path / "both"))
     with pytest.raises(ValueError, match=r"holds several datasets \(test, train\); name one of them"):
         find_files(tmp_path / "both")
 
 
 def test_members_of_a_tar(tmp_path):
-    picture = picture_bytes(tmp_path, 1)
+    image = image_bytes(tmp_path, 1)
     named = {"image": "folder/b.png", "conversations": say("<image> what", "a cat")}
     both = {"images": ["k3.b.png", "k3.a.png"], "conversations": say("<image> what <image>", "a cat")}
-    other = picture_bytes(tmp_path, 2, (33, 44))
+    other = image_bytes(tmp_path, 2, (33, 44))
     members = [
-        ("k1.jpg", picture), ("k1.txt", b"a red cat\n"), ("k1.json", b'{"width": 3}'),
-        ("k2.json", json.dumps(named).encode()), ("k2.png", picture),
-        ("k3.a.png", picture), ("k3.b.png", other), ("k3.json", json.dumps(both).encode()),
-        ("k4.json", json.dumps({**named, "image": ["one.png", "two.png"]}).encode()), ("k4.png", picture),
+        ("k1.jpg", image), ("k1.txt", b"a red cat\n"), ("k1.json", b'{"width": 3}'),
+        ("k2.json", json.dumps(named).encode()), ("k2.png", image),
+        ("k3.a.png", image), ("k3.b.png", other), ("k3.json", json.dumps(both).encode()),
+        ("k4.json", json.dumps({**named, "image": ["one.png", "two.png"]}).encode()), ("k4.png", image),
         ("k5.json", b"{"), ("a/" + "long" * 40 + ".txt", b"no picture"),
     ]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
     records = list(read_records(tmp_path / "a.tar"))
-    assert records[0] == Conversation("k1", (Turn("user", "<image>\n"), Turn("assistant", "a red cat")), (picture,))
-    assert records[1].id == "k2" and records[1].images == (picture,), "one picture under another name"
-    assert records[2].images == (other, picture), "in the order in which the record names them"
+    assert records[0] == Conversation("k1", (Turn("user", "<image>\n"), Turn("assistant", "a red cat")), (image,))
+    assert records[1].id == "k2" and records[1].images == (image,), "one picture under another name"
+    assert records[2].images == (other, image), "in the order in which the record names them"
     assert "2 image(s) but 1 <image>" in records[3].error and "k5.json is not JSON" in records[4].error
     assert records[5].turns[1].text == "no picture" and len(records) == 6
     reader = open_reader(tmp_path / "a.tar")
@@ -456,9 +456,9 @@ def write_mixture(folder):
     (data / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in text))
     rows = []
     for number in range(6):
-        picture = (data / "images" / f"train-{5 * (number % 2)}-0.png").read_bytes()
+        image = (data / "images" / f"train-{5 * (number % 2)}-0.png").read_bytes()
         turns = say("<image>\nhow bright?", f"about {number}")
-        rows.append({"id": f"p{number}", "image": picture, "conversations": turns})
+        rows.append({"id": f"p{number}", "image": image, "conversations": turns})
     pq.write_table(pa.Table.from_pylist(rows), data / "pictures.parquet", row_group_size=4)
     members = [[(f"c{i}.png", rows[0]["image"]), (f"c{i}.txt", b"grey")] for i in range(3)]
     write_tar(data / "captions-0.tar", [member for pair in members for member in pair])

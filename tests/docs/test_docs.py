@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.checkpoints import HALF, save_folder, save_pictures
+from tests.support.checkpoints import HALF, save_folder, save_images
 from tests.support.harness_task import TASK, UTILS
-from tests.support.trl_data import ANSWERS, chat_processor, collate, dataset_of, picture
+from tests.support.trl_data import ANSWERS, chat_processor, collate, dataset_of, draw_image
 from tests.support.trl_data import rows as trainer_rows
 from vtprune_train import is_pruned
 from vtprune_train.models.families import FAMILIES, UNSUPPORTED
@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
     model = save_folder(tmp_path / "checkpoint", None)
     chat_processor().save_pretrained(model)
     save_folder(tmp_path / "runs" / "llava_next_pdrop", HALF)
-    for path, name in zip(save_pictures(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
+    for path, name in zip(save_images(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
         path.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -60,7 +60,7 @@ def conversations():
     for seed in range(4):
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown ?"}]}
         said = {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[seed]}]}
-        rows.append({"images": [picture(seed)], "prompt": [user], "completion": [said]})
+        rows.append({"images": [draw_image(seed)], "prompt": [user], "completion": [said]})
     return dataset_of(rows)
 
 

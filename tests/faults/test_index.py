@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from tests.faults.changed import edit, zero_body
-from tests.support.data import build, collator, index_of, say, write_picture
+from tests.support.data import build, collator, index_of, say, write_image
 from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.data import building, table
 from vtprune_train.data.index import SampleIndex, Source
@@ -295,12 +295,12 @@ def test_a_name_that_is_taken_blocks_no_start(tmp_path, name, leave):
     assert not path.is_dir() and not path.is_symlink()
 
 
-def test_a_kill_while_mended_pictures_are_entered(tmp_path, caplog, monkeypatch):
+def test_a_kill_while_mended_images_are_entered(tmp_path, caplog, monkeypatch):
     """Pictures that can be read by now are entered; a kill in the middle of that is seen."""
     records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(5)]
     records.append({"id": "p", "image": "a.png", "conversations": say("<image> what", "a cat")})
     assert len(index_of(tmp_path, records, max_bad=1)[0]) == 5
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -356,7 +356,7 @@ def test_an_edit_that_breaks_the_record_is_named(tmp_path):
 def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, monkeypatch, column, said):
     """Columns damaged under a running process, should the file system not tell of it."""
     monkeypatch.setattr(checksums.Watch, "changed", lambda self: "")
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
     record = {"id": "r", "image": "a.png", "conversations": say("<image> what", "a cat")}
     index, encoder = index_of(tmp_path, [record, {**record, "id": "s"}])
     zero_body(index.selections[0].table.folder / f"{column}.npy")
@@ -372,7 +372,7 @@ def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, monk
 def test_a_file_changed_in_place_is_noticed(tmp_path, caplog, monkeypatch, name, damage):
     """Also where neither lengths nor contents would tell; by the process that plans and by those that decode."""
     monkeypatch.setattr(SampleIndex, "PAUSE", 0)
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
     record = {"image": "a.png", "conversations": say("<image> what", "a cat")}
     index = index_of(tmp_path, [{"id": f"r{number}", **record} for number in range(9)])[0]
     before = index.lengths(range(9)).tokens.tolist()
@@ -515,7 +515,7 @@ def test_data_edited_under_a_run_stops_it(runs):
     assert_equal_checkpoints(runs.checkpoint("edited"), runs.checkpoint("whole"))
 
 
-def test_a_picture_of_another_size_is_measured_at_the_next_start(runs, tmp_path):
+def test_a_image_of_another_size_is_measured_at_the_next_start(runs, tmp_path):
     shutil.copytree(runs.folder / "data", tmp_path / "data")
     picture = tmp_path / "data" / "images" / "train-0-0.png"
     settings = (*SHORT, f"data.root={tmp_path / 'data'}", "data.workers=0")

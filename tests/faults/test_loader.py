@@ -10,7 +10,7 @@ from tests.support.runner import Runs, assert_equal_checkpoints
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "faulty_worker.py"
-PICTURE = "train-18-0.png"
+IMAGE_FILE = "train-18-0.png"
 SETTINGS = ("data.eval=[]", "train.save_every=2", "data.workers=2", "data.prefetch=1")
 
 
@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
 
 
 def faulty(runs, name, fault, *settings, **launch):
-    env = {"FAULT": fault, "FAULTY_PICTURE": PICTURE, "FAULT_MARK": str(runs.folder / f"{name}.mark")}
+    env = {"FAULT": fault, "FAULTY_PICTURE": IMAGE_FILE, "FAULT_MARK": str(runs.folder / f"{name}.mark")}
     return runs.run(name, *SETTINGS, *settings, script=SCRIPT, env=env, timeout=120, ranks=2, **launch)
 
 

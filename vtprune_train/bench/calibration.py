@@ -144,7 +144,7 @@ def _log_probabilities(loaded: Loaded, inputs: dict[str, Any]) -> Tensor:
     return logits[:, :-1][inputs["labels"][:, 1:] != IGNORE].float().log_softmax(dim=-1)
 
 
-def prompts_with_pictures(questions: Sequence[Any], opened: Any) -> Iterator[Prompt]:
+def prompts_with_images(questions: Sequence[Any], opened: Any) -> Iterator[Prompt]:
     """The questions that show an image; ``opened`` opens one.
 
     Raises:

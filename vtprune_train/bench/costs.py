@@ -58,7 +58,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageTokens:
     """One picture: its visual tokens, and the tiles (or patches) that the tower sees (``None``: not known)."""
 
     label: str
@@ -73,7 +73,7 @@ class Sample:
     ``text`` counts the tokens beside images and answer, ``answer`` the generated or supervised ones; at least 1 each.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageTokens, ...]
     text: int = TYPICAL_TEXT
     answer: int = TYPICAL_ANSWER
     batch: int = 1
@@ -153,7 +153,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
     method = subject.method
     plan = plan_pass([segment_of(sample)], decoder.num_layers, method)
     layers, lengths = stage_layers(plan), np.array([stage.num_tokens for stage in plan.stages])
-    kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(sample.pictures))
+    kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(sample.images))
     element_size = getattr(torch, subject.dtype).itemsize
     stages = _stages(decoder, lengths, layers, kept, sample, element_size)
     head, selector = sample.batch * decoder.head(1.0), sample.batch * selector_flops(decoder, plan, method)
@@ -169,7 +169,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         adapter=decoder.adapter_per_token(subject.peft.r, subject.peft.target_modules) if subject.peft else 0.0,
     )
     step = _training_step(cost, method, sample)
-    tiles, not_counted = _tiles(counted, sample.pictures)
+    tiles, not_counted = _tiles(counted, sample.images)
     vision = prefill_whole = step_whole = None
     if tower is not None and tiles is not None:
         vision = sample.batch * (tower.tower(float(tiles)) + tower.projector(float(tiles)))
@@ -206,8 +206,8 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
 def segment_of(sample: Sample, answer: int = 0) -> SegmentLayout:
     """One sample laid out: its images, its text, which ends with the row that ranks, and ``answer`` tokens."""
     spans: list[ImageSpan] = []
-    for picture in sample.pictures:
-        spans.append(ImageSpan(spans[-1].end if spans else 0, picture.tokens))
+    for image in sample.images:
+        spans.append(ImageSpan(spans[-1].end if spans else 0, image.tokens))
     asked = sample.text + (spans[-1].end if spans else 0)
     return SegmentLayout(asked + answer, tuple(spans), (asked - 1,), tuple(range(asked, asked + answer)))
 
@@ -222,7 +222,7 @@ def _stages(
 ) -> tuple[StageCost, ...]:
     """The stages of a batch's prefill that have layers; lengths [stages] of one sample."""
     flops, cache = sample.batch * decoder.layer(lengths), sample.batch * decoder.cache_bytes(lengths, element_size)
-    dense = sample.text + sum(picture.tokens for picture in sample.pictures)
+    dense = sample.text + sum(image.tokens for image in sample.images)
     dense_flops = sample.batch * float(decoder.layer(np.array(dense)))
     dense_cache = sample.batch * decoder.cache_bytes(float(dense), element_size)
     ends = np.cumsum(layers).tolist()
@@ -257,13 +257,13 @@ def _training_step(cost: TrainingCost, method: PruningMethod | None, sample: Sam
 
 
 def _tiles(
-    tower: TowerGeometry | PatchTowerGeometry | Lacks, pictures: Sequence[Picture]
+    tower: TowerGeometry | PatchTowerGeometry | Lacks, images: Sequence[ImageTokens]
 ) -> tuple[int | None, str | None]:
     """Tiles of one sample, or why tower and projector cannot be counted."""
     if isinstance(tower, Lacks):
         return None, f"not counted: {tower.why}"
-    known = [picture.tiles for picture in pictures if picture.tiles is not None]
-    if len(known) < len(pictures):
+    known = [image.tiles for image in images if image.tiles is not None]
+    if len(known) < len(images):
         assert isinstance(tower, TowerGeometry)
         per_tile = tower.patches // tower.merge
         return None, f"not counted: the tokens are not a multiple of a tile's {per_tile}; give --resolution"
@@ -313,12 +313,12 @@ def _family(config: PreTrainedConfig) -> str:
     return f"{config.model_type} with {tower}" if tower else config.model_type
 
 
-def pictures_of(
+def images_of_sample(
     config: PreTrainedConfig,
     resolutions: Sequence[tuple[int, int]] = (),
     visual_tokens: Sequence[int] = (),
     images: ImageGeometry | Lacks | None = None,
-) -> tuple[Picture, ...]:
+) -> tuple[ImageTokens, ...]:
     """The images of a sample, from sizes or from counts; with neither, the one that makes most tokens.
 
     Args:
@@ -333,7 +333,7 @@ def pictures_of(
     if visual_tokens:
         tower = tower_of(config)
         return tuple(
-            Picture("picture", count, None if isinstance(tower, Lacks) else tower.tiles_of(count))
+            ImageTokens("picture", count, None if isinstance(tower, Lacks) else tower.tiles_of(count))
             for count in visual_tokens
         )
     images = images_of(config) if images is None else images
@@ -345,4 +345,4 @@ def pictures_of(
     sizes = [(height, width) for width, height in resolutions]
     sizes = sizes or [max(images.examples(), key=lambda size: images.tokens([size])[0])]
     counts = zip(sizes, images.tokens(sizes), images.tiles(sizes), strict=True)
-    return tuple(Picture(f"{width}x{height}", tokens, tiles) for (height, width), tokens, tiles in counts)
+    return tuple(ImageTokens(f"{width}x{height}", tokens, tiles) for (height, width), tokens, tiles in counts)

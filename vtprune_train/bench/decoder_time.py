@@ -209,9 +209,9 @@ def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: t
         return None
     tiles: list[Tensor] = []
     base = 0
-    for picture in sample.pictures * batch:
-        number = picture.tiles or 1
-        tiles.append(base + torch.arange(picture.tokens) * number // picture.tokens)
+    for image in sample.images * batch:
+        number = image.tiles or 1
+        tiles.append(base + torch.arange(image.tokens) * number // image.tokens)
         base += number
     tile, generator = torch.cat(tiles), torch.Generator().manual_seed(1)
     attention = torch.rand(len(method.encoder_layers), len(tile), generator=generator)

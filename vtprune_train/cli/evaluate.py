@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vtprune_train.cli.options import add_data_options, add_method_options, add_model_option, check_least, load_model
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.sources import find_files, reader_identity
-from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_picture, prompt_text, recorded_prompt
+from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_image, prompt_text, recorded_prompt
 from vtprune_train.evaluation.questions import Question, as_answered, normalized, read_questions
 from vtprune_train.evaluation.results import Ledger, open_ledger, summary, table
 from vtprune_train.evaluation.timing import Measured, drop_layers, measured_answers
@@ -171,12 +171,12 @@ def _prompts(
     """The questions that can be asked: their images can be read, and the chat template takes their turns."""
     for question in questions:
         try:
-            pictures = [open_picture(path) for path in question.images]
-            prompt_text(loaded, len(pictures), question.turns)
+            images = [open_image(path) for path in question.images]
+            prompt_text(loaded, len(images), question.turns)
         except ValueError as error:
             unreadable[question.sample] = str(error)
             continue
-        yield question, (pictures, question.turns)
+        yield question, (images, question.turns)
 
 
 def _measure(loaded: Loaded, inputs: Any, name: str, max_new_tokens: int) -> list[Measured]:

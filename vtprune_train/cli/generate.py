@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, TextStreamer
 
 from vtprune_train.cli.options import add_method_options, add_model_option, load_model
-from vtprune_train.evaluation.answering import answers, open_picture, prompt_text
+from vtprune_train.evaluation.answering import answers, open_image, prompt_text
 from vtprune_train.evaluation.timing import plans_run, visual_line
 
 log = logging.getLogger(__name__)
@@ -32,16 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the answer, and nothing else, on standard output."""
     settings = sampling(arguments)
-    pictures = [open_picture(Path(name)) for name in arguments.image]
+    images = [open_image(Path(name)) for name in arguments.image]
     loaded = load_model(arguments)
-    if arguments.prompt not in prompt_text(loaded, len(pictures), arguments.prompt):
+    if arguments.prompt not in prompt_text(loaded, len(images), arguments.prompt):
         log.warning("the template this model was trained with leaves the text of the prompt out")
     if arguments.stream:
         settings["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     cache = DynamicCache()
     with plans_run(loaded.model) as plans:
-        [answer] = answers(loaded, [(pictures, arguments.prompt)], past_key_values=cache, **settings)
-    if pictures and plans:
+        [answer] = answers(loaded, [(images, arguments.prompt)], past_key_values=cache, **settings)
+    if images and plans:
         log.info("%s", visual_line(plans[0], cache))
     if not arguments.stream:
         print(answer)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vtprune_train.data.measure import FINE, NO_PICTURE, RECORD_COLUMNS, SPAN_COLUMNS, Measure, measure_piece
+from vtprune_train.data.measure import FINE, NO_IMAGE, RECORD_COLUMNS, SPAN_COLUMNS, Measure, measure_piece
 from vtprune_train.data.sources import open_reader
 from vtprune_train.data.sources.base import Piece, Reader
 from vtprune_train.files.checksums import SummedFile, read_sealed, seal
@@ -248,10 +248,10 @@ def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any
     folder = building / "table"
     remove(folder)
     folder.mkdir()
-    first, records, pictures, letters = _sizes(pieces, len(stamps))
+    first, records, images, letters = _sizes(pieces, len(stamps))
     if not records:
         raise ValueError(f"data file {stamps[0][0]}{' and the others hold' if stamps[1:] else ' holds'} no record")
-    lengths = {**dict.fromkeys(SPAN_COLUMNS, pictures), **dict.fromkeys(STARTS, records + 1), "ids": letters}
+    lengths = {**dict.fromkeys(SPAN_COLUMNS, images), **dict.fromkeys(STARTS, records + 1), "ids": letters}
     dtypes = {**RECORD_COLUMNS, **dict.fromkeys(SPAN_COLUMNS, np.int32), **dict.fromkeys(STARTS, np.int64)}
     with ExitStack() as stack:
         columns: dict[str, ColumnFile] = {
@@ -267,7 +267,7 @@ def _assemble(building: Path, pieces: Sequence[_Work], stamps: Sequence[list[Any
         "version": VERSION,
         "made_with": measure.fingerprint(),
         "records": records,
-        "pictures": pictures,
+        "pictures": images,
         "letters": letters,
         **counts,
         "generation": 0,
@@ -298,7 +298,7 @@ def _join(
         hashes.append(piece["id_hash"])
         state = piece["state"]
         bad += int((state != FINE).sum())
-        doubtful += int((state == NO_PICTURE).sum())
+        doubtful += int((state == NO_IMAGE).sum())
         unread.update(json.loads(piece["unread"].tobytes()))
         entries = map(json.loads, piece["errors"].tobytes().decode().splitlines())
         errors.write("".join(json.dumps({**entry, "row": entry["row"] + row}) + "\n" for entry in entries).encode())
@@ -309,13 +309,13 @@ def _join(
 def _sizes(pieces: Sequence[_Work], num_files: int) -> tuple[list[int], int, int, int]:
     """The first record of each file; records, images and letters of ids of all pieces together."""
     of_file = np.zeros(num_files, dtype=np.int64)
-    pictures = letters = 0
+    images = letters = 0
     for work in pieces:
         piece = work.load()
         of_file[work.file_number] += len(piece["at"])
-        pictures += len(piece["height"])
+        images += len(piece["height"])
         letters += len(piece["ids"])
-    return (np.cumsum(of_file) - of_file).tolist(), int(of_file.sum()), pictures, letters
+    return (np.cumsum(of_file) - of_file).tolist(), int(of_file.sum()), images, letters
 
 
 def _duplicates(hashes: np.ndarray) -> dict[str, Any]:

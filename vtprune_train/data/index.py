@@ -153,11 +153,11 @@ class SampleIndex:
         """See :meth:`vtprune_train.data.table.Table.distrusted`."""
         return self.selections[self.locate(sample)[0]].table.distrusted(reason)
 
-    def pictures(self, sample: int, record: Conversation) -> list[Path | bytes]:
+    def image_files(self, sample: int, record: Conversation) -> list[Path | bytes]:
         """Where the images of a sample are read from."""
-        return record.pictures(self.sources[self.locate(sample)[0]].images)
+        return record.image_files(self.sources[self.locate(sample)[0]].images)
 
-    def picture_sizes(self, sample: int) -> list[Size]:
+    def image_sizes(self, sample: int) -> list[Size]:
         """``(height, width)`` of each image, as indexed."""
         source, row = self.locate(sample)
         table = self.selections[source].table
@@ -174,7 +174,7 @@ class SampleIndex:
         ended = time.monotonic()
         self._next_look = ended + self.PAUSE * (ended - began)
 
-    def num_pictures(self, samples: np.ndarray) -> np.ndarray:
+    def num_images(self, samples: np.ndarray) -> np.ndarray:
         """[S] images of each sample."""
         return np.bincount(self.lengths(samples).span_sample, minlength=len(samples))
 

@@ -23,8 +23,8 @@ from vtprune_train.models.families.layout import ImageLayout
 
 BATCH = 512  # conversations tokenized in one call
 BATCH_BYTES = BOUNDS.text  # of text among them: tokenizing takes more than a hundred times as much memory
-BATCH_PICTURES = BOUNDS.record  # bytes of images among them
-FINE, BAD, NO_PICTURE, SILENT, LARGE = 0, 1, 2, 3, 4
+BATCH_IMAGE_BYTES = BOUNDS.record  # bytes of images among them
+FINE, BAD, NO_IMAGE, SILENT, LARGE = 0, 1, 2, 3, 4
 """What ``state`` says of a record; pictures that cannot be read may be mended later, nothing is wrong with a silent
 one but that it has no answer to learn, and with a large one but its size."""
 
@@ -91,7 +91,7 @@ class Measure:
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Measured]:
         """Lengths of each; what keeps it from being used is its ``error``."""
-        results = [self._pictures(conversation) for conversation in conversations]
+        results = [self._measure_images(conversation) for conversation in conversations]
         usable = [number for number, result in enumerate(results) if result.state == FINE]
         counts = self.encoder.count(
             [self.prompt.apply(conversations[number]).turns for number in usable], self.bounds.text
@@ -103,18 +103,18 @@ class Measure:
                 results[number].text, results[number].supervised = count
         return results
 
-    def _pictures(self, conversation: Conversation) -> Measured:
+    def _measure_images(self, conversation: Conversation) -> Measured:
         if conversation.error:
             return _refused(conversation.error)
         sizes = []
-        for number, picture in enumerate(conversation.pictures(self.images)):
+        for number, image in enumerate(conversation.image_files(self.images)):
             try:
-                name = picture_name(picture, number)
-                sizes.append(image_size(picture, max_pixels=self.max_image_pixels, name=name))
+                name = image_name(image, number)
+                sizes.append(image_size(image, max_pixels=self.max_image_pixels, name=name))
             except UNREADABLE as error:
                 # Room is kept for its images, so that they can be filled in once they are mended.
                 blank = [(0, 0, 0, 0)] * len(conversation.images)
-                return Measured(state=NO_PICTURE, spans=blank, error=f"image {error}")
+                return Measured(state=NO_IMAGE, spans=blank, error=f"image {error}")
         try:
             tokens, tiles = self.layout.tokens(sizes), self.layout.tiles(sizes)
         except ValueError as error:
@@ -127,9 +127,9 @@ def _refused(error: str) -> Measured:
     return Measured(state=state, error=error)
 
 
-def picture_name(picture: Path | bytes, number: int) -> str:
+def image_name(image: Path | bytes, number: int) -> str:
     """What an image is called in a message."""
-    return f"{number + 1} of the record" if isinstance(picture, bytes) else shortened(str(picture))
+    return f"{number + 1} of the record" if isinstance(image, bytes) else shortened(str(image))
 
 
 def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, identity: str) -> None:
@@ -165,15 +165,15 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
 def _batches(read: Iterator[tuple[Place, Conversation]]) -> Iterator[list[tuple[Place, Conversation]]]:
     """Up to ``BATCH`` conversations together, fewer where they are long or bring their images."""
     batch: list[tuple[Place, Conversation]] = []
-    text = pictures = 0
+    text = images = 0
     for place, conversation in read:
         more = sum(len(turn.text) for turn in conversation.turns)
         encoded = sum(len(image) for image in conversation.images if isinstance(image, bytes))
-        if batch and (len(batch) == BATCH or text + more > BATCH_BYTES or pictures + encoded > BATCH_PICTURES):
+        if batch and (len(batch) == BATCH or text + more > BATCH_BYTES or images + encoded > BATCH_IMAGE_BYTES):
             yield batch
-            batch, text, pictures = [], 0, 0
+            batch, text, images = [], 0, 0
         batch.append((place, conversation))
-        text, pictures = text + more, pictures + encoded
+        text, images = text + more, images + encoded
     if batch:
         yield batch
 

@@ -44,7 +44,7 @@ class Conversation:
     error: str = ""
     unread: frozenset[str] = field(default=frozenset(), compare=False)
 
-    def pictures(self, folder: Path) -> list[Path | bytes]:
+    def image_files(self, folder: Path) -> list[Path | bytes]:
         """Where each image is read from."""
         return [folder / image if isinstance(image, str) else image for image in self.images]
 

@@ -48,7 +48,7 @@ QUESTIONS = {
 }
 
 
-def draw_picture(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
+def draw_image(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
     """One image with one shape on a plain grey ground, and the truth about it (colour, shape, place)."""
     width, height = rng.choice(CANVASES)
     width, height = round(width * rng.uniform(0.9, 1.1)), round(height * rng.uniform(0.9, 1.1))
@@ -85,7 +85,7 @@ def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> 
     for split, count in (("train", num_train), ("eval", num_eval)):
         records = []
         for number in range(count):
-            image, truth = draw_picture(rng)
+            image, truth = draw_image(rng)
             name = f"{split}-{number:05d}.png"
             image.save(folder / "images" / name)
             records.append({"id": f"{split}-{number}", "image": name, "conversations": _conversation(rng, truth)})

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vtprune_train.data.building import build_table, remove_builds
-from vtprune_train.data.measure import BATCH, FINE, NO_PICTURE, SPAN_COLUMNS, Measure, Measured, content_hash
+from vtprune_train.data.measure import BATCH, FINE, NO_IMAGE, SPAN_COLUMNS, Measure, Measured, content_hash
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import open_reader, stamp
 from vtprune_train.data.sources.base import Place, Reader
@@ -189,7 +189,7 @@ def _mended(table: Table, measure: Measure) -> Table:
         return table
     entries, mended, doubtful = [], {}, 0
     for entry in table.errors():
-        if entry["state"] == NO_PICTURE:
+        if entry["state"] == NO_IMAGE:
             result = measure([table.read(entry["row"])])[0]
             if result.state == FINE and len(result.spans) == len(table.column("height")[table.spans(entry["row"])]):
                 mended[entry["row"]] = result

@@ -236,7 +236,7 @@ def _image_token(processor: Any) -> str:
     return getattr(processor, "image_token", IMAGE)
 
 
-def open_picture(path: Path | bytes) -> Image.Image:
+def open_image(path: Path | bytes) -> Image.Image:
     """An image, or its encoded bytes, in RGB, EXIF rotation applied.
 
     Raises:
@@ -249,13 +249,13 @@ def open_picture(path: Path | bytes) -> Image.Image:
         raise ValueError(f"picture {name} cannot be read ({error.reason})") from error
 
 
-def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -> str:
+def prompt_text(loaded: Loaded, images: int, question: str | Sequence[Turn]) -> str:
     """:func:`write_prompt` for a loaded model."""
-    return write_prompt(loaded.processor, loaded.content, pictures, question)
+    return write_prompt(loaded.processor, loaded.content, images, question)
 
 
 def write_prompt(
-    processor: Any, kind: Literal["text", "parts"] | None, pictures: int, question: str | Sequence[Turn]
+    processor: Any, kind: Literal["text", "parts"] | None, images: int, question: str | Sequence[Turn]
 ) -> str:
     """The text of a prompt, up to where the answer begins.
 
@@ -271,11 +271,11 @@ def write_prompt(
     """
     turns = [Turn("user", question)] if isinstance(question, str) else list(question)
     marked = sum(turn.text.count(IMAGE) for turn in turns)
-    if not marked and pictures:
+    if not marked and images:
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-        turns[first] = Turn("user", IMAGE * pictures + "\n" + turns[first].text)
-    elif marked != pictures:
-        raise ValueError(f"{pictures} picture(s) but {marked} {IMAGE} in the prompt; leave {IMAGE} out or give as many")
+        turns[first] = Turn("user", IMAGE * images + "\n" + turns[first].text)
+    elif marked != images:
+        raise ValueError(f"{images} image(s) but {marked} {IMAGE} in the prompt; leave {IMAGE} out or give as many")
     token = _image_token(processor)
     if token != IMAGE and any(token in turn.text for turn in turns):
         raise ValueError(f"the prompt holds {token}, which stands for a picture in this model; write {IMAGE} for one")
@@ -310,14 +310,14 @@ def batch(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     Raises:
         ValueError: see :func:`prompt_text`.
     """
-    texts = [prompt_text(loaded, len(pictures), question) for pictures, question in prompts]
+    texts = [prompt_text(loaded, len(images), question) for images, question in prompts]
     if not all(texts):
         raise ValueError("the prompt is empty and there is no picture; ask something")
-    pictures = [picture for own, _ in prompts for picture in own]
+    images = [image for own, _ in prompts for image in own]
     bos = loaded.processor.tokenizer.bos_token
     complete = bos is not None and texts[0].startswith(bos)
     inputs = loaded.processor(
-        images=pictures or None, text=texts, padding=True, add_special_tokens=not complete, return_tensors="pt"
+        images=images or None, text=texts, padding=True, add_special_tokens=not complete, return_tensors="pt"
     )
     inputs.pop("token_type_ids", None)
     return inputs.to(loaded.model.device, loaded.model.dtype)

@@ -77,29 +77,28 @@ def read_questions(
         if row.error:
             malformed.append((row.id, row.error))
         else:
-            questions += _questions_of(number, row.id, prompt.apply(row).turns, row.pictures(images))
+            questions += _questions_of(number, row.id, prompt.apply(row).turns, row.image_files(images))
     if not questions:
         first = f"; the first is malformed: {malformed[0][1]}" if malformed else ""
         raise ValueError(f"data file {data} holds no question to ask among {asked} record(s){first}")
-    if any(isinstance(picture, Path) for question in questions for picture in question.images) and not images.is_dir():
+    if any(isinstance(image, Path) for question in questions for image in question.images) and not images.is_dir():
         raise ValueError(f"--images {images} is no folder; it holds the pictures that {data} names")
-    pictures = {picture for question in questions for picture in question.images if isinstance(picture, Path)}
-    if pictures and not any(picture.exists() for picture in pictures):
+    files = {image for question in questions for image in question.images if isinstance(image, Path)}
+    if files and not any(file.exists() for file in files):
         raise ValueError(
-            f"--images {images}: none of the {len(pictures)} pictures that {data} names is there; the first: "
-            f"{min(pictures)}"
+            f"--images {images}: none of the {len(files)} images that {data} names is there; the first: {min(files)}"
         )
     return questions, malformed
 
 
-def _questions_of(number: int, sample: str, turns: Sequence[Turn], pictures: list[Path | bytes]) -> list[Question]:
+def _questions_of(number: int, sample: str, turns: Sequence[Turn], images: list[Path | bytes]) -> list[Question]:
     questions = []
     for place, turn in enumerate(turns):
         if turn.role == "assistant":
             before = tuple(turns[:place])
             seen = sum(earlier.text.count(IMAGE) for earlier in before if earlier.role == "user")
             key = f"{number}:{place}:{sample}"
-            questions.append(Question(key, sample, before, tuple(pictures[:seen]), turn.text))
+            questions.append(Question(key, sample, before, tuple(images[:seen]), turn.text))
     return questions
 
 

@@ -40,7 +40,7 @@ from transformers import GenerationConfig  # noqa: E402
 from vtprune_train.cli.options import takes_list  # noqa: E402
 from vtprune_train.core.stream import IMAGE  # noqa: E402
 from vtprune_train.data.chat import Turn  # noqa: E402
-from vtprune_train.evaluation.answering import Loaded, Prompt, answers, load, open_picture  # noqa: E402
+from vtprune_train.evaluation.answering import Loaded, Prompt, answers, load, open_image  # noqa: E402
 from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -138,14 +138,14 @@ class VTPruneChat(_VTPrune):
     def prompt(self, request: Instance) -> Prompt:
         _, to_messages, _, doc_id, task, split = request.args
         conversation = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
-        pictures, videos, audios = conversation.extract_media()
+        images, videos, audios = conversation.extract_media()
         if videos or audios:
             raise ValueError(f"task {task}, document {doc_id}: vtprune takes pictures, not videos or sounds")
         turns = []
         for message in conversation.to_hf_messages():
             parts = [IMAGE + "\n" if part["type"] == "image" else part["text"] for part in message["content"]]
             turns.append(Turn(message["role"], "".join(parts)))
-        return _pictures(pictures, task, doc_id), turns
+        return _open_images(images, task, doc_id), turns
 
 
 class VTPruneSimple(_VTPrune):
@@ -155,23 +155,23 @@ class VTPruneSimple(_VTPrune):
 
     def prompt(self, request: Instance) -> Prompt:
         context, _, to_visual, doc_id, task, split = request.args
-        return _pictures(to_visual(self.task_dict[task][split][doc_id]) or [], task, doc_id), context
+        return _open_images(to_visual(self.task_dict[task][split][doc_id]) or [], task, doc_id), context
 
 
-def _pictures(given: Sequence[Any], task: str, document: Any) -> list[Image.Image]:
+def _open_images(given: Sequence[Any], task: str, document: Any) -> list[Image.Image]:
     """Images in RGB; a task may give their files' names instead. Errors name the document."""
     place = f"task {task}, document {document}"
-    pictures = []
-    for picture in given:
-        if isinstance(picture, str):
+    images = []
+    for image in given:
+        if isinstance(image, str):
             try:
-                picture = open_picture(Path(picture))
+                image = open_image(Path(image))
             except ValueError as error:
                 raise ValueError(f"{place}: {error}; vtprune takes pictures (is it a video?)") from error
-        if not isinstance(picture, Image.Image):
-            raise ValueError(f"{place}: vtprune takes pictures, not a {type(picture).__name__} (a video?)")
-        pictures.append(picture.convert("RGB"))
-    return pictures
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{place}: vtprune takes pictures, not a {type(image).__name__} (a video?)")
+        images.append(image.convert("RGB"))
+    return images
 
 
 def _with_lists(method: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from vlmeval.vlm.base import BaseModel
 
 from vtprune_train.core.stream import IMAGE
-from vtprune_train.evaluation.answering import answers, load, open_picture
+from vtprune_train.evaluation.answering import answers, load, open_image
 from vtprune_train.pruning import SAVED
 
 
@@ -55,13 +55,13 @@ class VTPrune(BaseModel):
         Raises:
             ValueError: a part of another type, or an image that cannot be read.
         """
-        pictures, texts = [], []
+        images, texts = [], []
         for part in message:
             if part["type"] == "image":
-                pictures.append(open_picture(Path(part["value"])))
+                images.append(open_image(Path(part["value"])))
                 texts.append(IMAGE + "\n")
             elif part["type"] == "text":
                 texts.append(part["value"])
             else:
                 raise ValueError(f"a message part of type {part['type']!r} is not taken; vtprune takes image and text")
-        return answers(self.loaded, [(pictures, "".join(texts))], **self.generation)[0]
+        return answers(self.loaded, [(images, "".join(texts))], **self.generation)[0]

@@ -16,7 +16,7 @@ from vtprune_train.config.settings import Config, ConfigError, SourceConfig, nea
 from vtprune_train.core.user_code import is_path
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
-from vtprune_train.data.measure import picture_name
+from vtprune_train.data.measure import image_name
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import find_files, is_here, open_reader, reader_class
 from vtprune_train.data.sources.base import Bounds, TooLarge
@@ -175,9 +175,9 @@ def _unusable(record: Conversation, images: Path, max_pixels: int) -> str:
     """Why a record cannot be used; empty if it can, as far as headers tell."""
     if record.error:
         return record.error
-    for number, picture in enumerate(record.pictures(images)):
+    for number, image in enumerate(record.image_files(images)):
         try:
-            image_size(picture, max_pixels=max_pixels, name=picture_name(picture, number))
+            image_size(image, max_pixels=max_pixels, name=image_name(image, number))
         except UNREADABLE as error:
             return f"image {error}"
     return ""

@@ -37,14 +37,14 @@ class ShownImage:
         ValueError: the image is of another size than its places, or a token does not exist.
     """
 
-    picture: Image.Image
+    image: Image.Image
     places: Places
     kept: Sequence[np.ndarray]
 
     def __post_init__(self) -> None:
         height, width = self.places.size
-        if self.picture.size != (width, height):
-            raise ValueError(f"the picture is {self.picture.size}, but its tokens were placed on {(width, height)}")
+        if self.image.size != (width, height):
+            raise ValueError(f"the picture is {self.image.size}, but its tokens were placed on {(width, height)}")
         total = len(self.places.kinds)
         if any(len(tokens) and not 0 <= tokens.min() <= tokens.max() < total for tokens in self.kept):
             raise ValueError(f"a kept token lies outside the {total} tokens of its image")
@@ -106,7 +106,7 @@ def panel(shown: ShownImage, stage: int, kind: str, size: tuple[int, int]) -> Im
     is_kept = np.zeros((height, width), dtype=bool)
     for left, top, right, bottom in edges.tolist():
         is_kept[top:bottom, left:right] = True
-    pixels = np.asarray(shown.picture.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+    pixels = np.asarray(shown.image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
     grey = pixels.mean(axis=-1, keepdims=True)
     faded = (1 - FADE) * grey + FADE * np.array(DROPPED)
     return Image.fromarray(np.where(is_kept[..., None], pixels, faded).astype(np.uint8))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtprune_train.core.stream import IMAGE, to_device
 from vtprune_train.data.images import UNREADABLE, load_image
 from vtprune_train.data.load.collate import Collator, lay_out
-from vtprune_train.models.families.layout import Pictures
+from vtprune_train.models.families.layout import SampleImages
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.loop.callbacks import only_warning
 from vtprune_train.training.loop.trainer import Callback, Trainer
@@ -25,7 +25,7 @@ class Question:
     """A sample up to its last answer: ``inputs`` as a processor makes them, its pictures, the question's ``text``."""
 
     inputs: dict[str, Tensor]
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     text: str
 
 
@@ -35,9 +35,7 @@ class EvaluationImages(Callback):
     def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
         if not trainer.config.train.eval_show or collate.method is None:
             return
-        drawn = draw_kept(
-            trainer.engine.module, collate, pictures=trainer.config.train.eval_show, device=trainer.device
-        )
+        drawn = draw_kept(trainer.engine.module, collate, images=trainer.config.train.eval_show, device=trainer.device)
         board = trainer.engine.monitors.tensorboard
         if board is None:
             return
@@ -46,7 +44,7 @@ class EvaluationImages(Callback):
                 board.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
 
 
-def draw_kept(model: nn.Module, collate: Collator, *, pictures: int, device: torch.device) -> list[np.ndarray]:
+def draw_kept(model: nn.Module, collate: Collator, *, images: int, device: torch.device) -> list[np.ndarray]:
     """The first samples of ``collate.index`` that have pictures, drawn; all ranks call this together.
 
     Args:
@@ -59,9 +57,9 @@ def draw_kept(model: nn.Module, collate: Collator, *, pictures: int, device: tor
         for each sample [height, width, 3] uint8.
     """
     drawn = []
-    for question in ranks.from_rank_0(lambda: _questions(collate, pictures)):
+    for question in ranks.from_rank_0(lambda: _questions(collate, images)):
         inputs = to_device(question.inputs, device)
-        shown = look(model, collate.image_processor, inputs, question.pictures)
+        shown = look(model, collate.image_processor, inputs, question.images)
         if ranks.rank() == 0:
             drawn.append(np.asarray(draw(shown, stage_names(model), question.text)))
     return drawn
@@ -71,13 +69,13 @@ class _NothingToShowError(ValueError):
     """Pictures of a sample follow its last answer, so that the others do not stand as they would without them."""
 
 
-def _questions(collate: Collator, pictures: int) -> list[Question]:
+def _questions(collate: Collator, images: int) -> list[Question]:
     """Questions with ``pictures`` pictures in all, from the first samples whose files can be read."""
     questions: list[Question] = []
     for sample in range(len(collate.index)):
-        if not collate.index.picture_sizes(sample):
+        if not collate.index.image_sizes(sample):
             continue
-        if sum(len(question.pictures) for question in questions) >= pictures:
+        if sum(len(question.images) for question in questions) >= images:
             break
         try:
             questions.append(_question(collate, sample))
@@ -96,21 +94,21 @@ def _question(collate: Collator, sample: int) -> Question:
     index = collate.index
     loaded = collate.load(sample, sample)
     record = index.record(sample)
-    sizes, pixels = loaded.pictures.sizes, loaded.pictures.pixels
+    sizes, pixels = loaded.images.sizes, loaded.images.pixels
     tokens = collate.layout.tokens(sizes)
     segment, ids = lay_out(loaded.chat, tokens)
     end = segment.query_offsets[-1] + 1
     asked = [i for i, span in enumerate(segment.spans) if span.end <= end]
     if not asked:
         raise _NothingToShowError("its pictures follow its last answer")
-    seen = Pictures([sizes[i] for i in asked], [pixels[i] for i in asked])
+    seen = SampleImages([sizes[i] for i in asked], [pixels[i] for i in asked])
     if collate.layout.tokens(seen.sizes) != [tokens[i] for i in asked]:
         raise _NothingToShowError("pictures follow its last answer, and change how the others are laid out")
-    files = index.pictures(sample, record)
+    files = index.image_files(sample, record)
     turns = record.turns
     last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
     return Question(
         inputs={"input_ids": torch.from_numpy(ids[None, :end]), **collate.layout.model_inputs(seen)},
-        pictures=[load_image(files[i], sizes[i], max_pixels=collate.max_image_pixels) for i in asked],
+        images=[load_image(files[i], sizes[i], max_pixels=collate.max_image_pixels) for i in asked],
         text=turns[last - 1].text.replace(IMAGE, "").strip(),
     )

@@ -38,7 +38,7 @@ def page(images: Sequence[ShownImage], stages: Sequence[str], title: str = "") -
 def _image(shown: ShownImage) -> dict[str, Any]:
     """What the page needs of one image; boxes in pixels of the original, to a hundredth."""
     height, width = shown.places.size
-    small = shown.picture.convert("RGB")
+    small = shown.image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)

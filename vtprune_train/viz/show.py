@@ -17,7 +17,7 @@ from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.viz.draw import ShownImage, draw
 
 
-def show(model: HFModule, processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
+def show(model: HFModule, processor: Any, images: Sequence[Image.Image], prompt: str) -> Image.Image:
     """Draw which tokens of ``pictures`` survive each stage of a pruned model, for example in a notebook.
 
     Args:
@@ -29,8 +29,8 @@ def show(model: HFModule, processor: Any, pictures: Sequence[Image.Image], promp
     Raises:
         ValueError: no picture, or it is not known where this model's tokens lie.
     """
-    inputs = encode(processor, pictures, prompt, model.device)
-    return draw(look(model, processor.image_processor, inputs, pictures), stage_names(model), prompt)
+    inputs = encode(processor, images, prompt, model.device)
+    return draw(look(model, processor.image_processor, inputs, images), stage_names(model), prompt)
 
 
 def look(
@@ -78,17 +78,17 @@ def stage_names(model: HFModule) -> list[str]:
 
 
 def encode(
-    processor: Any, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
+    processor: Any, images: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """One row of inputs on ``device``: the pictures, then the prompt, up to where the answer begins.
 
     Raises:
         ValueError: no picture.
     """
-    if not pictures:
+    if not images:
         raise ValueError("there is no picture to show the tokens of; give at least one")
-    text = write_prompt(processor, content_of(processor), len(pictures), prompt)
+    text = write_prompt(processor, content_of(processor), len(images), prompt)
     bos = processor.tokenizer.bos_token
     has_bos = bos is not None and text.startswith(bos)  # written by the template
-    made = processor(images=list(pictures), text=text, return_tensors="pt", add_special_tokens=not has_bos)
+    made = processor(images=list(images), text=text, return_tensors="pt", add_special_tokens=not has_bos)
     return {key: value.to(device) for key, value in made.items()}

@@ -25,7 +25,7 @@ TALL = [[28, 56], [28, 84]]  # (width, height): one column of two and of three t
 SIZES = [(30, 90), (90, 30), (50, 40), (28, 28), (200, 61)]  # (width, height)
 
 
-def picture(size):
+def image(size):
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
 
 
@@ -100,8 +100,8 @@ def test_tiles_are_those_of_the_original_both_ways(tmp_path, points, resolutions
     assert config["image_grid_pinpoints"] == processor.image_processor.image_grid_pinpoints == expected
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     for size in SIZES:
-        made = processor(images=picture(size), text="<image> what", return_tensors="pt")
-        wanted = original_tiles(picture(size), images, resolutions)
+        made = processor(images=image(size), text="<image> what", return_tensors="pt")
+        wanted = original_tiles(image(size), images, resolutions)
         assert made["pixel_values"][0].shape == wanted.shape, size
         assert torch.allclose(made["pixel_values"][0], wanted, atol=1e-6), size
         made.pop("token_type_ids", None)
@@ -120,9 +120,9 @@ def test_one_tile_is_padded_or_cropped_as_the_original_does(tmp_path, aspect):
     images = tower_images(tmp_path, image_mean=[0.1, 0.2, 0.3])
     convert(tmp_path / "original", "hf", tmp_path / "hf")
     for size in SIZES:
-        made = opened(tmp_path / "hf")(images=picture(size), text="<image> what", return_tensors="pt")["pixel_values"]
-        plain = images(picture(size), return_tensors="pt")["pixel_values"]
-        wanted = original_square(picture(size), images) if aspect == "pad" else plain
+        made = opened(tmp_path / "hf")(images=image(size), text="<image> what", return_tensors="pt")["pixel_values"]
+        plain = images(image(size), return_tensors="pt")["pixel_values"]
+        wanted = original_square(image(size), images) if aspect == "pad" else plain
         assert torch.allclose(made, wanted, atol=1e-6), size
     edit(tmp_path / "hf", original_llava=None)
     convert(tmp_path / "hf", "original", tmp_path / "made", "--vision_tower", str(tmp_path / "clip"))
@@ -201,8 +201,8 @@ def test_flags_of_the_tower_s_image_processor_are_kept(tmp_path, capsys):
     write_original(tmp_path / "original", "llava", image_aspect_ratio="pad")
     images = tower_images(tmp_path, do_normalize=False, do_rescale=False)
     convert(tmp_path / "original", "hf", tmp_path / "hf")
-    made = opened(tmp_path / "hf")(images=picture((30, 30)), text="<image> what", return_tensors="pt")["pixel_values"]
-    assert torch.equal(made, images(picture((30, 30)), return_tensors="pt")["pixel_values"])
+    made = opened(tmp_path / "hf")(images=image((30, 30)), text="<image> what", return_tensors="pt")["pixel_values"]
+    assert torch.equal(made, images(image((30, 30)), return_tensors="pt")["pixel_values"])
     processor = opened(tmp_path / "hf")
     processor.image_processor.do_rescale = True
     processor.save_pretrained(tmp_path / "hf")
@@ -237,7 +237,7 @@ def test_a_projector_whose_tensors_do_not_fit_is_refused(tmp_path, capsys, name,
 def test_the_class_token_is_kept_where_the_original_keeps_it(tmp_path):
     write_original(tmp_path / "original", "llava", mm_vision_select_feature="cls_patch")
     convert(tmp_path / "original", "hf", tmp_path / "hf")
-    made = opened(tmp_path / "hf")(images=picture((40, 40)), text="<image> what", return_tensors="pt")
+    made = opened(tmp_path / "hf")(images=image((40, 40)), text="<image> what", return_tensors="pt")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     assert (made["input_ids"] == model.config.image_token_id).sum() == 17
     made.pop("token_type_ids", None)
@@ -423,7 +423,7 @@ def test_other_language_models_there_and_back(tmp_path, text_type, tied):
     assert config["unfreeze_mm_vision_tower"] is True and config["tie_word_embeddings"] is tied
     convert(tmp_path / "original", "hf", tmp_path / "again")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").eval()
-    inputs = opened(tmp_path / "again")(images=picture((70, 40)), text="<image> what", return_tensors="pt")
+    inputs = opened(tmp_path / "again")(images=image((70, 40)), text="<image> what", return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGeneration
 
-from tests.support.checkpoints import finish, save_pictures
+from tests.support.checkpoints import finish, save_images
 from tests.support.engines import ALL, Engine, settings_of, started
 from tests.support.families import family_inputs, family_model
 from tests.support.family_runs import save_checkpoint
@@ -357,8 +357,8 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     config = settings_of(tmp_path / "runs", {"path": str(tmp_path / "base")})
     run = config.run.model_copy(update={"name": "llava_next_pdrop_lora"})
     parts, _ = trained(config.model_copy(update={"run": run}))
-    [picture] = save_pictures(tmp_path / "drawn", 1)
-    picture.rename(tmp_path / "cat.jpg")
+    [image] = save_images(tmp_path / "drawn", 1)
+    image.rename(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[3] / "docs" / "peft.md").read_text()
     blocks = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
@@ -419,8 +419,8 @@ def test_train_resume_merge_and_open(runs, tmp_path):
     loaded = load(str(runs.directory("whole")))
     assert any(".lora_" in name for name, _ in loaded.model.named_parameters())
     assert loaded.model.config.pruning["layers"] == [1, 2, 3]
-    picture = Image.new("RGB", (70, 40), "red")
-    inputs = loaded.processor(images=picture, text="<image>\nhow bright is number 3?", return_tensors="pt")
+    image = Image.new("RGB", (70, 40), "red")
+    inputs = loaded.processor(images=image, text="<image>\nhow bright is number 3?", return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with dense(loaded.model), torch.no_grad():
         expected = loaded.model(**inputs).logits

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.support.checkpoints import finish, save_data, save_folder, save_pictures, save_run, talkative
+from tests.support.checkpoints import finish, save_data, save_folder, save_images, save_run, talkative
 from tests.support.engines import Engine, settings_of, started
 from tests.support.families import family_inputs, family_model
 from tests.support.helpers import tiny_model
@@ -218,7 +218,7 @@ def test_generate_and_export_carry_them(tmp_path, capsys):
     run = save_run(tmp_path / "run", VICTOR)
     hf = run / "checkpoints" / "step_00000008" / "hf"
     unpruned.save_pretrained(hf)
-    [picture] = save_pictures(tmp_path / "pictures", 1)
+    [picture] = save_images(tmp_path / "pictures", 1)
     (run / "checkpoints" / "step_00000008" / "manifest.json").unlink()
     finish(run / "checkpoints" / "step_00000008")
     for dtype, out in (("float32", tmp_path / "32"), ("bfloat16", tmp_path / "16")):

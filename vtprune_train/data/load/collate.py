@@ -18,8 +18,8 @@ from vtprune_train.core.stream import ImageSpan, PackedBatch, SegmentLayout, Str
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, ChangedImage, load_image
 from vtprune_train.data.index import SampleIndex
-from vtprune_train.data.measure import picture_name
-from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures
+from vtprune_train.data.measure import image_name
+from vtprune_train.models.families.layout import Grids, ImageLayout, SampleImages
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
 
@@ -30,7 +30,7 @@ class LoadedSample:
 
     sample_id: str
     chat: EncodedChat
-    pictures: Pictures
+    images: SampleImages
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Collator:
     max_image_pixels: int = MAX_PIXELS
 
     def __call__(
-        self, samples: Sequence[int], pictures_of: Sequence[int] | None = None, step: int | None = None
+        self, samples: Sequence[int], image_samples: Sequence[int] | None = None, step: int | None = None
     ) -> PackedBatch:
         """Pack ``samples`` for global step ``step`` of training, with the images of ``pictures_of`` (as many samples
         with as many images) instead of their own. Samples whose images cannot be read are left out and named in
@@ -64,17 +64,17 @@ class Collator:
         size than was indexed, the next start indexes its source again."""
         loaded: list[LoadedSample] = []
         unreadable: list[tuple[str, str]] = []
-        for sample, picture_sample in zip(samples, samples if pictures_of is None else pictures_of, strict=True):
+        for sample, image_sample in zip(samples, samples if image_samples is None else image_samples, strict=True):
             try:
-                loaded.append(self.load(sample, picture_sample))
+                loaded.append(self.load(sample, image_sample))
             except ChangedImage as error:
-                said = self.index.distrusted(picture_sample, f"image {error}")
+                said = self.index.distrusted(image_sample, f"image {error}")
                 unreadable.append((self.index.sample_id(sample), str(said)))
             except UNREADABLE as error:
                 unreadable.append((self.index.sample_id(sample), str(error)))
         return self.pack(loaded, tuple(unreadable), step)
 
-    def load(self, sample: int, picture_sample: int) -> LoadedSample:
+    def load(self, sample: int, image_sample: int) -> LoadedSample:
         """Tokenize one sample and decode its pictures.
 
         Raises:
@@ -83,22 +83,22 @@ class Collator:
         """
         record = self.index.record(sample)
         chat = self.encoder.encode(record.turns)
-        lengths = self.index.lengths([sample, picture_sample])
+        lengths = self.index.lengths([sample, image_sample])
         supervised = int((chat.labels >= 0).sum())
         self._compare(sample, "text tokens", len(chat.input_ids) - len(chat.image_offsets), int(lengths.text[0]))
         self._compare(sample, "supervised tokens", supervised, int(lengths.supervised[0]))
         self._compare(sample, "images", len(chat.image_offsets), int((lengths.span_sample == 0).sum()))
-        picture_record = record if picture_sample == sample else self.index.record(picture_sample)
-        sizes = self.index.picture_sizes(picture_sample)
-        pictures_of = self.index.pictures(picture_sample, picture_record)
+        image_record = record if image_sample == sample else self.index.record(image_sample)
+        sizes = self.index.image_sizes(image_sample)
+        sources = self.index.image_files(image_sample, image_record)
         images = [
-            load_image(picture, size, max_pixels=self.max_image_pixels, name=picture_name(picture, number))
-            for number, (picture, size) in enumerate(zip(pictures_of, sizes, strict=True))
+            load_image(image, size, max_pixels=self.max_image_pixels, name=image_name(image, number))
+            for number, (image, size) in enumerate(zip(sources, sizes, strict=True))
         ]
         visual = int(lengths.span_tokens[lengths.span_sample == 1].sum())
-        self._compare(picture_sample, "visual tokens", sum(self.layout.tokens(sizes)), visual)
-        pictures = Pictures(sizes, self.layout.pixels(self.image_processor, images))
-        return LoadedSample(self.index.sample_id(sample), chat, pictures)
+        self._compare(image_sample, "visual tokens", sum(self.layout.tokens(sizes)), visual)
+        pixels = self.layout.pixels(self.image_processor, images)
+        return LoadedSample(self.index.sample_id(sample), chat, SampleImages(sizes, pixels))
 
     def _compare(self, sample: int, name: str, here: int, indexed: int) -> None:
         if here != indexed:
@@ -112,7 +112,7 @@ class Collator:
         """Lay samples end to end and plan the stages of the step's phase."""
         phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
         laid_out = [
-            lay_out(sample.chat, self.layout.tokens(sample.pictures.sizes), self.layout.grids(sample.pictures.sizes))
+            lay_out(sample.chat, self.layout.tokens(sample.images.sizes), self.layout.grids(sample.images.sizes))
             for sample in loaded
         ]
         segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
@@ -125,8 +125,8 @@ class Collator:
         answers = [_answer_of_target(sample.chat) for sample in loaded]
         num_answers = np.cumsum([0, *(len(sample.chat.answer_starts) for sample in loaded)])
         targets = [sample.chat.labels[sample.chat.labels >= 0] for sample in loaded]
-        pictures = [sample.pictures for sample in loaded]
-        vision = self.layout.vision_inputs(pictures)
+        images = [sample.images for sample in loaded]
+        vision = self.layout.vision_inputs(images)
         return PackedBatch(
             input_ids=torch.from_numpy(ids),
             visual_rows=torch.from_numpy(_visual_rows(segments)),
@@ -141,7 +141,7 @@ class Collator:
             unreadable=unreadable,
             costs=self._costs(loaded, plan, phase, teacher, segments) if loaded else {},
             image_inputs=vision.image_inputs,
-            positions=self.layout.positions(segments, pictures),
+            positions=self.layout.positions(segments, images),
             teacher=teacher,
         )
 
@@ -158,7 +158,7 @@ class Collator:
         teacher: TeacherPass | None,
         segments: Sequence[SegmentLayout],
     ) -> dict[str, float]:
-        tiles = _join([np.array([len(p) for p in sample.pictures.pixels], dtype=np.int64) for sample in loaded])
+        tiles = _join([np.array([len(p) for p in sample.images.pixels], dtype=np.int64) for sample in loaded])
         supervised = np.array([len(segment.supervised_offsets) for segment in segments])
         own = flops.PassCost.of(self.cost, plan, phase.method, supervised)
         other = float(self.cost.vision(tiles).sum())

@@ -24,8 +24,8 @@ class _Decode:
     max_tokens: int
 
     def __call__(self, task: MicroBatch) -> PackedBatch:
-        batch = self.collate(task.samples, task.pictures_of, step=task.step)
-        if task.pictures_of is None:  # images of other samples have other lengths
+        batch = self.collate(task.samples, task.image_samples, step=task.step)
+        if task.image_samples is None:  # images of other samples have other lengths
             assert batch.plan.stages[0].num_tokens <= self.max_tokens, "a micro-batch beyond data.max_tokens"
         return batch
 
@@ -37,7 +37,7 @@ class StepLoader:
         collate: samples to batches; is pickled and runs in the workers, which start here.
         workers: decode processes; 0 decodes in this one.
         device: batches for CUDA are pinned.
-        pictures_of: whose pictures each sample gets, by sample index; its own if ``None``.
+        image_samples: whose pictures each sample gets, by sample index; its own if ``None``.
         prefetch: batches that each worker decodes ahead.
         timeout: seconds after which a worker counts as hung; ``None``: never.
 
@@ -55,12 +55,12 @@ class StepLoader:
         rank: int,
         workers: int,
         device: torch.device,
-        pictures_of: Sequence[int] | None = None,
+        image_samples: Sequence[int] | None = None,
         prefetch: int = PREFETCH,
         timeout: float | None = None,
     ):
         self.steps = range(first_step, end_step)
-        self.planner, self.rank, self.pictures_of = planner, rank, pictures_of
+        self.planner, self.rank, self.image_samples = planner, rank, image_samples
         self.decode = _Decode(collate, planner.max_tokens)
         self.pin = device.type == "cuda"
         self.ready: int | None = None
@@ -106,5 +106,5 @@ class StepLoader:
     def _tasks(self, plan: StepPlan) -> Iterator[MicroBatch]:
         for ranks in plan.micro_batches:
             samples = ranks[self.rank]
-            pictures = None if self.pictures_of is None else tuple(self.pictures_of[sample] for sample in samples)
-            yield MicroBatch(plan.step, samples, pictures)
+            images = None if self.image_samples is None else tuple(self.image_samples[sample] for sample in samples)
+            yield MicroBatch(plan.step, samples, images)

@@ -59,7 +59,7 @@ class MicroBatch:
 
     step: int
     samples: tuple[int, ...]
-    pictures_of: tuple[int, ...] | None = None
+    image_samples: tuple[int, ...] | None = None
 
 
 def start_server() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader, parse_record, too_many_bytes
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 LONGEST_NAME = 1 << 20  # bytes of what stands before a member: its name where that is long, times, attributes
 Member = tuple[str, bytes]
 
@@ -113,7 +113,7 @@ def _headers(tar: tarfile.TarFile, path: Path, stop: int) -> Iterator[tarfile.Ta
 
 def _is_read(name: str) -> bool:
     kind = _extension(name).lower()
-    return kind in ("json", "txt") or kind.rpartition(".")[2] in PICTURES
+    return kind in ("json", "txt") or kind.rpartition(".")[2] in IMAGE_ENDINGS
 
 
 def _key(name: str) -> str:
@@ -131,7 +131,7 @@ def _record(members: Sequence[Member], at: int) -> Any:
     key = _key(members[0][0])
     described: Any = None
     caption = None
-    pictures: list[Member] = []
+    image_members: list[Member] = []
     others: dict[str, str] = {}
     for name, content in members:
         extension = _extension(name).lower()
@@ -142,34 +142,34 @@ def _record(members: Sequence[Member], at: int) -> Any:
                 described = Malformed(f"{name} is not JSON ({error})")
         elif extension == "txt":
             caption = content.decode("utf-8", errors="replace").strip()
-        elif extension.rpartition(".")[2] in PICTURES:
-            pictures.append((name, content))
+        elif extension.rpartition(".")[2] in IMAGE_ENDINGS:
+            image_members.append((name, content))
         else:
             others[f".{extension.rpartition('.')[2]}"] = name
     talks = isinstance(described, Mapping) and ("conversations" in described or "messages" in described)
     if caption is not None and not talks:
-        question = f"{IMAGE}\n" * len(pictures)
+        question = f"{IMAGE}\n" * len(image_members)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
-        images = [content for _, content in pictures]
+        images = [content for _, content in image_members]
         record = described if isinstance(described, Mapping) else {}
         return {"id": key, **record, **others, "images": images, "image": None, "conversations": turns}
     if not isinstance(described, Mapping):
         return {"id": key, **others} if described is None else described
     if caption is not None:
         others[".txt"] = caption
-    return {"id": key, **described, **others, "images": _images(described, pictures), "image": None}
+    return {"id": key, **described, **others, "images": _images(described, image_members), "image": None}
 
 
-def _images(record: Mapping[str, Any], pictures: Sequence[Member]) -> list[Any]:
+def _images(record: Mapping[str, Any], images: Sequence[Member]) -> list[Any]:
     """The images in the order in which the record names them; in the tar's if it names none or all by other names. A
     name without a member stays a name, looked up in the source's folder of images."""
     names = record.get("image") if record.get("images") is None else record["images"]
-    contents = [content for _, content in pictures]
+    contents = [content for _, content in images]
     if names is None:
         return contents
     names = names if isinstance(names, list) else [names]
     by_name: dict[str, bytes] = {}
-    for name, content in pictures:
+    for name, content in images:
         for known in (name, name.rpartition("/")[2], _extension(name)):
             by_name.setdefault(known, content)
     named = [by_name.get(name) if isinstance(name, str) else None for name in names]

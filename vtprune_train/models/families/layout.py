@@ -30,7 +30,7 @@ Shown = tuple[np.ndarray, int]
 
 
 @dataclass
-class Pictures:
+class SampleImages:
     """The images of one sample: their sizes, and what the tower sees of each ([tiles, ...] float32)."""
 
     sizes: list[Size]
@@ -83,14 +83,14 @@ class ImageLayout(ImageGeometry):
         """What the tower sees of each image of one sample, [tiles, ...] float32."""
 
     @abstractmethod
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
+    def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
         """Pack the images of all samples; a blank one where there are none, so that every rank runs the tower."""
 
     @abstractmethod
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
         """The images of one sample as the model's own ``forward`` takes them."""
 
-    def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[Pictures]) -> Tensor | None:
+    def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[SampleImages]) -> Tensor | None:
         """[parts, T] int64 positions that stay with their tokens; ``None`` where each segment counts its tokens."""
         return None
 
@@ -134,7 +134,7 @@ class GatheredTiles(ImageLayout):
         made = [image_processor(images=image, return_tensors="pt")["pixel_values"][0] for image in images]
         return [pixels.reshape(-1, *pixels.shape[-3:]) for pixels in made]
 
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
+    def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
         index, tiles = [np.zeros(0, dtype=np.int64)], 0
         for sample in samples:
             for size, pixels in zip(sample.sizes, sample.pixels, strict=True):

@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil, LlavaConfig
 
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import llava_vicuna_7b
-from vtprune_train.models.families.layout import GatheredTiles, Grids, Pictures, Shown, Size, check_aspect
+from vtprune_train.models.families.layout import GatheredTiles, Grids, SampleImages, Shown, Size, check_aspect
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.towers import (
     CLASS_TOKENS,
@@ -63,8 +63,8 @@ class OneTile(GatheredTiles):
     def examples(self) -> list[Size]:
         return [(self.tile_size, self.tile_size)]
 
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat(pictures.pixels)}
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
+        return {"pixel_values": torch.cat(images.pixels)}
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
         """The image may be padded to a square first; then it is resized and its middle cut out."""

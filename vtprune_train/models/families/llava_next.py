@@ -25,7 +25,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import llava_vicuna_7b
-from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, Pictures, Shown, Size
+from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, SampleImages, Shown, Size
 from vtprune_train.models.families.places import Places, cells, edges
 from vtprune_train.models.families.towers import (
     after_features,
@@ -95,10 +95,10 @@ class AnyRes(GatheredTiles):
     def examples(self) -> list[Size]:
         return list(self.pinpoints)
 
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
         return {
-            "pixel_values": pad_sequence(pictures.pixels, batch_first=True),
-            "image_sizes": torch.tensor(pictures.sizes),
+            "pixel_values": pad_sequence(images.pixels, batch_first=True),
+            "image_sizes": torch.tensor(images.sizes),
         }
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:

@@ -20,7 +20,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, 
 
 from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.layout import NEWLINE, Grids, ImageLayout, Pictures, Shown, Size, VisionInputs
+from vtprune_train.models.families.layout import NEWLINE, Grids, ImageLayout, SampleImages, Shown, Size, VisionInputs
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.towers import after_features, saved_by_tiles, tile_tower
@@ -94,7 +94,7 @@ class OneVision(ImageLayout):
             return []
         return list(image_processor(images=[list(images)], return_tensors="pt")["pixel_values"])
 
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
+    def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
         seen = [sample for sample in samples if sample.sizes] or [self._blank()]
         sizes = [size for sample in seen for size in sample.sizes]
         tokens = sum(sum(self.tokens(sample.sizes)) for sample in samples)
@@ -104,9 +104,9 @@ class OneVision(ImageLayout):
             image_inputs={"image_sizes": tuple(sizes), "batch_num_images": tuple(len(sample.sizes) for sample in seen)},
         )
 
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
-        count = torch.tensor([len(pictures.sizes)])
-        return {**self.anyres.model_inputs(pictures), "batch_num_images": count}
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
+        count = torch.tensor([len(images.sizes)])
+        return {**self.anyres.model_inputs(images), "batch_num_images": count}
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
         """Of several images each is padded to a square, which one tile holds."""
@@ -120,9 +120,9 @@ class OneVision(ImageLayout):
         newline = [[size[1], 0.0, size[1], size[0]]]
         return Places(size, np.append(grid.kinds, "newline"), np.concatenate([grid.boxes, newline]))
 
-    def _blank(self) -> Pictures:
+    def _blank(self) -> SampleImages:
         tile = self.anyres.tile_size
-        return Pictures([(tile, tile)], [torch.zeros(self.anyres.num_tiles((tile, tile)), 3, tile, tile)])
+        return SampleImages([(tile, tile)], [torch.zeros(self.anyres.num_tiles((tile, tile)), 3, tile, tile)])
 
     def examples(self) -> list[Size]:
         """The square resolutions: from two tiles to more than are kept."""

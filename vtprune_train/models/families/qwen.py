@@ -30,7 +30,7 @@ from transformers.vision_utils import (
 from vtprune_train.core.flops import PatchTowerGeometry
 from vtprune_train.core.stream import SegmentLayout
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures, Size, VisionInputs, check_aspect
+from vtprune_train.models.families.layout import Grids, ImageLayout, SampleImages, Size, VisionInputs, check_aspect
 from vtprune_train.models.families.places import Places, grid_places
 
 EXAMPLES = ((224, 224), (448, 448), (768, 1024), (1080, 1920), (2160, 3840))
@@ -103,7 +103,7 @@ class MergedPatches(ImageLayout):
         """[patches, channels * frames * patch * patch] of each image."""
         return [image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
 
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
+    def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
         grids = [(1, *self.grid(size)) for sample in samples for size in sample.sizes]
         every = [pixels for sample in samples for pixels in sample.pixels]
         tokens = sum(len(pixels) for pixels in every) // self.merge_size**2
@@ -115,9 +115,9 @@ class MergedPatches(ImageLayout):
         image_inputs = {"image_grid_thw": tuple(grids), **{f"image_{key}": value for key, value in inputs.items()}}
         return VisionInputs(torch.cat(every), torch.arange(tokens), image_inputs)
 
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
-        grids = torch.tensor([(1, *self.grid(size)) for size in pictures.sizes])
-        return {"pixel_values": torch.cat(pictures.pixels), "image_grid_thw": grids}
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
+        grids = torch.tensor([(1, *self.grid(size)) for size in images.sizes])
+        return {"pixel_values": torch.cat(images.pixels), "image_grid_thw": grids}
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
         """The whole image is squeezed to a multiple of a merged patch."""
@@ -126,7 +126,7 @@ class MergedPatches(ImageLayout):
     def examples(self) -> list[Size]:
         return list(EXAMPLES)
 
-    def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[Pictures]) -> Tensor:
+    def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[SampleImages]) -> Tensor:
         """[3, T]: text counts on; an image's tokens count its rows and columns from there, and what follows it goes
         on after the larger of the two (``get_rope_index`` of transformers)."""
         parts = []

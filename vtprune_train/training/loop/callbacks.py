@@ -122,7 +122,7 @@ class Evaluation(Carried):
         )  # fmt: skip
         result = run()
         if trainer.config.train.eval_shuffled:
-            result["exact_match_shuffled"] = run(shuffle_pictures=True)["exact_match"]
+            result["exact_match_shuffled"] = run(shuffle_images=True)["exact_match"]
         for callback in trainer.callbacks:
             callback.on_evaluation(trainer, self.collate)
         self._last_step = trainer.state.step

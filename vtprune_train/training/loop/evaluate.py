@@ -30,7 +30,7 @@ def evaluate(
     workers: int,
     mark: Callable[[str], None],
     worker_timeout: float | None = None,
-    shuffle_pictures: bool = False,
+    shuffle_images: bool = False,
 ) -> dict[str, float]:
     """Evaluate on all samples of ``collate.index``; all ranks call this together.
 
@@ -45,9 +45,9 @@ def evaluate(
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
         the samples left out because a picture could not be read.
     """
-    pictures_of = exchange_pictures(collate) if shuffle_pictures else None
+    image_samples = exchange_images(collate) if shuffle_images else None
     loader = _loader(
-        collate, max_tokens, device=device, workers=workers, timeout=worker_timeout, pictures_of=pictures_of
+        collate, max_tokens, device=device, workers=workers, timeout=worker_timeout, image_samples=image_samples
     )
     was_training = model.training
     model.eval()
@@ -106,10 +106,10 @@ def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
     return StepLoader(collate, planner, first_step=0, end_step=planner.steps_per_epoch, rank=ranks.rank(), **loading)
 
 
-def exchange_pictures(collate: Collator) -> Sequence[int]:
+def exchange_images(collate: Collator) -> Sequence[int]:
     """For each sample one with as many pictures, by a fixed permutation without fixed points (where there are two)."""
     index = collate.index
-    counts = index.num_pictures(np.arange(len(index)))
+    counts = index.num_images(np.arange(len(index)))
     partner = np.arange(len(index))
     for count in np.unique(counts):
         members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))

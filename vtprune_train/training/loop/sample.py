@@ -44,7 +44,7 @@ def template_misfits(config: Config, encoder: ChatEncoder, *, offline: bool = Fa
 def first_sample(collate: Collator) -> str:
     """The first sample of the training data, for the log."""
     record = collate.index.record(0)
-    return _described(collate.encoder, collate.layout, record, collate.index.picture_sizes(0), "sample")
+    return _described(collate.encoder, collate.layout, record, collate.index.image_sizes(0), "sample")
 
 
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
@@ -77,8 +77,8 @@ def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
             if record.error:
                 continue
             try:
-                pictures = record.pictures(Path(source.images))
-                sizes = [image_size(picture, max_pixels=config.data.max_image_pixels) for picture in pictures]
+                images = record.image_files(Path(source.images))
+                sizes = [image_size(image, max_pixels=config.data.max_image_pixels) for image in images]
             except UNREADABLE:
                 continue
             yield prompt.apply(record), sizes
