@@ -304,8 +304,8 @@ def test_unreadable_and_malformed_samples_are_named(caplog, capsys, options, dat
     options = [*options, "--data", str(broken), "--images", str(broken.parent / "images")]
     assert main(options) == 0
     left_out = {entry["id"]: entry["reason"] for entry in results_of(tmp_path / "out")["left_out"]}
-    assert "no answer to learn" in left_out["sample2"] and "0.png cannot be read" in left_out["sample0"]
-    assert "no picture that Pillow can read" in left_out["sample1"]
+    assert "no answer to train on" in left_out["sample2"] and "0.png cannot be read" in left_out["sample0"]
+    assert "not an image that Pillow can read" in left_out["sample1"]
     assert f"{len(left_out)} sample(s) left out" in capsys.readouterr().out and "sample0" in caplog.text
     save_data(tmp_path / "whole")
     (tmp_path / "whole" / "images" / "0.png").rename(broken.parent / "images" / "0.png")

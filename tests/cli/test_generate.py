@@ -261,7 +261,7 @@ def test_dtype(folder):
         (["--model", "/nowhere"], "model /nowhere: there is no such folder"),
         (["--model", "nowhere/model"], "model nowhere/model: no readable config.json"),
         (["--image", "/nowhere.png"], "picture /nowhere.png cannot be read"),
-        (["--image", __file__], "cannot be read (no picture that Pillow can read"),
+        (["--image", __file__], "cannot be read (not an image that Pillow can read"),
         (["--method", "tome"], "method='tome' is unknown; known methods: pyramiddrop"),
         (["--layers", "2,9"], "layer 9 does not exist in a decoder of 6 layers"),
         (["--keep", "2,1"], "2.0 is not in (0, 1]"),

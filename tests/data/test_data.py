@@ -27,10 +27,10 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
     ("record", "error"),
     [
         ([], "the record is a list"),
-        ({"id": 1}, "neither 'conversations'"),
+        ({"id": 1}, "no 'conversations'"),
         ({"conversations": say("<image> what", "a cat")}, r"0 image\(s\) but 1 <image>"),
         ({"image": "a.png", "conversations": say("what", "a cat")}, r"1 image\(s\) but 0 <image>"),
-        ({"conversations": say("what")}, "no token is supervised: .* no answer to learn"),
+        ({"conversations": say("what")}, "no token is supervised: .* no answer to train on"),
         ({"conversations": say("what", "a cat", "and")}, "ends with a user turn"),
         ({"conversations": say("what", "a", "b", "c")[1:]}, "must alternate"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
@@ -40,7 +40,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message is"),
         ({"image": 3, "conversations": say("<image>", "a")}, "image is 3"),
         ({"image": "a.png", "conversations": say("what", "<image>")}, "outside a user turn"),
-        ({"conversations": say("hi \ud83d", "a")}, r"half of a character \('\\ud83d'\)"),
+        ({"conversations": say("hi \ud83d", "a")}, r"unpaired surrogate \('\\ud83d'\)"),
         ({"messages": [{"role": "user", "content": [{"url": "A" * 9999}]}]}, r"^a part .{290,300}\.\.\. \(\d{5} char"),
     ],
 )
@@ -87,10 +87,10 @@ def test_json_and_jsonl_read_alike_and_a_changed_file_is_read_again(tmp_path, ca
     ("name", "content", "message"),
     [
         ("missing.json", None, "does not exist; check data.root"),
-        ("a.csv", "x", "unknown kind '.csv'"),
+        ("a.csv", "x", "unknown file type '.csv'"),
         ("a.json", "{", "a.json: not JSON"),
         ("a.jsonl", '{"id": 1}\n{', "a.jsonl, line 2: not JSON"),
-        ("b.json", '{"id": 1}', "holds a dict, not a list"),
+        ("b.json", '{"id": 1}', "contains a dict, not a list"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, content, message):
@@ -180,7 +180,7 @@ def test_take(tmp_path, caplog):
     assert index_of(tmp_path, records, take="random:7")[0].selections[0].rows.tolist() == random_rows
     assert "asks for more" not in caplog.text
     assert index_of(tmp_path, records, take="first:100")[0].selections[0].rows.tolist() == list(range(30))
-    assert "train.json: take=first:100 asks for more than its 30 record(s); all are taken" in caplog.text
+    assert "train.json: take=first:100 exceeds its 30 record(s); all of them are taken" in caplog.text
 
 
 def test_the_index_tells_what_the_batch_holds(tmp_path):

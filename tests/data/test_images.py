@@ -184,9 +184,9 @@ def test_progressive_jpegs_and_colour_profiles():
     ("content", "expected"),
     [
         (b"", "the file is empty"),
-        (b"<html>404</html>", "no picture that Pillow can read (it begins with b'<html>404</html>')"),
+        (b"<html>404</html>", "not an image that Pillow can read (it starts with b'<html>404</html>')"),
         (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", "HEIC, which Pillow cannot read; convert it to"),
-        (b"just some words", "no picture that Pillow can read (it begins with b'just some words')"),
+        (b"just some words", "not an image that Pillow can read (it starts with b'just some words')"),
     ],
 )
 def test_files_that_are_no_images(tmp_path, content, expected):
@@ -248,7 +248,7 @@ def test_truncated_files_are_refused_not_grey(kind, monkeypatch):
 def test_colours_without_a_conversion_are_refused_with_their_name(monkeypatch):
     """Which they are depends on how Pillow was built."""
     monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(ValueError("conversion from LAB")))
-    expected = "its colours (LAB) cannot be read as RGB (conversion from LAB)"
+    expected = "its mode LAB cannot be converted to RGB (conversion from LAB)"
     assert reason(encoded(Image.new("LAB", (4, 4)), "TIFF")) == expected
 
 

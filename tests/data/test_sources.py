@@ -95,7 +95,7 @@ def test_an_image_feature_of_datasets(tmp_path):
     index, encoder = build([Source(tmp_path / "disk", tmp_path)], tmp_path)
     assert index.image_sizes(0) == [(40, 60)] and not collator(index, encoder)([0]).unreadable
     DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows)).save_to_disk(str(tmp_path / "both"))
-    with pytest.raises(ValueError, match=r"holds several datasets \(test, train\); name one of them"):
+    with pytest.raises(ValueError, match=r"contains several datasets \(test, train\); name one of them"):
         find_files(tmp_path / "both")
 
 
@@ -128,19 +128,19 @@ def test_members_of_a_tar(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.tar.gz", b"x", "a.tar.gz is compressed, so no record of it can be reached by itself; unpack it"),
+        ("a.tar.gz", b"x", "a.tar.gz is compressed, so its records cannot be read one by one; unpack it"),
         ("a.tar", b"\x1f\x8b garbage", "a.tar is not a plain tar"),
-        ("a.parquet", b"PAR1 and no more", "a.parquet is not parquet, or is cut off"),
-        ("a.json", b'[{"id": 1}, {"id": 2}', "a.json: not JSON .the list has no end"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet is not parquet, or is truncated"),
+        ("a.json", b'[{"id": 1}, {"id": 2}', "a.json: not JSON .the list is not closed"),
         ("a.json", b'[{"id": 1} {"id": 2}]', "a.json: not JSON .',' or ']' expected, at byte 11"),
-        ("a.json", b'[{"id": 1}] x', "something stands after the list"),
+        ("a.json", b'[{"id": 1}] x', "unexpected content after the list"),
         ("a.json", b"", "a.json: not JSON"),
         ("a.json", b'["\xff"]', "not UTF-8"),
         ("a.json", b"[" * 99999, "a.json: not JSON .maximum recursion depth"),
         ("a.jsonl", b'{"id": "\xff"}', "line 1: not JSON"),
         ("a.jsonl", b"[" * 99999, "a-0: its values are nested too deeply to be read"),
-        ("a.jsonl", b"", "a.jsonl holds no record"),
-        ("a.json", b"[]", "a.json holds no record"),
+        ("a.jsonl", b"", "a.jsonl contains no record"),
+        ("a.json", b"[]", "a.json contains no record"),
         ("*.parquet", None, r"no data file matches .*\*.parquet; check data.root"),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_parquet_file_with_a_damaged_footer_is_named(tmp_path):
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     content[footer + 40 : footer + 60] = b"\xff" * 20
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a.parquet is not parquet, or is cut off or damaged \(.*hrift"):
+    with pytest.raises(ValueError, match=r"a.parquet is not parquet, or is truncated or damaged \(.*hrift"):
         build([Source(tmp_path / "a.parquet", tmp_path)], tmp_path)
 
 
@@ -216,11 +216,11 @@ def test_columns_and_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="no column 'conversations' or 'messages'; it has question, answer"):
         build([Source(tmp_path / "a.parquet", tmp_path)], tmp_path)
     (tmp_path / "mixed").mkdir()
-    with pytest.raises(ValueError, match=r"mixed holds no data file; use .json"):
+    with pytest.raises(ValueError, match=r"mixed contains no data file; use .json"):
         find_files(tmp_path / "mixed")
     (tmp_path / "mixed" / "a.json").touch()
     (tmp_path / "mixed" / "a.tar").touch()
-    with pytest.raises(ValueError, match=r"several kinds \(.json, .tar\); name them by a glob"):
+    with pytest.raises(ValueError, match=r"several file types \(.json, .tar\); select one by a glob"):
         find_files(tmp_path / "mixed")
 
 
@@ -316,7 +316,7 @@ def test_a_file_that_changes_in_use_stops_the_run(tmp_path):
     records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(5)]
     index, _ = index_of(tmp_path, records)
     (tmp_path / "train.json").write_text(json.dumps(records[::-1]) + " ")
-    with pytest.raises(RuntimeError, match=r"train.json has changed while it is in use; start again"):
+    with pytest.raises(RuntimeError, match=r"train.json changed while it was in use; start again"):
         index.record(3)
 
 
@@ -373,7 +373,7 @@ def test_a_killed_build_goes_on(tmp_path, caplog):
     found[0].write_bytes(found[0].read_bytes()[:-1])
     with caplog.at_level(logging.INFO):
         resumed, _ = build([Source(Path(pattern), Path())], tmp_path)
-    assert f"going on with {len(found) - 1} finished piece(s)" in caplog.text
+    assert f"continuing with {len(found) - 1} finished piece(s)" in caplog.text
     assert f"{found[0]}, a piece of the index, cannot be used" in caplog.text
     whole, _ = build([Source(Path(pattern), Path())], tmp_path / "other")
     assert len(resumed) == 20_000 and resumed.identity() == whole.identity()

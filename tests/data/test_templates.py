@@ -14,7 +14,7 @@ from tests.support.tokenizers_made import TOKENIZERS, byte_level
 from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn, get_template
 from vtprune_train.data.jinja import written_by
-from vtprune_train.data.templates import misfits, saved_chat_template, shown_sample
+from vtprune_train.data.templates import describe_sample, misfits, saved_chat_template
 from vtprune_train.evaluation.answering import load
 
 OWN = (
@@ -68,7 +68,7 @@ def test_another_template_than_the_checkpoints_is_named_with_the_one_that_fits()
 def test_a_template_that_this_tokenizer_cannot_train_with_is_no_hint_and_no_error():
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
-    with pytest.raises(ValueError, match="after every text"):
+    with pytest.raises(ValueError, match="to every text"):
         encoder_of(tokenizer, "qwen")
     [line] = said(encoder_of(tokenizer, "vicuna_v1"), "{{ 'Q: ' }}<image>{{ messages[0].content }}")
     assert "data.template=vicuna_v1 is not the chat template of model.path=here" in line
@@ -96,7 +96,7 @@ def test_a_sample_is_shown_with_its_answers_marked(kind):
         Turn("user", "And?"),
         Turn("assistant", "é"),
     ]
-    shown = shown_sample(encoder, encoder.encode(turns), [576])
+    shown = describe_sample(encoder, encoder.encode(turns), [576])
     spaces = " " if kind == "legacy-file" else ""
     assert shown.replace("[[ ", "[[").replace(f"</s>]]{spaces}", "</s>]]") == (
         f"<s>{spaces}[INST] What is this?<image> x 576{spaces} [/INST][[No.</s>]][INST] And? [/INST][[é</s>]]"

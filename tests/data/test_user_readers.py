@@ -97,10 +97,10 @@ def test_files_of_any_kind_and_all_files_of_a_folder(runs, tmp_path):
         (tmp_path / name).write_text("x,,how?,so\n")
     assert [file.name for file in find_files(tmp_path, path_of(runs, "Pairs"))] == ["a.tsv", "b.csv"]
     assert [file.name for file in find_files(tmp_path / "*.csv", path_of(runs, "Pairs"))] == ["b.csv"]
-    with pytest.raises(ValueError, match="unknown kind"):
+    with pytest.raises(ValueError, match="unknown file type"):
         find_files(tmp_path / "*.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no file"):
+    with pytest.raises(ValueError, match="is empty"):
         find_files(tmp_path / "empty", path_of(runs, "Pairs"))
 
 

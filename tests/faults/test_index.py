@@ -143,7 +143,7 @@ def test_a_damaged_piece_is_named_and_measured_again(cut_off, caplog, damage):
     for name in again:
         assert f"{name}, a piece of the index, cannot be used" in caplog.text
     assert measured == ["0000002.npz", "0000006.npz"] and len(times) == 8
-    assert "going on with 6 finished piece(s)" in caplog.text
+    assert "continuing with 6 finished piece(s)" in caplog.text
     assert not list(root.glob("cache/*building")), "nothing is left of the build"
 
 
@@ -163,7 +163,7 @@ def test_a_worker_killed_while_it_starts_blocks_nothing(shards, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(RuntimeError, match=r"was killed, perhaps for its memory; start again"):
+    with pytest.raises(RuntimeError, match=r"was killed, perhaps because memory ran out; start again"):
         build([replace(source, ignore=("x" * 300_000,))], tmp_path, workers=2)
     assert killed
 
@@ -280,7 +280,7 @@ def test_a_whole_table_of_other_settings_is_made_again(tmp_path, caplog):
     shutil.copytree(other, made)
     caplog.clear()
     again = index_of(tmp_path, None)[0].selections[0].table
-    assert f"the index in {made} was made with other settings; indexing again" in caplog.text
+    assert f"the index in {made} was built with other settings; indexing again" in caplog.text
     assert again.manifest["made_with"]["bounds"] == list(BOUNDS)
 
 
@@ -331,14 +331,16 @@ def test_an_edit_under_the_old_time_is_seen(tmp_path, caplog, number):
     records = [{"id": f"r{i}", "conversations": say(f"what {i:04d}", "a cat")} for i in range(700)]
     index, _ = index_of(tmp_path, records)
     edit(tmp_path / "train.json", b"what %04d" % number, b"that %04d" % number)
-    with pytest.raises(RuntimeError, match=rf"train.json: record r{number} is not what was indexed.*; start again"):
+    with pytest.raises(
+        RuntimeError, match=rf"train.json: record r{number} differs from what was indexed.*; start again"
+    ):
         index.record(number)
     again, _ = index_of(tmp_path, None)
-    assert f"record r{number} is not what was indexed" in caplog.text and "indexing again" in caplog.text
+    assert f"record r{number} differs from what was indexed" in caplog.text and "indexing again" in caplog.text
     assert again.identity() != index.identity() and "that" in again.record(number).turns[0].text
     edit(tmp_path / "train.json", b"that %04d" % number, b"what %04d" % number)
     assert index_of(tmp_path, None)[0].identity() == index.identity()
-    assert "train.json has changed since it was indexed, though its size and time have not" in caplog.text
+    assert "train.json has changed since it was indexed, although its size and time are the same" in caplog.text
 
 
 def test_an_edit_that_breaks_the_record_is_named(tmp_path):
@@ -503,14 +505,14 @@ def test_data_edited_under_a_run_stops_it(runs):
     settings = (*SHORT, "train.save_every=1")
     runs.run("edited", *settings, "run.stop_after=1")
     done = runs.run("edited", *settings, expect=1, script=SCRIPT, env={"CHANGED": "train.json"})
-    assert "is not what was indexed; start again" in done.stderr
+    assert "differs from what was indexed; start again" in done.stderr
     assert "train.json: record train" in done.stderr and b"how bright" not in data.read_bytes()
     done = runs.run("edited", *settings, expect=2)
-    assert "is not what was indexed" in done.stderr and "indexing again" in done.stderr
+    assert "differs from what was indexed" in done.stderr and "indexing again" in done.stderr
     assert "number and hash of the samples: checkpoint" in done.stderr
     edit(data, b"HOW bright", b"how bright")
     done = runs.run("edited", *settings)
-    assert "train.json has changed since it was indexed, though its size and time have not" in done.stderr
+    assert "train.json has changed since it was indexed, although its size and time are the same" in done.stderr
     assert_same_metrics(runs.metrics("edited"), runs.metrics("whole"))
     assert_equal_checkpoints(runs.checkpoint("edited"), runs.checkpoint("whole"))
 
@@ -526,7 +528,7 @@ def test_a_image_of_another_size_is_measured_at_the_next_start(runs, tmp_path):
     said = f"image {picture}: it is {size[1]} x {3 * size[0]}, but was {size[::-1]} when the data was indexed; "
     shutil.rmtree(runs.directory("resized"))
     done = runs.run("resized", *settings, expect=3)
-    assert f"{said}start again to index it anew" in done.stderr
+    assert f"{said}start again to rebuild the index" in done.stderr
     done = runs.run("resized", *settings)
     assert f"{said}indexing again" in done.stderr and not runs.metrics("resized")[-1].get("unreadable")
 

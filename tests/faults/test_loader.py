@@ -30,7 +30,7 @@ def test_after_a_worker_is_killed_the_run_ends_with_the_same_bits(runs):
     done = faulty(runs, "killed_once", "killed_once")
     assert (runs.folder / "killed_once.mark").exists()
     assert "was killed by SIGKILL (most likely the machine ran out of memory" in done.stderr
-    assert "train18" in done.stderr and "the workers are started again" in done.stderr
+    assert "train18" in done.stderr and "the workers are restarted" in done.stderr
     assert_equal_checkpoints(runs.checkpoint("killed_once"), runs.checkpoint("whole"))
     digests = [[m["data_digest"] for m in runs.metrics(name)] for name in ("killed_once", "whole")]
     assert digests[0] == digests[1]
@@ -39,7 +39,7 @@ def test_after_a_worker_is_killed_the_run_ends_with_the_same_bits(runs):
 @pytest.mark.parametrize(
     ("fault", "settings", "said"),
     [
-        ("killed", (), "It is the third worker in a row that ends over these samples"),
+        ("killed", (), "It is the third worker that died on these samples"),
         ("hung", ("data.worker_timeout=3",), "has not finished a batch for data.worker_timeout=3 seconds"),
     ],
 )

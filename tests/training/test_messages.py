@@ -58,7 +58,7 @@ SETTINGS = [
     ("pruning=fastv", "pruning: fastv is no file; a method is named by pruning.method=fastv"),
     ("run.name=2024", "run.name: Input should be a valid string; quote a text: 'run.name=\"2024\"' (it is 2024)"),
     ("data.system=no", "data.system: Input should be a valid string; quote a text: 'data.system=\"...\"' (it is "),
-    ("data.system=<image>", "data.system: '<image>' holds <image>, but a prompt brings no image"),
+    ("data.system=<image>", "data.system: '<image>' contains <image>; images belong a prompt brings no image"),
     ("model.train.projector=.inf", "model.train: projector: the learning rate inf is not positive and finite"),
     ("run.name=a: b", "run.name: Input should be a valid string (it is {'a': 'b'})"),
     ("data.root=@x", "data.root: '@x' is not YAML: while scanning"),
@@ -76,7 +76,7 @@ SETTINGS = [
     ("run.output_dir=dangling", "run.output_dir: dangling/run cannot be written (dangling is a link to nowhere, which"),
     ("data.train=[{path: bad.json}]", "bad.json: not JSON (Expecting value, at byte 21: line 3, column 9)"),
     ("data.train=[{path: bad.jsonl}]", "bad.jsonl, line 2: not JSON (Expecting value, column 16)"),
-    ("data.train=[{path: lines.json}]", "lines.json holds a dict, not a list of conversations; if each line holds a r"),
+    ("data.train=[{path: lines.json}]", "lines.json contains a dict, not a list of conversations; if each line"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The lengths of records: how many tokens, supervised tokens, visual tokens and tiles each one has."""
+"""Measures records: their numbers of tokens, supervised tokens, visual tokens and tiles."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vtprune_train.files.checksums import write_sealed
 from vtprune_train.models.families.layout import ImageLayout
 
 BATCH = 512  # conversations tokenized in one call
-BATCH_BYTES = BOUNDS.text  # of text among them: tokenizing takes more than a hundred times as much memory
-BATCH_IMAGE_BYTES = BOUNDS.record  # bytes of images among them
+BATCH_BYTES = BOUNDS.text  # text in such a batch; tokenizing takes more than a hundred times as much memory
+BATCH_IMAGE_BYTES = BOUNDS.record  # bytes of embedded images in such a batch
 FINE, BAD, NO_IMAGE, SILENT, LARGE = 0, 1, 2, 3, 4
-"""What ``state`` says of a record; pictures that cannot be read may be mended later, nothing is wrong with a silent
-one but that it has no answer to learn, and with a large one but its size."""
+"""Values of ``state``: ``NO_IMAGE``, an image cannot be read, perhaps only now; ``SILENT``, the record has no answer to
+train on; ``LARGE``, it is too large; ``BAD``, anything else that makes it unusable."""
 
 RECORD_COLUMNS: dict[str, Any] = {
     "at": np.int64,
@@ -44,7 +44,7 @@ SPAN_COLUMNS = ("height", "width", "tokens", "tiles")
 
 @dataclass
 class Measured:
-    """What the index keeps of one conversation; ``spans`` holds (height, width, tokens, tiles) of each image."""
+    """Measurements of one conversation; ``spans`` has (height, width, tokens, tiles) of each image."""
 
     text: int = 0
     supervised: int = 0
@@ -55,13 +55,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures the conversations of one source, whose images are relative to ``images``.
+    """Measures the conversations of one source.
 
     Args:
-        prompt: what the source adds to its conversations.
-        ignore: fields and marks of its records that change nothing.
-        max_image_pixels: an image of more is not read.
-        bounds: a record of more bytes is not read, a text of more is not tokenized.
+        encoder: tokenizes conversations.
+        layout: counts visual tokens.
+        images: folder of the images.
+        prompt: text that the source adds to its conversations.
+        ignore: fields and markers that are accepted in its records.
+        max_image_pixels: larger images are not read.
+        bounds: larger records are not read, longer texts are not tokenized.
         reader: path of the reader of the data files; empty for the package's readers.
     """
 
@@ -90,7 +93,7 @@ class Measure:
         }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Measured]:
-        """Lengths of each; what keeps it from being used is its ``error``."""
+        """Measure conversations; the ``error`` of a result says why a conversation cannot be used."""
         results = [self._measure_images(conversation) for conversation in conversations]
         usable = [number for number, result in enumerate(results) if result.state == FINE]
         counts = self.encoder.count(
@@ -112,7 +115,7 @@ class Measure:
                 name = image_name(image, number)
                 sizes.append(image_size(image, max_pixels=self.max_image_pixels, name=name))
             except UNREADABLE as error:
-                # Room is kept for its images, so that they can be filled in once they are mended.
+                # Reserve rows for its images, to be filled in once they can be read.
                 blank = [(0, 0, 0, 0)] * len(conversation.images)
                 return Measured(state=NO_IMAGE, spans=blank, error=f"image {error}")
         try:
@@ -128,12 +131,12 @@ def _refused(error: str) -> Measured:
 
 
 def image_name(image: Path | bytes, number: int) -> str:
-    """What an image is called in a message."""
+    """The name of an image in messages."""
     return f"{number + 1} of the record" if isinstance(image, bytes) else shortened(str(image))
 
 
 def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, identity: str) -> None:
-    """Measure a piece of a file and write its columns to ``target``, whole or not at all: a sealed .npz."""
+    """Measure a piece of a file and write its columns to ``target``, a sealed ``.npz``, atomically."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*RECORD_COLUMNS, *SPAN_COLUMNS, "ids")}
     errors: list[str] = []
     unread: Counter[str] = Counter()
@@ -163,7 +166,7 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
 
 
 def _batches(read: Iterator[tuple[Place, Conversation]]) -> Iterator[list[tuple[Place, Conversation]]]:
-    """Up to ``BATCH`` conversations together, fewer where they are long or bring their images."""
+    """Batches of up to ``BATCH`` conversations, fewer if they are long or have embedded images."""
     batch: list[tuple[Place, Conversation]] = []
     text = images = 0
     for place, conversation in read:
@@ -200,7 +203,7 @@ def _columns(
 
 
 def content_hash(conversation: Conversation) -> int:
-    """Of all that a record says, and of the names of its images (of images as bytes: their sizes)."""
+    """Hash of a record's id, turns, error, and the names of its images (or the sizes of embedded ones)."""
     texts = [part for turn in conversation.turns for part in (turn.role, turn.text)]
     names = [image if isinstance(image, str) else str(len(image)) for image in conversation.images]
     return _hash("\0".join([conversation.id, *texts, *names, conversation.error]).encode(errors="surrogatepass"))

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from vtprune_train.config.settings import Config, ConfigError, SourceConfig, nearest_name
 from vtprune_train.core.user_code import is_path
 from vtprune_train.data.images import UNREADABLE, image_size
-from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
+from vtprune_train.data.index import HOW_TO_FIX, list_fields, most_bad
 from vtprune_train.data.measure import image_name
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import find_files, is_here, open_reader, reader_class
@@ -114,12 +114,12 @@ def _look(key: str, source: SourceConfig, config: Config) -> _Look:
             large.append(f"{record.id}: {record.error}")
         elif reason := _unusable(record, images, data.max_image_pixels):
             reasons.append(f"{record.id}: {reason}")
-    fields = f"; fields that are not read: {shown_fields(unread)}" if unread else ""
+    fields = f"; fields that are not read: {list_fields(unread)}" if unread else ""
     bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
     skipped = f", {len(large)} are too large (first: {large[0]})" if large else ""
     if large and (data.too_long == "error" or len(large) == number):
         wrong = (
-            f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {TO_MEND}. "
+            f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {HOW_TO_FIX}. "
             f"First: {'; '.join(large[:3])}"
         )
         return _Look("", wrong, number)

@@ -44,21 +44,21 @@ def find_files(path: Path, reader: str = "") -> list[Path]:
     files = [Path(name) for name in names]
     for file in () if reader else files:
         if file.suffix in COMPRESSED:
-            raise ValueError(f"data file {file} is compressed, so no record of it can be reached by itself; unpack it")
+            raise ValueError(f"data file {file} is compressed, so its records cannot be read one by one; unpack it")
         if file.suffix not in ENDINGS and not _is_dataset(file):
-            raise ValueError(f"data file {file}: unknown kind {file.suffix!r}; {KNOWN}")
+            raise ValueError(f"data file {file}: unknown file type {file.suffix!r}; {KNOWN}")
     return files
 
 
 def is_here(path: Path) -> bool:
-    """Whether there is anything that :func:`find_files` could look at."""
+    """Whether a file, a folder, or a match of a glob exists at ``path``."""
     return path.exists() or next(glob.iglob(str(path), recursive=True), None) is not None  # noqa: PTH207
 
 
 def _of_any_kind(folder: Path) -> list[Path]:
     if files := sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
         return files
-    raise ValueError(f"data folder {folder} holds no file; check data.root and the path under data.train or data.eval")
+    raise ValueError(f"data folder {folder} is empty; check data.root and the path under data.train or data.eval")
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -66,15 +66,15 @@ def _in_folder(folder: Path) -> list[Path]:
         return [folder]
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(part.name for part in folder.iterdir() if _is_dataset(part))
-        raise ValueError(f"data folder {folder} holds several datasets ({', '.join(splits)}); name one of them")
+        raise ValueError(f"data folder {folder} contains several datasets ({', '.join(splits)}); name one of them")
     with os.scandir(folder) as entries:
-        # Endings are compared before the system is asked what each of the entries is.
+        # Compare endings first: ``is_file`` may cost a system call for each entry.
         names = sorted(entry.name for entry in entries if entry.name[1:].endswith(ENDINGS) and entry.is_file())
     files = [folder / name for name in names]
     if not files:
-        raise ValueError(f"data folder {folder} holds no data file; {KNOWN}")
+        raise ValueError(f"data folder {folder} contains no data file; {KNOWN}")
     if len(kinds := sorted({file.suffix for file in files})) > 1:
-        raise ValueError(f"data folder {folder} holds files of several kinds ({', '.join(kinds)}); name them by a glob")
+        raise ValueError(f"data folder {folder} contains several file types ({', '.join(kinds)}); select one by a glob")
     return files
 
 
@@ -164,8 +164,8 @@ class _UserReader(Reader):
 
 
 def stamp(file: Path) -> list[int]:
-    """Size in bytes, time of the last change in ns, and time of the last change of anything (``ctime``), which no
-    program can set back; of a dataset on disk, those of all its files together."""
+    """Size in bytes, modification time and inode change time (``ctime``, which programs cannot set) in ns; for a
+    dataset on disk, the total size and latest times of its files."""
     parts = sorted(file.iterdir()) if file.is_dir() else [file]
     states = [part.stat() for part in parts]
     return [

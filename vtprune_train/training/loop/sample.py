@@ -15,7 +15,7 @@ from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import is_here
 from vtprune_train.data.sources.base import Bounds
-from vtprune_train.data.templates import build_encoder, misfits, saved_chat_template, shown_sample
+from vtprune_train.data.templates import build_encoder, describe_sample, misfits, saved_chat_template
 from vtprune_train.models.families.base import Loop
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.io.build import resolve_checkpoint
@@ -89,5 +89,5 @@ def _described(encoder: ChatEncoder, layout: ImageLayout, record: Conversation, 
     image_tokens = layout.tokens(sizes) if sizes else []
     tokens = len(chat.input_ids) - len(image_tokens) + sum(image_tokens)
     supervised = int((chat.labels >= 0).sum())
-    shown = shown_sample(encoder, chat, image_tokens)
+    shown = describe_sample(encoder, chat, image_tokens)
     return f"{title} {record.id}: {tokens} tokens, {supervised} of them supervised, between [[ and ]]:\n{shown}"
