@@ -201,7 +201,7 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
 
 def _check_tensor(value: Tensor, expected: Tensor, place: str) -> None:
     if not value.is_floating_point():
-        raise ValueError(f"{place} holds {value.dtype}; quantised weights are not converted")
+        raise ValueError(f"{place} holds {value.dtype}; quantized weights are not converted")
     if value.shape != expected.shape:
         empty = " (it was saved under DeepSpeed ZeRO-3 without gathering it)" if not value.numel() else ""
         raise ValueError(f"{place} has shape {tuple(value.shape)}{empty}, config.json asks for {tuple(expected.shape)}")

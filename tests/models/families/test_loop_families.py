@@ -258,14 +258,14 @@ def test_settings_that_do_not_fit_the_family_are_refused(tmp_path):
     with pytest.raises(ValueError, match="max_pixels=5000 is for models that take images of any size"):
         build_image_processor(family_model("llava").config, None, 5000)
     config = family_model("qwen2_5_vl").config
-    with pytest.raises(ValueError, match="max_pixels=9 is below the least size, 3136 pixels"):
+    with pytest.raises(ValueError, match="max_pixels=9 is below the smallest size, 3136"):
         build_image_processor(config, None, 9)
     other = Qwen2VLImageProcessorPil(patch_size=14)
     with pytest.raises(ValueError, match=r"patch_size=14 is not the model's vision_config\.patch_size=7"):
         trained_family("qwen2_5_vl", "test")[1].layout(config, other)
     words = ModelConfig(path=str(save_checkpoint("qwen2_5_vl", tmp_path / "q")), tokenizer=str(tmp_path / "words"))
     tiny_tokenizer().save_pretrained(tmp_path / "words")
-    with pytest.raises(ValueError, match=r"has no <\|image_pad\|>, which stands for images in a qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"has no <\|image_pad\|>, the image token of a qwen2_5_vl"):
         load_tokenizer(words, list, tmp_path / "none")
 
 

@@ -165,7 +165,7 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava", {"mm_use_im_start_end": True}, "mm_use_im_start_end=True cannot be converted: the original code wr"),
         ("llava", {"s2": True}, "s2=True cannot be converted"),
         ("llava", {"mm_resampler_type": "perceiver"}, "mm_resampler_type='perceiver' cannot be converted"),
-        ("llava", {"quantization_config": {"load_in_4bit": True}}, "quantised weights are not converted"),
+        ("llava", {"quantization_config": {"load_in_4bit": True}}, "quantized weights are not converted"),
         ("llava", {"mm_projector_type": "identity"}, "mm_projector_type='identity' has no counterpart"),
         ("llava", {"mm_projector_type": "linear"}, "mm_projector_type='linear' in config.json, but the projector's"),
         ("llava", {"mm_vision_select_feature": "slicefour_patch"}, "mm_vision_select_feature='slicefour_patch' has no"),
@@ -178,7 +178,7 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava", {"mm_vision_tower": ["clip"]}, "names no mm_vision_tower (it is ['clip']); give --vision_tower"),
         ("llava", {"vocab_size": "64"}, "transformers refuses a setting of config.json: Field 'vocab_size' expected"),
         ("llava", {"rope_scaling": {"factor": 2.0}}, "rope_scaling={'factor': 2.0} has none of the types default, "),
-        ("llava", {"image_hue": 3}, "image_hue=3 is not known here, and it may change what the model sees"),
+        ("llava", {"image_hue": 3}, "image_hue=3 is unknown and may change the model's input"),
         ("llava", {"hidden_act": "silu", "my_note": "x"}, None),
         ("llava_next", {"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9' with mm_patch_merge"),
         ("llava_next", {"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad' with mm_patch_merge_type='spatial_un"),
@@ -207,7 +207,7 @@ def test_flags_of_the_tower_s_image_processor_are_kept(tmp_path, capsys):
     processor.image_processor.do_rescale = True
     processor.save_pretrained(tmp_path / "hf")
     said = refused(capsys, tmp_path / "hf", "original", tmp_path / "back")
-    assert "its image processor has do_rescale=True; the original code takes those of the tower" in said
+    assert "its image processor has do_rescale=True, but the original code uses" in said
     (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
     said = refused(capsys, tmp_path / "original", "hf", tmp_path / "other")
     assert "preprocessor_config.json makes images of [None, None, None], but the tower takes 28 x 28" in said
@@ -215,7 +215,7 @@ def test_flags_of_the_tower_s_image_processor_are_kept(tmp_path, capsys):
 
 WRONG_PROJECTORS = [
     ("0.weight", torch.ones(0), "model.mm_projector.0.weight is empty (it was saved under DeepSpeed ZeRO-3"),
-    ("0.weight", torch.ones(32, 24, dtype=torch.int8), "0.weight holds torch.int8; quantised weights are not"),
+    ("0.weight", torch.ones(32, 24, dtype=torch.int8), "0.weight holds torch.int8; quantized weights are not"),
     ("2.weight", torch.ones(32, 31), "2.weight has shape (32, 31), which does not fit (32, 32)"),
     ("2.bias", torch.ones(31), "2.bias has shape (31,), which does not fit (32,)"),
     ("model.embed_tokens.weight", torch.ones(64, 32), "model.embed_tokens.weight was trained with the projector"),
@@ -293,7 +293,7 @@ def test_an_image_processor_that_the_original_cannot_have_is_refused(tmp_path, c
     processor.image_processor.image_mean = [0.5, 0.5, 0.5]
     processor.save_pretrained(tmp_path / "hf")
     said = refused(capsys, tmp_path / "hf", "original", tmp_path / "back")
-    assert "its image processor has image_mean=[0.5, 0.5, 0.5]; the original code takes those of the tower" in said
+    assert "its image processor has image_mean=[0.5, 0.5, 0.5], but the original code uses" in said
 
 
 def broken(folder, kind):
@@ -316,7 +316,7 @@ def broken(folder, kind):
     elif kind == "left over":  # and no index says which files count
         (folder / "model.safetensors.index.json").unlink()
         save_file({"lm_head.weight": torch.ones(64, 32)}, folder / "old.safetensors", {"format": "pt"})
-        return "holds lm_head.weight, as another file does; remove the one that is left over"
+        return "holds lm_head.weight, as another file does; remove the outdated file"
     elif kind == "generation config":
         (folder / "generation_config.json").write_text("{")
         return "generation_config.json is not JSON: Expecting property name"

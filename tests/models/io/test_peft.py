@@ -29,7 +29,7 @@ from vtprune_train.config.load import load_config
 from vtprune_train.config.settings import Config, ConfigError, PeftConfig
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.io.build import parts_of, resolve_checkpoint, set_trainable
-from vtprune_train.models.io.peft import adapt, adapted_of, check_quantisation, linear_layers, open_adapter
+from vtprune_train.models.io.peft import adapt, adapted_of, check_quantization, linear_layers, open_adapter
 from vtprune_train.models.io.provenance import Base, weights_digest
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.engine.weights import full_state_dict, write_export
@@ -336,7 +336,7 @@ def test_without_bitsandbytes_the_way_out_is_named(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"qlora needs bitsandbytes.*requirements-gpu.txt, or use model.peft.kind=lora"
     ):
-        check_quantisation(torch.device("cpu"))
+        check_quantization(torch.device("cpu"))
 
 
 def test_export_says_what_to_do(base, tmp_path, capsys):

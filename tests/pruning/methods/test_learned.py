@@ -157,7 +157,7 @@ def test_parameters_that_do_not_fit_start_fresh(method, count, tmp_path, caplog)
     torch.manual_seed(3)
     prune(model, method)
     [record] = caplog.records
-    assert f"{method.name} learns parameters, and {tmp_path} holds none that fit" in record.message
+    assert f"{method.name} has trained parameters, but {tmp_path} does not have them" in record.message
     assert f"{count} of {count} tensors" in record.message
     fresh = tiny_model()
     torch.manual_seed(3)
@@ -188,7 +188,7 @@ def test_nothing_answers_with_parameters_that_were_never_trained(command, saved,
     picture = [] if command == "eval" else ["--image", str(tmp_path / "images" / "0.png")]
     assert main([command, "--model", str(tmp_path / "hf"), *picture, *given, *asked]) == 2
     said = capsys.readouterr().err
-    assert f"learns parameters, and {tmp_path / 'hf'} holds none that fit" in said and way_out in said
+    assert f"has trained parameters, but {tmp_path / 'hf'} does not have them" in said and way_out in said
 
 
 def test_an_export_of_settings_without_their_parameters_is_refused(tmp_path, capsys):
