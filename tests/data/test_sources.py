@@ -293,7 +293,7 @@ def test_duplicated_ids_are_said_and_both_are_used(tmp_path, caplog):
     records = [{"id": "same", "conversations": say("what", "a")}, {"id": "same", "conversations": say("what", "b")}]
     with caplog.at_level(logging.WARNING):
         index, _ = index_of(tmp_path, records)
-    assert "1 record(s) have the id of another one (first: same)" in caplog.text
+    assert "1 record(s) have the id of an earlier record (first: same)" in caplog.text
     assert [index.sample_id(i) for i in range(2)] == ["0:0:same", "0:1:same"]
 
 

@@ -437,7 +437,7 @@ def test_no_micro_batch_is_beyond_its_limit(tmp_path):
         longest=1, global_batch_size=4, max_tokens=4, world_size=1,
     )  # fmt: skip
     loader = StepLoader(collate, short, first_step=0, end_step=1, rank=0, workers=0, device=torch.device("cpu"))
-    with pytest.raises(AssertionError, match=r"beyond data.max_tokens"):
+    with pytest.raises(AssertionError, match=r"exceeds data.max_tokens"):
         loader.decode(next(iter(loader._tasks(short.plan(0)))))
 
 

@@ -58,7 +58,7 @@ SETTINGS = [
     ("pruning=fastv", "pruning: fastv is no file; a method is named by pruning.method=fastv"),
     ("run.name=2024", "run.name: Input should be a valid string; quote a text: 'run.name=\"2024\"' (it is 2024)"),
     ("data.system=no", "data.system: Input should be a valid string; quote a text: 'data.system=\"...\"' (it is "),
-    ("data.system=<image>", "data.system: '<image>' contains <image>; images belong a prompt brings no image"),
+    ("data.system=<image>", "data.system: '<image>' holds <image>, but a prompt brings no image"),
     ("model.train.projector=.inf", "model.train: projector: the learning rate inf is not positive and finite"),
     ("run.name=a: b", "run.name: Input should be a valid string (it is {'a': 'b'})"),
     ("data.root=@x", "data.root: '@x' is not YAML: while scanning"),
