@@ -107,7 +107,7 @@ def test_questions_are_asked_with_the_prompt_that_the_run_adds_to_them(options, 
     caplog.clear()
     assert main([*options, "--data", str(tmp_path / "copy.json"), "--out", str(tmp_path / "bare")]) == 0
     assert (
-        "was trained with prompts of its own (data.train.0: " in caplog.text and "so they are left out" in caplog.text
+        "was trained with additional prompts (data.train.0: " in caplog.text and "so they are not used" in caplog.text
     )
     assert "prompt" not in results_of(tmp_path / "bare")["settings"]
     for line, bare in zip(lines_of(tmp_path / "out"), lines_of(tmp_path / "bare"), strict=True):
@@ -319,7 +319,7 @@ def test_unreadable_and_malformed_samples_are_named(caplog, capsys, options, dat
     ("options_more", "message"),
     [
         (["--data", "/nowhere.json"], "--data /nowhere.json does not exist"),
-        (["--images", "/nowhere"], "--images /nowhere is no folder"),
+        (["--images", "/nowhere"], "--images /nowhere is not a folder"),
         (["--model", "/nowhere"], "there is no such folder"),
         (["--method", "tome"], "method='tome' is unknown"),
         (["--layers", "2,8"], "layer 8 does not exist in a decoder of 6 layers"),

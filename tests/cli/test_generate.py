@@ -111,7 +111,7 @@ def test_nothing_saved_runs_dense_and_says_so(caplog, capsys, tmp_path, pictures
     folder = save_folder(tmp_path, method=None)
     answer = said(capsys, "--model", folder, "--image", pictures[0], "--prompt", QUESTION)
     assert answer.strip() == plain_answer(f"<image>\n{QUESTION}", pictures[:1], None)
-    assert "holds no pruning settings: it runs dense" in caplog.text
+    assert "has no pruning settings and runs dense" in caplog.text
 
 
 def test_streaming_and_sampling(capsys, folder, pictures):
@@ -192,7 +192,7 @@ def test_chat_templates_of_other_projects(template, image_token, content, expect
         assert expected in prompt_text(loaded, 1, question)
     assert "image" not in prompt_text(loaded, 0, "here ?")
     if image_token != "<image>":
-        with pytest.raises(ValueError, match=r"the prompt holds <\|image_pad\|>, .*write <image> for one"):
+        with pytest.raises(ValueError, match=r"the prompt contains <\|image_pad\|>, .*write <image> for an image"):
             prompt_text(loaded, 1, f"<image> or {image_token} ?")
 
 
@@ -260,7 +260,7 @@ def test_dtype(folder):
     [
         (["--model", "/nowhere"], "model /nowhere: there is no such folder"),
         (["--model", "nowhere/model"], "model nowhere/model: no readable config.json"),
-        (["--image", "/nowhere.png"], "picture /nowhere.png cannot be read"),
+        (["--image", "/nowhere.png"], "image /nowhere.png cannot be read"),
         (["--image", __file__], "cannot be read (not an image that Pillow can read"),
         (["--method", "tome"], "method='tome' is unknown; known methods: pyramiddrop"),
         (["--layers", "2,9"], "layer 9 does not exist in a decoder of 6 layers"),
@@ -295,7 +295,7 @@ def test_wrong_options(capsys, folder, options, message):
 def test_a_device_that_is_not_there(capsys, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["generate", "--model", str(folder), "--prompt", QUESTION, "--device", "cuda"]) == 2
-    assert "device=cuda: PyTorch sees no CUDA device" in capsys.readouterr().err
+    assert "device=cuda: PyTorch finds no CUDA device" in capsys.readouterr().err
 
 
 def test_settings_without_a_saved_method(capsys, tmp_path):

@@ -33,7 +33,7 @@ from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import grid_places
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
-from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
+from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ImageStages, draw, panel, panel_size
 from vtprune_train.viz.page import page
 from vtprune_train.viz.show import encode, look, show, stage_names
 
@@ -265,7 +265,7 @@ def test_what_the_selector_keeps_is_what_is_bright(size, patch):
 def uncovered(shown, kind, size):
     """Pixels that no token of this kind sees."""
     every = np.asarray(panel(shown, 0, kind, size))
-    none = np.asarray(panel(ShownImage(shown.image, shown.places, [np.arange(0)]), 0, kind, size))
+    none = np.asarray(panel(ImageStages(shown.image, shown.places, [np.arange(0)]), 0, kind, size))
     return (every == none).all(axis=-1)
 
 
@@ -274,7 +274,7 @@ def test_newlines_stand_apart():
     picture = patch_image(size, MIDDLE)
     places = ANYRES.places([size], None)[0]
     newlines = np.flatnonzero(places.kinds == "newline")
-    shown = ShownImage(picture, places, [np.arange(len(places.kinds)), newlines[:5]])
+    shown = ImageStages(picture, places, [np.arange(len(places.kinds)), newlines[:5]])
     assert places.counts(shown.kept[1]) == {"base": 0, "grid": 0, "newline": 5}
     for kind in ("base", "grid"):
         assert not (np.asarray(panel(shown, 1, kind, (200, 120))) == MAGENTA).all(axis=-1).any()
@@ -295,7 +295,7 @@ def test_newlines_stand_apart():
 def test_a_single_grid_needs_no_newlines_or_base():
     picture = patch_image((40, 60), MIDDLE)
     places = grid_places(40, 60, 4, 6)
-    shown = ShownImage(picture, places, [np.arange(24), np.array([0, 5])])
+    shown = ImageStages(picture, places, [np.arange(24), np.array([0, 5])])
     assert shown.panels() == ["grid"]
     assert places.counts(shown.kept[1]) == {"grid": 2}
     drawn = np.asarray(panel(shown, 1, "grid", (60, 40)))
@@ -366,11 +366,11 @@ def test_what_cannot_be_drawn_is_said():
     picture = patch_image((40, 60), MIDDLE)
     places = grid_places(40, 60, 2, 2)
     with pytest.raises(ValueError, match=r"picture is \(60, 40\), but its tokens were placed on \(60, 50\)"):
-        ShownImage(picture, grid_places(50, 60, 2, 2), [np.arange(4)])
+        ImageStages(picture, grid_places(50, 60, 2, 2), [np.arange(4)])
     with pytest.raises(ValueError, match="outside the 4 tokens"):
-        ShownImage(picture, places, [np.arange(5)])
+        ImageStages(picture, places, [np.arange(5)])
     with pytest.raises(ValueError, match="tokens of 1 stages, but 2 stages are named"):
-        draw([ShownImage(picture, places, [np.arange(4)])], STAGES)
+        draw([ImageStages(picture, places, [np.arange(4)])], STAGES)
     with pytest.raises(ValueError, match="no image"):
         draw([], STAGES)
     with pytest.raises(ValueError, match="no picture"):
@@ -459,7 +459,7 @@ def test_another_image_processor_than_the_models_is_said(tmp_path):
     """Its places would be wrong: as many tokens were asked for as images of one tile have."""
     model, picture = prune(tiny_model(), None), patch_image((40, 70), MIDDLE)
     inputs = encode(tiny_processor(), [picture], "what ?")
-    with pytest.raises(ValueError, match=r"the prompt holds \d+ visual tokens, but images of \[\(70, 40\)\] .* have"):
+    with pytest.raises(ValueError, match=r"the prompt has \d+ visual tokens, but images of \[\(70, 40\)\] .* have"):
         look(model, tiny_image_processor(), inputs, [picture.transpose(Image.Transpose.ROTATE_90)])
 
 
@@ -500,7 +500,7 @@ def example():
         picture = patch_image(size, patch)
         best = np.argsort(-redness(picture), kind="stable")
         counts = (len(best), len(best) // 2, len(best) // 10)
-        images.append(ShownImage(picture, ANYRES.places([size], None)[0], [np.sort(best[:n]) for n in counts]))
+        images.append(ImageStages(picture, ANYRES.places([size], None)[0], [np.sort(best[:n]) for n in counts]))
     return images, ["stage 1, layers 0-1", "stage 2, layers 2-3", "stage 3, layers 4-5"]
 
 

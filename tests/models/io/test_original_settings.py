@@ -183,7 +183,11 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava_next", {"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9' with mm_patch_merge"),
         ("llava_next", {"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad' with mm_patch_merge_type='spatial_un"),
         ("llava_next", {"mm_patch_merge_type": "spatial_unpad_maxpool2x2"}, "'spatial_unpad_maxpool2x2' has no coun"),
-        ("llava_next", {"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature='cls_patch' does not go"),
+        (
+            "llava_next",
+            {"mm_vision_select_feature": "cls_patch"},
+            "mm_vision_select_feature='cls_patch' is not supported",
+        ),
         ("llava_next", {"image_grid_pinpoints": [[28, 30]]}, "image_grid_pinpoints [[28, 30]] are not multiples"),
         ("llava_next", {"image_grid_pinpoints": []}, "image_grid_pinpoints=[] is not a list of (width, height)"),
     ],
@@ -378,7 +382,7 @@ def test_an_original_folder_is_not_opened_as_a_hugging_face_one(tmp_path, capsys
     assert main(["generate", "--model", str(tmp_path / "original"), "--prompt", "what ?"]) == 2
     said = capsys.readouterr().err
     assert (
-        "this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: vtprune convert"
+        "this is a checkpoint of the original LLaVA code; convert it to a Hugging Face folder first: vtprune convert"
         in said
     )
 

@@ -198,7 +198,7 @@ def test_an_export_of_settings_without_their_parameters_is_refused(tmp_path, cap
     config["pruning"]["registers"] = 5
     settings_file.write_text(json.dumps(config))
     assert main(["export", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]) == 2
-    assert "victor learns parameters" in capsys.readouterr().err
+    assert "victor has trained parameters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
