@@ -196,7 +196,9 @@ def _counting(config: PreTrainedConfig, saved: dict[str, Any] | None, path: str 
         if saved is not None and saved.get(key) not in (None, value)
     ]
     if missing:
-        log.info("%s: settings missing in the processor, from the model's config: %s", path, ", ".join(missing))
+        log.info(
+            "%s: settings missing in the processor are taken from the model's config: %s", path, ", ".join(missing)
+        )
     if other:
         log.warning("%s: settings of the processor do not fit the model; using %s", path, ", ".join(other))
     return settings
