@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""The main job on an embedded default: draw data, train with PyramidDrop on two CPU ranks, evaluate, print a table.
+"""Quickstart: generate synthetic data, train a tiny model with PyramidDrop on two CPU ranks, evaluate it, and print a
+table.
 
 python scripts/quickstart.py             # runs/quickstart/result.json
 python scripts/quickstart.py --compare   # PyramidDrop and dense: runs/compare/result.json and compare.png
@@ -28,7 +29,7 @@ NUM_TRAIN = 6000
 
 
 def fresh(run_dir: Path) -> Path:
-    """An empty folder."""
+    """Create the folder, deleting it first if it exists."""
     if run_dir.exists():
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True)
@@ -54,7 +55,7 @@ def finish(runs: list[subprocess.Popen[bytes]]) -> None:
     """Wait for all runs.
 
     Raises:
-        SystemExit: one of them failed; its own output says why.
+        SystemExit: if a run fails.
     """
     codes = [run.wait() for run in runs]
     if any(codes):
@@ -66,7 +67,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
-    """What a run did: accuracy on held-out pictures, time in steps, FLOPs, tokens of each stage."""
+    """Summary of a run: held-out accuracy, training time, FLOPs, tokens per stage."""
     steps = read_lines(run_dir / "metrics.jsonl")
     held_out = read_lines(run_dir / "eval.jsonl")[-1]
     stages = sorted(key for key in steps[0] if key.startswith("tokens_stage_"))
@@ -83,16 +84,14 @@ def summarize(run_dir: Path) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
-    print(
-        f"\n{'':14}{'exact match':>12}{'shuffled':>10}{'steps':>7}{'seconds':>9}{'TFLOP':>8}  tokens a sample, by stage"
-    )
+    print(f"\n{'':14}{'exact match':>12}{'shuffled':>10}{'steps':>7}{'seconds':>9}{'TFLOP':>8}  tokens by stage")
     for name, result in results.items():
         tokens = " / ".join(f"{count:.0f}" for count in result["tokens_per_stage"])
         print(
             f"{name:14}{result['exact_match']:>11.1%}{result['exact_match_shuffled']:>10.1%}{result['steps']:>7}"
             f"{result['train_seconds']:>9.0f}{result['flops'] / 1e12:>8.1f}  {tokens}"
         )
-    print("shuffled: the same model on other samples' pictures, what it answers without seeing\n")
+    print("shuffled: exact match with images shuffled between samples (answers without the right image)\n")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -101,7 +100,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def plot_comparison(folders: dict[str, Path], results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Loss over time of both runs, and accuracy, time and FLOPs side by side."""
+    """Plot loss over time and compare accuracy, time and FLOPs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,8 +147,8 @@ def plot_comparison(folders: dict[str, Path], results: dict[str, dict[str, Any]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", action="store_true", help="train PyramidDrop and dense, same data, same steps")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of a single run (default: 2)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the runs")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default: 2)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     write_dataset(DATA, num_train=NUM_TRAIN, num_eval=500, seed=7)
@@ -163,7 +162,7 @@ def main() -> int:
     folder = Path("runs/compare")
     folders = {name: fresh(folder / name) for name in ("dense", "pyramiddrop")}
     settings = {"dense": ["pruning.method=none", *arguments.overrides], "pyramiddrop": arguments.overrides}
-    # Side by side, each on its half of the machine: what slows the machine down meanwhile slows both.
+    # Run both at the same time on half of the cores each, so that other load affects both equally.
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     finish([start(folders[name], settings[name], 1, threads) for name in folders])
     results = {name: summarize(run_dir) for name, run_dir in folders.items()}
