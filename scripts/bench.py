@@ -5,10 +5,10 @@
     python scripts/bench.py --suite generate --device cpu --geometry small [--json FILE]
     python scripts/bench.py --suite save --geometry save [--zero_stage 2] [--folder DIR] [--json FILE]
 
-All rows run the same samples of mixed lengths through the whole LLaVA-NeXT, forward and backward (and with --step an
-AdamW step), interleaved: one repeat of every row, then the next. Reports the median, min and max, and ratios.
-The suite ``generate`` measures prefill, decoding and cache instead (``bench_generate.py``), the ``save`` suite measures
-how long a checkpoint blocks training (``bench_save.py``).
+All configurations use the same samples of mixed lengths and the whole LLaVA-NeXT, forward and backward (with --step
+also an AdamW step), in interleaved repeats. Reports the median, min and max, and ratios. The suite ``generate``
+measures prefill, decoding and cache instead (``bench_generate.py``), the ``save`` suite measures how long a checkpoint
+blocks training (``bench_save.py``).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def clip(hidden: int, layers: int, heads: int, tile: int = BLOCK) -> dict[str, A
     }
 
 
-# Pictures whose AnyRes token counts are about 2,900, 1,700, 2,300 and 1,100: the mix of the instruction data.
+# Image sizes with about 2,900, 1,700, 2,300 and 1,100 AnyRes tokens, similar to the instruction data.
 MIXED = (((672, 672), 180), ((336, 672), 60), ((500, 667), 121), ((200, 640), 40))
 GEOMETRIES = {
     "tiny": Geometry(
@@ -215,8 +215,8 @@ class Row:
 
 
 def range_seconds(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds that a call spends in each range of :mod:`vtprune_train.models.forward.decoder`: on CUDA those of its
-    kernels, which the profiler reads afterwards, so that nothing waits for the device in between."""
+    """Seconds that a call spends in each profiler range of :mod:`vtprune_train.models.forward.decoder`. On CUDA this is
+    kernel time, read from the profiler afterwards, so that the call does not synchronize."""
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:

@@ -33,21 +33,21 @@ from tests.support.runner import Runs  # noqa: E402
 
 MEMORY = ("rss", "pss", "uss", "shared_pages")
 COUNTS = ("batches_mapped", "shared_segments", "descriptors", "threads", "children")
-# What decides. Pages that a worker was forked with count as the rank's own as soon as either of them writes to them, so
-# a process's PSS and USS move without a byte more in use; the PSS of the whole run does not.
+# Quantities that determine the result. Copy-on-write after a fork moves pages between a rank and its workers, so a
+# process's PSS and USS change without a leak; the total PSS does not.
 DECIDING = {"whole run": ("pss",), "": ("rss", "shared_pages", *COUNTS)}
 MOST_GROWTH = 0.01  # allowed relative growth of the median from first to last quarter
 LEAST_BYTES = 2**20  # memory growth below this is noise
-# Of the steps, left out: caches and memory for saves fill, and the first full garbage collection (after some 800 steps)
-# writes to pages that a rank shares with its workers, so that it gets its own.
+# Share of steps excluded as warm-up: caches and save buffers fill, and the first full garbage collection (after about
+# 800 steps) triggers copy-on-write of pages that a rank shares with its workers.
 WARM_UP = 0.2
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One process at one ``moment`` (seconds). Memory in bytes: resident, proportional, its own alone,
-    and resident pages of shared memory; ``batches_mapped`` counts batches of loader workers that are
-    mapped, ``shared_segments`` what is mapped of /dev/shm and of System V's shared memory."""
+    """One process at one ``moment`` (seconds). Memory in bytes: RSS, PSS, USS and resident pages of shared memory.
+    ``batches_mapped`` is the number of mapped worker batches, ``shared_segments`` of mapped /dev/shm and System V
+    segments."""
 
     step: int
     moment: float
@@ -190,7 +190,8 @@ def trend(process: str, quantity: str, steps: Sequence[int], values: Sequence[fl
 
 
 def table(trends: Sequence[Trend]) -> list[str]:
-    """A row a process, a column a quantity: medians of the first and last quarter, and the slope in 1,000 steps."""
+    """One row per process, one column per quantity: medians of first and last quarter, and the slope per 1,000
+    steps."""
     quantities = {**dict.fromkeys(MEMORY, " (MiB)"), **dict.fromkeys(COUNTS, "")}
     titles = [f"{name.replace('_', ' ')}{unit}" for name, unit in quantities.items()]
     lines = [f"| process | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
