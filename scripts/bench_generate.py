@@ -62,7 +62,7 @@ def run(
     Args:
         model: an unpruned LLaVA-NeXT.
         anyres: its AnyRes layout.
-        samples: ``(height, width)`` of each picture and its text tokens; repeated to fill a batch.
+        samples: ``(height, width)`` of each image and its text tokens; repeated to fill a batch.
         repeats: repeats per configuration, after one warm-up.
         steps: decoding steps of a repeat.
         synchronize: waits for the device.
@@ -83,7 +83,7 @@ def run(
 
 
 def make_inputs(model: HFModule, anyres: AnyRes, samples: list[tuple[tuple[int, int], int]]) -> dict[str, torch.Tensor]:
-    """Random pictures and text, padded on the left."""
+    """Random images and text, padded on the left."""
     rng = np.random.default_rng(0)
     image, vocab = model.config.image_token_id, model.config.text_config.vocab_size
     counts = [anyres.tokens([size])[0] for size, _ in samples]

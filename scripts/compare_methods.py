@@ -269,16 +269,16 @@ def heat_map(result: dict[str, Any], path: Path) -> None:
     )  # None becomes NaN
     side = 2.6 + 0.78 * len(names)
     figure, axis = plt.subplots(figsize=(side + 0.8, side), facecolor=PAPER, layout="constrained")
-    colours = plt.get_cmap("Blues").with_extremes(bad="#eef0f4")
+    colors = plt.get_cmap("Blues").with_extremes(bad="#eef0f4")
     low, high = np.nanmin(values), np.nanmax(values)
-    axis.imshow(values, cmap=colours, vmin=low - 0.02, vmax=high + 0.02)
+    axis.imshow(values, cmap=colors, vmin=low - 0.02, vmax=high + 0.02)
     middle = (low + high) / 2
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
         text = "-" if np.isnan(value) else f"{100 * value:.0f}"
         weight = "bold" if row == column else "normal"
-        colour = PAPER if value > middle else INK
-        axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=11, fontweight=weight)
+        color = PAPER if value > middle else INK
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=11, fontweight=weight)
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right", color=INK, fontsize=11)
     axis.set_yticks(range(len(names)), names, color=INK, fontsize=11)
     axis.set_xlabel("answered with", color=SOFT, fontsize=12)

@@ -107,7 +107,7 @@ def plot_comparison(folders: dict[str, Path], results: dict[str, dict[str, Any]]
     import matplotlib.pyplot as plt
 
     figure, (curve, bars) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colours = {"dense": "tab:gray", "pyramiddrop": "tab:blue"}
+    colors = {"dense": "tab:gray", "pyramiddrop": "tab:blue"}
     for name, folder in folders.items():
         steps, elapsed, seconds = read_lines(folder / "metrics.jsonl"), 0.0, []
         for step in steps:
@@ -119,7 +119,7 @@ def plot_comparison(folders: dict[str, Path], results: dict[str, dict[str, Any]]
             sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
             for i in range(len(losses))
         ]
-        curve.plot(seconds, smooth, label=name, color=colours[name])
+        curve.plot(seconds, smooth, label=name, color=colors[name])
     curve.set(xlabel="seconds of training", ylabel=f"loss (mean of {window} steps)", ylim=(0, 1.2))
     curve.grid(alpha=0.3)
     curve.legend()
@@ -134,7 +134,7 @@ def plot_comparison(folders: dict[str, Path], results: dict[str, dict[str, Any]]
         ],
     }
     for offset, (name, values) in zip((-0.2, 0.2), heights.items(), strict=True):
-        drawn = bars.bar([i + offset for i in range(3)], values, 0.38, label=name, color=colours[name])
+        drawn = bars.bar([i + offset for i in range(3)], values, 0.38, label=name, color=colors[name])
         bars.bar_label(drawn, fmt="%.2f")
     bars.set_xticks(range(3), labels)
     bars.set(ylim=(0, 1.2), ylabel="share; time and FLOPs relative to dense")

@@ -37,14 +37,14 @@ LLAVA_NEXT_7B = TrainingCost(
 )
 ANYRES = AnyRes(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), 336, 14)
 # LLaVA-NeXT's data have about 2,268 visual and 121 text tokens a sample (arXiv 2410.17247, average lengths of stages).
-TEXT_ONLY = 0.05  # share of samples without a picture, as in the published mixes (ShareGPT)
+TEXT_ONLY = 0.05  # share of samples without an image, as in the published mixes (ShareGPT)
 # Image kinds: share, mean (height, width), standard deviation of log aspect ratio and of log size.
 IMAGES = (
     (0.51, (480, 640), 0.12, 0.10),  # photographs (COCO, Visual Genome), landscape
     (0.12, (640, 480), 0.10, 0.10),  # photographs, portrait
     (0.16, (800, 800), 0.06, 0.25),  # squares
     (0.10, (1600, 1240), 0.15, 0.25),  # documents
-    (0.04, (220, 300), 0.25, 0.20),  # small pictures
+    (0.04, (220, 300), 0.25, 0.20),  # small images
     (0.07, (400, 1000), 0.30, 0.25),  # wide charts, strips of text
 )
 PROMPT = 40  # tokens of the system prompt and the roles of one turn
@@ -75,7 +75,7 @@ class Mix:
 def pass_cost(
     text: np.ndarray, visual: np.ndarray, tiles: np.ndarray, supervised: np.ndarray, method: PyramidDrop | None
 ) -> np.ndarray:
-    """[samples] FLOPs of samples with (at most) one picture each."""
+    """[samples] FLOPs of samples with (at most) one image each."""
     num_layers = LLAVA_NEXT_7B.decoder.num_layers
     drops = method.drops(num_layers) if method is not None else ()
     lengths = stage_lengths(text, visual, np.arange(len(text)), drops)
@@ -96,7 +96,7 @@ def draw_mix(count: int, rng: np.random.Generator) -> Mix:
 
 
 def draw_images(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """[count] visual tokens and tiles of drawn picture sizes (rounded to 20 pixels: AnyRes works on each size once)."""
+    """[count] visual tokens and tiles of drawn image sizes (rounded to 20 pixels: AnyRes works on each size once)."""
     kind = rng.choice(len(IMAGES), count, p=[share for share, *_ in IMAGES])
     height, width = np.array([size for _, size, _, _ in IMAGES], dtype=float)[kind].T
     aspect, size = (rng.normal(0, np.array([row[i] for row in IMAGES])[kind]) for i in (2, 3))
@@ -119,7 +119,7 @@ def random_order(mix: Mix, ranks: int, batch: int, micro: int, rng: np.random.Ge
 
 
 def published_order(mix: Mix, ranks: int, batch: int, micro: int, rng: np.random.Generator) -> Iterator[Step]:
-    """LLaVA's ``group_by_modality_length``: mega-batches of one modality, sorted by the number of words (pictures count
+    """LLaVA's ``group_by_modality_length``: mega-batches of one modality, sorted by the number of words (images count
     nothing), split so that chunks have equal counts and about equal words. ``accelerate`` assigns chunks to ranks in
     order. Leftover samples come last, mixed and unsorted."""
     mega = ranks * batch

@@ -252,7 +252,7 @@ def finish(run: Run) -> None:
     for _ in range(MOST_STARTS):
         started = run.start()
         check(started.code == 0, f"the start after the faults ended with exit code {started.code}", started.output)
-        check(TRACEBACK not in started.output, "a traceback, although all went well", started.output)
+        check(TRACEBACK not in started.output, "a traceback, although the run succeeded", started.output)
         if run.step() == STEPS:
             return
     raise Failed(f"not finished after {MOST_STARTS} undisturbed starts: step {run.step()} of {STEPS}")
@@ -266,12 +266,12 @@ def judge(run: Run, fault: Fault, started: Started, end: int) -> None:
     without the fault it would have ended after step ``end``."""
     output = started.output
     if not started.happened:
-        check(started.code == 0, f"exit code {started.code}, and nothing had been done to it", output)
+        check(started.code == 0, f"exit code {started.code}, although it was not disturbed", output)
         return
     if fault.kind == "disk":
         judge_full_disk(fault, started)
         return
-    check(TRACEBACK not in output, "a traceback of what is no error of the code", output)
+    check(TRACEBACK not in output, "a traceback for an error outside the code", output)
     if fault.what == "kill_worker":
         check(started.code == 0, f"exit code {started.code} after the death of a worker", output)
         return
@@ -283,19 +283,19 @@ def judge(run: Run, fault: Fault, started: Started, end: int) -> None:
     check(started.code != 0 or fault.what == "kill_launcher", "exit code 0 after a kill", output)
     if fault.what == "kill" and run.settings.ranks > 1 and fault.rank != "any":
         other = re.search(rf"rank {fault.rank}( on \S+)? is gone", output)
-        check(other is not None, f"nobody says that rank {fault.rank} is gone", output)
+        check(other is not None, f"no rank reports that rank {fault.rank} is gone", output)
 
 
 def judge_full_disk(fault: Fault, started: Started) -> None:
     output = started.output
     if fault.moment == "drawing":
-        check(started.code == 0, f"exit code {started.code} over a picture that could not be drawn", output)
+        check(started.code == 0, f"exit code {started.code} because of an image that could not be drawn", output)
         return
     if started.code == 0 and fault.real:  # there was room for what was still written
         return
     check(started.code != 0, "exit code 0 with a full disk", output)
     lines = [line for line in output.splitlines() if "No space left on device" in line or "GB free" in line]
-    check(bool(lines), "nobody says that the disk is full", output)
+    check(bool(lines), "no rank reports that the disk is full", output)
     check(any("/" in line for line in lines), "no path is named where the disk is full", output)
 
 

@@ -11,7 +11,7 @@ from vtprune_train.evaluation.results import aligned
 from vtprune_train.viz.draw import INK, PAPER, RULE, SOFT
 
 BASELINES = ("random", "uniform", "pool")  # drawn in gray
-COLOURS = ("#1f6fb4", "#d1495b", "#0f9d8a", "#e08e0b", "#7a5195", "#5f7f2f", "#b5577e", "#3a86a8")
+COLORS = ("#1f6fb4", "#d1495b", "#0f9d8a", "#e08e0b", "#7a5195", "#5f7f2f", "#b5577e", "#3a86a8")
 MARKERS = "osD^vPX*<>hdp"
 LEAST_KL = 1e-5  # lower end of the logarithmic axis
 
@@ -141,7 +141,7 @@ def _panel(
         axis.plot(
             *zip(*drawn, strict=True),
             label=name,
-            color=SOFT if baseline else COLOURS[number % len(COLOURS)],
+            color=SOFT if baseline else COLORS[number % len(COLORS)],
             linestyle=("--", ":", "-.")[number] if baseline else "-",
             marker=MARKERS[number % len(MARKERS)],
             markersize=7,

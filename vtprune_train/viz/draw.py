@@ -107,8 +107,8 @@ def panel(item: ImageStages, stage: int, kind: str, size: tuple[int, int]) -> Im
     for left, top, right, bottom in edges.tolist():
         is_kept[top:bottom, left:right] = True
     pixels = np.asarray(item.image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
-    grey = pixels.mean(axis=-1, keepdims=True)
-    faded = (1 - FADE) * grey + FADE * np.array(DROPPED)
+    gray = pixels.mean(axis=-1, keepdims=True)
+    faded = (1 - FADE) * gray + FADE * np.array(DROPPED)
     return Image.fromarray(np.where(is_kept[..., None], pixels, faded).astype(np.uint8))
 
 
