@@ -262,7 +262,7 @@ def finish(run: Run) -> None:
 
 
 def judge(run: Run, fault: Fault, started: Started, end: int) -> None:
-    """Check exit code and messages of an interrupted start as documented in docs/training.md and docs/faults.md;
+    """Check exit code and messages of an interrupted start as documented in docs/metrics.md and docs/faults.md;
     without the fault it would have ended after step ``end``."""
     output = started.output
     if not started.happened:

@@ -52,7 +52,7 @@ def test_generation_page(folder):
     assert not is_pruned(names["model"])
     names["model"] = type(names["model"]).from_pretrained("pruned").eval()
     exec(second, names)
-    assert names["again"].shape[1] > names["ids"].shape[1]
+    assert names["second_output"].shape[1] > names["ids"].shape[1]
 
 
 def conversations():
@@ -96,17 +96,20 @@ def test_lmms_eval_commands(folder):
         assert list((folder / out).rglob("*_results.json")), done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def test_the_reader_of_the_page_on_data_is_tested():
-    [reader] = [code for code in blocks("data.md", "python") if "(Reader)" in code]
-    assert reader.replace("\\n", "\\\\n") in (ROOT / "tests" / "data" / "test_user_readers.py").read_text()
+def test_the_page_on_extending_shows_what_is_tested():
+    tested = ("data/test_user_readers.py", "models/families/test_user_family.py")
+    sources = "".join((ROOT / "tests" / name).read_text() for name in tested)
+    shown = [code for code in blocks("extending.md", "python") if "(Reader)" in code or "llava.FAMILY" in code]
+    assert len(shown) == 2
+    for code in shown:
+        assert code.replace("\\n", "\\\\n") in sources
 
 
 def test_the_table_of_families_is_complete():
     page = (ROOT / "docs" / "families.md").read_text()
     for family in FAMILIES:
         assert f"| {family.title} | `{family.model_class}` |" in page
-    assert page.count("| refused: ") == len(UNSUPPORTED)
-    code, outside = blocks("families.md", "python")
-    assert outside in (ROOT / "tests" / "models" / "families" / "test_user_family.py").read_text()
+    assert page.count("| not supported: ") == len(UNSUPPORTED)
+    [code] = blocks("families.md", "python")
     file = ROOT / "vtprune_train" / "models" / "families" / "qwen2_vl.py"
     assert code in file.read_text(), "the page shows the smallest family as it stands in its file"

@@ -2,7 +2,7 @@
 no effect.
 
 A refused field makes its record malformed, because training on the rest of the record would be training on something
-else. docs/data.md lists all fields.
+else. docs/data_format.md lists all fields.
 """
 
 from __future__ import annotations

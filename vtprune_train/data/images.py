@@ -1,6 +1,6 @@
 """Reads the size of an image from its header, and its pixels as 8-bit RGB. Any unusable file raises one error class.
 
-docs/data.md has a table of how each kind of image is handled.
+docs/data_format.md has a table of how each kind of image is handled.
 """
 
 from __future__ import annotations
