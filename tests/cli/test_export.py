@@ -219,7 +219,9 @@ def test_the_projector_of_every_family_that_is_trained(tmp_path, name, options):
 def test_a_projector_that_training_does_not_read(tmp_path, capsys):
     family_model("qwen2_vl").save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "projector", "--part", "projector", expect=2)
-    words = "holds a qwen2_vl, which the training loop does not know; it trains: llava_next, llava, llava_onevision"
+    words = (
+        "holds a qwen2_vl, which the training loop does not support; it supports: llava_next, llava, llava_onevision"
+    )
     assert words in capsys.readouterr().err
 
 

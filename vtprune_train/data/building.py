@@ -156,7 +156,7 @@ class _SentMeasure:
     exceed the buffer of a pipe, and a process that is killed while it starts would block its parent forever."""
 
     def __init__(self, measure: Measure):
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as processes may start)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (stays open while workers may start)
         pickle.dump(measure, self._file)
         self._file.flush()
 

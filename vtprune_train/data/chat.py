@@ -185,7 +185,7 @@ def writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 class ChatEncoder:
-    """Tokenizes conversations by a template.
+    """Tokenizes conversations with a template.
 
     Args:
         tokenizer: has the image token as an added token.

@@ -50,7 +50,7 @@ _FLAG = (
 )
 _WEIGHT = r"((sample|loss|token|turn|example|sampling)_)?(weights?|importance)|loss_scale|((num|n)_)?repeat(s|_times?)?"
 _LEAVES_OUT = r"exclude|excluded|skip|skipped|ignore|ignored|mask|masked"
-_SAYS_WHERE = (  # a word of a name
+_SAYS_WHERE = (  # matches one word of a field's name
     rf"loss|train|trained|training|learn|supervised?|supervision|unmask(ed)?|grad|gradient|backprop|{_LEAVES_OUT}"
 )
 _LESS = rf"{_LEAVES_OUT}|no|not|non|without|only|last|first|final"  # words with which true means training on less

@@ -165,7 +165,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """8-bit RGB of a decoded image of any mode that this Pillow can convert."""
+    """Convert a decoded image of any mode that Pillow supports to 8-bit RGB."""
     if image.mode in (*WORD_MODES, "I", "F"):
         return Image.fromarray(_eight_bits(image, name)).convert("RGB")
     try:

@@ -42,10 +42,10 @@ HOW_TO_FIX = "Shorten or split them, raise that limit, or set data.too_long=skip
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of the data: a path (see :func:`vtprune_train.data.sources.find_files`) and its folder of images;
-    ``take`` is ``all``, ``first:N`` or ``random:N``, ``weight`` its share of an epoch, ``name`` what it is called in
-    sample ids instead of its number, ``ignore`` fields and marks of its records that change nothing (see
-    :mod:`vtprune_train.data.fields`), ``reader`` the path of a reader outside the package."""
+    """One entry of the data: a path (see :func:`vtprune_train.data.sources.find_files`) and its folder of images.
+    ``take`` is ``all``, ``first:N`` or ``random:N``; ``weight`` is the number of passes per epoch; ``name`` replaces
+    the entry's number in sample ids; ``ignore`` lists fields and markers that are accepted (see
+    :mod:`vtprune_train.data.fields`); ``reader`` is the path of a reader outside the package."""
 
     path: Path
     images: Path

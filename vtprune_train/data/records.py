@@ -70,7 +70,7 @@ class Prompt:
     suffix: str = ""
 
     def apply(self, conversation: Conversation) -> Conversation:
-        """The conversation as it is trained on."""
+        """Return the conversation with this prompt."""
         if self.system is None and not self.prefix and not self.suffix:
             return conversation
         turns = list(conversation.turns)

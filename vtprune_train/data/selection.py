@@ -21,7 +21,7 @@ from vtprune_train.files.disk import publish, remove
 log = logging.getLogger(__name__)
 
 ROWS = 1 << 20  # rows processed at a time
-NAMED = 10  # records of each kind that messages name
+NAMED = 10  # maximum records of each kind in a message
 
 
 class Selection:

@@ -95,7 +95,7 @@ class Table:
         return record if record.id else replace(record, id=self.id(row))
 
     def check(self) -> None:
-        """Raise a ``RuntimeError`` if a column was changed in place since it was opened."""
+        """Raise ``RuntimeError`` if a column was changed since it was opened."""
         if name := self._watch.changed():
             raise self.distrusted(f"{self.folder / name} was changed while it was in use")
 

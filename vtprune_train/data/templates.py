@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 MARK = re.compile(r"<\|?[^\s<>|{}]+\|?>")  # markers that are single tokens in the tokenizer that a template is for
 QUESTION = "What is shown here?"
-LONGEST_PROMPT = 300  # characters of a prompt in a message
+LONGEST_PROMPT = 300  # maximum characters of a prompt in a message
 LONGEST_SAMPLE = 4000
 
 

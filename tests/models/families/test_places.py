@@ -194,7 +194,9 @@ def test_every_family_of_the_list_shows_its_tokens():
 def test_a_family_without_a_part_says_why():
     family = Family("Eyeless", "eyeless", "EyelessForConditionalGeneration", ("llama",))
     assert isinstance(family.loop, Lacks)
-    with pytest.raises(ValueError, match=r"cannot show the visual tokens of Eyeless: where its .* lie is not known"):
+    with pytest.raises(
+        ValueError, match=r"cannot show the visual tokens of Eyeless: the positions of its .* are unknown"
+    ):
         family.places(None, None, {}, [(1, 1)])
-    with pytest.raises(ValueError, match="counting: its tower's sizes are not known here"):
+    with pytest.raises(ValueError, match="counting: the sizes of its tower are unknown"):
         required(family.flops, "counting")

@@ -1,4 +1,4 @@
-"""Batches of global steps, in the planner's order, decoded by worker processes."""
+"""Yields the batches of global steps in the planner's order, decoded by worker processes."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Channel:
         self.writer.close()
 
     def cancel_join_thread(self) -> None:
-        """There is no thread."""
+        """Do nothing: a channel has no feeder thread."""
 
 
 class WorkerContext(ForkServerContext):

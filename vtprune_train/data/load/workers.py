@@ -89,7 +89,7 @@ class _Decoded(Dataset[Any]):
 
     def __getitem__(self, task: MicroBatch) -> Parcel | str:
         worker = get_worker_info()
-        assert worker is not None, "runs in workers only"
+        assert worker is not None, "must run in a worker process"
         try:
             parcel = Parcel(self.decode(task))
         except Exception:

@@ -4,7 +4,7 @@ Tokens BEFORE dropping determine memory: no micro-batch has more than ``max_toke
 long ranks wait for each other: within each micro-step the micro-batches have about equal cost, and so do the ranks'
 totals. Every rank deals every step itself and must get the same result, so the result depends only on the arguments.
 
-Shape suffixes: N samples, B micro-batches, P pairs of micro-batches, K places in a micro-batch.
+Shape suffixes: N samples, B micro-batches, P pairs of micro-batches, K slots per micro-batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def deal(tokens: np.ndarray, costs: np.ndarray, world_size: int, max_tokens: int
         tokens: [N] tokens before dropping.
         costs: [N] cost after dropping, in any unit, not negative.
         world_size: number of ranks.
-        max_tokens: most tokens of a micro-batch; no sample has more.
+        max_tokens: maximum tokens of a micro-batch; no sample has more.
 
     Returns:
         ``micro_batches[m][r]``: positions in ``tokens`` of the samples of rank r in micro-step m, ascending; empty
@@ -124,14 +124,14 @@ def fewest_bins(tokens: np.ndarray, max_tokens: int) -> int:
     half = np.searchsorted(ascending, max_tokens // 2, side="right")
     small = np.concatenate([[0], np.unique(ascending[:half])])  # thresholds below which samples are ignored
     first = np.searchsorted(ascending, small, side="left")
-    alone = np.searchsorted(ascending, max_tokens - small, side="right")  # no such sample fits beside these
+    alone = np.searchsorted(ascending, max_tokens - small, side="right")  # from here on samples fit with none above it
     room_beside = (alone - half) * max_tokens - (total[alone] - total[half])
     beyond = total[half] - total[first] - room_beside
     return int((len(ascending) - half + np.maximum(0, -(-beyond // max_tokens))).max())
 
 
 class _Bins:
-    """Micro-batches that exchange samples.
+    """Micro-batches while they are balanced by swaps of samples.
 
     ``held`` [B, K] has the samples of each, padded with N, a sample without tokens and cost; ``load`` and ``filled``
     [B] are their cost and tokens.

@@ -33,10 +33,11 @@ class Planner:
     """Plans global steps.
 
     Args:
-        measure: ``(step, samples)`` to [samples] tokens before dropping and [samples] FLOPs after it (any unit).
+        measure: ``(step, samples) -> (tokens, costs)``, [samples] tokens before dropping and [samples] cost after
+            dropping, in any unit.
         longest: tokens of the longest sample.
         global_batch_size: samples per step; the last step of an epoch takes the remaining ones.
-        max_tokens: most tokens (before dropping) of a micro-batch.
+        max_tokens: maximum tokens (before dropping) of a micro-batch.
 
     Raises:
         ValueError: there are no samples, or one is longer than ``max_tokens``.
@@ -90,7 +91,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Measures the samples of a step for the planner: ``costs(step, samples)``."""
+    """Computes tokens and costs of a step's samples for the planner, as ``costs(step, samples)``."""
 
     index: SampleIndex
     cost: TrainingCost
@@ -112,5 +113,5 @@ class StepCosts:
 
 
 def data_digest(sample_ids: Sequence[str]) -> str:
-    """A hash of a step's sample ids, in order; equal digests mean equal samples."""
+    """A hash of a step's sample ids in their order."""
     return hashlib.sha256("\n".join(sample_ids).encode()).hexdigest()[:16]

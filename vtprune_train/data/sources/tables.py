@@ -59,14 +59,14 @@ class _Held(NamedTuple):
 
 
 class Parquet(Reader):
-    """A place is ``(row group, row in it)``: reading a record reads the columns of its row group, and holds them, or of
-    a large one a part."""
+    """A place is ``(row group, row)``. Reading a record loads its row group, or a part of a large one, and keeps it in
+    memory."""
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         super().__init__(path, max_bytes)
         self._opened: tuple[pq.ParquetFile, list[str]] | None = None
         self._held: _Held | None = None
-        self._apart: dict[int, bool] = {}  # row groups, and whether they are read by another process
+        self._apart: dict[int, bool] = {}  # by row group: whether it is read in a separate process
 
     @property
     def unread(self) -> list[str]:

@@ -50,7 +50,7 @@ UNSUPPORTED = {
     "variable-length kernels do not do",
     "PaliGemmaForConditionalGeneration": "its prompt attends in both directions, which the causal variable-length "
     "kernels do not do",
-    "MllamaForConditionalGeneration": "its images enter by cross-attention, so there are no visual tokens to drop",
+    "MllamaForConditionalGeneration": "it feeds images through cross-attention, so there are no visual tokens to drop",
 }
 
 
@@ -90,7 +90,8 @@ def family_of(model: HFModule) -> Family:
     """The family of a Hugging Face model.
 
     Raises:
-        ValueError: the class, or the type of its language model, is not supported; says why and what is.
+        ValueError: the class or the type of its language model is not supported; names the reason and the supported
+            ones.
     """
     by_class = {family.model_class: family for family in FAMILIES}
     for cls in type(model).__mro__:
@@ -99,7 +100,7 @@ def family_of(model: HFModule) -> Family:
             return family
     reason = UNSUPPORTED.get(type(model).__name__)
     if isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, DeepSpeed's engine, ...
-        reason = "prune the model before it is wrapped"
+        reason = "call prune before wrapping the model (DistributedDataParallel, DeepSpeed, ...)"
     supported = ", ".join(family.model_class for family in FAMILIES)
     raise ValueError(
         f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}, and families "
@@ -108,7 +109,7 @@ def family_of(model: HFModule) -> Family:
 
 
 def family_of_type(model_type: str) -> Family | None:
-    """The family of a config's ``model_type``; ``None`` where it is not supported."""
+    """The family of a config's ``model_type``; ``None`` if it is not supported."""
     return next((family for family in FAMILIES if family.model_type == model_type), None)
 
 
@@ -116,7 +117,7 @@ def supported_family(model_type: str, place: str) -> Family:
     """The family of a config's ``model_type``.
 
     Raises:
-        ValueError: it is not supported; names ``place``, where the config comes from, and what is.
+        ValueError: it is not supported; names ``place``, the origin of the config, and the supported types.
     """
     if (family := family_of_type(model_type)) is None:
         supported = ", ".join(family.model_type for family in FAMILIES)
@@ -125,16 +126,17 @@ def supported_family(model_type: str, place: str) -> Family:
 
 
 def trained_family(model_type: str, place: str) -> tuple[Family, Loop]:
-    """The family that the project's own loop trains under this config's ``model_type``.
+    """The family of a config's ``model_type``, and its part for the training loop.
 
     Raises:
-        ValueError: there is none; names ``place``, where the model comes from, and what is trained.
+        ValueError: the training loop does not support it; names ``place``, the origin of the model, and the supported
+            types.
     """
     family = family_of_type(model_type)
     if family is None or isinstance(family.loop, Lacks):
         trained = ", ".join(family.model_type for family in FAMILIES if not isinstance(family.loop, Lacks))
         raise ValueError(
-            f"{place} holds a {model_type}, which the training loop does not know; it trains: {trained}; {OUTSIDE}"
+            f"{place} holds a {model_type}, which the training loop does not support; it supports: {trained}; {OUTSIDE}"
         )
     return family, family.loop
 
@@ -157,10 +159,11 @@ def class_of_config(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def config_of_parts(
     text: PreTrainedConfig, vision: PreTrainedConfig, pinpoints: Iterable[Iterable[int]] | None, place: str
 ) -> PreTrainedConfig:
-    """A LLaVA-1.5 made of a language model and a tower; with ``pinpoints``, resolutions to tile by, a LLaVA-NeXT.
+    """The config of a LLaVA-1.5 of a language model and a vision tower, or of a LLaVA-NeXT with ``pinpoints``, its
+    tiling resolutions.
 
     Raises:
-        ValueError: the tower, which ``place`` names, is not CLIP's.
+        ValueError: the tower is not CLIP's; ``place`` names it.
     """
     vision = getattr(vision, "vision_config", vision)
     check_clip(vision, place)

@@ -118,19 +118,19 @@ class Family:
     tower: str | None = None
     image_lengths: Callable[[Sequence[Any]], list[int]] = lambda images: [len(tokens) for tokens in images]
     grids: Callable[[Any, Mapping[str, Any]], list[Grids]] = lambda config, inputs: []
-    patches: Callable[[Any, Mapping[str, Any]], list[TokenPatches]] | Lacks = Lacks("it is not read there")
+    patches: Callable[[Any, Mapping[str, Any]], list[TokenPatches]] | Lacks = Lacks("it cannot be read for this family")
     run_is_one_image: bool = False
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()
     counting: Callable[[Any], dict[str, Any]] = lambda config: {}
-    geometry: Callable[[Any, Any], ImageGeometry] | Lacks = Lacks("where its visual tokens lie is not known here")
+    geometry: Callable[[Any, Any], ImageGeometry] | Lacks = Lacks("the positions of its visual tokens are unknown")
     samples: Callable[[Mapping[str, Any], Sequence[Size]], list[list[Size]]] = lambda inputs, sizes: [
         [s] for s in sizes
     ]
-    flops: Callable[[Any], TowerGeometry | PatchTowerGeometry] | Lacks = Lacks("its tower's sizes are not known here")
+    flops: Callable[[Any], TowerGeometry | PatchTowerGeometry] | Lacks = Lacks("the sizes of its tower are unknown")
     known: Mapping[str, Callable[[], PreTrainedConfig]] = field(default_factory=dict)
-    not_original: str | None = "the original format is LLaVA's and LLaVA-NeXT's"
-    loop: Loop | Lacks = Lacks("the training loop has no layout of its images")
+    not_original: str | None = "the original format supports only LLaVA and LLaVA-NeXT"
+    loop: Loop | Lacks = Lacks("the training loop does not support its image layout")
 
     @property
     def decoder(self) -> str:

@@ -53,7 +53,7 @@ class ImageGeometry(ABC):
 
     @abstractmethod
     def tokens(self, sizes: Sequence[Size]) -> list[int]:
-        """Visual tokens of each image of one sample.
+        """Number of visual tokens of each image of one sample.
 
         Raises:
             ValueError: the family's image processor refuses a size.
@@ -61,7 +61,7 @@ class ImageGeometry(ABC):
 
     @abstractmethod
     def tiles(self, sizes: Sequence[Size]) -> list[int]:
-        """Tiles of each image of one sample."""
+        """Number of tiles of each image of one sample."""
 
     @abstractmethod
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:

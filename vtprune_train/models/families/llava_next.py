@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: AnyRes tiling and ``spatial_unpad``, as index arithmetic on the host.
+"""LLaVA-NeXT: AnyRes tiling and ``spatial_unpad``, implemented as index arithmetic on the host.
 
 An image becomes one base tile (the whole image, resized) and a grid of tiles at its best-fitting resolution. After
 projection, rows and columns of the grid that contain only padding are removed and a newline feature is appended to

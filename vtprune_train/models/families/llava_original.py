@@ -1,7 +1,7 @@
 """Names of tensors in the original LLaVA code and in transformers.
 
-Source: ``LlavaMetaModel``, ``CLIPVisionTower`` and ``build_vision_projector`` of the LLaVA repository. Names on the
-Hugging Face side are those of a model in memory (``model.language_model.``, ...).
+Source: ``LlavaMetaModel``, ``CLIPVisionTower`` and ``build_vision_projector`` of the LLaVA repository. Hugging Face
+names are those of a model in memory (``model.language_model.``, ...).
 """
 
 from __future__ import annotations
@@ -114,5 +114,5 @@ def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is the original code's."""
+    """Whether a ``config.json`` is in the format of the original code."""
     return "vision_config" not in config and ("mm_vision_tower" in config or "mm_projector_type" in config)

@@ -45,9 +45,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "the original code writes <im_start> and <im_end> around every image, which transformers' processors do not",
     ),
-    "s2": ((False,), "transformers' classes have no tower at several scales (S2)"),
-    "mm_resampler_type": ((None,), "transformers' classes have no resampler between tower and projector"),
-    "mm_vision_resampler": ((None,), "transformers' classes have no resampler between tower and projector"),
+    "s2": ((False,), "transformers does not support multi-scale towers (S2)"),
+    "mm_resampler_type": ((None,), "transformers does not support a resampler between tower and projector"),
+    "mm_vision_resampler": ((None,), "transformers does not support a resampler between tower and projector"),
     "quantization_config": ((None,), "quantized weights are not converted; save the model in half precision first"),
 }
 # Settings of training, of videos, or of image formats that are refused above.

@@ -43,7 +43,7 @@ def grid_places(height: int, width: int, rows: int, columns: int) -> Places:
     """Positions for an image of ``height`` x ``width`` pixels that one grid of tokens covers.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: an argument is not positive.
     """
     if min(height, width, rows, columns) < 1:
         raise ValueError(f"{rows} x {columns} tokens over {height} x {width} pixels: all four must be at least 1")
@@ -69,7 +69,7 @@ def square_edges(prepared: np.ndarray, original: int, longest: int, resized: int
 
 
 def cells(tops: np.ndarray, lefts: np.ndarray) -> np.ndarray:
-    """[rows, columns, 4] boxes between [rows + 1] and [columns + 1] edges."""
+    """[rows, columns, 4] boxes of a grid with [rows + 1] and [columns + 1] edges."""
     top, left = np.meshgrid(tops[:-1], lefts[:-1], indexing="ij")
     bottom, right = np.meshgrid(tops[1:], lefts[1:], indexing="ij")
     return np.stack([left, top, right, bottom], axis=-1)

@@ -1,10 +1,10 @@
-"""What Qwen2-VL, Qwen2.5-VL and Qwen3-VL share: an image of any size, cut into patches that are merged by fours;
-positions of (time, height, width).
+"""Shared by Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, split into patches that are merged 2 x 2, and (time,
+height, width) positions.
 
-The features come from the family's own ``get_image_features``. Its tower runs over the patches of all images in one
-row and splits attention by ``cu_seqlens``: one segment a frame, and in the windowed layers of Qwen2.5-VL one a window.
-What it would read from sizes on the device (windows, rotary positions, sequence bounds) is computed here on the host,
-by transformers' own functions, and handed to it.
+The features come from the model's own ``get_image_features``. The vision tower processes the patches of all images as
+one sequence and splits attention by ``cu_seqlens``: one segment per frame, or per window in the windowed layers of
+Qwen2.5-VL. The inputs that it would derive from sizes on the device (windows, rotary positions, sequence bounds) are
+computed here on the host by transformers' functions and passed to it.
 
 Shape suffixes: N patches of all images, M merged patches.
 """

@@ -113,7 +113,7 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrain
 
 
 def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
-    """The family of a config that :func:`load_model_config` returned, and how it is trained."""
+    """The family of a config from :func:`load_model_config`, and its part for the training loop."""
     return trained_family(config.model_type, "this config")
 
 
@@ -123,7 +123,7 @@ def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
     _, loop = trained_family(model_type, "model.config")
     if loop.needs_checkpoint:
         raise ValueError(
-            f"model.config.model_type={model_type!r}: this family is trained from a checkpoint only; set model.path"
+            f"model.config.model_type={model_type!r}: this family can only be trained from a checkpoint; set model.path"
         )
     _check_keys(sizes, CONFIG_MAPPING[model_type]())
     try:
@@ -134,7 +134,7 @@ def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
-    """Refuse keys that transformers would silently store: a typo would leave a size at its default."""
+    """Refuse unknown keys, which transformers would silently store: a typo would leave a size at its default."""
     sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, default)]
     for section in ("text_config", "vision_config"):
         values = sizes.get(section) or {}

@@ -49,8 +49,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Plan:
-    """The safetensors files of an export, the tensors in each by their published names, and the index of the files if
-    there are several."""
+    """The safetensors files of an export with their tensors by published name, and the index if there are several
+    files."""
 
     files: dict[str, dict[str, Stored]]
     index: dict[str, Any] | None = None

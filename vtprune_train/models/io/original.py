@@ -76,7 +76,7 @@ def read_projector_file(file: Path, place: str) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """``config.json`` of a folder of the original code; ``None`` for others.
+    """Read ``config.json`` if a folder is in the original format; ``None`` otherwise.
 
     Raises:
         ValueError: it is damaged.

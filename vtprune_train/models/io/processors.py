@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top 5.17 wants torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # exported only with torchvision in 5.17
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import cached_file
 
