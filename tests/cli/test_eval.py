@@ -163,7 +163,7 @@ def test_a_question_that_the_chat_template_refuses_is_left_out(options, folder, 
     results = results_of(tmp_path / "out")
     assert results["answers"] == 3
     [[sample, reason]] = [[left["id"], left["reason"]] for left in results["left_out"]]
-    assert sample == "sample1" and "the model's chat template refuses this conversation: no system here" in reason
+    assert sample == "sample1" and "the model's chat template rejects this conversation: no system here" in reason
 
 
 def test_compare_dense(capsys, options, folder, tmp_path):
@@ -187,7 +187,7 @@ def test_compare_dense(capsys, options, folder, tmp_path):
     assert results["ratios"]["prefill_seconds"] > 0 < results["ratios"]["decode_seconds_per_token"]
     equal = sum(line["runs"]["pruned"]["answer"] == line["runs"]["dense"]["answer"] for line in lines)
     assert results["agreement"] == equal / TEN_RECORDS
-    for text in ("visual tokens from layer 2", "visual tokens from layer 4", "prefill, ms a sample", "ratio"):
+    for text in ("visual tokens from layer 2", "visual tokens from layer 4", "prefill, ms per sample", "ratio"):
         assert text in out
 
 

@@ -1,6 +1,6 @@
 """Compares a method's answers with those of the dense model and with the true answers, on questions about images.
 
-Shape suffixes: B rows, L tokens of a prompt and its answer, N answer tokens of a batch, W words of the vocabulary.
+Shape suffixes: B batch size, L tokens of a prompt and its answer, N answer tokens of a batch, W vocabulary size.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def quality(
     """Answer all questions with a method.
 
     Args:
-        calibration: the dense model's answers to the same questions, for the divergence.
+        calibration: the dense model's answers to the same questions, for the KL divergence.
         batches: inputs of ``generate``.
         references: true answers, in the order of the batches.
         method: the method; ``None`` for the dense model.

@@ -342,7 +342,7 @@ def images_of_sample(
         images: result of :func:`images_of`; by default without an image processor.
 
     Raises:
-        ValueError: the family's tokens cannot be counted from a size.
+        ValueError: the visual tokens of this family cannot be computed from a size.
     """
     if visual_tokens:
         tower = tower_of(config)

@@ -256,7 +256,7 @@ def render(result: Clock) -> list[str]:
         f"visual tokens taken: enter {visual.entering:.1f}, leave {visual.leaving:.1f}, cached {visual.cached:.1f}"
     )
     if result.no_training:
-        lines.append(f"no training step: with gradients {result.no_training}")
+        lines.append(f"training step not measured: with gradients, {result.no_training}")
     return lines
 
 

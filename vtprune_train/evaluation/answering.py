@@ -193,7 +193,7 @@ def recorded_prompt(model: str, data: Path) -> AddedPrompt:
             key, prompt = f"data.{which}.{number}", AddedPrompt(**entry.get("prompt", {}))
             if Path(settings["root"], entry["path"]).resolve() == data.resolve():
                 if prompt != NO_PROMPT:
-                    log.info("questions are asked with the prompt of the run's %s: %s", key, prompt)
+                    log.info("using the prompt of the run's %s: %s", key, prompt)
                 return prompt
             added += [f"{key}: {prompt}"] if prompt != NO_PROMPT else []
     if added:
@@ -287,7 +287,7 @@ def write_prompt(
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=True)
     except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+        raise ValueError(f"the model's chat template rejects this conversation: {error}") from error
 
 
 def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:

@@ -23,12 +23,12 @@ SAMPLES = "samples.jsonl"
 MEANS = ("entering", "leaving", "cached", "prompt_tokens", "prefill_seconds", "cache_bytes")
 MEASURES = (  # rows of the table: title, name, factor, format
     ("enter a layer, mean over layers", "entering", 1.0, ".1f"),
-    ("leave a layer (as papers count)", "leaving", 1.0, ".1f"),
+    ("leave a layer (as counted in papers)", "leaving", 1.0, ".1f"),
     ("stay in a layer's cache", "cached", 1.0, ".1f"),
-    ("decoder's prefill, GFLOP a sample", "prefill_flops", 1e-9, ".4g"),
-    ("prefill, ms a sample", "prefill_seconds", 1e3, ".2f"),
-    ("decoding, ms a token", "decode_seconds_per_token", 1e3, ".2f"),
-    ("cache, MiB a sample", "cache_bytes", 2.0**-20, ".3f"),
+    ("decoder prefill, GFLOP per sample", "prefill_flops", 1e-9, ".4g"),
+    ("prefill, ms per sample", "prefill_seconds", 1e3, ".2f"),
+    ("decoding, ms per token", "decode_seconds_per_token", 1e3, ".2f"),
+    ("cache, MiB per sample", "cache_bytes", 2.0**-20, ".3f"),
 )
 
 

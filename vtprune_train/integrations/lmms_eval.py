@@ -207,7 +207,7 @@ def _device_of_rank(device: str, accelerator: Any) -> str:
             )
         return "cpu"
     if device == "cpu":
-        raise ValueError("device=cpu: the processes were started for GPUs; start them by accelerate launch --cpu")
+        raise ValueError("device=cpu, but the processes were started for GPUs; start them with accelerate launch --cpu")
     local, gpus = accelerator.local_process_index, torch.cuda.device_count()
     if local >= gpus:
         raise ValueError(f"process {local} of this machine has no GPU, there are {gpus}; start {gpus} processes")

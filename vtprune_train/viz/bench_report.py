@@ -99,11 +99,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     second = "train" if trains else "decode"
     panels: list[tuple[Any, Callable[[dict[str, Any]], float | None], Callable[[dict[str, Any]], float], str, str]] = [
         (axes[0], time("prefill"), lambda row: 100 * row["agreement"], f"prefill time, batch {size}, of dense",
-         "answers equal to the dense model's, %"),
+         "agreement with the dense model (%)"),
         (axes[1], time(second), lambda row: 100 * row["exact_match"],
-         f"{'training step' if trains else 'decoding'}, batch {size}, of dense", "exact match with the true answer, %"),
+         f"{'training step' if trains else 'decoding'}, batch {size}, of dense", "exact match with the answer (%)"),
         (axes[2], lambda row: row["taken_share"], lambda row: max(row["kl"], LEAST_KL),
-         "visual tokens taken, mean over layers, of all", "KL(dense || pruned) on the answers, nats a token"),
+         "share of visual tokens taken (mean over layers)", "KL(dense || pruned) on the answers (nats per token)"),
     ]  # fmt: skip
     for axis, across, up, xlabel, ylabel in panels:
         without_dense = [row for row in rows if row["name"] != DENSE]  # whose divergence is 0

@@ -35,7 +35,7 @@ class Planner:
     Args:
         measure: ``(step, samples) -> (tokens, costs)``, [samples] tokens before dropping and [samples] cost after
             dropping, in any unit.
-        longest: tokens of the longest sample.
+        longest: length of the longest sample in tokens.
         global_batch_size: samples per step; the last step of an epoch takes the remaining ones.
         max_tokens: maximum tokens (before dropping) of a micro-batch.
 
