@@ -164,6 +164,8 @@ def test_the_loop_trains_and_exports_it(folder, tmp_path):
     palm(folder).save_pretrained(runs.model)
     said = runs.train("unnamed", expect=2).stderr
     assert "'palm_llava' is unknown to transformers" in said and "model.family" in said
+    dry = runs.train("dry", f"model.family={path}", "--dry_run").stdout
+    assert "6 layers of width 32" in dry
     runs.train("named", f"model.family={path}", "data.workers=1")
     assert len(runs.metrics("named")) == 4
     hf = runs.checkpoint("named") / "hf"
