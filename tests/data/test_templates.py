@@ -107,7 +107,7 @@ def test_a_bare_prompt_is_warned_of(tmp_path, caplog):
     save_folder(tmp_path / "model")
     with caplog.at_level(logging.WARNING):
         load(str(tmp_path / "model"), device="cpu")
-    assert f"{tmp_path / 'model'} has no chat template: prompts are sent as they are written" in caplog.text
+    assert f"{tmp_path / 'model'} has no chat template, so prompts have no roles" in caplog.text
 
 
 def test_a_dry_run_shows_a_sample_and_what_does_not_fit(tmp_path, capsys):

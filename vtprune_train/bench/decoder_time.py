@@ -207,7 +207,7 @@ def _random(model: LlamaModel, rows: int) -> Tensor:
 def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: torch.device) -> EncoderSignals | None:
     """Random signals of a vision tower if ``method`` needs them; an image's tokens are divided evenly among its
     tiles."""
-    if method is None or not method.encoder_layers:
+    if method is None or not method.needs.encoder_layers:
         return None
     tiles: list[Tensor] = []
     base = 0
@@ -216,7 +216,7 @@ def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: t
         tiles.append(base + torch.arange(image.tokens) * number // image.tokens)
         base += number
     tile, generator = torch.cat(tiles), torch.Generator().manual_seed(1)
-    attention = torch.rand(len(method.encoder_layers), len(tile), generator=generator)
+    attention = torch.rand(len(method.needs.encoder_layers), len(tile), generator=generator)
     keys = torch.randn(len(tile), TOWER_HIDDEN, generator=generator)
     return to_device(EncoderSignals(attention, keys, tile), device)  # type: ignore[no-any-return]
 

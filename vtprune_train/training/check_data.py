@@ -12,7 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vtprune_train.config.settings import Config, ConfigError, SourceConfig, nearest_name
+from vtprune_train.config.data import SourceConfig
+from vtprune_train.config.errors import ConfigError, nearest_name
+from vtprune_train.config.settings import Config
 from vtprune_train.core.user_code import is_path
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.index import HOW_TO_FIX, list_fields, most_bad

@@ -12,23 +12,34 @@ from torch import Tensor
 
 from vtprune_train.evaluation.answering import content_of, write_prompt
 from vtprune_train.models import HFModule
-from vtprune_train.models.forward.calls import state_of
+from vtprune_train.models.forward.calls import is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.viz.draw import ImageStages, draw
 
 
-def show(model: HFModule, processor: Any, images: Sequence[Image.Image], prompt: str) -> Image.Image:
-    """Draw the visual tokens that a pruned model keeps at each stage, for example in a notebook.
+def show(
+    model: HFModule, processor: Any, images: Image.Image | Sequence[Image.Image], prompt: str = "What is shown?"
+) -> Image.Image:
+    """Draw which visual tokens a pruned model keeps in each stage::
+
+        show(model, processor, image, "What is in the picture?").save("kept.png")
 
     Args:
-        model: the pruned model.
-        processor: the model's processor.
-        images: RGB images.
-        prompt: the question about them; its last token is the query row, as in generation.
+        model: a pruned model.
+        processor: the processor of the model.
+        images: one RGB image or several.
+        prompt: the question about the images; its last token ranks the visual tokens, as in generating the answer.
+
+    Returns:
+        A picture with a column for each stage and a row for each image; dropped tokens are faded. Notebooks display it.
 
     Raises:
-        ValueError: there is no image, or the positions of this model's tokens are unknown.
+        ValueError: the model is not pruned, there is no image, or the positions of this model's tokens in the image are
+            not known.
     """
+    if not is_pruned(model):
+        raise ValueError("show draws what a pruned model keeps; call prune(model, method) first")
+    model, images = unwrapped(model), [images] if isinstance(images, Image.Image) else images
     inputs = encode(processor, images, prompt, model.device)
     return draw(look(model, processor.image_processor, inputs, images), stage_names(model), prompt)
 

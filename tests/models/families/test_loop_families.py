@@ -37,7 +37,7 @@ from tests.support.family_runs import (
 from tests.support.helpers import Reads, tiny_tokenizer
 from tests.support.runner import TINY, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.core.stream import IGNORE
 from vtprune_train.models.families import qwen2_5_vl, trained_family
 from vtprune_train.models.families.towers import tile_tower
@@ -255,7 +255,7 @@ def test_settings_that_do_not_fit_the_family_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a qwen3_vl, which the training loop does not support; it supp"):
         family_model("qwen3_vl").config.save_pretrained(tmp_path)
         load_model_config(ModelConfig(path=str(tmp_path)))
-    with pytest.raises(ValueError, match="max_pixels=5000 is for models that take images of any size"):
+    with pytest.raises(ValueError, match="max_pixels=5000 is for models that support images of any size"):
         build_image_processor(family_model("llava").config, None, 5000)
     config = family_model("qwen2_5_vl").config
     with pytest.raises(ValueError, match="max_pixels=9 is below the smallest size, 3136"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 
 # What the loop sets itself; a DeepSpeed JSON that sets one of these otherwise would be silently overruled.
 OWN_KEYS = {

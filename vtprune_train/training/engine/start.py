@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.models.io.placement import note_shapes
 from vtprune_train.training.engine import private
 from vtprune_train.training.engine.engine import Engine
