@@ -86,9 +86,9 @@ class ModelConfig(Section):
     )
     attention: str = Field(
         "auto",
-        description=f"Attention kernel for packed batches: auto, {', '.join(BACKENDS)}, or your own function, "
-        "path/to/file.py:function. `auto` takes the fastest one that works here and logs why faster ones do not; "
-        "`varlen_sdpa` works everywhere.",
+        description="Attention kernel for packed batches. `auto` takes the fastest one that works here and logs why "
+        f"faster ones do not; `varlen_sdpa` works everywhere. Kernels: {', '.join(BACKENDS)}, or your own function, "
+        "written path/to/file.py:function.",
     )
     family: str | None = Field(
         None,
