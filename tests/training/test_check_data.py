@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.support.data import say, write_picture
+from tests.support.data import say, write_image
 from tests.support.runner import TINY, Runs
 from vtprune_train.cli import train_main
 
@@ -15,7 +15,7 @@ from vtprune_train.cli import train_main
 @pytest.fixture
 def folder(tmp_path):
     """A run's settings beside 8 records with an image each, as JSON and as parquet."""
-    write_picture(tmp_path / "data" / "images" / "a.png")
+    write_image(tmp_path / "data" / "images" / "a.png")
     records = [
         {"id": f"r{i}", "image": "a.png", "topic_note": "x", "conversations": say("<image> what", "a cat")}
         for i in range(8)

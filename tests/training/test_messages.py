@@ -78,7 +78,7 @@ SETTINGS = [
     ("run.output_dir=dangling", "run.output_dir: dangling/run cannot be written (dangling is a link to nowhere, which"),
     ("data.train=[{path: bad.json}]", "bad.json: not JSON (Expecting value, at byte 21: line 3, column 9)"),
     ("data.train=[{path: bad.jsonl}]", "bad.jsonl, line 2: not JSON (Expecting value, column 16)"),
-    ("data.train=[{path: lines.json}]", "lines.json holds a dict, not a list of conversations; if each line holds a r"),
+    ("data.train=[{path: lines.json}]", "lines.json contains a dict, not a list of conversations; if each line"),
 ]  # fmt: skip
 
 

@@ -237,10 +237,10 @@ def _launch(arguments: Sequence[str]) -> int:
 def _run_command(arguments: argparse.Namespace) -> int:
     start_logging()
     try:
-        if getattr(arguments, "trust_remote_code", False):
-            from vtprune_train.cli.options import trust
+        if getattr(arguments, "trust_remote_code", False) or getattr(arguments, "family", None):
+            from vtprune_train.cli.options import load_user_code
 
-            trust(arguments)
+            load_user_code(arguments)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code

@@ -5,21 +5,24 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vtprune_train.config.data import SourceConfig
 from vtprune_train.config.errors import ConfigError, nearest_name
 from vtprune_train.config.settings import Config
+from vtprune_train.core.user_code import is_path
 from vtprune_train.data.images import UNREADABLE, image_size
-from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
-from vtprune_train.data.measure import picture_name
+from vtprune_train.data.index import HOW_TO_FIX, list_fields, most_bad
+from vtprune_train.data.measure import image_name
 from vtprune_train.data.records import Conversation, default_id, normalize
-from vtprune_train.data.sources import find_files, is_here, open_reader
+from vtprune_train.data.sources import find_files, is_here, open_reader, reader_class
 from vtprune_train.data.sources.base import Bounds, TooLarge
+from vtprune_train.models.forward.attention import user_function
 
 NUM_CHECKED = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
@@ -27,8 +30,9 @@ WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] da
 
 
 def check_paths(config: Config) -> None:
-    """Raise ``ConfigError`` with one line per missing file or folder in the data settings."""
-    lines = []
+    """Raise ``ConfigError`` with one line per missing file or folder in the data settings, and per reader or attention
+    function that cannot be loaded."""
+    lines = list(_wrong_code(config))
     for key, path in _paths(config):
         if key.endswith("images"):
             if not path.is_dir():
@@ -106,19 +110,19 @@ def _check_entry(key: str, source: SourceConfig, config: Config) -> _EntryCheck:
     images, data = Path(source.images), config.data
     number, reasons, large = 0, [], []
     unread: Counter[str] = Counter()
-    for record in _first_records(Path(source.path), source.ignore, Bounds(data.max_record_bytes, data.max_text_bytes)):
+    for record in _first_records(source, Bounds(data.max_record_bytes, data.max_text_bytes)):
         number += 1  # the record itself is dropped: it may hold images
         unread.update(record.unread)
         if isinstance(record.error, TooLarge):
             large.append(f"{record.id}: {record.error}")
         elif reason := _unusable(record, images, data.max_image_pixels):
             reasons.append(f"{record.id}: {reason}")
-    fields = f"; ignored fields: {shown_fields(unread)}" if unread else ""
+    fields = f"; ignored fields: {list_fields(unread)}" if unread else ""
     bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
     skipped = f", {len(large)} are too large (first: {large[0]})" if large else ""
     if large and (data.too_long == "error" or len(large) == number):
         wrong = (
-            f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {TO_MEND}. "
+            f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {HOW_TO_FIX}. "
             f"First: {'; '.join(large[:3])}"
         )
         return _EntryCheck("", wrong, number)
@@ -142,13 +146,29 @@ def _paths(config: Config) -> list[tuple[str, Path]]:
     ]
 
 
-def _first_records(path: Path, ignore: list[str], bounds: Bounds) -> Iterator[Conversation]:
-    file = find_files(path)[0]
-    reader = open_reader(file, bounds.record)
+def _wrong_code(config: Config) -> Iterator[str]:
+    """A line for each reader or attention function that cannot be loaded."""
+    paths: dict[str, Callable[[], Any]] = {}
+    if is_path(config.model.attention):
+        paths["model."] = partial(user_function, config.model.attention)
+    for which in SPLITS:
+        for number, source in enumerate(config.sources(which)):
+            if source.reader is not None:
+                paths[f"data.{which}.{number}."] = partial(reader_class, source.reader)
+    for section, load in paths.items():
+        try:
+            load()
+        except ValueError as error:
+            yield f"{section}{error}"
+
+
+def _first_records(source: SourceConfig, bounds: Bounds) -> Iterator[Conversation]:
+    file = find_files(Path(source.path), source.reader or "")[0]
+    reader = open_reader(file, bounds.record, source.reader or "")
     records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
     number = -1
     for number, content in enumerate(islice(records, NUM_CHECKED)):
-        record = normalize(content, default_id(file, number), ignore, bounds.text)
+        record = normalize(content, default_id(file, number), source.ignore, bounds.text)
         yield replace(record, unread=record.unread | frozenset(reader.unread))
     if number < 0:
         raise ValueError(f"data file {file} contains no records")
@@ -158,9 +178,9 @@ def _unusable(record: Conversation, images: Path, max_pixels: int) -> str:
     """Reason why a record is unusable; empty if it looks fine judging by image headers only."""
     if record.error:
         return record.error
-    for number, picture in enumerate(record.pictures(images)):
+    for number, image in enumerate(record.image_files(images)):
         try:
-            image_size(picture, max_pixels=max_pixels, name=picture_name(picture, number))
+            image_size(image, max_pixels=max_pixels, name=image_name(image, number))
         except UNREADABLE as error:
             return f"image {error}"
     return ""

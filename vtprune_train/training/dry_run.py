@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 from vtprune_train.config.errors import ConfigError, pruning_refusal
 from vtprune_train.config.settings import Config
@@ -16,6 +15,7 @@ from vtprune_train.core.flops import TYPICAL_TEXT, TrainingCost, layers_per_stag
 from vtprune_train.core.stream import Drop
 from vtprune_train.data.chat import get_template
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import class_of_config
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.forward.recompute import typical_stages
@@ -58,7 +58,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     model_config = load_model_config(config.model, offline=True)
     family, loop = family_of_config(model_config)
     with torch.device("meta"):
-        model = getattr(transformers, family.model_class)(model_config)
+        model = class_of_config(model_config)(model_config)
     family.check(model)
     if config.model.peft is not None:
         adapt(model, config.model.peft)

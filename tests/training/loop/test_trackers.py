@@ -104,7 +104,7 @@ def test_weights_and_biases_offline_continues_its_run(runs):
         for tag, value in train_numbers(line).items():
             assert rows[line["step"]][tag] == pytest.approx(value), tag
     assert all("eval/loss" in rows[step] for step in (2, 4))
-    images = list(runs.directory("wb").glob("wandb/offline-run-*/files/media/images/survivors/*.png"))
+    images = list(runs.directory("wb").glob("wandb/offline-run-*/files/media/images/kept_tokens/*.png"))
     assert len(images) == 2
     assert (runs.directory("wb") / "tensorboard").is_dir()
 

@@ -19,10 +19,10 @@ from vtprune_train.models.io.peft import (
     TRAINED,
     Adapted,
     adapt,
-    check_quantisation,
+    check_quantization,
     continue_adapter,
     is_adapter,
-    quantise,
+    quantize,
 )
 from vtprune_train.models.io.provenance import (
     EXTRA,
@@ -55,7 +55,7 @@ def check_adapter(config: Config, device: torch.device) -> None:
                 f"{'not ' if had_adapter else ''}set; restore the setting, or start a new run: run.name=NEW"
             )
     if config.model.peft is not None and config.model.peft.kind == "qlora":
-        check_quantisation(device)
+        check_quantization(device)
 
 
 def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
@@ -74,7 +74,7 @@ def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
     extra = load_tensors(folder / EXTRA, names)
     lay_over(model, extra, str(folder / EXTRA))
     if settings.kind == "qlora":
-        quantise(model)
+        quantize(model)
     torch.manual_seed(config.run.seed)
     adapt(model, settings)
     source = _adapter_before(config)

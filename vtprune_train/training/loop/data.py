@@ -52,6 +52,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
                 prompt=Prompt(**source.prompt.model_dump()),
                 name=source.name or "",
                 ignore=tuple(source.ignore),
+                reader=source.reader or "",
             )
             for source in config.sources(which)
         ],

@@ -46,9 +46,9 @@ def evaluate(
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
         number of samples skipped because an image could not be read.
     """
-    pictures_of = exchange_images(collate) if shuffle_images else None
+    image_samples = exchange_images(collate) if shuffle_images else None
     loader = _loader(
-        collate, max_tokens, device=device, workers=workers, timeout=worker_timeout, pictures_of=pictures_of
+        collate, max_tokens, device=device, workers=workers, timeout=worker_timeout, image_samples=image_samples
     )
     was_training = model.training
     model.eval()
@@ -111,7 +111,7 @@ def exchange_images(collate: Collator) -> Sequence[int]:
     """Map each sample to a different one with the same number of images, using a fixed derangement (if there are at
     least two)."""
     index = collate.index
-    counts = index.num_pictures(np.arange(len(index)))
+    counts = index.num_images(np.arange(len(index)))
     partner = np.arange(len(index))
     for count in np.unique(counts):
         members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))

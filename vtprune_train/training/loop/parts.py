@@ -101,7 +101,7 @@ def training_texts(config: Config, template: Template) -> Iterator[str]:
     for source in config.sources("train"):
         prompt = Prompt(**source.prompt.model_dump())
         bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
-        for record in read_records(Path(source.path), source.ignore, bounds):
+        for record in read_records(Path(source.path), source.ignore, bounds, source.reader or ""):
             if not record.error:
                 yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
 

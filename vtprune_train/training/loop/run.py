@@ -170,7 +170,7 @@ def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
         "train.global_batch_size": config.train.global_batch_size,
         # Omit settings that older checkpoints lack, if they are not used.
         "data.train": [
-            {key: value for key, value in source.model_dump().items() if key != "ignore" or value}
+            {key: value for key, value in source.model_dump().items() if key not in ("ignore", "reader") or value}
             for source in config.data.train
         ],
         "data.template": config.data.template,

@@ -16,7 +16,7 @@ from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import is_here
 from vtprune_train.data.sources.base import Bounds
-from vtprune_train.data.templates import build_encoder, misfits, saved_chat_template, shown_sample
+from vtprune_train.data.templates import build_encoder, describe_sample, misfits, saved_chat_template
 from vtprune_train.models.families.base import Loop
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.io.build import resolve_checkpoint
@@ -45,7 +45,7 @@ def template_misfits(config: Config, encoder: ChatEncoder, *, offline: bool = Fa
 def first_sample(collate: Collator) -> str:
     """The first sample of the training data, for the log."""
     record = collate.index.record(0)
-    return _described(collate.encoder, collate.layout, record, collate.index.picture_sizes(0), "sample")
+    return _described(collate.encoder, collate.layout, record, collate.index.image_sizes(0), "sample")
 
 
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
@@ -73,12 +73,13 @@ def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
             continue
         prompt = Prompt(**source.prompt.model_dump())
         bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
-        for record in islice(read_records(Path(source.path), source.ignore, bounds), LOOKED_AT):
+        records = read_records(Path(source.path), source.ignore, bounds, source.reader or "")
+        for record in islice(records, LOOKED_AT):
             if record.error:
                 continue
             try:
-                pictures = record.pictures(Path(source.images))
-                sizes = [image_size(picture, max_pixels=config.data.max_image_pixels) for picture in pictures]
+                images = record.image_files(Path(source.images))
+                sizes = [image_size(image, max_pixels=config.data.max_image_pixels) for image in images]
             except UNREADABLE:
                 continue
             yield prompt.apply(record), sizes
@@ -89,5 +90,5 @@ def _described(encoder: ChatEncoder, layout: ImageLayout, record: Conversation, 
     image_tokens = layout.tokens(sizes) if sizes else []
     tokens = len(chat.input_ids) - len(image_tokens) + sum(image_tokens)
     supervised = int((chat.labels >= 0).sum())
-    text = shown_sample(encoder, chat, image_tokens)
+    text = describe_sample(encoder, chat, image_tokens)
     return f"{title} {record.id}: {tokens} tokens, {supervised} supervised (between [[ and ]]):\n{text}"

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.pruning import TRAINING_ONLY, PruningConfig
 from vtprune_train.config.settings import Config
+from vtprune_train.models.families import register_family
 from vtprune_train.models.io.build import resolve_checkpoint, saved_pruning
 from vtprune_train.pruning.learned import learns
 from vtprune_train.training import distributed as ranks
@@ -19,7 +20,9 @@ log = logging.getLogger(__name__)
 
 def with_saved_settings(config: Config) -> Config:
     """With ``train.init_from``, take the model and all pruning settings missing from the YAML from that checkpoint, and
-    log every difference."""
+    log every difference. Registers the family named by ``model.family``."""
+    if config.model.family is not None:
+        register_family(config.model.family, "model.family")
     source = config.train.init_from
     if source is None:
         return with_pruning_rate(config)
