@@ -11,14 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from vtprune_train.core.rounding import ceil_of
+from vtprune_train.core.user_code import is_path
 from vtprune_train.files.parse import read_json_object
 
 PACKAGED_CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 COMPARED_NAMES = 500
 SETTINGS = (".yaml", ".yml", ".json")
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 TRAINABLE = ("projector", "language_model", "vision_tower", "lora", "pruning")
 
 
@@ -392,7 +395,11 @@ class TrainConfig(Section):
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
     warmup_ratio: float = Field(0.03, ge=0, le=1)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: str = Field("cosine", description="cosine, linear, constant, wsd, or the path of a function")
+    decay_ratio: float = Field(0.1, ge=0, le=1, description="share of all steps in which wsd decays the rates")
+    min_rate: float = Field(0.0, ge=0, le=1, description="share of the peak rates that the decay ends at")
+    optimizer: str = Field("adamw", description="adamw, adamw_8bit, muon, or the path of a torch.optim.Optimizer")
+    optimizer_args: dict[str, Any] = Field({}, description="further arguments of the optimizer")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(0.0, ge=0)
@@ -417,6 +424,17 @@ class TrainConfig(Section):
     watchdog_timeout: float | None = Field(600, ge=1)
     collective_timeout: float = Field(1800, ge=1)
     max_restarts: int = Field(0, ge=0)
+
+    @field_validator("optimizer", "schedule")
+    @classmethod
+    def _known_name(cls, value: str, info: ValidationInfo) -> str:
+        names = OPTIMIZERS if info.field_name == "optimizer" else SCHEDULES
+        if value not in names and not is_path(value):
+            raise ValueError(
+                f"unknown {info.field_name} {value!r}{did_you_mean(value, names)}; or give a path: package.module:Name "
+                "or path/to/file.py:Name"
+            )
+        return value
 
     @field_validator("activation_checkpointing", mode="plain")
     @classmethod

@@ -31,7 +31,8 @@ from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.sample import sample_lines
 from vtprune_train.training.loop.settings import with_saved_settings
-from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch
+from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch, Parameters
+from vtprune_train.training.schedules import check_schedule
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     """
     config = with_saved_settings(config)
     settings = engine_config(config)
+    check_schedule(config.train)
     check_run_dir(config.run_dir)
     get_template(config.data.template)
     data = _data(config, needs_data)
@@ -89,7 +91,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
         "",
         *sample_lines(config, loop, layout),
         "",
-        *_parameters(config, model, zero_stage(settings)),
+        *_parameters(config, model, zero_stage(settings), estimate.parameters),
         "",
         *_worst_micro_batch(config, layout, () if _has_full_steps(config) else drops, cost, batch),
         "",
@@ -199,7 +201,7 @@ def _against_dense(
     return whole / dense, decoder_dense / decoder, dense / whole
 
 
-def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
+def _parameters(config: Config, model: HFModule, stage: int, counted: Parameters) -> list[str]:
     lines, total, trained = [], 0, 0
     for part, parameters in parts_of(model).items():
         if not parameters:
@@ -214,7 +216,7 @@ def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
         trained += count if rate else 0
     element = DTYPE_BYTES[config.model.dtype]
     export = (total if config.model.peft is None else trained) * element
-    master = trained * 12 if element == 2 or stage else trained * 8
+    master = (4 * trained if element == 2 or stage else 0) + sum(counted.states_of(counted.groups))
     written = 0 if config.train.export == "never" else export
     lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
     lines.append(

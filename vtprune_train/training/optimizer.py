@@ -1,47 +1,160 @@
-"""Parameter groups and schedule. The learning rate is a function of the number of updates alone."""
+"""The optimizer that ``train.optimizer`` names: its parameter groups, its class, and the states that it keeps.
+
+Nothing else in the package knows which states an optimizer keeps: :meth:`OptimizerSpec.states` finds out by one step.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from vtprune_train.config.settings import ConfigError, TrainConfig, did_you_mean
+from vtprune_train.core import user_code
 from vtprune_train.models.io.build import parts_of
 from vtprune_train.models.io.placement import whole_shape
+from vtprune_train.training.muon import Muon
 
-Schedule = Literal["cosine", "linear", "constant"]
+# The settings that decide what a user may not pass in train.optimizer_args.
+DECIDED = {"params": "model.train", "lr": "model.train", "weight_decay": "train.weight_decay", "betas": "train.betas"}
+SIDE = 256  # of the matrix, or its square the length of the vector, that an optimizer is tried on
+# bitsandbytes' AdamW: two states of 8 bits, and for each of them a float32 scale for 256 elements.
+EIGHT_BIT_STATES = (1.0, 1.0, 4 / 256, 4 / 256)
 
 
-def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, rates: dict[str, float], weight_decay: float, optimizer: str = "adamw"
+) -> list[dict[str, Any]]:
     """Groups ``{params, lr, weight_decay, part}``: one for each trained part, and for the part's biases, norms and
-    ``image_newline``, which do not decay."""
+    ``image_newline``, which do not decay. With ``muon`` the matrices that it orthogonalizes (:func:`muon_matrices`)
+    have groups of their own, marked ``muon: True``."""
+    matrices = muon_matrices(model) if optimizer == "muon" else set()
     groups = []
     for part, parameters in parts_of(model).items():
         if part not in rates:
             continue
-        for decays in (True, False):
-            chosen = [p for _, p in parameters if p.requires_grad and (len(whole_shape(p)) > 1) is decays]
-            if chosen:
-                decay = weight_decay if decays else 0.0
-                groups.append({"params": chosen, "lr": rates[part], "weight_decay": decay, "part": part})
+        trained = [parameter for _, parameter in parameters if parameter.requires_grad]
+        group = {"lr": rates[part], "weight_decay": weight_decay, "part": part}
+        decaying = [p for p in trained if len(whole_shape(p)) > 1]
+        kinds: list[dict[str, Any]] = [
+            {"params": [p for p in decaying if p in matrices], **group, "muon": True},
+            {"params": [p for p in decaying if p not in matrices], **group},
+            {"params": [p for p in trained if len(whole_shape(p)) <= 1], **group, "weight_decay": 0.0},
+        ]
+        groups += [kind for kind in kinds if kind["params"]]
     return groups
 
 
-def rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: Schedule) -> float:
-    """What multiplies every base learning rate of the update after ``step`` others.
+def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The matrices inside the layers of the decoder and the vision tower: no embeddings and no head."""
+    parts = parts_of(model)
+    inside = {p for part in ("language_model", "vision_tower") for _, p in parts[part] if len(whole_shape(p)) == 2}
+    outside = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return inside - outside - {model.get_output_embeddings().weight}  # type: ignore[operator]
 
-    Linear warm-up from 0, then cosine or linear decay to 0 at ``total_steps``, or no decay (the conventions of
-    transformers' schedulers).
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What ``train.optimizer`` and the settings beside it name.
+
+    Args:
+        name: as in the settings.
+        cls: the class.
+        arguments: of ``cls``, beside the parameter groups.
     """
-    if step < warmup_steps:
-        return step / max(1, warmup_steps)
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if schedule == "linear":
-        return max(0.0, 1.0 - progress)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    _states: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> OptimizerSpec:
+        """The optimizer of a run; AdamW is PyTorch's fused one.
+
+        Raises:
+            ConfigError: the class cannot be imported, or does not take ``train.optimizer_args``.
+        """
+        name, kind = train.optimizer, _class_of(train.optimizer)
+        known = inspect.signature(kind).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        decided = DECIDED if not user_code.is_path(name) else {k: v for k, v in DECIDED.items() if k != "betas"}
+        for key in train.optimizer_args:
+            place = f"train.optimizer_args.{key}"
+            if key in decided:
+                raise ConfigError(f"{place}: set {decided[key]} instead")
+            if key not in known and not takes_any:
+                nearest = did_you_mean(key, [k for k in known if k not in decided], ("train", "optimizer_args"))
+                raise ConfigError(f"{place}: {name} does not take this argument{nearest}")
+        arguments = dict(train.optimizer_args)
+        if not user_code.is_path(name):
+            arguments["betas"] = train.betas
+        if kind is torch.optim.AdamW:
+            arguments.setdefault("fused", True)
+        return OptimizerSpec(name, kind, arguments)
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer of these parameter groups.
+
+        Raises:
+            ConfigError: the class refuses its arguments, or does not take a rate or a weight decay for each group.
+        """
+        arguments = dict(self.arguments)
+        rate = inspect.signature(self.cls).parameters.get("lr")
+        if rate is not None and rate.default is rate.empty:
+            arguments["lr"] = groups[0]["lr"]
+        place = f"train.optimizer={self.name}"
+        try:
+            optimizer = self.cls([dict(group) for group in groups], **arguments)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise ConfigError(f"{place} cannot be built with train.optimizer_args={self.arguments}: {error}") from error
+        if "lr" not in optimizer.defaults:
+            raise ConfigError(f"{place} keeps no learning rate 'lr' for each parameter group; use another optimizer")
+        if "weight_decay" not in optimizer.defaults and any(group.get("weight_decay") for group in groups):
+            raise ConfigError(f"{place} does not decay weights; set train.weight_decay=0")
+        return optimizer
+
+    def states(self, group: Mapping[str, Any], ndim: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The states of a parameter after one step, by name: tensors and numbers.
+
+        Args:
+            group: the settings of its parameter group.
+            ndim: 1 for a vector, and for the flat tensors of ZeRO 1 to 3; otherwise a matrix is tried.
+            device: where the step runs.
+        """
+        muon, matrix = bool(group.get("muon")), ndim > 1
+        key = (muon, matrix, str(device))
+        if key not in self._states:
+            parameter = nn.Parameter(torch.zeros((SIDE, SIDE) if matrix else SIDE**2, device=device))
+            parameter.grad = torch.ones_like(parameter)
+            optimizer = self.build([{"params": [parameter], "lr": 1e-3, "weight_decay": 0.0, "muon": muon}])
+            try:
+                optimizer.step()
+            except Exception as error:
+                raise ConfigError(
+                    f"train.optimizer={self.name}: a step on a tensor of shape {list(parameter.shape)} failed, as it "
+                    f"would in training: {type(error).__name__}: {error}"
+                ) from error
+            states = optimizer.state[parameter]
+            self._states[key] = {name: value for name, value in states.items() if value is not None}
+        return self._states[key]
+
+
+def state_bytes(train: TrainConfig, group: Mapping[str, Any], ndim: int) -> tuple[float, ...]:
+    """Bytes of each optimizer state for an element of a parameter (for ``group`` and ``ndim`` see
+    :meth:`OptimizerSpec.states`); what does not grow with the parameter is left out."""
+    if train.optimizer == "adamw_8bit":  # counted also where bitsandbytes is not installed
+        return EIGHT_BIT_STATES
+    return bytes_per_element(OptimizerSpec.of(train).states(group, ndim))
+
+
+def bytes_per_element(states: Mapping[str, Any]) -> tuple[float, ...]:
+    """The size of each of these :meth:`OptimizerSpec.states` for an element of the parameter."""
+    return tuple(value.nbytes / SIDE**2 for value in states.values() if isinstance(value, Tensor) and value.ndim)
 
 
 def set_rates(groups: list[dict[str, Any]], rates: dict[str, float], factor: float) -> dict[str, float]:
@@ -50,3 +163,23 @@ def set_rates(groups: list[dict[str, Any]], rates: dict[str, float], factor: flo
     for group in groups:
         group["lr"] = current[group["part"]]
     return current
+
+
+def _class_of(name: str) -> type[torch.optim.Optimizer]:
+    if name == "adamw":
+        return torch.optim.AdamW
+    if name == "muon":
+        return Muon
+    if name == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ConfigError(
+                f"train.optimizer=adamw_8bit needs bitsandbytes, which cannot be imported here ({error}); "
+                "pip install bitsandbytes, or use train.optimizer=adamw"
+            ) from error
+        return AdamW8bit  # type: ignore[no-any-return]
+    try:
+        return user_code.load_class(name, torch.optim.Optimizer, "train.optimizer")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -61,6 +61,7 @@ class TrainerState:
     world_size: int = 1
     zero_stage: int = 0
     dtype: str = ""  # unknown: an older version wrote the checkpoint
+    optimizer: str = "adamw"  # the only one of older versions
     pruning: dict[str, Any] = field(default_factory=dict)
 
 
@@ -300,7 +301,7 @@ class CheckpointFolder:
 
 def next_size(engine: Engine, resumed: Path | None) -> int:
     """About how many bytes the next checkpoint takes: what the one resumed from took, or weights twice (state and
-    export) and three float32 numbers for each trained one."""
+    export), a float32 copy of each trained one, and the optimizer's states."""
     if resumed is not None:
         return sum(entry["size"] for entry in manifest.read_manifest(resumed).values())
     weights = trained = 0
@@ -308,7 +309,7 @@ def next_size(engine: Engine, resumed: Path | None) -> int:
         count = whole_shape(parameter).numel()
         weights += count * parameter.element_size()
         trained += count if parameter.requires_grad else 0
-    return 2 * weights + 12 * trained + SLACK
+    return 2 * weights + 4 * trained + engine.state_bytes() + SLACK
 
 
 def _write_text(partial: Path, name: str, text: bytes) -> Entries:

@@ -46,7 +46,11 @@ def resume(
     checkpoints.clean()
     if newest is None:
         state = TrainerState(
-            identity=identity, world_size=ranks.world_size(), zero_stage=engine.zero_stage, dtype=engine.dtype
+            identity=identity,
+            world_size=ranks.world_size(),
+            zero_stage=engine.zero_stage,
+            dtype=engine.dtype,
+            optimizer=engine.optimizer_name,
         )
     else:
         checkpoints.continue_from(newest)
@@ -103,6 +107,12 @@ def load(engine: Engine, checkpoint: Path) -> TrainerState:
         state = TrainerState(**json.loads((checkpoint / "trainer.json").read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint / 'trainer.json'} is not what this version writes ({error})") from error
+    if (saved := state.optimizer.rpartition(":")[2]) != engine.optimizer_name.rpartition(":")[2]:  # a file may move
+        raise ValueError(
+            f"{checkpoint} was trained with train.optimizer={state.optimizer}, now it is {engine.optimizer_name}, "
+            f"which does not continue the states of {saved}. Set it back, or start a new run from its weights: "
+            f"run.name=NEW train.init_from={checkpoint}"
+        )
     now = (ranks.world_size(), engine.zero_stage, engine.dtype)
     if _written_alike(state, now, engine, checkpoint):
         engine.load_files(checkpoint, TAG, strict=not holds_only_trained(engine.module))
@@ -113,7 +123,9 @@ def load(engine: Engine, checkpoint: Path) -> TrainerState:
                 checkpoint, state.world_size, state.zero_stage, state.dtype or "an unknown dtype", *now,
             )  # fmt: skip
         engine.load_resharded(checkpoint, open_state, _agree)
+    _agree(engine.check_states)
     state.world_size, state.zero_stage, state.dtype = now
+    state.optimizer = engine.optimizer_name
     return state
 
 

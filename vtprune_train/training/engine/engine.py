@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from vtprune_train.training.engine import gradients, reshard, state
 from vtprune_train.training.engine.files import SavedState
 from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of
 from vtprune_train.training.engine.monitors import Monitors
+from vtprune_train.training.muon import Matrix, Muon, Stretch
+from vtprune_train.training.optimizer import OptimizerSpec, bytes_per_element
 
 
 class Engine:
@@ -33,14 +35,18 @@ class Engine:
     :func:`vtprune_train.training.engine.start.start_engine` makes one around a ``DeepSpeedEngine``.
     """
 
-    def __init__(self, deepspeed: Any):
-        self._deepspeed = deepspeed
+    def __init__(self, deepspeed: Any, spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]):
+        self._deepspeed, self._spec = deepspeed, spec
         self.module: HFModule = deepspeed.module
         self.device: torch.device = deepspeed.device
         self.zero_stage = int(deepspeed.zero_optimization_stage())
         half = "bfloat16" if deepspeed.bfloat16_enabled() else "float16" if deepspeed.fp16_enabled() else ""
         self.dtype = half or "float32"
         self.monitors = Monitors(deepspeed.monitor)
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        self._groups = {names[parameter]: group for group in groups for parameter in group["params"]}
+        if isinstance(self._inner, Muon):
+            self._inner.bind(self._matrices(), self.device)
 
     def train(self) -> None:
         """The model's training mode."""
@@ -91,12 +97,52 @@ class Engine:
         """The optimizer's."""
         return self._deepspeed.optimizer.param_groups  # type: ignore[no-any-return]
 
+    @property
+    def optimizer_name(self) -> str:
+        """``train.optimizer``."""
+        return self._spec.name
+
     def missing_states(self) -> list[Tensor]:
-        """Empty tensors like AdamW's two states of every master weight that has none yet, on the same device."""
+        """Empty tensors as large as the optimizer states that this rank's master weights do not have yet, on the same
+        device."""
+        states = self._inner.state
+        bare = [(flat, expected) for flat, expected in self._expected_states() if not states.get(flat)]
+        return [
+            torch.empty(int(size * flat.numel()), dtype=torch.uint8, device=flat.device)
+            for flat, expected in bare
+            for size in bytes_per_element(expected)
+        ]
+
+    def state_bytes(self) -> int:
+        """Bytes of all ranks' optimizer states after the first step; ranks count as one where each keeps them all."""
+        of_rank = sum(flat.numel() * sum(bytes_per_element(expected)) for flat, expected in self._expected_states())
+        return int(of_rank) * (ranks.world_size() if self.zero_stage else 1)
+
+    def check_states(self) -> None:
+        """Raise a ``ValueError`` if states that were loaded are not those that the optimizer keeps."""
+        for flat, expected in self._expected_states():
+            loaded = self._inner.state.get(flat)
+            if loaded and (missing := expected.keys() - loaded.keys()):
+                raise ValueError(
+                    f"train.optimizer={self._spec.name} with these settings keeps {', '.join(sorted(expected))}, but "
+                    f"the checkpoint has no {', '.join(sorted(missing))} of it; set train.optimizer_args (and the ZeRO "
+                    "stage) back"
+                )
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The optimizer inside DeepSpeed's, which has the states."""
         optimizer = self._deepspeed.optimizer
-        states = getattr(optimizer, "optimizer", optimizer).state
-        bare = [master for master in flat_tensors(optimizer) if not states.get(master)]
-        return [torch.empty_like(master, requires_grad=False) for master in bare for _ in range(2)]
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def _expected_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """This rank's float32 tensors, each with the states that the optimizer keeps of one like it after a step."""
+        groups = {piece.flat: self._groups[piece.name] for piece in self.layout().pieces}
+        default: dict[str, Any] = {}  # a tensor that is padding alone
+        return [
+            (flat, self._spec.states(groups.get(number, default), flat.ndim, flat.device))
+            for number, flat in enumerate(flat_tensors(self._deepspeed.optimizer))
+        ]
 
     def layout(self) -> Layout:
         """Which part of the trained parameters this rank keeps, and where."""
@@ -123,4 +169,20 @@ class Engine:
         self, source: Path, open_state: Callable[[Path], SavedState], agree: Callable[[Callable[[], None]], None]
     ) -> None:
         """Load a state of any layout; see :func:`reshard.load_resharded`. All ranks call this together."""
-        reshard.load_resharded(self._deepspeed, source, open_state, agree)
+        reshard.load_resharded(self._deepspeed, self._expected_states(), source, open_state, agree)
+
+    def _matrices(self) -> dict[Tensor, list[Matrix]]:
+        """The matrices in this rank's float32 tensors that Muon orthogonalizes."""
+        stretches: dict[tuple[int, str], list[Stretch]] = {}
+        shapes = self.layout().shapes
+        for rank, pieces in enumerate(ranks.gather(self.layout().pieces)):
+            if self.zero_stage or rank == ranks.rank():  # at stage 0 every rank keeps whole matrices
+                for piece in pieces:
+                    if self._groups[piece.name].get("muon"):
+                        stretch = Stretch(rank, piece.numel, piece.offset)
+                        stretches.setdefault((piece.flat, piece.name), []).append(stretch)
+        matrices: dict[Tensor, list[Matrix]] = {}
+        flats = flat_tensors(self._deepspeed.optimizer)
+        for (number, name), parts in sorted(stretches.items()):
+            matrices.setdefault(flats[number], []).append(Matrix(torch.Size(shapes[name]), tuple(parts)))
+        return matrices

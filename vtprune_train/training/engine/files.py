@@ -22,10 +22,15 @@ class SavedState(Protocol):
     counters: dict[str, Any]
 
     def keys(self, name: str) -> list[str]:
-        """Names of the parameter's float32 tensors: ``fp32``, ``exp_avg``, ``exp_avg_sq``."""
+        """Names of the parameter's tensors: ``fp32``, then those of the optimizer, such as ``exp_avg``."""
 
-    def step(self, name: str) -> float | None:
-        """Optimizer steps done on the parameter; ``None`` if its states were not made yet."""
+    def numbers(self, name: str) -> dict[str, float] | None:
+        """Optimizer states of the parameter that are single numbers, such as ``step``; ``None`` if it has no states
+        yet."""
+
+    def shape(self, name: str, key: str) -> torch.Size:
+        """The shape of a tensor, flattened if it has a number for each element of the parameter; a ``ValueError`` if
+        it belongs to several parameters or to a part of one."""
 
     def read(self, name: str, key: str, start: int, numel: int) -> torch.Tensor:
         """A stretch of the flattened tensor."""
@@ -56,6 +61,7 @@ class DeepSpeedFiles:
             paths = [_of_rank(folder, rank, "optim_states") for rank in range(len(layouts))]
             self.optimizers = [pickles.read(path, mmap=True)["optimizer_state_dict"] for path in paths]
         self.counters["loss_scaler"] = scaler_numbers(self.optimizers[0].get("loss_scaler"))
+        self._layouts = layouts
         self.places: dict[str, list[tuple[int, Piece]]] = {}
         for rank, layout in enumerate(layouts):
             for piece in layout.pieces:
@@ -66,23 +72,42 @@ class DeepSpeedFiles:
         states = self._states(rank, piece.flat)
         return [MASTER, *(key for key, value in states.items() if isinstance(value, torch.Tensor) and value.ndim)]
 
-    def step(self, name: str) -> float | None:
+    def numbers(self, name: str) -> dict[str, float] | None:
         rank, piece = self.places[name][0]
-        step = self._states(rank, piece.flat).get("step")
-        return None if step is None else float(step)
+        states = self._states(rank, piece.flat)
+        if not states:
+            return None
+        single = {key: value.item() if is_number(value) else value for key, value in states.items()}
+        return {key: value for key, value in single.items() if isinstance(value, int | float)}
+
+    def shape(self, name: str, key: str) -> torch.Size:
+        rank, piece = self.places[name][0]
+        value, flat = self._flat(rank, piece, key), self._flat(rank, piece, MASTER)
+        numel = torch.Size(self.shapes[name]).numel()
+        used = max(other.offset + other.numel for other in self._layouts[rank].pieces if other.flat == piece.flat)
+        # DeepSpeed leaves the padding out of the weights, not of the states.
+        if value.shape == flat.shape or (value.ndim == flat.ndim == 1 and value.numel() >= used):
+            return torch.Size([numel])
+        if piece.numel == flat.numel() == numel:
+            return value.shape
+        raise undividable(name, key)
 
     def read(self, name: str, key: str, start: int, numel: int) -> torch.Tensor:
-        found = torch.empty(numel)
+        rank, piece = self.places[name][0]
+        whole = self._flat(rank, piece, key)
+        if self.shape(name, key) != torch.Size([torch.Size(self.shapes[name]).numel()]):
+            return whole.flatten()[start : start + numel]
+        result = torch.empty(numel, dtype=torch.float32 if key == MASTER else whole.dtype)
         missing = numel
         for rank, piece in self.places[name]:
             first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
             if first < last:
                 source = self._flat(rank, piece, key).flatten()
-                found[first - start : last - start] = source[piece.offset + first - piece.start :][: last - first]
+                result[first - start : last - start] = source[piece.offset + first - piece.start :][: last - first]
                 missing -= last - first
         if missing:
             raise ValueError(f"{self.folder}: {missing} elements of {name} ({key}) are in no rank's files")
-        return found
+        return result
 
     def untrained_names(self) -> list[str]:
         main = self.models[0]
@@ -122,6 +147,20 @@ def weight(saved: SavedState, wanted: Stored) -> torch.Tensor:
         return saved.untrained(wanted.name)
     shape = torch.Size(saved.shapes[wanted.name])
     return saved.read(wanted.name, MASTER, 0, shape.numel()).view(shape).to(getattr(torch, wanted.dtype))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a tensor of a single number, without dimensions."""
+    return isinstance(value, torch.Tensor) and not value.ndim
+
+
+def undividable(name: str, key: str) -> ValueError:
+    """The error of an optimizer state that cannot be given to other ranks."""
+    return ValueError(
+        f"the optimizer state {key} of {name} does not have a number for each element, so it cannot be distributed to "
+        "other ranks or another ZeRO stage; resume with the ranks and ZeRO stage that wrote the checkpoint, or start a "
+        "new run from its weights with train.init_from"
+    )
 
 
 def scaler_numbers(scaler: Any) -> dict[str, float]:

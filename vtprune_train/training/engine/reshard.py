@@ -9,23 +9,35 @@ asked for before the engine starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vtprune_train.models.io.placement import whole_shape
-from vtprune_train.training.engine.files import MASTER, SavedState, scaler_numbers
-from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of
+from vtprune_train.training.engine.files import MASTER, SavedState, scaler_numbers, undividable
+from vtprune_train.training.engine.layout import Layout, Piece, layout_of
 
 
 def load_resharded(
-    engine: Any, source: Path, open_state: Callable[[Path], SavedState], agree: Callable[[Callable[[], None]], None]
+    engine: Any,
+    expected: Sequence[tuple[torch.Tensor, Mapping[str, Any]]],
+    source: Path,
+    open_state: Callable[[Path], SavedState],
+    agree: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Fill a DeepSpeed engine that is not stepped yet from the checkpoint ``source`` of other ranks or another ZeRO
-    stage; all ranks call this. ``agree`` does something on every rank and raises on all if one fails, as where the
-    files do not hold what this engine trains."""
+    """Fill a DeepSpeed engine that is not stepped yet from a checkpoint of other ranks or another ZeRO stage; all ranks
+    call this.
+
+    Args:
+        engine: DeepSpeed's.
+        expected: this rank's float32 tensors, each with states like those that the optimizer keeps of it.
+        source: the checkpoint.
+        open_state: opens the state in it.
+        agree: does something on every rank and raises on all if one fails, as where the files do not hold what this
+            engine trains.
+    """
     optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False):
         raise ValueError("optimizer states on NVMe resume only with the ranks and ZeRO stage that wrote the checkpoint")
@@ -36,7 +48,7 @@ def load_resharded(
     def fill() -> None:
         saved = open_state(source)
         _check(layout_of(engine), saved, source)
-        _fill_optimizer(engine, saved)
+        _fill_optimizer(engine, expected, saved)
         _fill_weights(engine, saved)
         opened.append(saved)
 
@@ -60,30 +72,55 @@ def _check(layout: Layout, saved: SavedState, source: Path) -> None:
         )
 
 
-def _fill_optimizer(engine: Any, saved: SavedState) -> None:
+def _fill_optimizer(engine: Any, expected: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], saved: SavedState) -> None:
     """This rank's master weights and optimizer states."""
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    as_tensor = isinstance(inner, torch.optim.AdamW)  # PyTorch counts steps in a tensor, DeepSpeed's in a number
-    flats = flat_tensors(optimizer)
     pieces = layout_of(engine).pieces
-    # All parameters are stepped together, but for those that never had a gradient, which may have no state.
-    first = next((name for name in saved.shapes if saved.step(name) is not None), next(iter(saved.shapes)))
-    for flat in flats:
-        states, step = inner.state[flat], saved.step(first)
-        if step is None:
-            continue
-        states["step"] = torch.tensor(step, device=flat.device) if as_tensor else int(step)
-        for key in saved.keys(first)[1:]:
-            if key not in states:
-                states[key] = torch.zeros_like(flat, memory_format=torch.contiguous_format)
+    for number, (flat, states_like) in enumerate(expected):
+        names = (piece.name for piece in pieces if piece.flat == number)
+        # A parameter that never had a gradient may have no states, whatever else the tensor holds.
+        if (first := next((name for name in names if saved.numbers(name) is not None), None)) is not None:
+            inner.state[flat] = _empty_states(flat, states_like, saved, first)
     for piece in pieces:
-        flat = flats[piece.flat]
+        flat = expected[piece.flat][0]
         for key in saved.keys(piece.name):
             target = flat if key == MASTER else inner.state[flat][key]
-            part = target.data.view(-1).narrow(0, piece.offset, piece.numel)
-            part.copy_(saved.read(piece.name, key, piece.start, piece.numel))
+            _fill_piece(target.data, piece, key, saved, alone=piece.numel == flat.numel())
     _fill_scaler(optimizer, saved.counters["loss_scaler"])
+
+
+def _empty_states(flat: torch.Tensor, states_like: Mapping[str, Any], saved: SavedState, name: str) -> dict[str, Any]:
+    """States of ``flat`` with the numbers of parameter ``name`` and zeros for its tensors; what the optimizer keeps as
+    a tensor is one, of its dtype and on its device."""
+    states: dict[str, Any] = {}
+    for key, value in (saved.numbers(name) or {}).items():
+        like = states_like.get(key, value)
+        is_tensor = isinstance(like, torch.Tensor)
+        states[key] = torch.full_like(like, value) if is_tensor else type(like)(value)
+    for key in saved.keys(name)[1:]:
+        shape = saved.shape(name, key)
+        like = states_like.get(key, flat)
+        each = shape.numel() == _numel(saved, name)
+        states[key] = torch.zeros(flat.shape if each else shape, dtype=like.dtype, device=flat.device)
+    return states
+
+
+def _fill_piece(target: torch.Tensor, piece: Piece, key: str, saved: SavedState, alone: bool) -> None:
+    """Copy a stretch of a parameter's state; all of a state that does not have a number for each element, which can
+    only belong to a parameter that its tensor holds ``alone``."""
+    shape = saved.shape(piece.name, key)
+    if shape.numel() == _numel(saved, piece.name):
+        part = target.view(-1).narrow(0, piece.offset, piece.numel)
+        part.copy_(saved.read(piece.name, key, piece.start, piece.numel))
+    elif alone:
+        target.copy_(saved.read(piece.name, key, 0, shape.numel()).view(shape))
+    else:
+        raise undividable(piece.name, key)
+
+
+def _numel(saved: SavedState, name: str) -> int:
+    return torch.Size(saved.shapes[name]).numel()
 
 
 def _fill_scaler(optimizer: Any, saved: dict[str, float]) -> None:

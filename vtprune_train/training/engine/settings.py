@@ -13,7 +13,7 @@ OWN_KEYS = {
     "train_micro_batch_size_per_gpu": "data.max_tokens",
     "gradient_accumulation_steps": "data.max_tokens",
     "gradient_clipping": "train.clip",
-    "optimizer": "model.train",
+    "optimizer": "train.optimizer",
     "scheduler": "train.schedule",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
@@ -54,6 +54,7 @@ def engine_config(config: Config) -> dict[str, Any]:
     return {
         "steps_per_print": 2**62,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         "tensorboard": {"enabled": True, "output_path": str(config.run_dir), "job_name": "tensorboard"},
         **settings,
         "train_micro_batch_size_per_gpu": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.settings import Config, ConfigError, TrainConfig
 from vtprune_train.models.io.placement import note_shapes
 from vtprune_train.training.engine import private
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.engine.monitors import optional_monitors
+from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
 from vtprune_train.training.engine.sharded import complete
+from vtprune_train.training.optimizer import OptimizerSpec
 
 
 def start_distributed(timeout: float) -> torch.device:
@@ -68,29 +71,48 @@ def check_engine(config: Config, settings: dict[str, Any], device: torch.device)
         raise ConfigError(f"model.dtype={dtype}: {where} cannot train in it; use model.dtype={other} or float32")
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], betas: tuple[float, float], device: torch.device, offloads: bool
-) -> torch.optim.Optimizer:
-    """AdamW: PyTorch's fused one, or DeepSpeed's for states that live in host memory beside a GPU."""
-    if not offloads or device.type != "cuda":
-        return torch.optim.AdamW(groups, betas=betas, fused=True)
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam(groups, betas=betas)
-
-
-def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Engine:
-    """A DeepSpeed engine around ``model``, whose buffers keep their dtypes.
+def check_optimizer(train: TrainConfig, settings: dict[str, Any], device: torch.device) -> OptimizerSpec:
+    """The optimizer of a run on this device with these DeepSpeed ``settings``: for AdamW whose states live in host
+    memory beside a GPU, DeepSpeed's.
 
     Raises:
-        ConfigError: this DeepSpeed lacks a name that training reads, or cast a buffer, such as the rotary frequencies,
-            to half precision.
+        ConfigError: it cannot be had (see :meth:`OptimizerSpec.of`), or does not work there.
+    """
+    place, stage, offloads = f"train.optimizer={train.optimizer}", zero_stage(settings), offloads_optimizer(settings)
+    if train.optimizer == "adamw_8bit" and (device.type != "cuda" or offloads):
+        where = "DeepSpeed keeps them in host memory" if device.type == "cuda" else "there is no CUDA device here"
+        raise ConfigError(f"{place} keeps its states on a GPU, but {where}; use train.optimizer=adamw")
+    spec = OptimizerSpec.of(train)
+    if stage and issubclass(spec.cls, torch.optim.Adagrad):
+        raise ConfigError(
+            f"{place}: under ZeRO {stage} DeepSpeed builds Adagrad again without its parameter groups; use "
+            "deepspeed=configs/deepspeed/zero0.json"
+        )
+    spec.states({}, ndim=1, device="cpu" if offloads else device)  # raises if it cannot step
+    if train.optimizer == "adamw" and offloads and device.type == "cuda":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        arguments = {key: value for key, value in spec.arguments.items() if key != "fused"}
+        spec = OptimizerSpec(spec.name, DeepSpeedCPUAdam, arguments)
+    return spec
+
+
+def start_engine(
+    model: nn.Module, groups: Sequence[dict[str, Any]], spec: OptimizerSpec, settings: dict[str, Any]
+) -> Engine:
+    """A DeepSpeed engine that trains the parameter ``groups`` of ``model`` with the optimizer ``spec``. Buffers keep
+    their dtypes.
+
+    Raises:
+        ConfigError: the optimizer cannot be built, this DeepSpeed lacks a name that training reads, or it cast a
+            buffer, such as the rotary frequencies, to half precision.
     """
     import deepspeed
 
     private.check_release()
     note_shapes(model)
     complete(model)
+    optimizer = spec.build(groups)
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
     with optional_monitors():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
@@ -102,4 +124,4 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: d
                 "install the DeepSpeed of requirements.txt"
             )
     private.check(engine)
-    return Engine(engine)
+    return Engine(engine, spec, groups)

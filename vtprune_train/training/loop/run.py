@@ -31,9 +31,9 @@ from vtprune_train.training.checkpoint.lock import hold_run
 from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
 from vtprune_train.training.checkpoint.resume import resume
-from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
+from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.engine.sharded import placement_for
-from vtprune_train.training.engine.start import build_optimizer, check_engine, start_engine
+from vtprune_train.training.engine.start import check_engine, check_optimizer, start_engine
 from vtprune_train.training.faults.preflight import preflight
 from vtprune_train.training.faults.preflight import wanted as preflight_wanted
 from vtprune_train.training.faults.watchdog import Watchdog
@@ -47,6 +47,7 @@ from vtprune_train.training.loop.spikes import Spikes
 from vtprune_train.training.loop.trackers import Trackers
 from vtprune_train.training.loop.trainer import Callback, Trainer
 from vtprune_train.training.optimizer import parameter_groups
+from vtprune_train.training.schedules import check_schedule
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     settings = engine_config(config)
     check_paths(config)
     check_engine(config, settings, device)
+    optimizer = check_optimizer(config.train, settings, device)
+    check_schedule(config.train)
     if ranks.rank() == 0:
         for line in without_effect(config):
             log.warning("%s", line)
@@ -89,9 +92,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     _prepare(config, parts, method, device)
     prune(parts.model, method, attention=config.model.attention)
     compile_model(config, parts.model, device, zero_stage(settings))
-    groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
-    optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
-    engine = start_engine(parts.model, optimizer, settings)
+    groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay, optimizer.name)
+    engine = start_engine(parts.model, groups, optimizer, settings)
 
     train = config.train
     checkpoints = CheckpointFolder(run_dir / "checkpoints", train.keep_last, train.save_in_background, train.export)

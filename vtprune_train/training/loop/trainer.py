@@ -28,7 +28,8 @@ from vtprune_train.training.faults.non_finite import Skipped, TrainingError, jud
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.metrics import device_peak_flops
 from vtprune_train.training.memory.track import peak_memory_bytes
-from vtprune_train.training.optimizer import rate_factor, set_rates
+from vtprune_train.training.optimizer import set_rates
+from vtprune_train.training.schedules import rate_factor
 
 # What a step sums over its micro-batches, of what the collator counted in each.
 COUNTED = (
@@ -316,7 +317,7 @@ class Trainer:
     def _set_rates(self, plan: StepPlan) -> dict[str, float]:
         """The schedule's rates, by part. A step without an update does not move it."""
         updates = plan.step - self.state.skipped - self.state.overflows
-        factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
+        factor = rate_factor(self.config.train, updates, self.total_steps, self.warmup_steps)
         return set_rates(self.engine.param_groups, self.config.model.train, factor)
 
     def _seed(self, plan: StepPlan) -> None:

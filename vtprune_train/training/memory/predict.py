@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtprune_train.config.settings import Config
+from vtprune_train.config.settings import Config, TrainConfig
+from vtprune_train.core import user_code
 from vtprune_train.core.flops import DecoderGeometry, stage_layers
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
@@ -25,9 +26,10 @@ from vtprune_train.models.families.towers import SavedByTower
 from vtprune_train.models.forward import head
 from vtprune_train.models.forward.recompute import Level, recomputed_layers
 from vtprune_train.models.io.placement import whole_shape
+from vtprune_train.training import muon
 from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
 from vtprune_train.training.memory.pinned import pinned_bytes
-from vtprune_train.training.optimizer import parameter_groups
+from vtprune_train.training.optimizer import parameter_groups, state_bytes
 
 GIB = 2**30
 RESERVED = 0.06  # share of a device's memory for what is not counted
@@ -92,13 +94,26 @@ class Zero:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are: ``groups`` of the optimizer, ``frozen`` beside them, ``largest`` tensor among the trained;
-    ``four_bit`` of the frozen are stored in 4 bits (QLoRA)."""
+    """How many there are.
+
+    Args:
+        groups: in each parameter group of the optimizer.
+        frozen: beside them.
+        largest: in the largest tensor of the trained.
+        states: bytes of each optimizer state for an element, by group.
+        four_bit: of the frozen that are stored in 4 bits (QLoRA).
+        step: bytes that the optimizer's step takes beside gradients and states, for an element of the tensor that it
+            updates.
+        matrix: elements of the largest matrix that Muon orthogonalizes.
+    """
 
     groups: tuple[int, ...]
     frozen: int
     largest: int
+    states: tuple[tuple[float, ...], ...]
     four_bit: int = 0
+    step: float = 0.0
+    matrix: int = 0
 
     @property
     def trained(self) -> int:
@@ -109,11 +124,23 @@ class Parameters:
         return element * (self.trained + self.frozen - self.four_bit) + int(FOUR_BIT_BYTES * self.four_bit)
 
     @classmethod
-    def of(cls, groups: Sequence[dict[str, Any]], every: Sequence[Any], four_bit: int = 0) -> Parameters:
-        """Count ``parameter_groups`` and all parameters of a model, partitioned ones as a whole."""
+    def of(
+        cls, groups: Sequence[dict[str, Any]], every: Sequence[Any], train: TrainConfig, flat: bool, four_bit: int = 0
+    ) -> Parameters:
+        """Count ``parameter_groups`` and all parameters of a model, partitioned ones as a whole. The optimizer of
+        ``train`` is asked for its states, of ``flat`` tensors under ZeRO 1 to 3."""
         count = [[_numel(p) for p in group["params"]] for group in groups]
         sums = tuple(sum(numels) for numels in count)
-        return cls(sums, sum(map(_numel, every)) - sum(sums), max(max(numels) for numels in count), four_bit)
+        largest = max(max(numels) for numels in count)
+        ndims = [1 if flat else len(whole_shape(group["params"][0])) for group in groups]
+        states = tuple(state_bytes(train, group, ndim) for group, ndim in zip(groups, ndims, strict=True))
+        step = 4.0 if user_code.is_path(train.optimizer) else 0.0  # others are fused or work in place
+        matrix = max((max(numels) for numels, group in zip(count, groups, strict=True) if group.get("muon")), default=0)
+        return cls(sums, sum(map(_numel, every)) - sum(sums), largest, states, four_bit, step, matrix)
+
+    def states_of(self, parts: Sequence[int]) -> list[int]:
+        """Bytes of each optimizer state of a rank that keeps ``parts`` elements of the groups."""
+        return [int(size * part) for sizes, part in zip(self.states, parts, strict=True) for size in sizes]
 
 
 def _numel(parameter: Any) -> int:
@@ -135,7 +162,7 @@ class States:
     Args:
         weights: of the model.
         masters: float32 copies of the trained weights.
-        moments: AdamW's two states.
+        moments: the optimizer's states.
         gradients: held at the end of the last backward pass of a step; under ZeRO-3 with the bucket, which stays.
         accumulating: on top of them while a later micro-batch of the step runs backward.
         buckets: for the reduction, and weights that ZeRO-3 has gathered, during the backward pass.
@@ -165,33 +192,37 @@ class States:
         """
         e, a, trained = zero.element, zero.accumulation, parameters.trained
         parts = [-(-group // (zero.ranks if zero.stage else 1)) for group in parameters.groups]
-        mine, largest_part = sum(parts), max(parts)
+        mine, largest_part, moments = sum(parts), max(parts), sum(parameters.states_of(parts))
         weights = parameters.bytes_of_weights(e)
         masters = 0 if zero.stage == 0 and e == 4 else 4 * mine
         norm = (8 * min(parameters.largest, largest_part) if zero.norm else 0,)
         cast = 4 if e < 4 else 0
         reduced = min(trained, zero.bucket)
         if zero.stage == 0:
-            states = cls(weights, masters, 8 * mine, e * trained, e * reduced, 0, (cast * trained,))
+            states = cls(weights, masters, moments, e * trained, e * reduced, 0, (cast * trained,))
         elif zero.whole_gradients:
             whole = max(reduced, max(parameters.groups)) if trained > zero.bucket else trained
-            states = cls(weights, masters, 8 * mine, (4 + e) * trained, (4 + e) * whole, 0, norm)
+            states = cls(weights, masters, moments, (4 + e) * trained, (4 + e) * whole, 0, norm)
         elif zero.stage == 3:
             gathered = min(trained + parameters.frozen, zero.max_live) if zero.ranks > 1 or zero.offloads_weights else 0
             largest = min(largest_part, max(zero.sub_group, 1))
             step: tuple[int, ...] = (a * largest, (4 if a < 4 else 0) * largest)
             weights = 0 if zero.offloads_weights else -(-weights // zero.ranks)
-            states = cls(weights, masters, 8 * mine, a * mine + e * zero.bucket, 0, e * (reduced + gathered), step)
+            states = cls(weights, masters, moments, a * mine + e * zero.bucket, 0, e * (reduced + gathered), step)
         elif a > e:  # float32 gradients of this rank's part, added up bucket by bucket
             buckets = e * zero.buckets * zero.bucket + (e + 4) * reduced + _oversized(zero, parameters)
-            states = cls(weights, masters, 8 * mine, a * mine, 0, buckets, norm)
+            states = cls(weights, masters, moments, a * mine, 0, buckets, norm)
         else:
             buckets = e * (zero.buckets * zero.bucket + reduced) + _oversized(zero, parameters)
             waits = accumulates or (zero.stage == 1 and zero.buckets == 1)  # for all gradients, before it reduces any
             more = e * (trained if zero.stage == 1 else mine) if waits else 0
             step = max((e * largest_part, cast * largest_part), norm, key=sum)
-            states = cls(weights, masters, 8 * mine, e * mine, more, buckets, step)
-        return _offloaded(states, zero, parameters, mine) if zero.offloads_optimizer else states
+            states = cls(weights, masters, moments, e * mine, more, buckets, step)
+        if zero.offloads_optimizer:
+            return _offloaded(states, zero, parameters, mine)
+        updated = largest_part if zero.stage else parameters.largest
+        of_optimizer = int(parameters.step * updated) + muon.step_bytes(parameters.matrix)
+        return replace(states, step=(*states.step, of_optimizer)) if of_optimizer else states
 
     @property
     def backward(self) -> int:
@@ -454,17 +485,22 @@ class Estimate:
     ) -> Estimate:
         """Of a run with these DeepSpeed ``settings`` on ``ranks`` GPUs; ``model`` has ``requires_grad`` set, and may be
         on any device (``meta`` too)."""
-        groups = parameter_groups(model, config.model.train, config.train.weight_decay)
+        train = config.train
+        groups = parameter_groups(model, config.model.train, train.weight_decay, train.optimizer)
         zero = Zero.of(settings, config.model.dtype, ranks)
         packed = config.model.peft is not None and config.model.peft.kind == "qlora"
-        parameters = Parameters.of(groups, list(model.parameters()), _four_bit(model) if packed else 0)
+        parameters = Parameters.of(
+            groups, list(model.parameters()), train, zero.stage > 0, _four_bit(model) if packed else 0
+        )
         attention = str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
         geometry = Geometry.of(model.config, config.model.dtype, list(config.model.train), attention)
         saved = [zero.element * _numel(p) for p in model.parameters() if p.requires_grad or config.model.peft is None]
         if zero.stage == 3:
             saved = [-(-sum(saved) // ranks)]
         if not zero.offloads_optimizer:
-            saved += [4 * -(-group // (ranks if zero.stage else 1)) for group in parameters.groups for _ in range(3)]
+            parts = [-(-group // (ranks if zero.stage else 1)) for group in parameters.groups]
+            for part, states in zip(parts, parameters.states, strict=True):
+                saved += [4 * part, *(int(size * part) for size in states)]
         return cls(zero, parameters, geometry, batch, order, pinned_bytes(saved))
 
     def at(self, level: Level, accumulates: bool = True) -> Prediction:
