@@ -64,6 +64,7 @@ def engine_at(stage, dtype, seed):
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 6},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
         "bf16": {"enabled": dtype == "bfloat16"},
     }
     if dtype == "bfloat16":  # what is frozen is left out of the files, as of an adapter: every start makes it alike

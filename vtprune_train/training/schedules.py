@@ -48,8 +48,9 @@ def rate_factor(train: TrainConfig, update: int, total_updates: int, warmup_upda
 
 
 def check_schedule(train: TrainConfig) -> None:
-    """Raise a ``ConfigError`` if ``train.schedule`` is a path that cannot be used."""
-    rate_factor(train, update=0, total_updates=100, warmup_updates=3)
+    """Raise a ``ConfigError`` if ``train.schedule`` is a path that cannot be used, in a short course or at all."""
+    for update in range(100):
+        rate_factor(train, update, total_updates=100, warmup_updates=3)
 
 
 def _from_function(path: str, update: int, total_updates: int, warmup_updates: int) -> float:
