@@ -4,6 +4,8 @@ deal.py write FOLDER DTYPE        trains two steps at each stage, saves to FOLDE
 deal.py read FOLDER DTYPE FORM    loads each of FOLDER/zeroN (form: deepspeed or portable) at each stage, and
                                   compares every number with what was saved
 
+deal.py move FOLDER DTYPE FORM    loads FOLDER/zeroN of the first stage at the second
+
 DEAL_STAGES names the stages, such as 0123; DEAL_TRAIN has the optimizer's settings, as JSON.
 """
 
@@ -166,6 +168,9 @@ if __name__ == "__main__":
     folder_module.export_plan = weights_module.export_plan = lambda module: Plan({})  # see Quiet
     if command == "write":
         write(Path(where), dtype)
-    else:
+    elif command == "read":
         read(Path(where), dtype, *form)
+    else:
+        first, second = STAGES
+        load(engine_at(second, dtype, seed=2), Path(where) / f"zero{first}" / "step_00000002")
     shut_down()

@@ -12,7 +12,7 @@ DEAL = ROOT / "tests" / "faults" / "deal.py"
 STAGES = "deepspeed=configs/deepspeed/zero{}.json"
 
 
-def deal(runs, ranks, *arguments, stages="0123", train=None):
+def deal(runs, ranks, *arguments, stages="0123", train=None, expect=0):
     log = runs.folder / "deal.log"
     env = {**runs.environment(), "DEAL_STAGES": stages, "DEAL_TRAIN": json.dumps(train or {})}
     with log.open("w+b") as said:
@@ -20,7 +20,8 @@ def deal(runs, ranks, *arguments, stages="0123", train=None):
             [str(DEAL), *map(str, arguments)],
             ranks=ranks, cwd=ROOT, env=env, out=said.fileno(), err=said.fileno(),
         )  # fmt: skip
-        assert process.wait(timeout=280) == 0, log.read_text()[-4000:]
+        assert process.wait(timeout=280) == expect, log.read_text()[-4000:]
+    return log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,19 @@ def test_other_optimizers_at_every_stage(runs, name):
     deal(runs, 2, "write", folder, "float32", train=train)
     deal(runs, 1, "read", folder, "float32", "portable", train=train)
     deal(runs, 2, "read", folder, "float32", "deepspeed", train=train)
+
+
+def test_states_of_other_shapes_stay_whole(runs):
+    """Adafactor's, a row and a column for a matrix: carried over where every rank keeps whole parameters, and refused
+    where ZeRO divides them."""
+    folder = runs.folder / "adafactor"
+    folder.mkdir()
+    train = {"optimizer": "torch.optim:Adafactor"}
+    deal(runs, 2, "write", folder, "float32", stages="0", train=train)
+    deal(runs, 1, "read", folder, "float32", "deepspeed", stages="0", train=train)
+    deal(runs, 1, "read", folder, "float32", "portable", stages="0", train=train)
+    said = deal(runs, 1, "move", folder, "float32", "deepspeed", stages="02", train=train, expect=1)
+    assert "the optimizer state row_var of first.weight does not have a number for each element" in said
 
 
 @pytest.fixture(scope="module")

@@ -120,9 +120,11 @@ class Engine:
 
     def check_states(self) -> None:
         """Raise a ``ValueError`` if states that were loaded are not those that the optimizer keeps."""
+        every: dict[tuple[str, ...], set[str]] = {}  # what is loaded, by the names that are expected
         for flat, expected in self._expected_states():
-            loaded = self._inner.state.get(flat)
-            if loaded and (missing := expected.keys() - loaded.keys()):
+            every.setdefault(tuple(expected), set()).update(self._inner.state.get(flat, ()))
+        for expected, loaded in every.items():
+            if loaded and (missing := set(expected) - loaded):
                 raise ValueError(
                     f"train.optimizer={self._spec.name} with these settings keeps {', '.join(sorted(expected))}, but "
                     f"the checkpoint has no {', '.join(sorted(missing))} of it; set train.optimizer_args (and the ZeRO "
@@ -136,11 +138,11 @@ class Engine:
         return getattr(optimizer, "optimizer", optimizer)
 
     def _expected_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """This rank's float32 tensors, each with the states that the optimizer keeps of one like it after a step."""
+        """This rank's float32 tensors, each with the states that the optimizer keeps of one like it after a step (none
+        where it is padding alone)."""
         groups = {piece.flat: self._groups[piece.name] for piece in self.layout().pieces}
-        default: dict[str, Any] = {}  # a tensor that is padding alone
         return [
-            (flat, self._spec.states(groups.get(number, default), flat.ndim, flat.device))
+            (flat, self._spec.states(groups[number], flat.ndim, flat.device) if number in groups else {})
             for number, flat in enumerate(flat_tensors(self._deepspeed.optimizer))
         ]
 

@@ -127,7 +127,10 @@ class DeepSpeedFiles:
     def _states(self, rank: int, flat: int) -> dict[str, Any]:
         optimizer = self.optimizers[rank]
         inner = optimizer.get("base_optimizer_state") or optimizer.get("optimizer_state_dict") or optimizer
-        return inner["state"].get(flat, {})
+        states: dict[str, Any] = {}
+        for key, value in inner["state"].get(flat, {}).items():
+            states.update(value if isinstance(value, dict) else {key: value})  # bitsandbytes puts some in a dict
+        return states
 
     def _flat(self, rank: int, piece: Piece, key: str) -> torch.Tensor:
         if key != MASTER:

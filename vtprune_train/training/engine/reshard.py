@@ -99,10 +99,9 @@ def _empty_states(flat: torch.Tensor, states_like: Mapping[str, Any], saved: Sav
         is_tensor = isinstance(like, torch.Tensor)
         states[key] = torch.full_like(like, value) if is_tensor else type(like)(value)
     for key in saved.keys(name)[1:]:
-        shape = saved.shape(name, key)
-        like = states_like.get(key, flat)
+        shape, dtype = saved.shape(name, key), saved.read(name, key, 0, 0).dtype
         each = shape.numel() == _numel(saved, name)
-        states[key] = torch.zeros(flat.shape if each else shape, dtype=like.dtype, device=flat.device)
+        states[key] = torch.zeros(flat.shape if each else shape, dtype=dtype, device=flat.device)
     return states
 
 
