@@ -116,6 +116,27 @@ def test_selector_as_in_training(rank_with):
     assert ("projects keys" in render(result)) == (rank_with == "next_layer")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_gets_the_numbers_of_its_dry_run(path, tmp_path):
+    """The row of the image that makes most tokens: text as long, half of it supervised."""
+    report = describe(load_config(path.name))
+    table = report[report.index("tokens in each stage") :].splitlines()[2:]
+    rows = [re.split(r"  +", line.strip()) for line in table[: table.index("") - 1]]
+    stages, speedup = {}, {}
+    for size, _, text, tokens, _, _, whole in rows:
+        stages[size] = [int(count) - int(text) for count in tokens.split(" / ")]
+        speedup[size] = float(whole.rstrip("x"))
+    largest = max(stages, key=lambda size: stages[size][0])
+    height, width = largest.split(" x ")
+    half = int(rows[0][2]) // 2
+    arguments = ("--text", str(half + 1), "--answer", str(half), "--json", str(tmp_path / "estimate.json"))
+    assert main(["estimate", "--config", path.name, "--resolution", f"{width}x{height}", *arguments]) == 0
+    counted = json.loads((tmp_path / "estimate.json").read_text())
+    assert [stage["visual_tokens"] for stage in counted["stages"]] == stages[largest]
+    # It also counts the selector and the head.
+    assert counted["training_whole"]["ratio"] == pytest.approx(speedup[largest], rel=0.03)
+
+
 def test_agrees_with_the_dry_run():
     """Same picture, 121 tokens of text of which 60 are supervised; the dry run leaves the selector out."""
     config = load_config("llava_next_pdrop.yaml")

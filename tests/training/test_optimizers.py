@@ -14,7 +14,7 @@ from vtprune_train.models.io.build import set_trainable
 from vtprune_train.training.engine.start import check_optimizer
 from vtprune_train.training.memory.predict import Parameters, States, Zero
 from vtprune_train.training.muon import Muon
-from vtprune_train.training.optimizer import OptimizerSpec, parameter_groups, set_rates, state_bytes
+from vtprune_train.training.optimizer import OptimizerSpec, bytes_per_element, parameter_groups, set_rates, state_bytes
 
 CPU = torch.device("cpu")
 SHORT = ("data.eval=[]", "train.epochs=1", "train.max_steps=4", "run.stop_after=4")
@@ -53,6 +53,35 @@ def test_what_cannot_be_used_is_refused_before_the_model_is_built(name, argument
     train = TrainConfig(optimizer=name, optimizer_args=arguments)
     with pytest.raises(ConfigError, match=said):
         check_optimizer(train, {"zero_optimization": {"stage": 2}}, CPU)
+
+
+def test_an_optimizer_of_shapes_is_warned_of_where_there_are_none(caplog):
+    train, stages = TrainConfig(optimizer="torch.optim:Adafactor"), ({}, {"zero_optimization": {"stage": 1}})
+    warned = []
+    for settings in stages:
+        caplog.clear()
+        check_optimizer(train, settings, CPU)
+        warned.append("treats matrices differently from vectors, but ZeRO 1 gives it flat tensors" in caplog.text)
+    assert warned == [False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw_8bit", "muon", "torch.optim:SGD"])
+def test_on_a_gpu(name):
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    train, device = TrainConfig(optimizer=name), torch.device("cuda")
+    spec = check_optimizer(train, {"zero_optimization": {"stage": 2}}, device)
+    states = spec.states({"muon": name == "muon"}, 1, device)
+    assert all(value.device.type == "cuda" for value in states.values() if isinstance(value, torch.Tensor))
+    counted = sum(state_bytes(train, {"muon": name == "muon"}, 1))
+    assert sum(bytes_per_element(states)) == pytest.approx(counted, abs=0.05)
+    weight = nn.Parameter(torch.randn(512, 128, device=device))
+    optimizer = spec.build([group(weight, muon=name == "muon")])
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    assert weight.isfinite().all() and not torch.equal(weight, before)
 
 
 def test_8_bit_names_the_missing_package(monkeypatch):

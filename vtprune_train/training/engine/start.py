@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -13,13 +14,17 @@ from pydantic import ValidationError
 from torch import nn
 
 from vtprune_train.config.settings import Config, ConfigError, TrainConfig
+from vtprune_train.core import user_code
 from vtprune_train.models.io.placement import note_shapes
+from vtprune_train.training.distributed import rank
 from vtprune_train.training.engine import private
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.engine.monitors import optional_monitors
 from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
 from vtprune_train.training.engine.sharded import complete
-from vtprune_train.training.optimizer import OptimizerSpec
+from vtprune_train.training.optimizer import OptimizerSpec, bytes_per_element
+
+log = logging.getLogger(__name__)
 
 
 def start_distributed(timeout: float) -> torch.device:
@@ -88,7 +93,14 @@ def check_optimizer(train: TrainConfig, settings: dict[str, Any], device: torch.
             f"{place}: under ZeRO {stage} DeepSpeed builds Adagrad again without its parameter groups; use "
             "deepspeed=configs/deepspeed/zero0.json"
         )
-    spec.states({}, ndim=1, device="cpu" if offloads else device)  # raises if it cannot step
+    of_vector = spec.states({}, ndim=1, device="cpu" if offloads else device)  # raises if it cannot step
+    if stage and rank() == 0 and user_code.is_path(train.optimizer):
+        of_matrix = spec.states({}, ndim=2, device="cpu" if offloads else device)
+        if bytes_per_element(of_vector) != bytes_per_element(of_matrix):
+            log.warning(
+                "%s treats matrices differently from vectors, but ZeRO %d gives it flat tensors alone; "
+                "deepspeed=configs/deepspeed/zero0.json keeps parameters whole", place, stage,
+            )  # fmt: skip
     if train.optimizer == "adamw" and offloads and device.type == "cuda":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
