@@ -232,10 +232,11 @@ def markdown(result: dict[str, Any]) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
 
     lines = [
-        "# Trained with, answered with",
+        "# Train with one method, evaluate with another: numbers",
         "",
-        f"Exact match in per cent on {result['questions']} held-out questions, after {result['steps']} steps, at "
-        f"{result['budget']:g} of the visual tokens. Written by `scripts/compare_methods.py`.",
+        f"Exact match in percent on {result['questions']} held-out questions, after {result['steps']} steps, at "
+        f"{result['budget']:g} of the visual tokens. Rows: method used in training; columns: method used in "
+        "evaluation. Written by `scripts/compare_methods.py`.",
         "",
         "| trained with | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
@@ -251,7 +252,7 @@ def markdown(result: dict[str, Any]) -> str:
         )
     reasons = {(o, cell["reason"]) for row in matrix.values() for o, cell in row.items() if cell["reason"]}
     lines += ["", *(f"- {name}: {own['note']}" for name, own in methods.items() if own["note"])]
-    lines += [f"- {name}, no number: {reason}" for name, reason in sorted(reasons)]
+    lines += [f"- {name}, not available: {reason}" for name, reason in sorted(reasons)]
     return "\n".join(lines).rstrip() + "\n"
 
 

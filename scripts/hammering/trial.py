@@ -262,7 +262,7 @@ def finish(run: Run) -> None:
 
 
 def judge(run: Run, fault: Fault, started: Started, end: int) -> None:
-    """Exit code and words of a broken start, as docs/training.md and docs/faults.md have them; undisturbed it would
+    """Exit code and words of a broken start, as docs/metrics.md and docs/faults.md have them; undisturbed it would
     have ended after the step ``end``."""
     said = started.said
     if not started.happened:

@@ -221,7 +221,7 @@ def test_the_matrix_as_tables_and_picture(tmp_path):
     result = {"budget": 0.5, "steps": 9, "questions": 4, "methods": dict.fromkeys(names, cost), "matrix": cells}
     result["methods"]["voco"] = {**cost, "note": "with its defaults: because"}
     text = compare.markdown(result)
-    assert "| random | 25.0 | 25.0 | - |" in text and text.count("voco, no number: it learns") == 1
+    assert "| random | 25.0 | 25.0 | - |" in text and text.count("voco, not available: it learns") == 1
     assert "- voco: with its defaults: because" in text and "| none | 0.700 | 1.00% | 0.500 | 0.400 | 1.250 |" in text
     compare.heat_map(result, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5_000

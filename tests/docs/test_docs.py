@@ -52,7 +52,7 @@ def test_generation_page(folder):
     assert not is_pruned(names["model"])
     names["model"] = type(names["model"]).from_pretrained("pruned").eval()
     exec(second, names)
-    assert names["again"].shape[1] > names["ids"].shape[1]
+    assert names["second_output"].shape[1] > names["ids"].shape[1]
 
 
 def conversations():
@@ -100,7 +100,7 @@ def test_the_table_of_families_is_complete():
     page = (ROOT / "docs" / "families.md").read_text()
     for family in FAMILIES:
         assert f"| {family.title} | `{family.model_class}` |" in page
-    assert page.count("| refused: ") == len(UNSUPPORTED)
+    assert page.count("| not supported: ") == len(UNSUPPORTED)
     [code] = blocks("families.md", "python")
     file = ROOT / "vtprune_train" / "models" / "families" / "qwen2_vl.py"
     assert code in file.read_text(), "the page shows the smallest family as it stands in its file"

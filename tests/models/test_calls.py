@@ -565,7 +565,7 @@ REFUSED = {
         (lambda m, i: m.continuous_batching_context_manager().__enter__(), "continuous batching"),
         (lambda m, i: generate(m, i, cache_implementation="paged"), "cache_implementation='paged'"),
     ],
-    "a cache that a dense model filled, or another method; in a dense model, one that a pruned model filled": [
+    "a cache filled by a dense model or by another method; in a dense model, a cache filled by a pruned model": [
         (lambda m, i: m(torch.tensor([[14]]), past_key_values=dense_cache(m, i)), "a model that was not pruned"),
         (
             lambda m, i: follow_up(m, i, lambda: prune(unprune(m), ALL)),
@@ -607,7 +607,7 @@ REFUSED = {
         (lambda m, i: m(**{**i, "attention_mask": torch.ones(1, 1, 9, 9)}), r"not \(1, 1, 9, 9\)"),
         (lambda m, i: m(**{**i, "attention_mask": {"full_attention": None}}), "not dict"),
     ],
-    "a row without a token, `input_ids` without rows, `attention_mask` or `labels` of another shape": [
+    "a row without tokens, `input_ids` without rows, `attention_mask` or `labels` of another shape": [
         (lambda m, i: m(**{**i, "attention_mask": torch.zeros_like(i["attention_mask"])}), "row 0 of the batch has no"),
         (lambda m, i: m(**wider(i)), r"attention_mask \(1, \d+\) does not fit inputs of .*a column for each token"),
         (lambda m, i: generate(m, wider(i)), "does not fit inputs of"),
@@ -652,7 +652,7 @@ def recomputed(model):
 
 
 def listed_refusals():
-    text = (ROOT / "docs" / "generation.md").read_text().partition("## Refused, by name")[2]
+    text = (ROOT / "docs" / "generation.md").read_text().partition("## Unsupported arguments")[2]
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     return [re.split(r" \| ", row.strip("| "), maxsplit=1)[0] for row in rows]
 

@@ -1,7 +1,7 @@
 """What the fields of a record mean: which are read, which would change what is trained, and which say nothing of it.
 
 A field that would change what is trained and cannot be honoured makes its record malformed: training on the rest of
-the record would be training on something else. docs/data.md has the table.
+the record would be training on something else. docs/data_format.md has the table.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pictures: their size from the header alone, and their pixels as 8-bit RGB. Hostile and odd files end in one error.
 
-docs/data.md has a table of what becomes of each kind.
+docs/data_format.md has a table of what becomes of each kind.
 """
 
 from __future__ import annotations
