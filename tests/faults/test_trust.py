@@ -207,7 +207,7 @@ def test_files_of_other_kinds_are_no_pickles_by_chance(tmp_path):
     (tmp_path / "0_param.tensor.swp").write_bytes(b"\x80\x02" + bytes(range(1, 200)))
     assert (tmp_path / "model.safetensors").read_bytes()[:2] == b"\x80\x02", "it begins as a pickle does"
     pickles.check_folder(tmp_path)
-    with pytest.raises(ValueError, match="cannot be made out"):
+    with pytest.raises(ValueError, match="cannot be parsed"):
         pickles.check((tmp_path / "0_param.tensor.swp").rename(tmp_path / "damaged.pt"))
 
 
@@ -439,7 +439,7 @@ def test_a_manifest_names_files_of_its_checkpoint_alone(runs, trained, tmp_path,
     content["files"][name] = manifest.sync_and_hash(outside)
     (checkpoint / "manifest.json").write_text(json.dumps(content))
     assert main(["checkpoint", "verify", str(checkpoint)]) == 1
-    assert f"names {name}, which is no file of the checkpoint" in capsys.readouterr().out
+    assert f"names {name}, which is outside the checkpoint" in capsys.readouterr().out
     assert main(["checkpoint", "convert", str(checkpoint), "--out", str(tmp_path / "a" / "b" / "c")]) == 2
     assert "which is no file of the checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "a").exists() and outside.read_text() == "{}"

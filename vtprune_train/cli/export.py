@@ -90,7 +90,7 @@ def export_checkpoint(checkpoint: Path, arguments: argparse.Namespace) -> int:
     kept, out = checkpoint / UNEXPORTED, Path(arguments.out)
     check_target(out, str(checkpoint), arguments.force)
     if wrong := verify(checkpoint):
-        raise ValueError(f"{checkpoint} is damaged: {wrong}. Name an older step_XXXXXXXX of the run")
+        raise ValueError(f"{checkpoint} is damaged: {wrong}. Use an older step_XXXXXXXX of the run")
     plan, saved = Plan.load(kept), open_state(checkpoint)
 
     def write(folder: Path) -> None:

@@ -113,6 +113,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[tensor]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(tensor)
+        assert tensor.grad is not None
         momentum = state["momentum_buffer"].lerp_(tensor.grad, 1 - self._momentum)
         update = tensor.grad.lerp_(momentum, self._momentum) if self._nesterov else momentum.clone()
         self._orthogonalize(tensor, update)

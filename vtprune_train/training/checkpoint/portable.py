@@ -26,7 +26,7 @@ FILE_BYTES = 2**32
 
 
 class PortableFiles:
-    """Reads the portable form, ``portable/`` of a checkpoint."""
+    """Reads the ``portable/`` folder of a checkpoint."""
 
     def __init__(self, folder: Path):
         index = json.loads((folder / INDEX).read_text())
@@ -37,7 +37,7 @@ class PortableFiles:
         self._numbers: dict[str, dict[str, float] | None] = index.get("numbers", steps)
         self._files: dict[str, str] = index["tensors"]
         if outside := sorted(name for name in self._files.values() if Path(name).name != name or name == ".."):
-            raise ValueError(f"{folder / INDEX} names {outside[0]}, which is no file of its folder")
+            raise ValueError(f"{folder / INDEX} names {outside[0]}, which is outside its folder")
         self._open = {name: safe_open(folder / name, "pt") for name in set(self._files.values())}
 
     def keys(self, name: str) -> list[str]:
@@ -64,13 +64,13 @@ class PortableFiles:
 
 
 def open_state(checkpoint: Path) -> SavedState:
-    """The state in a checkpoint, whichever form it has; a ``ValueError`` if an older version wrote it."""
+    """Open the state in a checkpoint, portable or DeepSpeed's; a ``ValueError`` if an older version wrote it."""
     portable = checkpoint / PORTABLE
     return PortableFiles(portable) if portable.is_dir() else DeepSpeedFiles(checkpoint / TAG)
 
 
 def write_portable(saved: SavedState, folder: Path) -> None:
-    """Write the portable form of a state, one parameter in memory at a time (a file's worth before it is written)."""
+    """Write the portable form of a state, with the tensors of one file in memory at a time."""
     folder.mkdir()
     index: dict[str, Any] = {"counters": saved.counters, "shapes": saved.shapes, "tensors": {}}
     index["numbers"] = {name: saved.numbers(name) for name in saved.shapes}

@@ -120,13 +120,13 @@ class Engine:
 
     def check_states(self) -> None:
         """Raise a ``ValueError`` if states that were loaded are not those that the optimizer keeps."""
-        every: dict[tuple[str, ...], set[str]] = {}  # what is loaded, by the names that are expected
+        loaded_names: dict[tuple[str, ...], set[str]] = {}  # by the names that are expected
         for flat, expected in self._expected_states():
-            every.setdefault(tuple(expected), set()).update(self._inner.state.get(flat, ()))
-        for expected, loaded in every.items():
-            if loaded and (missing := set(expected) - loaded):
+            loaded_names.setdefault(tuple(expected), set()).update(self._inner.state.get(flat, ()))
+        for names, loaded in loaded_names.items():
+            if loaded and (missing := set(names) - loaded):
                 raise ValueError(
-                    f"train.optimizer={self._spec.name} with these settings keeps {', '.join(sorted(expected))}, but "
+                    f"train.optimizer={self._spec.name} with these settings keeps {', '.join(sorted(names))}, but "
                     f"the checkpoint has no {', '.join(sorted(missing))} of it; set train.optimizer_args (and the ZeRO "
                     "stage) back"
                 )
