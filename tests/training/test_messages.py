@@ -68,7 +68,7 @@ SETTINGS = [
     ("deepspeed=latin.json", "latin.json is not JSON: it is not UTF-8 text (invalid continuation byte at byte 7)"),
     ("deepspeed=configs/deepspeed/zero9.json", "zero2.json, zero3.json, zero3_offload.json); did you mean configs/dee"),
     ("deepspeed={zero_optimisation: {stage: 2}}", "deepspeed.zero_optimisation: unknown key; did you mean zero_optimi"),
-    ("deepspeed={zero_optimization: 2}", "deepspeed.zero_optimization=2: it takes keys, for example {stage: 2}"),
+    ("deepspeed={zero_optimization: 2}", "deepspeed.zero_optimization=2: must be a mapping, for example {stage: 2}"),
     ("data.template=vicuna", "data.template='vicuna' is unknown; known: plain, vicuna_v1"),
     ("model.config.text_config.num_attention_heads=3", "model.config: transformers refuses these sizes: The hidden si"),
     ("run.output_dir=file", "run.output_dir: file/run cannot be written (file is a file); name a folder in which you "),
@@ -163,9 +163,9 @@ def test_what_only_a_start_can_tell(tmp_path):
     """The device, and a folder that the system alone knows to refuse."""
     runs = Runs(tmp_path, num_train=3)
     for setting, words in (
-        ("model.dtype=float16", r"float16: a CPU cannot train in it; use model.dtype=(bfloat16 or )?float32"),
+        ("model.dtype=float16", r"float16 is not supported on this CPU; use model.dtype=(bfloat16 or )?float32"),
         ("run.output_dir=/proc/none", r"run.output_dir: /proc/none/refused cannot be written \(No such file"),
-        ("deepspeed={zero_optimization: {stage: 7}}", r"deepspeed.zero_optimization.stage: .*0, 1, 2.* \(it is 7\)"),
+        ("deepspeed={zero_optimization: {stage: 7}}", r"deepspeed.zero_optimization.stage: .*0, 1, 2.* \(got 7\)"),
         ("deepspeed={zero_optimization: {stge: 2}}", r"deepspeed.zero_optimization.stge: .*not permitted"),
     ):
         done = runs.run("refused", setting, expect=2)

@@ -1,4 +1,4 @@
-"""What DeepSpeed's files in a checkpoint hold, by parameter; read without DeepSpeed."""
+"""Reads DeepSpeed's files in a checkpoint by parameter, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vtprune_train.models.io.export import Stored
 from vtprune_train.training.engine.layout import Piece, read_layouts
 
 MASTER = "fp32"
-WHOLE_MODEL = "mp_rank_00_model_states.pt"  # of ZeRO 0 to 2; of ZeRO 3 every rank writes its parts
+WHOLE_MODEL = "mp_rank_00_model_states.pt"  # of ZeRO 0 to 2; under ZeRO 3 every rank writes its partition
 
 
 class SavedState(Protocol):
-    """Weights and optimizer states by parameter, from whatever files."""
+    """Weights and optimizer states by parameter, from DeepSpeed's files or the portable form."""
 
     shapes: dict[str, list[int]]
     counters: dict[str, Any]
@@ -36,14 +36,14 @@ class SavedState(Protocol):
         """A stretch of the flattened tensor."""
 
     def untrained_names(self) -> list[str]:
-        """Frozen parameters and buffers, as far as the files hold them."""
+        """Names of the frozen parameters and buffers in the files."""
 
     def untrained(self, name: str) -> torch.Tensor:
-        """One of these."""
+        """A frozen parameter or buffer."""
 
 
 class DeepSpeedFiles:
-    """Reads the files of all ranks in a checkpoint's ``deepspeed/``; tensors are memory-mapped."""
+    """Reads the files of all ranks in a checkpoint's ``deepspeed/`` folder; tensors are memory-mapped."""
 
     def __init__(self, folder: Path):
         self.folder, layouts = folder, read_layouts(folder)
@@ -54,7 +54,7 @@ class DeepSpeedFiles:
         self.models = [pickles.read(path, mmap=True) for path in paths]
         main = self.models[0]
         self.counters = {name: main[name] for name in ("global_steps", "global_samples", "skipped_steps")}
-        if main["optimizer"] is not None:  # ZeRO 0: every rank has everything, rank 0 wrote it
+        if main["optimizer"] is not None:  # ZeRO 0: rank 0 wrote everything
             layouts = layouts[:1]
             self.optimizers = [main["optimizer"]]
         else:
@@ -106,7 +106,9 @@ class DeepSpeedFiles:
                 result[first - start : last - start] = source[piece.offset + first - piece.start :][: last - first]
                 missing -= last - first
         if missing:
-            raise ValueError(f"{self.folder}: {missing} elements of {name} ({key}) are in no rank's files")
+            raise ValueError(
+                f"{self.folder}: {missing} elements of {name} ({key}) are missing from the files of all ranks"
+            )
         return result
 
     def untrained_names(self) -> list[str]:
@@ -144,21 +146,21 @@ class DeepSpeedFiles:
         return self.models[0]["module"][piece.name]
 
 
-def weight(saved: SavedState, wanted: Stored) -> torch.Tensor:
-    """A whole weight as the model has it: rounded from the master weights, which the optimizer updates."""
-    if wanted.name not in saved.shapes:
-        return saved.untrained(wanted.name)
-    shape = torch.Size(saved.shapes[wanted.name])
-    return saved.read(wanted.name, MASTER, 0, shape.numel()).view(shape).to(getattr(torch, wanted.dtype))
+def weight(saved: SavedState, stored: Stored) -> torch.Tensor:
+    """A whole weight in the model's dtype, rounded from its float32 master weights."""
+    if stored.name not in saved.shapes:
+        return saved.untrained(stored.name)
+    shape = torch.Size(saved.shapes[stored.name])
+    return saved.read(stored.name, MASTER, 0, shape.numel()).view(shape).to(getattr(torch, stored.dtype))
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a tensor of a single number, without dimensions."""
+    """Whether ``value`` is a tensor without dimensions."""
     return isinstance(value, torch.Tensor) and not value.ndim
 
 
 def undividable(name: str, key: str) -> ValueError:
-    """The error of an optimizer state that cannot be given to other ranks."""
+    """The error for an optimizer state that cannot be distributed to other ranks."""
     return ValueError(
         f"the optimizer state {key} of {name} does not have a number for each element, so it cannot be distributed to "
         "other ranks or another ZeRO stage; resume with the ranks and ZeRO stage that wrote the checkpoint, or start a "
@@ -167,14 +169,14 @@ def undividable(name: str, key: str) -> ValueError:
 
 
 def scaler_numbers(scaler: Any) -> dict[str, float]:
-    """What of a loss scaler changes."""
+    """The numbers of a loss scaler."""
     return {k: v for k, v in getattr(scaler, "__dict__", {}).items() if isinstance(v, int | float)}
 
 
 def _of_rank(folder: Path, rank: int, kind: str) -> Path:
-    """The file of a rank."""
+    """A rank's file."""
     pattern = f"*zero_pp_rank_{rank}_mp_rank_00_{kind}.pt"
-    found = list(folder.glob(pattern))
-    if len(found) != 1:
-        raise ValueError(f"{folder} holds {len(found)} files {pattern}, not one")
-    return found[0]
+    files = list(folder.glob(pattern))
+    if len(files) != 1:
+        raise ValueError(f"{folder} contains {len(files)} files {pattern} instead of one")
+    return files[0]

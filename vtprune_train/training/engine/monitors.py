@@ -1,4 +1,4 @@
-"""DeepSpeed's monitors (TensorBoard, wandb, CSV, Comet), made so that training does not depend on them."""
+"""DeepSpeed's monitors (TensorBoard, wandb, CSV, Comet), whose errors do not stop training."""
 
 from __future__ import annotations
 
