@@ -305,7 +305,7 @@ def test_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--resolution", "big"], ["--resolution: 'big' is no WIDTHxHEIGHT", "672x336"]),
+        (["--resolution", "big"], ["--resolution: 'big' is not WIDTHxHEIGHT", "672x336"]),
         (["--resolution", "0x5"], ["--resolution: '0x5'"]),
         (["--text", "-3"], ["--text", "greater than or equal to 1", "'-3'"]),
         (["--answer", "many"], ["--answer", "'many'"]),
@@ -321,10 +321,10 @@ def test_json(tmp_path, capsys):
         (["--method", "sparsevlm", "--set", "budget=100"], ["budget=100 is not one of 192, 128, 96, 64"]),
         (["--method", "none", "--keep", "0.5"], ["no effect with --method none"]),
         (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
-        (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot be written (No such file"]),
+        (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot write the file (No such file"]),
         (["--repeats", "5"], ["--repeats has no effect without --clock"]),
         (["--method", "fopru", "--set", "layer=99"], ["fopru", "99"]),
-        (["train.clip=1"], ["'train.clip=1': key=value belongs to --config"]),
+        (["train.clip=1"], ["'train.clip=1': key=value only works with --config"]),
     ],
 )
 def test_wrong_input(arguments, words, capsys):
@@ -337,13 +337,13 @@ def test_wrong_input(arguments, words, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["give one of --config FILE and --model"]),
-        (["--model", NEXT, "--config", "quickstart.yaml"], ["give one of"]),
+        ([], ["pass either --config FILE or --model"]),
+        (["--model", NEXT, "--config", "quickstart.yaml"], ["pass either"]),
         (["--model", "runs/nowhere"], ["--model=runs/nowhere: no readable config.json"]),
         (["--config", "nowhere.yaml"], ["--config: nowhere.yaml is neither here"]),
         (
             ["--config", "llava_next_pdrop.yaml", "--layers", "1,2,3"],
-            ["--layers belongs to --model", "pruning.layers="],
+            ["--layers only works with --model", "pruning.layers="],
         ),
         (["--config", "llava_next_pdrop.yaml", "pruning.layers=[8,16,40]"], ["pruning.layers=[8, 16, 40]: layer 40"]),
         (["--config", "llava_next_pdrop.yaml", "prunning.keep=1"], ["prunning: unknown key; did you mean pruning?"]),

@@ -112,9 +112,9 @@ def test_an_optimizer_without_decay_or_rates_is_refused(tmp_path, monkeypatch):
     parameter = nn.Parameter(torch.zeros(2))
     no_decay = spec("bare_optimizers:NoDecay")
     assert no_decay.build([group(parameter)]).defaults["lr"] == 1e-3
-    with pytest.raises(ConfigError, match=r"does not decay weights; set train.weight_decay=0"):
+    with pytest.raises(ConfigError, match=r"does not support weight decay; set train.weight_decay=0"):
         no_decay.build([{**group(parameter), "weight_decay": 0.1}])
-    with pytest.raises(ConfigError, match=r"keeps no learning rate 'lr' for each parameter group"):
+    with pytest.raises(ConfigError, match=r"has no learning rate 'lr' per parameter group"):
         spec("bare_optimizers:NoRate").build([group(parameter)])
 
 

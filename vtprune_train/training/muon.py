@@ -1,14 +1,13 @@
-"""Muon for the matrices inside the layers and AdamW for everything else, as one optimizer at every ZeRO stage.
+"""Muon for matrices and AdamW for all other parameters, as one optimizer that works at every ZeRO stage.
 
-``torch.optim.Muon`` takes whole matrices. Under ZeRO 1 to 3 an optimizer sees flat tensors, each of them this rank's
-share of a parameter group, and a matrix may be divided among ranks. The momentum is elementwise, so it is a flat tensor
-like any other state, which checkpoints can distribute to any number of ranks. Only the orthogonalization needs whole
-matrices: a divided one is sent to one rank, orthogonalized there, and sent back.
+``torch.optim.Muon`` needs whole matrices. Under ZeRO 1 to 3 an optimizer gets flat tensors, this rank's part of each
+parameter group, and a matrix may be split between ranks. The momentum is elementwise, so it is a flat tensor that
+checkpoints can distribute to any number of ranks. Only the orthogonalization needs whole matrices: a split matrix is
+sent to one rank, orthogonalized there and sent back.
 
-DeepSpeed has a Muon too. It is not used: its ZeRO 1 and 2 keep the momentum of whole matrices, which belongs to one
-number of ranks, its clipping and gradient norm apply to orthogonalized updates, and its ZeRO-3 needs
-``reduce_scatter: false``.
-"""
+DeepSpeed's own Muon is not used, for three reasons. Under ZeRO 1 and 2 its momentum contains whole matrices, so it
+cannot be resumed with another number of ranks; clipping and the gradient norm apply to orthogonalized updates; and
+under ZeRO-3 it requires ``reduce_scatter: false``."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Stretch:
-    """``numel`` elements of a flattened matrix that ``rank`` keeps at ``offset`` of its flat tensor."""
+    """``numel`` elements of a flattened matrix that ``rank`` stores at ``offset`` of its flat tensor."""
 
     rank: int
     numel: int
@@ -32,18 +31,18 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in a flat tensor: its shape and its stretches, in the order of their elements, at most one a rank."""
+    """A matrix in a flat tensor: its shape and its stretches, in order, at most one per rank."""
 
     shape: torch.Size
     stretches: tuple[Stretch, ...]
 
     def __post_init__(self) -> None:
         holders = [stretch.rank for stretch in self.stretches]
-        assert holders == sorted(set(holders)), "stretches are exchanged in the order of ranks"
+        assert holders == sorted(set(holders)), "stretches must be in the order of ranks"
         assert sum(stretch.numel for stretch in self.stretches) == self.shape.numel()
 
     def of_rank(self, rank: int) -> Stretch:
-        """The stretch of a rank; an empty one if it keeps none."""
+        """The stretch of a rank; empty if it has none."""
         return next((stretch for stretch in self.stretches if stretch.rank == rank), Stretch(rank, 0, 0))
 
 
@@ -87,13 +86,13 @@ class Muon(torch.optim.Optimizer):
         self._device: torch.device | None = None
 
     def bind(self, matrices: Mapping[Tensor, Sequence[Matrix]], device: torch.device) -> None:
-        """Tell which matrices the flat tensors of ``muon`` groups hold, for all ranks in the same order. Divided ones
-        are exchanged and orthogonalized on ``device``. A tensor that is not in ``matrices`` is a whole matrix."""
+        """Set the matrices in the flat tensors of ``muon`` groups, in the same order on all ranks. They are
+        orthogonalized on ``device``. A tensor that is not in ``matrices`` is a whole matrix."""
         self._matrices, self._device = matrices, device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters that have a gradient; all ranks call this together, for the same groups."""
+        """Update all parameters that have a gradient. All ranks call this together, with the same groups."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -109,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, tensor: Tensor, rate: float, weight_decay: float) -> None:
-        """The step of ``torch.optim.Muon``; changes the gradient in place."""
+        """Do a step of ``torch.optim.Muon``; changes the gradient in place."""
         state = self.state[tensor]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(tensor)
@@ -120,27 +119,27 @@ class Muon(torch.optim.Optimizer):
         tensor.mul_(1 - rate * weight_decay).add_(update, alpha=-rate)
 
     def _orthogonalize(self, tensor: Tensor, update: Tensor) -> None:
-        """Orthogonalize each matrix of ``update``, which is laid out as ``tensor``, in place."""
+        """Orthogonalize each matrix of ``update``, which has the layout of ``tensor``, in place."""
         if tensor not in self._matrices:
             if update.ndim == 2:
                 update.copy_(self._orthogonalized(update))
             return
         moved, flat = update.to(self._device), update.to(self._device).view(-1)
-        divided = []
+        split = []
         for matrix in self._matrices[tensor]:
             if len(matrix.stretches) > 1:
-                divided.append(matrix)
+                split.append(matrix)
             elif (stretch := matrix.stretches[0]).rank == _rank():
                 whole = flat.narrow(0, stretch.offset, stretch.numel).view(matrix.shape)
                 whole.copy_(self._orthogonalized(whole))
-        world_size = dist.get_world_size() if divided else 1
-        for first in range(0, len(divided), world_size):
-            self._exchange(flat, divided[first : first + world_size])
+        world_size = dist.get_world_size() if split else 1
+        for first in range(0, len(split), world_size):
+            self._exchange(flat, split[first : first + world_size])
         update.copy_(moved)
 
     def _exchange(self, flat: Tensor, matrices: Sequence[Matrix]) -> None:
-        """Orthogonalize up to one divided matrix a rank: every rank collects the stretches of its own, and sends them
-        back."""
+        """Orthogonalize at most one split matrix per rank: each rank collects the stretches of its matrix, and sends
+        the results back."""
         rank, world_size = _rank(), dist.get_world_size()
         stretches = [matrix.of_rank(rank) for matrix in matrices]
         sizes = [stretch.numel for stretch in stretches] + [0] * (world_size - len(matrices))
@@ -157,7 +156,7 @@ class Muon(torch.optim.Optimizer):
             part.copy_(result)
 
     def _orthogonalized(self, matrix: Tensor) -> Tensor:
-        """The update of ``torch.optim.Muon`` without momentum for a gradient of ``matrix`` and a learning rate of 1."""
+        """The update of ``torch.optim.Muon`` without momentum, for the gradient ``matrix`` and a learning rate of 1."""
         scratch = nn.Parameter(torch.zeros_like(matrix))
         scratch.grad = matrix
         torch.optim.Muon(
@@ -172,8 +171,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def step_bytes(largest: int) -> int:
-    """Bytes that a step takes for its largest matrix of ``largest`` elements: itself and two copies in float32, and in
-    bfloat16 the iterate before and after, and two square matrices that are at most as large."""
+    """Temporary bytes of a step whose largest matrix has ``largest`` elements: in float32 the matrix and two copies, in
+    bfloat16 two iterates and two square matrices of at most the same size."""
     return largest * (3 * 4 + 4 * 2)
 
 

@@ -1,6 +1,6 @@
-"""The optimizer that ``train.optimizer`` names: its parameter groups, its class, and the states that it keeps.
+"""The optimizer in ``train.optimizer``: parameter groups, class and states.
 
-Nothing else in the package knows which states an optimizer keeps: :meth:`OptimizerSpec.states` finds out by one step.
+Nothing else in the package assumes which states an optimizer keeps: :meth:`OptimizerSpec.states` runs one step of it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from vtprune_train.models.io.build import parts_of
 from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.muon import Muon
 
-# The settings that decide what a user may not pass in train.optimizer_args.
-DECIDED = {"params": "model.train", "lr": "model.train", "weight_decay": "train.weight_decay", "betas": "train.betas"}
-SIDE = 256  # of the matrix, or its square the length of the vector, that an optimizer is tried on
+# Arguments that train.optimizer_args must not have, and the settings for them.
+SET_ELSEWHERE = {
+    "params": "model.train",
+    "lr": "model.train",
+    "weight_decay": "train.weight_decay",
+    "betas": "train.betas",
+}
+SIDE = 256  # an optimizer is tried on a matrix with these sides, or a vector of as many elements
 # bitsandbytes' AdamW: two states of 8 bits, and for each of them a float32 scale for 256 elements.
 EIGHT_BIT_STATES = (1.0, 1.0, 4 / 256, 4 / 256)
 
@@ -29,9 +34,9 @@ EIGHT_BIT_STATES = (1.0, 1.0, 4 / 256, 4 / 256)
 def parameter_groups(
     model: nn.Module, rates: dict[str, float], weight_decay: float, optimizer: str = "adamw"
 ) -> list[dict[str, Any]]:
-    """Groups ``{params, lr, weight_decay, part}``: one for each trained part, and for the part's biases, norms and
-    ``image_newline``, which do not decay. With ``muon`` the matrices that it orthogonalizes (:func:`muon_matrices`)
-    have groups of their own, marked ``muon: True``."""
+    """Build groups ``{params, lr, weight_decay, part}``: for each trained part one with weight decay and one without
+    (biases, norms, ``image_newline``). For ``muon`` the :func:`muon_matrices` have separate groups with ``muon: True``.
+    """
     matrices = muon_matrices(model) if optimizer == "muon" else set()
     groups = []
     for part, parameters in parts_of(model).items():
@@ -50,7 +55,8 @@ def parameter_groups(
 
 
 def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The matrices inside the layers of the decoder and the vision tower: no embeddings and no head."""
+    """The matrices that Muon orthogonalizes: those of the decoder and the vision tower, except embeddings and the
+    head."""
     parts = parts_of(model)
     inside = {p for part in ("language_model", "vision_tower") for _, p in parts[part] if len(whole_shape(p)) == 2}
     outside = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -59,7 +65,7 @@ def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What ``train.optimizer`` and the settings beside it name.
+    """An optimizer class and its arguments.
 
     Args:
         name: as in the settings.
@@ -74,7 +80,7 @@ class OptimizerSpec:
 
     @classmethod
     def of(cls, train: TrainConfig) -> OptimizerSpec:
-        """The optimizer of a run; AdamW is PyTorch's fused one.
+        """The optimizer of a run; for AdamW, PyTorch's fused implementation.
 
         Raises:
             ConfigError: the class cannot be imported, or does not take ``train.optimizer_args``.
@@ -82,13 +88,15 @@ class OptimizerSpec:
         name, kind = train.optimizer, _class_of(train.optimizer)
         known = inspect.signature(kind).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        decided = DECIDED if not user_code.is_path(name) else {k: v for k, v in DECIDED.items() if k != "betas"}
+        set_elsewhere = (
+            SET_ELSEWHERE if not user_code.is_path(name) else {k: v for k, v in SET_ELSEWHERE.items() if k != "betas"}
+        )
         for key in train.optimizer_args:
             place = f"train.optimizer_args.{key}"
-            if key in decided:
-                raise ConfigError(f"{place}: set {decided[key]} instead")
+            if key in set_elsewhere:
+                raise ConfigError(f"{place}: set {set_elsewhere[key]} instead")
             if key not in known and not takes_any:
-                nearest = did_you_mean(key, [k for k in known if k not in decided], ("train", "optimizer_args"))
+                nearest = did_you_mean(key, [k for k in known if k not in set_elsewhere], ("train", "optimizer_args"))
                 raise ConfigError(f"{place}: {name} does not take this argument{nearest}")
         arguments = dict(train.optimizer_args)
         if not user_code.is_path(name):
@@ -98,10 +106,12 @@ class OptimizerSpec:
         return OptimizerSpec(name, kind, arguments)
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer of these parameter groups.
+        """Create the optimizer for these parameter groups, which are copied.
 
         Raises:
-            ConfigError: the class refuses its arguments, or does not take a rate or a weight decay for each group.
+            ConfigError: the class rejects its arguments, or does not support a learning rate or the weight decay of
+                each
+                group.
         """
         arguments = dict(self.arguments)
         rate = inspect.signature(self.cls).parameters.get("lr")
@@ -113,18 +123,18 @@ class OptimizerSpec:
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise ConfigError(f"{place} cannot be built with train.optimizer_args={self.arguments}: {error}") from error
         if "lr" not in optimizer.defaults:
-            raise ConfigError(f"{place} keeps no learning rate 'lr' for each parameter group; use another optimizer")
+            raise ConfigError(f"{place} has no learning rate 'lr' per parameter group; use another optimizer")
         if "weight_decay" not in optimizer.defaults and any(group.get("weight_decay") for group in groups):
-            raise ConfigError(f"{place} does not decay weights; set train.weight_decay=0")
+            raise ConfigError(f"{place} does not support weight decay; set train.weight_decay=0")
         return optimizer
 
     def states(self, group: Mapping[str, Any], ndim: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The states of a parameter after one step, by name: tensors and numbers.
+        """Run one step on a small parameter and return its states by name: tensors and numbers.
 
         Args:
-            group: the settings of its parameter group.
-            ndim: 1 for a vector, and for the flat tensors of ZeRO 1 to 3; otherwise a matrix is tried.
-            device: where the step runs.
+            group: settings of the parameter group.
+            ndim: 1 for vectors and for the flat tensors of ZeRO 1 to 3; otherwise the parameter is a matrix.
+            device: of the parameter.
         """
         muon, matrix = bool(group.get("muon")), ndim > 1
         key = (muon, matrix, str(device))
@@ -145,15 +155,15 @@ class OptimizerSpec:
 
 
 def state_bytes(train: TrainConfig, group: Mapping[str, Any], ndim: int) -> tuple[float, ...]:
-    """Bytes of each optimizer state for an element of a parameter (for ``group`` and ``ndim`` see
-    :meth:`OptimizerSpec.states`); what does not grow with the parameter is left out."""
-    if train.optimizer == "adamw_8bit":  # counted also where bitsandbytes is not installed
+    """Bytes of each optimizer state per element of a parameter, without states of constant size. For ``group`` and
+    ``ndim`` see :meth:`OptimizerSpec.states`."""
+    if train.optimizer == "adamw_8bit":  # works without bitsandbytes installed
         return EIGHT_BIT_STATES
     return bytes_per_element(OptimizerSpec.of(train).states(group, ndim))
 
 
 def bytes_per_element(states: Mapping[str, Any]) -> tuple[float, ...]:
-    """The size of each of these :meth:`OptimizerSpec.states` for an element of the parameter."""
+    """Bytes of each of these :meth:`OptimizerSpec.states` per element of the parameter."""
     return tuple(value.nbytes / SIDE**2 for value in states.values() if isinstance(value, Tensor) and value.ndim)
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor of every learning rate, as a function of the number of updates alone."""
+"""Learning-rate schedules: a factor of all learning rates that depends only on the number of updates."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def rate_factor(train: TrainConfig, update: int, total_updates: int, warmup_upda
 
     Args:
         train: the settings.
-        update: number of updates before this one.
-        total_updates: of the whole run.
-        warmup_updates: ``train.warmup_ratio`` of them.
+        update: counted from 0.
+        total_updates: number of updates of the whole run.
+        warmup_updates: number of updates of the warm-up.
 
     Raises:
         ConfigError: the function cannot be imported, or returned something other than a finite number of at least 0.
@@ -48,7 +48,7 @@ def rate_factor(train: TrainConfig, update: int, total_updates: int, warmup_upda
 
 
 def check_schedule(train: TrainConfig) -> None:
-    """Raise a ``ConfigError`` if ``train.schedule`` is a path that cannot be used, in a short course or at all."""
+    """Raise a ``ConfigError`` if ``train.schedule`` is a path that cannot be used; tries 100 updates."""
     for update in range(100):
         rate_factor(train, update, total_updates=100, warmup_updates=3)
 

@@ -55,9 +55,9 @@ DAMAGE = {
     "a line is cut": (lambda lines: b"".join(lines)[:-20], "lines of step 5"),
     "a tail of zeros": (lambda lines: b"".join(lines[:3]) + bytes(500), "lines of step 4 to 5"),
     "zeros in the middle": (lambda lines: lines[0] + bytes(len(lines[1])) + b"".join(lines[2:]), "step 2 to 3"),
-    "garbage": (lambda lines: b"".join([*lines[:2], b"\xff\xfe{]\n", *lines[2:]]), "1 unreadable line(s) removed"),
+    "garbage": (lambda lines: b"".join([*lines[:2], b"\xff\xfe{]\n", *lines[2:]]), "removed 1 unreadable line(s)"),
     "no object": (lambda lines: b"".join([lines[0], b'7\n{"step": "x"}\n', *lines[1:]]), "2 unreadable line(s)"),
-    "brackets without an end": (lambda lines: b"".join([*lines, b"[" * 100_000]), "the first was line 6"),
+    "brackets without an end": (lambda lines: b"".join([*lines, b"[" * 100_000]), "the first is line 6"),
     "steps that no step has": (
         lambda lines: b"".join([b'{"step": 0}\n{"step": -1}\n', *lines]),
         "2 unreadable line(s)",
@@ -191,7 +191,7 @@ WRITERS = {
     "replace_synced": lambda path: replace_synced(path, "x" * 100),
     "a shard": lambda path: writing.write_file(path, {"weight": torch.ones(1000)}),
     "safetensors": lambda path: save_file({"weight": torch.ones(1000)}, path),
-    "a rank's part": lambda path: writing._say_written(path.parent, 0, {"a": {"size": 1, "sha256": "0" * 64}}),
+    "a rank's part": lambda path: writing._mark_written(path.parent, 0, {"a": {"size": 1, "sha256": "0" * 64}}),
 }
 
 

@@ -252,7 +252,7 @@ class CheckpointFolder:
                         f"checkpoint {checkpoint} is damaged: {problem}. train.resume=auto continues from the previous "
                         "one"
                     )
-                log.warning("skipping the damaged checkpoint %s: %s", checkpoint, problem)
+                log.warning("checkpoint %s is damaged, skipping it: %s", checkpoint, problem)
             if checkpoints:
                 raise ValueError(
                     f"every checkpoint in {self.folder} is damaged ({', '.join(p.name for p in checkpoints)}; `vtprune "

@@ -22,7 +22,8 @@ DERIVED_KEYS = {
 OFTEN_SET = (
     *DERIVED_KEYS, "zero_optimization", "activation_checkpointing", "data_types", "communication_data_type",
     "tensorboard", "wall_clock_breakdown", "flops_profiler", "comms_logger", "steps_per_print",
-    "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor", "aio",
+    "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "prescale_gradients",
+    "gradient_predivide_factor", "aio",
 )  # fmt: skip
 
 
