@@ -266,7 +266,7 @@ def test_where_the_pruning_settings_come_from(tmp_path, capsys):
     plain = checkpoint(tmp_path / "plain")
     for arguments, words in (
         (["--model", saved], ["layers=[1, 5] keep=[0.5, 0.25]", "saved in the checkpoint"]),
-        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no settings"]),
+        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no pruning settings"]),
         (["--model", saved, "--keep", "0.3,0.2"], ["layers=[1, 5] keep=[0.3, 0.2]", "the command line, and"]),
         (["--model", saved, "--method", "pyramiddrop"], ["before layers 2, 3, 4 of 6", "the command line"]),
         (["--model", saved, "--method", "none"], ["none", "no selector"]),
@@ -311,7 +311,7 @@ def test_json(tmp_path, capsys):
         (["--answer", "many"], ["--answer", "'many'"]),
         (["--batch", "1" + "0" * 400], ["--batch"]),
         (["--visual_tokens", "576,0"], ["--visual_tokens", "'0'"]),
-        (["--visual_tokens", "576", "--resolution", "5x5"], ["--resolution and --visual_tokens", "give one"]),
+        (["--visual_tokens", "576", "--resolution", "5x5"], ["either --resolution or --visual_tokens", "not both"]),
         (["--keep", "0.1,0.2,0.3"], ["--keep=[0.1, 0.2, 0.3] increases", "[0.3, 0.2, 0.1]"]),
         (["--keep", "half"], ["--keep", "'half'"]),
         (["--keep", "nan,nan,nan"], ["--keep=[nan, nan, nan]: nan is not in (0, 1]"]),

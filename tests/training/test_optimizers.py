@@ -68,6 +68,7 @@ def test_an_optimizer_of_shapes_is_warned_of_where_there_are_none(caplog):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["adamw_8bit", "muon", "torch.optim:SGD"])
 def test_on_a_gpu(name):
     if name == "adamw_8bit":
@@ -169,10 +170,7 @@ def test_muon_takes_the_matrices_inside_the_layers():
     assert {g["lr"] for g in optimizer.param_groups if g["part"] == "projector"} == {5e-4}
 
 
-# Real runs
-
-
-pytest_slow = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +178,7 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("optimizers"))
 
 
-@pytest_slow
+@slow
 def test_muon_is_that_of_pytorch_at_every_stage(runs):
     """Two ranks, between which ZeRO divides a matrix: the weights of torch.optim.Muon and AdamW."""
     log = runs.folder / "muon.log"
@@ -191,7 +189,7 @@ def test_muon_is_that_of_pytorch_at_every_stage(runs):
         assert process.wait(timeout=280) == 0, log.read_text()[-4000:]
 
 
-@pytest_slow
+@slow
 @pytest.mark.parametrize("name, settings", [("sgd", SGD), ("muon", ("train.optimizer=muon", "train.clip=0.5"))])
 def test_one_and_two_ranks_train_alike_and_resume_on_either(runs, name, settings):
     common = (*SHORT[:3], *settings)
@@ -211,7 +209,7 @@ def test_one_and_two_ranks_train_alike_and_resume_on_either(runs, name, settings
     assert_same_metrics(runs.metrics(f"{name}_again"), whole)
 
 
-@pytest_slow
+@slow
 def test_another_optimizer_does_not_continue_a_checkpoint(runs):
     runs.run("changed", *SHORT[:3], "run.stop_after=1")
     done = runs.run("changed", *SHORT[:3], *SGD, expect=2)
