@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
 BLOCK = 1 << 20
 
-Sums = Mapping[str, list[int]]  # of each file of a folder: its size in bytes and its CRC-32
+Sums = Mapping[str, list[int]]  # file name -> [size in bytes, CRC-32]
 
 
 class NewFile(ABC):
@@ -41,7 +41,7 @@ class NewFile(ABC):
 
     @abstractmethod
     def update(self, content: Any) -> None:
-        """Add ``content`` to the checksum."""
+        """Update the checksum with ``content``."""
 
     def write(self, content: Any) -> int:
         self.update(content)

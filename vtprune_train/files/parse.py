@@ -70,7 +70,7 @@ def parse_value(text: str, key: str) -> Any:
 
 
 class _NoDuplicates(yaml.SafeLoader):
-    """YAML in which a duplicate key is an error: PyYAML would silently drop the first value."""
+    """YAML loader that rejects duplicate keys; PyYAML would silently keep the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)

@@ -18,7 +18,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as pickles of protocol 2 name things
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names in pickles of protocol 2
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -47,11 +47,11 @@ UNPICKLER = "WeightsUnpickler error:"  # PyTorch's prefix of the problem
 UNKNOWN, UNREADABLE = "a name computed while unpickling", "unreadable instructions"
 NAMING = ("GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # instructions of protocols before STACK_GLOBAL that name code
 ADVICE = "In PyTorch 2.6, we changed"  # the start of PyTorch's advice to trust a file
-LARGEST_PICKLE = 1 << 30  # bytes, in a zip file
-LARGEST_UNPACKED = 1 << 26  # bytes, of a compressed file
+LARGEST_PICKLE = 1 << 30  # most bytes read from an entry of a zip file
+LARGEST_UNPACKED = 1 << 26  # most bytes unpacked from a compressed file
 ZIP, NUMPY, TAR, TAR_AT = b"PK\x03\x04", b"\x93NUMPY", b"ustar", 257
 COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-CONTAINERS = (ZIP, NUMPY, *COMPRESSED)  # files that may hold pickles, by their first bytes
+CONTAINERS = (ZIP, NUMPY, *COMPRESSED)  # first bytes of files that may contain pickles
 OBJECTS = re.compile(rb"['\"][|<>=]?O\d*['\"]")  # dtype in the header of a NumPy array that contains a pickle
 HUFFMAN = 1 << 10  # bytes; larger than the tables before the first compressed byte
 DEEPEST = 3  # nesting depth of containers

@@ -80,7 +80,7 @@ class CheckpointFolder:
         self._copies = HostCopies()
         self._in_flight: Save | None = None
         self._processor: Any = None
-        self.resumed: Path | None = None  # the checkpoint that the run continues from
+        self.resumed: Path | None = None  # the checkpoint that this run resumed from
 
     def save(
         self,

@@ -41,7 +41,7 @@ class JsonLines:
         lines from the copy in ``checkpoint``. Logs what was restored and what is lost. Lines of steps before ``step``
         that are not in the copy do not belong to the run and are removed."""
         content = self.path.read_bytes() if self.path.is_file() else b""
-        saved_at = checkpoint and checkpoint / LOGS / f"{self.path.name}.gz"  # older versions wrote none
+        saved_at = checkpoint and checkpoint / LOGS / f"{self.path.name}.gz"  # older versions have none
         copy = gzip.decompress(saved_at.read_bytes()) if saved_at and saved_at.is_file() else None
         copied = dict(_parse(copy or b"")[0])
         order, unreadable = _parse(content, {line: number for number, line in copied.items()})

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from vtprune_train.training.checkpoint.folder import TAG
 from vtprune_train.training.engine.files import DeepSpeedFiles, SavedState
 
-PORTABLE = "portable"  # the folder of a checkpoint
+PORTABLE = "portable"  # subfolder of a checkpoint
 INDEX = "index.json"
 AS_IS = "as_is"
 FILE_BYTES = 2**32

@@ -70,7 +70,7 @@ class Engine:
             self._deepspeed.step()  # counts the micro-batch
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``, averaged over ranks."""
+        """Accumulate the gradients of ``loss``, averaged over ranks."""
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def squared_grad_norm(self) -> Tensor:

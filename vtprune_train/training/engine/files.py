@@ -33,7 +33,7 @@ class SavedState(Protocol):
         it belongs to several parameters or to a part of one."""
 
     def read(self, name: str, key: str, start: int, numel: int) -> torch.Tensor:
-        """A stretch of the flattened tensor."""
+        """Elements ``start`` to ``start + numel`` of the flattened tensor."""
 
     def untrained_names(self) -> list[str]:
         """Names of the frozen parameters and buffers in the files."""

@@ -20,37 +20,39 @@ Scalar = tuple[str, float, int]
 
 
 class Monitors:
-    """Those that the DeepSpeed JSON switches on, ``master`` its ``MonitorMaster``. On ranks but 0 nothing happens."""
+    """The monitors enabled in the DeepSpeed JSON; ``master`` is DeepSpeed's ``MonitorMaster``. Does nothing on ranks
+    other than 0."""
 
     def __init__(self, master: Any):
         self._master = master
 
     @property
     def enabled(self) -> bool:
-        """Whether any is, on this rank."""
+        """Whether any monitor is enabled on this rank."""
         return ranks.rank() == 0 and bool(self._master.enabled)
 
     def write(self, scalars: list[Scalar]) -> None:
-        """Show scalars in all of them."""
+        """Write scalars to all monitors."""
         if self.enabled:
             self._master.write_events(scalars)
 
     @property
     def tensorboard(self) -> SummaryWriter | None:
-        """TensorBoard's writer; ``None`` on other ranks, where the JSON switches it off, or where it failed."""
+        """TensorBoard's writer; ``None`` on other ranks, if it is disabled in the JSON, or if it failed."""
         board = self._master.tb_monitor
         return board.summary_writer if board is not None and board.enabled else None
 
     def write_tensorboard(self, scalars: list[Scalar]) -> None:
-        """Show scalars in TensorBoard alone."""
+        """Write scalars to TensorBoard only."""
         if self.tensorboard is not None:
             self._master.tb_monitor.write_events(scalars)
 
 
 @contextmanager
 def optional_monitors() -> Iterator[None]:
-    """While a DeepSpeed engine is made: a monitor that cannot write is warned of and left out, and one that fails later
-    is switched off. DeepSpeed itself writes to them in every step, so their errors would end training."""
+    """Context manager for creating a DeepSpeed engine. A monitor that cannot write is skipped with a warning, and one
+    that fails later is disabled. Otherwise their errors would stop training, because DeepSpeed writes to them in every
+    step. """
     from deepspeed.monitor import monitor as deepspeed_monitor
 
     originals = {kind: getattr(deepspeed_monitor, kind) for kind in MODULES[deepspeed_monitor.__name__]}
@@ -86,15 +88,15 @@ def _optional(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _by_global_step(event: Scalar) -> Scalar:
-    """DeepSpeed's own events count the micro-batches of all ranks, all others global steps."""
+    """Convert the step of an event to global steps; DeepSpeed's own events count the micro-batches of all ranks."""
     tag, value, step = event
     return tag, value, step // ranks.world_size() if tag.startswith("Train/Samples/") else step
 
 
 def _warn(original: Any, settings: Any, error: Exception) -> None:
-    log.debug("where it came from", exc_info=True)
+    log.debug("traceback", exc_info=True)
     folder = Path(getattr(settings, "output_path", ""), getattr(settings, "job_name", ""))
     log.warning(
-        "%s of DeepSpeed could not write to %s (%s: %s); training goes on without it, metrics.jsonl has the numbers",
+        "%s of DeepSpeed could not write to %s (%s: %s); training continues without it, metrics.jsonl has the numbers",
         original.__name__, folder, type(error).__name__, error,
     )  # fmt: skip

@@ -19,20 +19,20 @@ PINNED = "deepspeed>=0.19.7,<0.20"
 ENGINE = {
     "checkpoint_engine.save": "state: replaced, to copy to the host what DeepSpeed would write",
     "_copy_recovery_script": "state: replaced, to not write a script",
-    "global_steps": "reshard: counters of the checkpoint",
-    "global_samples": "reshard: counters of the checkpoint",
-    "skipped_steps": "reshard: counters of the checkpoint",
-    "monitor.enabled": "monitors: whether there are any",
-    "monitor.tb_monitor": "monitors: TensorBoard's, None on other ranks or if it is switched off",
+    "global_steps": "reshard: counter restored from the checkpoint",
+    "global_samples": "reshard: counter restored from the checkpoint",
+    "skipped_steps": "reshard: counter restored from the checkpoint",
+    "monitor.enabled": "monitors: whether any is enabled",
+    "monitor.tb_monitor": "monitors: TensorBoard's; None on other ranks or if disabled",
     "monitor.write_events": "monitors: writes scalars to all of them",
 }
 ZERO = {
     "optimizer": "engine, reshard: the wrapped optimizer, which has the states",
-    "averaged_gradients": "gradients: of this rank's partition, by group",
+    "averaged_gradients": "gradients: gradients of this rank's partition, by group",
     "loss_scaler.dynamic": "gradients, reshard, state: whether float16's loss scale is dynamic",
     "loss_scaler.cur_scale": "gradients, reshard, state: the loss scale",
 }
-# By the class of ``engine.optimizer`` (or of one that it derives from).
+# By the class of ``engine.optimizer`` or a base class of it.
 OPTIMIZERS = {
     "DeepSpeedZeroOptimizer": {
         **ZERO,
@@ -49,13 +49,13 @@ OPTIMIZERS = {
         "dp_process_group": "layout: the ranks that share the parameters",
         "fp32_partitioned_groups_flat": "layout, reshard: float32 weights of this rank, by group",
         "fp16_partitioned_groups_flat": "reshard: this rank's weights in the dtype of the forward pass, by group",
-        "fp16_partitioned_groups": "reshard: the same, by parameter",
+        "fp16_partitioned_groups": "reshard: the same weights, by parameter",
         "unflatten": "reshard: splits the former into the latter",
         "checkpoint_event_prologue": "reshard: swaps in states on NVMe",
         "checkpoint_event_epilogue": "reshard: swaps them out",
         "swap_optimizer": "reshard: whether states are on NVMe",
         "offload_optimizer": "gradients: whether states are offloaded",
-        "persistent_parameters": "reshard: parameters that every rank keeps whole",
+        "persistent_parameters": "reshard: parameters that are not partitioned",
         "_pre_step": "gradients: resets micro-steps when gradients are discarded",
         "_overflow_clean_up": "gradients: discards them",
     },
@@ -63,7 +63,7 @@ OPTIMIZERS = {
         "optimizer": ZERO["optimizer"],
         "bf16_groups": "layout: parameters, by group",
         "fp32_groups_flat_partition": "layout: float32 weights of this rank, by group",
-        "fp32_groups_gradients_flat": "gradients: in float32, by group",
+        "fp32_groups_gradients_flat": "gradients: float32 gradients, by group",
     },
     "FP16_UnfusedOptimizer": {
         "optimizer": ZERO["optimizer"],
@@ -77,7 +77,7 @@ OFFLOADED = {  # if states are in host memory
 }
 DYNAMIC = {"min_scale": "engine: smallest loss scale of float16"}  # of a dynamic loss scaler
 BOARD = {  # of TensorBoard's monitor, if enabled
-    "enabled": "monitors: whether it still writes",
+    "enabled": "monitors: whether TensorBoard is enabled",
     "summary_writer": "monitors: writes images",
     "write_events": "monitors: writes scalars to TensorBoard only",
 }
@@ -87,8 +87,8 @@ PARAMETERS: dict[str, dict[str, str]] = {
     "BF16_Optimizer": {"_hp_mapping": "layout: where this rank keeps its part"},
     "DeepSpeedZeroOptimizer_Stage3": {
         "ds_id": "sharded: whether a parameter is partitioned, and the order in which gradients are summed",
-        "convert_to_zero_parameters": "sharded: partitions other parameters likewise",
-        "ds_numel": "layout: of the whole parameter",
+        "convert_to_zero_parameters": "sharded: partitions other parameters in the same way",
+        "ds_numel": "layout: elements of the whole parameter",
         "ds_tensor": "layout: this rank's partition",
         "partition_numel": "layout: the size of a rank's partition",
     },

@@ -51,7 +51,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         wrong.append("model.peft.kind=qlora: 4-bit weights cannot be partitioned by ZeRO-3; use zero2.json")
     if config.model.fp8 and zero_stage(settings) == 3:
         wrong.append(
-            "model.fp8=true keeps whole weights for the backward pass, which ZeRO-3 would partition; use zero2.json"
+            "model.fp8=true saves whole weights for the backward pass, but ZeRO-3 partitions them; use zero2.json"
         )
     if wrong:
         raise ConfigError("\n".join(wrong))

@@ -35,7 +35,7 @@ class Sharded(Placement):
 
         if is_partitioned(parameter):
             return
-        assert not parameter.is_meta, "a parameter without values"
+        assert not parameter.is_meta, "a parameter on the meta device"
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(self._dtype)
         parameter.data = parameter.data.contiguous()

@@ -142,7 +142,7 @@ class HostCopies:
         if isinstance(value, dict):
             copied: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
             copied.update((key, self.copy(item)) for key, item in value.items())
-            if hasattr(value, "_metadata"):  # of a module's state
+            if hasattr(value, "_metadata"):  # in a module's state dict
                 copied._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
             return copied
         if isinstance(value, list):

@@ -34,7 +34,7 @@ from vtprune_train.training.optimizer import parameter_groups, state_bytes
 GIB = 2**30
 RESERVED = 0.06  # share of a device's memory reserved for what is not counted
 ALLREDUCE_ELEMENTS = 5 * 10**8  # DeepSpeed's bucket at ZeRO 0
-FOUR_BIT_BYTES = 0.52  # a weight's 4 bits, and its share of the scales (NF4, double quantisation)
+FOUR_BIT_BYTES = 0.52  # of a weight in NF4: 4 bits and its share of the double-quantized scales
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -49,9 +49,9 @@ class Zero:
         accumulation: bytes of an accumulated gradient.
         bucket: elements of a reduction bucket.
         buckets: number of buckets at a time.
-        offloads_optimizer, offloads_weights: to host memory.
-        max_live: parameters that ZeRO-3 keeps gathered at a time.
-        sub_group: parameters that ZeRO-3 updates at a time.
+        offloads_optimizer, offloads_weights: whether they are in host memory.
+        max_live: most elements that ZeRO-3 keeps gathered at a time.
+        sub_group: elements that ZeRO-3 updates at a time.
         norm: whether DeepSpeed computes a gradient norm, in float64.
     """
 
@@ -145,7 +145,7 @@ class Parameters:
 
 
 def _numel(parameter: Any) -> int:
-    if parameter.dtype == torch.uint8:  # two 4-bit weights in each element
+    if parameter.dtype == torch.uint8:  # each element has two 4-bit weights
         return 2 * int(parameter.numel())
     return whole_shape(parameter).numel()
 
@@ -161,7 +161,7 @@ class States:
     """Bytes of weights, gradients and optimizer on one rank's device.
 
     Args:
-        weights: of the model.
+        weights: the model's weights.
         masters: float32 copies of the trained weights.
         moments: the optimizer's states.
         gradients: at the end of the last backward pass of a step; under ZeRO-3 including the bucket, which is kept.
@@ -210,12 +210,14 @@ class States:
             step: tuple[int, ...] = (a * largest, (4 if a < 4 else 0) * largest)
             weights = 0 if zero.offloads_weights else -(-weights // zero.ranks)
             states = cls(weights, masters, moments, a * mine + e * zero.bucket, 0, e * (reduced + gathered), step)
-        elif a > e:  # float32 gradients of this rank's part, added up bucket by bucket
+        elif a > e:  # float32 gradients of this rank's partition, accumulated bucket by bucket
             buckets = e * zero.buckets * zero.bucket + (e + 4) * reduced + _oversized(zero, parameters)
             states = cls(weights, masters, moments, a * mine, 0, buckets, norm)
         else:
             buckets = e * (zero.buckets * zero.bucket + reduced) + _oversized(zero, parameters)
-            waits = accumulates or (zero.stage == 1 and zero.buckets == 1)  # for all gradients, before it reduces any
+            waits = accumulates or (
+                zero.stage == 1 and zero.buckets == 1
+            )  # for all gradients before the first reduction
             more = e * (trained if zero.stage == 1 else mine) if waits else 0
             step = max((e * largest_part, cast * largest_part), norm, key=sum)
             states = cls(weights, masters, moments, e * mine, more, buckets, step)
@@ -232,7 +234,7 @@ class States:
 
     @property
     def stepping(self) -> int:
-        """Bytes at the peak of the optimizer step."""
+        """Peak bytes of the optimizer step."""
         return self.always + self.gradients + sum(self.step)
 
 
@@ -270,14 +272,16 @@ class LayerBytes:
 
     @classmethod
     def of_decoder(cls, config: Any, element: int, trained: bool, copies_output: bool) -> LayerBytes:
-        """A Llama-like layer (Llama, Mistral, Qwen2, Qwen3), as transformers writes it.
+        """A Llama-like layer (Llama, Mistral, Qwen2, Qwen3) as implemented in transformers.
 
-        Saved are, in elements of the model's dtype unless noted: for each of two RMSNorms its input in float32, 1 / RMS
-        in float32, what the weight multiplies, and the output (the input of linear layers); queries, keys, values and
-        output of attention, and its log-sum-exp in float32; gate, SiLU(gate), up and their product. Linear layers and
-        norms whose weights are frozen do not need their inputs. Norms of queries and keys come on top if it has any,
-        and attention's output once more if the backend ``copies_output`` (``varlen_sdpa``). ``element``: bytes of an
-        activation.
+        Saved tensors, in the model's dtype unless noted:
+
+        - for each of two RMSNorms: the input (float32), 1 / RMS (float32), the normalized input and the output;
+        - attention: queries, keys, values, output and log-sum-exp (float32), norms of queries and keys if the model
+          has them, and a copy of the output if the backend ``copies_output`` (``varlen_sdpa``);
+        - MLP: gate, SiLU(gate), up and their product.
+
+        Linear layers and norms with frozen weights do not save their inputs. ``element``: bytes of an activation.
         """
         g = DecoderGeometry.of(config)
         q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
@@ -287,12 +291,14 @@ class LayerBytes:
             norms += (4 + if_trained) * (q + k) + 4 * (g.heads + g.kv_heads)
         attention = element * 2 * (q + k) + 4 * g.heads + (if_trained * q if copies_output else 0)
         mlp = (3 * element + if_trained) * g.intermediate
-        backward = 2 * element * (g.intermediate + g.hidden)  # gradients in the MLP, where all the rest is still saved
+        backward = (
+            2 * element * (g.intermediate + g.hidden)
+        )  # gradients in the MLP, while all other tensors are still saved
         return cls(norms + attention + mlp, element * g.hidden, backward)
 
     @classmethod
     def of_tower(cls, saved: SavedByTower, element: int) -> LayerBytes:
-        """A trained layer of a vision tower."""
+        """A trained layer of a vision tower, with activations of ``element`` bytes."""
         c, m = saved.hidden, saved.intermediate
         return cls(saved.raw_bytes + element * saved.elements, element * c, 2 * element * (m + c))
 
@@ -316,9 +322,9 @@ class Geometry:
 
     @classmethod
     def of(cls, model_config: Any, dtype: str, train: Sequence[str], attention: str) -> Geometry:
-        """Read the config of a family that the loop trains, for weights of ``dtype``, the parts in ``model.train`` and
-        the decoder's ``attention`` backend. Under an adapter layers are counted as if they were trained themselves: a
-        little more than norms with frozen weights save, and what the adapter saves."""
+        """Read a model config, for weights of ``dtype``, the parts in ``train`` (``model.train``) and the decoder's
+        ``attention`` backend. With an adapter, layers are counted as trained: slightly more than their frozen norms
+        save, which allows for the adapter's activations."""
         text, e = model_config.text_config, DTYPE_BYTES[dtype]
         tower = trained_family(model_config.model_type, "this config")[1].saved(model_config)
         trained = "language_model" in train
@@ -364,7 +370,7 @@ class Activations:
 
     Args:
         stages: saved for the backward pass by each stage's decoder layers.
-        tower: saved by tower and projector, and for placing the features among the text.
+        tower: saved by the tower, the projector and the merge of image features into the text.
         head: kept from the loss to the backward pass: gradients of the head's weight and input.
         peak: largest sum, in the head or in the backward pass of a layer, including its recomputation.
         working: the part of ``peak`` that is not saved: the layer's recomputed activations and temporaries, or the
@@ -450,11 +456,11 @@ class Prediction:
             ("float32 master weights", states.masters),
             ("optimizer states", states.moments),
             ("gradients", states.gradients),
-            ("gradients of one more micro-batch", states.accumulating),
+            ("gradients of the current micro-batch", states.accumulating),
             ("buckets and gathered weights", states.buckets),
             ("activations, by stage", sum(saved.stages)),
             ("tower and projector", saved.tower),
-            (f"working set of {saved.where}", saved.working),
+            (f"temporaries of {saved.where}", saved.working),
             ("temporaries of the optimizer step", sum(states.step)),
         ]
         lines = [f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in rows]

@@ -69,7 +69,7 @@ class Allocations:
 def _changes(events: list[Any]) -> list[tuple[int, int]]:
     """(time, bytes) of each allocation and release. Releases in threads that are not profiled (gloo's) are missing from
     the record; they are detected when the address is reused."""
-    starts: list[int] = []  # of live blocks, ascending
+    starts: list[int] = []  # addresses of live blocks, ascending
     sizes: dict[int, int] = {}
     changes = []
     for event in sorted(events, key=lambda event: event.start_time_ns):
