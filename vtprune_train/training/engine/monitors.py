@@ -52,7 +52,7 @@ class Monitors:
 def optional_monitors() -> Iterator[None]:
     """Context manager for creating a DeepSpeed engine. A monitor that cannot write is skipped with a warning, and one
     that fails later is disabled. Otherwise their errors would stop training, because DeepSpeed writes to them in every
-    step. """
+    step."""
     from deepspeed.monitor import monitor as deepspeed_monitor
 
     originals = {kind: getattr(deepspeed_monitor, kind) for kind in MODULES[deepspeed_monitor.__name__]}
