@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from vtprune_train.config.settings import TrainConfig
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
 from vtprune_train.training.checkpoint import manifest

@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vtprune_train.config.settings import TrainConfig
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.training.memory.predict import Parameters, States, Zero
 from vtprune_train.training.memory.track import track_allocations
 

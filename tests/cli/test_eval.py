@@ -132,7 +132,7 @@ def test_true_answers_that_are_longer_than_may_be_made_are_told_of(options, data
     records[0]["conversations"][1]["value"] = "a red cat on the left ."
     (data.parent / "long.json").write_text(json.dumps(records))
     assert main([*options, "--data", str(data.parent / "long.json"), "--out", str(data.parent / "long")]) == 0
-    assert "1 of 3 true answers have more than --max_new_tokens=6 tokens (up to 7)" in caplog.text
+    assert "1 of 3 reference answers have more than --max_new_tokens=6 tokens (up to 7)" in caplog.text
 
 
 def test_special_tokens_in_true_answers_count_no_more_than_in_answers(options, data, tmp_path):
@@ -323,7 +323,7 @@ def test_unreadable_and_malformed_samples_are_named(caplog, capsys, options, dat
         (["--model", "/nowhere"], "there is no such folder"),
         (["--method", "tome"], "method='tome' is unknown"),
         (["--layers", "2,8"], "layer 8 does not exist in a decoder of 6 layers"),
-        (["--compare", "dense", "--method", "none"], "--compare dense: the model runs dense already"),
+        (["--compare", "dense", "--method", "none"], "--compare dense: the model already runs dense"),
         (["--limit", "0"], "--limit=0"),
         (["--batch_size", "0"], "--batch_size=0 is below 1"),
         (["--out", __file__], "cannot be written to"),

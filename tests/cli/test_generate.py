@@ -143,7 +143,7 @@ def test_a_runs_template_is_used(capsys, run_folder, pictures):
 def test_a_template_that_leaves_the_question_out_is_named(caplog, capsys, tmp_path, pictures):
     run = save_run(tmp_path, template="plain")
     said(capsys, "--model", run, "--image", pictures[0], "--prompt", QUESTION)
-    assert "leaves the text of the prompt out" in caplog.text
+    assert "leaves out the text of the prompt" in caplog.text
 
 
 def test_prompts_get_the_tokens_of_training(run_folder):
@@ -265,7 +265,7 @@ def test_dtype(folder):
         (["--method", "tome"], "method='tome' is unknown; known methods: pyramiddrop"),
         (["--layers", "2,9"], "layer 9 does not exist in a decoder of 6 layers"),
         (["--keep", "2,1"], "2.0 is not in (0, 1]"),
-        (["--method", "none", "--keep", "0.5"], "--keep has no effect: --method is none"),
+        (["--method", "none", "--keep", "0.5"], "--keep has no effect with --method none"),
         (["--positions", "first"], "positions='first' is not one of renumber, keep"),
         (["--prompt", "<image><image> ?"], "0 picture(s) but 2 <image> in the prompt"),
         (["--max_new_tokens", "0"], "--max_new_tokens=0"),
@@ -284,7 +284,7 @@ def test_wrong_input_is_one_line(capsys, folder, options, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--layers", "2,x"], "'2,x' is no list of numbers such as 8,16,24"), (["--device", "tpu"], "invalid choice")],
+    [(["--layers", "2,x"], "'2,x' is not a list of numbers such as 8,16,24"), (["--device", "tpu"], "invalid choice")],
 )
 def test_wrong_options(capsys, folder, options, message):
     with pytest.raises(SystemExit) as stopped:
@@ -301,4 +301,4 @@ def test_a_device_that_is_not_there(capsys, folder, monkeypatch):
 def test_settings_without_a_saved_method(capsys, tmp_path):
     folder = save_folder(tmp_path, method=None)
     assert main(["generate", "--model", str(folder), "--prompt", QUESTION, "--keep", "0.5"]) == 2
-    assert "name the --method" in capsys.readouterr().err
+    assert "set --method" in capsys.readouterr().err

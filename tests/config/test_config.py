@@ -4,9 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +13,12 @@ from pydantic import BaseModel
 
 from vtprune_train import PruningMethod, PyramidDrop
 from vtprune_train.cli.checkpoint import schedule
+from vtprune_train.config.data import SourceConfig
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import changed_settings, differences, dump_config, load_config, without_effect
-from vtprune_train.config.settings import Config, ConfigError, ModelConfig, PruningConfig, SourceConfig
+from vtprune_train.config.model import ModelConfig
+from vtprune_train.config.pruning import PruningConfig
+from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.pruning import METHODS, method_class, setting_types
@@ -50,7 +52,7 @@ def errors_of(path, *overrides):
         ("pruning.keep=[1.5, 0.2, 0.1]", ["pruning.keep", "1.5 is not in (0, 1]"]),
         ("pruning.keep=[0.5, 0.2, 0.0]", ["pruning.keep", "0.0 is not in (0, 1]"]),
         ("pruning.method=pyramid", ["pruning", "'pyramid' is unknown", "did you mean pyramiddrop?"]),
-        ("pruning.method=3", ["pruning.method: 3 is no name of a method and no list", "vtprune methods --names"]),
+        ("pruning.method=3", ["pruning.method: 3 is not the name of a method", "vtprune methods --names"]),
         ("pruning.method_=fastv", ["'method_' is not a setting of pyramiddrop; did you mean method?"]),
         ("pruning.keep=0.5", ["pruning.keep=0.5 does not fit; it takes a list such as [0.5]; the default is [0.5, "]),
         ("pruning={method: fastv, keep: [0.5]}", ["pruning.keep=[0.5] does not fit; it takes a number; the default"]),
@@ -58,11 +60,14 @@ def errors_of(path, *overrides):
         ("pruning={method: feather, layers: [4]}", ["it takes a list of 2 such as [1, 1] or null; the default"]),
         ("pruning={method: voco, hidden_after: query}", ["'hidden_after' is not a setting of voco"]),
         ("pruning.method=[fastv, {method: plphp, keep: 7}]", ["pruning: entry 2 of", "plphp: keep=7 is not in [0, 1]"]),
-        ("pruning.method=[fastv, {method_: plphp}]", ["pruning: entry 2 of the list", "names no method; write"]),
-        ("pruning.method=[[fastv], plphp]", ["pruning: entry 1 of the list", "names no method; write"]),
-        ("pruning.method=[none, plphp]", ["pruning: entry 1 of the list", "names no method; write"]),
-        ("pruning.method=[]", ["names at least one method; write none for the dense model"]),
-        ("pruning.method=[pyramiddrop, lvlm_csp]", ["pruning: pyramiddrop drops before layer 2, where lvlm_csp"]),
+        (
+            "pruning.method=[fastv, {method_: plphp}]",
+            ["pruning: entry 2 of the method list", "has no method name; use"],
+        ),
+        ("pruning.method=[[fastv], plphp]", ["pruning: entry 1 of the method list", "has no method name; use"]),
+        ("pruning.method=[none, plphp]", ["pruning: entry 1 of the method list", "has no method name; use"]),
+        ("pruning.method=[]", ["list at least one method, or use none for the dense model"]),
+        ("pruning.method=[pyramiddrop, lvlm_csp]", ["pruning: pyramiddrop drops tokens before layer 2, but lvlm_csp"]),
         ("pruning.method=[random, {method: fastv, layer: 9}]", ["pruning: fastv: layer=9 does not fit a decoder of 8"]),
         ("data.max_tokens=100", ["data.max_tokens=100", "data.max_length=256", "raise max_tokens"]),
         ("data.train=[{path: a, take: some}]", ["data.train.0.take", "'some'", "first:N"]),
@@ -70,7 +75,7 @@ def errors_of(path, *overrides):
         ("model.train.projektor=1", ["model.train", "'projektor'", "did you mean projector?"]),
         ("model.train={}", ["model.train", "nothing would be trained"]),
         ("model.path=x", ["model", "path and config are both set"]),
-        ("model.config=null", ["model has no origin", "model.path"]),
+        ("model.config=null", ["model has no source", "model.path"]),
         ("model.dtype=int8", ["model.dtype", "'int8'"]),
         ("nonsense", ["'nonsense' is not key=value"]),
     ],
@@ -109,16 +114,8 @@ def test_a_bare_name_is_found_here_first_then_in_configs(tmp_path, monkeypatch):
     assert load_config("quickstart.yaml").run.name == "quickstart"
     (tmp_path / "quickstart.yaml").write_text("{run: {name: mine}, model: {path: x}}")
     assert load_config("quickstart.yaml").run.name == "mine"
-    with pytest.raises(ConfigError, match=r"quikstart.yaml is neither here nor in configs/ \(there: .*quickstart.yaml"):
+    with pytest.raises(ConfigError, match=r"quikstart.yaml does not exist; the package has .*configs/quickstart.yaml"):
         load_config("quikstart.yaml")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_line_of_a_shipped_config_is_commented(path):
-    for line in path.read_text().splitlines():
-        key, colon, rest = line.strip().lstrip("- ").partition(":")
-        if colon and rest.strip() and not key.startswith("#") and not key.startswith("{"):
-            assert "#" in line, line
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -153,7 +150,7 @@ def test_deepspeed_keys_that_belong_to_the_run_are_refused():
     config = load_config("quickstart.yaml", ["deepspeed={gradient_clipping: 1.0, zero_optimization: {stage: 1}}"])
     with pytest.raises(ConfigError, match=r"gradient_clipping is set by train.clip; remove it"):
         describe(config)
-    with pytest.raises(ConfigError, match=r"zero9.json is neither here"):
+    with pytest.raises(ConfigError, match=r"zero9.json does not exist"):
         describe(load_config("quickstart.yaml", ["deepspeed=configs/deepspeed/zero9.json"]))
 
 
@@ -235,12 +232,11 @@ def test_another_method_begins_with_its_own_defaults(caplog):
     assert lines == [f"pruning: 'keep' is not a setting of {own}; it has: share"]
 
 
-@dataclass(frozen=True)
 class Every(PruningMethod):
     """A method of one setting."""
 
     share: float = 0.5
-    name: ClassVar[str] = "every"
+    name = "every"
 
     def drops(self, num_layers):
         return (Drop(1, self.share),)
@@ -263,7 +259,7 @@ def test_a_list_is_a_combination(caplog):
     assert "every + pyramiddrop: before layers 1, 2, 4, 6 of 8 it keeps 0.25, 0.5, 0.25, 0.125" in report
     assert schedule(config.pruning.model_dump()).endswith("Every + pyramiddrop 0.5/0.25/0.125 evenly")
     lines = errors_of("quickstart.yaml", "pruning={method: [pyramiddrop, pyramiddrop], keep: [0.5]}")
-    assert len(lines) == 1 and "pruning.keep=[0.5] stands beside a list of methods" in lines[0]
+    assert len(lines) == 1 and "pruning.keep=[0.5] is set beside a list of methods" in lines[0]
 
 
 def test_one_share_eases_in_too():
@@ -289,7 +285,7 @@ def test_a_section_of_its_own_file(tmp_path):
     assert config.pruning.build() == PyramidDrop(layers=(3,), keep=(0.3,), positions="keep")
     (tmp_path / "bare.yaml").write_text("layers: [3]")
     assert "has no section pruning" in errors_of("quickstart.yaml", f"pruning={tmp_path}/bare.yaml")[0]
-    assert "nowhere.yaml is neither here nor in" in errors_of("quickstart.yaml", "pruning=nowhere.yaml")[0]
+    assert "nowhere.yaml does not exist" in errors_of("quickstart.yaml", "pruning=nowhere.yaml")[0]
 
 
 def test_the_dry_run_states_the_resolved_schedule():
@@ -301,7 +297,7 @@ def test_the_dry_run_states_the_resolved_schedule():
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("qwen2_5_vl_pdrop.yaml", ["pruning.method=visionzip"], "visionzip reads the vision tower's attention, which"),
+        ("qwen2_5_vl_pdrop.yaml", ["pruning.method=visionzip"], "visionzip needs the vision tower's attention, which"),
         ("quickstart.yaml", ["pruning={method: visionzip, layer: 9}"], "visionzip: the vision tower has no layer 9"),
     ],
 )
@@ -322,7 +318,7 @@ def test_settings_of_the_checkpoint_that_no_longer_fit_are_named():
         (lambda: PyramidDrop(layers=8), r"layers=8 does not fit; it takes a list such as \[1\] or null"),
         (lambda: PyramidDrop(layers=(8.5, 16, 24)), r"layers=\(8.5, 16, 24\) does not fit"),
         (lambda: PyramidDrop(keep=("a", 0.5, 0.1)), r"keep=\('a', 0.5, 0.1\) does not fit"),
-        (lambda: PyramidDrop(layers=(8, 16)), r"layers=\[8, 16\] has 2 entries but keep=.* has 3; give as many"),
+        (lambda: PyramidDrop(layers=(8, 16)), r"layers=\[8, 16\] has 2 entries but keep=.* has 3; they must"),
         (lambda: PyramidDrop(positions=None), r"positions=None is not one of renumber, keep"),
     ],
 )  # fmt: skip

@@ -16,7 +16,9 @@ from datasets import Dataset
 
 from tests.support.data import build, index_of, say, write_tar
 from tests.support.helpers import tiny_tokenizer
-from vtprune_train.config.settings import Config, ConfigError, find_file, nearest_name
+from vtprune_train.config.errors import ConfigError, nearest_name
+from vtprune_train.config.paths import find_file
+from vtprune_train.config.settings import Config
 from vtprune_train.data import records as record_module
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source
@@ -309,7 +311,7 @@ def test_a_folder_of_many_pictures_is_listed_at_once(tmp_path, monkeypatch):
     assert find_files(tmp_path) == [tmp_path / "train.jsonl"]
     assert nearest_name("picture_000001.jpeg", os.listdir(tmp_path), 0.5).startswith("picture_000001")  # noqa: PTH208
     assert nearest_name("tran.jsonl", os.listdir(tmp_path), 0.5) == "train.jsonl"  # noqa: PTH208
-    with pytest.raises(ConfigError, match=r"picture.yaml is neither here nor in configs"):
+    with pytest.raises(ConfigError, match=r"picture.yaml does not exist"):
         find_file(str(tmp_path / "picture.yaml"), "--config")
     assert len(asked) < 100 and len(compared) < 2000
 

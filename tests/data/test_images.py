@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from transformers import Qwen2VLImageProcessorPil
 
 from tests.support.families import QWEN_SIZE, family_model, family_processor
-from vtprune_train.config.settings import DataConfig
+from vtprune_train.config.data import DataConfig
 from vtprune_train.data import images
 from vtprune_train.data.images import MAX_PIXELS, UnreadableImage, image_size, load_image
 from vtprune_train.models.families import trained_family

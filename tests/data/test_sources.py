@@ -19,8 +19,8 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from tests.support.data import build, collator, index_of, picture_bytes, say, write_tar
 from tests.support.helpers import tiny_tokenizer
 from tests.support.runner import Runs, assert_equal_checkpoints
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config, without_effect
-from vtprune_train.config.settings import ConfigError
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
 from vtprune_train.data.index import Source
 from vtprune_train.data.records import Conversation, Prompt, read_records
@@ -420,12 +420,12 @@ def test_mixtures_in_files(tmp_path):
         ([{"path": "a", "weights": 2}], ["x.yaml, entry 0: weights: unknown key; did you mean", "weight?"]),
         ([{"path": "a"}, {"path": "b", "weight": -1}], ["x.yaml, entry 1: weight", "greater than 0"]),
         ([{"weight": 1}], ["x.yaml, entry 0: path", "required"]),
-        ([{"path": "a", "prompt": {"prefix": "<image>"}}], ["prompt.prefix", "brings no image"]),
+        ([{"path": "a", "prompt": {"prefix": "<image>"}}], ["prompt.prefix", "a prompt has no image"]),
         ([{"include": "x.yaml"}], ["x.yaml includes itself"]),
-        ([{"include": "gone.yaml"}], ["gone.yaml is neither here nor in configs/"]),
-        ([{"include": "x.yaml", "weight": 2}], ["an entry with include has nothing beside it", "weight"]),
-        ({"files": []}, ["x.yaml holds no mixture"]),
-        ([{"path": "a", "name": "n"}, {"path": "b", "name": "n"}], ["data.train", "two entries are named 'n'"]),
+        ([{"include": "gone.yaml"}], ["gone.yaml does not exist"]),
+        ([{"include": "x.yaml", "weight": 2}], ["an entry with include cannot have other keys", "weight"]),
+        ({"files": []}, ["x.yaml is not a mixture"]),
+        ([{"path": "a", "name": "n"}, {"path": "b", "name": "n"}], ["data.train", "two entries have the name 'n'"]),
         (["a.json"], ["x.yaml, entry 0"]),
         ("a.jsonl", ["a.jsonl is a data file, not a mixture"]),
         ("broken.yaml", ["broken.yaml is not YAML"]),

@@ -66,7 +66,7 @@ def parsed(monkeypatch):
 
 
 def train_arguments(words):
-    parser = cli.TrainParser(prog="train.py")
+    parser = cli.TrainParser(prog="train.py", add_help=False)
     cli.add_train_arguments(parser)
     return parser.parse_intermixed_args(words)
 
@@ -118,7 +118,8 @@ def yaml_blocks():
 
 @pytest.mark.parametrize("block", yaml_blocks())
 def test_settings_load(block, tmp_path, monkeypatch):
-    """Each block is valid beside the keys of the quickstart's recipe that it does not set."""
+    """Each block is valid by itself if it names a base, else beside the keys of the quickstart's recipe that it does
+    not set."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mixtures").mkdir()
     (tmp_path / "mixtures" / "charts.yaml").write_text("- {path: charts.json}\n")
@@ -127,6 +128,9 @@ def test_settings_load(block, tmp_path, monkeypatch):
         [code] = blocks("docs/methods/own.md", "python")
         (tmp_path / "outliers.py").write_text(code)
     (tmp_path / "block.yaml").write_text(block)
+    if tree.pop("base", None) is not None:
+        assert load_config("block.yaml").run.name == tree["run"]["name"]
+        return
     base = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     for section, values in tree.items():
         if section == "pruning":

@@ -20,7 +20,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from vtprune_train.config.settings import TrainConfig
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.models.io.export import Plan
 from vtprune_train.training.checkpoint import folder as folder_module
 from vtprune_train.training.checkpoint import manifest

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.runner import ROOT, WARM, Runs, assert_equal_checkpoints
-from vtprune_train.config.settings import TrainConfig
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.training.checkpoint.folder import TrainerState
 from vtprune_train.training.faults.diagnosis import Watch, first_fault, non_finite_parameters, statistics, write_report
 from vtprune_train.training.faults.non_finite import TrainingError, _count

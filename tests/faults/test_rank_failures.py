@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vtprune_train.config.settings import ConfigError
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.training import distributed
 from vtprune_train.training.faults.rank_failures import (
     CONSEQUENCE_SECONDS,

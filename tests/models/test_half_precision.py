@@ -13,7 +13,7 @@ from tests.support.half_precision import LONG
 from tests.support.helpers import tiny_model
 from tests.support.runner import ROOT
 from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.config.settings import ConfigError
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.evaluation.answering import load_weights
 from vtprune_train.training.engine.start import start_engine
 from vtprune_train.training.optimizer import OptimizerSpec

@@ -12,8 +12,9 @@ from tests.support.helpers import tiny_model
 from tests.support.phases import LAYERS, METHOD, SIZES, make_parts  # noqa: F401
 from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train import PyramidDrop, prune
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config, without_effect
-from vtprune_train.config.settings import ConfigError, PruningConfig
+from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.core.flops import selector_flops
 from vtprune_train.data.index import Lengths
 from vtprune_train.data.plan.planner import StepCosts

@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 from transformers import AutoTokenizer
 
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.models.io.build import build_model
 from vtprune_train.models.io.placement import placement_of, whole_shape
 from vtprune_train.training.engine.sharded import Sharded, is_partitioned

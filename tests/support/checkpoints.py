@@ -14,7 +14,7 @@ from PIL import Image
 from tests.support.families import SPECIAL, family_model
 from tests.support.helpers import tiny_model, tiny_processor
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config.settings import DataConfig
+from vtprune_train.config.data import DataConfig
 from vtprune_train.training.checkpoint.manifest import files_in, sync_and_hash, write_manifest
 
 HALF = PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))

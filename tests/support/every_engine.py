@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import nn
 
-from vtprune_train.config.settings import ConfigError
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.training.engine import private
 from vtprune_train.training.engine.start import start_distributed, start_engine
 from vtprune_train.training.optimizer import OptimizerSpec

@@ -16,7 +16,7 @@ import torch
 from tests.support.families import FAMILIES, family_inputs, family_model, tokenizer
 from tests.support.helpers import PINPOINTS
 from vtprune_train import prune
-from vtprune_train.config.settings import ModelConfig, PeftConfig
+from vtprune_train.config.model import ModelConfig, PeftConfig
 from vtprune_train.models.families import family_of
 from vtprune_train.models.families.base import Lacks
 from vtprune_train.models.io.build import build_model

@@ -8,8 +8,9 @@ from torch import nn
 
 from tests.support.families import family_model
 from tests.support.runner import ROOT, WARM, Runs, assert_same_metrics
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.config.settings import ConfigError, TrainConfig
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.training.engine.start import check_optimizer
 from vtprune_train.training.memory.predict import Parameters, States, Zero

@@ -5,8 +5,9 @@ import math
 import pytest
 
 from tests.support.runner import Runs
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config, without_effect
-from vtprune_train.config.settings import ConfigError, TrainConfig
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.training.schedules import check_schedule, rate_factor
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from vtprune_train.config.settings import PeftConfig
+from vtprune_train.config.model import PeftConfig
 from vtprune_train.core.flops import (
     TYPICAL_TEXT,
     DecoderGeometry,

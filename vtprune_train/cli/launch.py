@@ -20,8 +20,9 @@ from typing import Any
 
 import psutil  # not where a signal is handled: another one may come in the middle of an import
 
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.processes.launchers import announce
 from vtprune_train.processes.output import keep_streams
 from vtprune_train.processes.signals import (

@@ -11,7 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vtprune_train.config.settings import Config, ConfigError, SourceConfig, nearest_name
+from vtprune_train.config.data import SourceConfig
+from vtprune_train.config.errors import ConfigError, nearest_name
+from vtprune_train.config.settings import Config
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
 from vtprune_train.data.measure import picture_name

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vtprune_train.config.settings import ConfigError
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.core.stream import to_device
 
 log = logging.getLogger(__name__)

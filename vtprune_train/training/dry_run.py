@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import transformers
 
-from vtprune_train.config.settings import Config, ConfigError, pruning_refusal
+from vtprune_train.config.errors import ConfigError, pruning_refusal
+from vtprune_train.config.settings import Config
 from vtprune_train.core.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.core.stream import Drop
 from vtprune_train.data.chat import get_template

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune_train.config.settings import ConfigError, TrainConfig, did_you_mean
+from vtprune_train.config.errors import ConfigError, did_you_mean
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.core import user_code
 from vtprune_train.models.io.build import parts_of
 from vtprune_train.models.io.placement import whole_shape

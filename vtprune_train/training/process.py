@@ -14,7 +14,8 @@ from typing import NoReturn
 
 import torch
 
-from vtprune_train.config.settings import Config, ConfigError, refusal
+from vtprune_train.config.errors import ConfigError, refusal
+from vtprune_train.config.settings import Config
 from vtprune_train.data.load.workers import wait_for_server
 from vtprune_train.models.forward.kernels import be_deterministic
 from vtprune_train.processes.output import keep_streams

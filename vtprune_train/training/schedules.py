@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from vtprune_train.config.settings import ConfigError, TrainConfig
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.core import user_code
 from vtprune_train.core.rounding import ceil_of
 

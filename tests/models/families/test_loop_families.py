@@ -37,7 +37,7 @@ from tests.support.family_runs import (
 from tests.support.helpers import Reads, tiny_tokenizer
 from tests.support.runner import TINY, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.core.stream import IGNORE
 from vtprune_train.models.families import qwen2_5_vl, trained_family
 from vtprune_train.models.families.towers import tile_tower

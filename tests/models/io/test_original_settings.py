@@ -15,7 +15,7 @@ from tests.support.families import family_model, family_processor, tokenizer
 from tests.support.helpers import tiny_model, tiny_processor
 from tests.support.original_checkpoints import convert, original_names, read, refused, same, write_original
 from vtprune_train.cli import main
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.models.families import family_of
 from vtprune_train.models.io.build import _load_projector, build_model
 from vtprune_train.models.io.processors import open_processor

@@ -25,8 +25,10 @@ from tests.support.model_parts import save_parts
 from tests.support.runner import TINY, Runs, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.config.settings import Config, ConfigError, PeftConfig
+from vtprune_train.config.model import PeftConfig
+from vtprune_train.config.settings import Config
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.io.build import parts_of, resolve_checkpoint, set_trainable
 from vtprune_train.models.io.peft import adapt, adapted_of, check_quantisation, linear_layers, open_adapter

@@ -18,8 +18,9 @@ from tests.support.helpers import tiny_model
 from tests.support.packed import random_batch, random_segment
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.io.build import parts_of, set_trainable
 from vtprune_train.models.io.method_parameters import attach, modules_to_save
@@ -317,7 +318,7 @@ def test_peft_s_own_saving_takes_them_where_it_is_told(method, tmp_path, caplog)
     plain = copy.deepcopy(base)
     prune(get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])), method)
     names = modules_to_save(prune(base, method))
-    assert f"leaves out: prune first, then get_peft_model(model, LoraConfig(modules_to_save={names}" in caplog.text
+    assert f"does not save: prune first, then get_peft_model(model, LoraConfig(modules_to_save={names}" in caplog.text
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=names))
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad and ".pruning." in name}
     adapted.train()(**inputs, labels=inputs["input_ids"]).loss.backward()

@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from tests.support.runner import ROOT
-from vtprune_train.config.settings import ConfigError
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.training.engine import private
 
 ENGINE = ROOT / "vtprune_train" / "training" / "engine"

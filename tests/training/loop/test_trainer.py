@@ -10,7 +10,8 @@ import torch
 from tests.support.fake_cuda import DEVICE, READ, FakeCuda
 from tests.support.packed import pruned
 from tests.support.phases import LAYERS, METHOD, make_parts  # noqa: F401
-from vtprune_train.config.settings import RunConfig, TrainConfig
+from vtprune_train.config.run import RunConfig
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.data.plan.planner import StepPlan
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning.phases import Phases

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, config_of_parts, trained_family

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from vtprune_train.config import settings as settings_of_runs
-from vtprune_train.config.settings import ConfigError, ModelConfig
+from vtprune_train.config import model as model_settings
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.io.build import LEARNED_NAME, build_model, first_line, resolve_checkpoint
@@ -72,7 +73,7 @@ def linear_layers(model: HFModule) -> list[str]:
     return list(dict.fromkeys(n.rpartition(".")[2] for n, m in layers.named_modules() if isinstance(m, nn.Linear)))
 
 
-def lora_config(settings: settings_of_runs.PeftConfig, model: HFModule) -> LoraConfig:
+def lora_config(settings: model_settings.PeftConfig, model: HFModule) -> LoraConfig:
     """PEFT's settings; the targets are one expression, so that layers of the tower with the same names stay as they
     are.
 
@@ -99,7 +100,7 @@ def lora_config(settings: settings_of_runs.PeftConfig, model: HFModule) -> LoraC
     )
 
 
-def adapt(model: HFModule, settings: settings_of_runs.PeftConfig) -> None:
+def adapt(model: HFModule, settings: model_settings.PeftConfig) -> None:
     """Put a fresh adapter into the model; B is zero, so its outputs stay the same.
 
     Raises:
@@ -186,7 +187,7 @@ def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placemen
     return _open_base(folder, config.dtype, placement)
 
 
-def continue_adapter(model: HFModule, settings: settings_of_runs.PeftConfig, folder: Path) -> None:
+def continue_adapter(model: HFModule, settings: model_settings.PeftConfig, folder: Path) -> None:
     """Load the adapter of a checkpoint into the fresh one of a new run.
 
     Raises:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.models import HFModule
 from vtprune_train.models.io.build import (
     build_model,

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.models.io.build import family_of_config, first_line, load_model_config, resolve_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vtprune_train.config.settings import ConfigError
+from vtprune_train.config.errors import ConfigError
 
 PINNED = "deepspeed>=0.19.7,<0.20"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 
 # Keys derived from these settings; an error in a DeepSpeed JSON, where they would be ignored.
 DERIVED_KEYS = {

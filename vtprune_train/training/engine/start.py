@@ -13,7 +13,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from vtprune_train.config.settings import Config, ConfigError, TrainConfig
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.core import user_code
 from vtprune_train.models.io.placement import note_shapes
 from vtprune_train.training.distributed import rank

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vtprune_train.config.settings import ConfigError
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.training import distributed as ranks
 
 EXIT_HUNG = 124  # as timeout(1)

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.core.flops import TrainingCost
 from vtprune_train.data.index import SampleIndex, Source, build_index
 from vtprune_train.data.load.collate import Collator

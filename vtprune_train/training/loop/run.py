@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import dump_config, without_effect
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.data.index import SampleIndex
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.load.workers import start_server

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.config.settings import Config, DataConfig
+from vtprune_train.config.data import DataConfig
+from vtprune_train.config.settings import Config
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
 from vtprune_train.data.images import UNREADABLE, image_size
 from vtprune_train.data.load.collate import Collator

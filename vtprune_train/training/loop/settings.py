@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vtprune_train.config.settings import TRAINING_ONLY, Config, ConfigError, PruningConfig
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.pruning import TRAINING_ONLY, PruningConfig
+from vtprune_train.config.settings import Config
 from vtprune_train.models.io.build import resolve_checkpoint, saved_pruning
 from vtprune_train.pruning.learned import learns
 from vtprune_train.training import distributed as ranks

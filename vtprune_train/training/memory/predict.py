@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtprune_train.config.settings import Config, TrainConfig
+from vtprune_train.config.settings import Config
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.core import user_code
 from vtprune_train.core.flops import DecoderGeometry, stage_layers
 from vtprune_train.core.stream import PackedBatch
