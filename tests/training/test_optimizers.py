@@ -43,7 +43,7 @@ def test_adamw_is_what_it_was():
         ("adamw", {"betas": [0.9, 0.9]}, r"train.optimizer_args.betas: set train.betas instead"),
         ("torch.optim:SGD", {"lr": 1.0}, r"train.optimizer_args.lr: set model.train instead"),
         ("torch.optim:SGDD", {}, r"torch.optim does not define SGDD; did you mean SGD\?"),
-        ("torch.nn:Linear", {}, r"train.optimizer='torch.nn:Linear' is not a subclass of Optimizer"),
+        ("torch.nn:Linear", {}, r"train.optimizer='torch.nn:Linear' must be a subclass of Optimizer"),
         ("torch.optim:SGD", {"momentum": -1}, r"cannot be built with train.optimizer_args=.*Invalid momentum value"),
         ("torch.optim:LBFGS", {}, r"a step on a tensor of shape \[65536\] failed, as it would in training: TypeError"),
         ("adamw_8bit", {}, r"adamw_8bit keeps its states on a GPU, but there is no CUDA device here; use"),
