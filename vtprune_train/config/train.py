@@ -27,8 +27,8 @@ class TrainConfig(Section):
     )
     schedule: str = Field(
         "cosine",
-        description="Learning-rate schedule: `cosine`, `linear`, `constant`, `wsd` (warmup, stable, decay), or the "
-        "path of a function `(update, total_updates, warmup_updates) -> factor`.",
+        description="Learning-rate schedule: `cosine`, `linear`, `constant`, `wsd`, or the path of a function. "
+        "`wsd` is warmup-stable-decay; a function has the form `(update, total_updates, warmup_updates) -> factor`.",
     )
     decay_ratio: float = Field(
         0.1, ge=0, le=1, description="Share of all steps in which `wsd` decays the learning rate."
