@@ -131,7 +131,7 @@ def test_changed_settings_are_named(runs, copied):
     assert "run.seed: checkpoint 3, now 9" in done.stderr and "data.max_length: checkpoint 300, now 299" in done.stderr
     assert "train.init_from" in done.stderr and "Traceback" not in done.stderr
     done = runs.run(copied.name, *SETTINGS, "train.resume=never", expect=2)
-    assert "use another run.name" in done.stderr
+    assert "set another run.name" in done.stderr
     data = runs.folder / "data" / "train.json"
     kept = data.read_text()
     records = json.loads(kept)

@@ -87,7 +87,7 @@ def test_a_dry_run_shows_a_sample_of_records_with_ignored_fields(folder, capsys)
 def test_a_recipe_of_the_package_is_looked_at_without_its_data(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert train_main(["--config", "quickstart.yaml", "--dry_run"]) == 0
-    assert "NOT LOOKED AT: none of it is here (data.root=runs/data/quickstart)" in capsys.readouterr().out
+    assert "NOT CHECKED: none of it is on this machine (data.root=runs/data/quickstart)" in capsys.readouterr().out
     assert train_main(["--config", "quickstart.yaml", "--dry_run", "data.root=nowhere"]) == 2
     assert "data.train.0.path: nowhere/train.json does not exist" in capsys.readouterr().err
     assert train_main(["--config", "quickstart.yaml", "--dry_run", "data.root=data", "data.train.0.images=x"]) == 2

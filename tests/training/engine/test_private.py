@@ -97,7 +97,7 @@ READ += [("DeepSpeedZeroOptimizer", name) for name in private.DYNAMIC]
 @pytest.mark.parametrize("kind, name", READ)
 def test_a_release_without_a_name_is_refused_by_it(kind, name):
     private.check(made(kind))
-    said = rf"DeepSpeed {deepspeed.__version__} has no \w+\.{name}, which training reads; install deepspeed>"
+    said = rf"DeepSpeed {deepspeed.__version__} has no \w+\.{name}, which training needs; install deepspeed>"
     with pytest.raises(ConfigError, match=said):
         private.check(made(kind, without=name))
 
@@ -105,14 +105,14 @@ def test_a_release_without_a_name_is_refused_by_it(kind, name):
 def test_a_release_without_a_class_is_refused_by_it(monkeypatch):
     private.check_release()
     monkeypatch.delattr("deepspeed.runtime.zero.stage_1_and_2.INITIAL_MICRO_STEP_ID")
-    with pytest.raises(ConfigError, match=r"has no deepspeed.*INITIAL_MICRO_STEP_ID, which training reads"):
+    with pytest.raises(ConfigError, match=r"has no deepspeed.*INITIAL_MICRO_STEP_ID, which training needs"):
         private.check_release()
 
 
 def test_an_optimizer_of_another_class_is_refused():
     engine = made("BF16_Optimizer")
     engine.optimizer = type("NextOptimizer", (), {})()
-    with pytest.raises(ConfigError, match=r"has no optimizer that training knows \(it made a NextOptimizer\)"):
+    with pytest.raises(ConfigError, match=r"has no optimizer that training supports \(it created a NextOptimizer\)"):
         private.check(engine)
     parameter = torch.nn.Parameter(torch.zeros(2))
     engine.optimizer = torch.optim.AdamW([parameter])

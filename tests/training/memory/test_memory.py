@@ -242,7 +242,8 @@ def test_float32_accumulation_takes_nothing_in_the_step_of_zero_2(measured):
     assert max(rows[1, "fp32"]["step"], rows[1, "fp32"]["backward"]) > 22, "under ZeRO-1 it takes more instead"
 
 
-SEVEN = Parameters((6_740_000_000, 310_000_000), 12_000_000, 131_000_000)
+ADAMW = (4.0, 4.0)  # bytes of its two states
+SEVEN = Parameters((6_740_000_000, 310_000_000), 12_000_000, 131_000_000, (ADAMW, ADAMW))
 
 
 def seven(config="llava_next_pdrop.yaml", gpus=1, **zero):

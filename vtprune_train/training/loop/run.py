@@ -30,9 +30,9 @@ from vtprune_train.training.checkpoint.lock import hold_run
 from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
 from vtprune_train.training.checkpoint.resume import resume
-from vtprune_train.training.engine.settings import engine_config, offloads_optimizer, zero_stage
+from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.engine.sharded import placement_for
-from vtprune_train.training.engine.start import build_optimizer, check_engine, start_engine
+from vtprune_train.training.engine.start import check_engine, check_optimizer, start_engine
 from vtprune_train.training.faults.preflight import needs_preflight, preflight
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.adapter import attach_adapter, check_adapter
@@ -45,6 +45,7 @@ from vtprune_train.training.loop.settings import with_saved_settings
 from vtprune_train.training.loop.trackers import Trackers, check_trackers
 from vtprune_train.training.loop.trainer import Trainer
 from vtprune_train.training.optimizer import parameter_groups
+from vtprune_train.training.schedules import check_schedule
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     settings = engine_config(config)
     check_paths(config)
     check_engine(config, settings, device)
+    optimizer = check_optimizer(config.train, settings, device)
+    check_schedule(config.train)
     check_trackers(config)
     configured = callbacks_of(config)
     if ranks.rank() == 0:
@@ -90,9 +93,8 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     _prepare(config, parts, method, device)
     prune(parts.model, method, attention=config.model.attention)
     compile_model(config, parts.model, device, zero_stage(settings))
-    groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay)
-    optimizer = build_optimizer(groups, config.train.betas, device, offloads_optimizer(settings))
-    engine = start_engine(parts.model, optimizer, settings)
+    groups = parameter_groups(parts.model, config.model.train, config.train.weight_decay, optimizer.name)
+    engine = start_engine(parts.model, groups, optimizer, settings)
 
     train = config.train
     checkpoints = CheckpointFolder(run_dir / "checkpoints", train.keep_last, train.save_in_background, train.export)

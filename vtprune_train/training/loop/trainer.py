@@ -30,7 +30,8 @@ from vtprune_train.training.loop.hooks import Hooks
 from vtprune_train.training.loop.seed import mixed
 from vtprune_train.training.loop.step_metrics import counts, dropping, finite, speed, waits
 from vtprune_train.training.loop.trackers import Trackers
-from vtprune_train.training.optimizer import rate_factor, set_rates
+from vtprune_train.training.optimizer import set_rates
+from vtprune_train.training.schedules import rate_factor
 
 
 @dataclass
@@ -235,7 +236,7 @@ class Trainer:
     def _set_rates(self, plan: StepPlan) -> dict[str, float]:
         """Set the scheduled learning rate of each part. Skipped steps do not advance the schedule."""
         updates = plan.step - self.state.skipped - self.state.overflows
-        factor = rate_factor(updates, self.total_steps, self.warmup_steps, self.config.train.schedule)
+        factor = rate_factor(self.config.train, updates, self.total_steps, self.warmup_steps)
         return set_rates(self.engine.param_groups, self.config.model.train, factor)
 
     def _seed(self, plan: StepPlan) -> None:
