@@ -86,7 +86,7 @@ def test_disk_full_during_a_save(runs, whole, ranks, rank):
     done = fail(runs, name, ranks, "disk_full", 1, rank)
     assert f"the checkpoint of step 3 could not be written: rank {rank}: OSError" in done.stderr
     assert f"No space left on device: '{runs.directory(name) / 'checkpoints' / 'step_00000003.partial'}/" in done.stderr
-    assert "step_00000002 is untouched" in done.stderr
+    assert "step_00000002 is unchanged" in done.stderr
     assert left(runs, name) == {"step_00000001", "step_00000002"}, "the partial one is removed"
     assert_resumes_to_the_bit(runs, name, whole, ranks)
 

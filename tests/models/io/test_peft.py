@@ -349,7 +349,7 @@ def test_export_says_what_to_do(base, tmp_path, capsys):
         assert main(["export", *model, *options]) == 2
         assert word in capsys.readouterr().err
     assert main(["export", "--model", str(base), "--out", str(tmp_path / "out"), "--merge"]) == 2
-    assert "holds no adapter; leave --merge out" in capsys.readouterr().err
+    assert "has no adapter; remove --merge" in capsys.readouterr().err
     assert main(["export", *model, "--part", "projector"]) == 0
 
 
