@@ -167,11 +167,7 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava", {"mm_resampler_type": "perceiver"}, "mm_resampler_type='perceiver' cannot be converted"),
         ("llava", {"quantization_config": {"load_in_4bit": True}}, "quantised weights are not converted"),
         ("llava", {"mm_projector_type": "identity"}, "mm_projector_type='identity' has no counterpart"),
-        (
-            "llava",
-            {"mm_projector_type": "linear"},
-            "mm_projector_type='linear' in config.json does not match the tensors",
-        ),
+        ("llava", {"mm_projector_type": "linear"}, "mm_projector_type='linear' in config.json does not match"),
         ("llava", {"mm_vision_select_feature": "slicefour_patch"}, "mm_vision_select_feature='slicefour_patch' has no"),
         ("llava", {"mm_vision_select_layer": None}, "mm_vision_select_layer=None is not a layer of the vision tower"),
         ("llava", {"mm_vision_select_layer": -9}, "mm_vision_select_layer=-9 is not a layer of the vision tower"),
@@ -343,9 +339,7 @@ def broken(folder, kind):
         weights[name] = torch.ones(0) if kind == "ZeRO-3" else weights[name].to(torch.int8)
         [file.unlink() for file in folder.glob("*.safetensors*")]
         save_torch_state_dict(weights, folder)
-        return (
-            f"{name} has shape (0,) (it was saved under" if kind == "ZeRO-3" else f"{name} has the data type torch.int8"
-        )
+        return f"{name} has shape (0,) (it was saved under" if kind == "ZeRO-3" else f"{name} has the data type"
     return f"{first.name} cannot be read"
 
 

@@ -274,9 +274,12 @@ def test_changed_settings_on_resume_are_named(base, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.train={language_model: 2e-5, lora: 2e-4}"], r"train names language_model, which peft freezes"),
-        (["model.train={projector: 2e-5}"], r"train has no rate for peft's adapter"),
-        (["model.peft=null"], r"train names lora, but there is no adapter; set peft"),
+        (
+            ["model.train={language_model: 2e-5, lora: 2e-4}"],
+            r"train has a rate for language_model, which peft freezes",
+        ),
+        (["model.train={projector: 2e-5}"], r"train has no rate for the adapter of peft"),
+        (["model.peft=null"], r"train has a rate for lora, but no adapter is set"),
         (["model.peft.kind=ia3"], r"model.peft.kind: .*'lora', 'dora' or 'qlora'"),
         (["model.peft.rank=4"], r"model.peft.rank: unknown key"),
         (["model.peft.r=0"], r"model.peft.r"),

@@ -341,7 +341,7 @@ def test_the_original_code_s_folder_has_no_place_for_them(tmp_path, caplog, caps
     assert "cannot store the learned parameters of victor" in said and "--without_learned" in said
     assert not (tmp_path / "out").exists()
     assert main([*asked, "--without_learned"]) == 0
-    assert "the parameters of victor are left out" in caplog.text
+    assert "the learned parameters of victor are left out" in caplog.text
 
 
 def test_a_dry_run_counts_them():

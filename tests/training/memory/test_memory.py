@@ -315,7 +315,7 @@ def test_settings_of_the_dry_run_alone(capsys):
     assert train_main(["--config", "quickstart.yaml", "--gpus", "8"]) == 2
     assert "--gpus and --memory need --dry_run" in capsys.readouterr().err
     assert train_main(["--config", "quickstart.yaml", "--dry_run", "--gpus", "0"]) == 2
-    assert "at least one GPU" in capsys.readouterr().err
+    assert "--gpus 0 is below 1" in capsys.readouterr().err
     for wrong in ("-5", "0", "inf"):
         assert train_main(["--config", "quickstart.yaml", "--dry_run", f"--memory={wrong}"]) == 2
         assert f"--memory {wrong}: a positive number of GiB is needed" in capsys.readouterr().err
