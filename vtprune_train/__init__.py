@@ -1,65 +1,133 @@
-"""Training-time acceleration of vision-language models: visual tokens are dropped inside the forward pass.
+"""Faster training and inference of vision-language models: visual tokens are dropped inside the forward pass.
 
-The front door::
+Prune a model, then train it or generate with it as before::
 
     from vtprune_train import PyramidDrop, prune, unprune
 
     prune(model, PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125)))
+    model.generate(**inputs)
+    unprune(model)
 
-Every class of :data:`vtprune_train.pruning.METHODS` is found here by its name: ``from vtprune_train import FastV``.
+Write a method: subclass :class:`PruningMethod`. See what a model keeps: :func:`kept_tokens`, :func:`show`.
 """
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vtprune_train.core.stream import Drop
+    from vtprune_train.core.stream import Boundary, Drop
+    from vtprune_train.models.forward.padded import kept_tokens
     from vtprune_train.models.patch import dense, is_pruned, prune, unprune
     from vtprune_train.pruning.base import PruningMethod
-    from vtprune_train.pruning.candidates import Candidates, Selection
+    from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking, Selection
     from vtprune_train.pruning.combined import Combined
+    from vtprune_train.pruning.methods.cdpruner import CDPruner
+    from vtprune_train.pruning.methods.divprune import DivPrune
+    from vtprune_train.pruning.methods.fastv import FastV
+    from vtprune_train.pruning.methods.feather import Feather
+    from vtprune_train.pruning.methods.fopru import FoPru
+    from vtprune_train.pruning.methods.hidrop import HiDrop
+    from vtprune_train.pruning.methods.lvlm_csp import LVLMCSP
+    from vtprune_train.pruning.methods.plphp import PLPHP
+    from vtprune_train.pruning.methods.pool import Pool
+    from vtprune_train.pruning.methods.prumerge import PruMerge
     from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
+    from vtprune_train.pruning.methods.random_tokens import Random
+    from vtprune_train.pruning.methods.sparsevlm import SparseVLM
+    from vtprune_train.pruning.methods.uniform import Uniform
+    from vtprune_train.pruning.methods.victor import Victor
+    from vtprune_train.pruning.methods.videollm_mod import VideoLLMMoD
+    from vtprune_train.pruning.methods.visionzip import VisionZip
+    from vtprune_train.pruning.methods.voco import VoCo
+    from vtprune_train.pruning.methods.vtc_cls import VTCCLS
+    from vtprune_train.pruning.methods.zipvl import ZipVL
+    from vtprune_train.pruning.needs import Needs
+    from vtprune_train.pruning.setting_types import Share
+    from vtprune_train.viz.show import show
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LVLMCSP",
+    "PLPHP",
+    "VTCCLS",
+    "Boundary",
+    "CDPruner",
     "Candidates",
     "Combined",
+    "DivPrune",
     "Drop",
+    "EncoderSignals",
+    "FastV",
+    "Feather",
+    "FoPru",
+    "HiDrop",
+    "Needs",
+    "Pool",
+    "PruMerge",
     "PruningMethod",
     "PyramidDrop",
+    "Random",
+    "Ranking",
     "Selection",
+    "Share",
+    "SparseVLM",
+    "Uniform",
+    "Victor",
+    "VideoLLMMoD",
+    "VisionZip",
+    "VoCo",
+    "ZipVL",
     "dense",
     "is_pruned",
+    "kept_tokens",
     "prune",
+    "show",
     "unprune",
 ]
 
-# Imported when they are asked for: training processes listen for signals before PyTorch is imported, which takes long.
-_PLACES = {
-    "vtprune_train.models.patch": ("dense", "is_pruned", "prune", "unprune"),
-    "vtprune_train.core.stream": ("Drop",),
-    "vtprune_train.pruning.base": ("PruningMethod",),
-    "vtprune_train.pruning.candidates": ("Candidates", "Selection"),
-    "vtprune_train.pruning.combined": ("Combined",),
-}
+if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
+    # Names are imported on first use: training processes must listen for signals before PyTorch is imported.
+    _MODULES = {
+        "core.stream": ("Boundary", "Drop"),
+        "models.forward.padded": ("kept_tokens",),
+        "models.patch": ("dense", "is_pruned", "prune", "unprune"),
+        "pruning.base": ("PruningMethod",),
+        "pruning.candidates": ("Candidates", "EncoderSignals", "Ranking", "Selection"),
+        "pruning.combined": ("Combined",),
+        "pruning.methods.cdpruner": ("CDPruner",),
+        "pruning.methods.divprune": ("DivPrune",),
+        "pruning.methods.fastv": ("FastV",),
+        "pruning.methods.feather": ("Feather",),
+        "pruning.methods.fopru": ("FoPru",),
+        "pruning.methods.hidrop": ("HiDrop",),
+        "pruning.methods.lvlm_csp": ("LVLMCSP",),
+        "pruning.methods.plphp": ("PLPHP",),
+        "pruning.methods.pool": ("Pool",),
+        "pruning.methods.prumerge": ("PruMerge",),
+        "pruning.methods.pyramiddrop": ("PyramidDrop",),
+        "pruning.methods.random_tokens": ("Random",),
+        "pruning.methods.sparsevlm": ("SparseVLM",),
+        "pruning.methods.uniform": ("Uniform",),
+        "pruning.methods.victor": ("Victor",),
+        "pruning.methods.videollm_mod": ("VideoLLMMoD",),
+        "pruning.methods.visionzip": ("VisionZip",),
+        "pruning.methods.voco": ("VoCo",),
+        "pruning.methods.vtc_cls": ("VTCCLS",),
+        "pruning.methods.zipvl": ("ZipVL",),
+        "pruning.needs": ("Needs",),
+        "pruning.setting_types": ("Share",),
+        "viz.show": ("show",),
+    }
 
+    def __getattr__(name):
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(import_module(f"{__name__}.{module}"), name)
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-def __getattr__(name: str) -> Any:
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
-        return import_module(f"{__name__}.{name}")
-    if name[:1].isupper():
-        from vtprune_train.pruning import METHODS, method_class
-
-        for method, path in METHODS.items():
-            if path.endswith(f":{name}"):
-                return method_class(method)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__():
+        return [*__all__, "__version__"]

@@ -349,8 +349,8 @@ def test_a_method_that_reads_a_tower_which_does_not_tell(tmp_path, capsys):
     Qwen2VLConfig().save_pretrained(tmp_path)
     [line] = errors_of(capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "visionzip")
     assert (
-        "visionzip reads the vision tower's attention, which Qwen2-VL does not give: it is not read there; use a method"
-        in line
+        "visionzip needs the vision tower's attention, which is not available for Qwen2-VL: it is not read "
+        "there; use a method" in line
     )
     assert "pruning   divprune" in stdout_of(
         capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "divprune"

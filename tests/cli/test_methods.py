@@ -7,14 +7,16 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.support.checkpoints import HALF, save_folder, save_pictures
+from tests.support.families import family_inputs, family_model
 from tests.support.runner import ROOT, Runs
-from vtprune_train import PyramidDrop, is_pruned
+from vtprune_train import FastV, PyramidDrop, is_pruned, kept_tokens, prune, unprune
 from vtprune_train.cli import main
 from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.evaluation.answering import load
@@ -80,9 +82,9 @@ def test_every_page_is_there():
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """The page's file in a folder of its own, which is the working folder."""
-    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(code.splitlines()) <= 40
-    (tmp_path / "outliers.py").write_text(code)
+    method, ranked = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(method.splitlines()) <= 25
+    (tmp_path / "outliers.py").write_text(f"{method}\n\n{ranked}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -100,7 +102,7 @@ def test_the_page_s_method_trains_and_is_found_again(own, capsys):
     metrics = runs.metrics("own")
     assert metrics[0]["tokens_stage_1"] < metrics[0]["tokens_stage_0"]
     runs.run("own", "data.workers=2", "run.stop_after=3", ranks=2)
-    with pytest.raises(ValueError, match=f"was saved with the method {own}/outliers.py:Outliers, which is code"):
+    with pytest.raises(ValueError, match=f"was saved with the method {own}/outliers.py:Outliers, which is not part"):
         load(str(runs.directory("own")))
     loaded = load(str(runs.directory("own")), trust_remote_code=True)
     assert method_of(loaded.model).settings() == section["pruning"]
@@ -108,7 +110,7 @@ def test_the_page_s_method_trains_and_is_found_again(own, capsys):
     picture = str(next((own / "training" / "data" / "images").glob("train-0-*.png")))
     ask = ["generate", "--model", str(runs.directory("own")), "--image", picture, "--prompt", "how bright is it?"]
     assert main(ask) == 2
-    assert "or allow what the checkpoint names: --trust_remote_code" in capsys.readouterr().err
+    assert "or pass --trust_remote_code" in capsys.readouterr().err
     said(capsys, *ask, "--max_new_tokens", "2", "--trust_remote_code")
     (own / "outliers.py").rename(own / "moved.py")
     assert main([*ask, "--trust_remote_code"]) == 2
@@ -129,7 +131,7 @@ def test_the_page_s_commands(own, capsys):
     [
         ("nowhere.py:Outliers", "file nowhere.py does not exist in"),
         ("outliers.py:Inliers", "outliers.py does not define Inliers; did you mean Outliers?"),
-        ("outliers.py:dataclass", "is not a subclass of PruningMethod"),
+        ("outliers.py:Drop", "must be a subclass of PruningMethod"),
         ("json.py:Mine", "another module is already named json"),
         ("no.such.module:Mine", "cannot be imported: No module named 'no'"),
     ],
@@ -150,9 +152,8 @@ from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.core.stream import Drop
 
 
-@dataclass(frozen=True)
 class Whole(PruningMethod):
-    name: ClassVar[str] = "whole"
+    name = "whole"
 
     def drops(self, num_layers):
         return (Drop(1, 0.5),)
@@ -161,58 +162,46 @@ class Whole(PruningMethod):
         return torch.arange(len(candidates.hidden))
 
 
-@dataclass(frozen=True)
 class Nowhere(PruningMethod):
-    name: ClassVar[str] = "nowhere"
+    name = "nowhere"
 
 
-@dataclass(frozen=True)
-class Nameless(PruningMethod):
-    def drops(self, num_layers):
-        return (Drop(1, 0.5),)
-
-    score = Whole.score
+class Needy(Whole):
+    needs = {"rank_with": "this_layer"}
 
 
-@dataclass(frozen=True)
 class Scoreless(PruningMethod):
-    name: ClassVar[str] = "scoreless"
+    name = "scoreless"
     drops = Whole.drops
 
 
-@dataclass(frozen=True)
 class Keyless(PruningMethod):
-    name: ClassVar[str] = "keyless"
+    name = "keyless"
 
     def key_layers(self, num_layers):
         return (0,)
 
 
-@dataclass(frozen=True)
 class Pairs(Whole):
     def drops(self, num_layers):
         return ((1, 0.5),)
 
 
-@dataclass(frozen=True)
 class Deep(Whole):
     def drops(self, num_layers):
         return (Drop(99, 0.5),)
 
 
-@dataclass(frozen=True)
 class Back(Whole):
     def drops(self, num_layers):
         return (Drop(2, 0.5), Drop(1, 0.25))
 
 
-@dataclass(frozen=True)
 class More(Whole):
     def drops(self, num_layers):
         return (Drop(1, 1.5),)
 
 
-@dataclass(frozen=True)
 class DeepKeys(Keyless):
     def key_layers(self, num_layers):
         return (num_layers,)
@@ -221,19 +210,16 @@ class DeepKeys(Keyless):
         return None
 
 
-@dataclass(frozen=True)
 class Flat(Whole):
     def score(self, candidates):
         return torch.zeros(3)
 
 
-@dataclass(frozen=True)
 class Mute(Whole):
     def score(self, candidates):
         return None
 
 
-@dataclass(frozen=True)
 class Bare(Whole):
     keep: float
     drops = Whole.drops
@@ -251,15 +237,15 @@ def parts_of_a_method(own):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Nowhere", "does not say where it acts; write its drops(num_layers)"),
-        ("Nameless", "has no name; write for example name: ClassVar[str]"),
-        ("Scoreless", "drops tokens but does not say which; write its score(candidates)"),
-        ("Keyless", "leaves keys out but does not say which; write its keys("),
-        ("Pairs", "drops(4) is ((1, 0.5),); return a tuple of Drop(layer, keep)"),
-        ("Deep", "drops(4) drops before layer 99; use 0 to 3"),
-        ("Back", "drops(4) drops before layers [2, 1]; let them ascend"),
-        ("More", "drops(4) keeps 1.5 before layer 1; it is a share of tokens"),
-        ("DeepKeys", "key_layers(4) names layer 4; use 0 to 3"),
+        ("Nowhere", "must implement drops(num_layers) or key_layers"),
+        ("Needy", "needs is {'rank_with': 'this_layer'}; it must be a property that returns Needs(...)"),
+        ("Scoreless", "drops tokens but implements neither score(candidates) nor"),
+        ("Keyless", "does not implement keys("),
+        ("Pairs", "drops(4) must return a tuple of Drop(layer, keep), not ((1, 0.5),)"),
+        ("Deep", "drops(4): layer 99 does not exist; use 0 to 3"),
+        ("Back", "drops(4): layers [2, 1] must be in ascending order"),
+        ("More", "drops(4): keep=1.5 before layer 1 must be between 0 and 1"),
+        ("DeepKeys", "key_layers(4) returned layer 4, which does not exist; use 0 to 3"),
     ],
 )
 def test_a_class_that_lacks_a_part_is_refused(parts_of_a_method, name, words):
@@ -268,7 +254,7 @@ def test_a_class_that_lacks_a_part_is_refused(parts_of_a_method, name, words):
         check_method(method_from_settings({"method": f"lacking.py:{name}"}), 4)
 
 
-@pytest.mark.parametrize(("name", "given"), [("Flat", "[3]"), ("Mute", "None")])
+@pytest.mark.parametrize(("name", "given"), [("Flat", "a tensor [3]"), ("Mute", "None")])
 def test_scores_of_another_shape_are_refused(parts_of_a_method, capsys, name, given):
     save_folder(parts_of_a_method / "model", HALF)
     (picture,) = save_pictures(parts_of_a_method, 1)
@@ -284,13 +270,13 @@ def test_scores_of_another_shape_are_refused(parts_of_a_method, capsys, name, gi
         f"lacking.py:{name}",
     ]
     assert main(ask) == 2
-    assert f"lacking.py:{name}: score(candidates) gave {given}, not one number for each" in capsys.readouterr().err
+    assert f"lacking.py:{name}: score(candidates) returned {given}; return a tensor" in capsys.readouterr().err
 
 
 def test_a_setting_without_a_default_is_asked_for(parts_of_a_method, capsys):
     assert main(["methods", "lacking.py:Bare"]) == 0
     assert "keep  required  (float)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"^keep of lacking\.py:Bare has no default; give its value"):
+    with pytest.raises(ValueError, match=r"^keep of lacking\.py:Bare has no default; set it"):
         method_from_settings({"method": "lacking.py:Bare"})
     assert method_from_settings({"method": "lacking.py:Bare", "keep": 0.5}).keep == 0.5
 
@@ -301,6 +287,70 @@ def test_a_file_that_python_cannot_read_is_named(own):
         ValueError, match=r"method='broken.py:Mine' cannot be imported: invalid syntax \(broken.py, line 1\)$"
     ):
         method_from_settings({"method": "broken.py:Mine"})
+
+
+def test_the_page_s_ranked_method(own):
+    model = prune(family_model("llava_next"), {"method": "outliers.py:Attended", "layer": 1})
+    inputs = family_inputs("llava_next", [[0, "what is shown here ? assistant :"]])
+    [[[kept]]] = kept_tokens(model, inputs)
+    unprune(model)
+    prune(model, FastV(layer=1, keep=0.25))
+    assert kept.tolist() == kept_tokens(model, inputs)[0][0][0].tolist()
+
+
+OLD = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vtprune_train import Drop, FastV, PruningMethod
+
+
+@dataclass(frozen=True)
+class Decorated(PruningMethod):
+    keep: float = 0.5
+    name: ClassVar[str] = "decorated"
+
+    def drops(self, num_layers):
+        return (Drop(1, self.keep),)
+
+    def score(self, candidates):
+        return candidates.hidden[:, 0]
+"""
+STATED = """
+
+@dataclass(frozen=True)
+class Ranked(Decorated):
+    rank_with: ClassVar[str] = "this_layer"
+    positions: str = "renumber"
+"""
+ASSIGNED = """
+
+class Ranked(FastV):
+    rotary = False
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "returned"),
+    [
+        (STATED, "Needs(rank_with=self.rank_with, positions=self.positions)"),
+        (ASSIGNED, "replace(super().needs, rotary=self.rotary)"),
+    ],
+)
+def test_a_method_of_the_earlier_contract_is_told_what_to_write(own, source, returned):
+    """One that only drops and scores still works, decorator and all."""
+    (own / "old.py").write_text(OLD)
+    method = method_from_settings({"method": "old.py:Decorated", "keep": 0.25})
+    assert method.name == "decorated" and check_method(method, 4) is None
+    with pytest.raises(ValueError, match="keep=True does not fit"):
+        type(method)(keep=True)
+    with pytest.raises(FrozenInstanceError):
+        method.keep = 0.5
+    (own / "older.py").write_text(OLD + source)
+    with pytest.raises(ValueError, match=r"^Ranked\.(.|\n)*def needs\(self\):\n +return " + re.escape(returned)):
+        method_from_settings({"method": "older.py:Ranked"})
+    for module in ("old", "older"):
+        sys.modules.pop(module, None)
 
 
 def test_an_importable_module_serves_too(own):

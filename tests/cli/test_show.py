@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -25,14 +24,15 @@ from transformers import (
 from tests.support.checkpoints import save_run
 from tests.support.family_runs import save_checkpoint
 from tests.support.helpers import SPECIAL, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
-from tests.support.runner import Runs
-from vtprune_train import PruningMethod, PyramidDrop, prune
+from tests.support.runner import ROOT, Runs
+from vtprune_train import PruningMethod, PyramidDrop, prune, unprune
 from vtprune_train.cli import main
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import grid_places
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
 from vtprune_train.viz.page import page
 from vtprune_train.viz.show import encode, look, show, stage_names
@@ -180,7 +180,6 @@ def test_a_grid_of_nothing_is_refused():
         grid_places(10, 10, 0, 3)
 
 
-@dataclass(frozen=True)
 class Known(PruningMethod):
     """Keeps the tokens whose scores the test knows."""
 
@@ -189,6 +188,10 @@ class Known(PruningMethod):
     rank_with: str = "next_layer"
     positions: str = "renumber"
     name = "known"
+
+    @property
+    def needs(self):
+        return Needs(rank_with=self.rank_with, positions=self.positions)
 
     def drops(self, num_layers):
         return (Drop(3, self.keep),)
@@ -317,8 +320,23 @@ def test_several_pictures_each_with_its_own_tokens():
     assert stage_names(model) == ["stage 1, layers 0-1", "stage 2, layers 2-3", "stage 3, layers 4-5"]
     assert stage_names(prune(tiny_model(), PyramidDrop(layers=(5,), keep=(0.5,))))[1] == "stage 2, layer 5"
     drawn = show(model, processor, pictures, "what is this ?")
-    assert drawn.height > show(model, processor, pictures[:1], "what is this ?").height
+    one = show(model, processor, pictures[0], "what is this ?")
+    assert drawn.height > one.height and one == show(model, processor, pictures[:1], "what is this ?")
     assert drawn.tobytes() == draw(images, stage_names(model), "what is this ?").tobytes()
+    with pytest.raises(ValueError, match="show draws what a pruned model keeps; call prune"):
+        show(unprune(model), processor, pictures[0])
+
+
+def test_the_page_s_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "show.md").read_text(), re.DOTALL)
+    names = {
+        "processor": tiny_processor(),
+        "image": patch_picture((40, 70), MIDDLE),
+        "prompt": "<image> what is here ?",
+    }
+    exec(code, {**names, "model": (model := tiny_model())})
+    assert Image.open("kept.png").width > 100 and "pruned by fastv" in str(model)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

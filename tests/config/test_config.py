@@ -4,9 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -62,11 +60,14 @@ def errors_of(path, *overrides):
         ("pruning={method: feather, layers: [4]}", ["it takes a list of 2 such as [1, 1] or null; the default"]),
         ("pruning={method: voco, hidden_after: query}", ["'hidden_after' is not a setting of voco"]),
         ("pruning.method=[fastv, {method: plphp, keep: 7}]", ["pruning: entry 2 of", "plphp: keep=7 is not in [0, 1]"]),
-        ("pruning.method=[fastv, {method_: plphp}]", ["pruning: entry 2 of the list", "names no method; write"]),
-        ("pruning.method=[[fastv], plphp]", ["pruning: entry 1 of the list", "names no method; write"]),
-        ("pruning.method=[none, plphp]", ["pruning: entry 1 of the list", "names no method; write"]),
-        ("pruning.method=[]", ["names at least one method; write none for the dense model"]),
-        ("pruning.method=[pyramiddrop, lvlm_csp]", ["pruning: pyramiddrop drops before layer 2, where lvlm_csp"]),
+        (
+            "pruning.method=[fastv, {method_: plphp}]",
+            ["pruning: entry 2 of the method list", "has no method name; use"],
+        ),
+        ("pruning.method=[[fastv], plphp]", ["pruning: entry 1 of the method list", "has no method name; use"]),
+        ("pruning.method=[none, plphp]", ["pruning: entry 1 of the method list", "has no method name; use"]),
+        ("pruning.method=[]", ["list at least one method, or use none for the dense model"]),
+        ("pruning.method=[pyramiddrop, lvlm_csp]", ["pruning: pyramiddrop drops tokens before layer 2, but lvlm_csp"]),
         ("pruning.method=[random, {method: fastv, layer: 9}]", ["pruning: fastv: layer=9 does not fit a decoder of 8"]),
         ("data.max_tokens=100", ["data.max_tokens=100", "data.max_length=256", "raise max_tokens"]),
         ("data.train=[{path: a, take: some}]", ["data.train.0.take", "'some'", "first:N"]),
@@ -231,12 +232,11 @@ def test_another_method_begins_with_its_own_defaults(caplog):
     assert lines == [f"pruning: 'keep' is not a setting of {own}; it has: share"]
 
 
-@dataclass(frozen=True)
 class Every(PruningMethod):
     """A method of one setting."""
 
     share: float = 0.5
-    name: ClassVar[str] = "every"
+    name = "every"
 
     def drops(self, num_layers):
         return (Drop(1, self.share),)
@@ -259,7 +259,7 @@ def test_a_list_is_a_combination(caplog):
     assert "every + pyramiddrop: before layers 1, 2, 4, 6 of 8 it keeps 0.25, 0.5, 0.25, 0.125" in report
     assert schedule(config.pruning.model_dump()).endswith("Every + pyramiddrop 0.5/0.25/0.125 evenly")
     lines = errors_of("quickstart.yaml", "pruning={method: [pyramiddrop, pyramiddrop], keep: [0.5]}")
-    assert len(lines) == 1 and "pruning.keep=[0.5] stands beside a list of methods" in lines[0]
+    assert len(lines) == 1 and "pruning.keep=[0.5] is set beside a list of methods" in lines[0]
 
 
 def test_one_share_eases_in_too():
@@ -297,7 +297,7 @@ def test_the_dry_run_states_the_resolved_schedule():
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("qwen2_5_vl_pdrop.yaml", ["pruning.method=visionzip"], "visionzip reads the vision tower's attention, which"),
+        ("qwen2_5_vl_pdrop.yaml", ["pruning.method=visionzip"], "visionzip needs the vision tower's attention, which"),
         ("quickstart.yaml", ["pruning={method: visionzip, layer: 9}"], "visionzip: the vision tower has no layer 9"),
     ],
 )
@@ -318,7 +318,7 @@ def test_settings_of_the_checkpoint_that_no_longer_fit_are_named():
         (lambda: PyramidDrop(layers=8), r"layers=8 does not fit; it takes a list such as \[1\] or null"),
         (lambda: PyramidDrop(layers=(8.5, 16, 24)), r"layers=\(8.5, 16, 24\) does not fit"),
         (lambda: PyramidDrop(keep=("a", 0.5, 0.1)), r"keep=\('a', 0.5, 0.1\) does not fit"),
-        (lambda: PyramidDrop(layers=(8, 16)), r"layers=\[8, 16\] has 2 entries but keep=.* has 3; give as many"),
+        (lambda: PyramidDrop(layers=(8, 16)), r"layers=\[8, 16\] has 2 entries but keep=.* has 3; they must"),
         (lambda: PyramidDrop(positions=None), r"positions=None is not one of renumber, keep"),
     ],
 )  # fmt: skip

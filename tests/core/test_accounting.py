@@ -3,7 +3,6 @@
 import re
 import types
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -47,13 +46,12 @@ class Plus(Drop):
         return min(before + 2, 12)
 
 
-@dataclass(frozen=True)
 class Given(PruningMethod):
     """Drops as given, without a ranking; ``work`` FLOPs a boundary."""
 
     given: tuple[Drop, ...] = ()
     work: float = 0.0
-    name: ClassVar[str] = "given"
+    name = "given"
 
     def drops(self, num_layers):
         return self.given

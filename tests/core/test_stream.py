@@ -96,7 +96,7 @@ def test_uniform_choice_spreads_over_the_image():
 @pytest.mark.parametrize(
     ("segment", "message"),
     [
-        (SegmentLayout(10, (ImageSpan(8, 5),), (9,)), "leaves its segment"),
+        (SegmentLayout(10, (ImageSpan(8, 5),), (9,)), "ends after its segment"),
         (SegmentLayout(10, (ImageSpan(1, 5), ImageSpan(4, 3)), (9,)), "overlaps"),
         (SegmentLayout(10, (ImageSpan(1, 5),), ()), "at least one query row"),
         (SegmentLayout(10, (ImageSpan(1, 5),), (3,)), "inside an image"),
@@ -111,10 +111,10 @@ def test_impossible_layouts(segment, message):
 
 def test_nothing_left_to_predict_from():
     segment = SegmentLayout(4, (ImageSpan(0, 3),), (2,), (3,))
-    with pytest.raises(ValueError, match="nothing is left to predict from"):
+    with pytest.raises(ValueError, match="no row is left to predict"):
         plan_stream([segment], (Drop(1, 0.2),), 4)
     alone, other = SegmentLayout(3, (ImageSpan(0, 3),), (2,)), SegmentLayout(4, (ImageSpan(1, 3),), (3,))
     for segments in ([alone], [other, alone]):
-        with pytest.raises(ValueError, match="nothing is left to predict from"):
+        with pytest.raises(ValueError, match="no row is left to predict"):
             plan_stream(segments, (Drop(1, 0.2),), 4)
         plan_stream(segments, (Drop(1, 0.5),), 4)

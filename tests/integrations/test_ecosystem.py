@@ -303,7 +303,7 @@ def test_a_reference_model_that_is_never_trained_ranks_by_the_prompt(monkeypatch
 def test_label_smoothing_is_warned_of(caplog):
     model = fresh()
     model(**{key: value for key, value in batch().items() if key != "labels"})
-    assert "a training forward without labels" in caplog.text
+    assert "forward in training mode without labels" in caplog.text
 
 
 def test_peft_adapters_are_saved_and_opened(tmp_path):

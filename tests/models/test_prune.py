@@ -1,5 +1,6 @@
 """The front door on unmodified transformers models."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaNextForConditionalGeneration
 
-import vtprune_train
 from tests.support.families import FAMILIES, family_inputs, family_model
 from tests.support.helpers import tiny_model, tiny_processor
 from vtprune_train import FastV, PyramidDrop, dense, is_pruned, prune, unprune
 from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.models.patch import method_of
 from vtprune_train.pruning import METHODS, method_from_settings
+from vtprune_train.pruning.describe import schedule
 
 TEXTS = [
     "<s> <image> what is shown here ? assistant : a red cat",
@@ -87,6 +88,27 @@ def test_unprune_restores_the_model_exactly():
     assert model.config.to_dict() == before_config
     assert {k: v for k, v in model.__dict__.items() if k != "_modules"} == before_dict
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_print_says_how_the_model_is_pruned():
+    model = tiny_model()
+    dense_text, names = str(model), list(model.state_dict())
+    first, _, rest = dense_text.partition("\n")
+    prune(model, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
+    line = f"  pruned by {schedule(method_of(model), 6)}"
+    assert line.startswith("  pruned by pyramiddrop: before layers 2, 4 of 6 it keeps 0.5, 0.25")
+    assert str(model) == f"{first}\n{line}\n{rest}" == str(copy.deepcopy(model))
+    assert list(model.state_dict()) == names
+    with dense(model):
+        assert str(model) == dense_text
+    assert str(unprune(model)) == dense_text
+    assert str(prune(model, None)).splitlines()[1] == "  packed, nothing is dropped"
+
+
+def test_kept_tokens_of_a_dense_model_are_refused():
+    made, _ = inputs()
+    with pytest.raises(ValueError, match=r"kept_tokens needs a pruned model; call prune\(model, method\) first"):
+        kept_tokens(tiny_model(), dict(made.items()))
 
 
 def test_rows_of_dropped_tokens_repeat_the_last_survivor():
@@ -165,14 +187,14 @@ def test_what_stands_for_a_method(asked, expected):
         ("FastV", "did you mean fastv?"),
         ("Saved", "did you mean saved?"),
         ("", "method='' is unknown"),
-        (PyramidDrop, r"method=PyramidDrop is a class; make one of it: PyramidDrop\(\)"),
-        ({"keep": 0.5}, r"names no method; write for example \{'method': 'fastv'\}"),
-        ({}, "names no method"),
+        (PyramidDrop, r"method=PyramidDrop is a class; pass an instance: PyramidDrop\(\)"),
+        ({"keep": 0.5}, r"has no key 'method'; for example \{'method': 'fastv'\}"),
+        ({}, "has no key 'method'"),
         ({"method": "fastv", "kep": 0.5}, "'kep' is not a setting of fastv; did you mean keep?"),
-        ({"method": "none", "keep": 0.5}, "has settings, but none drops nothing"),
-        ({"method": "saved"}, r"stands for the settings of a checkpoint that is opened.*prune\(model, 'saved'\)"),
-        ([], "a combination names at least one method"),
-        ([FastV()], "entry 1 of the list of methods, FastV.* names no method"),
+        ({"method": "none", "keep": 0.5}, "none takes no settings"),
+        ({"method": "saved"}, r"means the method that a checkpoint was saved with .*prune\(model, 'saved'\)"),
+        ([], "list at least one method"),
+        ([FastV()], "entry 1 of the method list, FastV.* has no method name"),
         (0.5, "method=0.5 is not a pruning method"),
         (True, "method=True is not a pruning method"),
     ],
@@ -184,7 +206,7 @@ def test_what_is_no_method_is_refused(asked, message):
         prune(model, asked)
     assert not is_pruned(model)
     del model.config.pruning
-    with pytest.raises(ValueError, match="holds no pruning settings"):
+    with pytest.raises(ValueError, match="has no pruning settings"):
         prune(model, "saved")
 
 
@@ -209,7 +231,7 @@ def test_wrong_models_are_refused():
     with pytest.raises(ValueError, match="cannot prune a LlamaForCausalLM"):
         prune(llama, PyramidDrop())
     model = prune(tiny_model(), PyramidDrop())
-    with pytest.raises(ValueError, match="pruned already"):
+    with pytest.raises(ValueError, match="already pruned"):
         prune(model, PyramidDrop())
     unprune(model)
     with pytest.raises(ValueError, match="not pruned"):
@@ -223,9 +245,9 @@ def test_what_a_pruned_model_cannot_do_is_said():
         model(**made, output_hidden_states=True)
     with pytest.raises(ValueError, match="inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
-    with pytest.raises(ValueError, match=r"images were given|[Ii]mage tokens|Image features"):
+    with pytest.raises(ValueError, match=r"got . images|[Ii]mage tokens|Image features"):
         model(**{**made, "pixel_values": made["pixel_values"][:2], "image_sizes": made["image_sizes"][:2]})
-    with pytest.raises(ValueError, match="position_ids must count"):
+    with pytest.raises(ValueError, match="position_ids must number"):
         model(**made, position_ids=torch.zeros_like(made["input_ids"]))
     with pytest.raises(ValueError, match="row 2 of the batch has no token"):
         model(**{**made, "attention_mask": made["attention_mask"] * torch.tensor([[1], [1], [0]])})
@@ -276,7 +298,7 @@ def test_a_copied_config_does_not_run_silently():
 def test_attention_set_after_prune_is_refused():
     model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="the attention of this pruned model was set to 'sdpa'"):
+    with pytest.raises(ValueError, match="attn_implementation of this pruned model was changed to 'sdpa'"):
         model(**made_only())
 
 
@@ -321,11 +343,6 @@ def test_dense_is_the_model_with_its_own_attention(name, attention):
     unprune(model)
     assert model.model.language_model.config._attn_implementation == attention
     assert all(torch.equal(a, b) for a, b in zip(expected, outputs(), strict=True))
-
-
-def test_names_that_are_imported_late_are_listed():
-    assert set(vtprune_train.__all__) <= set(dir(vtprune_train))
-    assert all(getattr(vtprune_train, name).__name__ == name for name in vtprune_train.__all__)
 
 
 def test_submodules_are_there_without_an_import_of_their_own():

@@ -59,7 +59,7 @@ def test_a_model_that_is_sharded_before_it_is_pruned(tmp_path):
     names = ("pyramiddrop", "hidrop", "plphp")
     assert sharded(tmp_path, "fsdp2_first", *names) == ["equal"] * len(names)
     for said in sharded(tmp_path / "learned", "learned_after_fsdp", "victor", "videollm_mod"):
-        assert "sharded already (FSDP)" in said and "prune first" in said
+        assert "already sharded (FSDP)" in said and "prune first" in said
 
 
 def test_layers_that_are_zero_3_leaf_modules(tmp_path):
@@ -79,7 +79,7 @@ def test_heads_split_over_ranks(tmp_path, kind):
 
 
 def test_parameters_are_not_added_to_heads_split_over_ranks(tmp_path):
-    assert "sharded already (tensor parallelism)" in sharded(tmp_path, "tensor_parallel", "victor")[0]
+    assert "already sharded (tensor parallelism)" in sharded(tmp_path, "tensor_parallel", "victor")[0]
 
 
 def test_pipeline_parallelism_is_refused():

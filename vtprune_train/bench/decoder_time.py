@@ -205,7 +205,7 @@ def _random(model: LlamaModel, rows: int) -> Tensor:
 
 def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: torch.device) -> EncoderSignals | None:
     """What a tower might say, where ``method`` asks; an image's tokens are dealt evenly to its tiles."""
-    if method is None or not method.encoder_layers:
+    if method is None or not method.needs.encoder_layers:
         return None
     tiles: list[Tensor] = []
     base = 0
@@ -214,7 +214,7 @@ def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: t
         tiles.append(base + torch.arange(picture.tokens) * number // picture.tokens)
         base += number
     tile, generator = torch.cat(tiles), torch.Generator().manual_seed(1)
-    attention = torch.rand(len(method.encoder_layers), len(tile), generator=generator)
+    attention = torch.rand(len(method.needs.encoder_layers), len(tile), generator=generator)
     keys = torch.randn(len(tile), TOWER_HIDDEN, generator=generator)
     return to_device(EncoderSignals(attention, keys, tile), device)  # type: ignore[no-any-return]
 

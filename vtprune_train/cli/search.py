@@ -125,7 +125,7 @@ def flop_share(method: PruningMethod | None, geometry: DecoderGeometry, text: np
     drops = method.drops(geometry.num_layers)
     lengths = stage_lengths(text, visual, np.arange(len(text)), drops)
     layers = np.array(layers_per_stage(drops, geometry.num_layers))
-    projects = method.rank_with == "next_layer"
+    projects = method.needs.rank_with == "next_layer"
     ranking = sum(geometry.selector(n, len(text), n, projects) for n in lengths[:, :-1].sum(axis=0).tolist())
     dense = geometry.layer(lengths[:, 0]).sum() * geometry.num_layers
     return float(((geometry.layer(lengths) * layers).sum() + ranking) / dense)

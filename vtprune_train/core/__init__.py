@@ -1,1 +1,1 @@
-"""Packed batches, the plan of their stages, and FLOPs: arithmetic on lengths that knows no model."""
+"""Packed batches, stage plans and FLOP counts: model-independent arithmetic on sequence lengths."""

@@ -1,6 +1,7 @@
-"""The only FLOP arithmetic of the project: sampler, logs, dry run and benchmark all count with it.
+"""FLOP counting. The sampler, logs, dry run and benchmarks all use this module.
 
-A multiply-add is two operations. Attention is counted as the causal half that variable-length kernels compute.
+A multiply-add is two operations. Attention is counted as causal (half of the full matrix), which is what
+variable-length kernels compute.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ Numbers = TypeVar("Numbers", float, np.ndarray)
 
 
 class PruningMethod(Protocol):
-    """What is counted of a method; ``vtprune_train.pruning.base.PruningMethod`` is one."""
+    """The parts of a pruning method that FLOP counting needs; see ``vtprune_train.pruning.base.PruningMethod``."""
 
     @property
-    def hides_front(self) -> bool: ...
+    def needs(self) -> Any: ...
     @property
     def parts(self) -> Sequence[Any]: ...
     def drops(self, num_layers: int) -> Sequence[Drop]: ...
@@ -36,7 +37,7 @@ TYPICAL_VISUAL = 2268
 
 @dataclass(frozen=True)
 class DecoderGeometry:
-    """Sizes of a gated-MLP decoder with grouped queries."""
+    """Dimensions of a decoder with gated MLP and grouped-query attention."""
 
     num_layers: int
     hidden: int
@@ -55,9 +56,15 @@ class DecoderGeometry:
         """
         sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
         if missing := [size for size in sizes if getattr(config, size, None) is None]:
-            raise ValueError(f"the {config.model_type} decoder has no {missing[0]}; only Llama-like ones are counted")
+            raise ValueError(
+                f"cannot count the FLOPs of the {config.model_type} decoder: its config has no {missing[0]}; only "
+                "Llama-like decoders are supported"
+            )
         if any(getattr(config, experts, None) for experts in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise ValueError(f"the {config.model_type} decoder is a mixture of experts; only dense ones are counted")
+            raise ValueError(
+                f"cannot count the FLOPs of the {config.model_type} decoder: mixture-of-experts models are not "
+                "supported"
+            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             config.num_hidden_layers,
@@ -76,7 +83,7 @@ class DecoderGeometry:
         return 2.0 * self.hidden * (2 * query + 2 * key + 3 * self.intermediate)
 
     def adapter_per_token(self, rank: int, targets: Sequence[str] | None) -> float:
-        """Forward FLOPs for one token of a low-rank adapter on these projections of one layer, or all.
+        """Forward FLOPs per token of a LoRA adapter on the given projections of one layer (default: all projections).
 
         Raises:
             ValueError: the decoder has no such projection.
@@ -86,7 +93,7 @@ class DecoderGeometry:
         other = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query, **inner}
         targets = list(other) if targets is None else targets
         if unknown := [name for name in targets if name not in other]:
-            raise ValueError(f"{unknown[0]!r} is no linear layer of the decoder; there are {', '.join(other)}")
+            raise ValueError(f"the decoder has no linear layer named {unknown[0]!r}; it has {', '.join(other)}")
         return 2.0 * rank * sum(self.hidden + other[name] for name in targets)
 
     def layer(self, lengths: np.ndarray) -> np.ndarray:
@@ -99,12 +106,12 @@ class DecoderGeometry:
         return 2.0 * rows * self.hidden * self.vocab
 
     def cache_bytes(self, tokens: Numbers, element_size: int) -> Numbers:
-        """Bytes of one layer's keys and values of ``tokens`` tokens."""
+        """Bytes of one layer's KV cache for ``tokens`` tokens."""
         return 2.0 * tokens * self.kv_heads * self.head_dim * element_size
 
     def selector(self, tokens: float, query_rows: float, scored_tokens: float, projects: bool) -> float:
-        """FLOPs of ranking at one boundary: key projection of all tokens (unless the layer's own are read), query
-        projection of the query rows, and their attention rows."""
+        """FLOPs of ranking at one drop point: key projection of all tokens (unless the layer's keys are reused), query
+        projection of the query rows, and their attention scores."""
         key, query = self.kv_heads * self.head_dim, self.heads * self.head_dim
         projections = 2.0 * self.hidden * (key * tokens + query * query_rows) if projects else 0.0
         return projections + 2.0 * query * scored_tokens
@@ -112,8 +119,8 @@ class DecoderGeometry:
 
 @dataclass(frozen=True)
 class TowerGeometry:
-    """Sizes of a vision transformer that sees tiles, and of the projector after it, which makes a token of ``merge``
-    patches; ``projector_in`` counts all of them."""
+    """Dimensions of a tile-based vision transformer and its projector, which merges ``merge`` patches into one token;
+    ``projector_in`` is the width of the concatenated patches."""
 
     unit: ClassVar[str] = "tile(s)"
 
@@ -128,7 +135,7 @@ class TowerGeometry:
     merge: int = 1
 
     def tiles_of(self, tokens: int) -> int | None:
-        """Tiles that make so many tokens; ``None`` where the count is not a multiple of a tile's."""
+        """Number of tiles that produce this many tokens; ``None`` if it is not a multiple of the tokens per tile."""
         tiles, rest = divmod(tokens * self.merge, self.patches)
         return None if rest else tiles
 
@@ -146,10 +153,11 @@ class TowerGeometry:
 
 @dataclass(frozen=True)
 class PatchTowerGeometry:
-    """Sizes of a vision transformer that sees images of any size, and of the mergers after it; its "tiles" are patches.
+    """Dimensions of a native-resolution vision transformer and of the mergers after it; a "tile" here is one patch.
 
-    ``full_layers`` attend over the whole image, the others within windows of ``window`` patches. ``merge`` patches make
-    a token. The MLP has ``mlp_products`` matrices: 3 where it is gated. ``mergers`` run, each on all patches.
+    ``full_layers`` attend over the whole image, the others within windows of ``window`` patches. ``merge`` patches form
+    one token. ``mlp_products`` is the number of MLP matrices (3 if gated). ``mergers`` is the number of mergers; each
+    processes all patches.
     """
 
     unit: ClassVar[str] = "patches"
@@ -172,7 +180,7 @@ class PatchTowerGeometry:
     def tower(self, tiles: Numbers) -> Numbers:
         """Forward FLOPs of the tower on each image of ``tiles`` patches.
 
-        Windows are counted as full: those at the image's edge are smaller.
+        Windows are counted as full-sized, although windows at the image border are smaller.
         """
         n, c = tiles, self.hidden
         linear = 2.0 * n * c * (4 * c + self.mlp_products * self.intermediate)
@@ -192,11 +200,11 @@ class PatchTowerGeometry:
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """FLOPs of forward and backward: a part costs 3 forwards if it is trained, 2 if gradients only pass through it, 1
-    if none reach it. Attention has no weights, so its backward pass costs two forwards in either case. ``adapter`` is
-    what a trained adapter adds to a token in each layer, forward (DoRA's norms are not counted). Recomputation under
-    activation checkpointing is not counted (as in MFU). ``tower`` is ``None`` for families whose tower is not counted:
-    :meth:`text` only."""
+    """FLOPs of forward and backward: a module costs 3 forward passes if trained, 2 if gradients only flow through it, 1
+    if it gets no gradients. Attention has no weights, so its backward pass costs two forwards in either case.
+    ``adapter`` is the forward FLOPs per token and layer of a trained adapter (DoRA norms are not counted).
+    Recomputation under activation checkpointing is not counted (as in MFU). ``tower`` is ``None`` for families whose
+    vision tower is not counted; then only :meth:`text` is available."""
 
     decoder: DecoderGeometry
     tower: TowerGeometry | PatchTowerGeometry | None
@@ -213,15 +221,16 @@ class TrainingCost:
         supervised: np.ndarray,
         sample_of_tiles: np.ndarray | None = None,
     ) -> np.ndarray:
-        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples], ``tiles`` [images] of
-        the samples ``sample_of_tiles`` [images]; left out, each sample has one image."""
+        """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples]. ``tiles`` [images] is
+        the number of tiles of each image, and ``sample_of_tiles`` [images] the sample it belongs to (default: each
+        sample has one image)."""
         vision = self.vision(tiles)
         if sample_of_tiles is not None:
             vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))
         return self.text(stage_lengths, layers_per_stage, supervised) + vision
 
     def text(self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray) -> np.ndarray:
-        """The decoder's and the head's part of :meth:`sample`."""
+        """Decoder and LM-head FLOPs of :meth:`sample`."""
         passes = 3 if self.trains_decoder else 2
         tokens = np.asarray(stage_lengths, dtype=np.float64)
         attention = self.decoder.layer(tokens) - self.decoder.per_token * tokens
@@ -232,14 +241,14 @@ class TrainingCost:
     def forward_text(
         self, stage_lengths: np.ndarray, layers_per_stage: Sequence[int], supervised: np.ndarray
     ) -> np.ndarray:
-        """[samples] a pass of decoder and head without gradients."""
+        """[samples] FLOPs of a forward-only pass of decoder and head."""
         tokens = np.asarray(stage_lengths, dtype=np.float64)
         per_stage = (self.decoder.layer(tokens) + self.adapter * tokens) * np.asarray(layers_per_stage)
         return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def vision(self, tiles: np.ndarray) -> np.ndarray:
         """The tower's and the projector's part of :meth:`sample`, [images]."""
-        assert self.tower is not None, "the tower is not counted for this family"
+        assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
         count = np.asarray(tiles, dtype=np.float64)
         return self.tower.tower(count) * (3 if self.trains_tower else 1) + self.tower.projector(count) * (
             3 if self.trains_tower else 2 if self.trains_projector else 1
@@ -261,45 +270,46 @@ def stage_lengths(text: np.ndarray, spans: np.ndarray, sample_of_span: np.ndarra
 
 
 def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:
-    """Layers of each stage."""
+    """Number of decoder layers per stage."""
     edges = [0, *(drop.layer for drop in drops), num_layers]
     return [end - start for start, end in pairwise(edges)]
 
 
 def selector_flops(geometry: DecoderGeometry, plan: StreamPlan, method: PruningMethod | None) -> float:
-    """FLOPs that choosing adds to one forward pass of a planned stream: projections and attention rows of the ranking,
-    and what the method says of its own arithmetic. Rows computed again where keys are hidden are not counted."""
+    """Extra forward FLOPs of token selection for a planned batch: ranking projections and attention, plus the method's
+    reported ``selector_flops``. Recomputed rows (when keys are masked) are not counted."""
     if method is None:
         return 0.0
     total = 0.0
     for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
         part = method.parts[boundary.drop.owner]
-        if part.rank_with is not None and boundary.drop.ranked:
+        if part.needs.rank_with is not None and boundary.drop.ranked:
             rows, pairs = len(boundary.query_rows), _ranked_pairs(boundary)
-            total += geometry.selector(stage.num_tokens, rows, pairs, part.rank_with == "next_layer")
+            total += geometry.selector(stage.num_tokens, rows, pairs, part.needs.rank_with == "next_layer")
         total += part.selector_flops(geometry.hidden, boundary)
     chooser = next((part for part in method.parts if part.key_layers(plan.outline.num_layers)), None)
     for stage, layout in zip(plan.stages, plan.key_layouts, strict=True):
         if layout is not None and chooser is not None:
             layers = sum(stage.first_layer <= layer < stage.end_layer for layer in plan.outline.key_layers)
-            own = geometry.selector(0.0, 0.0, _ranked_pairs(layout), projects=False)
-            total += layers * (own + chooser.selector_flops(geometry.hidden, layout))
+            ranking_flops = geometry.selector(0.0, 0.0, _ranked_pairs(layout), projects=False)
+            total += layers * (ranking_flops + chooser.selector_flops(geometry.hidden, layout))
     return total
 
 
 def _ranked_pairs(boundary: Boundary) -> float:
-    """Products of a query row with a key of its segment."""
+    """Number of query-key pairs scored for ranking."""
     return float(sum((s.end - s.start) * (s.query_end - s.query_start) for s in boundary.segments))
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """Visual tokens of a stream at its layers.
+    """Mean visual-token counts over the layers of a batch.
 
     Args:
-        entering: mean over layers of the tokens that enter: the work that is done.
-        leaving: mean over layers of those that leave, as papers count: what a layer's output loses counts as its own.
-        cached: mean over layers of those whose keys stay for decoding.
+        entering: mean over layers of tokens entering a layer (determines compute).
+        leaving: mean over layers of tokens leaving a layer, as papers count: a drop on a layer's output is attributed
+            to that layer.
+        cached: mean over layers of tokens whose keys stay in the KV cache.
     """
 
     entering: float
@@ -308,7 +318,7 @@ class VisualTokens:
 
     @classmethod
     def of(cls, per_stage: Sequence[float], layers: Sequence[int], kept_keys: Sequence[float]) -> VisualTokens:
-        """From counts [stages], layers [stages] and the share of its keys that each layer keeps [layers]."""
+        """Compute from token counts [stages], layers per stage [stages] and kept-key shares [layers]."""
         entering = np.repeat(np.asarray(per_stage, dtype=np.float64), layers)
         leaving = np.append(entering[1:], entering[-1:])
         return cls(float(entering.mean()), float(leaving.mean()), float((entering * kept_keys).mean()))
@@ -317,8 +327,8 @@ class VisualTokens:
 def kept_keys(
     method: PruningMethod | None, per_stage: Sequence[float], layers: Sequence[int], images: int
 ) -> list[float]:
-    """[layers] the share of a layer's visual keys that stays for later rows, as planned; from counts [stages], layers
-    [stages] and the images that the counts are of."""
+    """[layers] planned share of each layer's visual keys that stays visible to later rows, from token counts [stages],
+    layers per stage [stages] and the number of images."""
     lengths = np.repeat(np.asarray(per_stage, dtype=np.float64) / max(1, images), layers).tolist()
     shares = [1.0] * len(lengths)
     for part in () if method is None else method.parts:
@@ -328,22 +338,22 @@ def kept_keys(
 
 
 def is_adaptive(method: PruningMethod, num_layers: int) -> bool:
-    """Whether counts are only known once the method has run."""
+    """Whether token counts are only known after the method has run."""
     return bool(method.key_layers(num_layers)) or any(drop.adaptive for drop in method.drops(num_layers))
 
 
 def visual_per_stage(plan: StreamPlan) -> list[int]:
-    """Visual tokens of the whole stream in each stage: text is never dropped."""
+    """Number of visual tokens of the whole batch in each stage (text is never dropped)."""
     text = sum(segment.num_text for segment in plan.outline.segments)
     return [stage.num_tokens - text for stage in plan.stages]
 
 
 def hidden_text(plan: StreamPlan, method: PruningMethod | None) -> list[int]:
-    """Text tokens of each segment that no layer's cache holds: those in front of the first image, where the method
-    hides them. In the first call on a cache."""
+    """Number of text tokens per segment that no layer caches: those before the first image, if the method hides them.
+    Applies to the first call on a cache."""
     segments = plan.outline.segments
     layout = next((layout for layout in plan.key_layouts if layout is not None), None)
-    if method is None or not method.hides_front or layout is None:
+    if method is None or not method.needs.hides_front or layout is None:
         return [0] * len(segments)
     return [front or 0 for front in fronts_of(segments, layout)]
 
@@ -355,8 +365,8 @@ def stage_layers(plan: StreamPlan) -> list[int]:
 
 @dataclass(frozen=True)
 class PassCost:
-    """One pass of a stream with gradients: FLOPs of decoder and head without the selector, and of the selector; visual
-    tokens at its layers; and the numbers (keys and values) that its cache would hold."""
+    """Cost of one training pass over a batch: decoder and head FLOPs, selector FLOPs, visual tokens per layer, and the
+    number of elements its KV cache would hold."""
 
     text: float
     selector: float
@@ -369,7 +379,8 @@ class PassCost:
 
     @classmethod
     def of(cls, cost: TrainingCost, plan: StreamPlan, method: PruningMethod | None, supervised: np.ndarray) -> PassCost:
-        """Count a plan: as laid out, or as it was run; ``supervised`` [samples] tokens."""
+        """Compute the cost of a plan (as planned or as executed); ``supervised`` is the number of supervised tokens per
+        sample [samples]."""
         lengths = np.array([stage.segment_lengths for stage in plan.stages]).T
         per_stage, layers = visual_per_stage(plan), stage_layers(plan)
         images = sum(len(segment.spans) for segment in plan.outline.segments)

@@ -1,7 +1,7 @@
-"""The planner: every stage of a packed stream, laid out on the host from lengths alone.
+"""Planner: computes every stage of a packed batch on the host, from lengths only.
 
-So every shape of the forward pass is known before it starts; only WHICH visual tokens survive a boundary is decided on
-the device.
+All tensor shapes of the forward pass are therefore known before it starts; only which visual tokens are kept is decided
+on the device.
 
 Shape suffixes: T tokens in the stream, S segments, V visual tokens before a boundary, K visual tokens kept by it,
 Q query rows, R supervised rows.
@@ -32,12 +32,12 @@ from vtprune_train.core.stream import (
 def counts_per_stage(
     drops: Sequence[Drop], lengths: Sequence[int] | np.ndarray, measured: Sequence[np.ndarray] = ()
 ) -> list[np.ndarray]:
-    """Tokens of each span in every stage: one array [spans] int64 more than there are drops.
+    """Token count of each span in every stage: a list of len(drops) + 1 arrays [spans] int64.
 
     Args:
         drops: in the order in which they act.
-        lengths: [spans] tokens before the first.
-        measured: what the first drops really left, where that is known already.
+        lengths: [spans] token counts before the first drop.
+        measured: actual counts after the first drops, if already known.
     """
     counts = [np.asarray(lengths, dtype=np.int64)]
     found: dict[int, np.ndarray] = {}
@@ -63,21 +63,21 @@ def plan_stream(
     method: Any = None,
     measured: Sequence[np.ndarray] = (),
 ) -> StreamPlan:
-    """Lay out every stage of a packed stream from lengths alone.
+    """Plan every stage of a packed batch from lengths only.
 
     Args:
         segments: the samples, in stream order; at least one.
         drops: in ascending order of their layers, each in ``[0, num_layers)``; empty for a dense pass.
         num_layers: decoder layers.
-        key_layers: layers in which a method leaves keys out.
-        method: whose drops they are; ``None`` for a dense pass.
-        measured: [spans] tokens that the first drops left, where a pass has found them out.
+        key_layers: layers in which the method drops keys.
+        method: the method that defines the drops; ``None`` for a dense pass.
+        measured: [spans] actual token counts after the first drops, if a pass has already determined them.
 
     Raises:
-        ValueError: no segments, a span or query row outside its segment, or a segment of which nothing is left.
+        ValueError: no segments, a span or query row outside its segment, or a segment with no remaining tokens.
     """
     if not segments:
-        raise ValueError("plan_stream needs at least one segment; an empty micro-batch is padded with a blank one")
+        raise ValueError("plan_stream needs at least one segment; pass a blank one for an empty micro-batch")
     layout = _StreamLayout.of(segments)
     kept = counts_per_stage(drops, layout.lengths, measured)
     places = [_Places(layout.starts, layout.lengths, counts) for counts in kept]
@@ -109,7 +109,8 @@ def plan_stream(
 
 
 def fronts_of(segments: Sequence[SegmentLayout], layout: Boundary) -> list[int | None]:
-    """Tokens of each segment in front of the first image that has any at a stage; ``None`` where no image has."""
+    """Number of tokens of each segment before its first image with remaining tokens at a stage; ``None`` if there is no
+    such image."""
     fronts: list[int | None] = []
     laid_out = iter(layout.spans)
     for segment in segments:
@@ -122,13 +123,13 @@ def fronts_of(segments: Sequence[SegmentLayout], layout: Boundary) -> list[int |
 
 
 def plan_pass(segments: Sequence[SegmentLayout], num_layers: int, method: Any) -> StreamPlan:
-    """The stages of a pass by ``method``, or of a dense one if that is ``None``."""
+    """Plan the stages of a pass with ``method``, or of a dense pass if it is ``None``."""
     return plan_stream(segments, (), num_layers) if method is None else method.plan(segments, num_layers)
 
 
 def replan(plan: StreamPlan, measured: Sequence[np.ndarray]) -> StreamPlan:
-    """Lay out ``plan`` again (on the host), now that its first drops left ``measured`` tokens of each span: a [spans]
-    int64 array for each of them."""
+    """Recompute ``plan`` on the host after its first drops, given the actual token counts ``measured``: one [spans]
+    int64 array per drop done so far."""
     made = plan.outline
     return plan_stream(
         made.segments, made.drops, made.num_layers, key_layers=made.key_layers, method=made.method, measured=measured
@@ -136,7 +137,7 @@ def replan(plan: StreamPlan, measured: Sequence[np.ndarray]) -> StreamPlan:
 
 
 class _Places:
-    """Where tokens of the packed stream stand at a stage, when ``kept[i]`` of span i's tokens remain."""
+    """Row indices of the packed tokens at a stage in which ``kept[i]`` tokens of span i remain."""
 
     def __init__(self, starts: np.ndarray, lengths: np.ndarray, kept: np.ndarray):
         self.starts = starts
@@ -144,7 +145,7 @@ class _Places:
         self.removed = np.concatenate([[0], np.cumsum(lengths - kept)])
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        """New rows of original rows; those must not lie inside a span (its first token's row is allowed)."""
+        """Map original rows to rows of this stage. The rows must not lie inside a span, except for its first row."""
         return rows - self.removed[np.searchsorted(self.starts, rows, side="left")]
 
     def spans(self) -> list[np.ndarray]:
@@ -154,13 +155,13 @@ class _Places:
 
 @dataclass
 class _StreamLayout:
-    """All segments' offsets as rows of the packed stream."""
+    """Converts the segments' offsets to rows of the packed batch."""
 
     cu_seqlens: np.ndarray  # [S + 1]
     starts: np.ndarray  # [spans]
     lengths: np.ndarray  # [spans]
     text: np.ndarray  # [T - V]
-    after_query: np.ndarray  # [Q], the row after each query row: never inside a span, so it can be followed
+    after_query: np.ndarray  # [Q], the row after each query row; never inside a span, so stages can track its index
     query_segment: np.ndarray  # [Q]
     span_segment: np.ndarray  # [spans]
     supervised: np.ndarray  # [R]
@@ -198,15 +199,15 @@ class _StreamLayout:
         )
 
     def rows_that_rank(self, drop: Drop) -> tuple[np.ndarray, np.ndarray]:
-        """[Q] the row after each row that ranks, and its segment."""
+        """[Q] the row after each query row, and the segment it belongs to."""
         if drop.queries == "answer":
             return self.after_query, self.query_segment
         rows, owners = [], []
         for index, segment in enumerate(self.segments):
             if segment.spans:
-                own = _instruction(segment) + self.cu_seqlens[index] + 1
-                rows.append(own)
-                owners.append(np.full(len(own), index))
+                rows_of_segment = _instruction(segment) + self.cu_seqlens[index] + 1
+                rows.append(rows_of_segment)
+                owners.append(np.full(len(rows_of_segment), index))
         return _joined(rows), _joined(owners)
 
 
@@ -215,8 +216,8 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _instruction(segment: SegmentLayout) -> np.ndarray:
-    """Offsets of the text after the last image up to the first query row after that; where there is none, the
-    segment's last query row: the last image's own last token, if an answer follows it at once."""
+    """Offsets of the text from the last image to the first query row after it. If there is no such text, the segment's
+    last query row, i.e. the last image's last token when the answer follows immediately."""
     last = segment.spans[-1].end
     behind = [offset for offset in segment.query_offsets if offset >= last]
     return np.arange(last, min(behind) + 1) if behind else np.array([max(segment.query_offsets)])
@@ -226,16 +227,22 @@ def _check_segment(segment: SegmentLayout) -> None:
     end = 0
     for span in segment.spans:
         if span.start < end or span.length < 0 or span.end > segment.length:
-            raise ValueError(f"image span {span} overlaps another or leaves its segment of {segment.length} tokens")
+            raise ValueError(
+                f"image span {span} overlaps another span or ends after its segment of {segment.length} tokens"
+            )
         end = span.end
     for offset in segment.query_offsets:
         if not 0 <= offset < segment.length:
             raise ValueError(f"query row {offset} lies outside its segment of {segment.length} tokens")
         if any(span.start <= offset < span.end - 1 for span in segment.spans):
-            raise ValueError(f"query row {offset} lies inside an image; only an image's last token can rank")
+            raise ValueError(
+                f"query row {offset} is inside an image; only the last token of an image can be a query row"
+            )
     for offset in segment.supervised_offsets:
         if not 1 <= offset < segment.length or any(span.start <= offset < span.end for span in segment.spans):
-            raise ValueError(f"supervised token {offset} is the segment's first, outside it, or inside an image")
+            raise ValueError(
+                f"supervised token {offset} must not be the first of its segment, outside it, or inside an image"
+            )
     if segment.spans and not segment.query_offsets:
         raise ValueError("a segment with images needs at least one query row to rank their tokens")
 
@@ -251,8 +258,8 @@ def _rows_before(layout: _StreamLayout, places: _Places, rows: np.ndarray) -> np
 
 def _nothing_left() -> ValueError:
     return ValueError(
-        "an image at the very start of a sample keeps no token at this ratio, so nothing is left to predict from; "
-        "raise the keep ratio or begin the template with a token"
+        "an image at the start of a sample keeps no token at this keep ratio, so no row is left to predict the next "
+        "token from; raise the keep ratio, or begin the template with a token"
     )
 
 
@@ -278,11 +285,11 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
     offset_in_scored: dict[int, int] = {}
     length_so_far = 0
     for index in np.unique(layout.span_segment).tolist():
-        own = query_rows[query_segment == index]
+        segment_rows = query_rows[query_segment == index]
         start, end = int(cu_seqlens[index]), int(cu_seqlens[index + 1])
         taken = sum(len(rows) for rows in scored_queries)
-        scored.append(ScoredSegment(start, end, taken, taken + len(own)))
-        scored_queries.append(own)
+        scored.append(ScoredSegment(start, end, taken, taken + len(segment_rows)))
+        scored_queries.append(segment_rows)
         offset_in_scored[index] = length_so_far - start
         length_so_far += end - start
     sizes = original if drop.returns else before.kept
@@ -326,7 +333,7 @@ def _span_layouts(
 
 
 def _uniform_scores(layout: _StreamLayout, kept: np.ndarray, sizes: list[int]) -> Tensor | None:
-    """Scores for spans of segments that a visual token would rank: 1 on an even grid of the kept count, else 0."""
+    """Scores for spans whose query row is a visual token: 1 on an evenly spaced grid of the kept count, 0 elsewhere."""
     last_visual = set((layout.starts + layout.lengths - 1).tolist())
     by_visual = {
         segment

@@ -1,6 +1,6 @@
-"""Shares of whole numbers, without floating-point rounding: 0.7 of 90 is 63, though ``0.7 * 90`` is 62.99999999999999.
+"""Shares of integers without floating-point error: 0.7 of 90 is 63, although ``0.7 * 90`` is 62.99999999999999.
 
-A share is taken for the fraction that its float stands for: 0.7 for 7/10, ``64 / 576`` for 1/9.
+Each float is interpreted as the fraction that it approximates: 0.7 as 7/10, ``64 / 576`` as 1/9.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-DIGITS = 17  # tell any two floats in [0.1, 1) apart
-LARGEST = 2**31  # counts in tensors, and denominators for them: their product fits int64
+DIGITS = 17  # enough digits to distinguish any two floats in [0.1, 1)
+LARGEST = 2**31  # limit for tensor counts and denominators, so that their product fits in int64
 
 Whole = TypeVar("Whole", int, Tensor)
 
 
 @lru_cache(maxsize=1024)
 def as_fraction(share: float) -> Fraction:
-    """The fraction that ``share`` was rounded from: the nearest one, with the fewest digits in its denominator, that
-    gives this float again.
+    """Return the fraction ``share`` approximates: the nearest fraction with the shortest denominator that converts back
+    to the same float.
 
     Raises:
         ValueError: ``share`` is not finite.
     """
     if not math.isfinite(share):
-        raise ValueError(f"{share} is not a share of anything; use a finite number")
+        raise ValueError(f"{share} is not a finite number, so it cannot be a share")
     exact = Fraction(share)
     for digits in range(DIGITS + 1):
         nearest = exact.limit_denominator(10**digits)
@@ -42,8 +42,7 @@ def floor_of(share: float | Fraction, count: Whole) -> Whole:
 
     Args:
         share: see :func:`as_fraction`; for a tensor in [0, 1].
-        count: a whole number, or int64 ones from 0 to 2 ** 31, of any shape, on any device (nothing is copied to the
-            host).
+        count: an int, or an int64 tensor of any shape on any device with values in [0, 2**31] (no device-to-host copy).
     """
     fraction = _fraction(share)
     if isinstance(count, Tensor):
@@ -58,7 +57,7 @@ def ceil_of(share: float | Fraction, count: int) -> int:
 
 
 def round_of(share: float | Fraction, count: int) -> int:
-    """``share * count`` to the nearest whole number, a half to the even one; see :func:`floor_of`."""
+    """``share * count`` rounded to the nearest integer, half to even; see :func:`floor_of`."""
     return round(_fraction(share) * count)
 
 
@@ -68,8 +67,8 @@ def _fraction(share: float | Fraction) -> Fraction:
 
 @lru_cache(maxsize=1024)
 def _below(fraction: Fraction) -> Fraction:
-    """The largest fraction that is not above ``fraction``, with a denominator up to :data:`LARGEST`: of counts up to
-    there it has the same floor."""
+    """Largest fraction <= ``fraction`` with a denominator <= :data:`LARGEST`; it gives the same floor for all counts up
+    to :data:`LARGEST`."""
     nearest = fraction.limit_denominator(LARGEST)
     if nearest <= fraction:
         return nearest

@@ -1,4 +1,4 @@
-"""The nouns everyone shares: the packed stream, its image spans, and the plan of every stage (``plan.py`` makes it).
+"""Core data types: packed batches, image spans and stage plans (built in ``plan.py``).
 
 Shape suffixes: T tokens in the stream, S segments, V visual tokens before a boundary, K visual tokens kept by it,
 Q query rows, R supervised rows, P tiles.
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import floor_of
 
-IMAGE = "<image>"  # an image's place in text, and its token
-IGNORE = -100  # a label that is not supervised
-COPY_ALIGNMENT = 16  # bytes: where a tensor of any dtype may begin in a buffer
+IMAGE = "<image>"  # image placeholder in text, and the name of its token
+IGNORE = -100  # ignore index for labels
+COPY_ALIGNMENT = 16  # alignment in bytes of tensors in the shared buffer
 
 
 @dataclass(frozen=True)
 class ImageSpan:
     """One image's visual tokens within a segment: ``length`` tokens from offset ``start``.
 
-    ``grids`` are the rasters ``(rows, columns)`` whose cells the tokens are, in order (LLaVA-NeXT: the base tile, then
-    the unpadded tiles with their newline column); empty where the family does not say.
+    ``grids`` lists the grids ``(rows, columns)`` that the tokens come from, in order (LLaVA-NeXT: the base tile, then
+    the unpadded tiles with their newline column); empty if the family does not provide them.
     """
 
     start: int
@@ -42,14 +42,14 @@ class ImageSpan:
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """What the host knows of one sample: offsets count from the segment's first token, before any dropping.
+    """Host-side layout of one sample. Offsets are relative to the segment's first token, before any drop.
 
     Args:
         length: tokens, text and visual.
         spans: the sample's images, in order, not overlapping.
         query_offsets: tokens whose attention ranks the visual tokens.
-        supervised_offsets: tokens that the loss asks for (the row before each one predicts it).
-        key: a number made of the sample's text, for draws that must not depend on the batch.
+        supervised_offsets: target tokens of the loss (each is predicted from the row before it).
+        key: hash of the sample's text, used to seed draws independently of the batch.
     """
 
     length: int
@@ -60,34 +60,35 @@ class SegmentLayout:
 
     @property
     def num_text(self) -> int:
-        """Its tokens outside the images."""
+        """Number of text tokens."""
         return self.length - sum(span.length for span in self.spans)
 
 
 def text_key(ids: np.ndarray) -> int:
-    """A number made of a sample's text tokens (without its images), the same in every batch: see ``SegmentLayout``."""
+    """Hash of a sample's text tokens (excluding images), independent of the batch; see ``SegmentLayout.key``."""
     return zlib.crc32(np.ascontiguousarray(ids, dtype=np.int64).tobytes())
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Where and how much a method drops: before decoder layer ``layer`` (0: before the decoder), each span keeps
-    ``floor(n * keep)``, exactly (:mod:`vtprune_train.core.rounding`). A subclass may count otherwise by overriding
-    :meth:`kept`.
+    """A drop point: before decoder layer ``layer`` (0: before the decoder), each span of n tokens keeps
+    ``floor(n * keep)``, computed exactly (:mod:`vtprune_train.core.rounding`). Subclasses can override :meth:`kept` to
+    count differently.
 
     Args:
-        layer: decoder layer, counted from 0, before which tokens change.
-        keep: share of the span's ORIGINAL tokens (those that the method found at its first drop), so ratios of
-            successive drops are cumulative. Of an adaptive drop: the share expected on average.
-        adaptive: the method counts on the device; ``keep`` only serves plans made before.
-        returns: all tokens that this method set aside since its first drop come back, with the states they had then.
-        adds: more tokens leave than came in (learned ones), so positions are numbered again.
-        queries: the rows whose attention ranks: ``answer``, those that predict an answer's first token; or
+        layer: decoder layer, counted from 0, before which tokens are dropped or added.
+        keep: keep ratio relative to the span's tokens at the method's first drop, so ratios of successive drops are not
+            multiplied. For an adaptive drop, the expected mean ratio.
+        adaptive: the method determines the counts on the device; ``keep`` is only an estimate for planning.
+        returns: restore all tokens this method has set aside since its first drop, with the hidden states they had when
+            set aside.
+        adds: the drop point also adds learned tokens, so positions must be renumbered.
+        queries: which rows are query rows: ``answer``, those that predict the first token of an answer; or
             ``instruction``, the text between a segment's last image and the answer.
-        uniform_without_text: spread the kept tokens evenly, instead of ranking them, in segments whose query row is
-            itself a visual token (no instruction follows the image, as in projector alignment).
-        ranked: whether the method's ranking is made for it; a method may only look at the tokens somewhere.
-        owner: which of a combination's methods drops here.
+        uniform_without_text: keep evenly spaced tokens, instead of ranked ones, in segments whose query row is itself a
+            visual token (no text between image and answer, as in projector alignment).
+        ranked: whether this drop point needs the attention ranking; some drop points only read hidden states.
+        owner: index of the method (in a combination) that performs this drop.
     """
 
     layer: int
@@ -101,20 +102,21 @@ class Drop:
     owner: int = 0
 
     def kept(self, length: int, before: int) -> int:
-        """Tokens of a span that enter the next stage.
+        """Number of a span's tokens that enter the next stage.
 
         Args:
             length: the span's tokens at the method's first drop.
-            before: its tokens in the stage that ends.
+            before: the span's token count in the stage before the drop.
         """
         return length if self.returns else floor_of(self.keep, length)
 
 
 @dataclass
 class Stage:
-    """A run of decoder layers ``[first_layer, end_layer)`` that see the same tokens; none before a boundary at layer 0.
+    """Consecutive decoder layers [first_layer, end_layer) that see the same tokens; empty before a drop at layer 0.
 
-    ``position_ids`` [T] int64 number each segment from 0 (the ``renumber`` choice); ``cu_seqlens`` [S + 1] int32.
+    ``position_ids`` [T] int64 count from 0 in each segment (as with ``positions: renumber``); ``cu_seqlens`` [S + 1]
+    int32.
     """
 
     first_layer: int
@@ -134,7 +136,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class ScoredSegment:
-    """A segment with images at a boundary: rows ``[start, end)`` of the stream, and which query rows are its own."""
+    """A segment with images at a drop point: its rows [start, end) and its query rows."""
 
     start: int
     end: int
@@ -144,14 +146,14 @@ class ScoredSegment:
 
 @dataclass(frozen=True)
 class SpanLayout:
-    """One image's visual tokens at a boundary, in numbers that the host knows.
+    """Host-side counts of one image's visual tokens at a drop point.
 
     Args:
-        segment: which segment of the stream.
-        number: which image of its segment, from 0.
-        original: tokens at the method's first drop.
-        before: tokens in the stage that ends.
-        after: tokens that enter the next stage (of an adaptive drop: as expected).
+        segment: index of the segment.
+        number: index of the image in its segment.
+        original: token count at the method's first drop.
+        before: token count before this drop.
+        after: token count after this drop (for an adaptive drop, the expected one).
         grids: see :class:`ImageSpan`.
         key: see :class:`SegmentLayout`.
     """
@@ -167,27 +169,27 @@ class SpanLayout:
 
 @dataclass
 class Boundary:
-    """What the host knows of one drop. Rows count in the stream of the stage that ends here.
+    """Host-side description of one drop point. Row indices refer to the packed batch of the stage before it.
 
-    V candidates are the visual tokens of that stage, or where tokens return, all that the method found at its first
-    drop; they stand span after span.
+    The V candidates are the visual tokens of that stage or, at a return, all tokens present at the method's first drop;
+    they are ordered span by span.
 
     Args:
-        layer: first layer of the stage that begins.
-        text_rows: [T - V] int64, rows that always stay.
+        layer: first layer after the drop.
+        text_rows: [T - V] int64, text rows (always kept).
         visual_rows: [V] int64, rows of the stage's visual tokens, ascending.
         span_of_visual: [V] int64, which span each candidate belongs to, ascending.
-        take: [K] int64, positions to take after sorting V by (span, descending score); of no use where K is not
-            planned or exceeds V.
+        take: [K] int64, positions to take after sorting V by (span, descending score); unused if K is not planned or
+            exceeds V.
         query_rows: [Q] int64, the query rows of all scored segments, in order.
         segments: the segments that have images.
-        visual_in_scored: [V] int64, where each visual token stands in the scored segments laid end to end.
+        visual_in_scored: [V] int64, index of each visual token in the concatenated scored segments.
         next_order: [T_next] int64, the next stage's rows among [text rows, chosen tokens].
         next_visual_rows: [K] int64, rows of the next stage that hold visual tokens.
         spans: all images of the stream, in order.
-        drop: what happens here; its ``owner`` chooses.
-        uniform: [V] float32, scores that spread the kept tokens evenly over the span; ``None`` where no segment
-            wants that. NaN marks tokens that are ranked by the method.
+        drop: the drop; its ``owner`` selects the tokens.
+        uniform: [V] float32, scores that select evenly spaced tokens, with NaN for tokens ranked by the method;
+            ``None`` if no segment needs them.
     """
 
     layer: int
@@ -206,8 +208,9 @@ class Boundary:
 
 
 class Outline:
-    """What a plan was made of, for planning the rest again once an adaptive drop has counted, and ``method``, whose
-    plan it is. Host only, so not a dataclass, whose tensors would be copied to the device."""
+    """Inputs of a plan, kept so that it can be recomputed after an adaptive drop, and the ``method`` it was planned
+    for. Deliberately not a dataclass: the tensors of dataclasses are copied to the device, and these must stay on the
+    host."""
 
     def __init__(
         self,
@@ -223,10 +226,10 @@ class Outline:
 
 @dataclass
 class StreamPlan:
-    """The whole forward pass in lengths: ``stages[i]`` ends at ``boundaries[i]``, which begins ``stages[i + 1]``.
+    """Plan of a forward pass: ``boundaries[i]`` is the drop point between ``stages[i]`` and ``stages[i + 1]``.
 
-    ``predict_rows`` [R] int64 are the rows of the LAST stage whose next token is supervised. ``key_layouts`` describe
-    the stages in whose layers keys are chosen, as a boundary that drops nothing; ``None`` for other stages.
+    ``predict_rows`` [R] int64 are the rows of the LAST stage whose next token is supervised. ``key_layouts[i]``
+    describes stage i as a no-drop boundary if keys are pruned in one of its layers; otherwise ``None``.
     """
 
     stages: tuple[Stage, ...]
@@ -238,12 +241,12 @@ class StreamPlan:
 
 @dataclass
 class TeacherPass:
-    """A second pass over the same stream, without gradients, whose output the first is drawn to.
+    """A second, gradient-free pass over the same batch that serves as distillation teacher.
 
     Args:
         plan: its stages.
-        weight: of the KL divergence in the loss.
-        temperature: softens both outputs.
+        weight: weight of the KL divergence in the loss.
+        temperature: softmax temperature of both distributions.
     """
 
     plan: StreamPlan
@@ -258,21 +261,22 @@ class PackedBatch:
     Args:
         input_ids: [T] int64; rows of visual tokens hold the image token's id.
         visual_rows: [V] int64, the rows that projected image features fill.
-        visual_index: [V] int64, which feature fills each: a row of [projected features of all tiles; image_newline],
-            or of the features that the family itself makes of ``image_inputs``.
-        pixel_values: [P, ...] float32, the tiles (or patches) of all images; a blank one where no sample has an image.
+        visual_index: [V] int64, feature index for each visual row: a row of [projected features of all tiles;
+            image_newline], or of the features the family computes from ``image_inputs``.
+        pixel_values: [P, ...] float32, the tiles (or patches) of all images; one blank tile if no sample has an image.
         plan: the stages.
         targets: [R] int64, the supervised tokens, in the order of ``plan.predict_rows``.
-        answer_of_target: [R] int64, which answer of the batch each belongs to.
+        answer_of_target: [R] int64, answer index of each target within the batch.
         num_answers: answers in the batch.
         sample_ids: the samples packed, in order (host only).
-        targets_per_sample: how many of ``targets`` are each sample's (host only).
-        unreadable: ``(sample id, reason)`` of samples left out because an image could not be read (host only).
-        costs: numbers for the logs, known from lengths alone (host only).
-        image_inputs: what ``get_image_features`` of the family takes beside the pixels: tensors go to the device,
-            tuples of integers stay on the host; ``None`` where tiles are gathered.
-        positions: [parts, T] int64, positions that stay with their tokens; ``None`` where segments count tokens.
-        teacher: the pruned pass that a step on full tokens learns from; ``None`` elsewhere.
+        targets_per_sample: number of targets per sample (host only).
+        unreadable: (sample id, reason) of samples skipped because an image could not be read (host only).
+        costs: cost metrics for logging, computed from lengths (host only).
+        image_inputs: extra inputs of the family's ``get_image_features``; tensors are moved to the device, tuples of
+            ints stay on the host; ``None`` for families that index tile features directly.
+        positions: [parts, T] int64 multi-dimensional position ids (M-RoPE) that are never renumbered; ``None`` if
+            positions are plain token indices per segment.
+        teacher: the pruned teacher pass of a full-token step; otherwise ``None``.
     """
 
     input_ids: Tensor
@@ -292,7 +296,7 @@ class PackedBatch:
     teacher: TeacherPass | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Copy every tensor to ``device``, without waiting for a GPU (see :func:`to_device`)."""
+        """Copy every tensor to ``device`` without synchronizing (see :func:`to_device`)."""
         return to_device(self, device)
 
     def pin_memory(self) -> PackedBatch:
@@ -301,14 +305,14 @@ class PackedBatch:
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
-    """``value`` with every tensor and every NumPy array of it as a tensor on ``device``, without waiting for a GPU.
+    """Return ``value`` with all its tensors and NumPy arrays moved to ``device``, without synchronizing.
 
-    A copy from pageable memory would wait until the GPU has done all that was queued before. So what is not pinned is
-    put end to end into one pinned buffer, which goes in one copy.
+    A copy from pageable memory would block until all queued GPU work is done, so unpinned tensors are concatenated into
+    one pinned buffer and copied at once.
 
     Args:
         value: tensors and arrays in nested dataclasses, tuples and dicts.
-        device: where they go.
+        device: target device.
     """
     leaves: dict[int, Tensor] = {}
     kinds = (Tensor, np.ndarray)
@@ -324,7 +328,7 @@ def _copies(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def _copied_at_once(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of CPU tensors on a GPU: parts of one buffer."""
+    """Copy CPU tensors to the GPU in one transfer; the results are views of one buffer."""
     if not tensors:
         return []
     starts = np.cumsum([0, *(-(-tensor.nbytes // COPY_ALIGNMENT) * COPY_ALIGNMENT for tensor in tensors)]).tolist()
@@ -337,7 +341,8 @@ def _copied_at_once(tensors: Sequence[Tensor], device: torch.device) -> list[Ten
 
 
 def map_leaves(value: Any, kind: type | tuple[type, ...], function: Any) -> Any:
-    """``value`` with ``function`` applied to everything of type ``kind`` in nested dataclasses, tuples and dicts."""
+    """Apply ``function`` to every object of type ``kind`` in nested dataclasses, tuples and dicts, and return the
+    result."""
     if isinstance(value, kind):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

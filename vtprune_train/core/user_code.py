@@ -1,4 +1,4 @@
-"""Loads what a setting names by its path: ``package.module:Name`` or ``path/to/file.py:Name``.
+"""Imports user code that a setting names by its path: ``package.module:Name`` or ``path/to/file.py:Name``.
 
 Every extension point goes through here: methods, callbacks, optimizers, schedules, data readers, attention backends and
 families.
@@ -16,27 +16,27 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_FILES: dict[str, str] = {}  # path, as the user wrote it, of each module that was named by its file
+_FILES: dict[str, str] = {}  # user-written path of each module loaded from a file
 
 
 def is_path(name: str) -> bool:
-    """Whether ``name`` is the path of something outside the package, not a name that the package knows."""
+    """Whether ``name`` is an import path rather than a built-in name."""
     return ":" in name
 
 
 def load(path: str, key: str) -> Any:
-    """Import what ``path`` names: a class, a function or any other object.
+    """Import the object at ``path`` (a class, function or any other object).
 
-    A file's folder is appended to ``sys.path`` and the file is imported under its own name, as with modules beside a
-    script: its classes can be pickled and are found again by processes started with ``spawn`` or ``forkserver``.
+    A file's folder is appended to ``sys.path`` and the file is imported under its file name, like a module beside a
+    script, so its classes can be pickled, and imported by processes started with ``spawn`` or ``forkserver``.
 
     Args:
         path: ``package.module:Name`` or ``path/to/file.py:Name``.
         key: the setting that holds ``path``, for errors.
 
     Raises:
-        ValueError: the file or module does not exist or cannot be imported, another module has the file's name, or the
-            module has no such name (the error suggests the nearest).
+        ValueError: the file or module does not exist or cannot be imported, another module already has that name, or
+            the module does not define ``Name`` (the message suggests the closest one).
     """
     place, colon, attribute = path.rpartition(":")
     if not colon or not attribute:
@@ -59,13 +59,12 @@ def load_class(path: str, base: type[T], key: str) -> type[T]:
     """
     cls = load(path, key)
     if not (inspect.isclass(cls) and issubclass(cls, base)):
-        raise ValueError(f"{key}={path!r} is not a subclass of {base.__name__}, but {cls!r}")
+        raise ValueError(f"{key}={path!r} must be a subclass of {base.__name__}, but is {cls!r}")
     return cls
 
 
 def loaded(path: str) -> Any:
-    """What :func:`load` returns if the module of ``path`` has already been imported by anyone, else ``None``. Runs no
-    code."""
+    """Return the object at ``path`` if its module is already imported, else ``None``. Never executes code."""
     place, _, attribute = path.rpartition(":")
     if not place.endswith(".py"):
         module = sys.modules.get(place)
@@ -77,7 +76,7 @@ def loaded(path: str) -> Any:
 
 
 def path_of(cls: type) -> str:
-    """The path that :func:`load` takes for ``cls``; a file's path is returned as the user wrote it."""
+    """Return the path to pass to :func:`load` for ``cls``; file paths are returned as the user wrote them."""
     return f"{_FILES.get(cls.__module__, cls.__module__)}:{cls.__qualname__}"
 
 
@@ -93,8 +92,8 @@ def _load_module(name: str, path: str, key: str) -> ModuleType:
         raise ValueError(f"{key}={path!r} cannot be imported: {error}") from error
     except ImportError as error:
         raise ValueError(
-            f"{key}={path!r} cannot be imported: {error}; put the package's folder in PYTHONPATH, start in that "
-            "folder, or name a file: path/to/file.py:Name"
+            f"{key}={path!r} cannot be imported: {error}; add the package's folder to PYTHONPATH, start in that "
+            "folder, or give a file: path/to/file.py:Name"
         ) from error
 
 

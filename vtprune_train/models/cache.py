@@ -1,7 +1,7 @@
-"""The staged key-value cache: every layer holds the tokens of its stage, each row's padded on the left.
+"""Staged KV cache: each layer stores the tokens of its stage, left-padded per row.
 
-A ``transformers.DynamicCache`` whose layers are :class:`StagedLayer`, so ``generate``, beam search and everything else
-that handles a cache goes on doing so. The first layer always holds all tokens; its length is the one position counter.
+A ``transformers.DynamicCache`` whose layers are :class:`StagedLayer`, so ``generate``, beam search and other users of a
+cache keep working. The first layer always holds all tokens, and its length defines the sequence length.
 
 Shape suffixes: B rows, G key-value heads, W columns of a layer's cache, D head size, T tokens of the packed stream.
 """
@@ -21,16 +21,15 @@ from vtprune_train.core.stream import to_device
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.pruning.base import PruningMethod
 
-# A layer that decodes keeps a sixteenth of its columns free: copying all of them once in so many steps costs little,
-# and so does the memory.
+# Preallocate 1/16 extra columns for decoding: the occasional reallocation and the extra memory are both negligible.
 LEAST_ROOM = 16
 ROOM_SHARE = 16
 
 
 @dataclass(frozen=True)
-class Told:
-    """A conversation so far, before any layer, in the caller's columns: ``embeds`` [B, W, C]; ``image`` [B, W] int64,
-    which of its row's images each column belongs to, or that it is text or padding; ``grids``, of each row's images."""
+class Conversation:
+    """Decoder inputs of the conversation so far, in the caller's columns: ``embeds`` [B, W, C]; ``image`` [B, W] int64,
+    image index within the row, or a marker for text/padding; ``grids`` of each row's images."""
 
     TEXT: ClassVar[int] = -1
     PADDING: ClassVar[int] = -2
@@ -39,27 +38,31 @@ class Told:
     image: Tensor
     grids: tuple[tuple[Grids, ...], ...]
 
-    def and_then(self, embeds: Tensor, image: Tensor, grids: tuple[tuple[Grids, ...], ...] | None = None) -> Told:
-        """With the next columns, and the grids of the images in them."""
+    def and_then(
+        self, embeds: Tensor, image: Tensor, grids: tuple[tuple[Grids, ...], ...] | None = None
+    ) -> Conversation:
+        """Return a copy with the next columns and their image grids appended."""
         both = self.grids if grids is None else tuple(a + b for a, b in zip(self.grids, grids, strict=True))
-        return Told(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1), both)
+        return Conversation(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1), both)
 
-    def rows(self, function: Callable[[Tensor], Tensor]) -> Told:
-        """With other rows: ``function`` picks them from any tensor."""
+    def rows(self, function: Callable[[Tensor], Tensor]) -> Conversation:
+        """Return a copy with rows selected or reordered by ``function``."""
         numbers = function(torch.arange(len(self.grids), device=self.image.device)).tolist()
-        return Told(function(self.embeds), function(self.image), tuple(self.grids[number] for number in numbers))
+        return Conversation(
+            function(self.embeds), function(self.image), tuple(self.grids[number] for number in numbers)
+        )
 
 
 class StagedLayer(DynamicLayer):
     """One layer's keys and values [B, G, W, D]; the first ``padding[b]`` columns of row b are not tokens.
 
-    ``padding`` [B] int64; ``is_padded`` is the host's word for whether any of it is positive; ``compacted``, for
-    whether keys were left out here, so that the padding is this layer's own and not its stage's. ``ahead`` [B] int64 is
-    how far a row's next position lies ahead of its number of tokens, where tokens were left out before or positions
-    were kept, or where an image advances positions by less (or more) than its tokens; ``None`` where positions count
-    tokens. On the first layer only: ``has_images`` [B] int64, 1 where a row has had an image; ``unstored``, columns
-    that the caller counts and the layer does not hold; ``parts``, of a position; ``told``, what ``multi_turn:
-    keep_dense`` runs again in a later turn; ``filled_by``, the method that dropped.
+    ``padding`` [B] int64; ``is_padded`` is a host-side flag for any(padding > 0); ``compacted`` is true if keys were
+    dropped in this layer, so its padding differs from the rest of its stage. ``ahead`` [B] int64 is the row's next
+    position minus its number of cached tokens. It is non-zero if tokens were dropped with positions kept, or with
+    M-RoPE; ``None`` if positions equal token indices. First layer only: ``has_images`` [B] int64, 1 for rows that had
+    an image; ``unstored``, number of caller-visible columns not stored in the layer; ``parts``, number of position
+    components; ``conversation``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``; ``filled_by``,
+    the method used to fill the cache.
     """
 
     is_initialized: bool
@@ -76,19 +79,20 @@ class StagedLayer(DynamicLayer):
         self.has_images: Tensor | None = None
         self.unstored = 0
         self.parts = 1
-        self.told: Told | None = None
+        self.conversation: Conversation | None = None
         self.filled_by: PruningMethod | None = None
-        self._room: tuple[Tensor, Tensor] | None = None  # what keys and values are the first columns of
+        self._room: tuple[Tensor, Tensor] | None = None  # buffers that keys and values are views of
 
     def fill(self, keys: Tensor, values: Tensor, padding: Tensor, is_padded: bool) -> None:
-        """Replace the content: keys and values [B, G, W, D], ``padding`` [B]."""
+        """Replace the contents with keys and values [B, G, W, D] and ``padding`` [B]."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.keys, self.values, self.padding, self.is_padded = keys, values, padding, is_padded
         self._room = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append columns, in room kept after the last one: a decoding step writes a column and copies none."""
+        """Append columns into preallocated space, so that a decoding step writes one column without copying the
+        cache."""
         assert self.keys is not None and self.values is not None
         if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)
@@ -102,35 +106,38 @@ class StagedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, columns: int) -> bool:
-        """Whether the content still lies at the head of the room (it was not reordered or replaced), and fits."""
+        """Whether the keys are still a view of the preallocated buffer (not reordered or replaced) and the new columns
+        fit."""
         if self._room is None or self._room[0].shape[-2] < columns:
             return False
         if self._room[0].is_inference() and not torch.is_inference_mode_enabled():
             return False
         return all(
-            own.data_ptr() == store.data_ptr() and own.stride() == store.stride() and own.shape[:2] == store.shape[:2]
-            for own, store in zip((self.keys, self.values), self._room, strict=True)
+            view.data_ptr() == store.data_ptr()
+            and view.stride() == store.stride()
+            and view.shape[:2] == store.shape[:2]
+            for view, store in zip((self.keys, self.values), self._room, strict=True)
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Only a dense model asks for this, and it cannot use a staged cache."""
+        """Only called by a dense model, which cannot use a staged cache."""
         raise ValueError(
-            "past_key_values was filled by a pruned model, which keeps another length in every layer, but this one "
-            "runs densely; start with a new DynamicCache"
+            "past_key_values was filled by a pruned model, whose layers hold different numbers of tokens, so a dense "
+            "model cannot use it; start with a new DynamicCache"
         )
 
     @property
     def width(self) -> int:
-        """Columns held."""
+        """Number of stored columns."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
 
     def get_seq_length(self) -> int:
-        """Columns as the caller counts them (on the first layer, which a cache asks)."""
+        """Sequence length as seen by the caller (the cache queries its first layer)."""
         return self.width + self.unstored
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
-        self.is_initialized = False  # first: transformers 5.17 zeroes the columns of a layer that is, and keeps them
+        self.is_initialized = False  # or transformers 5.17 zeroes the columns and keeps them
         super().reset()
         self._forget()
 
@@ -150,47 +157,51 @@ class StagedLayer(DynamicLayer):
         self.padding = None if self.padding is None else function(self.padding)
         self.ahead = None if self.ahead is None else function(self.ahead)
         self.has_images = None if self.has_images is None else function(self.has_images)
-        if self.told is not None:
-            self.told = self.told.rows(function)
+        if self.conversation is not None:
+            self.conversation = self.conversation.rows(function)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): a staged layer is cut by a negative number, tokens to remove")
+            raise ValueError(
+                f"crop({tokens_to_remove}): a staged cache takes only a negative number, the tokens to remove"
+            )
         super().crop(tokens_to_remove)
-        if self.told is not None and tokens_to_remove < 0:
-            embeds, image = (columns[:, :tokens_to_remove] for columns in (self.told.embeds, self.told.image))
-            self.told = replace(self.told, embeds=embeds, image=image)
+        if self.conversation is not None and tokens_to_remove < 0:
+            embeds, image = (
+                columns[:, :tokens_to_remove] for columns in (self.conversation.embeds, self.conversation.image)
+            )
+            self.conversation = replace(self.conversation, embeds=embeds, image=image)
 
     def next_positions(self) -> Tensor:
         """[B] int64, the position of each row's next token."""
         return self.num_tokens() if self.ahead is None else self.num_tokens() + self.ahead
 
     def num_tokens(self) -> Tensor:
-        """[B] int64, the tokens each row holds."""
-        assert self.padding is not None, "an empty layer has no rows"
+        """[B] int64, number of cached tokens per row."""
+        assert self.padding is not None, "the number of tokens is not defined for an empty layer"
         return self.keys.shape[-2] - self.padding
 
 
 def _with_room(content: Tensor, columns: int) -> Tensor:
-    """[B, G, at least ``columns``, D] that begins with ``content`` [B, G, W, D]."""
+    """Allocate a buffer [B, G, >= columns, D] that starts with ``content`` [B, G, W, D]."""
     room = content.new_empty(*content.shape[:2], columns + max(LEAST_ROOM, columns // ROOM_SHARE), content.shape[-1])
     room[:, :, : content.shape[-2]] = content
     return room
 
 
 def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -> DynamicCache:
-    """``cache`` with staged layers, changed in place while it is empty; a new one for ``None``.
+    """Convert an empty ``cache`` to staged layers in place; create a new one for ``None``.
 
     Raises:
-        ValueError: the cache is of another kind (static, quantized, offloaded), or was filled by a dense model or by
-            another method than ``method``.
+        ValueError: the cache has an unsupported type (static, quantized, offloaded), or was filled by a dense model or
+            by another method than ``method``.
     """
     cache = DynamicCache() if cache is None else cache
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if isinstance(cache, DynamicCache) else f"a {type(cache).__name__}"
         raise ValueError(
-            f"past_key_values is {kind}, but a pruned model keeps another length in every layer and needs a plain "
-            "DynamicCache; leave past_key_values and cache_implementation unset"
+            f"past_key_values is {kind}, but a pruned model keeps a different number of tokens in each layer and needs "
+            "a plain DynamicCache; leave past_key_values and cache_implementation unset"
         )
     if cache.layers and all(isinstance(layer, StagedLayer) for layer in cache.layers):
         filled_by = cache.layers[0].filled_by  # type: ignore[attr-defined]
@@ -202,8 +213,8 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
         return cache
     if cache.get_seq_length():
         raise ValueError(
-            f"past_key_values holds {cache.get_seq_length()} tokens of a model that was not pruned; start with an "
-            "empty DynamicCache, or run this turn inside `with vtprune_train.dense(model):`"
+            f"past_key_values already holds {cache.get_seq_length()} tokens of a dense model; start with an empty "
+            "DynamicCache, or run this turn inside `with vtprune_train.dense(model):`"
         )
     cache.layers = [StagedLayer() for _ in range(num_layers)]
     cache.layer_class_to_replicate = None
@@ -211,7 +222,7 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values, padding columns included; without the columns that decoding keeps free."""
+    """Bytes of all keys and values, including padding but excluding preallocated space."""
     return sum(
         tensor.numel() * tensor.element_size()
         for layer in cache.layers
@@ -222,15 +233,15 @@ def cache_bytes(cache: Cache) -> int:
 
 @dataclass(frozen=True)
 class StageCache:
-    """How the packed tokens of a stage join the cache of a layer; laid out on the host once for layers alike, then
-    copied to the device.
+    """How a stage's packed tokens are appended to a layer's cache; computed on the host once per group of identical
+    layers, then copied to the device.
 
     Args:
-        join: [Tk] int64, rows of [the cached columns of all rows; the new stream] that make the packed keys, row after
-            row; ``None`` where nothing is cached, so that the new stream is all.
-        spread: [B * W] int64, the packed key at each column of the layer's new cache (padding repeats a token).
+        join: [Tk] int64, indices into the concatenation of cached columns and new tokens that give the packed keys, row
+            by row; ``None`` if nothing is cached.
+        spread: [B * W] int64, packed-key index for each column of the new cache (padding columns repeat a token).
         padding: [B] int64, padding columns of each row; ``is_padded`` whether any is positive.
-        key_lengths: packed keys of each row; ``cu_seqlens_k`` [B + 1] int32 where each row's begin.
+        key_lengths: number of packed keys per row; ``cu_seqlens_k`` [B + 1] int32 their cumulative offsets.
     """
 
     join: Tensor | None
@@ -242,8 +253,8 @@ class StageCache:
 
     @classmethod
     def of(cls, new_lengths: Sequence[int], cached: Sequence[int], cached_width: int) -> StageCache:
-        """Plan one layer, on the host, from each row's number of new tokens and of tokens in the layer's cache. That
-        cache has ``cached_width`` columns; the new one has as few as the longest row needs."""
+        """Plan one layer on the host from each row's new and cached token counts. The current cache has
+        ``cached_width`` columns; the new cache is as wide as its longest row."""
         lengths = np.add(new_lengths, cached).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         columns = int(lengths.max())
@@ -267,24 +278,24 @@ class StageCache:
         )
 
     def new_keys(self, new_lengths: Sequence[int]) -> Tensor:
-        """[T] int64, where the new stream's tokens stand among the packed keys."""
+        """[T] int64, index of each new token within the packed keys."""
         ends = np.cumsum(self.key_lengths)
         parts = [np.arange(end - new, end) for end, new in zip(ends, new_lengths, strict=True)]
         return to_device(np.concatenate(parts), self.spread.device)  # type: ignore[no-any-return]
 
 
 class PackedCache:
-    """Stands where a decoder layer expects ``past_key_values`` while a packed stream runs: stores each row's keys and
-    values padded, and hands back the packed ones, cached tokens first."""
+    """Passed to decoder layers as ``past_key_values`` for packed batches: stores keys and values padded per row and
+    returns them packed, cached tokens first."""
 
     def __init__(self, cache: DynamicCache):
         self.cache = cache
         self.stage: StageCache | None = None
-        self.withheld = False  # the layer about to run fills its cache by itself, with the keys it chooses
+        self.withheld = False  # this layer writes its cache itself, with the kept keys only
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """keys and values [1, G, T, D] of the new stream -> [1, G, Tk, D] of cached and new tokens."""
-        assert self.stage is not None, "the decoder loop sets the stage before its layers run"
+        assert self.stage is not None, "the stage must be set before its layers run"
         layer = self.cache.layers[layer_idx]
         keys = self._join(keys, layer.keys)
         values = self._join(values, layer.values)
@@ -296,13 +307,13 @@ class PackedCache:
     def fill_kept(
         self, layer_idx: int, keys_TGD: Tensor, values_TGD: Tensor, kept_GT: Tensor, left_out: np.ndarray
     ) -> None:
-        """Store some of the packed keys, equally many of a row in every head; the others are freed with the stream.
+        """Store only the kept keys, the same number per row in every head; the rest are freed with the batch.
 
         Args:
-            layer_idx: whose they are.
+            layer_idx: index of the layer.
             keys_TGD: [Tk, G, D] as :meth:`update` returned them, likewise ``values_TGD``.
             kept_GT: [G, Tk] bool.
-            left_out: [B] int64, how many of each row are not kept.
+            left_out: [B] int64, number of dropped keys of each row.
         """
         assert self.stage is not None
         lengths = np.array(self.stage.key_lengths) - left_out
@@ -315,7 +326,7 @@ class PackedCache:
         layer.compacted = True
 
     def joined_keys(self, keys_TGD: Tensor, layer_idx: int) -> Tensor:
-        """[Tk, G, D]: the layer's cached keys and the new stream's, row after row."""
+        """[Tk, G, D]: cached and new keys of the layer, row by row."""
         cached = self.cache.layers[layer_idx].keys
         return self._join(keys_TGD.transpose(0, 1).unsqueeze(0), cached).squeeze(0).transpose(0, 1)
 

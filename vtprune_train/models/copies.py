@@ -1,8 +1,8 @@
-"""Models that a tool opens by a pruned model's path: TRL's reference models.
+"""Prunes models that a tool reloads from a pruned model's path, such as TRL reference models.
 
-A trainer that needs a reference opens ``model.config._name_or_path`` again, and ``from_pretrained`` gives a dense
-model. While a model is pruned, the string there is an object of its own. A model opened by that object is pruned alike;
-one opened by any other string, equal or not, is what ``from_pretrained`` gives.
+A trainer that needs a reference model reloads ``model.config._name_or_path``, and ``from_pretrained`` returns a dense
+model. While a model is pruned, this attribute is a ``str`` subclass (Source). Loading a model through that object
+prunes it in the same way; loading with any ordinary string, even an equal one, is unaffected.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vtprune_train.models import HFModule
 
 log = logging.getLogger(__name__)
 
-_OPENERS = "_vtprune_from_pretrained"  # on a class: its own from_pretrained was replaced
-_LOCK = threading.RLock()  # models are opened in several threads
+_OPENERS = "_vtprune_from_pretrained"  # class attribute: marks that from_pretrained was patched
+_LOCK = threading.RLock()  # models may be loaded from several threads
 
 
 class Source:
-    """A pruned model's path: the config's ``_name_or_path``. ``prune`` prunes a model that was opened from it."""
+    """Marked ``_name_or_path`` of a pruned model; models loaded with it are pruned too."""
 
     known: ClassVar[weakref.WeakSet[Source]] = weakref.WeakSet()
 
@@ -32,19 +32,19 @@ class Source:
         self.original: str = name if before is None else before.original
         self.name = "".join(list(name))  # an equal string that is another object
         self.prune = prune
-        if self.name is not self.original:  # Python has one object for each string of a single character
+        if self.name is not self.original:  # CPython interns single-character strings, so identity cannot be used
             with _LOCK:
                 self.known.add(self)
 
     @classmethod
     def of(cls, name: Any) -> Source | None:
-        """Whose very string ``name`` is."""
+        """Return the Source whose string object is ``name`` (identity, not equality)."""
         with _LOCK:
             return next((source for source in cls.known if source.name is name), None)
 
 
 def follow(model_class: type[HFModule]) -> None:
-    """Let ``model_class.from_pretrained`` prune what is opened by the string of a :class:`Source`."""
+    """Make ``model_class.from_pretrained`` prune a model that is opened by the string of a :class:`Source`."""
     with _LOCK:
         if _OPENERS in model_class.__dict__:
             return
@@ -56,7 +56,10 @@ def follow(model_class: type[HFModule]) -> None:
             made = opened(cls, pretrained_model_name_or_path, *args, **kwargs)
             if source is not None:
                 source.prune(made[0] if isinstance(made, tuple) else made)  # a tuple with output_loading_info
-                log.info("%s was opened by a pruned model's path and is pruned alike", pretrained_model_name_or_path)
+                log.info(
+                    "%s was opened by a pruned model's path, so it is pruned in the same way",
+                    pretrained_model_name_or_path,
+                )
             return made
 
         model_class.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]

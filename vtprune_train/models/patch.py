@@ -1,10 +1,10 @@
-"""The front door: ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
+"""The public functions ``prune(model, method)``, ``unprune(model)`` and ``dense(model)``.
 
-Pruning swaps a few methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and
-(where it takes images of any size) vision tower, ``generate``, ``prepare_inputs_for_generation`` and
-``get_image_features`` (which are only listened to) and ``pack_image_features``. Parameters, names and classes stay what
-they were, so checkpoints, optimizers, DeepSpeed and PEFT see the model they know. A method that learns adds its own
-parameters at ``<decoder>.pruning``.
+Pruning replaces methods of an unmodified Hugging Face model: ``forward`` of the model, its base, decoder, head and (for
+families with native resolution) vision tower; ``generate``, ``prepare_inputs_for_generation`` and
+``get_image_features``, which are only observed; and ``pack_image_features``. Parameters, names and classes are
+unchanged, so checkpoints, optimizers, DeepSpeed and PEFT work as usual. Methods with learned parameters add them at
+``<decoder>.pruning``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -42,50 +42,52 @@ from vtprune_train.models.io.provenance import published_names
 from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
+from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.learned import learns
+from vtprune_train.pruning.setting_types import setting_types
 
 log = logging.getLogger(__name__)
 
 _REPLACED = "_vtprune_replaced"
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def prune(
-    model: HFModule,
+    model: Model,
     method: PruningMethod | str | Mapping[str, Any] | Sequence[Any] | None = SAVED,
     *,
     attention: str = "auto",
     trust_remote_code: bool = False,
-) -> HFModule:
-    """Let ``model`` drop visual tokens inside its forward pass, in training, evaluation and generation.
+) -> Model:
+    """Make ``model`` drop visual tokens in its forward pass, for training, evaluation and generation.
 
-    Afterwards ``model(**processor(...))`` and ``model.generate(**processor(...))`` take what they always took
-    (:func:`vtprune_train.models.forward.padded.forward_text` says what dropped rows hold), and, for the families that
-    the project trains, ``model(batch)`` takes a :class:`~vtprune_train.core.stream.PackedBatch`. The settings stand in
-    ``model.config.pruning``, so ``save_pretrained`` keeps them.
+    ``model(**processor(...))`` and ``model.generate(**processor(...))`` accept the same inputs as before (see
+    :func:`vtprune_train.models.forward.padded.forward_text` for the values at dropped positions). For families that the
+    project trains, ``model(batch)`` also accepts a :class:`~vtprune_train.core.stream.PackedBatch`. The settings are
+    stored in ``model.config.pruning``, so ``save_pretrained`` saves them.
 
     Args:
         model: a model of one of :data:`vtprune_train.models.families.FAMILIES`, or a PEFT model around one; changed in
             place.
         method: for example ``PyramidDrop(layers=(8, 16, 24), keep=(0.5, 0.25, 0.125))``; or, as in YAML, a name
             (``"fastv"``, with its defaults), a mapping ``{"method": "fastv", "keep": 0.5}`` or a list of these;
-            ``None`` and ``"none"`` pack without dropping; ``"saved"`` (the default) is what the checkpoint was saved
-            with.
-        attention: ``auto`` (the best for the model's device and dtype, so move it first) or a backend of
+            ``None`` or ``"none"`` packs without dropping; ``"saved"`` (default) uses the method that the checkpoint was
+            saved with.
+        attention: ``auto`` (selected for the model's device and dtype, so move the model first) or a backend of
             :mod:`vtprune_train.models.forward.attention`.
-        trust_remote_code: with ``"saved"``: run the code of a method outside of the package that ``config.pruning``
-            names and that was not imported yet.
+        trust_remote_code: with ``"saved"``: allow importing a method outside the package that ``config.pruning`` names.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the class is not supported, the model is pruned already, the method is unknown, nothing was saved,
-            or the method does not fit its depth.
+        ValueError: the model class is unsupported, the model is already pruned, the method is unknown, no method is
+            saved in the checkpoint, or the method does not fit the number of layers.
     """
     inner = unwrapped(model)
     family = family_of(inner)
     if STATE in inner.__dict__:
-        raise ValueError(f"this model is pruned already ({state_of(inner).method}); call unprune(model) first")
+        raise ValueError(f"this model is already pruned ({state_of(inner).method}); call unprune(model) first")
     if trust_remote_code and method == SAVED:
         trust_saved(inner.config)
     method = resolve_method(inner, method)
@@ -98,15 +100,15 @@ def prune(
         check_tower(inner.get_submodule(family.base).config, family, method)
         if family.three_part_positions is not None:
             method = _keeping_positions(method, family.title)
-        if family.three_part_positions is not None and method.multi_turn == "keep_dense":
+        if family.three_part_positions is not None and method.needs.multi_turn == "keep_dense":
             raise ValueError(
-                f"{family.title}: multi_turn='keep_dense' is not offered, as its positions are not kept between turns; "
-                "use multi_turn='drop'"
+                f"{family.title}: multi_turn='keep_dense' is not supported because its positions are not kept between "
+                "turns; use multi_turn='drop'"
             )
         attach(inner, method)
         if inner is not model and learns(method):
             log.warning(
-                "%s has parameters of its own, which PEFT's save_pretrained leaves out: prune first, then "
+                "%s has learned parameters, which PEFT's save_pretrained does not save: prune first, then "
                 "get_peft_model(model, LoraConfig(modules_to_save=%s, ...))", method.name, modules_to_save(inner),
             )  # fmt: skip
     state = State(
@@ -127,15 +129,15 @@ def prune(
 
 
 def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> HFModule:
-    """Prune a model that was opened by a pruned model's path as that one is."""
+    """Apply a pruned model's method to a model loaded from its path."""
     if method is not None:
         try:
             check_trained(model, method)
         except ValueError as error:
             raise ValueError(
-                f"{model.config._name_or_path} was opened as the copy of a model pruned by {method.name}, but does not "
-                "hold its learned parameters. Save the pruned model with save_pretrained, open it from that folder and "
-                "prune it there before you give it to the trainer; or give the trainer a ref_model"
+                f"{model.config._name_or_path} was opened as a copy of a model pruned by {method.name}, but does not "
+                "hold its learned parameters. Save the pruned model with save_pretrained, open it from that folder "
+                "and prune it before you pass it to the trainer; or pass a ref_model to the trainer"
             ) from error
     weight = model.get_output_embeddings().weight
     available = unavailable_because(backend, weight.device, weight.dtype) is None
@@ -143,15 +145,15 @@ def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> 
 
 
 def _tower_backend(module: nn.Module, backend: str) -> str:
-    """The decoder's ``backend`` for the tower at ``module``, or the best one for the tower's dtype and head size where
-    it does not take them."""
+    """Return the decoder's ``backend`` if it supports the vision tower's dtype and head size, otherwise the best one
+    that does."""
     tower = next(iter(tower_attention.towers(module).values()))
     sizes = tower.device, tower.dtype, next(m.head_dim for m in tower.modules() if hasattr(m, "head_dim"))
     return choose_backend("auto", *sizes) if unavailable_because(backend, *sizes) else backend
 
 
 def backend_for(model: HFModule, requested: str = "auto") -> str:
-    """The attention backend for a model's device, dtype and head size: what :func:`prune` takes.
+    """Return the attention backend that :func:`prune` uses for the model's device, dtype and head size.
 
     Raises:
         ValueError: ``requested`` is unknown or cannot run here.
@@ -163,20 +165,21 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
 
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
-    """``method`` for a family whose positions have three parts, which the decoder loop never counts again."""
-    if all(part.positions == "keep" for part in method.parts):
+    """Return ``method`` with ``positions='keep'`` for M-RoPE families, whose positions are never renumbered."""
+    if all(part.needs.positions == "keep" for part in method.parts):
         return method
-    log.warning("%s: positions have three parts and stay with their tokens (positions=keep)", title)
-    if "positions" in (field.name for field in dataclasses.fields(method)):  # type: ignore[arg-type]
-        return dataclasses.replace(method, positions="keep")  # type: ignore[type-var]
+    log.warning("%s: positions have three parts, so tokens keep their positions (positions=keep)", title)
+    if "positions" in setting_types(type(method)):
+        changes: dict[str, Any] = {"positions": "keep"}
+        return dataclasses.replace(method, **changes)
     return method
 
 
 def resolve_method(model: HFModule, method: Any) -> PruningMethod | None:
-    """The method that :func:`prune` is asked for.
+    """Resolve the argument ``method`` of :func:`prune`.
 
     Raises:
-        ValueError: it is unknown or no method, or ``"saved"`` and nothing was saved.
+        ValueError: an unknown method, not a method, or ``"saved"`` without saved settings.
     """
     if method is None or isinstance(method, PruningMethod):
         return method
@@ -184,14 +187,16 @@ def resolve_method(model: HFModule, method: Any) -> PruningMethod | None:
         return saved_method(model) if method == SAVED else method_from_settings({"method": method})
     if isinstance(method, Mapping):
         if not isinstance(method.get("method"), str | list | tuple):
-            raise ValueError(f"method={dict(method)!r} names no method; write for example {{'method': 'fastv'}}")
+            raise ValueError(f"method={dict(method)!r} has no key 'method'; for example {{'method': 'fastv'}}")
         if method["method"] == NONE and len(method) > 1:
-            raise ValueError(f"method={dict(method)!r} has settings, but none drops nothing; leave them out")
+            raise ValueError(f"method={dict(method)!r}: none takes no settings; remove them")
         return method_from_settings(method)
     if isinstance(method, list | tuple):
         return method_from_settings({"method": list(method)})
     if inspect.isclass(method) and issubclass(method, PruningMethod):
-        raise ValueError(f"method={method.__name__} is a class; make one of it: {method.__name__}(), or with settings")
+        raise ValueError(
+            f"method={method.__name__} is a class; pass an instance: {method.__name__}(), or with settings"
+        )
     raise ValueError(
         f"method={method!r} is not a pruning method; use for example PyramidDrop(keep=(0.5, 0.25)) or its name"
     )
@@ -201,22 +206,21 @@ def saved_method(model: HFModule) -> PruningMethod | None:
     """The method in a model's ``config.pruning``.
 
     Raises:
-        ValueError: there is none, or it is not known here.
+        ValueError: the config has no pruning settings, or the method is unknown.
     """
     settings = saved_settings(unwrapped(model).config)
     if settings is None:
         raise ValueError(
-            "config.json of this model holds no pruning settings, so name the method: "
-            "prune(model, PyramidDrop(keep=(0.5, 0.25, 0.125)))"
+            "config.json of this model has no pruning settings; pass a method: prune(model, PyramidDrop(keep=(0.5, "
+            "0.25, 0.125)))"
         )
     return method_from_settings(settings)
 
 
-def unprune(model: HFModule) -> HFModule:
-    """Undo :func:`prune`: methods, attention and config are what they were before, and parameters that the method
-    brought are gone.
+def unprune(model: Model) -> Model:
+    """Undo :func:`prune`: restore methods, attention and config, and remove the method's learned parameters.
 
-    What a Trainer put around a method in the meantime stays, and runs the dense model from now on.
+    Wrappers that a Trainer added in the meantime stay in place and now call the dense model.
 
     Raises:
         ValueError: the model is not pruned.
@@ -225,7 +229,7 @@ def unprune(model: HFModule) -> HFModule:
     state = state_of(inner)
     inner.get_submodule(state.family.decoder).config._attn_implementation = state.attention
     detach(inner)
-    for module in inner.modules():  # by what they carry: PEFT may have moved some of them, or copied the tower
+    for module in inner.modules():  # find modules by their attributes: PEFT may have moved or copied them
         module.__dict__.pop(STATE, None)
         module.__dict__.pop(OWNED, None)
         tower_attention.restore_config(module)
@@ -251,19 +255,19 @@ def unprune(model: HFModule) -> HFModule:
 
 
 def _pruned(model: HFModule) -> HFModule:
-    """The unwrapped model, which must be pruned."""
+    """Return the unwrapped model; raise if it is not pruned."""
     inner = unwrapped(model)
     if not is_pruned(inner):
-        raise ValueError(f"this {type(inner).__name__} is not pruned, so there is nothing to undo")
+        raise ValueError(f"this {type(inner).__name__} is not pruned; call prune(model, method) first")
     return inner
 
 
 @contextmanager
-def dense(model: HFModule) -> Iterator[HFModule]:
-    """Within ``with dense(model):`` a pruned model runs as the dense one it was, in this thread (or asyncio task)
-    alone: requests of others are pruned meanwhile. Afterwards it is pruned as before.
+def dense(model: Model) -> Iterator[Model]:
+    """Context manager that temporarily disables pruning in the current thread (or asyncio task); other threads are not
+    affected.
 
-    Parameters that a method learns stay in the model's state; :func:`unprune` takes them out.
+    Learned parameters of the method stay in the state dict; :func:`unprune` removes them.
 
     Raises:
         ValueError: the model is not pruned.
@@ -273,7 +277,7 @@ def dense(model: HFModule) -> Iterator[HFModule]:
 
 
 def method_of(model: HFModule) -> PruningMethod | None:
-    """The method that a pruned model drops by; ``None`` if it packs without dropping."""
+    """Return a pruned model's method; ``None`` if it packs without dropping."""
     return state_of(unwrapped(model)).method
 
 
@@ -288,6 +292,7 @@ def _install(model: HFModule, state: State) -> None:
         ("", "_replicate_for_data_parallel", modules.refuse_data_parallel),
         ("", "train", _train),
         ("", "load_state_dict", _load_state_dict),
+        ("", "extra_repr", _extra_repr),
         (family.base, "forward", modules.forward_base),
         (family.base, "get_image_features", images.get_image_features),
         (family.decoder, "forward", modules.forward_decoder),
@@ -327,12 +332,12 @@ def _set_path(model: HFModule, path: str) -> None:
 
 
 def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Make ``module.attribute(...)`` call ``function(module, original, state, ...)``; returns what stood on the
-    instance before, or ``None`` where the class's own method did.
+    """Make ``module.attribute(...)`` call ``function(module, original, state, ...)``; returns the previous instance
+    attribute, or ``None`` if the class's method was used.
 
     Signatures are kept: Trainers read them (which inputs a model takes, whether it takes ``num_items_in_batch``), and
-    so does ``generate``. State and class methods are looked up through ``self``, so that a deep copy calls its own; a
-    model that is not pruned any more runs the original, for whoever still holds the method.
+    so does ``generate``. State and class methods are looked up through ``self`` so that a deep copy uses its own. After
+    unprune, references to the replaced method call the original.
     """
     original = module.__dict__.get(attribute)
     signature = original or getattr(type(module), attribute)
@@ -356,21 +361,21 @@ def _replace(module: nn.Module, attribute: str, function: Callable[..., Any]) ->
 
 @torch.compiler.disable
 def _uncompiled(run: Callable[..., Any], self: HFModule, *args: Any, **kwargs: Any) -> Any:
-    """``run`` outside the graph of a ``torch.compile`` around the whole model, or any part of it that was replaced:
-    rows are laid out on the host, and lengths change with every call.
+    """Run ``run`` outside any torch.compile graph, because rows are laid out on the host and lengths change with every
+    call.
 
     Raises:
-        ValueError: the call is being traced or exported, which would freeze them.
+        ValueError: the call is being traced or exported, which would bake the lengths in.
     """
     if STATE in self.__dict__ and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
         raise ValueError(
-            "a pruned model cannot be traced or exported (torch.jit.trace, torch.export, ONNX): its rows are laid out "
-            "on the host, and their lengths change with every call; export inside `with vtprune_train.dense(model):`"
+            "a pruned model cannot be traced or exported (torch.jit.trace, torch.export, ONNX): rows are laid out on "
+            "the host, and their lengths change with every call; export inside `with vtprune_train.dense(model):`"
         )
     if (state := self.__dict__.get(STATE)) is not None:
         state.warn_once(
-            "torch.compile around a whole pruned model leaves its forward uncompiled, since the rows are laid out on "
-            "the host first; compile the layers: vtprune_train.models.forward.compile.compile_layers(model)"
+            "torch.compile around a whole pruned model has no effect, because rows are laid out on the host; compile "
+            "the layers: vtprune_train.models.forward.compile.compile_layers(model)"
         )
     return run(self, *args, **kwargs)
 
@@ -380,20 +385,28 @@ def _is_ours(method: Any) -> bool:
 
 
 def _train(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """Stay outermost: TRL's trainers put a ``forward`` of their own on the instance that keeps the labels from the
-    decoder; every Trainer calls ``train()`` before it steps, and ``eval()`` (which comes here too) before it scores."""
+    """Keep our ``forward`` outermost. TRL trainers install a ``forward`` on the instance that hides the labels from the
+    decoder, so it is re-wrapped here: trainers call ``train()`` before stepping and ``eval()`` (which also ends up
+    here) before evaluating."""
     if not _is_ours(self.__dict__.get("forward")):
         self.__dict__[_REPLACED]["forward"] = _replace(self, "forward", modules.forward)
     return original(*args, **kwargs)
 
 
+def _extra_repr(self: HFModule, original: Callable[..., str], state: State) -> str:
+    """``print(model)`` says how it is pruned, in its first line."""
+    depth = len(self.get_submodule(state.family.decoder).layers)
+    pruned = "packed, nothing is dropped" if state.method is None else f"pruned by {schedule(state.method, depth)}"
+    return "\n".join(filter(None, (pruned, original())))
+
+
 def _load_state_dict(
     self: HFModule, original: Callable[..., Any], state: State, state_dict: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Also under the names of the published checkpoints, which ``save_pretrained`` writes: transformers' Trainer
-    resumes from such a file without renaming, and would go on with the weights the model was made with."""
-    own = self.state_dict().keys()
-    if state_dict.keys() - own:  # some names are the same in both, as Qwen2-VL's lm_head.weight
+    """Also accept the parameter names of published checkpoints (written by ``save_pretrained``): transformers' Trainer
+    resumes from such files without renaming keys and would otherwise silently continue with the initial weights."""
+    keys = self.state_dict().keys()
+    if state_dict.keys() - keys:  # some names are identical in both, e.g. Qwen2-VL's lm_head.weight
         names = {published: name for name, published in published_names(self).items()}
-        state_dict = {key if key in own else names.get(key, key): t for key, t in state_dict.items()}
+        state_dict = {key if key in keys else names.get(key, key): t for key, t in state_dict.items()}
     return original(state_dict, *args, **kwargs)

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_KEY = "pruning"  # of a model's config
 NONE = "none"
-SAVED: Literal["saved"] = "saved"  # what a checkpoint was saved with, where there is one
+SAVED: Literal["saved"] = "saved"  # use the checkpoint's saved method, if any
 METHODS: dict[str, str] = {
     "pyramiddrop": "vtprune_train.pruning.methods.pyramiddrop:PyramidDrop",
     "sparsevlm": "vtprune_train.pruning.methods.sparsevlm:SparseVLM",
@@ -44,40 +44,40 @@ METHODS: dict[str, str] = {
 
 
 def method_class(name: str) -> type[PruningMethod]:
-    """The class of a method: a name of :data:`METHODS`, or the path of your own, ``package.module:Class`` or
+    """Return the class of a method: a name of :data:`METHODS`, or the path of a class, ``package.module:Class`` or
     ``path/to/file.py:Class``.
 
     Raises:
-        ValueError: no such name, or the path leads to no method; names what is known.
+        ValueError: the name is unknown or the path does not point to a pruning method; the message lists the known
+            methods.
     """
     path = METHODS.get(name, name)
     if name == SAVED:
         raise ValueError(
-            f"method={SAVED!r} stands for the settings of a checkpoint that is opened, with none beside it: "
+            f"method={SAVED!r} means the method that a checkpoint was saved with and only works alone, as in "
             f"prune(model, {SAVED!r}); here name one of {', '.join(METHODS)}, {NONE}"
         )
     if ":" not in path:
         nearest = difflib.get_close_matches(name.lower(), (*METHODS, NONE, SAVED), n=1)
         raise ValueError(
             f"method={name!r} is unknown; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
-            f"{', '.join(METHODS)}, {NONE}; one's own is named by its path, 'package.module:Class' or "
+            f"{', '.join(METHODS)}, {NONE}; for your own method give its path, 'package.module:Class' or "
             "'path/to/file.py:Class'"
         )
-    cls = load_class(path, PruningMethod, "method")
-    if not dataclasses.is_dataclass(cls):
-        raise ValueError(f"method={name!r} is not a dataclass; decorate the class with @dataclass(frozen=True)")
-    return cls
+    return load_class(path, PruningMethod, "method")
 
 
 def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
-    """Build a method from plain data (YAML, a checkpoint's ``config.json``); ``method: none`` gives ``None``, a list
-    of names or of such mappings gives a combination.
+    """Build a method from plain data (YAML, a checkpoint's ``config.json``); ``method: none`` returns ``None``; a list
+    of names or mappings returns a combination.
 
     Raises:
-        ValueError: unknown method or setting, or a value that does not fit; names what is known.
+        ValueError: unknown method or setting, or an invalid value; the message lists the valid names.
     """
     if not isinstance(settings, Mapping):
-        raise ValueError(f"pruning settings {settings!r} are no mapping; write for example {{'method': 'pyramiddrop'}}")
+        raise ValueError(
+            f"pruning settings must be a mapping, not {settings!r}; for example {{'method': 'pyramiddrop'}}"
+        )
     name = settings.get("method")
     values = {key: value for key, value in settings.items() if key != "method"}
     if name in (None, NONE):
@@ -93,14 +93,16 @@ def method_from_settings(settings: Mapping[str, Any]) -> PruningMethod | None:
 
 
 class UntrustedMethodError(ValueError):
-    """A checkpoint names a method outside the package, which nobody else has named: its code is not run."""
+    """A checkpoint refers to a method defined outside this package that the user did not name explicitly; its code is
+    not executed."""
 
 
 def saved_settings(config: Any) -> dict[str, Any] | None:
-    """The pruning settings in a model's config, see :func:`completed_settings`; ``None`` if it holds none.
+    """Return the pruning settings in a model's config, see :func:`completed_settings`, or ``None`` if there are none.
 
     Raises:
-        UntrustedMethodError: they name a method outside the package that was not imported before.
+        UntrustedMethodError: the settings refer to a method outside this package that has not been imported in this
+            process.
     """
     settings = getattr(config, CONFIG_KEY, None)
     if settings is None:
@@ -110,7 +112,7 @@ def saved_settings(config: Any) -> dict[str, Any] | None:
 
 
 def outside_methods(settings: Any) -> list[str]:
-    """The paths of methods outside the package in settings that a checkpoint recorded."""
+    """List the paths of custom (non-built-in) methods in a checkpoint's saved settings."""
     name = settings.get("method") if isinstance(settings, Mapping) else settings
     if isinstance(name, list | tuple):
         return [path for part in name for path in outside_methods(part)]
@@ -122,44 +124,46 @@ def outside_methods(settings: Any) -> list[str]:
 
 
 def check_trusted(settings: Any, place: str, name_it: str = "") -> None:
-    """Make sure that settings which a checkpoint recorded lead to no code but the package's and what this process has
-    imported already: the user's YAML, options or script named that.
+    """Check that a checkpoint's saved settings only refer to built-in methods or to code this process has already
+    imported (because the user's YAML, command line or script named it).
 
     Args:
-        settings: as recorded.
-        place: the checkpoint, for the error.
-        name_it: what else names the method here; left out: any of the usual ways, or to trust the checkpoint.
+        settings: the settings as saved in the checkpoint.
+        place: checkpoint path, used in the error message.
+        name_it: how the user can name the method in this context, for the error message; by default it suggests
+            --method, prune(model, method) or trust_remote_code.
 
     Raises:
         UntrustedMethodError: names the checkpoint, the method and what to do.
     """
     for path in outside_methods(settings):
-        found = loaded(path)
-        if not (inspect.isclass(found) and issubclass(found, PruningMethod)):
+        imported = loaded(path)
+        if not (inspect.isclass(imported) and issubclass(imported, PruningMethod)):
             ways = name_it or (
-                f"name the method yourself (--method {path}, or prune(model, method)), or allow what the checkpoint "
-                "names: --trust_remote_code, in Python trust_remote_code=True"
+                f"name the method yourself (--method {path}, or prune(model, method)), or pass --trust_remote_code (in "
+                "Python trust_remote_code=True)"
             )
             raise UntrustedMethodError(
-                f"{place} was saved with the method {path}, which is code outside of vtprune_train. Opening a "
-                f"checkpoint runs no such code unasked; if you trust that file, {ways}"
+                f"{place} was saved with the method {path}, which is not part of vtprune_train. Opening a checkpoint "
+                f"does not run such code by default; if you trust it, {ways}"
             )
 
 
 def trust_saved(config: Any) -> None:
-    """Import the methods that a model's config names, as the user allowed; :func:`saved_settings` takes them then.
+    """Import the custom methods named in a model's config (the user passed trust_remote_code), so that
+    :func:`saved_settings` accepts them.
 
     Raises:
         ValueError: see :func:`method_class`.
     """
     for path in outside_methods(getattr(config, CONFIG_KEY, None)):
-        log.warning("running the code of %s, which %s names", path, getattr(config, "_name_or_path", "this model"))
+        log.warning("running the code of %s, named in %s", path, getattr(config, "_name_or_path", "this model"))
         method_class(path)
 
 
 def completed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's settings as a checkpoint recorded them, after :func:`check_trusted`. A setting that the method did not
-    have when the checkpoint was saved gets the value that does what the method did then."""
+    """Return a checkpoint's method settings after :func:`check_trusted`. Settings added to the method since the
+    checkpoint was saved are filled in with values that reproduce the old behaviour."""
     name = settings.get("method")
     if isinstance(name, list | tuple):
         return {
@@ -170,14 +174,14 @@ def completed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_given(cls: type[PruningMethod], name: str, values: Mapping[str, Any]) -> None:
-    """Settings without a default are all there."""
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    """Check that every required setting has a value."""
+    for field in dataclasses.fields(cls):
         if field.name not in values and {field.default, field.default_factory} == {dataclasses.MISSING} and field.init:
-            raise ValueError(f"{field.name} of {name} has no default; give its value")
+            raise ValueError(f"{field.name} of {name} has no default; set it")
 
 
 class UnknownSettingError(ValueError):
-    """A setting ``key`` that the method does not have; ``also`` are further keys that may have been meant."""
+    """Raised for a setting ``key`` the method does not have; ``also`` lists other keys to suggest."""
 
     def __init__(self, key: str, method: str, known: tuple[str, ...], also: tuple[str, ...] = ()):
         self.key, self.method, self.known = key, method, known
@@ -190,26 +194,28 @@ def _combined(entries: Sequence[Any], others: Mapping[str, Any]) -> PruningMetho
     if others:
         key = next(iter(others))
         raise ValueError(
-            f"{key}={others[key]!r} stands beside a list of methods; write it into the entry it belongs to"
+            f"{key}={others[key]!r} is set beside a list of methods; move it into the entry that it belongs to"
         )
     methods = [_part(number, entry) for number, entry in enumerate(entries, start=1)]
     if not methods:
-        raise ValueError("method=[]: a combination names at least one method; write none for the dense model")
+        raise ValueError("method=[]: list at least one method, or use none for the dense model")
     from vtprune_train.pruning.combined import Combined
 
     return Combined(tuple(methods)) if len(methods) > 1 else methods[0]
 
 
 def _part(number: int, entry: Any) -> PruningMethod:
-    """The method of a combination's entry; errors name the entry."""
+    """Build the method for one entry of a combination; errors include the entry's number."""
     settings = {"method": entry} if isinstance(entry, str) else entry
     name = settings.get("method") if isinstance(settings, Mapping) else None
     if not isinstance(name, str) or name == NONE:
         raise ValueError(
-            f"entry {number} of the list of methods, {entry!r}, names no method; write a name, or a mapping such as "
-            "{method: random, keep: 0.5}"
+            f"entry {number} of the method list, {entry!r}, has no method name; use a name, or a mapping such as "
+            f"{{method: random, keep: 0.5}}"
         )
     try:
-        return method_from_settings(settings)  # type: ignore[return-value]
+        method = method_from_settings(settings)
     except ValueError as error:
-        raise ValueError(f"entry {number} of the list of methods, {name}: {error}") from error
+        raise ValueError(f"entry {number} of the method list, {name}: {error}") from error
+    assert method is not None
+    return method

@@ -1,13 +1,17 @@
-"""The contract of a pruning method: where it acts, what it scores, how many tokens stay, and what becomes of the rest.
+"""The pruning-method interface: where a method drops tokens, how it scores them, how many it keeps, and what happens to
+the others.
 
-A method is a frozen dataclass of its settings with pure functions on tensors; it holds no state between passes and
-never sees a model. The decoder loop (:mod:`vtprune_train.models.forward.decoder`) asks it at every boundary. What
-becomes of the rest:
+A method is a frozen dataclass whose fields are its settings and whose methods are pure functions on tensors; it keeps
+no state between forward passes and never accesses the model. The decoder loop
+(:mod:`vtprune_train.models.forward.decoder`) calls it at every drop point. Tokens that are not kept can be:
 
-- dropped: they are not in the :class:`Selection`;
-- merged: :attr:`Selection.values` replaces tokens of the next stage, by means of others or of learned ones;
-- kept aside, skipped: a later :class:`~vtprune_train.core.stream.Drop` with ``returns`` brings all of them back;
-- dropped from a head's cache: :meth:`PruningMethod.keys` says which keys later rows see in one layer.
+- dropped: absent from the :class:`Selection`;
+- merged: :attr:`Selection.values` replaces tokens of the next stage with averages of dropped tokens, or with learned
+  tokens;
+- set aside: they skip some layers, and a later :class:`~vtprune_train.core.stream.Drop` with ``returns`` restores them
+  all;
+- dropped from the KV cache of a head: :meth:`PruningMethod.keys` returns which keys later rows can attend to in a
+  layer.
 
 Shape suffixes: T tokens in the stream, V candidates (visual tokens before a boundary), K tokens after it, Q query rows,
 H query heads, G key-value heads, D head size, C hidden size.
@@ -18,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,53 +31,34 @@ from vtprune_train.core.plan import plan_stream
 from vtprune_train.core.stream import Boundary, Drop, SegmentLayout, StreamPlan
 from vtprune_train.core.user_code import path_of
 from vtprune_train.pruning.candidates import Candidates, Ranking, Selection
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.ops.selection import top_k_per_span
 from vtprune_train.pruning.schedules.budget import mean_input_share, scaled_to_budget
-from vtprune_train.pruning.setting_types import FitsSettings
-
-RankWith = Literal["next_layer", "this_layer"]
-Positions = Literal["renumber", "keep"]
-MultiTurn = Literal["drop", "keep_dense"]
-HiddenAfter = Literal["query", "span"]
-EncoderRows = Literal["class", "all"]
-
+from vtprune_train.pruning.setting_types import Settings
 
 PACKAGE = "vtprune_train.pruning."
 
 
 def method_name(cls: type[PruningMethod]) -> str:
-    """How settings name a method's class: by its name if the package has it, else by its path."""
+    """How settings name a method's class: by its name if it is part of the package, else by its path."""
     return cls.name if cls.__module__.startswith(PACKAGE) else path_of(cls)
 
 
-class PruningMethod(metaclass=FitsSettings):
-    """One way of dropping visual tokens. Subclasses are frozen dataclasses with at least :meth:`drops` or
-    :meth:`key_layers`, and :meth:`score` or :meth:`choose`.
+class PruningMethod(Settings):
+    """Base class of methods that drop visual tokens.
 
-    Class attributes tell what the loop must prepare; a subclass makes one a dataclass field where it is a setting.
+    The annotated attributes of a subclass are its settings: a frozen dataclass, validated by pydantic, without a
+    decorator. A subclass defines at least :meth:`drops` or :meth:`key_layers`, and :meth:`score`, :meth:`choose` or
+    :meth:`keys`; :attr:`needs` says what the loop must prepare for it.
 
-    Args:
-        name: in YAML, on the command line and in ``config.json``.
-        paper: its title and arXiv number.
-        where: for the list of methods: ``before the decoder``, ``between layers``, ``key-value cache``, ...
-        trains: for that list: what training does with it, and why not where it cannot.
-        before: settings that the method did not always have, with the values that do what it did then; for checkpoints
-            saved before.
-        rank_with: whose attention :attr:`Candidates.ranking` holds: ``next_layer``, the first of the stage that begins;
-            ``this_layer``, the last of the stage that ends (free); ``None``, none is needed.
-        rotary: whether queries and keys of the ranking are rotated.
-        gravity: whether the ranking comes with rotated vectors of ones, whose products are what positions alone give.
-        positions: ``renumber`` gives the kept tokens positions 0, 1, ...; ``keep`` leaves them as they were.
-        differentiable: ranking and choice run with gradients, which may reach the model through
-            :attr:`Selection.values`.
-        multi_turn: what a later turn on the same cache sees of earlier images.
-        encoder_layers: layers of the vision tower whose attention is read; negative ones count from the end, -1 being
-            the last that the decoder's features come from.
-        encoder_rows: whose attention that is: the class token's (``class``), or all of the tile's on average (``all``).
-        hidden_after: from which row on the keys that :meth:`keys` leaves out are not seen: after the first query row
-            that follows the image, or after the image's own span.
-        hides_front: whether rows after a sample's first image do not see what stands in front of that image either
-            (text, and in a later turn all earlier turns); for ``hidden_after = "span"`` in all layers.
+    Attributes:
+        name: the method's name in logs and errors, and for the methods of the package in YAML, on the command line and
+            in ``config.json``; by default the name of the class.
+        paper: title and arXiv number.
+        where: where it acts, for the list of methods: ``before the decoder``, ``between layers``, ``key-value cache``.
+        trains: what training does with it, for the same list; if it cannot be trained, why.
+        before: settings added after a release, with the values that reproduce the method's earlier behavior; they apply
+            to checkpoints that lack these settings.
     """
 
     name: ClassVar[str]
@@ -81,32 +66,36 @@ class PruningMethod(metaclass=FitsSettings):
     where: ClassVar[str] = "between layers"
     trains: ClassVar[str] = "yes"
     before: ClassVar[Mapping[str, Any]] = {}
-    rank_with: RankWith | None = None
-    rotary: bool = True
-    gravity: bool = False
-    positions: Positions = "keep"
-    differentiable: bool = False
-    multi_turn: MultiTurn = "drop"
-    encoder_layers: tuple[int, ...] = ()
-    encoder_rows: EncoderRows = "class"
-    hidden_after: HiddenAfter = "query"
-    hides_front: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+        _refuse_bare_needs(cls)
+        super().__init_subclass__(**options)
+
+    @property
+    def needs(self) -> Needs:
+        """What the decoder loop prepares for the method; the default is :class:`Needs` without arguments."""
+        return Needs()
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:
-        """The methods that :attr:`~vtprune_train.core.stream.Drop.owner` counts; a combination has several."""
+        """The individual methods that :attr:`~vtprune_train.core.stream.Drop.owner` refers to; a combination has
+        several."""
         return (self,)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        """Where and how many, for a decoder of ``num_layers`` layers, in ascending order of layers.
+        """Return the drop points for a decoder with ``num_layers`` layers and the keep ratio at each, in ascending
+        layer order.
 
         Raises:
-            ValueError: a setting does not fit the decoder, naming the setting, its value and how to fix it.
+            ValueError: a setting is invalid for this decoder; the message names the setting, its value and how to fix
+                it.
         """
         return ()
 
     def key_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers in which :meth:`keys` leaves keys out.
+        """Return the layers in which :meth:`keys` drops keys.
 
         Raises:
             ValueError: a setting does not fit the decoder.
@@ -114,106 +103,134 @@ class PruningMethod(metaclass=FitsSettings):
         return ()
 
     def score(self, candidates: Candidates) -> Tensor:
-        """[V] float32, the worth of each candidate; higher stays. Runs without gradients."""
-        raise NotImplementedError(f"{self.name} neither scores nor chooses")
+        """Return [V] float32 scores, one per candidate; the highest are kept. Runs without gradients."""
+        raise NotImplementedError(f"{self.name} must implement score or choose")
 
     def choose(self, candidates: Candidates) -> Selection:
-        """Which candidates enter the next stage; without a device-to-host copy unless the drop is adaptive.
+        """Select the candidates that enter the next stage. Does no device-to-host copy unless the drop is adaptive.
 
-        Runs with gradients, which :attr:`Selection.values` may carry: an own one scores under ``torch.no_grad()``. The
-        default takes the best by :meth:`score`, as many as planned, in their old order.
+        Runs with gradients, which :attr:`Selection.values` may carry; an override should score under
+        ``torch.no_grad()``. The default keeps the planned number of tokens with the highest :meth:`score`, in their
+        original order.
 
         Raises:
-            ValueError: :meth:`score` did not give one number a candidate.
+            ValueError: :meth:`score` did not return one number per candidate.
         """
         boundary = candidates.boundary
         with torch.no_grad():
             scores = self.score(candidates)
         expected = boundary.span_of_visual.shape
         if not isinstance(scores, Tensor) or scores.shape != expected:
-            given = list(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+            result = f"a tensor {list(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
             raise ValueError(
-                f"{method_name(type(self))}: score(candidates) gave {given}, not one number for each of the "
-                f"{len(boundary.span_of_visual)} candidates; return a tensor {list(expected)}"
+                f"{method_name(type(self))}: score(candidates) returned {result}; return a tensor {list(expected)}, "
+                f"one number for each of the {len(boundary.span_of_visual)} candidates"
             )
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
     def keys(self, layer: int, ranking: Ranking, boundary: Boundary) -> Tensor:
-        """[G, V] bool, the visual keys of decoder layer ``layer`` that later rows (and the cache) go on seeing.
+        """Return a [G, V] bool mask of the visual keys in decoder layer ``layer`` that stay visible to later rows and
+        stay in the cache.
 
-        Each head of a layer keeps equally many of a span, so that the layer's cache stays rectangular. Runs without
-        gradients; ``ranking`` is that of the layer itself; ``boundary`` describes the stage it lies in (nothing is
-        dropped by it).
+        Every head of a layer must keep the same number of keys per span so that the layer's cache stays rectangular.
+        Runs without gradients. ``ranking`` comes from this layer; ``boundary`` describes the stage the layer belongs to
+        (no tokens are dropped there).
         """
-        raise NotImplementedError(f"{self.name} does not choose keys")
+        raise NotImplementedError(f"{self.name} does not implement keys")
 
     def module(self, hidden: int, num_layers: int) -> nn.Module | None:
-        """The parameters that the method adds to the model, or ``None``: trained, saved and loaded with it.
+        """Return the module with the method's learned parameters, or ``None``. It is trained, saved and loaded with the
+        model.
 
-        They start as the module makes them, but embeddings as the decoder makes its own. Submodules must be called, not
-        read (a parameter's own value is only there inside its module's ``forward`` when ZeRO-3 shards it), and as often
-        on a rank without images as on others: an empty result must reach :attr:`Selection.values` too. The module's own
-        ``forward`` takes [n, hidden] for any n and gives something of all parameters; with n = 0 it is called on steps
-        that drop nothing.
+        Parameters keep the module's own initialization, except embeddings, which use the decoder's initializer.
+        Call submodules instead of reading their parameters (ZeRO-3 gathers a parameter only inside its module's
+        ``forward``), and call them equally often on every rank, with or without images: an empty result must also be
+        passed to :attr:`Selection.values`. ``forward`` must accept [n, hidden] for any n and its output must depend on
+        every parameter; it is called with n = 0 on steps that drop nothing.
         """
         return None
 
     def plan(self, segments: Sequence[SegmentLayout], num_layers: int) -> StreamPlan:
-        """Lay out a micro-batch's stages (host only)."""
+        """Plan the stages of a micro-batch (runs on the host only)."""
         key_layers = self.key_layers(num_layers)
         return plan_stream(segments, self.drops(num_layers), num_layers, key_layers=key_layers, method=self)
 
     def input_share(self, num_layers: int) -> float:
-        """Visual tokens that enter a layer, on average over the layers, as a share of all (what a budget means). A
-        method that only drops keys is measured by the keys that later rows see."""
+        """Mean over layers of the fraction of visual tokens entering a layer; this is the quantity a budget refers to.
+        For a method that only drops keys, the fraction of keys visible to later rows is used instead."""
         return mean_input_share(self.drops(num_layers), num_layers)
 
     def kept_key_share(self, layer: int, length: float, num_layers: int) -> float:
-        """The share of an image's keys that layer ``layer`` of :meth:`key_layers` goes on showing, as planned.
+        """Planned fraction of an image's keys that layer ``layer`` (one of :meth:`key_layers`) keeps.
 
         Args:
             layer: decoder layer, counted from 0.
-            length: the image's tokens there, on average.
-            num_layers: the decoder's depth.
+            length: mean number of image tokens in that layer.
+            num_layers: number of decoder layers.
         """
         chosen = len(self.key_layers(num_layers))
         share = (self.input_share(num_layers) * num_layers - (num_layers - chosen)) / chosen
         return min(1.0, max(0.0, share))
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """The method with its free setting such that :meth:`input_share` is ``share``; the default scales ``keep``.
+        """Return a copy of the method tuned so that :meth:`input_share` equals ``share``. The default implementation
+        scales ``keep``.
 
         Raises:
-            ValueError: it cannot reach ``share`` on so many layers; says what it can.
+            ValueError: the method cannot reach ``share`` with this many layers; the message gives the reachable range.
         """
         return scaled_to_budget(self, share, num_layers)
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
-        """FLOPs of scoring and choosing at a boundary, beside the ranking's own projections and attention rows."""
+        """FLOPs of scoring and selection at a drop point, excluding the ranking's projections and attention rows."""
         return 0.0
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """The shares of tokens that stay, which a warm-up moves; empty where a method has none."""
+        """The keep ratios that a warm-up anneals; empty if the method has none."""
         keep = getattr(self, "keep", None)
         return keep if isinstance(keep, tuple) else () if keep is None else (keep,)
 
+    def with_ratios(self, ratios: Sequence[float]) -> Self:
+        """The method with these keep ratios instead of :attr:`ratios`."""
+        changes = {"keep": tuple(ratios) if isinstance(getattr(self, "keep", None), tuple) else ratios[0]}
+        return replace(self, **changes)
+
     def eased(self, start: float, progress: float) -> PruningMethod:
-        """The method on its way from keeping the share ``start`` at every boundary (``progress`` 0) to itself (1).
+        """Return the method with its keep ratios interpolated from ``start`` at every drop point (``progress`` 0) to
+        their configured values (1).
 
         Raises:
-            ValueError: it has no ratios ``keep`` that could move.
+            ValueError: the method has no keep ratios to anneal.
         """
         if not self.ratios:
             raise ValueError(f"{self.name} has no keep ratios to anneal; use pruning.warmup.kind=dense")
-        moved = tuple(start + (ratio - start) * progress for ratio in self.ratios)
-        one = not isinstance(self.keep, tuple)  # type: ignore[attr-defined]
-        return replace(self, keep=moved[0] if one else moved)  # type: ignore[type-var]
+        return self.with_ratios([start + (ratio - start) * progress for ratio in self.ratios])
 
     def settings(self) -> dict[str, Any]:
-        """The settings as plain data, as they stand in a checkpoint's ``config.json`` and in YAML."""
-        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        """Return the settings as plain data, in the form stored in ``config.json`` and in YAML."""
         return {
             "method": method_name(type(self)),
-            **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()},
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()},
         }
+
+
+def _refuse_bare_needs(cls: type[PruningMethod]) -> None:
+    """Reject a class that sets an attribute of :class:`Needs` directly, where the loop does not read it.
+
+    Raises:
+        ValueError: says what to write instead.
+    """
+    if "needs" in vars(cls):
+        return
+    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
+    stated = {*vars(cls), *vars(cls).get("__annotations__", ())} - inherited
+    if names := [field.name for field in dataclasses.fields(Needs) if field.name in stated]:
+        arguments = ", ".join(f"{name}=self.{name}" for name in names)
+        first = cls.needs is PruningMethod.needs
+        source = "Needs from vtprune_train" if first else "replace from dataclasses"
+        value = f"Needs({arguments})" if first else f"replace(super().needs, {arguments})"
+        raise ValueError(
+            f"{cls.__name__}.{names[0]} has no effect: the loop reads the property needs. Import {source} and add to "
+            f"the class:\n\n    @property\n    def needs(self):\n        return {value}\n"
+        )

@@ -1,4 +1,4 @@
-"""What a pruning method is given at a drop point, and what it returns.
+"""Inputs and outputs of a pruning method at a drop point.
 
 Shape suffixes: T tokens in the stream, V candidates (visual tokens before a boundary), K tokens after it, Q query rows,
 H query heads, G key-value heads, D head size, C hidden size.
@@ -16,11 +16,11 @@ from vtprune_train.core.stream import Boundary
 
 @dataclass(frozen=True)
 class Ranking:
-    """Queries and keys of the ranking layer, rotated unless the method asked otherwise (``rotary = False``).
+    """Queries and keys of the ranking layer, with rotary embedding applied unless the method needs ``rotary=False``.
 
-    ``queries`` [Q, H, D] of ``boundary.query_rows``; ``keys`` [T, G, D] of the whole stream (G key-value heads);
-    ``scaling`` multiplies their products. ``ones`` [Q, D] and [V, D], where the method asked for them
-    (``gravity = True``): vectors of ones, rotated as the queries and the candidates' keys are.
+    ``queries`` [Q, H, D] of ``boundary.query_rows``; ``keys`` [T, G, D] cover the whole packed batch (G key-value
+    heads); ``scaling`` is the softmax scale of the dot products. ``ones`` (only with ``gravity=True``): a pair of
+    all-ones tensors [Q, D] and [V, D], rotated like the queries and the candidates' keys.
     """
 
     queries: Tensor
@@ -31,16 +31,17 @@ class Ranking:
 
 @dataclass(frozen=True)
 class EncoderSignals:
-    """What the vision tower thought of the candidates, read from its own projections (no second pass, no gradient).
+    """Vision-tower attention and keys for the candidates, captured during the tower's forward pass (no second pass, no
+    gradients).
 
-    Tokens that are no patch (newlines, learned ones) have NaN attention and zero keys.
+    Tokens that are not patches (newline or learned tokens) have NaN attention and zero keys.
 
     Args:
-        attention: [layers, V] float32, for each layer of :attr:`PruningMethod.encoder_layers`, the attention that a
-            patch receives, averaged over heads: from the class token; in towers without one, or where
-            :attr:`PruningMethod.encoder_rows` asks all, from all tokens of its tile on average.
-        keys: [V, tower hidden] of the last of those layers, all heads side by side.
-        tile: [V] int64, the tile that a token's patch lies in, counted over the batch; -1 where it is no patch.
+        attention: [layers, V] float32, for each layer of :attr:`Needs.encoder_layers` the attention that each patch
+            receives, averaged over heads: from the class token, or, if the tower has none or :attr:`Needs.encoder_rows`
+            is ``all``, the mean over all tokens of its tile.
+        keys: [V, tower hidden], keys of the last of those layers, heads concatenated.
+        tile: [V] int64, batch-wide index of each token's tile; -1 for tokens that are not patches.
     """
 
     attention: Tensor
@@ -50,20 +51,21 @@ class EncoderSignals:
 
 @dataclass
 class Candidates:
-    """What a method sees at a boundary. Candidates stand span after span, in the order of ``boundary.span_of_visual``.
+    """Everything a method receives at a drop point. Candidates are ordered span by span, matching
+    ``boundary.span_of_visual``.
 
     Args:
-        boundary: what the host knows.
-        hidden: [V, C] the residual stream at the candidates, with gradients; where tokens return, those that were set
-            aside as they were then.
-        before: [V, C] where tokens return: the states of all candidates as they were at the method's last boundary;
-            elsewhere ``hidden``.
-        instruction: [Q, C] the residual stream at ``boundary.query_rows``.
-        ranking: the attention that ranks; ``None`` where ``rank_with`` is ``None``.
-        encoder: where :attr:`PruningMethod.encoder_layers` names layers.
-        memory: the method's own notes of this forward pass, empty at its first boundary.
-        module: what :meth:`PruningMethod.module` made.
-        training: whether gradients are wanted.
+        boundary: host-side layout of the drop point.
+        hidden: [V, C] hidden states of the candidates, with gradients. At a return, tokens that were set aside have the
+            hidden states they had when set aside.
+        before: [V, C] at a return, the hidden states of all candidates at this method's previous drop point; otherwise
+            the same as ``hidden``.
+        instruction: [Q, C] hidden states of the query rows (``boundary.query_rows``).
+        ranking: queries and keys of the ranking layer; ``None`` if the method needs none.
+        encoder: vision-tower signals; ``None`` unless the method states :attr:`Needs.encoder_layers`.
+        memory: scratch space for this method during one forward pass; empty at its first drop point.
+        module: the module returned by :meth:`PruningMethod.module`.
+        training: whether gradients are needed.
     """
 
     boundary: Boundary
@@ -79,14 +81,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selection:
-    """What enters the next stage.
+    """The visual tokens that enter the next stage.
 
     Args:
-        chosen: [K] int64, the candidate that each visual token of the next stage is (or whose position it takes), span
-            after span, in the order in which they will stand.
-        at: [R] int64, places in K whose content is replaced; ``None`` where each token stays what it was.
-        values: [R, C], what stands there instead.
-        counts: [spans] int64, tokens of each span in ``chosen``; ``None`` where the plan's counts hold.
+        chosen: [K] int64, for each visual token of the next stage the index of its candidate (or of the candidate whose
+            position it takes over), span by span, in output order.
+        at: [R] int64, indices into K whose hidden states are replaced; ``None`` if none are.
+        values: [R, C], the replacement hidden states.
+        counts: [spans] int64, number of tokens per span in ``chosen``; ``None`` if they match the plan.
     """
 
     chosen: Tensor

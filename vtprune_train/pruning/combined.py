@@ -1,68 +1,63 @@
-"""Several methods one after the other: one before the decoder, a pyramid inside it, keys dropped from the cache."""
+"""Combinations of methods, for example one before the decoder, one between decoder layers, and one on the KV cache."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Ranking
+from vtprune_train.pruning.needs import Needs
 
 
-@dataclass(frozen=True)
 class Combined(PruningMethod):
-    """All ``methods`` in one model. Each one's shares are of the tokens that it finds at its first drop, so budgets
-    multiply: a method that keeps a half, then one that keeps a quarter, leave an eighth.
+    """Apply all ``methods`` to one model. Each method's keep ratios are relative to the tokens present at its first
+    drop, so they multiply: a method that keeps a half followed by one that keeps a quarter leaves an eighth.
 
     Raises:
-        ValueError: fewer than two methods, or two that want the same thing (the tower's attention, keys of the cache).
+        ValueError: fewer than two methods, or two that need the same exclusive resource (vision-tower attention or
+            KV-cache keys).
     """
 
-    methods: tuple[PruningMethod, ...]
+    methods: tuple[InstanceOf[PruningMethod], ...]
 
-    name: ClassVar[str] = "combined"
+    name = "combined"
 
     def __post_init__(self) -> None:
         if len(self.methods) < 2:
-            raise ValueError(f"a combination needs at least two methods, not {len(self.methods)}")
+            raise ValueError(f"a combination needs at least two methods, got {len(self.methods)}")
         if nested := [method.name for method in self.methods if len(method.parts) > 1]:
-            raise ValueError(f"a combination cannot hold another ({nested[0]}); write one list")
+            raise ValueError(f"combinations cannot be nested ({nested[0]}); put all methods into one list")
         for what, users in (
-            ("the vision tower's attention", [m.name for m in self.methods if m.encoder_layers]),
-            ("which keys a layer's cache keeps", [m.name for m in self.methods if _chooses_keys(m)]),
+            ("the vision tower's attention", [m.name for m in self.methods if m.needs.encoder_layers]),
+            ("the choice of keys to keep in the key-value cache", [m.name for m in self.methods if _chooses_keys(m)]),
         ):
             if len(users) > 1:
-                raise ValueError(f"{' and '.join(users)} cannot be combined: both want {what}; leave one out")
+                raise ValueError(f"{' and '.join(users)} cannot be combined because both use {what}; remove one")
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:
         return self.methods
 
     @property
-    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        return next((method.encoder_layers for method in self.methods if method.encoder_layers), ())
-
-    @property
-    def encoder_rows(self) -> Any:  # type: ignore[override]
-        return next((method.encoder_rows for method in self.methods if method.encoder_layers), "class")
-
-    @property
-    def multi_turn(self) -> Any:  # type: ignore[override]
-        return "keep_dense" if any(method.multi_turn == "keep_dense" for method in self.methods) else "drop"
-
-    @property
-    def hidden_after(self) -> Any:  # type: ignore[override]
-        return next((method.hidden_after for method in self.methods if _chooses_keys(method)), "query")
-
-    @property
-    def hides_front(self) -> bool:  # type: ignore[override]
-        return any(method.hides_front for method in self.methods)
+    def needs(self) -> Needs:
+        """What the parts need together. Ranking, positions and gradients are each part's own."""
+        needs = [method.needs for method in self.methods]
+        tower = next((need for need in needs if need.encoder_layers), Needs())
+        keys = next((method.needs for method in self.methods if _chooses_keys(method)), Needs())
+        return Needs(
+            multi_turn="keep_dense" if any(need.multi_turn == "keep_dense" for need in needs) else "drop",
+            encoder_layers=tower.encoder_layers,
+            encoder_rows=tower.encoder_rows,
+            hidden_after=keys.hidden_after,
+            hides_front=any(need.hides_front for need in needs),
+        )
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         drops = [
@@ -70,7 +65,7 @@ class Combined(PruningMethod):
             for owner, method in enumerate(self.methods)
             for drop in _drops(method, num_layers)
         ]
-        drops.sort(key=lambda drop: drop.layer)  # stable: before the same layer the methods act as listed
+        drops.sort(key=lambda drop: drop.layer)  # stable sort: methods that drop at the same layer act in list order
         _check_returns(self.methods, drops)
         _check_learned(self.methods, drops)
         _check_ranking(self.methods, drops)
@@ -87,7 +82,7 @@ class Combined(PruningMethod):
         return nn.ModuleDict(modules) if modules else None
 
     def input_share(self, num_layers: int) -> float:
-        """Drops of all methods together; keys that one of them leaves out of the cache multiply it."""
+        """Input share of all drops together, multiplied by the kept-key share if one method prunes the cache."""
         share = super().input_share(num_layers)
         for method in self.methods:
             if _chooses_keys(method):
@@ -95,7 +90,7 @@ class Combined(PruningMethod):
         return share
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        raise ValueError("a combination has no single setting to fit to a budget; give each of its methods its own")
+        raise ValueError("a combination cannot be fitted to one budget; set the budget of each of its methods")
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -123,46 +118,47 @@ def _drops(method: PruningMethod, num_layers: int) -> tuple[Drop, ...]:
 
 
 def _check_returns(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
-    """Refuse a drop by one method while another holds tokens aside that are to come back."""
+    """Reject a drop by one method while another has tokens set aside."""
     for owner, method in enumerate(methods):
-        own = [index for index, drop in enumerate(drops) if drop.owner == owner]
-        returning = [index for index in own if drops[index].returns]
+        indices = [index for index, drop in enumerate(drops) if drop.owner == owner]
+        returning = [index for index in indices if drops[index].returns]
         if not returning:
             continue
-        between = [drop for drop in drops[own[0] : returning[-1]] if drop.owner != owner]
+        between = [drop for drop in drops[indices[0] : returning[-1]] if drop.owner != owner]
         if between:
             raise ValueError(
-                f"{methods[between[0].owner].name} drops before layer {between[0].layer}, where {method.name} holds "
-                f"tokens aside (layers {drops[own[0]].layer} to {drops[returning[-1]].layer}); give it layers outside"
+                f"{methods[between[0].owner].name} drops tokens before layer {between[0].layer}, but {method.name} has "
+                f"tokens set aside in layers {drops[indices[0]].layer} to {drops[returning[-1]].layer}; move the drop "
+                "outside those layers"
             )
 
 
 def _check_learned(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
-    """Refuse a drop by one method among learned tokens that another goes on to tell from the image's own by their
-    place: up to that one's last drop (till when what was set aside may return), or anywhere if it chooses keys."""
+    """Reject a drop by one method while another method's learned tokens are in the image span, because that method
+    identifies them by position: until its last drop, or in any later layer if it prunes keys."""
     for owner, method in enumerate(methods):
-        own = [index for index, drop in enumerate(drops) if drop.owner == owner]
-        adding = [index for index in own if drops[index].adds]
+        indices = [index for index, drop in enumerate(drops) if drop.owner == owner]
+        adding = [index for index in indices if drops[index].adds]
         if not adding:
             continue
         always = _chooses_keys(method)
-        last = len(drops) if always else own[-1]
+        last = len(drops) if always else indices[-1]
         for index, drop in enumerate(drops[:last]):
             back = not always and any(other.owner == drop.owner and other.returns for other in drops[index:last])
             if index > adding[0] and drop.owner != owner and not back:
                 raise ValueError(
-                    f"{methods[drop.owner].name} drops before layer {drop.layer}, where the learned tokens of "
-                    f"{method.name} stand among the image's and would go with them; let it act before {method.name} "
-                    f"adds them{'' if always else f', or behind layer {drops[last].layer}'}"
+                    f"{methods[drop.owner].name} drops tokens before layer {drop.layer}, where it would also drop the "
+                    f"learned tokens of {method.name}; let it drop before {method.name} adds "
+                    f"them{'' if always else f', or after layer {drops[last].layer}'}"
                 )
 
 
 def _check_ranking(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
-    """Refuse a ranking by the layer before a drop where another drop stands between the two."""
+    """Reject ``rank_with='this_layer'`` if another method drops tokens at the same layer first."""
     for earlier, drop in pairwise(drops):
         method = methods[drop.owner]
-        if earlier.layer == drop.layer and drop.ranked and method.rank_with == "this_layer":
+        if earlier.layer == drop.layer and drop.ranked and method.needs.rank_with == "this_layer":
             raise ValueError(
-                f"{method.name} ranks by the layer before layer {drop.layer}, but {methods[earlier.owner].name} drops "
-                f"there first; list {method.name} before it, or give one of them another layer"
+                f"{method.name} ranks with the layer before layer {drop.layer}, but {methods[earlier.owner].name} "
+                f"drops tokens there first; list {method.name} before it, or change the layer of one of them"
             )

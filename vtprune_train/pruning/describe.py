@@ -1,4 +1,4 @@
-"""A method on a decoder of given depth, in words: for logs, the dry run and the list of methods."""
+"""Human-readable descriptions of a method on a decoder of a given depth, for logs, the dry run and the method list."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod
 
-MOST = 10  # drops that a line lists
+MOST = 10  # maximum number of drops shown on one line
 
 
 def title(method: PruningMethod) -> str:
@@ -17,7 +17,8 @@ def title(method: PruningMethod) -> str:
 
 
 def schedule(method: PruningMethod, num_layers: int) -> str:
-    """Where a method acts on a decoder of ``num_layers`` layers and how much it keeps, its defaults resolved.
+    """Describe where a method drops tokens in a decoder with ``num_layers`` layers and how many it keeps, with defaults
+    resolved.
 
     Raises:
         ValueError: a setting does not fit the decoder.
@@ -25,7 +26,7 @@ def schedule(method: PruningMethod, num_layers: int) -> str:
     drops, key_layers = method.drops(num_layers), method.key_layers(num_layers)
     words = [_drops(drops, num_layers)] if drops else []
     if key_layers:
-        words.append(f"keys are left out in layers {_ranges(key_layers)} of {num_layers}")
+        words.append(f"keys are dropped in layers {_ranges(key_layers)} of {num_layers}")
     counted = "keys that later rows see" if key_layers else "tokens that enter"
     words.append(f"mean over layers of the {counted} {method.input_share(num_layers):.3f}")
     return f"{title(method)}: {'; '.join(words)}"
@@ -42,12 +43,12 @@ def _kept(drop: Drop) -> str:
     if drop.returns:
         return "all (they return)"
     if drop.adds:
-        return "all (and adds its own)"
+        return "all (and adds learned tokens)"
     return f"{drop.keep:.3g}"
 
 
 def _listed(words: Iterable[str]) -> str:
-    """All of a few, the first and the last of many."""
+    """List all items if there are few, otherwise only the first and last."""
     several = list(words)
     if len(several) > MOST:
         several = [*several[: MOST - 2], "...", several[-1]]
@@ -55,6 +56,6 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """``2, 3, 4, 7`` as ``2-4, 7``."""
+    """Format ``2, 3, 4, 7`` as ``2-4, 7``."""
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

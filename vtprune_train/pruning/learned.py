@@ -1,7 +1,7 @@
-"""What methods with parameters are made of: learned tokens that stand after an image, and routers.
+"""Building blocks of methods with learned parameters: learned tokens placed after an image, and routers.
 
-Every module here is called with rows [n, C] of the stream, of which there may be none: an empty result still takes part
-in the gradients, so that ranks with and without images stay together.
+Every module here takes hidden states [n, C], where n may be 0: an empty output still joins the autograd graph so that
+ranks with and without images run the same collectives.
 
 Shape suffixes: V visual tokens, K visual tokens of the next stage, C hidden size.
 """
@@ -21,23 +21,24 @@ from vtprune_train.pruning.candidates import Candidates, Selection
 
 
 class Registers(nn.Embedding):
-    """Learned tokens, the same after every image; made like the decoder's own embeddings.
+    """Learned tokens shared by all images, initialized like the decoder's embeddings.
 
     Args:
-        number: how many stand after an image.
+        number: number of learned tokens per image.
         hidden: C.
     """
 
     def __init__(self, number: int, hidden: int):
         super().__init__(number, hidden)
 
-    def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
-        """[n, C] one row an image -> [n * number, C], image after image."""
+    def forward(self, rows: Tensor) -> Tensor:
+        """[n, C], one row per image -> [n * number, C], grouped by image."""
         return self.weight.repeat(len(rows), 1)
 
 
 class Routers(nn.ModuleDict):
-    """A linear router for each of some decoder layers. They start near zero, so that no token is preferred by much.
+    """One linear router per routed decoder layer. Initialized near zero so that no token is strongly preferred at the
+    start.
 
     Args:
         layers: the decoder layers, counted from 0.
@@ -47,16 +48,17 @@ class Routers(nn.ModuleDict):
     def __init__(self, layers: Sequence[int], hidden: int):
         super().__init__({str(layer): nn.Linear(hidden, 1, bias=False) for layer in layers})
         for router in self.values():
-            nn.init.normal_(router.weight, std=0.02 * hidden**-0.5)  # type: ignore[arg-type]
+            assert isinstance(router, nn.Linear)
+            nn.init.normal_(router.weight, std=0.02 * hidden**-0.5)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[n, C] -> [n, layers], what every router says."""
+        """[n, C] -> [n, layers], router logits."""
         return torch.cat([router(rows) for router in self.values()], dim=-1)
 
 
 @dataclass(frozen=True)
 class Joining(Drop):
-    """A boundary at which ``number`` learned tokens join each image (one of which nothing is left gets none)."""
+    """A drop point that appends ``number`` learned tokens to each image; images with no remaining tokens get none."""
 
     number: int = 0
 
@@ -66,7 +68,7 @@ class Joining(Drop):
 
 @dataclass(frozen=True)
 class Staying(Drop):
-    """A boundary at which the last ``number`` tokens of each image stay, whatever its length."""
+    """A drop point that keeps exactly the last ``number`` tokens of each image, whatever its length."""
 
     number: int = 0
 
@@ -75,54 +77,54 @@ class Staying(Drop):
 
 
 def join_registers(candidates: Candidates, number: int) -> Selection:
-    """All candidates, and after each span's last the registers of ``candidates.module``.
+    """Select all candidates and append the registers of ``candidates.module`` to each span.
 
-    Registers take the place of the span's last token, which is where they stand in an image and in time.
+    Registers get the position id of the span's last token, so their spatial and temporal coordinates match it.
     """
     hidden, spans = candidates.hidden, [span for span in candidates.boundary.spans if span.before]
     chosen, at = joined(spans, number, len(hidden), hidden.device)
-    assert candidates.module is not None, "the module that this method asked for is not there"
+    assert candidates.module is not None, "the method's module is missing"
     return Selection(chosen, at, candidates.module(hidden.index_select(0, _last(spans, hidden.device))))
 
 
 def joined(spans: Sequence[SpanLayout], number: int, num_visual: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where ``number`` tokens stand after each span.
+    """Indices after inserting ``number`` tokens at the end of each span.
 
     Args:
-        spans: those that hold tokens.
-        number: what joins each.
+        spans: the non-empty spans.
+        number: tokens added per span.
         num_visual: V.
-        device: where the results go.
+        device: device of the returned tensors.
 
     Returns:
-        [K] int64, all V candidates in order, each span's last ``number`` times more; and [spans * number] int64, which
-        of these K are new.
+        [K] int64, all V candidate indices in order, with each span's last index repeated ``number`` more times; and
+        [spans * number] int64, indices into K of the added tokens.
     """
     last = _last(spans, device)
     every = torch.arange(num_visual, device=device)
     chosen = torch.sort(torch.cat([every, last.repeat_interleave(number)])).values
-    behind = torch.arange(len(spans), device=device) * number + last + 1  # the first new place of each span
+    behind = torch.arange(len(spans), device=device) * number + last + 1  # index of each span's first added token
     at = (behind[:, None] + torch.arange(number, device=device)).flatten()
     return chosen, at
 
 
 def is_register(span_V: Tensor, number: int) -> Tensor:
-    """[V] bool, the last ``number`` tokens of every span.
+    """Return a [V] bool mask of the last ``number`` tokens of every span.
 
     Args:
         span_V: [V] int64, the span of each token, ascending; each holds at least ``number``.
-        number: registers of a span.
+        number: registers per span.
     """
     other = torch.cat([span_V[number:], torch.full_like(span_V[:number], -1)])
     return other != span_V
 
 
 def _last(spans: Sequence[SpanLayout], device: torch.device) -> Tensor:
-    """[spans] int64, each span's last candidate."""
+    """[spans] int64, index of each span's last candidate."""
     ends = np.cumsum([span.before for span in spans], dtype=np.int64)
-    return to_device(ends - 1, device)  # type: ignore[no-any-return]
+    return to_device(ends - 1, device)
 
 
 def learns(method: PruningMethod | None) -> bool:
-    """Whether a method (or one of a combination) adds parameters to the model."""
+    """Return whether the method, or any method in a combination, has learned parameters."""
     return method is not None and any(type(part).module is not PruningMethod.module for part in method.parts)

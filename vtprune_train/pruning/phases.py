@@ -1,4 +1,5 @@
-"""What each step of a training run drops: the method itself, a warm-up towards it, or nothing for once.
+"""Per-step pruning schedule of a training run: the configured method, a warm-up towards it, or an occasional full-token
+step.
 
 A step's phase follows from its number and the run's seed alone, so it is the same on every rank, at any world size,
 and after a resume. Host only.
@@ -16,20 +17,20 @@ from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod
 
 WarmupKind = Literal["dense", "linear", "cosine"]
-FULL_TOKENS = 0x66756C6C  # sets the draw of full-token steps apart from other draws of the same seed and step
+FULL_TOKENS = 0x66756C6C  # separates the RNG stream for full-token steps from others with the same seed and step
 
 
 @dataclass(frozen=True)
 class Warmup:
-    """The first ``steps`` steps: ``dense`` keeps all tokens; ``linear`` and ``cosine`` take the keep ratios from
-    ``start`` to the method's own."""
+    """The first ``steps`` steps: ``dense`` keeps all tokens; ``linear`` and ``cosine`` anneal the keep ratios from
+    ``start`` to the configured values."""
 
     steps: int
     kind: WarmupKind = "linear"
     start: float = 1.0
 
     def progress(self, step: int) -> float:
-        """How far from ``start`` (0) to the method's ratios (1) step ``step`` is, counted from 0."""
+        """Warm-up progress at step ``step`` (counted from 0): 0 at ``start``, 1 at the configured ratios."""
         if step >= self.steps:
             return 1.0
         share = step / self.steps
@@ -55,7 +56,7 @@ class FullTokens:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The pruned pass that a full-token step learns from."""
+    """The pruned forward pass that is the teacher of a full-token step."""
 
     method: PruningMethod
     weight: float
@@ -64,15 +65,15 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Phase:
-    """One step: ``method`` drops in the pass that is trained (``None``: all tokens stay), ``teacher`` in the one it is
-    compared with; ``full_tokens`` if the step was drawn to run on all tokens."""
+    """Pruning of one step: ``method`` is used in the trained pass (``None``: keep all tokens), ``teacher`` in the
+    teacher pass; ``full_tokens`` is true if this step was sampled as a full-token step."""
 
     method: PruningMethod | None
     teacher: Teacher | None = None
     full_tokens: bool = False
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
-        """Where and how much the trained pass drops."""
+        """Drop points and keep ratios of the trained pass."""
         return self.method.drops(num_layers) if self.method is not None else ()
 
 
@@ -81,10 +82,10 @@ class Phases:
     """The phase of every step of a run.
 
     Args:
-        method: what the run trains for; ``None`` drops nothing at any step.
-        seed: the run's.
-        warmup: the first steps; ``None`` starts with the method itself.
-        full: which of the steps that drop run on all tokens instead.
+        method: the configured method; ``None`` never drops tokens.
+        seed: the run's seed.
+        warmup: warm-up schedule; ``None`` disables it.
+        full: schedule of full-token steps.
     """
 
     method: PruningMethod | None
@@ -108,19 +109,19 @@ class Phases:
 
     @property
     def vary(self) -> bool:
-        """Whether some step does anything but drop by ``method``."""
+        """Return whether any step uses something other than ``method``."""
         return self.method is not None and (self.warmup is not None or self.full.share > 0)
 
     def keep(self, step: int, num_layers: int) -> list[float]:
-        """The share of visual tokens in each stage after the first at ``step``: all ones where nothing is dropped."""
+        """Keep ratio of each stage after the first at ``step``; all 1.0 if nothing is dropped."""
         if self.method is None:
             return []
         drops = self.of(step).drops(num_layers)
         return [drop.keep for drop in drops] or [1.0] * len(self.method.drops(num_layers))
 
     def state(self, step: int, num_layers: int) -> dict[str, Any]:
-        """Where the schedule stands once ``step`` steps are done, as plain data for checkpoints; empty for a run of
-        one schedule."""
+        """State of the schedule after ``step`` steps, as plain data for checkpoints; empty if the schedule never
+        changes."""
         if not self.vary:
             return {}
         warmup = self.warmup
@@ -136,7 +137,7 @@ class Phases:
         }
 
     def describe(self) -> str:
-        """A line for logs and the dry run."""
+        """One-line description for logs and the dry run."""
         parts = []
         if self.warmup is not None:
             how = "all tokens" if self.warmup.kind == "dense" else f"{self.warmup.kind} from {self.warmup.start:g}"
@@ -144,4 +145,4 @@ class Phases:
         if self.full.share:
             loss = f"KL weight {self.full.weight:g}" if self.full.weight else "no consistency loss"
             parts.append(f"{self.full.share:.3g} of the steps on full tokens ({loss})")
-        return ", ".join(parts) or "one schedule from the first step"
+        return ", ".join(parts) or "the same schedule at every step"

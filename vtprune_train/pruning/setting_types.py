@@ -1,39 +1,74 @@
-"""Whether a method's settings are of their types, checked before the method sees them, from Python as from YAML."""
+"""Validated settings: frozen dataclasses that check the type and range of every value, from Python as from YAML."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import typing
-from abc import ABCMeta
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from types import NoneType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 Share = Annotated[float, Field(gt=0, le=1)]
 """A share of tokens, heads or attention in (0, 1]."""
 
-BOUNDS = ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")  # pydantic's errors of constraints
+# pydantic's error types for violated constraints
+BOUNDS = ("greater_than", "greater_than_equal", "less_than_equal", "finite_number")
 
 
-class FitsSettings(ABCMeta):
-    """The class of method classes: settings fit their types (and the constraints of ``Annotated`` ones) from the moment
-    that a method is made."""
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
+class Settings:
+    """Base class of frozen dataclasses whose fields are validated by pydantic; subclasses need no decorator.
 
-    def __call__(cls, *args: Any, **settings: Any) -> Any:
-        """A method with these settings.
+    Lists, ranges and arrays become tuples, numbers in text become numbers; ``True`` is not accepted as a number, nor
+    ``2.0`` as an integer. A ``__post_init__`` may check more.
 
-        Raises:
-            TypeError: there is no such setting; names the nearest.
-            ValueError: one does not fit its type; names it, its value and what fits.
-        """
-        if not dataclasses.is_dataclass(cls):
-            return super().__call__(*args, **settings)
+    Raises:
+        TypeError: a setting does not exist (the error suggests the nearest) or is missing.
+        ValueError: a value does not fit; the error names the setting, the value and what fits.
+    """
+
+    if typing.TYPE_CHECKING:
+        __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+        # The base class freezes instead, so that a class decorated with @dataclass(frozen=True) in addition is valid.
+        del cls.__setattr__, cls.__delattr__
+        setattr(cls, "__init__", _validating(cls.__init__))  # noqa: B010
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(f"cannot set {name}; copy with dataclasses.replace(..., {name}=...)")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(f"cannot delete {name}")
+
+
+def setting_types(cls: type[Settings]) -> dict[str, Any]:
+    """The type of each field, without its constraints."""
+    return _types_of(typing.cast(Any, cls))
+
+
+@cache
+def _types_of(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _validating(init: Callable[..., None]) -> Callable[..., None]:
+    """pydantic's ``__init__`` with stricter numbers and errors of one line."""
+
+    @functools.wraps(init)
+    def checked(self: Settings, *args: Any, **settings: Any) -> None:
+        cls = type(self)
         types = setting_types(cls)
         if unknown := [name for name in settings if name not in types]:
             nearest = difflib.get_close_matches(unknown[0], types, n=1, cutoff=0.5)
@@ -41,47 +76,53 @@ class FitsSettings(ABCMeta):
             raise TypeError(
                 f"{cls.__name__} has no setting {unknown[0]!r}; {meant}it has: {', '.join(types) or 'none'}"
             )
-        arguments = inspect.signature(cls.__init__).bind(None, *args, **settings).arguments
-        return super().__call__(**{name: _fitted(cls, name, arguments[name]) for name in types if name in arguments})
-
-
-@cache
-def setting_types(cls: Any) -> dict[str, Any]:
-    """The type of each setting of a method, without its constraints."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-@cache
-def _adapter(cls: Any, name: str) -> TypeAdapter[Any]:
-    kind = typing.get_type_hints(cls, include_extras=True)[name]
-    return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
-
-
-def _fitted(cls: Any, name: str, value: Any) -> Any:
-    """``value`` as the type of the setting ``name`` has it: lists become tuples, numbers in text become numbers."""
-    kind = setting_types(cls)[name]
-    choices = typing.get_args(kind) or (kind,)
-    is_bool = isinstance(value, bool) and bool not in choices and any(part in (int, float) for part in choices)
-    is_float = isinstance(value, float) and int in choices and float not in choices
-    problem = ""
-    if not (is_bool or is_float):  # pydantic would take true for 1, and 2.0 for 2
         try:
-            return _adapter(cls, name).validate_python(_plain(value))
+            values = inspect.signature(cls).bind(*args, **settings).arguments
+        except TypeError as error:
+            raise TypeError(f"{cls.__name__}: {error}; its settings are {', '.join(types) or 'none'}") from None
+        plain = {name: _plain(value) for name, value in values.items()}
+        for name, value in plain.items():
+            if _is_another_number(types[name], value):
+                raise ValueError(_message(cls, name, values[name], f"does not fit; it takes {_in_words(types[name])}"))
+        try:
+            init(self, **plain)
         except ValidationError as error:
-            [first, *_] = error.errors()
-            if first["type"] in BOUNDS:
-                value, problem = first["input"], _range(_adapter(cls, name).json_schema()) or first["msg"]
+            raise _readable(cls, values, error) from None
+
+    return checked
+
+
+def _readable(cls: type[Settings], values: Mapping[str, Any], error: ValidationError) -> Exception:
+    """The first of pydantic's errors as an error of one line; what ``__post_init__`` raised as it is."""
+    first = error.errors()[0]
+    cause: Exception | None = first.get("ctx", {}).get("error")
+    if not first["loc"] and cause is not None:
+        return cause
+    name = str(first["loc"][0])
+    kind, value = setting_types(cls)[name], values[name]
+    if cause is not None:
+        return ValueError(f"{name}={value!r}: {cause}")
+    if first["type"] in BOUNDS:
+        problem = _range(_schema(cls, name)) or first["msg"].removeprefix("Input ")
+        return ValueError(_message(cls, name, first["input"], problem))
     if typing.get_origin(kind) is typing.Literal:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
+        return ValueError(f"{name}={value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}")
+    return ValueError(_message(cls, name, value, f"does not fit; it takes {_in_words(kind)}"))
+
+
+def _message(cls: type[Settings], name: str, value: Any, problem: str) -> str:
     default = {field.name: field.default for field in dataclasses.fields(cls)}[name]
     example = "" if default is dataclasses.MISSING else f"; the default is {json.dumps(default, default=repr)}"
-    problem = problem.removeprefix("Input ") or f"does not fit; it takes {_in_words(kind)}"
-    raise ValueError(f"{name}={value!r} {problem}{example}")
+    return f"{name}={value!r} {problem}{example}"
+
+
+def _schema(cls: type[Settings], name: str) -> dict[str, Any]:
+    return TypeAdapter(typing.get_type_hints(cls, include_extras=True)[name]).json_schema()
 
 
 def _range(schema: dict[str, Any]) -> str:
-    """``is not in (0, 1]`` for a number with two bounds, alone, in a list or beside null; else empty."""
+    """Return e.g. ``is not in (0, 1]`` for a bounded number (plain, in a list, or optional); otherwise an empty
+    string."""
     for part in (schema, *schema.get("anyOf", ()), *schema.get("prefixItems", ())):
         if "maximum" in part:
             low = f"({part['exclusiveMinimum']:g}" if "exclusiveMinimum" in part else f"[{part['minimum']:g}"
@@ -90,14 +131,29 @@ def _range(schema: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and ranges as lists."""
+    """Convert arrays and ranges to lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else value
 
 
+def _is_another_number(kind: Any, value: Any) -> bool:
+    """Whether ``value`` holds a bool where ``kind`` has only numbers, or a float where it has only integers; pydantic
+    takes true for 1 and 2.0 for 2."""
+    leaves = set(_leaves(kind))
+    numbers = value if isinstance(value, list) else [value]
+    is_bool = bool not in leaves and not leaves.isdisjoint((int, float))
+    is_int = int in leaves and float not in leaves
+    return any((is_bool and isinstance(n, bool)) or (is_int and isinstance(n, float)) for n in numbers)
+
+
+def _leaves(kind: Any) -> Iterable[Any]:
+    arguments = typing.get_args(kind)
+    return (leaf for part in arguments for leaf in _leaves(part)) if arguments else (kind,)
+
+
 def _in_words(kind: Any) -> str:
-    """A setting's type as a user would say it."""
+    """User-facing description of a setting's type."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         entries = ["0.5" if part is float else "1" if part is int else "..." for part in inner if part is not Ellipsis]
@@ -105,4 +161,5 @@ def _in_words(kind: Any) -> str:
         return f"a list{number} such as [{', '.join(entries)}]"
     if inner:
         return " or ".join(_in_words(part) for part in inner)
-    return {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}.get(kind, "a text")
+    names = {int: "an integer", float: "a number", bool: "true or false", NoneType: "null", str: "text"}
+    return names.get(kind, f"a {getattr(kind, '__name__', kind)}")

@@ -12,25 +12,36 @@ from torch import Tensor
 
 from vtprune_train.evaluation.answering import content_of, write_prompt
 from vtprune_train.models import HFModule
-from vtprune_train.models.forward.calls import state_of
+from vtprune_train.models.forward.calls import is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.viz.draw import ShownImage, draw
 
 
-def show(model: HFModule, processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Image.Image:
-    """Draw which tokens of ``pictures`` survive each stage of a pruned model, for example in a notebook.
+def show(
+    model: HFModule, processor: Any, images: Image.Image | Sequence[Image.Image], prompt: str = "What is shown?"
+) -> Image.Image:
+    """Draw which visual tokens a pruned model keeps in each stage::
+
+        show(model, processor, image, "What is in the picture?").save("kept.png")
 
     Args:
-        model: pruned.
-        processor: the model's.
-        pictures: RGB.
-        prompt: what is asked about them; its last token ranks the visual tokens, as in generating the answer.
+        model: a pruned model.
+        processor: the processor of the model.
+        images: one RGB image or several.
+        prompt: the question about the images; its last token ranks the visual tokens, as in generating the answer.
+
+    Returns:
+        A picture with a column for each stage and a row for each image; dropped tokens are faded. Notebooks display it.
 
     Raises:
-        ValueError: no picture, or it is not known where this model's tokens lie.
+        ValueError: the model is not pruned, there is no image, or the positions of this model's tokens in the image are
+            not known.
     """
-    inputs = encode(processor, pictures, prompt, model.device)
-    return draw(look(model, processor.image_processor, inputs, pictures), stage_names(model), prompt)
+    if not is_pruned(model):
+        raise ValueError("show draws what a pruned model keeps; call prune(model, method) first")
+    model, images = unwrapped(model), [images] if isinstance(images, Image.Image) else images
+    inputs = encode(processor, images, prompt, model.device)
+    return draw(look(model, processor.image_processor, inputs, images), stage_names(model), prompt)
 
 
 def look(

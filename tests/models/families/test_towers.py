@@ -129,7 +129,7 @@ def test_segments_are_told_by_their_number():
     segments = Segments((4, 6), (4, 2, 4))
     assert segments.within(torch.tensor([0, 4, 10])) == (4, 6)
     assert segments.within(torch.tensor([0, 4, 6, 10])) == (4, 2, 4)
-    with pytest.raises(ValueError, match=r"bounds 1 segments, but the image grids make 2 or 3"):
+    with pytest.raises(ValueError, match=r"has 1 segments, but the image grids imply 2 or 3"):
         segments.within(torch.tensor([0, 10]))
 
 

@@ -58,7 +58,7 @@ def test_auto_takes_what_works_here_and_others_are_refused_with_the_way_out():
     assert attention.choose_backend("auto", torch.device("cuda"), torch.float32) == "varlen_sdpa"
     with pytest.raises(ValueError, match=r"flash_attention_2.*needs CUDA.*attention=auto"):
         attention.choose_backend("flash_attention_2", CPU, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"varlen_torch.*needs half precision, not torch.float32"):
+    with pytest.raises(ValueError, match=r"varlen_torch.*needs float16 or bfloat16, not torch.float32"):
         attention.choose_backend("varlen_torch", torch.device("cuda"), torch.float32)
 
 
@@ -130,7 +130,7 @@ def test_refusals_name_the_gpu_and_the_head_size(gpu, caplog):
     gpu((10, 0), installed=("flash_attention_4",))
     with caplog.at_level("INFO", logger=attention.__name__):
         attention.choose_backend("auto", CUDA, torch.bfloat16, 192)
-    assert "varlen_torch (flash_attention_4 has no kernel for heads of 192 values at this GPU's" in caplog.text
+    assert "varlen_torch (flash_attention_4 has no kernel for head_dim=192 at this GPU's" in caplog.text
     assert "flash_attention_2 needs its flash-attn package" in caplog.text
 
 

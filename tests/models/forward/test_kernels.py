@@ -81,7 +81,7 @@ def test_fp8_leaves_sizes_that_its_products_cannot_take():
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch, torchao):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
-    with pytest.raises(ConfigError, match=r"capability 8.9 or newer, and A100 has 8.0; set model.fp8=false"):
+    with pytest.raises(ConfigError, match=r"capability 8.9 or higher, but A100 has 8.0; set model.fp8=false"):
         kernels.use_fp8(tiny_model().model.language_model, torch.device("cuda"))
 
 

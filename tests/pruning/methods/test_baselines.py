@@ -1,7 +1,6 @@
 """The baselines random, uniform and pool, and the rasters that they spread over."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -208,9 +207,8 @@ def test_keeping_everything_is_dense(method):
     segments, embeds = random_batch_of(14, [(2, 1), (3, 2)])
     text_model, grads, outputs = text_model_of(), [], []
 
-    @dataclass(frozen=True)
     class Nothing(PruningMethod):
-        name: ClassVar[str] = "nothing"
+        name = "nothing"
 
         def drops(self, num_layers):
             return (Drop(0, 1.0),)
@@ -275,7 +273,6 @@ def test_rasters_reach_the_packed_stream():
 def test_rasters_reach_the_padded_rows(family, known):
     seen = []
 
-    @dataclass(frozen=True)
     class Spy(Uniform):
         def choose(self, candidates):
             seen.extend(candidates.boundary.spans)

@@ -157,9 +157,15 @@ def test_training(family, method):
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ((VoCo(), PyramidDrop()), "pyramiddrop drops before layer 2, where the learned tokens of voco stand"),
-        ((Victor(layers=3), FastV()), "fastv drops before layer 1, .* of victor .*, or behind layer 3"),
-        ((VoCo(), VideoLLMMoD()), "videollm_mod drops before layer 1, where the learned tokens of voco"),
+        (
+            (VoCo(), PyramidDrop()),
+            "pyramiddrop drops tokens before layer 2, where it would also drop the learned tokens of voco",
+        ),
+        ((Victor(layers=3), FastV()), "fastv drops tokens before layer 1, .* of victor.*, or after layer 3"),
+        (
+            (VoCo(), VideoLLMMoD()),
+            "videollm_mod drops tokens before layer 1, where it would also drop the learned tokens of voco",
+        ),
         ((PyramidDrop(layers=(2,), keep=(0.5,)), FastV(layer=2)), "fastv ranks by .* list fastv before it"),
     ],
 )
@@ -173,9 +179,9 @@ def test_a_combination_asks_for_what_its_methods_ask():
     first, keys = DivPrune(keep=0.5), PLPHP(multi_turn="keep_dense")
     both = Combined((first, keys))
     assert both.input_share(8) == pytest.approx(first.input_share(8) * keys.input_share(8))
-    assert (both.multi_turn, Combined((first, PLPHP())).multi_turn) == ("keep_dense", "drop")
-    assert (both.hidden_after, Combined((first, VoCo())).hidden_after) == ("query", "span")
-    assert (both.encoder_rows, Combined((FoPru(), keys)).encoder_rows) == ("class", "all")
+    assert (both.needs.multi_turn, Combined((first, PLPHP())).needs.multi_turn) == ("keep_dense", "drop")
+    assert (both.needs.hidden_after, Combined((first, VoCo())).needs.hidden_after) == ("query", "span")
+    assert (both.needs.encoder_rows, Combined((FoPru(), keys)).needs.encoder_rows) == ("class", "all")
 
 
 def test_what_is_listed_in_the_order_that_works_is_not():

@@ -1,8 +1,7 @@
 """What the contract offers, through the model: drops at layer 0, adaptive counts, merging, tokens that return or are
 added, combinations. Small methods made for the purpose; each in packed and padded passes, cached and not."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.families import SPECIAL, family_inputs, family_model, images_repeated
-from vtprune_train import PruningMethod, PyramidDrop, prune
+from vtprune_train import Needs, PruningMethod, PyramidDrop, prune
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.forward.padded import kept_tokens
@@ -32,14 +31,17 @@ def norms(candidates):
     return candidates.hidden.detach().float().norm(dim=-1)
 
 
-@dataclass(frozen=True)
 class Early(PruningMethod):
     """Drops before the decoder."""
 
     keep: float = 0.5
     positions: str = "keep"
     layer: int = 0
-    name: ClassVar[str] = "early"
+    name = "early"
+
+    @property
+    def needs(self):
+        return Needs(positions=self.positions)
 
     def drops(self, num_layers):
         return (Drop(self.layer, self.keep),)
@@ -48,14 +50,17 @@ class Early(PruningMethod):
         return norms(candidates)
 
 
-@dataclass(frozen=True)
 class Adaptive(PruningMethod):
     """Keeps what exceeds its span's mean attention, and afterwards a half of the original tokens at most."""
 
     layers: tuple[int, int] = (2, 4)
     rank_with: str = "next_layer"
     positions: str = "renumber"
-    name: ClassVar[str] = "adaptive"
+    name = "adaptive"
+
+    @property
+    def needs(self):
+        return Needs(rank_with=self.rank_with, positions=self.positions)
 
     def drops(self, num_layers):
         first, second = self.layers
@@ -75,12 +80,15 @@ class Adaptive(PruningMethod):
             return Selection(torch.nonzero(over).squeeze(1), counts=counts)
 
 
-@dataclass(frozen=True)
 class Merging(PruningMethod):
     """The last kept token of each span becomes the mean of all that were dropped, and stands first."""
 
     positions: str = "keep"
-    name: ClassVar[str] = "merging"
+    name = "merging"
+
+    @property
+    def needs(self):
+        return Needs(positions=self.positions)
 
     def drops(self, num_layers):
         return (Drop(3, 0.4),)
@@ -104,13 +112,11 @@ class Merging(PruningMethod):
         )
 
 
-@dataclass(frozen=True)
 class Detour(PruningMethod):
     """Nothing visual before layer 2; all enter; a half skips layer 4; nothing is left from layer 5 on."""
 
-    positions: str = "keep"
     leave: bool = True
-    name: ClassVar[str] = "detour"
+    name = "detour"
 
     def drops(self, num_layers):
         drops = [Drop(0, 0.0), Drop(2, 1.0, returns=True), Drop(4, 0.5), Drop(5, 1.0, returns=True)]
@@ -132,11 +138,10 @@ class AddTwo(Drop):
         return before + 2
 
 
-@dataclass(frozen=True)
 class Adding(PruningMethod):
     """Two tokens stand behind each image; from layer 3 on only they do."""
 
-    name: ClassVar[str] = "adding"
+    name = "adding"
 
     def drops(self, num_layers):
         return (AddTwo(0, 1.0, adds=True), replace(LastTwo(3, 0.0)))
@@ -231,9 +236,8 @@ def test_gradients_flow_and_recomputation_changes_nothing(name):
 def test_a_token_that_returns_has_the_state_it_had():
     """All enter late, nothing is dropped: text has been through the first layers alone, pictures through none."""
 
-    @dataclass(frozen=True)
     class Late(PruningMethod):
-        name: ClassVar[str] = "late"
+        name = "late"
 
         def drops(self, num_layers):
             return (Drop(0, 0.0), Drop(2, 1.0, returns=True))
@@ -272,7 +276,7 @@ def test_budgets_multiply(lengths, ratios):
 def test_combinations_that_cannot_be():
     with pytest.raises(ValueError, match="at least two"):
         Combined((Early(),))
-    with pytest.raises(ValueError, match="early drops before layer 3, where detour holds tokens aside"):
+    with pytest.raises(ValueError, match="early drops tokens before layer 3, but detour has tokens set aside"):
         Combined((Detour(), Early(layer=3))).drops(6)
-    with pytest.raises(ValueError, match="cannot hold another"):
+    with pytest.raises(ValueError, match="cannot be nested"):
         Combined((Early(), Combined((Early(), Early()))))

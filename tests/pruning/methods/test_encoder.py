@@ -1,8 +1,5 @@
 """The vision tower's attention, read while it runs: against the tower's own maps, packed against padded, refusals."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
@@ -20,19 +17,23 @@ from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.combined import Combined
 from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
 from vtprune_train.pruning.methods.uniform import Uniform
+from vtprune_train.pruning.needs import Needs
 
 TEXTS = [[0, "what is shown here ? assistant :"], ["a red", 1, "and", 2, "two ? assistant :"], ["no picture"]]
 SEEN = []
 
 
-@dataclass(frozen=True)
 class Spy(PruningMethod):
     """Keeps half, and remembers what it was shown."""
 
     encoder_layers: tuple[int, ...] = (-1, 0)
     encoder_rows: str = "class"
 
-    name: ClassVar[str] = "spy"
+    name = "spy"
+
+    @property
+    def needs(self):
+        return Needs(encoder_layers=self.encoder_layers, encoder_rows=self.encoder_rows)
 
     def drops(self, num_layers):
         return (Drop(0, 0.5),)
@@ -167,9 +168,8 @@ def test_packed_rows_see_what_padded_rows_do(name, tmp_path):
 def test_training_reads_without_gradients_and_leaves_no_hooks():
     """Also with activation checkpointing of a trained tower: gradients are those of a method that reads nothing."""
 
-    @dataclass(frozen=True)
     class Half(PruningMethod):
-        name: ClassVar[str] = "half"
+        name = "half"
 
         def drops(self, num_layers):
             return (Drop(0, 1.0),)
@@ -177,9 +177,10 @@ def test_training_reads_without_gradients_and_leaves_no_hooks():
         def score(self, candidates):
             return torch.zeros(len(candidates.hidden))
 
-    @dataclass(frozen=True)
     class Reads(Half):
-        encoder_layers: tuple[int, ...] = (-1,)
+        @property
+        def needs(self):
+            return Needs(encoder_layers=(-1,))
 
     gradients = []
     for method in (Half(), Reads()):
@@ -225,9 +226,9 @@ def test_layers():
     config = tiny_model().config  # 3 layers, features from hidden_states[-2]: the second layer's output
     assert layers_read(config, (-1, -2, 0, 2)) == [1, 0, 0, 2]
     assert layers_read(config, (-9, -8, -1)) == [1], "as many as there are"
-    with pytest.raises(ValueError, match="has no layer 3, but 3"):
+    with pytest.raises(ValueError, match="has no layer 3: it has 3"):
         layers_read(config, (3,))
-    with pytest.raises(ValueError, match="names no layer"):
+    with pytest.raises(ValueError, match="are not among the vision tower"):
         layers_read(config, (-3,))
     config.vision_feature_layer = [-1, 1]
     assert layers_read(config, (-1,)) == [2]
@@ -237,7 +238,7 @@ def test_layers():
 def test_families_whose_tower_is_not_read(name):
     with pytest.raises(
         ValueError,
-        match=r"spy reads .* does not give: it is not read there; use a method that does not ask it.*divprune",
+        match=r"spy needs .* not available for .*: it is not read there; use a method that does not need it.*divprune",
     ):
         prune(family_model(name), Spy())
 

@@ -173,7 +173,7 @@ def test_a_small_budget_moves_both_drops_forward():
     found = Feather().for_budget(0.1, 32)
     assert found.input_share(32) == pytest.approx(0.1, abs=1e-3)
     assert found.layers[0] < 8
-    with pytest.raises(ValueError, match=r"between 0\.167 and 1\.000 of the visual tokens through 6 layers"):
+    with pytest.raises(ValueError, match=r"out of range for feather on 6 layers, which reaches 0\.167 to 1\.000"):
         Feather().for_budget(0.1, 6)
 
 

@@ -201,7 +201,7 @@ def test_tokens_leave_later_before_they_enter_earlier():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"keep": (0.5, 0.2)}, "needs its own layers"),
+        ({"keep": (0.5, 0.2)}, "has 2 entries, but the default layers"),
         ({"enter": -1}, "enter=-1"),
         ({"temperature": 0}, "temperature=0"),
         ({"differentiable": 2}, "differentiable=2"),
@@ -210,7 +210,7 @@ def test_tokens_leave_later_before_they_enter_earlier():
 def test_settings_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         HiDrop(**wrong)
-    with pytest.raises(ValueError, match="no layer of 6 sees an image"):
+    with pytest.raises(ValueError, match="none of the 6 layers would process visual tokens"):
         HiDrop(enter=4, leave=3).drops(6)
-    with pytest.raises(ValueError, match="do not lie between enter=2 and leave=4"):
+    with pytest.raises(ValueError, match="must lie between enter=2 and leave=4"):
         HiDrop(layers=(2, 3), keep=(0.5, 0.2)).drops(6)

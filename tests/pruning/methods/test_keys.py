@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,13 +22,13 @@ from vtprune_train.models.forward.decoder import run_layers
 from vtprune_train.models.forward.keys import BlindRows, blind_mask
 from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.models.forward.recompute import checkpoint_activations
-from vtprune_train.pruning.base import HiddenAfter, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.methods.plphp import PLPHP
 from vtprune_train.pruning.methods.zipvl import ZipVL
+from vtprune_train.pruning.needs import HiddenAfter, Needs
 from vtprune_train.pruning.ops.per_head import keep_best, span_sizes
 
 
-@dataclass(frozen=True)
 class ByContent(PruningMethod):
     """Each head keeps the tokens whose keys begin with the largest number: needs no attention, so it is the same in
     whichever call an image arrives."""
@@ -40,7 +38,11 @@ class ByContent(PruningMethod):
     hidden_after: HiddenAfter = "query"
     keep: float = 1.0
 
-    name: ClassVar[str] = "by_content"
+    name = "by_content"
+
+    @property
+    def needs(self):
+        return Needs(hidden_after=self.hidden_after)
 
     def drops(self, num_layers):
         return (Drop(3, self.keep),) if self.keep < 1.0 else ()
@@ -223,7 +225,7 @@ def test_heads_that_keep_different_numbers_are_refused():
             return kept
 
     segment = random_prompt(np.random.default_rng(0), 1)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"different heads of layer 0.*keep equally many"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"different heads of layer 0.*keep the same number"):
         prefill(packed_decoder(0), Uneven(0.5), torch.randn(segment.length, 32, dtype=torch.float64), [segment])
 
 

@@ -318,7 +318,7 @@ def test_peft_s_own_saving_takes_them_where_it_is_told(method, tmp_path, caplog)
     plain = copy.deepcopy(base)
     prune(get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])), method)
     names = modules_to_save(prune(base, method))
-    assert f"leaves out: prune first, then get_peft_model(model, LoraConfig(modules_to_save={names}" in caplog.text
+    assert f"does not save: prune first, then get_peft_model(model, LoraConfig(modules_to_save={names}" in caplog.text
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=names))
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad and ".pruning." in name}
     adapted.train()(**inputs, labels=inputs["input_ids"]).loss.backward()

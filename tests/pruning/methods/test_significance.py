@@ -299,7 +299,7 @@ def test_gradients_are_finite_where_newlines_stay(method):
 @pytest.mark.parametrize("method", [*METHODS, PruMerge(keep=0.3)], ids=repr)
 @pytest.mark.parametrize("images", [[()], [(), ((3, 3),), ()]], ids=["alone", "beside another"])
 def test_an_image_of_which_an_earlier_method_left_nothing(method, images):
-    layers = len(method.encoder_layers)
+    layers = len(method.needs.encoder_layers)
     selection = method.choose(Scene(method, [images], 4, layers).candidates)
     without = method.choose(Scene(method, [[grids for grids in images if grids]], 4, layers).candidates)
     assert torch.equal(selection.chosen, without.chosen)
@@ -337,8 +337,8 @@ def test_settings_are_checked():
     for spatial in (-1, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"spatial={spatial} should be"):
             PruMerge(spatial=spatial)
-    assert VTCCLS(layers=3).encoder_layers == (-3, -2, -1)
-    assert (FoPru().encoder_rows, VTCCLS().encoder_rows) == ("all", "class")
+    assert VTCCLS(layers=3).needs.encoder_layers == (-3, -2, -1)
+    assert (FoPru().needs.encoder_rows, VTCCLS().needs.encoder_rows) == ("all", "class")
     assert PruMerge(spatial=3).drops(8)[0].adaptive and not PruMerge(keep=0.2).drops(8)[0].adaptive
     with pytest.raises(ValueError, match="no keep ratios"):
         PruMerge().eased(1.0, 0.5)

@@ -395,11 +395,11 @@ def replace_drop(method, plan):
     [
         ({"count": "some"}, "count='some' is not one of fixed, rank, mass"),
         ({"budget": 100}, "budget=100 is not one of 192, 128, 96, 64"),
-        ({"budget": 64, "keep": (0.5, 0.2, 0.1)}, "give one"),
+        ({"budget": 64, "keep": (0.5, 0.2, 0.1)}, "set one of them"),
         ({"budget": 64, "count": "rank"}, "budget=64 has no effect with count=rank"),
         ({"scale": 0.3}, "scale=0.3 has no effect with count=fixed; use count=rank"),
         ({"mass": 0.8, "count": "rank"}, "mass=0.8 has no effect with count=rank; use count=mass"),
-        ({"keep": (0.5, 0.2)}, "give layers too"),
+        ({"keep": (0.5, 0.2)}, "set layers too"),
         ({"keep": (0.2, 0.5, 0.1)}, "increases"),
         ({"layers": (3, 2, 5)}, "must increase"),
         ({"layers": (3, 5)}, "has 2 entries but keep has 3"),
@@ -415,5 +415,5 @@ def test_wrong_settings(wrong, message):
 
 
 def test_a_layer_that_does_not_exist():
-    with pytest.raises(ValueError, match="no layer follows 5 in a decoder of 6 layers"):
+    with pytest.raises(ValueError, match="layer 5 is the last of the decoder's 6"):
         SparseVLM(layers=(1, 2, 5)).drops(6)

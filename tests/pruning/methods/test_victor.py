@@ -58,7 +58,7 @@ def test_budgets_are_whole_layers():
     method = Victor().for_budget(0.25, 32)
     assert method.layers == 8
     assert method.input_share(32) == pytest.approx(0.25, abs=1e-3)
-    with pytest.raises(ValueError, match=r"victor takes between 0.167 and 0.833"):
+    with pytest.raises(ValueError, match=r"out of range for victor, which reaches 0.167 to 0.833"):
         Victor().for_budget(0.1, 6)
     assert Victor().for_budget(0.25, 6).layers == 1, "no more than the budget"
 
@@ -79,5 +79,5 @@ def test_wrong_settings(settings_, said):
 
 
 def test_no_layer_left():
-    with pytest.raises(ValueError, match=r"layers=6 leaves no layer .* use at most 5"):
+    with pytest.raises(ValueError, match=r"layers=6: .* all 6 layers .* use at most 5"):
         Victor(layers=6).drops(6)

@@ -66,7 +66,7 @@ def test_budgets():
     assert VideoLLMMoD().for_budget(0.6, 32).input_share(32) == pytest.approx(0.6, abs=1e-3)
     found = VideoLLMMoD().for_budget(0.25, 32)
     assert found.layers == tuple(range(1, 31)) and found.keep == pytest.approx(0.2, abs=1e-3)
-    with pytest.raises(ValueError, match=r"videollm_mod takes between 0\.531"):
+    with pytest.raises(ValueError, match=r"out of range for videollm_mod on 32 layers, which reaches 0\.531"):
         VideoLLMMoD(layers=tuple(range(1, 31, 2))).for_budget(0.25, 32)
 
 
@@ -85,5 +85,5 @@ def test_wrong_settings(settings_, said):
 
 
 def test_a_last_layer_is_refused():
-    with pytest.raises(ValueError, match="no layer follows layer 5 in a decoder of 6"):
+    with pytest.raises(ValueError, match="layer 5 is the last of the decoder's 6"):
         prune(tiny_model(), VideoLLMMoD(layers=(5,)))

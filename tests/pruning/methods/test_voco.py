@@ -137,7 +137,7 @@ def test_the_cache_shrinks_to_the_summaries():
 
 def test_no_budget():
     assert VoCo().input_share(32) < 1e-3
-    with pytest.raises(ValueError, match=r"which is no share such as 0\.25; set tokens"):
+    with pytest.raises(ValueError, match=r"cannot be fitted to a share such as 0\.25; set tokens"):
         VoCo().for_budget(0.25, 32)
 
 

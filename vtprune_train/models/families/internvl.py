@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.models.families.base import LLAMA_LIKE, Family
@@ -47,6 +46,8 @@ class TilesAndThumbnail(ImageGeometry):
         """Rows and columns of tiles."""
         if self.max_tiles == 1:
             return 1, 1
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas  # needs Pillow
+
         columns, rows = get_optimal_tiled_canvas(tuple(size), self.tile_size, self.min_tiles, self.max_tiles)
         return rows, columns
 

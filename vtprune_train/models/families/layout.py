@@ -8,15 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vtprune_train.core.stream import SegmentLayout
 from vtprune_train.models.families.places import Places
+
+if TYPE_CHECKING:  # pruning a model does not need Pillow
+    from PIL import Image
 
 NEWLINE = -1
 MAX_ASPECT = 200  # Qwen's own limit; a CLIP processor scales the SHORT side to a whole tile

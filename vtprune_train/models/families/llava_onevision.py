@@ -10,11 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, Qwen2Config, SiglipVisionConfig
 
@@ -24,6 +23,9 @@ from vtprune_train.models.families.layout import NEWLINE, Grids, ImageLayout, Pi
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.towers import after_features, saved_by_tiles, tile_tower
+
+if TYPE_CHECKING:  # pruning a model does not need Pillow
+    from PIL import Image
 
 ASPECT = "anyres_max_"
 SHRINK_FROM = 1.1  # as published: a grid this much too large (per side) is shrunk

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -32,6 +30,9 @@ from vtprune_train.core.stream import SegmentLayout
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures, Size, VisionInputs, check_aspect
 from vtprune_train.models.families.places import Places, grid_places
+
+if TYPE_CHECKING:  # pruning a model does not need Pillow
+    from PIL import Image
 
 EXAMPLES = ((224, 224), (448, 448), (768, 1024), (1080, 1920), (2160, 3840))
 CHANNELS = 3
@@ -84,6 +85,8 @@ class MergedPatches(ImageLayout):
     def grid(self, size: Size) -> tuple[int, int]:
         """Rows and columns of patches."""
         check_aspect(size)
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize  # needs Pillow
+
         height, width = smart_resize(
             *size, self.patch_size * self.merge_size, min_pixels=self.min_pixels, max_pixels=self.max_pixels
         )

@@ -1,7 +1,7 @@
-"""Attention over a packed stream: the backends, and which one ``auto`` takes.
+"""Attention backends for packed batches, and how ``auto`` selects one.
 
-Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME``. A decoder layer hands it one
-keyword of ours, ``packing``, with everything that changes from batch to batch (:class:`Packing`).
+Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME``. Decoder layers pass it one
+extra keyword, ``packing`` (:class:`Packing`), which holds everything that changes between batches.
 
 Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head size.
 """
@@ -40,13 +40,13 @@ FLASH_INSTALLED = {
 }
 BACKENDS = (*FLASH, "varlen_torch", "varlen_sdpa")
 PREFIX = "packed_"
-OWNED = "_vtprune_owned"  # on the attention modules of a pruned model
-OTHERWISE = "_otherwise_"  # in a name: before the implementation that the dense model has
+OWNED = "_vtprune_owned"  # attribute set on a pruned model's attention modules
+OTHERWISE = "_otherwise_"  # separator in the attention name, before the dense implementation
 
-# The head sizes that each kernel takes, forward and backward, by the major number of the GPU's compute capability.
-# Sources: flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (no backward before 9.0; 12.x has too little shared
-# memory for large heads); PyTorch's copy of FlashAttention 2's flash_api.cpp, which takes multiples of 8, where the
-# package's Python interface pads to them; for FlashAttention 3, its README.
+# Head sizes supported by each kernel (forward and backward), by major compute capability. Sources:
+# flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (no backward before 9.0; 12.x has too little shared memory for
+# large heads); PyTorch's copy of FlashAttention 2's flash_api.cpp, which takes multiples of 8, where the package's
+# Python interface pads to them; for FlashAttention 3, its README.
 _TO_128, _TO_256 = frozenset(range(8, 129, 8)), frozenset(range(8, 257, 8))
 HEAD_SIZES: dict[str, dict[int, frozenset[int]]] = {
     "flash_attention_4": {9: _TO_256, 10: _TO_128 | {256}, 11: _TO_128 | {256}, 12: _TO_128},
@@ -55,32 +55,32 @@ HEAD_SIZES: dict[str, dict[int, frozenset[int]]] = {
     "varlen_torch": dict.fromkeys(range(8, 13), _TO_256),
 }
 
-# Grouped keys and values go to varlen_attn as they are: the kernel takes them, forward and backward. PyTorch 2.13 wants
-# to be told; 2.11 has neither the keyword nor a check.
+# Pass grouped K/V to varlen_attn directly; the kernel supports GQA in forward and backward. PyTorch 2.13 needs an
+# explicit keyword; 2.11 has neither the keyword nor the check.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-# Segments up to this length share one SDPA call with others of similar length: below it the call costs more than the
-# few padded rows.
+# Segments up to this length share one SDPA call with others of similar length: the overhead of a call exceeds the cost
+# of a few padded rows.
 SHARED_CALL_LENGTH = 512
 SHARED_CALL_PADDING = 1.125
 
-# Keywords that transformers' flash path takes as they are.
+# Keywords passed unchanged to transformers' flash path.
 FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What the attention of one layer needs beside queries, keys and values.
+    """Per-layer attention inputs other than queries, keys and values.
 
-    One object, because a compiled layer specialises on every plain value that it is called with: lengths as keywords
-    would compile it again for each number of segments.
+    Bundled in one object because torch.compile specializes on plain Python arguments: passing lengths as keywords would
+    trigger a recompile for every number of segments.
 
     Args:
-        lengths: keywords of the Hugging Face flash path (``cu_seq_lens_q``, ``max_length_q``, ...), and two of ours:
-            ``segment_lengths``, the host's copy of the lengths, and ``key_lengths``, where keys begin with cached ones.
+        lengths: keywords of the Hugging Face flash path (``cu_seq_lens_q``, ``max_length_q``, ...), and
+            ``segment_lengths`` (host copy of the lengths) and ``key_lengths`` (if cached keys precede the new ones).
         probe: called with the rotated queries and keys; this is how a method reads them at no extra cost.
-        key_choice: called with queries, keys, values and the output, which it returns with those rows computed again
-            that may not see all keys.
+        key_choice: called with queries, keys, values and output; returns the output with the rows that must not see all
+            keys recomputed.
     """
 
     lengths: dict[str, Any]
@@ -94,7 +94,7 @@ def unavailable_because(
     """Why ``backend`` cannot run on ``device`` in ``dtype`` with heads of ``head_dim`` values, or ``None`` if it can.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention={backend!r} is unknown; use auto or one of: {', '.join(BACKENDS)}")
@@ -103,7 +103,7 @@ def unavailable_because(
     if device.type != "cuda":
         return "needs CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"needs half precision, not {dtype}"
+        return f"needs float16 or bfloat16, not {dtype}"
     if backend in FLASH_INSTALLED and not FLASH_INSTALLED[backend]():
         return "needs its flash-attn package"
     capability = torch.cuda.get_device_capability(device)
@@ -113,12 +113,12 @@ def unavailable_because(
         needed = f"{first}.x" if first == last else f"{first}.x to {last}.x"
         return f"needs compute capability {needed}, this GPU has {gpu}"
     if head_dim is not None and head_dim not in by_major[capability[0]]:
-        return f"has no kernel for heads of {head_dim} values at this GPU's compute capability {gpu}"
+        return f"has no kernel for head_dim={head_dim} at this GPU's compute capability {gpu}"
     return None
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    """Resolve ``auto`` to the first backend that works on ``device`` in ``dtype``, logging which and why.
+    """Resolve ``auto`` to the first backend that works on ``device`` in ``dtype``, and log which one and why.
 
     Raises:
         ValueError: the backend is unknown or cannot run here.
@@ -147,13 +147,13 @@ def varlen_sdpa(
     causal: bool = True,
     **_: Any,
 ) -> Tensor:
-    """Causal attention within each segment by PyTorch's SDPA; the reference on every device.
+    """Causal attention within each segment with PyTorch SDPA; the reference implementation, available on every device.
 
-    Long segments take one call each. Short ones of similar length share a call, padded on the right: under a causal
-    mask no real token sees what lies to its right, so no mask is needed and the result is the same. Without ``causal``
-    (every token sees its whole segment) segments of equal length share a call.
+    Long segments use one call each. Short segments of similar length are padded on the right and share a call: under a
+    causal mask real tokens never see the padding, so no mask is needed and the result is the same. Without ``causal``
+    (every token sees its whole segment) only segments of equal length share a call.
 
-    With ``key_lengths`` a segment's keys begin with cached ones, which all its queries see.
+    With ``key_lengths``, each segment's keys start with cached keys, which are visible to all its queries.
 
     Returns:
         [T, H, D] in the dtype of ``q_THD``.
@@ -167,7 +167,7 @@ def varlen_sdpa(
     parts = []
     for shape, q, k, v in zip(calls.shapes, *(x.split(sizes) for x in (q_THD, k_TGD, v_TGD)), strict=True):
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # [B, heads, width, D]
-        mask = None  # also where the window holds the whole segment
+        mask = None  # also if the window covers the whole segment
         if sliding_window is not None and sliding_window < shape[1]:
             mask = causal_mask(torch.arange(shape[1], device=q.device), shape[1], sliding_window)
         out = F.scaled_dot_product_attention(
@@ -187,8 +187,8 @@ def varlen_sdpa(
 
 @dataclass(frozen=True)
 class _Calls:
-    """``shapes`` (segments, width) of each call; ``gather`` [padded T] the stream's row at each place of all calls laid
-    end to end, ``scatter`` [T] the way back; both ``None`` where the calls take the stream as it is."""
+    """``shapes`` (segments, width) of each call; ``gather`` [padded T] maps each slot of the concatenated calls to a
+    row of the packed batch and ``scatter`` [T] maps back; both ``None`` if no padding or reordering is needed."""
 
     shapes: tuple[tuple[int, int], ...]
     gather: Tensor | None
@@ -196,7 +196,7 @@ class _Calls:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
+@torch.inference_mode(False)  # disable inference mode: tensors cached during evaluation are reused in training
 def _plan_calls(segment_lengths: tuple[int, ...], device: torch.device, causal: bool = True) -> _Calls:
     lengths = np.array(segment_lengths)
     groups: list[list[int]] = []
@@ -233,7 +233,7 @@ def _sdpa_after_cached(
     dropout: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """One call a segment, its queries standing at the end of its keys."""
+    """One call per segment, with the queries aligned to the end of its keys."""
     parts = []
     splits = (q_THD.split(segment_lengths), k_TGD.split(key_lengths), v_TGD.split(key_lengths))
     for q, k, v in zip(*splits, strict=True):
@@ -248,7 +248,7 @@ def _sdpa_after_cached(
 
 
 def causal_mask(rows: Tensor, num_keys: int, sliding_window: int | None) -> Tensor:
-    """[L, keys] bool: the keys that each of ``rows`` [L] sees, which are counted among them."""
+    """[L, keys] bool causal mask for ``rows`` [L], whose indices count within the keys."""
     distance = rows[:, None] - torch.arange(num_keys, device=rows.device)[None, :]
     return (distance >= 0) & (distance < (sliding_window or num_keys + 1))
 
@@ -275,10 +275,12 @@ def varlen_torch(
         [T, H, D].
 
     Raises:
-        ValueError: attention dropout was asked for, which the kernel does not have.
+        ValueError: attention dropout is non-zero; the kernel does not support it.
     """
     if dropout:
-        raise ValueError("attention=varlen_torch has no attention dropout; set attention_dropout to 0 or use flash")
+        raise ValueError(
+            "attention=varlen_torch does not support attention dropout; set attention_dropout to 0 or use flash"
+        )
     window = (-1 if sliding_window is None else sliding_window - 1, 0 if causal else -1)
     return varlen_attn(  # type: ignore[return-value]
         q_THD, k_TGD, v_TGD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
@@ -287,7 +289,7 @@ def varlen_torch(
 
 
 def _flash(implementation: str) -> Callable[..., Tensor]:
-    """transformers' own flash path, with the lengths it would otherwise search for."""
+    """transformers' flash-attention path, given the sequence lengths so that it does not have to derive them."""
 
     def run(
         q_THD: Tensor,
@@ -319,9 +321,9 @@ def _flash(implementation: str) -> Callable[..., Tensor]:
 
 
 def attention_name(backend: str, dense: str = "sdpa") -> str:
-    """Under which name a pruned model's decoder finds its attention: ``backend`` in a pass over a packed batch, and
-    the implementation ``dense`` (or such a name, which holds one) in a pass of the dense model, within
-    ``vtprune_train.dense``, in one thread or in the recomputation of its layers."""
+    """Build the attention name registered for a pruned model's decoder. It encodes ``backend``, used for packed
+    batches, and ``dense``, the original implementation, used inside ``vtprune_train.dense`` (per thread, including
+    recomputation). ``dense`` may itself be such a name."""
     dense = dense_implementation(dense)
     name = PREFIX + backend + ("" if dense == "sdpa" else OTHERWISE + dense)
     if name not in AttentionInterface._global_mapping:
@@ -330,14 +332,14 @@ def attention_name(backend: str, dense: str = "sdpa") -> str:
 
 
 def dense_implementation(name: str | None) -> str:
-    """The implementation of the dense model in a name that :func:`attention_name` made, or any other name itself."""
+    """Extract the dense implementation from a name built by :func:`attention_name`; return any other name as it is."""
     if not str(name).startswith(PREFIX):
         return str(name or "eager")
     return str(name).partition(OTHERWISE)[2] or "sdpa"
 
 
 def dense_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
-    """transformers' own attention of a module."""
+    """Return the original transformers attention function for a module."""
     if implementation in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
     home = next(cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models."))
@@ -345,7 +347,7 @@ def dense_function(module: nn.Module, implementation: str) -> Callable[..., Any]
 
 
 def _register(name: str, function: Callable[..., Tensor], dense: str) -> None:
-    @torch.compiler.disable  # a compiled layer runs its graphs around this call
+    @torch.compiler.disable  # graph break: compiled layers call this eagerly
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -356,20 +358,20 @@ def _register(name: str, function: Callable[..., Tensor], dense: str) -> None:
         staged_decoding: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps carry no lengths and
-        go to transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]. Anything else is a
-        pass of the dense model."""
+        """Packed: query [1, H, T, D], key and value [1, G, Tk, D] -> [1, T, H, D]. Decoding steps have no lengths and
+        use transformers' own SDPA: query [B, H, 1, D], key and value [B, G, W, D] -> [B, 1, H, D]. All other calls come
+        from the dense model."""
         if staged_decoding:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         if packing is None:
             if OWNED not in module.__dict__:
                 raise ValueError(
-                    f"attention {name!r} belongs to a pruned model, but this one is not: its config was copied from a "
-                    "pruned model; prune(model) it too, load it with attn_implementation='sdpa', or unprune before "
-                    "copying"
+                    f"attention {name!r} is only for pruned models, and this one is not pruned: its config was copied "
+                    "from a pruned model; call prune(model), load it with attn_implementation='sdpa', or unprune "
+                    "before copying"
                 )
             return dense_function(module, dense)(module, query, key, value, attention_mask, **kwargs)
-        assert attention_mask is None, "a packed stream has no attention mask"
+        assert attention_mask is None, "packed batches do not take an attention mask"
         q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if packing.probe is not None:
             packing.probe(q_THD, k_TGD)

@@ -1,4 +1,4 @@
-"""What ``prune`` keeps beside a model, and what its decoder has to know of the forward pass in progress."""
+"""State that ``prune`` attaches to a model, and per-call state that the decoder needs during a forward pass."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ from vtprune_train.pruning.candidates import EncoderSignals
 log = logging.getLogger(__name__)
 
 STATE = "_vtprune"
-# Ids of the states of models that run densely in this thread or asyncio task.
+# Ids of the states of models with pruning disabled in this thread or asyncio task.
 _DENSE: ContextVar[frozenset[int]] = ContextVar("vtprune_dense", default=frozenset())
 
 
 @dataclass
 class Call:
-    """One forward pass in progress: what the decoder must know beside embeddings.
+    """State of one forward pass in progress that the decoder needs in addition to the embeddings.
 
     Args:
-        input_ids: [B, L] int64; ``None`` where the decoder is called alone, with text only.
-        labels: [B, L] int64, as the caller gave them; ``None`` without a loss.
-        prompt_width: columns of the prompt inside ``generate``, cached ones included; what follows does not rank.
-        image_lengths: tokens of each image, in placeholder order; found while the family's own code runs.
-        image_grids: the rasters of each, as far as the family knows them; empty where it knows none.
-        positions: [3, B, L], counting each row of this call from 0, where the family has three parts and knows them.
-        encoder: what the vision tower thought of the visual tokens; found likewise, where the method asks.
-        segments, kept_rows, plan: the rows' layouts; for each boundary, the rows of the packed stream that entered the
-            next stage; and the stages that were run. Left by the decoder.
+        input_ids: [B, L] int64; ``None`` if the decoder is called directly, with text only.
+        labels: [B, L] int64, as passed by the caller; ``None`` if no loss is computed.
+        prompt_width: prompt length in columns inside ``generate``, including cached columns; later columns are never
+            query rows.
+        image_lengths: token count of each image in placeholder order; recorded while the family's code runs.
+        image_grids: token grids of each image; empty if the family does not provide them.
+        positions: [3, B, L] M-RoPE position ids, starting at 0 in each row of this call, if the family computes them.
+        encoder: vision-tower signals of the visual tokens; recorded if the method needs them.
+        segments, kept_rows, plan: outputs of the decoder: the layout of each row, the rows kept at each drop point, and
+            the executed plan.
     """
 
     input_ids: Tensor | None
@@ -59,16 +60,16 @@ class Call:
 
 
 class _InProgress(threading.local):
-    """What runs right now, in each thread for itself. ``is_step``: whether the next forward pass is one that
-    ``generate`` has prepared (any other inside it is a processor's or a criterion's, about something else); ``None``
-    while it has prepared none, as loops of one's own may never do."""
+    """Thread-local state of running calls. ``is_step``: whether the next forward pass was prepared by ``generate``
+    (others inside generate come from logits processors or stopping criteria); ``None`` until ``generate`` prepares one,
+    which custom loops never do."""
 
     call: Call | None = None
     prompt_width: int | None = None
     is_step: bool | None = None
 
     def open(self, input_ids: Tensor, labels: Tensor | None) -> Call:
-        """Note that a forward pass begins."""
+        """Record the start of a forward pass."""
         self.call = Call(input_ids, labels, None if self.is_step is False else self.prompt_width)
         self.is_step = False if self.is_step else self.is_step
         return self.call
@@ -76,7 +77,7 @@ class _InProgress(threading.local):
 
 @dataclass
 class State:
-    """What ``prune`` keeps beside a model: its choice, and what it replaced."""
+    """State that ``prune`` attaches to a model: the method and the attributes it replaced."""
 
     family: Family
     method: PruningMethod | None
@@ -91,12 +92,12 @@ class State:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the model runs as the dense one in this thread or asyncio task."""
+        """Whether pruning is currently disabled (``dense``) in this thread or asyncio task."""
         return id(self) in _DENSE.get()
 
     @contextmanager
     def densely(self) -> Iterator[None]:
-        """Let the model run as the dense one, in this thread or asyncio task."""
+        """Context manager that disables pruning in this thread or asyncio task."""
         token = _DENSE.set(_DENSE.get() | {id(self)})
         try:
             yield
@@ -118,7 +119,7 @@ class State:
 
     @contextmanager
     def calling(self, input_ids: Tensor | None, labels: Tensor | None = None) -> Iterator[Call | None]:
-        """Open a call around a forward pass of the whole model (or of its base, when that is called alone)."""
+        """Context manager around one forward pass of the model (or of its base model, if called directly)."""
         if self.running.call is not None or input_ids is None:
             yield self.running.call
             return
@@ -134,7 +135,7 @@ def state_of(model: HFModule) -> State:
 
 
 def is_pruned(model: HFModule) -> bool:
-    """Whether :func:`prune` changed this model, and neither :func:`unprune` nor :func:`dense` undoes it here."""
+    """Whether the model is pruned, and pruning is not disabled here by :func:`dense`."""
     inner = unwrapped(model)
     return STATE in inner.__dict__ and not state_of(inner).is_dense
 
@@ -146,7 +147,7 @@ def unwrapped(model: HFModule) -> HFModule:
 
 
 def by_name(original: Callable[..., Any], args: tuple[Any, ...], inputs: dict[str, Any]) -> dict[str, Any]:
-    """All inputs as keywords."""
+    """Convert positional arguments to keyword arguments."""
     if not args:
         return inputs
     names = [name for name in inspect.signature(original).parameters if name != "self"]

@@ -1,9 +1,9 @@
 """Compiled layers: ``torch.compile`` around the forward of every decoder and tower layer, inside activation
 checkpointing.
 
-A layer cannot be compiled from outside its checkpoint: ``torch.utils.checkpoint`` switches the compiler off for the
-function that it runs, unless there is no graph break inside, and the packed attention is one. So each layer gets a
-subclass of its own class whose ``forward`` is compiled; transformers checkpoints around it as around any other.
+Compilation has to happen inside activation checkpointing: torch.utils.checkpoint disables the compiler for its function
+if there is a graph break inside, and packed attention is a graph break. So each layer's class is replaced by a subclass
+with a compiled ``forward``; transformers checkpoints it like any other layer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from vtprune_train.models.families import family_of
 from vtprune_train.models.forward.tower_attention import towers
 
 BASE = "_vtprune_compiled_base"
-# Variants of one function: training and evaluation, with and without recomputation, decoder and tower. PyTorch's own
-# limit of 8 would fall back to eager, with a warning alone.
+# Recompile limit: one function has variants for train/eval, recomputation, decoder and tower. With PyTorch's default of
+# 8 it would fall back to eager with only a warning.
 RECOMPILE_LIMIT = 32
 
 
 class _Eager(threading.local):
-    """Ids of the layers that run without compilation, in each thread for itself."""
+    """Thread-local ids of layers that currently run eagerly."""
 
     layers: frozenset[int] = frozenset()
 
@@ -38,9 +38,9 @@ _EAGER = _Eager()
 def compile_layers(model: HFModule, *, tower: bool = True, backend: str | Callable[..., Any] = "inductor") -> HFModule:
     """Compile the decoder's layers and the vision tower's, in place, for any number of tokens; returns ``model``.
 
-    The first training step compiles; later ones do not, whatever the lengths and the number of segments and tiles,
-    except for the first batch with a single tile. Passes that fill a key-value cache, and decoding, run without
-    compilation. Compiled layers cannot be pickled. ``model`` may be pruned or not, and wrapped by PEFT.
+    Compilation happens in the first training step. Later steps do not recompile, regardless of lengths and numbers of
+    segments and tiles, except for the first batch with a single tile. Prefill and decoding with a KV cache run eagerly.
+    Compiled layers cannot be pickled. ``model`` may be pruned or not, and wrapped by PEFT.
 
     Raises:
         ValueError: it is compiled already.
@@ -49,7 +49,7 @@ def compile_layers(model: HFModule, *, tower: bool = True, backend: str | Callab
     classes: dict[type[nn.Module], type[nn.Module]] = {}
     for layer in _layers(model, tower):
         if is_compiled(layer):
-            raise ValueError(f"a {type(layer).__name__} is compiled already; call uncompile_layers(model) first")
+            raise ValueError(f"{type(layer).__name__} is already compiled; call uncompile_layers(model) first")
         base = type(layer)
         if base not in classes:
             classes[base] = _compiled_class(base, backend)
@@ -71,8 +71,8 @@ def is_compiled(layer: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def eager(module: nn.Module) -> Iterator[None]:
-    """Within it, compiled layers inside ``module`` run without compilation in this thread, so that forward hooks on
-    their parts, which compiled code does not see, are called."""
+    """Context manager that runs the compiled layers in ``module`` eagerly in this thread, so that forward hooks on
+    their submodules fire (compiled code skips them)."""
     previous = _EAGER.layers
     _EAGER.layers = previous | {id(layer) for layer in module.modules() if is_compiled(layer)}
     try:
@@ -82,7 +82,8 @@ def eager(module: nn.Module) -> Iterator[None]:
 
 
 def _compiled_class(base: type[nn.Module], backend: str | Callable[..., Any]) -> type[nn.Module]:
-    """``base`` with a compiled forward. Its name stays, for whoever looks layers up by it."""
+    """Subclass of ``base`` with a compiled forward and the same class name, so that lookups by class name still
+    work."""
     compiled = torch.compile(base.forward, dynamic=True, backend=backend)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -93,8 +94,8 @@ def _compiled_class(base: type[nn.Module], backend: str | Callable[..., Any]) ->
 
 
 def _layers(model: HFModule, tower: bool) -> Iterator[nn.Module]:
-    """The repeated blocks: elements of the longest list of modules in the decoder and in the tower (and in each copy of
-    the tower that PEFT trains whole)."""
+    """The transformer blocks: the elements of the longest ModuleList in the decoder and in the vision tower (including
+    copies made by PEFT's modules_to_save)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = family_of(inner)
     base = inner.get_submodule(family.base)

@@ -1,7 +1,7 @@
-"""The loop over Hugging Face decoder layers, with a drop at every boundary.
+"""The loop over Hugging Face decoder layers, with token drops between stages.
 
-The layers run unchanged: a packed stream is one row without padding, so they need no mask, and each attention backend
-reads ``cu_seqlens``. At a boundary the method picks the kept tokens and the packed batch is gathered once.
+The layers run unchanged: a packed batch is a single row without padding, so no mask is needed, and each attention
+backend reads ``cu_seqlens``. At a drop point the method picks the kept tokens and the packed batch is gathered once.
 
 Shape suffixes: T tokens in the stream, C hidden size, Q query rows, H query heads, G key-value heads, D head size.
 """
@@ -28,27 +28,26 @@ from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking
 from vtprune_train.pruning.ops.selection import next_rows
 
-PARAMETERS = "pruning"  # the decoder's submodule that holds what a method learns
+PARAMETERS = "pruning"  # name of the decoder submodule with the method's learned parameters
 
-# Ranges that the forward pass marks with torch.profiler.record_function: a profiler shows the time of each; without one
-# a mark costs a few microseconds of host time.
+# Labels for torch.profiler.record_function. Without an active profiler each costs a few microseconds of host time.
 TOWER = "vtprune::tower"  # vision tower and projector
 RANK = "vtprune::rank"  # queries and keys of the ranking layer
-CHOOSE = "vtprune::choose"  # scores, and the rows that stay
-GATHER = "vtprune::gather"  # the packed batch of the next stage
+CHOOSE = "vtprune::choose"  # scoring and selecting rows
+GATHER = "vtprune::gather"  # gathering the packed batch of the next stage
 HEAD = "vtprune::head"  # language-model head and loss
-SELECTOR = (RANK, CHOOSE)  # what dropping adds; the shorter stages pay for the gather
+SELECTOR = (RANK, CHOOSE)  # overhead of dropping; the gather is amortized by the shorter stages
 RANGES = (TOWER, RANK, CHOOSE, GATHER, HEAD)
 
 
 @dataclass
 class DecoderOutput:
-    """What the layers leave.
+    """Output of the decoder layers.
 
-    ``last_hidden_state`` [T_last, C] before the final norm. For each boundary, ``kept`` [T_next] int64 are the rows of
-    the ending stage that entered the next (-1: it came back from aside), and ``origins`` [T_next] int64 the rows of the
-    first stage that they were there; tokens made of others name one of those. ``plan`` is what was run: as given, with
-    the counts of adaptive drops.
+    ``last_hidden_state`` [T_last, C] before the final norm. For each drop point, ``kept`` [T_next] int64 holds the
+    previous-stage row of each token (-1 if it was restored from the set-aside tokens), and ``origins`` [T_next] int64
+    its first-stage row; merged tokens refer to one of their sources. ``plan`` is the executed plan: the input plan,
+    updated with the actual counts of adaptive drops.
     """
 
     last_hidden_state: Tensor
@@ -59,21 +58,23 @@ class DecoderOutput:
 
 @dataclass
 class Staging:
-    """What a forward pass over padded rows adds to a packed stream.
+    """Additional inputs of a padded-row forward pass: positions and cache layout.
 
     Args:
-        positions: for each stage, [T] or [parts, T] int64; only the first is read if the kept tokens keep theirs.
-        cache: where keys and values go; ``None`` without a cache.
-        joins: for each layer, how its tokens join ``cache``; empty without one.
-        ranked_keys: for each boundary, how the next layer's cached keys join the ending stage's tokens for
-            ``rank_with: next_layer``; empty where nothing is cached yet.
-        ranked_boundaries: for each boundary, the one whose rows count in the joined keys; empty likewise.
-        cached_layouts: for each layer that chooses keys, its stage's layout among cached and new ones; empty likewise.
+        positions: for each stage, [T] or [parts, T] int64; only the first is used if tokens keep their positions.
+        cache: the KV cache to write to; ``None`` if caching is off.
+        joins: for each layer, how its tokens are appended to ``cache``; empty without a cache.
+        ranked_keys: for each drop point, how the next layer's cached keys are combined with the current tokens for
+            ``rank_with='next_layer'``; empty if nothing is cached.
+        ranked_boundaries: for each drop point, the Boundary whose row indices refer to the combined keys; empty if
+            nothing is cached.
+        cached_layouts: for each key-pruning layer, its stage's layout within cached plus new keys; empty if nothing is
+            cached.
         visual_rows: [V] int64, rows of the first stage that hold visual tokens, for ``deepstack``.
         deepstack: features [V, C] of all visual tokens, added to their rows after layer 0, 1, ...
-        replanned: the staging of a plan with other counts, on the host; ``None`` where segments count from 0 and
-            nothing is cached.
-        before: the cache as the call finds it.
+        replanned: function that rebuilds the staging on the host for a plan with updated counts; ``None`` if positions
+            start at 0 and nothing is cached.
+        before: state of the cache at the start of the call.
     """
 
     positions: tuple[Tensor, ...]
@@ -88,7 +89,7 @@ class Staging:
     before: Any = None
 
     def cache_keywords(self, layer: int) -> dict[str, Any]:
-        """What a decoder layer is told about the cache; makes it ready for that layer."""
+        """Prepare the cache for a layer and return the keyword arguments to pass to it."""
         if self.cache is None:
             return {"use_cache": False}
         self.cache.stage = self.joins[layer]
@@ -96,7 +97,7 @@ class Staging:
 
     @classmethod
     def counted(cls, plan: StreamPlan) -> Staging:
-        """Segments count from 0 in every stage."""
+        """Staging in which positions start at 0 in every segment and stage."""
         return cls(tuple(stage.position_ids for stage in plan.stages))
 
 
@@ -108,10 +109,10 @@ def run_layers(
     staging: Staging | None = None,
     encoder: EncoderSignals | None = None,
 ) -> DecoderOutput:
-    """Run a packed batch through the decoder layers of ``text_model`` (anything built like ``LlamaModel``).
+    """Run a packed batch through the decoder layers of ``text_model`` (any Llama-like model).
 
-    ``hidden_TC`` has embedded text and projected images in place. ``method`` may be ``None`` if the plan has no
-    drop point; without ``staging`` the positions of each segment count from 0."""
+    ``hidden_TC`` holds the input embeddings with image features already inserted. ``method`` may be ``None`` if the
+    plan has no drop point; without ``staging`` the positions of each segment count from 0."""
     check_attention(text_model)
     walk = _Walk(text_model, method, plan, staging or Staging.counted(plan), hidden_TC.unsqueeze(0), encoder)
     for index in range(len(plan.stages)):
@@ -123,7 +124,7 @@ def run_layers(
 
 
 class _Walk:
-    """A stream on its way through the stages."""
+    """State of a packed batch while it runs through the stages."""
 
     def __init__(
         self,
@@ -139,7 +140,7 @@ class _Walk:
         self.position_ids = staging.positions[0].unsqueeze(-2)  # [1, T] or [parts, 1, T]
         self.origin = torch.arange(hidden.shape[1], device=hidden.device)
         self.deepstack = _Deepstack(staging)
-        # Index of each visual token into the first stage's visual tokens; -1: a learned one.
+        # Index of each visual token into the first stage's visual tokens; -1 for learned tokens.
         num_visual = len(plan.boundaries[0].visual_rows) if plan.boundaries else 0
         self.visual = torch.arange(num_visual, device=hidden.device)
         self.asides: dict[int, _Aside] = {}
@@ -148,12 +149,12 @@ class _Walk:
         self.origins: list[Tensor] = []
 
     def run_stage(self, index: int) -> Ranking | None:
-        """The stage's layers; returns the ranking that its last layer's attention gives, if the boundary asks it."""
+        """Run the layers of one stage; return the ranking from the last layer's attention if the next drop needs it."""
         stage = self.plan.stages[index]
         self.rotary = self.text_model.rotary_emb(self.hidden, position_ids=self.position_ids)
         part = self._ranking_part(index)
         probe = None
-        if part is not None and part.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
+        if part is not None and part.needs.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
             probe = _Probe(self.plan.boundaries[index].query_rows)
         before = self.staging.before
         has_images = None if before is None else before.has_images
@@ -170,25 +171,25 @@ class _Walk:
             self.hidden = self.deepstack.add(self.hidden, layer_index)
         if part is None:
             return None
-        if part.rank_with == "next_layer":
+        if part.needs.rank_with == "next_layer":
             with record_function(RANK):
                 ranking = self._rank_with_next_layer(part, index)
-            return self._with_ones(ranking, index) if part.gravity else ranking
+            return self._with_ones(ranking, index) if part.needs.gravity else ranking
         if probe is None:
             raise ValueError(
-                f"{part.name} ranks by the layer before layer {stage.end_layer}, but none has run; use "
+                f"{part.name} ranks with the layer before layer {stage.end_layer}, but no layer has run yet; use "
                 "rank_with=next_layer or a later layer"
             )
         ranking = probe.ranking(self.text_model.layers[stage.end_layer - 1].self_attn.scaling)
         reader = f"{part.name} (decoder layer {stage.end_layer - 1})"
         check_all_heads(self.text_model.config, reader, ranking.queries.shape[1], ranking.keys.shape[1])
-        ranking = ranking if part.rotary else self._unrotated(ranking, index)
-        return self._with_ones(ranking, index) if part.gravity else ranking
+        ranking = ranking if part.needs.rotary else self._unrotated(ranking, index)
+        return self._with_ones(ranking, index) if part.needs.gravity else ranking
 
     def cross(self, index: int, ranking: Ranking | None) -> None:
-        """Let the method choose, and gather the stream for the next stage."""
+        """Run token selection at a drop point and gather the tokens of the next stage."""
         part, boundary = self._part(index), self.plan.boundaries[index]
-        assert part is not None, "a plan with boundaries needs the method that planned it"
+        assert part is not None, "a plan with drop points needs the method that planned it"
         aside = self._aside(index)
         with record_function(CHOOSE):
             selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
@@ -225,8 +226,8 @@ class _Walk:
         self.origins.append(self.origin)
 
     def touch_unused(self) -> None:
-        """Give parameters of methods that had no boundary in this pass a gradient of zero: ones without any would take
-        their last one again under ZeRO-3."""
+        """Give zero gradients to parameters of methods without a drop point in this pass; under ZeRO-3, parameters
+        without a gradient would reuse the previous one."""
         if self.method is None or not torch.is_grad_enabled():
             return
         acted = {boundary.drop.owner for boundary in self.plan.boundaries}
@@ -235,19 +236,19 @@ class _Walk:
                 self.hidden = self.hidden + module(self.hidden[0, :0]).sum()
 
     def _part(self, index: int) -> PruningMethod | None:
-        """Whose boundary ends stage ``index``."""
+        """Return the method that drops at the end of stage ``index``."""
         if self.method is None or index >= len(self.plan.boundaries):
             return None
         return self.method.parts[self.plan.boundaries[index].drop.owner]
 
     def _ranking_part(self, index: int) -> PruningMethod | None:
-        """Whose ranking the boundary that ends stage ``index`` wants."""
+        """Return the method that needs a ranking at the end of stage ``index``."""
         part = self._part(index)
-        ranked = part is not None and part.rank_with is not None and self.plan.boundaries[index].drop.ranked
+        ranked = part is not None and part.needs.rank_with is not None and self.plan.boundaries[index].drop.ranked
         return part if ranked else None
 
     def _module(self, owner: int) -> HFModule | None:
-        """The parameters of one method; those of a combination are a dictionary by owner."""
+        """Return one method's learned module; a combination stores them in a dict keyed by owner."""
         assert self.method is not None
         module = getattr(self.text_model, PARAMETERS, None)
         if module is None or len(self.method.parts) == 1:
@@ -255,8 +256,8 @@ class _Walk:
         return dict(module.named_children()).get(str(owner))
 
     def _aside(self, index: int) -> _Aside | None:
-        """The tokens that the method of a boundary brings back there or later, brought up to date; from its first
-        boundary on."""
+        """Return the up-to-date set-aside state of the drop point's method, if it restores tokens here or later;
+        tracked from the method's first drop on."""
         boundary = self.plan.boundaries[index]
         owner = boundary.drop.owner
         ahead = (other.drop for other in self.plan.boundaries[index:])
@@ -277,30 +278,26 @@ class _Walk:
         self, part: PruningMethod, boundary: Boundary, ranking: Ranking | None, index: int, aside: _Aside | None
     ) -> Candidates:
         stream = self.hidden[0]
-        returned = aside if boundary.drop.returns else None
-        encoder = None
-        if part.encoder_layers and self.encoder is not None:
-            encoder = _seen_of(self.encoder, self.visual if returned is None else returned.visual)
-
-        def hidden() -> Tensor:
-            return stream.index_select(0, boundary.visual_rows) if returned is None else returned.hidden
-
-        return _Read(
-            {
-                "hidden": hidden,
-                "before": hidden if returned is None else lambda: returned.before,
-                "instruction": lambda: stream.index_select(0, boundary.query_rows),
-            },
+        if aside is not None and boundary.drop.returns:
+            hidden, before, visual = aside.hidden, aside.before, aside.visual
+        else:
+            hidden = before = stream.index_select(0, boundary.visual_rows)
+            visual = self.visual
+        encoder = self.encoder if part.needs.encoder_layers else None
+        return Candidates(
             boundary=self.staging.ranked_boundaries[index] if self.staging.ranked_boundaries else boundary,
+            hidden=hidden,
+            before=before,
+            instruction=stream.index_select(0, boundary.query_rows),
             ranking=ranking,
-            encoder=encoder,
+            encoder=None if encoder is None else _seen_of(encoder, visual),
             memory=self.memories.setdefault(boundary.drop.owner, {}),
             module=self._module(boundary.drop.owner),
             training=self.text_model.training and torch.is_grad_enabled(),
         )
 
     def _replan(self, index: int, counts: Tensor) -> None:
-        """Lay out what follows an adaptive boundary by what it left: the one copy to the host."""
+        """Replan the stages after an adaptive drop from its actual counts; this is the only device-to-host copy."""
         if not self.plan.boundaries[index].spans:
             return
         before = [np.array([span.after for span in b.spans]) for b in self.plan.boundaries[:index]]
@@ -311,13 +308,14 @@ class _Walk:
         self.staging = replace(staging, positions=(self.staging.positions[0], *staging.positions[1:]))
 
     def _rank_with_next_layer(self, part: PruningMethod, index: int) -> Ranking:
-        """The layer about to run ranks: its input norm, its query and key projections, the ending stage's positions.
+        """Compute the ranking from the next layer's input norm and query/key projections, with the positions of the
+        stage before the drop.
 
-        Queries are projected for the query rows only. Runs the same modules whether or not the stream has images, so
-        that ranks stay together under ZeRO-3.
+        Queries are projected for the query rows only. Always runs the same modules, with or without images, so that
+        ZeRO-3 collectives stay in sync across ranks.
         """
         boundary, staging = self.plan.boundaries[index], self.staging
-        with torch.set_grad_enabled(torch.is_grad_enabled() and part.differentiable):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and part.needs.differentiable):
             layer = self.text_model.layers[boundary.layer]
             cos, sin = (table.squeeze(0) for table in self.rotary)  # [T, D]
             rows = boundary.query_rows
@@ -325,16 +323,17 @@ class _Walk:
             check_all_heads(
                 self.text_model.config, f"{part.name} (decoder layer {boundary.layer})", queries.shape[1], keys.shape[1]
             )
-            if part.rotary:
+            if part.needs.rotary:
                 queries = _rotate(queries, cos.index_select(0, rows), sin.index_select(0, rows))
                 keys = _rotate(keys, cos, sin)
-            if staging.ranked_keys and staging.cache is not None and part.rotary:
+            if staging.ranked_keys and staging.cache is not None and part.needs.rotary:
                 staging.cache.stage = staging.ranked_keys[index]
                 keys = staging.cache.joined_keys(keys, boundary.layer)
         return Ranking(queries, keys, layer.self_attn.scaling)
 
     def _with_ones(self, ranking: Ranking, index: int) -> Ranking:
-        """With vectors of ones at the query rows and the candidates, rotated as the ending stage's tokens are."""
+        """Add all-ones vectors for query rows and candidates, rotated with their positions in the stage before the
+        drop."""
         boundary = self.plan.boundaries[index]
 
         def rotated(rows: Tensor) -> Tensor:
@@ -345,7 +344,9 @@ class _Walk:
 
     def _unrotated(self, ranking: Ranking, index: int) -> Ranking:
         """Queries and keys before the rotary embedding, of the new tokens only."""
-        scaled = getattr(self.text_model.rotary_emb, "attention_scaling", 1.0)  # YaRN's tables are more than a rotation
+        scaled = getattr(
+            self.text_model.rotary_emb, "attention_scaling", 1.0
+        )  # YaRN also scales cos/sin, so it is not a pure rotation
         cos, sin = (table.squeeze(0) / scaled**2 for table in self.rotary)
         rows, keys = self.plan.boundaries[index].query_rows, ranking.keys
         if self.staging.joins:
@@ -357,8 +358,8 @@ class _Walk:
 
 @dataclass
 class _Aside:
-    """All visual tokens of a method's first boundary, V0 of them: their latest states, those at its boundary before
-    that (``before``), positions and origins, and which of them are in the stream now (``alive`` [V])."""
+    """Tracks all V0 visual tokens from a method's first drop: latest hidden states, hidden states at the previous drop
+    (``before``), positions, origins, and which tokens are currently in the batch (``alive`` [V])."""
 
     hidden: Tensor
     before: Tensor
@@ -368,27 +369,13 @@ class _Aside:
     alive: Tensor
 
     def rows_now(self, visual_rows: Tensor) -> Tensor:
-        """[V0] rows of the stream, -1 for those set aside."""
+        """[V0] current row of each token; -1 if set aside."""
         return torch.full_like(self.origin, -1).index_copy(0, self.alive, visual_rows)
 
 
-class _Read(Candidates):
-    """Candidates that read the stream when they are asked to."""
-
-    def __init__(self, readers: dict[str, Callable[[], Tensor]], **given: Any):
-        self.__dict__.update(given, _readers=readers)
-
-    def __getattr__(self, name: str) -> Tensor:
-        reader = self.__dict__["_readers"].get(name)
-        if reader is None:
-            raise AttributeError(name)
-        self.__dict__[name] = reader()
-        return self.__dict__[name]
-
-
 def renumbers(part: PruningMethod, drop: Drop) -> bool:
-    """Whether positions are counted again after a drop of ``part`` (never where they have three parts)."""
-    return part.positions == "renumber" or drop.adds
+    """Whether positions are renumbered after a drop by ``part`` (never with M-RoPE positions)."""
+    return part.needs.positions == "renumber" or drop.adds
 
 
 def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
@@ -402,12 +389,12 @@ def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
 
 
 def _joined(text: Tensor, visual: Tensor, chosen: Tensor, order: Tensor, dim: int = -1) -> Tensor:
-    """Text and the chosen visual tokens, in the next stage's order."""
+    """Concatenate text and kept visual tokens in the order of the next stage."""
     return torch.cat([text, visual.index_select(dim, chosen)], dim=dim).index_select(dim, order)
 
 
 def check_attention(text_model: HFModule) -> None:
-    """Refuse a decoder whose attention does not read lengths.
+    """Raise if the decoder's attention implementation ignores sequence lengths.
 
     Raises:
         ValueError: it was changed after ``prune``.
@@ -415,14 +402,14 @@ def check_attention(text_model: HFModule) -> None:
     name = text_model.config._attn_implementation
     if not str(name).startswith(PREFIX):
         raise ValueError(
-            f"the attention of this pruned model was set to {name!r}, under which samples of a batch would see each "
-            "other; unprune(model) first, or choose it by prune(..., attention=...)"
+            f"attn_implementation of this pruned model was changed to {name!r}, with which samples of a batch would "
+            "see each other; call unprune(model) first, or choose it with prune(..., attention=...)"
         )
 
 
 class _Deepstack:
-    """Visual features that enter after the first layers, at the tokens that are in the stream there; what is aside
-    then goes without, as do learned tokens."""
+    """DeepStack features added after the first layers to the visual tokens present at that point; set-aside and learned
+    tokens receive none."""
 
     def __init__(self, staging: Staging):
         self.features, self.rows = staging.deepstack, staging.visual_rows
@@ -441,7 +428,7 @@ class _Deepstack:
 
 
 def _lengths(stage: Stage, staging: Staging, layer: int) -> dict[str, Any]:
-    """A layer's attention arguments about segments; see :class:`~vtprune_train.models.forward.attention.Packing`."""
+    """Segment lengths for a layer's attention; see :class:`~vtprune_train.models.forward.attention.Packing`."""
     lengths: dict[str, Any] = {
         "cu_seq_lens_q": stage.cu_seqlens,
         "cu_seq_lens_k": stage.cu_seqlens,
@@ -460,7 +447,7 @@ def _lengths(stage: Stage, staging: Staging, layer: int) -> dict[str, Any]:
 
 
 class _Probe:
-    """Takes queries and keys out of a layer's attention, once: recomputing the layer does not take them again."""
+    """Captures queries and keys from a layer's attention once; recomputation does not capture again."""
 
     def __init__(self, query_rows: Tensor):
         self.query_rows = query_rows
@@ -475,8 +462,7 @@ class _Probe:
                 self.taken = (q_THD.detach().index_select(0, self.query_rows), k_TGD.detach())
 
     def ranking(self, scaling: float) -> Ranking:
-        """What was taken; the probe drops it, because a layer that is recomputed keeps its probe until the backward
-        pass."""
+        """Return and release the captured tensors, because a recomputed layer keeps its probe alive until backward."""
         assert self.taken is not None, "the attention backend did not call the probe"
         (queries, keys), self.taken = self.taken, None
         return Ranking(queries, keys, scaling)
@@ -488,19 +474,20 @@ def _layer_heads(layer: HFModule, hidden: Tensor, rows: Tensor) -> tuple[Tensor,
 
 
 def _attention_heads(attention: HFModule, normed_TC: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    # Without query rows one is projected and dropped: the scale of an FP8 product is a maximum over its rows.
+    # If there are no query rows, project one row and discard it: FP8 scaling takes a max over rows and fails on an
+    # empty tensor.
     asking = normed_TC.index_select(0, rows) if len(rows) else normed_TC[:1]
     return _heads(attention, "q", asking)[: len(rows)], _heads(attention, "k", normed_TC)
 
 
 def _heads(attention: HFModule, which: str, normed_TC: Tensor) -> Tensor:
-    """[T, heads, D]: one projection, with the per-head norm of the families that have one."""
+    """[T, heads, D]: apply one projection and, if the family has it, the per-head (QK) norm."""
     projected = getattr(attention, f"{which}_proj")(normed_TC).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)
     return projected if norm is None else norm(projected)
 
 
 def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout of Llama and its relatives."""
+    """Apply rotary embedding in the half-split layout used by Llama-style models."""
     first, second = x_THD.chunk(2, dim=-1)
     return x_THD * cos_TD.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_TD.unsqueeze(1)

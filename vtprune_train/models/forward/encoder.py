@@ -1,5 +1,5 @@
-"""The vision tower's attention, read while it runs: hooks on the projections of the asked layers, whose outputs are
-there anyway, and what attention each patch receives computed from them.
+"""Captures vision-tower attention during its forward pass: hooks on the query/key projections of the requested layers
+record their outputs, and the attention each patch receives is computed from them.
 
 Shape suffixes: P tiles, N patches of a tile, S tokens of a tile in the tower (patches, and a class token in front), H
 heads, D head size, V visual tokens of the stream, M tower hidden size.
@@ -22,64 +22,65 @@ from vtprune_train.models.families.layout import NEWLINE
 from vtprune_train.models.families.towers import class_tokens, feature_states, patch_grid
 from vtprune_train.models.forward.compile import eager
 from vtprune_train.models.forward.sharding import check_all_heads
-from vtprune_train.pruning.base import EncoderRows, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
+from vtprune_train.pruning.needs import EncoderRows
 
-MAPS = 4  # whole attention maps held at a time
+MAPS = 4  # number of full attention maps in memory at once
 
 
 def check_tower(config: Any, family: Family, method: PruningMethod) -> None:
-    """Refuse a method that reads the tower where that cannot be done, judged by the model's config.
+    """Raise if the method needs vision-tower attention and the model (according to its config) cannot provide it.
 
     Raises:
-        ValueError: naming the method, the family and what works there.
+        ValueError: the message names the method, the family and alternatives.
     """
-    if not method.encoder_layers:
+    if not method.needs.encoder_layers:
         return
-    instead = "use a method that does not ask it, for example divprune or cdpruner"
+    instead = "use a method that does not need it, for example divprune or cdpruner"
     try:
-        required(family.patches, f"reads the vision tower's attention, which {family.title} does not give")
+        required(family.patches, f"needs the vision tower's attention, which is not available for {family.title}")
         class_tokens(config.vision_config)
     except ValueError as error:
         raise ValueError(f"{method.name} {error}; {instead}") from error
-    if method.multi_turn == "keep_dense":
+    if method.needs.multi_turn == "keep_dense":
         raise ValueError(
-            f"{method.name} reads the vision tower, which does not see earlier images again: multi_turn='keep_dense' "
-            "cannot be combined with it; use multi_turn='drop'"
+            f"{method.name} needs the vision tower's attention, which is not computed again for earlier images: "
+            "multi_turn='keep_dense' cannot be combined with it; use multi_turn='drop'"
         )
     try:
-        layers_read(config, method.encoder_layers)
+        layers_read(config, method.needs.encoder_layers)
     except ValueError as error:
         raise ValueError(f"{method.name}: {error}") from error
 
 
 def layers_read(config: Any, wanted: Sequence[int]) -> list[int]:
-    """Layers of the tower, counted from 0, that ``wanted`` names: from 0 on, or negative, where -1 is the last that the
-    decoder's features come from. Negative ones that reach in front of the first layer are left out.
+    """Resolve ``wanted`` to vision-tower layer indices. Negative indices count back from the layer that feeds the
+    projector (-1); negative indices before the first layer are ignored.
 
     Raises:
-        ValueError: a layer does not exist, or none is left.
+        ValueError: a layer does not exist, or no layer remains.
     """
     depth = config.vision_config.num_hidden_layers
     last = max(feature_states(config)) - 1
     layers = [layer if layer >= 0 else last + 1 + layer for layer in wanted]
     if beyond := [layer for layer in layers if layer >= depth]:
         raise ValueError(
-            f"the vision tower has no layer {beyond[0]}, but {depth} (counted from 0); use one from 0 to {last}, or "
-            "negative ones, which count from the end"
+            f"the vision tower has no layer {beyond[0]}: it has {depth}, counted from 0; use 0 to {last}, or a "
+            "negative number, which counts from the end"
         )
     layers = [layer for layer in layers if layer >= 0]
     if not layers:
         raise ValueError(
-            f"{list(wanted)} names no layer of the vision tower's first {last + 1}, which the decoder's features come "
-            f"from; use one from 0 to {last}, or -1 for the last of them"
+            f"{list(wanted)} are not among the vision tower's first {last + 1} layers, which the decoder's features "
+            f"come from; use 0 to {last}, or -1 for the last of them"
         )
     return layers
 
 
 class Reading:
-    """What the hooks noted of one run of the tower: for each layer, queries (of the class token alone, where there is
-    one and ``asked`` is ``class``) and keys [P, S, M]."""
+    """Captured tensors of one vision-tower run: per layer, queries (only the class token's if it exists and ``asked``
+    is ``class``) and keys [P, S, M]."""
 
     def __init__(self, config: Any, wanted: Sequence[int], asked: EncoderRows = "class"):
         self.class_tokens = class_tokens(config.vision_config)
@@ -104,10 +105,10 @@ class Reading:
 
         def note(module: nn.Module, args: Any, output: Tensor) -> None:
             if threading.get_ident() != reader:
-                return  # another request on the same model
+                return  # a concurrent request on the same model
             check_all_heads(self.vision, f"layer {layer} of the vision tower", output.shape[-1] // self.head_size)
             noted = output.detach()
-            notes[layer] = noted[:, :rows].clone() if rows else noted  # the other queries need not be held
+            notes[layer] = noted[:, :rows].clone() if rows else noted  # do not keep the other queries in memory
 
         return note
 
@@ -116,16 +117,16 @@ class Reading:
         """The signals of visual tokens.
 
         Args:
-            index: [V] int64, the patch among all P * N that each token shows; P * N or more, or negative, for none.
+            index: [V] int64, patch index (of P * N) of each token; out-of-range values mean no patch.
 
         Raises:
-            ValueError: the tower's projections were not seen.
+            ValueError: the tower's projections were not captured.
         """
         if missing := [layer for layer in self.layers if layer not in self.keys]:
             raise ValueError(
-                f"the attention of the vision tower's layer {missing[0]} was not seen: a tower compiled by "
-                "torch.compile before it was pruned calls no hooks; compile it with "
-                "vtprune_train.models.forward.compile.compile_layers(model), or leave it uncompiled"
+                f"the attention of the vision tower's layer {missing[0]} could not be read: a tower that was compiled "
+                "by torch.compile before prune runs no hooks; compile it with "
+                "vtprune_train.models.forward.compile.compile_layers(model), or do not compile it"
             )
         received = {layer: self._received(layer) for layer in set(self.layers)}
         keys_PNM = self.keys[self.layers[-1]][:, self.class_tokens :]
@@ -140,7 +141,7 @@ class Reading:
         )
 
     def _received(self, layer: int) -> Tensor:
-        """[P * N] float32, the attention that each patch receives in a layer, on average over heads and queries."""
+        """[P * N] float32, attention each patch receives in a layer, averaged over heads and queries."""
         queries_PQHD = self.queries[layer].unflatten(-1, (self.heads, -1))
         keys_PSHD = self.keys[layer].unflatten(-1, (self.heads, -1))
         at_a_time = max(1, len(queries_PQHD)) if self.rows else MAPS
@@ -154,12 +155,13 @@ class Reading:
 
 @contextmanager
 def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | None]:
-    """Note what ``method`` asks while the tower of ``base`` runs inside; ``None`` where it asks nothing. The hooks are
-    removed afterwards, before activation checkpointing runs a layer again. A compiled tower runs eagerly meanwhile."""
-    if method is None or not method.encoder_layers:
+    """Context manager that captures what ``method`` needs from the vision tower of ``base``; yields ``None`` if it
+    needs nothing. The hooks are removed afterwards, before activation checkpointing runs a layer again. A compiled
+    tower runs eagerly inside the context."""
+    if method is None or not method.needs.encoder_layers:
         yield None
         return
-    notes = Reading(base.config, method.encoder_layers, method.encoder_rows)
+    notes = Reading(base.config, method.needs.encoder_layers, method.needs.encoder_rows)
     handles = notes.hook(base.vision_tower)
     try:
         with eager(base.vision_tower):
@@ -170,18 +172,18 @@ def reading(base: HFModule, method: PruningMethod | None) -> Iterator[Reading | 
 
 
 def patches_per_tile(config: Any) -> int:
-    """N of a tower that is read."""
+    """Number of patches per tile (N)."""
     return int(np.prod(patch_grid(config.vision_config)))
 
 
-def patch_index(shown: Sequence[tuple[np.ndarray, int]], patches: int) -> np.ndarray:
-    """[V] int64, the patch among those of all images that each visual token shows, or ``NEWLINE``. ``shown`` gives, for
-    each image, the patch of its own that each of its tokens shows, and its tiles of ``patches`` patches."""
-    found, first = [np.zeros(0, dtype=np.int64)], 0
-    for own, tiles in shown:
-        found.append(np.where(own == NEWLINE, NEWLINE, own + first))
+def patch_index(patches_of_image: Sequence[tuple[np.ndarray, int]], patches: int) -> np.ndarray:
+    """[V] int64, batch-wide patch index of each visual token, or NEWLINE. ``shown`` holds, per image, the image-local
+    patch index of each token and the image's number of tiles (of ``patches`` patches)."""
+    parts, first = [np.zeros(0, dtype=np.int64)], 0
+    for index, tiles in patches_of_image:
+        parts.append(np.where(index == NEWLINE, NEWLINE, index + first))
         first += tiles * patches
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
 def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSignals]:
@@ -192,9 +194,9 @@ def per_image(signals: EncoderSignals, lengths: Sequence[int]) -> list[EncoderSi
 
 
 def joined(images: Sequence[EncoderSignals]) -> EncoderSignals:
-    """The signals of several images, one after the other."""
+    """Concatenate the signals of several images."""
     return EncoderSignals(
-        torch.cat([own.attention for own in images], dim=1),
-        torch.cat([own.keys for own in images]),
-        torch.cat([own.tile for own in images]),
+        torch.cat([image.attention for image in images], dim=1),
+        torch.cat([image.keys for image in images]),
+        torch.cat([image.tile for image in images]),
     )

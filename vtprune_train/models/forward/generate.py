@@ -1,4 +1,4 @@
-"""``generate`` of a pruned model, and what it refuses."""
+"""``generate`` for pruned models, and its unsupported options."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from vtprune_train.models.forward.padded import checkpoints_layers
 
 
 def generate(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """``generate``, after refusing what a staged cache cannot do; without a cache every step ranks by the prompt."""
+    """Wrapper around ``generate`` that rejects options the staged cache does not support. Without a cache, every step
+    ranks visual tokens with the prompt."""
     inputs = by_name(original, args, kwargs)
-    config = self._prepare_generation_config(**{"generation_config": None, **inputs})[0]  # the model's own filled in
+    config = self._prepare_generation_config(**{"generation_config": None, **inputs})[
+        0
+    ]  # defaults filled in from the model's generation config
     _check_generation(self, config, inputs)
     if checkpoints_layers(self.get_submodule(state.family.decoder)):
         inputs["use_cache"] = _without_cache(state, config, inputs)
@@ -33,7 +36,7 @@ def generate(self: HFModule, original: Callable[..., Any], state: State, *args: 
 
 
 def prepare_inputs(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """``generate`` does this before each of its own forward passes; only those are about its prompt."""
+    """Called by ``generate`` before each of its forward passes; marks the pass as belonging to the prompt."""
     state.running.is_step = True
     return original(*args, **kwargs)
 
@@ -41,8 +44,8 @@ def prepare_inputs(self: HFModule, original: Callable[..., Any], state: State, *
 def prepare_position_ids(
     self: HFModule, original: Callable[..., Any], state: State, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
 ) -> Any:
-    """Positions of three parts; in a later turn those of text, which are not looked at: transformers would add what the
-    last request on any cache left on the module."""
+    """Prepare M-RoPE position ids. In later turns return text positions, which are ignored, because transformers would
+    otherwise add a stale rope delta stored on the module by the previous request."""
     cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
     cached = 0 if cache is None else cache.get_seq_length()
     if not cached:
@@ -54,20 +57,23 @@ def prepare_position_ids(
 
 
 def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[str, Any]) -> None:
-    """Refuse settings of ``generate`` that a staged cache cannot honour, wherever they are set."""
+    """Reject ``generate`` settings that the staged cache does not support, whether passed as arguments or set in the
+    generation config."""
     if config.prefill_chunk_size is not None:
         raise ValueError(
-            f"prefill_chunk_size={config.prefill_chunk_size}: a pruned model ranks visual tokens by the end of the "
-            "prompt and cannot read it in chunks; leave prefill_chunk_size unset"
+            f"prefill_chunk_size={config.prefill_chunk_size} is not supported: a pruned model ranks visual tokens by "
+            "the end of the prompt and needs it as a whole; leave prefill_chunk_size unset"
         )
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
-            f"cache_implementation={config.cache_implementation!r}: a pruned model keeps another length in every "
-            "layer, which only the dynamic cache does; leave cache_implementation unset"
+            f"cache_implementation={config.cache_implementation!r} is not supported: a pruned model keeps a different "
+            "number of tokens in each layer, which needs the dynamic cache; leave cache_implementation unset"
         )
     assistant, negative = inputs.get("assistant_model"), inputs.get("negative_prompt_ids")
     if assistant is not None and is_pruned(assistant):
-        raise ValueError("assistant_model is pruned: it is shown the prompt without its images; unprune it")
+        raise ValueError(
+            "assistant_model is pruned, but it gets the prompt without its images; call unprune(assistant_model)"
+        )
     if negative is not None and (negative == model.config.image_token_id).any():
         raise ValueError(
             "negative_prompt_ids hold image tokens, but generate passes no image with them; leave the image tokens "
@@ -76,7 +82,8 @@ def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[st
 
 
 def _without_cache(state: State, config: GenerationConfig, inputs: dict[str, Any]) -> bool:
-    """``use_cache`` for a model in training mode whose layers are recomputed, which leave a cache empty."""
+    """Set ``use_cache=False`` for a model in training mode with gradient checkpointing, whose layers do not fill the
+    cache."""
     needs_cache = [key for key in ("past_key_values", "assistant_model") if inputs.get(key) is not None]
     needs_cache += ["prompt_lookup_num_tokens"] if config.prompt_lookup_num_tokens is not None else []
     if needs_cache:
@@ -85,24 +92,25 @@ def _without_cache(state: State, config: GenerationConfig, inputs: dict[str, Any
             "call model.eval() or model.gradient_checkpointing_disable() before generate"
         )
     state.warn_once(
-        "generate in training mode with gradient checkpointing runs without a cache, every step the whole row: call "
-        "model.eval() or model.gradient_checkpointing_disable() first"
+        "generate in training mode with gradient checkpointing runs without a cache and computes the whole row at "
+        "every step: call model.eval() or model.gradient_checkpointing_disable() first"
     )
     return False
 
 
 def _check_repeated_images(model: HFModule, prompt: Tensor | None, pixel_values: Tensor | None) -> None:
-    """Refuse rows of several images (or tiles) that transformers before 5.18 mixes up: for each beam it repeats every
-    image on its own, not a row's images together."""
+    """Reject multi-image (or multi-tile) rows with beams on transformers < 5.18, which repeats images individually
+    instead of per row and so assigns them to the wrong beams."""
     if hasattr(GenerationMixin, "_expand_multimodal_outputs") or prompt is None or pixel_values is None:
         return
     if type(model)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation:
-        return  # Qwen2-VL and those after it do it themselves
+        return  # Qwen2-VL and later families expand images themselves
     rows = int((prompt == model.config.image_token_id).any(dim=1).sum())
     if len(pixel_values) != rows:
         raise ValueError(
             f"num_beams or num_return_sequences above 1 with {len(pixel_values)} images or tiles in {rows} rows: "
-            "transformers before 5.18 mixes the images of a row up; install transformers>=5.18, or give each row one"
+            "transformers before 5.18 assigns images to the wrong rows; install transformers>=5.18, or use one image "
+            "for each row"
         )
 
 
@@ -110,6 +118,7 @@ def refuse_continuous_batching(
     self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any
 ) -> Any:
     raise ValueError(
-        f"{original.__name__}: continuous batching packs requests into a paged cache, but a pruned model keeps another "
-        "length in every layer; pad the prompts to one batch and call generate, or use unprune(model)"
+        f"{original.__name__} is not supported: continuous batching uses a paged cache, but a pruned model keeps a "
+        "different number of tokens in each layer; pad the prompts to one batch and call generate, or use "
+        "unprune(model)"
     )

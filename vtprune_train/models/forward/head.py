@@ -1,4 +1,4 @@
-"""The language-model head and its loss over supervised rows, in chunks: a step's logits never exist at once.
+"""Chunked LM head and loss over the supervised rows: the full logits are never materialized.
 
 Shape suffixes: R supervised rows, C hidden size, N vocabulary.
 """
@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in float32
-# A large vocabulary gets more: each chunk reads and writes the whole gradient of the weight, so with few rows a chunk
-# moving it would take longer than computing it.
+CHUNK_LOGITS = 2**25  # number of logits per chunk: 128 MiB in float32
+# Larger chunks for a large vocabulary: each chunk reads and writes the whole weight gradient, so with few rows per
+# chunk memory traffic would dominate.
 LEAST_ROWS = 1024
 
 
 @dataclass
 class Teaching:
-    """[R, C] ``hidden`` of another pass that the first is drawn to, without a gradient of its own; ``weight`` of the
-    divergence in the loss; ``temperature`` that softens both."""
+    """Distillation targets: teacher hidden states ``hidden`` [R, C] (no gradient), the ``weight`` of the KL term, and
+    the softmax ``temperature``."""
 
     hidden: Tensor
     weight: float
@@ -36,26 +36,27 @@ def chunked_loss(
     teaching: Teaching | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy, and with a teacher + weight * T^2 * KL(teacher || model) at temperature T, summed over rows.
+    """Cross-entropy summed over rows, plus weight * T^2 * KL(teacher || model) at temperature T if a teacher is given.
 
-    Gradients are made in the forward pass, chunk by chunk, so the head's weight is read only while it is there (under
-    ZeRO-3 it is partitioned again before the backward pass).
+    Gradients are computed chunk by chunk in the forward pass, while the head's weight is gathered (under ZeRO-3 it is
+    partitioned again before backward).
 
-    Source: the self-distillation of DualSpeed (arXiv 2602.03815), in the direction of its published code: the teacher's
-    distribution weighs the logarithms.
+    Source: the self-distillation of DualSpeed (arXiv 2602.03815), in the direction of its published code: i.e. the
+    expectation is taken over the teacher's distribution.
 
     Returns:
-        ``loss_sum`` [] float32, ``correct`` [R] bool (whether the most likely token is the target), and for reading
-        ``row_loss`` [R] float32, the cross-entropy of each row, and ``divergence`` (T^2 * KL), [] float32. No rows give
-        a zero that is still part of the graph.
+        ``loss_sum`` [] float32, ``correct`` [R] bool (whether the most likely token is the target), and for logging
+        only ``row_loss`` [R] float32, the cross-entropy of each row, and ``divergence`` (T^2 * KL), [] float32. Without
+        rows the loss is a zero that is still part of the graph.
     """
     rows = chunk_rows or default_chunk_rows(weight_NC.shape[0], teaching is not None)
-    # Inside a Function autograd is always off, so whether gradients are wanted at all is asked here.
+    # Check here whether gradients are needed, because grad mode is always off inside autograd.Function.forward.
     return _ChunkedLoss.apply(hidden_RC, weight_NC, bias_N, targets_R, teaching, rows, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
 
 def default_chunk_rows(vocab: int, taught: bool = False) -> int:
-    """Rows whose logits exist at a time, in float32 about twice over; with a teacher there are three times as many."""
+    """Number of rows per chunk. Peak memory is about two float32 copies of the chunk's logits; with a teacher about
+    three times that."""
     return max(LEAST_ROWS, CHUNK_LOGITS // vocab) // (3 if taught else 1)
 
 
@@ -92,7 +93,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 divergence += chunk_divergence
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
-            grad_logits = logits.sub_(log_sum).exp_()  # the softmax, in the memory of the logits
+            grad_logits = logits.sub_(log_sum).exp_()  # softmax computed in place of the logits
             grad_logits.scatter_add_(1, target, grad_logits.new_full((1, 1), -1.0).expand_as(target))
             if pull is not None:
                 grad_logits += pull
@@ -127,7 +128,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _diverge(logits: Tensor, taught: Tensor, teaching: Teaching) -> tuple[Tensor, Tensor]:
-    """T^2 * KL(teacher || model) summed over a chunk's rows, and its weighted gradient."""
+    """Return T^2 * KL(teacher || model), summed over the chunk, and its weighted gradient."""
     softened = teaching.temperature
     log_model = (logits / softened).log_softmax(dim=-1)
     log_teacher = (taught / softened).log_softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""The images of a call: the family's own features, and what the decoder has to know of each image."""
+"""Image features of a call, from the family's own code, plus the per-image metadata the decoder needs."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")  # inputs of get_i
 
 @dataclass(frozen=True)
 class _Seen:
-    """What an image's features cannot say of themselves; carried on the tensor, as ``generate`` asks for the features
-    first and hands them to ``forward`` later."""
+    """Image metadata attached to the feature tensor, because ``generate`` computes features first and passes them to
+    ``forward`` later."""
 
     grids: Grids
     encoder: EncoderSignals | None
 
 
 def get_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """The family's own features; an open call learns how many tokens each image has, where they lie and what the
-    vision tower thought of them."""
+    """Compute image features with the family's code, and record the token count, grid and vision-tower signals of each
+    image in the current call."""
     inputs = by_name(original, args, kwargs)
-    # Where sizes are on the device, one read of each serves all that follows.
+    # If sizes are on the device, read each once and reuse it.
     inputs |= {key: _on_host(inputs[key]) for key in SIZES if inputs.get(key) is not None}
     as_tuple = inputs.get("return_dict") is False
     with reading(self, state.method) as read:
@@ -45,68 +45,73 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
     encoders: list[EncoderSignals | None] = [None] * len(lengths)
     if read is not None:
         shown = required(state.family.patches, state.family.title)(self.config, inputs)
-        if [len(own) for own, _ in shown] != lengths:
+        if [len(index) for index, _ in shown] != lengths:
             raise ValueError(
-                f"images of {lengths} visual tokens, where {[len(own) for own, _ in shown]} were expected from the "
-                "config: the vision tower's attention cannot be told to tokens; leave vision_feature_select_strategy "
-                "and vision_aspect_ratio to the config"
+                f"images have {lengths} visual tokens, but the config implies {[len(index) for index, _ in shown]}, so "
+                "the vision tower's attention cannot be assigned to tokens; do not pass vision_feature_select_strategy "
+                "or vision_aspect_ratio"
             )
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
     grids = _grids(self, state, inputs, lengths)
-    assert not isinstance(images, Tensor) or not (any(grids) or read), "grids and patches need a tensor an image"
+    assert not isinstance(images, Tensor) or not (any(grids) or read), (
+        "grids and patches need one tensor for each image"
+    )
     if len(images) == len(lengths):
-        for image, own, encoder in zip(images, grids, encoders, strict=True):
-            setattr(image, SEEN, _Seen(own, encoder))
+        for image, grids_of_image, encoder in zip(images, grids, encoders, strict=True):
+            setattr(image, SEEN, _Seen(grids_of_image, encoder))
     if state.running.call is not None:
         note_images(state.running.call, state, images)
     return features.to_tuple() if as_tuple else features
 
 
 def note_images(call: Call, state: State, images: Sequence[Tensor]) -> None:
-    """Note in an open call what is known of its images."""
+    """Record the images' metadata in the current call."""
     call.image_lengths = state.family.image_lengths(images)
     seen: list[_Seen] = [image.__dict__[SEEN] for image in images if SEEN in image.__dict__]
     if len(seen) < len(call.image_lengths):
-        if state.method is not None and state.method.encoder_layers:
+        if state.method is not None and state.method.needs.encoder_layers:
             raise ValueError(
-                f"{state.method.name} reads the vision tower's attention, but the image features were not made by this "
-                "model's get_image_features as it is; pass pixel_values"
+                f"{state.method.name} needs the vision tower's attention, but the image features were not computed by "
+                "this model's get_image_features; pass pixel_values instead"
             )
         return
-    call.image_grids = [own.grids for own in seen]
-    encoders = [own.encoder for own in seen if own.encoder is not None]
+    call.image_grids = [image.grids for image in seen]
+    encoders = [image.encoder for image in seen if image.encoder is not None]
     call.encoder = joined(encoders) if encoders else None
 
 
 def _grids(self: HFModule, state: State, inputs: dict[str, Any], lengths: list[int]) -> list[Grids]:
-    """The rasters of each image; empty where the family has no layout for the model's settings."""
+    """Token grids of each image; empty if the family defines no layout for this config."""
     try:
         grids = state.family.grids(self.config, inputs)
     except ValueError:
         grids = []
     if len(grids) != len(lengths):
         return [()] * len(lengths)
-    fits = [sum(rows * columns for rows, columns in own) == length for own, length in zip(grids, lengths, strict=True)]
-    return [own if fit else () for own, fit in zip(grids, fits, strict=True)]
+    fits = [
+        sum(rows * columns for rows, columns in image_grids) == length
+        for image_grids, length in zip(grids, lengths, strict=True)
+    ]
+    return [image_grids if fit else () for image_grids, fit in zip(grids, fits, strict=True)]
 
 
 def _on_host(sizes: Tensor | Sequence[Any]) -> Tensor:
-    """Sizes as a processor may give them: a tensor or array, or a list of tuples, arrays or tensors."""
+    """Convert image sizes from a processor (tensor, array, or list of tuples, arrays or tensors) to host values."""
     if isinstance(sizes, Tensor):
         return sizes.cpu()
     return torch.stack([torch.as_tensor(size).cpu() for size in sizes]) if len(sizes) else torch.zeros(0, 2)
 
 
 def pack_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """The family's own packing. The lengths that it returns beside the features, which ``get_image_features`` does not
-    use, stay on the host: copying them to the device would wait for all that it has to do."""
+    """Call the family's packing, but keep the returned lengths (unused by get_image_features) on the host, because a
+    host-to-device copy would synchronize."""
     with _TensorsOnHost():
         return original(*args, **kwargs)
 
 
 class _TensorsOnHost(TorchFunctionMode):
-    """``torch.tensor(...)`` inside makes its tensor on the host, whatever device it is asked for."""
+    """Context in which ``torch.tensor(...)`` creates tensors on the host, regardless of ``device``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

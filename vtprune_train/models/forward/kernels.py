@@ -1,4 +1,4 @@
-"""Which kernels a run's layers use: compiled by PyTorch, Liger's, FP8 products, deterministic ones."""
+"""Kernel selection for a run: torch.compile, Liger kernels, FP8 matmuls, deterministic kernels."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ FP8_MULTIPLE = 16  # sizes that the FP8 products of cuBLAS take
 
 
 def be_deterministic(config: Config) -> None:
-    """With ``train.deterministic``: the same bits again on the same GPUs; an operation that cannot give them raises.
+    """Enable bitwise-deterministic execution (``train.deterministic``); operations without a deterministic
+    implementation raise.
 
-    Before CUDA starts, because cuBLAS reads its workspace setting then.
+    Call before CUDA is initialized, because cuBLAS reads its workspace setting at that point.
     """
     if not config.train.deterministic:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers' flash path
     torch.use_deterministic_algorithms(True)
-    # No result here depends on what torch.empty holds.
+    # No result depends on uninitialized memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def replace_kernels(config: Config, model: HFModule, device: torch.device) -> None:
-    """Liger's kernels and FP8 products in the decoder, as ``model.liger`` and ``model.fp8`` ask. Call it before the
-    optimizer is made.
+    """Install Liger kernels and FP8 linear layers in the decoder according to ``model.liger`` and ``model.fp8``. Call
+    before creating the optimizer.
 
     Raises:
         ConfigError: the package is missing, or has nothing for this model or device.
@@ -51,7 +52,7 @@ def replace_kernels(config: Config, model: HFModule, device: torch.device) -> No
 
 
 def use_liger(text_model: HFModule) -> None:
-    """Liger's norm, rotary embedding and MLP in ``text_model``.
+    """Replace norm, rotary embedding and MLP of ``text_model`` with Liger kernels.
 
     Raises:
         ConfigError: liger-kernel is missing, or does not know this model type.
@@ -61,7 +62,7 @@ def use_liger(text_model: HFModule) -> None:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
         raise ConfigError(
-            f"model.liger=true needs liger-kernel, which cannot be imported ({error}); pip install -r "
+            f"model.liger=true needs liger-kernel, but importing it failed ({error}); pip install -r "
             "requirements-gpu.txt, or set model.liger=false"
         ) from error
     model_type = text_model.config.model_type
@@ -69,13 +70,13 @@ def use_liger(text_model: HFModule) -> None:
         raise ConfigError(
             f"model.liger=true: liger-kernel has no kernels for model type {model_type!r}; set model.liger=false"
         )
-    # Its fused loss would replace a forward function that is ours.
+    # Liger's fused loss would overwrite our patched forward.
     _apply_liger_kernel_to_instance(text_model, fused_linear_cross_entropy=False)
 
 
 def use_fp8(text_model: HFModule, device: torch.device) -> None:
-    """The decoder's linear layers with products in float8 (torchao, scaled per tensor); their weights stay as they are.
-    Without CUDA the rounding is emulated, which shows what FP8 costs in accuracy and saves no time.
+    """Run the decoder's linear layers with float8 matmuls (torchao, per-tensor scaling); weights keep their dtype.
+    Without CUDA, FP8 rounding is emulated: useful to measure accuracy, but not faster.
 
     Raises:
         ConfigError: torchao is missing or the GPU has no FP8.
@@ -84,52 +85,52 @@ def use_fp8(text_model: HFModule, device: torch.device) -> None:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise ConfigError(
-            f"model.fp8=true needs torchao, which cannot be imported ({error}); pip install -r requirements-gpu.txt, "
-            "or set model.fp8=false"
+            f"model.fp8=true needs torchao, but importing it failed ({error}); pip install -r requirements-gpu.txt, or "
+            "set model.fp8=false"
         ) from error
     emulate = device.type != "cuda"
     if emulate:
         log.warning("model.fp8=true on %s: rounding to float8 is emulated; this is slower, not faster", device.type)
     elif (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise ConfigError(
-            f"model.fp8=true needs a GPU of compute capability 8.9 or newer, and {torch.cuda.get_device_name(device)} "
+            f"model.fp8=true needs a GPU of compute capability 8.9 or higher, but {torch.cuda.get_device_name(device)} "
             f"has {capability[0]}.{capability[1]}; set model.fp8=false"
         )
 
     def fits(module: nn.Module, name: str) -> bool:
-        if type(module) is not nn.Linear or ".lora_" in name:  # an adapter's own layers are small, and stay exact
+        if type(module) is not nn.Linear or ".lora_" in name:  # adapter layers are small and stay in full precision
             return False
         return module.in_features % FP8_MULTIPLE == 0 and module.out_features % FP8_MULTIPLE == 0
 
-    # The number of tokens is any number, so products over tokens (weight gradients) are padded.
+    # The number of tokens is arbitrary, so matmuls that reduce over tokens (weight gradients) are padded.
     settings = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
     convert_to_float8_training(text_model.layers, config=settings, module_filter_fn=fits)
 
 
 def compile_refusal(config: Config, device: torch.device, zero_stage: int) -> str | None:
-    """Why the layers of this run are not compiled; ``None`` if they can be."""
+    """Return the reason why layers cannot be compiled in this run, or ``None``."""
     if zero_stage == 3:
         return "ZeRO-3 gathers parameters inside the layers"
     if config.model.peft is not None and config.model.peft.kind == "qlora":
         return "4-bit weights are unpacked inside the layers"
     if config.model.liger:
-        return "model.liger=true replaces what would be compiled"
+        return "model.liger=true replaces the modules that would be compiled"
     if config.train.compile == "always":
         return None
     if device.type != "cuda":
         return "there is no GPU"
     if importlib.util.find_spec("triton") is None:
-        return "Triton, which writes the kernels, is not installed"
+        return "Triton is not installed"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        return "Triton needs a C compiler, and there is none"
+        return "Triton needs a C compiler, but none was found"
     return None
 
 
 def compile_model(config: Config, model: HFModule, device: torch.device, zero_stage: int) -> bool:
-    """Compile decoder and tower layers as ``train.compile`` says; returns whether they are.
+    """Compile decoder and vision-tower layers according to ``train.compile``; return whether they were compiled.
 
     Raises:
-        ConfigError: ``always``, and the settings do not allow it.
+        ConfigError: ``train.compile=always``, but other settings prevent compilation.
     """
     if config.train.compile == "never":
         return False

@@ -1,9 +1,11 @@
-"""Keys that a layer leaves out: not seen by later rows of the pass, and gone from the layer's cache after it.
+"""KV pruning within a layer: dropped keys are masked from later rows of the pass and removed from the layer's cache
+afterwards.
 
-The attention backend runs as ever, over all rows and all keys. Rows that must not see everything are then computed
-again, by SDPA with a mask for each group of heads: in training the rows after the first question, in a prefill none
-(its last row is the one that chooses). Choosing waits for nothing; filling a cache waits once a layer, for the counts.
-Under a sliding window rows of the pass count the distance in the stream, decoded ones in what is left in the cache.
+The attention backend first runs as usual over all rows and keys. Rows with restricted visibility are then recomputed by
+SDPA with a mask per KV head: in training, the rows after the first question; in prefill, none (its last row is the
+query row). Selection does not synchronize with the device; filling a cache synchronizes once per layer to read the
+counts. With a sliding window, distances are measured in the packed batch during the pass, but in the remaining cache
+entries during decoding.
 
 Shape suffixes: T tokens of the new stream, Tk packed keys (cached ones first, row after row), V visual tokens,
 Q query rows, L rows or keys of one segment, B rows of the batch, H query heads, G key-value heads, D head size,
@@ -26,16 +28,17 @@ from vtprune_train.core.stream import Boundary, SegmentLayout, StreamPlan, to_de
 from vtprune_train.models.cache import PackedCache
 from vtprune_train.models.forward.attention import causal_mask
 from vtprune_train.models.forward.sharding import check_all_heads
-from vtprune_train.pruning.base import HiddenAfter, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Ranking
+from vtprune_train.pruning.needs import HiddenAfter
 
 
 @dataclass(frozen=True)
 class BlindRows:
-    """Rows ``[first, end)`` of one segment, counted from its first, that may not see everything.
+    """Rows [first, end) of one segment (relative to its start) whose attention is restricted.
 
-    ``visual`` are the segment's own among all visual tokens; ``columns`` [V of the segment] int64 where they stand in
-    it, ``limits`` [V of the segment] int64 the last row that sees each whatever is chosen.
+    ``visual`` indexes the segment's visual tokens among all visual tokens; ``columns`` [V of the segment] int64 is
+    their place in the segment; ``limits`` [V of the segment] int64 is the last row that sees each of them in any case.
     """
 
     segment: int
@@ -47,10 +50,10 @@ class BlindRows:
 
 
 class StageKeys:
-    """What the layers of stage ``index`` share in choosing keys.
+    """State shared by the key-pruning layers of stage ``index``.
 
-    ``cached`` has, for each layer, the layout among cached and new keys (empty where nothing was cached before);
-    ``has_images`` says of each row whether its cache holds what an image left (``None`` without a cache)."""
+    ``cached`` holds, per layer, the layout within cached plus new keys (empty if nothing was cached); ``has_images``
+    tells per row whether its cache contains image keys (``None`` without a cache)."""
 
     def __init__(
         self,
@@ -68,23 +71,24 @@ class StageKeys:
         self.layers = set(method.key_layers(plan.outline.num_layers)) & set(range(stage.first_layer, stage.end_layer))
         self.method, self.layout, self.cached, self.config = method, layout, cached, config
         self.segment_lengths = stage.segment_lengths
-        blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.hidden_after)
+        blind = blind_rows(plan.outline.segments, layout, self.segment_lengths, method.needs.hidden_after)
         self.blind: tuple[BlindRows, ...] = to_device(tuple(blind), layout.visual_rows.device)
-        # New keys in front of each segment's first image that, with all cached ones, rows after it do not see.
+        # Number of new keys before each segment's first image that, together with all cached keys, are masked from
+        # later rows.
         self.fronts: list[int | None] = [None] * len(self.segment_lengths)
-        if method.hides_front:
+        if method.needs.hides_front:
             self.fronts = [
                 None if has_images is not None and has_images[row] else front
                 for row, front in enumerate(fronts_of(plan.outline.segments, layout))
             ]
 
     def layer(self, layer: int, cache: PackedCache | None) -> KeyChoice | None:
-        """The choice of one layer; ``None`` where it leaves no keys out."""
+        """Return the KeyChoice of one layer, or ``None`` if the layer keeps all keys."""
         return KeyChoice(self, layer, cache) if layer in self.layers else None
 
 
 class KeyChoice:
-    """Called by the attention of one layer in one pass. Recomputing the layer meets the same choice."""
+    """Callback for the attention of one layer in one pass. Recomputing the layer reuses the same selection."""
 
     def __init__(self, stage: StageKeys, layer: int, cache: PackedCache | None):
         self.stage, self.layer, self.cache = stage, layer, cache
@@ -105,7 +109,7 @@ class KeyChoice:
         sliding_window: int | None = None,
         **_: object,
     ) -> Tensor:
-        """The attention's output [T, H, D] with the blind rows computed again; fills the layer's cache."""
+        """Return the attention output [T, H, D] with the restricted rows recomputed, and fill the layer's cache."""
         stage = self.stage
         if self.kept is None:
             self.kept = self._choose(q_THD, k_TGD, scaling)
@@ -119,12 +123,12 @@ class KeyChoice:
         parts, done = [], 0
         for blind in stage.blind:
             first, end = starts[blind.segment] + blind.first, starts[blind.segment] + blind.end
-            own = slice(ends[blind.segment] - (key_lengths or lengths)[blind.segment], ends[blind.segment])
-            cached = own.stop - own.start - lengths[blind.segment]
-            seen_GLL = blind_mask(blind, self.kept[:, blind.visual], cached, own.stop - own.start, sliding_window)
+            window = slice(ends[blind.segment] - (key_lengths or lengths)[blind.segment], ends[blind.segment])
+            cached = window.stop - window.start - lengths[blind.segment]
+            seen_GLL = blind_mask(blind, self.kept[:, blind.visual], cached, window.stop - window.start, sliding_window)
             if (front := stage.fronts[blind.segment]) is not None:
                 seen_GLL = seen_GLL.index_fill(2, torch.arange(cached + front, device=seen_GLL.device), False)
-            again = _attend(q_THD[first:end], k_TGD[own], v_TGD[own], seen_GLL, scaling, dropout)
+            again = _attend(q_THD[first:end], k_TGD[window], v_TGD[window], seen_GLL, scaling, dropout)
             parts += [out_THD[done:first], again]
             done = end
         return torch.cat([*parts, out_THD[done:]])
@@ -141,7 +145,7 @@ class KeyChoice:
         return kept
 
     def _kept_columns(self, num_keys: int) -> Tensor:
-        """[G, Tk] bool: text, cached keys and the chosen ones."""
+        """[G, Tk] bool mask of text, cached and kept visual keys."""
         assert self.kept is not None and self.cache is not None and self.cache.stage is not None
         rows, join = self.stage.layout.visual_rows, self.cache.stage
         if join.join is not None:
@@ -152,21 +156,21 @@ class KeyChoice:
         return kept.index_copy(1, rows, self.kept)
 
     def _hidden_in_front(self) -> list[int]:
-        """[B] keys in front of each row's first image, cached ones included, that leave the cache."""
+        """[B] number of keys before each row's first image (including cached ones) to remove from the cache."""
         assert self.cache is not None and self.cache.stage is not None
         cached = np.subtract(self.cache.stage.key_lengths, self.stage.segment_lengths).tolist()
         return [0 if front is None else front + old for front, old in zip(self.stage.fronts, cached, strict=True)]
 
     def _left_out(self) -> np.ndarray:
-        """[B] keys of each row that leave the cache: the copy to the host."""
+        """[B] number of keys of each row to remove from the cache (the device-to-host copy)."""
         assert self.kept is not None
         spans, layout = self.stage.layout.spans, self.stage.layout
         left = torch.zeros(self.kept.shape[0], len(spans), dtype=torch.int64, device=self.kept.device)
         counts = left.index_add(1, layout.span_of_visual, (~self.kept).long()).cpu().numpy()  # [G, spans]
         if (counts != counts[:1]).any():
             raise ValueError(
-                f"{self.stage.method.name}.keys keeps a different number of an image's tokens in different heads of "
-                f"layer {self.layer}; a layer's cache is rectangular, so every head must keep equally many"
+                f"{self.stage.method.name}.keys keeps different numbers of an image's tokens in different heads of "
+                f"layer {self.layer}; a layer's cache is rectangular, so every head must keep the same number"
             )
         rows = [span.segment for span in spans]
         return np.bincount(rows, counts[0], len(self.stage.segment_lengths)).astype(np.int64) + self._hidden_in_front()
@@ -175,19 +179,19 @@ class KeyChoice:
 def blind_rows(
     segments: Sequence[SegmentLayout], layout: Boundary, segment_lengths: tuple[int, ...], hidden_after: HiddenAfter
 ) -> list[BlindRows]:
-    """The rows of each segment, at a stage, that see less than all: from lengths alone, on the host.
+    """Rows of each segment whose attention is restricted in a stage, computed on the host from lengths only.
 
     A span's keys are hidden after its last row (``span``), or after the first query row at or after that
-    (``query``); an image that no query row follows is hidden from nobody.
+    (``query``); an image without a following query row is never masked.
     """
-    found: list[BlindRows] = []
+    blind: list[BlindRows] = []
     first_visual, laid_out = 0, iter(layout.spans)
     for index, (segment, length) in enumerate(zip(segments, segment_lengths, strict=True)):
         counts = [next(laid_out).before for _ in segment.spans]
-        gone = np.cumsum([0, *(span.length - count for span, count in zip(segment.spans, counts, strict=True))])
-        starts = [span.start - before for span, before in zip(segment.spans, gone.tolist(), strict=False)]
+        dropped = np.cumsum([0, *(span.length - count for span, count in zip(segment.spans, counts, strict=True))])
+        starts = [span.start - before for span, before in zip(segment.spans, dropped.tolist(), strict=False)]
         query_rows = [
-            offset - int(gone[sum(span.end <= offset + 1 for span in segment.spans)])
+            offset - int(dropped[sum(span.end <= offset + 1 for span in segment.spans)])
             for offset in segment.query_offsets
         ]
         limits = []
@@ -201,14 +205,15 @@ def blind_rows(
         if first < length:
             columns = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
             of_columns = torch.from_numpy(np.repeat(limits, counts))
-            found.append(BlindRows(index, first, length, visual, torch.from_numpy(columns), of_columns))
-    return found
+            blind.append(BlindRows(index, first, length, visual, torch.from_numpy(columns), of_columns))
+    return blind
 
 
 def blind_mask(
     blind: BlindRows, kept_GV: Tensor, cached: int, num_keys: int, sliding_window: int | None = None
 ) -> Tensor:
-    """[G, L, Lk] bool: which keys each blind row sees; its segment's keys begin with ``cached`` cached ones."""
+    """[G, L, Lk] bool: mask of keys visible to each restricted row; the first ``cached`` keys of the segment are cached
+    ones."""
     rows = torch.arange(blind.first, blind.end, device=kept_GV.device)
     seen = causal_mask(rows + cached, num_keys, sliding_window)
     shown = kept_GV[:, None, :] | (rows[:, None] <= blind.limits[None, :])  # [G, L, V]

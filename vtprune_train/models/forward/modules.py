@@ -1,4 +1,4 @@
-"""What stands in for ``forward`` of a pruned model, its base, its decoder and its head."""
+"""Replacement ``forward`` functions for a pruned model, its base model, decoder and head."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vtprune_train.models.forward.sharding import check_attention_function
 
 @torch.compiler.disable
 def open_call(model: HFModule, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-    """Before whatever stands as the model's ``forward``: the decoder has to know the labels, even where a Trainer
-    computes the loss from the base model's output (TRL, also for a reference model that is never trained)."""
+    """Open a call before the model's ``forward`` so that the decoder knows the labels, even if a trainer computes the
+    loss itself from the base model's output (TRL, including its reference model)."""
     state = state_of(model)
     if state.is_dense:
         return
@@ -49,15 +49,15 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
         _mask_visual(inputs, input_ids == state.image_token)
     elif self.training and torch.is_grad_enabled() and state.method is not None:
         state.warn_once(
-            "a training forward without labels: the last token of each row ranks the visual tokens, which in "
-            "generation the end of the prompt does (label smoothing and compute_loss_func keep labels from the model)"
+            "forward in training mode without labels: visual tokens are ranked by the last token of each row, but in "
+            "generation by the end of the prompt (label smoothing and compute_loss_func keep labels from the model)"
         )
     with state.calling(input_ids, labels):
         return original(**inputs)
 
 
 def forward_base(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **inputs: Any) -> Any:
-    """Forward of the base: a :class:`PackedBatch`, or padded inputs, which the family's own code embeds and splices."""
+    """Forward of the base for a :class:`PackedBatch`, or for padded inputs, which the family's own code embeds."""
     if args and isinstance(args[0], PackedBatch):
         return packed.forward_base(self, state, args[0])
     inputs = by_name(original, args, inputs)
@@ -72,8 +72,8 @@ def forward_base(self: HFModule, original: Callable[..., Any], state: State, *ar
             if inputs.get("image_grid_thw") is not None:
                 inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
             elif features is None and isinstance(cache, Cache) and cache.get_seq_length():
-                # Not looked at: a staged cache knows its positions. Transformers would add what the last request on any
-                # cache left on the module.
+                # Ignored: the staged cache tracks positions. Transformers would add a stale rope delta from the
+                # previous request.
                 inputs["position_ids"] = inputs["input_ids"].new_zeros(3, *inputs["input_ids"].shape)
         return original(**inputs)
 
@@ -91,8 +91,8 @@ def forward_decoder(self: HFModule, original: Callable[..., Any], state: State, 
 
 
 def forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
-    """Logits, or with targets the chunked loss (and with a teacher the divergence from it); inside the module's own
-    call, where ZeRO-3 has its weight gathered."""
+    """Return logits, or the chunked loss if targets are given (plus the KL term with a teacher). Runs inside the head's
+    own call, where ZeRO-3 has gathered its weight."""
     if len(args) > 1:
         hidden, targets, teaching = args
         return chunked_loss(hidden, self.weight, self.bias, targets, teaching)
@@ -102,24 +102,27 @@ def forward_head(self: nn.Linear, original: Callable[..., Any], state: State, *a
 def _check_inputs(state: State, inputs: dict[str, Any]) -> None:
     if inputs.get("input_ids") is None:
         raise ValueError(
-            "a pruned model needs input_ids and takes no inputs_embeds, which do not say where the images are; pass "
-            "input_ids and pixel_values alone, or call the model inside `with vtprune_train.dense(model):`"
+            "a pruned model needs input_ids to find the images and does not take inputs_embeds; pass input_ids and "
+            "pixel_values alone, or call the model inside `with vtprune_train.dense(model):`"
         )
     if inputs["input_ids"].ndim != 2:
-        raise ValueError(f"input_ids of shape {tuple(inputs['input_ids'].shape)} are not [rows, length]; add the rows")
+        raise ValueError(
+            f"input_ids must have the shape [rows, length], not {tuple(inputs['input_ids'].shape)}; add the row "
+            "dimension"
+        )
     for key, reason in state.family.refused:
         if inputs.get(key) is not None:
             raise ValueError(f"a pruned {state.family.title} does not take {key}: {reason}")
 
 
 def _supervised(inputs: dict[str, Any]) -> Tensor | None:
-    """[B, L] int64: the token that each column of ``input_ids`` is supervised as, or -100; ``None`` without labels.
+    """[B, L] int64 labels aligned with ``input_ids`` (-100 = ignored); ``None`` without labels.
 
-    ``labels`` may be as short as the logits that ``logits_to_keep`` keeps; without them ``shift_labels`` (of sequence
-    parallelism) say it.
+    ``labels`` may be shortened to match ``logits_to_keep``. If they are missing, ``shift_labels`` (from sequence
+    parallelism) are used.
 
     Raises:
-        ValueError: ``labels`` fit neither.
+        ValueError: ``labels`` match neither ``input_ids`` nor ``logits_to_keep``.
     """
     input_ids, labels, shifted = inputs["input_ids"], inputs.get("labels"), inputs.get("shift_labels")
     if labels is None:
@@ -130,8 +133,8 @@ def _supervised(inputs: dict[str, Any]) -> Tensor | None:
     columns = torch.arange(input_ids.shape[1])[_columns_kept(kept)]
     if labels.shape != (len(input_ids), len(columns)):
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} do not fit input_ids of {tuple(input_ids.shape)} with "
-            f"logits_to_keep={kept}; give a label for each token, -100 where none is supervised"
+            f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(input_ids.shape)} with "
+            f"logits_to_keep={kept}; pass one label for each token, -100 for those that are not supervised"
         )
     everywhere = labels.new_full(input_ids.shape, IGNORE)
     return everywhere.index_copy(1, columns.to(labels.device), labels)
@@ -142,7 +145,7 @@ def _columns_kept(logits_to_keep: int | Tensor) -> slice | Tensor:
 
 
 def _mask_visual(inputs: dict[str, Any], visual: Tensor) -> None:
-    """Leave image tokens ([B, L] bool) out of the loss: rows of dropped tokens predict nothing."""
+    """Exclude image tokens ([B, L] bool) from the loss; dropped tokens have no logits."""
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     if labels is not None:
         kept = slice(None) if labels.shape == visual.shape else _columns_kept(inputs["logits_to_keep"])
@@ -153,6 +156,7 @@ def _mask_visual(inputs: dict[str, Any], visual: Tensor) -> None:
 
 def refuse_data_parallel(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(
-        "torch.nn.DataParallel copies a pruned model without what it is pruned by; run one process a device: torchrun, "
-        "deepspeed or accelerate launch (transformers' Trainer takes DataParallel where one process sees several GPUs)"
+        "torch.nn.DataParallel does not work with a pruned model, whose replicas are not pruned; run one process for "
+        "each device: torchrun, deepspeed or accelerate launch (transformers' Trainer uses DataParallel where one "
+        "process sees several GPUs)"
     )

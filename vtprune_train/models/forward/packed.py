@@ -1,7 +1,7 @@
-"""A model over a packed stream, as the project's own loop feeds it: embed, see, splice, decode, score.
+"""Forward pass on packed batches, used by the training loop: embed text, encode images, insert image features, run the
+decoder, compute the loss.
 
-Each function stands in for the forward of the module whose parameters it uses, so that DeepSpeed's gather hooks of that
-module fire.
+Each function replaces the forward of the module whose parameters it uses, so that DeepSpeed's gather hooks fire.
 
 Shape suffixes: T tokens in the stream, V visual tokens, R supervised rows, C hidden size, P tiles.
 """
@@ -28,9 +28,9 @@ from vtprune_train.pruning.candidates import EncoderSignals
 class PackedOutput(NamedTuple):
     """The loss of one micro-batch.
 
-    ``loss_sum`` [] float32 is what training minimises: the sum of ``row_loss`` [R] float32, the cross-entropy of each
-    supervised row, with a teacher plus its weight times ``consistency`` [] float32; those two are for reading only.
-    ``correct`` [R] bool, whether greedy decoding agrees; ``kept`` and ``plan`` (what was run) as in
+    ``loss_sum`` [] float32 is the training loss: the sum of the per-row cross-entropies ``row_loss`` [R] float32, plus
+    weight * ``consistency`` [] float32 with a teacher. ``row_loss`` and ``consistency`` are detached and for logging
+    only. ``correct`` [R] bool, whether the most likely token is the target; ``kept`` and ``plan`` as in
     :class:`~vtprune_train.models.forward.decoder.DecoderOutput`.
     """
 
@@ -46,12 +46,12 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
     """Forward of the whole model: the loss of one micro-batch.
 
     Raises:
-        ValueError: the head is another than ``prune`` changed.
+        ValueError: lm_head was replaced after ``prune``.
     """
     if not any(STATE in module.__dict__ for module in model.lm_head.modules()):
         raise ValueError(
-            "lm_head was replaced after prune (resize_token_embeddings, set_output_embeddings), so it computes no loss "
-            "of packed rows; replace it first, or unprune(model) and prune it again"
+            "lm_head was replaced after prune (resize_token_embeddings, set_output_embeddings) and cannot compute the "
+            "loss of packed batches; replace it before prune, or unprune(model) and prune it again"
         )
     hidden_RC, ran, taught_RC = model.get_submodule(state.family.base)(batch)
     teaching = None
@@ -63,8 +63,8 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
 
 
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, DecoderOutput, Tensor | None]:
-    """Forward of the base: [R, C] normed hidden states of the supervised rows, what the layers left, and [R, C] what
-    the teacher's pass says at the same rows (images are looked at once, for both passes)."""
+    """Forward of the base: Return the normalized hidden states [R, C] of the supervised rows, the decoder output, and
+    the teacher's hidden states [R, C] for the same rows (images are encoded once for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
     with reading(self, state.method) as read, record_function(TOWER):
         table = _feature_table(self, batch, text_TC.dtype)
@@ -73,7 +73,7 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
         visual_VC = table.index_select(0, batch.visual_index)
         embeds_TC = text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype))
     else:
-        # A rank without an image still takes part in the gradients of tower, projector and newline.
+        # Ranks without images must still produce (zero) gradients for tower, projector and newline.
         embeds_TC = text_TC + (0.0 * table).sum().to(text_TC.dtype)
     taught_RC = None
     if batch.teacher is not None:
@@ -83,7 +83,7 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
 
 
 def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
-    """[V] int64, the patch that each visual token shows; out of range for newlines."""
+    """[V] int64, patch index of each visual token; out of range for newline tokens."""
     if batch.image_inputs is None:
         return batch.visual_index
     inputs = {key: np.array(value) if isinstance(value, tuple) else value for key, value in batch.image_inputs.items()}
@@ -95,19 +95,19 @@ def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
 
 
 def _feature_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
-    """[features, C], the rows that ``batch.visual_index`` counts."""
+    """[features, C], the feature table indexed by ``batch.visual_index``."""
     pixels = batch.pixel_values.to(dtype)
     if batch.image_inputs is None:
         features = _tile_features(self, pixels)
         newline = getattr(self, "image_newline", None)
         return features if newline is None else torch.cat([features, newline.to(features.dtype).unsqueeze(0)])
-    # Sizes stay on the host, where the family's code reads them without waiting for the device.
+    # Keep sizes on the host so that the family's code reads them without a sync.
     inputs = {key: torch.tensor(v) if isinstance(v, tuple) else v for key, v in batch.image_inputs.items()}
     return torch.cat(list(self.get_image_features(pixels, **inputs, return_dict=True).pooler_output))
 
 
 def _tile_features(self: HFModule, pixel_values: Tensor) -> Tensor:
-    """[P * patches, C]: all tiles through tower and projector at once, class tokens dropped."""
+    """[P * patches, C]: run all tiles through vision tower and projector in one batch, without class tokens."""
     trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
@@ -124,15 +124,14 @@ def forward_text(
     positions: Tensor | None = None,
     encoder: EncoderSignals | None = None,
 ) -> tuple[Tensor, DecoderOutput]:
-    """Forward of the decoder: [R, C] normed hidden states of the rows that predict, and what the layers left.
-
-    ``positions`` [parts, T] stay with their tokens; without them each segment counts from 0. ``encoder`` is for methods
-    that ask the vision tower.
+    """Forward of the decoder: Return the normalized hidden states [R, C] of the predicting rows and the decoder output.
+    ``positions`` [parts, T] are kept with their tokens; if ``None``, positions start at 0 in each segment. ``encoder``
+    is used by methods that need vision-tower signals.
     """
     staging = Staging.counted(plan)
     if positions is not None:
         staging.positions = (positions, *staging.positions[1:])
-    # A step of a warm-up has settings of its own; on all tokens, the model's method still has parameters to touch.
+    # Warm-up steps use different settings; on full-token steps the method's parameters still need zero gradients.
     method = plan.outline.method or state.method
     output = run_layers(self, embeds_TC, plan, method, staging, encoder)
     return self.norm(output.last_hidden_state.index_select(0, output.plan.predict_rows)), output

@@ -1,7 +1,7 @@
-"""The padded interface of a pruned model: what a Hugging Face processor makes goes in, packed inside.
+"""Padded interface of a pruned model: accepts Hugging Face processor outputs and packs them internally.
 
-The family's own code embeds, sees and splices. Only the decoder is ours: rows are packed, run through the stages, and
-laid out again as the caller had them. With a cache the same holds for every later call on it.
+Embedding, image encoding and feature insertion use the family's code; only the decoder is replaced: rows are packed,
+run through the stages, and unpacked to the original layout. The same applies to later calls with a cache.
 
 Shape suffixes: B rows, L padded length, T tokens of the packed stream, V visual tokens, C hidden size.
 """
@@ -22,10 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, text_key, to_device
 from vtprune_train.models import HFModule
-from vtprune_train.models.cache import StagedLayer, Told, staged
+from vtprune_train.models.cache import Conversation, StagedLayer, staged
 from vtprune_train.models.families.base import Family, sliding_window
 from vtprune_train.models.families.layout import Grids
-from vtprune_train.models.forward.calls import Call, State, state_of
+from vtprune_train.models.forward.calls import Call, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
 from vtprune_train.pruning.base import PruningMethod
@@ -35,15 +35,28 @@ log = logging.getLogger(__name__)
 
 
 def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np.ndarray]]]:
-    """Which visual tokens of each image each drop keeps, for one forward pass of a pruned model without a gradient.
+    """Return the visual tokens that a pruned model keeps after each drop, from one forward pass without gradients::
+
+        kept = kept_tokens(model, processor(images=image, text=prompt, return_tensors="pt"))
+        kept[0][0][-1]  # row 0, image 0, last drop: for example array([3, 17, 42, ...])
+
+    Args:
+        model: a pruned model.
+        inputs: a batch as the processor returns it, on the model's device, without labels.
 
     Returns:
-        For each row, for each of its images, for each drop: [k] int64, indices into the image's own tokens; a token
-        made of others is named by one of them.
+        For each row, for each of its images, for each drop: [k] int64, indices into the tokens of the image. A merged
+        token is listed as one of those that it was made of.
+
+    Raises:
+        ValueError: the model is not pruned.
     """
+    if not is_pruned(model):
+        raise ValueError("kept_tokens needs a pruned model; call prune(model, method) first")
+    model = unwrapped(model)
     state: State = state_of(model)
     with torch.no_grad(), state.calling(inputs["input_ids"]) as call:
-        assert call is not None, "kept_tokens inside another forward pass"
+        assert call is not None, "kept_tokens cannot be called inside another forward pass"
         model.get_submodule(state.family.base)(**inputs, use_cache=False)
     stages = [rows.cpu().numpy() for rows in call.kept_rows]
     images, base = [], 0
@@ -77,19 +90,19 @@ def forward_text(
 
     Args:
         text_model: the decoder.
-        state: the method, and the open call that says which tokens are visual.
-        inputs_embeds: [B, L, C], images in place.
+        state: the pruning state, with the current call that identifies the visual tokens.
+        inputs_embeds: [B, L, C], with image features inserted.
         attention_mask: [B, cached + L], 0 for padding; ``None`` means no padding.
-        position_ids: [B, L], which must count each row's tokens (inside ``generate`` they are not looked at).
-        past_key_values: a staged cache of earlier calls; the new tokens follow what it holds.
-        use_cache: keep keys and values; ``None`` asks the config, outside training.
+        position_ids: [B, L]; must number each row's tokens consecutively (ignored inside ``generate``).
+        past_key_values: staged cache from earlier calls; new tokens are appended.
+        use_cache: whether to cache keys and values; ``None`` uses the config's value (never in training mode).
 
     Returns:
-        ``last_hidden_state`` [B, L, C], normed: rows of padding and of dropped tokens repeat the last surviving row to
-        their left (0 where there is none), so the row before any token is the one that predicts it.
+        ``last_hidden_state`` [B, L, C], normalized. Padding and dropped positions repeat the nearest kept row to their
+        left (0 if none), so the row before any token is always the one that predicts it.
 
     Raises:
-        ValueError: an input that a packed stream cannot honour.
+        ValueError: an input is not supported for packed batches.
     """
     _refuse(keywords, attention_mask, text_model.config)
     if use_cache is None:
@@ -97,8 +110,9 @@ def forward_text(
     if checkpoints_layers(text_model):
         if past_key_values is not None:
             raise ValueError(
-                "past_key_values in training mode with gradient checkpointing, whose layers do not fill a cache; call "
-                "model.eval() or model.gradient_checkpointing_disable() first, or leave past_key_values unset"
+                "past_key_values in training mode with gradient checkpointing is not supported, as layers do not fill "
+                "the cache; call model.eval() or model.gradient_checkpointing_disable() first, or leave "
+                "past_key_values unset"
             )
         use_cache = False
     cache = None
@@ -130,22 +144,22 @@ def _run_rows(
     cache: DynamicCache | None,
     deepstack_visual_embeds: Sequence[Tensor] | None,
 ) -> Tensor:
-    """[B, L, C]: :func:`forward_text` for all but single decoded tokens. Packs, runs the stages, lays out again."""
+    """[B, L, C]: :func:`forward_text` except for single-token decoding: pack, run the stages, unpack."""
     _refuse_adapters_of_rows(text_model)
     rows = _real_rows(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
     verifies_candidates, said_from = False, rows.shape[1]
-    if call.prompt_width is not None:  # from here on: columns of this call
+    if call.prompt_width is not None:  # columns of this call start here
         call.prompt_width -= 0 if cache is None else cache.get_seq_length()
         verifies_candidates, said_from = call.prompt_width <= 0, max(call.prompt_width, 0)
         call.prompt_width = call.prompt_width if 0 < call.prompt_width < rows.shape[1] else None
     call.segments = _segments(call, rows, state, said_from)
     device = inputs_embeds.device
     new_length = inputs_embeds.shape[1]
-    told = None
-    if cache is not None and state.method is not None and state.method.multi_turn == "keep_dense":
-        told = _tell(call, rows, inputs_embeds, cache)
+    conversation = None
+    if cache is not None and state.method is not None and state.method.needs.multi_turn == "keep_dense":
+        conversation = _extended_conversation(call, rows, inputs_embeds, cache)
         if not verifies_candidates:
-            inputs_embeds, rows = told.embeds, _retell(call, rows, told, cache)
+            inputs_embeds, rows = conversation.embeds, _laid_out_again(call, rows, conversation, cache)
     planned = plan_pass(call.segments, len(text_model.layers), state.method)
     three_parts = state.family.three_part_positions is not None
     staging = plan_staging(planned, state.method, len(call.segments), cache, device, three_parts)
@@ -156,7 +170,7 @@ def _run_rows(
         continues = bool(cache is not None and cache.get_seq_length())
         if not three_parts:
             _check_positions(position_ids, rows.shape, token_rows, plan, continues)
-        elif len(position_ids) == 4 and attention_mask is None:  # the first part tells samples in one row apart
+        elif len(position_ids) == 4 and attention_mask is None:  # the first part distinguishes samples in one row
             _check_positions(position_ids[0], rows.shape, token_rows, plan, continues)
     if three_parts:
         use_three_parts(staging, call, position_ids, token_rows, cache)
@@ -168,58 +182,68 @@ def _run_rows(
     if cache is not None:
         settle(cache, output.plan, state.method, staging.before, inputs_embeds.shape[1])
     if output.origins:
-        # A token made of others takes the place of one of them, yet stands after all before it in the packed batch.
+        # A merged token uses the position of one of its sources, but comes later in the packed batch.
         token_rows = token_rows.index_select(0, output.origins[-1]).cummax(0).values
     hidden = _spread(text_model.norm(output.last_hidden_state), token_rows, inputs_embeds.shape)
-    if told is not None and cache is not None:
-        cache.layers[0].told = told  # type: ignore[attr-defined]
+    if conversation is not None and cache is not None:
+        cache.layers[0].conversation = conversation  # type: ignore[attr-defined]
     return hidden[:, -new_length:]
 
 
-def _tell(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Told:
-    """The conversation with this call's columns."""
+def _extended_conversation(call: Call, real: np.ndarray, inputs_embeds: Tensor, cache: DynamicCache) -> Conversation:
+    """Append this call's columns to the stored conversation."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
-    image = np.full(real.shape, Told.PADDING, dtype=np.int64)
-    already = torch.zeros(len(real), 1, dtype=torch.int64)
-    if first.told is not None:
-        already = (first.told.image.amax(dim=1, keepdim=True).cpu() + 1).clamp(min=0)
+    image = np.full(real.shape, Conversation.PADDING, dtype=np.int64)
+    images_before = torch.zeros(len(real), 1, dtype=torch.int64)
+    if first.conversation is not None:
+        images_before = (first.conversation.image.amax(dim=1, keepdim=True).cpu() + 1).clamp(min=0)
     for row, segment in enumerate(call.segments):
-        own = np.full(segment.length, Told.TEXT, dtype=np.int64)
+        image_of_token = np.full(segment.length, Conversation.TEXT, dtype=np.int64)
         for number, span in enumerate(segment.spans):
-            own[span.start : span.end] = number + int(already[row])
-        image[row, real[row]] = own
+            image_of_token[span.start : span.end] = number + int(images_before[row])
+        image[row, real[row]] = image_of_token
     new = to_device(image, inputs_embeds.device)
     grids = tuple(tuple(span.grids for span in segment.spans) for segment in call.segments)
-    return Told(inputs_embeds, new, grids) if first.told is None else first.told.and_then(inputs_embeds, new, grids)
+    return (
+        Conversation(inputs_embeds, new, grids)
+        if first.conversation is None
+        else first.conversation.and_then(inputs_embeds, new, grids)
+    )
 
 
-def _retell(call: Call, real: np.ndarray, told: Told, cache: DynamicCache) -> np.ndarray:
-    """Empty the cache and lay the whole conversation out as this call's segments; returns its real columns.
+def _laid_out_again(call: Call, real: np.ndarray, conversation: Conversation, cache: DynamicCache) -> np.ndarray:
+    """Clear the cache and rerun the whole conversation as this call's segments; return the mask of its non-padding
+    columns.
 
-    A later turn thereby equals a first call with everything said so far: every image is there in full, and is dropped
-    by this turn's question. Only draws differ, which follow from this turn's text alone. What is kept between turns is
-    the decoder's input, a fraction of a full cache."""
+    A later turn is therefore equivalent to one call with the whole conversation: all image tokens are present and are
+    ranked with the new question. Only random draws differ, since they are seeded by this turn's text. Between turns
+    only the decoder's input embeddings are stored, a fraction of a full cache."""
     first: StagedLayer = cache.layers[0]  # type: ignore[assignment]
     if not first.get_seq_length():
         return real
-    images = told.image.cpu().numpy()
-    everything = images != Told.PADDING
+    images = conversation.image.cpu().numpy()
+    is_token = images != Conversation.PADDING
     segments = []
     for row, segment in enumerate(call.segments):
-        before = int(everything[row].sum()) - segment.length
-        own = images[row][everything[row]]
-        spans = [(np.flatnonzero(own == number)[0], int((own == number).sum())) for number in range(own.max() + 1)]
+        before = int(is_token[row].sum()) - segment.length
+        image_of_token = images[row][is_token[row]]
+        spans = [
+            (np.flatnonzero(image_of_token == number)[0], int((image_of_token == number).sum()))
+            for number in range(image_of_token.max() + 1)
+        ]
         segments.append(
             SegmentLayout(
                 length=before + segment.length,
-                spans=tuple(ImageSpan(int(s), n, grids) for (s, n), grids in zip(spans, told.grids[row], strict=True)),
+                spans=tuple(
+                    ImageSpan(int(s), n, grids) for (s, n), grids in zip(spans, conversation.grids[row], strict=True)
+                ),
                 query_offsets=tuple(before + offset for offset in segment.query_offsets),
                 key=segment.key,
             )
         )
     call.segments = segments
     cache.reset()
-    return everything
+    return is_token
 
 
 def prefill(
@@ -230,12 +254,12 @@ def prefill(
     cache: DynamicCache | None = None,
     encoder: EncoderSignals | None = None,
 ) -> tuple[Tensor, DecoderOutput, DynamicCache]:
-    """Run packed prompts and fill a staged cache: :func:`forward_text` for callers that have a packed batch, not rows.
+    """Run packed prompts and fill a staged cache; the equivalent of :func:`forward_text` for a packed batch.
 
-    ``embeds_TC`` holds the segments end to end, with images in place; ``cache`` is of earlier calls.
+    ``embeds_TC`` holds the concatenated segments with image features inserted; ``cache`` comes from earlier calls.
 
     Returns:
-        [T_last, C] normed hidden states, what the layers left, and the cache for :func:`decode`.
+        [T_last, C] normalized hidden states, the output of the layers, and the cache for :func:`decode`.
     """
     cache = staged(cache, len(text_model.layers), method)
     planned = plan_pass(segments, len(text_model.layers), method)
@@ -247,8 +271,8 @@ def prefill(
 
 
 def decode(text_model: HFModule, method: PruningMethod | None, hidden_B1C: Tensor, cache: DynamicCache) -> Tensor:
-    """One decoding step of every row on a staged cache, by transformers' own attention: [B, 1, C] embedded tokens ->
-    [B, 1, C] normed hidden states. ``cache`` grows by one column in every layer."""
+    """Run one decoding step for all rows on a staged cache with transformers' attention: token embeddings [B, 1, C] ->
+    normalized hidden states [B, 1, C]. Adds one column to every layer's cache."""
     check_attention(text_model)
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
     num_layers = len(text_model.layers)
@@ -272,13 +296,15 @@ def decode(text_model: HFModule, method: PruningMethod | None, hidden_B1C: Tenso
                 hidden, attention_mask=masks[sees], position_ids=positions, position_embeddings=rotary,
                 past_key_values=cache, use_cache=True, staged_decoding=True,
             )  # fmt: skip
-    if layers[0].told is not None:
-        layers[0].told = layers[0].told.and_then(hidden_B1C, torch.full_like(layers[0].told.image[:, :1], Told.TEXT))
+    if layers[0].conversation is not None:
+        layers[0].conversation = layers[0].conversation.and_then(
+            hidden_B1C, torch.full_like(layers[0].conversation.image[:, :1], Conversation.TEXT)
+        )
     return text_model.norm(hidden)
 
 
 def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:
-    """[B, 1, 1, W + 1] bool: the columns a new token sees; ``None`` if that is all of them."""
+    """[B, 1, 1, W + 1] bool: mask of the columns visible to the new token; ``None`` if all are."""
     assert layer.padding is not None
     width = layer.width + 1
     if not layer.is_padded and (window is None or window >= width):
@@ -292,56 +318,58 @@ def _decoding_mask(layer: StagedLayer, window: int | None) -> Tensor | None:
 
 def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any) -> None:
     for key in ("output_attentions", "output_hidden_states"):
-        if keywords.get(key, getattr(config, key, False)):  # as transformers asks for them
+        if keywords.get(key, getattr(config, key, False)):  # names used by transformers
             raise ValueError(
-                f"a pruned model does not take {key}{'' if key in keywords else ' (set in the config)'}: every stage "
-                "has another length; call the model inside `with vtprune_train.dense(model):` for the dense ones"
+                f"a pruned model does not take {key}{'' if key in keywords else ' (set in the config)'}: stages have "
+                "different lengths; call the model inside `with vtprune_train.dense(model):` to get it from the dense "
+                "model"
             )
     if keywords.get("cu_seq_lens_q") is not None:
         raise ValueError(
-            "cu_seq_lens_q says that several samples are packed into one row, which a pruned model does not tell "
-            "apart; pad each sample to a row of its own"
+            "cu_seq_lens_q (several samples packed into one row) is not supported by a pruned model; pad each sample "
+            "to its own row"
         )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         shape = type(attention_mask).__name__ if not isinstance(attention_mask, Tensor) else tuple(attention_mask.shape)
         raise ValueError(
-            f"a pruned model takes an attention_mask [rows, length] with 0 for padding, not {shape}; it masks causally "
-            "within each row by itself"
+            f"attention_mask must be [rows, length] with 0 for padding, not {shape}; a pruned model applies the causal "
+            "mask itself"
         )
 
 
 def _refuse_adapters_of_rows(text_model: HFModule) -> None:
-    """PEFT tells its layers which rows an adapter is for, or from which of their tokens on, by hooks for one call."""
+    """Reject PEFT options that select adapters per row or per token position (PEFT passes them to its layers through
+    hooks)."""
     for module in text_model.layers.modules():
         for hook in module._forward_pre_hooks.values():
             for key in {"adapter_names", "alora_offsets"} & getattr(hook, "keywords", {}).keys():
                 raise ValueError(
-                    f"a pruned model does not take {key}: rows are packed into one, whose tokens all see the same "
-                    "adapters; call the model once for each adapter (set_adapter), or inside "
-                    "`with vtprune_train.dense(model):`"
+                    f"a pruned model does not take {key}: rows are packed into one, and all their tokens use the same "
+                    "adapters; call the model once for each adapter (set_adapter), or inside `with "
+                    "vtprune_train.dense(model):`"
                 )
 
 
 def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int) -> np.ndarray:
-    """[B, L] bool: which of this call's places are tokens, after ``cached`` columns."""
+    """[B, L] bool mask of non-padding positions of this call, after ``cached`` columns."""
     shape = inputs_embeds.shape[:2]
     if attention_mask is None:
         return np.ones(shape, dtype=bool)
     if attention_mask.shape[0] != shape[0] or not shape[1] <= attention_mask.shape[1] <= cached + shape[1]:
         after = f" after {cached} cached columns" if cached else ""
         raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs of {tuple(shape)}{after}; give a "
-            "column for each token"
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not match inputs of shape "
+            f"{tuple(shape)}{after}; it needs one column for each token"
         )
     real = attention_mask[:, attention_mask.shape[1] - shape[1] :].cpu().numpy().astype(bool)
     if empty := np.flatnonzero(~real.any(axis=1)).tolist():
-        raise ValueError(f"row {empty[0]} of the batch has no token: its attention_mask is all 0")
+        raise ValueError(f"row {empty[0]} of the batch has no token: its attention_mask is all zeros")
     return real
 
 
 def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> list[SegmentLayout]:
-    """The layout of every row: its images, which tokens rank, which are supervised. Columns from ``said_from`` on were
-    generated, and are text whatever their ids are."""
+    """Build the layout of every row: images, query rows and supervised tokens. Columns from ``said_from`` on were
+    generated and are treated as text regardless of their ids."""
     grids = call.image_grids or [()] * len(call.image_lengths)
     remaining = list(zip(call.image_lengths, grids, strict=True))
     ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
@@ -354,28 +382,29 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         labels = None if all_labels is None else all_labels[row][real[row]]
         if labels is not None and state.method is not None and _prompt_is_supervised(labels != IGNORE, spans):
             state.warn_once(
-                "labels supervise text right after an image, so the visual tokens are ranked from there, but in "
+                "labels supervise text right after an image, so visual tokens are ranked from there, but in "
                 "generation by the last token of the prompt: mask the whole prompt in the labels (TRL: prompt and "
-                "completion columns, or assistant_only_loss=True), unless the prompt is an image alone"
+                "completion columns, or assistant_only_loss=True), unless the prompt is only an image"
             )
         prompt = int(real[row, : call.prompt_width].sum())
         key = 0
         if ids is not None:
             own_labels = None if all_labels is None else all_labels[row]
             key = _key(ids[row], own_labels, real[row] & ~visual[row], call.prompt_width)
-        # The row before every supervised run ranks the images; without labels the prompt's last token does.
+        # Query rows: the row before each supervised run; without labels, the last prompt token.
         queries = [] if labels is None else [start - 1 for start, _ in _runs(labels != IGNORE) if start]
         queries = queries or [prompt - 1]
         segments.append(SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key))
     if remaining:
         used = len(call.image_lengths) - len(remaining)
-        raise ValueError(f"{len(call.image_lengths)} images were given but the rows hold tokens of {used}")
+        raise ValueError(f"got {len(call.image_lengths)} images, but input_ids hold the tokens of {used}")
     return segments
 
 
 def _prompt_is_supervised(supervised: np.ndarray, spans: Sequence[ImageSpan]) -> bool:
-    """Whether a row's supervised tokens ([length] bool) seem to hold text of its prompt: one of the two tokens after an
-    image (the first may mark its end). An answer has whose turn it is, and mostly its question, before it."""
+    """Heuristic: whether a row's labels ([length] bool) seem to include prompt text, i.e. one of the two tokens after
+    an image is supervised (the first may be an end-of-image marker). A real answer is preceded by at least a role
+    header and usually the question."""
     images = np.zeros(len(supervised) + 2, dtype=bool)
     for span in spans:
         images[span.start : span.end] = True
@@ -387,14 +416,15 @@ def _without_images(labels: np.ndarray, visual: np.ndarray, state: State) -> np.
     """[B, L] ``labels`` with -100 at image tokens."""
     if (visual & (labels != IGNORE)).any():
         state.warn_once(
-            "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts them divides "
-            "by too many: mask them in the collator (TRL: prompt and completion columns, or assistant_only_loss=True)"
+            "labels supervise image tokens; they are left out of the loss here, but a Trainer that counts labels "
+            "divides the loss by too large a number: mask them in the collator (TRL: prompt and completion columns, "
+            "or assistant_only_loss=True)"
         )
     return np.where(visual, IGNORE, labels)
 
 
 def _spans(
-    visual: np.ndarray, remaining: list[tuple[int, Grids]], row: int, given: int, family: Family
+    visual: np.ndarray, remaining: list[tuple[int, Grids]], row: int, num_images: int, family: Family
 ) -> tuple[ImageSpan, ...]:
     spans: list[ImageSpan] = []
     for start, length in _runs(visual):
@@ -402,15 +432,15 @@ def _spans(
         while offset < start + length:
             if not remaining:
                 raise ValueError(
-                    f"row {row} has image tokens beyond the {given} images given; pass pixel_values of every image "
-                    "whose tokens are in input_ids (all those not cached yet)"
+                    f"row {row} has more image tokens than the {num_images} images have; pass pixel_values of every "
+                    "image whose tokens are in input_ids (all that are not cached yet)"
                 )
             spans.append(ImageSpan(offset, *remaining.pop(0)))
             offset = spans[-1].end
         if offset != start + length:
             raise ValueError(
-                f"row {row}: a run of {length} image tokens does not end where an image does "
-                f"(images of {[span.length for span in spans if span.start >= start]} tokens)"
+                f"row {row}: a run of {length} image tokens does not match the sizes of its images "
+                f"({[span.length for span in spans if span.start >= start]} tokens)"
             )
         if family.run_is_one_image:
             spans = [*(span for span in spans if span.start < start), ImageSpan(start, length)]
@@ -418,21 +448,21 @@ def _spans(
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
-    """``(start, length)`` of every run of true values."""
+    """Return (start, length) of every run of consecutive True values."""
     edges = np.flatnonzero(np.diff(np.pad(flags.astype(np.int8), 1))).reshape(-1, 2).tolist()
     return [(start, end - start) for start, end in edges]
 
 
 def _key(ids: np.ndarray, labels: np.ndarray | None, text: np.ndarray, prompt_width: int | None) -> int:
-    """The key of a row's prompt ([L] ids, labels and which are text), which what is generated or supervised after it
-    does not change."""
-    own = np.flatnonzero(text)
+    """Hash of a row's prompt text (from ids, labels and the text mask), independent of generated or supervised tokens
+    after it."""
+    rows = np.flatnonzero(text)
     if labels is not None:
         supervised = np.flatnonzero(labels != IGNORE)
-        own = own[own < (supervised[0] if len(supervised) else len(text))]
+        rows = rows[rows < (supervised[0] if len(supervised) else len(text))]
     elif prompt_width is not None:
-        own = own[own < prompt_width]
-    return text_key(ids[own])
+        rows = rows[rows < prompt_width]
+    return text_key(ids[rows])
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
@@ -447,26 +477,27 @@ def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
 def _check_positions(
     position_ids: Tensor, shape: tuple[int, ...], token_rows: Tensor, plan: StreamPlan, continues: bool
 ) -> None:
-    """Refuse positions that do not count each row's tokens (from what is cached on, if the call ``continues``)."""
-    given = position_ids.expand(shape).flatten().index_select(0, token_rows)
+    """Raise if position_ids do not number each row's tokens consecutively (starting after the cached tokens if the call
+    ``continues``)."""
+    positions = position_ids.expand(shape).flatten().index_select(0, token_rows)
     counted, first = plan.stages[0].position_ids, plan.stages[0].cu_seqlens[:-1]
     if continues:
         lengths = plan.stages[0].cu_seqlens.diff()
-        starts = given.index_select(0, first)
+        starts = positions.index_select(0, first)
         counted = counted + starts.repeat_interleave(lengths, output_size=len(counted))
-    if not torch.equal(given, counted):
+    if not torch.equal(positions, counted):
         raise ValueError(
-            "position_ids must count the tokens of each row from 0 (after what is cached): a pruned model numbers "
-            "them itself, and several samples packed into one row are not told apart; leave position_ids unset"
+            "position_ids must number the tokens of each row from 0 (after the cached ones); several samples packed "
+            "into one row are not supported; leave position_ids unset"
         )
 
 
 def _spread(hidden_TC: Tensor, token_rows: Tensor, shape: torch.Size) -> Tensor:
-    """[B, L, C]: each place gets the last surviving token of its row at or before it; 0 where there is none."""
+    """[B, L, C]: each position gets the hidden state of the nearest kept token at or before it; 0 if there is none."""
     places = torch.arange(shape[0] * shape[1], device=hidden_TC.device)
     source = torch.searchsorted(token_rows, places, right=True) - 1
     first = source.clamp(min=0)
     same_row = token_rows.index_select(0, first) // shape[1] == places // shape[1]
-    found = (source >= 0) & same_row
-    filled = torch.where(found.unsqueeze(1), hidden_TC.index_select(0, first), hidden_TC.new_zeros(()))
+    exists = (source >= 0) & same_row
+    filled = torch.where(exists.unsqueeze(1), hidden_TC.index_select(0, first), hidden_TC.new_zeros(()))
     return filled.view(shape[0], shape[1], -1)

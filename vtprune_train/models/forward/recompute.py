@@ -20,16 +20,17 @@ Level = Literal["all", "first_stage", "none"] | int
 def recomputed_layers(level: Level, tokens: Sequence[int], layers: Sequence[int]) -> list[int]:
     """The decoder layers that ``train.activation_checkpointing=level`` recomputes, ascending.
 
-    Layers that see the most tokens come first, since their activations are the largest; among equals the first layer.
+    Layers with the most tokens come first because their activations are largest; ties go to the earlier layer.
 
     Args:
         level: ``all``; ``none``; ``first_stage``, all layers that see the most tokens (with PyramidDrop those of the
-            first stage, with HiDrop those between entering and the first drop, without drops all layers); or how many.
+            first stage, with HiDrop those between entering and the first drop, without drops all layers); or a number
+            of layers.
         tokens: [stages] tokens of a sample in each stage.
-        layers: [stages] decoder layers in each stage; 0 where tokens are dropped before the decoder.
+        layers: [stages] number of decoder layers in each stage; 0 for the stage before a drop at layer 0.
 
     Raises:
-        ConfigError: more layers than there are.
+        ConfigError: ``level`` exceeds the number of decoder layers.
     """
     of_layer = np.repeat(tokens, layers)
     if level == "none":
@@ -48,8 +49,8 @@ def recomputed_layers(level: Level, tokens: Sequence[int], layers: Sequence[int]
 
 def typical_stages(layout: ImageLayout, drops: Sequence[Drop], num_layers: int) -> tuple[list[int], list[int]]:
     """Tokens of a typical sample in each stage, and the layers of each stage: one image of the family's largest
-    resolution with :data:`~vtprune_train.core.flops.TYPICAL_TEXT` text tokens. The order of the stages by tokens hardly
-    depends on the sample, so one choice of layers serves all batches."""
+    resolution with :data:`~vtprune_train.core.flops.TYPICAL_TEXT` text tokens. The ranking of stages by token count
+    barely depends on the sample, so the same layers are used for all batches."""
     visual = [max(layout.tokens([size])[0] for size in layout.examples())]
     tokens = stage_lengths(np.array([TYPICAL_TEXT]), np.array(visual), np.array([0]), drops)[0]
     return tokens.tolist(), layers_per_stage(drops, num_layers)
@@ -58,8 +59,8 @@ def typical_stages(layout: ImageLayout, drops: Sequence[Drop], num_layers: int) 
 def checkpoint_activations(model: PreTrainedModel, layers: Collection[int] | None = None) -> None:
     """Recompute the vision tower's layers and these decoder layers (``None``: all) in the backward pass.
 
-    The tower is always included: it sees every tile whatever is dropped later, and recomputing it costs little beside
-    the decoder.
+    The vision tower is always included: it processes every tile regardless of later drops, and recomputing it is cheap
+    compared with the decoder.
     """
     if hasattr(model, "activation_checkpointing_enable"):  # renamed after transformers 5.17
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,8 +1,8 @@
-"""Models whose parameters are sharded: modules whose parameters exist only during their own call, and heads that are
-split over ranks.
+"""Support for sharded models (parameters only gathered during a module's call), and checks for attention heads split
+across ranks.
 
 FSDP gathers the parameters of a unit (usually a decoder layer) in hooks around the unit's call, as DeepSpeed does for a
-ZeRO-3 leaf module. Code that uses parts of such a unit has to run inside that call.
+ZeRO-3 leaf module. Code that uses submodules of such a unit must run inside that call.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from vtprune_train.models import HFModule
 
 T = TypeVar("T")
 
-_FUNCTION = "_vtprune_function"  # keyword of a call that runs a function in place of the forward
+_FUNCTION = "_vtprune_function"  # keyword argument that makes a call run a function instead of forward
 _FORWARD = "_vtprune_sharded_forward"  # on a module: the instance's forward before ours, or None
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _INSTALLING = threading.Lock()
 
 
 def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor) -> T:
-    """``function(module, *tensors)``, run inside the module's own call where that call gathers its parameters. Every
-    tensor that may need a gradient is among ``tensors``, since FSDP listens to a call's inputs.
+    """Run ``function(module, *tensors)`` inside the module's call if that call gathers its parameters. Pass every
+    tensor that may need gradients in ``tensors``, because FSDP registers hooks on the call's inputs.
 
-    Gradients are reduced as those of the module's forward are: FSDP and ZeRO-3 see one more call of the module.
+    Gradients are reduced like those of a normal forward: FSDP and ZeRO-3 just see an extra call of the module.
 
     Raises:
-        ValueError: gradients are wanted through a ZeRO-3 leaf module, which DeepSpeed reduces once a backward pass.
+        ValueError: gradients are needed through a ZeRO-3 leaf module, which DeepSpeed reduces only once per backward
+            pass.
     """
     parts = list(_unwrapping(module))
     inner = parts[-1]
@@ -43,19 +44,19 @@ def call_inside(module: nn.Module, function: Callable[..., T], *tensors: Tensor)
         return function(module, *tensors)
     if _is_leaf(module) and torch.is_grad_enabled():
         raise ValueError(
-            f"a {type(inner).__name__} is a ZeRO-3 leaf module, and DeepSpeed takes one call of those per "
-            "backward pass, but the method ranks visual tokens by it with gradients: do not make decoder layers leaf "
+            f"{type(inner).__name__} is a ZeRO-3 leaf module, which DeepSpeed lets run once per backward pass, but the "
+            "method runs it a second time to rank visual tokens with gradients: do not make decoder layers leaf "
             "modules (set_z3_leaf_modules), or set differentiable=False"
         )
     with _INSTALLING:
         if _FORWARD not in inner.__dict__:
             _replace_forward(inner)
-    # The plain __call__, so that none above it checkpoints the call.
+    # Use nn.Module.__call__ directly so that no subclass applies checkpointing to this call.
     return nn.Module.__call__(module, *tensors, **{_FUNCTION: function})
 
 
 def _unwrapping(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, and what is inside each of its wrappers."""
+    """Yield the module and then the module inside each wrapper."""
     inner: nn.Module | None = module
     while inner is not None:
         yield inner
@@ -89,12 +90,12 @@ def _replace_forward(module: nn.Module) -> None:
 
 
 def check_layers(text_model: HFModule, attention: str, learns: str | None) -> None:
-    """Refuse a decoder that :func:`~vtprune_train.models.patch.prune` finds split in a way that cannot work. ``learns``
-    is the method, where it adds parameters; ``attention`` the decoder's before ``prune``.
+    """Reject a decoder that is split in an unsupported way. ``learns`` is the name of the method if it adds parameters;
+    ``attention`` is the decoder's implementation before :func:`~vtprune_train.models.patch.prune`.
 
     Raises:
-        ValueError: pipeline parallelism, layers on several devices, DeepSpeed's sequence parallelism, or parameters to
-            be added to a decoder that is sharded already.
+        ValueError: pipeline parallelism, layers on several devices, DeepSpeed's sequence parallelism, or a method
+            with learned parameters on a decoder that is already sharded.
     """
     missing = [index for index, layer in enumerate(text_model.layers) if not hasattr(layer, "self_attn")]
     if missing:
@@ -112,13 +113,13 @@ def check_layers(text_model: HFModule, attention: str, learns: str | None) -> No
     check_attention_function(attention)
     if learns is not None and (how := _sharded_already(text_model)):
         raise ValueError(
-            f"{learns} adds parameters to the decoder, which is sharded already ({how}), so that they would differ on "
+            f"{learns} adds learned parameters, but the decoder is already sharded ({how}), so they would differ on "
             "each rank: prune first, then shard the model"
         )
 
 
 def check_attention_function(attention: str) -> None:
-    """DeepSpeed's sequence parallelism replaces the attention function of this name, which a pruned model passes by."""
+    """Raise if DeepSpeed sequence parallelism replaced this attention function; a pruned model would bypass it."""
     function = ALL_ATTENTION_FUNCTIONS.get(attention)
     if "deepspeed" in getattr(function, "__module__", ""):
         raise ValueError(
@@ -138,11 +139,11 @@ def _sharded_already(text_model: HFModule) -> str | None:
 
 
 def check_all_heads(config: Any, reader: str, queries: int, keys: int | None = None) -> None:
-    """Refuse attention heads that are split over ranks (tensor parallelism): each rank would keep its own tokens.
-    ``queries`` and ``keys`` are the heads on this rank; ``reader`` reads the attention.
+    """Raise if attention heads are split over ranks (tensor parallelism), since each rank would keep different tokens.
+    ``queries`` and ``keys`` are head counts on this rank; ``reader`` names the component that needs the attention.
 
     Raises:
-        ValueError: some heads are missing; says what works.
+        ValueError: some heads are missing; the message lists alternatives.
     """
     expected = config.num_attention_heads
     expected_keys = getattr(config, "num_key_value_heads", None) or expected
@@ -150,21 +151,22 @@ def check_all_heads(config: Any, reader: str, queries: int, keys: int | None = N
         return
     have = f"{queries} of {expected} attention heads" if queries != expected else f"{keys} of {expected_keys} key heads"
     raise ValueError(
-        f"{reader} reads {have}: tensor parallelism splits them over the ranks (tp_plan, DeepSpeed AutoTP), and each "
-        "rank would keep other visual tokens. Shard the model with FSDP or ZeRO instead (load it without tp_plan), or "
-        "use a method that reads no attention of the decoder: prumerge, divprune, cdpruner, uniform, random or pool"
+        f"{reader} sees only {have}: tensor parallelism (tp_plan, DeepSpeed AutoTP) splits heads over the ranks, so "
+        "each rank would keep different visual tokens. Shard the model with FSDP or ZeRO instead (load it without "
+        "tp_plan), or use a method that does not need attention of the decoder: prumerge, divprune, cdpruner, "
+        "uniform, random or pool"
     )
 
 
 def check_whole_stream(hidden: Tensor, expected: int, layer: int) -> None:
-    """Refuse layers that return only part of the ``expected`` tokens on each rank (sequence parallelism).
+    """Raise if a layer returns fewer than the ``expected`` tokens (sequence parallelism).
 
     Raises:
-        ValueError: ``hidden`` [1, T, C] has another length.
+        ValueError: ``hidden`` [1, T, C] has a different length.
     """
     if hidden.shape[1] != expected:
         raise ValueError(
-            f"decoder layer {layer} returned {hidden.shape[1]} tokens for {expected}: a pruned model needs all tokens "
+            f"decoder layer {layer} returned {hidden.shape[1]} tokens, not {expected}: a pruned model needs all tokens "
             "of a sample on each rank, so sequence and context parallelism do not work; shard the model with FSDP or "
             "ZeRO"
         )

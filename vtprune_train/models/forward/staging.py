@@ -1,4 +1,4 @@
-"""What a call over padded rows adds to the packed stream: its positions, and how its tokens join the cache.
+"""Positions and cache layout for padded-row calls.
 
 Shape suffixes: B rows, L padded length, T tokens of the packed stream.
 """
@@ -28,7 +28,7 @@ def plan_staging(
     device: torch.device,
     three_parts: bool = False,
 ) -> Staging:
-    """Positions of every stage, and how its tokens join the cache."""
+    """Compute the positions of every stage and how its tokens are appended to the cache."""
     if cache is None:
         staging = Staging(to_device(tuple(stage.position_ids for stage in plan.stages), device))
         return replace(staging, replanned=lambda other: plan_staging(other, method, num_rows, None, device))
@@ -37,9 +37,9 @@ def plan_staging(
 
 @dataclass(frozen=True)
 class Before:
-    """The cache as a call finds it: for each layer, each row's tokens and next position, and the columns; ``columns``
-    as the caller counts them; ``three_parts`` if the family gives positions of three parts; ``has_images``, 1 for each
-    row that has had an image."""
+    """Cache state at the start of a call: per layer, each row's token count, next position and number of columns;
+    ``columns``, the length as seen by the caller; ``three_parts``, whether the family uses M-RoPE; ``has_images``, 1
+    for rows that already had an image."""
 
     tokens: list[list[int]]
     next_positions: list[list[int]]
@@ -76,8 +76,8 @@ def _staging(
             if known and before.widths[layer] == before.widths[layer - 1]:
                 joins.append(joins[-1])
             else:
-                own = before.tokens[layer]
-                joins.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
+                cached_tokens = before.tokens[layer]
+                joins.append(StageCache.of(stage.segment_lengths, cached_tokens, before.widths[layer]))
     keys: list[StageCache] = []
     boundaries: list[Boundary] = []
     layouts: dict[int, Boundary] = {}
@@ -100,10 +100,10 @@ def _ranked_among_cached(
     keys, boundaries = [], []
     for stage, boundary in zip(plan.stages[:-1], plan.boundaries, strict=True):
         part = method.parts[boundary.drop.owner]
-        layer = boundary.layer if part.rank_with == "next_layer" else max(0, stage.end_layer - 1)
-        own = before.tokens[layer]
-        keys.append(StageCache.of(stage.segment_lengths, own, before.widths[layer]))
-        boundaries.append(_behind_cached(boundary, stage, own) if part.rotary else boundary)
+        layer = boundary.layer if part.needs.rank_with == "next_layer" else max(0, stage.end_layer - 1)
+        cached_tokens = before.tokens[layer]
+        keys.append(StageCache.of(stage.segment_lengths, cached_tokens, before.widths[layer]))
+        boundaries.append(_behind_cached(boundary, stage, cached_tokens) if part.needs.rotary else boundary)
     return keys, boundaries
 
 
@@ -118,19 +118,20 @@ def _layouts_among_cached(plan: StreamPlan, before: Before) -> dict[int, Boundar
 
 
 def _positions(plan: StreamPlan, before: Before) -> tuple[Tensor, ...]:
-    """Each stage's tokens counted on from the cached ones; three-part positions are set in the first by the family."""
+    """Positions of each stage, continuing after the cached tokens; M-RoPE positions are set by the family in the first
+    stage."""
     positions = []
     for index, stage in enumerate(plan.stages):
         count_tokens = before.three_parts and index == 0
-        own = (before.tokens if count_tokens else before.next_positions)[stage.first_layer]
-        shift = torch.from_numpy(np.repeat(own, stage.segment_lengths))
+        offsets = (before.tokens if count_tokens else before.next_positions)[stage.first_layer]
+        shift = torch.from_numpy(np.repeat(offsets, stage.segment_lengths))
         positions.append(stage.position_ids + shift)
     return tuple(positions)
 
 
 def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, before: Before, length: int) -> None:
-    """After a call of ``length`` columns: the next position of every layer, which rows have had images, the method and
-    the caller's columns. ``before`` is the cache as the call found it."""
+    """Update the cache after a call of ``length`` columns: next positions per layer, rows with images, method, and
+    caller-visible length. ``before`` is the cache state at the start of the call."""
     layers: list[StagedLayer] = cache.layers  # type: ignore[assignment]
     known = layers[0].ahead
     following, rows = np.array(before.tokens[0]) + plan.stages[0].segment_lengths, []
@@ -155,9 +156,9 @@ def settle(cache: DynamicCache, plan: StreamPlan, method: PruningMethod | None, 
 
 
 def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Boundary:
-    """``boundary`` with its rows counted among [cached and new keys], row of the batch after row."""
+    """Return ``boundary`` with row indices relative to the concatenated cached and new keys, batch row by batch row."""
     starts = np.cumsum([0, *stage.segment_lengths])
-    above = np.cumsum([0, *cached])  # cached keys of the rows of the batch above each
+    above = np.cumsum([0, *cached])  # number of cached keys of the preceding batch rows
     query_rows, in_scored = boundary.query_rows.clone(), boundary.visual_in_scored.clone()
     segments, cached_so_far, scored_end = [], 0, 0
     for segment in boundary.segments:
@@ -169,11 +170,11 @@ def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Bound
             )
         )  # fmt: skip
         query_rows[segment.query_start : segment.query_end] += int(above[row + 1])
-        own = (boundary.visual_in_scored >= scored_end) & (
+        in_segment = (boundary.visual_in_scored >= scored_end) & (
             boundary.visual_in_scored < scored_end + segment.end - segment.start
         )
         cached_so_far += cached[row]
-        in_scored[own] += cached_so_far
+        in_scored[in_segment] += cached_so_far
         scored_end += segment.end - segment.start
     return dataclasses.replace(boundary, query_rows=query_rows, visual_in_scored=in_scored, segments=tuple(segments))
 
@@ -181,9 +182,8 @@ def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Bound
 def use_three_parts(
     staging: Staging, call: Call, position_ids: Tensor | None, token_rows: Tensor, cache: DynamicCache | None
 ) -> None:
-    """Put [3, T] positions into the first stage, and how far they lead the tokens' number into the cache.
-
-    They come from the family (counting this call), or from the caller (as ``generate`` passes them), or count tokens.
+    """Set [3, T] M-RoPE positions in the first stage and store their offset from the token count in the cache. They
+    come from the family, from the caller (as in ``generate``), or default to token indices.
     """
     counted = staging.positions[0]
     first: StagedLayer | None = None if cache is None else cache.layers[0]  # type: ignore[assignment]
@@ -195,11 +195,11 @@ def use_three_parts(
         if first is not None and continues:
             positions = positions + first.next_positions()[row]
     elif position_ids is not None and (not continues or call.image_lengths):
-        # Of one part for all three, or of one row for all, as transformers takes them.
+        # Broadcast a single component or a single row, as transformers does.
         position_ids = position_ids.expand(3 if position_ids.ndim == 2 else -1, num_rows, -1)
         positions = position_ids[-3:].flatten(1, 2).index_select(1, token_rows)
         if call.prompt_width is not None:
-            # What generate appends follows the last column, which is padding in rows padded on the right.
+            # generate appends after the last column, which is padding in right-padded rows.
             generated = token_rows % position_ids.shape[-1] >= call.prompt_width
             ahead = _lead(positions.masked_fill(generated, 0), counted.masked_fill(generated, 0), row, num_rows)
             positions = torch.where(generated, counted + ahead[row], positions)
@@ -212,7 +212,7 @@ def use_three_parts(
 
 
 def _lead(positions: Tensor, counted: Tensor, row: Tensor, num_rows: int) -> Tensor:
-    """[B]: how far each row's highest position lies ahead of its last token's number."""
+    """[B]: difference between each row's maximum position and its last token index (rope delta)."""
     zeros = counted.new_zeros(num_rows)
     highest = zeros.scatter_reduce(0, row, positions.amax(dim=0), "amax")
     return highest - zeros.scatter_reduce(0, row, counted, "amax")

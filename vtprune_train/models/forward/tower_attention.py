@@ -1,10 +1,10 @@
-"""Attention of vision towers that take images of any size: one variable-length call a layer, lengths from the host.
+"""Attention for native-resolution vision towers: one varlen call per layer, with lengths from the host.
 
-Left to themselves, Qwen's towers read the bounds of frames and windows back from the device in every layer and call
-SDPA once a segment. Where the name of the attention contains "flash", transformers makes one call with the bounds
-instead; the decoder's kernels are registered here under such names, without a causal mask. The lengths that they need
-on the host come from the image grids and reach every layer as the keyword ``segments``, so that neither the forward
-pass, nor the backward pass, nor a recomputed layer waits for the device.
+By default, Qwen's vision towers copy the segment boundaries from the device in every layer and call SDPA once per
+segment. If the name of the attention contains "flash", transformers makes a single varlen call instead; the decoder's
+kernels are registered here under such names, without a causal mask. The lengths on the host are computed from the image
+grids and passed to every layer as the keyword ``segments``, so neither the forward pass, nor the backward pass, nor a
+recomputed layer waits for the device.
 
 Shape suffixes: N patches of all images, H heads, D head size.
 """
@@ -29,26 +29,26 @@ from vtprune_train.models.forward.rotary import full_frequencies
 
 TOWER_PREFIX = "packed_flash_tower_"  # "flash" is what transformers looks for
 _CONFIG = "_vtprune_config"
-_DENSE = "_vtprune_dense"  # on our config of a tower: its own attention
+_DENSE = "_vtprune_dense"  # attribute on the copied tower config: the original attention implementation
 
 
 def towers(module: nn.Module) -> dict[str, HFModule]:
-    """The tower at ``module``, or those that PEFT keeps there (the original, and a copy for each adapter that trains
-    it whole), by their names within it."""
+    """Return the vision tower at ``module`` by name or, if PEFT wraps it (modules_to_save), the original and each
+    adapter's copy."""
     return {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
 
 
 def replace_config(tower: HFModule, backend: str) -> None:
-    """Give the tower's modules a config that names ``backend``. The model's own config stays what it is, as a model
-    made from a copy of it would look for a kernel of that name."""
-    theirs = tower.config
-    ours = copy.copy(theirs)
-    ours._attn_implementation = TOWER_PREFIX + backend
-    setattr(ours, _DENSE, theirs._attn_implementation)
+    """Give the tower's modules a copy of the config that selects ``backend``. The model's config is not changed,
+    because another model created from it would not know that kernel."""
+    original = tower.config
+    replaced = copy.copy(original)
+    replaced._attn_implementation = TOWER_PREFIX + backend
+    setattr(replaced, _DENSE, original._attn_implementation)
     for module in tower.modules():
-        if module.__dict__.get("config") is theirs:
-            module.__dict__[_CONFIG] = theirs
-            module.config = ours
+        if module.__dict__.get("config") is original:
+            module.__dict__[_CONFIG] = original
+            module.config = replaced
 
 
 def restore_config(module: nn.Module) -> None:
@@ -58,25 +58,25 @@ def restore_config(module: nn.Module) -> None:
 
 
 class Segments:
-    """Lengths of the tower's attention segments: its frames, and its windows where it has windowed layers. A class of
-    its own, so that torch.compile does not look inside."""
+    """Segment lengths for the tower's attention: frames and, for windowed layers, windows. A separate class so that
+    torch.compile treats it as opaque."""
 
     def __init__(self, *splits: tuple[int, ...]):
         self._by_number = {len(lengths): lengths for lengths in splits}
 
     def within(self, cu_seqlens: Tensor) -> tuple[int, ...]:
-        """Lengths of the segments that ``cu_seqlens`` [segments + 1] bounds, identified by their count: where there are
-        as many windows as frames, each frame is one window.
+        """Return the lengths matching ``cu_seqlens`` [segments + 1], identified by the number of segments (if there are
+        as many windows as frames, each frame is one window).
 
         Raises:
-            ValueError: neither frames nor windows are that many.
+            ValueError: the number matches neither frames nor windows.
         """
         number = len(cu_seqlens) - 1
         if number not in self._by_number:
             expected = " or ".join(str(known) for known in self._by_number)
             raise ValueError(
-                f"cu_seqlens of the vision tower bounds {number} segments, but the image grids make {expected}; leave "
-                "cu_seqlens to the model"
+                f"the vision tower's cu_seqlens has {number} segments, but the image grids imply {expected}; do not "
+                "pass cu_seqlens"
             )
         return self._by_number[number]
 
@@ -88,10 +88,10 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
 
 
 def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the forward of a Qwen tower takes, with everything that it would compute from the grids on the device.
+    """Complete the inputs of a Qwen tower with everything that it would otherwise compute from the grids on the device.
 
-    ``grid_thw`` [images, 3] on the device costs one read. Keywords of
-    :func:`~vtprune_train.models.families.qwen.tower_inputs` that are there are kept."""
+    If ``grid_thw`` [images, 3] is on the device, this synchronizes once. Existing keywords of
+    :func:`~vtprune_train.models.families.qwen.tower_inputs` are kept."""
     grid_thw = inputs["grid_thw"].cpu()
     grids = tuple(tuple(grid) for grid in grid_thw.tolist())
     shape = TowerShape.of(tower)
@@ -116,8 +116,7 @@ def _segments(shape: TowerShape, grids: PatchGrids) -> Segments:
 def _dense_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Any]:
-    """What transformers does under the tower's own attention: one call with the bounds if that is a flash one, else a
-    call for each segment."""
+    """Original transformers behaviour: one varlen call with flash attention, otherwise one call per segment."""
     implementation = getattr(module.config, _DENSE)
     function = dense_function(module, implementation)
     if "flash" in implementation:
@@ -130,7 +129,7 @@ def _dense_attention(
 
 
 def _register(backend: str, function: Callable[..., Tensor]) -> None:
-    @torch.compiler.disable  # lengths change with every batch; a compiled layer runs its graphs around this call
+    @torch.compiler.disable  # lengths change every batch, so compiled layers break the graph here
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -143,11 +142,11 @@ def _register(backend: str, function: Callable[..., Tensor]) -> None:
         is_causal: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """query, key and value [1, H, N, D] -> [1, N, H, D]; each patch sees its own segment. Without ``segments`` it
-        is a pass of the dense model."""
+        """query, key and value [1, H, N, D] -> [1, N, H, D]; each patch attends within its segment. If ``segments`` is
+        missing, run the dense model's attention."""
         if segments is None:
             return _dense_attention(module, query, key, value, cu_seq_lens_q, is_causal=is_causal, **kwargs)
-        assert attention_mask is None and not is_causal, "a tower's segments have no mask"
+        assert attention_mask is None and not is_causal, "attention of the vision tower does not take a mask"
         q_NHD, k_NHD, v_NHD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         lengths = segments.within(cu_seq_lens_q)
         out_NHD = function(

@@ -1,9 +1,6 @@
-"""CDPruner (arXiv 2506.10967): visual tokens that fit the instruction and differ from each other."""
+"""CDPruner (arXiv 2506.10967): keeps visual tokens that are relevant to the instruction and diverse."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,49 +12,49 @@ from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.ops.diversity import determinantal
 from vtprune_train.pruning.setting_types import Share
 
-LEAST = 1e-6  # relevance of the least relevant token: none is ruled out
+LEAST = 1e-6  # lower bound on relevance, so that no token is excluded outright
 
 
 def relevance(hidden_VC: Tensor, instruction_QC: Tensor, boundary: Boundary) -> Tensor:
-    """[V] float32 in (0, 1]: cosine of each token with the mean of its sample's instruction embeddings, each of unit
-    length, stretched over each image from its least to its most relevant token.
+    """[V] float32 in (0, 1]: cosine similarity between each token and the mean of its sample's unit-normalized
+    instruction embeddings, min-max normalized per image.
 
-    Source: CDPruner (arXiv 2506.10967), section on conditional diversity; the embedding is the decoder's own.
+    Source: CDPruner (arXiv 2506.10967), section on conditional diversity; the embeddings are the decoder's input
+    embeddings.
 
     Args:
         hidden_VC: candidates, any float dtype.
-        instruction_QC: rows of ``boundary.query_rows``.
-        boundary: names segments and spans.
+        instruction_QC: hidden states of ``boundary.query_rows``.
+        boundary: provides the segments and spans.
     """
     parts, start = [hidden_VC.new_zeros(0, dtype=torch.float32)], 0
-    asked = dict(zip(sorted({span.segment for span in boundary.spans}), boundary.segments, strict=True))
+    segment_of = dict(zip(sorted({span.segment for span in boundary.spans}), boundary.segments, strict=True))
     for span in boundary.spans:
-        rows = slice(asked[span.segment].query_start, asked[span.segment].query_end)
-        wanted_C = F.normalize(instruction_QC[rows].float(), dim=-1).mean(dim=0)
-        own_NC = hidden_VC[start : start + span.before].float()
+        rows = slice(segment_of[span.segment].query_start, segment_of[span.segment].query_end)
+        instruction_C = F.normalize(instruction_QC[rows].float(), dim=-1).mean(dim=0)
+        hidden_NC = hidden_VC[start : start + span.before].float()
         start += span.before
         if not span.before:
             continue
-        cosine_N = (F.normalize(own_NC, dim=-1) * F.normalize(wanted_C, dim=0)).sum(dim=-1)
+        cosine_N = (F.normalize(hidden_NC, dim=-1) * F.normalize(instruction_C, dim=0)).sum(dim=-1)
         low, high = cosine_N.amin(), cosine_N.amax()
         parts.append((cosine_N - low + LEAST) / (high - low + LEAST))
     return torch.cat(parts)
 
 
-@dataclass(frozen=True)
 class CDPruner(OneShare):
-    """Each image keeps ``floor(keep * n)`` tokens: those that a determinantal point process, conditioned on the
-    instruction, finds most likely together (greedily).
+    """Keep floor(keep * n) of each image's n tokens: the greedy MAP subset of a determinantal point process conditioned
+    on the instruction.
 
     Args:
-        keep: share of tokens that stay, in (0, 1]; published from 192 down to 64 of 576.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        keep: keep ratio, in (0, 1]; published from 192 down to 64 of 576.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share = 64 / 576
 
-    name: ClassVar[str] = "cdpruner"
-    paper: ClassVar[str] = (
+    name = "cdpruner"
+    paper = (
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (arXiv 2506.10967)"
     )
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 
 from vtprune_train.core.stream import Boundary
@@ -14,22 +11,19 @@ from vtprune_train.pruning.ops.diversity import max_min_diverse
 from vtprune_train.pruning.setting_types import Share
 
 
-@dataclass(frozen=True)
 class DivPrune(OneShare):
-    """Each image keeps ``floor(keep * n)`` tokens, chosen one after the other so that the smallest cosine distance
-    between two of them stays large. Neither the question nor the vision tower's attention is asked.
+    """Each image keeps ``floor(keep * n)`` tokens, chosen greedily to maximize the minimum pairwise cosine distance.
+    Uses neither the question nor the vision tower's attention.
 
     Args:
-        keep: share of tokens that stay, in (0, 1]; published down to 0.098.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        keep: keep ratio, in (0, 1]; published down to 0.098.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share = 0.098
 
-    name: ClassVar[str] = "divprune"
-    paper: ClassVar[str] = (
-        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175)"
-    )
+    name = "divprune"
+    paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175)"
 
     def choose(self, candidates: Candidates) -> Selection:
         spans = candidates.boundary.spans

@@ -1,11 +1,10 @@
-"""FEATHER (arXiv 2412.13180): an early drop ranked without rotary embedding over a uniform floor, and a later, harder
-one."""
+"""FEATHER (arXiv 2412.13180): an early drop that keeps a uniform grid plus the tokens ranked highest without rotary
+embedding, then a later, more aggressive drop."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop, SpanLayout
-from vtprune_train.pruning.base import Positions, PruningMethod, RankWith
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
-from vtprune_train.pruning.ops.grids import rasters_of, spread, strided_cells
+from vtprune_train.pruning.needs import Needs, Positions, RankWith
+from vtprune_train.pruning.ops.grids import grids_of, spread, strided_cells
 from vtprune_train.pruning.ops.scoring import visual_query_attention
 from vtprune_train.pruning.ops.selection import picked_on_host, top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
@@ -23,21 +23,22 @@ from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_
 
 
 class Floored(Drop):
-    """A drop that keeps an even grid whatever the ranking says."""
+    """A drop that always keeps a uniform grid, regardless of the ranking."""
 
 
-@dataclass(frozen=True)
 class Feather(PruningMethod):
     """Before ``layers[0]`` each image keeps every ``stride``-th token of every ``stride``-th row and the best of the
-    rest, ``floor(keep[0] * n)`` in all; before ``layers[1]`` the ``floor(keep[1] * n)`` best, grid or not.
+    rest, ``floor(keep[0] * n)`` in all; before ``layers[1]`` it keeps the top ``floor(keep[1] * n)`` tokens, whether or
+    not they are on the grid.
 
     Args:
         layers: two decoder layers, counted from 0. ``None``: 8 and 16 of 32, scaled to the depth.
-        keep: shares of each image's original tokens. Published: the best 30 % and the grid, then 9 % of what is left;
-            a grid of stride 3 and a ranking that knows nothing of it overlap by a ninth, which makes 0.378 and 0.034.
-        stride: of the grid.
-        rank_with: ``this_layer``, the last layer of the stage that ends (published; free), or ``next_layer``.
-        positions: ``keep`` leaves the kept tokens where they were (published); ``renumber`` numbers them 0, 1, ...
+        keep: keep ratios relative to each image's original tokens. The paper keeps the top 30 % plus the grid, then 9 %
+            of the remaining tokens; since a stride-3 grid overlaps the top tokens by about 1/9, that is 0.378 and 0.034
+            here.
+        stride: grid stride.
+        rank_with: ``this_layer``, the last layer before the drop (as published; no extra cost), or ``next_layer``.
+        positions: ``keep`` keeps the positions of the kept tokens (published); ``renumber`` numbers them 0, 1, ...
     """
 
     layers: tuple[int, int] | None = None
@@ -46,15 +47,18 @@ class Feather(PruningMethod):
     rank_with: RankWith = "this_layer"
     positions: Positions = "keep"
 
-    name: ClassVar[str] = "feather"
-    paper: ClassVar[str] = (
+    name = "feather"
+    paper = (
         "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration (arXiv "
         "2412.13180)"
     )
-    rotary: ClassVar[bool] = False  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         check_schedule(self.layers, self.keep)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rank_with=self.rank_with, positions=self.positions, rotary=False)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is None:
@@ -76,12 +80,13 @@ class Feather(PruningMethod):
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
     def _floor(self, span: SpanLayout) -> np.ndarray:
-        """Places of the grid; evenly thinned where more than the image keeps."""
-        grid = strided_cells(rasters_of(span), self.stride)
+        """Grid indices, evenly thinned if there are more than the image keeps."""
+        grid = strided_cells(grids_of(span), self.stride)
         return grid if len(grid) <= span.after else grid[spread(span.after, len(grid))]
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """Scales ``keep``; where the layers before the first drop leave too little of ``share``, both come earlier."""
+        """Scale ``keep``; if the layers before the first drop already use too much of the budget, move both drops
+        earlier."""
         return first_that_fits(self._earlier(num_layers), share, num_layers)
 
     def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:

@@ -1,18 +1,19 @@
-"""LVLM_CSP (arXiv 2504.10854): a few tokens first, then all of them, then the best."""
+"""LVLM_CSP (arXiv 2504.10854): clustering (few tokens), scattering (all tokens), pruning (best tokens)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import PruningMethod, RankWith
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.ops.scoring import mean_query_attention
 from vtprune_train.pruning.ops.selection import all_candidates, picked_on_host, top_k_per_span
 from vtprune_train.pruning.schedules.budget import first_that_fits
@@ -21,47 +22,49 @@ from vtprune_train.pruning.setting_types import Share
 
 
 def representatives(length: int, count: int) -> np.ndarray:
-    """[count] int64: every ``floor(length / count)``-th token, the paper's uniform clusters."""
+    """[count] int64, indices of every ``floor(length / count)``-th token (uniform clusters, as in the paper)."""
     return np.arange(count) * (length // max(count, 1))
 
 
 def clusters(length: int, count: int) -> np.ndarray:
-    """[length] int64, the token that represents each: the last one at or before it."""
-    own = representatives(length, count)
-    return own[np.searchsorted(own, np.arange(length), side="right") - 1]
+    """[length] int64, each token's representative: the nearest representative at or before it."""
+    firsts = representatives(length, count)
+    return firsts[np.searchsorted(firsts, np.arange(length), side="right") - 1]
 
 
-@dataclass(frozen=True)
 class LVLMCSP(PruningMethod):
-    """Clustering, scattering, pruning: up to layer ``layers[0]`` one token of each cluster stands for the others; then
-    all tokens are there; from layer ``layers[1]`` on only those with the most attention.
+    """Clustering, scattering, pruning: until layer ``layers[0]`` one token represents each cluster; then all tokens are
+    restored; from layer ``layers[1]`` on only the most attended tokens remain.
 
     Args:
-        layers: before which all return, and before which they are pruned; counted from 0; the second may be the
-            depth, for no pruning. ``None``: 12 and 20 of 32, scaled to the depth (ours: the paper's are not known to
-            us).
-        keep: clusters, and tokens left in the end, as shares of each image's tokens; at least one stays (ours: with
-            these layers 65 % fewer tokens enter a layer, the reduction that the paper reports).
-        scatter: ``own``, tokens return as they were; ``cluster`` (ours), each with what its representative has
-            become added.
+        layers: two layer indices: tokens are restored before the first and pruned before the second; set the second to
+            num_layers to disable pruning. ``None``: 12 and 20 of 32, scaled to the depth (our choice; we could not find
+            the paper's values).
+        keep: number of clusters and number of finally kept tokens, as fractions of each image's tokens (at least one is
+            kept). Defaults are ours: with the default layers they give the 65 % reduction reported in the paper.
+        scatter: ``own`` restores tokens unchanged; ``cluster`` (ours) also adds the change of the token's
+            representative to each.
     """
 
     layers: tuple[int, int] | None = None
     keep: tuple[Share, Share] = (0.16, 0.1)
     scatter: Literal["own", "cluster"] = "own"
 
-    name: ClassVar[str] = "lvlm_csp"
-    paper: ClassVar[str] = (
+    name = "lvlm_csp"
+    paper = (
         "LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering, and Pruning for "
         "Reasoning Segmentation (arXiv 2504.10854)"
     )
-    where: ClassVar[str] = "before the decoder and between layers; all return"
-    trains: ClassVar[str] = "yes (published for inference)"
-    rank_with: ClassVar[RankWith] = "next_layer"  # type: ignore[misc]
+    where = "before the decoder and between layers; all tokens return in between"
+    trains = "yes (published for inference)"
 
     def __post_init__(self) -> None:
         if self.layers is not None and not 1 <= self.layers[0] < self.layers[1]:
-            raise ValueError(f"layers={list(self.layers)} are not two increasing layers from 1 on")
+            raise ValueError(f"layers={list(self.layers)} must be two increasing layers, from 1 on")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rank_with="next_layer")
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         back, prune = scaled_layers((12, 20), 32, num_layers)
@@ -74,12 +77,12 @@ class LVLMCSP(PruningMethod):
                     f"layers={list(self.layers)}: in a decoder of {num_layers} layers the tokens would never {never}; "
                     f"use layers below {num_layers}"
                 )
-        found = (
+        drops = (
             AtLeastOne(0, self.keep[0], ranked=False),
             Drop(back, 1.0, returns=True, ranked=False),
             AtLeastOne(prune, self.keep[1]),
         )
-        return found if prune < num_layers else found[:2]
+        return drops if prune < num_layers else drops[:2]
 
     def choose(self, candidates: Candidates) -> Selection:
         boundary = candidates.boundary
@@ -93,15 +96,15 @@ class LVLMCSP(PruningMethod):
         return Selection(top_k_per_span(scores, boundary.span_of_visual, boundary.take))
 
     def _scattered(self, candidates: Candidates) -> Selection:
-        everyone = all_candidates(candidates.boundary)
+        all_tokens = all_candidates(candidates.boundary)
         if self.scatter == "own":
-            return Selection(everyone)
-        moved: Tensor = candidates.hidden - candidates.before  # 0 but for the representatives
+            return Selection(all_tokens)
+        moved: Tensor = candidates.hidden - candidates.before  # zero except for the representatives
         values = candidates.before + moved.index_select(0, candidates.memory["clusters"])
-        return Selection(everyone, everyone, values)
+        return Selection(all_tokens, all_tokens, values)
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """Scales ``keep``; where the layers that see all leave too little of ``share``, pruning comes earlier."""
+        """Scale ``keep``; if the layers that process all tokens use too much of the budget, move pruning earlier."""
         return first_that_fits(self._earlier(num_layers), share, num_layers)
 
     def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:

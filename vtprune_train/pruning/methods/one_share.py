@@ -1,50 +1,50 @@
-"""What methods share that drop once, by one share of each image's tokens."""
+"""Shared base classes of methods with a single drop and a single keep ratio."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 from pydantic import NonNegativeInt
 
 from vtprune_train.core.stream import Drop
-from vtprune_train.pruning.base import Positions, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
+from vtprune_train.pruning.needs import Needs, Positions
 from vtprune_train.pruning.schedules.stages import check_layer
 from vtprune_train.pruning.setting_types import Share
 
 
-@dataclass(frozen=True)
 class OneShare(PruningMethod):
     """Each image keeps ``floor(keep * n)`` tokens before the decoder.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
-        positions: ``renumber`` numbers the kept tokens 0, 1, ...; ``keep`` leaves them where they were.
+        keep: keep ratio, in (0, 1].
+        positions: ``renumber`` numbers the kept tokens 0, 1, ...; ``keep`` keeps their positions.
     """
 
     keep: Share = 0.5
     positions: Positions = "renumber"
 
-    where: ClassVar[str] = "before the decoder"
+    where = "before the decoder"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(positions=self.positions)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (Drop(0, self.keep),)
 
 
-@dataclass(frozen=True)
 class Baseline(OneShare):
-    """``random``, ``uniform`` and ``pool``: each image becomes ``floor(keep * n)`` tokens before layer ``layer``.
+    """Base of ``random``, ``uniform`` and ``pool``: reduce each image to floor(keep * n) tokens before layer ``layer``.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
-        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
-        layer: decoder layer before which the others go; 0: before the decoder.
+        keep: keep ratio, in (0, 1].
+        positions: ``keep`` keeps the positions of the kept tokens; ``renumber`` numbers them 0, 1, ...
+        layer: decoder layer before which tokens are dropped; 0 means before the decoder.
     """
 
     positions: Positions = "keep"
     layer: NonNegativeInt = 0
 
-    paper: ClassVar[str] = "baseline"
+    paper = "baseline"
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         check_layer("layer", self.layer, num_layers)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -12,22 +12,23 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary
-from vtprune_train.pruning.base import MultiTurn, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Ranking
+from vtprune_train.pruning.needs import MultiTurn, Needs
 from vtprune_train.pruning.ops.per_head import judged_attention, keep_best, of_visual, span_sizes
 from vtprune_train.pruning.schedules.budget import bisected
 from vtprune_train.pruning.schedules.stages import scaled_layers
 
 
 def vision_attention(ranking: Ranking, boundary: Boundary) -> tuple[Tensor, Tensor, Tensor]:
-    """What a layer's heads think of the visual tokens, and what the layer thinks of vision.
+    """Per-head attention to each visual token, and the layer's overall attention to vision.
 
-    An image is judged by the first query row that follows it: in a prompt its last token.
+    An image is scored with the first query row after it; in a prompt, that is the last prompt token.
 
     Returns:
         [G, V] float32, the attention of each visual token, averaged over the query heads of each key-value head;
-        [V] int64, which query row judged it; [Q] float32, gamma: each query row's attention to all the visual tokens
-        that it judges, summed, and averaged over heads.
+        [V] int64, index of the query row used for each token; [Q] float32 gamma, each query row's total attention to
+        the visual tokens it scores, averaged over heads.
     """
     scores, judges = [], []
     for segment, (weights_GQL, judge_L) in zip(boundary.segments, judged_attention(ranking, boundary), strict=True):
@@ -38,20 +39,19 @@ def vision_attention(ranking: Ranking, boundary: Boundary) -> tuple[Tensor, Tens
     return scores_GV, judge_V, gamma_Q
 
 
-@dataclass(frozen=True)
 class PLPHP(PruningMethod):
-    """Prune the key-value cache after the prefill: each layer at a rate by how much it attends to vision, each head by
-    its own attention. The prefill itself sees everything and is not faster.
+    """Prune the KV cache after prefill: the rate of each layer depends on how much it attends to vision, and each head
+    keeps the keys it attends to most. Prefill uses all tokens and is not faster.
 
     Args:
-        keep: the rate r of a layer between the two classes: each head keeps ``floor(r * n)`` of an image's n tokens
-            (exactly, see :mod:`vtprune_train.core.rounding`).
+        keep: keep ratio r of layers that are neither attentive nor indifferent: each head keeps ``floor(r * n)`` of an
+            image's n tokens (exactly, see :mod:`vtprune_train.core.rounding`).
         delta: a vision-attentive layer keeps ``keep + delta``, a vision-indifferent one ``keep - delta``.
-        alpha: a layer is vision-attentive from this share of attention on.
+        alpha: a layer is vision-attentive if its attention to vision is at least alpha.
         beta: a layer is vision-indifferent below this share of attention.
-        untouched: first layers that keep everything; ``None``: two of 32 layers, scaled to the depth, at least one.
-        multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, what each head kept of them;
-            ``keep_dense``, all of them, judged again by that turn's question.
+        untouched: number of initial layers that are not pruned; ``None``: two of 32, scaled to the depth, at least one.
+        multi_turn: the tokens of earlier images that a later turn sees: ``drop``, only those that each head kept;
+            ``keep_dense``, all of them, ranked again by the new question.
     """
 
     keep: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -61,12 +61,12 @@ class PLPHP(PruningMethod):
     untouched: NonNegativeInt | None = None
     multi_turn: MultiTurn = "drop"
 
-    name: ClassVar[str] = "plphp"
-    paper: ClassVar[str] = (
+    name = "plphp"
+    paper = (
         "PLPHP: Per-Layer Per-Head Vision Token Pruning for Efficient Large Vision-Language Models (arXiv 2502.14504)"
     )
-    where: ClassVar[str] = "key-value cache"
-    trains: ClassVar[str] = "as a mask for each head, for consistency; saves no FLOPs"
+    where = "key-value cache"
+    trains = "yes, as a mask for each head, consistent with inference; saves no FLOPs"
 
     def __post_init__(self) -> None:
         within = 0.0 <= self.delta <= self.keep
@@ -81,11 +81,16 @@ class PLPHP(PruningMethod):
                 "from alpha on"
             )
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(multi_turn=self.multi_turn)
+
     def key_layers(self, num_layers: int) -> tuple[int, ...]:
         first = scaled_layers((2,), 32, num_layers)[0] if self.untouched is None else self.untouched
         if first >= num_layers:
             raise ValueError(
-                f"untouched={first} leaves none of the {num_layers} layers to prune; use at most {num_layers - 1}"
+                f"untouched={first} leaves no layer to prune in a decoder of {num_layers} layers; use at most "
+                f"{num_layers - 1}"
             )
         return tuple(range(first, num_layers))
 
@@ -98,29 +103,30 @@ class PLPHP(PruningMethod):
         return keep_best(scores_GV, span_V, counts)
 
     def counts(self, gamma: Tensor, sizes: Tensor) -> Tensor:
-        """int64, how many of ``sizes`` tokens (int64) a head keeps in layers with the attention ``gamma`` to vision."""
+        """int64, number of tokens a head keeps for spans of ``sizes`` tokens, in a layer whose attention to vision is
+        ``gamma``."""
         keep, delta = as_fraction(self.keep), as_fraction(self.delta)
         low, middle, high = (floor_of(rate, sizes) for rate in (keep - delta, keep, min(keep + delta, Fraction(1))))
         return torch.where(gamma >= self.alpha, high, torch.where(gamma < self.beta, low, middle))
 
     def input_share(self, num_layers: int) -> float:
-        """Visual keys that decoding reads, if as many layers are attentive as are indifferent. All tokens enter all
-        layers."""
+        """Share of visual keys read during decoding, assuming as many attentive as indifferent layers. All tokens
+        enter every layer."""
         pruned = len(self.key_layers(num_layers))
         return (num_layers - pruned + pruned * self.keep) / num_layers
 
     def for_budget(self, share: float, num_layers: int) -> PLPHP:
-        """Scales ``keep``, and ``delta`` with it as far as rates stay within [0, 1].
+        """Scale ``keep``, and ``delta`` along with it as long as the rates stay in [0, 1].
 
         Raises:
-            ValueError: the untouched layers alone take more.
+            ValueError: the unpruned layers alone exceed the budget.
         """
 
         def scaled(keep: float) -> PLPHP:
             relative = self.delta / self.keep if self.keep else 0.0
             return replace(self, keep=keep, delta=min(keep * relative, keep, 1.0 - keep))
 
-        return bisected(scaled, 0.0, 1.0, share, num_layers)  # type: ignore[return-value]
+        return bisected(scaled, 0.0, 1.0, share, num_layers)
 
     def eased(self, start: float, progress: float) -> PLPHP:
         keep = start + (self.keep - start) * progress

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,16 +9,17 @@ from torch import Tensor
 from vtprune_train.core.stream import Boundary, to_device
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import Baseline
-from vtprune_train.pruning.ops.grids import image_blocks, rasters_of
+from vtprune_train.pruning.ops.grids import grids_of, image_blocks
 from vtprune_train.pruning.ops.selection import picked_on_host
 
 
 def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor:
-    """[K, C] in the type of ``hidden_VC``, averaged in float32 (or what is wider), in the same order in any batch.
+    """[K, C] in the dtype of ``hidden_VC``, accumulated in at least float32, with a summation order independent of the
+    batch.
 
     Args:
         hidden_VC: tokens.
-        members_M: [M] int64, the tokens of the first block, of the second, ...
+        members_M: [M] int64, token indices, block by block.
         sizes_K: [K] int64, tokens of each block, at least one.
     """
     wide = hidden_VC.to(torch.promote_types(hidden_VC.dtype, torch.float32)).index_select(0, members_M)
@@ -29,25 +27,24 @@ def block_means(hidden_VC: Tensor, members_M: Tensor, sizes_K: Tensor) -> Tensor
     return torch.segment_reduce(wide, "mean", lengths=sizes_K, axis=0, unsafe=True).to(hidden_VC.dtype)
 
 
-@dataclass(frozen=True)
 class Pool(Baseline):
-    """Each image becomes ``floor(keep * n)`` means over near-square blocks of its rasters, each at the place of its
-    block's middle token.
+    """Average-pool each image to floor(keep * n) tokens over near-square blocks; each pooled token takes the position
+    of its block's centre token.
 
     Args:
-        keep: tokens that come out for each that goes in, in (0, 1].
+        keep: ratio of output to input tokens, in (0, 1].
         layer: decoder layer before which they are averaged; 0: before the decoder.
         positions: ``keep`` gives a mean the position of its block's middle token; ``renumber`` numbers them 0, 1, ...
     """
 
-    name: ClassVar[str] = "pool"
-    trains: ClassVar[str] = "yes; gradients reach all tokens of a block"
+    name = "pool"
+    trains = "yes; gradients reach all tokens of a block"
 
     def choose(self, candidates: Candidates) -> Selection:
         boundary = candidates.boundary
-        chosen = picked_on_host(boundary, lambda span: image_blocks(rasters_of(span), span.after)[1])
+        chosen = picked_on_host(boundary, lambda span: image_blocks(grids_of(span), span.after)[1])
         if all(span.after == span.before for span in boundary.spans):
-            return Selection(chosen)  # every token is its own block
+            return Selection(chosen)  # one block per token
         members, sizes = to_device(_blocks(boundary), chosen.device)
         at = torch.arange(len(chosen), device=chosen.device)
         return Selection(chosen, at, block_means(candidates.hidden, members, sizes))
@@ -57,10 +54,10 @@ class Pool(Baseline):
 
 
 def _blocks(boundary: Boundary) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates of the first block, of the second, ..., over all images; and how many each has."""
+    """Candidate indices, block by block over all images, and the number of tokens of each block."""
     members, sizes, start = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
     for span in boundary.spans:
-        block = image_blocks(rasters_of(span), span.after)[0]
+        block = image_blocks(grids_of(span), span.after)[0]
         pooled = np.flatnonzero(block >= 0)
         members.append(start + pooled[np.argsort(block[pooled], kind="stable")])
         sizes.append(np.bincount(block[pooled], minlength=span.after))

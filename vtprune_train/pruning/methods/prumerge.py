@@ -1,12 +1,13 @@
-"""LLaVA-PruMerge (arXiv 2403.15388): outliers of the class token's attention stay, and the rest merge into them.
+"""LLaVA-PruMerge (arXiv 2403.15388): keeps tokens with outlier class-token attention and merges the other tokens into
+them.
 
 Shape suffixes: n tokens of an image, k those that stay, C hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from dataclasses import replace
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -15,30 +16,29 @@ from torch.nn.functional import normalize
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop, to_device
-from vtprune_train.pruning.base import Positions, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
+from vtprune_train.pruning.needs import Needs, Positions
 from vtprune_train.pruning.ops.grids import spread
 from vtprune_train.pruning.ops.significance import merged, signals_of, sizes_before
 from vtprune_train.pruning.schedules.budget import scaled_to_budget
 from vtprune_train.pruning.schedules.stages import AtLeastOne
 from vtprune_train.pruning.setting_types import Share
 
-EXPECTED = 1 / 14  # reported: about 14 times fewer tokens, on average over data sets
+EXPECTED = 1 / 14  # reported mean reduction over the datasets: about 14x
 FENCE = 1.5  # interquartile ranges above the third quartile
 
 
-@dataclass(frozen=True)
 class PruMerge(PruningMethod):
-    """Each image keeps the tokens whose attention from the class token is an outlier, however many those are, and each
-    other patch is averaged into the kept one whose key resembles its own most, weighted by attention.
+    """Keep the tokens whose class-token attention is an outlier (a variable number per image), and merge every other
+    patch into the kept token with the most similar key, as an attention-weighted average.
 
     Args:
-        keep: a share in (0, 1] of tokens to keep instead (floor, at least one), best first, spatial ones included;
-            ``None`` counts outliers.
-        spatial: so many tokens more for each outlier (floor of the product), spread evenly over the rest (PruMerge+:
-            3); 0 for none.
-        layer: layer of the vision tower; -1 is the last that the decoder's features come from.
-        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` leaves them where they were.
+        keep: fixed keep ratio in (0, 1] (floor, at least one token), including the spatial tokens; ``None`` keeps the
+            outliers instead.
+        spatial: number of additional, evenly spaced tokens per outlier (PruMerge+: 3); 0 disables them.
+        layer: layer of the vision tower; -1 is the layer whose output the projector receives.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 
     keep: Share | None = None
@@ -46,16 +46,14 @@ class PruMerge(PruningMethod):
     layer: int = -1
     positions: Positions = "renumber"
 
-    name: ClassVar[str] = "prumerge"
-    paper: ClassVar[str] = (
-        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv 2403.15388)"
-    )
-    where: ClassVar[str] = "before the decoder"
-    trains: ClassVar[str] = "yes; gradients reach merged tokens too"
+    name = "prumerge"
+    paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv 2403.15388)"
+    where = "before the decoder"
+    trains = "yes; gradients reach merged tokens too"
 
     @property
-    def encoder_layers(self) -> tuple[int, ...]:  # type: ignore[override]
-        return (self.layer,)
+    def needs(self) -> Needs:
+        return Needs(positions=self.positions, encoder_layers=(self.layer,))
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.keep is not None:
@@ -70,40 +68,40 @@ class PruMerge(PruningMethod):
         sizes = sizes_before(boundary)
         attention, keys = signals.attention[0].split(sizes), signals.keys.split(sizes)
         if self.keep is None and sizes:
-            found = torch.stack([outliers(own) for own in attention]).tolist()  # the one copy to the host
-            counts = [self._counted(outlying, n) for outlying, n in zip(found, sizes, strict=True)]
+            num_outliers = torch.stack([outliers(scores) for scores in attention]).tolist()  # the only copy to the host
+            counts = [self._counted(outlying, n) for outlying, n in zip(num_outliers, sizes, strict=True)]
         else:
             counts = [self._shared(span.after) for span in boundary.spans]
         empty = boundary.span_of_visual[:0]
         chosen, values, first = [empty], [candidates.hidden[:0]], 0
-        for own, score, key, count in zip(candidates.hidden.split(sizes), attention, keys, counts, strict=True):
+        for hidden, score, key, count in zip(candidates.hidden.split(sizes), attention, keys, counts, strict=True):
             kept = kept_tokens(score, *count)
             chosen.append(first + kept)
-            values.append(merged_into(own, score, key, kept))
-            first += len(own)
-        every = torch.cat(chosen)
+            values.append(merged_into(hidden, score, key, kept))
+            first += len(hidden)
+        all_kept = torch.cat(chosen)
         totals = torch.tensor([best + spatial for best, spatial in counts], dtype=torch.int64)
-        at = torch.arange(len(every), device=every.device)
-        return Selection(every, at, torch.cat(values), totals if self.keep is None else None)
+        at = torch.arange(len(all_kept), device=all_kept.device)
+        return Selection(all_kept, at, torch.cat(values), totals if self.keep is None else None)
 
     def _counted(self, outlying: int, tokens: int) -> tuple[int, int]:
-        """Tokens to keep by their attention, and spread evenly over the rest."""
+        """Return the number of tokens kept by attention and the number of evenly spaced ones."""
         best = min(max(1, outlying), tokens)
         return best, min(tokens - best, floor_of(self.spatial, best))
 
     def _shared(self, count: int) -> tuple[int, int]:
-        """As :meth:`_counted`, ``count`` together."""
-        best = min(count, max(1, round(count / (1 + as_fraction(self.spatial)))))  # a half to the even number
+        """Like :meth:`_counted`, but the two numbers add up to ``count``."""
+        best = min(count, max(1, round(count / (1 + as_fraction(self.spatial)))))  # round half to even
         return best, count - best
 
     def selector_flops(self, hidden: int, boundary: Boundary) -> float:
-        # similarities and means; keys are taken to be as wide as the decoder
+        # similarities and means; assumes keys have the decoder's hidden size
         return sum(4.0 * hidden * span.after * (span.before - span.after) for span in boundary.spans)
 
 
 def outliers(attention_n: Tensor) -> Tensor:
-    """[] int64: tokens above the third quartile by more than :data:`FENCE` interquartile ranges. NaN (no patch) neither
-    counts nor is counted; quartiles are interpolated linearly, as in numpy."""
+    """[] int64: tokens above the third quartile by more than :data:`FENCE` interquartile ranges. NaN values (non-patch
+    tokens) are ignored; quartiles use linear interpolation, as in numpy."""
     if not len(attention_n):
         return torch.zeros((), dtype=torch.int64, device=attention_n.device)
     first, third = (torch.nanquantile(attention_n, quartile) for quartile in (0.25, 0.75))
@@ -111,8 +109,8 @@ def outliers(attention_n: Tensor) -> Tensor:
 
 
 def kept_tokens(attention_n: Tensor, best: int, spatial: int) -> Tensor:
-    """[best + spatial] int64 ascending: the ``best`` by attention (of equals the earlier; tokens that are no patch come
-    last), and ``spatial`` more, spread evenly over the others in their order."""
+    """[best + spatial] int64 ascending: the ``best`` tokens with the highest attention (ties go to the earlier token;
+    non-patch tokens rank last), plus ``spatial`` evenly spaced ones from the rest."""
     order = torch.sort(attention_n.nan_to_num(-1.0), descending=True, stable=True).indices
     others = torch.sort(order[best:]).values
     places = to_device(spread(spatial, len(others)), order.device)
@@ -120,12 +118,12 @@ def kept_tokens(attention_n: Tensor, best: int, spatial: int) -> Tensor:
 
 
 def merged_into(hidden_nC: Tensor, attention_n: Tensor, keys: Tensor, kept_k: Tensor) -> Tensor:
-    """[k, C]: each kept token averaged with the patches nearest to it.
+    """[k, C]: each kept token averaged with the patches assigned to it.
 
-    Tokens that are no patch neither join nor are joined: their weight is 0, and their key resembles none.
+    Non-patch tokens are never merged and never receive merges: their weight is 0 and their key is zero.
     """
     n, k = len(hidden_nC), len(kept_k)
-    if not k:  # an image of which an earlier method left nothing
+    if not k:  # an earlier method dropped all of this image's tokens
         return hidden_nC
     is_kept = torch.zeros(n, dtype=torch.bool, device=kept_k.device).index_fill(0, kept_k, True)
     others = torch.sort(is_kept.long(), stable=True).indices[: n - k]

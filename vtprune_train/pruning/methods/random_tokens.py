@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 from pydantic import NonNegativeInt
 
@@ -17,35 +14,35 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """uint64 to uint64, the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    """SplitMix64 output function, uint64 -> uint64 (Steele, Lea and Flood, OOPSLA 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def draws(seed: int, key: int, number: int, count: int) -> np.ndarray:
-    """[count] uint64 that look random and depend on the arguments alone: not on the batch, the rank or the step."""
+    """[count] pseudorandom uint64 values that depend only on the arguments, not on the batch, rank or step."""
     state = np.zeros(1, dtype=np.uint64)
     for word in (seed, key, number):
         state = mixed(state + GOLDEN + np.uint64(word % 2**64))
     return mixed(state + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
 
 
-@dataclass(frozen=True)
 class Random(Baseline):
-    """Each image keeps ``floor(keep * n)`` tokens, drawn by the sample's text, the image's number in it and ``seed``.
+    """Keep floor(keep * n) random tokens per image; the draw is seeded by the sample's text, the image index within the
+    sample and ``seed``.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
+        keep: keep ratio, in (0, 1].
         layer: decoder layer before which they are dropped; 0: before the decoder.
-        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
-        seed: other draws.
+        positions: ``keep`` keeps the positions of the kept tokens; ``renumber`` numbers them 0, 1, ...
+        seed: change it to get a different draw.
     """
 
     seed: NonNegativeInt = 0
 
-    name: ClassVar[str] = "random"
-    trains: ClassVar[str] = "yes; a sample keeps the same tokens in every epoch"
+    name = "random"
+    trains = "yes; a sample keeps the same tokens in every epoch"
 
     def choose(self, candidates: Candidates) -> Selection:
         return Selection(picked_on_host(candidates.boundary, self._pick))

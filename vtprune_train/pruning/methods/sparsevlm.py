@@ -1,4 +1,5 @@
-"""SparseVLM (arXiv 2410.04417) and SparseVLM+: text that looks like the image rates it; the best of the rest return.
+"""SparseVLM (arXiv 2410.04417) and SparseVLM+: visual tokens are scored by the text tokens most similar to the image;
+the best dropped tokens are recycled as cluster means.
 
 Shape suffixes: V visual tokens of a segment or span, Q instruction rows of a segment, H query heads, C hidden size.
 """
@@ -6,9 +7,9 @@ Shape suffixes: V visual tokens of a segment or span, Q instruction rows of a se
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import MultiTurn, Positions, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Selection
+from vtprune_train.pruning.needs import MultiTurn, Needs, Positions
 from vtprune_train.pruning.ops.raters import numerical_rank, raters_per_segment, rating_attention
 from vtprune_train.pruning.ops.recycling import Recycle, SparseDrop, keep_and_recycle, recycled
 from vtprune_train.pruning.ops.scoring import tokens_holding, visual_per_segment
@@ -26,33 +28,35 @@ from vtprune_train.pruning.schedules.stages import check_schedule, earlier, one_
 from vtprune_train.pruning.setting_types import Share
 
 Count = Literal["fixed", "rank", "mass"]
-TOKENS, DEPTH = 576, 32  # of LLaVA-1.5-7B, for which the counts and layers are published
+TOKENS, DEPTH = 576, 32  # depth of LLaVA-1.5-7B, the model the published counts and layers refer to
 LAYERS = {3: (2, 6, 15), 4: (2, 6, 15, 19)}  # v1.5 and v1.0
 BUDGETS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 BUDGETS_UNRECYCLED = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
 
 
-@dataclass(frozen=True)
 class SparseVLM(PruningMethod):
-    """Rates visual tokens by the instruction's raters in a few layers, and deletes after them.
+    """Score visual tokens with attention from selected instruction tokens (raters) in a few layers, and drop tokens
+    after those layers.
 
     Args:
-        layers: sparse layers, counted from 0: their attention rates, their output loses tokens. Increasing. ``None``:
-            2, 6, 15 of 32 (v1.5), or 2, 6, 15, 19 where ``keep`` has four shares (v1.0), scaled to the depth.
-        count: ``fixed``, as many stay as ``budget`` or ``keep`` say; ``rank``, ``scale`` of the tokens in excess of the
-            rank of the raters' attention go; ``mass``, the fewest that hold the share ``mass`` of it stay.
-        budget: published counts, 192, 128, 96 or 64 of 576 tokens on average over the layers. ``None``: 192, or
+        layers: layers, counted from 0 and increasing, whose attention scores the tokens and after which tokens are
+            dropped. ``None``: 2, 6, 15 of 32 (v1.5), or 2, 6, 15, 19 where ``keep`` has four shares (v1.0), scaled to
+            the depth.
+        count: how many tokens to keep: ``fixed``, as set by ``budget`` or ``keep``; ``rank``, drop ``scale`` times the
+            excess of the token count over the rank of the raters' attention matrix; ``mass``, keep the fewest tokens
+            that hold ``mass`` of the attention.
+        budget: one of the published budgets: 192, 128, 96 or 64 of 576 tokens, averaged over layers. ``None``: 192, or
             ``keep``.
-        keep: for ``fixed``, shares of each image's original tokens that stay at each sparse layer (floor), without
-            recycled ones; not increasing, in (0, 1].
-        scale: the paper's lambda, in [0, 1]: of n tokens in excess ``floor(scale * n)`` go.
-        mass: in (0, 1].
-        recycle: what clusters of the best 30 % of the deleted become: their ``mean`` (published code) or ``sum``
-            (paper); ``none`` drops all of the deleted (SparseVLM+).
+        keep: for ``fixed``, keep ratio at each layer relative to the original tokens, not counting recycled ones;
+            non-increasing, in (0, 1].
+        scale: the paper's lambda, in [0, 1]: of n excess tokens, floor(scale * n) are dropped.
+        mass: attention mass to keep with ``count='mass'``, in (0, 1].
+        recycle: how clusters of the best 30 % of the dropped tokens are merged: ``mean`` (published code) or ``sum``
+            (paper); ``none`` disables recycling (SparseVLM+).
         positions: ``renumber`` (v1.x) or ``keep`` (SparseVLM+).
-        heads: share of the heads that rate, those with most attention from raters to visual tokens (SparseVLM+: 14 of
-            32); 1 takes all.
-        gravity: divide attention by what the positions alone give (SparseVLM+).
+        heads: share of the heads used for scoring, those with the most attention from raters to visual tokens
+            (SparseVLM+: 14 of 32); 1 uses all.
+        gravity: divide attention by the position-only attention (SparseVLM+).
         multi_turn: see :class:`~vtprune_train.pruning.methods.pyramiddrop.PyramidDrop`.
     """
 
@@ -68,69 +72,80 @@ class SparseVLM(PruningMethod):
     gravity: bool = False
     multi_turn: MultiTurn = "drop"
 
-    name: ClassVar[str] = "sparsevlm"
-    paper: ClassVar[str] = (
-        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
-    )
-    trains: ClassVar[str] = "yes; gradients reach recycled tokens too"
-    rank_with = "this_layer"  # v1.x and SparseVLM+ delete from the output of the layer that rates
+    name = "sparsevlm"
+    paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
+    trains = "yes; gradients reach recycled tokens too"
 
     def __post_init__(self) -> None:
         if self.budget not in (None, *BUDGETS):
             raise ValueError(
-                f"budget={self.budget!r} is not one of {', '.join(map(str, BUDGETS))}; or give keep instead"
+                f"budget={self.budget!r} is not one of {', '.join(map(str, BUDGETS))}; or set keep instead"
             )
         self._check_counts()
         self._check_layers()
 
     def _check_counts(self) -> None:
-        given = [setting for setting in ("budget", "keep") if getattr(self, setting) is not None]
-        if given and self.count != "fixed":
-            value = getattr(self, given[0])
-            raise ValueError(f"{given[0]}={value} has no effect with count={self.count}; leave it out, or use fixed")
+        settings = [setting for setting in ("budget", "keep") if getattr(self, setting) is not None]
+        if settings and self.count != "fixed":
+            value = getattr(self, settings[0])
+            raise ValueError(f"{settings[0]}={value} has no effect with count={self.count}; leave it out, or use fixed")
         for setting, count in (("scale", "rank"), ("mass", "mass")):
             if self.count != count and (value := getattr(self, setting)) != getattr(type(self), setting):
                 raise ValueError(f"{setting}={value} has no effect with count={self.count}; use count={count}")
-        if len(given) == 2:
-            raise ValueError(f"budget={self.budget} and keep={list(self.keep or ())} both say how many stay; give one")
+        if len(settings) == 2:
+            raise ValueError(
+                f"budget={self.budget} and keep={list(self.keep or ())} exclude each other; set one of them"
+            )
         check_schedule(None, self.shares)
         if self.layers is None and len(self.shares) not in LAYERS:
-            raise ValueError(f"keep={list(self.shares)}: published layers are for 3 or 4 shares; give layers too")
+            raise ValueError(
+                f"keep={list(self.shares)} has {len(self.shares)} entries, but default layers exist for 3 or 4; set "
+                "layers too"
+            )
 
     def _check_layers(self, num_layers: int | None = None) -> None:
         layers = self.layers
         if layers is None:
             return
         if any(later <= earlier for earlier, later in pairwise((-1, *layers))) or not layers:
-            raise ValueError(f"layers={list(layers)} must increase from 0 on (for example [2, 6, 15])")
+            raise ValueError(f"layers={list(layers)} must increase, from 0 on (for example [2, 6, 15])")
         if self.count == "fixed" and len(layers) != len(self.shares):
             raise ValueError(f"layers={list(layers)} has {len(layers)} entries but keep has {len(self.shares)}")
         if num_layers is not None and layers[-1] >= num_layers - 1:
             raise ValueError(
-                f"layers={list(layers)}: no layer follows {layers[-1]} in a decoder of {num_layers} layers (counted "
-                f"from 0); use layers below {num_layers - 1}"
+                f"layers={list(layers)}: layer {layers[-1]} is the last of the decoder's {num_layers} or lies beyond "
+                f"(counted from 0), so no layer would see fewer tokens; use layers below {num_layers - 1}"
             )
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Shares of the original tokens that stay, recycled ones not counted, with ``count: fixed``."""
+        """Keep ratios for ``count='fixed'``, relative to the original tokens and not counting recycled tokens."""
         if self.keep is not None:
             return self.keep
         published = BUDGETS_UNRECYCLED if self.recycle == "none" else BUDGETS
         return tuple(kept / TOKENS for kept in published[self.budget or max(published)])
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            rank_with="this_layer",  # v1.x and SparseVLM+ drop tokens from the output of the scoring layer
+            positions=self.positions,
+            gravity=self.gravity,
+            multi_turn=self.multi_turn,
+        )
+
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         self._check_layers(num_layers)
-        behind = [layer + 1 for layer in self.layers or LAYERS[len(self.shares)]]
+        after = [layer + 1 for layer in self.layers or LAYERS[len(self.shares)]]
         if self.layers is None:
-            behind = list(scaled_layers(behind, DEPTH, num_layers))
+            after = list(scaled_layers(after, DEPTH, num_layers))
         same: dict[str, Any] = {"queries": "instruction", "recycles": self.recycle != "none"}
         if self.count == "fixed":
-            drops = [SparseDrop(layer, share, **same) for layer, share in zip(behind, self.shares, strict=True)]
+            drops = [SparseDrop(layer, share, **same) for layer, share in zip(after, self.shares, strict=True)]
         else:
             share = float(1 - as_fraction(self.scale)) if self.count == "rank" else self.mass
             same |= {"adaptive": True, "of_present": share}
-            drops = [SparseDrop(layer, share**n, **same) for n, layer in enumerate(sorted(set(behind)), start=1)]
+            drops = [SparseDrop(layer, share**n, **same) for n, layer in enumerate(sorted(set(after)), start=1)]
         return (Drop(0, 1.0, queries="instruction", ranked=False), *one_per_layer(drops))
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
@@ -141,11 +156,11 @@ class SparseVLM(PruningMethod):
         return first_that_fits(self._earlier(num_layers), share, num_layers)
 
     def _earlier(self, num_layers: int) -> Iterator[PruningMethod]:
-        yield (own := replace(self, budget=None, keep=self.shares))
-        behind = [drop.layer for drop in self.drops(num_layers)[1:]]
-        if len(behind) == len(self.shares):
-            for layers in earlier(behind):
-                yield replace(own, layers=tuple(layer - 1 for layer in layers))
+        yield (scaled := replace(self, budget=None, keep=self.shares))
+        after = [drop.layer for drop in self.drops(num_layers)[1:]]
+        if len(after) == len(self.shares):
+            for layers in earlier(after):
+                yield replace(scaled, layers=tuple(layer - 1 for layer in layers))
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -168,12 +183,12 @@ class SparseVLM(PruningMethod):
             attention = rating_attention(candidates, candidates.memory["raters"], self.heads)
             left = [drop.left(span.original, span.before) for span in spans]
             if drop.adaptive and spans:
-                left = torch.stack([self._left(rows) for rows in attention]).tolist()  # the one copy to the host
+                left = torch.stack([self._left(rows) for rows in attention]).tolist()  # the only device-to-host copy
             scores = [rows.sum(dim=0) for rows in attention]
         return keep_and_recycle(candidates.hidden, scores, left, self.recycle, counted=drop.adaptive)
 
     def _left(self, attention_QV: Tensor) -> Tensor:
-        """[] int64: tokens of an image that stay as they are, by what its raters' attention says."""
+        """Scalar int64: number of an image's tokens to keep, from the raters' attention."""
         if self.count == "mass":
             return tokens_holding(attention_QV.sum(dim=0), self.mass)
         tokens = attention_QV.shape[1]

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import Baseline
-from vtprune_train.pruning.ops.grids import even_cells, rasters_of
+from vtprune_train.pruning.ops.grids import even_cells, grids_of
 from vtprune_train.pruning.ops.selection import picked_on_host
 
 
-@dataclass(frozen=True)
 class Uniform(Baseline):
-    """Each image keeps ``floor(keep * n)`` tokens, spread evenly over its rasters in both directions.
+    """Keep floor(keep * n) tokens per image, evenly spaced over its grid in both dimensions.
 
     Args:
-        keep: share of tokens that stay, in (0, 1].
+        keep: keep ratio, in (0, 1].
         layer: decoder layer before which the others are dropped; 0: before the decoder.
-        positions: ``keep`` leaves the kept tokens where they were; ``renumber`` numbers them 0, 1, ...
+        positions: ``keep`` keeps the positions of the kept tokens; ``renumber`` numbers them 0, 1, ...
     """
 
-    name: ClassVar[str] = "uniform"
+    name = "uniform"
 
     def choose(self, candidates: Candidates) -> Selection:
-        return Selection(picked_on_host(candidates.boundary, lambda span: even_cells(rasters_of(span), span.after)))
+        return Selection(picked_on_host(candidates.boundary, lambda span: even_cells(grids_of(span), span.after)))

@@ -1,9 +1,9 @@
-"""Victor (arXiv 2410.14072): learned registers after each image take it in within the first layers; then it goes."""
+"""Victor (arXiv 2410.14072): learned registers after each image absorb its information in the first layers; then the
+image tokens are dropped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -18,30 +18,27 @@ from vtprune_train.pruning.schedules.stages import scaled_layers
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = 3, 32
 
 
-@dataclass(frozen=True)
 class Victor(PruningMethod):
-    """Put ``registers`` learned tokens after each image, and drop its own tokens after the first ``layers`` layers.
+    """Append ``registers`` learned tokens to each image and drop the image tokens after the first ``layers`` layers.
 
     Args:
         registers: learned tokens after each image.
-        layers: decoder layers that see the image's own tokens; ``None``: 3 of 32, at the same share of the depth.
+        layers: number of decoder layers that process the image tokens; ``None`` means 3 of 32, scaled to the depth.
     """
 
     registers: PositiveInt = 8
     layers: PositiveInt | None = None
 
-    name: ClassVar[str] = "victor"
-    paper: ClassVar[str] = (
-        "Efficient Vision-Language Models by Summarizing Visual Tokens into Compact Registers (arXiv 2410.14072)"
-    )
-    where: ClassVar[str] = "registers behind the image"
-    trains: ClassVar[str] = "yes, and must be: the registers are learned"
+    name = "victor"
+    paper = "Efficient Vision-Language Models by Summarizing Visual Tokens into Compact Registers (arXiv 2410.14072)"
+    where = "registers after the image"
+    trains = "yes, required: the registers are learned"
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is not None and self.layers >= num_layers:
             raise ValueError(
-                f"layers={self.layers} leaves no layer without the image's tokens in a decoder of {num_layers} layers; "
-                f"use at most {num_layers - 1}"
+                f"layers={self.layers}: the image's tokens would be in all {num_layers} layers of the decoder; use at "
+                f"most {num_layers - 1}"
             )
         end = self.layers or scaled_layers((PUBLISHED_LAYERS,), PUBLISHED_DEPTH, num_layers)[0]
         return Joining(0, 1.0, adds=True, number=self.registers), Staying(end, 0.0, number=self.registers)
@@ -55,15 +52,16 @@ class Victor(PruningMethod):
         return super().choose(candidates)
 
     def score(self, candidates: Candidates) -> Tensor:
-        """[V] float32, 1 for registers, 0 for the image's own tokens."""
+        """[V] float32: 1 for registers, 0 for image tokens."""
         return is_register(candidates.boundary.span_of_visual, self.registers).float()
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
-        """As many layers with the image as ``share`` allows: it moves in steps of a layer, and takes no more."""
+        """Use the largest ``layers`` whose input share does not exceed ``share`` (the share changes in whole-layer
+        steps)."""
         layers = floor_of(share, num_layers)
         if not 1 <= layers < num_layers:
             raise ValueError(
-                f"victor takes between {1 / num_layers:.3f} and {1 - 1 / num_layers:.3f} of the visual tokens through "
-                f"{num_layers} layers, a layer at a time, not {share:g}; use another budget"
+                f"budget {share:g} is out of range for victor, which reaches {1 / num_layers:.3f} to "
+                f"{1 - 1 / num_layers:.3f} on {num_layers} layers in steps of one layer; choose another budget"
             )
         return replace(self, layers=layers)

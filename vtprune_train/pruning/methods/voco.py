@@ -1,48 +1,47 @@
-"""VoCo-LLaMA (arXiv 2406.12275): learned tokens after each image see it, and the text sees only them."""
+"""VoCo-LLaMA (arXiv 2406.12275): learned tokens after each image attend to it, and later text attends only to them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import Boundary, Drop
-from vtprune_train.pruning.base import HiddenAfter, PruningMethod
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, Ranking, Selection
 from vtprune_train.pruning.learned import Joining, Registers, is_register, join_registers
+from vtprune_train.pruning.needs import Needs
 from vtprune_train.pruning.schedules.budget import COUNTED
 
 
-@dataclass(frozen=True)
 class VoCo(PruningMethod):
-    """Put ``tokens`` learned tokens after each image and hide what stands before them from everything after them.
+    """Append ``tokens`` learned tokens to each image and mask everything before them from everything after them.
 
-    In every layer the summary sees all that precedes it; later text (and later images) see the summary, not the image.
-    After prefill the hidden tokens leave the cache of every layer. Prefill and training do all the work of a dense
-    pass.
+    In every layer the summary tokens attend to everything before them; later text and images attend to the summary, not
+    to the image. After prefill the masked tokens are removed from every layer's cache. Prefill and training cost as
+    much as without pruning.
 
     Args:
         tokens: summary tokens of an image.
-        hide: what rows after a summary do not see. ``all_before`` (default, as published): the images' own tokens and
-            everything before a sample's first image, the beginning-of-sequence token and the system prompt included.
-            ``image``: the images' own tokens alone.
+        hide: what tokens after a summary do not see. ``all_before`` (default, as published): the image tokens and
+            everything before the sample's first image, including BOS and the system prompt. ``image``: the images' own
+            tokens alone.
     """
 
     tokens: PositiveInt = 2
     hide: Literal["all_before", "image"] = "all_before"
 
-    name: ClassVar[str] = "voco"
-    paper: ClassVar[str] = "VoCo-LLaMA: Towards Vision Compression with Large Language Models (arXiv 2406.12275)"
-    where: ClassVar[str] = "attention and key-value cache of every layer"
-    trains: ClassVar[str] = "yes, and must be: the summary is learned; training is not faster"
-    hidden_after: ClassVar[HiddenAfter] = "span"  # type: ignore[misc]
-    before: ClassVar[dict[str, Any]] = {"hide": "image"}
+    name = "voco"
+    paper = "VoCo-LLaMA: Towards Vision Compression with Large Language Models (arXiv 2406.12275)"
+    where = "attention and key-value cache of every layer"
+    trains = "yes, required: the summary is learned; training is not faster"
+    before: ClassVar[Mapping[str, Any]] = {"hide": "image"}
 
     @property
-    def hides_front(self) -> bool:  # type: ignore[override]
-        return self.hide == "all_before"
+    def needs(self) -> Needs:
+        return Needs(hidden_after="span", hides_front=self.hide == "all_before")
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (Joining(0, 1.0, adds=True, number=self.tokens),)
@@ -57,19 +56,19 @@ class VoCo(PruningMethod):
         return join_registers(candidates, self.tokens)
 
     def keys(self, layer: int, ranking: Ranking, boundary: Boundary) -> Tensor:
-        """[G, V] bool, true for the summaries."""
+        """[G, V] bool, true for summary tokens."""
         return is_register(boundary.span_of_visual, self.tokens).expand(ranking.keys.shape[1], -1)
 
     def input_share(self, num_layers: int) -> float:
-        """The keys of an image that text sees, as a share of its tokens: next to nothing for an image of any size."""
+        """Share of an image's keys that text can attend to: close to 0 for any image size."""
         return self.tokens / COUNTED
 
     def kept_key_share(self, layer: int, length: float, num_layers: int) -> float:
-        """The summaries among the ``length`` tokens, theirs included, of an image."""
+        """Share of summary tokens among an image's ``length`` tokens (image plus summary)."""
         return min(1.0, self.tokens / max(1.0, length))
 
     def for_budget(self, share: float, num_layers: int) -> PruningMethod:
         raise ValueError(
-            f"voco leaves {self.tokens} token(s) of an image in the cache whatever its size, which is no share such as "
-            f"{share:g}; set tokens yourself"
+            f"voco keeps {self.tokens} token(s) of an image in the cache regardless of its size, so it cannot be "
+            f"fitted to a share such as {share:g}; set tokens instead"
         )

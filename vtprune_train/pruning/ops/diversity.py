@@ -1,7 +1,7 @@
-"""Subsets of tokens that differ from each other: pure functions without device-to-host copies.
+"""Diverse token subset selection: pure functions without device-to-host copies.
 
-All images go through the greedy steps side by side, padded to the longest; a sum over channels runs over one token's
-own row, so that an image's choice does not depend on what lies beside it.
+The greedy steps run for all images in parallel, padded to the longest. Channel sums are per token, so an image's result
+does not depend on the rest of the batch.
 
 Shape suffixes: V candidates, S images, N tokens of the longest image, C channels, K tokens chosen of all images.
 """
@@ -21,21 +21,21 @@ ROWS_AT_A_TIME = 1024  # of an image's similarity matrix
 
 
 def max_min_diverse(features_VC: Tensor, sizes: Sequence[int], take: Sequence[int]) -> Tensor:
-    """Greedy max-min diversity by cosine distance: first the token farthest from its nearest neighbour, then always the
-    one whose nearest chosen token is farthest. Equal distances go to the earlier token.
+    """Greedy max-min diversity by cosine distance: start with the token farthest from its nearest neighbour, then
+    repeatedly add the token farthest from its nearest selected token. Ties go to the earlier token.
 
     Source: DivPrune (arXiv 2503.02175), its greedy solution of the max-min diversity problem.
 
     Args:
-        features_VC: image after image, any float dtype.
+        features_VC: any float dtype, grouped by image.
         sizes: tokens of each image.
-        take: tokens to choose of each, at most its size.
+        take: number of tokens to select per image, at most its size.
 
     Returns:
-        [K] int64, image after image, ascending within each: candidates.
+        [K] int64 candidate indices, grouped by image and ascending within each.
     """
     unit_SNC, real_SN = _padded(F.normalize(features_VC.float(), dim=-1), sizes)
-    nearest = [nearest_other(own[:size]) for own, size in zip(unit_SNC, sizes, strict=True)]
+    nearest = [nearest_other(unit[:size]) for unit, size in zip(unit_SNC, sizes, strict=True)]
     distance_SN, _ = _padded(torch.cat(nearest) if nearest else features_VC.new_zeros(0), sizes)
     picks: list[Tensor] = []
     for step in range(max(take, default=0)):
@@ -48,7 +48,7 @@ def max_min_diverse(features_VC: Tensor, sizes: Sequence[int], take: Sequence[in
 
 
 def nearest_other(unit_NC: Tensor) -> Tensor:
-    """[N] float32: each token's cosine distance to its nearest other; infinite where it is alone."""
+    """[N] float32: cosine distance of each token to its nearest neighbour; infinite for a single token."""
     parts = [unit_NC.new_zeros(0)]
     for start in range(0, len(unit_NC), ROWS_AT_A_TIME):
         distance = 1.0 - unit_NC[start : start + ROWS_AT_A_TIME] @ unit_NC.T
@@ -58,13 +58,13 @@ def nearest_other(unit_NC: Tensor) -> Tensor:
 
 
 def determinantal(features_VC: Tensor, relevance_V: Tensor, sizes: Sequence[int], take: Sequence[int]) -> Tensor:
-    """Greedy search for the subset of largest determinant of ``relevance_i * cos_ij * relevance_j``: each step takes
-    the token that adds most volume. Where nothing adds any more (more tokens than dimensions), the most relevant go
-    first.
+    """Greedy search for the subset of largest determinant of ``relevance_i * cos_ij * relevance_j``: each step adds the
+    token that increases the volume most. Once no token increases it (more tokens than dimensions), tokens are added by
+    relevance.
 
-    Sources: CDPruner (arXiv 2506.10967), conditional kernel and its MAP inference; the greedy steps are those of Chen
-    et al. 2018 (arXiv 1709.05135), algorithm 1, with the Cholesky factor's rows as products with orthonormal axes: a
-    step costs the same number of operations whatever was chosen before.
+    Sources: CDPruner (arXiv 2506.10967), conditional kernel and its MAP inference; the greedy steps follow Chen et al.
+    2018 (arXiv 1709.05135), algorithm 1, with the rows of the Cholesky factor as projections onto orthonormal axes, so
+    every step has the same cost.
 
     Args:
         features_VC: image after image, any float dtype.
@@ -84,7 +84,7 @@ def determinantal(features_VC: Tensor, relevance_V: Tensor, sizes: Sequence[int]
     picks: list[Tensor] = []
     for step in range(axes_SKC.shape[1]):
         spent = gain_SN <= 1e-9 * own_SN
-        # below any real gain (all positive), the more relevant the higher
+        # fallback score below every real gain (which is positive), ordered by relevance
         order_SN = torch.where(spent, relevance_SN - 1.0 - relevance_SN.amax(dim=1, keepdim=True), gain_SN)
         best_S = order_SN.masked_fill(~real_SN, -torch.inf).argmax(dim=1)
         picks.append(best_S)
@@ -96,18 +96,18 @@ def determinantal(features_VC: Tensor, relevance_V: Tensor, sizes: Sequence[int]
 
 
 def _new_axis(vector_S1C: Tensor, axes_SKC: Tensor) -> Tensor:
-    """[S, 1, C] of length 1: what of each vector lies outside its image's axes (orthonormal, or 0)."""
+    """[S, 1, C] unit vectors: the component of each vector orthogonal to its image's axes (orthonormal or zero)."""
     along_SK1 = (axes_SKC * vector_S1C).sum(dim=-1, keepdim=True)
     return F.normalize(vector_S1C - (axes_SKC * along_SK1).sum(dim=1, keepdim=True), dim=-1)
 
 
 def _row_of_each(values_SNC: Tensor, best_S: Tensor) -> Tensor:
-    """[S, 1, C], of each image the row of its token ``best_S``."""
+    """[S, 1, C], the row of token ``best_S`` of each image."""
     return values_SNC.gather(1, best_S[:, None, None].expand(-1, 1, values_SNC.shape[2]))
 
 
 def _rows_dot(unit_SNC: Tensor, best_S: Tensor) -> Tensor:
-    """[S, N] products of every token with its image's token ``best_S``."""
+    """[S, N] dot products of every token with its image's token ``best_S``."""
     return (unit_SNC * _row_of_each(unit_SNC, best_S)).sum(dim=-1)
 
 
@@ -122,7 +122,7 @@ def _padded(values_V: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(picks: list[Tensor], sizes: Sequence[int], take: Sequence[int], device: torch.device) -> Tensor:
-    """The first ``take`` picks of every image as ascending candidates."""
+    """Candidate indices of each image's first ``take`` picks, sorted ascending."""
     if not picks:
         return torch.zeros(0, dtype=torch.int64, device=device)
     starts = np.cumsum([0, *sizes])[:-1]

@@ -1,7 +1,7 @@
-"""Where an image's tokens lie, and how to spread a number of them over it. Host only, numpy.
+"""Token grid layout of an image, and how to pick evenly spaced tokens from it. Host only, numpy.
 
-A raster is ``(rows, columns)``; an image's tokens are the cells of its rasters, raster after raster, row after row.
-Columns of newline features are cells like others.
+A grid is ``(rows, columns)``; an image's tokens are the cells of its grids, in row-major order, grid by grid.
+Newline columns count as ordinary cells.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ import numpy as np
 
 from vtprune_train.core.stream import SpanLayout
 
-Raster = tuple[int, int]
+Grid = tuple[int, int]
 
 
-def rasters_of(span: SpanLayout) -> tuple[Raster, ...]:
-    """The rasters of the tokens that a boundary finds; one row where the family does not say, or where an earlier
-    method has taken cells away."""
+def grids_of(span: SpanLayout) -> tuple[Grid, ...]:
+    """The grids of the candidates at a drop point; a single row if the model family provides no grid or an earlier
+    method has already dropped tokens."""
     fits = sum(rows * columns for rows, columns in span.grids) == span.before
     return span.grids if span.grids and fits else ((1, span.before),)
 
 
 def spread(count: int, length: int) -> np.ndarray:
-    """[count] int64 ascending, different places in ``range(length)``, each in the middle of an equal share of it."""
+    """[count] int64 ascending, distinct, evenly spaced indices in ``range(length)``, each at the centre of an equal
+    interval."""
     return ((2 * np.arange(count) + 1) * length) // (2 * max(count, 1))
 
 
 def shared(count: int, weights: Sequence[int]) -> list[int]:
-    """``count`` things dealt in proportion to ``weights``, none getting more than its weight: the whole parts first,
-    then one each by the largest remainder (the first of equal ones).
+    """Distribute ``count`` items in proportion to ``weights`` with the largest-remainder method, none receiving more
+    than its weight; ties go to the first.
 
     Args:
         count: at most ``sum(weights)``.
-        weights: not negative.
+        weights: non-negative.
     """
     total = max(sum(weights), 1)
     dealt = [count * weight // total for weight in weights]
@@ -44,16 +45,18 @@ def shared(count: int, weights: Sequence[int]) -> list[int]:
     return dealt
 
 
-def blocks(raster: Raster, count: int) -> np.ndarray:
-    """[rows * columns] int64: the raster cut into ``count`` near-square blocks, numbered row after row.
+def blocks(grid: Grid, count: int) -> np.ndarray:
+    """[rows * columns] int64 block index of each cell when the grid is divided into ``count`` near-square blocks,
+    numbered in row-major order.
 
-    Bands of rows first, ``sqrt(count * rows / columns)`` of them rounded; the blocks are dealt evenly to the bands, and
-    each band's columns evenly to its blocks. Sizes differ by at most one row and one column within a band.
+    The grid is split into ``round(sqrt(count * rows / columns))`` bands of rows; blocks are distributed evenly over the
+    bands, and the columns of a band evenly over its blocks. Sizes differ by at most one row and one column within a
+    band.
 
     Args:
         count: 1 to ``rows * columns``.
     """
-    rows, columns = raster
+    rows, columns = grid
     bands = round(math.sqrt(count * rows / columns))
     bands = min(max(bands, -(-count // columns), 1), rows, count)
     first = np.arange(bands + 1) * count // bands  # the first block of each band
@@ -63,10 +66,10 @@ def blocks(raster: Raster, count: int) -> np.ndarray:
     return (first[band_of_row][:, None] + column_block).ravel()
 
 
-def block_centres(raster: Raster, count: int) -> np.ndarray:
-    """[count] int64 ascending, the cell in the middle of each of :func:`blocks`."""
-    columns = raster[1]
-    of_cell = blocks(raster, count)
+def block_centres(grid: Grid, count: int) -> np.ndarray:
+    """[count] int64 ascending, centre cell of each block from :func:`blocks`."""
+    columns = grid[1]
+    of_cell = blocks(grid, count)
     order = np.argsort(of_cell, kind="stable")
     centres = []
     for cells in np.split(order, np.cumsum(np.bincount(of_cell, minlength=count))[:-1]):
@@ -75,20 +78,20 @@ def block_centres(raster: Raster, count: int) -> np.ndarray:
     return np.array(centres, dtype=np.int64)
 
 
-def image_blocks(rasters: Sequence[Raster], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` blocks of an image of several rasters, shared by their cells; all cells belong to some block of their
-    own raster, or to none (-1) where a raster gets no block.
+def image_blocks(grids: Sequence[Grid], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide an image with several grids into ``count`` blocks, distributed over the grids by cell count; cells of a
+    grid that gets no block have index -1.
 
     Returns:
-        [cells] int64, the block of each cell; [count] int64, the cell in the middle of each block.
+        [cells] int64, the block of each cell; [count] int64, centre cell of each block.
     """
-    own = shared(count, [rows * columns for rows, columns in rasters])
+    counts = shared(count, [rows * columns for rows, columns in grids])
     of_cell, centres, cells, done = [], [], 0, 0
-    for raster, blocks_here in zip(rasters, own, strict=True):
-        size = raster[0] * raster[1]
+    for grid, blocks_here in zip(grids, counts, strict=True):
+        size = grid[0] * grid[1]
         if blocks_here:
-            of_cell.append(blocks(raster, blocks_here) + done)
-            centres.append(block_centres(raster, blocks_here) + cells)
+            of_cell.append(blocks(grid, blocks_here) + done)
+            centres.append(block_centres(grid, blocks_here) + cells)
         else:
             of_cell.append(np.full(size, -1, dtype=np.int64))
         cells, done = cells + size, done + blocks_here
@@ -96,17 +99,17 @@ def image_blocks(rasters: Sequence[Raster], count: int) -> tuple[np.ndarray, np.
     return np.concatenate([empty, *of_cell]), np.concatenate([empty, *centres])
 
 
-def even_cells(rasters: Sequence[Raster], count: int) -> np.ndarray:
-    """[count] int64 ascending, cells that spread evenly over an image's rasters."""
-    return image_blocks(rasters, count)[1]
+def even_cells(grids: Sequence[Grid], count: int) -> np.ndarray:
+    """[count] int64 ascending, cells evenly spaced over an image's grids."""
+    return image_blocks(grids, count)[1]
 
 
-def strided_cells(rasters: Sequence[Raster], stride: int) -> np.ndarray:
-    """Ascending: every ``stride``-th cell of every ``stride``-th row of each raster; of a raster of one row (where
-    nothing more is known) every ``stride ** 2``-th cell, so that about the same share is taken."""
-    found, cells = [np.zeros(0, dtype=np.int64)], 0
-    for rows, columns in rasters:
+def strided_cells(grids: Sequence[Grid], stride: int) -> np.ndarray:
+    """Ascending indices of every ``stride``-th cell of every ``stride``-th row of each grid. For single-row grids
+    (layout unknown), every ``stride ** 2``-th cell, which keeps about the same share."""
+    picked, cells = [np.zeros(0, dtype=np.int64)], 0
+    for rows, columns in grids:
         step = stride if rows > 1 else stride**2
-        found.append(cells + np.arange(rows * columns).reshape(rows, columns)[::stride, ::step].ravel())
+        picked.append(cells + np.arange(rows * columns).reshape(rows, columns)[::stride, ::step].ravel())
         cells += rows * columns
-    return np.concatenate(found)
+    return np.concatenate(picked)

@@ -1,6 +1,6 @@
 """Which keys each head keeps: pure functions on a layer's queries and keys, without device-to-host copies.
 
-An image is judged by the first query row that follows it, as in the call in which it arrives.
+Each image is scored by the first query row after it, as during prefill.
 
 Shape suffixes: T tokens of the stream, V visual tokens, Q query rows, L tokens of one segment, S spans, H query heads,
 G key-value heads, D head size.
@@ -19,12 +19,12 @@ from vtprune_train.pruning.ops.scoring import segment_attention
 
 
 def judged_attention(ranking: Ranking, boundary: Boundary) -> Iterator[tuple[Tensor, Tensor]]:
-    """The query rows' causal attention in each segment with images, and who judges whom.
+    """Causal attention of the query rows of each segment with images, and which query row scores each token.
 
     Yields:
         [G, Q, L] float32 attention of the segment's own query rows, averaged over the query heads of each key-value
-        head; [L] int64, for each token the first of those rows at or after it (the last row where there is none, which
-        then attends to it with 0).
+        head; [L] int64, for each token the index of the first query row at or after it (or of the last row if there is
+        none; its attention to the token is then 0).
     """
     attention_HQL = segment_attention(ranking, boundary)
     for segment, attention in zip(boundary.segments, attention_HQL, strict=True):
@@ -45,7 +45,7 @@ def span_sizes(span_V: Tensor, num_spans: int) -> Tensor:
 
 
 def keep_best(scores_GV: Tensor, span_V: Tensor, counts_S: Tensor) -> Tensor:
-    """[G, V] bool: in every head the best ``counts_S`` of each span; equal scores go to the earlier token.
+    """[G, V] bool mask of each head's top ``counts_S`` tokens per span; ties go to the earlier token.
 
     Args:
         scores_GV: [G, V] float32.

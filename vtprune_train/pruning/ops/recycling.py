@@ -1,4 +1,4 @@
-"""Recycling of deleted tokens: the best of them are clustered by density peaks and come back as few new ones.
+"""Token recycling: the best dropped tokens are clustered with density peaks and merged into a few new tokens.
 
 Pure functions without randomness. Source: SparseVLM (arXiv 2410.04417), section 3.4, and its code, which breaks ties by
 noise; here the earlier token wins.
@@ -23,7 +23,8 @@ Recycle = Literal["mean", "sum", "none"]
 
 
 def recycled(deleted: int) -> tuple[int, int]:
-    """Of ``deleted`` tokens of an image: how many are clustered, int(0.3 n) + 1, and into how many, a tenth and 1."""
+    """For ``deleted`` dropped tokens n, return how many are clustered (int(0.3 n) + 1) and the number of clusters (a
+    tenth of that, plus 1)."""
     if not deleted:
         return 0, 0
     tokens = deleted * 3 // 10 + 1
@@ -39,7 +40,7 @@ class SparseDrop(Drop):
     recycles: bool = True
 
     def left(self, length: int, before: int) -> int:
-        """Tokens of a span that stay as they are; arguments as in :meth:`kept`."""
+        """Number of tokens of a span kept unchanged; arguments as in :meth:`kept`."""
         if self.of_present is not None:
             return before - floor_of(1 - as_fraction(self.of_present), before)
         return min(floor_of(self.keep, length), before)
@@ -51,11 +52,11 @@ class SparseDrop(Drop):
 
 @torch.no_grad()
 def density_peaks(features_NC: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Cluster tokens around those that are dense and far from denser ones.
+    """Density-peak clustering: cluster centres have high density and are far from denser tokens.
 
     With distances d = L2 / sqrt(C): density rho = exp(-mean of d^2 to the ``num_clusters`` nearest, itself included);
     gap = d to the nearest denser token, the largest d of all for the densest; centres have the largest rho * gap; every
-    other token joins the nearest centre. Of equals the earlier token is denser and the better centre.
+    other token joins the nearest centre. Ties go to the earlier token.
 
     Args:
         features_NC: any float dtype; computed in float32 at least.
@@ -65,7 +66,7 @@ def density_peaks(features_NC: Tensor, num_clusters: int) -> tuple[Tensor, Tenso
         [M] int64, the centres, best first, and [N] int64, the cluster of each token.
     """
     features = features_NC.to(torch.promote_types(features_NC.dtype, torch.float32))
-    # Without the shortcut by a matrix product, which loses the digits that tell near tokens apart.
+    # Compute distances directly: the matmul shortcut loses the precision needed to separate close tokens.
     distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     distances = distances / features.shape[1] ** 0.5  # [N, N]
     density = torch.exp(-distances.topk(num_clusters, largest=False).values.square().mean(dim=1))
@@ -80,7 +81,7 @@ def density_peaks(features_NC: Tensor, num_clusters: int) -> tuple[Tensor, Tenso
 def merge_clusters(hidden_NC: Tensor, cluster_N: Tensor, num_clusters: int, average: bool) -> Tensor:
     """[M, C]: the mean (or sum) of every cluster's tokens, with gradients to all of them.
 
-    A product with the membership matrix, in float32 at least: adding rows by index has no fixed order on a GPU.
+    Uses a matmul with the membership matrix, in at least float32, because index_add is not deterministic on GPUs.
     """
     dtype = torch.promote_types(hidden_NC.dtype, torch.float32)
     numbers = torch.arange(num_clusters, device=cluster_N.device)
@@ -93,21 +94,21 @@ def merge_clusters(hidden_NC: Tensor, cluster_N: Tensor, num_clusters: int, aver
 def keep_and_recycle(
     hidden_VC: Tensor, scores: Sequence[Tensor], left: Sequence[int], recycle: Recycle, counted: bool
 ) -> Selection:
-    """Keep the best tokens of every image in their old order, and put those made of the best deleted after them.
+    """Keep the best tokens of every image in their original order and append the recycled tokens after them.
 
     Args:
-        hidden_VC: the candidates, image after image; gradients reach the kept and the recycled.
+        hidden_VC: candidates grouped by image; gradients flow to both kept and recycled tokens.
         scores: for each image, [v] float32; of equals the earlier token stays.
-        left: how many of each image stay as they are.
-        recycle: what a cluster becomes, its ``mean`` or ``sum``; ``none`` makes no clusters.
-        counted: tell how many tokens of each image there are now.
+        left: number of tokens of each image kept unchanged.
+        recycle: how to merge a cluster, ``mean`` or ``sum``; ``none`` disables recycling.
+        counted: also return the resulting number of tokens per image.
     """
     device = hidden_VC.device
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     chosen, at, values, counts, first, place = [empty], [empty], [], [], 0, 0
-    for own, stay in zip(scores, left, strict=True):
-        tokens, clusters = (0, 0) if recycle == "none" else recycled(len(own) - stay)
-        best = first + torch.sort(own, descending=True, stable=True).indices
+    for score, stay in zip(scores, left, strict=True):
+        tokens, clusters = (0, 0) if recycle == "none" else recycled(len(score) - stay)
+        best = first + torch.sort(score, descending=True, stable=True).indices
         chosen.append(torch.sort(best[:stay]).values)
         if clusters:
             pool = torch.sort(best[stay : stay + tokens]).values
@@ -117,7 +118,7 @@ def keep_and_recycle(
             values.append(merge_clusters(features, cluster, clusters, average=recycle == "mean"))
             at.append(torch.arange(place + stay, place + stay + clusters, device=device))
         counts.append(stay + clusters)
-        first, place = first + len(own), place + stay + clusters
+        first, place = first + len(score), place + stay + clusters
     return Selection(
         torch.cat(chosen),
         torch.cat(at) if values else None,

@@ -1,4 +1,4 @@
-"""What a visual token is worth: pure functions on a layer's queries and keys.
+"""Visual-token scoring: pure functions on a layer's queries and keys.
 
 Shape suffixes: T tokens in the stream, V visual tokens, Q query rows, L tokens of one segment, H query heads,
 G key-value heads, D head size.
@@ -17,18 +17,19 @@ from vtprune_train.pruning.candidates import Ranking
 
 
 def mean_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tensor:
-    """Attention that each visual token receives from its segment's query rows, averaged over heads, then rows.
+    """Attention each visual token receives from its segment's query rows, averaged over heads and then rows.
 
     The softmax (float32) runs over the whole causal row, text and visual keys alike, but is computed for the query
     rows only: O(Q L) instead of O(L^2). Source: PyramidDrop (arXiv 2410.17247), the published code's ranking.
 
     Args:
-        ranking: queries of ``boundary.query_rows`` and keys of the stream, any float dtype; H must be a multiple of G
-            (grouped queries).
+        ranking: queries of ``boundary.query_rows`` and keys of all tokens, any float dtype; H must be a multiple of G
+            (grouped-query attention).
         boundary: names segments and visual rows.
 
     Returns:
-        [V] float32, in the order of ``boundary.visual_rows``. Tokens after a query row receive nothing from it.
+        [V] float32, in the order of ``boundary.visual_rows``. A query row contributes nothing to tokens after it
+        (causal).
     """
     scores = [attention.mean(dim=(0, 1)) for attention in segment_attention(ranking, boundary)]
     empty = torch.zeros(0, device=boundary.visual_in_scored.device)  # where no segment has an image
@@ -37,14 +38,14 @@ def mean_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tensor:
 
 def _by_group(ranking: Ranking | None) -> tuple[int, Tensor, Tensor]:
     """Query heads; scaled queries [G, H / G, Q, D]; keys [G, D, T]."""
-    assert ranking is not None, "a method without rank_with has no attention to rank by"
+    assert ranking is not None, "candidates.ranking is None: the method must return Needs(rank_with=...) from needs"
     queries_QHD, keys_TGD = ranking.queries, ranking.keys
     scaled = (queries_QHD * ranking.scaling).unflatten(1, (keys_TGD.shape[1], -1)).permute(1, 2, 0, 3)
     return queries_QHD.shape[1], scaled, keys_TGD.permute(1, 2, 0)
 
 
 def segment_attention(ranking: Ranking | None, boundary: Boundary) -> Iterator[Tensor]:
-    """For every scored segment in turn, [H, q, L] float32: the causal attention rows of its q query rows.
+    """Yield, for each scored segment, the causal attention [H, q, L] float32 of its q query rows.
 
     Arguments as in :func:`mean_query_attention`.
     """
@@ -59,12 +60,11 @@ def segment_attention(ranking: Ranking | None, boundary: Boundary) -> Iterator[T
 
 
 def visual_attention(ranking: Ranking | None, boundary: Boundary) -> Iterator[Tensor]:
-    """For every scored segment in turn, [H, q, v] float32: what its q query rows give to its v visual tokens.
-
-    The softmax ran over the whole row. Arguments as in :func:`mean_query_attention`.
+    """Yield, for each scored segment, the attention [H, q, v] float32 of its q query rows to its v visual tokens. The
+    softmax is over the whole row. Arguments as in :func:`mean_query_attention`.
     """
     columns = boundary.visual_in_scored.split(visual_per_segment(boundary))
-    first = 0  # of the segment, in the scored segments laid end to end
+    first = 0  # offset of the segment within the concatenated scored segments
     attention_HQL = segment_attention(ranking, boundary)
     for segment, visual, attention in zip(boundary.segments, columns, attention_HQL, strict=True):
         yield attention.index_select(2, visual - first)
@@ -72,13 +72,14 @@ def visual_attention(ranking: Ranking | None, boundary: Boundary) -> Iterator[Te
 
 
 def visual_per_segment(boundary: Boundary) -> list[int]:
-    """Visual tokens of every scored segment in the stage that ends."""
+    """Number of visual tokens in each scored segment before the drop."""
     by_segment = groupby(boundary.spans, lambda span: span.segment)
     return [sum(span.before for span in spans) for _, spans in by_segment]
 
 
 def tokens_holding(scores_V: Tensor, share: float) -> Tensor:
-    """[] int64: how many of the best tokens it takes to hold ``share`` of all attention; at least 1 of any."""
+    """Scalar int64: smallest number of top tokens whose attention sums to ``share`` of the total; at least 1 if there
+    are any tokens."""
     mass = torch.sort(scores_V.double(), descending=True).values.cumsum(0)
     return (mass < share * mass[-1:]).sum().add(1).clamp(max=len(scores_V))
 
@@ -87,10 +88,10 @@ def visual_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tenso
     """Attention that each visual token receives from its segment's query rows when they attend to its image alone,
     averaged over heads, then rows.
 
-    Unlike :func:`mean_query_attention`, every head has the same say, however much it looks at text. Source: FEATHER
-    (arXiv 2412.13180), the published code's ranking, whose softmax (float32) runs over the image's keys only.
+    Unlike :func:`mean_query_attention`, every head has equal weight, no matter how much it attends to text. Source:
+    FEATHER (arXiv 2412.13180), the published code's ranking, whose softmax (float32) runs over the image's keys only.
 
-    Args, shapes and order as there; rows before an image give it nothing.
+    Arguments and return value as in :func:`mean_query_attention`; query rows before an image do not contribute.
     """
     num_heads, scaled, keys_GDT = _by_group(ranking)
     scores, start, scored_end = [torch.zeros(0, device=keys_GDT.device)], 0, 0
@@ -106,7 +107,7 @@ def visual_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tenso
         keys_GDn = keys_GDT.index_select(2, rows)
         logits = torch.matmul(scaled[:, :, queries].flatten(1, 2), keys_GDn)  # [G, H / G * q, n], of which n may be 0
         logits = logits.view(num_heads, segment.query_end - segment.query_start, span.before)
-        seen = rows[None, :] <= boundary.query_rows[queries, None]  # all of the image, or nothing
+        seen = rows[None, :] <= boundary.query_rows[queries, None]  # the row sees the whole image or none of it
         weights = logits.softmax(dim=-1, dtype=torch.float32).masked_fill(~seen, 0.0)
         scores.append(weights.mean(dim=(0, 1)))
         start += span.before

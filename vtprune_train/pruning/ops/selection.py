@@ -1,4 +1,4 @@
-"""Which tokens stay, given scores: pure functions without device-to-host copies.
+"""Token selection from scores: pure functions without device-to-host copies.
 
 Shape suffixes: T tokens, V visual tokens, K kept visual tokens.
 """
@@ -15,12 +15,12 @@ from vtprune_train.core.stream import Boundary, SpanLayout, to_device
 
 
 def top_k_per_span(scores_V: Tensor, span_V: Tensor, take_K: Tensor) -> Tensor:
-    """The best tokens of every span in their old order; equal scores go to the earlier token.
+    """Top-k tokens of each span in their original order; ties go to the earlier token.
 
     Args:
         scores_V: [V] float32.
         span_V: [V] int64, the span of each token, ascending.
-        take_K: [K] int64, positions to take once V is sorted by (span, descending score): the first k of each span.
+        take_K: [K] int64, positions of each span's first k entries after sorting V by (span, descending score).
 
     Returns:
         [K] int64, ascending indices into V.
@@ -32,28 +32,29 @@ def top_k_per_span(scores_V: Tensor, span_V: Tensor, take_K: Tensor) -> Tensor:
 
 
 def next_rows(boundary: Boundary, chosen_K: Tensor) -> Tensor:
-    """[T_next] int64, the rows that enter the next stage, in its order: all text and the chosen visual tokens."""
+    """[T_next] int64, indices of the rows that enter the next stage, in order: all text tokens and the kept visual
+    tokens."""
     rows = torch.cat([boundary.text_rows, boundary.visual_rows.index_select(0, chosen_K)])
     return rows.index_select(0, boundary.next_order)
 
 
 def all_candidates(boundary: Boundary) -> Tensor:
-    """[V] int64, every candidate in its order."""
+    """[V] int64, indices of all candidates in order."""
     return torch.arange(len(boundary.span_of_visual), device=boundary.span_of_visual.device)
 
 
 def picked_on_host(boundary: Boundary, pick: Callable[[SpanLayout], np.ndarray]) -> Tensor:
-    """Candidates that the host can name from layouts alone.
+    """Select candidates on the host, from layout information only.
 
     Args:
-        boundary: of a drop that brings nothing back.
-        pick: for an image, int64 places among the tokens of it that the boundary finds.
+        boundary: a drop point without ``returns``.
+        pick: function returning, for an image, int64 indices among its remaining tokens.
 
     Returns:
-        int64, what ``pick`` gave for each image, counted among all candidates; on the boundary's device.
+        int64 candidate indices for all images, on the boundary's device.
     """
-    found, start = [np.zeros(0, dtype=np.int64)], 0
+    picks, start = [np.zeros(0, dtype=np.int64)], 0
     for span in boundary.spans:
-        found.append(start + pick(span))
+        picks.append(start + pick(span))
         start += span.before
-    return to_device(np.concatenate(found), boundary.span_of_visual.device)  # type: ignore[no-any-return]
+    return to_device(np.concatenate(picks), boundary.span_of_visual.device)

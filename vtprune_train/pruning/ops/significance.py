@@ -1,4 +1,4 @@
-"""How much attention the vision tower pays to each visual token: what methods before the decoder score by.
+"""Vision-tower attention per visual token, used for scoring by methods that prune before the decoder.
 
 Shape suffixes: V visual tokens, L layers of the tower.
 """
@@ -15,16 +15,17 @@ from vtprune_train.pruning.candidates import Candidates, EncoderSignals
 
 
 def signals_of(candidates: Candidates, layers: int) -> EncoderSignals:
-    """What the vision tower thought of the candidates; nothing where a stream has no image.
+    """Return the vision-tower signals of the candidates; empty if the batch has no image.
 
     Raises:
-        ValueError: the tower was not read, as where the decoder is called with embeddings alone.
+        ValueError: no vision-tower signals were captured, e.g. because the model was called with inputs_embeds only.
     """
     if candidates.encoder is not None:
         return candidates.encoder
     if len(candidates.boundary.span_of_visual):
         raise ValueError(
-            "the method reads the vision tower's attention, which this call did not run; pass pixel_values to the model"
+            "the method needs the vision tower's attention, but the tower did not run in this call; pass pixel_values "
+            "to the model"
         )
     hidden = candidates.hidden
     return EncoderSignals(
@@ -33,10 +34,10 @@ def signals_of(candidates: Candidates, layers: int) -> EncoderSignals:
 
 
 def neutral(scores_V: Tensor, boundary: Boundary) -> Tensor:
-    """[V] ``scores_V`` with the mean of its image in place of NaN (tokens that are no patch), 0 where all are."""
+    """[V] ``scores_V`` with NaN (non-patch tokens) replaced by the image's mean score, or 0 if all are NaN."""
     filled = [scores_V[:0]]
-    for own in scores_V.split(sizes_before(boundary)):
-        filled.append(torch.where(own.isnan(), torch.nan_to_num(own.nanmean(), nan=0.0), own))
+    for scores in scores_V.split(sizes_before(boundary)):
+        filled.append(torch.where(scores.isnan(), torch.nan_to_num(scores.nanmean(), nan=0.0), scores))
     return torch.cat(filled)
 
 
@@ -46,29 +47,29 @@ def sizes_before(boundary: Boundary) -> list[int]:
 
 
 def ranked(scores_V: Tensor, number: Tensor) -> Tensor:
-    """[V] int64: the tokens by ascending ``number``, equal ones by descending score, equal again by index."""
+    """[V] int64: token order: sorted by ``number`` ascending, then score descending, then index."""
     order = torch.sort(scores_V, descending=True, stable=True).indices
     return order.index_select(0, torch.sort(number.index_select(0, order), stable=True).indices)
 
 
 def merged(hidden: Tensor, kept: Tensor, others: Tensor, target: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """[k, C]: each kept token and those that join it, averaged by weight; exactly itself where none joins. Gradients
-    reach all of them.
+    """[k, C]: weighted average of each kept token and the tokens merged into it; unchanged if nothing is merged.
+    Gradients flow to all of them.
 
     A product with the membership matrix, in float32 at least: adding rows by index has no fixed order on a GPU.
 
     Args:
         hidden: [n, C] tokens.
-        kept: [k] int64, which stay.
-        others: [m] int64, which join.
-        target: [m] int64, the place among ``kept`` that each joins.
+        kept: [k] int64, indices of kept tokens.
+        others: [m] int64, indices of merged tokens.
+        target: [m] int64, the index into ``kept`` that each is merged into.
         weights: of ``kept`` [k] and of ``others`` [m], float, not negative.
     """
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    own, joining = wide.index_select(0, kept), wide.index_select(0, others)
+    kept_hidden, merged_hidden = wide.index_select(0, kept), wide.index_select(0, others)
     numbers = torch.arange(len(kept), device=target.device)
     shares = (target == numbers[:, None]) * weights[1].to(wide.dtype)  # [k, m]
     total = weights[0].to(wide.dtype) + shares.sum(dim=1)
-    # a division by next to nothing would send infinite gradients back
+    # dividing by a tiny number would give infinite gradients
     shares = shares / torch.where(total > torch.finfo(wide.dtype).tiny, total, 1.0)[:, None]
-    return (own + (shares @ joining - shares.sum(dim=1, keepdim=True) * own)).to(hidden.dtype)
+    return (kept_hidden + (shares @ merged_hidden - shares.sum(dim=1, keepdim=True) * kept_hidden)).to(hidden.dtype)

@@ -1,1 +1,1 @@
-"""How many tokens each stage keeps: stages, budgets, and phases of training."""
+"""Drop schedules: stages and budgets."""

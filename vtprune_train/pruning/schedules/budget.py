@@ -1,23 +1,27 @@
-"""Budgets: how many visual tokens a schedule takes through the decoder, and the schedule that takes a given number."""
+"""Token budgets: the mean number of visual tokens per layer for a schedule, and fitting a schedule to a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.stream import Drop
 
-COUNTED = 100_000  # tokens of the span by which shares are measured: floors do not show
+COUNTED = 100_000  # span length used to measure shares; large enough that rounding is negligible
 
 
 class Budgeted(Protocol):
-    """What a budget needs of a method."""
+    """What a method has to define to be fitted to a budget."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def ratios(self) -> tuple[float, ...]: ...
+
+    def with_ratios(self, ratios: Sequence[float]) -> Self: ...
 
     def input_share(self, num_layers: int) -> float: ...
 
@@ -28,8 +32,8 @@ Method = TypeVar("Method", bound=Budgeted)
 def layer_counts(drops: Sequence[Drop], num_layers: int, length: int) -> tuple[list[int], list[int]]:
     """Visual tokens of a span of ``length`` that ENTER each layer, and those that LEAVE each layer.
 
-    A drop before layer L acts on the output of layer L - 1, so the two differ there: published budgets of SparseVLM
-    count what leaves, the work is done on what enters.
+    A drop before layer L acts on the output of layer L - 1, so the two differ there: SparseVLM's published budgets
+    count tokens leaving a layer, while compute depends on tokens entering it.
     """
     counts = [int(stage[0]) for stage in counts_per_stage(drops, [length])]
     edges = [0, *(drop.layer for drop in drops), num_layers]
@@ -39,75 +43,73 @@ def layer_counts(drops: Sequence[Drop], num_layers: int, length: int) -> tuple[l
 
 
 def mean_input_share(drops: Sequence[Drop], num_layers: int) -> float:
-    """Mean over layers of the share of visual tokens that enters."""
+    """Mean over layers of the fraction of visual tokens that enter."""
     return sum(layer_counts(drops, num_layers, COUNTED)[0]) / (COUNTED * num_layers)
 
 
 def scaled_to_budget(method: Method, share: float, num_layers: int) -> Method:
-    """``method`` with every ratio of ``keep`` multiplied by the factor that makes its input share ``share``.
+    """Return ``method`` with all ``keep`` ratios scaled by the factor that makes its input share equal ``share``.
 
     Raises:
-        ValueError: no factor does; names the reachable range.
+        ValueError: no factor reaches ``share``; the message gives the reachable range.
     """
-    made, high = _scaling(method)
-    return bisected(made, 0.0, high, share, num_layers)
+    build, high = _scaling(method)
+    return bisected(build, 0.0, high, share, num_layers)
 
 
 def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) -> Method:
-    """The first of ``methods`` (one, then the same on other layers) that takes ``share`` with at least half of its
-    ``keep``; where none does, the one that leaves most room for it. A schedule whose first layers use the budget up
-    keeps next to nothing after them, and is no longer the method's.
+    """Return the first of ``methods`` (the same method at different layers) that reaches ``share`` while keeping at
+    least half of its ``keep`` ratios; if none does, the one that keeps the largest fraction. If the first layers
+    already use up the budget, almost nothing is kept after them and the schedule no longer resembles the method.
 
     Raises:
         ValueError: none can be scaled to ``share``; names the reachable range.
     """
     ranges, fitting = [], []
     for method in methods:
-        made, high = _scaling(method)
-        least, half, most = (made(factor).input_share(num_layers) for factor in (0.0, 0.5, high))
+        build, high = _scaling(method)
+        least, half, most = (build(factor).input_share(num_layers) for factor in (0.0, 0.5, high))
         ranges += [least, most]
         if least - 1e-4 <= share <= most + 1e-4:
             if half <= share:
-                return bisected(made, 0.0, high, share, num_layers)
-            fitting.append((least, made, high))
+                return bisected(build, 0.0, high, share, num_layers)
+            fitting.append((least, build, high))
     if not fitting:
         raise ValueError(
-            f"{method.name} takes between {min(ranges):.3f} and {max(ranges):.3f} of the visual tokens through "
-            f"{num_layers} layers, whichever it drops at, not {share:g}; choose another budget"
+            f"budget {share:g} is out of range for {method.name} on {num_layers} layers, which reaches "
+            f"{min(ranges):.3f} to {max(ranges):.3f}; choose another budget"
         )
-    _, made, high = min(fitting, key=lambda entry: entry[0])
-    return bisected(made, 0.0, high, share, num_layers)
+    _, build, high = min(fitting, key=lambda entry: entry[0])
+    return bisected(build, 0.0, high, share, num_layers)
 
 
 def _scaling(method: Method) -> tuple[Callable[[float], Method], float]:
-    """The method by the factor that its ``keep`` is multiplied with, and the factor that keeps everything."""
-    keep = method.keep  # type: ignore[attr-defined]
-    ratios = keep if isinstance(keep, tuple) else (keep,)
+    """A function from a factor to the method with its keep ratios multiplied by it, and the factor that keeps all."""
 
     def scaled(factor: float) -> Method:
-        moved = tuple(min(1.0, max(1e-6, ratio * factor)) for ratio in ratios)
-        return replace(method, keep=moved if isinstance(keep, tuple) else moved[0])  # type: ignore[type-var]
+        return method.with_ratios([min(1.0, max(1e-6, ratio * factor)) for ratio in method.ratios])
 
-    return scaled, 1.0 / min(ratios)
+    return scaled, 1.0 / min(method.ratios)
 
 
-def bisected(made: Callable[[float], Method], low: float, high: float, share: float, num_layers: int) -> Method:
-    """The method ``made(x)`` whose input share is ``share``, for an x in [low, high] by which the share grows.
+def bisected(build: Callable[[float], Method], low: float, high: float, share: float, num_layers: int) -> Method:
+    """Find x in [low, high] by bisection such that ``made(x)`` has input share ``share``; the share must increase with
+    x.
 
     Raises:
         ValueError: ``share`` lies outside what ``made(low)`` and ``made(high)`` take.
     """
-    least, most = made(low).input_share(num_layers), made(high).input_share(num_layers)
+    least, most = build(low).input_share(num_layers), build(high).input_share(num_layers)
     if not least - 1e-4 <= share <= most + 1e-4:
-        name = made(high).name
+        name = build(high).name
         raise ValueError(
-            f"{name} takes between {least:.3f} and {most:.3f} of the visual tokens through {num_layers} layers, not "
-            f"{share:g}; give it other layers or another budget"
+            f"budget {share:g} is out of range for {name} on {num_layers} layers, which reaches {least:.3f} to "
+            f"{most:.3f}; choose other layers or another budget"
         )
     for _ in range(50):
         middle = (low + high) / 2
-        if made(middle).input_share(num_layers) < share:
+        if build(middle).input_share(num_layers) < share:
             low = middle
         else:
             high = middle
-    return made(high)
+    return build(high)

@@ -10,17 +10,17 @@ from vtprune_train.core.stream import Drop
 
 
 def quarters(num_layers: int, num_drops: int) -> tuple[int, ...]:
-    """``num_drops`` layers that split ``num_layers`` evenly: 8, 16, 24 of 32 for three drops. Rounded, a half to the
-    even layer: 2, 3, 4 of 6."""
+    """``num_drops`` layers that split ``num_layers`` evenly: 8, 16, 24 of 32 for three drops. Rounds half to even: 2,
+    3, 4 of 6."""
     return tuple(round(num_layers * (i + 1) / (num_drops + 1)) for i in range(num_drops))
 
 
 def scaled_layers(published: Sequence[int], published_depth: int, num_layers: int) -> tuple[int, ...]:
-    """``published`` layers of a decoder of ``published_depth`` at the same share of the depth of ``num_layers``,
-    rounded, a half to the even layer.
+    """Scale layer indices published for a decoder of ``published_depth`` layers to one of ``num_layers`` layers,
+    rounding half to even.
 
-    Layer 0 stays layer 0; every other stays between 1 and the last layer. On a shallow decoder several may fall on
-    one layer: see :func:`one_per_layer`.
+    Layer 0 stays layer 0; every other stays between 1 and the last layer. In a shallow decoder several may map to the
+    same layer; see :func:`one_per_layer`.
     """
     return tuple(
         0 if layer == 0 else min(num_layers - 1, max(1, round(layer * num_layers / published_depth)))
@@ -29,7 +29,7 @@ def scaled_layers(published: Sequence[int], published_depth: int, num_layers: in
 
 
 def earlier(layers: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """``layers`` moved towards the first one a step at a time, in proportion; the first of them stays at 1 or above."""
+    """Move ``layers`` earlier one layer at a time, keeping their proportions; the first stays at layer 1 or later."""
     for first in range(layers[0] - 1, 0, -1):
         moved: list[int] = []
         for layer in layers:
@@ -38,12 +38,13 @@ def earlier(layers: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def one_per_layer(drops: Sequence[Drop]) -> tuple[Drop, ...]:
-    """Of several drops of one method before the same layer only the last, which keeps least; in ascending order."""
+    """Keep only the last (smallest) of several drops of a method at the same layer; returns drops in ascending layer
+    order."""
     return tuple(sorted({drop.layer: drop for drop in drops}.values(), key=lambda drop: drop.layer))
 
 
 def check_layer(setting: str, layer: int, num_layers: int, least: int = 0) -> None:
-    """Check a decoder layer, counted from 0, before which tokens change; ``least`` 1 where attention has to come first.
+    """Check a drop layer (counted from 0). Use ``least=1`` if the drop needs attention from an earlier layer.
 
     Raises:
         ValueError: naming the setting, its value and how to fix it.
@@ -71,12 +72,10 @@ def check_schedule(layers: Sequence[int] | None, keep: Sequence[float], num_laye
 def _keep_problems(keep: Sequence[float]) -> list[str]:
     problems = []
     if outside := [ratio for ratio in keep if not 0.0 < ratio <= 1.0]:
-        problems.append(
-            f"keep={list(keep)}: {outside[0]} is not in (0, 1]; each entry is the share of tokens that stay"
-        )
+        problems.append(f"keep={list(keep)}: {outside[0]} is not in (0, 1]; each entry is a keep ratio")
     if any(later > earlier for earlier, later in pairwise(keep)):
         problems.append(
-            f"keep={list(keep)} increases; each entry is a share of the ORIGINAL tokens, so later ones must not be "
+            f"keep={list(keep)} increases; each entry is relative to the ORIGINAL tokens, so later ones must not be "
             f"larger (for example {sorted(keep, reverse=True)})"
         )
     return problems
@@ -86,7 +85,8 @@ def _layer_problems(layers: Sequence[int], keep: Sequence[float], num_layers: in
     problems = []
     if len(layers) != len(keep):
         problems.append(
-            f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}; give as many"
+            f"layers={list(layers)} has {len(layers)} entries but keep={list(keep)} has {len(keep)}; they must have "
+            "the same length"
         )
     if any(later <= earlier for earlier, later in pairwise(layers)):
         problems.append(f"layers={list(layers)} must increase (for example {sorted(set(layers))})")
@@ -101,8 +101,8 @@ def _layer_problems(layers: Sequence[int], keep: Sequence[float], num_layers: in
 
 
 class AtLeastOne(Drop):
-    """Keeps at least one token of every image that has any: published counts of a few tokens, as shares, would leave
-    nothing of a small image."""
+    """Keeps at least one token of every image that has any: a published count of a few tokens, converted to a keep
+    ratio, would otherwise round to zero for a small image."""
 
     def kept(self, length: int, before: int) -> int:
         return min(before, max(1, floor_of(self.keep, length)))

@@ -1,0 +1,50 @@
+"""What a pruning method needs from the decoder loop."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vtprune_train.pruning.setting_types import Settings
+
+RankWith = Literal["next_layer", "this_layer"]
+Positions = Literal["renumber", "keep"]
+MultiTurn = Literal["drop", "keep_dense"]
+HiddenAfter = Literal["query", "span"]
+EncoderRows = Literal["class", "all"]
+
+
+class Needs(Settings):
+    """What :attr:`~vtprune_train.pruning.base.PruningMethod.needs` returns: what the loop computes for the method at
+    its drop points, and how it treats the tokens afterwards.
+
+    Args:
+        rank_with: the layer whose queries and keys :attr:`Candidates.ranking` holds: ``next_layer``, the first layer of
+            the next stage; ``this_layer``, the last layer of the current stage (no extra projection); ``None``, no
+            ranking.
+        rotary: apply the rotary embedding to the queries and keys of the ranking.
+        gravity: add rotated vectors of ones to the ranking, whose products are what positions alone contribute.
+        positions: ``renumber`` numbers the kept tokens 0, 1, ...; ``keep`` keeps their original positions.
+        differentiable: compute ranking and choice with gradients, which reach the model through
+            :attr:`Selection.values`.
+        multi_turn: what a later turn on the same cache sees of earlier images: ``drop``, the tokens that were kept;
+            ``keep_dense``, all tokens, ranked again by the new question.
+        encoder_layers: layers of the vision tower whose attention :attr:`Candidates.encoder` holds; negative ones count
+            from the end, and -1 is the last layer whose features the decoder receives.
+        encoder_rows: whose attention that is: the class token's (``class``), or the mean over all tokens of the tile
+            (``all``).
+        hidden_after: the first row that does not see the keys that :meth:`PruningMethod.keys` drops: after the first
+            query row that follows the image (``query``), or after the image's own span (``span``).
+        hides_front: rows after a sample's first image do not see the tokens before that image either (text, and in a
+            later turn all earlier turns); with ``hidden_after="span"`` in all layers.
+    """
+
+    rank_with: RankWith | None = None
+    rotary: bool = True
+    gravity: bool = False
+    positions: Positions = "keep"
+    differentiable: bool = False
+    multi_turn: MultiTurn = "drop"
+    encoder_layers: tuple[int, ...] = ()
+    encoder_rows: EncoderRows = "class"
+    hidden_after: HiddenAfter = "query"
+    hides_front: bool = False
