@@ -284,7 +284,7 @@ def test_changed_settings_on_resume_are_named(base, tmp_path):
         (["model.peft.rank=4"], r"model.peft.rank: unknown key"),
         (["model.peft.r=0"], r"model.peft.r"),
         (["model.peft.dropout=1.0"], r"model.peft.dropout"),
-        (["model.peft.target_modules=[]"], r"null adapts all linear layers"),
+        (["model.peft.target_modules=[]"], r"set it to null to adapt all linear layers"),
     ],
 )
 def test_settings_that_make_no_sense(overrides, message):

@@ -318,7 +318,7 @@ def test_settings_of_the_dry_run_alone(capsys):
     assert "--gpus 0 is below 1" in capsys.readouterr().err
     for wrong in ("-5", "0", "inf"):
         assert train_main(["--config", "quickstart.yaml", "--dry_run", f"--memory={wrong}"]) == 2
-        assert f"--memory {wrong}: a positive number of GiB is needed" in capsys.readouterr().err
+        assert f"--memory {wrong} is not a positive number of GiB" in capsys.readouterr().err
 
 
 def test_more_recomputed_layers_than_there_are_are_refused_by_the_dry_run(capsys):
