@@ -27,7 +27,7 @@ from vtprune_train.models.io.export import EXPORT, UNEXPORTED, Plan, write_weigh
 from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.writing import Entries, Save, write_file
-from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by
+from vtprune_train.training.distributed import from_rank_0, gather, raised_on, rank
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.engine.files import DeepSpeedFiles, weight
 from vtprune_train.training.engine.layout import layout_name
@@ -62,6 +62,7 @@ class TrainerState:
     zero_stage: int = 0
     dtype: str = ""  # unknown: an older version wrote the checkpoint
     pruning: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # what their state_dict() returned on rank 0, by name
 
 
 class CheckpointFolder:
@@ -172,7 +173,7 @@ class CheckpointFolder:
         from_rank_0(lambda: shutil.rmtree(save.partial, ignore_errors=True))
         step = manifest.step_of(save.partial)
         said = f"the checkpoint of step {step} could not be written: {joined(errors)}. {self._rest()}"
-        raise told_by([bool(error) for error in errors].index(True), CheckpointError(said))
+        raise raised_on([bool(error) for error in errors].index(True), CheckpointError(said))
 
     def settle(self) -> None:
         """Let the save in flight end, without other ranks: the run ends with an error that they may not know of."""
@@ -206,7 +207,7 @@ class CheckpointFolder:
                 f"{self.folder} has {found / 1e9:.2f} GB free, the checkpoint of step {manifest.step_of(partial)} "
                 f"needs {needed / 1e9:.2f} GB; nothing was written. {self._rest()}"
             )
-            raise told_by(0, CheckpointError(said))
+            raise raised_on(0, CheckpointError(said))
 
     def _publish(self, partial: Path, entries: Entries) -> None:
         others = (name for name in manifest.files_in(partial) if name not in entries)

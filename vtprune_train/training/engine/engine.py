@@ -16,7 +16,6 @@ from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import gradients, reshard, state
 from vtprune_train.training.engine.files import SavedState
 from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of
-from vtprune_train.training.engine.monitors import Monitors
 
 
 class Engine:
@@ -29,7 +28,7 @@ class Engine:
         applied = engine.step()  # or engine.zero_grad(), to leave the step out
 
     Under ZeRO-3 the parameters of ``module``, the model, are partitions; ``dtype`` is what it computes in, as
-    ``model.dtype`` names it, and scalars are shown in ``monitors``.
+    ``model.dtype`` names it.
     :func:`vtprune_train.training.engine.start.start_engine` makes one around a ``DeepSpeedEngine``.
     """
 
@@ -40,7 +39,6 @@ class Engine:
         self.zero_stage = int(deepspeed.zero_optimization_stage())
         half = "bfloat16" if deepspeed.bfloat16_enabled() else "float16" if deepspeed.fp16_enabled() else ""
         self.dtype = half or "float32"
-        self.monitors = Monitors(deepspeed.monitor)
 
     def train(self) -> None:
         """The model's training mode."""

@@ -23,9 +23,6 @@ ENGINE = {
     "global_steps": "reshard: counters of the checkpoint",
     "global_samples": "reshard: counters of the checkpoint",
     "skipped_steps": "reshard: counters of the checkpoint",
-    "monitor.enabled": "monitors: whether there are any",
-    "monitor.tb_monitor": "monitors: TensorBoard's, None on other ranks or if it is switched off",
-    "monitor.write_events": "monitors: scalars to all of them",
 }
 ZERO = {
     "optimizer": "reshard: the optimizer inside, which has the states",
@@ -77,11 +74,6 @@ OFFLOADED = {  # where states are in host memory
     "DeepSpeedZeroOptimizer_Stage3": ("norm_for_param_grads",),
 }
 DYNAMIC = {"min_scale": "gradients: what float16's loss scale falls to"}  # of a loss scaler that is dynamic
-BOARD = {  # of TensorBoard's monitor, where there is one
-    "enabled": "monitors: whether it still writes",
-    "summary_writer": "monitors: takes images",
-    "write_events": "monitors: scalars to it alone",
-}
 # Of each trained parameter.
 PARAMETERS: dict[str, dict[str, str]] = {
     "DeepSpeedZeroOptimizer": {"_hp_mapping": "layout: where this rank keeps some of it"},
@@ -95,7 +87,6 @@ PARAMETERS: dict[str, dict[str, str]] = {
     },
 }
 MODULES = {
-    "deepspeed.monitor.monitor": ("TensorBoardMonitor", "WandbMonitor", "csvMonitor", "CometMonitor"),
     "deepspeed.runtime.zero.stage_1_and_2": ("INITIAL_MICRO_STEP_ID", "DeepSpeedZeroOptimizer"),
     "deepspeed.runtime.zero.stage3": ("DeepSpeedZeroOptimizer_Stage3",),
 }
@@ -128,8 +119,6 @@ def optimizer_kind(optimizer: Any) -> str | None:
 def _read(engine: Any) -> Iterator[tuple[str, Any, Iterable[str]]]:
     """A name for each thing that is read, the thing, and the names of its attributes."""
     yield "DeepSpeedEngine", engine, ENGINE
-    if (board := getattr(getattr(engine, "monitor", None), "tb_monitor", None)) is not None:
-        yield "TensorBoardMonitor", board, BOARD
     kind = optimizer_kind(engine.optimizer)
     if kind is None:
         return

@@ -18,10 +18,14 @@ OWN_KEYS = {
     "scheduler": "train.schedule",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "tensorboard": "train.trackers",
+    "wandb": "train.trackers",
+    "comet": "train.trackers",
+    "csv_monitor": "train.trackers, and metrics.jsonl has every number",
 }
 # Keys of a DeepSpeed JSON whose typos are worth finding.
 OFTEN_SET = (
-    *OWN_KEYS, "zero_optimization", "activation_checkpointing", "data_types", "communication_data_type", "tensorboard",
+    *OWN_KEYS, "zero_optimization", "activation_checkpointing", "data_types", "communication_data_type",
     "wall_clock_breakdown", "flops_profiler", "comms_logger", "steps_per_print", "zero_force_ds_cpu_optimizer",
     "zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor", "aio",
 )  # fmt: skip
@@ -55,7 +59,6 @@ def engine_config(config: Config) -> dict[str, Any]:
     return {
         "steps_per_print": 2**62,
         "zero_force_ds_cpu_optimizer": False,
-        "tensorboard": {"enabled": True, "output_path": str(config.run_dir), "job_name": "tensorboard"},
         **settings,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

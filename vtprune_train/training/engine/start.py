@@ -16,7 +16,6 @@ from vtprune_train.config.settings import Config
 from vtprune_train.models.io.placement import note_shapes
 from vtprune_train.training.engine import private
 from vtprune_train.training.engine.engine import Engine
-from vtprune_train.training.engine.monitors import optional_monitors
 from vtprune_train.training.engine.sharded import complete
 
 
@@ -93,8 +92,7 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     note_shapes(model)
     complete(model)
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
-    with optional_monitors():
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     for name, buffer in engine.module.named_buffers():
         if buffer.dtype != before[name]:
             raise ConfigError(

@@ -32,7 +32,7 @@ from vtprune_train.training.optimizer import parameter_groups
 GIB = 2**30
 RESERVED = 0.06  # share of a device's memory for what is not counted
 ALLREDUCE_ELEMENTS = 5 * 10**8  # DeepSpeed's bucket where ZeRO does not partition the reduction
-FOUR_BIT_BYTES = 0.52  # a weight's 4 bits, and its share of the scales (NF4, double quantisation)
+FOUR_BIT_BYTES = 0.52  # a weight's 4 bits, and its share of the scales (NF4, double quantization)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
