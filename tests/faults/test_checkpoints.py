@@ -175,7 +175,7 @@ def test_convert_and_resume_from_it(runs, copied, whole, capsys):
     assert not (step(copied, 2) / "deepspeed").exists() and manifest.verify(step(copied, 2)) is None
     (copied / "metrics.jsonl").unlink()  # the portable form restores it as well
     assert main(["checkpoint", "convert", str(copied)]) == 2
-    assert "has the portable form already" in capsys.readouterr().err
+    assert "already has the portable format" in capsys.readouterr().err
     runs.run(copied.name, *SETTINGS[:-1], "deepspeed=configs/deepspeed/zero2.json", ranks=2)
     metrics, expected = runs.metrics(copied.name), runs.metrics("whole")
     assert [m["data_digest"] for m in metrics] == [m["data_digest"] for m in expected]
@@ -194,6 +194,6 @@ def test_convert_elsewhere(copied, tmp_path, capsys):
 def test_nothing_to_look_at(tmp_path, capsys):
     for action in ("list", "verify", "convert"):
         assert main(["checkpoint", action, str(tmp_path)]) == 2
-        assert "holds no finished checkpoint" in capsys.readouterr().err
+        assert "contains no complete checkpoint" in capsys.readouterr().err
     assert main(["checkpoint", "list", str(tmp_path / "gone")]) == 2
     assert "does not exist" in capsys.readouterr().err

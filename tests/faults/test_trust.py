@@ -264,7 +264,7 @@ def test_code_named_deep_inside_is_noted(runs, trained, capsys):
     seal(runs.checkpoint("deep"))
     assert main(["checkpoint", "verify", str(runs.checkpoint("deep"))]) == 0
     said = capsys.readouterr().out
-    assert "note: hf/processor_config.json names code of its own (auto_map)" in said
+    assert "note: hf/processor_config.json names remote code (auto_map)" in said
     assert "note: hf/config.json names the method evil.py:Evil" in said
 
 
@@ -279,12 +279,12 @@ def test_verify_finds_pickles_wherever_they_lie_and_needs_no_deepspeed(runs, tra
     verify = [sys.executable, "-c", without, "checkpoint", "verify", str(checkpoint)]
     done = subprocess.run(verify, capture_output=True, text=True, env=runs.environment())
     assert done.returncode == 1, done.stderr
-    assert "2 wrong" in done.stdout and not mark.exists()
+    assert "2 error(s)" in done.stdout and not mark.exists()
     for said in (
         "hf/training_args.bin names posix.system",
         "hf/without_an_ending names posix.system",
         "note: hf/config.json names the method evil.py:Evil",
-        "note: hf/config.json names code of its own (auto_map)",
+        "note: hf/config.json names remote code (auto_map)",
     ):
         assert said in done.stdout
     for name in ("training_args.bin", "without_an_ending"):

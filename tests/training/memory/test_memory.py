@@ -314,12 +314,12 @@ def test_the_dry_run_shows_memory_and_what_fits():
 
 def test_settings_of_the_dry_run_alone(capsys):
     assert train_main(["--config", "quickstart.yaml", "--gpus", "8"]) == 2
-    assert "--gpus and --memory are for --dry_run" in capsys.readouterr().err
+    assert "--gpus and --memory need --dry_run" in capsys.readouterr().err
     assert train_main(["--config", "quickstart.yaml", "--dry_run", "--gpus", "0"]) == 2
-    assert "at least one GPU" in capsys.readouterr().err
+    assert "--gpus 0 is below 1" in capsys.readouterr().err
     for wrong in ("-5", "0", "inf"):
         assert train_main(["--config", "quickstart.yaml", "--dry_run", f"--memory={wrong}"]) == 2
-        assert f"--memory {wrong}: a positive number of GiB is needed" in capsys.readouterr().err
+        assert f"--memory {wrong} is not a positive number of GiB" in capsys.readouterr().err
 
 
 def test_more_recomputed_layers_than_there_are_are_refused_by_the_dry_run(capsys):
