@@ -39,7 +39,7 @@ def evaluate(
         max_tokens: most tokens of a batch, before dropping.
         mark: called at every batch (the watchdog's).
         worker_timeout: seconds after which a decode process counts as hung.
-        shuffle_pictures: give every sample another one's images: what the model answers without seeing.
+        shuffle_images: give every sample the images of another one, to measure what the model answers without seeing.
 
     Returns:
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
