@@ -149,7 +149,7 @@ def test_training_on_it_resumes_bit_for_bit(runs):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("NoReader",), ["data.train.0.reader=", "user_readers.py:NoReader", "is not a subclass of Reader"]),
+        (("NoReader",), ["data.train.0.reader=", "user_readers.py:NoReader", "must be a subclass of Reader"]),
         (("Pair",), ["data.train.0.reader=", "does not define Pair", "did you mean Pairs?"]),
         (("Crashes",), ["pairs.csv: reader", "user_readers.py:Crashes failed (TypeError"]),
         (("Pairs", "no.csv"), ["data.train.0.path: ", "no.csv does not exist"]),
