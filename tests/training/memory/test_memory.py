@@ -303,7 +303,7 @@ def test_offloaded_states_are_in_host_memory():
 def test_the_dry_run_shows_memory_and_what_fits():
     config = load_config("llava_next_pdrop.yaml")
     said = describe(config, gpus=8, memory=80)
-    assert "memory of each of 8 GPU(s), estimated" in said and "train.activation_checkpointing=all" in said
+    assert "estimated memory per GPU, 8 GPU(s)" in said and "train.activation_checkpointing=all" in said
     for line in ("float32 master weights", "optimizer states", "activations, by stage", "pinned host memory for saves"):
         assert re.search(rf"  {line} +\d+\.\d\d GiB", said), line
     assert re.search(r"fits 80 GiB with train\.activation_checkpointing=\w+ \(estimate\)", said)
