@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from vtprune_train.cli.quickstart import DATA, NUM_TRAIN, empty_folder, finish, read_lines, start, write_json
