@@ -1,9 +1,11 @@
-# make quickstart   the main job on an embedded default: a tiny model, two CPU ranks, a few minutes
-# make test         the tests; those of other packages run after `make ecosystem` (TRL, PEFT, lmms-eval, ...)
-# make test-fast    those that take less than a second or two each, before every commit: under 3 minutes
-# make test-floor   those that matter there, with the lowest supported releases, in .venv-floor (5 GB: torch with CUDA)
-# make gpu          on a machine with a GPU: the tests that need one, then scripts/gpu_check.py (under 7 minutes)
-# They create their environment when it is missing. PYTHON names another interpreter (3.11 or newer).
+# make quickstart   train a tiny model on drawn images, on two CPU ranks: a few minutes
+# make compare      the same with PyramidDrop and dense, side by side
+# make test         run the tests; `make ecosystem` adds those with TRL, PEFT, lmms-eval and others
+# make test-fast    run only the fast tests, before every commit: under 3 minutes
+# make test-floor   run the tests that depend on versions with the oldest supported ones, in .venv-floor (5 GB with CUDA)
+# make gpu          on a machine with a GPU: run the tests that need one, then scripts/gpu_check.py (under 7 minutes)
+# make settings     write docs/settings.md and the comments of configs/ from the descriptions of the settings
+# Each target creates its virtual environment if it is missing. PYTHON sets another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +18,7 @@ READY_FLOOR := $(FLOOR)/.ready
 export HF_HUB_OFFLINE ?= 1
 
 ECOSYSTEM_CONSTRAINTS := $(VENV)/.installed.txt
-# What depends on the releases of PyTorch, transformers, DeepSpeed and PEFT.
+# Tests that depend on the versions of PyTorch, transformers, DeepSpeed and PEFT.
 FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_families.py \
 	models/families/test_loop_families.py models/forward/test_attention.py models/forward/test_head.py \
 	models/io/test_build.py models/io/test_in_pieces.py models/io/test_peft.py models/test_equivalence.py models/test_generate.py \
@@ -24,13 +26,13 @@ FLOOR_TESTS := $(addprefix tests/,core/test_stream.py models/families/test_famil
 	pruning/methods/test_contract.py pruning/methods/test_encoder.py pruning/methods/test_keys.py \
 	training/engine/test_private.py training/memory/test_allocator.py training/test_runs.py)
 
-.PHONY: quickstart compare test test-fast test-floor gpu ecosystem lint format bench docs clean
+.PHONY: quickstart compare test test-fast test-floor gpu ecosystem lint format bench settings docs clean
 
 quickstart: $(READY)
-	$(BIN)/python scripts/quickstart.py
+	$(BIN)/vtprune quickstart
 
 compare: $(READY)
-	$(BIN)/python scripts/quickstart.py --compare
+	$(BIN)/vtprune quickstart --compare
 
 test: $(READY_DEV)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -60,6 +62,9 @@ format: $(READY_DEV)
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py --device cpu --geometry small
+
+settings: $(READY_DEV)
+	$(BIN)/python scripts/write_settings.py
 
 docs: $(READY_DEV)
 	$(BIN)/sphinx-build -W -b html docs site

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train LLaVA-NeXT with dropped visual tokens.
+"""Train a vision-language model with dropped visual tokens.
 
 deepspeed train.py --config configs/llava_next_pdrop.yaml key=value ...
 torchrun --nproc_per_node 8 train.py --config ...

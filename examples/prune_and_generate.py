@@ -13,8 +13,7 @@ from PIL import Image
 from tiny import QUESTION, draw_samples, tiny_llava_next
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vtprune_train import PyramidDrop, prune, unprune
-from vtprune_train.models.forward.padded import kept_tokens
+from vtprune_train import PyramidDrop, kept_tokens, prune, unprune
 
 
 def main() -> None:

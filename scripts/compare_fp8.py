@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What FP8 costs in accuracy: the quickstart's model in bfloat16, with and without FP8 products, same data, same steps.
+"""Compare the accuracy of bfloat16 training with and without FP8 matrix multiplications on the quickstart model.
 
     python scripts/compare_fp8.py [--steps 600]    # runs/fp8: result.json and fp8.png
 
-On a CPU the rounding to float8 is emulated, so only losses and accuracies mean something, not times. Needs torchao.
+On a CPU the rounding to float8 is emulated, so only losses and accuracies are meaningful, not times. Needs torchao.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import os
 import sys
 from pathlib import Path
 
-from quickstart import DATA, NUM_TRAIN, ROOT, finish, fresh, read_lines, start, write_json
+from vtprune_train.cli.quickstart import DATA, NUM_TRAIN, empty_folder, finish, read_lines, start, write_json
 from vtprune_train.data.synthetic import write_dataset
 
 FOLDER = Path("runs/fp8")
 WINDOW = 20
-# A width of the MLP that FP8 products take, which are for multiples of 16.
+# FP8 requires sizes that are multiples of 16.
 SETTINGS = ["model.dtype=bfloat16", "model.config.text_config.intermediate_size=176", "train.eval_shuffled=false"]
 SIDES = {"bfloat16": "model.fp8=false", "fp8": "model.fp8=true"}
 
 
 def mean_losses(folder: Path) -> list[float]:
-    """Loss of each step, as the mean of the last ``WINDOW`` steps."""
+    """Moving average of the loss over ``WINDOW`` steps."""
     losses = [row["loss"] for row in read_lines(folder / "metrics.jsonl")]
     windows = [losses[max(0, end - WINDOW) : end] for end in range(1, len(losses) + 1)]
     return [sum(window) / len(window) for window in windows]
 
 
 def plot(losses: dict[str, list[float]], path: Path) -> None:
-    """Both curves, and their difference below."""
+    """Plot both loss curves and their difference."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,12 +67,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
-    os.chdir(ROOT)
+    os.chdir(Path(__file__).parents[1])
     write_dataset(DATA, num_train=NUM_TRAIN, num_eval=500, seed=7)
-    folders = {name: fresh(FOLDER / name) for name in SIDES}
+    folders = {name: empty_folder(FOLDER / name) for name in SIDES}
     steps = [f"train.max_steps={arguments.steps}", *SETTINGS]
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    finish([start(folders[name], [setting, *steps], 1, threads) for name, setting in SIDES.items()])
+    if code := finish([start(folders[name], [setting, *steps], 1, threads) for name, setting in SIDES.items()]):
+        return code
     result = summarize(folders)
     for name, values in result.items():
         print(f"{name:10} loss {values['loss']:.4f}, held-out exact match {values['exact_match']:.1%}")

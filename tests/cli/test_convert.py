@@ -78,7 +78,7 @@ def test_a_folder_of_hugging_face_becomes_an_original_one(tmp_path, caplog):
     prune(model, "fastv").save_pretrained(tmp_path / "pruned")
     tiny_processor().save_pretrained(tmp_path / "pruned")
     convert(tmp_path / "pruned", "original", tmp_path / "dense", "--vision_tower", "openai/clip-vit-large-patch14-336")
-    assert "the original code knows no pruning, so the settings of fastv are left out" in caplog.text
+    assert "the original code does not support pruning, so the settings of fastv are left out" in caplog.text
     same(read(tmp_path / "original"), original_names(model))
     config = json.loads((tmp_path / "original" / "config.json").read_text())
     assert config["mm_projector_type"] == "mlp2x_gelu" and config["mm_patch_merge_type"] == "spatial_unpad"
@@ -143,9 +143,9 @@ def test_a_linear_projector(tmp_path, capsys):
         ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type='spatial' has no counterpart"),
         ({"mm_vision_tower": "nowhere/clip"}, "the vision tower nowhere/clip (--vision_tower): no readable config"),
         ({"image_grid_pinpoints": "1 by 2"}, "image_grid_pinpoints='1 by 2' is not a list of (width, height)"),
-        ({"num_hidden_layers": 7}, "tensor(s) are missing, first model.layers.6."),
+        ({"num_hidden_layers": 7}, "tensor(s) are missing, for example model.layers.6."),
         ({"num_hidden_layers": 5}, "model.layers.5."),
-        ({"intermediate_size": 49}, "config.json asks for"),
+        ({"intermediate_size": 49}, "config.json requires"),
     ],
 )
 def test_what_cannot_be_converted_is_named(tmp_path, capsys, settings, said):
@@ -170,4 +170,4 @@ def test_damaged_and_hostile_files_are_named(tmp_path, capsys):
     assert not (tmp_path / "executed").exists()
     torch.save({"model.mm_projector.0.weight": torch.ones(1)}, tmp_path / "part.bin")
     assert "no whole projector there" in refused(capsys, tmp_path / "part.bin", "projector", tmp_path / "out")
-    assert "is a projector alone" in refused(capsys, tmp_path / "part.bin", "hf", tmp_path / "out")
+    assert "is only a projector" in refused(capsys, tmp_path / "part.bin", "hf", tmp_path / "out")

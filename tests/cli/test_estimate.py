@@ -15,7 +15,7 @@ from transformers import Gemma3Config, LlavaConfig, MixtralConfig, Qwen2VLConfig
 
 from tests.support.helpers import tiny_config, tiny_model
 from vtprune_train import PyramidDrop
-from vtprune_train.bench.costs import Picture, Sample, Subject, estimate, pictures_of
+from vtprune_train.bench.costs import ImageTokens, Sample, Subject, estimate, images_of_sample
 from vtprune_train.cli import main
 from vtprune_train.cli.estimate import render
 from vtprune_train.config.load import load_config
@@ -37,7 +37,7 @@ def subject(config=None, method=METHOD, **values):
 
 
 def sample(*visual, tiles=None, **values):
-    return Sample(tuple(Picture("picture", count, tiles) for count in visual), **values)
+    return Sample(tuple(ImageTokens("picture", count, tiles) for count in visual), **values)
 
 
 def stdout_of(capsys, *arguments):
@@ -90,7 +90,7 @@ def test_by_hand():
     assert result.cache_prompt.ratio == 5760 / 4096
 
 
-def test_several_pictures_and_batches():
+def test_several_images_and_batches():
     """Every picture keeps its own floor; a batch is that many times a sample."""
     one, batch = (estimate(subject(), sample(9, 21, text=5, batch=size)) for size in (1, 7))
     assert [stage.visual_tokens for stage in one.stages] == [30, 4 + 10, 1 + 4]
@@ -116,13 +116,34 @@ def test_selector_as_in_training(rank_with):
     assert ("projects keys" in render(result)) == (rank_with == "next_layer")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_gets_the_numbers_of_its_dry_run(path, tmp_path):
+    """The row of the image that makes most tokens: text as long, half of it supervised."""
+    report = describe(load_config(path.name))
+    table = report[report.index("tokens in each stage") :].splitlines()[2:]
+    rows = [re.split(r"  +", line.strip()) for line in table[: table.index("") - 1]]
+    stages, speedup = {}, {}
+    for size, _, text, tokens, _, _, whole in rows:
+        stages[size] = [int(count) - int(text) for count in tokens.split(" / ")]
+        speedup[size] = float(whole.rstrip("x"))
+    largest = max(stages, key=lambda size: stages[size][0])
+    height, width = largest.split(" x ")
+    half = int(rows[0][2]) // 2
+    arguments = ("--text", str(half + 1), "--answer", str(half), "--json", str(tmp_path / "estimate.json"))
+    assert main(["estimate", "--config", path.name, "--resolution", f"{width}x{height}", *arguments]) == 0
+    counted = json.loads((tmp_path / "estimate.json").read_text())
+    assert [stage["visual_tokens"] for stage in counted["stages"]] == stages[largest]
+    # It also counts the selector and the head.
+    assert counted["training_whole"]["ratio"] == pytest.approx(speedup[largest], rel=0.03)
+
+
 def test_agrees_with_the_dry_run():
     """Same picture, 121 tokens of text of which 60 are supervised; the dry run leaves the selector out."""
     config = load_config("llava_next_pdrop.yaml")
     row = next(line for line in describe(config).splitlines() if "336 x 1008" in line).replace("x", "").split()
     model_config = load_model_config(config.model, offline=True)
     asked = Subject("recipe", model_config, config.pruning.build(), "YAML", tuple(config.model.train))
-    (picture,) = pictures_of(model_config, [(1008, 336)])
+    (picture,) = images_of_sample(model_config, [(1008, 336)])
     result = estimate(asked, Sample((picture,), text=61, answer=60))
     assert (picture.tiles, [stage.visual_tokens + 121 for stage in result.stages]) == (
         int(row[2]),
@@ -137,7 +158,7 @@ def test_agrees_with_the_dry_run():
 
 def test_whole_model_adds_tower_and_projector():
     config = tiny_config()
-    tower, pictures = tile_tower(config), pictures_of(config, [(56, 56), (80, 30)])
+    tower, pictures = tile_tower(config), images_of_sample(config, [(56, 56), (80, 30)])
     assert [(picture.tokens, picture.tiles) for picture in pictures] == [(88, 5), (16 + 4 * 11, 4)]
     result = estimate(subject(config, trained=("projector",)), Sample(pictures, batch=3))
     assert result.vision == pytest.approx(3 * (tower.tower(9) + tower.projector(9)))
@@ -183,14 +204,14 @@ def test_cache_is_what_generation_holds():
         ("Qwen/Qwen2.5-VL-7B-Instruct", "644x420", 23 * 15, f"{46 * 30} patches"),
     ],
 )
-def test_other_families_count_pictures_tower_and_projector(model, size, tokens, seen, capsys):
+def test_other_families_count_images_tower_and_projector(model, size, tokens, seen, capsys):
     output = stdout_of(capsys, "--model", model, "--resolution", size)
     assert f"{size}: {tokens} tokens of {seen}" in output
     assert "not counted" not in output and output.count("x faster") == 4
     assert "tower and projector" in stdout_of(capsys, "--model", model), "the largest of its examples"
 
 
-def test_pictures_of_one_sample_are_laid_out_together(capsys):
+def test_images_of_one_sample_are_laid_out_together(capsys):
     model = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
     two = stdout_of(capsys, "--model", model, "--resolution", "768x384", "--resolution", "768x384")
     assert "768x384: 730 tokens of 1 tile(s); 768x384: 730 tokens of 1 tile(s)" in two
@@ -214,12 +235,12 @@ def test_what_a_family_lacks_is_said(tmp_path, capsys):
 def test_towers_that_are_not_counted():
     pixtral = LlavaConfig(vision_config={"model_type": "pixtral"})
     with pytest.raises(ValueError, match=r"for llava with pixtral \(the vision tower is a pixtral"):
-        pictures_of(pixtral, [(336, 336)])
+        images_of_sample(pixtral, [(336, 336)])
     result = estimate(subject(), sample(10))
     assert "not counted: the tokens are not a multiple of a tile's 16; give --resolution" in render(result)
     with pytest.raises(ValueError, match="mixtral decoder: mixture-of-experts"):
         estimate(subject(MixtralConfig()), sample(10))
-    with pytest.raises(ValueError, match="clip_vision_model decoder has no num_key_value_heads"):
+    with pytest.raises(ValueError, match="clip_vision_model decoder: its config has no num_key_value_heads"):
         estimate(subject(tiny_config().vision_config), sample(10))
 
 
@@ -245,7 +266,7 @@ def test_where_the_pruning_settings_come_from(tmp_path, capsys):
     plain = checkpoint(tmp_path / "plain")
     for arguments, words in (
         (["--model", saved], ["layers=[1, 5] keep=[0.5, 0.25]", "saved in the checkpoint"]),
-        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no settings"]),
+        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no pruning settings"]),
         (["--model", saved, "--keep", "0.3,0.2"], ["layers=[1, 5] keep=[0.3, 0.2]", "the command line, and"]),
         (["--model", saved, "--method", "pyramiddrop"], ["before layers 2, 3, 4 of 6", "the command line"]),
         (["--model", saved, "--method", "none"], ["none", "no selector"]),
@@ -284,13 +305,13 @@ def test_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--resolution", "big"], ["--resolution: 'big' is no WIDTHxHEIGHT", "672x336"]),
+        (["--resolution", "big"], ["--resolution: 'big' is not WIDTHxHEIGHT", "672x336"]),
         (["--resolution", "0x5"], ["--resolution: '0x5'"]),
         (["--text", "-3"], ["--text", "greater than or equal to 1", "'-3'"]),
         (["--answer", "many"], ["--answer", "'many'"]),
         (["--batch", "1" + "0" * 400], ["--batch"]),
         (["--visual_tokens", "576,0"], ["--visual_tokens", "'0'"]),
-        (["--visual_tokens", "576", "--resolution", "5x5"], ["--resolution and --visual_tokens", "give one"]),
+        (["--visual_tokens", "576", "--resolution", "5x5"], ["either --resolution or --visual_tokens", "not both"]),
         (["--keep", "0.1,0.2,0.3"], ["--keep=[0.1, 0.2, 0.3] increases", "[0.3, 0.2, 0.1]"]),
         (["--keep", "half"], ["--keep", "'half'"]),
         (["--keep", "nan,nan,nan"], ["--keep=[nan, nan, nan]: nan is not in (0, 1]"]),
@@ -300,10 +321,10 @@ def test_json(tmp_path, capsys):
         (["--method", "sparsevlm", "--set", "budget=100"], ["budget=100 is not one of 192, 128, 96, 64"]),
         (["--method", "none", "--keep", "0.5"], ["no effect with --method none"]),
         (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
-        (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot be written (No such file"]),
+        (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot write the file (No such file"]),
         (["--repeats", "5"], ["--repeats has no effect without --clock"]),
         (["--method", "fopru", "--set", "layer=99"], ["fopru", "99"]),
-        (["train.clip=1"], ["'train.clip=1': key=value belongs to --config"]),
+        (["train.clip=1"], ["'train.clip=1': key=value only works with --config"]),
     ],
 )
 def test_wrong_input(arguments, words, capsys):
@@ -316,13 +337,13 @@ def test_wrong_input(arguments, words, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["give one of --config FILE and --model"]),
-        (["--model", NEXT, "--config", "quickstart.yaml"], ["give one of"]),
+        ([], ["pass either --config FILE or --model"]),
+        (["--model", NEXT, "--config", "quickstart.yaml"], ["pass either"]),
         (["--model", "runs/nowhere"], ["--model=runs/nowhere: no readable config.json"]),
-        (["--config", "nowhere.yaml"], ["--config: nowhere.yaml is neither here"]),
+        (["--config", "nowhere.yaml"], ["--config: nowhere.yaml does not exist"]),
         (
             ["--config", "llava_next_pdrop.yaml", "--layers", "1,2,3"],
-            ["--layers belongs to --model", "pruning.layers="],
+            ["--layers only works with --model", "pruning.layers="],
         ),
         (["--config", "llava_next_pdrop.yaml", "pruning.layers=[8,16,40]"], ["pruning.layers=[8, 16, 40]: layer 40"]),
         (["--config", "llava_next_pdrop.yaml", "prunning.keep=1"], ["prunning: unknown key; did you mean pruning?"]),

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from tests.support.checkpoints import TEMPLATE, same_state, save_folder, save_pictures, save_run, talkative
+from tests.support.checkpoints import TEMPLATE, same_state, save_folder, save_images, save_run, talkative
 from tests.support.families import family_model, family_processor
 from tests.support.helpers import tiny_model, tiny_processor
 from vtprune_train.cli import main
@@ -74,7 +74,7 @@ def test_names_are_those_of_published_checkpoints_unless_kept(run_folder, tmp_pa
 
 
 def test_generate_answers_the_same_from_it(capsys, run_folder, tmp_path):
-    [picture] = save_pictures(tmp_path / "pictures", 1)
+    [picture] = save_images(tmp_path / "pictures", 1)
     export(run_folder, tmp_path / "export", "--dtype", "float32")
     answers = {said(capsys, "--model", path, "--image", picture) for path in (run_folder, tmp_path / "export")}
     assert len(answers) == 1 and answers != {"\n"}
@@ -130,7 +130,7 @@ def test_a_folder_is_replaced_only_when_asked(capsys, run_folder, tmp_path):
     export(run_folder, out)
     (out / "old.safetensors").write_text("")
     export(run_folder, out, expect=2)
-    assert "is not empty; name another folder, or replace the export in it with --force" in capsys.readouterr().err
+    assert "is not empty; use another folder, or --force to replace the export in it" in capsys.readouterr().err
     assert (out / "old.safetensors").exists()
     export(run_folder, out, "--force")
     assert not (out / "old.safetensors").exists() and (out / "model.safetensors").exists()
@@ -145,7 +145,7 @@ def test_a_folder_is_replaced_only_when_asked(capsys, run_folder, tmp_path):
 def test_the_model_itself_is_never_replaced(capsys, tmp_path, inside):
     run = save_run(tmp_path / "run")
     export(run, run / inside, "--force", expect=2)
-    assert "holds the model that is exported" in capsys.readouterr().err
+    assert "contains the model to export" in capsys.readouterr().err
     load(str(run))
 
 
@@ -187,7 +187,7 @@ def test_float16_does_not_make_infinities(capsys, tmp_path):
     folder = save_folder(tmp_path / "saved", model=model)
     for part in ("model", "projector"):
         export(folder, tmp_path / part, "--part", part, "--dtype", "float16", expect=2)
-        assert "image_newline holds 1e+05, above 6.55e+04; use bfloat16" in capsys.readouterr().err
+        assert "image_newline contains 1e+05, which is above 6.55e+04; use bfloat16" in capsys.readouterr().err
         assert not (tmp_path / part).exists()
 
 
@@ -219,7 +219,9 @@ def test_the_projector_of_every_family_that_is_trained(tmp_path, name, options):
 def test_a_projector_that_training_does_not_read(tmp_path, capsys):
     family_model("qwen2_vl").save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "projector", "--part", "projector", expect=2)
-    words = "holds a qwen2_vl, which the training loop does not know; it trains: llava_next, llava, llava_onevision"
+    words = (
+        "holds a qwen2_vl, which the training loop does not support; it supports: llava_next, llava, llava_onevision"
+    )
     assert words in capsys.readouterr().err
 
 
@@ -228,9 +230,9 @@ def test_a_projector_that_training_does_not_read(tmp_path, capsys):
     [
         (["--model", "/nowhere"], "model /nowhere: there is no such folder"),
         (["--model", "empty"], "no complete checkpoint yet"),
-        (["--max_shard_size", "big"], "--max_shard_size=big is no size such as 5GB"),
-        (["--out", __file__], "is a file; name a folder"),
-        (["--out", __file__ + "/inside"], "no folder can be made there"),
+        (["--max_shard_size", "big"], "--max_shard_size=big is not a size such as 5GB"),
+        (["--out", __file__], "is a file; use a folder"),
+        (["--out", __file__ + "/inside"], "the folder cannot be created"),
     ],
 )
 def test_wrong_input_is_one_line(capsys, run_folder, tmp_path, monkeypatch, options, message):

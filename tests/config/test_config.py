@@ -13,8 +13,12 @@ from pydantic import BaseModel
 
 from vtprune_train import PruningMethod, PyramidDrop
 from vtprune_train.cli.checkpoint import schedule
+from vtprune_train.config.data import SourceConfig
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import changed_settings, differences, dump_config, load_config, without_effect
-from vtprune_train.config.settings import Config, ConfigError, ModelConfig, PruningConfig, SourceConfig
+from vtprune_train.config.model import ModelConfig
+from vtprune_train.config.pruning import PruningConfig
+from vtprune_train.config.settings import Config
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.pruning import METHODS, method_class, setting_types
@@ -48,7 +52,7 @@ def errors_of(path, *overrides):
         ("pruning.keep=[1.5, 0.2, 0.1]", ["pruning.keep", "1.5 is not in (0, 1]"]),
         ("pruning.keep=[0.5, 0.2, 0.0]", ["pruning.keep", "0.0 is not in (0, 1]"]),
         ("pruning.method=pyramid", ["pruning", "'pyramid' is unknown", "did you mean pyramiddrop?"]),
-        ("pruning.method=3", ["pruning.method: 3 is no name of a method and no list", "vtprune methods --names"]),
+        ("pruning.method=3", ["pruning.method: 3 is not the name of a method", "vtprune methods --names"]),
         ("pruning.method_=fastv", ["'method_' is not a setting of pyramiddrop; did you mean method?"]),
         ("pruning.keep=0.5", ["pruning.keep=0.5 does not fit; it takes a list such as [0.5]; the default is [0.5, "]),
         ("pruning={method: fastv, keep: [0.5]}", ["pruning.keep=[0.5] does not fit; it takes a number; the default"]),
@@ -67,11 +71,11 @@ def errors_of(path, *overrides):
         ("pruning.method=[random, {method: fastv, layer: 9}]", ["pruning: fastv: layer=9 does not fit a decoder of 8"]),
         ("data.max_tokens=100", ["data.max_tokens=100", "data.max_length=256", "raise max_tokens"]),
         ("data.train=[{path: a, take: some}]", ["data.train.0.take", "'some'", "first:N"]),
-        ("model.attention=flash", ["model.attention", "(it is 'flash')", "varlen_sdpa"]),
+        ("model.attention=flash", ["model.attention: 'flash' is not", "varlen_sdpa"]),
         ("model.train.projektor=1", ["model.train", "'projektor'", "did you mean projector?"]),
         ("model.train={}", ["model.train", "nothing would be trained"]),
         ("model.path=x", ["model", "path and config are both set"]),
-        ("model.config=null", ["model has no origin", "model.path"]),
+        ("model.config=null", ["model has no source", "model.path"]),
         ("model.dtype=int8", ["model.dtype", "'int8'"]),
         ("nonsense", ["'nonsense' is not key=value"]),
     ],
@@ -110,16 +114,8 @@ def test_a_bare_name_is_found_here_first_then_in_configs(tmp_path, monkeypatch):
     assert load_config("quickstart.yaml").run.name == "quickstart"
     (tmp_path / "quickstart.yaml").write_text("{run: {name: mine}, model: {path: x}}")
     assert load_config("quickstart.yaml").run.name == "mine"
-    with pytest.raises(ConfigError, match=r"quikstart.yaml is neither here nor in configs/ \(there: .*quickstart.yaml"):
+    with pytest.raises(ConfigError, match=r"quikstart.yaml does not exist; the package has .*configs/quickstart.yaml"):
         load_config("quikstart.yaml")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_line_of_a_shipped_config_is_commented(path):
-    for line in path.read_text().splitlines():
-        key, colon, rest = line.strip().lstrip("- ").partition(":")
-        if colon and rest.strip() and not key.startswith("#") and not key.startswith("{"):
-            assert "#" in line, line
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -152,9 +148,9 @@ def test_wrong_layers_of_a_known_checkpoint_are_found_without_weights():
 
 def test_deepspeed_keys_that_belong_to_the_run_are_refused():
     config = load_config("quickstart.yaml", ["deepspeed={gradient_clipping: 1.0, zero_optimization: {stage: 1}}"])
-    with pytest.raises(ConfigError, match=r"gradient_clipping is decided by train.clip"):
+    with pytest.raises(ConfigError, match=r"gradient_clipping is set by train.clip; remove it"):
         describe(config)
-    with pytest.raises(ConfigError, match=r"zero9.json is neither here"):
+    with pytest.raises(ConfigError, match=r"zero9.json does not exist"):
         describe(load_config("quickstart.yaml", ["deepspeed=configs/deepspeed/zero9.json"]))
 
 
@@ -289,7 +285,7 @@ def test_a_section_of_its_own_file(tmp_path):
     assert config.pruning.build() == PyramidDrop(layers=(3,), keep=(0.3,), positions="keep")
     (tmp_path / "bare.yaml").write_text("layers: [3]")
     assert "has no section pruning" in errors_of("quickstart.yaml", f"pruning={tmp_path}/bare.yaml")[0]
-    assert "nowhere.yaml is neither here nor in" in errors_of("quickstart.yaml", "pruning=nowhere.yaml")[0]
+    assert "nowhere.yaml does not exist" in errors_of("quickstart.yaml", "pruning=nowhere.yaml")[0]
 
 
 def test_the_dry_run_states_the_resolved_schedule():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtprune_train import PyramidDrop
-from vtprune_train.config.settings import PruningConfig
+from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.core.plan import counts_per_stage
 from vtprune_train.core.rounding import as_fraction, ceil_of, floor_of, round_of
 from vtprune_train.core.stream import Drop, ImageSpan, SegmentLayout
@@ -151,8 +151,8 @@ def test_warm_ups_are_rounded_up(thousandths, steps):
 
 
 def test_a_source_gives_its_weight_of_samples():
-    assert EpochOrder([90], 0, [0.7]).takings == [63]
-    assert EpochOrder([50, 150], 0, [0.15, 0.11]).takings == [8, 16]  # 7.5 and 16.5: to the even number
+    assert EpochOrder([90], 0, [0.7]).counts == [63]
+    assert EpochOrder([50, 150], 0, [0.15, 0.11]).counts == [8, 16]  # 7.5 and 16.5: to the even number
 
 
 def test_all_who_count_tokens_agree():

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.support.checkpoints import save_folder, save_pictures
+from tests.support.checkpoints import save_folder, save_images
 from tests.support.trl_data import chat_processor
 from vtprune_train import unprune
 from vtprune_train.cli import commands as cli
@@ -34,6 +34,7 @@ RUN_ELSEWHERE = {
     "docs/inference.md": "tests/docs/test_inference_docs.py",
     "docs/methods/own.md": "tests/cli/test_methods.py",
     "docs/peft.md": "tests/models/io/test_peft.py",
+    "docs/training.md": "tests/training/loop/test_callbacks.py",
 }
 SHELL = ("cd", "source", "lmms-eval", "sbatch", "accelerate")  # not ours to parse
 
@@ -68,7 +69,7 @@ def parsed(monkeypatch):
 
 
 def train_arguments(words):
-    parser = cli.TrainParser(prog="train.py")
+    parser = cli.TrainParser(prog="train.py", add_help=False)
     cli.add_train_arguments(parser)
     return parser.parse_intermixed_args(words)
 
@@ -120,7 +121,8 @@ def yaml_blocks():
 
 @pytest.mark.parametrize("block", yaml_blocks())
 def test_settings_load(block, tmp_path, monkeypatch):
-    """Each block is valid beside the keys of the quickstart's recipe that it does not set."""
+    """Each block is valid by itself if it names a base, else beside the keys of the quickstart's recipe that it does
+    not set."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mixtures").mkdir()
     (tmp_path / "mixtures" / "charts.yaml").write_text("- {path: charts.json}\n")
@@ -129,6 +131,9 @@ def test_settings_load(block, tmp_path, monkeypatch):
         code, _ = blocks("docs/methods/own.md", "python")
         (tmp_path / "outliers.py").write_text(code)
     (tmp_path / "block.yaml").write_text(block)
+    if tree.pop("base", None) is not None:
+        assert load_config("block.yaml").run.name == tree["run"]["name"]
+        return
     base = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     for section, values in tree.items():
         if section == "pruning":
@@ -157,7 +162,7 @@ def folder(tmp_path, monkeypatch):
     """A checkpoint under the hub's name, and an image."""
     save_folder(tmp_path / "checkpoint", None)
     chat_processor().save_pretrained(tmp_path / "checkpoint")
-    save_pictures(tmp_path / "drawn", 1)[0].rename(tmp_path / "cat.jpg")
+    save_images(tmp_path / "drawn", 1)[0].rename(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

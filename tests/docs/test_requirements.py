@@ -1,6 +1,7 @@
 """The requirement files agree with each other and with pyproject.toml."""
 
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from vtprune_train.cli.commands import EXTRAS
 from vtprune_train.training.engine.private import PINNED
 
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRA = PROJECT["optional-dependencies"]
 DEPENDENCIES = {
     canonicalize_name(wanted.name): wanted.specifier
-    for wanted in map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    for wanted in map(Requirement, [*PROJECT["dependencies"], *EXTRA["train"], *EXTRA["viz"]])
 }
 
 
@@ -47,5 +51,12 @@ def test_the_floor_differs_from_the_tested_set_where_pyproject_names_a_lowest_re
 
 
 def test_the_deepspeed_pin_is_the_one_that_its_private_names_were_looked_up_in():
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert PINNED in dependencies
+    assert PINNED in EXTRA["train"]
+
+
+def test_every_package_of_an_extra_is_named_when_it_is_missing():
+    distributions = {canonicalize_name(Requirement(line).name) for extra in ("train", "viz") for line in EXTRA[extra]}
+    modules_of = packages_distributions()
+    modules = [module for modules in EXTRAS.values() for module in modules]
+    assert distributions <= {canonicalize_name(name) for module in modules for name in modules_of[module]}
+    assert all(distributions & set(map(canonicalize_name, modules_of[module])) for module in modules)

@@ -12,8 +12,9 @@ from tests.support.helpers import tiny_model
 from tests.support.phases import LAYERS, METHOD, SIZES, make_parts  # noqa: F401
 from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train import PyramidDrop, prune
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config, without_effect
-from vtprune_train.config.settings import ConfigError, PruningConfig
+from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.core.flops import selector_flops
 from vtprune_train.data.index import Lengths
 from vtprune_train.data.plan.planner import StepCosts
@@ -202,7 +203,7 @@ def test_gradients_of_a_consistency_step_are_those_of_two_passes(parts, rank_wit
         assert (ours[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1), name
 
 
-def test_without_pictures_full_and_pruned_agree(parts):
+def test_without_images_full_and_pruned_agree(parts):
     """Also a rank that has nothing at all takes part."""
     model = prune(tiny_model(num_layers=LAYERS), METHOD).train()
     collate = parts.collator(Phases(METHOD, full=FullTokens(1.0, 1.0)))

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerFast
 
 from tests.support.helpers import tiny_config, tiny_tokenizer
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.models.io.build import build_model
 from vtprune_train.models.io.tokenizer import load_tokenizer
 

@@ -1,6 +1,6 @@
 """The command line: ``train.py`` and ``vtprune``, one file per command.
 
-Everything here raises ``ValueError``, with how to fix it, for what a user can cause; :func:`main` prints it.
+Commands raise ``ValueError`` for what a user can fix; :func:`main` prints its message.
 """
 
 from vtprune_train.cli.commands import main, train_main

@@ -1,4 +1,4 @@
-"""``vtprune bench-methods``: all methods at equal budgets, on the same model and questions."""
+"""``vtprune bench-methods``: compare methods at equal budgets on the same model and questions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vtprune_train.cli.options import (
     numbers,
 )
 from vtprune_train.core.flops import is_adaptive
-from vtprune_train.evaluation.answering import Loaded, Prompt, batch, load, open_picture
+from vtprune_train.evaluation.answering import Loaded, Prompt, batch, load, open_image
 from vtprune_train.evaluation.questions import Question, as_answered
 from vtprune_train.pruning import METHODS
 from vtprune_train.viz.bench_report import plot, table
@@ -39,31 +39,37 @@ RESULTS, PLOT = "bench_methods.json", "bench_methods.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
-    add_data_options(parser, "conversations: any data that training reads")
-    budget_help = "mean shares of the visual tokens that enter a layer: 0.5,0.25,0.1"
+    add_data_options(parser, "conversations, in any format that training reads")
+    budget_help = "mean shares of the visual tokens that enter a layer, for example 0.5,0.25,0.1"
     parser.add_argument("--budget", type=numbers(float, "0.5,0.25,0.1"), default=[0.5, 0.25, 0.1], help=budget_help)
-    parser.add_argument("--methods", metavar="A,B", help=f"of {', '.join(METHODS)}; left out: all of them")
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="take N records, drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--batch_size", type=int, default=8, help="of the questions, where no clock runs")
-    parser.add_argument("--max_new_tokens", type=int, default=16)
-    parser.add_argument("--time_batch", type=numbers(int, "1,8"), default=[1, 8], help="batch sizes to time: 1,8")
-    parser.add_argument("--time_tokens", type=int, default=8, help="tokens of a timed answer")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats of everything")
+    parser.add_argument("--methods", metavar="A,B", help=f"any of {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="use N random records (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random records")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="batch size of the untimed answers (default: 8)"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
+    parser.add_argument(
+        "--time_batch", type=numbers(int, "1,8"), default=[1, 8], help="batch sizes to time, for example 1,8"
+    )
+    parser.add_argument(
+        "--time_tokens", type=int, default=8, metavar="N", help="number of tokens of a timed answer (default: 8)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="number of timed repetitions (default: 5)")
     parser.add_argument("--skip_training", action="store_true", help="do not time training steps")
-    parser.add_argument("--out", metavar="DIR", help="left out: a folder of the model's name under runs/bench_methods/")
+    parser.add_argument("--out", metavar="DIR", help="output folder (default: runs/bench_methods/MODEL)")
     add_place_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, print the table, write JSON and plot."""
+    """Compare, print the table, write the JSON file and the plot."""
     _check(arguments)
     names = list(METHODS) if arguments.methods is None else arguments.methods.split(",")
     questions, prompts, left_out = _with_images(arguments)
     loaded = load(arguments.model, None, device=arguments.device, dtype=arguments.dtype)
     calibration = calibrate(loaded, prompts, arguments.max_new_tokens, arguments.batch_size)
     rivals, absent = rivals_of(names, arguments.budget, loaded, calibration.attention)
-    log.info("%d methods and budgets take part, %d cannot", len(rivals) - 1, len(absent))
+    log.info("comparing %d pairs of method and budget; %d are not possible", len(rivals) - 1, len(absent))
     qualities = _qualities(calibration, rivals, questions, prompts, arguments)
     times = clocked(
         loaded,
@@ -75,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         train=not arguments.skip_training,
         attention=calibration.attention,
     )
-    clock = {str(size): summarized(own) for size, own in times.items()}
+    clock = {str(size): summarized(seconds) for size, seconds in times.items()}
     results = {
         "settings": _settings(arguments, loaded, calibration, len(questions)),
         "rows": [_row(rival, qualities[rival.title], clock, loaded) for rival in rivals],
@@ -92,28 +98,28 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     check_least(arguments, samples=1, batch_size=1, max_new_tokens=1, time_tokens=2, repeats=1)
     if wrong := [share for share in arguments.budget if not 0 < share < 1]:
-        raise ValueError(f"--budget: {wrong[0]:g} is not between 0 and 1; it is a share of the visual tokens")
+        raise ValueError(f"--budget: {wrong[0]:g} is not between 0 and 1 (a share of the visual tokens)")
     if wrong := [size for size in arguments.time_batch if size < 1]:
         raise ValueError(f"--time_batch: {wrong[0]} is below 1")
 
 
 def _with_images(arguments: argparse.Namespace) -> tuple[list[Question], list[Prompt], list[tuple[str, str]]]:
-    """Questions that show an image, their prompts, and ``(id, reason)`` of what was left out."""
+    """The questions with an image, their prompts, and ``(id, reason)`` of each record that is left out."""
     everything, left_out = asked_questions(arguments, arguments.samples)
     questions: list[Question] = []
     prompts: list[Prompt] = []
     for question in everything:
         if not question.images:
-            left_out.append((question.sample, "it shows no image, so that every method is dense"))
+            left_out.append((question.sample, "it has no image, so every method runs dense"))
             continue
         try:
-            prompts.append(([open_picture(path) for path in question.images], question.turns))
+            prompts.append(([open_image(path) for path in question.images], question.turns))
         except ValueError as error:
             left_out.append((question.sample, str(error)))
         else:
             questions.append(question)
     if not questions:
-        raise ValueError(f"none of the {len(everything)} question(s) shows an image; the first: {left_out[0][1]}")
+        raise ValueError(f"none of the {len(everything)} question(s) has an image; the first: {left_out[0][1]}")
     return questions, prompts, left_out
 
 
@@ -127,25 +133,27 @@ def _qualities(
     size, tokenizer = arguments.batch_size, calibration.loaded.processor.tokenizer
     references = [as_answered(question.reference, tokenizer) for question in questions]
     batches = [batch(calibration.loaded, prompts[i : i + size]) for i in range(0, len(prompts), size)]
-    found: dict[str, Quality] = {}
+    qualities: dict[str, Quality] = {}
     dense: tuple[str, ...] | None = None
     for rival in tqdm(rivals, desc="quality", unit="method"):
-        found[rival.title] = quality(calibration, batches, references, rival.method, dense, arguments.max_new_tokens)
-        dense = dense or found[rival.title].answers  # the first is the dense model
-    return found
+        qualities[rival.title] = quality(
+            calibration, batches, references, rival.method, dense, arguments.max_new_tokens
+        )
+        dense = dense or qualities[rival.title].answers  # the dense model is the first
+    return qualities
 
 
-def _row(rival: Rival, own: Quality, clock: dict[str, dict[str, Any]], loaded: Loaded) -> dict[str, Any]:
+def _row(rival: Rival, measured_quality: Quality, clock: dict[str, dict[str, Any]], loaded: Loaded) -> dict[str, Any]:
     num_layers = loaded.model.config.get_text_config().num_hidden_layers
     method = rival.method
-    measured = {key: value for key, value in asdict(own).items() if key != "answers"}
+    measured = {key: value for key, value in asdict(measured_quality).items() if key != "answers"}
     counted_by = "cached" if method is not None and method.key_layers(num_layers) else "entering"
     return {
         "name": rival.name,
         "budget": rival.budget,
         "settings": None if method is None else method.settings(),
         "planned_share": 1.0 if method is None else method.input_share(num_layers),
-        "taken_share": measured[counted_by] / own.visual_tokens,
+        "taken_share": measured[counted_by] / measured_quality.visual_tokens,
         "counted_by": counted_by,
         "adaptive": method is not None and is_adaptive(method, num_layers),
         **measured,
@@ -180,4 +188,4 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
         (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
         plot(results, folder / PLOT)
     except OSError as error:
-        raise ValueError(f"--out {folder}: cannot be written to ({error})") from error
+        raise ValueError(f"--out {folder}: cannot be written ({error})") from error

@@ -23,38 +23,40 @@ from vtprune_train.training.checkpoint.lock import hold_run
 
 log = logging.getLogger(__name__)
 
+LEFTOVERS = (".partial", ".deleting", ".damaged")  # folders of saves or deletions that were interrupted
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The actions of the command and their options."""
     actions = parser.add_subparsers(dest="action", required=True)
     for name, what in (
-        ("list", "one line for each checkpoint"),
-        ("verify", "read every file; exit code 1 if any is wrong or names code"),
+        ("list", "print one line for each checkpoint"),
+        ("verify", "read and check every file; exit code 1 if one is damaged or names code to run"),
     ):
         action = actions.add_parser(name, help=what, description=what)
         action.add_argument("path", help="a run, its checkpoints folder, or one checkpoint")
-    what = "the portable form: optimizer state by parameter, for any number of ranks and any ZeRO stage"
+    what = "rewrite with the optimizer state by parameter, for any number of ranks and any ZeRO stage"
     convert = actions.add_parser("convert", help=what, description=what)
-    convert.add_argument("path", help="a checkpoint, or a run (its newest)")
-    convert.add_argument("--out", metavar="DIR", help="write it there; without, it takes the checkpoint's place")
-    what = "delete old checkpoints; never the one `latest` names, nor the newest that is whole"
+    convert.add_argument("path", help="a checkpoint, or a run (its newest checkpoint)")
+    convert.add_argument("--out", metavar="DIR", help="output folder (default: replace the checkpoint)")
+    what = "delete old checkpoints, but never the one named by `latest` or the newest complete one"
     prune = actions.add_parser("prune", help=what, description=what)
     prune.add_argument("path", help="a run or its checkpoints folder")
-    prune.add_argument("--keep-last", type=_count, metavar="N", help="keep the newest N")
-    prune.add_argument("--keep-every", type=_count, metavar="N", help="keep those at multiples of N steps")
-    prune.add_argument("--dry-run", action="store_true", help="say what would go")
+    prune.add_argument("--keep-last", type=_count, metavar="N", help="keep the N newest checkpoints")
+    prune.add_argument("--keep-every", type=_count, metavar="N", help="keep checkpoints at multiples of N steps")
+    prune.add_argument("--dry-run", action="store_true", help="print what would be deleted")
 
 
 def _count(text: str) -> int:
     number = int(text) if text.isdigit() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return number
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do one of the actions; 1 if ``verify`` found something wrong."""
-    path = Path(arguments.path).absolute()  # `.` has neither a name nor a parent to tell a run's folder by
+    """Run the action; returns 1 if ``verify`` finds an error."""
+    path = Path(arguments.path).absolute()  # `.` has no name or parent
     if arguments.action == "list":
         return list_checkpoints(path)
     if arguments.action == "verify":
@@ -67,35 +69,35 @@ def run(arguments: argparse.Namespace) -> int:
 def find(path: Path) -> list[Path]:
     """The checkpoints at a path, oldest first."""
     if not path.is_dir():
-        what = "is no folder" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}; name a run's folder, its checkpoints folder, or one checkpoint")
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}; name the folder of a run, its checkpoints folder, or one checkpoint")
     if manifest.STEP.match(path.name):
         return [path]
-    found = manifest.steps(path / "checkpoints") or manifest.steps(path)
-    if not found:
-        raise ValueError(f"{path} holds no finished checkpoint (a folder step_XXXXXXXX)")
-    return found
+    checkpoints = manifest.steps(path / "checkpoints") or manifest.steps(path)
+    if not checkpoints:
+        raise ValueError(f"{path} contains no complete checkpoint (a folder step_XXXXXXXX)")
+    return checkpoints
 
 
 def list_checkpoints(path: Path) -> int:
-    """Print step, date, size, ranks, ZeRO stage, whether all files are there with their sizes, and the schedule."""
-    found = find(path)
-    latest = manifest.named_latest(found[-1].parent)
+    """Print step, date, size, ranks, ZeRO stage, whether all files exist with their sizes, and the pruning schedule."""
+    checkpoints = find(path)
+    latest = manifest.named_latest(checkpoints[-1].parent)
     print(f"{'step':>10}  {'written':16}  {'GB':>8}  {'ranks':>5}  {'ZeRO':>4}  {'complete':8}  pruning")
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         facts = describe(checkpoint)
         print(
             f"{manifest.step_of(checkpoint):>10}  {facts['written']:16}  {facts['bytes'] / 1e9:>8.3f}  "
             f"{facts['ranks']:>5}  {facts['zero']:>4}  {facts['complete']:8}  {facts['pruning']}"
             f"{'  <- latest' if checkpoint == latest else ''}"
         )
-    for leftover in sorted(p for p in found[-1].parent.iterdir() if p.suffix in (".partial", ".deleting", ".damaged")):
-        print(f"also there: {leftover.name}")
+    for leftover in sorted(p for p in checkpoints[-1].parent.iterdir() if p.suffix in LEFTOVERS):
+        print(f"leftover: {leftover.name}")
     return 0
 
 
 def describe(checkpoint: Path) -> dict[str, Any]:
-    """What ``list`` shows of a checkpoint; a dash for what cannot be read."""
+    """The columns of ``list`` for a checkpoint; a dash for what cannot be read."""
     facts: dict[str, Any] = {"ranks": "-", "zero": "-", "pruning": "-", "complete": "no", "bytes": 0}
     written = (checkpoint / manifest.MANIFEST).stat().st_mtime if (checkpoint / manifest.MANIFEST).is_file() else 0
     facts["written"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(written)) if written else "-"
@@ -114,7 +116,7 @@ def describe(checkpoint: Path) -> dict[str, Any]:
 
 
 def schedule(pruning: dict[str, Any]) -> str:
-    """A method, or several, and the schedule in a few words."""
+    """The method or methods and the schedule, in a few words."""
     method = pruning["method"]
     if isinstance(method, list):
         return " + ".join(schedule(part) for part in method)
@@ -133,14 +135,14 @@ def schedule(pruning: dict[str, Any]) -> str:
 
 
 def verify_checkpoints(path: Path) -> int:
-    """Read every file of every checkpoint at the path, and say what code they name; none of it is run."""
+    """Read every file of every checkpoint at the path and report the code that they name; no code is run."""
     code = 0
     for checkpoint in find(path):
         wrong = [*manifest.problems(checkpoint), *_pickled_code(checkpoint)]
         if wrong and not checkpoint.is_dir():
-            print(f"{checkpoint}: removed meanwhile")  # by the running job, which keeps the newest
+            print(f"{checkpoint}: removed meanwhile")  # by the running job
             continue
-        print(f"{checkpoint}: {'ok' if not wrong else f'{len(wrong)} wrong'}")
+        print(f"{checkpoint}: {'ok' if not wrong else f'{len(wrong)} error(s)'}")
         for line in wrong:
             print(f"  {line}")
         for line in named_code(checkpoint):
@@ -150,83 +152,83 @@ def verify_checkpoints(path: Path) -> int:
 
 
 def _pickled_code(checkpoint: Path) -> list[str]:
-    """A line for each file that names more than tensors and numbers, wherever it lies in the checkpoint."""
+    """A line for each pickle file that names anything other than tensors and numbers."""
     lines = []
     for path in pickles.pickled_files(checkpoint):
         if names := pickles.foreign_names(path):
             lines.append(
-                f"{path.relative_to(checkpoint)} names {', '.join(names)}, code that reading it as a pickle would run; "
-                "training writes no such file"
+                f"{path.relative_to(checkpoint)} names {', '.join(names)}: code that would run if it was unpickled; "
+                "training does not write such files"
             )
     return lines
 
 
 def named_code(checkpoint: Path) -> list[str]:
-    """A line for each file that names code which opening the checkpoint does not run unasked."""
+    """A line for each file that names code which does not run by default when the checkpoint is loaded."""
     lines = []
     for path in sorted(checkpoint.rglob("*.json")):
         try:
             content = json.loads(path.read_text())
-        except (OSError, ValueError):  # damage is the manifest's matter
+        except (OSError, ValueError):  # the check of the manifest reports damage
             continue
         if not isinstance(content, dict):
             continue
         name = path.relative_to(checkpoint)
         lines += [
-            f"{name} names the method {method}, code outside of vtprune_train, which is run where you name it yourself "
-            "or give --trust_remote_code"
+            f"{name} names the method {method}, code outside of vtprune_train, which runs only if you name it or pass "
+            "--trust_remote_code"
             for method in outside_methods(content.get(CONFIG_KEY))
         ]
         if _has_key(content, "auto_map"):
-            lines.append(f"{name} names code of its own (auto_map), which is never run here")
+            lines.append(f"{name} names remote code (auto_map), which never runs here")
         lines += [
-            f"{name} names a kernel of the hub ({key}={value}), which is never run here"
+            f"{name} names a kernel of the hub ({key}={value}), which never runs here"
             for key, value in hub_kernels(content)
         ]
     return lines
 
 
 def _has_key(content: Any, key: str) -> bool:
-    """Whether an object has a key, itself or anywhere inside."""
+    """Whether a nested object contains a key at any depth."""
     if isinstance(content, dict):
         return key in content or any(_has_key(value, key) for value in content.values())
     return isinstance(content, list) and any(_has_key(value, key) for value in content)
 
 
 def convert_checkpoint(path: Path, out: str | None) -> int:
-    """Write the portable form of a checkpoint beside it, and let it take its place or that of ``out``."""
+    """Write a checkpoint in the portable format to a temporary folder, then move it to ``out`` or over the original."""
     source = find(path)[-1]
     if wrong := manifest.verify(source):
         raise ValueError(f"{source} is damaged: {wrong}")
     if (source / "portable").is_dir():
-        raise ValueError(f"{source} has the portable form already")
+        raise ValueError(f"{source} already has the portable format")
     final = source if out is None else Path(out).resolve()
     if out is not None and final.exists():
-        raise ValueError(f"--out {out} exists; name a folder that is made here")
+        raise ValueError(f"--out {out} already exists; name a new folder")
     if out is not None and not manifest.STEP.match(final.name):
         final = final / source.name
     partial = final.with_name(f"{final.name}.partial")
     in_run = out is None and source.parent.name == "checkpoints"
-    held = hold_run(source.parent.parent) if in_run else None  # a running job counts on its checkpoints
+    held = hold_run(source.parent.parent) if in_run else None  # a running job needs its checkpoints
     try:
         remove(partial)
         partial.mkdir(parents=True)
         write_converted(source, partial)
         manifest.put_in_place(partial, final)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{final} could not be written ({error}); {source} is untouched") from error
+        raise ValueError(f"{final} could not be written ({error}); {source} is unchanged") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if held is not None:
             os.close(held)
     if out is not None:
         manifest.point_latest(final.parent, final.name)
-    log.info("the portable form of %s is in %s", source, final)
+    log.info("wrote %s in the portable format to %s", source, final)
     return 0
 
 
 def write_converted(source: Path, partial: Path) -> None:
-    """Fill ``partial`` with the portable form of ``source``, its manifest included."""
+    """Write ``source`` in the portable format, with a manifest, to ``partial``."""
     from vtprune_train.training.checkpoint.portable import PORTABLE, open_state, write_portable
 
     write_portable(open_state(source), partial / PORTABLE)
@@ -240,18 +242,18 @@ def write_converted(source: Path, partial: Path) -> None:
 
 
 def prune_checkpoints(path: Path, keep_last: int | None, keep_every: int | None, dry_run: bool) -> int:
-    """Delete what neither rule keeps; safe beside a running job, which only ever looks at its newest."""
+    """Delete the checkpoints that neither rule keeps. Safe during a run, which uses only its newest checkpoint."""
     if keep_last is None and keep_every is None:
-        raise ValueError("say what to keep: --keep-last N, --keep-every N, or both")
+        raise ValueError("set --keep-last N, --keep-every N, or both")
     if manifest.STEP.match(path.name):
-        raise ValueError(f"{path} is one checkpoint; name the run")
-    found = find(path)
-    kept = set(found[-keep_last:]) if keep_last else set()
-    kept |= {c for c in found if keep_every and manifest.step_of(c) % keep_every == 0}
-    latest = manifest.named_latest(found[-1].parent)
-    whole = next((c for c in reversed(found) if manifest.verify(c) is None), None)
-    kept |= {c for c in (latest, whole, found[-1]) if c is not None}
-    for checkpoint in found:
+        raise ValueError(f"{path} is one checkpoint; name the folder of the run")
+    checkpoints = find(path)
+    kept = set(checkpoints[-keep_last:]) if keep_last else set()
+    kept |= {c for c in checkpoints if keep_every and manifest.step_of(c) % keep_every == 0}
+    latest = manifest.named_latest(checkpoints[-1].parent)
+    complete = next((c for c in reversed(checkpoints) if manifest.verify(c) is None), None)
+    kept |= {c for c in (latest, complete, checkpoints[-1]) if c is not None}
+    for checkpoint in checkpoints:
         if checkpoint in kept:
             print(f"keep    {checkpoint.name}")
         else:

@@ -3,79 +3,101 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any, NoReturn
 
 from vtprune_train.processes import signals
+from vtprune_train.processes.console import start_logging
 
-# Whatever takes long to import is imported by the functions that need it, once signals are heard.
+# Functions import what takes long to import, after this process has begun to listen for signals.
 
 log = logging.getLogger("vtprune_train")
 
-# The commands beside train: a module with add_arguments(parser) and run(arguments) -> exit code, which
-# raises ValueError for what a user can fix; and what it does.
+# The commands beside train and launch: a summary, and a module with add_arguments(parser) and run(arguments), which
+# returns the exit code and raises ValueError for what a user can fix.
 COMMANDS = {
-    "generate": ("vtprune_train.cli.generate", "answer a prompt about pictures"),
-    "eval": ("vtprune_train.cli.evaluate", "answers, visual tokens and times on a data file"),
-    "show": ("vtprune_train.cli.show", "draw which visual tokens of a picture survive each stage"),
-    "estimate": ("vtprune_train.cli.estimate", "tokens, FLOPs and cache, dropping beside dense"),
-    "methods": ("vtprune_train.cli.methods", "the pruning methods, their settings and papers"),
-    "search": ("vtprune_train.cli.search", "the least tokens a layer needs, or the best schedule for a budget"),
-    "bench-methods": ("vtprune_train.cli.bench_methods", "all methods at equal budgets on the same questions"),
-    "convert": ("vtprune_train.cli.convert", "checkpoints of the original LLaVA code, in and out"),
-    "checkpoint": ("vtprune_train.cli.checkpoint", "list, verify, convert and prune checkpoints"),
-    "export": ("vtprune_train.cli.export", "a checkpoint's model or projector in half precision"),
+    "quickstart": (
+        "vtprune_train.cli.quickstart",
+        "train a tiny model on drawn images, in a few minutes on two CPU cores",
+    ),
+    "generate": ("vtprune_train.cli.generate", "answer a prompt about images"),
+    "eval": ("vtprune_train.cli.evaluate", "answer the questions of a data file; report visual tokens and times"),
+    "show": ("vtprune_train.cli.show", "draw which visual tokens of an image are kept in each stage"),
+    "estimate": ("vtprune_train.cli.estimate", "estimate tokens, FLOPs and KV cache with pruning, compared with dense"),
+    "methods": ("vtprune_train.cli.methods", "list the pruning methods with their settings and papers"),
+    "search": ("vtprune_train.cli.search", "find the fewest tokens for each layer, or the best schedule for a budget"),
+    "bench-methods": ("vtprune_train.cli.bench_methods", "compare methods at equal budgets on the same questions"),
+    "convert": ("vtprune_train.cli.convert", "convert checkpoints from and to the original LLaVA code"),
+    "checkpoint": ("vtprune_train.cli.checkpoint", "list, verify, convert and delete checkpoints"),
+    "export": ("vtprune_train.cli.export", "export a checkpoint's model or projector in half precision"),
 }
+# The modules of the extras in pyproject.toml, by the names under which they are imported.
+EXTRAS = {
+    "train": ("deepspeed", "peft", "accelerate", "datasets", "pyarrow", "tokenizers", "sentencepiece", "google", "yaml",
+              "PIL", "filelock", "psutil", "jinja2", "tqdm", "tensorboard"),
+    "viz": ("matplotlib",),
+}  # fmt: skip
+
+
+TRAIN_SUMMARY = "train a vision-language model, in this process"
+LAUNCH_SUMMARY = "train in several processes; takes the options of torchrun and of train"
 
 
 class TrainParser(argparse.ArgumentParser):
-    """Tells those who write a setting as an option how it is written."""
+    """Explains how to write settings and recipes, if one is written as an option or is missing."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):
             message += "; settings are key=value without dashes, for example train.epochs=3"
         if message.endswith("required: --config"):
-            from vtprune_train.config.settings import PACKAGED_CONFIGS
+            from vtprune_train.config.paths import recipe_names
 
-            recipes = ", ".join(sorted(path.name for path in PACKAGED_CONFIGS.glob("*.yaml")))
-            message += f"; name a YAML file of your own, or one of {recipes}"
+            message += f"; name your YAML file, or one of {', '.join(recipe_names())}"
         super().error(message)
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="YAML file: a path, or a name in configs/")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print what the run would be, and stop")
-    parser.add_argument("--gpus", type=int, help="for --dry_run: how many GPUs train (default: this job's)")
-    parser.add_argument("--memory", type=float, metavar="GiB", help="for --dry_run: memory of a GPU, to say what fits")
-    parser.add_argument("--strict", action="store_true", help="train.resume=strict: refuse a damaged newest checkpoint")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help="set by launchers")
+    from vtprune_train.cli.settings_help import add_help
+
+    add_help(parser)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file: a path, or the name of a recipe")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="describe the run without training")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry_run: number of GPUs (default: this job's)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="with --dry_run: memory of a GPU; says what fits")
+    parser.add_argument(
+        "--strict", action="store_true", help="train.resume=strict: stop if the newest checkpoint is damaged"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.clip=1.0")
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """``train.py``: returns the exit code (0 done, 2 wrong settings or data, 143 stopped by SIGTERM)."""
-    if argv is None:  # this process is its own, not a test's or a notebook's
+    """``train.py``: returns the exit code (0: finished, 2: wrong settings or data, 143: stopped by SIGTERM)."""
+    if argv is None:  # not called by a test or a notebook
         signals.STOP.listen()
-    parser = TrainParser(prog="train.py", description="Train a vision-language model with token dropping.")
-    add_train_arguments(parser)
-    return run_train(parser.parse_intermixed_args(argv))
+    with _extras_named():
+        parser = TrainParser(prog="train.py", description="Train a vision-language model.", add_help=False)
+        add_train_arguments(parser)
+        return run_train(parser.parse_intermixed_args(argv))
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Load the settings, then train or describe."""
+    """Load the settings, then train or describe the run."""
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     if signals.asked_to_stop():
         return 0
-    _start_logging()
+    start_logging()
+    from vtprune_train.config.errors import ConfigError
     from vtprune_train.config.load import load_config
-    from vtprune_train.config.settings import ConfigError
 
     try:
         strict = ["train.resume=strict"] if arguments.strict else []
@@ -85,13 +107,15 @@ def run_train(arguments: argparse.Namespace) -> int:
 
             gpus = int(os.environ.get("WORLD_SIZE", "1")) if arguments.gpus is None else arguments.gpus
             if gpus < 1:
-                raise ConfigError(f"--gpus {gpus}: at least one GPU is needed")
+                raise ConfigError(f"--gpus {gpus} is below 1")
             if arguments.memory is not None and not 0 < arguments.memory < math.inf:
-                raise ConfigError(f"--memory {arguments.memory:g}: a positive number of GiB is needed, for example 80")
+                raise ConfigError(f"--memory {arguments.memory:g} is not a positive number of GiB, for example 80")
             print(describe(config, gpus, arguments.memory, _names_data(arguments)))
             return 0
         if arguments.gpus is not None or arguments.memory is not None:
-            raise ConfigError("--gpus and --memory are for --dry_run; a launcher decides how many processes train")
+            raise ConfigError(
+                "--gpus and --memory need --dry_run; the launcher sets the number of processes that train"
+            )
         from vtprune_train.training.process import train
         from vtprune_train.viz.evaluation_images import EvaluationImages
 
@@ -99,70 +123,109 @@ def run_train(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         return _refuse("the settings are wrong", error)
     except ValueError as error:
-        log.debug("where it came from", exc_info=True)
+        log.debug("traceback", exc_info=True)
         return _refuse("cannot train", error)
 
 
 def _names_data(arguments: argparse.Namespace) -> bool:
-    """Whether it is the user who says where the data is: a recipe of the package names what is seldom there."""
-    from vtprune_train.config.settings import PACKAGED_CONFIGS, find_file
+    """Whether the user says where the data is. The recipes of the package name data that most users do not have."""
+    from vtprune_train.config.inherit import read_chain
+    from vtprune_train.config.paths import PACKAGED_CONFIGS, find_file
 
-    if find_file(arguments.config, "--config").resolve().parent != PACKAGED_CONFIGS:
+    chain = read_chain(find_file(arguments.config, "--config"))
+    of_user = [tree for path, tree in chain if path.resolve().parent != PACKAGED_CONFIGS]
+    if len(of_user) == len(chain):
         return True
     keys = [override.partition("=")[0].split(".")[:2] for override in arguments.overrides]
+    keys += [["data", key] for tree in of_user if isinstance(tree.get("data"), dict) for key in tree["data"]]
     return any(key in (["data"], ["data", "root"], ["data", "train"], ["data", "eval"]) for key in keys)
 
 
 def _refuse(what: str, error: ValueError) -> int:
-    from vtprune_train.config.settings import refusal
+    from vtprune_train.config.errors import refusal
 
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine: they may not have the same files
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine, as their files may differ
         print(refusal(what, error), file=sys.stderr)
     return signals.final_exit(2)
 
 
-def _start_logging() -> None:
-    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    log.setLevel(level)
-    if int(os.environ.get("RANK", "0")):  # every rank finds the same in the index; the first one says it
-        logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """``vtprune``: returns the exit code (2 for what a user can mend)."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["launch"] and not {"-h", "--help"} & set(given):
+    """``vtprune``: returns the exit code (2 for what a user can fix)."""
+    try:
+        with _extras_named():
+            return _main(argv)
+    except BrokenPipeError:  # the reader has ended, as in `vtprune methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        return 128 + signal.SIGPIPE
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["launch"] and not {"-h", "--help"} & set(words):
         if argv is None:
             signals.quit_on_signals()
-        code = _launch(given[1:])
+        code = _launch(words[1:])
         if argv is None:
-            signals.ignore_signals()  # the first one has decided the exit code
+            signals.ignore_signals()  # the first signal decided the exit code
         return code
-    if given[:1] == ["train"] and argv is None:
+    if words[:1] == ["train"] and argv is None:
         signals.STOP.listen()
-    kind = TrainParser if given[:1] == ["train"] else argparse.ArgumentParser
-    parser = kind(prog="vtprune", description="Visual-token pruning for training and inference.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train in this process (`vtprune launch` uses several)")
-    add_train_arguments(train)
-    commands.add_parser("launch", help="train in several processes, through torchrun", usage=signals.LAUNCH_USAGE)
+    kind = TrainParser if words[:1] == ["train"] else argparse.ArgumentParser
+    parser = kind(
+        prog="vtprune",
+        description="Train and run vision-language models that drop visual tokens inside the forward pass.",
+        epilog="`vtprune COMMAND --help` describes a command, `vtprune train --help KEY` a setting.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22),
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    _add_train(commands, words)
     for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if name in given[:1]:
-            chosen = importlib.import_module(module)
-            chosen.add_arguments(command)
-            command.set_defaults(run=chosen.run)
-    arguments = parser.parse_args(given)
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name in words[:1]:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    arguments = parser.parse_args(words)
     if arguments.command == "train":
         return run_train(arguments)
     return _run_command(arguments)
 
 
+def _add_train(commands: Any, words: Sequence[str]) -> None:
+    """``train``, and ``launch`` for its help; their options are added if one of them is named."""
+    train = commands.add_parser("train", help=TRAIN_SUMMARY, add_help=False)
+    launch = commands.add_parser("launch", help=LAUNCH_SUMMARY, usage=signals.LAUNCH_USAGE, add_help=False)
+    if words[:1] == ["train"]:
+        add_train_arguments(train)
+    if words[:1] == ["launch"]:
+        from vtprune_train.cli.settings_help import add_help
+
+        add_help(launch)
+
+
+@contextlib.contextmanager
+def _extras_named() -> Iterator[None]:
+    """Where an import fails and modules of an extra are not installed: exit code 2 and how to install them."""
+    try:
+        yield
+    except ImportError as error:  # not always a ModuleNotFoundError: transformers looks for packages by itself
+        missing = {extra: [name for name in names if find_spec(name) is None] for extra, names in EXTRAS.items()}
+        extra = next((extra for extra, names in missing.items() if names), None)
+        if extra is None:
+            raise
+        print(
+            f"{error}\nNot installed: {', '.join(missing[extra])}. Install what this command needs with:\n"
+            f'  pip install "vtprune-train[{extra}]"',
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
 def _launch(arguments: Sequence[str]) -> int:
     from vtprune_train.cli.launch import launch
-    from vtprune_train.config.settings import ConfigError
+    from vtprune_train.config.errors import ConfigError
 
+    start_logging()
     try:
         return launch(arguments)
     except ConfigError as error:
@@ -172,23 +235,20 @@ def _launch(arguments: Sequence[str]) -> int:
 
 
 def _run_command(arguments: argparse.Namespace) -> int:
-    _start_logging()
+    start_logging()
     try:
-        if getattr(arguments, "trust_remote_code", False):
-            from vtprune_train.cli.options import trust
+        if getattr(arguments, "trust_remote_code", False) or getattr(arguments, "family", None):
+            from vtprune_train.cli.options import load_user_code
 
-            trust(arguments)
+            load_user_code(arguments)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever reads has seen enough, as `vtprune methods | head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
-        return 128 + signal.SIGPIPE
     except ValueError as error:
-        log.debug("where it came from", exc_info=True)
+        log.debug("traceback", exc_info=True)
         return _refuse(f"vtprune {arguments.command}", error)
-    except OSError as error:  # a file that an option names
+    except OSError as error:  # of a file named by an option
         if error.filename is None:
             raise
-        log.debug("where it came from", exc_info=True)
+        log.debug("traceback", exc_info=True)
         return _refuse(f"vtprune {arguments.command}", ValueError(f"{error.filename}: {error.strerror}"))

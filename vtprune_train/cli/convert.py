@@ -1,4 +1,4 @@
-"""``vtprune convert``: checkpoints of the original LLaVA code to Hugging Face and back, and projectors alone."""
+"""``vtprune convert``: convert checkpoints, or only projectors, between the original LLaVA code and Hugging Face."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vtprune_train.cli.options import add_trust_option
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.evaluation.answering import load_processor, load_weights, model_config
 from vtprune_train.files.parse import read_json_object
+from vtprune_train.models.families import class_of_config, supported_family
 from vtprune_train.models.families import llava_original as names
-from vtprune_train.models.families import supported_family
 from vtprune_train.models.families.llava_original_config import (
     check_images,
     hf_config,
@@ -56,25 +56,27 @@ FORMS = ("hf", "original", "mm_projector", "projector")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     help_text = (
-        "a LLaVA folder of the original code, an mm_projector.bin, a run of this project, or a Hugging Face folder"
+        "a checkpoint folder of the original LLaVA code, an mm_projector.bin, a run, or a Hugging Face model folder"
     )
     parser.add_argument("--model", required=True, metavar="PATH", help=help_text)
     add_trust_option(parser)
-    parser.add_argument("--to", required=True, choices=FORMS, help="what to write")
-    parser.add_argument("--out", required=True, metavar="PATH", help="a folder; for mm_projector a file")
-    parser.add_argument("--vision_tower", metavar="DIR", help="CLIP tower; left out: the one that config.json names")
-    help_text = "to original: leave out the parameters that the pruning method learned, for which it has no place"
+    parser.add_argument("--to", required=True, choices=FORMS, help="output format")
+    parser.add_argument("--out", required=True, metavar="PATH", help="output folder; for mm_projector, output file")
+    parser.add_argument("--vision_tower", metavar="DIR", help="CLIP vision tower (default: the one in config.json)")
+    help_text = (
+        "with --to original: leave out the learned parameters of the pruning method, which that format cannot store"
+    )
     parser.add_argument("--without_learned", action="store_true", help=help_text)
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--force", action="store_true", help="replace existing output")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the conversion."""
+    """Convert."""
     form = arguments.to
     if arguments.vision_tower is not None and form not in ("hf", "original"):
-        raise ValueError(f"--vision_tower has no effect with --to {form}, which is the projector alone; leave it out")
+        raise ValueError(f"--vision_tower has no effect with --to {form}, which converts only the projector; remove it")
     if arguments.without_learned and form != "original":
-        raise ValueError(f"--without_learned has no effect with --to {form}; leave it out")
+        raise ValueError(f"--without_learned has no effect with --to {form}; remove it")
     source, out = resolve_checkpoint(arguments.model), Path(arguments.out)
     check_export(source)
     if form == "mm_projector":
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         check_target(out, source, arguments.force)
         publish(out, _writer(source, form, arguments.vision_tower, arguments.without_learned))
-    log.info("%s is in %s", form, out)
+    log.info("wrote %s to %s", form, out)
     return 0
 
 
@@ -92,7 +94,9 @@ def _writer(source: str, form: str, tower: str | None, without_learned: bool) ->
         tensors = {name.removeprefix("model."): value.contiguous() for name, value in projector.items()}
         return lambda folder: save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if Path(source).is_file():
-        raise ValueError(f"--to {form}: {source} is a projector alone; --to projector makes what model.projector reads")
+        raise ValueError(
+            f"--to {form}: {source} is only a projector; use --to projector to write one for model.projector"
+        )
     if form == "hf":
         _check_whole(Path(source))
     is_original = original.read_config(Path(source)) is not None
@@ -100,30 +104,30 @@ def _writer(source: str, form: str, tower: str | None, without_learned: bool) ->
         return hf_writer(Path(source), tower)
     if form == "original" and not is_original:
         return original_writer(source, tower, without_learned)
-    raise ValueError(f"--to {form}: {source} is one already")
+    raise ValueError(f"--to {form}: {source} already has this format")
 
 
 def _check_whole(source: Path) -> None:
-    """Refuse a folder that holds a part of a checkpoint only."""
+    """Raise ``ValueError`` if the folder contains only part of a checkpoint."""
     if not source.is_dir():
         raise ValueError(f"--to hf: {source} is not a folder on this machine; download the checkpoint first")
     if not (source / "config.json").is_file():
         raise ValueError(f"--to hf: {source} has no config.json; copy the whole checkpoint")
     if any((source / name).is_file() for name in ("adapter_config.json", "non_lora_trainables.bin")):
         raise ValueError(
-            f"--to hf: {source} holds a LoRA adapter of the original code, not a model; merge it first "
-            "(scripts/merge_lora_weights.py there)"
+            f"--to hf: {source} is a LoRA adapter of the original code, not a model; merge it first with "
+            "scripts/merge_lora_weights.py of that code"
         )
     has_weights = any(source.glob("*.safetensors")) or any(source.glob("pytorch_model*.bin"))
     if (source / original.MM_PROJECTOR).is_file() and not has_weights:
         raise ValueError(
-            f"--to hf: {source} holds a projector alone ({original.MM_PROJECTOR}, tune_mm_mlp_adapter); --to "
-            "projector makes what model.projector reads"
+            f"--to hf: {source} is only a projector ({original.MM_PROJECTOR}, tune_mm_mlp_adapter); use --to "
+            "projector to write one for model.projector"
         )
 
 
 def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
-    """Projector and ``image_newline`` by Hugging Face names, and whether it is a linear one."""
+    """Projector and ``image_newline`` by Hugging Face names, and whether the projector is linear."""
     file = Path(source) / original.MM_PROJECTOR if Path(source).is_dir() else Path(source)
     if file.is_file():
         projector = original.read_projector_file(file, source)
@@ -141,16 +145,20 @@ def _projector(source: str) -> tuple[dict[str, Tensor], bool]:
 def _llava_config(source: str) -> PreTrainedConfig:
     config = model_config(source)
     if (why := supported_family(config.model_type, source).not_original) is not None:
-        raise ValueError(f"{source} holds a {config.model_type}; {why}")
+        raise ValueError(f"{source} is a {config.model_type} model; {why}")
     return config
 
 
 def _write_mm_projector(source: str, out: Path, force: bool) -> None:
     if out.is_dir() or (out.exists() and not force):
-        raise ValueError(f"--out {out} is there; name a file such as mm_projector.bin, or replace one with --force")
+        raise ValueError(
+            f"--out {out} already exists; name a new file such as mm_projector.bin, or replace it with --force"
+        )
     projector, linear = _projector(source)
     if linear and not names.is_linear(projector):
-        raise ValueError(f"{source}: two linear layers without GELU between them are no mm_projector")
+        raise ValueError(
+            f"{source}: mm_projector needs GELU between its two linear layers, but this projector has none"
+        )
     weights = names.projector_to_original(projector, linear)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
@@ -159,37 +167,44 @@ def _write_mm_projector(source: str, out: Path, force: bool) -> None:
 
 
 def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
-    """Writes an original checkpoint as weights, config, tokenizer with ``<image>``, and processor."""
+    """A function that writes an original checkpoint in Hugging Face format: weights, config, tokenizer with
+    ``<image>``, and processor."""
     settings = original.read_config(source)
     assert settings is not None
     name = tower or settings.get("mm_vision_tower") or settings.get("vision_tower")
     if not isinstance(name, str):
-        raise ValueError(f"{source}: config.json names no mm_vision_tower (it is {name!r}); give --vision_tower")
+        raise ValueError(f"{source}: mm_vision_tower in config.json is {name!r}; set --vision_tower")
     config = hf_config(settings, _tower_config(name, str(source)), str(source))
     weights = hf_weights(original.read_weights(source), settings, name, str(source))
     tokenizer = _tokenizer(source, settings)
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     _grow(weights, config, len(tokenizer))
     with torch.device("meta"):
-        model = getattr(transformers, family_of_config(config)[0].model_class)(config)
-    own = set(model.state_dict())
+        model = class_of_config(config)(config)
+    expected = set(model.state_dict())
     if config.text_config.tie_word_embeddings and "lm_head.weight" not in weights:
         weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
-    if missing := sorted(own - set(weights)):
-        raise ValueError(f"{source}: {len(missing)} tensor(s) are missing, first {names.to_original(missing[0])}")
-    if unexpected := sorted(set(weights) - own):
-        raise ValueError(f"{source}: {names.to_original(unexpected[0])} has no place in a {config.model_type}")
+    if missing := sorted(expected - set(weights)):
+        raise ValueError(f"{source}: {len(missing)} tensor(s) are missing, for example {names.to_original(missing[0])}")
+    if unexpected := sorted(set(weights) - expected):
+        raise ValueError(
+            f"{source}: unexpected tensor {names.to_original(unexpected[0])} for a {config.model_type} model"
+        )
     for key, value in model.state_dict().items():
         _check_tensor(weights[key], value, f"{source}: {names.to_original(key)}")
     model.load_state_dict(weights, assign=True)
     config.dtype = model.config.dtype = weights["lm_head.weight"].dtype
     if (source / "generation_config.json").is_file():
-        read_json_object(source / "generation_config.json")  # names the file where it is damaged
+        read_json_object(
+            source / "generation_config.json"
+        )  # raises an error with the name of the file if it is damaged
         model.generation_config = GenerationConfig.from_pretrained(str(source))
     processor = build_processor(config, tokenizer)
     images = saved_image_processor(name)
     if images is None:
-        log.warning("the vision tower %s brings no preprocessor_config.json here; CLIP's usual numbers are used", name)
+        log.warning(
+            "the vision tower %s has no preprocessor_config.json on this machine; CLIP's defaults are used", name
+        )
     processor.image_processor = image_processor(config, settings, images, str(source))
 
     def write(folder: Path) -> None:
@@ -201,10 +216,12 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
 
 def _check_tensor(value: Tensor, expected: Tensor, place: str) -> None:
     if not value.is_floating_point():
-        raise ValueError(f"{place} holds {value.dtype}; quantised weights are not converted")
+        raise ValueError(f"{place} has the data type {value.dtype}; quantized weights cannot be converted")
     if value.shape != expected.shape:
         empty = " (it was saved under DeepSpeed ZeRO-3 without gathering it)" if not value.numel() else ""
-        raise ValueError(f"{place} has shape {tuple(value.shape)}{empty}, config.json asks for {tuple(expected.shape)}")
+        raise ValueError(
+            f"{place} has shape {tuple(value.shape)}{empty}, but config.json requires {tuple(expected.shape)}"
+        )
 
 
 def _tower_config(name: str, place: str) -> PreTrainedConfig:
@@ -215,53 +232,53 @@ def _tower_config(name: str, place: str) -> PreTrainedConfig:
 
 
 def hf_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str, place: str) -> dict[str, Tensor]:
-    """Original weights by Hugging Face names; a tower that was not trained is taken from its own checkpoint."""
+    """Original weights by Hugging Face names; an untrained vision tower comes from its published checkpoint."""
     known = (names.TEXT_KEYS, names.TOWER_KEYS, names.PROJECTOR_KEYS)
     weights = {name: value for name, value in weights.items() if not name.endswith(names.COMPUTED)}
     for name in sorted(weights):
         if not any(pattern.match(name) for pattern in known):
-            raise ValueError(f"{place}: the tensor {name} is not known; is this a LLaVA, and merged if it was a LoRA?")
-    found = names.projector_to_hf(weights, place)
+            raise ValueError(
+                f"{place}: unknown tensor {name}; is this a LLaVA checkpoint, and is its LoRA adapter merged?"
+            )
+    projector = names.projector_to_hf(weights, place)
     kind = settings.get("mm_projector_type", "linear")
     if (kind == "linear") != ("model.mm_projector.weight" in weights):
         raise ValueError(
-            f"{place}: mm_projector_type={kind!r} in config.json, but the projector's tensors are of another type"
+            f"{place}: mm_projector_type={kind!r} in config.json does not match the tensors of the projector"
         )
-    if settings.get("mm_patch_merge_type", "flat") == "flat" and found.pop("model.image_newline", None) is not None:
-        log.info("%s: image_newline is left out; mm_patch_merge_type flat does not use it", place)
+    if settings.get("mm_patch_merge_type", "flat") == "flat" and projector.pop("model.image_newline", None) is not None:
+        log.info("%s: image_newline is left out, because mm_patch_merge_type=flat does not use it", place)
     others = {names.to_hf(n): v for n, v in weights.items() if not names.PROJECTOR_KEYS.match(n)}
-    return {**others, **found, **_tower_weights(others, settings, tower, place)}
+    return {**others, **projector, **_tower_weights(others, settings, tower, place)}
 
 
 def _tower_weights(weights: dict[str, Tensor], settings: dict[str, Any], tower: str, place: str) -> dict[str, Tensor]:
-    """The tower's weights that the original code would use: the checkpoint's where it was trained, else its own's."""
-    own = {name: value for name, value in weights.items() if name.startswith(names.TOWER)}
+    """The vision tower that the original code would use: the checkpoint's if it was trained, else the published one."""
+    saved = {name: value for name, value in weights.items() if name.startswith(names.TOWER)}
     if trains_tower(settings):
-        if not own:
+        if not saved:
             raise ValueError(
                 f"{place}: config.json says that the vision tower was trained (unfreeze_mm_vision_tower), but the "
-                "checkpoint has no weights of it"
+                "checkpoint has no vision-tower weights"
             )
-        return own
+        return saved
     published = _published_tower(tower)
     if isinstance(published, str):
-        if own:
-            return own
-        raise ValueError(
-            f"{place} holds no vision tower, and {tower} cannot be read ({published}); give --vision_tower"
-        )
-    if own and _same(own, published):
-        return own
-    if own:
+        if saved:
+            return saved
+        raise ValueError(f"{place} has no vision tower, and {tower} cannot be read ({published}); set --vision_tower")
+    if saved and _same(saved, published):
+        return saved
+    if saved:
         log.warning(
-            "%s holds another vision tower than %s, and config.json does not say that it was trained "
+            "the vision tower in %s differs from %s, but config.json does not say that it was trained "
             "(unfreeze_mm_vision_tower): as in the original code, %s is used", place, tower, tower,
         )  # fmt: skip
     return published
 
 
 def _published_tower(name: str) -> dict[str, Tensor] | str:
-    """Weights of the tower of that name as a LLaVA has them, or why they cannot be read."""
+    """The weights of a published vision tower, named as in a LLaVA, or why they cannot be read."""
     check_weights(name, f"the vision tower {name}")
     try:
         weights = open_clip(name, "auto").state_dict()
@@ -271,7 +288,7 @@ def _published_tower(name: str) -> dict[str, Tensor] | str:
 
 
 def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    """Whether two towers are equal in the first one's precision."""
+    """Whether two vision towers are equal in the data type of the first."""
     return one.keys() == two.keys() and all(
         one[name].shape == two[name].shape and torch.equal(one[name], two[name].to(one[name].dtype)) for name in one
     )
@@ -281,7 +298,7 @@ def _tokenizer(source: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBas
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no readable tokenizer there ({first_line(error)})") from error
+        raise ValueError(f"{source}: the tokenizer cannot be read ({first_line(error)})") from error
     add_image_token(tokenizer)
     side, length = settings.get("tokenizer_padding_side"), settings.get("tokenizer_model_max_length")
     if side is not None:
@@ -294,7 +311,7 @@ def _tokenizer(source: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBas
 
 
 def _grow(weights: dict[str, Tensor], config: PreTrainedConfig, tokens: int) -> None:
-    """Room for ``<image>``, which the original code keeps outside of its vocabulary: the mean of the other rows."""
+    """Add embedding rows for ``<image>``, which the original code has outside its vocabulary: the mean of all rows."""
     rows = config.text_config.vocab_size
     if tokens <= rows:
         return
@@ -307,7 +324,7 @@ def _grow(weights: dict[str, Tensor], config: PreTrainedConfig, tokens: int) -> 
 
 
 def original_writer(source: str, tower: str | None, without_learned: bool) -> Callable[[Path], None]:
-    """Writes a Hugging Face folder, or a run, as the original code reads it."""
+    """A function that writes a Hugging Face folder or a run in the format of the original code."""
     config = _llava_config(source)
     _check_learned(config, source, without_learned)
     processor = load_processor(source, config)
@@ -318,10 +335,10 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
     model = load_weights(source, "auto")
     state = model.state_dict()
     if not _tower_is(state, name):
-        settings["unfreeze_mm_vision_tower"] = True  # or the original code would read the named one instead
-    rows = settings["vocab_size"]  # the original code needs none for <image>
+        settings["unfreeze_mm_vision_tower"] = True  # else the original code would load the published one
+    rows = settings["vocab_size"]  # the original code has none for <image>
     if more := [token for token, number in tokenizer.get_vocab().items() if number >= rows and token != IMAGE]:
-        log.info("%s: the vocabulary is kept whole, for tokens such as %s", source, more[0])
+        log.info("%s: the full vocabulary is kept because of tokens such as %s", source, more[0])
         settings["vocab_size"] = config.text_config.vocab_size
     linear = config.projector_hidden_act == "linear"
     weights = names.projector_to_original(state, linear)
@@ -340,11 +357,11 @@ def original_writer(source: str, tower: str | None, without_learned: bool) -> Ca
 
 
 def _tower_is(state: dict[str, Tensor], tower: str) -> bool:
-    """Whether the tower is the one of that name, as far as that can be read."""
+    """Whether the vision tower equals the published one; false if that cannot be read."""
     published = _published_tower(tower)
     if isinstance(published, str):
         log.info(
-            "the vision tower %s cannot be read here; the model's is written as a trained one (%s)", tower, published
+            "the vision tower %s cannot be read here, so the model's is written as a trained one (%s)", tower, published
         )
         return False
     return _same({name: value for name, value in state.items() if name.startswith(names.TOWER)}, published)
@@ -354,16 +371,18 @@ def _check_learned(config: PreTrainedConfig, source: str, without_learned: bool)
     settings = getattr(config, CONFIG_KEY, None)
     if settings is not None and settings["method"] != NONE:
         log.warning(
-            "%s: the original code knows no pruning, so the settings of %s are left out and the model runs on all of "
-            "its visual tokens there", source, settings["method"],
+            "%s: the original code does not support pruning, so the settings of %s are left out and the model will "
+            "use all visual tokens there", source, settings["method"],
         )  # fmt: skip
     method = saved_learner(config, source)
     if method is None:
         return
     if not without_learned:
         raise ValueError(
-            f"--to original: the format has no place for the parameters of {method.name} that {source} was trained "
-            "with, and without them it is another, weaker model; --without_learned leaves them out all the same, and "
-            "vtprune export keeps them"
+            f"--to original: the format cannot store the learned parameters of {method.name} in {source}, and "
+            "without them the model is less accurate; leave them out with --without_learned, or keep them with vtprune "
+            "export"
         )
-    log.warning("%s: the parameters of %s are left out, as the original code knows none", source, method.name)
+    log.warning(
+        "%s: the learned parameters of %s are left out; the original format cannot store them", source, method.name
+    )

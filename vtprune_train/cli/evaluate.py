@@ -1,4 +1,4 @@
-"""``vtprune eval``: answers, visual tokens, times and cache on a data file, beside the dense model if asked for."""
+"""``vtprune eval``: answer the questions of a data file; report accuracy, visual tokens, times and cache."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from vtprune_train.cli.options import add_data_options, add_method_options, add_model_option, check_least, load_model
 from vtprune_train.data.records import NO_PROMPT
-from vtprune_train.data.sources import find_files
-from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_picture, prompt_text, recorded_prompt
+from vtprune_train.data.sources import find_files, reader_identity
+from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_image, prompt_text, recorded_prompt
 from vtprune_train.evaluation.questions import Question, as_answered, normalized, read_questions
 from vtprune_train.evaluation.results import Ledger, open_ledger, summary, table
 from vtprune_train.evaluation.timing import Measured, drop_layers, measured_answers
@@ -29,31 +29,33 @@ log = logging.getLogger(__name__)
 
 PRUNED, DENSE = "pruned", "dense"
 WARM_UP_TOKENS = 2
-FORMAT = 2  # of a line of samples.jsonl
+FORMAT = 2  # version of the lines of samples.jsonl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
-    add_data_options(parser, "conversations: any data that training reads")
-    parser.add_argument("--compare", choices=[DENSE], help="ask the dense model too, batch by batch in turn")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_new_tokens", type=int, default=16)
-    parser.add_argument("--limit", type=int, metavar="N", help="take N records, drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--out", metavar="DIR", help="results; left out: a folder under runs/eval/ for these settings")
+    add_data_options(parser, "conversations, in any format that training reads")
+    parser.add_argument("--compare", choices=[DENSE], help="also run the dense model, alternating batch by batch")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="questions in a batch (default: 8)")
+    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N random records (default: all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random records")
+    parser.add_argument("--out", metavar="DIR", help="output folder (default: one for these settings under runs/eval/)")
     add_method_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, or go on with an evaluation that was interrupted."""
+    """Evaluate, or continue an evaluation that was interrupted."""
     check_least(arguments, batch_size=1, max_new_tokens=1)
     data, images = Path(arguments.data), Path(arguments.images)
     added = recorded_prompt(arguments.model, data)
-    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore, added)
+    questions, malformed = read_questions(
+        data, images, arguments.limit, arguments.seed, arguments.ignore, added, arguments.reader
+    )
     loaded = load_model(arguments)
     if arguments.compare and not is_pruned(loaded.model):
-        raise ValueError("--compare dense: the model runs dense already; name a --method to compare with")
+        raise ValueError("--compare dense: the model already runs dense; set a --method to compare with")
     warn_of_long_answers(questions, loaded.processor.tokenizer, arguments.max_new_tokens)
     settings = identity(arguments, loaded)
     if added != NO_PROMPT:
@@ -65,36 +67,37 @@ def run(arguments: argparse.Namespace) -> int:
             log.warning("left out %s: %s", sample, reason)
         lines = [ledger.done[question.key] for question in questions if question.key in ledger.done]
         if not lines:
-            raise ValueError(f"none of the {len(questions)} question(s) could be asked; the first: {left_out[0][1]}")
+            raise ValueError(f"none of the {len(questions)} question(s) could be used; the first: {left_out[0][1]}")
         results = summary(lines, drop_layers(loaded), left_out)
         ledger.write("results.json", {"settings": settings, **results})
     print(table(results))
-    log.info("results are in %s", folder)
+    log.info("wrote the results to %s", folder)
     return 0
 
 
 def warn_of_long_answers(questions: Sequence[Question], tokenizer: Any, most: int) -> None:
-    """Say that true answers have more tokens than may be made, so that none of these can be met."""
+    """Warn about reference answers with more tokens than may be generated: they cannot be matched."""
     lengths = [len(tokenizer.encode(question.reference, add_special_tokens=False)) for question in questions]
     if long := sum(length > most for length in lengths):
         log.warning(
-            "%d of %d true answers have more than --max_new_tokens=%d tokens (up to %d), so these answers are cut and "
-            "count as wrong; raise it",
+            "%d of %d reference answers have more than --max_new_tokens=%d tokens (up to %d), so the generated answers "
+            "are truncated and count as wrong; raise it",
             long, len(questions), most, max(lengths),
         )  # fmt: skip
 
 
 def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
-    """What must not change between two starts of one evaluation."""
+    """The settings that must not change when an evaluation continues."""
     folder = Path(resolve_checkpoint(arguments.model))
     method = method_of(loaded.model) if is_pruned(loaded.model) else None
     return {
         "model": str(folder.resolve()) if folder.is_dir() else arguments.model,
         "weights": _files_digest(folder) if folder.is_dir() else None,
         "data": str(Path(arguments.data).resolve()),
-        "data_sha256": _data_digest(Path(arguments.data)),
+        "data_sha256": _data_digest(find_files(Path(arguments.data), arguments.reader)),
         "images": str(Path(arguments.images).resolve()),
         **({"ignore": sorted(arguments.ignore)} if arguments.ignore else {}),
+        **({"reader": reader_identity(arguments.reader)} if arguments.reader else {}),
         "limit": arguments.limit,
         "seed": arguments.seed,
         "method": {"method": "none"} if method is None else method.settings(),
@@ -107,25 +110,25 @@ def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _data_digest(data: Path) -> str:
-    """Of the content of all files of the data."""
+def _data_digest(files: Sequence[Path]) -> str:
+    """Hash of the content of all data files."""
     digest = hashlib.sha256()
-    for path in find_files(data):
+    for path in files:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             with file.open("rb") as opened:
-                hashlib.file_digest(opened, lambda: digest)  # goes on with what was added before
+                hashlib.file_digest(opened, lambda: digest)  # adds to the same digest
     return digest.hexdigest()[:16]
 
 
 def _files_digest(folder: Path) -> str:
-    """Changes when a model's files do, without reading them."""
+    """A hash of names, sizes and times of the files of a model."""
     with os.scandir(folder) as entries:
         files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def default_folder(arguments: argparse.Namespace, settings: dict[str, Any]) -> Path:
-    """A folder of its own for every combination of settings."""
+    """A folder for this combination of settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = arguments.model.strip("/").replace("/", "_") if not Path(arguments.model).exists() else None
     name = name or Path(arguments.model).resolve().name
@@ -135,7 +138,8 @@ def default_folder(arguments: argparse.Namespace, settings: dict[str, Any]) -> P
 def _ask_all(
     loaded: Loaded, questions: Sequence[Question], ledger: Ledger, arguments: argparse.Namespace
 ) -> list[tuple[str, str]]:
-    """Ask what is not done yet, in the batches of an uninterrupted run; ``(id, reason)`` of unreadable samples."""
+    """Answer the remaining questions, in the batches of an uninterrupted run; returns ``(id, reason)`` of unreadable
+    samples."""
     unreadable: dict[str, str] = {}
     names = [PRUNED, DENSE] if arguments.compare else [PRUNED if is_pruned(loaded.model) else DENSE]
     is_warm = False
@@ -153,7 +157,7 @@ def _ask_all(
                 for name in names:
                     _measure(loaded, inputs, name, WARM_UP_TOKENS)
                 is_warm = True
-            # Who begins takes turns, so that what drifts during the run meets both.
+            # The first of a batch alternates, so that drift during the run affects both equally.
             order = names if number % 2 == 0 else names[::-1]
             runs = {name: _measure(loaded, inputs, name, arguments.max_new_tokens) for name in order}
             tokenizer = loaded.processor.tokenizer
@@ -165,15 +169,15 @@ def _ask_all(
 def _prompts(
     loaded: Loaded, questions: Sequence[Question], unreadable: dict[str, str]
 ) -> Iterator[tuple[Question, Prompt]]:
-    """The questions that can be asked: their images can be read, and the chat template takes their turns."""
+    """The questions whose images can be read and whose turns the chat template accepts, with their prompts."""
     for question in questions:
         try:
-            pictures = [open_picture(path) for path in question.images]
-            prompt_text(loaded, len(pictures), question.turns)
+            images = [open_image(path) for path in question.images]
+            prompt_text(loaded, len(images), question.turns)
         except ValueError as error:
             unreadable[question.sample] = str(error)
             continue
-        yield question, (pictures, question.turns)
+        yield question, (images, question.turns)
 
 
 def _measure(loaded: Loaded, inputs: Any, name: str, max_new_tokens: int) -> list[Measured]:

@@ -1,4 +1,4 @@
-"""``vtprune export``: a checkpoint's model, or its projector, as safetensors in the precision asked for."""
+"""``vtprune export``: export the model of a checkpoint, or its projector, as safetensors in a chosen precision."""
 
 from __future__ import annotations
 
@@ -38,23 +38,30 @@ SHARD_SIZE = re.compile(r"^[1-9]\d*(\.\d+)?[KMG]i?B$", re.IGNORECASE)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="made here; written beside and renamed")
-    parser.add_argument("--part", choices=("model", "projector"), default="model", help="projector: what stage 2 reads")
-    dtypes = [name for name in DTYPES if name != "auto"]
-    parser.add_argument("--dtype", choices=dtypes, help="bfloat16 if left out; of a checkpoint without hf/ as trained")
-    parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file, for example 5GB (if left out) or 500MB")
+    parser.add_argument("--out", required=True, metavar="DIR", help="output folder")
     parser.add_argument(
-        "--merge", action="store_true", help="fold an adapter into its base: a model that needs no PEFT"
+        "--part",
+        choices=("model", "projector"),
+        default="model",
+        help="projector: only what stage 2 needs (model.projector)",
     )
-    parser.add_argument("--keep_names", action="store_true", help="tensors named as in memory, not as published ones")
-    parser.add_argument("--force", action="store_true", help="replace an export that is there")
+    dtypes = [name for name in DTYPES if name != "auto"]
+    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16; for a checkpoint without hf/, as trained")
+    parser.add_argument("--max_shard_size", metavar="SIZE", help="largest file, for example 500MB (default: 5GB)")
+    parser.add_argument(
+        "--merge", action="store_true", help="merge an adapter into its base model, so that PEFT is not needed"
+    )
+    parser.add_argument(
+        "--keep_names", action="store_true", help="keep the tensor names used in memory instead of the published ones"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing export")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the export."""
     shard_size = arguments.max_shard_size or "5GB"
     if not SHARD_SIZE.match(shard_size):
-        raise ValueError(f"--max_shard_size={shard_size} is no size such as 5GB or 500MB")
+        raise ValueError(f"--max_shard_size={shard_size} is not a size such as 5GB or 500MB")
     checkpoint = newest_checkpoint(arguments.model)
     if checkpoint is not None and (checkpoint / UNEXPORTED).is_dir() and not (checkpoint / EXPORT).is_dir():
         return export_checkpoint(checkpoint, arguments)
@@ -64,74 +71,74 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.part == "model":
         check_merge(source, arguments.merge)
     elif arguments.merge:
-        raise ValueError("--merge has no effect with --part projector; leave one of them out")
+        raise ValueError("--merge has no effect with --part projector; remove one of them")
     dtype: torch.dtype = DTYPES[arguments.dtype or "bfloat16"]  # type: ignore[assignment]
     if arguments.part == "projector":
         write = projector_writer(source, dtype, arguments.keep_names)
     else:
         write = model_writer(source, dtype, shard_size, arguments.keep_names)
     publish(out, write)
-    log.info("%s is in %s", arguments.part, out)
+    log.info("wrote the %s to %s", arguments.part, out)
     return 0
 
 
 def export_checkpoint(checkpoint: Path, arguments: argparse.Namespace) -> int:
-    """Write the ``hf/`` that training left out of a checkpoint, bit for bit, from the files of all ranks: mapped, one
-    tensor in memory at a time, without the model."""
+    """Write the ``hf/`` that training left out of a checkpoint from the files of all ranks, bit for bit. Files are
+    memory-mapped: one tensor is in memory at a time, and the model is not built."""
     from vtprune_train.training.checkpoint.portable import open_state
     from vtprune_train.training.engine.files import weight
 
-    given = vars(arguments) | {"part": arguments.part == "projector"}
-    if others := [key for key in ("dtype", "max_shard_size", "part", "merge", "keep_names") if given[key]]:
+    options = vars(arguments) | {"part": arguments.part == "projector"}
+    if unsupported := [key for key in ("dtype", "max_shard_size", "part", "merge", "keep_names") if options[key]]:
         raise ValueError(
-            f"{checkpoint} holds no hf/: export it without --{others[0]} first, then export the folder that was made "
-            f"with --{others[0]}"
+            f"{checkpoint} has no hf/: export it without --{unsupported[0]} first, then export the resulting folder "
+            f"with --{unsupported[0]}"
         )
     kept, out = checkpoint / UNEXPORTED, Path(arguments.out)
     check_target(out, str(checkpoint), arguments.force)
     if wrong := verify(checkpoint):
-        raise ValueError(f"{checkpoint} is damaged: {wrong}. Name an older step_XXXXXXXX of the run")
+        raise ValueError(f"{checkpoint} is damaged: {wrong}. Use an older step_XXXXXXXX of the run")
     plan, saved = Plan.load(kept), open_state(checkpoint)
 
     def write(folder: Path) -> None:
         shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(PLAN))
         if is_adapter(kept):
-            Base.read(kept).write(folder)  # its base may be named relative to the checkpoint
+            Base.read(kept).write(folder)  # the base may be named relative to the checkpoint
         write_weights(plan, folder, lambda stored: weight(saved, stored))
 
     publish(out, write)
-    log.info("the export of %s is in %s", checkpoint, out)
+    log.info("exported %s to %s", checkpoint, out)
     return 0
 
 
 def check_merge(source: str, merge: bool) -> None:
-    """An adapter is exported folded in only, and nothing else is folded in."""
+    """Raise ``ValueError`` unless ``merge`` is set for an adapter and only for an adapter."""
     if is_adapter(source) and not merge:
         raise ValueError(
-            f"{source} holds an adapter: --merge folds it into its base and writes a model that needs no PEFT. The "
-            "adapter itself stands in that folder as PEFT reads it, to be copied from there"
+            f"{source} is an adapter; use --merge to merge it into its base model. The adapter itself is already in "
+            "that folder in PEFT's format, so copy it from there"
         )
     if merge and not is_adapter(source):
-        raise ValueError(f"--merge: {source} holds no adapter; leave --merge out")
+        raise ValueError(f"--merge: {source} has no adapter; remove --merge")
 
 
 def check_target(out: Path, source: str, force: bool) -> None:
-    """Refuse to replace anything but, with ``force``, an export; and the model itself."""
+    """Raise ``ValueError`` if ``out`` contains the model, or anything that ``force`` does not allow to replace."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
+        raise ValueError(f"--out {out} is a file; use a folder")
     inside = Path(source).resolve()
     if Path(source).is_dir() and (inside == out.resolve() or out.resolve() in inside.parents):
-        raise ValueError(f"--out {out} holds the model that is exported; name another folder")
+        raise ValueError(f"--out {out} contains the model to export; use another folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not force:
-        raise ValueError(f"--out {out} is not empty; name another folder, or replace the export in it with --force")
+        raise ValueError(f"--out {out} is not empty; use another folder, or --force to replace the export in it")
     if not any(out.glob("*.safetensors")):
-        raise ValueError(f"--out {out} is not empty and no export (it has no safetensors); remove it yourself")
+        raise ValueError(f"--out {out} is not empty and has no safetensors, so it is not an export; delete it yourself")
 
 
 def publish(out: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder beside ``out`` that then takes its place."""
+    """Call ``write`` on a temporary folder beside ``out``, then rename that to ``out``."""
     out = out.resolve()
     partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.replaced")
     for leftover in (partial, replaced):
@@ -141,7 +148,7 @@ def publish(out: Path, write: Callable[[Path], None]) -> None:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"--out {out}: no folder can be made there ({error})") from error
+        raise ValueError(f"--out {out}: the folder cannot be created ({error})") from error
     write(partial)
     if out.exists():
         out.rename(replaced)
@@ -151,11 +158,11 @@ def publish(out: Path, write: Callable[[Path], None]) -> None:
 
 
 def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: bool) -> Callable[[Path], None]:
-    """Writes weights (those of the pruning method too), config with the pruning settings, generation config, and
-    processor with its chat template."""
+    """A function that writes weights (with those of the pruning method), config with the pruning settings, generation
+    config, and processor with its chat template."""
     config = model_config(source)
     processor = load_processor(source, config)
-    # An adapter is folded in with full precision, and rounded once.
+    # An adapter is merged in float32, so that it is rounded once.
     model = open_adapter(source, "float32", merge=True) if is_adapter(source) else load_weights(source, "auto")
     carry(model)
     for name, parameter in model.named_parameters():
@@ -173,27 +180,27 @@ def model_writer(source: str, dtype: torch.dtype, shard_size: str, keep_names: b
 
 
 def projector_writer(source: str, dtype: torch.dtype, keep_names: bool) -> Callable[[Path], None]:
-    """Writes the projector alone (of LLaVA-NeXT and OneVision with ``image_newline``), as ``model.projector`` of a
-    training config reads it."""
+    """A function that writes only the projector (for LLaVA-NeXT and OneVision with ``image_newline``), for
+    ``model.projector``."""
     _, loop = trained_family(model_config(source).model_type, f"--part projector: {source}")
     if not Path(source).is_dir():
         raise ValueError(f"--part projector: {source} is not a folder on this machine; download the model first")
     keys = tuple(name.removeprefix("model.") for name in loop.projector)
-    found = read_projector(sorted(Path(source).glob("*.safetensors")), keys)
-    if missing := [key for key in keys if not any(name.startswith(key) for name in found)]:
-        raise ValueError(f"--part projector: {source} holds no {missing[0]} in safetensors files")
-    for name, tensor in found.items():
+    weights = read_projector(sorted(Path(source).glob("*.safetensors")), keys)
+    if missing := [key for key in keys if not any(name.startswith(key) for name in weights)]:
+        raise ValueError(f"--part projector: {source} has no {missing[0]} in its safetensors files")
+    for name, tensor in weights.items():
         check_range(name, tensor, dtype)
     prefix = "model." if keep_names else ""
-    tensors = {prefix + name: tensor.to(dtype).contiguous() for name, tensor in found.items()}
+    tensors = {prefix + name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
     return lambda folder: save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def check_range(name: str, tensor: Any, dtype: torch.dtype) -> None:
-    """Refuse a cast that would make infinities."""
+    """Raise ``ValueError`` if the cast would overflow."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     largest, limit = float(tensor.detach().abs().amax()), torch.finfo(dtype).max
     if limit < largest < float("inf"):
         short = str(dtype).removeprefix("torch.")
-        raise ValueError(f"--dtype {short}: {name} holds {largest:.3g}, above {limit:.3g}; use bfloat16")
+        raise ValueError(f"--dtype {short}: {name} contains {largest:.3g}, which is above {limit:.3g}; use bfloat16")

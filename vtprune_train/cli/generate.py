@@ -1,4 +1,4 @@
-"""``vtprune generate``: the answer to one prompt, about images or not."""
+"""``vtprune generate``: answer one prompt, with or without images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, TextStreamer
 
 from vtprune_train.cli.options import add_method_options, add_model_option, load_model
-from vtprune_train.evaluation.answering import answers, open_picture, prompt_text
+from vtprune_train.evaluation.answering import answers, open_image, prompt_text
 from vtprune_train.evaluation.timing import plans_run, visual_line
 
 log = logging.getLogger(__name__)
@@ -20,28 +20,30 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_model_option(parser)
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="F", help="pictures, in order")
-    parser.add_argument("--prompt", required=True, help="<image> in it says where each picture stands")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, help="draw tokens instead of taking the likeliest")
-    parser.add_argument("--seed", type=int, help="of the draw")
-    parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="F", help="image files, in order")
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="the question; <image> marks the place of an image"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="sample tokens instead of taking the likeliest")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
+    parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     add_method_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the answer, and nothing else, on standard output."""
     settings = sampling(arguments)
-    pictures = [open_picture(Path(name)) for name in arguments.image]
+    images = [open_image(Path(name)) for name in arguments.image]
     loaded = load_model(arguments)
-    if arguments.prompt not in prompt_text(loaded, len(pictures), arguments.prompt):
-        log.warning("the template this model was trained with leaves the text of the prompt out")
+    if arguments.prompt not in prompt_text(loaded, len(images), arguments.prompt):
+        log.warning("the chat template of this model leaves out the text of the prompt")
     if arguments.stream:
         settings["streamer"] = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     cache = DynamicCache()
     with plans_run(loaded.model) as plans:
-        [answer] = answers(loaded, [(pictures, arguments.prompt)], past_key_values=cache, **settings)
-    if pictures and plans:
+        [answer] = answers(loaded, [(images, arguments.prompt)], past_key_values=cache, **settings)
+    if images and plans:
         log.info("%s", visual_line(plans[0], cache))
     if not arguments.stream:
         print(answer)
@@ -49,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Settings of ``generate``; seeds the draw."""
+    """The arguments of ``generate``; sets the seed."""
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens={arguments.max_new_tokens}: an answer has at least 1 token")
     if arguments.temperature is None:

@@ -1,4 +1,4 @@
-"""``vtprune methods``: what there is, where it acts, whether it trains, its settings and its paper."""
+"""``vtprune methods``: list the pruning methods: where they act, whether they train, settings and papers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from typing import Any
 from vtprune_train.pruning import METHODS, NONE, method_class, setting_types
 
 WIDTH = 120
-NO_BREAK = "\N{NO-BREAK SPACE}"  # a number is searched for with the word in front of it
+NO_BREAK = "\N{NO-BREAK SPACE}"  # keeps "arXiv" and its number on one line, so that they can be searched for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "method", nargs="?", metavar="NAME", help="one method in full; also file.py:Class or package.module:Class"
+        "method",
+        nargs="?",
+        metavar="NAME",
+        help="show one method in full: a name, file.py:Class or package.module:Class",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--names", action="store_true", help="names alone, one a line")
-    form.add_argument("--json", action="store_true", help="everything, as JSON")
+    form.add_argument("--names", action="store_true", help="print only the names, one per line")
+    form.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,15 +55,15 @@ def facts_of(name: str) -> dict[str, Any]:
         {"name": field.name, "type": _type_name(types[field.name]), "default": _default(field)}
         for field in dataclasses.fields(cls)  # type: ignore[arg-type]
     ]
-    shown = {"name": name, "where": cls.where, "trains": cls.trains, "paper": cls.paper}
+    facts = {"name": name, "where": cls.where, "trains": cls.trains, "paper": cls.paper}
     doc = inspect.cleandoc(cls.__doc__ or "")
-    if doc.startswith(f"{cls.__name__}("):  # what `dataclass` writes where a class has none
+    if doc.startswith(f"{cls.__name__}("):  # written by `dataclass` for a class without a docstring
         doc = ""
-    return {**shown, "settings": settings, "doc": doc}
+    return {**facts, "settings": settings, "doc": doc}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    """As YAML and JSON have it; ``"required"`` where there is none."""
+    """The default as plain data; ``"required"`` if there is none."""
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     elif field.default is not dataclasses.MISSING:
@@ -77,14 +80,14 @@ def _type_name(kind: Any) -> str:
 
 
 def entry(fact: dict[str, Any]) -> str:
-    """One method of the list."""
+    """One entry of the list of methods."""
     settings = ", ".join(f"{s['name']}={_shown(s['default'])}" for s in fact["settings"]) or "none"
     rows = {"where": fact["where"], "trains": fact["trains"], "settings": settings, "paper": fact["paper"] or "-"}
     return "\n".join([fact["name"], *_rows(rows)])
 
 
 def page(fact: dict[str, Any]) -> str:
-    """One method in full."""
+    """All that is known about one method."""
     rows = {"where": fact["where"], "trains": fact["trains"], "paper": fact["paper"] or "-"}
     settings = {s["name"]: f"{_shown(s['default'])}  ({s['type']})" for s in fact["settings"]} or {"-": "none"}
     parts = [fact["name"], *_rows(rows), "", "settings with their defaults", *_rows(settings), "", fact["doc"]]
@@ -107,5 +110,5 @@ def _rows(rows: dict[str, str]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """As YAML writes it."""
+    """The value as YAML writes it."""
     return value if isinstance(value, str) and value else json.dumps(value)

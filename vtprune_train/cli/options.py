@@ -1,4 +1,4 @@
-"""Options that the commands share: which model, and how it drops."""
+"""Command-line options shared by the commands: the model and the pruning method."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from vtprune_train.config.include import read_pruning
-from vtprune_train.config.settings import TRAINING_ONLY
+from vtprune_train.config.pruning import TRAINING_ONLY
 from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config, recorded_prompt
 from vtprune_train.evaluation.questions import Question, read_questions
+from vtprune_train.models.families import register_family
 from vtprune_train.models.io import original
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.pruning import (
@@ -31,26 +32,31 @@ Number = TypeVar("Number", int, float)
 
 SETTINGS = ("layers", "keep", "rank_with", "positions", "without_instruction")
 METHOD_HELP = (
-    "a name of `vtprune methods --names`, none for the dense model, a path/to/file.py:Class of one's own, a list "
+    "a name of `vtprune methods --names`, none for the dense model, path/to/file.py:Class, a list such as "
     "'[visionzip, plphp]', or a YAML file with a section pruning"
 )
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """``--model``."""
-    help_text = "a run of this project, one of its checkpoints, a Hugging Face folder, or a hub id"
+    """Add ``--model``."""
+    help_text = "a run, one of its checkpoints, a Hugging Face model folder, or a Hub id"
     parser.add_argument("--model", required=True, metavar="DIR", help=help_text)
     add_trust_option(parser)
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """``--trust_remote_code``, which :func:`trust` follows."""
+    """``--family`` and ``--trust_remote_code``, which :func:`load_user_code` follows."""
+    help_text = "the model's family, if it is not in the package: path/to/file.py:FAMILY"
+    parser.add_argument("--family", metavar="PATH", help=help_text)
     help_text = "run the code of a pruning method outside of vtprune_train that the model's config.json names"
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=help_text)
 
 
-def trust(arguments: argparse.Namespace) -> None:
-    """Before a command runs: import the method that the model's ``config.json`` names, if the options say so."""
+def load_user_code(arguments: argparse.Namespace) -> None:
+    """Before a command runs, import the family that ``--family`` names and, with ``--trust_remote_code``, the method
+    that the model's ``config.json`` names."""
+    if (family := getattr(arguments, "family", None)) is not None:
+        register_family(family, "--family")
     if not getattr(arguments, "trust_remote_code", False):
         return
     if arguments.model is None:
@@ -61,87 +67,92 @@ def trust(arguments: argparse.Namespace) -> None:
 
 
 def add_data_options(parser: argparse.ArgumentParser, data: str) -> None:
-    """``--data`` (``data`` is its help), ``--images`` and ``--ignore``."""
+    """Add ``--data`` (with the help text ``data``), ``--images`` and ``--ignore``."""
     parser.add_argument("--data", required=True, metavar="FILE", help=data)
-    parser.add_argument("--images", default=".", metavar="DIR", help="what the data's images are relative to")
-    help_text = "fields of records that change nothing"
+    parser.add_argument("--images", default=".", metavar="DIR", help="folder of the images that the data names")
+    help_text = "fields of records to ignore"
     parser.add_argument("--ignore", nargs="+", default=[], metavar="FIELD", help=help_text)
+    help_text = "class that reads the data file, for other kinds of files: path/to/file.py:Class"
+    parser.add_argument("--reader", default="", metavar="PATH", help=help_text)
 
 
 def asked_questions(arguments: argparse.Namespace, limit: int) -> tuple[list[Question], list[tuple[str, str]]]:
-    """The questions of :func:`add_data_options`' file, asked with the prompt of the run that trained the model, and
-    ``(id, reason)`` of malformed records."""
+    """The questions of ``--data``, with the prompt texts of the run that trained the model, and ``(id, reason)`` of
+    malformed records."""
     data = Path(arguments.data)
     prompt = recorded_prompt(arguments.model, data)
-    return read_questions(data, Path(arguments.images), limit, arguments.seed, arguments.ignore, prompt)
+    images, ignore = Path(arguments.images), arguments.ignore
+    return read_questions(data, images, limit, arguments.seed, ignore, prompt, arguments.reader)
 
 
 def check_least(arguments: argparse.Namespace, **least: int) -> None:
-    """Refuse an option below the number that ``least`` has for it."""
+    """Raise ``ValueError`` if an option is below its minimum in ``least``."""
     for option, number in least.items():
         if getattr(arguments, option) < number:
             raise ValueError(f"--{option}={getattr(arguments, option)} is below {number}")
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """``--method`` with its settings, and where the model runs."""
-    dropping = parser.add_argument_group("dropping", "left out: the settings saved with the model")
-    dropping.add_argument("--method", help=METHOD_HELP)
-    add_set_option(dropping)
-    dropping.add_argument("--layers", type=numbers(int, "8,16,24"), help="decoder layers to drop before: 8,16,24")
-    dropping.add_argument("--keep", type=numbers(float, "0.5,0.25,0.125"), help="shares that stay: 0.5,0.25,0.125")
-    dropping.add_argument("--rank_with", help="next_layer or this_layer")
-    dropping.add_argument("--positions", help="renumber or keep")
-    dropping.add_argument("--without_instruction", help="last_visual or uniform")
+    """Add ``--method`` with its settings, ``--device`` and ``--dtype``."""
+    group = parser.add_argument_group("pruning", "default: the settings saved with the model")
+    group.add_argument("--method", help=METHOD_HELP)
+    add_set_option(group)
+    group.add_argument(
+        "--layers", type=numbers(int, "8,16,24"), help="drop before these decoder layers, for example 8,16,24"
+    )
+    group.add_argument("--keep", type=numbers(float, "0.5,0.25,0.125"), help="keep ratios, for example 0.5,0.25,0.125")
+    group.add_argument("--rank_with", help="next_layer or this_layer")
+    group.add_argument("--positions", help="renumber or keep")
+    group.add_argument("--without_instruction", help="last_visual or uniform")
     add_place_options(parser)
 
 
 def add_place_options(parser: argparse.ArgumentParser) -> None:
-    """``--device`` and ``--dtype``."""
+    """Add ``--device`` and ``--dtype``."""
     place = parser.add_argument_group("where it runs")
-    place.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
-    place.add_argument("--dtype", choices=[*DTYPES], default="auto", help="auto: as saved")
+    place.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if available")
+    place.add_argument("--dtype", choices=[*DTYPES], default="auto", help="auto: the saved data type")
 
 
 def add_set_option(parser: Any) -> None:
-    """``--set key=value``."""
-    help_text = "any setting of the method, for example --set keep=0.25; again for every further one"
+    """Add ``--set key=value``."""
+    help_text = "any setting of the method, for example --set keep=0.25; can be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_text)
 
 
 def numbers(kind: Callable[[str], Number], example: str) -> Callable[[str], list[Number]]:
-    """An argument type: a list written with commas."""
+    """An argument type for numbers separated by commas."""
 
     def parse(text: str) -> list[Number]:
         try:
             return [kind(part) for part in text.strip("[]").split(",")]
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as {example}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as {example}") from None
 
     return parse
 
 
 def load_model(arguments: argparse.Namespace) -> Loaded:
-    """The model that the options name."""
+    """Load the model that the options choose."""
     return load(arguments.model, asked_method(arguments), device=arguments.device, dtype=arguments.dtype)
 
 
 def asked_method(arguments: argparse.Namespace) -> PruningMethod | Literal["saved"] | None:
-    """The method that the options name; settings without ``--method`` change the model's saved ones."""
-    given = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None}
-    shown = [f"--{key}" for key in given] + [f"--set {pair}" for pair in arguments.set]
-    given.update(set_values(arguments.set))
+    """The method that the options choose; settings without ``--method`` change the saved settings of the model."""
+    options = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not None}
+    written = [f"--{key}" for key in options] + [f"--set {pair}" for pair in arguments.set]
+    options.update(set_values(arguments.set))
     named = None if arguments.method == SAVED else arguments.method
-    if named is None and not given:
+    if named is None and not options:
         return SAVED
-    if named == NONE and given:
-        raise ValueError(f"{shown[0]} has no effect: --method is none; leave one of them out")
+    if named == NONE and options:
+        raise ValueError(f"{written[0]} has no effect with --method none; remove one of them")
     if named is not None:
-        return method_from_settings(changed(named_method(named), given))
+        return method_from_settings(changed(named_method(named), options))
     saved = saved_settings(model_config(resolve_checkpoint(arguments.model)))
     if saved is None:
-        raise ValueError(f"{shown[0]} changes the saved settings, but {arguments.model} holds none; name the --method")
-    return method_from_settings(changed(saved, given))
+        raise ValueError(f"{written[0]} changes saved settings, but {arguments.model} has none; set --method")
+    return method_from_settings(changed(saved, options))
 
 
 def set_values(pairs: list[str]) -> dict[str, Any]:
@@ -150,9 +161,9 @@ def set_values(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set {pair}: write a setting of the method and its value, for example --set keep=0.25")
+            raise ValueError(f"--set {pair}: write key=value, for example --set keep=0.25")
         if key == "method":
-            raise ValueError(f"--set {pair}: a method is no setting; where one can be chosen, it is by --method")
+            raise ValueError(f"--set {pair}: the method is not one of its settings; choose it by --method")
         try:
             values[key] = yaml.safe_load(text) if text else None
         except yaml.YAMLError as error:
@@ -161,7 +172,7 @@ def set_values(pairs: list[str]) -> dict[str, Any]:
 
 
 def named_method(name: str) -> dict[str, Any]:
-    """The settings that ``--method`` stands for."""
+    """The settings of ``--method``: a name, a list or a YAML file."""
     if name.endswith((".yaml", ".yml")):
         section = read_pruning(Path(name))
         return {key: value for key, value in section.items() if key not in TRAINING_ONLY}
@@ -173,16 +184,16 @@ def named_method(name: str) -> dict[str, Any]:
         raise ValueError(f"--method={name} is not YAML ({error})") from error
 
 
-def changed(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` with what was given on the command line, where ``--keep 0.25`` serves for a list and a number."""
+def changed(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` updated from the command line, where ``--keep 0.25`` sets a list as well as a number."""
     name = settings.get("method")
-    if isinstance(name, str) and name != NONE and given:
+    if isinstance(name, str) and name != NONE and options:
         types = setting_types(method_class(name))
-        given = {
+        options = {
             key: value[0] if isinstance(value, list) and len(value) == 1 and not takes_list(types.get(key)) else value
-            for key, value in given.items()
+            for key, value in options.items()
         }
-    return {**settings, **given}
+    return {**settings, **options}
 
 
 def takes_list(kind: Any) -> bool:

@@ -1,1 +1,1 @@
-"""The settings of a run and how they are read."""
+"""The settings of a run: their types, descriptions and loading."""

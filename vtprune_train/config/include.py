@@ -1,5 +1,5 @@
-"""Files that settings name: data mixtures (``data.train: mixtures/x.yaml``, or ``{include: x.yaml}`` among the entries)
-and the section that ``pruning: FILE`` stands for."""
+"""Includes files that settings name: data mixtures (``data.train: mixtures/x.yaml``, or an entry ``{include: x.yaml}``)
+and sections (``pruning: FILE``)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vtprune_train.config.data import SourceConfig
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.messages import explain
-from vtprune_train.config.settings import ConfigError, SourceConfig, find_file
+from vtprune_train.config.paths import find_file
 from vtprune_train.files.parse import read_yaml
 
 DATA = (".json", ".jsonl", ".parquet", ".tar")
 
 
 def include_mixtures(tree: dict[str, Any], config: Path) -> list[str]:
-    """Put the entries of included mixtures in place of their files.
+    """Replace included mixture files by their entries.
 
     An included file holds a list of entries, or ``{root: folder, sources: [entries]}``. Its paths are relative to
-    ``data.root`` like all others, or to ``root`` if it names one, which is relative to the file's own folder.
+    ``data.root``, or to its ``root``, which is relative to the folder of the included file.
 
     Args:
         tree: the settings, changed in place.
-        config: the file with the settings; names are looked for beside it first.
+        config: the file with the settings; included files are looked up in its folder first.
 
     Returns:
-        What is wrong with a mixture: a file is missing, includes itself, is not of this form, or has a wrong entry.
+        Errors: a file that is missing, includes itself or is not a mixture, or a wrong entry.
     """
     data = tree.get("data")
     errors = []
@@ -44,17 +46,16 @@ def include_mixtures(tree: dict[str, Any], config: Path) -> list[str]:
 
 
 def _expanded(entry: Any, key: str, chain: tuple[Path, ...]) -> Iterator[Any]:
-    """The entries that one entry stands for; ``chain`` are the files that led here."""
+    """The entry, or the entries of the file that it includes; ``chain`` holds the including files."""
     if not isinstance(entry, dict) or "include" not in entry:
         yield entry
         return
     if extra := sorted(set(entry) - {"include"}):
-        raise ValueError(f"{key}: an entry with include has nothing beside it, but this one has {', '.join(extra)}")
+        raise ValueError(f"{key}: an entry with include cannot have other keys, but this one has {', '.join(extra)}")
     name = str(entry["include"])
-    if Path(name).suffix in DATA:  # as YAML a large one would be read for hours
+    if Path(name).suffix in DATA:  # parsing a large data file as YAML takes hours
         raise ValueError(f"{key}: {name} is a data file, not a mixture; write [{{path: {name}}}], or include a .yaml")
-    beside = chain[-1].parent / name
-    file = (beside if beside.is_file() else find_file(name, key)).resolve()
+    file = find_file(name, key, beside=chain[-1]).resolve()
     if file in chain:
         raise ValueError(f"{key}: {file} includes itself ({' -> '.join(path.name for path in (*chain[1:], file))})")
     entries, root = _read_mixture(file, key)
@@ -63,7 +64,7 @@ def _expanded(entry: Any, key: str, chain: tuple[Path, ...]) -> Iterator[Any]:
         for inner in _expanded(included, place, (*chain, file)):
             if inner is included and (wrong := _problems(inner)):
                 raise ValueError("\n".join(f"{place}: {line}" for line in wrong))
-            if root is not None:  # an absolute path stays
+            if root is not None:  # does not change an absolute path
                 inner = {**inner, "path": str(root / inner["path"]), "images": str(root / inner.get("images", "."))}
             yield inner
 
@@ -78,12 +79,12 @@ def _read_mixture(file: Path, key: str) -> tuple[list[Any], Path | None]:
         root = file.parent / str(content["root"]) if content.get("root") is not None else None
         content = content["sources"]
     if not isinstance(content, list) or not content:
-        raise ValueError(f"{key}: {file} holds no mixture; write a list of entries, or {{root: ..., sources: [...]}}")
+        raise ValueError(f"{key}: {file} is not a mixture; write a list of entries, or {{root: ..., sources: [...]}}")
     return content, root
 
 
 def _problems(entry: Any) -> list[str]:
-    """What is wrong with an entry of an included mixture, one line each."""
+    """The errors of an entry of an included mixture, one line each."""
     try:
         SourceConfig.model_validate(entry)
     except ValidationError as error:
@@ -93,26 +94,25 @@ def _problems(entry: Any) -> list[str]:
 
 
 def include_pruning(tree: dict[str, Any], config: Path) -> list[str]:
-    """Put the section in place of ``pruning: FILE``, as ``vtprune search`` writes it; returns what is wrong with it."""
+    """Replace ``pruning: FILE``, for example written by ``vtprune search``, by the section in it; returns errors."""
     name = tree.get("pruning")
     if not isinstance(name, str):
         return []
     del tree["pruning"]
-    beside = config.resolve().parent / name
-    if not Path(name).suffix and not beside.is_file():
-        return [f"pruning: {name} is no file; a method is named by pruning.method={name}"]
+    if not Path(name).suffix and not (config.resolve().parent / name).is_file():
+        return [f"pruning: {name} is not a file; to choose a method, set pruning.method={name}"]
     try:
-        tree["pruning"] = read_pruning(beside if beside.is_file() else find_file(name, "pruning"))
+        tree["pruning"] = read_pruning(find_file(name, "pruning", beside=config))
     except ConfigError as error:
         return [str(error)]
     return []
 
 
 def read_pruning(path: Path) -> dict[str, Any]:
-    """The section ``pruning`` of a YAML file.
+    """Read the section ``pruning`` of a YAML file.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the file has none or cannot be read.
     """
     try:
         tree = read_yaml(path)
@@ -120,5 +120,5 @@ def read_pruning(path: Path) -> dict[str, Any]:
         raise ConfigError(f"pruning: {error}") from error
     section = tree.get("pruning") if isinstance(tree, dict) else None
     if not isinstance(section, dict):
-        raise ConfigError(f"pruning: {path} has no section pruning; it begins with a line 'pruning:'")
+        raise ConfigError(f"pruning: {path} has no section pruning; put the settings under a line 'pruning:'")
     return section

@@ -1,4 +1,4 @@
-"""A run's settings read: YAML plus ``key=value``, checked as a whole, all errors at once."""
+"""Load the settings of a run from YAML and ``key=value``, and report all errors at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.include import include_mixtures, include_pruning
+from vtprune_train.config.inherit import read_settings
 from vtprune_train.config.messages import explain
-from vtprune_train.config.settings import TRAINING_ONLY, Config, ConfigError, find_file
-from vtprune_train.files.parse import parse_value, read_json_object, read_yaml
+from vtprune_train.config.paths import find_file
+from vtprune_train.config.pruning import DEFAULT_METHOD, TRAINING_ONLY
+from vtprune_train.config.settings import Config
+from vtprune_train.core.user_code import is_path
+from vtprune_train.files.parse import parse_value, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -22,77 +27,72 @@ NOT_SET = "not set"
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply ``key=value`` overrides (dots between nested keys), check everything.
+    """Load a YAML file and its bases, apply ``key=value`` overrides, and validate the result.
 
     Args:
-        path: a path, or a bare name looked for in the working folder, then in ``configs/``.
-        overrides: for example ``train.clip=1.0``; values are YAML.
+        path: a path, or the name of a recipe of the package (see :func:`find_file`).
+        overrides: for example ``train.clip=1.0``; dots separate nested keys, values are YAML.
 
     Raises:
-        ConfigError: with one line for each thing that is wrong.
+        ConfigError: settings are wrong; one line for each error.
     """
     file = find_file(path, "--config")
-    try:
-        tree = read_yaml(file) or {}
-    except ValueError as error:
-        raise ConfigError(f"--config: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file} holds a {type(tree).__name__}, not settings")
-    errors = [*include_mixtures(tree, file), *include_pruning(tree, file)]
+    tree, sources, errors = read_settings(file)
     _change_method(tree, overrides)
     for override in overrides:
         try:
             _apply(tree, override)
         except ValueError as error:
             errors.append(str(error))
+        sources.override(override.partition("=")[0])
         errors += [*include_mixtures(tree, file), *include_pruning(tree, file)]
     config, more = _validate(tree)
     if errors or more or config is None:
-        raise ConfigError("\n".join(errors + more))
+        raise ConfigError("\n".join(map(sources.named, errors + more)))
     return config
 
 
 def _change_method(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Where an override names another method than the file, the file's settings of its own method go: they are not
-    meant for it. With none they stay, and are warned about."""
+    """If an override chooses another method than the file, drop the file's settings of its method. With ``none`` they
+    stay, and :func:`without_effect` warns about them."""
     section, prefix = tree.get("pruning"), "pruning.method="
-    named = [override.removeprefix(prefix) for override in overrides if override.startswith(prefix)]
-    if not named or not isinstance(section, dict) or named[-1] in ("none", section.get("method", "pyramiddrop")):
+    chosen = [override.removeprefix(prefix) for override in overrides if override.startswith(prefix)]
+    if not chosen or not isinstance(section, dict) or chosen[-1] in ("none", section.get("method", DEFAULT_METHOD)):
         return
     left_out = [key for key in section if key not in ("method", *TRAINING_ONLY)]
     for key in left_out:
         del section[key]
     if left_out:
         log.info(
-            "pruning.%s of the file belong to %s; pruning.method=%s begins with its own defaults",
+            "pruning.%s of the file belong to %s and are left out; pruning.method=%s starts from its defaults",
             ", ".join(left_out),
-            section.get("method", "pyramiddrop"),
-            named[-1],
+            section.get("method", DEFAULT_METHOD),
+            chosen[-1],
         )
 
 
 def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
-    """The settings, and every error: a wrong value is reported and put back to its default until the rest has been
-    checked too, relations between several keys included."""
+    """Validate the settings; returns them (``None`` if they are wrong) and all errors. A wrong value is replaced by its
+    default, so that the other values, and checks across several keys, can be validated too."""
     errors: list[str] = []
-    forgotten: set[str] = set()  # whole sections: errors about their absence are not the user's doing
+    removed: set[str] = set()  # whole sections; that they are missing is not an error of the user
     tree = copy.deepcopy(tree)
     while True:
         try:
             return Config.model_validate(tree), errors
         except ValidationError as error:
             new = [line for line in explain(error) if line not in errors]
-            new = [line for line in new if not any(line.startswith(section) for section in forgotten)]
+            new = [line for line in new if not any(line.startswith(section) for section in removed)]
             if not new:
                 return None, errors
             errors += new
             for item in error.errors():
-                _forget(tree, item["loc"])
-                forgotten |= {str(item["loc"][0])} if len(item["loc"]) == 1 else set()
+                _remove(tree, item["loc"])
+                removed |= {str(item["loc"][0])} if len(item["loc"]) == 1 else set()
 
 
-def _forget(tree: dict[str, Any], location: Sequence[Any]) -> None:
-    """Take the value at ``location`` out of the tree, or what is above it if it is not there or stands in a list."""
+def _remove(tree: dict[str, Any], location: Sequence[Any]) -> None:
+    """Remove the value at ``location`` from the tree; if it is missing or in a list, remove what contains it."""
     node: Any = tree
     path: list[tuple[dict[str, Any], str]] = []
     for part in location:
@@ -106,14 +106,18 @@ def _forget(tree: dict[str, Any], location: Sequence[Any]) -> None:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one ``key=value``; refuse another form, a value that is not YAML, and a key that leads outside of a list."""
+    """Set one ``key=value``.
+
+    Raises:
+        ValueError: it is not ``key=value``, the value is not YAML, or an index is outside of its list.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override!r} is not key=value")
     value = parse_value(text, key)
     *parents, last = key.split(".")
     if parents[:1] == ["deepspeed"] and isinstance(tree.get("deepspeed"), str):
-        # a key of the file that is named: the others stay as they are there
+        # read the file, so that its other keys stay
         tree["deepspeed"] = read_json_object(find_file(tree["deepspeed"], "deepspeed"))
     node: Any = tree
     for part in parents:
@@ -125,7 +129,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _place(node: dict[str, Any] | list[Any], part: str, key: str) -> Any:
-    """``part`` of a key as an index of ``node``."""
+    """One part of a key as an index into ``node``."""
     if isinstance(node, dict):
         return part
     if not part.isdigit() or int(part) >= len(node):
@@ -134,11 +138,11 @@ def _place(node: dict[str, Any] | list[Any], part: str, key: str) -> Any:
 
 
 def without_effect(config: Config) -> list[str]:
-    """Settings that are set but do nothing in this run, one line each."""
+    """Settings that are set but have no effect in this run, one line each."""
     lines = []
     if not config.data.eval:
         keys = sorted({"eval_every", "eval_shuffled", "eval_show"} & config.train.model_fields_set)
-        lines += [f"train.{key} has no effect: data.eval names no file" for key in keys if getattr(config.train, key)]
+        lines += [f"train.{key} has no effect: data.eval is empty" for key in keys if getattr(config.train, key)]
     if config.pruning.method == "none":
         keys = sorted(config.pruning.model_fields_set - {"method"})
         lines += [f"pruning.{key} has no effect: pruning.method is none" for key in keys]
@@ -152,19 +156,32 @@ def without_effect(config: Config) -> list[str]:
         lines.append("train.spike_window has no effect: train.spike_threshold is null")
     if config.train.on_non_finite == "stop" and config.data.unsupervised == "error":
         keys = sorted({"max_skipped", "max_skipped_in_a_row"} & config.train.model_fields_set)
-        lines += [f"train.{key} has no effect: no setting lets a step be skipped" for key in keys]
+        lines += [f"train.{key} has no effect: no setting allows skipped steps" for key in keys]
+    lines += _rates_without_effect(config)
     if config.model.tokenizer is not None and config.train.init_from is not None:
-        lines.append("model.tokenizer has no effect: train.init_from brings its own")
+        lines.append("model.tokenizer has no effect: train.init_from has a tokenizer")
     return lines
+
+
+def _rates_without_effect(config: Config) -> list[str]:
+    train = config.train
+    schedule, optimizer = f"train.schedule is {train.schedule}", f"train.optimizer is {train.optimizer}"
+    idle = {
+        "decay_ratio": (train.schedule != "wsd", schedule),
+        "min_rate": (train.schedule == "constant" or is_path(train.schedule), schedule),
+        "betas": (is_path(train.optimizer), optimizer),
+    }
+    keys = [key for key, (is_idle, _) in idle.items() if is_idle and key in train.model_fields_set]
+    return [f"train.{key} has no effect: {idle[key][1]}" for key in keys]
 
 
 def _sources_without_effect(config: Config, which: Literal["train", "eval"]) -> list[str]:
     lines = []
     for number, source in enumerate(config.sources(which)):
         if which == "eval" and source.weight != 1:
-            lines.append(f"data.eval.{number}.weight has no effect: an evaluation takes every sample once")
+            lines.append(f"data.eval.{number}.weight has no effect: an evaluation uses every sample once")
         if config.data.template == "plain" and (source.prompt.prefix or source.prompt.suffix):
-            lines.append(f"data.{which}.{number}.prompt: the template plain keeps only the images of user turns")
+            lines.append(f"data.{which}.{number}.prompt has no effect: the template plain drops the text of user turns")
     return lines
 
 
@@ -174,27 +191,27 @@ def _phases_without_effect(config: Config) -> list[str]:
     if pruning.full_token_share and not config.full_token_share:
         lines.append(
             "pruning.full_token_share has no effect: the decoder is frozen (projector alignment), so every step drops "
-            "tokens; train language_model or lora too for steps on full tokens"
+            "tokens; also train language_model or lora for steps on all tokens"
         )
     if warmup is not None and warmup.kind == "dense" and "start" in warmup.model_fields_set:
         lines.append("pruning.warmup.start has no effect: pruning.warmup.kind is dense")
     if pruning.consistency_temperature != 1 and not pruning.consistency_weight:
         lines.append("pruning.consistency_temperature has no effect: pruning.consistency_weight is 0")
     if warmup is not None and config.full_token_share == 1 and not pruning.consistency_weight:
-        lines.append("pruning.warmup has no effect: pruning.full_token_share=1 runs every step on full tokens")
+        lines.append("pruning.warmup has no effect: pruning.full_token_share=1 runs every step on all tokens")
     return lines
 
 
 def dump_config(config: Config) -> str:
-    """Everything resolved, DeepSpeed's settings too, as YAML."""
+    """All settings, resolved, with the content of the DeepSpeed file, as YAML."""
     tree = {**config.model_dump(mode="json"), "deepspeed": config.deepspeed_config()}
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def changed_settings(before: str, now: str) -> list[str]:
-    """``key: old -> new`` of each setting that differs between two results of :func:`dump_config`.
+    """``key: old -> new`` for each setting that differs between two results of :func:`dump_config`.
 
-    Settings that ``before`` does not know, because an older version wrote it, count as their defaults.
+    Settings missing from ``before``, written by an older version, count as their defaults.
     """
     new = yaml.safe_load(now)
     try:
@@ -205,15 +222,15 @@ def changed_settings(before: str, now: str) -> list[str]:
         return ["its config.yaml cannot be read"]
     try:
         old = {**Config.model_validate(old).model_dump(mode="json"), "deepspeed": old["deepspeed"]}
-    except ValueError:  # it has settings that are gone by now: they are differences too
-        log.debug("the settings before cannot be filled in", exc_info=True)
-    if isinstance(old.get("deepspeed"), str):  # a version that wrote only the file's name
+    except ValueError:  # it has settings that no longer exist; they are reported as differences
+        log.debug("the older settings cannot be completed", exc_info=True)
+    if isinstance(old.get("deepspeed"), str):  # an older version wrote only the name of the file
         old, new = ({**tree, "deepspeed": None} for tree in (old, new))
     return [f"{key}: {before} -> {after}" for key, before, after in differences(old, new)]
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, str, str]]:
-    """``(key, old, new)`` of each value that differs between two trees, as deep as both have keys."""
+    """``(key, old, new)`` of each value that differs between two nested mappings."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(name, old.get(name, NOT_SET), new.get(name, NOT_SET)) for name in {**old, **new}]
     elif isinstance(old, list) and isinstance(new, list) and any(isinstance(item, dict) for item in [*old, *new]):

@@ -1,4 +1,4 @@
-"""What a user reads of settings that pydantic refuses: a line a key, with the key that was meant."""
+"""Turn pydantic's validation errors into messages: one line per key, with the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vtprune_train.config.settings import Config, Section, did_you_mean
+from vtprune_train.config.errors import did_you_mean
+from vtprune_train.config.section import Section
+from vtprune_train.config.settings import Config
 
-LONGEST_SHOWN = 200  # characters of a value
-OTHER_LIBRARIES = {  # what a setting is here: what other libraries call it
-    "a rate for each part that is trained: model.train={projector: 1.0e-3, ...}": "learning_rate lr",
-    "train.global_batch_size, in samples of all GPUs together": "batch_size train_batch_size",
-    "data.max_tokens, the tokens of a micro-batch; train.global_batch_size decides how many a step needs": (
+LONGEST_SHOWN = 200  # longest value in a message, in characters
+OTHER_LIBRARIES = {  # our setting: its names in other libraries
+    "a rate for each trained part: model.train={projector: 1.0e-3, ...}": "learning_rate lr",
+    "train.global_batch_size, in samples over all GPUs": "batch_size train_batch_size",
+    "data.max_tokens, the tokens of a micro-batch; their number per step follows from train.global_batch_size": (
         "per_device_train_batch_size micro_batch_size gradient_accumulation_steps"
     ),
     "train.epochs": "num_epochs num_train_epochs",
@@ -21,6 +23,8 @@ OTHER_LIBRARIES = {  # what a setting is here: what other libraries call it
     "train.warmup_ratio, a share of all steps": "warmup_steps",
     "train.clip": "max_grad_norm grad_clip",
     "train.schedule": "lr_scheduler_type scheduler",
+    "train.min_rate, a share of the peak rate": "min_lr min_lr_ratio",
+    "train.optimizer": "optim optimizer_name",
     "train.activation_checkpointing": "gradient_checkpointing",
     "model.dtype": "bf16 fp16 torch_dtype precision",
     "train.save_every": "save_steps save_interval",
@@ -37,14 +41,14 @@ OTHER_NAMES = {name: here for here, names in OTHER_LIBRARIES.items() for name in
 
 
 def explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
-    """One line for each wrong key; ``parents`` is where in the settings the checked part stands."""
+    """One line for each wrong key. ``parents`` is the path of the validated section."""
     lines: dict[str, str] = {}
     for item in error.errors():
         location = [part for part in (*parents, *item["loc"]) if part not in ("str", "dict[str,any]")]
         key = ".".join(str(part) for part in location)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            line = f"{key}: unknown key{_nearest_key(location)}"
+            line = f"{key}: unknown key{nearest_key(location)}"
         elif item["type"] == "value_error":
             line = f"{key}.{message}" if _names_key(message, location) else f"{key}: {message}" if key else message
         else:
@@ -54,22 +58,22 @@ def explain(error: ValidationError, parents: Sequence[Any] = ()) -> list[str]:
 
 
 def _names_key(message: str, location: Sequence[Any]) -> bool:
-    """Whether a section's message begins with one of its keys, ``key=value ...``."""
+    """Whether the message of a section begins with one of its keys: ``key=value ...``."""
     if len(location) != 1 or location[0] not in Config.model_fields:
         return False
     name = message.partition("=")[0]
-    # The settings of a pruning method are keys that the tree of settings does not list.
+    # Settings of a pruning method are not fields of the section.
     return name.isidentifier() and (location[0] == "pruning" or name in _known_keys(location))
 
 
 def _type_problem(item: Any, location: Sequence[Any]) -> str:
-    """What is wrong with a value of another type."""
+    """The message for a value of the wrong type."""
     message, value = item["msg"], item["input"]
     if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
         known = ", ".join(_known_keys(location))
         message = f"it takes keys, not a single value{f'; known: {known}' if known else ''}"
     if item["type"] == "list_type" and isinstance(value, dict | str):
-        message += "; write it in brackets, [...], or each entry on a line of its own that begins with '- '"
+        message += "; write it in brackets, [...], or as lines that begin with '- '"
     if item["type"] == "string_type" and isinstance(value, int | float):
         text = "..." if isinstance(value, bool) else value
         message += f"""; quote a text: '{".".join(map(str, location))}="{text}"'"""
@@ -77,12 +81,12 @@ def _type_problem(item: Any, location: Sequence[Any]) -> str:
     return f"{message} (it is {value!r})" if is_shown else message
 
 
-def _nearest_key(location: Sequence[Any]) -> str:
-    """What an error says after an unknown key: another library's name for a setting, the same key in another section,
-    or the nearest."""
+def nearest_key(location: Sequence[Any]) -> str:
+    """What an error says after an unknown key: our name for another library's setting, the same key in another
+    section, or the nearest key."""
     *parents, name = location
     if name in OTHER_NAMES:
-        return f"; here it is {OTHER_NAMES[name]}"
+        return f"; use {OTHER_NAMES[name]}"
     elsewhere = [
         f"{section}.{name}"
         for section, field in Config.model_fields.items()

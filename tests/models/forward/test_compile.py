@@ -15,7 +15,8 @@ from tests.support.helpers import tiny_model
 from tests.support.packed import random_batch, random_segment
 from tests.support.runner import TINY, Runs
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.models.forward.compile import _EAGER, compile_layers, is_compiled, uncompile_layers
 from vtprune_train.models.forward.kernels import compile_model, compile_refusal

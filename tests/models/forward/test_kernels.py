@@ -16,7 +16,8 @@ from tests.support.helpers import tiny_model
 from tests.support.packed import random_batch, random_segment
 from tests.support.runner import ROOT, TINY, Runs, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.models.forward import kernels
 from vtprune_train.training.engine.settings import engine_config

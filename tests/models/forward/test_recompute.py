@@ -7,8 +7,8 @@ import torch
 from tests.support.packed import loss_and_grads, pruned, random_batch, random_segment
 from tests.support.runner import Runs
 from vtprune_train import PyramidDrop
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import dump_config, load_config
-from vtprune_train.config.settings import ConfigError
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.forward.recompute import checkpoint_activations, recomputed_layers, typical_stages
 from vtprune_train.pruning import method_from_settings

@@ -6,7 +6,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, LlavaNextForCond
 
 from tests.support.helpers import tiny_config, tiny_model, tiny_processor
 from tests.support.model_parts import TEXT_TYPES, built, from_parts, save_parts
-from vtprune_train.config.settings import ModelConfig
+from vtprune_train.config.model import ModelConfig
 from vtprune_train.models.io.build import build_model, parts_of, resolve_checkpoint, saved_pruning, set_trainable
 from vtprune_train.models.io.processors import build_processor
 

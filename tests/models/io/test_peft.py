@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGeneration
 
-from tests.support.checkpoints import finish, save_pictures
+from tests.support.checkpoints import finish, save_images
 from tests.support.engines import ALL, Engine, settings_of, started
 from tests.support.families import family_inputs, family_model
 from tests.support.family_runs import save_checkpoint
@@ -25,11 +25,13 @@ from tests.support.model_parts import save_parts
 from tests.support.runner import TINY, Runs, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, dense, prune, unprune
 from vtprune_train.cli import main
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.config.settings import Config, ConfigError, PeftConfig
+from vtprune_train.config.model import PeftConfig
+from vtprune_train.config.settings import Config
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.io.build import parts_of, resolve_checkpoint, set_trainable
-from vtprune_train.models.io.peft import adapt, adapted_of, check_quantisation, linear_layers, open_adapter
+from vtprune_train.models.io.peft import adapt, adapted_of, check_quantization, linear_layers, open_adapter
 from vtprune_train.models.io.provenance import Base, weights_digest
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.engine.weights import full_state_dict, write_export
@@ -235,7 +237,7 @@ def test_a_run_with_its_own_base_can_be_moved(tmp_path):
     for name, value in parts.model.state_dict().items():
         assert torch.equal(opened.state_dict()[name], value), name
     shutil.rmtree(moved / "base")
-    with pytest.raises(ValueError, match=r"base .*is gone"):
+    with pytest.raises(ValueError, match=r"base .*is missing"):
         open_adapter(resolve_checkpoint(str(moved)), "auto", merge=False)
 
 
@@ -272,14 +274,17 @@ def test_changed_settings_on_resume_are_named(base, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.train={language_model: 2e-5, lora: 2e-4}"], r"train names language_model, which peft freezes"),
-        (["model.train={projector: 2e-5}"], r"train has no rate for peft's adapter"),
-        (["model.peft=null"], r"train names lora, but there is no adapter; set peft"),
+        (
+            ["model.train={language_model: 2e-5, lora: 2e-4}"],
+            r"train has a rate for language_model, which peft freezes",
+        ),
+        (["model.train={projector: 2e-5}"], r"train has no rate for the adapter of peft"),
+        (["model.peft=null"], r"train has a rate for lora, but no adapter is set"),
         (["model.peft.kind=ia3"], r"model.peft.kind: .*'lora', 'dora' or 'qlora'"),
         (["model.peft.rank=4"], r"model.peft.rank: unknown key"),
         (["model.peft.r=0"], r"model.peft.r"),
         (["model.peft.dropout=1.0"], r"model.peft.dropout"),
-        (["model.peft.target_modules=[]"], r"null adapts all linear layers"),
+        (["model.peft.target_modules=[]"], r"set it to null to adapt all linear layers"),
     ],
 )
 def test_settings_that_make_no_sense(overrides, message):
@@ -336,7 +341,7 @@ def test_without_bitsandbytes_the_way_out_is_named(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"qlora needs bitsandbytes.*requirements-gpu.txt, or use model.peft.kind=lora"
     ):
-        check_quantisation(torch.device("cpu"))
+        check_quantization(torch.device("cpu"))
 
 
 def test_export_says_what_to_do(base, tmp_path, capsys):
@@ -347,7 +352,7 @@ def test_export_says_what_to_do(base, tmp_path, capsys):
         assert main(["export", *model, *options]) == 2
         assert word in capsys.readouterr().err
     assert main(["export", "--model", str(base), "--out", str(tmp_path / "out"), "--merge"]) == 2
-    assert "holds no adapter; leave --merge out" in capsys.readouterr().err
+    assert "has no adapter; remove --merge" in capsys.readouterr().err
     assert main(["export", *model, "--part", "projector"]) == 0
 
 
@@ -357,8 +362,8 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     config = settings_of(tmp_path / "runs", {"path": str(tmp_path / "base")})
     run = config.run.model_copy(update={"name": "llava_next_pdrop_lora"})
     parts, _ = trained(config.model_copy(update={"run": run}))
-    [picture] = save_pictures(tmp_path / "drawn", 1)
-    picture.rename(tmp_path / "cat.jpg")
+    [image] = save_images(tmp_path / "drawn", 1)
+    image.rename(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[3] / "docs" / "peft.md").read_text()
     blocks = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
@@ -419,8 +424,8 @@ def test_train_resume_merge_and_open(runs, tmp_path):
     loaded = load(str(runs.directory("whole")))
     assert any(".lora_" in name for name, _ in loaded.model.named_parameters())
     assert loaded.model.config.pruning["layers"] == [1, 2, 3]
-    picture = Image.new("RGB", (70, 40), "red")
-    inputs = loaded.processor(images=picture, text="<image>\nhow bright is number 3?", return_tensors="pt")
+    image = Image.new("RGB", (70, 40), "red")
+    inputs = loaded.processor(images=image, text="<image>\nhow bright is number 3?", return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with dense(loaded.model), torch.no_grad():
         expected = loaded.model(**inputs).logits

@@ -10,7 +10,8 @@ import shutil
 import torch
 from torch import nn
 
-from vtprune_train.config.settings import Config, ConfigError
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.settings import Config
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import family_of
 from vtprune_train.models.forward.compile import compile_layers

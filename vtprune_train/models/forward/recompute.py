@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedModel
 
-from vtprune_train.config.settings import ConfigError
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.core.flops import TYPICAL_TEXT, layers_per_stage, stage_lengths
 from vtprune_train.core.stream import Drop
 from vtprune_train.models.families import family_of

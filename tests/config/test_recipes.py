@@ -1,0 +1,62 @@
+"""The shipped recipes: what they resolve to, and their comments."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vtprune_train.config.load import dump_config, load_config
+from write_settings import commented
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+RESOLVED = yaml.safe_load((ROOT / "tests/fixtures/recipes/version_0_1_0.yaml").read_text())
+
+
+def without_new_keys(now, then):
+    """``now`` without the keys that ``then`` does not have."""
+    if isinstance(then, dict):
+        return {key: without_new_keys(now[key], then[key]) for key in then}
+    if isinstance(then, list) and len(now) == len(then):
+        return [without_new_keys(*pair) for pair in zip(now, then, strict=True)]
+    return now
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_resolves_to_the_settings_of_version_0_1_0(path):
+    """Settings added since then have their defaults."""
+    config = load_config(str(path))
+    now, then = yaml.safe_load(dump_config(config)), dict(RESOLVED[path.name])
+    assert config.deepspeed == then.pop("deepspeed_file")
+    assert without_new_keys(now, then) == then
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_comment_of_a_setting_is_its_description(path):
+    """Except where it begins with ``here:``; `make settings` rewrites the others."""
+    assert path.read_text() == commented(path)
+
+
+def test_comments_are_rewritten_except_those_of_the_recipe_alone(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "# A recipe.\n"
+        "run: {name: x}\n"
+        "model:\n"
+        "  config:\n"
+        "    text_config: {vocab_size: 9}  # by hand: a key of transformers\n"
+        "train:  # wrong\n"
+        "  clip: 1.0  # wrong\n"
+        "  epochs: 2                 # here: two are enough\n"
+        "pruning:\n"
+        "  method: fastv\n"
+        "  keep: 0.5\n"
+        "data: {eval: [],\n"
+        "       train: []}\n"
+    )
+    lines = commented(recipe).splitlines()
+    assert lines[4] == "    text_config: {vocab_size: 9}  # by hand: a key of transformers"
+    assert lines[6] == "  clip: 1.0                   # Largest gradient norm; larger ones are scaled down"
+    assert lines[7] == "  epochs: 2                   # here: two are enough"
+    assert lines[10] == "  keep: 0.5                   # 1 - R of the paper, in (0, 1]"
+    assert yaml.safe_load("\n".join(lines)) == yaml.safe_load(recipe.read_text())

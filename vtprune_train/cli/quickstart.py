@@ -1,0 +1,172 @@
+"""``vtprune quickstart``: draw data, train a tiny model with PyramidDrop on two CPU ranks, evaluate, print a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from vtprune_train.data.synthetic import write_dataset
+
+DATA = Path("runs/data/quickstart")  # data.root of the recipe
+RECIPE = "quickstart.yaml"
+NUM_TRAIN, NUM_EVAL = 6000, 500
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--compare", action="store_true", help="train PyramidDrop and dense on the same data and steps")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes that train (default: 2)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the runs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, print the table, write ``result.json``."""
+    write_dataset(DATA, num_train=NUM_TRAIN, num_eval=NUM_EVAL, seed=7)
+    return compare(arguments.overrides) if arguments.compare else train(arguments.overrides, arguments.ranks)
+
+
+def train(overrides: list[str], ranks: int) -> int:
+    """One run, with PyramidDrop, in ``runs/quickstart``."""
+    run_dir = empty_folder(Path("runs/quickstart"))
+    if code := finish([start(run_dir, overrides, ranks)]):
+        return code
+    result = summarize(run_dir)
+    print_table({"pyramiddrop": result})
+    write_json(run_dir / "result.json", result)
+    return 0
+
+
+def compare(overrides: list[str]) -> int:
+    """PyramidDrop and dense side by side, one process each, in ``runs/compare``."""
+    folder = Path("runs/compare")
+    folders = {name: empty_folder(folder / name) for name in ("dense", "pyramiddrop")}
+    settings = {"dense": ["pruning.method=none", *overrides], "pyramiddrop": overrides}
+    # At the same time, each on half of the cores, so that other load on the machine slows both equally.
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    if code := finish([start(folders[name], settings[name], 1, threads) for name in folders]):
+        return code
+    results = {name: summarize(run_dir) for name, run_dir in folders.items()}
+    print_table(results)
+    time_ratio, flop_ratio = (results["pyramiddrop"][key] / results["dense"][key] for key in ("train_seconds", "flops"))
+    print(f"time ratio {time_ratio:.3f}, FLOP ratio {flop_ratio:.3f}, quotient {time_ratio / flop_ratio:.3f}")
+    write_json(folder / "result.json", {**results, "time_ratio": time_ratio, "flop_ratio": flop_ratio})
+    plot_comparison(folders, results, folder / "compare.png")
+    return 0
+
+
+def empty_folder(run_dir: Path) -> Path:
+    """Create the folder; delete it first if it exists."""
+    if run_dir.exists():
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True)
+    return run_dir
+
+
+def start(run_dir: Path, overrides: list[str], ranks: int, threads: int | None = None) -> subprocess.Popen[bytes]:
+    """Start ``vtprune launch`` in a new process, on CPUs, with ``threads`` in each rank (default: OMP_NUM_THREADS, or
+    cores divided by ranks)."""
+    settings = [f"run.output_dir={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
+    arguments = ["launch", "--nproc_per_node", str(ranks), "--config", RECIPE, *settings]
+    default = os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // ranks))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads or default)}
+    print(f"$ vtprune {' '.join(arguments)}", flush=True)
+    return subprocess.Popen([sys.executable, "-m", "vtprune_train.cli", *arguments], env=environment)
+
+
+def finish(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; returns the exit code of the first that failed, or 0."""
+    try:
+        codes = [process.wait() for process in processes]
+    except KeyboardInterrupt:  # they got it too, and save
+        codes = [process.wait() for process in processes]
+    return next((code for code in codes if code), 0)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summarize(run_dir: Path) -> dict[str, Any]:
+    """Accuracy of a run on held-out images, seconds in steps, FLOPs, tokens in each stage."""
+    steps = read_lines(run_dir / "metrics.jsonl")
+    held_out = read_lines(run_dir / "eval.jsonl")[-1]
+    stages = sorted(key for key in steps[0] if key.startswith("tokens_stage_"))
+    samples = sum(step["samples"] for step in steps)
+    return {
+        "exact_match": held_out["exact_match"],
+        "exact_match_shuffled": held_out["exact_match_shuffled"],
+        "train_seconds": sum(step["step_time"] for step in steps),
+        "steps": len(steps),
+        "flops": sum(step["flops"] for step in steps),
+        "flops_dense": sum(step["flops_dense"] for step in steps),
+        "tokens_per_stage": [sum(step[stage] for step in steps) / samples for stage in stages],
+    }
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    columns = f"{'exact match':>12}{'shuffled':>10}{'steps':>7}{'seconds':>9}{'TFLOP':>8}"
+    print(f"\n{'':14}{columns}  tokens per sample, by stage")
+    for name, result in results.items():
+        tokens = " / ".join(f"{count:.0f}" for count in result["tokens_per_stage"])
+        print(
+            f"{name:14}{result['exact_match']:>11.1%}{result['exact_match_shuffled']:>10.1%}{result['steps']:>7}"
+            f"{result['train_seconds']:>9.0f}{result['flops'] / 1e12:>8.1f}  {tokens}"
+        )
+    print("shuffled: exact match with images exchanged between samples, so without seeing the right one\n")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def plot_comparison(folders: dict[str, Path], results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Plot loss over time, and accuracy, time and FLOPs of both runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (curve, bars) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    colors = {"dense": "tab:gray", "pyramiddrop": "tab:blue"}
+    for name, folder in folders.items():
+        steps, elapsed, seconds = read_lines(folder / "metrics.jsonl"), 0.0, []
+        for step in steps:
+            elapsed += step["step_time"]
+            seconds.append(elapsed)
+        window = 10
+        losses = [step["loss"] for step in steps]
+        smooth = [
+            sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
+            for i in range(len(losses))
+        ]
+        curve.plot(seconds, smooth, label=name, color=colors[name])
+    curve.set(xlabel="seconds of training", ylabel=f"loss (mean of {window} steps)", ylim=(0, 1.2))
+    curve.grid(alpha=0.3)
+    curve.legend()
+    dense, dropped = results["dense"], results["pyramiddrop"]
+    labels = ["exact match", "time", "FLOPs"]
+    heights = {
+        "dense": [dense["exact_match"], 1.0, 1.0],
+        "pyramiddrop": [
+            dropped["exact_match"],
+            dropped["train_seconds"] / dense["train_seconds"],
+            dropped["flops"] / dense["flops"],
+        ],
+    }
+    for offset, (name, values) in zip((-0.2, 0.2), heights.items(), strict=True):
+        drawn = bars.bar([i + offset for i in range(3)], values, 0.38, label=name, color=colors[name])
+        bars.bar_label(drawn, fmt="%.2f")
+    bars.set_xticks(range(3), labels)
+    bars.set(ylim=(0, 1.2), ylabel="share; time and FLOPs relative to dense")
+    bars.legend(loc="upper right", ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"wrote {path}")

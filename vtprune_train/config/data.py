@@ -1,0 +1,180 @@
+"""The section ``data``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from vtprune_train.config.section import Section
+
+
+def _without_image(value: str) -> str:
+    if "<image>" in value:
+        raise ValueError(f"{value!r} contains <image>, but a prompt has no image; put <image> in the records")
+    return value
+
+
+PromptText = Annotated[str, AfterValidator(_without_image)]
+
+
+class PromptConfig(Section):
+    """Text added to every conversation of a source."""
+
+    system: PromptText | None = Field(
+        None,
+        description="System prompt of conversations without one, instead of the template's; an empty text means none.",
+    )
+    prefix: PromptText = Field("", description="Text before the first user turn, after its leading images.")
+    suffix: PromptText = Field("", description="Text after the first user turn.")
+
+
+class SourceConfig(Section):
+    """One source of samples. An entry `{include: mixture.yaml}` stands for the entries of that file."""
+
+    path: str = Field(
+        min_length=1,
+        description="Data file (.json, .jsonl, .parquet, .tar), folder, glob or saved `datasets` dataset, relative to "
+        "`data.root`.",
+    )
+    images: str = Field(".", description="Folder of the images that records name, relative to `data.root`.")
+    take: str = Field(
+        "all", description="Samples to use: all, first:N or random:N. `random` draws with the seed of the run."
+    )
+    weight: float = Field(
+        1.0, gt=0, le=1e6, description="An epoch takes weight times the samples: 2 takes each twice, 0.5 takes half."
+    )
+    prompt: PromptConfig = Field(PromptConfig(), description="Text added to every conversation of this source.")
+    name: str | None = Field(
+        None,
+        pattern=r"^[^:\s]+$",
+        description="Name in sample ids, without colons and spaces; null uses the entry's number.",
+    )
+    ignore: list[str] = Field(
+        [], description="Fields and marks of these records that change nothing and would otherwise be refused."
+    )
+    reader: str | None = Field(
+        None,
+        description="Class that reads the files, for other kinds of files, written path/to/file.py:Class. null: by the "
+        "ending of the path.",
+    )
+
+    @field_validator("take")
+    @classmethod
+    def _valid_take(cls, value: str) -> str:
+        kind, _, number = value.partition(":")
+        if value != "all" and not (kind in ("first", "random") and number.isdecimal() and int(number) > 0):
+            raise ValueError(f"{value!r} is not all, first:N or random:N (N at least 1)")
+        return value
+
+
+class DataConfig(Section):
+    """Training and evaluation data, and how it becomes tokens."""
+
+    root: str = Field(".", description="Folder that the paths of the data are relative to.")
+    train: list[SourceConfig] = Field(
+        [],
+        description="Sources to train on, each at least {path: FILE, images: FOLDER}. A file name instead of the list "
+        "reads a mixture from that YAML file.",
+    )
+    eval: list[SourceConfig] = Field([], description="Held-out sources for evaluation, written like `data.train`.")
+    template: str | dict[str, Any] = Field(
+        "vicuna_v1",
+        description="Chat template: plain, vicuna_v1, llama_3, mistral, qwen, or custom fields. The fields are user, "
+        "assistant, answer, separator and system. `plain` is for projector alignment: images and captions alone.",
+    )
+    system: PromptText | None = Field(
+        None, description="System prompt instead of the template's; an empty text means none."
+    )
+    image_position: Literal["as_written", "first"] = Field(
+        "as_written",
+        description="Where images stand in a user turn. `first` moves them to the front, as LLaVA's code does.",
+    )
+    tokenization: Literal["processor", "llava"] = Field(
+        "processor",
+        description="Token ids around images: those of the checkpoint's processor, or of LLaVA's code. "
+        "Prompts in generation follow. They differ only for some SentencePiece tokenizers.",
+    )
+    max_length: int = Field(
+        4096,
+        ge=1,
+        description="Maximum number of tokens of a sample, before dropping. Samples are never truncated: see "
+        "`data.too_long`.",
+    )
+    max_tokens: int = Field(
+        16384,
+        ge=1,
+        description="Maximum number of tokens of a micro-batch, before dropping; bounds memory. The number of "
+        "micro-batches in a step follows from it and `train.global_batch_size`.",
+    )
+    too_long: Literal["error", "skip"] = Field(
+        "error", description="Samples longer than `data.max_length`: stop with an error, or leave them out."
+    )
+    unsupervised: Literal["error", "skip"] = Field(
+        "error",
+        description="Samples without a supervised token: stop with an error, or leave them out. Also decides about a "
+        "step that has none left because its images could not be read.",
+    )
+    max_bad: int = Field(
+        100, ge=0, description="Maximum number of malformed or unreadable samples to leave out; one more stops the run."
+    )
+    max_bad_share: float = Field(
+        0.05, ge=0, le=1, description="Largest share of unusable samples in each source; more stops the run."
+    )
+    max_image_pixels: int = Field(
+        89_478_485, ge=1, description="Images with more pixels are not read; the default is Pillow's limit."
+    )
+    max_record_bytes: int = Field(
+        32 << 20,
+        ge=1,
+        description="Largest record in its file, in bytes, with the images inside. `data.too_long` decides about "
+        "larger ones.",
+    )
+    max_text_bytes: int = Field(
+        1 << 20,
+        ge=1,
+        description="Largest text of a record, in bytes, plus 256 for each turn. `data.too_long` decides about longer "
+        "ones.",
+    )
+    workers: int = Field(
+        4, ge=0, description="Data loader workers of each rank; 0 decodes images in the training process."
+    )
+    prefetch: int = Field(4, ge=1, le=64, description="Batches that each worker decodes in advance.")
+    worker_timeout: float | None = Field(
+        600.0, gt=0, description="Seconds without a batch after which a worker counts as hung; null waits forever."
+    )
+    cache_dir: str | None = Field(
+        None, description="Folder of the data index; null puts it beside the cache of `datasets`."
+    )
+
+    @model_validator(mode="after")
+    def _short_texts(self) -> DataConfig:
+        texts = {"system": self.system or ""}
+        for which in ("train", "eval"):
+            for number, source in enumerate(getattr(self, which)):
+                for name in ("system", "prefix", "suffix"):
+                    texts[f"{which}.{number}.prompt.{name}"] = getattr(source.prompt, name) or ""
+        for key, text in texts.items():
+            if len(text.encode(errors="surrogatepass")) > self.max_text_bytes:
+                raise ValueError(
+                    f"{key} has {len(text)} characters, so every record exceeds "
+                    f"data.max_text_bytes={self.max_text_bytes}; shorten it or raise max_text_bytes"
+                )
+        return self
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _different_names(cls, value: list[SourceConfig]) -> list[SourceConfig]:
+        names = [source.name for source in value if source.name is not None]
+        if duplicate := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two entries have the name {duplicate!r}; sample ids begin with it, so it must be unique")
+        return value
+
+    @model_validator(mode="after")
+    def _max_tokens_hold_a_sample(self) -> DataConfig:
+        if self.max_tokens < self.max_length:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is smaller than the longest sample (data.max_length={self.max_length}); "
+                "raise max_tokens or lower max_length"
+            )
+        return self

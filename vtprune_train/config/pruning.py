@@ -1,0 +1,149 @@
+"""The section ``pruning``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from vtprune_train.config.section import Section
+from vtprune_train.core.rounding import ceil_of
+
+
+class WarmupConfig(Section):
+    """The first steps of training on more tokens. Set exactly one of `steps` and `ratio`."""
+
+    steps: int | None = Field(None, ge=1, description="Length in steps.")
+    ratio: float | None = Field(None, gt=0, le=1, description="Length as a share of all steps, rounded up.")
+    kind: Literal["dense", "linear", "cosine"] = Field(
+        "linear",
+        description="Keep ratios during warmup. `dense` keeps all tokens; `linear` and `cosine` go from `start` to the "
+        "method's keep ratios.",
+    )
+    start: float = Field(
+        1.0, gt=0, le=1, description="Keep ratio at the first step, for `linear` and `cosine`; at least the method's."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> WarmupConfig:
+        if (self.steps is None) == (self.ratio is None):
+            number = "neither" if self.steps is None else "both"
+            raise ValueError(f"set exactly one of steps=N and ratio=R (a share of all steps); {number} is set")
+        return self
+
+
+DEFAULT_METHOD = "pyramiddrop"
+# Keys that concern training alone and are not settings of the method.
+TRAINING_ONLY = ("warmup", "full_token_share", "consistency_weight", "consistency_temperature")
+
+
+class PruningConfig(Section):
+    """The pruning method with its settings. Every key other than those below is a setting of the method; settings left
+    out take the method's defaults."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    method: str | list[Any] = Field(
+        DEFAULT_METHOD,
+        description="Pruning method: a name, none (dense), file.py:Class, package.module:Class, or a list to combine. "
+        "`vtprune methods` lists the names and the settings of each.",
+    )
+    warmup: WarmupConfig | None = Field(
+        None, description="Start training with more tokens, for example {ratio: 0.1, kind: linear}; null: no warmup."
+    )
+    full_token_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps that run on all tokens, so that the model stays accurate without dropping. No "
+        "effect while the decoder is frozen.",
+    )
+    consistency_weight: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of KL(pruned output || full output) in the loss of the steps on all tokens.",
+    )
+    consistency_temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Softmax temperature of both outputs in that KL divergence."
+    )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if not isinstance(value, str | list):
+            raise ValueError(
+                f"{value!r} is not the name of a method or a list of names; `vtprune methods --names` lists them, "
+                "none is the dense model"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _builds(self) -> PruningConfig:
+        from vtprune_train.pruning import UnknownSettingError
+
+        try:
+            method = self.build()
+        except UnknownSettingError as error:
+            raise UnknownSettingError(error.key, error.method, error.known, ("method", *TRAINING_ONLY)) from None
+        if method is None and (training := [key for key in TRAINING_ONLY[:3] if getattr(self, key)]):
+            raise ValueError(
+                f"{training[0]} is set, but method is none, so no step drops tokens; set it to null or choose a method"
+            )
+        if self.consistency_weight and not self.full_token_share:
+            raise ValueError(
+                f"consistency_weight={self.consistency_weight:g} has no effect: no step runs on all tokens; set "
+                "full_token_share too (for example 0.1)"
+            )
+        if method is not None:
+            self._check_warmup(method)
+            resolved = method.settings()
+            self.__dict__["method"] = resolved.pop("method")  # an assignment would count as set by the user
+            assert self.__pydantic_extra__ is not None
+            self.__pydantic_extra__.update(resolved)
+        return self
+
+    def _check_warmup(self, method: Any) -> None:
+        if self.warmup is None or self.warmup.kind == "dense":
+            return
+        method.eased(self.warmup.start, 0.0)
+        ratios = method.ratios
+        if self.warmup.start < max(ratios):
+            keep = list(ratios) if len(ratios) > 1 else ratios[0]
+            raise ValueError(
+                f"warmup.start={self.warmup.start:g} is below keep={keep}; a warm-up begins with more tokens"
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method and its settings as plain data, without the keys that concern training alone."""
+        return {"method": self.method, **(self.__pydantic_extra__ or {})}
+
+    def build(self) -> Any:
+        """The method, or ``None`` for ``none``."""
+        from vtprune_train.pruning import method_from_settings
+
+        return method_from_settings(self.settings)
+
+    def phases(self, total_steps: int, seed: int) -> Any:
+        """The :class:`~vtprune_train.pruning.phases.Phases` of a run of ``total_steps`` steps that trains the decoder;
+        :meth:`Config.phases` is for any run."""
+        from vtprune_train.pruning.phases import FullTokens, Phases, Warmup
+
+        warmup = None
+        if self.warmup is not None:
+            steps = self.warmup.steps or ceil_of(self.warmup.ratio or 0.0, total_steps)
+            warmup = Warmup(steps, self.warmup.kind, self.warmup.start)
+        full = FullTokens(self.full_token_share, self.consistency_weight, self.consistency_temperature)
+        return Phases(self.build(), seed, warmup, full)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that must not change on resume. Keys that concern training alone are included only if they are
+        used, so that checkpoints from before they existed can be resumed. Checkpoints of dense runs record
+        PyramidDrop's settings, as they always did."""
+        values = self.model_dump()
+        defaults = PruningConfig().model_dump()
+        used = {key: v for key, v in values.items() if key not in TRAINING_ONLY or v != defaults[key]}
+        if self.method != "none":
+            return used
+        return {**{key: v for key, v in defaults.items() if key not in TRAINING_ONLY}, **used}
