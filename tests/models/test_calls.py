@@ -561,8 +561,8 @@ REFUSED = {
         ),
     ],
     'continuous batching: `generate_batch`, `init_continuous_batching`, `cache_implementation="paged"`': [
-        (lambda m, i: m.generate_batch([[15, 16]], generation_config=config()), "generate_batch is not supported: continuous batching"),
-        (lambda m, i: m.init_continuous_batching(), "init_continuous_batching: continuous batching"),
+        (lambda m, i: m.generate_batch([[15, 16]], generation_config=config()), "generate_batch is not supported"),
+        (lambda m, i: m.init_continuous_batching(), "init_continuous_batching is not supported"),
         (lambda m, i: m.continuous_batching_context_manager().__enter__(), "continuous batching"),
         (lambda m, i: generate(m, i, cache_implementation="paged"), "cache_implementation='paged'"),
     ],
@@ -573,7 +573,7 @@ REFUSED = {
             r"keep=\(0.5, 0.25\).* this one is pruned by .*1.0",
         ),
         (lambda m, i: follow_up(m, i, lambda: prune(unprune(m), None)), "this one is pruned by None"),
-        (lambda m, i: follow_up(m, i, lambda: unprune(m)), "filled by a pruned model.* runs densely"),
+        (lambda m, i: follow_up(m, i, lambda: unprune(m)), "filled by a pruned model.* a dense model cannot use it"),
     ],
     "a cache in training mode with gradient checkpointing": [
         (lambda m, i: m(**i, past_key_values=recomputed(m)), "gradient_checkpointing_disable"),
