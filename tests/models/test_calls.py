@@ -533,7 +533,7 @@ REFUSED = {
     "`inputs_embeds`": [
         (lambda m, i: m(inputs_embeds=torch.zeros(1, 4, 32)), "input_ids"),
         (lambda m, i: m.generate(inputs_embeds=torch.zeros(1, 4, 32), max_new_tokens=2), "input_ids"),
-        (lambda m, i: m.generate(i["input_ids"], inputs_embeds=torch.zeros(1, 4, 32)), "takes no inputs_embeds"),
+        (lambda m, i: m.generate(i["input_ids"], inputs_embeds=torch.zeros(1, 4, 32)), "does not take inputs_embeds"),
     ],
     "image tokens in a prompt without `pixel_values`, or in `negative_prompt_ids`": [
         (lambda m, i: m(**text_alone(i)), "pass pixel_values"),
@@ -561,19 +561,19 @@ REFUSED = {
         ),
     ],
     'continuous batching: `generate_batch`, `init_continuous_batching`, `cache_implementation="paged"`': [
-        (lambda m, i: m.generate_batch([[15, 16]], generation_config=config()), "generate_batch: continuous batching"),
-        (lambda m, i: m.init_continuous_batching(), "init_continuous_batching: continuous batching"),
+        (lambda m, i: m.generate_batch([[15, 16]], generation_config=config()), "generate_batch is not supported"),
+        (lambda m, i: m.init_continuous_batching(), "init_continuous_batching is not supported"),
         (lambda m, i: m.continuous_batching_context_manager().__enter__(), "continuous batching"),
         (lambda m, i: generate(m, i, cache_implementation="paged"), "cache_implementation='paged'"),
     ],
     "a cache filled by a dense model or by another method; in a dense model, a cache filled by a pruned model": [
-        (lambda m, i: m(torch.tensor([[14]]), past_key_values=dense_cache(m, i)), "a model that was not pruned"),
+        (lambda m, i: m(torch.tensor([[14]]), past_key_values=dense_cache(m, i)), "of a dense model"),
         (
             lambda m, i: follow_up(m, i, lambda: prune(unprune(m), ALL)),
             r"keep=\(0.5, 0.25\).* this one is pruned by .*1.0",
         ),
         (lambda m, i: follow_up(m, i, lambda: prune(unprune(m), None)), "this one is pruned by None"),
-        (lambda m, i: follow_up(m, i, lambda: unprune(m)), "filled by a pruned model.* runs densely"),
+        (lambda m, i: follow_up(m, i, lambda: unprune(m)), "filled by a pruned model.* a dense model cannot use it"),
     ],
     "a cache in training mode with gradient checkpointing": [
         (lambda m, i: m(**i, past_key_values=recomputed(m)), "gradient_checkpointing_disable"),
