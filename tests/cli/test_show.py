@@ -379,7 +379,7 @@ def test_the_prompt_goes_through_the_chat_template():
 def test_what_cannot_be_drawn_is_said():
     picture = patch_image((40, 60), MIDDLE)
     places = grid_places(40, 60, 2, 2)
-    with pytest.raises(ValueError, match=r"picture is \(60, 40\), but its tokens were placed on \(60, 50\)"):
+    with pytest.raises(ValueError, match=r"image is \(60, 40\), but its tokens were placed on \(60, 50\)"):
         ImageStages(picture, grid_places(50, 60, 2, 2), [np.arange(4)])
     with pytest.raises(ValueError, match="outside the 4 tokens"):
         ImageStages(picture, places, [np.arange(5)])

@@ -220,7 +220,7 @@ def test_another_base_is_refused(own_base, tmp_path, capsys):
     for command in (["generate", "--prompt", "what ?"], ["export", "--merge", "--out", str(tmp_path / "out")]):
         assert main([*command, "--model", str(config.run_dir)]) == 2
         said = capsys.readouterr().err
-        assert str(own_base) in said and recorded in said and "Put it back" in said, command
+        assert str(own_base) in said and recorded in said and "Restore it there" in said, command
 
 
 def test_a_run_with_its_own_base_can_be_moved(tmp_path):
@@ -274,14 +274,14 @@ def test_changed_settings_on_resume_are_named(base, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.train={language_model: 2e-5, lora: 2e-4}"], r"train names language_model, which peft freezes"),
-        (["model.train={projector: 2e-5}"], r"train has no rate for peft's adapter"),
-        (["model.peft=null"], r"train names lora, but there is no adapter; set peft"),
+        (["model.train={language_model: 2e-5, lora: 2e-4}"], r"train has a rate for language_model, which peft freezes"),
+        (["model.train={projector: 2e-5}"], r"train has no rate for the adapter of peft"),
+        (["model.peft=null"], r"train has a rate for lora, but no adapter is set"),
         (["model.peft.kind=ia3"], r"model.peft.kind: .*'lora', 'dora' or 'qlora'"),
         (["model.peft.rank=4"], r"model.peft.rank: unknown key"),
         (["model.peft.r=0"], r"model.peft.r"),
         (["model.peft.dropout=1.0"], r"model.peft.dropout"),
-        (["model.peft.target_modules=[]"], r"null adapts all linear layers"),
+        (["model.peft.target_modules=[]"], r"null to adapt all linear layers"),
     ],
 )
 def test_settings_that_make_no_sense(overrides, message):
@@ -345,7 +345,7 @@ def test_export_says_what_to_do(base, tmp_path, capsys):
     config = settings_of(tmp_path, {"path": str(base)})
     trained(config)
     model = ["--model", str(config.run_dir), "--out", str(tmp_path / "out")]
-    for options, word in (([], "--merge folds it"), (["--merge", "--part", "projector"], "no effect with --part")):
+    for options, word in (([], "--merge"), (["--merge", "--part", "projector"], "no effect with --part")):
         assert main(["export", *model, *options]) == 2
         assert word in capsys.readouterr().err
     assert main(["export", "--model", str(base), "--out", str(tmp_path / "out"), "--merge"]) == 2
