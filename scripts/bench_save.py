@@ -16,11 +16,13 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.folder import CheckpointFolder, TrainerState
-from vtprune_train.training.engine.start import build_optimizer, start_distributed, start_engine
+from vtprune_train.training.engine.start import start_distributed, start_engine
+from vtprune_train.training.optimizer import OptimizerSpec
 
 
 class NoProcessor:
@@ -42,9 +44,13 @@ def run(model: HFModule, batch: PackedBatch, repeats: int, stage: int, folder: P
     """
     disable_progress_bar()
     device = start_distributed(1800)
-    optimizer = build_optimizer([{"params": list(model.parameters()), "lr": 1e-6}], (0.9, 0.999), device, False)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
-    engine = start_engine(model, optimizer, {**settings, "zero_force_ds_cpu_optimizer": False})
+    groups = [{"params": list(model.parameters()), "lr": 1e-6}]
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine = start_engine(model, groups, OptimizerSpec.of(TrainConfig()), settings)
 
     def step() -> float:
         began = time.perf_counter()

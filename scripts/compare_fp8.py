@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from quickstart import DATA, NUM_TRAIN, ROOT, finish, fresh, read_lines, start, write_json
+from vtprune_train.cli.quickstart import DATA, NUM_TRAIN, empty_folder, finish, read_lines, start, write_json
 from vtprune_train.data.synthetic import write_dataset
 
 FOLDER = Path("runs/fp8")
@@ -67,12 +67,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
-    os.chdir(ROOT)
+    os.chdir(Path(__file__).parents[1])
     write_dataset(DATA, num_train=NUM_TRAIN, num_eval=500, seed=7)
-    folders = {name: fresh(FOLDER / name) for name in SIDES}
+    folders = {name: empty_folder(FOLDER / name) for name in SIDES}
     steps = [f"train.max_steps={arguments.steps}", *SETTINGS]
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    finish([start(folders[name], [setting, *steps], 1, threads) for name, setting in SIDES.items()])
+    if code := finish([start(folders[name], [setting, *steps], 1, threads) for name, setting in SIDES.items()]):
+        return code
     result = summarize(folders)
     for name, values in result.items():
         print(f"{name:10} loss {values['loss']:.4f}, held-out exact match {values['exact_match']:.1%}")

@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.training.memory.predict import Parameters, States, Zero
 from vtprune_train.training.memory.track import track_allocations
 
@@ -97,7 +98,8 @@ def _measure(settings: dict[str, Any], dtype: str, ranks: int) -> dict[str, Any]
             {"params": [p for p in model.parameters() if (p.ndim > 1) is with_weight_decay]}
             for with_weight_decay in (True, False)
         ]
-        counted = Parameters.of(groups, list(model.parameters()))
+        flat = settings["zero_optimization"]["stage"] > 0
+        counted = Parameters.of(groups, list(model.parameters()), TrainConfig(), flat)
         optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         for _step in range(2):

@@ -45,7 +45,7 @@ input_ids = torch.tensor([[1, *[63] * 10, 5, 6]])
 inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 inputs |= {"pixel_values": torch.randn(1, 3, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])}
 model(**inputs).logits.sum().backward()
-tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+tokens = model.generate(**inputs, min_new_tokens=3, max_new_tokens=3, do_sample=False)
 print(tokens.shape[1], len(kept_tokens(model, inputs)[0][0][0]))
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - imported} - sys.stdlib_module_names))
 """

@@ -116,6 +116,27 @@ def test_selector_as_in_training(rank_with):
     assert ("projects keys" in render(result)) == (rank_with == "next_layer")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_gets_the_numbers_of_its_dry_run(path, tmp_path):
+    """The row of the image that makes most tokens: text as long, half of it supervised."""
+    report = describe(load_config(path.name))
+    table = report[report.index("tokens in each stage") :].splitlines()[2:]
+    rows = [re.split(r"  +", line.strip()) for line in table[: table.index("") - 1]]
+    stages, speedup = {}, {}
+    for size, _, text, tokens, _, _, whole in rows:
+        stages[size] = [int(count) - int(text) for count in tokens.split(" / ")]
+        speedup[size] = float(whole.rstrip("x"))
+    largest = max(stages, key=lambda size: stages[size][0])
+    height, width = largest.split(" x ")
+    half = int(rows[0][2]) // 2
+    arguments = ("--text", str(half + 1), "--answer", str(half), "--json", str(tmp_path / "estimate.json"))
+    assert main(["estimate", "--config", path.name, "--resolution", f"{width}x{height}", *arguments]) == 0
+    counted = json.loads((tmp_path / "estimate.json").read_text())
+    assert [stage["visual_tokens"] for stage in counted["stages"]] == stages[largest]
+    # It also counts the selector and the head.
+    assert counted["training_whole"]["ratio"] == pytest.approx(speedup[largest], rel=0.03)
+
+
 def test_agrees_with_the_dry_run():
     """Same picture, 121 tokens of text of which 60 are supervised; the dry run leaves the selector out."""
     config = load_config("llava_next_pdrop.yaml")
@@ -217,9 +238,9 @@ def test_towers_that_are_not_counted():
         images_of_sample(pixtral, [(336, 336)])
     result = estimate(subject(), sample(10))
     assert "not counted: the tokens are not a multiple of a tile's 16; give --resolution" in render(result)
-    with pytest.raises(ValueError, match="mixture-of-experts models are not supported"):
+    with pytest.raises(ValueError, match="mixtral decoder: mixture-of-experts"):
         estimate(subject(MixtralConfig()), sample(10))
-    with pytest.raises(ValueError, match="clip_vision_model decoder has no num_key_value_heads"):
+    with pytest.raises(ValueError, match="clip_vision_model decoder: its config has no num_key_value_heads"):
         estimate(subject(tiny_config().vision_config), sample(10))
 
 
@@ -245,7 +266,7 @@ def test_where_the_pruning_settings_come_from(tmp_path, capsys):
     plain = checkpoint(tmp_path / "plain")
     for arguments, words in (
         (["--model", saved], ["layers=[1, 5] keep=[0.5, 0.25]", "saved in the checkpoint"]),
-        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no settings"]),
+        (["--model", plain], ["2, 3, 4 of 6 it keeps 0.5, 0.25, 0.125", "the checkpoint has no pruning settings"]),
         (["--model", saved, "--keep", "0.3,0.2"], ["layers=[1, 5] keep=[0.3, 0.2]", "the command line, and"]),
         (["--model", saved, "--method", "pyramiddrop"], ["before layers 2, 3, 4 of 6", "the command line"]),
         (["--model", saved, "--method", "none"], ["none", "no selector"]),
@@ -284,13 +305,13 @@ def test_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--resolution", "big"], ["--resolution: 'big' is no WIDTHxHEIGHT", "672x336"]),
+        (["--resolution", "big"], ["--resolution: 'big' is not WIDTHxHEIGHT", "672x336"]),
         (["--resolution", "0x5"], ["--resolution: '0x5'"]),
         (["--text", "-3"], ["--text", "greater than or equal to 1", "'-3'"]),
         (["--answer", "many"], ["--answer", "'many'"]),
         (["--batch", "1" + "0" * 400], ["--batch"]),
         (["--visual_tokens", "576,0"], ["--visual_tokens", "'0'"]),
-        (["--visual_tokens", "576", "--resolution", "5x5"], ["--resolution and --visual_tokens", "give one"]),
+        (["--visual_tokens", "576", "--resolution", "5x5"], ["either --resolution or --visual_tokens", "not both"]),
         (["--keep", "0.1,0.2,0.3"], ["--keep=[0.1, 0.2, 0.3] increases", "[0.3, 0.2, 0.1]"]),
         (["--keep", "half"], ["--keep", "'half'"]),
         (["--keep", "nan,nan,nan"], ["--keep=[nan, nan, nan]: nan is not in (0, 1]"]),
@@ -300,10 +321,10 @@ def test_json(tmp_path, capsys):
         (["--method", "sparsevlm", "--set", "budget=100"], ["budget=100 is not one of 192, 128, 96, 64"]),
         (["--method", "none", "--keep", "0.5"], ["no effect with --method none"]),
         (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
-        (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot be written (No such file"]),
+        (["--json", "/nowhere/out.json"], ["--json=/nowhere/out.json: cannot write the file (No such file"]),
         (["--repeats", "5"], ["--repeats has no effect without --clock"]),
         (["--method", "fopru", "--set", "layer=99"], ["fopru", "99"]),
-        (["train.clip=1"], ["'train.clip=1': key=value belongs to --config"]),
+        (["train.clip=1"], ["'train.clip=1': key=value only works with --config"]),
     ],
 )
 def test_wrong_input(arguments, words, capsys):
@@ -316,13 +337,13 @@ def test_wrong_input(arguments, words, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["give one of --config FILE and --model"]),
-        (["--model", NEXT, "--config", "quickstart.yaml"], ["give one of"]),
+        ([], ["pass either --config FILE or --model"]),
+        (["--model", NEXT, "--config", "quickstart.yaml"], ["pass either"]),
         (["--model", "runs/nowhere"], ["--model=runs/nowhere: no readable config.json"]),
         (["--config", "nowhere.yaml"], ["--config: nowhere.yaml does not exist"]),
         (
             ["--config", "llava_next_pdrop.yaml", "--layers", "1,2,3"],
-            ["--layers belongs to --model", "pruning.layers="],
+            ["--layers only works with --model", "pruning.layers="],
         ),
         (["--config", "llava_next_pdrop.yaml", "pruning.layers=[8,16,40]"], ["pruning.layers=[8, 16, 40]: layer 40"]),
         (["--config", "llava_next_pdrop.yaml", "prunning.keep=1"], ["prunning: unknown key; did you mean pruning?"]),

@@ -486,8 +486,8 @@ def test_training_puts_images_into_tensorboard(tmp_path):
     runs.run("shown", "train.eval_show=3", *often, "deepspeed=configs/deepspeed/zero3.json", ranks=2)
     events = EventAccumulator(str(runs.directory("shown") / "tensorboard"))
     events.Reload()
-    assert events.Tags()["images"] == ["survivors/0", "survivors/1"], "one picture, then a sample of three"
-    single, triple = events.Images("survivors/0"), events.Images("survivors/1")
+    assert events.Tags()["images"] == ["kept_tokens/0", "kept_tokens/1"], "one picture, then a sample of three"
+    single, triple = events.Images("kept_tokens/0"), events.Images("kept_tokens/1")
     assert [image.step for image in single] == [image.step for image in triple] == [1, 2]
     assert triple[0].height > 1.5 * single[0].height > 0
 

@@ -148,7 +148,7 @@ def test_wrong_layers_of_a_known_checkpoint_are_found_without_weights():
 
 def test_deepspeed_keys_that_belong_to_the_run_are_refused():
     config = load_config("quickstart.yaml", ["deepspeed={gradient_clipping: 1.0, zero_optimization: {stage: 1}}"])
-    with pytest.raises(ConfigError, match=r"gradient_clipping is decided by train.clip"):
+    with pytest.raises(ConfigError, match=r"gradient_clipping is set by train.clip; remove it"):
         describe(config)
     with pytest.raises(ConfigError, match=r"zero9.json does not exist"):
         describe(load_config("quickstart.yaml", ["deepspeed=configs/deepspeed/zero9.json"]))

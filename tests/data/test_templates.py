@@ -117,7 +117,7 @@ def test_a_dry_run_shows_a_sample_and_what_does_not_fit(tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / "tiny.yaml"), "--dry_run", *settings]) == 0
     said = capsys.readouterr().out
     assert "WARNING       data.template=qwen writes <|im_start|>, <|im_end|>, which the tokenizer of" in said
-    assert re.search(r"sample        train0: \d+ tokens, \d+ of them supervised, between \[\[ and \]\]:", said)
+    assert re.search(r"sample        train0: \d+ tokens, \d+ supervised \(between \[\[ and \]\]\):", said)
     assert re.search(r"<image> x \d+\nhow bright is number 0\?<\|im_end\|>\n", said) and re.search(
         r"assistant\n\[\[about \d<", said
     )

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tests.support.checkpoints import save_folder, save_images
 from tests.support.trl_data import chat_processor
+from vtprune_train import unprune
 from vtprune_train.cli import commands as cli
 from vtprune_train.config.load import load_config
 
@@ -32,6 +34,7 @@ RUN_ELSEWHERE = {
     "docs/inference.md": "tests/docs/test_inference_docs.py",
     "docs/methods/own.md": "tests/cli/test_methods.py",
     "docs/peft.md": "tests/models/io/test_peft.py",
+    "docs/training.md": "tests/training/loop/test_callbacks.py",
 }
 SHELL = ("cd", "source", "lmms-eval", "sbatch", "accelerate")  # not ours to parse
 
@@ -125,7 +128,7 @@ def test_settings_load(block, tmp_path, monkeypatch):
     (tmp_path / "mixtures" / "charts.yaml").write_text("- {path: charts.json}\n")
     tree = yaml.safe_load(block)
     if "method" in tree.get("pruning", {}) and ":" in str(tree["pruning"]["method"]):
-        [code] = blocks("docs/methods/own.md", "python")
+        code, _ = blocks("docs/methods/own.md", "python")
         (tmp_path / "outliers.py").write_text(code)
     (tmp_path / "block.yaml").write_text(block)
     if tree.pop("base", None) is not None:
@@ -181,8 +184,9 @@ def test_the_library_pages(folder, capsys):
     exec(local(readme).replace("labels=labels", 'labels=inputs["input_ids"]'), inputs)
     model, processor = names["again"], names["processor"]
     [shown] = blocks("docs/show.md", "python")
-    drawn = {"model": model, "processor": processor, "image": names["image"], "picture": names["image"]}
-    exec(shown, drawn)
+    unprune(model)
+    exec(shown, {"model": model, "processor": processor, "image": names["image"], "prompt": "<image> what is shown ?"})
+    assert Image.open("kept.png").width > 100
 
 
 def test_the_index(folder):
@@ -190,8 +194,6 @@ def test_the_index(folder):
 
     model = LlavaNextForConditionalGeneration.from_pretrained("checkpoint")
     processor = AutoProcessor.from_pretrained("checkpoint")
-    from PIL import Image
-
     inputs = processor(images=Image.open("cat.jpg").convert("RGB"), text="<image> what ?", return_tensors="pt")
     [code] = blocks("docs/index.md", "python")
     exec(local(code), {"model": model, "inputs": inputs, "labels": inputs["input_ids"]})

@@ -4,9 +4,12 @@ deal.py write FOLDER DTYPE        trains two steps at each stage, saves to FOLDE
 deal.py read FOLDER DTYPE FORM    loads each of FOLDER/zeroN (form: deepspeed or portable) at each stage, and
                                   compares every number with what was saved
 
-DEAL_STAGES names the stages, such as 0123.
+deal.py move FOLDER DTYPE FORM    loads FOLDER/zeroN of the first stage at the second
+
+DEAL_STAGES names the stages, such as 0123; DEAL_TRAIN has the optimizer's settings, as JSON.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from vtprune_train.config.train import TrainConfig
 from vtprune_train.models.io.export import Plan
 from vtprune_train.training.checkpoint import folder as folder_module
 from vtprune_train.training.checkpoint import manifest
@@ -29,8 +33,11 @@ from vtprune_train.training.engine import weights as weights_module
 from vtprune_train.training.engine.files import MASTER, DeepSpeedFiles
 from vtprune_train.training.engine.layout import flat_tensors
 from vtprune_train.training.engine.start import start_distributed, start_engine
+from vtprune_train.training.optimizer import OptimizerSpec
 
 STAGES = [int(stage) for stage in os.environ["DEAL_STAGES"]]
+MUON = {"muon": True} if "muon" in os.environ.get("DEAL_TRAIN", "") else {}
+OPTIMIZER = OptimizerSpec.of(TrainConfig(**json.loads(os.environ.get("DEAL_TRAIN", "{}"))))
 
 
 class Net(nn.Module):
@@ -51,21 +58,22 @@ def engine_at(stage, dtype, seed):
     torch.manual_seed(seed)
     net = Net()
     groups = [
-        {"params": [net.first.weight, net.last.weight], "weight_decay": 0.1, "part": "a"},
-        {"params": [net.first.bias, net.last.bias, net.single], "weight_decay": 0.0, "part": "b"},
+        {"params": [net.first.weight, net.last.weight], "lr": 0.05, "weight_decay": 0.1, "part": "a", **MUON},
+        {"params": [net.first.bias, net.last.bias, net.single], "lr": 0.05, "weight_decay": 0.0, "part": "b"},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.05, fused=True)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 6},
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
         "bf16": {"enabled": dtype == "bfloat16"},
     }
     if dtype == "bfloat16":  # what is frozen is left out of the files, as of an adapter: every start makes it alike
         net = net.bfloat16()
         nn.init.constant_(net.frozen.weight, 0.25)
         nn.init.constant_(net.frozen.bias, 0.5)
-    return start_engine(net, optimizer, settings)
+    return start_engine(net, groups, OPTIMIZER, settings)
 
 
 def train(engine, dtype, steps=2):
@@ -83,10 +91,13 @@ def numbers(engine):
     parts = {}
     for piece in engine.layout().pieces:
         states = inner.state[flats[piece.flat]]
-        for key, tensor in ((MASTER, flats[piece.flat]), *((k, states[k]) for k in ("exp_avg", "exp_avg_sq"))):
+        single = {key: float(value) for key, value in states.items() if not getattr(value, "ndim", 0)}
+        for key, tensor in {MASTER: flats[piece.flat], **states}.items():
+            if key in single:
+                parts.setdefault((piece.name, key), []).append((0, torch.tensor([single[key]])))
+                continue
             stretch = tensor.data.flatten()[piece.offset :][: piece.numel].clone()
             parts.setdefault((piece.name, key), []).append((piece.start, stretch))
-        parts.setdefault((piece.name, "step"), []).append((0, torch.tensor([float(states["step"])])))
     whole = {}
     for own in gather(parts):
         for key, stretches in own.items():
@@ -114,7 +125,7 @@ def write(folder, dtype):
         train(engine, dtype)
         with torch.no_grad():
             engine.module.counted.add_(0.5)
-        state = TrainerState(step=2, world_size=world_size(), zero_stage=stage)
+        state = TrainerState(step=2, world_size=world_size(), zero_stage=stage, optimizer=OPTIMIZER.name)
         checkpoints = CheckpointFolder(folder / f"zero{stage}", keep_last=1)
         checkpoints.save(engine, Quiet(), state, "")
         before = numbers(engine)
@@ -157,6 +168,9 @@ if __name__ == "__main__":
     folder_module.export_plan = weights_module.export_plan = lambda module: Plan({})  # see Quiet
     if command == "write":
         write(Path(where), dtype)
-    else:
+    elif command == "read":
         read(Path(where), dtype, *form)
+    else:
+        first, second = STAGES
+        load(engine_at(second, dtype, seed=2), Path(where) / f"zero{first}" / "step_00000002")
     shut_down()

@@ -131,7 +131,7 @@ def test_changed_settings_are_named(runs, copied):
     assert "run.seed: checkpoint 3, now 9" in done.stderr and "data.max_length: checkpoint 300, now 299" in done.stderr
     assert "train.init_from" in done.stderr and "Traceback" not in done.stderr
     done = runs.run(copied.name, *SETTINGS, "train.resume=never", expect=2)
-    assert "use another run.name" in done.stderr
+    assert "set another run.name" in done.stderr
     data = runs.folder / "data" / "train.json"
     kept = data.read_text()
     records = json.loads(kept)
@@ -175,7 +175,7 @@ def test_convert_and_resume_from_it(runs, copied, whole, capsys):
     assert not (step(copied, 2) / "deepspeed").exists() and manifest.verify(step(copied, 2)) is None
     (copied / "metrics.jsonl").unlink()  # the portable form restores it as well
     assert main(["checkpoint", "convert", str(copied)]) == 2
-    assert "has the portable form already" in capsys.readouterr().err
+    assert "already has the portable format" in capsys.readouterr().err
     runs.run(copied.name, *SETTINGS[:-1], "deepspeed=configs/deepspeed/zero2.json", ranks=2)
     metrics, expected = runs.metrics(copied.name), runs.metrics("whole")
     assert [m["data_digest"] for m in metrics] == [m["data_digest"] for m in expected]
@@ -194,6 +194,6 @@ def test_convert_elsewhere(copied, tmp_path, capsys):
 def test_nothing_to_look_at(tmp_path, capsys):
     for action in ("list", "verify", "convert"):
         assert main(["checkpoint", action, str(tmp_path)]) == 2
-        assert "holds no finished checkpoint" in capsys.readouterr().err
+        assert "contains no complete checkpoint" in capsys.readouterr().err
     assert main(["checkpoint", "list", str(tmp_path / "gone")]) == 2
     assert "does not exist" in capsys.readouterr().err

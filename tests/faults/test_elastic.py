@@ -1,5 +1,7 @@
 """A checkpoint of any ranks and ZeRO stage on any others: the same numbers and samples, nearly the same losses."""
 
+import json
+
 import pytest
 
 from tests.support.runner import ROOT, WARM, Runs
@@ -10,15 +12,16 @@ DEAL = ROOT / "tests" / "faults" / "deal.py"
 STAGES = "deepspeed=configs/deepspeed/zero{}.json"
 
 
-def deal(runs, ranks, *arguments, stages="0123"):
+def deal(runs, ranks, *arguments, stages="0123", train=None, expect=0):
     log = runs.folder / "deal.log"
-    env = {**runs.environment(), "DEAL_STAGES": stages}
+    env = {**runs.environment(), "DEAL_STAGES": stages, "DEAL_TRAIN": json.dumps(train or {})}
     with log.open("w+b") as said:
         process = WARM.start(
             [str(DEAL), *map(str, arguments)],
             ranks=ranks, cwd=ROOT, env=env, out=said.fileno(), err=said.fileno(),
         )  # fmt: skip
-        assert process.wait(timeout=280) == 0, log.read_text()[-4000:]
+        assert process.wait(timeout=280) == expect, log.read_text()[-4000:]
+    return log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,63 @@ def test_one_rank_to_two(runs):
     folder.mkdir()
     deal(runs, 1, "write", folder, "float32", stages="3")
     deal(runs, 2, "read", folder, "float32", "deepspeed", stages="3")
+
+
+LION = """
+import torch
+
+class Lion(torch.optim.Optimizer):
+    # Counts steps in a Python number, and sums rates in a tensor without dimensions.
+
+    def __init__(self, params, lr, weight_decay=0.0, beta=0.9):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"seen": 0, "average": torch.zeros_like(p), "rates": torch.zeros(())}
+                state["seen"] += 1
+                state["rates"] += group["lr"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(state["average"].lerp(p.grad, 1 - group["beta"]).sign(), alpha=group["lr"])
+                state["average"].lerp_(p.grad, 0.01)
+"""
+OPTIMIZERS = {
+    "sgd": {"optimizer": "torch.optim:SGD", "optimizer_args": {"momentum": 0.9}},
+    "plain_sgd": {"optimizer": "torch.optim:SGD"},
+    "muon": {"optimizer": "muon"},
+    "lion": {"optimizer": "FOLDER/lion_of_a_test.py:Lion"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_other_optimizers_at_every_stage(runs, name):
+    """One state, none, other states in each group, and a class outside the package; nothing knows their names."""
+    folder = runs.folder / name
+    folder.mkdir()
+    (folder / "lion_of_a_test.py").write_text(LION)
+    train = {**OPTIMIZERS[name], "optimizer": OPTIMIZERS[name]["optimizer"].replace("FOLDER", str(folder))}
+    deal(runs, 2, "write", folder, "float32", train=train)
+    deal(runs, 1, "read", folder, "float32", "portable", train=train)
+    deal(runs, 2, "read", folder, "float32", "deepspeed", train=train)
+
+
+def test_states_of_other_shapes_stay_whole(runs):
+    """Adafactor's, a row and a column for a matrix: carried over where every rank keeps whole parameters, and refused
+    where ZeRO divides them."""
+    folder = runs.folder / "adafactor"
+    folder.mkdir()
+    train = {"optimizer": "torch.optim:Adafactor"}
+    deal(runs, 2, "write", folder, "float32", stages="0", train=train)
+    deal(runs, 1, "read", folder, "float32", "deepspeed", stages="0", train=train)
+    deal(runs, 1, "read", folder, "float32", "portable", stages="0", train=train)
+    said = deal(runs, 1, "move", folder, "float32", "deepspeed", stages="02", train=train, expect=1)
+    assert "the optimizer state row_var of first.weight does not have a number for each element" in said
 
 
 @pytest.fixture(scope="module")

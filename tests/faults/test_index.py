@@ -244,7 +244,7 @@ def test_another_number_in_a_manifest_is_seen(tmp_path, caplog):
         assert f'"{key}": 5' in content
         (folder_of / "manifest.json").write_text(content.replace(f'"{key}": 5', f'"{key}": 4'))
         assert len(index_of(tmp_path, None)[0]) == 5
-    assert caplog.text.count("is damaged (manifest.json: its content does not fit its checksum)") == 2
+    assert caplog.text.count("is damaged (manifest.json: its content does not match its checksum)") == 2
 
 
 def test_a_table_that_is_a_file_is_made_again(tmp_path):
@@ -479,7 +479,7 @@ def test_a_run_on_a_damaged_table_indexes_again(runs):
     for name in ("text.npy", "tokens.npy"):
         zero_body(table_of(runs) / name)
     done = runs.run("zeroed", *SHORT, ranks=2)
-    assert f"the index in {table_of(runs)} is damaged (text.npy is cut off or changed); indexing again" in done.stderr
+    assert f"the index in {table_of(runs)} is damaged (text.npy is truncated or changed); indexing again" in done.stderr
     assert done.stderr.count("indexing again") == 1
     digests = [[step["data_digest"] for step in runs.metrics(name)] for name in ("zeroed", "whole")]
     assert digests[0] == digests[1]

@@ -86,7 +86,7 @@ def test_disk_full_during_a_save(runs, whole, ranks, rank):
     done = fail(runs, name, ranks, "disk_full", 1, rank)
     assert f"the checkpoint of step 3 could not be written: rank {rank}: OSError" in done.stderr
     assert f"No space left on device: '{runs.directory(name) / 'checkpoints' / 'step_00000003.partial'}/" in done.stderr
-    assert "step_00000002 is untouched" in done.stderr
+    assert "step_00000002 is unchanged" in done.stderr
     assert left(runs, name) == {"step_00000001", "step_00000002"}, "the partial one is removed"
     assert_resumes_to_the_bit(runs, name, whole, ranks)
 
@@ -95,7 +95,7 @@ def test_too_little_room_is_seen_before_writing(runs, whole):
     runs.run("room", *SETTINGS, STAGE[2], "run.stop_after=2", ranks=2)
     done = fail(runs, "room", 2, "little_room", 1)
     assert "the first save will stop the run" in done.stderr, "said at the start"
-    assert "GB free, the checkpoint of step 3 needs" in done.stderr and "nothing was written" in done.stderr
+    assert "GB free, but the checkpoint of step 3 needs" in done.stderr and "nothing was written" in done.stderr
     assert left(runs, "room") == {"step_00000001", "step_00000002"}
     assert_resumes_to_the_bit(runs, "room", whole, 2)
 

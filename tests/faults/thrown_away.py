@@ -14,6 +14,7 @@ from torch import nn
 
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine.start import start_distributed, start_engine
+from vtprune_train.training.optimizer import OptimizerSpec
 
 CASES = {
     "zero0": ({"stage": 0}, {}),
@@ -48,8 +49,8 @@ def start(zero, more):
     }
     if more:
         model = model.bfloat16()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    return start_engine(model, optimizer, settings)
+    groups = [{"params": list(model.parameters()), "lr": 1e-2}]
+    return start_engine(model, groups, OptimizerSpec("adamw", torch.optim.AdamW, {"fused": True}), settings)
 
 
 def accumulate(engine, step, poisoned):

@@ -16,6 +16,7 @@ from vtprune_train import PyramidDrop, prune, unprune
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.evaluation.answering import load_weights
 from vtprune_train.training.engine.start import start_engine
+from vtprune_train.training.optimizer import OptimizerSpec
 
 pytestmark = pytest.mark.slow
 
@@ -149,4 +150,5 @@ def test_an_engine_that_casts_buffers_is_refused(monkeypatch):
 
     monkeypatch.setattr("deepspeed.initialize", initialize)
     with pytest.raises(ConfigError, match=r"cast the buffer inv_freq from torch.float32 to torch.bfloat16"):
-        start_engine(model, torch.optim.SGD(model.parameters(), lr=1.0), {})
+        groups = [{"params": list(model.parameters()), "lr": 1.0}]
+        start_engine(model, groups, OptimizerSpec("sgd", torch.optim.SGD), {})

@@ -141,5 +141,5 @@ def as_parts(text, images):
 
 def test_a_sample_is_shown_before_the_first_step(trained):
     _, _, _, said = trained
-    assert "of them supervised, between [[ and ]]:\n" in said
+    assert "supervised (between [[ and ]]):\n" in said
     assert re.search(r"<s>\s?USER: <image> x \d+\s+what is number 0\? ASSISTANT:\[\[ ?red cat</s>\]\]\n", said)

@@ -138,7 +138,7 @@ dense = model(**inputs).logits
 prune(model, FastV(layer=2, keep=0.5))
 pruned = model(**inputs).logits
 assert pruned.isfinite().all() and not torch.equal(pruned[:, -1], dense[:, -1])
-assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == 10
+assert model.generate(**inputs, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape[1] == 10
 assert torch.equal(unprune(model)(**inputs).logits, dense)
 print("pruned")
 """

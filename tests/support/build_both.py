@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from vtprune_train.config.model import ModelConfig
 from vtprune_train.models.io.build import build_model
 from vtprune_train.models.io.placement import placement_of, whole_shape
-from vtprune_train.training.engine.sharded import Sharded, is_cut
+from vtprune_train.training.engine.sharded import Sharded, is_partitioned
 from vtprune_train.training.engine.start import start_distributed
 
 SETTINGS = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 3}}
@@ -37,7 +37,7 @@ def compare(folder: Path, dtype: str) -> None:
     assert whole.config.to_dict() == sharded.config.to_dict()
     assert whole.training == sharded.training
     for name, parameter in two.items():
-        assert is_cut(parameter) and parameter.ds_tensor.numel() <= one[name].numel() // 2 + 1, name
+        assert is_partitioned(parameter) and parameter.ds_tensor.numel() <= one[name].numel() // 2 + 1, name
         assert whole_shape(parameter) == one[name].shape, name
         with placement_of(sharded).whole([parameter]):
             assert torch.equal(parameter, one[name]) and parameter.dtype == one[name].dtype, name

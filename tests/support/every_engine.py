@@ -15,6 +15,7 @@ from torch import nn
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.training.engine import private
 from vtprune_train.training.engine.start import start_distributed, start_engine
+from vtprune_train.training.optimizer import OptimizerSpec
 
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -38,7 +39,8 @@ def start(dtype, zero, more):
         **more,
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return start_engine(model, torch.optim.AdamW(trained, lr=1e-2, fused=True), settings)
+    spec = OptimizerSpec("adamw", torch.optim.AdamW, {"fused": True})
+    return start_engine(model, [{"params": trained, "lr": 1e-2}], spec, settings)
 
 
 def main(path):

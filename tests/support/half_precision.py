@@ -23,8 +23,10 @@ from vtprune_train.models.io.build import build_model
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.training.engine.start import start_distributed, start_engine
+from vtprune_train.training.optimizer import OptimizerSpec
 
 LONG = [["what", "is", "shown", 0, *["a", "red", "cat", "on", "the", "left"] * 200]]
+ADAMW = OptimizerSpec("adamw", torch.optim.AdamW)
 STAGES = {"bfloat16": (0, 1, 2, 3), "float32": (0, 1, 2, 3)}  # DeepSpeed's CPU accelerator has no float16
 
 
@@ -81,8 +83,8 @@ def started(settings, reference, folder):
 
 
 def inside_engine(model, dtype, stage):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    return start_engine(model.eval(), optimizer, settings_of(dtype, stage)).module
+    groups = [{"params": list(model.parameters()), "lr": 1e-3}]
+    return start_engine(model.eval(), groups, ADAMW, settings_of(dtype, stage)).module
 
 
 def compared(reference, model, inputs):

@@ -259,6 +259,7 @@ VARYING = (
     "batches_ready",
     "tokens_per_second",
     "peak_memory_bytes",
+    "time",
 )
 
 

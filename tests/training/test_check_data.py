@@ -62,10 +62,10 @@ def test_a_run_refuses_before_it_starts(folder):
 def test_a_dry_run_looks_at_the_first_records(folder, capsys):
     assert dry_run(folder) == 0
     said = capsys.readouterr().out
-    assert f"data.train.0  {folder}/data/train.json: 8 first record(s) looked at; fields that are not read: " in said
+    assert f"data.train.0  {folder}/data/train.json: first 8 record(s) checked; ignored fields: " in said
     assert "'topic_note' (8)" in said and "data.eval.0" in said and "global_batch_size" not in said
     assert dry_run(folder, "train.global_batch_size=9") == 0
-    assert "train.global_batch_size=9 is larger than these 8 record(s) of data.train" in capsys.readouterr().out
+    assert "train.global_batch_size=9 is larger than the 8 record(s) of data.train" in capsys.readouterr().out
     (folder / "data" / "images" / "a.png").rename(folder / "data" / "images" / "b.png")
     assert dry_run(folder) == 2
     said = capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_a_dry_run_shows_a_sample_of_records_with_ignored_fields(folder, capsys)
 def test_a_recipe_of_the_package_is_looked_at_without_its_data(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert train_main(["--config", "quickstart.yaml", "--dry_run"]) == 0
-    assert "NOT LOOKED AT: none of it is here (data.root=runs/data/quickstart)" in capsys.readouterr().out
+    assert "NOT CHECKED: none of it is on this machine (data.root=runs/data/quickstart)" in capsys.readouterr().out
     assert train_main(["--config", "quickstart.yaml", "--dry_run", "data.root=nowhere"]) == 2
     assert "data.train.0.path: nowhere/train.json does not exist" in capsys.readouterr().err
     assert train_main(["--config", "quickstart.yaml", "--dry_run", "data.root=data", "data.train.0.images=x"]) == 2

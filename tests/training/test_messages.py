@@ -64,16 +64,16 @@ SETTINGS = [
     ("model.train.projector=.inf", "model.train: projector: the learning rate inf is not positive and finite"),
     ("run.name=a: b", "run.name: Input should be a valid string (it is {'a': 'b'})"),
     ("data.root=@x", "data.root: '@x' is not YAML: while scanning"),
-    ("data.root=@x", "quote a text: 'data.root=\"@x\"'"),
+    ("data.root=@x", "quote it: 'data.root=\"@x\"'"),
     ("train={clip: 1, clip: 2}", "train: '{clip: 1, clip: 2}' is not YAML: duplicate key 'clip' (line 1, column 11)"),
     ("deepspeed=ds.json", "deepspeed: ds.json is not JSON: Expecting property name enclosed in double quotes (line 2,"),
     ("deepspeed=latin.json", "latin.json is not JSON: it is not UTF-8 text (invalid continuation byte at byte 7)"),
     ("deepspeed=configs/deepspeed/zero9.json", "configs/deepspeed/zero3_offload.json; did you mean configs/deepspeed/"),
     ("deepspeed={zero_optimisation: {stage: 2}}", "deepspeed.zero_optimisation: unknown key; did you mean zero_optimi"),
-    ("deepspeed={zero_optimization: 2}", "deepspeed.zero_optimization=2: it takes keys, for example {stage: 2}"),
+    ("deepspeed={zero_optimization: 2}", "deepspeed.zero_optimization=2: must be a mapping, for example {stage: 2}"),
     ("data.template=vicuna", "data.template='vicuna' is unknown; known: plain, vicuna_v1"),
     ("model.config.text_config.num_attention_heads=3", "model.config: transformers refuses these sizes: The hidden si"),
-    ("run.output_dir=file", "run.output_dir: file/run cannot be written (file is a file); name a folder in which you "),
+    ("run.output_dir=file", "run.output_dir: file/run cannot be written (file is a file); choose a writable folder"),
     ("run.output_dir=file/x/y", "run.output_dir: file/x/y/run cannot be written (file is a file)"),
     ("run.output_dir=dangling", "run.output_dir: dangling/run cannot be written (dangling is a link to nowhere, which"),
     ("data.train=[{path: bad.json}]", "bad.json: not JSON (Expecting value, at byte 21: line 3, column 9)"),
@@ -158,27 +158,25 @@ def test_a_batch_larger_than_the_data(caplog):
     warn_of_batch(20, 20)
     assert not caplog.text
     warn_of_batch(128, 20)
-    assert "train.global_batch_size=128 is larger than an epoch, which has 20 sample(s): every step" in caplog.text
+    assert "train.global_batch_size=128 is larger than an epoch of 20 sample(s), so every step" in caplog.text
 
 
 def test_what_only_a_start_can_tell(tmp_path):
     """The device, and a folder that the system alone knows to refuse."""
     runs = Runs(tmp_path, num_train=3)
     for setting, words in (
-        ("model.dtype=float16", r"float16: a CPU cannot train in it; use model.dtype=(bfloat16 or )?float32"),
+        ("model.dtype=float16", r"float16 is not supported on this CPU; use model.dtype=(bfloat16 or )?float32"),
         ("run.output_dir=/proc/none", r"run.output_dir: /proc/none/refused cannot be written \(No such file"),
-        ("deepspeed={zero_optimization: {stage: 7}}", r"deepspeed.zero_optimization.stage: .*0, 1, 2.* \(it is 7\)"),
+        ("deepspeed={zero_optimization: {stage: 7}}", r"deepspeed.zero_optimization.stage: .*0, 1, 2.* \(got 7\)"),
         ("deepspeed={zero_optimization: {stge: 2}}", r"deepspeed.zero_optimization.stge: .*not permitted"),
     ):
         done = runs.run("refused", setting, expect=2)
         assert re.search(words, done.stderr) and "Traceback" not in done.stderr, done.stderr
     done = runs.run("big", "train.global_batch_size=50", "train.epochs=1", "data.eval=[]")
-    assert "train.global_batch_size=50 is larger than an epoch, which has 3 sample(s)" in done.stderr
-    assert "nothing is trained" not in done.stderr
+    assert "train.global_batch_size=50 is larger than an epoch of 3 sample(s)" in done.stderr
+    assert "nothing to train" not in done.stderr
     done = runs.run("big", "train.global_batch_size=50", "train.epochs=1", "data.eval=[]")
-    assert (
-        "nothing is trained: the checkpoint of run.name=big is at step 1, and the settings end at step 1" in done.stderr
-    )
+    assert "nothing to train: run.name=big has a checkpoint of step 1, and the settings end at step 1" in done.stderr
 
 
 def test_every_shipped_deepspeed_file_is_taken():
@@ -199,6 +197,6 @@ def test_a_run_from_before_a_setting_existed_resumes_with_what_it_did(tmp_path):
 def test_a_run_from_before_a_setting_was_recorded_is_warned_of(tmp_path, caplog):
     (tmp_path / "trainer.json").write_text(json.dumps({"identity": {"run.seed": 1}}))
     _check_identity(tmp_path, {"run.seed": 1, "data.tokenization": "processor"})
-    assert "did not have data.tokenization" in caplog.text
+    assert "by an older version without data.tokenization" in caplog.text
     with pytest.raises(ValueError, match=r"run\.seed: checkpoint 1, now 2"):
         _check_identity(tmp_path, {"run.seed": 2, "data.tokenization": "processor"})

@@ -1,4 +1,4 @@
-"""``vtprune estimate``: what dropping saves on a model, from its config and the sizes of pictures."""
+"""``vtprune estimate``: the savings of pruning, computed from a model's config and image sizes."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from vtprune_train.models.io.build import load_any_config, load_model_config, re
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_settings, saved_settings
 from vtprune_train.pruning.contract import check_method
 
-LARGEST = 10**6  # tokens of a sample are laid out one by one
+LARGEST = 10**6  # tokens of a sample; planning takes memory for each
 MOST_SAMPLES = 10**9
 MOST_CLOCKED = 1024
-OPTIONS = ("method", "layers", "keep")  # of a method that have their own; the others come by --set
+OPTIONS = ("method", "layers", "keep")  # method settings with an option of this name; others use --set
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def render(result: Estimate, *, published: bool = False) -> str:
-    """The estimate as plain text; with ``published`` by the paper's convention too."""
+    """Format the estimate as text; with ``published``, also in the paper's convention."""
     scale, unit = _unit(result.prefill_decoder.dense, "FLOP")
     lines = [*_describe(result), "", *_stage_table(result), ""]
     lines += _visual_lines(result)
@@ -102,14 +102,14 @@ def _stage_table(result: Estimate) -> list[str]:
 
 
 def _visual_lines(result: Estimate) -> list[str]:
-    """The same tokens counted in both ways, so that a budget can be compared with a paper's."""
+    """Visual tokens in both conventions, for comparison with budgets in papers."""
     visual, whole = result.visual, sum(image.tokens for image in result.sample.images)
     rows = [
-        ("enter a layer", visual.entering, "what the layers work on"),
-        ("leave a layer", visual.leaving, "as papers count: a drop behind a layer's work counts for that layer"),
-        ("stay in the cache", visual.cached, "keys that decoding reads"),
+        ("enter a layer", visual.entering, "tokens processed by the layers"),
+        ("leave a layer", visual.leaving, "as in papers: a drop after a layer counts for that layer"),
+        ("stay in the cache", visual.cached, "keys read during decoding"),
     ]
-    about = ", as planned: the method counts while it runs" if result.expected else ""
+    about = ", as planned; the method decides at run time" if result.expected else ""
     return [
         f"visual tokens of a sample, mean over {result.decoder.num_layers} layers, of {whole}{about}",
         *(f"  {label:<18}{_tenths(count):>9}{count / whole:>9.1%}   {note}" for label, count, note in rows),
@@ -117,13 +117,13 @@ def _visual_lines(result: Estimate) -> list[str]:
 
 
 def _tenths(count: float) -> str:
-    """One decimal, halves upwards, as papers round."""
+    """Round half up to one decimal, as papers do."""
     return f"{math.floor(10 * count + 0.5) / 10:.1f}"
 
 
 def _selector_line(result: Estimate, scale: float, unit: str) -> str:
     if not result.selector:
-        return "no selector" if result.schedule == "none" else "a selector that computes next to nothing"
+        return "no selector" if result.schedule == "none" else "negligible selector cost"
     ways = {"next_layer": " (next_layer projects keys)", "this_layer": " (this_layer projects nothing)"}
     how = ways.get(result.pruning.get("rank_with", ""), "")
     return f"selector {result.selector / scale:.4f} {unit}{how}"
@@ -146,7 +146,7 @@ def _totals(result: Estimate) -> list[str]:
         scale, unit = _unit(cost.dense, kind)
         numbers = f"{cost.dense / scale:>12.3f}{cost.pruned / scale:>12.3f}{cost.ratio:>12.3f}{word}"
         lines.append(f"{label:<28}{unit:<7}{numbers}")
-    lines.append("FLOP ratios, not measurements; decoder and whole model include head and selector")
+    lines.append("FLOP ratios, not measurements; decoder and whole model include the head and the selector")
     return lines
 
 
@@ -159,7 +159,7 @@ def _published_lines(result: Estimate) -> list[str]:
 
 
 def _unit(value: float, name: str) -> tuple[float, str]:
-    """The scale in which ``value`` is at least 1, and its unit."""
+    """The largest scale in which ``value`` is at least 1, and its unit."""
     return next(((scale, prefix + name) for scale, prefix in UNITS if value >= scale), (1.0, name))
 
 
@@ -168,10 +168,10 @@ def _split(text: Any) -> Any:
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
-    if found is None:
-        raise ValueError(f"{text!r} is no WIDTHxHEIGHT in pixels; for example 672x336")
-    return int(found[1]), int(found[2])
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not WIDTHxHEIGHT in pixels, for example 672x336")
+    return int(match[1]), int(match[2])
 
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -181,7 +181,7 @@ Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 
 
 class Request(BaseModel):
-    """The command line, checked; all that is wrong is reported at once."""
+    """Validated command-line arguments; all errors are reported at once."""
 
     config: str | None = None
     overrides: list[str] = []
@@ -205,32 +205,32 @@ class Request(BaseModel):
     @model_validator(mode="after")
     def _goes_together(self) -> Request:
         if (self.config is None) == (self.model is None):
-            raise ValueError("give one of --config FILE and --model FOLDER_OR_ID")
+            raise ValueError("pass either --config FILE or --model FOLDER_OR_ID")
         if self.model is not None and self.overrides:
-            raise ValueError(f"{self.overrides[0]!r}: key=value belongs to --config; with --model use the options")
+            raise ValueError(f"{self.overrides[0]!r}: key=value only works with --config; with --model use the options")
         if self.config is not None and self.pruning:
             key, value = next(iter(self.pruning.items()))
-            raise ValueError(f"--{key} belongs to --model; with --config write 'pruning.{key}={value}'")
+            raise ValueError(f"--{key} only works with --model; with --config write 'pruning.{key}={value}'")
         if self.method == "none" and len(self.pruning) > 1:
-            raise ValueError("--layers, --keep and --set have no effect with --method none; leave them out")
+            raise ValueError("--layers, --keep and --set have no effect with --method none; remove them")
         if self.resolution and self.visual_tokens:
-            raise ValueError("--resolution and --visual_tokens both say how large the pictures are; give one of them")
+            raise ValueError("pass either --resolution or --visual_tokens, not both")
         if not self.clock and (idle := sorted({"repeats", "device"} & self.model_fields_set)):
-            raise ValueError(f"--{idle[0]} has no effect without --clock; give batch sizes, for example --clock 1,8")
+            raise ValueError(f"--{idle[0]} has no effect without --clock; add batch sizes, for example --clock 1,8")
         return self
 
     @property
     def pruning(self) -> dict[str, Any]:
-        """The pruning settings that were given as options."""
-        given = {"method": self.method, "layers": self.layers, "keep": self.keep}
-        return {**{key: value for key, value in given.items() if value is not None}, **set_values(self.set)}
+        """Pruning settings from the options."""
+        options = {"method": self.method, "layers": self.layers, "keep": self.keep}
+        return {**{key: value for key, value in options.items() if value is not None}, **set_values(self.set)}
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Request:
-        """Check parsed arguments; the error has a line for each that is wrong."""
-        given = {key: value for key, value in vars(arguments).items() if value is not None}
+        """Validate parsed arguments; the error has one line per problem."""
+        values = {key: value for key, value in vars(arguments).items() if value is not None}
         try:
-            return cls.model_validate(given)
+            return cls.model_validate(values)
         except ValidationError as error:
             raise ValueError("\n".join(_explain(item) for item in error.errors())) from error
 
@@ -239,12 +239,12 @@ def _explain(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if not item["loc"]:
         return message
-    shown = "" if item["type"] == "value_error" else f" (it is {item['input']!r})"
-    return f"--{item['loc'][0]}: {message}{shown}"
+    value = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    return f"--{item['loc'][0]}: {message}{value}"
 
 
 def _from_config(request: Request) -> Subject:
-    from vtprune_train.training.loop.settings import with_saved_settings  # slow to import, and only needed here
+    from vtprune_train.training.loop.settings import with_saved_settings  # slow import, only needed here
 
     assert request.config is not None
     config = with_saved_settings(load_config(request.config, request.overrides))
@@ -267,33 +267,38 @@ def _from_checkpoint(request: Request) -> Subject:
     config = load_any_config(resolve_checkpoint(request.model), f"--model={request.model}", offline=True)
     saved = getattr(config, CONFIG_KEY, None)
     if saved is None:
-        settings, origin = {"method": "pyramiddrop"}, "PyramidDrop's defaults: the checkpoint has no settings"
+        settings, source_of_settings = (
+            {"method": "pyramiddrop"},
+            "PyramidDrop's defaults (the checkpoint has no pruning settings)",
+        )
     else:
-        origin = "the settings saved in the checkpoint"
+        source_of_settings = "the settings saved in the checkpoint"
         settings = saved if request.method is not None else saved_settings(config) or {}
-    given = {key: value for key, value in request.pruning.items() if key != "method"}
+    options = {key: value for key, value in request.pruning.items() if key != "method"}
     if request.method is not None:
-        settings, origin = named_method(request.method), "the command line"
-    elif given:
-        origin = f"the command line, and {origin}"
-    method = _method(settings, config, None if request.pruning else f"pruning in {request.model}: ", given)
+        settings, source_of_settings = named_method(request.method), "the command line"
+    elif options:
+        source_of_settings = f"the command line, and {source_of_settings}"
+    method = _method(settings, config, None if request.pruning else f"pruning in {request.model}: ", options)
     known = request.model in KNOWN_CONFIGS and not Path(request.model).exists()
     source = None if known else request.model
-    return Subject(request.model, config, method, origin, dtype=request.dtype or Subject.dtype, source=source)
+    return Subject(
+        request.model, config, method, source_of_settings, dtype=request.dtype or Subject.dtype, source=source
+    )
 
 
 def _method(
-    settings: Mapping[str, Any], config: PreTrainedConfig, place: str | None, given: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any], config: PreTrainedConfig, place: str | None, options: Mapping[str, Any] | None = None
 ) -> PruningMethod | None:
-    """The method with the settings ``given`` as options, if it fits the decoder's depth; ``place`` stands before what
-    does not, ``None`` for the options themselves."""
+    """Build the method from ``settings`` and ``options``, and check that it fits the decoder. ``place`` is the prefix
+    of errors; ``None`` means that they are about options."""
     num_layers = DecoderGeometry.of(config.get_text_config()).num_layers
     try:
-        method = method_from_settings(changed(settings, given or {}))
+        method = method_from_settings(changed(settings, options or {}))
         if method is not None:
             check_method(method, num_layers)
     except ValueError as error:
-        option = str(error).partition("=")[0] in OPTIONS  # else it came by --set
+        option = str(error).partition("=")[0] in OPTIONS  # otherwise from --set
         raise ValueError(f"{('--' if option else '') if place is None else place}{error}") from error
     family = family_of_type(config.model_type)
     if method is not None and family is not None:
@@ -302,34 +307,40 @@ def _method(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of ``vtprune estimate``; they are checked by :class:`Request`."""
+    """Declare the options of ``vtprune estimate``; :class:`Request` validates them."""
     parser.add_argument("--config", help="YAML file of a run: a path, or a name in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over --config")
-    parser.add_argument("--model", help="instead of --config: a checkpoint's folder, a run's folder, or a hub id")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of --config")
+    parser.add_argument("--model", help="instead of --config: checkpoint folder, run folder or hub id")
     add_trust_option(parser)
     parser.add_argument(
-        "--resolution", action="append", metavar="WIDTHxHEIGHT", help="a picture in pixels; again for more pictures"
+        "--resolution", action="append", metavar="WIDTHxHEIGHT", help="image size in pixels; repeat for several images"
     )
-    parser.add_argument("--visual_tokens", "--visual-tokens", metavar="N[,N]", help="counts instead of resolutions")
-    parser.add_argument("--text", metavar="N", help=f"text tokens without the answer (default {TYPICAL_TEXT})")
-    parser.add_argument("--answer", metavar="N", help=f"generated or supervised tokens (default {TYPICAL_ANSWER})")
+    parser.add_argument(
+        "--visual_tokens", "--visual-tokens", metavar="N[,N]", help="numbers of visual tokens, instead of --resolution"
+    )
+    parser.add_argument("--text", metavar="N", help=f"text tokens excluding the answer (default {TYPICAL_TEXT})")
+    parser.add_argument(
+        "--answer", metavar="N", help=f"tokens of the answer, generated or supervised (default {TYPICAL_ANSWER})"
+    )
     parser.add_argument("--batch", metavar="N", help="samples (default 1)")
     parser.add_argument("--method", help=f"{METHOD_HELP} (default: what the checkpoint has saved, or pyramiddrop)")
-    parser.add_argument("--layers", metavar="N,N", help="drop before these layers")
-    parser.add_argument("--keep", metavar="X,X", help="shares of the original tokens that remain")
+    parser.add_argument("--layers", metavar="N,N", help="layers before which tokens are dropped")
+    parser.add_argument("--keep", metavar="X,X", help="keep ratios after each drop, relative to the original tokens")
     add_set_option(parser)
-    parser.add_argument("--dtype", help="of the cache: float32, bfloat16, float16 (default: the config's, or bfloat16)")
-    parser.add_argument("--published", action="store_true", help="add FLOPs by the paper's convention")
+    parser.add_argument("--dtype", help="cache dtype: float32, bfloat16, float16 (default: the config's, or bfloat16)")
+    parser.add_argument("--published", action="store_true", help="also print FLOPs in the paper's convention")
     parser.add_argument(
-        "--clock", metavar="N[,N]", help="also measure seconds here at these batch sizes, with random weights: 1,8"
+        "--clock",
+        metavar="N[,N]",
+        help="also measure the time on this machine with random weights, at these batch sizes: 1,8",
     )
-    parser.add_argument("--repeats", metavar="N", help="of --clock (default 3)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="of --clock; auto: CUDA if there is one")
-    parser.add_argument("--json", dest="report", metavar="FILE", help="also write everything as JSON")
+    parser.add_argument("--repeats", metavar="N", help="repetitions for --clock (default 3)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="device for --clock; auto: CUDA if available")
+    parser.add_argument("--json", dest="report", metavar="FILE", help="also write all numbers as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Estimate, and with ``--clock`` measure; print both."""
+    """Print the estimate, and with ``--clock`` the measured time."""
     request = Request.of(arguments)
     subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
     images = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
@@ -357,4 +368,4 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
-        raise ValueError(f"--json={path}: cannot be written ({error.strerror})") from error
+        raise ValueError(f"--json={path}: cannot write the file ({error.strerror})") from error

@@ -18,6 +18,7 @@ from vtprune_train.config.messages import explain
 from vtprune_train.config.paths import find_file
 from vtprune_train.config.pruning import DEFAULT_METHOD, TRAINING_ONLY
 from vtprune_train.config.settings import Config
+from vtprune_train.core.user_code import is_path
 from vtprune_train.files.parse import parse_value, read_json_object
 
 log = logging.getLogger(__name__)
@@ -156,9 +157,22 @@ def without_effect(config: Config) -> list[str]:
     if config.train.on_non_finite == "stop" and config.data.unsupervised == "error":
         keys = sorted({"max_skipped", "max_skipped_in_a_row"} & config.train.model_fields_set)
         lines += [f"train.{key} has no effect: no setting allows skipped steps" for key in keys]
+    lines += _rates_without_effect(config)
     if config.model.tokenizer is not None and config.train.init_from is not None:
         lines.append("model.tokenizer has no effect: train.init_from has a tokenizer")
     return lines
+
+
+def _rates_without_effect(config: Config) -> list[str]:
+    train = config.train
+    schedule, optimizer = f"train.schedule is {train.schedule}", f"train.optimizer is {train.optimizer}"
+    idle = {
+        "decay_ratio": (train.schedule != "wsd", schedule),
+        "min_rate": (train.schedule == "constant" or is_path(train.schedule), schedule),
+        "betas": (is_path(train.optimizer), optimizer),
+    }
+    keys = [key for key, (is_idle, _) in idle.items() if is_idle and key in train.model_fields_set]
+    return [f"train.{key} has no effect: {idle[key][1]}" for key in keys]
 
 
 def _sources_without_effect(config: Config, which: Literal["train", "eval"]) -> list[str]:

@@ -23,6 +23,8 @@ OTHER_LIBRARIES = {  # our setting: its names in other libraries
     "train.warmup_ratio, a share of all steps": "warmup_steps",
     "train.clip": "max_grad_norm grad_clip",
     "train.schedule": "lr_scheduler_type scheduler",
+    "train.min_rate, a share of the peak rate": "min_lr min_lr_ratio",
+    "train.optimizer": "optim optimizer_name",
     "train.activation_checkpointing": "gradient_checkpointing",
     "model.dtype": "bf16 fp16 torch_dtype precision",
     "train.save_every": "save_steps save_interval",

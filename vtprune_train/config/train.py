@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from vtprune_train.config.errors import did_you_mean
 from vtprune_train.config.section import Section
+from vtprune_train.core.user_code import is_path
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 class TrainConfig(Section):
@@ -20,9 +25,21 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(
         0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises, rounded up."
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Learning-rate schedule after warmup."
+    schedule: str = Field(
+        "cosine",
+        description="Learning-rate schedule: `cosine`, `linear`, `constant`, `wsd`, or the path of a function. "
+        "`wsd` is warmup-stable-decay; a function has the form `(update, total_updates, warmup_updates) -> factor`.",
     )
+    decay_ratio: float = Field(
+        0.1, ge=0, le=1, description="Share of all steps in which `wsd` decays the learning rate."
+    )
+    min_rate: float = Field(
+        0.0, ge=0, le=1, description="Learning rate at the end of the decay, as a share of the peak."
+    )
+    optimizer: str = Field(
+        "adamw", description="`adamw`, `adamw_8bit`, `muon`, or the path of a `torch.optim.Optimizer`."
+    )
+    optimizer_args: dict[str, Any] = Field({}, description="Further arguments of the optimizer's class.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay, not applied to biases and norms.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Betas of AdamW.")
     clip: float = Field(0.0, ge=0, description="Largest gradient norm; larger ones are scaled down. 0: no clipping.")
@@ -47,7 +64,11 @@ class TrainConfig(Section):
         "depend on the images.",
     )
     eval_show: int = Field(
-        0, ge=0, description="Images per evaluation to draw with their kept tokens, for TensorBoard; 0 draws none."
+        0, ge=0, description="Images per evaluation to draw with their kept tokens, for the trackers; 0 draws none."
+    )
+    trackers: list[str] = Field(
+        ["tensorboard"],
+        description="Trackers that get every number: tensorboard, wandb, or another one that Accelerate supports.",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop",
@@ -93,6 +114,17 @@ class TrainConfig(Section):
     max_restarts: int = Field(
         0, ge=0, description="Restarts from the newest checkpoint after a failure, under `vtprune launch`."
     )
+
+    @field_validator("optimizer", "schedule")
+    @classmethod
+    def _known_name(cls, value: str, info: ValidationInfo) -> str:
+        names = OPTIMIZERS if info.field_name == "optimizer" else SCHEDULES
+        if value not in names and not is_path(value):
+            raise ValueError(
+                f"unknown {info.field_name} {value!r}{did_you_mean(value, names)}; or give a path: package.module:Name "
+                "or path/to/file.py:Name"
+            )
+        return value
 
     @field_validator(
         "activation_checkpointing",

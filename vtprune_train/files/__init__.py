@@ -1,1 +1,1 @@
-"""Files that are complete on disk or absent, checksums, and reading files that cannot be trusted."""
+"""Atomic file writes, checksums, and safe reading of untrusted files."""

@@ -1,7 +1,7 @@
-"""Files that are checked before they are trusted.
+"""Files with checksums.
 
-A *sealed* file holds bytes with a digest of them and of what they belong to. A *sealed folder* has a ``manifest.json``,
-written last, with the size and the CRC-32 of each of its files.
+A *sealed* file contains bytes, a digest of them and a digest of an identity string. A *sealed folder* has a
+``manifest.json``, written last, with the size and the CRC-32 of each of its files.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
 BLOCK = 1 << 20
 
-Sums = Mapping[str, list[int]]  # of each file of a folder: its size in bytes and its CRC-32
+Sums = Mapping[str, list[int]]  # file name -> [size in bytes, CRC-32]
 
 
 class NewFile(ABC):
-    """A new file, written from front to back while its checksum is computed; on disk once it is closed.
+    """A new file that is written sequentially while its checksum is computed. After closing, it is on disk.
 
     Attributes:
         size: bytes written.
-        error: what a write ended with, for callers whose library hides it behind an error of its own.
+        error: the error of a failed write, for callers whose library raises another one instead.
     """
 
     def __init__(self, path: Path):
@@ -41,7 +41,7 @@ class NewFile(ABC):
 
     @abstractmethod
     def update(self, content: Any) -> None:
-        """Add ``content`` to the checksum."""
+        """Update the checksum with ``content``."""
 
     def write(self, content: Any) -> int:
         self.update(content)
@@ -69,7 +69,7 @@ class NewFile(ABC):
 
 
 class SummedFile(NewFile):
-    """With the CRC-32 of a sealed folder's files."""
+    """Computes the CRC-32 that a sealed folder's manifest has."""
 
     crc = 0
 
@@ -82,7 +82,7 @@ class SummedFile(NewFile):
 
 
 class HashedFile(NewFile):
-    """With the SHA-256 of a checkpoint's files; other threads work while it hashes."""
+    """Computes the SHA-256 that a checkpoint's manifest has. Hashing releases the GIL."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -93,26 +93,26 @@ class HashedFile(NewFile):
 
 
 def write_sealed(path: Path, content: bytes, identity: str) -> None:
-    """Write ``content`` as what ``identity`` says, whole or not at all, in place of whatever has the name."""
+    """Write ``content`` with its ``identity``, atomically. Replaces an existing file or folder."""
     if path.is_dir():
         remove(path)
     replace_synced(path, content + _digest(identity.encode()) + _digest(content))
 
 
 def read_sealed(path: Path, identity: str) -> bytes:
-    """What :func:`write_sealed` wrote.
+    """Read a file that :func:`write_sealed` wrote.
 
     Raises:
-        ValueError: it is damaged, or was written as something else; says which.
-        OSError: it cannot be read.
+        ValueError: the file is damaged or has another identity.
+        OSError: the file cannot be read.
     """
     check_regular(path)
     whole = path.read_bytes()
     content, name, digest = whole[: -2 * DIGEST_BYTES], whole[-2 * DIGEST_BYTES : -DIGEST_BYTES], whole[-DIGEST_BYTES:]
     if len(whole) < 2 * DIGEST_BYTES or _digest(content) != digest:
-        raise ValueError(f"its {len(whole)} bytes are cut off or changed")
+        raise ValueError(f"its {len(whole)} bytes are truncated or changed")
     if name != _digest(identity.encode()):
-        raise ValueError("it belongs to something else")
+        raise ValueError("it has another identity")
     return content
 
 
@@ -121,14 +121,14 @@ def _digest(content: bytes) -> bytes:
 
 
 def seal(folder: Path, manifest: Mapping[str, Any], sums: Sums) -> None:
-    """Write the manifest of a folder whose files are on disk."""
+    """Write the manifest of a folder whose files are already on disk."""
     text = json.dumps({**manifest, "sums": dict(sums)}, indent=1)
     content = json.dumps({**json.loads(text), "checksum": zlib.crc32(text.encode())}, indent=1)
     replace_synced(folder / MANIFEST, content)
 
 
 def seal_as_it_is(folder: Path) -> None:
-    """Seal a folder of files that others have written."""
+    """Sync, checksum and seal a folder of existing files."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         sync(path)
@@ -136,45 +136,45 @@ def seal_as_it_is(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a sealed folder, its ``sums`` included; its files are not looked at.
+    """Read the manifest of a sealed folder, including ``sums``, without checking its files.
 
     Raises:
-        ValueError: it is damaged.
-        OSError: it cannot be read.
+        ValueError: the manifest is damaged.
+        OSError: the manifest cannot be read.
     """
     check_regular(folder / MANIFEST)
     manifest = json.loads((folder / MANIFEST).read_bytes())
     if not isinstance(manifest, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     checksum = manifest.pop("checksum", None)
     if zlib.crc32(json.dumps(manifest, indent=1).encode()) != checksum:
-        raise ValueError("its content does not fit its checksum")
+        raise ValueError("its content does not match its checksum")
     return manifest
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a sealed folder; empty if nothing is. Reads all of its files."""
+    """Check all files of a sealed folder. Returns the first problem, or an empty string."""
     try:
         sums = read_manifest(folder)["sums"]
     except (OSError, ValueError, KeyError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
     for name, expected in sums.items():
         try:
-            found = checksum(folder / name)
+            actual = checksum(folder / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found != expected:
-            return f"{name} is cut off or changed"
+        if actual != expected:
+            return f"{name} is truncated or changed"
     return ""
 
 
 class Watch:
-    """Notices that a file of a sealed folder is changed in place while it is mapped. One that is removed, or replaced
-    by another, stays what it was for those who have mapped it.
+    """Detects in-place changes to the files of a sealed folder while they are memory-mapped. A file that is removed or
+    replaced keeps its content for processes that have mapped it.
 
     Args:
-        folder: whose files have just been checked.
-        sums: of its manifest.
+        folder: the folder; its files have just been checked.
+        sums: from its manifest.
     """
 
     def __init__(self, folder: Path, sums: Sums):
@@ -182,21 +182,22 @@ class Watch:
         self._stamps = {name: _stamp(folder / name) for name in sums}
 
     def changed(self) -> str:
-        """The name of a file that was changed; empty if there is none."""
+        """The name of a changed file; empty if there is none."""
         return next((name for name in self._stamps if self._is_changed(name)), "")
 
     def _is_changed(self, name: str) -> bool:
-        found, known = _stamp(self.folder / name), self._stamps[name]
-        if found == known or not found or not known or found[0] != known[0]:
+        now, before = _stamp(self.folder / name), self._stamps[name]
+        if now == before or not now or not before or now[0] != before[0]:
             return False
         if checksum(self.folder / name) != self.sums[name]:
             return True
-        self._stamps[name] = found  # another owner, another link to it
+        self._stamps[name] = now  # only the owner or the number of links changed
         return False
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Changes with every change in place, whatever times are given to the file; empty if there is none."""
+    """File metadata that differs after every in-place change, even if its times were reset; empty if there is no
+    file."""
     try:
         state = path.stat()
     except OSError:
@@ -205,16 +206,16 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse to read what is no regular file: a pipe or a device may have no end.
+    """Check that a path is a regular file. (Reading a pipe or device may never end.)
 
     Raises:
-        OSError: there is something else, or nothing.
+        OSError: it is something else, or does not exist.
     """
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def checksum(path: Path) -> list[int]:

@@ -1,5 +1,4 @@
-"""Files that are on disk when a function returns, whole under their name or not there at all, and errors that name the
-file."""
+"""Durable and atomic file operations, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -14,17 +13,17 @@ from pathlib import Path
 from filelock import FileLock
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # of a folder
-RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers report an error of the system
+NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # file systems that cannot sync a folder
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # in errors of safetensors and tokenizers
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make an error of the operating system name ``path``: those of ``write`` and ``fsync`` (a full disk, a quota, a
-    failing device) name no file, and those of libraries in Rust are no ``OSError``.
+    """Add ``path`` to errors of the operating system. Those of ``write`` and ``fsync`` (a full disk, a quota, a failing
+    device) do not contain a file name, and those of Rust libraries are not of type ``OSError``.
 
     Raises:
-        OSError: what was raised inside, with a file name.
+        OSError: the error raised inside, with a file name.
     """
     try:
         yield
@@ -42,19 +41,20 @@ def _complete(error: OSError, path: Path) -> OSError:
     if error.errno is not None and error.filename is None:
         error.filename = str(path)
     if error.errno in NO_ROOM and not hasattr(error, "__notes__"):
-        error.add_note("Make room there and start again; what is finished is kept")
+        error.add_note("Free disk space and start again; finished work is kept")
     return error
 
 
 def locked(path: Path) -> FileLock:
-    """A lock by a file, to be entered. A folder or a link that has its name goes: no process can hold that."""
+    """A file lock, to be used in a ``with`` statement. A folder or link at ``path`` is removed first: it cannot be a
+    lock that a process holds."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         remove(path)
     return FileLock(str(path))
 
 
 def write_synced(path: Path, data: str | bytes) -> None:
-    """Write a file; it is on disk when this returns."""
+    """Write a file and sync it to disk."""
     with naming(path), path.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
@@ -62,11 +62,10 @@ def write_synced(path: Path, data: str | bytes) -> None:
 
 
 def replace_synced(path: Path, data: str | bytes) -> None:
-    """Write a file anew: at any moment ``path`` holds the old content or the new one, and it is on disk when this
-    returns.
+    """Replace a file atomically and sync it to disk: ``path`` always has either the old or the new content.
 
     Raises:
-        OSError: it cannot be written, or there is a folder in its place that holds something; names ``path``.
+        OSError: the file cannot be written, or ``path`` is a folder that is not empty; the error names ``path``.
     """
     partial = path.with_name(f"{path.name}.tmp")
     remove(partial)
@@ -82,15 +81,15 @@ def replace_synced(path: Path, data: str | bytes) -> None:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Rename a folder that is on disk to its name, in place of whatever has it; the name is on disk then."""
+    """Rename a folder that is on disk to ``path``, replacing what is there, and sync the new name."""
     remove(path)
     partial.replace(path)
     sync(path.parent)
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Delete whatever is there: a file, a link (not what it leads to) or a folder with all it holds; nothing is fine
-    too. With ``ignore_errors`` what cannot be deleted in a folder stays."""
+    """Delete a file, a link (not its target) or a folder with its content, if it exists. With ``ignore_errors``, files
+    in a folder that cannot be deleted are kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
@@ -98,8 +97,8 @@ def remove(path: Path, ignore_errors: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's list of names, to disk. Some network file systems refuse the latter; there it
-    is left to them, as databases do."""
+    """Sync a file, or a folder's directory entries, to disk. Some network file systems cannot sync folders; that is
+    ignored, as databases do."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -10,7 +10,7 @@ import yaml
 
 
 def _read(path: Path, kind: str) -> str:
-    """The text of a file that should be ``kind``; errors name the file."""
+    """Read a text file that should be of the format ``kind``; errors name the file."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -21,10 +21,10 @@ def _read(path: Path, kind: str) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
+    """Read a YAML file.
 
     Raises:
-        ValueError: it cannot be read, is not YAML or has a key twice; names the line and column.
+        ValueError: the file cannot be read, is not YAML or has a duplicate key; the error names line and column.
     """
     try:
         return yaml.load(_read(path, "YAML"), _NoDuplicates)
@@ -33,10 +33,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        ValueError: it cannot be read or is not JSON; names the line and column.
+        ValueError: the file cannot be read or is not JSON; the error names line and column.
     """
     try:
         return json.loads(_read(path, "JSON"))
@@ -45,32 +45,32 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds settings by name.
+    """Read a JSON file that contains an object.
 
     Raises:
-        ValueError: see :func:`read_json`, or it holds something else.
+        ValueError: see :func:`read_json`; or the file does not contain an object.
     """
     loaded = read_json(path)
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a JSON object")
+        raise ValueError(f"{path} contains a {type(loaded).__name__}, not a JSON object")
     return loaded
 
 
 def parse_value(text: str, key: str) -> Any:
-    """The value of an override; empty text is null.
+    """Parse the value of an override; empty text is null.
 
     Raises:
-        ValueError: it is not YAML; says how to quote it.
+        ValueError: it is not YAML; the error shows how to quote it.
     """
     try:
         return yaml.load(text, _NoDuplicates) if text else None
     except yaml.YAMLError as error:
         quoted = f"""'{key}="{text}"'"""
-        raise ValueError(f"{key}: {text!r} is not YAML: {_problem(error)}; quote a text: {quoted}") from error
+        raise ValueError(f"{key}: {text!r} is not YAML: {_problem(error)}; quote it: {quoted}") from error
 
 
 class _NoDuplicates(yaml.SafeLoader):
-    """YAML in which a duplicate key is an error: PyYAML would silently drop the first value."""
+    """YAML loader that rejects duplicate keys; PyYAML would silently keep the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -86,7 +86,7 @@ class _NoDuplicates(yaml.SafeLoader):
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    """What is wrong, and where."""
+    """The problem with its line and column."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
     context = f"{error.context}: " if getattr(error, "context", None) else ""  # type: ignore[attr-defined]

@@ -1,10 +1,9 @@
-"""Files of ``torch.save``, read without running what they name.
+"""Reads files of ``torch.save`` without running code in them.
 
-A pickle names functions and calls them, so opening a foreign one runs foreign code. What is read here holds tensors,
-numbers and containers alone: every name in a file is compared with a list before the file is opened, and opened it is
-by PyTorch's restricted unpickler (``weights_only``), which has a list of its own. Classes that DeepSpeed writes are
-read as plain numbers, so DeepSpeed is not needed to look at its files.
-"""
+A pickle names functions and calls them, so opening an untrusted one can run any code. The files read here contain only
+tensors, numbers and containers: before a file is opened, every name in it is checked against an allow list; it is then
+opened by PyTorch's restricted unpickler (``weights_only``), which has its own list. DeepSpeed's classes are read as
+plain numbers, so that reading its files does not need DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # as pickles of protocol 2 name things
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names in pickles of protocol 2
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -30,7 +29,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-# What DeepSpeed's files name, and what is made of it: neither can do anything.
+# Classes in DeepSpeed's files and their harmless replacements.
 STAND_INS: dict[str, Callable[..., Any]] = {
     "deepspeed.runtime.zero.config.ZeroStageEnum": int,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": SimpleNamespace,
@@ -44,37 +43,37 @@ TENSORS = frozenset(
     }
 )  # fmt: skip
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-UNPICKLER = "WeightsUnpickler error:"  # what PyTorch writes before what is wrong
-UNKNOWN, UNREADABLE = "a name made while it is read", "instructions that cannot be made out"
-NAMING = ("GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # instructions of those that are older than STACK_GLOBAL
-ADVICE = "In PyTorch 2.6, we changed"  # what its advice to trust a file begins with
-LARGEST_PICKLE = 1 << 30  # bytes, in a zip file
-LARGEST_UNPACKED = 1 << 26  # bytes, of a compressed file
+UNPICKLER = "WeightsUnpickler error:"  # PyTorch's prefix of the problem
+UNKNOWN, UNREADABLE = "a name computed while unpickling", "unreadable instructions"
+NAMING = ("GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # instructions of protocols before STACK_GLOBAL that name code
+ADVICE = "In PyTorch 2.6, we changed"  # the start of PyTorch's advice to trust a file
+LARGEST_PICKLE = 1 << 30  # most bytes read from an entry of a zip file
+LARGEST_UNPACKED = 1 << 26  # most bytes unpacked from a compressed file
 ZIP, NUMPY, TAR, TAR_AT = b"PK\x03\x04", b"\x93NUMPY", b"ustar", 257
 COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-CONTAINERS = (ZIP, NUMPY, *COMPRESSED)  # files that may hold pickles, by their first bytes
-OBJECTS = re.compile(rb"['\"][|<>=]?O\d*['\"]")  # the dtype in the header of a NumPy array that is a pickle
-HUFFMAN = 1 << 10  # bytes, more than the tables before the first compressed byte take
-DEEPEST = 3  # containers in containers
-LEGACY_PICKLES = 5  # that torch.save wrote one after the other before it wrote zip files
+CONTAINERS = (ZIP, NUMPY, *COMPRESSED)  # first bytes of files that may contain pickles
+OBJECTS = re.compile(rb"['\"][|<>=]?O\d*['\"]")  # dtype in the header of a NumPy array that contains a pickle
+HUFFMAN = 1 << 10  # bytes; larger than the tables before the first compressed byte
+DEEPEST = 3  # nesting depth of containers
+LEGACY_PICKLES = 5  # number that torch.save wrote in sequence before it wrote zip files
 MOST_PICKLES = 10_000  # in one file
 
 
 class ForeignCodeError(ValueError):
-    """A file names code that opening it would run; nothing of it was run."""
+    """Opening a file would run code; none was run."""
 
 
 def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> dict[str, Any]:
-    """The dictionary that :func:`torch.save` wrote to a file.
+    """Read a dictionary that :func:`torch.save` wrote to a file.
 
     Args:
-        path: of the file.
-        mmap: map the tensors instead of reading them.
+        path: the file.
+        mmap: memory-map the tensors instead of reading them.
         map_location: as for :func:`torch.load`.
 
     Raises:
-        ForeignCodeError: it names something else than tensors, numbers and what DeepSpeed's files hold.
-        ValueError: it is damaged, or not such a file.
+        ForeignCodeError: the file names something other than tensors, numbers and DeepSpeed's classes.
+        ValueError: the file is damaged or does not contain a dictionary.
     """
     check(Path(path))
     stand_ins = [(stand_in, name) for name, stand_in in STAND_INS.items()]
@@ -84,12 +83,12 @@ def read(path: str | Path, *, mmap: bool = False, map_location: Any = "cpu") -> 
     except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as tensors and numbers ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not the tensors that training writes, by name")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not a dictionary of tensors")
     return content
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line, without PyTorch's advice to trust the file."""
+    """The first line of an error message, without PyTorch's advice to trust the file."""
     lines = [line.partition(ADVICE)[0].strip() for line in str(error).rpartition(UNPICKLER)[2].splitlines()]
     said = [line for line in lines if line and line != "Weights only load failed."]
     return said[0] if said else type(error).__name__
@@ -100,8 +99,8 @@ _torch_load = torch.load
 
 @contextmanager
 def for_torch_load(finish: Callable[[Any], Any]) -> Iterator[None]:
-    """Within it, whatever calls :func:`torch.load` gets :func:`read`, followed by ``finish``: for a library that opens
-    its files with ``weights_only=False``."""
+    """Context manager in which :func:`torch.load` is replaced by :func:`read` followed by ``finish``, for a library
+    that opens its files with ``weights_only=False``."""
 
     def load(f: Any, map_location: Any = "cpu", *_: Any, mmap: bool | None = None, **__: Any) -> Any:
         return finish(read(f, mmap=bool(mmap), map_location=map_location))
@@ -115,51 +114,51 @@ def for_torch_load(finish: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def check(path: Path) -> None:
-    """Look at what a file names.
+    """Check the names in a file against the allow list.
 
     Raises:
-        ForeignCodeError: naming the file and what is not taken.
+        ForeignCodeError: with the file and the names that are not allowed.
     """
     names = foreign_names(path)
     if names == [UNREADABLE]:
-        raise ForeignCodeError(f"{path} is damaged: a pickle in it cannot be made out, so it is not opened")
+        raise ForeignCodeError(f"{path} is damaged: a pickle in it cannot be parsed, so the file is not opened")
     if names:
         raise ForeignCodeError(
-            f"{path} names {', '.join(names)}: reading it the usual way would run that code. Nothing of it was run. "
-            "Weights and optimizer states are tensors and numbers alone, so this file was made for something else, or "
-            "changed since: take it from a copy that you trust"
+            f"{path} names {', '.join(names)}: loading it with torch.load would run that code. None of it was run. "
+            "A checkpoint contains only tensors and numbers, so this file is something else or was changed; restore it "
+            "from a copy that you trust"
         )
 
 
 def check_folder(folder: Path) -> None:
-    """:func:`check` for all files in a folder and below.
+    """Run :func:`check` on all files in a folder, recursively.
 
     Raises:
-        ForeignCodeError: for the first file with such names.
+        ForeignCodeError: for the first file with names that are not allowed.
     """
     for path in pickled_files(folder):
         check(path)
 
 
 def pickled_files(folder: Path) -> list[Path]:
-    """Files in a folder and below that are pickles, may hold some, or are called like one."""
+    """Files in a folder, recursively, that are or may contain pickles, or have the suffix of one."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and may_hold_pickles(path)]
 
 
 def may_hold_pickles(path: Path) -> bool:
-    """Whether a file is a pickle or a container of some by its content, or is called like a pickle."""
+    """Whether a file's content is a pickle or a container that may have some, or its suffix is that of a pickle."""
     with path.open("rb") as file:
         return _has_suffix(path) or _is_container(file) or _begins_as_pickle(file)
 
 
 def foreign_names(path: Path) -> list[str]:
-    """The functions and classes that a file names beyond those that :func:`read` takes, as ``module.name``. The file is
-    not opened as a pickle, only its instructions are looked at, also in archives, compressed files and NumPy's; one
-    that is no pickle names nothing."""
+    """The functions and classes in a file that :func:`read` does not allow, as ``module.name``. Nothing is unpickled:
+    only the instructions are parsed, also in archives, compressed files and NumPy files. A file that is not a pickle
+    has none."""
     with path.open("rb") as file:
-        # Files of other kinds (safetensors, DeepSpeed's swap files) may begin as a pickle does, by chance.
+        # Other files (safetensors, DeepSpeed's swap files) may start like a pickle by chance.
         is_pickle = _has_suffix(path) and _is_pickle(file.read(2))
-        return sorted(name for name in _names_in(file, is_pickle, 0) if not _is_taken(name))
+        return sorted(name for name in _names_in(file, is_pickle, 0) if not _is_allowed(name))
 
 
 def _has_suffix(path: Path) -> bool:
@@ -177,14 +176,14 @@ def _is_tar(file: BinaryIO) -> bool:
 
 
 def _names_in(file: BinaryIO, is_pickle: bool, depth: int) -> set[str]:
-    """Names in a file, or in one inside a container."""
+    """Names in a file or in a member of a container."""
     file.seek(0)
     begin = file.read(8)
     names = _names_in_zip(file, depth) if zipfile.is_zipfile(file) else set()
     if begin.startswith(ZIP):
         return names
     if not is_pickle:
-        names.discard(UNREADABLE)  # the end of another file, which looks like a zip file's by chance
+        names.discard(UNREADABLE)  # not a zip file after all: the end looked like one by chance
     if _is_tar(file):
         names |= _names_in_tar(file, depth)
     file.seek(0)
@@ -193,11 +192,11 @@ def _names_in(file: BinaryIO, is_pickle: bool, depth: int) -> set[str]:
     for magic, unpack in COMPRESSED.items():
         if begin.startswith(magic):
             return names | _names_in_packed(unpack(file), depth)
-    return names | _names_in_stream(file, is_pickle)  # from its beginning, whatever stands at its end
+    return names | _names_in_stream(file, is_pickle)  # from the start, whatever is at the end
 
 
 def _names_in_content(content: BytesIO, is_pickle: bool, depth: int) -> set[str]:
-    """Names in what lay in a container."""
+    """Names in a member of a container."""
     if not (is_pickle or _is_container(content) or _begins_as_pickle(content)):
         return set()
     return {UNREADABLE} if depth >= DEEPEST else _names_in(content, is_pickle, depth + 1)
@@ -209,7 +208,7 @@ def _names_in_packed(file: Any, depth: int) -> set[str]:
         while content.tell() < LARGEST_UNPACKED and (block := file.read(1 << 20)):
             content.write(block)
     except (OSError, EOFError, zlib.error, lzma.LZMAError):
-        pass  # it ends early; what came before would have been read
+        pass  # truncated; the part before would be loaded
     content.seek(0)
     return _names_in_content(content, _is_pickle(content.read(2)), depth)
 
@@ -228,7 +227,7 @@ def _names_in_tar(file: BinaryIO, depth: int) -> set[str]:
 
 
 def _names_in_array(file: BinaryIO) -> set[str]:
-    """Names in the pickle that an array of objects is; other arrays name nothing."""
+    """Names in an array of objects, which is a pickle; other arrays have none."""
     header = file.read(12)
     wide = header[6:7] > b"\x01"
     length = int.from_bytes(header[8:12] if wide else header[8:10], "little")
@@ -239,14 +238,15 @@ def _names_in_array(file: BinaryIO) -> set[str]:
 
 
 def _begins_as_pickle(file: BinaryIO) -> bool:
-    """By its first bytes; one of the oldest protocols, which begin with anything, by all of its instructions."""
+    """Whether a file starts with a pickle: by its first bytes, or for the oldest protocols, which have no fixed start,
+    by parsing all instructions."""
     file.seek(0)
     if _is_pickle(file.read(2)):
         return True
     file.seek(0)
     try:
         return any(operation.name in NAMING for operation, *_ in list(pickletools.genops(file)))
-    except Exception:  # no pickle: pickletools raises whatever bytes bring about
+    except Exception:  # not a pickle: pickletools raises errors of any type
         return False
 
 
@@ -254,7 +254,7 @@ def _is_pickle(begin: bytes) -> bool:
     return len(begin) == 2 and begin[0] == pickle.PROTO[0] and begin[1] <= pickle.HIGHEST_PROTOCOL
 
 
-def _is_taken(name: str) -> bool:
+def _is_allowed(name: str) -> bool:
     module, _, last = name.rpartition(".")
     if module == "torch" and isinstance(vars(torch).get(last), torch.dtype):
         return True
@@ -262,7 +262,7 @@ def _is_taken(name: str) -> bool:
 
 
 def _names_in_zip(file: BinaryIO, depth: int) -> set[str]:
-    """Names in all pickles of a zip file, also in those that PyTorch would pass over."""
+    """Names in all pickles of a zip file, including those that PyTorch ignores."""
     names: set[str] = set()
     try:
         with zipfile.ZipFile(file) as archive:
@@ -280,7 +280,7 @@ def _names_in_zip(file: BinaryIO, depth: int) -> set[str]:
 
 
 def _unpacked(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> bytes:
-    """The first bytes of an entry. Its checksum is not looked at: PyTorch can write files without."""
+    """The first bytes of an entry. Its checksum is ignored: PyTorch can write files without one."""
     file.seek(entry.header_offset + 26)
     file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
     if entry.compress_type == zipfile.ZIP_STORED:
@@ -291,29 +291,29 @@ def _unpacked(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> bytes:
 
 
 def _names_in_stream(file: BinaryIO, is_pickle: bool) -> set[str]:
-    """Names in the pickles that stand one after the other, from here on."""
+    """Names in a sequence of pickles that starts at the current position."""
     names: set[str] = set()
     for number in count():
         if number == MOST_PICKLES:
             return names | {UNREADABLE}
         begin = file.tell()
-        found: set[str] = set()
+        in_pickle: set[str] = set()
         try:
             for name in _names_in_pickle(file):
-                found.add(name)
-        except Exception:  # no pickle (any more): pickletools raises whatever bytes bring about
+                in_pickle.add(name)
+        except Exception:  # not a pickle: pickletools raises errors of any type
             file.seek(begin)
-            if number < LEGACY_PICKLES or _is_pickle(file.read(2)):  # else the numbers after torch.save's pickles
-                names |= found
+            if number < LEGACY_PICKLES or _is_pickle(file.read(2)):  # otherwise data after torch.save's pickles
+                names |= in_pickle
             return names | {UNREADABLE} if is_pickle and number == 0 else names
-        names |= found
+        names |= in_pickle
     return names
 
 
 def _names_in_pickle(file: BinaryIO) -> Iterator[str]:
-    """Names in one pickle, as they come."""
+    """Names in one pickle, in order."""
     memo: dict[int, str | None] = {}
-    pushed: list[str | None] = [None, None]  # what the last two instructions put on the stack, where it is a text
+    pushed: list[str | None] = [None, None]  # what the last two instructions pushed, if strings
     instructions: Iterator[tuple[Any, Any, Any]] = pickletools.genops(file)
     for operation, argument, _ in instructions:
         name = operation.name

@@ -1,4 +1,4 @@
-"""Before anything starts: the data's files and folders are there, and their first records can be used."""
+"""Early data checks: files and folders exist, and the first records are usable."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from vtprune_train.data.sources import find_files, is_here, open_reader, reader_
 from vtprune_train.data.sources.base import Bounds, TooLarge
 from vtprune_train.models.forward.attention import user_function
 
-LOOKED_AT = 200  # records of each entry
+NUM_CHECKED = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] data.eval=[]"
 
 
 def check_paths(config: Config) -> None:
-    """Raise a ``ConfigError`` with a line for each file and folder of the data settings that is missing, and for each
-    reader or attention function that cannot be loaded."""
+    """Raise ``ConfigError`` with one line per missing file or folder in the data settings, and per reader or attention
+    function that cannot be loaded."""
     lines = list(_wrong_code(config))
     for key, path in _paths(config):
         if key.endswith("images"):
@@ -45,19 +45,19 @@ def check_paths(config: Config) -> None:
         elif path.exists() and not os.access(path, os.R_OK):
             lines.append(f"{key}: {path} cannot be read (permission denied)")
     if lines:
-        relative = "" if Path(config.data.root).is_absolute() else f", seen from {Path.cwd()}"
+        relative = "" if Path(config.data.root).is_absolute() else f" (working directory: {Path.cwd()})"
         raise ConfigError("\n".join([*lines, f"paths are relative to data.root={config.data.root}{relative}"]))
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Raise a ``ConfigError`` if the run's folder cannot be made or written; it is not made here."""
+    """Raise ``ConfigError`` if the run folder cannot be created or written. Does not create it."""
     place = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists() or parent.is_symlink())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(unwritable("run.output_dir", run_dir, OSError(errno.EACCES, os.strerror(errno.EACCES))))
 
 
 def unwritable(key: str, folder: Path, error: OSError) -> str:
-    """What to say of a folder that cannot be made or written."""
+    """Error message for a folder that cannot be created or written."""
     reason = error.strerror or str(error)
     for part in (folder, *folder.parents):
         if part.is_symlink() and not part.exists():
@@ -65,8 +65,8 @@ def unwritable(key: str, folder: Path, error: OSError) -> str:
         elif part.exists() and not part.is_dir():
             reason = f"{part} is a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{key}: {folder} cannot be written ({reason}); make room, or name another folder"
-    return f"{key}: {folder} cannot be written ({reason}); name a folder in which you may write"
+        return f"{key}: {folder} cannot be written ({reason}); free disk space or choose another folder"
+    return f"{key}: {folder} cannot be written ({reason}); choose a writable folder"
 
 
 def any_data_here(config: Config) -> bool:
@@ -74,49 +74,50 @@ def any_data_here(config: Config) -> bool:
     return any(is_here(path) for key, path in _paths(config) if key.endswith("path"))
 
 
-def look_at_data(config: Config) -> list[str]:
-    """Read the first records of each entry and the headers of their images; a line for each entry.
+def check_records(config: Config) -> list[str]:
+    """Read the first records and image headers of each data entry; return one report line per entry.
 
     Raises:
-        ConfigError: too many of an entry's first records cannot be used; names the entry's key and the first reasons.
+        ConfigError: too many of an entry's first records are unusable; the message contains the config key and the
+            first reasons.
         ValueError: a file cannot be read.
     """
-    looks = {
-        f"data.{which}.{number}": _look(f"data.{which}.{number}", source, config)
+    checks = {
+        f"data.{which}.{number}": _check_entry(f"data.{which}.{number}", source, config)
         for which in SPLITS
         for number, source in enumerate(config.sources(which))
     }
-    if wrong := [look.wrong for look in looks.values() if look.wrong]:
+    if wrong := [check.wrong for check in checks.values() if check.wrong]:
         raise ConfigError("\n".join(wrong))
-    lines = [f"{key:<14}{look.line}" for key, look in looks.items()]
-    counts = [look.records for key, look in looks.items() if key.startswith("data.train")]
+    lines = [f"{key:<14}{check.line}" for key, check in checks.items()]
+    counts = [check.records for key, check in checks.items() if key.startswith("data.train")]
     batch = config.train.global_batch_size
-    if counts and max(counts) < LOOKED_AT and sum(counts) < batch:
+    if counts and max(counts) < NUM_CHECKED and sum(counts) < batch:
         size = f"train.global_batch_size={batch}"
-        lines.append(f"{'':<14}{size} is larger than these {sum(counts)} record(s) of data.train")
+        lines.append(f"{'':<14}{size} is larger than the {sum(counts)} record(s) of data.train")
     return lines
 
 
-class _Look(NamedTuple):
-    """What the first records of an entry are like: a line for the report, what is wrong if much is, their number."""
+class _EntryCheck(NamedTuple):
+    """Result of checking an entry's first records: report line, error (if too many are bad), and number of records."""
 
     line: str
     wrong: str
     records: int
 
 
-def _look(key: str, source: SourceConfig, config: Config) -> _Look:
+def _check_entry(key: str, source: SourceConfig, config: Config) -> _EntryCheck:
     images, data = Path(source.images), config.data
     number, reasons, large = 0, [], []
     unread: Counter[str] = Counter()
     for record in _first_records(source, Bounds(data.max_record_bytes, data.max_text_bytes)):
-        number += 1  # its pictures, which may be inside, go with it
+        number += 1  # the record itself is dropped: it may hold images
         unread.update(record.unread)
         if isinstance(record.error, TooLarge):
             large.append(f"{record.id}: {record.error}")
         elif reason := _unusable(record, images, data.max_image_pixels):
             reasons.append(f"{record.id}: {reason}")
-    fields = f"; fields that are not read: {list_fields(unread)}" if unread else ""
+    fields = f"; ignored fields: {list_fields(unread)}" if unread else ""
     bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
     skipped = f", {len(large)} are too large (first: {large[0]})" if large else ""
     if large and (data.too_long == "error" or len(large) == number):
@@ -124,16 +125,16 @@ def _look(key: str, source: SourceConfig, config: Config) -> _Look:
             f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {HOW_TO_FIX}. "
             f"First: {'; '.join(large[:3])}"
         )
-        return _Look("", wrong, number)
+        return _EntryCheck("", wrong, number)
     wrong = ""
-    # Bad records may stand together at the beginning of a file: where more follow, their share is not known yet.
-    most = data.max_bad if number == LOOKED_AT else min(most_bad(data.max_bad_share, number), data.max_bad)
+    # Bad records may be clustered at the start of a file, so the bad share is unknown if more records follow.
+    most = data.max_bad if number == NUM_CHECKED else min(most_bad(data.max_bad_share, number), data.max_bad)
     if reasons and (len(reasons) > most or len(reasons) + len(large) == number):
         wrong = (
             f"{key}: {len(reasons)} of the first {number} records of {source.path} (images in {images}) cannot be used "
             f"(data.max_bad={data.max_bad}, data.max_bad_share={data.max_bad_share:g}). First: {'; '.join(reasons[:3])}"
         )
-    return _Look(f"{source.path}: {number} first record(s) looked at{bad}{skipped}{fields}", wrong, number)
+    return _EntryCheck(f"{source.path}: first {number} record(s) checked{bad}{skipped}{fields}", wrong, number)
 
 
 def _paths(config: Config) -> list[tuple[str, Path]]:
@@ -166,15 +167,15 @@ def _first_records(source: SourceConfig, bounds: Bounds) -> Iterator[Conversatio
     reader = open_reader(file, bounds.record, source.reader or "")
     records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
     number = -1
-    for number, content in enumerate(islice(records, LOOKED_AT)):
+    for number, content in enumerate(islice(records, NUM_CHECKED)):
         record = normalize(content, default_id(file, number), source.ignore, bounds.text)
         yield replace(record, unread=record.unread | frozenset(reader.unread))
     if number < 0:
-        raise ValueError(f"data file {file} holds no record")
+        raise ValueError(f"data file {file} contains no records")
 
 
 def _unusable(record: Conversation, images: Path, max_pixels: int) -> str:
-    """Why a record cannot be used; empty if it can, as far as headers tell."""
+    """Reason why a record is unusable; empty if it looks fine judging by image headers only."""
     if record.error:
         return record.error
     for number, image in enumerate(record.image_files(images)):
@@ -186,7 +187,7 @@ def _unusable(record: Conversation, images: Path, max_pixels: int) -> str:
 
 
 def _nearest(path: Path) -> str:
-    """A name beside a path that is missing which it may have meant."""
+    """Suggest an existing sibling for a missing path."""
     if path.exists() or not path.parent.is_dir():
         missing = next((parent for parent in reversed(path.parents) if not parent.exists()), None)
         return f" (there is no {missing})" if missing is not None else ""

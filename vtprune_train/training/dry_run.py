@@ -1,4 +1,4 @@
-"""What a run would be, without weights or network: the first records of its data, lengths, FLOPs, memory on disk."""
+"""The dry run, without weights or network: data checks, lengths, FLOPs, memory and checkpoint size."""
 
 from __future__ import annotations
 
@@ -27,27 +27,38 @@ from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
-from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
+from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
 from vtprune_train.training.engine.settings import engine_config, zero_stage
+from vtprune_train.training.loop.callbacks.build import callbacks_of
 from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.sample import sample_lines
 from vtprune_train.training.loop.settings import with_saved_settings
-from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch
+from vtprune_train.training.loop.trackers import check_trackers
+from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch, Parameters
+from vtprune_train.training.schedules import check_schedule
 
 log = logging.getLogger(__name__)
 
-WARMUP_POINTS = 64  # at which the cost of a warm-up is looked at
+WARMUP_POINTS = 64  # at which the cost of a warm-up is sampled
 
 
 def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_data: bool = False) -> str:
-    """The dry run's report, for ``gpus`` GPUs with ``memory`` GiB each. ``needs_data``: whether it is an error that
-    none of the data is on this machine; if some is, all must be.
+    """Build the dry run's report.
+
+    Args:
+        config: of the run.
+        gpus: number of GPUs.
+        memory: GiB of each GPU.
+        needs_data: raise an error if none of the data is on this machine. (If some of it is, all of it must be.)
 
     Raises:
-        ConfigError: settings that only show once the model's sizes are known; data that is missing or cannot be used.
+        ConfigError: the settings do not fit the model, or data is missing or unusable.
     """
     config = with_saved_settings(config)
     settings = engine_config(config)
+    check_trackers(config)
+    callbacks_of(config)
+    check_schedule(config.train)
     check_run_dir(config.run_dir)
     get_template(config.data.template)
     data = _data(config, needs_data)
@@ -90,7 +101,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
         "",
         *sample_lines(config, loop, layout),
         "",
-        *_parameters(config, model, zero_stage(settings)),
+        *_parameters(config, model, zero_stage(settings), estimate.parameters),
         "",
         *_worst_micro_batch(config, layout, () if _has_full_steps(config) else drops, cost, batch),
         "",
@@ -100,23 +111,22 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
 
 
 def _data(config: Config, needed: bool) -> list[str]:
-    """What the first records of the data look like."""
+    """Report on the first records of the data."""
     if not config.data.train and not config.data.eval:
         return ["data          none: data.train and data.eval are empty"]
     if not needed and not any_data_here(config):
-        return [f"data          NOT LOOKED AT: none of it is here (data.root={config.data.root})"]
+        return [f"data          NOT CHECKED: none of it is on this machine (data.root={config.data.root})"]
     try:
         check_paths(config)
     except ConfigError as error:
         raise ConfigError(f"{error}\n{WITHOUT_DATA}") from error
-    return look_at_data(config)
+    return check_records(config)
 
 
 def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:
-    """A table of pictures of the family's resolutions."""
+    """A table of costs for the family's image resolutions."""
     header = (
-        f"{'picture':>12}{layout.unit:>8}{'text':>6}  {'tokens in each stage':<30}"
-        f"{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
+        f"{'image':>12}{layout.unit:>8}{'text':>6}  {'tokens in each stage':<30}{'FLOPs':>7}{'decoder':>9}{'whole':>8}"
     )
     lines = [header, f"{'':56}{'/ dense':>7}{'speed-up':>9}{'':>8}"]
     for height, width in layout.examples():
@@ -129,17 +139,17 @@ def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> 
             f"{f'{height} x {width}':>12}{tiles:>8}{TYPICAL_TEXT:>6}  {stages:<30}"
             f"{ratio:>7.3f}{decoder:>8.2f}x{whole:>7.2f}x"
         )
-    lines.append("FLOPs / dense: forward and backward of everything; speed-ups are FLOP ratios, not measurements")
+    lines.append("FLOPs / dense: forward and backward of the whole model; speed-ups are FLOP ratios, not measurements")
     return lines
 
 
 def _has_full_steps(config: Config) -> bool:
-    """Whether some step runs on all tokens (or nearly): memory has to hold those."""
+    """Whether any step runs on all tokens, or almost all; memory must suffice for it."""
     return config.pruning.warmup is not None or config.full_token_share > 0
 
 
 def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> list[str]:
-    """What warm-up and full-token steps make of the FLOP ratio, for the largest picture."""
+    """Mean FLOP ratio including warm-up and full-token steps, for the largest image."""
     pruning, method = config.pruning, config.pruning.build()
     if not _has_full_steps(config):
         return []
@@ -156,23 +166,23 @@ def _whole_training(config: Config, layout: ImageLayout, cost: TrainingCost) -> 
         )
 
     lines = [
-        f"mean step at {size[0]} x {size[1]}: {mean_step(method):.3f} of dense FLOPs, {share:.3g} of the steps on full "
-        "tokens (a teacher's pass counted)"
+        f"mean step at {size[0]} x {size[1]}: {mean_step(method):.3f} of dense FLOPs, with {share:.3g} of the steps on "
+        "full tokens (including a teacher's pass)"
     ]
     if pruning.warmup is not None:
-        asked = pruning.warmup
-        warmup = Warmup(WARMUP_POINTS, asked.kind, asked.start)
+        settings = pruning.warmup
+        warmup = Warmup(WARMUP_POINTS, settings.kind, settings.start)
         eased = [
-            None if asked.kind == "dense" else method.eased(asked.start, warmup.progress(i))
+            None if settings.kind == "dense" else method.eased(settings.start, warmup.progress(i))
             for i in range(WARMUP_POINTS)
         ]
-        length = f"{asked.steps} steps" if asked.steps else f"{asked.ratio:.3g} of all steps"
-        lines.append(f"during the warm-up ({asked.kind}, {length}): {np.mean([mean_step(m) for m in eased]):.3f}")
+        length = f"{settings.steps} steps" if settings.steps else f"{settings.ratio:.3g} of all steps"
+        lines.append(f"during the warm-up ({settings.kind}, {length}): {np.mean([mean_step(m) for m in eased]):.3f}")
     return lines
 
 
 def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: TrainingCost) -> float:
-    """FLOPs of one typical sample in a phase, of those of a dense step."""
+    """FLOPs of a typical sample in a phase, relative to a dense step."""
     num_layers, text, supervised = cost.decoder.num_layers, np.array([TYPICAL_TEXT]), np.array([TYPICAL_TEXT // 2])
 
     def lengths(drops: Sequence[Drop]) -> tuple[np.ndarray, list[int]]:
@@ -180,16 +190,16 @@ def _phase_ratio(phase: Phase, visual: list[int], tiles: list[int], cost: Traini
             drops, num_layers
         )
 
-    done = cost.sample(*lengths(phase.drops(num_layers)), np.array(tiles), supervised)[0]
+    flops = cost.sample(*lengths(phase.drops(num_layers)), np.array(tiles), supervised)[0]
     if phase.teacher is not None:
-        done += cost.forward_text(*lengths(phase.teacher.method.drops(num_layers)), supervised)[0]
-    return float(done / cost.sample(*lengths(()), np.array(tiles), supervised)[0])
+        flops += cost.forward_text(*lengths(phase.teacher.method.drops(num_layers)), supervised)[0]
+    return float(flops / cost.sample(*lengths(()), np.array(tiles), supervised)[0])
 
 
 def _against_dense(
     lengths: np.ndarray, drops: Sequence[Drop], cost: TrainingCost, tiles: int
 ) -> tuple[float, float, float]:
-    """FLOP ratio of the whole, and ideal speed-ups of decoder and whole."""
+    """FLOP ratio of the whole model, and ideal speed-ups of the decoder and the whole model."""
     num_layers = cost.decoder.num_layers
     layers = layers_per_stage(drops, num_layers)
     decoder = float((cost.decoder.layer(lengths) * np.array(layers)).sum())
@@ -200,7 +210,7 @@ def _against_dense(
     return whole / dense, decoder_dense / decoder, dense / whole
 
 
-def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
+def _parameters(config: Config, model: HFModule, stage: int, counted: Parameters) -> list[str]:
     lines, total, trained = [], 0, 0
     for part, parameters in parts_of(model).items():
         if not parameters:
@@ -209,13 +219,13 @@ def _parameters(config: Config, model: HFModule, stage: int) -> list[str]:
         rate = config.model.train.get(part)
         state = f"trained, learning rate {rate:g}" if rate else "frozen"
         if part == "unused":
-            state = "frozen: behind the features taken, no gradient reaches it"
+            state = "frozen: after the layer whose features are used, so it gets no gradient"
         lines.append(f"{part:<16}{count / 1e6:>12.2f} M parameters, {state}")
         total += count
         trained += count if rate else 0
     element = DTYPE_BYTES[config.model.dtype]
     export = (total if config.model.peft is None else trained) * element
-    master = trained * 12 if element == 2 or stage else trained * 8
+    master = (4 * trained if element == 2 or stage else 0) + sum(counted.states_of(counted.groups))
     written = 0 if config.train.export == "never" else export
     lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
     lines.append(
@@ -254,15 +264,15 @@ def _worst_micro_batch(
 
 
 def _memory(config: Config, estimate: Estimate, gpus: int, memory: float | None) -> list[str]:
-    """What that micro-batch takes on each GPU, and which level of recomputation fits."""
+    """Memory of that micro-batch on each GPU, and the level of recomputation that fits."""
     level = config.train.activation_checkpointing
     prediction = estimate.at(level)
     lines = [
-        f"memory of each of {gpus} GPU(s), estimated (--gpus sets how many); that micro-batch after another of its "
-        f"step, ZeRO stage {estimate.zero.stage}, train.activation_checkpointing={level}",
+        f"estimated memory per GPU, {gpus} GPU(s) (set by --gpus): that micro-batch, not the first of its step, "
+        f"ZeRO stage {estimate.zero.stage}, train.activation_checkpointing={level}",
         *prediction.lines(),
         f"  {'peak':<34}{prediction.peak / GIB:>9.2f} GiB, in {prediction.phase}",
     ]
     if memory is None:
-        return [*lines, "  --memory GiB says which train.activation_checkpointing fits"]
+        return [*lines, "  pass --memory GiB to see which train.activation_checkpointing fits"]
     return [*lines, f"  {estimate.advice(int(memory * GIB))}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,7 @@ from vtprune_train.data.images import UNREADABLE, load_image
 from vtprune_train.data.load.collate import Collator, lay_out
 from vtprune_train.models.families.layout import SampleImages
 from vtprune_train.training import distributed as ranks
-from vtprune_train.training.loop.callbacks import only_warning
-from vtprune_train.training.loop.trainer import Callback, Trainer
+from vtprune_train.training.loop.callback import Callback, Trainer
 from vtprune_train.viz.draw import draw
 from vtprune_train.viz.show import look, stage_names
 
@@ -31,18 +31,16 @@ class Question:
 
 
 class EvaluationImages(Callback):
-    """Writes the first ``train.eval_show`` images of the evaluation data with their kept tokens to TensorBoard."""
+    """Draws the kept tokens on the first ``train.eval_show`` images of ``data.eval`` at every evaluation, for the
+    trackers."""
 
-    def on_evaluation(self, trainer: Trainer, collate: Collator) -> None:
-        if not trainer.config.train.eval_show or collate.method is None:
+    def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        collate, images = trainer.eval_collate, trainer.config.train.eval_show
+        if not images or collate is None or collate.method is None:
             return
-        drawn = draw_kept(trainer.engine.module, collate, images=trainer.config.train.eval_show, device=trainer.device)
-        board = trainer.engine.monitors.tensorboard
-        if board is None:
-            return
-        for number, pixels in enumerate(drawn):
-            with only_warning(f"{board.log_dir}: image {number} of step {trainer.state.step}"):
-                board.add_image(f"survivors/{number}", pixels, trainer.state.step, dataformats="HWC")
+        drawn = draw_kept(trainer.engine.module, collate, images=images, device=trainer.device)
+        tagged = {f"kept_tokens/{number}": pixels for number, pixels in enumerate(drawn)}
+        trainer.trackers.log_images(tagged, trainer.state.step)
 
 
 def draw_kept(model: nn.Module, collate: Collator, *, images: int, device: torch.device) -> list[np.ndarray]:

@@ -167,7 +167,7 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava", {"mm_resampler_type": "perceiver"}, "mm_resampler_type='perceiver' cannot be converted"),
         ("llava", {"quantization_config": {"load_in_4bit": True}}, "quantized weights are not converted"),
         ("llava", {"mm_projector_type": "identity"}, "mm_projector_type='identity' has no counterpart"),
-        ("llava", {"mm_projector_type": "linear"}, "mm_projector_type='linear' in config.json, but the projector's"),
+        ("llava", {"mm_projector_type": "linear"}, "mm_projector_type='linear' in config.json does not match"),
         ("llava", {"mm_vision_select_feature": "slicefour_patch"}, "mm_vision_select_feature='slicefour_patch' has no"),
         ("llava", {"mm_vision_select_layer": None}, "mm_vision_select_layer=None is not a layer of the vision tower"),
         ("llava", {"mm_vision_select_layer": -9}, "mm_vision_select_layer=-9 is not a layer of the vision tower"),
@@ -175,7 +175,7 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava", {"mm_hidden_size": 48}, "mm_hidden_size=48, but the vision tower's hidden_size is 24"),
         ("llava", {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"}, None),
         ("llava", {"mm_vision_select_layer": True}, "mm_vision_select_layer=True is not a layer of the vision tower"),
-        ("llava", {"mm_vision_tower": ["clip"]}, "names no mm_vision_tower (it is ['clip']); give --vision_tower"),
+        ("llava", {"mm_vision_tower": ["clip"]}, "mm_vision_tower in config.json is ['clip']; set --vision_tower"),
         ("llava", {"vocab_size": "64"}, "transformers refuses a setting of config.json: Field 'vocab_size' expected"),
         ("llava", {"rope_scaling": {"factor": 2.0}}, "rope_scaling={'factor': 2.0} has none of the types default, "),
         ("llava", {"image_hue": 3}, "image_hue=3 is unknown and may change the model's input"),
@@ -267,7 +267,7 @@ def test_the_tower_is_the_one_that_the_original_code_would_use(tmp_path, caplog,
     convert(tmp_path / "original", "hf", tmp_path / "hf")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     same(original_names(model), inside if trained else named)
-    assert ("holds another vision tower than" in caplog.text) is not trained
+    assert ("differs from" in caplog.text) is not trained
     convert(tmp_path / "hf", "original", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["unfreeze_mm_vision_tower"] is trained
 
@@ -287,7 +287,10 @@ def test_a_tower_trained_here_is_read_from_the_checkpoint_there(tmp_path):
 def test_a_trained_tower_that_is_missing_is_refused(tmp_path, capsys):
     write_original(tmp_path / "original", "llava", tower_trained=False, unfreeze_mm_vision_tower=True)
     said = refused(capsys, tmp_path / "original", "hf", tmp_path / "hf")
-    assert "the vision tower was trained (unfreeze_mm_vision_tower), but the checkpoint has no weights of it" in said
+    assert (
+        "the vision tower was trained (unfreeze_mm_vision_tower), but the checkpoint has no vision-tower weights"
+        in said
+    )
 
 
 def test_an_image_processor_that_the_original_cannot_have_is_refused(tmp_path, capsys):
@@ -330,17 +333,17 @@ def broken(folder, kind):
     elif kind == "projector alone":
         [file.unlink() for file in folder.glob("*.safetensors*")]
         torch.save({}, folder / "mm_projector.bin")
-        return "holds a projector alone (mm_projector.bin, tune_mm_mlp_adapter)"
+        return "is only a projector (mm_projector.bin, tune_mm_mlp_adapter)"
     elif kind == "LoRA":
         torch.save({}, folder / "non_lora_trainables.bin")
-        return "holds a LoRA adapter of the original code, not a model; merge it first"
+        return "is a LoRA adapter of the original code, not a model; merge it first"
     else:
         weights = read(folder)
         name = next(name for name in weights if name.endswith("q_proj.weight") and "tower" not in name)
         weights[name] = torch.ones(0) if kind == "ZeRO-3" else weights[name].to(torch.int8)
         [file.unlink() for file in folder.glob("*.safetensors*")]
         save_torch_state_dict(weights, folder)
-        return f"{name} has shape (0,) (it was saved under" if kind == "ZeRO-3" else f"{name} holds torch.int8"
+        return f"{name} has shape (0,) (it was saved under" if kind == "ZeRO-3" else f"{name} has the data type"
     return f"{first.name} cannot be read"
 
 

@@ -274,14 +274,17 @@ def test_changed_settings_on_resume_are_named(base, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.train={language_model: 2e-5, lora: 2e-4}"], r"train has a rate for language_model, which peft freezes"),
+        (
+            ["model.train={language_model: 2e-5, lora: 2e-4}"],
+            r"train has a rate for language_model, which peft freezes",
+        ),
         (["model.train={projector: 2e-5}"], r"train has no rate for the adapter of peft"),
         (["model.peft=null"], r"train has a rate for lora, but no adapter is set"),
         (["model.peft.kind=ia3"], r"model.peft.kind: .*'lora', 'dora' or 'qlora'"),
         (["model.peft.rank=4"], r"model.peft.rank: unknown key"),
         (["model.peft.r=0"], r"model.peft.r"),
         (["model.peft.dropout=1.0"], r"model.peft.dropout"),
-        (["model.peft.target_modules=[]"], r"null to adapt all linear layers"),
+        (["model.peft.target_modules=[]"], r"set it to null to adapt all linear layers"),
     ],
 )
 def test_settings_that_make_no_sense(overrides, message):
@@ -349,7 +352,7 @@ def test_export_says_what_to_do(base, tmp_path, capsys):
         assert main(["export", *model, *options]) == 2
         assert word in capsys.readouterr().err
     assert main(["export", "--model", str(base), "--out", str(tmp_path / "out"), "--merge"]) == 2
-    assert "holds no adapter; leave --merge out" in capsys.readouterr().err
+    assert "has no adapter; remove --merge" in capsys.readouterr().err
     assert main(["export", *model, "--part", "projector"]) == 0
 
 

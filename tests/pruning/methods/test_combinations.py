@@ -166,7 +166,7 @@ def test_training(family, method):
             (VoCo(), VideoLLMMoD()),
             "videollm_mod drops tokens before layer 1, where it would also drop the learned tokens of voco",
         ),
-        ((PyramidDrop(layers=(2,), keep=(0.5,)), FastV(layer=2)), "fastv ranks by .* list fastv before it"),
+        ((PyramidDrop(layers=(2,), keep=(0.5,)), FastV(layer=2)), "fastv ranks with .* list fastv before it"),
     ],
 )
 def test_what_would_lose_tokens_or_find_no_ranking_is_refused(methods, message):

@@ -338,10 +338,10 @@ def test_the_original_code_s_folder_has_no_place_for_them(tmp_path, caplog, caps
     asked += ["--out", str(tmp_path / "out")]
     assert main(asked) == 2
     said = capsys.readouterr().err
-    assert "has no place for the parameters of victor" in said and "--without_learned" in said
+    assert "cannot store the learned parameters of victor" in said and "--without_learned" in said
     assert not (tmp_path / "out").exists()
     assert main([*asked, "--without_learned"]) == 0
-    assert "the parameters of victor are left out" in caplog.text
+    assert "the learned parameters of victor are left out" in caplog.text
 
 
 def test_a_dry_run_counts_them():

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from vtprune_train.files.disk import naming, replace_synced, sync, write_synced
 from vtprune_train.training.checkpoint import writing
 from vtprune_train.training.checkpoint.json_lines import JsonLines, ranges
-from vtprune_train.training.loop.trackers import hide_from, scalars_shown, steps_lacking, train_scalars
 
 
 def line(step):
@@ -51,22 +50,22 @@ def keep(*numbers):
 
 
 DAMAGE = {
-    "the end is missing": (keep(1, 2, 3), "the line(s) of step 4 to 5"),
-    "a line is cut": (lambda lines: b"".join(lines)[:-20], "the line(s) of step 5"),
-    "a tail of zeros": (lambda lines: b"".join(lines[:3]) + bytes(500), "the line(s) of step 4 to 5"),
+    "the end is missing": (keep(1, 2, 3), "lines of step 4 to 5"),
+    "a line is cut": (lambda lines: b"".join(lines)[:-20], "lines of step 5"),
+    "a tail of zeros": (lambda lines: b"".join(lines[:3]) + bytes(500), "lines of step 4 to 5"),
     "zeros in the middle": (lambda lines: lines[0] + bytes(len(lines[1])) + b"".join(lines[2:]), "step 2 to 3"),
-    "garbage": (lambda lines: b"".join([*lines[:2], b"\xff\xfe{]\n", *lines[2:]]), "1 unreadable line(s) removed"),
+    "garbage": (lambda lines: b"".join([*lines[:2], b"\xff\xfe{]\n", *lines[2:]]), "removed 1 unreadable line(s)"),
     "no object": (lambda lines: b"".join([lines[0], b'7\n{"step": "x"}\n', *lines[1:]]), "2 unreadable line(s)"),
-    "brackets without an end": (lambda lines: b"".join([*lines, b"[" * 100_000]), "the first was line 6"),
+    "brackets without an end": (lambda lines: b"".join([*lines, b"[" * 100_000]), "the first is line 6"),
     "steps that no step has": (
         lambda lines: b"".join([b'{"step": 0}\n{"step": -1}\n', *lines]),
         "2 unreadable line(s)",
     ),
-    "a line is missing": (keep(1, 2, 4, 5), "the line(s) of step 3"),
-    "another number": (lambda lines: b"".join(lines).replace(b"0.25", b"0.35"), "the line(s) of step 3"),
-    "another order": (keep(5, 1, 2, 4, 3), "put in order"),
-    "twice": (keep(1, 2, 3, 3, 4, 5, 1), "put in order, one line for each step"),
-    "empty": (keep(), "the line(s) of step 1 to 5"),
+    "a line is missing": (keep(1, 2, 4, 5), "lines of step 3"),
+    "another number": (lambda lines: b"".join(lines).replace(b"0.25", b"0.35"), "lines of step 3"),
+    "another order": (keep(5, 1, 2, 4, 3), "sorted, with"),
+    "twice": (keep(1, 2, 3, 3, 4, 5, 1), "sorted, with one line per step"),
+    "empty": (keep(), "lines of step 1 to 5"),
 }
 
 
@@ -106,8 +105,8 @@ def test_without_a_copy_the_gap_is_named_and_lines_after_it_are_kept(tmp_path, c
     older.mkdir()
     file.rewind(8, older)
     assert [record["step"] for record in file.read()] == [1, 3, 6, 7, 8]
-    assert "1 unreadable line(s) removed, the first was line 2" in caplog.text
-    assert "lost, for step_00000008 has no copy of them: the line(s) of step 2, 4 to 5" in caplog.text
+    assert "removed 1 unreadable line(s), the first is line 2" in caplog.text
+    assert "lost because step_00000008 has no copy of them: lines of step 2, 4 to 5" in caplog.text
 
 
 def test_a_line_of_the_checkpoints_step_that_came_after_it_is_kept(tmp_path, caplog):
@@ -130,7 +129,7 @@ def test_lines_that_the_checkpoint_would_hold_are_removed(tmp_path, caplog, step
     file.rewind(5, checkpoint)
     assert [record["step"] for record in file.read()] == [*steps, 5]
     foreign = ranges({1, 2, 3, 4} - set(steps))
-    assert f"removed, for step_00000005 does not hold them: the line(s) of step {foreign}" in caplog.text
+    assert f"removed because step_00000005 does not have them: lines of step {foreign}" in caplog.text
 
 
 @pytest.mark.parametrize("room", [0, 1, 30])
@@ -139,7 +138,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, room):
     before = file.path.read_bytes()
     with small_disk(len(before) + room), pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'") as error:
         file.append(line(4))
-    assert error.value.__notes__ == ["Make room there and start again; what is finished is kept"]
+    assert error.value.__notes__ == ["Free disk space and start again; finished work is kept"]
     assert file.path.read_bytes() == before
     file.append(line(4))
     assert [record["step"] for record in file.read()] == [1, 2, 3, 4]
@@ -150,7 +149,7 @@ def test_a_file_that_is_removed_or_cut_while_it_is_written_comes_back(tmp_path, 
     for step, act in ((4, os.unlink), (5, lambda path: os.truncate(path, 10))):
         act(file.path)
         file.append(line(step))
-        assert caplog.text.count("is written again") == step - 3
+        assert caplog.text.count("writing it again") == step - 3
     assert [record["step"] for record in file.read()] == [1, 2, 3, 4, 5]
 
 
@@ -191,7 +190,7 @@ WRITERS = {
     "replace_synced": lambda path: replace_synced(path, "x" * 100),
     "a shard": lambda path: writing.write_file(path, {"weight": torch.ones(1000)}),
     "safetensors": lambda path: save_file({"weight": torch.ones(1000)}, path),
-    "a rank's part": lambda path: writing._say_written(path.parent, 0, {"a": {"size": 1, "sha256": "0" * 64}}),
+    "a rank's part": lambda path: writing._mark_written(path.parent, 0, {"a": {"size": 1, "sha256": "0" * 64}}),
 }
 
 
@@ -231,68 +230,3 @@ def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch, number):
     path = path.rename(tmp_path / "refused")
     with pytest.raises(OSError, match="refused"):  # a file that is not synced is an error everywhere
         sync(path)
-
-
-def record(step):
-    names = ("loss", "grad_norm", "tokens_per_second", "step_time", "data_wait", "token_accuracy")
-    return {"step": step, "learning_rates": {"projector": 0.1}, **dict.fromkeys(names, 1.0)}
-
-
-def board(folder, steps, hidden_from=None):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder), filename_suffix=f".{len(list(folder.glob('*')))}")
-    if hidden_from is not None:
-        hide_from(writer, hidden_from)
-    for step in steps:
-        for event in train_scalars(record(step)):
-            writer.add_scalar(*event)
-    writer.close()
-
-
-def test_steps_that_tensorboard_shows(tmp_path):
-    """As TensorBoard itself says: what came after a resumed checkpoint is hidden, a damaged end is left out."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tmp_path = tmp_path / "board"
-    tmp_path.mkdir()
-
-    def shown():
-        accumulator = EventAccumulator(str(tmp_path)).Reload()
-        return [event.step for event in accumulator.Scalars("train/loss")]
-
-    def steps_shown():
-        return {step for step, scalars in scalars_shown(tmp_path).items() if "train/loss" in scalars}
-
-    board(tmp_path, range(1, 7))
-    assert steps_shown() == {1, 2, 3, 4, 5, 6} and shown() == [1, 2, 3, 4, 5, 6]
-    board(tmp_path, [5, 6, 7], hidden_from=5)
-    assert steps_shown() == set(range(1, 8)) and shown() == list(range(1, 8))
-    board(tmp_path, [6], hidden_from=6)
-    assert steps_shown() == set(range(1, 7)) and shown() == list(range(1, 7))
-    first = sorted(tmp_path.iterdir())[0]
-    content = first.read_bytes()
-    first.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
-    assert steps_shown() == set(shown()) == {1, 2, 3, 5, 6}
-
-
-def test_steps_whose_scalars_are_not_all_there(tmp_path):
-    """A record missing or with another value is seen; float32, NaN and what is no file are not taken for damage."""
-    events = [event for step in range(1, 6) for event in train_scalars({**record(step), "loss": 0.1 * step})]
-    events += [("eval/loss", 0.3, 4), ("eval/exact_match", float("nan"), 4), ("eval/large", 1e300, 4)]
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(tmp_path)) as writer:
-        for event in events:
-            writer.add_scalar(*event)
-    (tmp_path / "a.tfevents.folder").mkdir()
-    (tmp_path / "a.tfevents.link").symlink_to("gone")
-    shown = scalars_shown(tmp_path)
-    assert steps_lacking(events, shown) == []
-    for tag, _, step in events:
-        value = shown[step].pop(tag)
-        assert steps_lacking(events, shown) == [step]
-        shown[step][tag] = 7.0
-        assert steps_lacking(events, shown) == [step]
-        shown[step][tag] = value
-    assert steps_lacking(events, shown) == []

@@ -242,7 +242,8 @@ def test_float32_accumulation_takes_nothing_in_the_step_of_zero_2(measured):
     assert max(rows[1, "fp32"]["step"], rows[1, "fp32"]["backward"]) > 22, "under ZeRO-1 it takes more instead"
 
 
-SEVEN = Parameters((6_740_000_000, 310_000_000), 12_000_000, 131_000_000)
+ADAMW = (4.0, 4.0)  # bytes of its two states
+SEVEN = Parameters((6_740_000_000, 310_000_000), 12_000_000, 131_000_000, (ADAMW, ADAMW))
 
 
 def seven(config="llava_next_pdrop.yaml", gpus=1, **zero):
@@ -302,7 +303,7 @@ def test_offloaded_states_are_in_host_memory():
 def test_the_dry_run_shows_memory_and_what_fits():
     config = load_config("llava_next_pdrop.yaml")
     said = describe(config, gpus=8, memory=80)
-    assert "memory of each of 8 GPU(s), estimated" in said and "train.activation_checkpointing=all" in said
+    assert "estimated memory per GPU, 8 GPU(s)" in said and "train.activation_checkpointing=all" in said
     for line in ("float32 master weights", "optimizer states", "activations, by stage", "pinned host memory for saves"):
         assert re.search(rf"  {line} +\d+\.\d\d GiB", said), line
     assert re.search(r"fits 80 GiB with train\.activation_checkpointing=\w+ \(estimate\)", said)
@@ -313,12 +314,12 @@ def test_the_dry_run_shows_memory_and_what_fits():
 
 def test_settings_of_the_dry_run_alone(capsys):
     assert train_main(["--config", "quickstart.yaml", "--gpus", "8"]) == 2
-    assert "--gpus and --memory are for --dry_run" in capsys.readouterr().err
+    assert "--gpus and --memory need --dry_run" in capsys.readouterr().err
     assert train_main(["--config", "quickstart.yaml", "--dry_run", "--gpus", "0"]) == 2
-    assert "at least one GPU" in capsys.readouterr().err
+    assert "--gpus 0 is below 1" in capsys.readouterr().err
     for wrong in ("-5", "0", "inf"):
         assert train_main(["--config", "quickstart.yaml", "--dry_run", f"--memory={wrong}"]) == 2
-        assert f"--memory {wrong}: a positive number of GiB is needed" in capsys.readouterr().err
+        assert f"--memory {wrong} is not a positive number of GiB" in capsys.readouterr().err
 
 
 def test_more_recomputed_layers_than_there_are_are_refused_by_the_dry_run(capsys):

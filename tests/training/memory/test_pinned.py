@@ -153,13 +153,13 @@ def test_blocks_are_locked_beside_a_gpu_and_unlocked_when_given_back(small_block
 
     arena = Arena(lock=True)
     arena.begin()
-    pieces = [arena.cut(on_gpu(count)) for count in (10, 5000, 20)]
+    pieces = [arena.allocate(on_gpu(count)) for count in (10, 5000, 20)]
     assert sum(locked.values()) == arena.num_bytes == 2**16 + 5 * pinned.PAGE
     assert pieces[0].data_ptr() in locked and pieces[1].data_ptr() in locked
     arena.begin()
-    arena.cut(on_gpu(10))
+    arena.allocate(on_gpu(10))
     arena.trim()
     assert list(locked) == [pieces[0].data_ptr()]
     runtime.cudaHostRegister = lambda address, size, flags: 2
     with pytest.raises(RuntimeError, match=r"cannot page-lock .*CUDA error 2"):
-        arena.cut(on_gpu(5000))
+        arena.allocate(on_gpu(5000))

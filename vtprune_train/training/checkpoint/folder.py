@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints.
 
-A checkpoint is a folder ``step_00001000/``: ``deepspeed/`` (weights and optimizer, every rank its part),
-``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers) or ``export/`` (all of an export but its
-weights), ``logs/`` (copies of ``metrics.jsonl``, ``eval.jsonl`` and ``spikes.jsonl``) and, last, ``manifest.json`` with
-sizes and SHA-256 of all files. It is written beside as ``.partial``, synced, renamed; then ``latest`` names it. A
-folder without a matching manifest is never loaded. On several nodes the folder must be on a file system they share.
+A checkpoint is a folder ``step_00001000/`` with ``deepspeed/`` (each rank's shards of weights and optimizer states),
+``trainer.json``, ``config.yaml``, ``hf/`` (an export for plain transformers) or ``export/`` (an export without its
+weights), ``logs/`` (copies of ``metrics.jsonl``, ``eval.jsonl`` and ``spikes.jsonl``) and ``manifest.json`` with the
+size and SHA-256 of every file. It is written to a ``.partial`` folder, synced and renamed; then ``latest`` is updated.
+A folder that does not match its manifest is never loaded. On several nodes the folder must be on a shared file system.
 
-The loop waits for copies in host memory alone; a thread of every rank writes them (``writing.py``).
+The training loop waits only for copies to host memory; a thread of every rank writes them (:mod:`writing`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vtprune_train.models.io.export import EXPORT, UNEXPORTED, Plan, write_weigh
 from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.writing import Entries, Save, write_file
-from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by
+from vtprune_train.training.distributed import from_rank_0, gather, raised_on, rank
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.engine.files import DeepSpeedFiles, weight
 from vtprune_train.training.engine.layout import layout_name
@@ -38,19 +38,19 @@ log = logging.getLogger(__name__)
 
 TAG = "deepspeed"
 SLACK = 64 * 2**20  # tokenizer, configs, headers of files
-PATIENCE = 60.0  # seconds that rank 0 gives other ranks' files when the run ends with an error
+PATIENCE = 60.0  # seconds that rank 0 waits for other ranks' files when the run ends with an error
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; all ranks raise it at the same step, and the one before it is untouched."""
+    """A checkpoint could not be written. All ranks raise this at the same step; earlier checkpoints are unchanged."""
 
 
 @dataclass
 class TrainerState:
-    """Where training stands: ``step`` global steps are done (which is also the data position). ``skipped`` of them were
-    left out by a guard, the last ``skipped_in_a_row`` without one between, and ``overflows`` by float16's loss scaling:
-    they changed nothing. ``pruning`` is where a schedule of several phases stands (for the reader: it follows from the
-    settings and the step)."""
+    """Training progress: ``step`` global steps are done, which also determines the position in the data. ``skipped`` of
+    them were skipped by a guard (the last ``skipped_in_a_row`` in a row) and ``overflows`` by float16 loss scaling,
+    without an update. ``pruning`` is the state of the pruning schedule, for information: it follows from the settings
+    and the step."""
 
     step: int = 0
     skipped: int = 0
@@ -60,16 +60,20 @@ class TrainerState:
     identity: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     zero_stage: int = 0
-    dtype: str = ""  # unknown: an older version wrote the checkpoint
+    dtype: str = ""  # empty if an older version wrote the checkpoint
+    optimizer: str = "adamw"  # of all older versions
     pruning: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # what their state_dict() returned on rank 0, by name
 
 
 class CheckpointFolder:
     """The ``checkpoints/`` folder of a run.
 
     Args:
-        background: write in a thread; otherwise :meth:`save` returns when all is on disk.
-        export: which of them hold an export: ``every``, the ``last`` of the training, or ``never`` one.
+        folder: created by the first save.
+        keep_last: number of checkpoints to keep.
+        background: write in a thread; otherwise :meth:`save` returns after all files are on disk.
+        export: which checkpoints contain an export: ``every``, only the ``last`` of the training, or ``never``.
     """
 
     def __init__(self, folder: Path, keep_last: int, background: bool = True, export: str = "every"):
@@ -77,7 +81,7 @@ class CheckpointFolder:
         self._copies = HostCopies()
         self._in_flight: Save | None = None
         self._processor: Any = None
-        self.resumed: Path | None = None  # the checkpoint that the run continues from
+        self.resumed: Path | None = None  # the checkpoint that this run resumed from
 
     def save(
         self,
@@ -88,16 +92,16 @@ class CheckpointFolder:
         logs: Mapping[str, bytes] = MappingProxyType({}),
         last: bool = False,
     ) -> None:
-        """Begin to write one checkpoint (and wait for the one before); all ranks call this at the same step.
+        """Start writing a checkpoint, after waiting for the previous one; all ranks call this at the same step.
 
         Args:
             processor: saved with the export.
             config_yaml: the run's settings.
-            logs: on rank 0, copies of the files that the run writes line by line, by name (see ``JsonLines.copy``).
-            last: training is done.
+            logs: on rank 0, copies of the run's JSON Lines files by name (see ``JsonLines.copy``).
+            last: whether training is complete.
 
         Raises:
-            CheckpointError: this one does not fit on the disk, or the one before could not be written.
+            CheckpointError: this checkpoint does not fit on the disk, or the previous one could not be written.
         """
         self.wait()
         partial = self.folder / f"step_{state.step:08d}.partial"
@@ -110,11 +114,11 @@ class CheckpointFolder:
         plan = export_plan(engine.module) if rank() == 0 else Plan({})
         texts = {"trainer.json": json.dumps(asdict(state), indent=1).encode(), "config.yaml": config_yaml.encode()}
         texts |= {f"{manifest.LOGS}/{name}.gz": copied for name, copied in logs.items()}
-        own_bytes = self._copies.num_bytes() + sum(map(len, texts.values()))
-        own_bytes += plan.num_bytes if exports else 0
-        needed = sum(gather(own_bytes)) + SLACK
+        num_bytes = self._copies.num_bytes() + sum(map(len, texts.values()))
+        num_bytes += plan.num_bytes if exports else 0
+        needed = sum(gather(num_bytes)) + SLACK
         self._check_space(partial, needed)
-        if self._processor is None:  # the thread's own: a tokenizer must not be used by two threads at once
+        if self._processor is None:  # a copy for the thread: two threads must not use a tokenizer at once
             self._processor = copy.deepcopy(processor)
         layout = f"{TAG}/{layout_name(rank())}", engine.layout().to_json()
 
@@ -135,7 +139,7 @@ class CheckpointFolder:
             return entries
 
         def publish(entries: Entries) -> None:
-            if exports and weights is None:  # ZeRO-3: no rank has them, but they are in the files of all ranks now
+            if exports and weights is None:  # ZeRO-3: no rank has them, but the written files contain them
                 saved = DeepSpeedFiles(partial / TAG)
                 with naming(partial / EXPORT):
                     write_weights(plan, partial / EXPORT, lambda stored: weight(saved, stored))
@@ -148,14 +152,14 @@ class CheckpointFolder:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank's part of the save in flight has ended with an error; :meth:`wait` raises it on all."""
+        """Whether this rank's part of the save in progress failed; :meth:`wait` raises its error on all ranks."""
         return self._in_flight is not None and self._in_flight.error is not None
 
     def wait(self) -> None:
-        """Wait until the save in flight is published; all ranks call this together.
+        """Wait until the save in progress is published; all ranks call this together.
 
         Raises:
-            CheckpointError: it could not be written, on whichever rank; its folder is removed.
+            CheckpointError: it failed on any rank; its folder is removed.
         """
         save, self._in_flight = self._in_flight, None
         if save is None:
@@ -171,11 +175,12 @@ class CheckpointFolder:
         save.join()
         from_rank_0(lambda: shutil.rmtree(save.partial, ignore_errors=True))
         step = manifest.step_of(save.partial)
-        said = f"the checkpoint of step {step} could not be written: {joined(errors)}. {self._rest()}"
-        raise told_by([bool(error) for error in errors].index(True), CheckpointError(said))
+        message = f"the checkpoint of step {step} could not be written: {joined(errors)}. {self._how_to_continue()}"
+        raise raised_on([bool(error) for error in errors].index(True), CheckpointError(message))
 
     def settle(self) -> None:
-        """Let the save in flight end, without other ranks: the run ends with an error that they may not know of."""
+        """Wait for the save in progress without other ranks, because the run ends with an error that they may not know
+        of."""
         save, self._in_flight = self._in_flight, None
         if save is None:
             return
@@ -186,13 +191,13 @@ class CheckpointFolder:
         if save.error is not None:
             log.error("the checkpoint in %s could not be written: %s", save.partial, save.error)
 
-    def _rest(self) -> str:
+    def _how_to_continue(self) -> str:
         newest = self.steps()[-1:]
-        rest = f"{newest[0]} is untouched" if newest else "There is none before it"
-        return f"{rest}. Mend it (a full disk: lower train.keep_last), start again, and the run goes on from there"
+        kept = f"{newest[0]} is unchanged" if newest else "There is no earlier checkpoint"
+        return f"{kept}. Fix the problem (disk full: lower train.keep_last) and run the same command again to continue"
 
     def _check_space(self, partial: Path, needed: int) -> None:
-        """Refuse a checkpoint that would not fit, before a byte of it is written."""
+        """Raise a ``CheckpointError`` if the checkpoint does not fit on the disk, before writing any of it."""
 
         def free() -> int:
             free = shutil.disk_usage(self.folder).free
@@ -200,13 +205,14 @@ class CheckpointFolder:
                 shutil.rmtree(partial, ignore_errors=True)
             return free
 
-        found = from_rank_0(free)
-        if found < needed:
-            said = (
-                f"{self.folder} has {found / 1e9:.2f} GB free, the checkpoint of step {manifest.step_of(partial)} "
-                f"needs {needed / 1e9:.2f} GB; nothing was written. {self._rest()}"
+        available = from_rank_0(free)
+        if available < needed:
+            message = (
+                f"{self.folder} has {available / 1e9:.2f} GB free, but the checkpoint of step "
+                f"{manifest.step_of(partial)} needs {needed / 1e9:.2f} GB; nothing was written. "
+                f"{self._how_to_continue()}"
             )
-            raise told_by(0, CheckpointError(said))
+            raise raised_on(0, CheckpointError(message))
 
     def _publish(self, partial: Path, entries: Entries) -> None:
         others = (name for name in manifest.files_in(partial) if name not in entries)
@@ -219,46 +225,47 @@ class CheckpointFolder:
             manifest.remove_checkpoint(old)
 
     def steps(self) -> list[Path]:
-        """Finished checkpoints, oldest first (not verified)."""
+        """Published checkpoints, oldest first, not verified."""
         return manifest.steps(self.folder)
 
     def newest_complete(self, strict: bool = False) -> Path | None:
-        """The newest checkpoint whose every file is what its manifest says; damaged ones are named and passed over.
+        """The newest checkpoint that matches its manifest; damaged ones are skipped with a warning.
 
         Raises:
-            ValueError: there are checkpoints, and all are damaged; with ``strict``: the newest is; or one of its files
-                names code, which no damage brings about.
+            ValueError: all checkpoints are damaged; with ``strict``, the newest one is; or one of its files names code,
+                which damage cannot cause.
         """
 
         def find() -> Path | None:
-            found = self.steps()
-            for checkpoint in reversed(found):
+            checkpoints = self.steps()
+            for checkpoint in reversed(checkpoints):
                 problem = manifest.verify(checkpoint)
                 if problem is None:
                     try:
                         pickles.check_folder(checkpoint / TAG)
                     except pickles.ForeignCodeError as error:
                         raise ValueError(
-                            f"{error}. To go on from the checkpoint before, remove {checkpoint}"
+                            f"{error}. To continue from the previous checkpoint, remove {checkpoint}"
                         ) from error
                     return checkpoint
                 if strict:
                     raise ValueError(
-                        f"checkpoint {checkpoint} is damaged: {problem}. train.resume=auto goes on from the one before"
+                        f"checkpoint {checkpoint} is damaged: {problem}. train.resume=auto continues from the previous "
+                        "one"
                     )
-                log.warning("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
-            if found:
+                log.warning("checkpoint %s is damaged, skipping it: %s", checkpoint, problem)
+            if checkpoints:
                 raise ValueError(
-                    f"every checkpoint in {self.folder} is damaged ({', '.join(p.name for p in found)}; `vtprune "
-                    "checkpoint verify` says how). To start from the beginning remove them, or use another run.name"
+                    f"every checkpoint in {self.folder} is damaged ({', '.join(p.name for p in checkpoints)}; `vtprune "
+                    "checkpoint verify` shows the details). To start from scratch, remove them or set another run.name"
                 )
             return None
 
         return from_rank_0(find)
 
     def continue_from(self, checkpoint: Path) -> None:
-        """Make a checkpoint the newest: what is newer (damaged, or it would have been taken) is renamed, so that it is
-        neither counted by keep-last nor in the way when its step comes again, and ``latest`` names it."""
+        """Make a checkpoint the newest: rename newer ones, which are damaged, so that they neither count for
+        ``keep_last`` nor block their step, and update ``latest``."""
 
         def rename() -> None:
             for newer in self.steps():
@@ -266,41 +273,41 @@ class CheckpointFolder:
                     aside = newer.with_suffix(".damaged")
                     if aside.exists():
                         remove(aside)
-                    log.warning("%s is set aside as %s", newer, aside.name)
+                    log.warning("renaming %s to %s", newer, aside.name)
                     newer.rename(aside)
             if manifest.named_latest(self.folder) != checkpoint:
-                log.warning("%s is mended: it names %s now", self.folder / manifest.LATEST, checkpoint.name)
+                log.warning("repaired %s: it now names %s", self.folder / manifest.LATEST, checkpoint.name)
                 manifest.point_latest(self.folder, checkpoint.name)
 
         from_rank_0(rename)
         self.resumed = checkpoint
 
     def clean(self) -> None:
-        """Remove what interrupted saves and deletions left behind."""
+        """Remove leftovers of interrupted saves and deletions."""
 
         def remove_all() -> None:
             for leftover in [*self.folder.glob("*.partial"), *self.folder.glob("*.deleting")]:
-                log.warning("removing %s, left by an interrupted run", leftover)
+                log.warning("removing %s, a leftover of an interrupted run", leftover)
                 remove(leftover)
 
         from_rank_0(remove_all)
 
     def warn_of_space(self, engine: Engine, resumed: Path | None) -> None:
-        """Say at the start that the next checkpoint will not fit."""
+        """Warn at the start if the next checkpoint will not fit on the disk."""
         if rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         needed, free = next_size(engine, resumed), shutil.disk_usage(self.folder).free
         if free < needed:
             log.warning(
-                "%s has %.2f GB free, a checkpoint needs about %.2f GB: the first save will stop the run",
+                "%s has %.2f GB free, but a checkpoint needs about %.2f GB: the first save will stop the run",
                 self.folder, free / 1e9, needed / 1e9,
             )  # fmt: skip
 
 
 def next_size(engine: Engine, resumed: Path | None) -> int:
-    """About how many bytes the next checkpoint takes: what the one resumed from took, or weights twice (state and
-    export) and three float32 numbers for each trained one."""
+    """Estimated bytes of the next checkpoint: the size of the one resumed from, or weights twice (state and
+    export), a float32 copy of each trained one, and the optimizer's states."""
     if resumed is not None:
         return sum(entry["size"] for entry in manifest.read_manifest(resumed).values())
     weights = trained = 0
@@ -308,7 +315,7 @@ def next_size(engine: Engine, resumed: Path | None) -> int:
         count = whole_shape(parameter).numel()
         weights += count * parameter.element_size()
         trained += count if parameter.requires_grad else 0
-    return 2 * weights + 12 * trained + SLACK
+    return 2 * weights + 4 * trained + engine.state_bytes() + SLACK
 
 
 def _write_text(partial: Path, name: str, text: bytes) -> Entries:
@@ -324,7 +331,7 @@ def _errors(save: Save) -> list[str]:
 
 
 def joined(errors: list[str]) -> str:
-    """Each rank's error, the same one of several ranks once."""
+    """Join the errors of ranks, listing equal ones once."""
     by_text: dict[str, list[int]] = {}
     for number, text in enumerate(errors):
         if text:

@@ -1,6 +1,6 @@
-"""Checkpoint folders on disk: their manifest, what is wrong with them, and how they come and go.
+"""Checkpoint folders on disk: manifest, verification, publishing and deletion.
 
-Nothing here needs DeepSpeed or a process group: the training loop and ``vtprune checkpoint`` share it.
+Needs neither DeepSpeed nor a process group; used by the training loop and by ``vtprune checkpoint``.
 """
 
 from __future__ import annotations
@@ -19,34 +19,36 @@ from vtprune_train.files.disk import naming, remove, replace_synced, sync, write
 STEP = re.compile(r"^step_(\d{8,})$")
 MANIFEST = "manifest.json"
 LATEST = "latest"
-LOGS = "logs"  # copies of what a run writes line by line
+LOGS = "logs"  # copies of the run's JSON Lines files
 FORMAT = 1
 HASHING_THREADS = 4
 
 
 def steps(folder: Path) -> list[Path]:
-    """Checkpoints in a ``checkpoints/`` folder, oldest first (not verified). One without a manifest had it once: a
-    folder gets its name after everything is in it."""
+    """Checkpoints in a ``checkpoints/`` folder, oldest first, not verified. (A folder is renamed to its final name
+    after its manifest was written.)"""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if STEP.match(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The global step that a checkpoint's folder is named after."""
+    """The global step in the name of a checkpoint folder."""
     return int(checkpoint.name.removeprefix("step_").partition(".")[0])
 
 
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint: name -> ``{size, sha256}``.
+    """Read the files of a checkpoint: name -> ``{size, sha256}``.
 
     Raises:
-        ValueError: the manifest is missing, no JSON, or not of this form, or names a file outside the checkpoint.
+        ValueError: the manifest is missing or invalid, or names a file outside the checkpoint.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
-            raise ValueError(f"it has format {manifest['format']}, this version reads up to {FORMAT}")
+            raise ValueError(
+                f"format {manifest['format']} is newer than this version reads ({FORMAT}); upgrade vtprune-train"
+            )
         files = {
             str(name): {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()
         }
@@ -55,40 +57,40 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     if "trainer.json" not in files:
         raise ValueError(f"{MANIFEST} does not list trainer.json")
     if outside := sorted(name for name in files if not _is_inside(name)):
-        raise ValueError(f"{MANIFEST} names {outside[0]}, which is no file of the checkpoint")
+        raise ValueError(f"{MANIFEST} names {outside[0]}, which is outside the checkpoint")
     return files
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a relative name stays below the folder that it is seen from."""
+    """Whether a relative path stays inside its folder."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and str(path) == name
 
 
 def problems(checkpoint: Path, part: str = "") -> list[str]:
-    """All that is wrong with a checkpoint's files (of those whose names begin with ``part``), one line each."""
+    """Check a checkpoint's files whose names start with ``part``. Returns one line per problem."""
     try:
         files = {name: entry for name, entry in read_manifest(checkpoint).items() if name.startswith(part)}
     except ValueError as error:
         return [str(error)]
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the interpreter's lock
-        found = pool.map(lambda item: _problem(checkpoint / item[0], *item), files.items())
-        return [problem for problem in found if problem]
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
+        results = pool.map(lambda item: _problem(checkpoint / item[0], *item), files.items())
+        return [problem for problem in results if problem]
 
 
 def verify(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in one line, or ``None``."""
+    """Check all files of a checkpoint. Returns the problems in one line, or ``None``."""
     return "; ".join(problems(checkpoint)) or None
 
 
 def check_export(source: str | Path) -> None:
-    """Raise a ``ValueError`` if a file of a checkpoint's ``hf/`` folder, which weights are taken from, is not what the
-    manifest says; another folder, or a hub id, passes."""
+    """Raise a ``ValueError`` if ``source`` is the ``hf/`` folder of a checkpoint and does not match the manifest. Any
+    other folder or hub id passes."""
     checkpoint, part = Path(source).parent, f"{Path(source).name}/"
     if not (checkpoint / MANIFEST).is_file():
         return
-    if found := problems(checkpoint, part):
-        raise ValueError(f"{checkpoint} is damaged: {'; '.join(found)}. Name an older step_XXXXXXXX of the run")
+    if damages := problems(checkpoint, part):
+        raise ValueError(f"{checkpoint} is damaged: {'; '.join(damages)}. Use an older step_XXXXXXXX of the run")
 
 
 def _problem(path: Path, name: str, entry: dict[str, Any]) -> str | None:
@@ -96,7 +98,7 @@ def _problem(path: Path, name: str, entry: dict[str, Any]) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if not path.resolve().is_relative_to(path.parents[name.count("/")].resolve()):
-            return f"{name} is a link to {path.resolve()}, outside of the checkpoint"
+            return f"{name} is a link to {path.resolve()}, outside the checkpoint"
         if path.stat().st_size != entry["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
         if hash_file(path) != entry["sha256"]:
@@ -113,19 +115,19 @@ def hash_file(path: Path) -> str:
 
 
 def sync_and_hash(path: Path) -> dict[str, Any]:
-    """The manifest's entry of a file, which is on disk when this returns."""
+    """Sync a file to disk and return its manifest entry."""
     with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Names of all files below a folder, relative to it."""
+    """Relative paths of all files in a folder, recursively."""
     return (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def write_manifest(partial: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Declare a folder complete; all files and folders are on disk when this returns."""
+    """Write the manifest, which marks the folder as complete, and sync all folders."""
     manifest = {"format": FORMAT, "files": dict(sorted(entries.items()))}
     write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
     for folder in sorted({(partial / name).parent for name in entries} | {partial}):
@@ -133,7 +135,7 @@ def write_manifest(partial: Path, entries: dict[str, dict[str, Any]]) -> None:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Give a complete folder its name; one that had it goes."""
+    """Rename a complete folder to its final name, replacing an existing one."""
     if final.exists():
         remove_checkpoint(final)
     partial.rename(final)
@@ -141,12 +143,12 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 
 def point_latest(folder: Path, name: str) -> None:
-    """Let ``latest`` name a checkpoint of the folder."""
+    """Write the name of a checkpoint to ``latest``."""
     replace_synced(folder / LATEST, name)
 
 
 def named_latest(folder: Path) -> Path | None:
-    """The checkpoint that ``latest`` names, if it is there."""
+    """The checkpoint that ``latest`` names, if it exists."""
     try:
         name = (folder / LATEST).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -155,13 +157,13 @@ def named_latest(folder: Path) -> Path | None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete so that a half-deleted folder is never taken for a checkpoint, and that another process may do the same
-    at the same time."""
+    """Delete a checkpoint. Renames it first, so that a partly deleted folder is never mistaken for a checkpoint; safe
+    if another process deletes it at the same time."""
     doomed = checkpoint.with_suffix(".deleting")
     if doomed.exists():
         remove(doomed, ignore_errors=True)
     try:
         checkpoint.rename(doomed)
-    except FileNotFoundError:  # the other one was faster
+    except FileNotFoundError:  # another process was faster
         return
     remove(doomed, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""The portable form of a checkpoint's state: one float32 tensor a parameter and kind, in safetensors files.
+"""The portable form of a checkpoint's state: a tensor for each parameter and kind, in safetensors files.
 
-``portable/state_00001.safetensors`` and so on hold ``NAME|fp32``, ``NAME|exp_avg``, ``NAME|exp_avg_sq`` and, for frozen
-parameters and buffers, ``NAME|as_is``; ``portable/index.json`` says which file holds what, and what is no tensor.
+``portable/state_00001.safetensors`` and so on hold ``NAME|fp32``, the optimizer's states, such as ``NAME|exp_avg``, and
+for frozen parameters and buffers ``NAME|as_is``; ``portable/index.json`` lists the file of each tensor, and the states
+that are single numbers.
 """
 
 from __future__ import annotations
@@ -18,34 +19,41 @@ from safetensors.torch import save_file
 from vtprune_train.training.checkpoint.folder import TAG
 from vtprune_train.training.engine.files import DeepSpeedFiles, SavedState
 
-PORTABLE = "portable"  # the folder of a checkpoint
+PORTABLE = "portable"  # subfolder of a checkpoint
 INDEX = "index.json"
 AS_IS = "as_is"
 FILE_BYTES = 2**32
 
 
 class PortableFiles:
-    """Reads the portable form, ``portable/`` of a checkpoint."""
+    """Reads the ``portable/`` folder of a checkpoint."""
 
     def __init__(self, folder: Path):
         index = json.loads((folder / INDEX).read_text())
         self.shapes: dict[str, list[int]] = index["shapes"]
         self.counters: dict[str, Any] = index["counters"]
-        self._steps: dict[str, float | None] = index["steps"]
+        # Older versions wrote the number of steps alone.
+        steps = {name: None if step is None else {"step": step} for name, step in index.get("steps", {}).items()}
+        self._numbers: dict[str, dict[str, float] | None] = index.get("numbers", steps)
         self._files: dict[str, str] = index["tensors"]
         if outside := sorted(name for name in self._files.values() if Path(name).name != name or name == ".."):
-            raise ValueError(f"{folder / INDEX} names {outside[0]}, which is no file of its folder")
+            raise ValueError(f"{folder / INDEX} names {outside[0]}, which is outside its folder")
         self._open = {name: safe_open(folder / name, "pt") for name in set(self._files.values())}
 
     def keys(self, name: str) -> list[str]:
         return [full.partition("|")[2] for full in self._files if full.partition("|")[0] == name]
 
-    def step(self, name: str) -> float | None:
-        return self._steps[name]
+    def numbers(self, name: str) -> dict[str, float] | None:
+        return self._numbers[name]
+
+    def shape(self, name: str, key: str) -> torch.Size:
+        full = f"{name}|{key}"
+        return torch.Size(self._open[self._files[full]].get_slice(full).get_shape())
 
     def read(self, name: str, key: str, start: int, numel: int) -> torch.Tensor:
         full = f"{name}|{key}"
-        return self._open[self._files[full]].get_slice(full)[start : start + numel]
+        tensor = self._open[self._files[full]].get_slice(full)
+        return tensor[start : start + numel] if len(tensor.get_shape()) == 1 else tensor[:].flatten()[start:][:numel]
 
     def untrained_names(self) -> list[str]:
         return [full.partition("|")[0] for full in self._files if full.endswith(f"|{AS_IS}")]
@@ -56,16 +64,16 @@ class PortableFiles:
 
 
 def open_state(checkpoint: Path) -> SavedState:
-    """The state in a checkpoint, whichever form it has; a ``ValueError`` if an older version wrote it."""
+    """Open the state in a checkpoint, portable or DeepSpeed's; a ``ValueError`` if an older version wrote it."""
     portable = checkpoint / PORTABLE
     return PortableFiles(portable) if portable.is_dir() else DeepSpeedFiles(checkpoint / TAG)
 
 
 def write_portable(saved: SavedState, folder: Path) -> None:
-    """Write the portable form of a state, one parameter in memory at a time (a file's worth before it is written)."""
+    """Write the portable form of a state, with the tensors of one file in memory at a time."""
     folder.mkdir()
     index: dict[str, Any] = {"counters": saved.counters, "shapes": saved.shapes, "tensors": {}}
-    index["steps"] = {name: saved.step(name) for name in saved.shapes}
+    index["numbers"] = {name: saved.numbers(name) for name in saved.shapes}
     batch: dict[str, torch.Tensor] = {}
 
     def write_batch() -> None:
@@ -84,9 +92,9 @@ def write_portable(saved: SavedState, folder: Path) -> None:
 
 
 def _tensors(saved: SavedState) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, shape in saved.shapes.items():
-        numel = torch.Size(shape).numel()
+    for name in saved.shapes:
         for key in saved.keys(name):
-            yield f"{name}|{key}", saved.read(name, key, 0, numel)
+            shape = saved.shape(name, key)
+            yield f"{name}|{key}", saved.read(name, key, 0, shape.numel()).view(shape)
     for name in saved.untrained_names():
         yield f"{name}|{AS_IS}", saved.untrained(name).contiguous().clone()

@@ -1,7 +1,7 @@
-"""A checkpoint's files, written while training goes on, by a thread of every rank.
+"""Writes a checkpoint's files in a thread of every rank while training continues.
 
-No thread takes part in a collective. Each rank's thread writes and hashes its own files and says so in a small
-``rank_00000.json``; rank 0's thread waits for those of all ranks and publishes.
+The threads use no collectives. Each rank's thread writes and hashes its files and then writes a small
+``rank_00000.json``; rank 0's thread waits for those of all ranks and publishes the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Entries = dict[str, dict[str, Any]]
 
 
 def write_file(path: Path, state: Any) -> dict[str, Any]:
-    """Serialise as ``torch.save`` does; on disk when this returns. Returns the manifest's entry."""
-    # Every file has its SHA-256: a checksum of each tensor beside it would only hold the interpreter's lock.
+    """Write a file in the format of ``torch.save`` and sync it to disk. Returns its manifest entry."""
+    # The file gets a SHA-256; CRCs of its tensors would only take time and hold the GIL.
     unsummed = serialization.patch("save.compute_crc32", False)  # type: ignore[attr-defined]
     with naming(path), HashedFile(path) as file, unsummed:
         try:
@@ -36,10 +36,10 @@ def write_file(path: Path, state: Any) -> dict[str, Any]:
 
 
 class Save:
-    """One checkpoint on its way to disk, as one rank sees it.
+    """A save in progress on one rank.
 
-    ``write`` writes this rank's files into the folder ``partial`` and returns the manifest's entries; on rank 0
-    ``publish`` makes the folder a checkpoint once all ranks' files are there.
+    ``write`` writes this rank's files to the folder ``partial`` and returns their manifest entries. On rank 0,
+    ``publish`` turns the folder into a checkpoint once the files of all ranks exist.
     """
 
     def __init__(self, partial: Path, write: Callable[[], Entries], publish: Callable[[Entries], None]):
@@ -53,24 +53,24 @@ class Save:
         self._thread.start()
 
     def join(self, seconds: float | None = None) -> bool:
-        """Wait for this rank's part (and on rank 0 the publishing) to end; false if it takes longer."""
+        """Wait for this rank's part to end, on rank 0 including publishing; false on timeout."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             entries = self._write()
-            _say_written(self.partial, self._rank, entries)
+            _mark_written(self.partial, self._rank, entries)
             self.written.set()
             if self._rank == 0 and self._all_parts(entries):
                 self._publish(entries)
-        except BaseException as error:  # told to all ranks at the next step by CheckpointFolder
+        except BaseException as error:  # CheckpointFolder raises it on all ranks at the next step
             self.error = error
         finally:
             self.written.set()
 
     def _all_parts(self, entries: Entries) -> bool:
-        """Collect the other ranks' entries; false if the save was cancelled meanwhile."""
+        """Collect the other ranks' entries; false if the save was cancelled."""
         for other in range(self._world_size):
             path = part_path(self.partial, other)
             while not path.is_file():
@@ -82,11 +82,11 @@ class Save:
 
 
 def part_path(partial: Path, rank: int) -> Path:
-    """Where a rank says that its files are written."""
+    """The file that a rank writes after its other files."""
     return partial / f"rank_{rank:05d}.json"
 
 
-def _say_written(partial: Path, rank: int, entries: Entries) -> None:
+def _mark_written(partial: Path, rank: int, entries: Entries) -> None:
     path = part_path(partial, rank)
     with naming(path):
         path.with_suffix(".tmp").write_text(json.dumps(entries))

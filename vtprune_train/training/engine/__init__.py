@@ -1,6 +1,5 @@
-"""DeepSpeed, and nothing but: no other package imports it or reads its attributes.
+"""The only package that imports DeepSpeed or reads its attributes.
 
-:mod:`~vtprune_train.training.engine.engine` has what the rest of the package uses, :mod:`~.start` makes one, and
-:mod:`~.private` lists the names that DeepSpeed's documentation does not promise. Nothing here imports
-``training.checkpoint``, ``training.loop`` or ``training.faults``, which are built on it.
-"""
+:mod:`~vtprune_train.training.engine.engine` has the ``Engine`` that the rest of the package uses, :mod:`~.start`
+creates one, and :mod:`~.private` lists the undocumented names of DeepSpeed that are used. Nothing here imports
+``training.checkpoint``, ``training.loop`` or ``training.faults``, which depend on it."""

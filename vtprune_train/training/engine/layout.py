@@ -1,8 +1,8 @@
-"""Which stretch of which parameter a rank keeps in the flat float32 tensors of its optimizer.
+"""Layouts: which part of which parameter a rank keeps in the flat float32 tensors of its optimizer.
 
-DeepSpeed keeps float32 weights and moments in flat tensors, cut by ZeRO stage and rank. A checkpoint holds the layout
-of every rank beside DeepSpeed's files, so that any stretch of any parameter can be read from them (:mod:`files`) and
-copied to where another engine keeps it (:mod:`reshard`).
+DeepSpeed keeps float32 weights and optimizer states in flat tensors, partitioned by ZeRO stage and rank. A checkpoint
+has the layout of every rank next to DeepSpeed's files, so that any part of a parameter can be read from them
+(:mod:`files`) and copied to its place in another engine (:mod:`reshard`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vtprune_train.models.io.placement import whole_shape
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``start`` to ``start + numel`` of a flattened parameter, which lie at ``offset`` of flat tensor
-    ``flat`` of a rank."""
+    """Elements ``start`` to ``start + numel`` of a flattened parameter, stored at ``offset`` of a rank's flat tensor
+    number ``flat``."""
 
     name: str
     start: int
@@ -32,7 +32,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a rank keeps of the optimized parameters, and the whole parameters' shapes."""
+    """The pieces of parameters that a rank keeps, and the shapes of the whole parameters."""
 
     shapes: dict[str, list[int]]
     pieces: list[Piece]
@@ -48,28 +48,28 @@ class Layout:
 
 
 def layout_name(rank: int) -> str:
-    """The file of a rank's layout, beside DeepSpeed's files."""
+    """Name of the file with a rank's layout."""
     return f"layout_{rank:05d}.json"
 
 
 def read_layouts(folder: Path) -> list[Layout]:
-    """The layouts of all ranks that wrote a checkpoint; a ``ValueError`` if there are none."""
+    """Read the layouts of all ranks that wrote a checkpoint; raises a ``ValueError`` if there are none."""
     layouts = [Layout.read(path) for path in sorted(folder.glob("layout_*.json"))]
     if not layouts:
         raise ValueError(
-            f"{folder} holds no layouts (an older version wrote it): resume with the ranks and ZeRO stage that wrote "
-            f"it, or start from its weights with train.init_from={folder.parent}"
+            f"{folder} has no layouts because an older version wrote it: resume with the same number of ranks and ZeRO "
+            f"stage, or start from its weights with train.init_from={folder.parent}"
         )
     return layouts
 
 
 def own_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank keeps of a parameter: under ZeRO-3 its partition, otherwise all of it."""
+    """This rank's part of a parameter: under ZeRO-3 its partition, otherwise all of it."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
 def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """A DeepSpeed (or, under ZeRO 0 in float32, PyTorch) optimizer's float32 tensors of this rank."""
+    """This rank's float32 tensors of a DeepSpeed optimizer (at ZeRO 0 in float32: of a PyTorch optimizer)."""
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))
@@ -78,7 +78,7 @@ def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
 
 
 def layout_of(engine: Any) -> Layout:
-    """Where this rank keeps its part of each optimized parameter."""
+    """The layout of this rank's engine."""
     optimizer, names = engine.optimizer, {parameter: name for name, parameter in engine.module.named_parameters()}
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         pieces = list(_zero3_pieces(optimizer, names))
@@ -102,9 +102,9 @@ def _zero12_pieces(optimizer: Any, names: dict[Any, str]) -> Iterator[Piece]:
     for number, group in enumerate(groups):
         for parameter in group:
             mapping = parameter._hp_mapping
-            if mapping is not None:  # this rank keeps some of it
-                inside, kept = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Piece(names[parameter], inside.start, inside.numel, number, kept.start)
+            if mapping is not None:  # this rank keeps a part
+                in_parameter, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield Piece(names[parameter], in_parameter.start, in_parameter.numel, number, in_flat.start)
 
 
 def _zero3_pieces(optimizer: Any, names: dict[Any, str]) -> Iterator[Piece]:
@@ -117,6 +117,6 @@ def _zero3_pieces(optimizer: Any, names: dict[Any, str]) -> Iterator[Piece]:
             share = parameter.partition_numel()
             start = rank * share
             numel = min(share, parameter.ds_numel - start)
-            if numel > 0:  # the last ranks' shares may be padding alone
+            if numel > 0:  # the last ranks may have only padding
                 yield Piece(names[parameter], start, numel, number, offset)
             offset += share

@@ -1,34 +1,45 @@
-"""A saved state of any number of ranks and any ZeRO stage, loaded into this run's engine.
+"""Loads a saved state of any number of ranks and any ZeRO stage into this run's engine.
 
-Every rank reads (memory-mapped) the stretches of parameters that its own layout wants, so it reads only what it keeps.
-No number is computed: master weights and moments carry over exactly, in float32 and bfloat16.
+Every rank reads only the parts of parameters that it keeps, from memory-mapped files. Master weights and optimizer
+states are copied exactly, in float32 and bfloat16.
 
-DeepSpeed's universal checkpoints do the same by way of a converted copy on disk. They know no ZeRO stage 0, and must be
-asked for before the engine starts.
-"""
+DeepSpeed's universal checkpoints do the same with a converted copy on disk. They do not support ZeRO stage 0 and must
+be enabled before the engine starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vtprune_train.models.io.placement import whole_shape
-from vtprune_train.training.engine.files import MASTER, SavedState, scaler_numbers
-from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of
+from vtprune_train.training.engine.files import MASTER, SavedState, scaler_numbers, undividable
+from vtprune_train.training.engine.layout import Layout, Piece, layout_of
 
 
 def load_resharded(
-    engine: Any, source: Path, open_state: Callable[[Path], SavedState], agree: Callable[[Callable[[], None]], None]
+    engine: Any,
+    expected: Sequence[tuple[torch.Tensor, Mapping[str, Any]]],
+    source: Path,
+    open_state: Callable[[Path], SavedState],
+    agree: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Fill a DeepSpeed engine that is not stepped yet from the checkpoint ``source`` of other ranks or another ZeRO
-    stage; all ranks call this. ``agree`` does something on every rank and raises on all if one fails, as where the
-    files do not hold what this engine trains."""
+    """Load a checkpoint of any layout into a DeepSpeed engine before its first step; all ranks call this.
+
+    Args:
+        engine: DeepSpeed's.
+        expected: this rank's float32 tensors, each with states like those that the optimizer keeps for it.
+        source: the checkpoint.
+        open_state: opens the state in it.
+        agree: runs a function on every rank and raises an error on all ranks if one fails.
+    """
     optimizer = engine.optimizer
     if getattr(optimizer, "swap_optimizer", False):
-        raise ValueError("optimizer states on NVMe resume only with the ranks and ZeRO stage that wrote the checkpoint")
+        raise ValueError(
+            "optimizer states on NVMe can only be resumed with the ranks and ZeRO stage that wrote the checkpoint"
+        )
     opened: list[SavedState] = []
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()
@@ -36,7 +47,7 @@ def load_resharded(
     def fill() -> None:
         saved = open_state(source)
         _check(layout_of(engine), saved, source)
-        _fill_optimizer(engine, saved)
+        _fill_optimizer(engine, expected, saved)
         _fill_weights(engine, saved)
         opened.append(saved)
 
@@ -51,43 +62,67 @@ def load_resharded(
 
 
 def _check(layout: Layout, saved: SavedState, source: Path) -> None:
-    every = {*layout.shapes, *saved.shapes}
-    if differing := sorted(name for name in every if layout.shapes.get(name) != saved.shapes.get(name)):
+    names = {*layout.shapes, *saved.shapes}
+    if differing := sorted(name for name in names if layout.shapes.get(name) != saved.shapes.get(name)):
         name = differing[0]
         raise ValueError(
-            f"{source} trained other parameters than this run: {len(differing)} differ, the first is {name} "
-            f"(checkpoint {saved.shapes.get(name)}, now {layout.shapes.get(name)}); set model.* back"
+            f"{source} was trained with other parameters: {len(differing)} differ, the first is {name} "
+            f"(shape in the checkpoint {saved.shapes.get(name)}, now {layout.shapes.get(name)}); restore model.*"
         )
 
 
-def _fill_optimizer(engine: Any, saved: SavedState) -> None:
-    """This rank's master weights and optimizer states."""
+def _fill_optimizer(engine: Any, expected: Sequence[tuple[torch.Tensor, Mapping[str, Any]]], saved: SavedState) -> None:
+    """Load this rank's master weights and optimizer states."""
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    as_tensor = isinstance(inner, torch.optim.AdamW)  # PyTorch counts steps in a tensor, DeepSpeed's in a number
-    flats = flat_tensors(optimizer)
     pieces = layout_of(engine).pieces
-    # All parameters are stepped together, but for those that never had a gradient, which may have no state.
-    first = next((name for name in saved.shapes if saved.step(name) is not None), next(iter(saved.shapes)))
-    for flat in flats:
-        states, step = inner.state[flat], saved.step(first)
-        if step is None:
-            continue
-        states["step"] = torch.tensor(step, device=flat.device) if as_tensor else int(step)
-        for key in saved.keys(first)[1:]:
-            if key not in states:
-                states[key] = torch.zeros_like(flat, memory_format=torch.contiguous_format)
+    for number, (flat, states_like) in enumerate(expected):
+        names = (piece.name for piece in pieces if piece.flat == number)
+        # A parameter that never had a gradient may have no states.
+        if (first := next((name for name in names if saved.numbers(name) is not None), None)) is not None:
+            inner.state[flat] = _empty_states(flat, states_like, saved, first)
     for piece in pieces:
-        flat = flats[piece.flat]
+        flat = expected[piece.flat][0]
         for key in saved.keys(piece.name):
             target = flat if key == MASTER else inner.state[flat][key]
-            part = target.data.view(-1).narrow(0, piece.offset, piece.numel)
-            part.copy_(saved.read(piece.name, key, piece.start, piece.numel))
+            _fill_piece(target.data, piece, key, saved, alone=piece.numel == flat.numel())
     _fill_scaler(optimizer, saved.counters["loss_scaler"])
 
 
+def _empty_states(flat: torch.Tensor, states_like: Mapping[str, Any], saved: SavedState, name: str) -> dict[str, Any]:
+    """States for ``flat`` with the saved numbers of parameter ``name``, and zeros for its tensors. Numbers that the
+    optimizer keeps as a tensor become one, with the same dtype and device."""
+    states: dict[str, Any] = {}
+    for key, value in (saved.numbers(name) or {}).items():
+        like = states_like.get(key, value)
+        is_tensor = isinstance(like, torch.Tensor)
+        states[key] = torch.full_like(like, value) if is_tensor else type(like)(value)
+    for key in saved.keys(name)[1:]:
+        shape, dtype = saved.shape(name, key), saved.read(name, key, 0, 0).dtype
+        elementwise = shape.numel() == _numel(saved, name)
+        states[key] = torch.zeros(flat.shape if elementwise else shape, dtype=dtype, device=flat.device)
+    return states
+
+
+def _fill_piece(target: torch.Tensor, piece: Piece, key: str, saved: SavedState, alone: bool) -> None:
+    """Copy a piece of a parameter's state. A state without a number for each element is copied whole, if the parameter
+    is ``alone`` in its tensor."""
+    shape = saved.shape(piece.name, key)
+    if shape.numel() == _numel(saved, piece.name):
+        part = target.view(-1).narrow(0, piece.offset, piece.numel)
+        part.copy_(saved.read(piece.name, key, piece.start, piece.numel))
+    elif alone:
+        target.copy_(saved.read(piece.name, key, 0, shape.numel()).view(shape))
+    else:
+        raise undividable(piece.name, key)
+
+
+def _numel(saved: SavedState, name: str) -> int:
+    return torch.Size(saved.shapes[name]).numel()
+
+
 def _fill_scaler(optimizer: Any, saved: dict[str, float]) -> None:
-    """The numbers of float16's loss scaler; those of another dtype's are of no use here."""
+    """Load the numbers of float16's loss scaler, unless another kind was saved."""
     scaler = getattr(optimizer, "loss_scaler", None)
     if saved.keys() == scaler_numbers(scaler).keys():
         for name, value in saved.items():
@@ -95,7 +130,8 @@ def _fill_scaler(optimizer: Any, saved: dict[str, float]) -> None:
 
 
 def with_scaler(state: Any, optimizer: Any) -> Any:
-    """The content of one of DeepSpeed's files with this optimizer's own loss scaler, which takes the file's numbers."""
+    """The content of one of DeepSpeed's files, with its loss scaler replaced by this optimizer's, which gets the saved
+    numbers."""
     inner = state.get("optimizer_state_dict") if isinstance(state, dict) else None
     if isinstance(inner, dict) and "loss_scaler" in inner:
         _fill_scaler(optimizer, scaler_numbers(inner["loss_scaler"]))
@@ -104,7 +140,7 @@ def with_scaler(state: Any, optimizer: Any) -> Any:
 
 
 def _fill_weights(engine: Any, saved: SavedState) -> None:
-    """The trained weights that the forward pass reads, from the master weights."""
+    """Set the trained weights of the forward pass from the master weights."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp16_partitioned_groups_flat"):
         for name, parameter in engine.module.named_parameters():
@@ -120,7 +156,7 @@ def _fill_weights(engine: Any, saved: SavedState) -> None:
 
 
 def _fill_untrained(engine: Any, saved: SavedState) -> None:
-    """Frozen parameters and buffers; all ranks call this."""
+    """Load frozen parameters and buffers; all ranks call this."""
     import deepspeed
 
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))

@@ -1,8 +1,7 @@
-"""A model built sharded: under ZeRO-3 every parameter is cut among the ranks as soon as it has its values.
+"""Sharded construction: under ZeRO-3 every parameter is partitioned as soon as it has its values.
 
-DeepSpeed cuts the parameters of a whole model when its engine starts. Here the same function is given one parameter
-after the other, so no rank ever holds the model.
-"""
+DeepSpeed partitions the parameters of a whole model when its engine starts. Here the same function gets one parameter
+at a time, so no rank ever has the whole model in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Sharded(Placement):
-    """Cuts parameters as DeepSpeed's ZeRO-3 does; ``settings`` and ``dtype`` are those that the engine starts with."""
+    """Partitions parameters as DeepSpeed's ZeRO-3 does; ``settings`` and ``dtype`` must be those of the engine."""
 
     sharded = True
 
@@ -34,9 +33,9 @@ class Sharded(Placement):
     def place(self, parameter: Any) -> None:
         import deepspeed
 
-        if is_cut(parameter):
+        if is_partitioned(parameter):
             return
-        assert not parameter.is_meta, "a parameter without values"
+        assert not parameter.is_meta, "a parameter on the meta device"
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(self._dtype)
         parameter.data = parameter.data.contiguous()
@@ -53,42 +52,42 @@ class Sharded(Placement):
     def whole(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         import deepspeed
 
-        cut = [parameter for parameter in parameters if is_cut(parameter)]
-        with deepspeed.zero.GatheredParameters(cut, modifier_rank=0):
-            devices = [parameter.device for parameter in cut]
-            for parameter in cut:
+        partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+            devices = [parameter.device for parameter in partitioned]
+            for parameter in partitioned:
                 parameter.data = parameter.data.cpu()
             try:
                 yield
             finally:
-                for parameter, device in zip(cut, devices, strict=True):
+                for parameter, device in zip(partitioned, devices, strict=True):
                     parameter.data = parameter.data.to(device)
 
     @contextmanager
     def libraries_gather(self) -> Iterator[None]:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-        known = HfDeepSpeedConfig(self._settings)  # transformers and PEFT look whether one is alive
+        config = HfDeepSpeedConfig(self._settings)  # transformers and PEFT check whether one exists
         try:
             yield
         finally:
             unset_hf_deepspeed_config()
-            del known
+            del config
 
 
-def is_cut(parameter: Any) -> bool:
-    """Whether DeepSpeed has cut a parameter among the ranks."""
+def is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed has partitioned a parameter."""
     return hasattr(parameter, "ds_id")
 
 
 def complete(model: nn.Module) -> None:
-    """Cut what was added to a sharded model since, and number all parameters as DeepSpeed does with a whole model:
-    in this order it sums gradients, and sums of floating point numbers depend on it."""
+    """Partition parameters that were added to a sharded model since, and number all of them as DeepSpeed does for a
+    whole model: gradients are summed in this order, which affects rounding."""
     parameters: list[Any] = list(model.parameters())
-    first = next((parameter for parameter in parameters if is_cut(parameter)), None)
+    first = next((parameter for parameter in parameters if is_partitioned(parameter)), None)
     if first is None:
         return
-    added = [parameter for parameter in parameters if not is_cut(parameter)]
+    added = [parameter for parameter in parameters if not is_partitioned(parameter)]
     first.convert_to_zero_parameters(added)
     start = min(parameter.ds_id for parameter in parameters)
     for number, parameter in enumerate(parameters):
@@ -96,10 +95,10 @@ def complete(model: nn.Module) -> None:
 
 
 def placement_for(config: Config, settings: dict[str, Any]) -> Placement:
-    """How a run's model is built: sharded under ZeRO-3.
+    """How a run's model is built: sharded under ZeRO-3, otherwise whole.
 
-    Whole where it cannot be otherwise: partitions on NVMe are swapped by the engine, and a base of random weights that
-    an adapter stands on is written down at the start.
+    Under ZeRO-3 also whole if parameters are offloaded to NVMe, which the engine does, or if an adapter is trained on
+    random weights, which are written to a file at the start.
     """
     zero = settings.get("zero_optimization", {})
     on_nvme = zero.get("offload_param", {}).get("device") == "nvme"
@@ -107,5 +106,5 @@ def placement_for(config: Config, settings: dict[str, Any]) -> Placement:
     if zero_stage(settings) < 3 or on_nvme or keeps_base:
         return WHOLE
     if rank() == 0:
-        log.info("ZeRO-3: every parameter is cut among the ranks as soon as it is read")
+        log.info("ZeRO-3: building the model sharded, one parameter at a time")
     return Sharded(settings, getattr(torch, config.model.dtype))

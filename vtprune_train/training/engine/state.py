@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps in a checkpoint, collected without writing it."""
+"""Collect what DeepSpeed would write to a checkpoint, without writing it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ Files = list[tuple[Path, Any]]
 
 
 def collect_files(engine: Any, folder: Path, tag: str, copy: Callable[[Any], Any], trained_only: bool) -> Files:
-    """What DeepSpeed would write into ``folder/tag`` now, each file's content by ``copy``; with ``trained_only``
-    without frozen parameters. All ranks call this together. Nothing is written (but what an optimizer on NVMe keeps in
-    files of its own, which DeepSpeed copies)."""
+    """Collect the files that DeepSpeed would write to ``folder/tag``; all ranks call this together.
+
+    Nothing is written, except for optimizer states on NVMe, whose files DeepSpeed copies.
+
+    Args:
+        engine: DeepSpeed's.
+        folder, tag: where the files belong.
+        copy: applied to the content of each file.
+        trained_only: leave out frozen parameters.
+
+    Returns:
+        (path, content) of each file of this rank.
+    """
     files: Files = []
 
     def keep(state_dict: Any, path: str) -> None:
         files.append((Path(path), copy(state_dict)))
 
-    # Rank 0 alone would write the script, and could fail at it.
+    # Only rank 0 would write the script, and writing it could fail.
     no_script = _replaced(engine, "_copy_recovery_script", lambda save_path: None)
     with _replaced(engine.checkpoint_engine, "save", keep), no_script:
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=trained_only)
@@ -28,7 +38,7 @@ def collect_files(engine: Any, folder: Path, tag: str, copy: Callable[[Any], Any
 
 @contextmanager
 def _replaced(owner: Any, method: str, by: Callable[..., None]) -> Iterator[None]:
-    """Within it, ``owner`` has another method."""
+    """Context manager in which ``by`` replaces a method of ``owner``."""
     setattr(owner, method, by)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The trained weights: exported for plain transformers or, of an adapter, for PEFT."""
+"""Exports the trained weights for plain transformers, or an adapter for PEFT."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from vtprune_train.training.engine.engine import Engine
 
 
 def holds_only_trained(module: Any) -> bool:
-    """Whether checkpoints of this model leave out what is frozen: it is in the base that an adapter names."""
+    """Whether checkpoints of this model leave out frozen parameters, because they are in the base of an adapter."""
     return adapted_of(module) is not None
 
 
 def full_state_dict(engine: Engine) -> dict[str, torch.Tensor] | None:
-    """What is exported, on rank 0; ``None`` on other ranks, and under ZeRO-3, where no rank has it.
-
-    All weights, or the trained ones where :func:`holds_only_trained`.
-    """
+    """The weights to export on rank 0: all, or only the trained ones if :func:`holds_only_trained`. ``None`` on other
+    ranks, and under ZeRO-3, where no rank has them."""
     module = engine.module
     if rank() or engine.zero_stage == 3:
         return None
@@ -32,14 +30,20 @@ def full_state_dict(engine: Engine) -> dict[str, torch.Tensor] | None:
 
 
 def export_plan(module: Any) -> Plan:
-    """Which tensors stand in which file of the model's export."""
+    """Which tensors go to which file of the model's export."""
     return adapter_plan(module) if holds_only_trained(module) else plan_of(module)
 
 
 def write_export(module: Any, processor: Any, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
-    """Write the folder that ``from_pretrained`` of plain transformers opens (its config has the pruning settings), or
-    for an adapter that of :func:`~vtprune_train.models.io.peft.write_adapter_settings`; rank 0 alone calls this.
-    Without ``weights``, those of :func:`full_state_dict`, all else is written."""
+    """Write a folder that ``from_pretrained`` of plain transformers opens (its config has the pruning settings), or for
+    an adapter that of :func:`~vtprune_train.models.io.peft.write_adapter_settings`. Only rank 0 calls this.
+
+    Args:
+        module: the model.
+        processor: of the model.
+        weights: of :func:`full_state_dict`; ``None`` writes everything else.
+        folder: where to.
+    """
     if holds_only_trained(module):
         write_adapter_settings(module, folder)
     else:

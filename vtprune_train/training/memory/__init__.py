@@ -1,1 +1,1 @@
-"""GPU memory, predicted and counted."""
+"""Estimates and measurements of GPU memory."""

@@ -1,12 +1,12 @@
-"""Copies of a run's state in host memory, so that training goes on while they are written: few large blocks, from which
-tensors are cut, the same for every save.
+"""Copies of a run's state in host memory, so that training continues while they are written. Tensors are allocated from
+a few large blocks, which are reused by every save.
 
-Blocks are anonymous mappings of exactly the size they need, page-locked beside a GPU by ``cudaHostRegister``. PyTorch's
-own pinned allocator rounds every request up to a power of two: 32 GiB for a float32 copy of 6.7 billion weights, whose
-25.2 GiB no choice of block sizes would make fit better.
+Blocks are anonymous mappings of exactly the required size, page-locked by ``cudaHostRegister`` if the state is on a
+GPU. PyTorch's pinned allocator would round every request up to a power of two: 32 GiB instead of 25.2 GiB for a float32
+copy of 6.7 billion weights.
 
-A tensor made by ``torch.frombuffer`` has a storage of its own size, so ``torch.save`` writes its bytes alone, where a
-view of a large tensor would bring all of that one's storage along.
+A tensor made by ``torch.frombuffer`` has a storage of its own size, so ``torch.save`` writes only its bytes. For a view
+of a large tensor it would write the whole storage.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from typing import Any
 
 import torch
 
-BLOCK = 2**28  # of tensors that share one
-OWN_BLOCK = 2**26  # bytes from which a tensor gets a block of its own
+BLOCK = 2**28  # bytes of a block that several tensors share
+OWN_BLOCK = 2**26  # bytes from which a tensor gets a separate block
 ALIGNMENT = 64
 PAGE = mmap.PAGESIZE
 
 
 class Layout:
-    """Where tensors lie, by size alone, in the order they come. ``blocks`` are the sizes of the blocks in use."""
+    """Places tensors in blocks by their sizes, in order. ``blocks`` are the sizes of the blocks in use."""
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
-        self._shared: list[int] = []  # which of them several tensors share
-        self._ends: list[int] = []  # of what lies in each block
+        self._shared: list[int] = []  # indices of blocks that several tensors share
+        self._ends: list[int] = []  # used bytes of each block
 
     def place(self, size: int) -> tuple[int, int]:
-        """The block of a tensor of ``size`` bytes, and its offset there."""
+        """Place a tensor of ``size`` bytes. Returns the index of its block and its offset there."""
         if size >= OWN_BLOCK:
             return self._add(math.ceil(size / PAGE) * PAGE, size), 0
         for block in self._shared:
@@ -54,7 +54,7 @@ class Layout:
 
 
 def pinned_bytes(sizes: Iterable[int]) -> int:
-    """Bytes of the blocks that hold tensors of these sizes in bytes, copied in this order."""
+    """Total bytes of the blocks for tensors of these sizes (in bytes), copied in this order."""
     layout = Layout()
     for size in sizes:
         layout.place(size)
@@ -62,7 +62,8 @@ def pinned_bytes(sizes: Iterable[int]) -> int:
 
 
 class Arena:
-    """The blocks themselves, page-locked if ``lock``. After :meth:`begin` the same requests get the same memory."""
+    """Allocates tensors from blocks, page-locked if ``lock``. After :meth:`begin` the same requests get the same
+    memory."""
 
     def __init__(self, lock: bool) -> None:
         self._lock = lock
@@ -74,23 +75,23 @@ class Arena:
         return sum(block.size for block in self._blocks)
 
     def begin(self) -> None:
-        """All memory is free again. Tensors cut before go on showing it, whatever is written there."""
+        """Reuse all memory. Tensors allocated before refer to the same memory and are overwritten."""
         self._layout = Layout()
 
-    def cut(self, like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised contiguous tensor on the host, of the shape and dtype of ``like``, which is not empty; a
-        ``RuntimeError`` if there is not enough memory to lock."""
+    def allocate(self, like: torch.Tensor) -> torch.Tensor:
+        """Allocate an uninitialized contiguous host tensor with the shape and dtype of ``like``, which must not be
+        empty. Raises a ``RuntimeError`` if not enough memory can be locked."""
         block, offset = self._layout.place(like.numel() * like.element_size())
         size = self._layout.blocks[block]
         if block < len(self._blocks) and self._blocks[block].size != size:
-            self._release(block)  # sizes have changed from here on
+            self._release(block)  # sizes changed: reallocate from here on
         if block == len(self._blocks):
             self._blocks.append(_Block(size, self._lock))
         memory = self._blocks[block].memory
         return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=offset).view(like.shape)
 
     def trim(self) -> None:
-        """Give back the blocks that nothing was cut from since :meth:`begin`."""
+        """Free the blocks that were not used since :meth:`begin`."""
         self._release(len(self._layout.blocks))
 
     def _release(self, first: int) -> None:
@@ -120,7 +121,7 @@ class _Block:
 
 
 class HostCopies:
-    """Copies of state in host memory (pinned beside a GPU), the same memory for every save."""
+    """Copies of state in host memory (pinned for state on a GPU); every save reuses the memory."""
 
     def __init__(self) -> None:
         self._arenas = {on_gpu: Arena(lock=on_gpu) for on_gpu in (False, True)}
@@ -128,22 +129,22 @@ class HostCopies:
         self._sources: list[torch.Tensor] = []
 
     def begin(self) -> None:
-        """Forget what was copied, keep the memory: copies made before are overwritten."""
+        """Start new copies in the same memory; previous copies are overwritten."""
         self._taken, self._sources = {}, []
         for arena in self._arenas.values():
             arena.begin()
 
     def copy(self, value: Any) -> Any:
-        """``value`` with every tensor in nested dicts, lists and tuples copied to the host, and everything else so
-        that later changes do not reach it. One tensor met twice (tied weights) is copied once."""
+        """Copy ``value`` deeply, with all tensors in nested dicts, lists and tuples copied to the host. A tensor that
+        occurs twice (tied weights) is copied once."""
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, dict):
-            made: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
-            made.update((key, self.copy(item)) for key, item in value.items())
-            if hasattr(value, "_metadata"):  # of a module's state
-                made._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
-            return made
+            copied: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
+            copied.update((key, self.copy(item)) for key, item in value.items())
+            if hasattr(value, "_metadata"):  # in a module's state dict
+                copied._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
+            return copied
         if isinstance(value, list):
             return [self.copy(item) for item in value]
         if type(value) is tuple:
@@ -151,7 +152,7 @@ class HostCopies:
         return copy.deepcopy(value)
 
     def finish(self) -> None:
-        """Wait until what :meth:`copy` began is in the host's memory."""
+        """Wait until all copies are complete."""
         if any(source.is_cuda for source in self._sources):
             torch.cuda.synchronize()
         self._sources = []
@@ -159,7 +160,7 @@ class HostCopies:
             arena.trim()
 
     def num_bytes(self) -> int:
-        """Size of what was copied since :meth:`begin`."""
+        """Bytes copied since :meth:`begin`."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._taken.values())
 
     def _tensor(self, source: torch.Tensor) -> torch.Tensor:
@@ -169,8 +170,8 @@ class HostCopies:
             return self._taken[key]
         if not source.numel():
             return source.cpu().clone()
-        target = self._arenas[source.is_cuda].cut(source)
+        target = self._arenas[source.is_cuda].allocate(source)
         target.copy_(source, non_blocking=source.is_cuda)
         self._taken[key] = target
-        self._sources.append(source)  # alive until copied, so that no other tensor gets its address
+        self._sources.append(source)  # keep it alive until copied, so that no other tensor gets its address
         return target

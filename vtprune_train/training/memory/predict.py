@@ -1,9 +1,9 @@
-"""The only memory arithmetic of the project: dry run, preflight and its advice all count with it.
+"""The memory estimate of the dry run and the preflight check.
 
-Bytes of one rank, from the model's config, the tokens of a micro-batch and the DeepSpeed settings. Estimates: what
+Counts the bytes of one rank from the model's config, the tokens of a micro-batch and the DeepSpeed settings. What
 autograd saves for a layer is exact for eager layers (a test counts it), states and buffers follow DeepSpeed 0.19, and
-temporaries within a layer are bounded. Not counted: CUDA's context, NCCL's buffers and fragmentation
-(:data:`RESERVED`). Compiled layers and Liger's kernels save less than counted here.
+temporaries within a layer are upper bounds. The CUDA context, NCCL buffers and fragmentation are not counted (see
+:data:`RESERVED`). Compiled layers and Liger's kernels save less than counted here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from vtprune_train.config.settings import Config
+from vtprune_train.config.train import TrainConfig
+from vtprune_train.core import user_code
 from vtprune_train.core.flops import DecoderGeometry, stage_layers
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.models import HFModule
@@ -25,30 +27,33 @@ from vtprune_train.models.families.towers import SavedByTower
 from vtprune_train.models.forward import head
 from vtprune_train.models.forward.recompute import Level, recomputed_layers
 from vtprune_train.models.io.placement import whole_shape
+from vtprune_train.training import muon
 from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
 from vtprune_train.training.memory.pinned import pinned_bytes
-from vtprune_train.training.optimizer import parameter_groups
+from vtprune_train.training.optimizer import parameter_groups, state_bytes
 
 GIB = 2**30
-RESERVED = 0.06  # share of a device's memory for what is not counted
-ALLREDUCE_ELEMENTS = 5 * 10**8  # DeepSpeed's bucket where ZeRO does not partition the reduction
-FOUR_BIT_BYTES = 0.52  # a weight's 4 bits, and its share of the scales (NF4, double quantization)
+RESERVED = 0.06  # share of a device's memory reserved for what is not counted
+ALLREDUCE_ELEMENTS = 5 * 10**8  # DeepSpeed's bucket at ZeRO 0
+FOUR_BIT_BYTES = 0.52  # of a weight in NF4: 4 bits and its share of the double-quantized scales
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What of a DeepSpeed config decides about memory; ``ranks`` share the states.
+    """The parts of a DeepSpeed config that affect memory.
 
     Args:
+        stage: of ZeRO.
+        ranks: that share the states.
         element: bytes of a weight.
         accumulation: bytes of an accumulated gradient.
         bucket: elements of a reduction bucket.
-        buckets: buckets that exist at a time.
-        offloads_optimizer, offloads_weights: to host memory.
-        max_live: parameters that ZeRO-3 keeps gathered at a time.
-        sub_group: parameters that ZeRO-3 updates at a time.
-        norm: whether DeepSpeed computes a gradient norm of its own, in float64.
+        buckets: number of buckets at a time.
+        offloads_optimizer, offloads_weights: whether they are in host memory.
+        max_live: most elements that ZeRO-3 keeps gathered at a time.
+        sub_group: elements that ZeRO-3 updates at a time.
+        norm: whether DeepSpeed computes a gradient norm, in float64.
     """
 
     stage: int
@@ -65,7 +70,7 @@ class Zero:
 
     @classmethod
     def of(cls, settings: dict[str, Any], dtype: str, ranks: int) -> Zero:
-        """Read a DeepSpeed config; keys left out have DeepSpeed's defaults."""
+        """Read a DeepSpeed config; missing keys have DeepSpeed's defaults."""
         zero = settings.get("zero_optimization", {})
         stage, element = zero_stage(settings), DTYPE_BYTES[dtype]
         accumulation = settings.get("data_types", {}).get("grad_accum_dtype")
@@ -85,45 +90,69 @@ class Zero:
 
     @property
     def whole_gradients(self) -> bool:
-        """ZeRO-1 with bfloat16 weights and float32 accumulation: DeepSpeed's ``BF16_Optimizer``, whose ranks hold all
-        gradients in both dtypes."""
+        """Whether each rank keeps all gradients in both dtypes, as DeepSpeed's ``BF16_Optimizer`` does (ZeRO-1 with
+        bfloat16 weights and float32 accumulation)."""
         return self.stage == 1 and self.accumulation > self.element and not self.offloads_optimizer
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are: ``groups`` of the optimizer, ``frozen`` beside them, ``largest`` tensor among the trained;
-    ``four_bit`` of the frozen are stored in 4 bits (QLoRA)."""
+    """Numbers of parameters.
+
+    Args:
+        groups: of each parameter group of the optimizer.
+        frozen: parameters that are not trained.
+        largest: elements of the largest trained tensor.
+        states: bytes of each optimizer state for an element, by group.
+        four_bit: frozen parameters that are stored in 4 bits (QLoRA).
+        step: temporary bytes of the optimizer's step for an element of the tensor that it updates.
+        matrix: elements of the largest matrix that Muon orthogonalizes.
+    """
 
     groups: tuple[int, ...]
     frozen: int
     largest: int
+    states: tuple[tuple[float, ...], ...]
     four_bit: int = 0
+    step: float = 0.0
+    matrix: int = 0
 
     @property
     def trained(self) -> int:
         return sum(self.groups)
 
     def bytes_of_weights(self, element: int) -> int:
-        """Of the whole model, where a weight that is not stored in 4 bits takes ``element`` bytes."""
+        """Bytes of all weights; a weight that is not stored in 4 bits takes ``element`` bytes."""
         return element * (self.trained + self.frozen - self.four_bit) + int(FOUR_BIT_BYTES * self.four_bit)
 
     @classmethod
-    def of(cls, groups: Sequence[dict[str, Any]], every: Sequence[Any], four_bit: int = 0) -> Parameters:
-        """Count ``parameter_groups`` and all parameters of a model, partitioned ones as a whole."""
+    def of(
+        cls, groups: Sequence[dict[str, Any]], every: Sequence[Any], train: TrainConfig, flat: bool, four_bit: int = 0
+    ) -> Parameters:
+        """Count the parameters of ``groups`` and of ``every`` parameter of the model (partitioned ones as a whole), and
+        find the states of the optimizer in ``train``. ``flat``: whether it gets flat tensors (ZeRO 1 to 3)."""
         count = [[_numel(p) for p in group["params"]] for group in groups]
         sums = tuple(sum(numels) for numels in count)
-        return cls(sums, sum(map(_numel, every)) - sum(sums), max(max(numels) for numels in count), four_bit)
+        largest = max(max(numels) for numels in count)
+        ndims = [1 if flat else len(whole_shape(group["params"][0])) for group in groups]
+        states = tuple(state_bytes(train, group, ndim) for group, ndim in zip(groups, ndims, strict=True))
+        step = 4.0 if user_code.is_path(train.optimizer) else 0.0  # others are fused or in place; these may use foreach
+        matrix = max((max(numels) for numels, group in zip(count, groups, strict=True) if group.get("muon")), default=0)
+        return cls(sums, sum(map(_numel, every)) - sum(sums), largest, states, four_bit, step, matrix)
+
+    def states_of(self, parts: Sequence[int]) -> list[int]:
+        """Bytes of each optimizer state on a rank that keeps ``parts`` elements of the groups."""
+        return [int(size * part) for sizes, part in zip(self.states, parts, strict=True) for size in sizes]
 
 
 def _numel(parameter: Any) -> int:
-    if parameter.dtype == torch.uint8:  # two 4-bit weights in each element
+    if parameter.dtype == torch.uint8:  # each element has two 4-bit weights
         return 2 * int(parameter.numel())
     return whole_shape(parameter).numel()
 
 
 def _four_bit(model: HFModule) -> int:
-    """Weights that QLoRA stores in 4 bits: those of all linear layers of the decoder, the adapter's own left out."""
+    """Number of weights that QLoRA stores in 4 bits: those of the decoder's linear layers, without the adapter."""
     layers = model.get_submodule(family_of(model).decoder).layers
     return sum(_numel(p) for name, p in layers.named_parameters() if p.ndim == 2 and ".lora_" not in name)
 
@@ -133,14 +162,14 @@ class States:
     """Bytes of weights, gradients and optimizer on one rank's device.
 
     Args:
-        weights: of the model.
+        weights: the model's weights.
         masters: float32 copies of the trained weights.
-        moments: AdamW's two states.
-        gradients: held at the end of the last backward pass of a step; under ZeRO-3 with the bucket, which stays.
-        accumulating: on top of them while a later micro-batch of the step runs backward.
-        buckets: for the reduction, and weights that ZeRO-3 has gathered, during the backward pass.
-        step: of each tensor that the optimizer step allocates on top of gradients and states.
-        host: in host memory, where states or weights are offloaded.
+        moments: the optimizer's states.
+        gradients: at the end of the last backward pass of a step; under ZeRO-3 including the bucket, which is kept.
+        accumulating: additional gradients during the backward pass of a later micro-batch of the step.
+        buckets: of the reduction, and weights gathered by ZeRO-3, during the backward pass.
+        step: of each temporary tensor of the optimizer step.
+        host: in host memory, if states or weights are offloaded.
     """
 
     weights: int
@@ -158,59 +187,66 @@ class States:
 
     @classmethod
     def of(cls, zero: Zero, parameters: Parameters, accumulates: bool = True) -> States:
-        """Count them; ``accumulates`` where a step has several micro-batches.
+        """Count them; ``accumulates``: whether a step has several micro-batches.
 
         Source: ``stage_1_and_2.py``, ``stage3.py``, ``bf16_optimizer.py`` and ``fp16/unfused_optimizer.py`` of
         DeepSpeed 0.19.8 with torch's fused AdamW; ``scripts/measure_zero.py`` measures the same.
         """
         e, a, trained = zero.element, zero.accumulation, parameters.trained
         parts = [-(-group // (zero.ranks if zero.stage else 1)) for group in parameters.groups]
-        mine, largest_part = sum(parts), max(parts)
+        mine, largest_part, moments = sum(parts), max(parts), sum(parameters.states_of(parts))
         weights = parameters.bytes_of_weights(e)
         masters = 0 if zero.stage == 0 and e == 4 else 4 * mine
         norm = (8 * min(parameters.largest, largest_part) if zero.norm else 0,)
         cast = 4 if e < 4 else 0
         reduced = min(trained, zero.bucket)
         if zero.stage == 0:
-            states = cls(weights, masters, 8 * mine, e * trained, e * reduced, 0, (cast * trained,))
+            states = cls(weights, masters, moments, e * trained, e * reduced, 0, (cast * trained,))
         elif zero.whole_gradients:
             whole = max(reduced, max(parameters.groups)) if trained > zero.bucket else trained
-            states = cls(weights, masters, 8 * mine, (4 + e) * trained, (4 + e) * whole, 0, norm)
+            states = cls(weights, masters, moments, (4 + e) * trained, (4 + e) * whole, 0, norm)
         elif zero.stage == 3:
             gathered = min(trained + parameters.frozen, zero.max_live) if zero.ranks > 1 or zero.offloads_weights else 0
             largest = min(largest_part, max(zero.sub_group, 1))
             step: tuple[int, ...] = (a * largest, (4 if a < 4 else 0) * largest)
             weights = 0 if zero.offloads_weights else -(-weights // zero.ranks)
-            states = cls(weights, masters, 8 * mine, a * mine + e * zero.bucket, 0, e * (reduced + gathered), step)
-        elif a > e:  # float32 gradients of this rank's part, added up bucket by bucket
+            states = cls(weights, masters, moments, a * mine + e * zero.bucket, 0, e * (reduced + gathered), step)
+        elif a > e:  # float32 gradients of this rank's partition, accumulated bucket by bucket
             buckets = e * zero.buckets * zero.bucket + (e + 4) * reduced + _oversized(zero, parameters)
-            states = cls(weights, masters, 8 * mine, a * mine, 0, buckets, norm)
+            states = cls(weights, masters, moments, a * mine, 0, buckets, norm)
         else:
             buckets = e * (zero.buckets * zero.bucket + reduced) + _oversized(zero, parameters)
-            waits = accumulates or (zero.stage == 1 and zero.buckets == 1)  # for all gradients, before it reduces any
+            waits = accumulates or (
+                zero.stage == 1 and zero.buckets == 1
+            )  # for all gradients before the first reduction
             more = e * (trained if zero.stage == 1 else mine) if waits else 0
             step = max((e * largest_part, cast * largest_part), norm, key=sum)
-            states = cls(weights, masters, 8 * mine, e * mine, more, buckets, step)
-        return _offloaded(states, zero, parameters, mine) if zero.offloads_optimizer else states
+            states = cls(weights, masters, moments, e * mine, more, buckets, step)
+        if zero.offloads_optimizer:
+            return _offloaded(states, zero, parameters, mine)
+        updated = largest_part if zero.stage else parameters.largest
+        of_optimizer = int(parameters.step * updated) + muon.step_bytes(parameters.matrix)
+        return replace(states, step=(*states.step, of_optimizer)) if of_optimizer else states
 
     @property
     def backward(self) -> int:
-        """Bytes beside activations at the end of a later micro-batch's backward pass."""
+        """Bytes without activations at the end of a later micro-batch's backward pass."""
         return self.always + self.gradients + self.accumulating + self.buckets
 
     @property
     def stepping(self) -> int:
-        """Bytes at the peak of the optimizer step."""
+        """Peak bytes of the optimizer step."""
         return self.always + self.gradients + sum(self.step)
 
 
 def _oversized(zero: Zero, parameters: Parameters) -> int:
-    """A gradient larger than a bucket stays outside of it until the pass ends."""
+    """Bytes of a gradient that is larger than a bucket; it is kept separately until the pass ends."""
     return zero.element * parameters.largest if parameters.largest > zero.bucket else 0
 
 
 def _offloaded(states: States, zero: Zero, parameters: Parameters, mine: int) -> States:
-    """Masters, moments and accumulated gradients in host memory; the device holds buckets and one gradient."""
+    """With master weights, optimizer states and accumulated gradients in host memory; the device has buckets and one
+    gradient."""
     host = states.masters + states.moments + 4 * mine + zero.element * mine
     if zero.offloads_weights:
         host += zero.element * -(-(parameters.trained + parameters.frozen) // zero.ranks)
@@ -223,12 +259,12 @@ def _offloaded(states: States, zero: Zero, parameters: Parameters, mine: int) ->
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes of a layer for each token that it sees.
+    """Bytes of a layer for each of its tokens.
 
     Args:
-        saved: what autograd keeps for the backward pass, weights left out.
-        input: the layer's input, all that is kept where it is recomputed.
-        backward: most that the backward pass of the layer needs on top.
+        saved: activations that autograd keeps for the backward pass.
+        input: the layer's input, which is all that is kept if the layer is recomputed.
+        backward: peak of additional memory in the backward pass of the layer.
     """
 
     saved: int
@@ -237,14 +273,16 @@ class LayerBytes:
 
     @classmethod
     def of_decoder(cls, config: Any, element: int, trained: bool, copies_output: bool) -> LayerBytes:
-        """A Llama-like layer (Llama, Mistral, Qwen2, Qwen3), as transformers writes it.
+        """A Llama-like layer (Llama, Mistral, Qwen2, Qwen3) as implemented in transformers.
 
-        Saved are, in elements of the model's dtype unless noted: for each of two RMSNorms its input in float32, 1 / RMS
-        in float32, what the weight multiplies, and the output (the input of linear layers); queries, keys, values and
-        output of attention, and its log-sum-exp in float32; gate, SiLU(gate), up and their product. Linear layers and
-        norms whose weights are frozen do not need their inputs. Norms of queries and keys come on top if it has any,
-        and attention's output once more if the backend ``copies_output`` (``varlen_sdpa``). ``element``: bytes of an
-        activation.
+        Saved tensors, in the model's dtype unless noted:
+
+        - for each of two RMSNorms: the input (float32), 1 / RMS (float32), the normalized input and the output;
+        - attention: queries, keys, values, output and log-sum-exp (float32), norms of queries and keys if the model
+          has them, and a copy of the output if the backend ``copies_output`` (``varlen_sdpa``);
+        - MLP: gate, SiLU(gate), up and their product.
+
+        Linear layers and norms with frozen weights do not save their inputs. ``element``: bytes of an activation.
         """
         g = DecoderGeometry.of(config)
         q, k = g.heads * g.head_dim, g.kv_heads * g.head_dim
@@ -254,20 +292,22 @@ class LayerBytes:
             norms += (4 + if_trained) * (q + k) + 4 * (g.heads + g.kv_heads)
         attention = element * 2 * (q + k) + 4 * g.heads + (if_trained * q if copies_output else 0)
         mlp = (3 * element + if_trained) * g.intermediate
-        backward = 2 * element * (g.intermediate + g.hidden)  # gradients in the MLP, where all the rest is still saved
+        backward = (
+            2 * element * (g.intermediate + g.hidden)
+        )  # gradients in the MLP, while all other tensors are still saved
         return cls(norms + attention + mlp, element * g.hidden, backward)
 
     @classmethod
     def of_tower(cls, saved: SavedByTower, element: int) -> LayerBytes:
-        """A trained layer of a vision tower."""
+        """A trained layer of a vision tower, with activations of ``element`` bytes."""
         c, m = saved.hidden, saved.intermediate
         return cls(saved.raw_bytes + element * saved.elements, element * c, 2 * element * (m + c))
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A model's layers, head and tower in bytes; ``tower`` and ``projector`` count for each token of the tower,
-    ``rotary`` (tables of cosines and sines) for each token of a stage."""
+    """Bytes of a model's layers, head and tower. ``tower`` and ``projector`` are per token of the tower, ``rotary``
+    (tables of cosines and sines) per token of a stage."""
 
     layer: LayerBytes
     num_layers: int
@@ -283,9 +323,9 @@ class Geometry:
 
     @classmethod
     def of(cls, model_config: Any, dtype: str, train: Sequence[str], attention: str) -> Geometry:
-        """Read the config of a family that the loop trains, for weights of ``dtype``, the parts in ``model.train`` and
-        the decoder's ``attention`` backend. Under an adapter layers are counted as if they were trained themselves: a
-        little more than norms with frozen weights save, and what the adapter saves."""
+        """Read a model config, for weights of ``dtype``, the parts in ``train`` (``model.train``) and the decoder's
+        ``attention`` backend. With an adapter, layers are counted as trained: slightly more than their frozen norms
+        save, which allows for the adapter's activations."""
         text, e = model_config.text_config, DTYPE_BYTES[dtype]
         tower = trained_family(model_config.model_type, "this config")[1].saved(model_config)
         trained = "language_model" in train
@@ -307,8 +347,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What decides about activations: ``tokens`` and ``layers`` [stages], ``tiles`` of the tower (patches where images
-    have any size), ``visual`` tokens before dropping, and supervised ``rows``."""
+    """The sizes that determine activations: ``tokens`` and ``layers`` [stages], ``tiles`` of the tower (patches for
+    towers that take images of any size), ``visual`` tokens before dropping, and supervised ``rows``."""
 
     tokens: tuple[int, ...]
     layers: tuple[int, ...]
@@ -318,7 +358,7 @@ class MicroBatch:
 
     @classmethod
     def of(cls, batch: PackedBatch) -> MicroBatch:
-        """Of a batch as it is planned."""
+        """The sizes of a planned batch."""
         plan = batch.plan
         tokens = tuple(stage.num_tokens for stage in plan.stages)
         tiles, rows = len(batch.pixel_values), len(batch.targets)
@@ -331,12 +371,12 @@ class Activations:
 
     Args:
         stages: saved for the backward pass by each stage's decoder layers.
-        tower: saved by tower and projector, and for placing the features among the text.
+        tower: saved by the tower, the projector and the merge of image features into the text.
         head: kept from the loss to the backward pass: gradients of the head's weight and input.
-        peak: most at a time, in the head or while a layer runs backward (recomputed first, where it is).
+        peak: largest sum, in the head or in the backward pass of a layer, including its recomputation.
         working: the part of ``peak`` that is not saved: the layer's recomputed activations and temporaries, or the
             head's logits and float32 weight gradient.
-        where: which of them.
+        where: the layer or head of the peak.
     """
 
     stages: tuple[int, ...]
@@ -348,7 +388,8 @@ class Activations:
 
     @classmethod
     def of(cls, geometry: Geometry, batch: MicroBatch, recomputed: Sequence[int], tower_too: bool) -> Activations:
-        """Count a micro-batch whose decoder layers ``recomputed`` (and the tower's) run again in the backward pass."""
+        """Count a micro-batch whose decoder layers ``recomputed`` (and with ``tower_too`` the tower's) are recomputed
+        in the backward pass."""
         layer, tokens = geometry.layer, np.repeat(batch.tokens, batch.layers)
         again = np.isin(np.arange(geometry.num_layers), recomputed)
         kept = np.where(again, layer.input, layer.saved) * tokens
@@ -373,7 +414,7 @@ class Activations:
 
 
 def _head(geometry: Geometry, rows: int) -> tuple[int, int]:
-    """Bytes that the loss keeps for the backward pass, and the most it needs beside them while it is computed."""
+    """Bytes that the loss keeps for the backward pass, and the peak of additional memory while it is computed."""
     e, weight = geometry.element, geometry.vocab * geometry.hidden
     chunk = min(rows, head.default_chunk_rows(geometry.vocab))
     kept = e * rows * geometry.hidden + (e * weight if geometry.trains_head else 0)
@@ -383,7 +424,7 @@ def _head(geometry: Geometry, rows: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One rank's memory in a step of several micro-batches. ``pinned`` is host memory for saves in the background."""
+    """One rank's memory in a step. ``pinned`` is host memory for saves in the background."""
 
     states: States
     activations: Activations
@@ -403,25 +444,25 @@ class Prediction:
 
     @property
     def phase(self) -> str:
-        """Where the peak falls."""
+        """The phase of the peak."""
         if self.stepping > self.backward:
             return "the optimizer's step"
         return f"the backward pass ({self.activations.where})"
 
     def lines(self) -> list[str]:
-        """A table of bytes by kind."""
+        """A table of memory by kind."""
         states, saved = self.states, self.activations
         rows = [
             ("weights", states.weights),
             ("float32 master weights", states.masters),
             ("optimizer states", states.moments),
             ("gradients", states.gradients),
-            ("gradients of one more micro-batch", states.accumulating),
+            ("gradients of the current micro-batch", states.accumulating),
             ("buckets and gathered weights", states.buckets),
             ("activations, by stage", sum(saved.stages)),
             ("tower and projector", saved.tower),
-            (f"working set of {saved.where}", saved.working),
-            ("taken by step()", sum(states.step)),
+            (f"temporaries of {saved.where}", saved.working),
+            ("temporaries of the optimizer step", sum(states.step)),
         ]
         lines = [f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in rows]
         lines[6] += f": {' / '.join(f'{size / GIB:.2f}' for size in saved.stages)}"
@@ -432,8 +473,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that a prediction needs except the level of recomputation; ``order`` is what
-    :func:`~vtprune_train.models.forward.recompute.typical_stages` returns."""
+    """Everything that a prediction needs except the level of recomputation; ``order`` is the result of
+    :func:`~vtprune_train.models.forward.recompute.typical_stages`."""
 
     zero: Zero
     parameters: Parameters
@@ -452,29 +493,36 @@ class Estimate:
         batch: MicroBatch,
         order: tuple[Sequence[int], Sequence[int]],
     ) -> Estimate:
-        """Of a run with these DeepSpeed ``settings`` on ``ranks`` GPUs; ``model`` has ``requires_grad`` set, and may be
-        on any device (``meta`` too)."""
-        groups = parameter_groups(model, config.model.train, config.train.weight_decay)
+        """Create the estimate of a run with these DeepSpeed ``settings`` on ``ranks`` GPUs. ``model`` has
+        ``requires_grad`` set and may be on the ``meta`` device."""
+        train = config.train
+        groups = parameter_groups(model, config.model.train, train.weight_decay, train.optimizer)
         zero = Zero.of(settings, config.model.dtype, ranks)
         packed = config.model.peft is not None and config.model.peft.kind == "qlora"
-        parameters = Parameters.of(groups, list(model.parameters()), _four_bit(model) if packed else 0)
+        parameters = Parameters.of(
+            groups, list(model.parameters()), train, zero.stage > 0, _four_bit(model) if packed else 0
+        )
         attention = str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
         geometry = Geometry.of(model.config, config.model.dtype, list(config.model.train), attention)
         saved = [zero.element * _numel(p) for p in model.parameters() if p.requires_grad or config.model.peft is None]
         if zero.stage == 3:
             saved = [-(-sum(saved) // ranks)]
         if not zero.offloads_optimizer:
-            saved += [4 * -(-group // (ranks if zero.stage else 1)) for group in parameters.groups for _ in range(3)]
+            parts = [-(-group // (ranks if zero.stage else 1)) for group in parameters.groups]
+            for part, states in zip(parts, parameters.states, strict=True):
+                saved += [4 * part, *(int(size * part) for size in states)]
         return cls(zero, parameters, geometry, batch, order, pinned_bytes(saved))
 
     def at(self, level: Level, accumulates: bool = True) -> Prediction:
-        """With ``train.activation_checkpointing=level``; ``accumulates`` where a step has several micro-batches."""
+        """Predict with ``train.activation_checkpointing=level``; ``accumulates``: whether a step has several
+        micro-batches."""
         layers = recomputed_layers(level, *self.order)
         activations = Activations.of(self.geometry, self.batch, layers, level != "none")
         return Prediction(States.of(self.zero, self.parameters, accumulates), activations, self.pinned)
 
     def least_that_fits(self, memory: int) -> Level | None:
-        """The level that recomputes least within ``memory`` bytes less :data:`RESERVED`; ``None`` if none does."""
+        """The level with the least recomputation that fits into ``memory`` bytes minus :data:`RESERVED`; ``None`` if
+        none fits."""
         levels: list[Level] = ["none", "first_stage", *range(1, self.geometry.num_layers), "all"]
         for level in sorted(levels, key=lambda level: len(recomputed_layers(level, *self.order))):
             if self.at(level).peak <= memory * (1 - RESERVED):
@@ -482,7 +530,7 @@ class Estimate:
         return None
 
     def advice(self, memory: int) -> str:
-        """Which level fits into ``memory`` bytes."""
+        """Message about the level that fits into ``memory`` bytes."""
         level = self.least_that_fits(memory)
         if level is None:
             return f"no level of train.activation_checkpointing fits {memory / GIB:.0f} GiB (estimate)"

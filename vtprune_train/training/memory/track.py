@@ -1,5 +1,5 @@
-"""The peak of allocated memory within a block of code: from the CUDA allocator's statistics, or on a CPU from every
-allocation and release that PyTorch's profiler records (a process's resident size would show freed memory too)."""
+"""Measures the peak of allocated memory in a block of code: from the CUDA allocator's statistics, or on a CPU from the
+allocations and releases that PyTorch's profiler records (the process's resident size would include freed memory)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PHASE = "phase:"
 
 
 class Allocations:
-    """What :func:`track_allocations` found, once its block has ended: bytes allocated at its start, and for each phase
-    the most at a time (``peaks``) and those at its end (``ends``)."""
+    """Results of :func:`track_allocations`, available after its block: bytes allocated at the ``start``, and for each
+    phase the peak (``peaks``) and the bytes allocated at its end (``ends``)."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -28,12 +28,12 @@ class Allocations:
 
     @property
     def peak(self) -> int:
-        """Most bytes allocated at a time in any phase."""
+        """Largest peak of any phase."""
         return max(self.peaks.values(), default=self.start)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A part of the block whose peak is wanted; a name may come several times."""
+        """Measure a part of the block; phases of the same name are combined."""
         if self.device.type != "cuda":
             with record_function(PHASE + name):
                 yield
@@ -49,7 +49,7 @@ class Allocations:
         self.ends[name] = end
 
     def _read(self, roots: list[Any]) -> None:
-        """Replay the profiler's record of allocations, releases and phases."""
+        """Replay the allocations, releases and phases that the profiler recorded."""
         nodes, left = [], list(roots)
         while left:
             nodes.append(left.pop())
@@ -67,9 +67,9 @@ class Allocations:
 
 
 def _changes(events: list[Any]) -> list[tuple[int, int]]:
-    """(time, bytes) of each allocation and release. A release in a thread that is not profiled (gloo's) is missing from
-    the record; it is noticed when the place is used again."""
-    starts: list[int] = []  # of live blocks, ascending
+    """(time, bytes) of each allocation and release. Releases in threads that are not profiled (gloo's) are missing from
+    the record; they are detected when the address is reused."""
+    starts: list[int] = []  # addresses of live blocks, ascending
     sizes: dict[int, int] = {}
     changes = []
     for event in sorted(events, key=lambda event: event.start_time_ns):
@@ -93,20 +93,20 @@ def _changes(events: list[Any]) -> list[tuple[int, int]]:
 
 @contextmanager
 def track_allocations(device: torch.device) -> Iterator[Allocations]:
-    """Follow the memory that tensors on ``device`` take, phase by phase."""
-    found = Allocations(device)
+    """Track the memory of tensors on ``device`` by phase."""
+    allocations = Allocations(device)
     if device.type == "cuda":
-        found.start = torch.cuda.memory_allocated(device)
-        yield found
+        allocations.start = torch.cuda.memory_allocated(device)
+        yield allocations
         return
-    found.start = live_bytes(device)
+    allocations.start = live_bytes(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield found
-    found._read(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+        yield allocations
+    allocations._read(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes of all tensors on ``device`` that Python objects refer to; storages that tensors share count once."""
+    """Bytes of all tensors on ``device`` that Python objects refer to; shared storages count once."""
     gc.collect()
     storages = {}
     for value in gc.get_objects():
@@ -117,7 +117,7 @@ def live_bytes(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most device memory allocated so far, or on a CPU the process's largest resident size."""
+    """Peak of allocated device memory so far; on a CPU the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
