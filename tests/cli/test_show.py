@@ -381,7 +381,7 @@ def test_what_cannot_be_drawn_is_said():
     places = grid_places(40, 60, 2, 2)
     with pytest.raises(ValueError, match=r"image is \(60, 40\), but its tokens were placed on \(60, 50\)"):
         ImageStages(picture, grid_places(50, 60, 2, 2), [np.arange(4)])
-    with pytest.raises(ValueError, match="outside the 4 tokens"):
+    with pytest.raises(ValueError, match="not among the 4 tokens"):
         ImageStages(picture, places, [np.arange(5)])
     with pytest.raises(ValueError, match="tokens of 1 stages, but 2 stages are named"):
         draw([ImageStages(picture, places, [np.arange(4)])], STAGES)
