@@ -387,7 +387,7 @@ def test_what_cannot_be_drawn_is_said():
         draw([ImageStages(picture, places, [np.arange(4)])], STAGES)
     with pytest.raises(ValueError, match="no image"):
         draw([], STAGES)
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         encode(tiny_processor(), [], "what ?")
 
 
@@ -406,7 +406,7 @@ def folder(tmp_path_factory):
     tiny_image_processor().save_pretrained(folder / "text")
     patch_image((40, 70), MIDDLE).save(folder / "a.png")
     patch_image((90, 31), CORNER).save(folder / "b.jpg")
-    (folder / "c.png").write_text("no picture")
+    (folder / "c.png").write_text("no image")
     return folder
 
 
