@@ -222,7 +222,7 @@ def test_what_a_family_lacks_is_said(tmp_path, capsys):
     [line] = errors_of(capsys, "--model", str(tmp_path), "--resolution", "336x336")
     assert "for qwen2_vl with qwen2_vl_vision (" in line and "there is no preprocessor_config.json" in line
     output = stdout_of(capsys, "--model", str(tmp_path), "--visual_tokens", "1000")
-    assert "picture: 1000 tokens of 4000 patches" in output and "not counted" not in output
+    assert "image: 1000 tokens of 4000 patches" in output and "not counted" not in output
     Qwen2VLImageProcessorPil().save_pretrained(tmp_path)
     assert "280x280: 100 tokens of 400 patches" in stdout_of(
         capsys, "--model", str(tmp_path), "--resolution", "280x280"
@@ -370,8 +370,8 @@ def test_a_method_that_reads_a_tower_which_does_not_tell(tmp_path, capsys):
     Qwen2VLConfig().save_pretrained(tmp_path)
     [line] = errors_of(capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "visionzip")
     assert (
-        "visionzip needs the vision tower's attention, which is not available for Qwen2-VL: it is not read "
-        "there; use a method" in line
+        "visionzip needs the vision tower's attention, which is not available for Qwen2-VL: it cannot be read "
+        "for this family; use a method" in line
     )
     assert "pruning   divprune" in stdout_of(
         capsys, "--model", str(tmp_path), "--visual_tokens", "99", "--method", "divprune"

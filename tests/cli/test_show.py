@@ -379,15 +379,15 @@ def test_the_prompt_goes_through_the_chat_template():
 def test_what_cannot_be_drawn_is_said():
     picture = patch_image((40, 60), MIDDLE)
     places = grid_places(40, 60, 2, 2)
-    with pytest.raises(ValueError, match=r"picture is \(60, 40\), but its tokens were placed on \(60, 50\)"):
+    with pytest.raises(ValueError, match=r"image is \(60, 40\), but its tokens were placed on \(60, 50\)"):
         ImageStages(picture, grid_places(50, 60, 2, 2), [np.arange(4)])
-    with pytest.raises(ValueError, match="outside the 4 tokens"):
+    with pytest.raises(ValueError, match="not among the 4 tokens"):
         ImageStages(picture, places, [np.arange(5)])
     with pytest.raises(ValueError, match="tokens of 1 stages, but 2 stages are named"):
         draw([ImageStages(picture, places, [np.arange(4)])], STAGES)
     with pytest.raises(ValueError, match="no image"):
         draw([], STAGES)
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         encode(tiny_processor(), [], "what ?")
 
 
@@ -406,7 +406,7 @@ def folder(tmp_path_factory):
     tiny_image_processor().save_pretrained(folder / "text")
     patch_image((40, 70), MIDDLE).save(folder / "a.png")
     patch_image((90, 31), CORNER).save(folder / "b.jpg")
-    (folder / "c.png").write_text("no picture")
+    (folder / "c.png").write_text("no image")
     return folder
 
 

@@ -220,7 +220,7 @@ def test_another_base_is_refused(own_base, tmp_path, capsys):
     for command in (["generate", "--prompt", "what ?"], ["export", "--merge", "--out", str(tmp_path / "out")]):
         assert main([*command, "--model", str(config.run_dir)]) == 2
         said = capsys.readouterr().err
-        assert str(own_base) in said and recorded in said and "Put it back" in said, command
+        assert str(own_base) in said and recorded in said and "Restore it there" in said, command
 
 
 def test_a_run_with_its_own_base_can_be_moved(tmp_path):
@@ -348,7 +348,7 @@ def test_export_says_what_to_do(base, tmp_path, capsys):
     config = settings_of(tmp_path, {"path": str(base)})
     trained(config)
     model = ["--model", str(config.run_dir), "--out", str(tmp_path / "out")]
-    for options, word in (([], "--merge folds it"), (["--merge", "--part", "projector"], "no effect with --part")):
+    for options, word in (([], "--merge"), (["--merge", "--part", "projector"], "no effect with --part")):
         assert main(["export", *model, *options]) == 2
         assert word in capsys.readouterr().err
     assert main(["export", "--model", str(base), "--out", str(tmp_path / "out"), "--merge"]) == 2

@@ -238,7 +238,7 @@ def test_layers():
 def test_families_whose_tower_is_not_read(name):
     with pytest.raises(
         ValueError,
-        match=r"spy needs .* not available for .*: it is not read there; use a method that does not need it.*divprune",
+        match=r"spy needs .* not available for .*: it cannot be read .*; use a method that does not need it.*divprune",
     ):
         prune(family_model(name), Spy())
 
