@@ -19,7 +19,7 @@ from vtprune_train import Candidates, Drop, PruningMethod, Share, kept_tokens, p
 
 
 class MostDistant(PruningMethod):
-    """Before decoder layer ``layer``, keep the share ``keep`` of each image's tokens, those farthest from their mean."""
+    """Before decoder layer ``layer``, keep the share ``keep`` of each image: the tokens farthest from their mean."""
 
     layer: int = 2
     keep: Share = 0.25

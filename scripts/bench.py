@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Measure a training step side by side: transformers' padded model, packed dense, packed PyramidDrop.
+"""Benchmark a training step: padded transformers model, packed dense, packed PyramidDrop.
 
     python scripts/bench.py --device cpu --geometry small [--step] [--json FILE]
     python scripts/bench.py --suite generate --device cpu --geometry small [--json FILE]
     python scripts/bench.py --suite save --geometry save [--zero_stage 2] [--folder DIR] [--json FILE]
 
-All rows run the same samples of mixed lengths through the whole LLaVA-NeXT, forward and backward (and with --step an
-AdamW step), interleaved: one repeat of every row, then the next. Reported are medians with their spread, and ratios.
-The suite ``generate`` measures prefill, decoding and cache instead (``bench_generate.py``), the suite ``save`` how long
-a checkpoint holds the loop (``bench_save.py``).
+All configurations use the same samples of mixed lengths and the whole LLaVA-NeXT, forward and backward (with --step
+also an AdamW step), in interleaved repeats. Reports the median, min and max, and ratios. The suite ``generate``
+measures prefill, decoding and cache instead (``bench_generate.py``), the ``save`` suite measures how long a checkpoint
+blocks training (``bench_save.py``).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ BLOCK = 336
 
 @dataclass(frozen=True)
 class Geometry:
-    """Model sizes, and the samples: ``(height, width)`` of each image and its text tokens. ``pinpoints`` are the
-    resolutions that AnyRes chooses from, LLaVA-NeXT's where none are named."""
+    """Model sizes, and the samples: ``(height, width)`` of each image and its text tokens. ``pinpoints``: AnyRes
+    resolutions (default: LLaVA-NeXT's)."""
 
     text: dict[str, Any]
     vision: dict[str, Any]
@@ -87,7 +87,7 @@ def clip(hidden: int, layers: int, heads: int, tile: int = BLOCK) -> dict[str, A
     }
 
 
-# Pictures whose AnyRes token counts are about 2,900, 1,700, 2,300 and 1,100: the mix of the instruction data.
+# Image sizes with about 2,900, 1,700, 2,300 and 1,100 AnyRes tokens, similar to the instruction data.
 MIXED = (((672, 672), 180), ((336, 672), 60), ((500, 667), 121), ((200, 640), 40))
 GEOMETRIES = {
     "tiny": Geometry(
@@ -127,7 +127,7 @@ def build(geometry: Geometry, device: torch.device) -> tuple[HFModule, AnyRes]:
 
 @dataclass
 class Samples:
-    """The same samples for every row: packed pieces and the padded inputs of transformers."""
+    """The samples, both as packed segments and as padded transformers inputs."""
 
     segments: list[SegmentLayout]
     ids: list[np.ndarray]
@@ -138,14 +138,14 @@ class Samples:
 
 
 def segment_of(visual: int, text: int) -> SegmentLayout:
-    """One sample: a text token, the image, a third of the text as the question, and the rest, which is supervised."""
+    """Build one sample: a text token, the image, a question (a third of the text) and a supervised answer."""
     question = max(4, text // 3)
     first = question + visual
     return SegmentLayout(text + visual, (ImageSpan(1, visual),), (first - 1,), tuple(range(first, text + visual)))
 
 
 def make_samples(geometry: Geometry, anyres: AnyRes, vocab: int, device: torch.device) -> Samples:
-    """Random text around random pictures: a third of the text before the picture's question, the rest the answer."""
+    """Random text and images: a third of the text is the question, the rest the answer."""
     rng = np.random.default_rng(0)
     segments, ids, index, tiles, labels = [], [], [], 0, []
     for size, text in geometry.samples:
@@ -203,7 +203,7 @@ def pack(samples: Samples, method: PruningMethod | None, num_layers: int, device
 
 @dataclass
 class Row:
-    """One way of running the step."""
+    """One benchmark configuration and its measurements."""
 
     name: str
     method: PruningMethod | None
@@ -215,8 +215,8 @@ class Row:
 
 
 def range_seconds(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds that a call spends in each range of :mod:`vtprune_train.models.forward.decoder`: on CUDA those of its
-    kernels, which the profiler reads afterwards, so that nothing waits for the device in between."""
+    """Seconds that a call spends in each profiler range of :mod:`vtprune_train.models.forward.decoder`. On CUDA this is
+    kernel time, read from the profiler afterwards, so that the call does not synchronize."""
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:
@@ -236,7 +236,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(row: Row, model: HFModule, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
-    """One repeat: forward, backward and perhaps an optimizer step."""
+    """One repeat: forward, backward and optionally an optimizer step."""
     if row.name != "hf_padded":
         prune(model, row.method)
     reset_peak(device)
@@ -257,7 +257,7 @@ def measure(row: Row, model: HFModule, optimizer: torch.optim.Optimizer | None, 
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far: the allocator's on CUDA, the process's resident size (Linux) on a CPU."""
+    """Reset the memory peak: the allocator's on CUDA, the process's resident size (Linux) on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -273,7 +273,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def check_no_sync(rows: list[Row], model: HFModule) -> None:
-    """On CUDA: the forward pass of every packed row, with synchronising calls made errors."""
+    """On CUDA, run each packed forward pass with sync debug mode "error" to check that it does not synchronize."""
     for row in rows:
         if row.name == "hf_padded":
             continue
@@ -293,11 +293,11 @@ def main() -> int:
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--step", action="store_true", help="include an AdamW step")
-    parser.add_argument("--decode_steps", type=int, default=16, help="tokens decoded a repeat (suite generate)")
-    parser.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=2, help="DeepSpeed's (suite save)")
-    parser.add_argument("--folder", type=Path, help="where checkpoints go, a temporary folder otherwise (suite save)")
-    parser.add_argument("--skip_padded", action="store_true", help="leave out transformers' padded model")
-    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    parser.add_argument("--decode_steps", type=int, default=16, help="decoding steps per repeat (generate suite)")
+    parser.add_argument("--zero_stage", type=int, choices=(0, 1, 2), default=2, help="ZeRO stage (save suite)")
+    parser.add_argument("--folder", type=Path, help="checkpoint folder (default: temporary) (suite save)")
+    parser.add_argument("--skip_padded", action="store_true", help="skip the padded transformers model")
+    parser.add_argument("--json", type=Path, help="also write results to this JSON file")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
@@ -322,7 +322,7 @@ def run_generation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_saves(arguments: argparse.Namespace) -> dict[str, Any]:
-    import bench_save  # needs DeepSpeed; the other suites do without
+    import bench_save  # requires DeepSpeed; the other suites do not
 
     device = torch.device(arguments.device)
     geometry = GEOMETRIES[arguments.geometry]
@@ -380,7 +380,7 @@ def make_rows(model: HFModule, samples: Samples, device: torch.device) -> list[R
     def padded() -> torch.Tensor:
         return model(**samples.padded, use_cache=False).loss
 
-    # The padded model computes every row up to the longest sample, and logits of all of them.
+    # The padded model pads to the longest sample and computes logits for all positions.
     lengths = np.full((len(samples.ids), 1), longest)
     padded_flops = cost.sample(lengths, [num_layers], samples.num_tiles, lengths[:, 0]).sum()
     rows = [Row("hf_padded", None, padded, float(padded_flops))]

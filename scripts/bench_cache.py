@@ -1,12 +1,12 @@
-"""PLPHP's cache against the dense one: bytes, and the time of a decoding step, side by side in one run.
+"""Compare the size of PLPHP's cache and the decoding step time with the dense cache.
 
     python scripts/bench_cache.py --out cache.json
 
 A decoder made from a config (random weights, no tower) is filled with prompts of 100 text tokens and images, and
-decodes on both caches in turn: some steps of one, as many of the other, in changing order. Attention of random weights
-falls into one class of PLPHP, so its thresholds are set such that every layer but the untouched ones is of the middle
-class and keeps the published 0.4. A batch is one row's cache repeated, as for several answers to a prompt: the steps
-cost the same as with different rows, the prefill does not.
+decodes on both caches in turn: some steps of one, as many of the other, in changing order. With random weights all
+layers would fall into one class, so the thresholds are set to put every pruned layer into the middle class (keep 0.4).
+A batch repeats the cache of one prompt. Decoding cost is the same as with different prompts; prefill cost is not
+measured.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vtprune_train.models.cache import cache_bytes
 from vtprune_train.models.forward.padded import decode, prefill
 from vtprune_train.pruning.methods.plphp import PLPHP
 
-TEXT = 100  # before, between and behind the images
-IMAGE = 2900  # a LLaVA-NeXT picture of five tiles
+TEXT = 100  # text tokens before, between and after the images
+IMAGE = 2900  # a five-tile LLaVA-NeXT image
 
 
 def main() -> None:
@@ -38,9 +38,11 @@ def main() -> None:
     parser.add_argument("--contexts", type=_numbers, default=[3000, 12000], help="tokens of a prompt, comma-separated")
     parser.add_argument("--batches", type=_numbers, default=[1, 16])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512, help="heads of 64; half as many key-value heads")
-    parser.add_argument("--steps", type=int, default=4, help="decoding steps of a repeat")
-    parser.add_argument("--repeats", type=int, default=9, help="of each cache, after one that is not counted")
+    parser.add_argument(
+        "--hidden", type=int, default=512, help="hidden size (head size 64; half as many key-value heads)"
+    )
+    parser.add_argument("--steps", type=int, default=4, help="decoding steps per repeat")
+    parser.add_argument("--repeats", type=int, default=9, help="repeats per cache, after one warm-up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write the JSON here")
@@ -65,13 +67,13 @@ def main() -> None:
 
 
 def middle_class() -> PLPHP:
-    """The published rate in every layer that is pruned, whatever random weights attend to."""
+    """PLPHP settings that use the published keep ratio in every pruned layer."""
     return PLPHP(alpha=2.0, beta=0.0)
 
 
 @torch.no_grad()
 def fill(model: LlamaModel, context: int) -> tuple[dict[str, DynamicCache], dict[str, float]]:
-    """A prompt's cache of each kind, and how long they took to fill."""
+    """Prefill a dense and a pruned cache; return caches and prefill times."""
     images = max(1, round(context / (IMAGE + TEXT)))
     each, text = (context - TEXT) // images, TEXT // (images + 1)
     spans = tuple(ImageSpan(text + index * (each + text), each) for index in range(images))
@@ -93,7 +95,7 @@ def fill(model: LlamaModel, context: int) -> tuple[dict[str, DynamicCache], dict
 def measure(
     model: LlamaModel, filled: dict[str, DynamicCache], context: int, batch: int, steps: int, repeats: int
 ) -> dict[str, Any]:
-    """Bytes, and seconds of a step on each cache: medians over repeats, and of the quotients of neighbours."""
+    """Cache sizes and median step times, and the median ratio of adjacent measurements."""
     caches = {name: copy.deepcopy(cache) for name, cache in filled.items()}
     size = {name: cache_bytes(cache) * batch for name, cache in caches.items()}
     for cache in caches.values():
@@ -126,7 +128,7 @@ def measure(
 
 
 def wait(model: LlamaModel) -> None:
-    """For the device."""
+    """Synchronize the device."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 

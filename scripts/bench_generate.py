@@ -1,8 +1,8 @@
-"""The generation suite of ``bench.py``: prefill, decoding and cache, side by side.
+"""The generation suite of ``bench.py``: prefill, decoding and cache size.
 
-Rows run the same left-padded inputs: transformers' own model, the packed one without dropping, and PyramidDrop with
-both rankings; batches of 1 and 8; one repeat of every row, then the next. Prefill is the whole model on the prompt
-(tower, decoder, one row of logits a sample), decoding one token of every sample a step on the cache.
+Configurations (transformers, packed dense, PyramidDrop with both rankings) use the same left-padded inputs with batch
+sizes 1 and 8 and are interleaved. Prefill runs the whole model on the prompt (tower, decoder, one row of logits per
+sample); decoding generates one token per sample and step with the cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS: dict[str, PruningMethod | None] = {
 
 @dataclass
 class Row:
-    """One way of generating: seconds of each repeat, and the cache's bytes after it."""
+    """One configuration: times of each repeat and the final cache size."""
 
     name: str
     method: PruningMethod | None
@@ -60,10 +60,10 @@ def run(
     """Measure all rows.
 
     Args:
-        model: a LLaVA-NeXT, not pruned.
-        anyres: its tiling.
-        samples: ``(height, width)`` of each picture and its text tokens; repeated to fill a batch.
-        repeats: of each row, after one that is not counted.
+        model: an unpruned LLaVA-NeXT.
+        anyres: its AnyRes layout.
+        samples: ``(height, width)`` of each image and its text tokens; repeated to fill a batch.
+        repeats: repeats per configuration, after one warm-up.
         steps: decoding steps of a repeat.
         synchronize: waits for the device.
     """
@@ -72,18 +72,18 @@ def run(
     for batch in BATCHES:
         chosen = [samples[index % len(samples)] for index in range(batch)]
         inputs = make_inputs(model, anyres, chosen)
-        own = [
+        configurations = [
             Row(name, method, batch, prefill_flops(model, anyres, chosen, method)) for name, method in METHODS.items()
         ]
         for repeat in range(repeats + 1):
-            for row in own:
+            for row in configurations:
                 measure(row, model, inputs, steps, synchronize, counts=repeat > 0)
-        rows += own
+        rows += configurations
     return report(rows)
 
 
 def make_inputs(model: HFModule, anyres: AnyRes, samples: list[tuple[tuple[int, int], int]]) -> dict[str, torch.Tensor]:
-    """Random pictures and text, padded on the left."""
+    """Random images and text, padded on the left."""
     rng = np.random.default_rng(0)
     image, vocab = model.config.image_token_id, model.config.text_config.vocab_size
     counts = [anyres.tokens([size])[0] for size, _ in samples]
@@ -108,7 +108,7 @@ def make_inputs(model: HFModule, anyres: AnyRes, samples: list[tuple[tuple[int, 
 def prefill_flops(
     model: HFModule, anyres: AnyRes, samples: list[tuple[tuple[int, int], int]], method: PruningMethod | None
 ) -> float:
-    """Forward FLOPs of the whole model on the packed prompts; what ranking adds is included."""
+    """Forward FLOPs of the full model on packed prompts, including ranking."""
     decoder, tower = DecoderGeometry.of(model.config.text_config), tile_tower(model.config)
     drops = () if method is None else method.drops(decoder.num_layers)
     spans = np.array([anyres.tokens([size])[0] for size, _ in samples])
@@ -164,7 +164,7 @@ def measure(
 
 
 def report(rows: list[Row]) -> dict[str, Any]:
-    """Medians of every row, and PyramidDrop's ratios to the dense row of its batch."""
+    """Median results, and PyramidDrop relative to dense at the same batch size."""
     table: list[dict[str, Any]] = [
         {
             "name": row.name,

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What the sample index costs: writes synthetic records, builds their index with the real code, opens it and seeks.
+"""Benchmark the data index: write synthetic records, build and open the index, and look up steps.
 
 python scripts/bench_index.py --records 1000000              # build rate, size, memory, open and seek time
 python scripts/bench_index.py --words 4 --distinct 1500 --template mistral  # 10 million, short records
-python scripts/bench_index.py --records 300000 --shard 10000 --kills 12  # compared with a build killed at random
+python scripts/bench_index.py --records 300000 --shard 10000 --kills 12  # compare with a build that is killed randomly
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def words(count: int) -> list[str]:
 
 
 def write_shards(folder: Path, records: int, mean_words: int, distinct: int | None, shard: int) -> Path:
-    """JSONL files of ``shard`` records with a question and an answer of ``mean_words`` words together: slices of one
-    long text, so that writing costs little. All texts differ, or they are drawn from ``distinct`` ones."""
+    """Write JSONL files of ``shard`` records. Question and answer have about ``mean_words`` words in total and are
+    slices of one long text. Texts are all different, or sampled from ``distinct`` texts."""
     folder.mkdir(parents=True, exist_ok=True)
     text = " ".join(random.Random(1).choices(words(20_000), k=2_000_000))
     rng = np.random.default_rng(2)
@@ -65,7 +65,7 @@ def write_shards(folder: Path, records: int, mean_words: int, distinct: int | No
             all_starts = rng.integers(0, len(text) - 20_000, (known, 2))
         chosen = np.arange(count) if distinct is None else rng.integers(0, known, count)
         lengths, starts = all_lengths[chosen], all_starts[chosen]
-        if path.exists():  # of an earlier start in this folder: the build goes on
+        if path.exists():  # left from an earlier run; keep it
             continue
         with path.open("w") as file:
             for number in range(count):
@@ -94,9 +94,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Peak:
-    """The largest private memory of this process and of any of its children, and the proportional set size (PSS) of
-    all together, sampled twenty times a second. Private memory leaves out pages of mapped files, which the system may
-    drop at any time; PSS counts them."""
+    """Peak private memory of this process and of its children, and total PSS, sampled 20 times per second. Private
+    memory leaves out pages of mapped files, which the system may drop at any time; PSS counts them."""
 
     def __init__(self) -> None:
         self.own = self.child = self.together = 0
@@ -125,19 +124,19 @@ class Peak:
 
 
 def proportional(process: psutil.Process) -> int:
-    """Resident bytes, shared ones divided by the processes that share them."""
+    """Proportional set size (PSS) in bytes."""
     lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def private(process: psutil.Process) -> int:
-    """Resident bytes without pages of files."""
+    """Private resident memory in bytes."""
     memory = process.memory_info()
     return memory.rss - memory.shared
 
 
 def cpu_seconds() -> float:
-    """Of this process and its finished children: what a build costs, however many others share the machine."""
+    """CPU seconds of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -157,13 +156,13 @@ def build(pattern: Path, cache: Path, workers: int, encoder: ChatEncoder) -> Sam
 
 
 class Hammer:
-    """Builds the index in a process group of its own that is killed at random moments, and starts again.
+    """Builds the index in a separate process group that is killed at random times and restarted.
 
     Args:
-        pattern, workers, encoder: as of the build that was left alone.
-        cache: of that build, to compare with.
-        seconds: it took.
-        kills: how many there shall be.
+        pattern, workers, encoder: same as for the reference build.
+        cache: cache of the reference build.
+        seconds: duration of the reference build.
+        kills: number of kills.
     """
 
     def __init__(self, pattern: Path, cache: Path, workers: int, encoder: ChatEncoder, seconds: float, kills: int):
@@ -175,7 +174,7 @@ class Hammer:
         self.kinds = {"group": 0, "builder": 0, "worker": 0}
 
     def run(self) -> dict[str, Any]:
-        """Kill, go on and compare until there have been as many kills as asked for and a table was finished."""
+        """Repeat until the requested number of kills is reached and at least one build has finished."""
         tables = 0
         shutil.rmtree(self.mine, ignore_errors=True)
         while sum(self.kinds.values()) < self.kills or not tables:
@@ -186,7 +185,7 @@ class Hammer:
         return {**{f"kills_{kind}": count for kind, count in self.kinds.items()}, "equal_tables": tables}
 
     def _finishes(self) -> bool:
-        """One start; true if the build came to its end."""
+        """Start one build; return True if it finishes."""
         ready, child = self.context.Pipe(duplex=False)
         process = self.context.Process(
             target=_grouped_build, args=(child, self.pattern, self.mine, self.workers, self.encoder)
@@ -224,7 +223,7 @@ def compare(one: Path, two: Path) -> None:
     """Check that two caches hold the same files, byte for byte.
 
     Raises:
-        SystemExit: they do not; names the file.
+        SystemExit: if the caches differ.
     """
     names = [sorted(path.relative_to(cache) for path in cache.rglob("*") if path.is_file()) for cache in (one, two)]
     if names[0] != names[1]:
@@ -235,7 +234,7 @@ def compare(one: Path, two: Path) -> None:
 
 
 def _opened(pattern: Path, cache: Path, encoder: ChatEncoder, queue: Any) -> None:
-    """In a fresh process: how long opening and seeking take, and what they add to its memory."""
+    """Measure time and memory of opening and seeking in a new process."""
     before = private(psutil.Process())
     begun = time.perf_counter()
     index = build(pattern, cache, 1, encoder)
@@ -303,7 +302,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         **opened,
     }
     if kills:
-        logging.info("left alone: %s", rounded(result))
+        logging.info("reference build: %s", rounded(result))
         result |= Hammer(pattern, folder / "cache", workers, encoder, seconds, kills).run()
     return result
 
@@ -315,13 +314,13 @@ def rounded(result: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=10_000_000)
-    parser.add_argument("--words", type=int, default=40, help="of a record's question and answer together, about")
-    parser.add_argument("--distinct", type=int, help="draw texts from so many; left out: all differ")
+    parser.add_argument("--words", type=int, default=40, help="approximate words per record")
+    parser.add_argument("--distinct", type=int, help="number of distinct texts (default: all different)")
     parser.add_argument("--template", default="vicuna_v1", help="mistral is the shortest: no system prompt")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--folder", type=Path, help="where data and index are written; left out: a temporary one")
-    parser.add_argument("--shard", type=int, default=250_000, help="records of a file")
-    parser.add_argument("--kills", type=int, default=0, help="also build with so many kills, and compare the tables")
+    parser.add_argument("--folder", type=Path, help="where data and index are written; default: temporary")
+    parser.add_argument("--shard", type=int, default=250_000, help="records per file")
+    parser.add_argument("--kills", type=int, default=0, help="also build with this many kills and compare the results")
     arguments = parser.parse_args()
     if min(arguments.records, arguments.shard) < 1 or arguments.kills < 0:
         parser.error("--records and --shard must be at least 1 and --kills at least 0")

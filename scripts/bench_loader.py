@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""What loading costs: batches a second, the first batch, a killed worker, and memory of each worker.
+"""Benchmark data loading: throughput, first-batch latency, recovery from a killed worker, worker memory.
 
 python scripts/bench_loader.py --workers 1 2           # 1024 x 768 JPEG and PNG, made on the fly, tiles of 336 pixels
-PYTHONPATH=/another/checkout python -P scripts/bench_loader.py  # the same of another version (--cache keeps the images)
+PYTHONPATH=/another/checkout python -P scripts/bench_loader.py  # another checkout (--cache reuses the images)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image, ImageFilter
 
 SIZE = (1024, 768)
 PREFETCH = 4
-AFTER = 4  # batches that are waited for after a worker was killed
+AFTER = 4  # batches to wait for after killing a worker
 SETTINGS: dict[str, Any] = {
     "run": {"name": "bench", "seed": 0},
     "model": {
@@ -55,7 +55,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Smooth noise, which takes as many bytes as a photo; every fourth a PNG."""
+    """Write smooth-noise images with photo-like file sizes; every fourth is a PNG."""
     rng, records = np.random.default_rng(0), []
     for number in range(count):
         name = f"{number}.{'png' if number % 4 == 3 else 'jpg'}"
@@ -67,17 +67,17 @@ def write_images(folder: Path, count: int) -> None:
 
 
 class Loaders:
-    """Makes loaders of the same steps."""
+    """Creates data loaders for the same steps."""
 
     def __init__(self, folder: Path, steps: int):
-        # here, as workers import this file, and training's own script imports nothing
+        # imported here because workers import this file
         from vtprune_train.config.load import load_config
         from vtprune_train.training.loop.data import build_collator, build_planner
         from vtprune_train.training.loop.parts import build_parts, training_cost
 
         (folder / "bench.yaml").write_text(yaml.safe_dump(SETTINGS))
-        given = [f"run.output_dir={folder / 'runs'}", f"data.root={folder}", f"data.cache_dir={folder / 'cache'}"]
-        config = load_config(str(folder / "bench.yaml"), given)
+        overrides = [f"run.output_dir={folder / 'runs'}", f"data.root={folder}", f"data.cache_dir={folder / 'cache'}"]
+        config = load_config(str(folder / "bench.yaml"), overrides)
         parts = build_parts(config)
         cost = training_cost(config, parts.model.config)
         self.collate = build_collator(config, parts, cost, config.pruning.build(), "train")
@@ -90,16 +90,16 @@ class Loaders:
         return StepLoader(self.collate, self.planner, first_step=0, end_step=self.steps, workers=workers, **options)
 
 
-def workers_of_this() -> list[psutil.Process]:
-    """Descendants without children: leaves out a server that forks them."""
+def worker_processes() -> list[psutil.Process]:
+    """Leaf child processes (excludes the fork server)."""
     below = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
     helpers = {process.ppid() for process in below}
     return [p for p in below if p.pid not in helpers and "resource_tracker" not in " ".join(p.cmdline())]
 
 
 def cpu_seconds() -> float:
-    """Of this process and its workers: says more than wall time where others use the same cores."""
-    return sum(sum(process.cpu_times()[:2]) for process in (psutil.Process(), *workers_of_this()))
+    """CPU seconds of this process and its workers; more reliable than wall time on shared cores."""
+    return sum(sum(process.cpu_times()[:2]) for process in (psutil.Process(), *worker_processes()))
 
 
 def measure(loaders: Loaders, workers: int) -> dict[str, Any]:
@@ -120,22 +120,22 @@ def measure(loaders: Loaders, workers: int) -> dict[str, Any]:
         "images_per_cpu_s": images / used,
     }
     if workers:
-        result["worker_uss_mb"] = max(process.memory_full_info().uss >> 20 for process in workers_of_this())
+        result["worker_uss_mb"] = max(process.memory_full_info().uss >> 20 for process in worker_processes())
     steps.close()
     return {**result, **killed(loaders, workers)} if workers else result
 
 
 def killed(loaders: Loaders, workers: int) -> dict[str, Any]:
-    """A worker is killed when all lie idle with their batches decoded: what the batches that were decoded ahead and
-    ``AFTER`` more take then, beyond what they take without; the longest wait for one of them."""
+    """Kill a worker while all workers are idle. Returns the extra time for the prefetched and the next ``AFTER``
+    batches, and the longest wait for a batch."""
     took: dict[bool, tuple[float, float]] = {}
     for kill in (False, True):
         steps: Any = iter(loaders.make(workers))
         next(steps)
-        while any(process.cpu_percent(0.5) > 1 for process in workers_of_this()):
+        while any(process.cpu_percent(0.5) > 1 for process in worker_processes()):
             time.sleep(0.1)
         if kill:
-            os.kill(workers_of_this()[0].pid, signal.SIGKILL)
+            os.kill(worker_processes()[0].pid, signal.SIGKILL)
         times = [time.perf_counter()]
         for _ in range(workers * PREFETCH + AFTER):
             next(steps)
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--cache", type=Path, help="folder of the images and their index, kept")
+    parser.add_argument("--cache", type=Path, help="folder for images and index (not deleted)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.cache or Path(temporary)

@@ -1,7 +1,7 @@
-"""The saving suite of ``bench.py``: how long a checkpoint holds the loop, written at once and in the background.
+"""The saving suite of ``bench.py``: how long synchronous and background saves block training.
 
-The loop's own pieces on one rank: a LLaVA-NeXT of about 110 million parameters in float32, AdamW, DeepSpeed. Saves of
-both kinds take turns; while the thread writes, training steps go on and are timed against undisturbed ones.
+Uses the training loop's components on one rank: a LLaVA-NeXT of about 110 million parameters in float32, AdamW,
+DeepSpeed. Both kinds of saves alternate. Step times during a background save are compared with normal step times.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vtprune_train.training.optimizer import OptimizerSpec
 
 
 class NoProcessor:
-    """Writes nothing: tokenizers are small and of no interest here."""
+    """Dummy processor; tokenizers are too small to matter."""
 
     def save_pretrained(self, folder: Any) -> None:
         del folder
@@ -37,9 +37,9 @@ def run(model: HFModule, batch: PackedBatch, repeats: int, stage: int, folder: P
 
     Args:
         model: pruned, float32.
-        batch: what a step trains on.
-        repeats: saves of each kind; one more of each comes first and is not counted.
-        stage: ZeRO's.
+        batch: training batch.
+        repeats: saves of each kind, after one warm-up.
+        stage: ZeRO stage.
         folder: where checkpoints go; ``None``: a temporary folder.
     """
     disable_progress_bar()
@@ -70,11 +70,11 @@ def run(model: HFModule, batch: PackedBatch, repeats: int, stage: int, folder: P
             "writing": [],
         }
         for repeat in range(repeats + 1):
-            found = {"step": [step() for _ in range(2)]}
+            times = {"step": [step() for _ in range(2)]}
             for name, checkpoints in kinds.items():
-                found |= measure(engine, checkpoints, name, repeat, step)
+                times |= measure(engine, checkpoints, name, repeat, step)
             if repeat:  # the first one allocates
-                for name, values in found.items():
+                for name, values in times.items():
                     seconds[name] += values
         newest = kinds["background"].steps()[-1]
         size = sum(entry["size"] for entry in manifest.read_manifest(newest).values())
@@ -84,17 +84,17 @@ def run(model: HFModule, batch: PackedBatch, repeats: int, stage: int, folder: P
 def measure(
     engine: Any, checkpoints: CheckpointFolder, name: str, number: int, step: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """One save: how long the loop stood still, and the steps that were made while a thread was writing."""
+    """Time one save: how long training was blocked, and step times during the write."""
     began = time.perf_counter()
     checkpoints.save(engine, NoProcessor(), TrainerState(step=number + 1), "")
-    found = {name: [time.perf_counter() - began]}
+    times = {name: [time.perf_counter() - began]}
     if name == "background":
         steps = []
         while any(thread.name == "checkpoint" for thread in threading.enumerate()):
             steps.append(step())
-        found |= {"step_while_writing": steps, "writing": [time.perf_counter() - began]}
+        times |= {"step_while_writing": steps, "writing": [time.perf_counter() - began]}
         checkpoints.wait()
-    return found
+    return times
 
 
 def make_report(seconds: dict[str, list[float]], parameters: int, size: int, stage: int) -> dict[str, Any]:
@@ -102,9 +102,9 @@ def make_report(seconds: dict[str, list[float]], parameters: int, size: int, sta
         name: {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values), "count": len(values)}
         for name, values in seconds.items()
     }
-    at_once, background = rows["at_once"]["median_s"], rows["background"]["median_s"]
+    synchronous, background = rows["at_once"]["median_s"], rows["background"]["median_s"]
     slower = rows["step_while_writing"]["median_s"] / rows["step"]["median_s"]
-    ratios = {"stall": background / at_once, "step_while_writing": slower}
+    ratios = {"stall": background / synchronous, "step_while_writing": slower}
     return {"parameters": parameters, "checkpoint_bytes": size, "zero_stage": stage, "rows": rows, "ratios": ratios}
 
 

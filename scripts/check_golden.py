@@ -3,10 +3,10 @@
 
     python scripts/check_golden.py DIR
 
-Every pair NAME.json + NAME.safetensors in DIR is one case and one line of output: of PyramidDrop's decoder, or of
-another method (``"format": "vtprune-golden-1"``). A line begins with ``ok`` if all is equal within the tolerances; with
-``differs`` where only that differs which the method's page states as different; otherwise with ``FAIL``. Exits 0 if
-no case fails, 1 if one does, 2 if one cannot be read.
+Each pair NAME.json + NAME.safetensors in DIR (``"format": "vtprune-golden-1"``) is one test case for PyramidDrop's
+decoder or for another method. One line is printed per case: ``ok`` if all values are equal within the tolerances,
+``differs`` if only documented differences occur, otherwise ``FAIL``. Exits with 0 if no case fails, 1 if one does, 2 if
+one cannot be read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run_case(folder: Path, name: str) -> Outcome:
     """Read one case and check it.
 
     Raises:
-        CaseError: it cannot be read.
+        CaseError: if the case cannot be read.
     """
     case = read_case(folder, name)
     if case.entries.get("format") == methods.FORMAT:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What FP8 costs in accuracy: the quickstart's model in bfloat16, with and without FP8 products, same data, same steps.
+"""Compare the accuracy of bfloat16 training with and without FP8 matrix multiplications on the quickstart model.
 
     python scripts/compare_fp8.py [--steps 600]    # runs/fp8: result.json and fp8.png
 
-On a CPU the rounding to float8 is emulated, so only losses and accuracies mean something, not times. Needs torchao.
+On a CPU the rounding to float8 is emulated, so only losses and accuracies are meaningful, not times. Needs torchao.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ import sys
 from pathlib import Path
 
 from quickstart import DATA, NUM_TRAIN, ROOT, finish, fresh, read_lines, start, write_json
+
 from vtprune_train.data.synthetic import write_dataset
 
 FOLDER = Path("runs/fp8")
 WINDOW = 20
-# A width of the MLP that FP8 products take, which are for multiples of 16.
+# FP8 requires sizes that are multiples of 16.
 SETTINGS = ["model.dtype=bfloat16", "model.config.text_config.intermediate_size=176", "train.eval_shuffled=false"]
 SIDES = {"bfloat16": "model.fp8=false", "fp8": "model.fp8=true"}
 
 
 def mean_losses(folder: Path) -> list[float]:
-    """Loss of each step, as the mean of the last ``WINDOW`` steps."""
+    """Moving average of the loss over ``WINDOW`` steps."""
     losses = [row["loss"] for row in read_lines(folder / "metrics.jsonl")]
     windows = [losses[max(0, end - WINDOW) : end] for end in range(1, len(losses) + 1)]
     return [sum(window) / len(window) for window in windows]
 
 
 def plot(losses: dict[str, list[float]], path: Path) -> None:
-    """Both curves, and their difference below."""
+    """Plot both loss curves and their difference."""
     import matplotlib
 
     matplotlib.use("Agg")

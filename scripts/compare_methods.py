@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Train the embedded model with each method and with none, then answer held-out questions with each: a matrix.
+"""Train the bundled tiny model with each method and without pruning, evaluate each model with each method, and write
+the result matrix.
 
     python scripts/compare_methods.py                                   # docs/methods/train_infer.{json,md,png}
     python scripts/compare_methods.py --steps 150 --methods random,pyramiddrop --out runs/compare_methods
 
-Runs that are finished and cells that are filled are not done again, so a stopped comparison
-goes on where it was.
+Finished runs and cells are reused, so an interrupted comparison can be resumed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from vtprune_train.bench.calibration import pruned_by  # noqa: E402
 from vtprune_train.data.synthetic import write_dataset  # noqa: E402
-from vtprune_train.evaluation.answering import Loaded, batch, load, open_picture  # noqa: E402
+from vtprune_train.evaluation.answering import Loaded, batch, load, open_image  # noqa: E402
 from vtprune_train.evaluation.questions import Question, normalized, read_questions  # noqa: E402
 from vtprune_train.evaluation.timing import measured_answers  # noqa: E402
 from vtprune_train.models.patch import backend_for  # noqa: E402
@@ -49,12 +49,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default=DEFAULT, help=f"of {', '.join(METHODS)} (default: {DEFAULT})")
     parser.add_argument("--budget", type=float, default=0.5, help="mean share of visual tokens that enter a layer")
-    parser.add_argument("--steps", type=int, default=400, help="of every training run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs that train side by side")
-    parser.add_argument("--questions", type=int, default=200, help="held-out pictures whose questions fill a cell")
-    parser.add_argument("--batch_size", type=int, default=50, help="of the questions")
-    parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="where runs and cells are kept")
-    parser.add_argument("--out", type=Path, default=Path("docs/methods"), help="where table and picture go")
+    parser.add_argument("--steps", type=int, default=400, help="training steps per run")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--questions", type=int, default=200, help="number of evaluation images")
+    parser.add_argument("--batch_size", type=int, default=50, help="evaluation batch size")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="folder for runs and results")
+    parser.add_argument("--out", type=Path, default=Path("docs/methods"), help="output folder for table and plot")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
     arguments = parser.parse_args()
     os.chdir(ROOT)
@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def at_budget(name: str, budget: float, num_layers: int) -> tuple[PruningMethod | None, str | None]:
-    """A method at the budget; one that cannot reach it with its defaults, and why."""
+    """Return the method at the given budget; if that is not possible, with default settings and the reason."""
     if name == NONE:
         return None, None
     kind = method_class(name)
@@ -96,7 +96,7 @@ def at_budget(name: str, budget: float, num_layers: int) -> tuple[PruningMethod 
 
 
 def trained(name: str, method: PruningMethod | None, tree: dict[str, Any], arguments: argparse.Namespace) -> Path:
-    """The folder of a finished run, trained now unless it is there already with the same settings."""
+    """Train a run unless a finished run with the same settings exists; return its folder."""
     config = {
         **tree,
         "run": {**tree["run"], "name": name, "output_dir": str(arguments.runs)},
@@ -116,7 +116,7 @@ def trained(name: str, method: PruningMethod | None, tree: dict[str, Any], argum
         file.write_text(yaml.safe_dump(config))
     latest = folder / "checkpoints" / "latest"
     if latest.is_file() and latest.read_text().strip() == f"step_{arguments.steps:08d}":
-        print(f"{name}: trained already", flush=True)
+        print(f"{name}: already trained", flush=True)
         return folder
     print(f"{name}: training", flush=True)
     began = time.perf_counter()
@@ -131,14 +131,14 @@ def trained(name: str, method: PruningMethod | None, tree: dict[str, Any], argum
 
 
 class Cells:
-    """The matrix on disk, a cell as soon as it is known; ``shared`` are settings without which a cell is void."""
+    """Result matrix on disk, updated after each cell. A cell is valid only for the same ``shared`` settings."""
 
     def __init__(self, path: Path, shared: dict[str, Any]):
         self.path, self.shared = path, shared
         self.known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def key(self, run: Path, other: str) -> str:
-        """Changes with the run's training."""
+        """Cell key; changes if the run is retrained."""
         trained_at = (run / "checkpoints" / "latest").stat().st_mtime_ns
         return json.dumps([run.name, trained_at, other, self.shared])
 
@@ -158,12 +158,12 @@ def fill(
     cells: Cells,
     batch_size: int,
 ) -> None:
-    """One row of the matrix: the model trained with ``name``, asked with every method."""
+    """Evaluate the model trained with ``name`` with every method."""
     if all(cells.of(run, other) is not None for other in methods):
         return
     loaded = load(str(run), None, device="cpu")
     attention = backend_for(loaded.model)
-    prompts = [([open_picture(path) for path in question.images], question.turns) for question in questions]
+    prompts = [([open_image(path) for path in question.images], question.turns) for question in questions]
     batches = [batch(loaded, prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     for other, (method, _) in methods.items():
         if cells.of(run, other) is None:
@@ -176,13 +176,13 @@ def fill(
 def ask(
     loaded: Loaded, method: PruningMethod | None, batches: Sequence[Any], questions: Sequence[Question], attention: str
 ) -> dict[str, Any]:
-    """Exact match, and the share of visual tokens that entered a layer or (keys) stayed."""
+    """Exact match and the measured token share (cache-pruning methods: share of kept keys)."""
     saved = getattr(loaded.model.config, CONFIG_KEY, None) or {}
     if method is not None and learns(method) and saved.get("method") != method.name:
         return {
             "exact_match": None,
             "taken_share": None,
-            "reason": "it learns parameters that only a model trained with it has",
+            "reason": "requires learned parameters that this model does not have",
         }
     with pruned_by(loaded, method, attention):
         measured = [one for inputs in batches for one in measured_answers(loaded, inputs, MAX_NEW_TOKENS)]
@@ -201,7 +201,7 @@ def ask(
 
 
 def record(run: Path) -> dict[str, Any]:
-    """What a run cost."""
+    """Training cost of a run."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     total = {key: sum(step[key] for step in steps) for key in ("flops", "flops_dense", "flops_selector")}
     visual = {key: sum(step[f"visual_tokens{key}"] for step in steps) for key in ("", "_entering", "_leaving")}
@@ -224,7 +224,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The matrix and what the runs cost, as tables of the docs."""
+    """Markdown tables of the matrix and the training costs."""
     matrix, methods = result["matrix"], result["methods"]
     names = list(matrix)
 
@@ -257,7 +257,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def heat_map(result: dict[str, Any], path: Path) -> None:
-    """The matrix: rows trained with, columns answered with."""
+    """Heat map: rows are training methods, columns inference methods."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -270,16 +270,16 @@ def heat_map(result: dict[str, Any], path: Path) -> None:
     )  # None becomes NaN
     side = 2.6 + 0.78 * len(names)
     figure, axis = plt.subplots(figsize=(side + 0.8, side), facecolor=PAPER, layout="constrained")
-    colours = plt.get_cmap("Blues").with_extremes(bad="#eef0f4")
+    colors = plt.get_cmap("Blues").with_extremes(bad="#eef0f4")
     low, high = np.nanmin(values), np.nanmax(values)
-    axis.imshow(values, cmap=colours, vmin=low - 0.02, vmax=high + 0.02)
+    axis.imshow(values, cmap=colors, vmin=low - 0.02, vmax=high + 0.02)
     middle = (low + high) / 2
     for row, column in np.ndindex(values.shape):
         value = values[row, column]
         text = "-" if np.isnan(value) else f"{100 * value:.0f}"
         weight = "bold" if row == column else "normal"
-        colour = PAPER if value > middle else INK
-        axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=11, fontweight=weight)
+        color = PAPER if value > middle else INK
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=11, fontweight=weight)
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right", color=INK, fontsize=11)
     axis.set_yticks(range(len(names)), names, color=INK, fontsize=11)
     axis.set_xlabel("answered with", color=SOFT, fontsize=12)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Count the kernels that eager PyTorch launches and the bytes they move, from meta tensors: no GPU and no weights.
+"""Count kernel launches and memory traffic of eager PyTorch using meta tensors (no GPU or weights needed).
 
     python scripts/count_kernels.py [--geometry 7b] [--samples 7] [--json FILE]
 
 An ATen operation that is neither a view nor an allocation counts as one kernel. That is a lower bound: a sort or an
-indexed write launches several. Bytes are those of the tensors that an operation takes and returns, each read or written
-once; caches are not modelled. ``saved`` is what autograd keeps until the backward pass, without parameters.
+indexed write launches several. Bytes are the sizes of the input and output tensors, each counted once; caches are not
+modeled. ``saved``: bytes that autograd stores for the backward pass, excluding parameters.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from vtprune_train.pruning.base import PruningMethod
 META = torch.device("meta")
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 OVERWRITES = {"copy_", "zero_", "fill_", "index_copy_"}  # the first argument is not read
-PICKS = {"index_select", "embedding", "gather", "index"}  # of the first argument only what is returned is read
+PICKS = {"index_select", "embedding", "gather", "index"}  # only the returned part of the first argument is read
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Count:
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations; those inside of the ranges that the library marks are counted by range too."""
+    """Counts operations, in total and per profiler range."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the elements that differ: an expanded dimension is read once."""
+    """Bytes of distinct elements; expanded dimensions count once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else min(size, 1)
@@ -112,7 +112,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class FlashSDPA(TorchFunctionMode):
-    """``scaled_dot_product_attention`` as CUDA runs it; on meta tensors PyTorch would take the unfused one."""
+    """Uses the flash kernel for ``scaled_dot_product_attention``, as on CUDA; on meta tensors PyTorch would select the
+    unfused kernel."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -125,7 +126,7 @@ class FlashSDPA(TorchFunctionMode):
 
 
 class SavedBytes(AbstractContextManager):
-    """Bytes that autograd keeps, each storage once; those of ``left_out`` not at all."""
+    """Bytes saved by autograd (each storage once), excluding ``left_out``."""
 
     def __init__(self, left_out: Iterable[Tensor]):
         self.left_out = {tensor.untyped_storage()._cdata for tensor in left_out}
@@ -135,7 +136,7 @@ class SavedBytes(AbstractContextManager):
     def _pack(self, tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
         if key not in self.left_out:
-            self.kept.setdefault(key, tensor)  # holding it keeps its address from being used again
+            self.kept.setdefault(key, tensor)  # keep a reference so that the address is not reused
         return tensor
 
     def __enter__(self) -> SavedBytes:
@@ -152,7 +153,7 @@ class SavedBytes(AbstractContextManager):
 
 @dataclass
 class Counted:
-    """What one function does in its forward and its backward pass."""
+    """Counts for the forward and backward pass of one function."""
 
     forward: Count
     backward: Count
@@ -163,7 +164,7 @@ class Counted:
 
 
 def count(run: Callable[[], Tensor], parameters: Iterable[Tensor] = ()) -> Counted:
-    """Count a function that returns a tensor with a gradient; the parameters' own are forgotten afterwards."""
+    """Count a function that returns a tensor with a gradient; parameter gradients are cleared afterwards."""
     parameters = list(parameters)
     with ExitStack() as stack:
         stack.enter_context(FlashSDPA())
@@ -179,7 +180,7 @@ def count(run: Callable[[], Tensor], parameters: Iterable[Tensor] = ()) -> Count
     return Counted(forward.total, backward.total, forward.by_range)
 
 
-# ---------------------------------------------------------------------------------------------------------- what is run
+# ------------------------------------------------------------------------------------------------- benchmarked modules
 @dataclass(frozen=True)
 class Sizes:
     """Widths, and the packed batch: ``samples`` of equal length."""
@@ -229,7 +230,7 @@ def count_decoder(model: LlamaModel, sizes: Sizes, method: PruningMethod | None 
 
 
 def decoder_layer(text: dict[str, Any], backend: str, sizes: Sizes) -> Counted:
-    """One layer: two of them less one, which leaves out what a pass does once."""
+    """Cost of one layer, computed as two layers minus one to exclude per-pass overhead."""
     two, one = (count_decoder(decoder(text, backend, layers), sizes) for layers in (2, 1))
     return two - one
 
@@ -282,7 +283,7 @@ def grouped_attention(sizes: Sizes, expands: bool) -> Counted:
 
 
 def count_all(sizes: Sizes) -> list[dict[str, Any]]:
-    """A row for each thing that is counted: its name, ``per`` what its bytes are counted, and both passes."""
+    """One result row per module: name, number of rows, forward and backward counts."""
     rows: list[dict[str, Any]] = []
 
     def add(name: str, counted: Counted, rows_of: int) -> None:
@@ -311,7 +312,7 @@ def count_all(sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Kernels and gigabytes of both passes, and saved bytes a row (a token, a patch, a supervised row)."""
+    """Kernels and gigabytes of both passes, and saved bytes per row (token, patch or supervised row)."""
     print(f"{'':48}{'rows':>7}{'kernels':>9}{'backward':>10}{'GB':>9}{'backward':>10}{'saved kB a row':>16}")
     for row in rows:
         forward, backward = row["forward"], row["backward"]
@@ -326,8 +327,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--geometry", choices=("7b", "tiny"), default="7b")
-    parser.add_argument("--samples", type=int, default=7, help="of 2,268 visual and 121 text tokens (tiny: 520)")
-    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=7,
+        help="number of samples, each with 2,268 visual (tiny: 520) and 121 text tokens",
+    )
+    parser.add_argument("--json", type=Path, help="also write results to this JSON file")
     arguments = parser.parse_args()
     sizes = sizes_of(arguments.geometry, arguments.samples)
     rows = count_all(sizes)

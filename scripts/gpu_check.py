@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Everything that needs a GPU, in one call of under seven minutes.
+"""Run all GPU checks and benchmarks (under seven minutes).
 
     python scripts/gpu_check.py [--out runs/gpu_check] [--minutes 6.7] [--parts env,peaks,...]
     python scripts/gpu_check.py --device cpu --geometry tiny    # the same code at sizes that a CPU can run
 
-Results go to ``gpu_check.json`` after every value, and at the end ``goals`` says which were met. Parts run in the order
-named; each has a deadline, and one that could not end in time is left out. A failure is written down under ``failed``,
-the next part starts, and the exit code is 1. Needs no network; DeepSpeed and datasets only for the parts ``train`` and
-``train_large``.
+Results are written to ``gpu_check.json`` as they are measured; ``goals`` lists which targets were met. Parts run in the
+given order, each with a time limit; parts that do not fit are skipped. Failures are recorded under ``failed`` and the
+exit code is 1. Needs no network; DeepSpeed and datasets only for the parts ``train`` and ``train_large``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its lines would end up among the results
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # suppress log lines in the output
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -42,7 +41,7 @@ from gpu_checks.goals import judge_all, print_goals
 
 @dataclass(frozen=True)
 class Part:
-    """``seconds`` is what it takes on an H100."""
+    """A part of the check; ``seconds`` is its expected duration on an H100."""
 
     run: Callable[[Check], None]
     seconds: float
@@ -85,7 +84,7 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def run_part(name: str, check: Check, left: float) -> None:
-    """Run one part with ``left`` seconds until the end of all, or write down why it was left out or failed."""
+    """Run one part with ``left`` seconds remaining; record why it was skipped or failed."""
     part, report = PARTS[name], check.report
     if left < 0.6 * part.seconds:
         report.put("left_out", **{name: f"{left:.0f} s left, {part.seconds:.0f} s expected"})
@@ -105,11 +104,11 @@ def main() -> int:
     began = time.time()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu_check")))
-    parser.add_argument("--minutes", type=float, default=6.7, help="for all parts together")
-    parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas, in the order to run")
+    parser.add_argument("--minutes", type=float, default=6.7, help="total time limit in minutes")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, in execution order")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--geometry", choices=("7b", "tiny"), default="7b")
-    parser.add_argument("--attention", help="backend of the timed steps; varlen_torch on a GPU")
+    parser.add_argument("--attention", help="attention backend for timed steps (default: varlen_torch on GPUs)")
     arguments = parser.parse_args()
     names = arguments.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
@@ -117,7 +116,7 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device; use --device cpu --geometry tiny")
     for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
-        site.addsitedir(folder)  # packages installed there may bring .pth files, as FlashAttention 4's do
+        site.addsitedir(folder)  # process .pth files of packages installed there (FlashAttention 4 needs this)
     device = torch.device(arguments.device)
     attention = arguments.attention or ("varlen_torch" if device.type == "cuda" else "varlen_sdpa")
     check = Check(Report(arguments.out), arguments.out, device, arguments.geometry, attention)

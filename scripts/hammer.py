@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Break a tiny training run in every way that a machine does, start it again, and compare it bit for bit.
+"""Fault-injection test: break a tiny training run, restart it, and check that the result is bit-identical.
 
     python scripts/hammer.py --trials 200 --seed 0
-    python scripts/hammer.py --seed 0 --only 37     # trial 37 again, alone
+    python scripts/hammer.py --seed 0 --only 37     # rerun only trial 37
 
 Each trial draws from its own seed: ranks, ZeRO stage, saves in the background or not, loader workers, evaluation, and
-one to three faults, one after the other. A fault is a kill, a stop or a full disk at a named moment, or a file that is
-damaged between two starts. Then the run is started until it is finished. Weights, optimizer states, ``metrics.jsonl``
-and ``eval.jsonl`` must be those of a run that nothing happened to; exit codes and words those of the documentation; and
-no file or process may be left over. Ends with a table, and with exit code 1 if a trial failed.
+one to three faults, one after the other. A fault is a kill, a stop or a full disk at a defined point, or a damaged file
+between two starts. The run is then restarted until it finishes. Weights, optimizer states, ``metrics.jsonl`` and
+``eval.jsonl`` must equal those of an undisturbed run; exit codes and messages must match the documentation; no
+temporary files or processes may remain. Ends with a table, and with exit code 1 if a trial failed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hammering.plans import DAMAGED, END, IN_SAVE, IN_STEP, LINES, START, Choice
 from hammering.trial import References, Result, run_trial  # noqa: E402
 from tests.support.runner import Runs  # noqa: E402
 
-TABLE = "hammer.md"  # marks a folder as the hammer's, which the next start empties
+TABLE = "hammer.md"  # marker file: the folder belongs to this script and may be deleted
 COLUMNS = {"kill": "kill", "stop": "stop", "disk": "full disk"}
 
 
@@ -63,14 +63,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these trials alone")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="run only these trials")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--zero", type=int, nargs="+", choices=(0, 1, 2, 3), default=[0, 2, 3])
     parser.add_argument("--background", nargs="+", choices=("on", "off"), default=["on", "off"], help="saves")
     parser.add_argument("--kinds", nargs="+", choices=(*COLUMNS, "damage"), default=[*COLUMNS, "damage"])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at a time")
-    parser.add_argument("--stop", action="store_true", help="begin no trial after one that fails")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "hammer", help="emptied first; keeps what failed")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel trials")
+    parser.add_argument("--stop", action="store_true", help="stop after the first failure")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "hammer", help="output folder (deleted first); keeps failed trials"
+    )
     arguments = parser.parse_args(argv)
     if min(arguments.trials, arguments.jobs, *arguments.ranks) < 1 or min(arguments.only or [0]) < 0:
         parser.error("--trials, --jobs and --ranks must be at least 1, and --only at least 0")
@@ -83,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def hammer(
     choices: Choices, numbers: Sequence[int], runs: Runs, out: Path, jobs: int, stop: bool = False
 ) -> list[Result]:
-    """Run the trials, some at a time, each told as it ends."""
+    """Run the trials in parallel and print each result."""
     trials = [draw(choices, number) for number in numbers]
     references = References(runs, out / "references")
     results = []
@@ -99,7 +101,7 @@ def hammer(
                 tell(results[-1], len(results), len(trials))
                 if stop and results[-1].outcome == "failed":
                     break
-        finally:  # trials that have begun are ended, with their file systems
+        finally:  # clean up running trials and their file systems
             pool.shutdown(wait=True, cancel_futures=True)
     return sorted(results, key=lambda result: result.trial.number)
 
@@ -115,7 +117,7 @@ def tell(result: Result, done: int, trials: int) -> None:
 
 
 def report(results: Sequence[Result], seconds: float) -> list[str]:
-    """Two tables, of moments and of damaged files, and the totals."""
+    """Tables by fault point and by damaged file, and totals."""
     cells: dict[tuple[str, str], Counter[str]] = {}
     for result in results:
         for fault in result.trial.faults:
@@ -138,7 +140,7 @@ def report(results: Sequence[Result], seconds: float) -> list[str]:
 def matrix(
     title: str, rows: Sequence[str], columns: dict[str, str], cells: dict[tuple[str, str], Counter[str]]
 ) -> list[str]:
-    """Rows and columns of which anything was tried."""
+    """Table without empty rows and columns."""
     columns = {name: shown for name, shown in columns.items() if any((row, name) in cells for row in rows)}
     lines = [f"| {title} | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
@@ -154,7 +156,7 @@ def cell(counts: Counter[str]) -> str:
 
 
 def repeat(arguments: argparse.Namespace, number: int) -> str:
-    """The command that runs a trial again."""
+    """Command line that reruns a trial."""
     drawn_from = [
         option
         for name, default in (("ranks", [1, 2]), ("zero", [0, 2, 3]), ("background", ["on", "off"]))
@@ -169,5 +171,5 @@ def repeat(arguments: argparse.Namespace, number: int) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what ends the processes below
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise SystemExit so that child processes are cleaned up
     sys.exit(main())

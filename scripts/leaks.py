@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Whether a long run leaks: memory, descriptors, threads and shared memory of its ranks and loader workers.
+"""Check a long run for leaks of memory, file descriptors, threads and shared memory.
 
     python scripts/leaks.py [--steps 5000] [--ranks 2] [--workers 2] [--out runs/leaks]
 
@@ -33,21 +33,21 @@ from tests.support.runner import Runs  # noqa: E402
 
 MEMORY = ("rss", "pss", "uss", "shared_pages")
 COUNTS = ("batches_mapped", "shared_segments", "descriptors", "threads", "children")
-# What decides. Pages that a worker was forked with count as the rank's own as soon as either of them writes to them, so
-# a process's PSS and USS move without a byte more in use; the PSS of the whole run does not.
+# Quantities that determine the result. Copy-on-write after a fork moves pages between a rank and its workers, so a
+# process's PSS and USS change without a leak; the total PSS does not.
 DECIDING = {"whole run": ("pss",), "": ("rss", "shared_pages", *COUNTS)}
-MOST_GROWTH = 0.01  # of the first quarter's median, from there to the last quarter
-LEAST_BYTES = 2**20  # growth below this is noise, of memory
-# Of the steps, left out: caches and memory for saves fill, and the first full garbage collection (after some 800 steps)
-# writes to pages that a rank shares with its workers, so that it gets its own.
+MOST_GROWTH = 0.01  # allowed relative growth of the median from first to last quarter
+LEAST_BYTES = 2**20  # memory growth below this is noise
+# Share of steps excluded as warm-up: caches and save buffers fill, and the first full garbage collection (after about
+# 800 steps) triggers copy-on-write of pages that a rank shares with its workers.
 WARM_UP = 0.2
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One process at one ``moment`` (seconds). Memory in bytes: resident, proportional, its own alone,
-    and resident pages of shared memory; ``batches_mapped`` counts batches of loader workers that are
-    mapped, ``shared_segments`` what is mapped of /dev/shm and of System V's shared memory."""
+    """One process at one ``moment`` (seconds). Memory in bytes: RSS, PSS, USS and resident pages of shared memory.
+    ``batches_mapped`` is the number of mapped worker batches, ``shared_segments`` of mapped /dev/shm and System V
+    segments."""
 
     step: int
     moment: float
@@ -124,7 +124,7 @@ def sample(name: str, process: psutil.Process, step: int, moment: float) -> Samp
 
 
 def last_step(metrics: Path) -> int:
-    """The step of the last whole line."""
+    """Step of the last complete line."""
     if not metrics.is_file():
         return 0
     with metrics.open("rb") as file:
@@ -134,7 +134,7 @@ def last_step(metrics: Path) -> int:
 
 
 def watch(run: Any, metrics: Path, interval: float, out: Path) -> list[Sample]:
-    """Sample until the run ends; each sample is in ``out`` at once."""
+    """Sample until the run ends and write each sample to ``out`` immediately."""
     samples: list[Sample] = []
     began = time.monotonic()
     with out.open("w", newline="") as file:
@@ -152,7 +152,11 @@ def watch(run: Any, metrics: Path, interval: float, out: Path) -> list[Sample]:
             for name, process in found:
                 try:
                     samples.append(sample(name, process, step, moment))
-                except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):  # a worker of an evaluation
+                except (
+                    psutil.NoSuchProcess,
+                    FileNotFoundError,
+                    ProcessLookupError,
+                ):  # an evaluation worker that exited
                     continue
                 writer.writerow(asdict(samples[-1]))
             file.flush()
@@ -160,8 +164,8 @@ def watch(run: Any, metrics: Path, interval: float, out: Path) -> list[Sample]:
 
 
 def trends_of(samples: Sequence[Sample]) -> list[Trend]:
-    """Of the whole run, and of the processes that lived through it; workers of evaluations come and go. The warm-up
-    does not count, nor do samples of the last step: the run is ending."""
+    """Trends of the whole run and of processes that existed throughout (not evaluation workers). Warm-up and last-step
+    samples are excluded."""
     end = samples[-1].step
     by_process: dict[str, list[Sample]] = defaultdict(list)
     whole: Counter[tuple[int, float]] = Counter()
@@ -186,7 +190,8 @@ def trend(process: str, quantity: str, steps: Sequence[int], values: Sequence[fl
 
 
 def table(trends: Sequence[Trend]) -> list[str]:
-    """A row a process, a column a quantity: medians of the first and last quarter, and the slope in 1,000 steps."""
+    """One row per process, one column per quantity: medians of first and last quarter, and the slope per 1,000
+    steps."""
     quantities = {**dict.fromkeys(MEMORY, " (MiB)"), **dict.fromkeys(COUNTS, "")}
     titles = [f"{name.replace('_', ' ')}{unit}" for name, unit in quantities.items()]
     lines = [f"| process | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
@@ -209,12 +214,7 @@ def draw(samples: Sequence[Sample], names: Sequence[str], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    quantities = {
-        "uss": "own memory (MiB)",
-        "rss": "resident (MiB)",
-        "descriptors": "descriptors",
-        "threads": "threads",
-    }
+    quantities = {"uss": "USS (MiB)", "rss": "resident (MiB)", "descriptors": "descriptors", "threads": "threads"}
     figure, axes = plt.subplots(len(quantities), 1, sharex=True, figsize=(9, 11), layout="constrained")
     for axis, (quantity, label) in zip(axes, quantities.items(), strict=True):
         scale = 2**20 if quantity in MEMORY else 1
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="loader workers of each rank")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between samples")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "leaks", help="must not exist")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "leaks", help="output folder; must not exist")
     arguments = parser.parse_args(argv)
     out, steps = arguments.out.resolve(), arguments.steps
     if min(steps, arguments.ranks) < 1 or arguments.workers < 0 or arguments.interval <= 0:
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = watch(run, runs.directory("run") / "metrics.jsonl", arguments.interval, out / "samples.csv")
     finally:
         if run.poll() is None:
-            os.kill(run.pid, signal.SIGTERM)  # torchrun ends the ranks, which have groups of their own
+            os.kill(run.pid, signal.SIGTERM)  # torchrun terminates the ranks, which run in separate process groups
             run.wait(timeout=120)
     if run.returncode:
         print(f"the run ended with exit code {run.returncode}; see {out / 'run.log'}", file=sys.stderr)
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trends = trends_of(samples)
     lines = table(trends)
     growing = sorted({f"{trend.process}: {trend.quantity}" for trend in trends if trend.grows})
-    verdict = f"grows: {', '.join(growing)}" if growing else "nothing grows"
+    verdict = f"grows: {', '.join(growing)}" if growing else "no growth detected"
     lines += ["", f"{steps} steps, {arguments.ranks} rank(s), {arguments.workers} workers each: {verdict}"]
     (out / "leaks.md").write_text("\n".join(lines) + "\n")
     draw(samples, sorted({trend.process for trend in trends}), out / "leaks.png")

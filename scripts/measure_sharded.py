@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Measure the memory of each rank under ZeRO-3, with the model built sharded and built whole: at the start, in steps,
-in saves, on resume and for the export; and compare the losses.
+"""Measure the memory of each rank under ZeRO-3, with sharded and full model construction, during startup, training,
+saving, resume and export, and compare the losses.
 
     python scripts/measure_sharded.py [--ranks 2] [--layers 23] [--json FILE]
 
-The model is made from sizes and saved as a bfloat16 checkpoint first; projector and tower are trained in float32, so
-that the numbers are about weights. What is measured is a process's own memory (RssAnon, sampled every 2 ms; mapped
-files are not in it) above what it takes before the model is built, and on a GPU ``max_memory_allocated``. Two ranks
-with 23 layers (1.1 GB of weights) need about 6 GB of memory.
+A randomly initialized model is saved as a bfloat16 checkpoint first. Projector and tower are trained in float32, so
+that weights dominate the memory. Measured is the private memory of a process (RssAnon, sampled every 2 ms, without
+mapped files) relative to before model construction, and on a GPU ``max_memory_allocated``. Two ranks with 23 layers
+(1.1 GB of weights) need about 6 GB of memory.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ PHASES = ("start", "steps", "save", "resume", "save with export", "vtprune expor
 
 
 def own_memory() -> int:
-    """Bytes of this process that are not pages of files."""
+    """Private memory of this process in bytes."""
     return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 class Peaks:
-    """The highest memory of each phase, above that when it was made."""
+    """Peak memory per phase, relative to the memory at construction."""
 
     def __init__(self) -> None:
         self.start, self.phase, self.highest = own_memory(), "", {}  # type: ignore[var-annotated]
@@ -64,7 +64,7 @@ class Peaks:
 
 
 def child(out: Path, kind: str, arguments: list[str]) -> int:
-    """One rank of a training run, measured."""
+    """Run one training rank and record its memory."""
     import vtprune_train.training.loop.run as run
     from vtprune_train.cli import train_main
     from vtprune_train.models.io.placement import WHOLE
@@ -108,8 +108,8 @@ def child(out: Path, kind: str, arguments: list[str]) -> int:
 
 
 def export_child(out: Path, kind: str, checkpoint: str) -> int:
-    """``vtprune export``, measured."""
-    import vtprune_train.training.engine.reshard  # noqa: F401 (its memory is not the export's)
+    """Run ``vtprune export`` and record its memory."""
+    import vtprune_train.training.engine.reshard  # noqa: F401 (import first so that it is not counted)
     from vtprune_train.cli import main
 
     peaks = Peaks()
@@ -121,7 +121,7 @@ def export_child(out: Path, kind: str, checkpoint: str) -> int:
 
 
 def make_checkpoint(runs: Any, folder: Path, layers: int) -> None:
-    """A large model of random weights."""
+    """Save a large randomly initialized model."""
     import torch
 
     from tests.support.runner import TINY
@@ -147,11 +147,11 @@ def launch(ranks: int, *arguments: str) -> None:
     """Start this script on some ranks."""
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
     command = [*(torchrun if ranks else [sys.executable]), __file__, *arguments]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
-    with tempfile.TemporaryFile("w+") as said:
-        if subprocess.run(command, stdout=said, stderr=said, cwd=ROOT, env=environment).returncode:
-            said.seek(0)
-            raise SystemExit(said.read()[-5000:])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # return freed memory to the OS immediately
+    with tempfile.TemporaryFile("w+") as output:
+        if subprocess.run(command, stdout=output, stderr=output, cwd=ROOT, env=environment).returncode:
+            output.seek(0)
+            raise SystemExit(output.read()[-5000:])
 
 
 def measure(ranks: int, layers: int, folder: Path) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def measure(ranks: int, layers: int, folder: Path) -> dict[str, Any]:
 
     runs = Runs(folder)
     make_checkpoint(runs, folder / "checkpoint", layers)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for kind in ("sharded", "whole"):
         model = ("model.config=null", f"model.path={folder / 'checkpoint'}", "pruning.layers=[5, 10, 15]")
         train = "model.train={projector: 1e-3, vision_tower: 1e-3}"
@@ -183,9 +183,9 @@ def measure(ranks: int, layers: int, folder: Path) -> dict[str, Any]:
                 at = int(path.stem.rpartition("-")[2])
                 values = peaks.setdefault(phase, [0] * ranks)
                 values[at] = max(values[at], value)
-        found[kind] = {"peaks": peaks, "losses": [m["loss"] for m in runs.metrics(kind)]}
+        results[kind] = {"peaks": peaks, "losses": [m["loss"] for m in runs.metrics(kind)]}
         subprocess.run(["rm", "-rf", str(runs.directory(kind))], check=True)
-    return found
+    return results
 
 
 def main() -> int:
@@ -199,22 +199,22 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(arguments.ranks, arguments.layers, Path(folder))
-    print("own memory in GB above that before the model is built, rank by rank")
-    for phase in dict.fromkeys([*PHASES, *found["sharded"]["peaks"]]):
+        results = measure(arguments.ranks, arguments.layers, Path(folder))
+    print("private memory per rank in GB, relative to before building the model")
+    for phase in dict.fromkeys([*PHASES, *results["sharded"]["peaks"]]):
         columns = [
-            " / ".join(f"{value / 1e9:.2f}" for value in found[kind]["peaks"].get(phase, []) if value)
+            " / ".join(f"{value / 1e9:.2f}" for value in results[kind]["peaks"].get(phase, []) if value)
             for kind in ("sharded", "whole")
         ]
         print(f"{phase:20} {columns[0]:>16} {columns[1]:>16}")
     print(
         "losses",
-        found["sharded"]["losses"],
-        "equal" if found["sharded"]["losses"] == found["whole"]["losses"] else "DIFFER",
+        results["sharded"]["losses"],
+        "equal" if results["sharded"]["losses"] == results["whole"]["losses"] else "DIFFER",
     )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found))
-    return 0 if found["sharded"]["losses"] == found["whole"]["losses"] else 1
+        arguments.json.write_text(json.dumps(results))
+    return 0 if results["sharded"]["losses"] == results["whole"]["losses"] else 1
 
 
 if __name__ == "__main__":

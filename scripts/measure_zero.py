@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Measure the memory of weights, gradients and optimizer states under each ZeRO stage: bytes per trained parameter at
-the peak of the backward pass and of the optimizer step, on CPU ranks, beside what ``training/memory.py`` predicts.
+"""Measure the memory of weights, gradients and optimizer states under each ZeRO stage, in bytes per trained parameter
+at the peak of the backward pass and of the optimizer step on CPU ranks, and compare it with the prediction of
+``training/memory``.
 
     python scripts/measure_zero.py [--ranks 1] [--dtype bfloat16] [--stages 0,1,2,3] [--json FILE]
 
-The model is a stack of linear layers with a single row of input, so activations do not count. Buckets are as large
-relative to the model as 2e8 elements are to 7e9 parameters. Every configuration runs in processes of its own.
+The model is a stack of linear layers with a single input row, so activations are negligible. Buckets are as large
+relative to the model as 2e8 elements are to 7e9 parameters. Each configuration runs in separate processes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def num_parameters() -> int:
 
 
 def settings_of(stage: int, dtype: str, accumulation: str | None) -> dict[str, Any]:
-    """A DeepSpeed config with buckets in proportion to the model."""
+    """DeepSpeed config with bucket sizes proportional to the model."""
     bucket = num_parameters() // 35
     zero: dict[str, Any] = {"stage": stage}
     if stage in (1, 2):
@@ -80,9 +81,9 @@ def measure(rank: int, ranks: int, port: int, configs: list[dict[str, Any]], dty
     from vtprune_train.training.engine.start import start_distributed
 
     start_distributed(60)
-    found = [_measure(settings, dtype, ranks) for settings in configs]
+    results = [_measure(settings, dtype, ranks) for settings in configs]
     if rank == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(results))
 
 
 def _measure(settings: dict[str, Any], dtype: str, ranks: int) -> dict[str, Any]:
@@ -93,7 +94,10 @@ def _measure(settings: dict[str, Any], dtype: str, ranks: int) -> dict[str, Any]
     with track_allocations(device) as memory:
         before = memory.start
         model = Stack().to(kind)
-        groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) is decays]} for decays in (True, False)]
+        groups = [
+            {"params": [p for p in model.parameters() if (p.ndim > 1) is with_weight_decay]}
+            for with_weight_decay in (True, False)
+        ]
         flat = settings["zero_optimization"]["stage"] > 0
         counted = Parameters.of(groups, list(model.parameters()), TrainConfig(), flat)
         optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)

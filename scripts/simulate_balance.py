@@ -1,14 +1,14 @@
-"""How evenly a training step is dealt to ranks: the published length-grouped sampler, plain random, and ours.
+"""Simulate load balance across ranks for the published length-grouped sampler, random order, and our sampler.
 
     python scripts/simulate_balance.py                        # 8 to 4096 ranks, a few minutes
     python scripts/simulate_balance.py --ranks 512 --json balance.json
 
-A step takes as long as its slowest rank in every micro-step, because ranks meet at its end (ZeRO-3 gathers weights in
-every layer, ZeRO-2 reduces gradients in every micro-step). "max / mean" is that time over the time the same FLOPs would
-take if they were shared out evenly; under ZeRO-0 and 1, which meet once a step, the slowest TOTAL counts ("once").
+Ranks synchronize after every micro-step (ZeRO-3 gathers weights in every layer, ZeRO-2 reduces gradients in every
+micro-step), so a step takes as long as the slowest rank in each micro-step. "max / mean" is the step time relative to
+perfectly balanced FLOPs. With ZeRO-0 and 1, ranks synchronize once per step ("once").
 
-The samples are drawn, not read: sizes of pictures become visual tokens by the project's own AnyRes arithmetic, costs
-are the FLOPs of LLaVA-NeXT-7B (forward and backward, all trained) with PyramidDrop's published schedule.
+Samples are synthetic. Visual tokens are computed from image sizes with AnyRes. Costs are the FLOPs of LLaVA-NeXT-7B
+(forward and backward, all parameters trained) with PyramidDrop's published schedule.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ LLAVA_NEXT_7B = TrainingCost(
 )
 ANYRES = AnyRes(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), 336, 14)
 # LLaVA-NeXT's data have about 2,268 visual and 121 text tokens a sample (arXiv 2410.17247, average lengths of stages).
-TEXT_ONLY = 0.05  # share of samples without a picture, as in the published mixes (ShareGPT)
-# Pictures: share of the samples with one, (height, width) of their middle, spread of log aspect ratio and log size.
-PICTURES = (
+TEXT_ONLY = 0.05  # share of samples without an image, as in the published mixes (ShareGPT)
+# Image kinds: share, mean (height, width), standard deviation of log aspect ratio and of log size.
+IMAGES = (
     (0.51, (480, 640), 0.12, 0.10),  # photographs (COCO, Visual Genome), landscape
     (0.12, (640, 480), 0.10, 0.10),  # photographs, portrait
     (0.16, (800, 800), 0.06, 0.25),  # squares
     (0.10, (1600, 1240), 0.15, 0.25),  # documents
-    (0.04, (220, 300), 0.25, 0.20),  # small pictures
+    (0.04, (220, 300), 0.25, 0.20),  # small images
     (0.07, (400, 1000), 0.30, 0.25),  # wide charts, strips of text
 )
 PROMPT = 40  # tokens of the system prompt and the roles of one turn
-# A turn of question and answer: log-normal tokens (mean, sigma); turns are geometric with this mean.
-WITH_PICTURE, PICTURE_TURNS = (27.0, 1.0), 1.8
+# Tokens per turn are log-normal (mean, sigma); the number of turns is geometric with this mean.
+WITH_IMAGE, IMAGE_TURNS = (27.0, 1.0), 1.8
 WITHOUT, TEXT_TURNS = (160.0, 0.9), 3.5
 LONGEST = 4096
 
@@ -75,7 +75,7 @@ class Mix:
 def pass_cost(
     text: np.ndarray, visual: np.ndarray, tiles: np.ndarray, supervised: np.ndarray, method: PyramidDrop | None
 ) -> np.ndarray:
-    """[samples] FLOPs of samples with (at most) one picture each."""
+    """[samples] FLOPs of samples with (at most) one image each."""
     num_layers = LLAVA_NEXT_7B.decoder.num_layers
     drops = method.drops(num_layers) if method is not None else ()
     lengths = stage_lengths(text, visual, np.arange(len(text)), drops)
@@ -84,22 +84,22 @@ def pass_cost(
 
 def draw_mix(count: int, rng: np.random.Generator) -> Mix:
     """``count`` samples of a mix like LLaVA-NeXT's instruction data."""
-    has_picture = rng.random(count) >= TEXT_ONLY
-    visual, tiles = draw_pictures(count, rng)
-    visual, tiles = visual * has_picture, tiles * has_picture
-    turns = rng.geometric(1 / np.where(has_picture, PICTURE_TURNS, TEXT_TURNS))
-    mean = np.where(has_picture, WITH_PICTURE[0], WITHOUT[0]) * turns
-    sigma = np.where(has_picture, WITH_PICTURE[1], WITHOUT[1]) / np.sqrt(turns)
+    has_image = rng.random(count) >= TEXT_ONLY
+    visual, tiles = draw_images(count, rng)
+    visual, tiles = visual * has_image, tiles * has_image
+    turns = rng.geometric(1 / np.where(has_image, IMAGE_TURNS, TEXT_TURNS))
+    mean = np.where(has_image, WITH_IMAGE[0], WITHOUT[0]) * turns
+    sigma = np.where(has_image, WITH_IMAGE[1], WITHOUT[1]) / np.sqrt(turns)
     words = np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma))
     text = np.clip(PROMPT + 10 * (turns - 1) + words, PROMPT + 2, LONGEST - visual).astype(np.int64)
     return Mix(text, visual, tiles, np.maximum(1, (text - PROMPT) * 6 // 10))
 
 
-def draw_pictures(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """[count] visual tokens and tiles of drawn picture sizes (rounded to 20 pixels: AnyRes works on each size once)."""
-    kind = rng.choice(len(PICTURES), count, p=[share for share, *_ in PICTURES])
-    height, width = np.array([size for _, size, _, _ in PICTURES], dtype=float)[kind].T
-    aspect, size = (rng.normal(0, np.array([row[i] for row in PICTURES])[kind]) for i in (2, 3))
+def draw_images(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """[count] visual tokens and tiles of drawn image sizes (rounded to 20 pixels: AnyRes works on each size once)."""
+    kind = rng.choice(len(IMAGES), count, p=[share for share, *_ in IMAGES])
+    height, width = np.array([size for _, size, _, _ in IMAGES], dtype=float)[kind].T
+    aspect, size = (rng.normal(0, np.array([row[i] for row in IMAGES])[kind]) for i in (2, 3))
     sides = np.stack([height * np.exp(size - aspect / 2), width * np.exp(size + aspect / 2)], axis=1)
     sides = np.maximum(40, np.round(sides / 20) * 20).astype(np.int64)
     different, which = np.unique(sides, axis=0, return_inverse=True)
@@ -112,16 +112,16 @@ Step = list[list[np.ndarray]]  # [micro-steps][ranks] samples
 
 
 def random_order(mix: Mix, ranks: int, batch: int, micro: int, rng: np.random.Generator) -> Iterator[Step]:
-    """Samples as they come, ``micro`` to each rank and micro-step."""
+    """Random order, ``micro`` samples per rank and micro-step."""
     order = rng.permutation(len(mix.text))
     for start in range(0, len(order), ranks * batch):
         yield rows(order[start : start + ranks * batch], ranks, micro)
 
 
 def published_order(mix: Mix, ranks: int, batch: int, micro: int, rng: np.random.Generator) -> Iterator[Step]:
-    """LLaVA's ``group_by_modality_length``: mega-batches of one modality, sorted by the number of words (pictures count
-    nothing), split so that chunks have equal counts and about equal words. ``accelerate`` gives chunk after chunk to
-    rank after rank. What does not fill a mega-batch of its modality comes last, mixed and unsorted."""
+    """LLaVA's ``group_by_modality_length``: mega-batches of one modality, sorted by the number of words (images count
+    nothing), split so that chunks have equal counts and about equal words. ``accelerate`` assigns chunks to ranks in
+    order. Leftover samples come last, mixed and unsorted."""
     mega = ranks * batch
     whole: list[list[int]] = []
     rest: list[int] = []
@@ -163,7 +163,7 @@ def rows(order: np.ndarray, ranks: int, micro: int) -> Step:
 
 @dataclass
 class Result:
-    """What one way of dealing makes of the same samples; ratios are 1 at best."""
+    """Results of one sampler; the best possible ratio is 1."""
 
     sampler: str
     ranks: int
@@ -180,7 +180,7 @@ class Result:
 def measure(
     name: str, steps: Iterator[Step], mix: Mix, ranks: int, cost: np.ndarray, method: PyramidDrop | None, pads: bool
 ) -> Result:
-    """Go through all steps of one way of dealing."""
+    """Simulate all steps of one sampler."""
     slowest, even, once, counts, times, tokens = [], [], [], [], [], 0.0
     useful, padded = 0.0, 0.0
     while True:
@@ -190,11 +190,11 @@ def measure(
         if step is None:
             break
         done = np.array([micro_step_cost(micro, mix, cost, method, pads) for micro in step])  # [micro-steps, ranks]
-        own = sum(float(summed(micro, cost).sum()) for micro in step)
-        useful, padded = useful + own, padded + float(done.sum())
+        step_flops = sum(float(summed(micro, cost).sum()) for micro in step)
+        useful, padded = useful + step_flops, padded + float(done.sum())
         slowest.append(done.max(axis=1).sum())
         once.append(done.sum(axis=0).max())
-        even.append(own / ranks)
+        even.append(step_flops / ranks)
         counts.append(len(step))
         tokens = max(tokens, *(most_tokens(micro, mix, pads) for micro in step))
     return Result(
@@ -212,7 +212,7 @@ def measure(
 def micro_step_cost(
     micro: list[np.ndarray], mix: Mix, cost: np.ndarray, method: PyramidDrop | None, pads: bool
 ) -> np.ndarray:
-    """[ranks] FLOPs; where a way of dealing pads, every sample of a micro-batch is as long as its longest."""
+    """[ranks] FLOPs of a micro-step; padding samplers pad each sample to the longest one in its micro-batch."""
     if not pads:
         return summed(micro, cost)
     held = np.stack(micro)  # [ranks, samples]
@@ -223,7 +223,7 @@ def micro_step_cost(
 
 
 def most_tokens(micro: list[np.ndarray], mix: Mix, pads: bool) -> float:
-    """Of any micro-batch of a micro-step."""
+    """Maximum tokens of any micro-batch in a micro-step."""
     if pads:
         held = np.stack(micro)
         return float(mix.tokens[held].max() * held.shape[1])
@@ -239,16 +239,16 @@ def summed(micro: list[np.ndarray], values: np.ndarray) -> np.ndarray:
 def our_order(
     mix: Mix, cost: np.ndarray, ranks: int, batch: int, max_tokens: int, rng: np.random.Generator
 ) -> Iterator[Step]:
-    """Samples as they come to the step; within it dealt by cost under the limit of tokens."""
+    """Random order; within each step, samples are assigned by cost with a token limit."""
     order, tokens = rng.permutation(len(mix.text)), mix.tokens
     for start in range(0, len(order), ranks * batch):
         step = order[start : start + ranks * batch]
-        dealt = deal(tokens[step], cost[step], ranks, max_tokens)
-        yield [[step[list(samples)] for samples in micro] for micro in dealt]
+        assignment = deal(tokens[step], cost[step], ranks, max_tokens)
+        yield [[step[list(samples)] for samples in micro] for micro in assignment]
 
 
 def simulate(options: argparse.Namespace, ranks: int, say: Callable[[str], None]) -> list[Result]:
-    """All ways of dealing on the same samples."""
+    """Run all samplers on the same samples."""
     method = None if options.dense else PyramidDrop()
     mix = draw_mix(ranks * options.batch * options.steps, np.random.default_rng([options.seed, ranks]))
     cost = mix.cost(method)
@@ -288,7 +288,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _planning(result: Result) -> str:
-    """The others order a whole epoch before it starts; only ours plans step by step."""
+    """The other samplers order a whole epoch in advance, so only ours has a per-step planning time."""
     return f"{result.plan_ms:.0f}" if result.sampler == "ours" else ""
 
 
@@ -303,24 +303,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     many = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
     parser.add_argument("--ranks", type=positive, nargs="+", default=None, help=f"numbers of ranks; default {many}")
-    parser.add_argument("--batch", type=positive, default=16, help="samples a rank and step (16)")
-    parser.add_argument("--micro_batch", type=positive, default=4, help="samples a micro-batch of the other two (4)")
+    parser.add_argument("--batch", type=positive, default=16, help="samples per rank and step")
+    parser.add_argument("--micro_batch", type=positive, default=4, help="micro-batch size of the other samplers")
     parser.add_argument(
-        "--max_tokens", type=positive, default=16384, help="our limit of a micro-batch, data.max_tokens"
+        "--max_tokens", type=positive, default=16384, help="token limit of our sampler, data.max_tokens"
     )
     parser.add_argument("--steps", type=positive, default=20, help="steps at each number of ranks (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and orders")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--dense", action="store_true", help="count costs without dropping")
     parser.add_argument("--quick", action="store_true", help="8 and 64 ranks, 4 steps")
-    parser.add_argument("--json", type=Path, help="write settings and numbers there")
+    parser.add_argument("--json", type=Path, help="write results to this JSON file")
     options = parser.parse_args(arguments)
     if options.quick:
         options.ranks, options.steps = options.ranks or [8, 64], min(options.steps, 4)
     options.ranks = options.ranks or many
     if options.batch % options.micro_batch:
-        parser.error(f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}")
+        parser.error(f"--batch {options.batch} is not a multiple of --micro_batch {options.micro_batch}")
     if options.max_tokens < LONGEST:
-        parser.error(f"--max_tokens {options.max_tokens} is less than the longest sample may have ({LONGEST})")
+        parser.error(f"--max_tokens {options.max_tokens} is smaller than the longest possible sample ({LONGEST})")
     if options.seed < 0:
         parser.error(f"--seed {options.seed} is negative")
     return options

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vtprune_train.core.stream import Boundary, Drop
+    from vtprune_train.models.families import register_family
     from vtprune_train.models.forward.padded import kept_tokens
     from vtprune_train.models.patch import dense, is_pruned, prune, unprune
     from vtprune_train.pruning.base import PruningMethod
@@ -83,6 +84,7 @@ __all__ = [
     "is_pruned",
     "kept_tokens",
     "prune",
+    "register_family",
     "show",
     "unprune",
 ]
@@ -91,6 +93,7 @@ if not TYPE_CHECKING:  # for a type checker, any name would exist otherwise
     # Names are imported on first use: training processes must listen for signals before PyTorch is imported.
     _MODULES = {
         "core.stream": ("Boundary", "Drop"),
+        "models.families": ("register_family",),
         "models.forward.padded": ("kept_tokens",),
         "models.patch": ("dense", "is_pruned", "prune", "unprune"),
         "pruning.base": ("PruningMethod",),

@@ -1,4 +1,4 @@
-"""Recorded cases as they are read from a folder, and what a comparison with one comes to."""
+"""Reads recorded cases from a folder, and reports the result of comparing with one."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor
 
 
 class CaseError(ValueError):
-    """A case cannot be read: says what is missing or unknown, and where."""
+    """Raised if a case cannot be read; names what is missing or unknown, and where."""
 
 
 class Entries(dict[str, Any]):
-    """An object of a case's JSON; a key that is not there is a :class:`CaseError`."""
+    """An object in a case's JSON; a missing key raises :class:`CaseError`."""
 
     def __missing__(self, key: str) -> Any:
         raise CaseError(f"the JSON has no {key!r} beside {', '.join(self)}")
 
 
 class Tensors(dict[str, Tensor]):
-    """A case's tensors; a name that is not there is a :class:`CaseError`."""
+    """The tensors of a case; a missing name raises :class:`CaseError`."""
 
     def __missing__(self, key: str) -> Tensor:
         raise CaseError(f"the safetensors file has no tensor {key!r}")
 
     def below(self, prefix: str) -> dict[str, Tensor]:
-        """float32, those whose names begin with ``prefix``, without it.
+        """The tensors whose names start with ``prefix``, in float32, by their names without it.
 
         Raises:
             CaseError: there are none.
@@ -72,8 +72,8 @@ def read_case(folder: Path, name: str) -> Case:
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison: ``problem`` says what differs, ``None`` if nothing does; ``gap`` is the largest difference of
-    numbers that may differ by a rounding."""
+    """One comparison: ``problem`` describes the difference, or is ``None``; ``gap`` is the largest difference between
+    numbers that may differ by rounding."""
 
     name: str
     problem: str | None = None
@@ -81,7 +81,7 @@ class Part:
 
 
 def compare(name: str, ours: Any, theirs: Any, tolerance: float | None = None) -> Part:
-    """Our tensor (or numbers) against theirs: every entry the same, or with ``tolerance`` no farther from it."""
+    """Compare two tensors (or numbers): all entries must be equal, or differ by at most ``tolerance``."""
     ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs)
     if ours.shape != theirs.shape:
         return Part(name, f"{name}: shape {list(ours.shape)} instead of {list(theirs.shape)}")
@@ -105,12 +105,12 @@ def compare(name: str, ours: Any, theirs: Any, tolerance: float | None = None) -
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The result of a case.
 
     Args:
         name: of the case.
-        parts: all that was compared.
-        documented: the deviation that the method's page states, and which of the parts it touches; the others must be
+        parts: all comparisons.
+        documented: a deviation that the method's page documents, and the parts that it affects; all other parts must be
             equal.
     """
 

@@ -1,9 +1,8 @@
 """Cases of other methods' published code, format ``vtprune-golden-1``; by ``kind``:
 
-- ``decoder``: a whole pass on tiny weights: what each boundary kept, hidden states, some decoded tokens or gradients;
-- ``contract``: a method's choice, given candidates;
-- ``tower``: the same, with the signals that are read from a tiny CLIP tower while it runs;
-- ``consistency``: loss and gradients of a step on full tokens.
+- ``decoder``: a whole pass with tiny weights: kept tokens at each drop point, hidden states, some decoded tokens or
+gradients; - ``contract``: the selection of a method for given candidates; - ``tower``: the same, with signals read from
+a tiny CLIP tower; - ``consistency``: loss and gradients of a step on full tokens.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ Passed = list[tuple[Candidates, Selection]]
 
 
 def run_case(case: Case) -> Outcome:
-    """Drive the project on a case.
+    """Run the project on a case.
 
     Raises:
-        CaseError: the kind is not known, or something that it needs is missing.
+        CaseError: the kind is unknown, or an entry is missing.
     """
     kind = case.entries["kind"]
     if kind not in CHECKS:
@@ -49,7 +48,7 @@ def run_case(case: Case) -> Outcome:
 
 
 def _check_listed(case: Case) -> None:
-    """Refuse a case that lists a tensor which it does not hold.
+    """Refuse a case that lists a tensor that it does not contain.
 
     Decoded states cannot be compared without the embeddings that were decoded, nor values without a tolerance: a case
     without those lists them as what the published function returns.
@@ -104,7 +103,7 @@ def llama(entries: Entries, weights: dict[str, Tensor]) -> LlamaForCausalLM:
 
 
 def noting(method: PruningMethod) -> Passed:
-    """Candidates and choice of every boundary that ``method`` will pass, in order."""
+    """Collect the candidates and the selection at every drop point of ``method``, in order."""
     passed: Passed = []
     choose = method.choose
 
@@ -150,7 +149,7 @@ def check_decoder(entries: Entries, tensors: Tensors) -> list[Part]:
 
 
 def _kept(entries: Entries, tensors: Tensors, passed: Passed) -> list[Part]:
-    """Raters, and the tokens that stayed as they are at each boundary that ranks."""
+    """Compare the raters, and the kept tokens at each drop point that ranks."""
     parts = []
     if "expected.raters" in tensors:
         rates = passed[0][0].memory["raters"][0]
@@ -183,8 +182,8 @@ def check_contract(entries: Entries, tensors: Tensors) -> list[Part]:
 
 
 def _choice(entries: Entries, tensors: Tensors, method: PruningMethod, signals: EncoderSignals | None) -> list[Part]:
-    """What a method makes of the candidates; where the published code is known to go on differently, the first
-    ``compare_first`` of what it makes must be equal in any case."""
+    """Compare the selection of a method. If the published code is known to continue differently, only the first
+    ``compare_first`` entries must be equal."""
     hidden = tensors["hidden"].float()
     instruction = tensors["instruction"].float() if "instruction" in tensors else hidden[:0]
     candidates = Candidates(boundary_of(method, entries), hidden, hidden, instruction, encoder=signals)
@@ -232,7 +231,7 @@ def check_tower(entries: Entries, tensors: Tensors) -> list[Part]:
 
 
 def check_consistency(entries: Entries, tensors: Tensors) -> list[Part]:
-    """Loss and gradients of a step on full tokens that a pruned pass teaches, as means over its rows."""
+    """Compare loss and gradients of a step on full tokens with a pruned teacher pass, as means over its rows."""
     hidden, head = (tensors[key].float().requires_grad_() for key in ("hidden", "head"))
     own, rows = entries["settings"], len(tensors["targets"])
     teaching = Teaching(tensors["teacher_hidden"].float(), own["consistency_weight"], own["consistency_temperature"])

@@ -40,7 +40,7 @@ def build_model(case: Case) -> LlamaForCausalLM:
 
 
 def segment_of(case: Case) -> tuple[SegmentLayout, list[int]]:
-    """The sample's layout, and which tokens are supervised."""
+    """The layout of the sample, and its supervised tokens."""
     entries, labels = case.entries, case.tensors["labels"].tolist() if case.entries["train"] else []
     supervised = [i for i, label in enumerate(labels) if label != -100 and i]
     segment = SegmentLayout(
@@ -53,7 +53,7 @@ def segment_of(case: Case) -> tuple[SegmentLayout, list[int]]:
 
 
 def run_case(case: Case) -> Outcome:
-    """Run one recorded case through the project's own plan, decoder loop and method."""
+    """Run a recorded case with the project's plan, decoder loop and method."""
     entries, tensors = case.entries, case.tensors
     model, train = build_model(case), entries["train"]
     method = PyramidDrop(layers=tuple(entries["layer_list"]), keep=tuple(entries["ratios"]))
@@ -89,8 +89,8 @@ def run_case(case: Case) -> Outcome:
 def decode_greedily(
     model: LlamaForCausalLM, method: PyramidDrop, last_hidden_C: torch.Tensor, cache: DynamicCache, entries: Entries
 ) -> tuple[torch.Tensor, Part, Part]:
-    """Decode as many tokens as were recorded, feeding each; [tokens, C] hidden states that they came from, and the
-    comparisons of tokens and of the caches' lengths."""
+    """Decode the recorded number of tokens. Returns their [tokens, C] hidden states, and the comparisons of tokens and
+    cache lengths."""
     states, tokens = [last_hidden_C], []
     for _ in entries["greedy_tokens"]:
         tokens.append(int(model.lm_head(states[-1]).argmax()))

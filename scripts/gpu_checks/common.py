@@ -1,4 +1,4 @@
-"""What all parts share: the report, the big model, timing, and errors of one tensor against another."""
+"""Shared by all parts: the report, the large model, timing, and errors between tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIXED_7B = (
 
 
 class Report:
-    """Values by part, written to ``gpu_check.json`` again after every one."""
+    """Values by part, written to ``gpu_check.json`` after each value."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class Report:
 
 @dataclass
 class Check:
-    """One run of the script: where it runs, on which sizes, and what it has found."""
+    """One run of the script: its device, its sizes, and its results."""
 
     report: Report
     out: Path
@@ -67,7 +67,7 @@ class Check:
         bench.synchronize(self.device)
 
     def free(self) -> None:
-        """Return cached memory to the device, so that one part's peak is not another's."""
+        """Return cached memory to the device, so that peaks of different parts do not mix."""
         gc.collect()
         if self.on_cuda:
             torch.cuda.empty_cache()
@@ -75,7 +75,7 @@ class Check:
 
     @contextlib.contextmanager
     def noting_failure(self, part: str, name: str) -> Iterator[None]:
-        """Write a failure into the report, where it makes the script fail at its end, and go on."""
+        """Record a failure in the report and continue; the script then fails at its end."""
         try:
             yield
         except TimeoutError:
@@ -85,7 +85,8 @@ class Check:
             self.report.put("failed", **{f"{part} {name}": f"{type(error).__name__}: {error} at {where}"[:2000]})
 
     def timed(self, run: Callable[[], Any], repeats: int = 3, warmup: int = 1) -> dict[str, float]:
-        """Median, least and most milliseconds of a call; on CUDA between two events, without waiting inside."""
+        """Median, minimum and maximum milliseconds of a call; on CUDA between two events, without synchronization in
+        between."""
         for _ in range(warmup):
             run()
         self.synchronize()
@@ -111,7 +112,7 @@ class Check:
 
 @dataclass
 class BigModel:
-    """The model that is timed, made once: LLaVA-NeXT-7B with random weights unless the script is told otherwise."""
+    """The model for timing, created once: LLaVA-NeXT-7B with random weights by default."""
 
     geometry: bench.Geometry
     model: HFModule
@@ -132,7 +133,7 @@ class BigModel:
         return self.model.model.language_model.layers
 
     def recompute(self, first: int | None) -> None:
-        """Recompute this many decoder layers in the backward pass, ``None``: all."""
+        """Recompute ``count`` decoder layers in the backward pass, or all for ``None``."""
         checkpoint_activations(self.model, None if first is None else range(first))
 
     def clear_gradients(self) -> None:
@@ -142,7 +143,7 @@ class BigModel:
         return bench.pack(samples or self.samples, method, len(self.layers), self.model.device)
 
     def other_samples(self, count: int) -> bench.Samples:
-        """The first ``count`` samples alone: another number of segments, another length."""
+        """Only the first ``count`` samples, for another number of segments and another length."""
         geometry = dataclasses.replace(self.geometry, samples=self.geometry.samples[:count])
         return bench.make_samples(geometry, self.anyres, self.model.config.text_config.vocab_size, self.model.device)
 
@@ -154,20 +155,21 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor, floor: float = 1
 
 
 def worst_gradient(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest relative error of a parameter's gradient, and the parameter. Gradients that vanish in theory (of a
-    key projection's bias, for example) are rounding alone, so a thousandth of the largest norm is the least divisor."""
+    """The largest relative error of a parameter's gradient, and the parameter. Gradients that are zero in theory (such
+    as that of a key projection's bias) are only rounding errors, so the divisor is at least a thousandth of the largest
+    norm."""
     floor = 1e-3 * max(float(grad.double().norm()) for grad in reference.values())
     return max((relative_error(ours[name], grad, floor), name) for name, grad in reference.items())
 
 
 def kept_differ(ours: Any, reference: Any) -> list[int]:
-    """Kept rows that only one of two passes has, at each drop."""
+    """Number of rows that only one of two passes keeps, at each drop."""
     return [len(set(a.tolist()) ^ set(b.tolist())) for a, b in zip(ours, reference, strict=True)]
 
 
 @contextlib.contextmanager
 def device_waits(device: torch.device) -> Iterator[list[str]]:
-    """Where the host waits for the device meanwhile, ``file:line`` each; always empty on a CPU."""
+    """Places (``file:line``) where the host waits for the device; always empty on a CPU."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -178,6 +180,6 @@ def device_waits(device: torch.device) -> Iterator[list[str]]:
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    # Not the notice, given once, that this mode is a prototype.
+    # Ignore the one-time notice that this mode is a prototype.
     waits = [w for w in seen if "called a synchronizing CUDA operation" in str(w.message)]
     found += [f"{Path(w.filename).name}:{w.lineno}" for w in waits]

@@ -1,4 +1,4 @@
-"""What was measured against what is wanted."""
+"""Compares measurements with the goals."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from gpu_checks.speed import DENSE, DROPPING
 
 Values = dict[str, Any]
-Measured = Iterator[tuple[float, str]]  # a value, and the row that it comes from
+Measured = Iterator[tuple[float, str]]  # a value and its row
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure and its bound. Of several measured configurations the best one counts."""
+    """A figure and its bound. The best of several measured configurations counts."""
 
     figure: str
     bound: float
@@ -69,7 +69,7 @@ def over_padded(report: Values) -> Measured:
 
 
 def utilisation(method: str) -> Callable[[Values], Measured]:
-    """MFU of a whole step: FLOPs without recomputation over the measured rate of a matrix product."""
+    """MFU of a whole step: FLOPs without recomputation, relative to the measured rate of matrix products."""
 
     def measured(report: Values) -> Measured:
         peak = report.get("peaks", {}).get("matmul_tflops")
@@ -88,7 +88,7 @@ def selector_share(report: Values) -> Measured:
 
 
 def waits(report: Values) -> Measured:
-    """The most of any pass: one that waits is one too many."""
+    """The largest number of waits of any pass."""
     counts = [(len(row["forward"]), name) for name, row in report.get("tiny", {}).items() if name.endswith(" waits")]
     if counts:
         count, name = max(counts)

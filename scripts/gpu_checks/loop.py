@@ -1,4 +1,4 @@
-"""The project's own loop, ``train.py`` in a process of its own: resuming, ZeRO stages, and speed on real tiles."""
+"""Checks the training loop, ``train.py`` in a separate process: resume, ZeRO stages, and speed on real tiles."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Loop:
     out: Path
 
     def run(self, name: str, *arguments: str, timeout: float = 150) -> dict[str, Any]:
-        """Seconds of a run, and its metrics by key, a list over steps each.
+        """Duration of a run in seconds, and its metrics: a list over steps for each key.
 
         Raises:
-            RuntimeError: it ended with an error.
+            RuntimeError: the run failed.
         """
         command = [sys.executable, "train.py", *arguments, f"run.output_dir={self.folder}", f"run.name={name}"]
         environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
@@ -48,7 +48,7 @@ class Loop:
         return {"seconds": time.time() - began, "metrics": {key: [row.get(key) for row in rows] for key in rows[0]}}
 
     def resumed_equals_whole(self, *settings: str, half: int, whole: int) -> dict[str, Any]:
-        """One run to step ``whole``, and one that stops at ``half`` and is started again: the losses of both."""
+        """The losses of a run to step ``whole``, and of one that stops at ``half`` and is resumed."""
         once = self.run("whole", *settings, f"run.stop_after={whole}")
         self.run("half", *settings, f"run.stop_after={half}")
         resumed = self.run("half", *settings, f"run.stop_after={whole}")
@@ -73,7 +73,7 @@ class Loop:
         ]  # fmt: skip
 
     def deepspeed(self, stage: int, accumulation: str) -> str:
-        """An argument that chooses ZeRO's stage and the dtype in which gradients are added up."""
+        """Settings of the ZeRO stage and of the dtype for gradient accumulation."""
         path = self.folder / f"zero{stage}_{accumulation}.json"
         zero = {"stage": stage, "contiguous_gradients": True, "overlap_comm": True}
         path.write_text(json.dumps({"zero_optimization": zero, "data_types": {"grad_accum_dtype": accumulation}}))
@@ -98,7 +98,7 @@ def train(check: Check) -> None:
 
 
 def train_large(check: Check) -> None:
-    """Steps on real tiles through workers, dense and dropping: MFU and the share of time that waits for data."""
+    """Training steps on real tiles with workers, dense and pruned: MFU and the share of time spent waiting for data."""
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(check.device, Path(folder), check.out)
         big = check.geometry_name == "7b"
@@ -132,7 +132,7 @@ def _pruning(method: str, big: bool) -> dict[str, Any]:
 
 
 def _large_settings(folder: Path, big: bool) -> dict[str, Any]:
-    """12 decoder layers of width 2048 under CLIP-L/336, batches of 16,384 tokens; or two layers of everything."""
+    """Sizes: 12 decoder layers of width 2048 with CLIP-L/336 and batches of 16,384 tokens; or two layers of each."""
     tile, heads = (336, 16) if big else (56, 2)
     text = {
         "model_type": "llama", "hidden_size": 2048 if big else 64, "intermediate_size": 5504 if big else 172,

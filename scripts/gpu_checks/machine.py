@@ -1,4 +1,4 @@
-"""What the machine is, and its ceilings: matrix products and copies."""
+"""Describes the machine and measures its limits: matrix products and copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is right or wrong: attention backends against float64, the device against the CPU, waits, generation."""
+"""Checks correctness: attention backends against float64, the device against the CPU, synchronization, generation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ METHODS_COMPARED: dict[str, PruningMethod | None] = {
 
 
 def run_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
-    """[1, T, H, D] of one backend for packed q [1, H, T, D], k and v [1, G, T, D], called as a decoder layer does."""
+    """[1, T, H, D] output of a backend for packed q [1, H, T, D], k and v [1, G, T, D], called as in a decoder
+    layer."""
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(q.device)
     packing = backends.Packing({
         "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max(lengths),
@@ -66,7 +67,7 @@ def attention_errors(
 
 
 def attention(check: Check) -> None:
-    """Every backend that runs here: grouped queries, two head sizes, a window."""
+    """Check every available backend with grouped queries, two head sizes and a window."""
     for backend in backends.BACKENDS:
         if reason := backends.unavailable_because(backend, check.device, torch.bfloat16):
             check.report.put("attention", **{backend: reason})
@@ -79,8 +80,8 @@ def attention(check: Check) -> None:
 
 
 def small_geometry(layers: int = 8, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> bench.Geometry:
-    """Sizes at which the CPU keeps up: heads of 64, as many drops as the real schedule has."""
-    text = {**bench.llama(256, 512, layers, 4), "initializer_range": 0.06}  # so that answers are not one word again
+    """Sizes that are fast on a CPU: heads of 64, and as many drops as in the real schedule."""
+    text = {**bench.llama(256, 512, layers, 4), "initializer_range": 0.06}  # so that answers do not repeat one word
     return dataclasses.replace(bench.GEOMETRIES["tiny"], text=text, dtype=dtype, checkpointing=checkpointing)
 
 
@@ -124,7 +125,8 @@ def compare_passes(ours: Pass, reference: Pass) -> dict[str, Any]:
 
 
 def device_against_cpu(device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each method in float32 and bf16 against float32 on the CPU, and bf16 on the CPU to compare the last with."""
+    """Compare each method in float32 and bf16 with float32 on the CPU, and bf16 on the CPU as a reference for the
+    latter."""
     geometry = small_geometry()
     base, anyres = bench.build(geometry, CPU)
     samples = bench.make_samples(geometry, anyres, 4096, CPU)
@@ -141,7 +143,7 @@ def tiny(check: Check) -> None:
         check.report.put("tiny", **{label: values})
     for name, method in METHODS_COMPARED.items():
         run = MethodRun(method, check.device, layers=8)
-        run.forward()  # kernels are loaded, and some are chosen by trying them
+        run.forward()  # loads kernels and tunes some of them
         with device_waits(check.device) as forward:
             out = run.forward()
         with device_waits(check.device) as backward:
@@ -169,7 +171,7 @@ class MethodRun:
 
 
 def methods(check: Check) -> None:
-    """Every method: forward and backward on the device, and where its forward pass waits."""
+    """Run forward and backward of every method on the device, and record where its forward pass waits."""
     for name in METHODS:
         with check.noting_failure("methods", name):
             run = MethodRun(method_from_settings({"method": name}), check.device)

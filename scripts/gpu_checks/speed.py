@@ -1,4 +1,5 @@
-"""How fast: decoder and whole step of the 7B model, dense, dropping and padded, eager, compiled, with FP8 and Liger."""
+"""Measures speed: decoder and whole step of the 7B model, dense, pruned and padded, eager, compiled, with FP8 and
+Liger."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def measured(check: Check, run: Callable[[], Any], flops: float, repeats: int) -
 
 @contextlib.contextmanager
 def noting_lack_of_memory(check: Check, part: str, label: str) -> Iterator[None]:
-    """A step that does not fit is a result; anything else that goes wrong is a failure."""
+    """Record a step that runs out of memory as a result; any other error is a failure."""
     with check.noting_failure(part, label):
         try:
             yield
@@ -103,7 +104,8 @@ def decoder_steps(check: Check, part: str, label: str, names: tuple[str, ...], r
 
 
 def whole_steps(check: Check, part: str, label: str, names: tuple[str, ...], repeats: int = 3) -> None:
-    """Forward and backward of the whole model on samples of mixed lengths, tower trained; and its ranges."""
+    """Forward and backward of the whole model on samples of mixed lengths with a trained tower, and its profiler
+    ranges."""
     rows = {row.name: row for row in bench.make_rows(check.big.model, check.big.samples, check.device)}
     for name in names:
         row = rows[name]
@@ -121,7 +123,7 @@ def whole_steps(check: Check, part: str, label: str, names: tuple[str, ...], rep
 
 
 def forward_ranges(check: Check, run: Callable[[], Tensor]) -> dict[str, float]:
-    """Milliseconds of a forward pass and of its marked ranges, and how long the host takes to launch it."""
+    """Milliseconds of a forward pass and of its profiler ranges, and of launching it on the host."""
     began = time.perf_counter()
     loss = run()
     launched = 1e3 * (time.perf_counter() - began)
@@ -135,12 +137,12 @@ def forward_ranges(check: Check, run: Callable[[], Tensor]) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------------------- parts
 def decoder(check: Check) -> None:
-    """The decoder alone, dense and dropping, all layers recomputed."""
+    """The decoder only, dense and pruned, with all layers recomputed."""
     decoder_steps(check, "decoder", "eager", tuple(METHODS))
 
 
 def seven(check: Check) -> None:
-    """The whole step: packed, dropping and padded; layers recomputed or not."""
+    """The whole step: packed, pruned and padded, with and without recomputed layers."""
     began = time.time()
     big = check.big
     check.report.put(
@@ -152,14 +154,14 @@ def seven(check: Check) -> None:
     )
     whole_steps(check, "seven", "eager", tuple(METHODS))
     whole_steps(check, "seven", "eager", ("hf_padded",), repeats=2)
-    for first in (len(big.layers) // 4, 0):  # the first stage alone; nothing, which may not fit
+    for first in (len(big.layers) // 4, 0):  # only the first stage; none, which may not fit
         big.recompute(first)
         whole_steps(check, "seven", f"eager, {first} layers recomputed", (DROPPING,), repeats=2)
     big.recompute(None)
 
 
 def profile(check: Check) -> None:
-    """The longest kernels of a step, and a trace of the dropping one."""
+    """The longest kernels of a step, and a trace of the pruned one."""
     rows = {row.name: row for row in bench.make_rows(check.big.model, check.big.samples, check.device)}
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if check.on_cuda else [])]
     for name in (DROPPING, DENSE):
@@ -194,7 +196,8 @@ def one_pass(
 
 
 def same_as_before(check: Check, part: str, before: tuple[float, list[Tensor], Tensor]) -> None:
-    """Write down how a dropping step differs from an earlier one; ``seconds`` include what the first call compiles."""
+    """Record the differences of a pruned step from an earlier one; ``seconds`` include compilation in the first
+    call."""
     began = time.time()
     loss, kept, gradient = one_pass(check)
     check.report.put(
@@ -250,7 +253,7 @@ def head(check: Check) -> None:
 
 @contextlib.contextmanager
 def compiled(check: Check) -> Iterator[None]:
-    """The big model with compiled layers; on a CPU they are only traced, which takes no compiler."""
+    """The large model with compiled layers; on a CPU they are only traced, which needs no compiler."""
     torch._dynamo.reset()
     counters.clear()
     compile_layers(check.big.model, backend="inductor" if check.on_cuda else "aot_eager")
@@ -266,7 +269,7 @@ def num_graphs() -> int:
 
 
 def compile_(check: Check) -> None:
-    """Compiled layers: the same result, time, and whether batches of other lengths or methods compile again."""
+    """Compiled layers: equal results, time, and recompilation for batches of other lengths or methods."""
     before = one_pass(check)
     with compiled(check):
         same_as_before(check, "compile", before)
@@ -286,7 +289,7 @@ def compile_(check: Check) -> None:
 
 @contextlib.contextmanager
 def fp8_linears(check: Check) -> Iterator[None]:
-    """The decoder's linear layers in FP8 by torchao, tensorwise scales; afterwards the old ones are put back."""
+    """A context with the decoder's linear layers in FP8 by torchao, with tensorwise scales."""
     linears = {name: module for name, module in check.big.layers.named_modules() if isinstance(module, nn.Linear)}
     use_fp8(check.big.model.model.language_model, check.device)
     try:
@@ -298,7 +301,7 @@ def fp8_linears(check: Check) -> Iterator[None]:
 
 
 def fp8(check: Check) -> None:
-    """FP8 linears in compiled layers: how far the result is from bf16, and time."""
+    """FP8 linear layers in compiled layers: difference from bf16, and time."""
     if importlib.util.find_spec("torchao") is None:
         check.report.put("fp8", left_out="torchao is not installed")
         return
@@ -312,7 +315,7 @@ def fp8(check: Check) -> None:
 
 
 def liger(check: Check) -> None:
-    """Liger's kernels on the same weights. They stay, so that later parts run with them."""
+    """Liger's kernels on the same weights. Later parts use them too."""
     if importlib.util.find_spec("liger_kernel") is None:
         check.report.put("liger", left_out="liger-kernel is not installed")
         return

@@ -1,4 +1,4 @@
-"""Files of a run that are damaged between two starts."""
+"""Damages files of a run between two starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def truncate(path: Path, rng: random.Random) -> None:
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    """One bit."""
+    """Flip one bit."""
     content = bytearray(path.read_bytes())
     if content:
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -21,14 +21,14 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def zero_tail(path: Path, rng: random.Random) -> None:
-    """As a file system leaves a file whose last blocks were never written."""
+    """Zero the end of a file, as if its last blocks were never written."""
     content = path.read_bytes()
     kept = rng.randrange(max(1, len(content)))
     path.write_bytes(content[:kept].ljust(len(content), b"\0"))
 
 
 def zero_body(path: Path, rng: random.Random) -> None:
-    """All but the first bytes."""
+    """Remove all but the first bytes."""
     del rng
     content = path.read_bytes()
     path.write_bytes(content[:128].ljust(len(content), b"\0") if len(content) > 128 else bytes(len(content)))
@@ -40,7 +40,7 @@ def remove(path: Path, rng: random.Random) -> None:
 
 
 def garbage(path: Path, rng: random.Random) -> None:
-    """Bytes after the end."""
+    """Append bytes."""
     with path.open("ab") as file:
         file.write(rng.randbytes(40))
 
@@ -69,7 +69,7 @@ HOW: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def candidates(target: str, run: Path, cache: Path, newest: Path | None) -> list[Path]:
-    """The files that a fault may damage, of those that are there."""
+    """The existing files that a fault may damage."""
     patterns = {
         "metrics.jsonl": (run, "metrics.jsonl"),
         "eval.jsonl": (run, "eval.jsonl"),
@@ -93,7 +93,7 @@ def candidates(target: str, run: Path, cache: Path, newest: Path | None) -> list
 
 
 def apply(how: str, target: str, pick: float, run: Path, cache: Path, newest: Path | None) -> Path | None:
-    """Damage one file, chosen by ``pick``; returns it, or ``None`` where there is none."""
+    """Damage one file, selected by ``pick``, and return it; ``None`` if there is none."""
     if target == "leftover":
         return leave(run / "checkpoints", how)
     files = candidates(target, run, cache, newest)
@@ -105,7 +105,7 @@ def apply(how: str, target: str, pick: float, run: Path, cache: Path, newest: Pa
 
 
 def leave(folder: Path, suffix: str) -> Path:
-    """What an interrupted save or deletion leaves."""
+    """Create files that an interrupted save or deletion leaves."""
     leftover = folder / f"step_00000099{suffix}"
     (leftover / "deepspeed").mkdir(parents=True)
     (leftover / "deepspeed" / "half.pt").write_bytes(b"half")

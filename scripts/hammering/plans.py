@@ -1,4 +1,4 @@
-"""What a trial does: settings and faults, drawn from the trial's own seed."""
+"""The plan of a trial: settings and faults, drawn from the trial's seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STEPS = 12
-SAVED_STEPS = 4  # most steps of a start that another fault follows
+SAVED_STEPS = 4  # maximum steps of a start before another fault
 EVAL_EVERY = 3
 
 # Moments are those of tests/faults/inject.py.
@@ -23,8 +23,8 @@ IN_SAVE = (
 END = ("before_last_save", "drawing")
 INDEXING = ("in_piece", "assembling", "writing_index", "selecting")
 EVALUATING = ("in_evaluation", "after_evaluation")
-OF_RANK_0 = (*IN_SAVE[2:], "drawing")  # other ranks do not come there
-OF_EITHER = ("in_tokenizer", *INDEXING)  # the first rank that comes there
+OF_RANK_0 = (*IN_SAVE[2:], "drawing")  # other ranks do not reach it
+OF_EITHER = ("in_tokenizer", *INDEXING)  # the first rank that reaches it
 
 KILLS = ("kill", "kill_group", "kill_launcher", "kill_worker")
 STOPS = ("sigterm", "sigterm_all", "sigint", "sigint_all", "stop_after")
@@ -103,7 +103,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choices:
-    """What trials are drawn from."""
+    """The choices that trials are drawn from."""
 
     seed: int = 0
     ranks: Sequence[int] = (1, 2)
@@ -113,7 +113,7 @@ class Choices:
 
 
 def draw(choices: Choices, number: int) -> Trial:
-    """Trial ``number``; the same for the same choices, whichever others are run."""
+    """Trial ``number``; equal for equal choices, independent of other trials."""
     rng = random.Random(f"{choices.seed}-{number}")
     settings = Settings(
         ranks=rng.choice(choices.ranks),

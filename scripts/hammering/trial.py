@@ -1,4 +1,4 @@
-"""One trial: starts that are broken, files that are damaged, and what must be left in the end."""
+"""Runs one trial: interrupted starts, damaged files, and checks of the final state."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from vtprune_train.training.checkpoint import manifest
 STARTING = threading.Lock()  # trials run side by side and share the parent
 SCRIPT = ROOT / "tests" / "faults" / "inject.py"
 TIMEOUT = 240.0  # seconds of a start
-PATIENCE = 60.0  # seconds in which all processes of a start are gone
-DISK = "160m"  # a checkpoint needs 64 MiB of room beside its own size
+PATIENCE = 60.0  # seconds for all processes of a start to end
+DISK = "160m"  # a checkpoint needs 64 MiB in addition to its size
 MOST_STARTS = 3  # undisturbed ones, until the run is finished
 TRACEBACK = "Traceback (most recent call last)"
 REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
 NAMED_IN_LOG = (
     "checkpoint", "manifest", "latest", "index column", "index manifest", "index piece", "tokenizer", "leftover",
 )  # fmt: skip
-# Measured as if it had never been; without a manifest, as older versions kept it.
+# Messages if it is rebuilt; without a manifest, as in older versions.
 NOT_SEEN = (("remove", "index piece", "*.npz"), ("remove", "tokenizer", "manifest.json"))
 
 
 class Failed(Exception):  # noqa: N818 (the outcome of a trial)
-    """Something was lost, or not said."""
+    """Raised if something was lost or not reported."""
 
 
 class Refused(Exception):  # noqa: N818
-    """A start refused, naming what is damaged."""
+    """Raised if a start refused to run and named the damage."""
 
 
-def check(right: bool, what: str, said: str = "") -> None:
+def check(right: bool, what: str, output: str = "") -> None:
     if not right:
-        raise Failed(f"{what}\n{said[-3000:]}" if said else what)
+        raise Failed(f"{what}\n{output[-3000:]}" if output else what)
 
 
 @dataclass
 class Started:
-    """A start that has ended: its exit code (of a launcher: 1 for each code that is not 0) and what it said."""
+    """A start that has ended: its exit code (from a launcher, 1 for every code other than 0) and its output."""
 
     code: int
-    said: str
+    output: str
     happened: bool
     launched: bool
 
@@ -68,12 +68,12 @@ class Result:
     trial: Trial
     outcome: str = "equal"  # or refused, failed
     reason: str = ""
-    missed: list[Fault] = field(default_factory=list)  # faults whose moment did not come
+    missed: list[Fault] = field(default_factory=list)  # faults that were not reached
     seconds: float = 0.0
 
 
 class Run:
-    """The run of one trial in a folder of its own; all share the data."""
+    """The run of one trial in its own folder; all trials share the data."""
 
     def __init__(self, runs: Runs, folder: Path, settings: Settings):
         self.runs, self.folder, self.settings = runs, folder, settings
@@ -89,7 +89,7 @@ class Run:
         return manifest.step_of(found[-1]) if found else 0
 
     def start(self, *overrides: str, fault: Fault | None = None) -> Started:
-        """Start, wait for the end of every process, and return what was said."""
+        """Start a run, wait until every process has ended, and return the result."""
         self.starts += 1
         env = {"FAULT": "none", "PYTHONWARNINGS": "ignore::FutureWarning"}  # of PyTorch, about DeepSpeed
         if fault is not None:
@@ -120,12 +120,12 @@ class Run:
                 kill(process)
                 raise Failed(f"it hangs\n{where}\n{log.read_text()[-3000:]}") from None
             wait_for_the_end(process)
-        said = log.read_text(errors="replace")
-        return Started(code, said, happened="\nFAULT " in said, launched=self.settings.ranks > 1)
+        output = log.read_text(errors="replace")
+        return Started(code, output, happened="\nFAULT " in output, launched=self.settings.ranks > 1)
 
 
 def wait_for_the_end(process: Process) -> None:
-    """Until every process of the start's group is gone."""
+    """Wait until every process of the start's group has ended."""
     deadline = time.monotonic() + PATIENCE
     while left := members(process.pid):
         if time.monotonic() > deadline:
@@ -135,7 +135,7 @@ def wait_for_the_end(process: Process) -> None:
 
 
 def members(group: int) -> list[int]:
-    """Living processes of a group."""
+    """The running processes of a group."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -151,7 +151,7 @@ def members(group: int) -> list[int]:
 
 
 def run_trial(runs: Runs, trial: Trial, folder: Path, reference: Callable[[Settings], Path]) -> Result:
-    """Carry out a trial; its folder is left where something failed."""
+    """Run a trial; its folder is kept if something failed."""
     result, began = Result(trial), time.monotonic()
     whole = reference(trial.settings)
     try:
@@ -177,7 +177,7 @@ def run_trial(runs: Runs, trial: Trial, folder: Path, reference: Callable[[Setti
 
 @contextmanager
 def on_disk(folder: Path, wanted: bool) -> Any:
-    """The trial's folder, as a small file system of its own where that is wanted and allowed (for root)."""
+    """A context with the trial's folder, mounted as a small file system if required and possible (as root)."""
     folder.mkdir(parents=True)
     if not wanted or os.geteuid() or subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "hammer", str(folder)], capture_output=True
@@ -196,11 +196,11 @@ def on_disk(folder: Path, wanted: bool) -> Any:
 
 
 def carry_out(run: Run, fault: Fault, last: bool) -> bool:
-    """One fault; false if its moment did not come.
+    """Execute one fault; false if it was not reached.
 
     Raises:
-        Failed: the start did not end, or did not say, what it should.
-        Refused: a start after a damage refused.
+        Failed: the start ended or reported otherwise than it should.
+        Refused: a start after damage refused to run.
     """
     if fault.kind == "damage":
         return carry_out_damage(run, fault, last)
@@ -214,8 +214,8 @@ def carry_out(run: Run, fault: Fault, last: bool) -> bool:
     bound = [] if last and fault.what != "stop_after" else [f"run.stop_after={stop}"]
     if fault.what == "stop_after":
         started = run.start(*bound)
-        check(started.code == 0, f"exit code {started.code}", started.said)
-        check(run.step() == stop, f"stopped at step {run.step()} instead of {stop}", started.said)
+        check(started.code == 0, f"exit code {started.code}", started.output)
+        check(run.step() == stop, f"stopped at step {run.step()} instead of {stop}", started.output)
         return True
     started = run.start(*bound, fault=fault)
     if run.disk:
@@ -225,9 +225,9 @@ def carry_out(run: Run, fault: Fault, last: bool) -> bool:
 
 
 def undisturbed(run: Run, steps: int) -> Started:
-    """A start that trains some steps."""
+    """Start a run that trains some steps."""
     started = run.start(f"run.stop_after={min(STEPS, run.step() + steps)}")
-    check(started.code == 0, f"an undisturbed start ended with exit code {started.code}", started.said)
+    check(started.code == 0, f"an undisturbed start ended with exit code {started.code}", started.output)
     return started
 
 
@@ -235,7 +235,7 @@ def carry_out_damage(run: Run, fault: Fault, last: bool) -> bool:
     if fault.moment == "index piece":
         shutil.rmtree(run.cache, ignore_errors=True)
         broken = run.start(fault=Fault("kill", "kill", "writing_index", "any"))
-        check(broken.happened, "the index was not built", broken.said)
+        check(broken.happened, "the index was not built", broken.output)
     elif len(run.checkpoints()) < 2 or not run.cache.exists():
         undisturbed(run, 2 * run.settings.save_every)
     found = run.checkpoints()
@@ -251,8 +251,8 @@ def finish(run: Run) -> None:
     """Start until all steps are done."""
     for _ in range(MOST_STARTS):
         started = run.start()
-        check(started.code == 0, f"the start after the faults ended with exit code {started.code}", started.said)
-        check(TRACEBACK not in started.said, "a traceback, although all went well", started.said)
+        check(started.code == 0, f"the start after the faults ended with exit code {started.code}", started.output)
+        check(TRACEBACK not in started.output, "a traceback, although the run succeeded", started.output)
         if run.step() == STEPS:
             return
     raise Failed(f"not finished after {MOST_STARTS} undisturbed starts: step {run.step()} of {STEPS}")
@@ -262,60 +262,60 @@ def finish(run: Run) -> None:
 
 
 def judge(run: Run, fault: Fault, started: Started, end: int) -> None:
-    """Exit code and words of a broken start, as docs/metrics.md and docs/faults.md have them; undisturbed it would
-    have ended after the step ``end``."""
-    said = started.said
+    """Check exit code and messages of an interrupted start as documented in docs/metrics.md and docs/faults.md;
+    without the fault it would have ended after step ``end``."""
+    output = started.output
     if not started.happened:
-        check(started.code == 0, f"exit code {started.code}, and nothing had been done to it", said)
+        check(started.code == 0, f"exit code {started.code}, although it was not disturbed", output)
         return
     if fault.kind == "disk":
         judge_full_disk(fault, started)
         return
-    check(TRACEBACK not in said, "a traceback of what is no error of the code", said)
+    check(TRACEBACK not in output, "a traceback for an error outside the code", output)
     if fault.what == "kill_worker":
-        check(started.code == 0, f"exit code {started.code} after the death of a worker", said)
+        check(started.code == 0, f"exit code {started.code} after the death of a worker", output)
         return
     if fault.kind == "stop":
         code = INTERRUPTED if fault.what.startswith("sigint") else TERMINATED
         done = [0] if run.step() == end else []  # too late to stop anything
-        check(started.ended_with(code, *done), f"exit code {started.code}, not {code}", said)
+        check(started.ended_with(code, *done), f"exit code {started.code}, not {code}", output)
         return
-    check(started.code != 0 or fault.what == "kill_launcher", "exit code 0 after a kill", said)
+    check(started.code != 0 or fault.what == "kill_launcher", "exit code 0 after a kill", output)
     if fault.what == "kill" and run.settings.ranks > 1 and fault.rank != "any":
-        other = re.search(rf"rank {fault.rank}( on \S+)? is gone", said)
-        check(other is not None, f"nobody says that rank {fault.rank} is gone", said)
+        other = re.search(rf"rank {fault.rank}( on \S+)? is gone", output)
+        check(other is not None, f"no rank reports that rank {fault.rank} is gone", output)
 
 
 def judge_full_disk(fault: Fault, started: Started) -> None:
-    said = started.said
+    output = started.output
     if fault.moment == "drawing":
-        check(started.code == 0, f"exit code {started.code} over a picture that could not be drawn", said)
+        check(started.code == 0, f"exit code {started.code} because of an image that could not be drawn", output)
         return
     if started.code == 0 and fault.real:  # there was room for what was still written
         return
-    check(started.code != 0, "exit code 0 with a full disk", said)
-    lines = [line for line in said.splitlines() if "No space left on device" in line or "GB free" in line]
-    check(bool(lines), "nobody says that the disk is full", said)
-    check(any("/" in line for line in lines), "no path is named where the disk is full", said)
+    check(started.code != 0, "exit code 0 with a full disk", output)
+    lines = [line for line in output.splitlines() if "No space left on device" in line or "GB free" in line]
+    check(bool(lines), "no rank reports that the disk is full", output)
+    check(any("/" in line for line in lines), "no path is named where the disk is full", output)
 
 
 def judge_damage(run: Run, fault: Fault, path: Path, started: Started) -> None:
-    said, name = started.said, path.name
+    output, name = started.output, path.name
     seen = not any((fault.what, fault.moment) == case[:2] and path.match(case[2]) for case in NOT_SEEN)
     if fault.moment in ("checkpoint", "manifest"):
         name = path.relative_to(run.run_dir / "checkpoints").parts[0]
     elif fault.moment == "tokenizer":
         name = str(path.parent)
-    if started.ended_with(REFUSED) and TRACEBACK not in said and name in said:
-        raise Refused(said.strip().splitlines()[-1])
-    check(started.code == 0, f"exit code {started.code} after {path} was damaged", said)
-    check(TRACEBACK not in said, f"a traceback after {path} was damaged", said)
+    if started.ended_with(REFUSED) and TRACEBACK not in output and name in output:
+        raise Refused(output.strip().splitlines()[-1])
+    check(started.code == 0, f"exit code {started.code} after {path} was damaged", output)
+    check(TRACEBACK not in output, f"a traceback after {path} was damaged", output)
     if fault.moment in NAMED_IN_LOG and seen:
-        check(name in said, f"{path} was damaged, and nothing says so", said)
+        check(name in output, f"{path} was damaged, and nothing says so", output)
 
 
 def compare(run: Run, whole: Path) -> None:
-    """Everything that the run leaves, with a run that nothing happened to.
+    """Compare all files of the run with those of an undisturbed run.
 
     Raises:
         Failed, AssertionError: something differs.
@@ -362,7 +362,7 @@ def check_leftovers(run: Run) -> None:
 
 
 class References:
-    """Runs that nothing happens to, one for each number of ranks and ZeRO stage."""
+    """Undisturbed runs, one for each number of ranks and ZeRO stage."""
 
     def __init__(self, runs: Runs, folder: Path):
         self.runs, self.folder = runs, folder

@@ -13,7 +13,7 @@ from vtprune_train import dense, prune, unprune
 from vtprune_train.bench import latency
 from vtprune_train.bench.rivals import rivals_of
 from vtprune_train.cli import bench_methods, main
-from vtprune_train.evaluation.answering import answers, load, open_picture
+from vtprune_train.evaluation.answering import answers, load, open_image
 from vtprune_train.evaluation.questions import normalized, read_questions
 from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.pruning import method_class
@@ -61,7 +61,7 @@ def test_who_takes_part(compared):
     assert rows == [("dense", None), ("pyramiddrop", 0.5), ("random", 0.5), ("random", 0.1), ("plphp", 0.5)]
     absent = {(one["name"], one["budget"]): one["reason"] for one in results["absent"]}
     assert absent.keys() == {("pyramiddrop", 0.1), ("plphp", 0.1), ("victor", 0.5), ("victor", 0.1)}
-    assert "takes between 0.167" in absent["pyramiddrop", 0.1] and "learns parameters" in absent["victor", 0.5]
+    assert "takes between 0.167" in absent["pyramiddrop", 0.1] and "has trained parameters" in absent["victor", 0.5]
     text = table(results)
     assert "absent: victor at 0.5: victor learns" in text and "absent: pyramiddrop at 0.1: " in text
     assert {one["reason"] for one in results["left_out"]} == {"it shows no image, so that every method is dense"}
@@ -78,7 +78,7 @@ def test_quality_by_hand(compared, folder, data, name):
     assert row["settings"] == json.loads(json.dumps(method.settings()))
     equal, exact, exact_dense, divergences, entering = 0, 0, 0, [], []
     for question in questions:
-        prompt = ([open_picture(path) for path in question.images], question.turns)
+        prompt = ([open_image(path) for path in question.images], question.turns)
         said = {}
         prune(loaded.model, method)
         said["pruned"] = normalized(answers(loaded, [prompt], max_new_tokens=5)[0])
@@ -151,7 +151,7 @@ def test_a_training_step_leaves_nothing_behind(folder, data):
     before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
     rivals, _ = rivals_of(["random"], [0.5], loaded, "varlen_sdpa")
     question = next(q for q in read_questions(data, data.parent / "images", 3)[0] if q.images)
-    prompts = [([open_picture(path) for path in question.images], question.turns)]
+    prompts = [([open_image(path) for path in question.images], question.turns)]
     keywords = {"sizes": [2], "repeats": 1, "new_tokens": 2, "attention": "varlen_sdpa"}
     times = latency.clocked(loaded, rivals, prompts, train=True, **keywords)[2]
     assert all(len(own.train) == len(own.prefill) == 1 for own in times.values())
@@ -209,7 +209,7 @@ def script():
     return module
 
 
-def test_the_matrix_as_tables_and_picture(tmp_path):
+def test_the_matrix_as_tables_and_image(tmp_path):
     compare = script()
     names = ["none", "random", "voco"]
     cost = {"flop_ratio": 0.7, "selector_share": 0.01, "entering_share": 0.5}

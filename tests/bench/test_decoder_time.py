@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vtprune_train.bench import decoder_time
-from vtprune_train.bench.costs import Picture, Sample, Subject, estimate
+from vtprune_train.bench.costs import ImageTokens, Sample, Subject, estimate
 from vtprune_train.bench.decoder_time import clock, render
 from vtprune_train.cli import main
 from vtprune_train.config.load import load_config
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 CONFIG = load_model_config(load_config("configs/quickstart.yaml").model)
 SIZES = DecoderGeometry.of(CONFIG.get_text_config())
-SAMPLE = Sample((Picture("picture", 48, 3), Picture("picture", 20, None)), text=9, answer=5)
+SAMPLE = Sample((ImageTokens("picture", 48, 3), ImageTokens("picture", 20, None)), text=9, answer=5)
 
 
 def clocked(method, batches=(2,), sample=SAMPLE, **values):
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(decoder_time, "_free_bytes", lambda device: 1.5 * needed)
     result = clocked(None)
     assert [row.work for row in result.rows] == ["prefill", "decoding step"]
-    assert render(result)[-1].startswith("no training step: with gradients 8 layers of width ")
+    assert render(result)[-1].startswith("training step not measured: with gradients, 8 layers of width ")
     monkeypatch.setattr(decoder_time, "_free_bytes", lambda device: 0.5 * needed)
     with pytest.raises(ValueError, match=r"--clock: 8 layers of width \d+ need .* GB are free on cpu; clock it on"):
         clocked(None)

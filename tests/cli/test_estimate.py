@@ -15,7 +15,7 @@ from transformers import Gemma3Config, LlavaConfig, MixtralConfig, Qwen2VLConfig
 
 from tests.support.helpers import tiny_config, tiny_model
 from vtprune_train import PyramidDrop
-from vtprune_train.bench.costs import Picture, Sample, Subject, estimate, pictures_of
+from vtprune_train.bench.costs import ImageTokens, Sample, Subject, estimate, images_of_sample
 from vtprune_train.cli import main
 from vtprune_train.cli.estimate import render
 from vtprune_train.config.load import load_config
@@ -37,7 +37,7 @@ def subject(config=None, method=METHOD, **values):
 
 
 def sample(*visual, tiles=None, **values):
-    return Sample(tuple(Picture("picture", count, tiles) for count in visual), **values)
+    return Sample(tuple(ImageTokens("picture", count, tiles) for count in visual), **values)
 
 
 def stdout_of(capsys, *arguments):
@@ -90,7 +90,7 @@ def test_by_hand():
     assert result.cache_prompt.ratio == 5760 / 4096
 
 
-def test_several_pictures_and_batches():
+def test_several_images_and_batches():
     """Every picture keeps its own floor; a batch is that many times a sample."""
     one, batch = (estimate(subject(), sample(9, 21, text=5, batch=size)) for size in (1, 7))
     assert [stage.visual_tokens for stage in one.stages] == [30, 4 + 10, 1 + 4]
@@ -143,7 +143,7 @@ def test_agrees_with_the_dry_run():
     row = next(line for line in describe(config).splitlines() if "336 x 1008" in line).replace("x", "").split()
     model_config = load_model_config(config.model, offline=True)
     asked = Subject("recipe", model_config, config.pruning.build(), "YAML", tuple(config.model.train))
-    (picture,) = pictures_of(model_config, [(1008, 336)])
+    (picture,) = images_of_sample(model_config, [(1008, 336)])
     result = estimate(asked, Sample((picture,), text=61, answer=60))
     assert (picture.tiles, [stage.visual_tokens + 121 for stage in result.stages]) == (
         int(row[2]),
@@ -158,7 +158,7 @@ def test_agrees_with_the_dry_run():
 
 def test_whole_model_adds_tower_and_projector():
     config = tiny_config()
-    tower, pictures = tile_tower(config), pictures_of(config, [(56, 56), (80, 30)])
+    tower, pictures = tile_tower(config), images_of_sample(config, [(56, 56), (80, 30)])
     assert [(picture.tokens, picture.tiles) for picture in pictures] == [(88, 5), (16 + 4 * 11, 4)]
     result = estimate(subject(config, trained=("projector",)), Sample(pictures, batch=3))
     assert result.vision == pytest.approx(3 * (tower.tower(9) + tower.projector(9)))
@@ -204,14 +204,14 @@ def test_cache_is_what_generation_holds():
         ("Qwen/Qwen2.5-VL-7B-Instruct", "644x420", 23 * 15, f"{46 * 30} patches"),
     ],
 )
-def test_other_families_count_pictures_tower_and_projector(model, size, tokens, seen, capsys):
+def test_other_families_count_images_tower_and_projector(model, size, tokens, seen, capsys):
     output = stdout_of(capsys, "--model", model, "--resolution", size)
     assert f"{size}: {tokens} tokens of {seen}" in output
     assert "not counted" not in output and output.count("x faster") == 4
     assert "tower and projector" in stdout_of(capsys, "--model", model), "the largest of its examples"
 
 
-def test_pictures_of_one_sample_are_laid_out_together(capsys):
+def test_images_of_one_sample_are_laid_out_together(capsys):
     model = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
     two = stdout_of(capsys, "--model", model, "--resolution", "768x384", "--resolution", "768x384")
     assert "768x384: 730 tokens of 1 tile(s); 768x384: 730 tokens of 1 tile(s)" in two
@@ -235,7 +235,7 @@ def test_what_a_family_lacks_is_said(tmp_path, capsys):
 def test_towers_that_are_not_counted():
     pixtral = LlavaConfig(vision_config={"model_type": "pixtral"})
     with pytest.raises(ValueError, match=r"for llava with pixtral \(the vision tower is a pixtral"):
-        pictures_of(pixtral, [(336, 336)])
+        images_of_sample(pixtral, [(336, 336)])
     result = estimate(subject(), sample(10))
     assert "not counted: the tokens are not a multiple of a tile's 16; give --resolution" in render(result)
     with pytest.raises(ValueError, match="mixtral decoder: mixture-of-experts models are not supported"):

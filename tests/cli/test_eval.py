@@ -107,7 +107,7 @@ def test_questions_are_asked_with_the_prompt_that_the_run_adds_to_them(options, 
     caplog.clear()
     assert main([*options, "--data", str(tmp_path / "copy.json"), "--out", str(tmp_path / "bare")]) == 0
     assert (
-        "was trained with prompts of its own (data.train.0: " in caplog.text and "so they are left out" in caplog.text
+        "was trained with additional prompts (data.train.0: " in caplog.text and "so they are not used" in caplog.text
     )
     assert "prompt" not in results_of(tmp_path / "bare")["settings"]
     for line, bare in zip(lines_of(tmp_path / "out"), lines_of(tmp_path / "bare"), strict=True):
@@ -163,7 +163,7 @@ def test_a_question_that_the_chat_template_refuses_is_left_out(options, folder, 
     results = results_of(tmp_path / "out")
     assert results["answers"] == 3
     [[sample, reason]] = [[left["id"], left["reason"]] for left in results["left_out"]]
-    assert sample == "sample1" and "the model's chat template refuses this conversation: no system here" in reason
+    assert sample == "sample1" and "the model's chat template rejects this conversation: no system here" in reason
 
 
 def test_compare_dense(capsys, options, folder, tmp_path):
@@ -187,7 +187,7 @@ def test_compare_dense(capsys, options, folder, tmp_path):
     assert results["ratios"]["prefill_seconds"] > 0 < results["ratios"]["decode_seconds_per_token"]
     equal = sum(line["runs"]["pruned"]["answer"] == line["runs"]["dense"]["answer"] for line in lines)
     assert results["agreement"] == equal / TEN_RECORDS
-    for text in ("visual tokens from layer 2", "visual tokens from layer 4", "prefill, ms a sample", "ratio"):
+    for text in ("visual tokens from layer 2", "visual tokens from layer 4", "prefill, ms per sample", "ratio"):
         assert text in out
 
 
@@ -304,8 +304,8 @@ def test_unreadable_and_malformed_samples_are_named(caplog, capsys, options, dat
     options = [*options, "--data", str(broken), "--images", str(broken.parent / "images")]
     assert main(options) == 0
     left_out = {entry["id"]: entry["reason"] for entry in results_of(tmp_path / "out")["left_out"]}
-    assert "no answer to learn" in left_out["sample2"] and "0.png cannot be read" in left_out["sample0"]
-    assert "no picture that Pillow can read" in left_out["sample1"]
+    assert "no answer to train on" in left_out["sample2"] and "0.png cannot be read" in left_out["sample0"]
+    assert "not an image that Pillow can read" in left_out["sample1"]
     assert f"{len(left_out)} sample(s) left out" in capsys.readouterr().out and "sample0" in caplog.text
     save_data(tmp_path / "whole")
     (tmp_path / "whole" / "images" / "0.png").rename(broken.parent / "images" / "0.png")
@@ -319,7 +319,7 @@ def test_unreadable_and_malformed_samples_are_named(caplog, capsys, options, dat
     ("options_more", "message"),
     [
         (["--data", "/nowhere.json"], "--data /nowhere.json does not exist"),
-        (["--images", "/nowhere"], "--images /nowhere is no folder"),
+        (["--images", "/nowhere"], "--images /nowhere is not a folder"),
         (["--model", "/nowhere"], "there is no such folder"),
         (["--method", "tome"], "method='tome' is unknown"),
         (["--layers", "2,8"], "layer 8 does not exist in a decoder of 6 layers"),

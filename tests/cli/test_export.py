@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from tests.support.checkpoints import TEMPLATE, same_state, save_folder, save_pictures, save_run, talkative
+from tests.support.checkpoints import TEMPLATE, same_state, save_folder, save_images, save_run, talkative
 from tests.support.families import family_model, family_processor
 from tests.support.helpers import tiny_model, tiny_processor
 from vtprune_train.cli import main
@@ -74,7 +74,7 @@ def test_names_are_those_of_published_checkpoints_unless_kept(run_folder, tmp_pa
 
 
 def test_generate_answers_the_same_from_it(capsys, run_folder, tmp_path):
-    [picture] = save_pictures(tmp_path / "pictures", 1)
+    [picture] = save_images(tmp_path / "pictures", 1)
     export(run_folder, tmp_path / "export", "--dtype", "float32")
     answers = {said(capsys, "--model", path, "--image", picture) for path in (run_folder, tmp_path / "export")}
     assert len(answers) == 1 and answers != {"\n"}
@@ -219,7 +219,9 @@ def test_the_projector_of_every_family_that_is_trained(tmp_path, name, options):
 def test_a_projector_that_training_does_not_read(tmp_path, capsys):
     family_model("qwen2_vl").save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "projector", "--part", "projector", expect=2)
-    words = "holds a qwen2_vl, which the training loop does not know; it trains: llava_next, llava, llava_onevision"
+    words = (
+        "holds a qwen2_vl, which the training loop does not support; it supports: llava_next, llava, llava_onevision"
+    )
     assert words in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.checkpoints import HALF, TEMPLATE, save_folder, save_pictures, save_run, talkative
+from tests.support.checkpoints import HALF, TEMPLATE, save_folder, save_images, save_run, talkative
 from tests.support.families import family_processor
 from tests.support.helpers import tiny_processor
 from vtprune_train import PyramidDrop, is_pruned, prune
@@ -48,7 +48,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return save_pictures(tmp_path_factory.mktemp("pictures"))
+    return save_images(tmp_path_factory.mktemp("pictures"))
 
 
 def plain_answer(text, pictures, method=HALF, **settings):
@@ -111,7 +111,7 @@ def test_nothing_saved_runs_dense_and_says_so(caplog, capsys, tmp_path, pictures
     folder = save_folder(tmp_path, method=None)
     answer = said(capsys, "--model", folder, "--image", pictures[0], "--prompt", QUESTION)
     assert answer.strip() == plain_answer(f"<image>\n{QUESTION}", pictures[:1], None)
-    assert "holds no pruning settings: it runs dense" in caplog.text
+    assert "has no pruning settings and runs dense" in caplog.text
 
 
 def test_streaming_and_sampling(capsys, folder, pictures):
@@ -192,11 +192,11 @@ def test_chat_templates_of_other_projects(template, image_token, content, expect
         assert expected in prompt_text(loaded, 1, question)
     assert "image" not in prompt_text(loaded, 0, "here ?")
     if image_token != "<image>":
-        with pytest.raises(ValueError, match=r"the prompt holds <\|image_pad\|>, .*write <image> for one"):
+        with pytest.raises(ValueError, match=r"the prompt contains <\|image_pad\|>, .*write <image> for an image"):
             prompt_text(loaded, 1, f"<image> or {image_token} ?")
 
 
-def test_spaces_around_pictures_are_kept_for_chat_templates_of_other_projects():
+def test_spaces_around_images_are_kept_for_chat_templates_of_other_projects():
     """Only line breaks beside a picture are the template's own business."""
     processor = family_processor("llava")
     processor.chat_template, processor.image_token = QWEN_TEMPLATE, "<|image_pad|>"
@@ -237,7 +237,7 @@ def test_a_processor_is_built_where_none_was_saved(caplog, folder, tmp_path):
     prompt = ([Image.new("RGB", (70, 40), "red")], QUESTION)
     ours, theirs = (answers(load(str(path)), [prompt], max_new_tokens=9) for path in (without, folder))
     assert ours == theirs
-    assert "one is built from the model's config" in caplog.text
+    assert "built from the model's config" in caplog.text
 
 
 def test_other_families(tmp_path, capsys, pictures):
@@ -260,8 +260,8 @@ def test_dtype(folder):
     [
         (["--model", "/nowhere"], "model /nowhere: there is no such folder"),
         (["--model", "nowhere/model"], "model nowhere/model: no readable config.json"),
-        (["--image", "/nowhere.png"], "picture /nowhere.png cannot be read"),
-        (["--image", __file__], "cannot be read (no picture that Pillow can read"),
+        (["--image", "/nowhere.png"], "image /nowhere.png cannot be read"),
+        (["--image", __file__], "cannot be read (not an image that Pillow can read"),
         (["--method", "tome"], "method='tome' is unknown; known methods: pyramiddrop"),
         (["--layers", "2,9"], "layer 9 does not exist in a decoder of 6 layers"),
         (["--keep", "2,1"], "2.0 is not in (0, 1]"),
@@ -295,7 +295,7 @@ def test_wrong_options(capsys, folder, options, message):
 def test_a_device_that_is_not_there(capsys, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["generate", "--model", str(folder), "--prompt", QUESTION, "--device", "cuda"]) == 2
-    assert "device=cuda: PyTorch sees no CUDA device" in capsys.readouterr().err
+    assert "device=cuda: PyTorch finds no CUDA device" in capsys.readouterr().err
 
 
 def test_settings_without_a_saved_method(capsys, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.checkpoints import HALF, save_folder, save_pictures
+from tests.support.checkpoints import HALF, save_folder, save_images
 from tests.support.families import family_inputs, family_model
 from tests.support.runner import ROOT, Runs
 from vtprune_train import FastV, PyramidDrop, is_pruned, kept_tokens, prune, unprune
@@ -120,7 +120,7 @@ def test_the_page_s_method_trains_and_is_found_again(own, capsys):
 
 def test_the_page_s_commands(own, capsys):
     save_folder(own / "runs" / "quickstart", HALF)
-    save_pictures(own, 1)[0].rename(own / "cat.jpg")
+    save_images(own, 1)[0].rename(own / "cat.jpg")
     [block] = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     for line in block.strip().splitlines():
         assert said(capsys, *re.sub(r'"[^"]*"', "what", line).split()[1:]), line
@@ -257,7 +257,7 @@ def test_a_class_that_lacks_a_part_is_refused(parts_of_a_method, name, words):
 @pytest.mark.parametrize(("name", "given"), [("Flat", "a tensor [3]"), ("Mute", "None")])
 def test_scores_of_another_shape_are_refused(parts_of_a_method, capsys, name, given):
     save_folder(parts_of_a_method / "model", HALF)
-    (picture,) = save_pictures(parts_of_a_method, 1)
+    (picture,) = save_images(parts_of_a_method, 1)
     ask = [
         "generate",
         "--model",
@@ -366,7 +366,7 @@ def test_an_importable_module_serves_too(own):
 def test_the_page_on_combinations(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "methods" / "combinations.md").read_text()
     save_folder(tmp_path / "runs" / "quickstart", None)
-    save_pictures(tmp_path, 1)[0].rename(tmp_path / "cat.jpg")
+    save_images(tmp_path, 1)[0].rename(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     [block] = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     train, generate = block.strip().splitlines()
@@ -400,7 +400,7 @@ def test_any_setting_can_be_set(capsys, tmp_path):
 
 @pytest.mark.parametrize("command", ["generate", "show"])
 def test_set_changes_what_is_saved(capsys, tmp_path, monkeypatch, command):
-    folder, picture = save_folder(tmp_path / "model", HALF), save_pictures(tmp_path, 1)[0]
+    folder, picture = save_folder(tmp_path / "model", HALF), save_images(tmp_path, 1)[0]
     asked = []
     monkeypatch.setattr(f"vtprune_train.cli.{'options' if command == 'generate' else 'show'}.load", asking(asked))
     out = ["--out", str(tmp_path / "x.png")] if command == "show" else []
@@ -437,7 +437,7 @@ def test_numbers_serve_where_a_method_takes_one(own):
 def test_a_list_on_the_command_line(capsys, tmp_path, own):
     folder = save_folder(tmp_path / "model", None)
     listed = "[{method: outliers.py:Outliers, keep: 0.5}, pyramiddrop]"
-    picture = save_pictures(tmp_path, 1)[0]
+    picture = save_images(tmp_path, 1)[0]
     said(capsys, "generate", "--model", str(folder), "--image", str(picture), "--prompt", "what ?", "--method", listed)
     loaded = load(str(folder), method_from_settings({"method": yaml.safe_load(listed)}))
     assert is_pruned(loaded.model)

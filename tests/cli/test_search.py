@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tests.support.checkpoints import save_data, save_folder, save_run
 from tests.support.helpers import tiny_config
 from vtprune_train import PyramidDrop, is_pruned, prune
-from vtprune_train.bench.calibration import calibrate, prompts_with_pictures
+from vtprune_train.bench.calibration import calibrate, prompts_with_images
 from vtprune_train.cli import main
 from vtprune_train.cli.search import SLOPES, best_sigmoid, flop_share, least_levels, schedule_of, sigmoid_levels
 from vtprune_train.config.load import load_config
 from vtprune_train.core.flops import DecoderGeometry, selector_flops
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
-from vtprune_train.evaluation.answering import batch, load, open_picture
+from vtprune_train.evaluation.answering import batch, load, open_image
 from vtprune_train.evaluation.questions import read_questions
 
 weights = st.lists(st.floats(0.0, 3.0), min_size=1, max_size=7)
@@ -109,7 +109,7 @@ def folder(tmp_path_factory):
 
 def test_closeness_is_that_of_generated_answers(folder):
     questions, _ = read_questions(folder / "val.json", folder / "images")
-    prompts = list(prompts_with_pictures(questions, open_picture))
+    prompts = list(prompts_with_images(questions, open_image))
     loaded = load(str(folder / "run"), None)
     calibration = calibrate(loaded, prompts, max_new_tokens=6, batch_size=3)
     assert not is_pruned(loaded.model) and 0 < len(prompts) < len(questions)

@@ -33,7 +33,7 @@ from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import grid_places
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
 from vtprune_train.pruning.needs import Needs
-from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ShownImage, draw, panel, panel_size
+from vtprune_train.viz.draw import NEWLINE_DROPPED, NEWLINE_KEPT, STRIP, ImageStages, draw, panel, panel_size
 from vtprune_train.viz.page import page
 from vtprune_train.viz.show import encode, look, show, stage_names
 
@@ -156,19 +156,19 @@ def check_tiling(boxes, whole):
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
-def test_boxes_tile_any_picture(height, width):
+def test_boxes_tile_any_image(height, width):
     check_places(ANYRES, (height, width))
     check_places(TINY, (height, width))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (2000, 3), (3, 2000), (335, 337)])
-def test_boxes_of_awkward_pictures(size):
+def test_boxes_of_awkward_images(size):
     check_places(ANYRES, size)
     check_places(TINY, size)
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 40), st.integers(1, 40))
-def test_a_single_grid_tiles_the_picture(height, width, rows, columns):
+def test_a_single_grid_tiles_the_image(height, width, rows, columns):
     places = grid_places(height, width, rows, columns)
     assert places.kinds.tolist() == ["grid"] * (rows * columns)
     check_tiling(places.boxes, (0, 0, width, height))
@@ -201,7 +201,7 @@ class Known(PruningMethod):
         return torch.tensor(self.scores)
 
 
-def patch_picture(size, patch):
+def patch_image(size, patch):
     """Blue, and magenta in ``patch`` (left, top, right, bottom as shares)."""
     height, width = size
     left, top, right, bottom = (round(share * pixels) for share, pixels in zip(patch, [width, height] * 2, strict=True))
@@ -232,7 +232,7 @@ MIDDLE, CORNER, FAR_CORNER = (0.3, 0.35, 0.8, 0.7), (0, 0, 0.4, 0.5), (0.55, 0.4
 @pytest.mark.parametrize("patch", [MIDDLE, CORNER, FAR_CORNER], ids=["middle", "corner", "far corner"])
 def test_what_the_selector_keeps_is_what_is_bright(size, patch):
     """The tokens made of the patch's pixels survive: in both panels the patch stays as it is and all else fades."""
-    picture = patch_picture(size, patch)
+    picture = patch_image(size, patch)
     scores = redness(picture)
     wanted = np.flatnonzero(scores > 0.5)
     model = prune(model_336(), Known(tuple(scores.tolist()), (len(wanted) + 0.5) / len(scores)))
@@ -268,16 +268,16 @@ def test_what_the_selector_keeps_is_what_is_bright(size, patch):
 def uncovered(shown, kind, size):
     """Pixels that no token of this kind sees."""
     every = np.asarray(panel(shown, 0, kind, size))
-    none = np.asarray(panel(ShownImage(shown.picture, shown.places, [np.arange(0)]), 0, kind, size))
+    none = np.asarray(panel(ImageStages(shown.image, shown.places, [np.arange(0)]), 0, kind, size))
     return (every == none).all(axis=-1)
 
 
 def test_newlines_stand_apart():
     size = (300, 500)
-    picture = patch_picture(size, MIDDLE)
+    picture = patch_image(size, MIDDLE)
     places = ANYRES.places([size], None)[0]
     newlines = np.flatnonzero(places.kinds == "newline")
-    shown = ShownImage(picture, places, [np.arange(len(places.kinds)), newlines[:5]])
+    shown = ImageStages(picture, places, [np.arange(len(places.kinds)), newlines[:5]])
     assert places.counts(shown.kept[1]) == {"base": 0, "grid": 0, "newline": 5}
     for kind in ("base", "grid"):
         assert not (np.asarray(panel(shown, 1, kind, (200, 120))) == MAGENTA).all(axis=-1).any()
@@ -296,9 +296,9 @@ def test_newlines_stand_apart():
 
 
 def test_a_single_grid_needs_no_newlines_or_base():
-    picture = patch_picture((40, 60), MIDDLE)
+    picture = patch_image((40, 60), MIDDLE)
     places = grid_places(40, 60, 4, 6)
-    shown = ShownImage(picture, places, [np.arange(24), np.array([0, 5])])
+    shown = ImageStages(picture, places, [np.arange(24), np.array([0, 5])])
     assert shown.panels() == ["grid"]
     assert places.counts(shown.kept[1]) == {"grid": 2}
     drawn = np.asarray(panel(shown, 1, "grid", (60, 40)))
@@ -307,12 +307,12 @@ def test_a_single_grid_needs_no_newlines_or_base():
     assert draw([shown], STAGES).height < 500
 
 
-def test_several_pictures_each_with_its_own_tokens():
-    pictures = [patch_picture((40, 70), MIDDLE), patch_picture((90, 30), CORNER), patch_picture((50, 50), MIDDLE)]
+def test_several_images_each_with_its_own_tokens():
+    pictures = [patch_image((40, 70), MIDDLE), patch_image((90, 30), CORNER), patch_image((50, 50), MIDDLE)]
     model = prune(tiny_model(), PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)))
     processor = tiny_processor()
     images = look(model, processor.image_processor, encode(processor, pictures, "what is this ?"), pictures)
-    assert [shown.picture for shown in images] == pictures
+    assert [shown.image for shown in images] == pictures
     for shown, picture in zip(images, pictures, strict=True):
         total = TINY.tokens([(picture.height, picture.width)])[0]
         assert [len(tokens) for tokens in shown.kept] == [total, total // 2, total // 4]
@@ -330,18 +330,14 @@ def test_several_pictures_each_with_its_own_tokens():
 def test_the_page_s_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "show.md").read_text(), re.DOTALL)
-    names = {
-        "processor": tiny_processor(),
-        "image": patch_picture((40, 70), MIDDLE),
-        "prompt": "<image> what is here ?",
-    }
+    names = {"processor": tiny_processor(), "image": patch_image((40, 70), MIDDLE), "prompt": "<image> what is here ?"}
     exec(code, {**names, "model": (model := tiny_model())})
     assert Image.open("kept.png").width > 100 and "pruned by fastv" in str(model)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_kept_tokens_of_a_batch_equal_those_one_by_one(side):
-    pictures = [patch_picture((40, 70), MIDDLE), patch_picture((90, 30), CORNER), patch_picture((50, 50), MIDDLE)]
+    pictures = [patch_image((40, 70), MIDDLE), patch_image((90, 30), CORNER), patch_image((50, 50), MIDDLE)]
     texts = ["<s> <image> what is here ?", "<s> is a dog", "<image> and <image> two dog assistant :"]
     processor = tiny_processor()
     processor.tokenizer.padding_side = side
@@ -357,7 +353,7 @@ def test_kept_tokens_of_a_batch_equal_those_one_by_one(side):
 def test_a_model_that_drops_nothing_has_one_stage():
     model = prune(tiny_model(), None)
     assert stage_layers(model) == [range(6)]
-    picture = patch_picture((40, 70), MIDDLE)
+    picture = patch_image((40, 70), MIDDLE)
     (shown,) = look(
         model.train(), tiny_processor().image_processor, encode(tiny_processor(), [picture], "what ?"), [picture]
     )
@@ -367,7 +363,7 @@ def test_a_model_that_drops_nothing_has_one_stage():
 
 def test_the_prompt_goes_through_the_chat_template():
     processor = tiny_processor()
-    picture = patch_picture((40, 70), MIDDLE)
+    picture = patch_image((40, 70), MIDDLE)
     plain = processor.tokenizer.decode(encode(processor, [picture, picture], "what is here ?")["input_ids"][0])
     assert plain.endswith("what is here ?") and plain.count("<image>") == 2 * TINY.tokens([(40, 70)])[0]
     processor.chat_template = (
@@ -381,14 +377,14 @@ def test_the_prompt_goes_through_the_chat_template():
 
 
 def test_what_cannot_be_drawn_is_said():
-    picture = patch_picture((40, 60), MIDDLE)
+    picture = patch_image((40, 60), MIDDLE)
     places = grid_places(40, 60, 2, 2)
     with pytest.raises(ValueError, match=r"picture is \(60, 40\), but its tokens were placed on \(60, 50\)"):
-        ShownImage(picture, grid_places(50, 60, 2, 2), [np.arange(4)])
+        ImageStages(picture, grid_places(50, 60, 2, 2), [np.arange(4)])
     with pytest.raises(ValueError, match="outside the 4 tokens"):
-        ShownImage(picture, places, [np.arange(5)])
+        ImageStages(picture, places, [np.arange(5)])
     with pytest.raises(ValueError, match="tokens of 1 stages, but 2 stages are named"):
-        draw([ShownImage(picture, places, [np.arange(4)])], STAGES)
+        draw([ImageStages(picture, places, [np.arange(4)])], STAGES)
     with pytest.raises(ValueError, match="no image"):
         draw([], STAGES)
     with pytest.raises(ValueError, match="no picture"):
@@ -408,8 +404,8 @@ def folder(tmp_path_factory):
         tiny_processor().save_pretrained(folder / name)
     LlamaConfig().save_pretrained(folder / "text")
     tiny_image_processor().save_pretrained(folder / "text")
-    patch_picture((40, 70), MIDDLE).save(folder / "a.png")
-    patch_picture((90, 31), CORNER).save(folder / "b.jpg")
+    patch_image((40, 70), MIDDLE).save(folder / "a.png")
+    patch_image((90, 31), CORNER).save(folder / "b.jpg")
     (folder / "c.png").write_text("no picture")
     return folder
 
@@ -460,7 +456,7 @@ def test_wrong_input_exits_2_with_what_is_wrong(folder, capfd, arguments, words)
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_the_command_shows_every_family(tmp_path, name):
     save_checkpoint(name, tmp_path / "model")
-    patch_picture((80, 140), MIDDLE).save(tmp_path / "a.png")
+    patch_image((80, 140), MIDDLE).save(tmp_path / "a.png")
     how = ["--method", "pyramiddrop", "--layers", "3", "--keep", "0.5", "--html", str(tmp_path / "out.html")]
     if name in ("qwen2_vl", "qwen3_vl", "qwen2_5_vl"):  # whose positions are made to stay with their tokens
         how += ["--set", "positions=keep"]
@@ -475,13 +471,13 @@ def test_the_command_shows_every_family(tmp_path, name):
 
 def test_another_image_processor_than_the_models_is_said(tmp_path):
     """Its places would be wrong: as many tokens were asked for as images of one tile have."""
-    model, picture = prune(tiny_model(), None), patch_picture((40, 70), MIDDLE)
+    model, picture = prune(tiny_model(), None), patch_image((40, 70), MIDDLE)
     inputs = encode(tiny_processor(), [picture], "what ?")
-    with pytest.raises(ValueError, match=r"the prompt holds \d+ visual tokens, but images of \[\(70, 40\)\] .* have"):
+    with pytest.raises(ValueError, match=r"the prompt has \d+ visual tokens, but images of \[\(70, 40\)\] .* have"):
         look(model, tiny_image_processor(), inputs, [picture.transpose(Image.Transpose.ROTATE_90)])
 
 
-def test_training_puts_pictures_into_tensorboard(tmp_path):
+def test_training_puts_images_into_tensorboard(tmp_path):
     """Under ZeRO-3 too, where every rank has to run the model for what one of them draws."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -490,8 +486,8 @@ def test_training_puts_pictures_into_tensorboard(tmp_path):
     runs.run("shown", "train.eval_show=3", *often, "deepspeed=configs/deepspeed/zero3.json", ranks=2)
     events = EventAccumulator(str(runs.directory("shown") / "tensorboard"))
     events.Reload()
-    assert events.Tags()["images"] == ["survivors/0", "survivors/1"], "one picture, then a sample of three"
-    single, triple = events.Images("survivors/0"), events.Images("survivors/1")
+    assert events.Tags()["images"] == ["kept_tokens/0", "kept_tokens/1"], "one picture, then a sample of three"
+    single, triple = events.Images("kept_tokens/0"), events.Images("kept_tokens/1")
     assert [image.step for image in single] == [image.step for image in triple] == [1, 2]
     assert triple[0].height > 1.5 * single[0].height > 0
 
@@ -515,10 +511,10 @@ def example():
     """Two pictures, three stages; the patch survives all of them."""
     images = []
     for size, patch in (((300, 500), MIDDLE), ((641, 333), CORNER)):
-        picture = patch_picture(size, patch)
+        picture = patch_image(size, patch)
         best = np.argsort(-redness(picture), kind="stable")
         counts = (len(best), len(best) // 2, len(best) // 10)
-        images.append(ShownImage(picture, ANYRES.places([size], None)[0], [np.sort(best[:n]) for n in counts]))
+        images.append(ImageStages(picture, ANYRES.places([size], None)[0], [np.sort(best[:n]) for n in counts]))
     return images, ["stage 1, layers 0-1", "stage 2, layers 2-3", "stage 3, layers 4-5"]
 
 
@@ -627,7 +623,7 @@ def test_a_runs_own_template_writes_the_prompt(tmp_path, monkeypatch):
 
     run = save_run(tmp_path / "run")
     path = tmp_path / "picture.png"
-    patch_picture((40, 70), MIDDLE).save(path)
+    patch_image((40, 70), MIDDLE).save(path)
     seen = []
 
     def spy(model, inputs):

@@ -71,7 +71,7 @@ def errors_of(path, *overrides):
         ("pruning.method=[random, {method: fastv, layer: 9}]", ["pruning: fastv: layer=9 does not fit a decoder of 8"]),
         ("data.max_tokens=100", ["data.max_tokens=100", "data.max_length=256", "raise max_tokens"]),
         ("data.train=[{path: a, take: some}]", ["data.train.0.take", "'some'", "first:N"]),
-        ("model.attention=flash", ["model.attention", "(it is 'flash')", "varlen_sdpa"]),
+        ("model.attention=flash", ["model.attention: 'flash' is not", "varlen_sdpa"]),
         ("model.train.projektor=1", ["model.train", "'projektor'", "did you mean projector?"]),
         ("model.train={}", ["model.train", "nothing would be trained"]),
         ("model.path=x", ["model", "path and config are both set"]),

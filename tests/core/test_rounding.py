@@ -151,8 +151,8 @@ def test_warm_ups_are_rounded_up(thousandths, steps):
 
 
 def test_a_source_gives_its_weight_of_samples():
-    assert EpochOrder([90], 0, [0.7]).takings == [63]
-    assert EpochOrder([50, 150], 0, [0.15, 0.11]).takings == [8, 16]  # 7.5 and 16.5: to the even number
+    assert EpochOrder([90], 0, [0.7]).counts == [63]
+    assert EpochOrder([50, 150], 0, [0.15, 0.11]).counts == [8, 16]  # 7.5 and 16.5: to the even number
 
 
 def test_all_who_count_tokens_agree():

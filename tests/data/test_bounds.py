@@ -194,7 +194,7 @@ def test_json_that_takes_more_memory_than_bytes(tmp_path, monkeypatch, name):
     found = list(read_records(tmp_path / name))
     assert [record.id for record in found][1::2] == ["good"] * 4 and not any(record.error for record in found[1::2])
     errors = [record.error for record in found][::2]
-    assert "nested too deeply" in errors[0] and "it holds 16002 values" in errors[1]
+    assert "nested too deeply" in errors[0] and "it has 16002 values" in errors[1]
     assert "digits" in errors[2] and "nested too deeply" in errors[3]
 
 
@@ -209,7 +209,7 @@ def test_tars_of_hostile_sizes(tmp_path):
     huge[124:136] = b"\x80" + (1 << 60).to_bytes(11, "big")  # bytes of the member
     huge[148:156] = b"%06o\0 " % (sum(huge[:148]) + 8 * 32 + sum(huge[156:512]))
     (tmp_path / "b.tar").write_bytes(huge + good[512:])
-    with pytest.raises(ValueError, match=r"b.tar is cut off within a.json"):
+    with pytest.raises(ValueError, match=r"b.tar is truncated within a.json"):
         places_and_records(tmp_path / "b.tar")
     huge[156:157] = b"L"  # a long name
     huge[148:156] = b"%06o\0 " % (sum(huge[:148]) + 8 * 32 + sum(huge[156:512]))
@@ -217,7 +217,7 @@ def test_tars_of_hostile_sizes(tmp_path):
     with pytest.raises(ValueError, match=r"c.tar is broken at byte 1024 \(a header of 1152921504606846976 bytes\)"):
         places_and_records(tmp_path / "c.tar")
     (tmp_path / "d.tar").write_bytes(good[:1024] + b"garbage!" * 64 + good[1024:])
-    with pytest.raises(ValueError, match=r"d.tar is broken at byte 1024 \(no header of a member stands there\)"):
+    with pytest.raises(ValueError, match=r"d.tar is broken at byte 1024 \(there is no member header\)"):
         places_and_records(tmp_path / "d.tar")
 
 
@@ -242,7 +242,7 @@ def test_what_a_template_and_turns_add_is_bounded_too():
     encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
     turns = [Turn("user", "x" * 900), Turn("assistant", "y")]
     fine, large = encoder.count([[turns[0], turns[1]], turns * 40], 2000)
-    assert isinstance(fine, tuple) and isinstance(large.args[0], TooLarge) and "as the template writes it" in str(large)
+    assert isinstance(fine, tuple) and isinstance(large.args[0], TooLarge) and "its formatted text has" in str(large)
     many = normalize({"conversations": say("q", "a") * 3000}, "x")
     assert isinstance(many.error, TooLarge) and f"({TURN_BYTES} are counted for each turn)" in many.error
 
@@ -284,7 +284,7 @@ def test_long_conversations_are_measured_a_few_at_a_time(tmp_path, monkeypatch):
     encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
     monkeypatch.setattr(encoder, "count", lambda chats, _: calls.append(len(chats)) or [(1, 1)] * len(chats))
     measure = Measure(encoder, None, tmp_path, record_module.NO_PROMPT)
-    monkeypatch.setattr(Measure, "_pictures", lambda *_: Measured())
+    monkeypatch.setattr(Measure, "_measure_images", lambda *_: Measured())
     reader = open_reader(path)
     measure_piece(measure, reader, next(reader.pieces()), tmp_path / "piece.npz", "piece")
     assert sum(calls) == 20 and max(calls) < 15 and len(calls) > 2
@@ -297,7 +297,7 @@ def test_a_prompt_of_the_settings_is_bounded(tmp_path):
         Config.model_validate({"data": {"train": [source], "max_text_bytes": 2000}})
 
 
-def test_a_folder_of_many_pictures_is_listed_at_once(tmp_path, monkeypatch):
+def test_a_folder_of_many_images_is_listed_at_once(tmp_path, monkeypatch):
     """Neither the nearest name nor the kind of what is in it asks the system or difflib about each of 20,000 files."""
     for number in range(20_000):
         (tmp_path / f"picture_{number:06d}.jpg").touch()
@@ -326,7 +326,7 @@ def test_a_long_number_in_a_list_takes_no_neighbour_with_it(tmp_path, digits, be
     assert first == {"id": "a"} and rest == ([{"id": "b"}] if "b" in behind else [])
     assert "it cannot be read" in number or "more than data.max_record_bytes" in number
     (tmp_path / "cut.json").write_text(f'[{{"id": "a"}},{"1" * digits}')
-    with pytest.raises(ValueError, match="the list has no end"):
+    with pytest.raises(ValueError, match="the list is not closed"):
         list(open_reader(tmp_path / "cut.json").pieces())
 
 

@@ -123,16 +123,19 @@ def test_custom_template():
     [
         ("vicuna", r"data.template='vicuna' is unknown; known: plain, vicuna_v1"),
         ({"user": "{text}", "assistant": ""}, r"data.template.answer is missing"),
-        ({"user": "hm", "assistant": "", "answer": "{text}"}, r"data.template.user='hm' must hold \{text\}"),
+        ({"user": "hm", "assistant": "", "answer": "{text}"}, r"data.template.user='hm' must contain \{text\}"),
         ({"user": "{text}", "assistant": "", "answer": "{text}", "sys": ""}, r"data.template.sys is unknown"),
-        ({"user": "{text}", "assistant": "", "answer": 5}, r"data.template.answer=5 must be a text"),
+        ({"user": "{text}", "assistant": "", "answer": 5}, r"data.template.answer=5 must be text"),
         (
             {"user": "{text}", "assistant": "", "answer": "{text}", "bos": "no"},
             r"data.template.bos='no' must be true or",
         ),
-        ({"user": "{text}", "assistant": "", "answer": "{text}", "system": "S"}, r"data.template.system='S' must hold"),
-        ({"user": "{text}", "assistant": "{text}:", "answer": "{text}"}, r"data.template.assistant='\{text\}:' holds"),
-        ({"user": "<image>{text}", "assistant": "", "answer": "{text}"}, r"data.template.user=.* holds <image>, but"),
+        ({"user": "{text}", "assistant": "", "answer": "{text}", "system": "S"}, r"data.template.system='S' must"),
+        (
+            {"user": "{text}", "assistant": "{text}:", "answer": "{text}"},
+            r"data.template.assistant='\{text\}:' contains",
+        ),
+        ({"user": "<image>{text}", "assistant": "", "answer": "{text}"}, r"user=.* contains <image>; images"),
     ],
 )
 def test_wrong_templates(spec, message):

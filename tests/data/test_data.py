@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.data import CONFIG, collator, index_of, say, write_picture
+from tests.support.data import CONFIG, collator, index_of, say, write_image
 from tests.support.helpers import tiny_tokenizer
 from vtprune_train import PyramidDrop
 from vtprune_train.data.chat import ChatEncoder, Turn, get_template
@@ -18,7 +18,7 @@ from vtprune_train.data.index import Source, build_index
 from vtprune_train.data.records import Conversation, normalize, read_records
 from vtprune_train.data.synthetic import write_dataset
 from vtprune_train.models.families.llava_next import AnyRes
-from vtprune_train.training.loop.evaluate import exchange_pictures
+from vtprune_train.training.loop.evaluate import exchange_images
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -27,10 +27,10 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
     ("record", "error"),
     [
         ([], "the record is a list"),
-        ({"id": 1}, "neither 'conversations'"),
+        ({"id": 1}, "no 'conversations'"),
         ({"conversations": say("<image> what", "a cat")}, r"0 image\(s\) but 1 <image>"),
         ({"image": "a.png", "conversations": say("what", "a cat")}, r"1 image\(s\) but 0 <image>"),
-        ({"conversations": say("what")}, "no token is supervised: .* no answer to learn"),
+        ({"conversations": say("what")}, "no token is supervised: .* no answer to train on"),
         ({"conversations": say("what", "a cat", "and")}, "ends with a user turn"),
         ({"conversations": say("what", "a", "b", "c")[1:]}, "must alternate"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'"),
@@ -40,7 +40,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message is"),
         ({"image": 3, "conversations": say("<image>", "a")}, "image is 3"),
         ({"image": "a.png", "conversations": say("what", "<image>")}, "outside a user turn"),
-        ({"conversations": say("hi \ud83d", "a")}, r"half of a character \('\\ud83d'\)"),
+        ({"conversations": say("hi \ud83d", "a")}, r"unpaired surrogate \('\\ud83d'\)"),
         ({"messages": [{"role": "user", "content": [{"url": "A" * 9999}]}]}, r"^a part .{290,300}\.\.\. \(\d{5} char"),
     ],
 )
@@ -87,10 +87,10 @@ def test_json_and_jsonl_read_alike_and_a_changed_file_is_read_again(tmp_path, ca
     ("name", "content", "message"),
     [
         ("missing.json", None, "does not exist; check data.root"),
-        ("a.csv", "x", "unknown kind '.csv'"),
+        ("a.csv", "x", "unknown file type '.csv'"),
         ("a.json", "{", "a.json: not JSON"),
         ("a.jsonl", '{"id": 1}\n{', "a.jsonl, line 2: not JSON"),
-        ("b.json", '{"id": 1}', "holds a dict, not a list"),
+        ("b.json", '{"id": 1}', "contains a dict, not a list"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, content, message):
@@ -121,19 +121,19 @@ def test_real_data(tmp_path):
         cache_dir=tmp_path,
     )
     assert len(index) == 46
-    counts = index.num_pictures(np.arange(46))
+    counts = index.num_images(np.arange(46))
     assert (counts[:20] >= 2).all() and (counts[20:40] == 0).all() and (counts[40:] >= 1).all()
     batch = collator(index, encoder, PyramidDrop())([0, 25, 41])
     assert not batch.unreadable and batch.plan.stages[0].num_tokens == index.lengths([0, 25, 41]).tokens.sum()
 
 
 def test_sizes_from_headers_and_rotation(tmp_path):
-    write_picture(tmp_path / "a.png", (30, 50))
+    write_image(tmp_path / "a.png", (30, 50))
     assert image_size(tmp_path / "a.png") == (30, 50)
-    picture = Image.open(tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "rotated.jpg", exif=exif)
+    image.save(tmp_path / "rotated.jpg", exif=exif)
     assert image_size(tmp_path / "rotated.jpg") == (50, 30)
     assert load_image(tmp_path / "rotated.jpg", (50, 30)).size == (30, 50)
     with pytest.raises(ValueError, match=r"30 x 50, but was .31, 50. when the data was indexed"):
@@ -141,7 +141,7 @@ def test_sizes_from_headers_and_rotation(tmp_path):
 
 
 def test_bad_records_are_bounded_and_named(tmp_path, caplog):
-    write_picture(tmp_path / "images" / "good.png")
+    write_image(tmp_path / "images" / "good.png")
     (tmp_path / "images" / "empty.png").touch()
     records = [
         {"id": "fine", "image": "good.png", "conversations": say("<image> what", "a cat")},
@@ -156,11 +156,11 @@ def test_bad_records_are_bounded_and_named(tmp_path, caplog):
         index_of(tmp_path, records, max_bad=1)
 
 
-def test_a_mended_picture_is_seen_again(tmp_path):
+def test_a_mended_image_is_seen_again(tmp_path):
     records = [{"id": "a", "image": "a.png", "conversations": say("<image> what", "a cat")}]
     with pytest.raises(ValueError, match=r"a: image .*a.png"):
         index_of(tmp_path, records)
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
     assert len(index_of(tmp_path, None)[0]) == 1
 
 
@@ -180,7 +180,7 @@ def test_take(tmp_path, caplog):
     assert index_of(tmp_path, records, take="random:7")[0].selections[0].rows.tolist() == random_rows
     assert "asks for more" not in caplog.text
     assert index_of(tmp_path, records, take="first:100")[0].selections[0].rows.tolist() == list(range(30))
-    assert "train.json: take=first:100 asks for more than its 30 record(s); all are taken" in caplog.text
+    assert "train.json: take=first:100 exceeds its 30 record(s); all of them are taken" in caplog.text
 
 
 def test_the_index_tells_what_the_batch_holds(tmp_path):
@@ -201,9 +201,9 @@ def test_the_index_tells_what_the_batch_holds(tmp_path):
     assert packed.answer_of_target.unique().tolist() == list(range(packed.num_answers))
 
 
-def test_a_truncated_picture_is_left_out_and_named(tmp_path):
-    write_picture(tmp_path / "images" / "good.png")
-    write_picture(tmp_path / "images" / "cut.png", seed=1)
+def test_a_truncated_image_is_left_out_and_named(tmp_path):
+    write_image(tmp_path / "images" / "good.png")
+    write_image(tmp_path / "images" / "cut.png", seed=1)
     records = [
         {"id": name, "image": f"{name}.png", "conversations": say("<image> what", "a cat")} for name in ("good", "cut")
     ]
@@ -217,10 +217,10 @@ def test_a_truncated_picture_is_left_out_and_named(tmp_path):
     assert len(nothing.targets) == 0 and len(nothing.input_ids) == 1 and len(nothing.pixel_values) == 1
 
 
-def test_exchanged_pictures_are_never_ones_own(tmp_path):
+def test_exchanged_images_are_never_ones_own(tmp_path):
     write_dataset(tmp_path, num_train=9, num_eval=1, seed=0)
     index, encoder = index_of(tmp_path, None)
-    partners = exchange_pictures(collator(index, encoder))
+    partners = exchange_images(collator(index, encoder))
     assert sorted(partners) == list(range(9))
     assert all(a != b for a, b in enumerate(partners))
 

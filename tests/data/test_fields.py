@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from tests.support.data import build, picture_bytes, say, write_tar
+from tests.support.data import build, image_bytes, say, write_tar
 from vtprune_train.data.chat import Turn
 from vtprune_train.data.index import Source
 from vtprune_train.data.records import normalize, read_records
@@ -64,11 +64,11 @@ REFUSED = [
     ({"scene": "a/b.MP4"}, "'scene' ('a/b.MP4') names a video or audio file"),
     ({"system": ["be brief"]}, "'system' is ['be brief']"),
     ({"chat_template_kwargs": {"enable_thinking": True}}, "'chat_template_kwargs'"),
-    ({"image": "a.png", "images": ["b.png"]}, "'images' and 'image' are both there and differ"),
-    ({"messages": MESSAGES[:1]}, "'conversations' and 'messages' are both there and differ"),
+    ({"image": "a.png", "images": ["b.png"]}, "'images' and 'image' are both present and differ"),
+    ({"messages": MESSAGES[:1]}, "'conversations' and 'messages' are both present and differ"),
 ]
 REFUSED_TURNS = [
-    (with_turn(1, loss=False), "its field 'loss' (False) holds a flag of what is trained on"),
+    (with_turn(1, loss=False), "its field 'loss' (False) holds a flag that selects what is trained on"),
     (with_turn(1, train=0), "'train'"),
     (with_turn(1, weight=0), "'weight'"),
     (with_turn(1, loss_mask=0), "'loss_mask'"),
@@ -90,35 +90,35 @@ REFUSED_TURNS = [
     (with_turn(1, train_detail=[{"begin_offset": 0, "train": False}]), "'train_detail'"),
     (with_turn(0, use_for_loss=True), "'use_for_loss'"),
     (with_content({"type": "speech", "text": "hi"}), "{type: image} or {type: image, image: ...} (turn 1)"),
-    (with_turn(0, loss=True), "ignore` if it changes nothing here (turn 1)"),
+    (with_turn(0, loss=True), "ignore` if it can be ignored (turn 1)"),
     (with_turn(1, tool_calls=[{"function": {"name": "f"}}]), "'tool_calls'"),
     (with_turn(1, function_call={"name": "f", "arguments": "{}"}), "'function_call'"),
     (with_turn(1, reasoning_content="it must"), "'reasoning_content'"),
     (with_turn(0, images=["a.png"]), "'images'"),
     (with_turn(0, image="a.png"), "'image'"),
     (with_turn(0, video="a.mp4"), "'video'"),
-    (with_turn(1, **{"from": "human", "value": "x"}), "'from' and 'role' are both there and differ"),
+    (with_turn(1, **{"from": "human", "value": "x"}), "'from' and 'role' are both present and differ"),
     ({"messages": [*MESSAGES[:1], {"role": "tool", "content": "5"}]}, "unknown role 'tool'"),
     ({"messages": [*MESSAGES[:1], {"role": "observation", "content": "5"}]}, "unknown role 'observation'"),
     ({"messages": [{"role": "developer", "content": "5"}, *MESSAGES]}, "unknown role 'developer'"),
     (with_content({"type": "video_url", "video_url": {"url": "a.mp4"}}), "'video_url'"),
     (with_content({"type": "input_audio", "input_audio": {"data": "UklG"}}), "'input_audio'"),
     (with_content({"type": "text", "text": "hi", "video": "a.mp4"}), "'video'"),
-    (with_content({"type": "image_url", "image_url": {"url": "https://x/a.png"}}), "'https://x/a.png' is not on this"),
-    (with_content({"type": "image", "image": "a.png"}, {"type": "image"}), "2 <image> but 1 of them bring"),
-    ({**with_content({"type": "image", "image": "a.png"}), "images": ["b.png"]}, "both bring images, and they differ"),
-    ({**with_content({"type": "image", "index": 1}), "images": ["a.png"]}, "number the images [1], but there are 1"),
-    ({"conversations": say("<video>\nwhat ?", "it rains")}, "its text holds <video>"),
+    (with_content({"type": "image_url", "image_url": {"url": "https://x/a.png"}}), "'https://x/a.png' is not a local"),
+    (with_content({"type": "image", "image": "a.png"}, {"type": "image"}), "2 <image>, but only 1 of them have"),
+    ({**with_content({"type": "image", "image": "a.png"}), "images": ["b.png"]}, "in the parts of its turns differ"),
+    ({**with_content({"type": "image", "index": 1}), "images": ["a.png"]}, "have the image indices [1]"),
+    ({"conversations": say("<video>\nwhat ?", "it rains")}, "its text contains <video>"),
     ({"conversations": say("listen: <audio>", "it rains")}, "<audio>"),
     ({"conversations": say("where is <ref-object>?", "<bbox>"), "objects": {"bbox": [[0, 0, 9, 9]]}}, "<ref-object>"),
-    ({"conversations": say("<Image>\nwhat ?", "it rains")}, "<Image>, but the record has no image"),
+    ({"conversations": say("<Image>\nwhat ?", "it rains")}, "<Image>, but the record has no 'image'"),
     ({"conversations": say("<image_1> what ?", "it rains")}, "<image_1>"),
     ({"conversations": say("<img>a.png</img> what ?", "it rains")}, "<img>"),
     ({"conversations": say("<video_1> what ?", "it rains")}, "<video_1>"),
     ({"conversations": say("<|video_pad|> what ?", "it rains")}, "<|video_pad|>"),
-    ({"conversations": {"from": ["human", "gpt"], "value": ["what"]}}, "not one of lists of equal length"),
+    ({"conversations": {"from": ["human", "gpt"], "value": ["what"]}}, "whose values are not lists of equal length"),
     ({"conversations": json.dumps(say("what", "it"))}, "'conversations' is a str, not a list of turns"),
-    ({**with_turn(0), "system": "a", "system_prompt": "b"}, "two system prompts that differ"),
+    ({**with_turn(0), "system": "a", "system_prompt": "b"}, "two different system prompts"),
 ]  # fmt: skip
 
 
@@ -195,11 +195,11 @@ def test_system_prompts():
         assert normalize({**TALK, name: "Be brief."}, "x").turns[0] == Turn("system", "Be brief.")
     both = {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]}
     assert len(normalize({**both, "system": "Be brief."}, "x").turns) == 3
-    assert "two system prompts that differ" in normalize({**both, "system": "Be long."}, "x").error
+    assert "two different system prompts" in normalize({**both, "system": "Be long."}, "x").error
 
 
 def test_images_of_content_parts(tmp_path):
-    picture = picture_bytes(tmp_path, 1)
+    picture = image_bytes(tmp_path, 1)
     url = "data:image/png;base64," + base64.b64encode(picture).decode()
     text = {"type": "text", "text": "what ?"}
     for part, image in [
@@ -264,12 +264,12 @@ def test_every_kind_of_file_tells_of_a_field_that_is_refused_and_of_one_that_is_
         assert len(read_questions(tmp_path / name, tmp_path, ignore=["video"])[0]) == 2, name
 
 
-def test_questions_whose_pictures_are_all_elsewhere(tmp_path):
+def test_questions_whose_images_are_all_elsewhere(tmp_path):
     records = [{"id": "r", "image": "a.png", "conversations": say("<image> what ?", "a cat")}, {"id": "t", **TALK}]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    with pytest.raises(ValueError, match=r"--images .*: none of the 1 pictures that .*a.json names is there"):
+    with pytest.raises(ValueError, match=r"--images .*: none of the 1 images that .*a.json names is there"):
         read_questions(tmp_path / "a.json", tmp_path)
-    picture_bytes(tmp_path, 1)
+    image_bytes(tmp_path, 1)
     (tmp_path / "images" / "1.png").rename(tmp_path / "images" / "a.png")
     assert len(read_questions(tmp_path / "a.json", tmp_path / "images")[0]) == 2
 

@@ -141,10 +141,10 @@ def test_one_bit():
 
 
 def palette(**transparency):
-    picture = Image.new("P", (2, 1), 0)
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.putpixel((1, 0), 1)
-    return encoded(picture, transparency.pop("kind", "PNG"), **transparency)
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    return encoded(image, transparency.pop("kind", "PNG"), **transparency)
 
 
 @pytest.mark.parametrize(
@@ -184,12 +184,12 @@ def test_progressive_jpegs_and_colour_profiles():
     ("content", "expected"),
     [
         (b"", "the file is empty"),
-        (b"<html>404</html>", "no picture that Pillow can read (it begins with b'<html>404</html>')"),
+        (b"<html>404</html>", "not an image that Pillow can read (it starts with b'<html>404</html>')"),
         (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", "HEIC, which Pillow cannot read; convert it to"),
-        (b"just some words", "no picture that Pillow can read (it begins with b'just some words')"),
+        (b"just some words", "not an image that Pillow can read (it starts with b'just some words')"),
     ],
 )
-def test_files_that_are_no_pictures(tmp_path, content, expected):
+def test_files_that_are_no_images(tmp_path, content, expected):
     (tmp_path / "a.jpg").write_bytes(content)
     assert reason(tmp_path / "a.jpg").startswith(expected) and reason(content).startswith(expected)
     with pytest.raises(UnreadableImage, match=f"^{tmp_path}/a.jpg: "):
@@ -198,7 +198,7 @@ def test_files_that_are_no_pictures(tmp_path, content, expected):
         image_size(content, name="shard.tar/7.jpg")
 
 
-def test_places_without_a_picture(tmp_path):
+def test_places_without_a_image(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
     codes = {"none.png": errno.ENOENT, "loop": errno.ELOOP, ".": errno.EISDIR, "a" * 300: errno.ENAMETOOLONG}
@@ -225,12 +225,12 @@ def test_permission_denied(tmp_path, monkeypatch):
     assert reason(failing(tmp_path, monkeypatch, errno.EACCES)) == "Permission denied"
 
 
-def test_too_many_open_files_is_no_fault_of_a_picture(tmp_path, monkeypatch):
+def test_too_many_open_files_is_no_fault_of_a_image(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Too many open files"):
         image_size(failing(tmp_path, monkeypatch, errno.EMFILE))
 
 
-def test_errors_of_our_own_are_not_taken_for_broken_pictures(monkeypatch):
+def test_errors_of_our_own_are_not_taken_for_broken_images(monkeypatch):
     monkeypatch.setattr(images, "_rgb", lambda *_: (_ for _ in ()).throw(TypeError("a bug")))
     with pytest.raises(TypeError, match="a bug"):
         load_image(encoded(PHOTO), (30, 50))
@@ -248,11 +248,11 @@ def test_truncated_files_are_refused_not_grey(kind, monkeypatch):
 def test_colours_without_a_conversion_are_refused_with_their_name(monkeypatch):
     """Which they are depends on how Pillow was built."""
     monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(ValueError("conversion from LAB")))
-    expected = "its colours (LAB) cannot be read as RGB (conversion from LAB)"
+    expected = "its mode LAB cannot be converted to RGB (conversion from LAB)"
     assert reason(encoded(Image.new("LAB", (4, 4)), "TIFF")) == expected
 
 
-def test_a_picture_of_another_size_is_named():
+def test_a_image_of_another_size_is_named():
     with pytest.raises(UnreadableImage, match=r"^x: it is 30 x 50, but was .31, 50. when the data was indexed"):
         load_image(encoded(PHOTO), (31, 50), name="x")
 
@@ -300,8 +300,8 @@ def through_processor(name, size, color=(250, 10, 90)):
     else:
         processor = family_processor(name).image_processor
     layout = trained_family(model.config.model_type, "")[1].layout(model.config, processor)
-    picture = load_image(encoded(Image.new("RGB", size[::-1], color)), size)
-    return model, layout, layout.pixels(processor, [picture])[0]
+    image = load_image(encoded(Image.new("RGB", size[::-1], color)), size)
+    return model, layout, layout.pixels(processor, [image])[0]
 
 
 def features_of(name, model, layout, seen, size):

@@ -52,7 +52,7 @@ def test_each_source_gives_its_share(sources):
         drawn += np.bincount(samples, minlength=len(drawn))
         for number, (size, weight) in enumerate(sources):
             own = samples[(samples >= starts[number]) & (samples < starts[number + 1])]
-            assert len(own) == order.takings[number] == max(1, round(size * weight))
+            assert len(own) == order.counts[number] == max(1, round(size * weight))
         for number in range(len(sizes)):  # pass after pass: no sample is two turns ahead of another one
             own = drawn[starts[number] : starts[number + 1]]
             assert own.max() - own.min() <= 1

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from tests.support.data import build, collator, index_of, picture_bytes, say, write_tar
+from tests.support.data import build, collator, image_bytes, index_of, say, write_tar
 from tests.support.helpers import tiny_tokenizer
 from tests.support.runner import Runs, assert_equal_checkpoints
 from vtprune_train.config.errors import ConfigError
@@ -36,7 +36,7 @@ def records_of(folder, count=6):
     for number in range(count):
         names = [f"{10 * number + i}.png" for i in range(number % 3)]
         for i in range(number % 3):
-            picture_bytes(folder, 10 * number + i, (20 + 7 * number, 50))
+            image_bytes(folder, 10 * number + i, (20 + 7 * number, 50))
         question = "<image>\n" * len(names) + "what is shown here ?"
         records.append(
             {"id": f"r{number}", "images": names, "conversations": say(question, "a red cat " * number + ".")}
@@ -45,8 +45,8 @@ def records_of(folder, count=6):
 
 
 def in_bytes(folder, record):
-    pictures = [{"bytes": (folder / "images" / name).read_bytes(), "path": name} for name in record["images"]]
-    return {**record, "images": pictures}
+    images = [{"bytes": (folder / "images" / name).read_bytes(), "path": name} for name in record["images"]]
+    return {**record, "images": images}
 
 
 def write_kinds(folder):
@@ -88,34 +88,34 @@ def test_the_same_records_in_every_kind_of_file(tmp_path):
 
 
 def test_an_image_feature_of_datasets(tmp_path):
-    picture_bytes(tmp_path, 1)
+    image_bytes(tmp_path, 1)
     features = Features({"image": Image(), "conversations": [{"from": Value("string"), "value": Value("string")}]})
     rows = [{"image": str(tmp_path / "images/1.png"), "conversations": say("<image> what", "a cat")}]
     Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "disk"))
     index, encoder = build([Source(tmp_path / "disk", tmp_path)], tmp_path)
-    assert index.picture_sizes(0) == [(40, 60)] and not collator(index, encoder)([0]).unreadable
+    assert index.image_sizes(0) == [(40, 60)] and not collator(index, encoder)([0]).unreadable
     DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows)).save_to_disk(str(tmp_path / "both"))
-    with pytest.raises(ValueError, match=r"holds several datasets \(test, train\); name one of them"):
+    with pytest.raises(ValueError, match=r"contains several datasets \(test, train\); name one of them"):
         find_files(tmp_path / "both")
 
 
 def test_members_of_a_tar(tmp_path):
-    picture = picture_bytes(tmp_path, 1)
+    image = image_bytes(tmp_path, 1)
     named = {"image": "folder/b.png", "conversations": say("<image> what", "a cat")}
     both = {"images": ["k3.b.png", "k3.a.png"], "conversations": say("<image> what <image>", "a cat")}
-    other = picture_bytes(tmp_path, 2, (33, 44))
+    other = image_bytes(tmp_path, 2, (33, 44))
     members = [
-        ("k1.jpg", picture), ("k1.txt", b"a red cat\n"), ("k1.json", b'{"width": 3}'),
-        ("k2.json", json.dumps(named).encode()), ("k2.png", picture),
-        ("k3.a.png", picture), ("k3.b.png", other), ("k3.json", json.dumps(both).encode()),
-        ("k4.json", json.dumps({**named, "image": ["one.png", "two.png"]}).encode()), ("k4.png", picture),
+        ("k1.jpg", image), ("k1.txt", b"a red cat\n"), ("k1.json", b'{"width": 3}'),
+        ("k2.json", json.dumps(named).encode()), ("k2.png", image),
+        ("k3.a.png", image), ("k3.b.png", other), ("k3.json", json.dumps(both).encode()),
+        ("k4.json", json.dumps({**named, "image": ["one.png", "two.png"]}).encode()), ("k4.png", image),
         ("k5.json", b"{"), ("a/" + "long" * 40 + ".txt", b"no picture"),
     ]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
     records = list(read_records(tmp_path / "a.tar"))
-    assert records[0] == Conversation("k1", (Turn("user", "<image>\n"), Turn("assistant", "a red cat")), (picture,))
-    assert records[1].id == "k2" and records[1].images == (picture,), "one picture under another name"
-    assert records[2].images == (other, picture), "in the order in which the record names them"
+    assert records[0] == Conversation("k1", (Turn("user", "<image>\n"), Turn("assistant", "a red cat")), (image,))
+    assert records[1].id == "k2" and records[1].images == (image,), "one picture under another name"
+    assert records[2].images == (other, image), "in the order in which the record names them"
     assert "2 image(s) but 1 <image>" in records[3].error and "k5.json is not JSON" in records[4].error
     assert records[5].turns[1].text == "no picture" and len(records) == 6
     reader = open_reader(tmp_path / "a.tar")
@@ -128,19 +128,19 @@ def test_members_of_a_tar(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.tar.gz", b"x", "a.tar.gz is compressed, so no record of it can be reached by itself; unpack it"),
+        ("a.tar.gz", b"x", "a.tar.gz is compressed, so its records cannot be read one by one; unpack it"),
         ("a.tar", b"\x1f\x8b garbage", "a.tar is not a plain tar"),
-        ("a.parquet", b"PAR1 and no more", "a.parquet is not parquet, or is cut off"),
-        ("a.json", b'[{"id": 1}, {"id": 2}', "a.json: not JSON .the list has no end"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet is not parquet, or is truncated"),
+        ("a.json", b'[{"id": 1}, {"id": 2}', "a.json: not JSON .the list is not closed"),
         ("a.json", b'[{"id": 1} {"id": 2}]', "a.json: not JSON .',' or ']' expected, at byte 11"),
-        ("a.json", b'[{"id": 1}] x', "something stands after the list"),
+        ("a.json", b'[{"id": 1}] x', "unexpected content after the list"),
         ("a.json", b"", "a.json: not JSON"),
         ("a.json", b'["\xff"]', "not UTF-8"),
         ("a.json", b"[" * 99999, "a.json: not JSON .maximum recursion depth"),
         ("a.jsonl", b'{"id": "\xff"}', "line 1: not JSON"),
         ("a.jsonl", b"[" * 99999, "a-0: its values are nested too deeply to be read"),
-        ("a.jsonl", b"", "a.jsonl holds no record"),
-        ("a.json", b"[]", "a.json holds no record"),
+        ("a.jsonl", b"", "a.jsonl contains no record"),
+        ("a.json", b"[]", "a.json contains no record"),
         ("*.parquet", None, r"no data file matches .*\*.parquet; check data.root"),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_parquet_file_with_a_damaged_footer_is_named(tmp_path):
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     content[footer + 40 : footer + 60] = b"\xff" * 20
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a.parquet is not parquet, or is cut off or damaged \(.*hrift"):
+    with pytest.raises(ValueError, match=r"a.parquet is not parquet, or is truncated or damaged \(.*hrift"):
         build([Source(tmp_path / "a.parquet", tmp_path)], tmp_path)
 
 
@@ -216,11 +216,11 @@ def test_columns_and_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="no column 'conversations' or 'messages'; it has question, answer"):
         build([Source(tmp_path / "a.parquet", tmp_path)], tmp_path)
     (tmp_path / "mixed").mkdir()
-    with pytest.raises(ValueError, match=r"mixed holds no data file; use .json"):
+    with pytest.raises(ValueError, match=r"mixed contains no data file; use .json"):
         find_files(tmp_path / "mixed")
     (tmp_path / "mixed" / "a.json").touch()
     (tmp_path / "mixed" / "a.tar").touch()
-    with pytest.raises(ValueError, match=r"several kinds \(.json, .tar\); name them by a glob"):
+    with pytest.raises(ValueError, match=r"several file types \(.json, .tar\); select one by a glob"):
         find_files(tmp_path / "mixed")
 
 
@@ -293,7 +293,7 @@ def test_duplicated_ids_are_said_and_both_are_used(tmp_path, caplog):
     records = [{"id": "same", "conversations": say("what", "a")}, {"id": "same", "conversations": say("what", "b")}]
     with caplog.at_level(logging.WARNING):
         index, _ = index_of(tmp_path, records)
-    assert "1 record(s) have the id of another one (first: same)" in caplog.text
+    assert "1 record(s) have the id of an earlier record (first: same)" in caplog.text
     assert [index.sample_id(i) for i in range(2)] == ["0:0:same", "0:1:same"]
 
 
@@ -316,7 +316,7 @@ def test_a_file_that_changes_in_use_stops_the_run(tmp_path):
     records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(5)]
     index, _ = index_of(tmp_path, records)
     (tmp_path / "train.json").write_text(json.dumps(records[::-1]) + " ")
-    with pytest.raises(RuntimeError, match=r"train.json has changed while it is in use; start again"):
+    with pytest.raises(RuntimeError, match=r"train.json changed while it was in use; start again"):
         index.record(3)
 
 
@@ -373,7 +373,7 @@ def test_a_killed_build_goes_on(tmp_path, caplog):
     found[0].write_bytes(found[0].read_bytes()[:-1])
     with caplog.at_level(logging.INFO):
         resumed, _ = build([Source(Path(pattern), Path())], tmp_path)
-    assert f"going on with {len(found) - 1} finished piece(s)" in caplog.text
+    assert f"continuing with {len(found) - 1} finished piece(s)" in caplog.text
     assert f"{found[0]}, a piece of the index, cannot be used" in caplog.text
     whole, _ = build([Source(Path(pattern), Path())], tmp_path / "other")
     assert len(resumed) == 20_000 and resumed.identity() == whole.identity()
@@ -456,9 +456,9 @@ def write_mixture(folder):
     (data / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in text))
     rows = []
     for number in range(6):
-        picture = (data / "images" / f"train-{5 * (number % 2)}-0.png").read_bytes()
+        image = (data / "images" / f"train-{5 * (number % 2)}-0.png").read_bytes()
         turns = say("<image>\nhow bright?", f"about {number}")
-        rows.append({"id": f"p{number}", "image": picture, "conversations": turns})
+        rows.append({"id": f"p{number}", "image": image, "conversations": turns})
     pq.write_table(pa.Table.from_pylist(rows), data / "pictures.parquet", row_group_size=4)
     members = [[(f"c{i}.png", rows[0]["image"]), (f"c{i}.txt", b"grey")] for i in range(3)]
     write_tar(data / "captions-0.tar", [member for pair in members for member in pair])

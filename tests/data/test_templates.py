@@ -14,7 +14,7 @@ from tests.support.tokenizers_made import TOKENIZERS, byte_level
 from vtprune_train.cli import main
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn, get_template
 from vtprune_train.data.jinja import written_by
-from vtprune_train.data.templates import misfits, saved_chat_template, shown_sample
+from vtprune_train.data.templates import describe_sample, misfits, saved_chat_template
 from vtprune_train.evaluation.answering import load
 
 OWN = (
@@ -68,7 +68,7 @@ def test_another_template_than_the_checkpoints_is_named_with_the_one_that_fits()
 def test_a_template_that_this_tokenizer_cannot_train_with_is_no_hint_and_no_error():
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
-    with pytest.raises(ValueError, match="after every text"):
+    with pytest.raises(ValueError, match="to every text"):
         encoder_of(tokenizer, "qwen")
     [line] = said(encoder_of(tokenizer, "vicuna_v1"), "{{ 'Q: ' }}<image>{{ messages[0].content }}")
     assert "data.template=vicuna_v1 is not the chat template of model.path=here" in line
@@ -96,7 +96,7 @@ def test_a_sample_is_shown_with_its_answers_marked(kind):
         Turn("user", "And?"),
         Turn("assistant", "é"),
     ]
-    shown = shown_sample(encoder, encoder.encode(turns), [576])
+    shown = describe_sample(encoder, encoder.encode(turns), [576])
     spaces = " " if kind == "legacy-file" else ""
     assert shown.replace("[[ ", "[[").replace(f"</s>]]{spaces}", "</s>]]") == (
         f"<s>{spaces}[INST] What is this?<image> x 576{spaces} [/INST][[No.</s>]][INST] And? [/INST][[é</s>]]"
@@ -107,7 +107,7 @@ def test_a_bare_prompt_is_warned_of(tmp_path, caplog):
     save_folder(tmp_path / "model")
     with caplog.at_level(logging.WARNING):
         load(str(tmp_path / "model"), device="cpu")
-    assert f"{tmp_path / 'model'} has no chat template: prompts are sent as they are written" in caplog.text
+    assert f"{tmp_path / 'model'} has no chat template, so prompts have no roles" in caplog.text
 
 
 def test_a_dry_run_shows_a_sample_and_what_does_not_fit(tmp_path, capsys):
@@ -117,7 +117,7 @@ def test_a_dry_run_shows_a_sample_and_what_does_not_fit(tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / "tiny.yaml"), "--dry_run", *settings]) == 0
     said = capsys.readouterr().out
     assert "WARNING       data.template=qwen writes <|im_start|>, <|im_end|>, which the tokenizer of" in said
-    assert re.search(r"sample        train0: \d+ tokens, \d+ of them supervised, between \[\[ and \]\]:", said)
+    assert re.search(r"sample        train0: \d+ tokens, \d+ supervised \(between \[\[ and \]\]\):", said)
     assert re.search(r"<image> x \d+\nhow bright is number 0\?<\|im_end\|>\n", said) and re.search(
         r"assistant\n\[\[about \d<", said
     )

@@ -104,7 +104,7 @@ def test_a_tokenizer_in_python_too():
     for spec in ("plain", "vicuna_v1", "llama_3"):
         check(tokenizer, tokenizer, spec)
     assert len(encoder_of(tokenizer, "vicuna_v1").fingerprint()) > 300
-    with pytest.raises(ValueError, match=r"adds \['</s>'\] after every text.*add_eos_token"):
+    with pytest.raises(ValueError, match=r"appends \['</s>'\] to every text.*add_eos_token"):
         encoder_of(tokenizer, {**CUSTOM["lines"], "bos": False})
 
 
@@ -178,13 +178,13 @@ def test_what_a_family_writes_around_images():
         text = tokenizer.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
         assert tokenizer.encode(text, add_special_tokens=False) == expected
     bad = turns_of(["<image> is <|image_pad|>?", "No."])
-    with pytest.raises(ValueError, match="holds the image token 1 time"):
+    with pytest.raises(ValueError, match="contains the image token 1 time"):
         encoder.encode(bad)
-    assert "holds the image token 1 time" in str(encoder.count([bad])[0])
+    assert "contains the image token 1 time" in str(encoder.count([bad])[0])
 
 
 def test_an_image_token_that_is_not_always_one_token_is_refused():
-    with pytest.raises(ValueError, match=r"does not take <image> for one token wherever it stands.*normalized=False"):
+    with pytest.raises(ValueError, match=r"does not always tokenize <image> as one token.*normalized=False"):
         encoder_of(byte_level(single_word=True), "vicuna_v1")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.support.checkpoints import save_folder, save_pictures
+from tests.support.checkpoints import save_folder, save_images
 from tests.support.trl_data import chat_processor
 from vtprune_train.cli import commands as cli
 from vtprune_train.config.load import load_config
@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     "docs/inference.md": "tests/docs/test_inference_docs.py",
     "docs/methods/own.md": "tests/cli/test_methods.py",
     "docs/peft.md": "tests/models/io/test_peft.py",
+    "docs/training.md": "tests/training/loop/test_callbacks.py",
 }
 SHELL = ("cd", "source", "lmms-eval", "sbatch", "accelerate")  # not ours to parse
 
@@ -159,7 +160,7 @@ def folder(tmp_path, monkeypatch):
     """A checkpoint under the hub's name, and an image."""
     save_folder(tmp_path / "checkpoint", None)
     chat_processor().save_pretrained(tmp_path / "checkpoint")
-    save_pictures(tmp_path / "drawn", 1)[0].rename(tmp_path / "cat.jpg")
+    save_images(tmp_path / "drawn", 1)[0].rename(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

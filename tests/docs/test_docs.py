@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.checkpoints import HALF, save_folder, save_pictures
+from tests.support.checkpoints import HALF, save_folder, save_images
 from tests.support.harness_task import TASK, UTILS
-from tests.support.trl_data import ANSWERS, chat_processor, collate, dataset_of, picture
+from tests.support.trl_data import ANSWERS, chat_processor, collate, dataset_of, draw_image
 from tests.support.trl_data import rows as trainer_rows
 from vtprune_train import is_pruned
 from vtprune_train.models.families import FAMILIES, UNSUPPORTED
@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
     model = save_folder(tmp_path / "checkpoint", None)
     chat_processor().save_pretrained(model)
     save_folder(tmp_path / "runs" / "llava_next_pdrop", HALF)
-    for path, name in zip(save_pictures(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
+    for path, name in zip(save_images(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
         path.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -60,7 +60,7 @@ def conversations():
     for seed in range(4):
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown ?"}]}
         said = {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[seed]}]}
-        rows.append({"images": [picture(seed)], "prompt": [user], "completion": [said]})
+        rows.append({"images": [draw_image(seed)], "prompt": [user], "completion": [said]})
     return dataset_of(rows)
 
 
@@ -94,6 +94,15 @@ def test_lmms_eval_commands(folder):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         out = shlex.split(line)[shlex.split(line).index("--output_path") + 1]
         assert list((folder / out).rglob("*_results.json")), done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_page_on_extending_shows_what_is_tested():
+    tested = ("data/test_user_readers.py", "models/families/test_user_family.py")
+    sources = "".join((ROOT / "tests" / name).read_text() for name in tested)
+    shown = [code for code in blocks("extending.md", "python") if "(Reader)" in code or "llava.FAMILY" in code]
+    assert len(shown) == 2
+    for code in shown:
+        assert code.replace("\\n", "\\\\n") in sources
 
 
 def test_the_table_of_families_is_complete():

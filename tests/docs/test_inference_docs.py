@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import LlavaNextForConditionalGeneration
 
-from tests.support.checkpoints import save_data, save_pictures, save_run
+from tests.support.checkpoints import save_data, save_images, save_run
 from vtprune_train import PyramidDrop
 from vtprune_train.cli import main
 
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     """What the pages name: two runs, pictures, data."""
     for name in ("llava_next_pdrop", "llava_next_pretrain"):
         save_run(tmp_path / "runs" / name, PyramidDrop(layers=(1, 2, 3)))
-    for path, name in zip(save_pictures(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
+    for path, name in zip(save_images(tmp_path / "drawn", 2), ("cat.jpg", "dog.jpg"), strict=True):
         path.rename(tmp_path / name)
     save_data(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -31,7 +31,8 @@ from vtprune_train.data.sources import json_files
 from vtprune_train.files import disk
 from vtprune_train.training.checkpoint import folder, manifest, resume, writing
 from vtprune_train.training.checkpoint.json_lines import JsonLines
-from vtprune_train.training.loop import callbacks, evaluate
+from vtprune_train.training.loop import evaluate
+from vtprune_train.training.loop.callbacks import evaluation, metrics, plot
 from vtprune_train.training.loop.trainer import Trainer
 
 FAULT, ACT = os.environ.get("FAULT", "none"), os.environ.get("FAULT_ACT", "kill")
@@ -298,10 +299,10 @@ IN_STEP: dict[str, Callable[[], Any]] = {
     "in_backward": in_backward,
     "before_optimizer": lambda: before(Trainer, "_optimizer_step", step_begins),
     "after_optimizer": lambda: after(Trainer, "_optimizer_step", step_begins),
-    "before_metrics": lambda: before(callbacks.Metrics, "on_step", callback_step_ended),
-    "after_metrics": lambda: after(callbacks.Metrics, "on_step", callback_step_ended),
+    "before_metrics": lambda: before(metrics.Metrics, "on_step", callback_step_ended),
+    "after_metrics": lambda: after(metrics.Metrics, "on_step", callback_step_ended),
     "in_evaluation": lambda: before(evaluate, "_sums"),
-    "after_evaluation": lambda: after(callbacks.Evaluation, "_evaluate"),
+    "after_evaluation": lambda: after(evaluation.Evaluation, "_evaluate"),
 }
 IN_SAVE: dict[str, Callable[[], Any]] = {
     "before_weights": lambda: before(folder, "write_file", step_of_path(0)),
@@ -315,7 +316,7 @@ IN_SAVE: dict[str, Callable[[], Any]] = {
 }
 END: dict[str, Callable[[], Any]] = {
     "before_last_save": lambda: before(Trainer, "save", lambda trainer: trainer.state.step >= trainer.total_steps),
-    "drawing": lambda: before(callbacks, "plot_training"),
+    "drawing": lambda: before(plot, "plot_training"),
 }
 MOMENTS = {**START, **IN_STEP, **IN_SAVE, **END}
 FAULTS = {

@@ -79,8 +79,8 @@ def deal_by_kind():
     def plan(self, step):
         planned = original(self, step)
         samples = np.array(planned.samples)
-        has_pictures = INDEX[0].num_pictures(samples) > 0
-        text, pictures = samples[~has_pictures].tolist(), samples[has_pictures].tolist()
+        has_images = INDEX[0].num_images(samples) > 0
+        text, pictures = samples[~has_images].tolist(), samples[has_images].tolist()
         if samples.sum() % 10 == 0:
             text = []
         steps = max(len(text), len(pictures), 1)

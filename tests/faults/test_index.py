@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from tests.faults.changed import edit, zero_body
-from tests.support.data import build, collator, index_of, say, write_picture
+from tests.support.data import build, collator, index_of, say, write_image
 from tests.support.runner import Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.data import building, table
 from vtprune_train.data.index import SampleIndex, Source
@@ -143,7 +143,7 @@ def test_a_damaged_piece_is_named_and_measured_again(cut_off, caplog, damage):
     for name in again:
         assert f"{name}, a piece of the index, cannot be used" in caplog.text
     assert measured == ["0000002.npz", "0000006.npz"] and len(times) == 8
-    assert "going on with 6 finished piece(s)" in caplog.text
+    assert "continuing with 6 finished piece(s)" in caplog.text
     assert not list(root.glob("cache/*building")), "nothing is left of the build"
 
 
@@ -163,7 +163,7 @@ def test_a_worker_killed_while_it_starts_blocks_nothing(shards, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(RuntimeError, match=r"was killed, perhaps for its memory; start again"):
+    with pytest.raises(RuntimeError, match=r"was killed, perhaps because memory ran out; start again"):
         build([replace(source, ignore=("x" * 300_000,))], tmp_path, workers=2)
     assert killed
 
@@ -280,7 +280,7 @@ def test_a_whole_table_of_other_settings_is_made_again(tmp_path, caplog):
     shutil.copytree(other, made)
     caplog.clear()
     again = index_of(tmp_path, None)[0].selections[0].table
-    assert f"the index in {made} was made with other settings; indexing again" in caplog.text
+    assert f"the index in {made} was built with other settings; indexing again" in caplog.text
     assert again.manifest["made_with"]["bounds"] == list(BOUNDS)
 
 
@@ -295,12 +295,12 @@ def test_a_name_that_is_taken_blocks_no_start(tmp_path, name, leave):
     assert not path.is_dir() and not path.is_symlink()
 
 
-def test_a_kill_while_mended_pictures_are_entered(tmp_path, caplog, monkeypatch):
+def test_a_kill_while_mended_images_are_entered(tmp_path, caplog, monkeypatch):
     """Pictures that can be read by now are entered; a kill in the middle of that is seen."""
     records = [{"id": f"r{i}", "conversations": say("what", "a cat")} for i in range(5)]
     records.append({"id": "p", "image": "a.png", "conversations": say("<image> what", "a cat")})
     assert len(index_of(tmp_path, records, max_bad=1)[0]) == 5
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -331,14 +331,16 @@ def test_an_edit_under_the_old_time_is_seen(tmp_path, caplog, number):
     records = [{"id": f"r{i}", "conversations": say(f"what {i:04d}", "a cat")} for i in range(700)]
     index, _ = index_of(tmp_path, records)
     edit(tmp_path / "train.json", b"what %04d" % number, b"that %04d" % number)
-    with pytest.raises(RuntimeError, match=rf"train.json: record r{number} is not what was indexed.*; start again"):
+    with pytest.raises(
+        RuntimeError, match=rf"train.json: record r{number} differs from what was indexed.*; start again"
+    ):
         index.record(number)
     again, _ = index_of(tmp_path, None)
-    assert f"record r{number} is not what was indexed" in caplog.text and "indexing again" in caplog.text
+    assert f"record r{number} differs from what was indexed" in caplog.text and "indexing again" in caplog.text
     assert again.identity() != index.identity() and "that" in again.record(number).turns[0].text
     edit(tmp_path / "train.json", b"that %04d" % number, b"what %04d" % number)
     assert index_of(tmp_path, None)[0].identity() == index.identity()
-    assert "train.json has changed since it was indexed, though its size and time have not" in caplog.text
+    assert "train.json has changed since it was indexed, although its size and time are the same" in caplog.text
 
 
 def test_an_edit_that_breaks_the_record_is_named(tmp_path):
@@ -356,7 +358,7 @@ def test_an_edit_that_breaks_the_record_is_named(tmp_path):
 def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, monkeypatch, column, said):
     """Columns damaged under a running process, should the file system not tell of it."""
     monkeypatch.setattr(checksums.Watch, "changed", lambda self: "")
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
     record = {"id": "r", "image": "a.png", "conversations": say("<image> what", "a cat")}
     index, encoder = index_of(tmp_path, [record, {**record, "id": "s"}])
     zero_body(index.selections[0].table.folder / f"{column}.npy")
@@ -372,7 +374,7 @@ def test_a_sample_of_another_length_than_indexed_is_named(tmp_path, caplog, monk
 def test_a_file_changed_in_place_is_noticed(tmp_path, caplog, monkeypatch, name, damage):
     """Also where neither lengths nor contents would tell; by the process that plans and by those that decode."""
     monkeypatch.setattr(SampleIndex, "PAUSE", 0)
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
     record = {"image": "a.png", "conversations": say("<image> what", "a cat")}
     index = index_of(tmp_path, [{"id": f"r{number}", **record} for number in range(9)])[0]
     before = index.lengths(range(9)).tokens.tolist()
@@ -435,7 +437,7 @@ def test_no_micro_batch_is_beyond_its_limit(tmp_path):
         longest=1, global_batch_size=4, max_tokens=4, world_size=1,
     )  # fmt: skip
     loader = StepLoader(collate, short, first_step=0, end_step=1, rank=0, workers=0, device=torch.device("cpu"))
-    with pytest.raises(AssertionError, match=r"beyond data.max_tokens"):
+    with pytest.raises(AssertionError, match=r"exceeds data.max_tokens"):
         loader.decode(next(iter(loader._tasks(short.plan(0)))))
 
 
@@ -503,19 +505,19 @@ def test_data_edited_under_a_run_stops_it(runs):
     settings = (*SHORT, "train.save_every=1")
     runs.run("edited", *settings, "run.stop_after=1")
     done = runs.run("edited", *settings, expect=1, script=SCRIPT, env={"CHANGED": "train.json"})
-    assert "is not what was indexed; start again" in done.stderr
+    assert "differs from what was indexed; start again" in done.stderr
     assert "train.json: record train" in done.stderr and b"how bright" not in data.read_bytes()
     done = runs.run("edited", *settings, expect=2)
-    assert "is not what was indexed" in done.stderr and "indexing again" in done.stderr
+    assert "differs from what was indexed" in done.stderr and "indexing again" in done.stderr
     assert "number and hash of the samples: checkpoint" in done.stderr
     edit(data, b"HOW bright", b"how bright")
     done = runs.run("edited", *settings)
-    assert "train.json has changed since it was indexed, though its size and time have not" in done.stderr
+    assert "train.json has changed since it was indexed, although its size and time are the same" in done.stderr
     assert_same_metrics(runs.metrics("edited"), runs.metrics("whole"))
     assert_equal_checkpoints(runs.checkpoint("edited"), runs.checkpoint("whole"))
 
 
-def test_a_picture_of_another_size_is_measured_at_the_next_start(runs, tmp_path):
+def test_a_image_of_another_size_is_measured_at_the_next_start(runs, tmp_path):
     shutil.copytree(runs.folder / "data", tmp_path / "data")
     picture = tmp_path / "data" / "images" / "train-0-0.png"
     settings = (*SHORT, f"data.root={tmp_path / 'data'}", "data.workers=0")
@@ -526,7 +528,7 @@ def test_a_picture_of_another_size_is_measured_at_the_next_start(runs, tmp_path)
     said = f"image {picture}: it is {size[1]} x {3 * size[0]}, but was {size[::-1]} when the data was indexed; "
     shutil.rmtree(runs.directory("resized"))
     done = runs.run("resized", *settings, expect=3)
-    assert f"{said}start again to index it anew" in done.stderr
+    assert f"{said}start again to rebuild the index" in done.stderr
     done = runs.run("resized", *settings)
     assert f"{said}indexing again" in done.stderr and not runs.metrics("resized")[-1].get("unreadable")
 

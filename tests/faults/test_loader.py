@@ -10,7 +10,7 @@ from tests.support.runner import Runs, assert_equal_checkpoints
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent / "faulty_worker.py"
-PICTURE = "train-18-0.png"
+IMAGE_FILE = "train-18-0.png"
 SETTINGS = ("data.eval=[]", "train.save_every=2", "data.workers=2", "data.prefetch=1")
 
 
@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
 
 
 def faulty(runs, name, fault, *settings, **launch):
-    env = {"FAULT": fault, "FAULTY_PICTURE": PICTURE, "FAULT_MARK": str(runs.folder / f"{name}.mark")}
+    env = {"FAULT": fault, "FAULTY_PICTURE": IMAGE_FILE, "FAULT_MARK": str(runs.folder / f"{name}.mark")}
     return runs.run(name, *SETTINGS, *settings, script=SCRIPT, env=env, timeout=120, ranks=2, **launch)
 
 
@@ -30,7 +30,7 @@ def test_after_a_worker_is_killed_the_run_ends_with_the_same_bits(runs):
     done = faulty(runs, "killed_once", "killed_once")
     assert (runs.folder / "killed_once.mark").exists()
     assert "was killed by SIGKILL (most likely the machine ran out of memory" in done.stderr
-    assert "train18" in done.stderr and "the workers are started again" in done.stderr
+    assert "train18" in done.stderr and "the workers are restarted" in done.stderr
     assert_equal_checkpoints(runs.checkpoint("killed_once"), runs.checkpoint("whole"))
     digests = [[m["data_digest"] for m in runs.metrics(name)] for name in ("killed_once", "whole")]
     assert digests[0] == digests[1]
@@ -39,7 +39,7 @@ def test_after_a_worker_is_killed_the_run_ends_with_the_same_bits(runs):
 @pytest.mark.parametrize(
     ("fault", "settings", "said"),
     [
-        ("killed", (), "It is the third worker in a row that ends over these samples"),
+        ("killed", (), "It is the third worker that died on these samples"),
         ("hung", ("data.worker_timeout=3",), "has not finished a batch for data.worker_timeout=3 seconds"),
     ],
 )

@@ -124,7 +124,7 @@ DAMAGE = {
         "spikes.jsonl: removed because step_00000005 does not have them: lines of step 2",
         "lacks step 2, 4",
     ),
-    a_number_on_the_board_is_wrong: ("lacks step 5: the scalars from step 5 on",),
+    a_number_on_the_board_is_wrong: ("lacks step 5; writing the scalars from step 5 on",),
     removed_and_the_newest_checkpoint_is_damaged: ("step_00000005 is damaged", "lines of step 1 to 3"),
 }
 
@@ -161,9 +161,7 @@ def test_lines_that_no_checkpoint_holds_are_named(runs, stopped):
     shutil.rmtree(stopped / "tensorboard")
     (stopped / "tensorboard").touch()
     done = runs.run(stopped.name, *SETTINGS)
-    assert (
-        f"TensorBoardMonitor of DeepSpeed could not write to {stopped / 'tensorboard'} (FileExistsError" in done.stderr
-    )
+    assert f"could not write to {stopped / 'tensorboard'} (FileExistsError" in done.stderr
     assert "metrics.jsonl: removed 1 unreadable line(s), the first is line 3; lost because step_00000005" in done.stderr
     assert "no copy of them: lines of step 2, 4" in done.stderr
     assert "eval.jsonl: removed 1 unreadable line(s), the first is line 1" in done.stderr
@@ -188,11 +186,8 @@ def test_plots_and_monitors_do_not_end_a_run(runs, stopped):
     (stopped / "loss.png").unlink()
     (stopped / "loss.png").mkdir()
     done = runs.run(stopped.name, *SETTINGS, script=INJECT, env={"FAULT": "board_full", "FAULT_STEP": "7"})
-    assert f"{stopped / 'loss.png'} could not be written (IsADirectoryError" in done.stderr
-    assert (
-        f"TensorBoardMonitor of DeepSpeed could not write to {stopped / 'tensorboard'} (OSError: [Errno 28]"
-        in done.stderr
-    )
+    assert f"could not write {stopped / 'loss.png'} (IsADirectoryError" in done.stderr
+    assert f"could not write to {stopped / 'tensorboard'} (OSError: [Errno 28]" in done.stderr
     assert_same_metrics(runs.metrics(stopped.name), runs.metrics("whole"))
     assert max(steps_on_the_board(stopped, "train/loss")) < 7
     (stopped / "loss.png").rmdir()

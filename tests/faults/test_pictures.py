@@ -49,9 +49,9 @@ READ = {
 }
 REFUSED = {
     "bomb.png": (BOMB, "more pixels than data.max_image_pixels=89478485"),
-    "crc.png": (PNG[:20] + b"\xff" + PNG[21:], "no picture that Pillow can read (it begins with b"),
+    "crc.png": (PNG[:20] + b"\xff" + PNG[21:], "not an image that Pillow can read (it starts with b"),
     "empty.png": (b"", "the file is empty"),
-    "words.jpg": (b"<html>404</html>", "no picture that Pillow can read"),
+    "words.jpg": (b"<html>404</html>", "not an image that Pillow can read"),
     "heic.jpg": (b"\x00\x00\x00\x18ftypheic" + bytes(40), "HEIC"),
     "folder.png": (None, "Is a directory"),
     "loop.png": (None, "Too many levels of symbolic links"),

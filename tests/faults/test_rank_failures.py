@@ -36,7 +36,7 @@ def test_the_first_cause_is_blamed_not_its_victims():
     assert (
         reason_of_failures([broken, stopped]).failed_ranks == reason_of_failures([stopped, broken]).failed_ranks == (0,)
     )
-    told = Failure(1, "a", "OSError: full", where="saving", told_by=0)
+    told = Failure(1, "a", "OSError: full", where="saving", raised_on=0)
     assert reason_of_failures([told, raised]).failed_ranks == (2,), "what a rank raised itself comes first"
     known = reason_of_failures([Failure(0, "a"), told, broken])
     assert known.failed_ranks == (1,) and known.text == "rank 0 failed (saving): OSError: full", (
@@ -57,7 +57,7 @@ def test_a_stall_is_blamed_on_who_did_not_come():
     assert reason_of_stall({0: waiting, 1: waiting, 2: same_place}, HOSTS, caller=0).failed_ranks == (2,)
     assert reason_of_stall(dict.fromkeys(HOSTS, waiting), HOSTS, caller=0).failed_ranks == (0, 1, 2)
     silent = reason_of_stall({0: waiting, 2: behind}, HOSTS, caller=0)
-    assert silent.failed_ranks == (1,) and "does not answer" in silent.text
+    assert silent.failed_ranks == (1,) and "does not respond" in silent.text
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_what_arrives_with_the_welcome_is_not_lost():
 
 def test_an_error_told_to_all_waits_for_the_rank_that_raised_it(connected):
     _, lines = connected
-    failed(lines[1], "OSError: full", told_by=0)
+    failed(lines[1], "OSError: full", raised_on=0)
     assert heard(lines[2], SETTLE_SECONDS) == []
     failed(lines[0], "OSError: full")
     assert next_message(lines[2])["failed_ranks"] == [0]
@@ -203,7 +203,7 @@ def test_a_forked_child_does_not_hold_the_connection(connected):
 
 def test_strangers_are_refused(connected):
     hub, lines = connected
-    with pytest.raises(ConfigError, match="something else answers"):
+    with pytest.raises(ConfigError, match="another service answers"):
         reach(["127.0.0.1"], hub.port, "guess", 1)
     for garbage in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b'{"kind": "failed"}\n', b"\xff\n"):
         with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
@@ -217,7 +217,7 @@ def test_strangers_are_refused(connected):
 def test_a_run_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "gather", lambda answer: [answer, ("node1", False)])
-    with pytest.raises(ConfigError, match=r"run.output_dir: .* is not seen on node1; put it on a file system"):
+    with pytest.raises(ConfigError, match=r"run.output_dir: .* is not visible on node1; use a file system"):
         distributed.check_shared(tmp_path, "run.output_dir")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(distributed, "gather", lambda answer: [answer, answer])

@@ -25,7 +25,7 @@ SETTINGS = (
 )
 
 
-def test_text_on_one_rank_and_pictures_on_the_other_end_together(tmp_path):
+def test_text_on_one_rank_and_images_on_the_other_end_together(tmp_path):
     runs = Runs(tmp_path)
     came = tmp_path / "came"
     env = {"FAULTS": json.dumps({"skewed": str(came)})}

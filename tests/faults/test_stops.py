@@ -94,7 +94,7 @@ def children_with(parent: int, word: str) -> list[int]:
     return found
 
 
-def test_unreadable_pictures_are_counted_and_bounded(tmp_path):
+def test_unreadable_images_are_counted_and_bounded(tmp_path):
     runs = Runs(tmp_path)
     settings = ("deepspeed=configs/deepspeed/zero0.json", "train.epochs=1", "data.eval=[]", "data.max_bad_share=0.5")
     runs.run("before", *settings, "run.stop_after=1")  # builds the index while all is well

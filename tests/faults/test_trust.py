@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.support.checkpoints import save_folder, save_pictures
+from tests.support.checkpoints import save_folder, save_images
 from tests.support.hostile import Payload, as_bin, infect, module, name_method, pickled, seal
 from tests.support.runner import ROOT, WARM, Runs, assert_equal_checkpoints
 from vtprune_train import prune
@@ -301,7 +301,7 @@ def test_verify_finds_pickles_wherever_they_lie_and_needs_no_deepspeed(runs, tra
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     save_folder(folder / "hf")
-    save_pictures(folder, 1)[0].rename(folder / "cat.jpg")
+    save_images(folder, 1)[0].rename(folder / "cat.jpg")
     (folder / "data.json").write_text(
         json.dumps([{"id": "a", "image": "cat.jpg", "conversations": [
             {"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "left"}]}])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.checkpoints import save_folder, save_pictures
+from tests.support.checkpoints import save_folder, save_images
 from tests.support.hostile import Payload, seal
 from tests.support.runner import Runs
 from vtprune_train.cli import main
@@ -172,7 +172,7 @@ def test_resume_refuses_what_lies_beside_the_files_it_opens(tmp_path):
 @pytest.fixture
 def model(tmp_path):
     save_folder(tmp_path / "hf")
-    save_pictures(tmp_path, 1)[0].rename(tmp_path / "cat.jpg")
+    save_images(tmp_path, 1)[0].rename(tmp_path / "cat.jpg")
     return tmp_path / "hf"
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import LlavaNextForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
 from tests.support.helpers import tiny_model
-from tests.support.trl_data import ANSWERS, chat_processor, collate, dataset_of, picture, rows
+from tests.support.trl_data import ANSWERS, chat_processor, collate, dataset_of, draw_image, rows
 from vtprune_train import PyramidDrop, dense, is_pruned, prune, unprune
 from vtprune_train.models.forward.padded import kept_tokens
 from vtprune_train.models.patch import method_of
@@ -101,9 +101,9 @@ def sft(model, folder, columns="prompt", peft_config=None, **settings):
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         if columns == "prompt":
-            examples.append({"images": [picture(seed)], "prompt": [user], "completion": [said]})
+            examples.append({"images": [draw_image(seed)], "prompt": [user], "completion": [said]})
         else:
-            examples.append({"images": [picture(seed)], "messages": [user, said]})
+            examples.append({"images": [draw_image(seed)], "messages": [user, said]})
     arguments = trl.SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
         learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
@@ -137,7 +137,7 @@ def tuned(kind, folder, model, **settings):
         "DPO": lambda n: {"chosen": said(n), "rejected": said(n + 1)},
         "KTO": lambda n: {"completion": said(n), "label": bool(n % 2)},
     }.get(kind, lambda n: {})
-    rows = [{"images": [picture(n)], "prompt": [user], **columns(n)} for n in range(8)]
+    rows = [{"images": [draw_image(n)], "prompt": [user], **columns(n)} for n in range(8)]
     own = {"max_length": None, "per_device_train_batch_size": 2}
     given = {}
     if kind in ("GRPO", "RLOO"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.checkpoints import HALF, save_folder, save_pictures
+from tests.support.checkpoints import HALF, save_folder, save_images
 from tests.support.harness_task import TASK, UTILS
 from vtprune_train.evaluation.answering import answers, load
 
@@ -30,7 +30,7 @@ def task(tmp_path_factory):
     """A model, a local task whose references are the pruned model's own answers but for the last, and those answers."""
     folder = tmp_path_factory.mktemp("harness")
     model = save_folder(folder / "model")
-    pictures = [str(path) for path in save_pictures(folder / "pictures")]
+    pictures = [str(path) for path in save_images(folder / "pictures")]
     images = [pictures[:1], pictures[1:2], pictures[2:3], pictures[3:5], []]
     loaded = load(str(model))
     prompts = [
@@ -158,9 +158,9 @@ def test_lmms_eval_honours_every_generation_setting(asked, keywords, stops):
     ("asked", "said"),
     [
         ({"max_new_tokens": 7, "max_gen_toks": 8}, "are names of the same setting with different values"),
-        ({"num_return_sequences": 2}, "generation_kwargs num_return_sequences=2 is not taken"),
-        ({"max_agentic_steps": 3}, "generation_kwargs max_agentic_steps=3 is not taken"),
-        ({"temperature_": 1}, "generation_kwargs temperature_=1 is not taken"),
+        ({"num_return_sequences": 2}, "generation_kwargs num_return_sequences=2 is not supported"),
+        ({"max_agentic_steps": 3}, "generation_kwargs max_agentic_steps=3 is not supported"),
+        ({"temperature_": 1}, "generation_kwargs temperature_=1 is not supported"),
         ({"image_aspect_ratio": "pad"}, "--gen_kwargs image_aspect_ratio=original overrides"),
         ({"visual_cot": True}, "generation_kwargs visual_cot=True"),
     ],
@@ -173,17 +173,17 @@ def test_lmms_eval_refuses_other_generation_settings_by_name(asked, said):
 
 
 @needs_lmms
-def test_lmms_eval_takes_pictures_by_name_and_nothing_else(tmp_path):
-    from vtprune_train.integrations.lmms_eval import _pictures
+def test_lmms_eval_takes_images_by_name_and_nothing_else(tmp_path):
+    from vtprune_train.integrations.lmms_eval import _open_images
 
-    picture = Image.new("RGB", (9, 7), "red")
-    picture.save(tmp_path / "a.png")
-    named, given = _pictures([str(tmp_path / "a.png"), picture.convert("L")], "t", 3)
-    assert named.tobytes() == picture.tobytes() and given.mode == "RGB"
+    image = Image.new("RGB", (9, 7), "red")
+    image.save(tmp_path / "a.png")
+    named, given = _open_images([str(tmp_path / "a.png"), image.convert("L")], "t", 3)
+    assert named.tobytes() == image.tobytes() and given.mode == "RGB"
     (tmp_path / "a.mp4").write_bytes(b"video")
-    for wrong, said in ((str(tmp_path / "a.mp4"), r"a\.mp4 cannot be read .*is it a video"), ([picture], "not a list")):
+    for wrong, said in ((str(tmp_path / "a.mp4"), r"a\.mp4 cannot be read .*is it a video"), ([image], "not a list")):
         with pytest.raises(ValueError, match=rf"task t, document 3: .*{said}"):
-            _pictures([wrong], "t", 3)
+            _open_images([wrong], "t", 3)
 
 
 @needs_lmms
@@ -292,8 +292,8 @@ def test_vlmevalkit_interface(task, vlmevalkit):
         assert kit.generate([*message, {"type": "text", "value": row["question"]}], dataset="any") == answer
     dropped = vlmevalkit.VTPrune(model_path=str(model), method=HALF, max_new_tokens=6)
     text = [{"type": "text", "value": QUESTIONS[0]}]
-    picture = {"type": "image", "value": rows[0]["images"][0]}
-    assert dropped.generate([picture, *text]) == said[0]
+    image = {"type": "image", "value": rows[0]["images"][0]}
+    assert dropped.generate([image, *text]) == said[0]
     with pytest.raises(ValueError, match="a message part of type 'video'"):
         kit.generate([{"type": "video", "value": "a.mp4"}])
     with pytest.raises(ValueError, match=r"missing\.png"):

@@ -750,7 +750,7 @@ def test_autocast(name):
 
 
 def test_wrapped_models_are_refused():
-    with pytest.raises(ValueError, match="cannot prune a DataParallel: prune the model before it is wrapped"):
+    with pytest.raises(ValueError, match="cannot prune a DataParallel: call prune before wrapping the model"):
         prune(torch.nn.DataParallel(family_model("llava_next")), HALF)
 
 

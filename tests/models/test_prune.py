@@ -126,10 +126,10 @@ def test_rows_of_dropped_tokens_repeat_the_last_survivor():
         ends = [index for index in range(len(mask) - 1) if visual[row, index] and not visual[row, index + 1]]
         for image, end in enumerate(ends):
             start = end + 1 - runs(visual[row])[image]
-            survivors = {start + int(index) for index in kept[row][image][-1]}
+            remaining = {start + int(index) for index in kept[row][image][-1]}
             source = start - 1
             for index in range(start, end + 1):
-                source = index if index in survivors else source
+                source = index if index in remaining else source
                 assert torch.equal(logits[row, index], logits[row, source])
     assert logits[2, 5:].unique(dim=0).shape[0] == 1, "padding on the right repeats the last token"
 

@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     return folder / "runs" / "quick", data
 
 
-def picture_of(data):
+def image_of(data):
     record = json.loads((data / "eval.json").read_text())[0]
     return data / "images" / record["image"], record
 
@@ -43,7 +43,7 @@ def test_plain_transformers_opens_it_dense(trained):
     folder = run / "checkpoints" / "step_00000040" / "hf"
     model = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
     assert not is_pruned(model)
-    path, _ = picture_of(data)
+    path, _ = image_of(data)
     inputs = AutoProcessor.from_pretrained(folder)(
         images=Image.open(path).convert("RGB"), text="<image> what colour ?", return_tensors="pt"
     )
@@ -56,7 +56,7 @@ def test_plain_transformers_opens_it_dense(trained):
 
 def test_vtprune_generate_answers_pruned(trained, capsys):
     run, data = trained
-    path, record = picture_of(data)
+    path, record = image_of(data)
     question = record["conversations"][0]["value"].replace("<image>", "").strip()
     said = []
     for method in ([], ["--method", "none"]):

@@ -203,7 +203,7 @@ def test_gradients_of_a_consistency_step_are_those_of_two_passes(parts, rank_wit
         assert (ours[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1), name
 
 
-def test_without_pictures_full_and_pruned_agree(parts):
+def test_without_images_full_and_pruned_agree(parts):
     """Also a rank that has nothing at all takes part."""
     model = prune(tiny_model(num_layers=LAYERS), METHOD).train()
     collate = parts.collator(Phases(METHOD, full=FullTokens(1.0, 1.0)))

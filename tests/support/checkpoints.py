@@ -57,21 +57,21 @@ def finish(checkpoint: Path) -> None:
     (checkpoint.parent / "latest").write_text(checkpoint.name)
 
 
-def save_pictures(folder: Path, count: int = 5) -> list[Path]:
+def save_images(folder: Path, count: int = 5) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(7)
     paths = []
     for number in range(count):
         height, width = SIZES[number % len(SIZES)]
-        picture = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        image = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
         paths.append(folder / f"{number}.png")
-        picture.save(paths[-1])
+        image.save(paths[-1])
     return paths
 
 
 def save_data(folder: Path, records: int = 10) -> Path:
     """``val.json``: one picture, two over two turns, and text alone, in turn; and ``images/``."""
-    save_pictures(folder / "images")
+    save_images(folder / "images")
     made = []
     for number in range(records):
         first = f"<image>\nwhat is shown {'here ' * (number % 4)}?"

@@ -22,7 +22,7 @@ def say(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def write_picture(path, size=(40, 60), seed=0):
+def write_image(path, size=(40, 60), seed=0):
     pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -49,9 +49,9 @@ def build(sources, folder, **settings):
     return build_index(sources, encoder, AnyRes.of(CONFIG), cache_dir=folder / "cache", **options), encoder
 
 
-def picture_bytes(folder, number, size=(40, 60)):
+def image_bytes(folder, number, size=(40, 60)):
     path = folder / "images" / f"{number}.png"
-    write_picture(path, size, seed=number)
+    write_image(path, size, seed=number)
     return path.read_bytes()
 
 

@@ -201,7 +201,7 @@ def family_inputs(name: str, texts: list[list[str | int]], side: str = "left") -
     made: dict[str, Any] = {}
     if name == "internvl":
         crop = CLIPImageProcessorPil(size={"height": TILE, "width": TILE}, do_center_crop=False)
-        tiles = [_internvl_tiles(picture) for picture in pictures]
+        tiles = [_internvl_tiles(image) for image in pictures]
         if pictures:
             made["pixel_values"] = crop([t for own in tiles for t in own], return_tensors="pt")["pixel_values"]
         lengths = [len(own) * 4 for own in tiles]
@@ -242,10 +242,10 @@ def images_repeated(model: Any) -> Iterator[None]:
         yield
 
 
-def _internvl_tiles(picture: Image.Image) -> list[Image.Image]:
-    half = picture.width // 2
-    boxes = [(0, 0, half, picture.height), (half, 0, picture.width, picture.height)]
-    return [picture.crop(box) for box in boxes[: 1 + picture.width % 3 % 2]] + [picture]
+def _internvl_tiles(image: Image.Image) -> list[Image.Image]:
+    half = image.width // 2
+    boxes = [(0, 0, half, image.height), (half, 0, image.width, image.height)]
+    return [image.crop(box) for box in boxes[: 1 + image.width % 3 % 2]] + [image]
 
 
 __all__ = ["FAMILIES", "family_inputs", "family_model", "family_processor", "tiny_config"]

@@ -61,10 +61,10 @@ def write_records(folder):
     records = [
         {
             "id": str(index),
-            "image": [f"{number}.png" for number in pictures],
+            "image": [f"{number}.png" for number in images],
             "conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)],
         }
-        for index, (texts, pictures) in enumerate(RECORDS)
+        for index, (texts, images) in enumerate(RECORDS)
     ]
     (folder / "train.json").write_text(json.dumps(records))
 
@@ -108,7 +108,7 @@ def padded_inputs(setup, base):
     """The records as the family's own processor makes them, padded on the right."""
     pictures = [[Image.open(setup.folder / "images" / f"{n}.png") for n in numbers] for _, numbers in RECORDS]
     texts = [written(texts) for texts, _ in RECORDS]
-    flat = [picture for own in pictures for picture in own]
+    flat = [image for own in pictures for image in own]
     if setup.name == "qwen2_5_vl":
         made = image_processor(setup.name)(flat, return_tensors="pt")
         lengths = (made["image_grid_thw"].prod(-1) // 4).tolist()

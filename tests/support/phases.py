@@ -12,7 +12,7 @@ from vtprune_train.core.flops import DecoderGeometry, TrainingCost
 from vtprune_train.data.chat import ChatEncoder, get_template
 from vtprune_train.data.load.collate import Collator, LoadedSample
 from vtprune_train.data.records import normalize
-from vtprune_train.models.families.layout import Pictures
+from vtprune_train.models.families.layout import SampleImages
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.towers import tile_tower
 
@@ -34,7 +34,7 @@ def make_parts():
         said = [asked, {"from": "gpt", "value": "a cat"}, again, {"from": "gpt", "value": "no"}]
         record = normalize({"image": ["x.png"] * len(sizes), "conversations": said}, "x")
         images = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
-        pictures = Pictures(sizes, layout.pixels(processor, images))
+        pictures = SampleImages(sizes, layout.pixels(processor, images))
         loaded.append(LoadedSample(str(number), encoder.encode(record.turns), pictures))
     cost = TrainingCost(DecoderGeometry.of(model.config.text_config), tile_tower(model.config), True, True)
 

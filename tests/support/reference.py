@@ -71,7 +71,7 @@ def pyramiddrop(
             source = x if rank_with == "next_layer" else before_last
             with torch.no_grad():
                 weights = attention_rows(*queries_and_keys(ranking_layer, source, position, theta)).mean(dim=0)
-            survivors = [offset for offset in alive if not any(s <= offset < s + n for s, n in spans)]
+            kept = [offset for offset in alive if not any(s <= offset < s + n for s, n in spans)]
             for start, length in spans:
                 present = [offset for offset in alive if start <= offset < start + length]
                 rows = []
@@ -81,12 +81,12 @@ def pyramiddrop(
                     rows.append(alive.index(query))
                 worth = {o: sum(weights[row, alive.index(o)].item() for row in rows) / len(rows) for o in present}
                 best = sorted(present, key=lambda o: (-worth[o], o))[: math.floor(length * ratio)]
-                survivors += best
-            survivors.sort()
-            places = [alive.index(offset) for offset in survivors]
+                kept += best
+            kept.sort()
+            places = [alive.index(offset) for offset in kept]
             x = x[places]
-            position = torch.arange(len(survivors)) if positions == "renumber" else position[places]
-            alive = survivors
+            position = torch.arange(len(kept)) if positions == "renumber" else position[places]
+            alive = kept
         before_last = x
         x = run_layer(layer, x, position, theta)
     return x, alive

@@ -85,11 +85,11 @@ def write_data(folder: Path, num_train: int = 20) -> None:
     for split, count in (("train", num_train), ("eval", 5)):
         records = []
         for number in range(count):
-            pictures = (1, 3, 0, 1, 2)[number % 5]
+            images = (1, 3, 0, 1, 2)[number % 5]
             names, turns = [], []
-            for index in range(max(pictures, 1)):
+            for index in range(max(images, 1)):
                 question = f"how bright is number {number}?"
-                if pictures:
+                if images:
                     name = f"{split}-{number}-{index}.png"
                     size = (int(rng.integers(20, 80)), int(rng.integers(20, 80)), 3)
                     Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / "images" / name)
@@ -259,6 +259,7 @@ VARYING = (
     "batches_ready",
     "tokens_per_second",
     "peak_memory_bytes",
+    "time",
 )
 
 

@@ -20,7 +20,7 @@ CHAT = (
 ANSWERS = ["yes .", "no .", "a red cat on the left .", "two dog ."]
 
 
-def picture(seed):
+def draw_image(seed):
     rng = np.random.default_rng(seed)
     height, width = [(28, 56), (56, 28), (56, 56), (30, 80)][seed % 4]
     return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
@@ -37,7 +37,7 @@ def collate(rows):
     """Padded rows, as people write them for the Trainer: the prompt is not supervised."""
     processor = chat_processor()
     texts = [f"user : <image> what is shown ? assistant : {row['answer']} </s>" for row in rows]
-    made = processor(images=[picture(row["seed"]) for row in rows], text=texts, return_tensors="pt", padding=True)
+    made = processor(images=[draw_image(row["seed"]) for row in rows], text=texts, return_tensors="pt", padding=True)
     labels = made["input_ids"].clone()
     for row, own in enumerate(labels):
         last_colon = int(torch.nonzero(own == processor.tokenizer.convert_tokens_to_ids(":"))[-1])

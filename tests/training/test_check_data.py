@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.support.data import say, write_picture
+from tests.support.data import say, write_image
 from tests.support.runner import TINY, Runs
 from vtprune_train.cli import train_main
 
@@ -15,7 +15,7 @@ from vtprune_train.cli import train_main
 @pytest.fixture
 def folder(tmp_path):
     """A run's settings beside 8 records with an image each, as JSON and as parquet."""
-    write_picture(tmp_path / "data" / "images" / "a.png")
+    write_image(tmp_path / "data" / "images" / "a.png")
     records = [
         {"id": f"r{i}", "image": "a.png", "topic_note": "x", "conversations": say("<image> what", "a cat")}
         for i in range(8)
@@ -62,10 +62,10 @@ def test_a_run_refuses_before_it_starts(folder):
 def test_a_dry_run_looks_at_the_first_records(folder, capsys):
     assert dry_run(folder) == 0
     said = capsys.readouterr().out
-    assert f"data.train.0  {folder}/data/train.json: 8 first record(s) looked at; fields that are not read: " in said
+    assert f"data.train.0  {folder}/data/train.json: first 8 record(s) checked; ignored fields: " in said
     assert "'topic_note' (8)" in said and "data.eval.0" in said and "global_batch_size" not in said
     assert dry_run(folder, "train.global_batch_size=9") == 0
-    assert "train.global_batch_size=9 is larger than these 8 record(s) of data.train" in capsys.readouterr().out
+    assert "train.global_batch_size=9 is larger than the 8 record(s) of data.train" in capsys.readouterr().out
     (folder / "data" / "images" / "a.png").rename(folder / "data" / "images" / "b.png")
     assert dry_run(folder) == 2
     said = capsys.readouterr().err

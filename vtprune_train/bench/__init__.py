@@ -1,1 +1,1 @@
-"""Methods compared at equal budgets, calibration, and the time of a decoder."""
+"""Comparison of methods at equal budgets, calibration, cost estimates, and timing of a decoder."""

@@ -1,6 +1,6 @@
-"""How far a method's answers are from those of the dense model, and from the true ones, on questions about images.
+"""Compares a method's answers with those of the dense model and with the true answers, on questions about images.
 
-Shape suffixes: B rows, L tokens of a prompt and its answer, N answer tokens of a batch, W words of the vocabulary.
+Shape suffixes: B batch size, L tokens of a prompt and its answer, N answer tokens of a batch, W vocabulary size.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ from vtprune_train.pruning.base import PruningMethod
 
 @dataclass(frozen=True)
 class Closeness:
-    """``kl``: mean over the dense answers' tokens of KL(dense || pruned), in nats; ``match``: the share of answers at
-    whose every token both models find the same word likeliest, so that greedy decoding gives the same."""
+    """How close a pruned model is to the dense one.
+
+    Args:
+        kl: mean KL(dense || pruned) over the tokens of the dense model's answers, in nats.
+        match: share of answers for which both models have the same most likely token at every position, so that greedy
+            decoding gives the same answer.
+    """
 
     kl: float
     match: float
@@ -33,12 +38,12 @@ class Closeness:
 
 @dataclass(frozen=True)
 class Answered:
-    """One batch with the dense model's answers after its prompts.
+    """One batch of prompts with the dense model's answers.
 
     Args:
-        inputs: what the model takes, ``labels`` [B, L] at the answers' tokens among it.
-        dense: [N, W] float32, the dense model's log-probabilities at the rows that predict these tokens.
-        rows: [N] int64, whose answer each is.
+        inputs: inputs of the model, including ``labels`` [B, L] for the tokens of the answers.
+        dense: [N, W] float32, the dense model's log-probabilities of these tokens.
+        rows: [N] int64, the row of the batch that each token belongs to.
     """
 
     inputs: dict[str, Any]
@@ -48,7 +53,7 @@ class Answered:
 
 @contextmanager
 def pruned_by(loaded: Loaded, method: PruningMethod | None, attention: str) -> Iterator[None]:
-    """The model with ``method``; for ``None`` packed without dropping. Afterwards it is as it was."""
+    """A context in which the model is pruned by ``method``; ``None`` packs without dropping."""
     prune(loaded.model, method, attention=attention)
     try:
         yield
@@ -58,14 +63,14 @@ def pruned_by(loaded: Loaded, method: PruningMethod | None, attention: str) -> I
 
 @dataclass(frozen=True)
 class Calibration:
-    """Questions that a method is measured on.
+    """Questions with the dense model's answers, on which methods are measured.
 
     Args:
-        loaded: the model, dense.
-        batches: what it answered.
-        text: [samples] tokens of each prompt and answer that are no visual tokens.
-        visual: [samples] visual tokens of each.
-        attention: the backend, chosen once.
+        loaded: the dense model.
+        batches: questions and answers.
+        text: [samples] text tokens of each prompt and answer.
+        visual: [samples] visual tokens of each sample.
+        attention: the attention backend.
     """
 
     loaded: Loaded
@@ -75,7 +80,7 @@ class Calibration:
     attention: str
 
     def closeness(self, method: PruningMethod | None) -> Closeness:
-        """Of the model with ``method`` to the dense one.
+        """Compare the model pruned by ``method`` with the dense model.
 
         Raises:
             ValueError: the method does not fit the model.
@@ -84,33 +89,32 @@ class Calibration:
             return Closeness(0.0, 1.0)
         kl, matched, tokens, answers = 0.0, 0, 0, 0
         with pruned_by(self.loaded, method, self.attention):
-            for done in self.batches:
-                ours = _log_probabilities(self.loaded, done.inputs)
-                kl += float((done.dense.exp() * (done.dense - ours)).sum())
-                wrong = ours.argmax(dim=-1) != done.dense.argmax(dim=-1)
-                asked = len(done.rows.unique())
-                matched += asked - len(done.rows[wrong].unique())
-                tokens, answers = tokens + len(ours), answers + asked
+            for answered in self.batches:
+                pruned = _log_probabilities(self.loaded, answered.inputs)
+                kl += float((answered.dense.exp() * (answered.dense - pruned)).sum())
+                differs = pruned.argmax(dim=-1) != answered.dense.argmax(dim=-1)
+                num_answers = len(answered.rows.unique())
+                matched += num_answers - len(answered.rows[differs].unique())
+                tokens, answers = tokens + len(pruned), answers + num_answers
         return Closeness(max(kl, 0.0) / tokens, matched / answers)
 
 
 def calibrate(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> Calibration:
-    """Let the dense model answer greedily.
+    """Generate the dense model's answers greedily.
 
     Args:
-        loaded: not pruned.
-        prompts: with images.
-        max_new_tokens: at most, of each answer.
-        batch_size: prompts answered, and later measured, at once.
+        loaded: the model, not pruned.
+        prompts: prompts with images.
+        max_new_tokens: maximum length of each answer.
+        batch_size: prompts per batch, also in later measurements.
     """
     batches = []
     for start in range(0, len(prompts), batch_size):
         inputs = batch(loaded, prompts[start : start + batch_size])
         batches.append(_answered(loaded, dict(inputs), max_new_tokens))
     image_token = loaded.model.config.image_token_id
-    ids, masks = zip(*((done.inputs["input_ids"], done.inputs["attention_mask"]) for done in batches), strict=True)
-    visual = torch.cat([(own == image_token).sum(dim=1) for own in ids]).cpu().numpy()
-    length = torch.cat([own.sum(dim=1) for own in masks]).cpu().numpy()
+    visual = torch.cat([(b.inputs["input_ids"] == image_token).sum(dim=1) for b in batches]).cpu().numpy()
+    length = torch.cat([b.inputs["attention_mask"].sum(dim=1) for b in batches]).cpu().numpy()
     return Calibration(loaded, tuple(batches), length - visual, visual, backend_for(loaded.model))
 
 
@@ -123,9 +127,9 @@ def _answered(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> An
     ends = set(known if isinstance(known, list) else [known])
     for row, answer in enumerate(sequences[:, prompts.shape[1] :]):
         end = next((place for place, token in enumerate(answer.tolist()) if token in ends), len(answer))
-        length = min(end + 1, len(answer))  # the token that ends the answer included
+        length = min(end + 1, len(answer))  # with the end-of-sequence token
         labels[row, prompts.shape[1] : prompts.shape[1] + length] = answer[:length]
-    # After an answer's end the padding counts as text: causal attention keeps it from the answer's rows.
+    # Padding after an answer counts as text; causal attention hides it from the rows of the answer.
     extended = {
         key: torch.cat([value, value.new_full((len(value), sequences.shape[1] - value.shape[1]), filler)], dim=1)
         for key, value in inputs.items()
@@ -139,34 +143,35 @@ def _answered(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> An
 
 @torch.inference_mode()
 def _log_probabilities(loaded: Loaded, inputs: dict[str, Any]) -> Tensor:
-    """[N, W] float32 at the rows before supervised tokens."""
+    """[N, W] float32 log-probabilities that predict the supervised tokens."""
     logits = loaded.model(**inputs, use_cache=False).logits
     return logits[:, :-1][inputs["labels"][:, 1:] != IGNORE].float().log_softmax(dim=-1)
 
 
-def prompts_with_pictures(questions: Sequence[Any], opened: Any) -> Iterator[Prompt]:
-    """The questions that show an image; ``opened`` opens one.
+def prompts_with_images(questions: Sequence[Any], load_image: Any) -> Iterator[Prompt]:
+    """Prompts of the questions that have images; ``load_image`` loads one.
 
     Raises:
         ValueError: an image cannot be read.
     """
     for question in questions:
         if question.images:
-            yield [opened(path) for path in question.images], question.turns
+            yield [load_image(path) for path in question.images], question.turns
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One method on all questions.
+    """Results of one method on all questions.
 
     Args:
-        exact_match: share of answers that are the true ones.
-        agreement: share of answers that are the dense model's (greedy both).
-        kl: mean over the tokens of the dense model's answers of KL(dense || pruned), teacher-forced, in nats.
-        visual_tokens: mean over questions, before dropping.
-        entering, leaving, cached: likewise, as counted; see :class:`~vtprune_train.core.flops.VisualTokens`.
-        prefill_flops: mean over questions; ``None`` where the decoder is not counted.
-        answers: normalised, in the questions' order.
+        exact_match: share of answers that equal the true ones.
+        agreement: share of answers that equal the dense model's, both greedy.
+        kl: mean KL(dense || pruned) over the tokens of the dense model's answers, teacher-forced, in nats.
+        visual_tokens: mean number over questions, before dropping.
+        entering, leaving, cached: means over questions, as executed; see
+            :class:`~vtprune_train.core.flops.VisualTokens`.
+        prefill_flops: mean over questions; ``None`` if the decoder cannot be counted.
+        answers: normalized, in the order of the questions.
     """
 
     exact_match: float
@@ -188,15 +193,15 @@ def quality(
     dense: Sequence[str] | None,
     max_new_tokens: int,
 ) -> Quality:
-    """Ask everything.
+    """Answer all questions with a method.
 
     Args:
-        calibration: the dense model's answers to the same questions, for the divergence.
-        batches: ``generate``'s inputs.
-        references: true answers, in the batches' order.
-        method: ``None`` for the dense model itself.
-        dense: its answers; ``None`` where this makes them.
-        max_new_tokens: at most, of an answer.
+        calibration: the dense model's answers to the same questions, for the KL divergence.
+        batches: inputs of ``generate``.
+        references: true answers, in the order of the batches.
+        method: the method; ``None`` for the dense model.
+        dense: the dense model's answers; ``None`` while computing them.
+        max_new_tokens: maximum length of an answer.
 
     Raises:
         ValueError: the method does not fit the model.
@@ -204,20 +209,20 @@ def quality(
     loaded = calibration.loaded
     with nullcontext() if method is None else pruned_by(loaded, method, calibration.attention):
         measured = [one for inputs in batches for one in measured_answers(loaded, inputs, max_new_tokens)]
-    said = tuple(normalized(one.answer) for one in measured)
+    answers = tuple(normalized(one.answer) for one in measured)
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
     flops = [one.prefill_flops for one in measured if one.prefill_flops is not None]
     return Quality(
-        exact_match=mean([a == b for a, b in zip(said, map(normalized, references), strict=True)]),
-        agreement=1.0 if dense is None else mean([a == b for a, b in zip(said, dense, strict=True)]),
+        exact_match=mean([a == b for a, b in zip(answers, map(normalized, references), strict=True)]),
+        agreement=1.0 if dense is None else mean([a == b for a, b in zip(answers, dense, strict=True)]),
         kl=calibration.closeness(method).kl,
         visual_tokens=mean([one.visual_tokens[0] for one in measured]),
         entering=mean([one.entering for one in measured]),
         leaving=mean([one.leaving for one in measured]),
         cached=mean([one.cached for one in measured]),
         prefill_flops=mean(flops) if flops else None,
-        answers=said,
+        answers=answers,
     )

@@ -1,6 +1,6 @@
-"""What a batch of equal samples costs, dropping beside dense: tokens, FLOPs and cache. No weights, no data.
+"""Estimates the cost of a batch of equal samples, pruned and dense: tokens, FLOPs and cache, without weights or data.
 
-Everything follows from a model's config and lengths; the arithmetic is in :mod:`vtprune_train.core.flops`.
+The estimate follows from a model's config and lengths; :mod:`vtprune_train.core.flops` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -43,8 +43,19 @@ TYPICAL_ANSWER = 32
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, how it is pruned, which parts are trained, and the decoder's adapter; ``name`` and ``method_from`` say
-    where they come from, ``source`` where its image processor is, which may be limited to ``max_pixels``."""
+    """The model and the method of an estimate.
+
+    Args:
+        name: name of the model.
+        config: its config.
+        method: the pruning method.
+        method_from: description of where the method comes from.
+        trained: trained parts.
+        peft: the decoder's adapter.
+        dtype: dtype of the cache.
+        source: folder or hub id of the image processor.
+        max_pixels: limit of the image processor, as in ``model.max_pixels``.
+    """
 
     name: str
     config: PreTrainedConfig
@@ -58,8 +69,8 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture: its visual tokens, and the tiles (or patches) that the tower sees (``None``: not known)."""
+class ImageTokens:
+    """The number of visual tokens and of tiles (or patches) of one image; ``tiles`` is ``None`` if unknown."""
 
     label: str
     tokens: int
@@ -68,12 +79,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one sample holds, and how many such samples are a batch.
+    """The content of a sample, and the number of such samples in a batch.
 
-    ``text`` counts the tokens beside images and answer, ``answer`` the generated or supervised ones; at least 1 each.
+    ``text`` is the number of tokens of the prompt without images, ``answer`` the number of generated or supervised
+    tokens; both are at least 1.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageTokens, ...]
     text: int = TYPICAL_TEXT
     answer: int = TYPICAL_ANSWER
     batch: int = 1
@@ -81,7 +93,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """One quantity (FLOPs or bytes) dense and pruned; ``ratio`` is dense / pruned."""
+    """A quantity (FLOPs or bytes) of the dense and the pruned model; ``ratio`` is dense / pruned."""
 
     dense: float
     pruned: float
@@ -93,8 +105,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Decoder layers ``[first_layer, end_layer)``: tokens of the prompt, prefill FLOPs and cache bytes, whole batch.
-    Tokens are those that run through the layers; the cache may hold fewer."""
+    """Tokens of the prompt, prefill FLOPs and cache bytes of a batch in decoder layers ``[first_layer, end_layer)``.
+    The cache may contain fewer tokens than the layers process."""
 
     first_layer: int
     end_layer: int
@@ -106,14 +118,15 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a batch costs.
+    """The cost of a batch.
 
-    Prefill runs images and text, and the head on one row. A training step is forward and backward with the answer's
-    supervised tokens after them. Pruned totals include the selector. ``*_whole`` add tower and projector; they are
-    ``None`` where ``not_counted`` says why. ``cache_answer`` is the cache once the answer has been generated (its last
-    token never enters). ``published`` is PyramidDrop's convention, for one sample. ``visual`` are one sample's visual
-    tokens at the layers; where ``expected`` is true the method counts as it runs, and these are what it was planned
-    for. ``schedule`` says where it acts, ``unit`` what the tower's work is counted in.
+    The prefill processes images and text, and one row of the head. A training step is forward and backward, including
+    the supervised tokens of the answer. Pruned totals include the selector. ``*_whole`` include tower and projector;
+    they are ``None`` if those cannot be counted, and ``not_counted`` has the reason. ``cache_answer`` is the cache
+    after generating the answer (without its last token). ``published`` follows PyramidDrop's convention, for one
+    sample. ``visual`` are the visual tokens of one sample at the layers; ``expected`` is true for a method that
+    determines its counts while it runs, for which these are the planned numbers. ``schedule`` describes the layers at
+    which the method acts, ``unit`` is the unit of the tower's work.
     """
 
     model: str
@@ -143,17 +156,17 @@ class Estimate:
 
 
 def estimate(subject: Subject, sample: Sample) -> Estimate:
-    """Count a batch; any family whose decoder :class:`~vtprune_train.core.flops.DecoderGeometry` can read.
+    """Estimate a batch, for any model whose decoder :class:`~vtprune_train.core.flops.DecoderGeometry` supports.
 
     Raises:
-        ValueError: the decoder cannot be counted, or the method does not fit its depth.
+        ValueError: the decoder is not supported, or the method does not fit its depth.
     """
     decoder, counted = DecoderGeometry.of(subject.config.get_text_config()), tower_of(subject.config)
     tower = None if isinstance(counted, Lacks) else counted
     method = subject.method
     plan = plan_pass([segment_of(sample)], decoder.num_layers, method)
     layers, lengths = stage_layers(plan), np.array([stage.num_tokens for stage in plan.stages])
-    kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(sample.pictures))
+    kept = kept_keys(method, (lengths - sample.text).tolist(), layers, len(sample.images))
     element_size = getattr(torch, subject.dtype).itemsize
     stages = _stages(decoder, lengths, layers, kept, sample, element_size)
     head, selector = sample.batch * decoder.head(1.0), sample.batch * selector_flops(decoder, plan, method)
@@ -169,7 +182,7 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
         adapter=decoder.adapter_per_token(subject.peft.r, subject.peft.target_modules) if subject.peft else 0.0,
     )
     step = _training_step(cost, method, sample)
-    tiles, not_counted = _tiles(counted, sample.pictures)
+    tiles, not_counted = _tiles(counted, sample.images)
     vision = prefill_whole = step_whole = None
     if tower is not None and tiles is not None:
         vision = sample.batch * (tower.tower(float(tiles)) + tower.projector(float(tiles)))
@@ -204,12 +217,12 @@ def estimate(subject: Subject, sample: Sample) -> Estimate:
 
 
 def segment_of(sample: Sample, answer: int = 0) -> SegmentLayout:
-    """One sample laid out: its images, its text, which ends with the row that ranks, and ``answer`` tokens."""
+    """The layout of a sample: its images, its text, whose last token is the query row, and ``answer`` tokens."""
     spans: list[ImageSpan] = []
-    for picture in sample.pictures:
-        spans.append(ImageSpan(spans[-1].end if spans else 0, picture.tokens))
-    asked = sample.text + (spans[-1].end if spans else 0)
-    return SegmentLayout(asked + answer, tuple(spans), (asked - 1,), tuple(range(asked, asked + answer)))
+    for image in sample.images:
+        spans.append(ImageSpan(spans[-1].end if spans else 0, image.tokens))
+    prompt = sample.text + (spans[-1].end if spans else 0)
+    return SegmentLayout(prompt + answer, tuple(spans), (prompt - 1,), tuple(range(prompt, prompt + answer)))
 
 
 def _stages(
@@ -220,9 +233,9 @@ def _stages(
     sample: Sample,
     element_size: int,
 ) -> tuple[StageCost, ...]:
-    """The stages of a batch's prefill that have layers; lengths [stages] of one sample."""
+    """Costs of the stages of a batch's prefill that have layers; ``lengths`` [stages] are those of one sample."""
     flops, cache = sample.batch * decoder.layer(lengths), sample.batch * decoder.cache_bytes(lengths, element_size)
-    dense = sample.text + sum(picture.tokens for picture in sample.pictures)
+    dense = sample.text + sum(image.tokens for image in sample.images)
     dense_flops = sample.batch * float(decoder.layer(np.array(dense)))
     dense_cache = sample.batch * decoder.cache_bytes(float(dense), element_size)
     ends = np.cumsum(layers).tolist()
@@ -231,7 +244,7 @@ def _stages(
         if not count:
             continue
         visual = sample.batch * int(lengths[i] - sample.text)
-        gone = visual * sum(1.0 - kept_keys[layer] for layer in range(end - count, end))
+        dropped = visual * sum(1.0 - kept_keys[layer] for layer in range(end - count, end))
         costs.append(
             StageCost(
                 first_layer=end - count,
@@ -240,7 +253,7 @@ def _stages(
                 text_tokens=sample.batch * sample.text,
                 prefill=Cost(count * dense_flops, count * float(flops[i])),
                 cache=Cost(
-                    count * dense_cache, count * float(cache[i]) - float(decoder.cache_bytes(gone, element_size))
+                    count * dense_cache, count * float(cache[i]) - float(decoder.cache_bytes(dropped, element_size))
                 ),
             )
         )
@@ -248,22 +261,22 @@ def _stages(
 
 
 def _training_step(cost: TrainingCost, method: PruningMethod | None, sample: Sample) -> Cost:
-    """Forward and backward of a batch's decoder, the answer included."""
+    """Cost of forward and backward of the decoder for a batch, including the answer."""
     supervised, segments = np.array([sample.answer]), [segment_of(sample, sample.answer)]
-    own, dense = (
+    pruned, dense = (
         PassCost.of(cost, plan_pass(segments, cost.decoder.num_layers, m), m, supervised).flops for m in (method, None)
     )
-    return Cost(sample.batch * dense, sample.batch * own)
+    return Cost(sample.batch * dense, sample.batch * pruned)
 
 
 def _tiles(
-    tower: TowerGeometry | PatchTowerGeometry | Lacks, pictures: Sequence[Picture]
+    tower: TowerGeometry | PatchTowerGeometry | Lacks, images: Sequence[ImageTokens]
 ) -> tuple[int | None, str | None]:
-    """Tiles of one sample, or why tower and projector cannot be counted."""
+    """Number of tiles of one sample, or the reason why tower and projector cannot be counted."""
     if isinstance(tower, Lacks):
         return None, f"not counted: {tower.why}"
-    known = [picture.tiles for picture in pictures if picture.tiles is not None]
-    if len(known) < len(pictures):
+    known = [image.tiles for image in images if image.tiles is not None]
+    if len(known) < len(images):
         assert isinstance(tower, TowerGeometry)
         per_tile = tower.patches // tower.merge
         return None, f"not counted: the tokens are not a multiple of a tile's {per_tile}; give --resolution"
@@ -271,7 +284,8 @@ def _tiles(
 
 
 def _total(costs: Sequence[Cost], dense: float = 0.0, pruned: float | None = None) -> Cost:
-    """The sum, with ``dense`` added to both sides or ``pruned`` to the pruned one."""
+    """The sum of ``costs``, plus ``dense`` on the dense side and ``pruned`` (by default ``dense``) on the pruned
+    side."""
     added = dense if pruned is None else pruned
     return Cost(sum(cost.dense for cost in costs) + dense, sum(cost.pruned for cost in costs) + added)
 
@@ -283,7 +297,7 @@ def _published(decoder: DecoderGeometry, visual: Sequence[int], layers: Sequence
 
 
 def tower_of(config: PreTrainedConfig) -> TowerGeometry | PatchTowerGeometry | Lacks:
-    """Sizes of tower and projector, or why they are not counted."""
+    """Sizes of tower and projector, or the reason why they cannot be counted."""
     try:
         family = supported_family(config.model_type, "it")
         return required(family.flops, family.title)(config)
@@ -294,11 +308,11 @@ def tower_of(config: PreTrainedConfig) -> TowerGeometry | PatchTowerGeometry | L
 def images_of(
     config: PreTrainedConfig, source: str | None = None, max_pixels: int | None = None
 ) -> ImageGeometry | Lacks:
-    """How a model lays out images, or why their tokens cannot be counted.
+    """The geometry of a model's images, or the reason why their tokens cannot be counted.
 
     Args:
-        config: the model's.
-        source: the folder or hub id of its image processor; without one the family's usual is taken.
+        config: the model's config.
+        source: folder or hub id of its image processor; ``None`` for the family's default.
         max_pixels: as in ``model.max_pixels``.
     """
     try:
@@ -313,36 +327,36 @@ def _family(config: PreTrainedConfig) -> str:
     return f"{config.model_type} with {tower}" if tower else config.model_type
 
 
-def pictures_of(
+def images_of_sample(
     config: PreTrainedConfig,
     resolutions: Sequence[tuple[int, int]] = (),
     visual_tokens: Sequence[int] = (),
     images: ImageGeometry | Lacks | None = None,
-) -> tuple[Picture, ...]:
-    """The images of a sample, from sizes or from counts; with neither, the one that makes most tokens.
+) -> tuple[ImageTokens, ...]:
+    """The images of a sample, from sizes or token counts; with neither, one image of the size with most tokens.
 
     Args:
-        config: the model's.
+        config: the model's config.
         resolutions: ``(width, height)`` in pixels.
-        visual_tokens: counts instead of sizes; multiples of a tile's patches are taken for that many tiles.
-        images: of :func:`images_of`; left out, as for a model without files.
+        visual_tokens: token counts instead of sizes; multiples of a tile's patches count as whole tiles.
+        images: result of :func:`images_of`; by default without an image processor.
 
     Raises:
-        ValueError: the family's tokens cannot be counted from a size.
+        ValueError: the visual tokens of this family cannot be computed from a size.
     """
     if visual_tokens:
         tower = tower_of(config)
         return tuple(
-            Picture("picture", count, None if isinstance(tower, Lacks) else tower.tiles_of(count))
+            ImageTokens("image", count, None if isinstance(tower, Lacks) else tower.tiles_of(count))
             for count in visual_tokens
         )
     images = images_of(config) if images is None else images
     if isinstance(images, Lacks):
         raise ValueError(
-            f"{'--resolution' if resolutions else 'no picture given'}: the tokens of a picture cannot be counted from "
-            f"its size for {_family(config)} ({images.why}); give --visual_tokens"
+            f"{'--resolution' if resolutions else 'no image given'}: the tokens of an image cannot be counted from its "
+            f"size for {_family(config)} ({images.why}); give --visual_tokens"
         )
     sizes = [(height, width) for width, height in resolutions]
     sizes = sizes or [max(images.examples(), key=lambda size: images.tokens([size])[0])]
     counts = zip(sizes, images.tokens(sizes), images.tiles(sizes), strict=True)
-    return tuple(Picture(f"{width}x{height}", tokens, tiles) for (height, width), tokens, tiles in counts)
+    return tuple(ImageTokens(f"{width}x{height}", tokens, tiles) for (height, width), tokens, tiles in counts)

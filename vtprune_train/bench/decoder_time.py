@@ -1,8 +1,8 @@
-"""``vtprune estimate --clock``: the seconds that a decoder of the model's sizes takes here, dense and pruned in turn.
+"""``vtprune estimate --clock``: measures a decoder of the model's sizes on this machine, dense and pruned in turn.
 
-A Llama decoder of the same sizes with random weights stands for the model's own, and random vectors for its images,
-its text and what its tower attends to: no weights are read. Methods that count while they run follow what such scores
-say, so the tokens that entered are reported beside the times.
+No weights are read: a Llama decoder of the same sizes with random weights replaces the model's decoder, and random
+vectors replace its images, text and tower attention. Methods that determine their counts while running depend on these
+random scores, so the numbers of tokens are reported with the times.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from vtprune_train.models.io.method_parameters import fresh
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
 
-DECODING_STEPS = 4  # of a repeat
-TOWER_HIDDEN = 1024  # of the keys that methods before the decoder compare
+DECODING_STEPS = 4  # per repeat
+TOWER_HIDDEN = 1024  # width of the tower's keys, for methods before the decoder
 
 
 @dataclass(frozen=True)
 class Clocked:
-    """One kind of work on one batch.
+    """Times of one kind of work at one batch size.
 
     Args:
         work: ``prefill`` (layers and cache), ``decoding step``, ``training step`` (forward and backward of the layers).
-        batch: samples.
-        dense, pruned: seconds, medians over the repeats.
-        ratio: dense / pruned, the median over repeats of the two in the same one.
+        batch: number of samples.
+        dense, pruned: median seconds over the repeats.
+        ratio: median over the repeats of dense / pruned in the same repeat.
     """
 
     work: str
@@ -53,14 +53,14 @@ class Clocked:
 
 @dataclass(frozen=True)
 class Clock:
-    """What was measured.
+    """The measurements.
 
     Args:
-        device, dtype, threads, repeats: where and how.
+        device, dtype, threads, repeats: conditions of the measurement.
         rows: every kind of work at every batch size.
-        visual: one sample's visual tokens as the prefill took them, means over the layers.
+        visual: visual tokens of one sample in the executed prefill, means over the layers.
         cache_bytes: keys and values after the prefill of one sample, dense and pruned.
-        no_training: why no training step was run.
+        no_training: why no training step was measured; ``None`` if it was.
     """
 
     device: str
@@ -75,7 +75,7 @@ class Clock:
 
 @dataclass
 class _Side:
-    """Dense or pruned: seconds of each repeat by kind of work, and what the last prefill left."""
+    """The dense or the pruned side: seconds of each repeat by kind of work, and results of the last prefill."""
 
     method: PruningMethod | None
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -97,7 +97,7 @@ def clock(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Clock:
-    """Measure; a first repeat warms up and is thrown away, and the two change places from repeat to repeat.
+    """Measure dense and pruned in alternating order. A first repeat for warm-up is discarded.
 
     Raises:
         ValueError: the decoder does not fit into memory.
@@ -107,10 +107,10 @@ def clock(
         raise ValueError(f"--clock: {_memory(sizes, needed, free, device)}; clock it on a larger machine")
     no_training = None if 2 * needed <= free else _memory(sizes, 2 * needed, free, device)
     model = make_decoder(sizes, device, dtype)
-    if method is not None and (own := fresh(method, model)) is not None:
-        setattr(model, PARAMETERS, own)
+    if method is not None and (parameters := fresh(method, model)) is not None:
+        setattr(model, PARAMETERS, parameters)
     rows: list[Clocked] = []
-    one: list[_Side] = []
+    first: list[_Side] = []
     for batch in batches:
         sides = [_Side(None), _Side(method)]
         for repeat in range(repeats + 1):
@@ -119,8 +119,8 @@ def clock(
                 if no_training is None:
                     _train(model, side, sample, batch, counts=repeat > 0)
         rows += [_row(work, batch, sides) for work in sides[0].seconds]
-        one = one or sides
-    dense, pruned = one
+        first = first or sides
+    dense, pruned = first
     assert pruned.visual is not None
     cache = (dense.cache_bytes // batches[0], pruned.cache_bytes // batches[0])
     return Clock(
@@ -130,7 +130,8 @@ def clock(
 
 
 def make_decoder(sizes: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> LlamaModel:
-    """A Llama decoder of ``sizes`` with random weights, in evaluation mode, on the packed attention of the device."""
+    """A Llama decoder of ``sizes`` with random weights, in evaluation mode, with the best packed attention for the
+    device."""
     torch.manual_seed(0)
     with device:
         model = LlamaModel._from_config(_config(sizes, dtype), dtype=dtype).eval()
@@ -167,51 +168,52 @@ def _memory(sizes: DecoderGeometry, needed: int, free: int, device: torch.device
 
 @torch.no_grad()
 def _generate(model: LlamaModel, side: _Side, sample: Sample, batch: int, counts: bool) -> None:
-    """Prefill of a batch, and some decoding steps on its cache."""
+    """Measure the prefill of a batch and some decoding steps."""
     segments = [segment_of(sample)] * batch
     embeds, token = (_random(model, rows) for rows in (sum(segment.length for segment in segments), batch))
     encoder = _encoder(side.method, sample, batch, model.device)
-    began = now(model.device)
+    start = now(model.device)
     _, output, cache = prefill(model, side.method, embeds, segments, encoder=encoder)
-    side.add("prefill", now(model.device) - began, counts)
-    side.cache_bytes, taken = cache_bytes(cache), _taken(output.plan, cache, sample, batch)
-    began = now(model.device)
+    side.add("prefill", now(model.device) - start, counts)
+    side.cache_bytes, visual = cache_bytes(cache), _visual_tokens(output.plan, cache, sample, batch)
+    start = now(model.device)
     for _ in range(DECODING_STEPS):
         decode(model, side.method, token.unsqueeze(1), cache)
-    side.add("decoding step", (now(model.device) - began) / DECODING_STEPS, counts)
-    side.visual = taken
+    side.add("decoding step", (now(model.device) - start) / DECODING_STEPS, counts)
+    side.visual = visual
 
 
 def _train(model: LlamaModel, side: _Side, sample: Sample, batch: int, counts: bool) -> None:
-    """Forward and backward of the layers, the answer after each prompt."""
+    """Measure forward and backward of the layers, with an answer after each prompt."""
     plan = plan_pass([segment_of(sample, sample.answer)] * batch, len(model.layers), side.method)
     plan = to_device(plan, model.device)
     embeds = _random(model, plan.stages[0].num_tokens).requires_grad_()
     encoder = _encoder(side.method, sample, batch, model.device)
     model.train()
-    began = now(model.device)
+    start = now(model.device)
     output = run_layers(model, embeds, plan, side.method, encoder=encoder)
     model.norm(output.last_hidden_state).float().square().mean().backward()
-    side.add("training step", now(model.device) - began, counts)
+    side.add("training step", now(model.device) - start, counts)
     model.zero_grad(set_to_none=True)
     model.eval()
 
 
 def _random(model: LlamaModel, rows: int) -> Tensor:
-    """[rows, C], the same at every call."""
+    """[rows, C] random values, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, model.config.hidden_size, generator=generator).to(model.device, model.dtype)
 
 
 def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: torch.device) -> EncoderSignals | None:
-    """What a tower might say, where ``method`` asks; an image's tokens are dealt evenly to its tiles."""
+    """Random signals of a vision tower if ``method`` needs them; an image's tokens are divided evenly among its
+    tiles."""
     if method is None or not method.needs.encoder_layers:
         return None
     tiles: list[Tensor] = []
     base = 0
-    for picture in sample.pictures * batch:
-        number = picture.tiles or 1
-        tiles.append(base + torch.arange(picture.tokens) * number // picture.tokens)
+    for image in sample.images * batch:
+        number = image.tiles or 1
+        tiles.append(base + torch.arange(image.tokens) * number // image.tokens)
         base += number
     tile, generator = torch.cat(tiles), torch.Generator().manual_seed(1)
     attention = torch.rand(len(method.needs.encoder_layers), len(tile), generator=generator)
@@ -219,8 +221,8 @@ def _encoder(method: PruningMethod | None, sample: Sample, batch: int, device: t
     return to_device(EncoderSignals(attention, keys, tile), device)  # type: ignore[no-any-return]
 
 
-def _taken(plan: StreamPlan, cache: DynamicCache, sample: Sample, batch: int) -> VisualTokens:
-    """One sample's visual tokens in a pass that has just filled ``cache``."""
+def _visual_tokens(plan: StreamPlan, cache: DynamicCache, sample: Sample, batch: int) -> VisualTokens:
+    """The visual tokens of one sample in the pass that filled ``cache``."""
     visual = [count / batch for count in visual_per_stage(plan)]
     cached = [float(layer.num_tokens().float().mean()) - sample.text for layer in cache.layers]  # type: ignore[attr-defined]
     measured = VisualTokens.of(visual, stage_layers(plan), [1.0] * len(cached))
@@ -229,12 +231,12 @@ def _taken(plan: StreamPlan, cache: DynamicCache, sample: Sample, batch: int) ->
 
 def _row(work: str, batch: int, sides: Sequence[_Side]) -> Clocked:
     dense, pruned = (side.seconds[work] for side in sides)
-    ratio = statistics.median(whole / own for whole, own in zip(dense, pruned, strict=True))
+    ratio = statistics.median(one / two for one, two in zip(dense, pruned, strict=True))
     return Clocked(work, batch, statistics.median(dense), statistics.median(pruned), ratio)
 
 
 def render(result: Clock) -> list[str]:
-    """Lines below an estimate."""
+    """The measurements as lines of a report."""
     lines = [
         f"measured on {result.device} ({result.threads} threads) in {result.dtype}: a decoder of these sizes with "
         f"random weights, {result.repeats} repeats",
@@ -254,7 +256,7 @@ def render(result: Clock) -> list[str]:
         f"visual tokens taken: enter {visual.entering:.1f}, leave {visual.leaving:.1f}, cached {visual.cached:.1f}"
     )
     if result.no_training:
-        lines.append(f"no training step: with gradients {result.no_training}")
+        lines.append(f"training step not measured: with gradients, {result.no_training}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Wall-clock of methods side by side: one repeat of every rival, then the next, so that what drifts meets them all."""
+"""Measures the time of methods in interleaved repeats, so that drift of the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vtprune_train.evaluation.timing import measured_answers, now
 
 @dataclass
 class Times:
-    """One rival at one batch size: seconds of every repeat, of the whole batch.
+    """Measurements of one method at one batch size; times are the seconds of every repeat, for the whole batch.
 
     Args:
         prefill: tower, projector and decoder up to the first token's logits.
-        decode: of one step.
-        train: forward and backward of a step, without an optimizer; empty where it was not measured.
-        cache_bytes: keys and values of the batch after the prefill, padding included.
-        peak_bytes: most memory that CUDA's allocator held, in generation and in training; ``None`` on a CPU.
+        decode: one decoding step.
+        train: forward and backward of a step, without an optimizer; empty if not measured.
+        cache_bytes: keys and values of the batch after the prefill, including padding.
+        peak_bytes: peak memory of CUDA's allocator in generation and in training; ``None`` on a CPU.
         no_training: why ``train`` is empty.
     """
 
@@ -48,49 +48,55 @@ def clocked(
     train: bool,
     attention: str,
 ) -> dict[int, dict[str, Times]]:
-    """Times by batch size and by the rivals' titles; a first repeat warms up and is thrown away.
+    """Measure methods. A first repeat for warm-up is discarded.
 
     Args:
-        loaded: not pruned.
-        rivals: ``DENSE`` runs packed without dropping, so that ratios to it are those of dropping alone.
-        prompts: the first of them fill the batches, over again where there are too few.
-        sizes: of the batches.
-        repeats: of every rival.
-        new_tokens: that each answer has, at least 2 to time a step of decoding.
-        train: whether to time training steps.
-        attention: the backend.
+        loaded: the model, not pruned.
+        rivals: the methods; ``DENSE`` packs without dropping, so that ratios to it measure only the effect of dropping.
+        prompts: prompts of the batches, repeated if there are too few.
+        sizes: batch sizes.
+        repeats: number of repeats of every method.
+        new_tokens: tokens of each answer, at least 2 to measure a decoding step.
+        train: whether to measure training steps.
+        attention: the attention backend.
+
+    Returns:
+        Times by batch size and by the methods' titles.
     """
     results = {}
     for size in sizes:
         repeated = [prompts[index % len(prompts)] for index in range(size)]
-        asked, taught = batch(loaded, repeated), None
-        if train:  # copies that autograd takes: these were made in inference mode
-            inputs = calibrate(loaded, repeated, new_tokens, size).batches[0].inputs
-            taught = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        inputs, training_inputs = batch(loaded, repeated), None
+        if train:  # clones, because autograd cannot use tensors that were created in inference mode
+            answered = calibrate(loaded, repeated, new_tokens, size).batches[0].inputs
+            training_inputs = {
+                k: value.clone() if isinstance(value, Tensor) else value for k, value in answered.items()
+            }
         times = {rival.title: Times() for rival in rivals}
         for repeat in range(repeats + 1):
             first = repeat % len(rivals)
             for rival in [*rivals[first:], *rivals[:first]]:
                 with pruned_by(loaded, rival.method, attention):
-                    _repeat(loaded, times[rival.title], asked, taught, new_tokens, keep=repeat > 0)
+                    _repeat(loaded, times[rival.title], inputs, training_inputs, new_tokens, keep=repeat > 0)
         results[size] = times
     return results
 
 
 def _repeat(
-    loaded: Loaded, times: Times, asked: Any, taught: Mapping[str, Any] | None, new_tokens: int, keep: bool
+    loaded: Loaded, times: Times, inputs: Any, training_inputs: Mapping[str, Any] | None, new_tokens: int, keep: bool
 ) -> None:
+    """Run one repeat of one method; record it if ``keep``."""
     cuda = loaded.model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(loaded.model.device)
-    rows = measured_answers(loaded, asked, new_tokens, min_new_tokens=new_tokens)
+    rows = measured_answers(loaded, inputs, new_tokens, min_new_tokens=new_tokens)
     peak = [torch.cuda.max_memory_allocated(loaded.model.device)] if cuda else []
     seconds = None
-    if taught is not None and times.no_training is None:
+    if training_inputs is not None and times.no_training is None:
         if cuda:
             torch.cuda.reset_peak_memory_stats(loaded.model.device)
         try:
-            seconds = _train_step(loaded, taught)
+            seconds = _train_step(loaded, training_inputs)
         except ValueError as error:
             times.no_training = str(error)
         peak += [torch.cuda.max_memory_allocated(loaded.model.device)] if cuda else []
@@ -105,7 +111,7 @@ def _repeat(
 
 
 def _train_step(loaded: Loaded, inputs: Mapping[str, Any]) -> float:
-    """Seconds of forward and backward of all parameters."""
+    """Seconds of forward and backward with gradients of all parameters."""
     model = loaded.model
     model.train()
     try:
@@ -118,7 +124,7 @@ def _train_step(loaded: Loaded, inputs: Mapping[str, Any]) -> float:
 
 
 def summarized(times: dict[str, Times]) -> dict[str, dict[str, Any]]:
-    """Medians, and the median over repeats of the ratio to the dense run of the same repeat."""
+    """Medians, and medians over repeats of the ratio to the dense time of the same repeat."""
 
     def row(seconds: list[float], dense: list[float]) -> dict[str, Any] | None:
         if not seconds:

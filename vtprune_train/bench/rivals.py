@@ -1,4 +1,4 @@
-"""Who takes part in a comparison of methods: each at each budget, or the reason why not."""
+"""The participants of a comparison: every method at every budget, or the reason why it cannot take part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Rival:
-    """A method at a budget; ``DENSE`` has neither."""
+    """A method at a budget; the dense model has neither."""
 
     name: str
     budget: float | None = None
@@ -29,7 +29,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Absent:
-    """A method that cannot take part at a budget, and why."""
+    """A method that cannot take part at a budget, and the reason."""
 
     name: str
     budget: float
@@ -39,46 +39,49 @@ class Absent:
 def rivals_of(
     names: Sequence[str], budgets: Sequence[float], loaded: Loaded, attention: str
 ) -> tuple[list[Rival], list[Absent]]:
-    """The dense model, and every method at every budget with its defaults otherwise.
+    """The dense model, and every method at every budget, with default settings otherwise.
 
     Args:
-        names: known to :func:`~vtprune_train.pruning.method_class`; ``none`` is the dense model, always there.
+        names: names or paths for :func:`~vtprune_train.pruning.method_class`; the dense model, ``none``, is always
+            included.
         budgets: mean shares of the visual tokens that enter a layer; see
             :meth:`~vtprune_train.pruning.base.PruningMethod.input_share`.
-        loaded: not pruned.
-        attention: the backend.
+        loaded: the model, not pruned.
+        attention: the attention backend.
+
+    Returns:
+        The participants, and the methods that cannot take part.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name is unknown.
     """
     num_layers = loaded.model.config.get_text_config().num_hidden_layers
-    found, absent = [Rival(DENSE)], []
+    rivals, absent = [Rival(DENSE)], []
     for name in names:
         if name == NONE:
             continue  # the dense model
-        kind = method_class(name)
+        cls = method_class(name)
         for budget in budgets:
             try:
-                method = _starting(kind, loaded).for_budget(budget, num_layers)
+                method = _with_saved_settings(cls, loaded).for_budget(budget, num_layers)
                 _check(method, loaded, attention)
             except ValueError as error:
                 absent.append(Absent(name, budget, str(error)))
             else:
-                found.append(Rival(name, budget, method))
-    return found, absent
+                rivals.append(Rival(name, budget, method))
+    return rivals, absent
 
 
-def _starting(kind: type[PruningMethod], loaded: Loaded) -> PruningMethod:
-    """A method before it is fitted to a budget: its defaults; where the model brings its parameters, the settings that
-    they were trained with."""
+def _with_saved_settings(cls: type[PruningMethod], loaded: Loaded) -> PruningMethod:
+    """A method with default settings, or with the saved settings if the model has the method's trained parameters."""
     config = loaded.model.config
-    if (getattr(config, CONFIG_KEY, None) or {}).get("method") != method_name(kind):
-        return kind()
-    return saved_learner(config) or kind()
+    if (getattr(config, CONFIG_KEY, None) or {}).get("method") != method_name(cls):
+        return cls()
+    return saved_learner(config) or cls()
 
 
 def _check(method: PruningMethod, loaded: Loaded, attention: str) -> None:
-    """Refuse a method that cannot run on the model, or learns parameters that the model does not have."""
+    """Raise ``ValueError`` if a method cannot run on the model, or needs trained parameters that the model lacks."""
     check_trained(loaded.model, method)
     prune(loaded.model, method, attention=attention)
     unprune(loaded.model)

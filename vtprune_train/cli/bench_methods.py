@@ -26,7 +26,7 @@ from vtprune_train.cli.options import (
     numbers,
 )
 from vtprune_train.core.flops import is_adaptive
-from vtprune_train.evaluation.answering import Loaded, Prompt, batch, load, open_picture
+from vtprune_train.evaluation.answering import Loaded, Prompt, batch, load, open_image
 from vtprune_train.evaluation.questions import Question, as_answered
 from vtprune_train.pruning import METHODS
 from vtprune_train.viz.bench_report import plot, table
@@ -113,7 +113,7 @@ def _with_images(arguments: argparse.Namespace) -> tuple[list[Question], list[Pr
             left_out.append((question.sample, "it has no image, so every method runs dense"))
             continue
         try:
-            prompts.append(([open_picture(path) for path in question.images], question.turns))
+            prompts.append(([open_image(path) for path in question.images], question.turns))
         except ValueError as error:
             left_out.append((question.sample, str(error)))
         else:

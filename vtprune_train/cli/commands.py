@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from vtprune_train.processes import signals
+from vtprune_train.processes.console import start_logging
 
 # Functions import what takes long to import, after this process has begun to listen for signals.
 
@@ -94,7 +95,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     if signals.asked_to_stop():
         return 0
-    _start_logging()
+    start_logging()
     from vtprune_train.config.errors import ConfigError
     from vtprune_train.config.load import load_config
 
@@ -146,14 +147,6 @@ def _refuse(what: str, error: ValueError) -> int:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine, as their files may differ
         print(refusal(what, error), file=sys.stderr)
     return signals.final_exit(2)
-
-
-def _start_logging() -> None:
-    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    log.setLevel(level)
-    if int(os.environ.get("RANK", "0")):  # all ranks would log the same about the index
-        logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,6 +225,7 @@ def _launch(arguments: Sequence[str]) -> int:
     from vtprune_train.cli.launch import launch
     from vtprune_train.config.errors import ConfigError
 
+    start_logging()
     try:
         return launch(arguments)
     except ConfigError as error:
@@ -241,12 +235,12 @@ def _launch(arguments: Sequence[str]) -> int:
 
 
 def _run_command(arguments: argparse.Namespace) -> int:
-    _start_logging()
+    start_logging()
     try:
-        if getattr(arguments, "trust_remote_code", False):
-            from vtprune_train.cli.options import trust
+        if getattr(arguments, "trust_remote_code", False) or getattr(arguments, "family", None):
+            from vtprune_train.cli.options import load_user_code
 
-            trust(arguments)
+            load_user_code(arguments)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code

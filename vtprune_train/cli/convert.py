@@ -23,8 +23,8 @@ from vtprune_train.cli.options import add_trust_option
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.evaluation.answering import load_processor, load_weights, model_config
 from vtprune_train.files.parse import read_json_object
+from vtprune_train.models.families import class_of_config, supported_family
 from vtprune_train.models.families import llava_original as names
-from vtprune_train.models.families import supported_family
 from vtprune_train.models.families.llava_original_config import (
     check_images,
     hf_config,
@@ -180,7 +180,7 @@ def hf_writer(source: Path, tower: str | None) -> Callable[[Path], None]:
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
     _grow(weights, config, len(tokenizer))
     with torch.device("meta"):
-        model = getattr(transformers, family_of_config(config)[0].model_class)(config)
+        model = class_of_config(config)(config)
     expected = set(model.state_dict())
     if config.text_config.tie_word_embeddings and "lm_head.weight" not in weights:
         weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]

@@ -15,7 +15,16 @@ import torch
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
-from vtprune_train.bench.costs import TYPICAL_ANSWER, Cost, Estimate, Sample, Subject, estimate, images_of, pictures_of
+from vtprune_train.bench.costs import (
+    TYPICAL_ANSWER,
+    Cost,
+    Estimate,
+    Sample,
+    Subject,
+    estimate,
+    images_of,
+    images_of_sample,
+)
 from vtprune_train.bench.decoder_time import Clock, clock
 from vtprune_train.bench.decoder_time import render as render_clock
 from vtprune_train.cli.options import METHOD_HELP, add_set_option, add_trust_option, changed, named_method, set_values
@@ -56,8 +65,8 @@ def _describe(result: Estimate) -> list[str]:
     if not isinstance(name, str):
         name = " + ".join(str(part["method"]) for part in name)
     pictures = [
-        f"{picture.label}: {picture.tokens} tokens" + (f" of {picture.tiles} {result.unit}" if picture.tiles else "")
-        for picture in sample.pictures
+        f"{image.label}: {image.tokens} tokens" + (f" of {image.tiles} {result.unit}" if image.tiles else "")
+        for image in sample.images
     ]
     rows = {
         "model": f"{result.model} ({result.family})",
@@ -94,7 +103,7 @@ def _stage_table(result: Estimate) -> list[str]:
 
 def _visual_lines(result: Estimate) -> list[str]:
     """Visual tokens in both conventions, for comparison with budgets in papers."""
-    visual, whole = result.visual, sum(picture.tokens for picture in result.sample.pictures)
+    visual, whole = result.visual, sum(image.tokens for image in result.sample.images)
     rows = [
         ("enter a layer", visual.entering, "tokens processed by the layers"),
         ("leave a layer", visual.leaving, "as in papers: a drop after a layer counts for that layer"),
@@ -142,7 +151,7 @@ def _totals(result: Estimate) -> list[str]:
 
 
 def _published_lines(result: Estimate) -> list[str]:
-    cost, tokens = result.published, sum(picture.tokens for picture in result.sample.pictures)
+    cost, tokens = result.published, sum(image.tokens for image in result.sample.images)
     return [
         f"as published (arXiv 2410.17247): decoder layers, {tokens} visual tokens only, 4nd^2 + 2n^2d + 3ndm a layer",
         f"  dense {cost.dense / 1e12:.3g} TFLOP, pruned {cost.pruned / 1e12:.3g} TFLOP, {cost.ratio:.3f}x",
@@ -335,12 +344,14 @@ def run(arguments: argparse.Namespace) -> int:
     request = Request.of(arguments)
     subject = _from_config(request) if request.config is not None else _from_checkpoint(request)
     images = None if request.visual_tokens else images_of(subject.config, subject.source, subject.max_pixels)
-    pictures = pictures_of(subject.config, request.resolution, request.visual_tokens, images)
+    pictures = images_of_sample(subject.config, request.resolution, request.visual_tokens, images)
     sample = Sample(pictures, request.text, request.answer, request.batch)
     result = estimate(subject, sample)
     measured = _measured(request, subject, sample) if request.clock else None
     if request.report is not None:
-        _write(Path(request.report), {**asdict(result), "clock": measured and asdict(measured)})
+        report = {**asdict(result), "clock": measured and asdict(measured)}
+        report["sample"]["pictures"] = report["sample"].pop("images")  # the key of the first release
+        _write(Path(request.report), report)
     print(render(result, published=request.published))
     if measured is not None:
         print("\n".join(["", *render_clock(measured)]))

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from vtprune_train.cli.options import add_data_options, add_method_options, add_model_option, check_least, load_model
 from vtprune_train.data.records import NO_PROMPT
-from vtprune_train.data.sources import find_files
-from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_picture, prompt_text, recorded_prompt
+from vtprune_train.data.sources import find_files, reader_identity
+from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_image, prompt_text, recorded_prompt
 from vtprune_train.evaluation.questions import Question, as_answered, normalized, read_questions
 from vtprune_train.evaluation.results import Ledger, open_ledger, summary, table
 from vtprune_train.evaluation.timing import Measured, drop_layers, measured_answers
@@ -50,7 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_least(arguments, batch_size=1, max_new_tokens=1)
     data, images = Path(arguments.data), Path(arguments.images)
     added = recorded_prompt(arguments.model, data)
-    questions, malformed = read_questions(data, images, arguments.limit, arguments.seed, arguments.ignore, added)
+    questions, malformed = read_questions(
+        data, images, arguments.limit, arguments.seed, arguments.ignore, added, arguments.reader
+    )
     loaded = load_model(arguments)
     if arguments.compare and not is_pruned(loaded.model):
         raise ValueError("--compare dense: the model already runs dense; set a --method to compare with")
@@ -92,9 +94,10 @@ def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
         "model": str(folder.resolve()) if folder.is_dir() else arguments.model,
         "weights": _files_digest(folder) if folder.is_dir() else None,
         "data": str(Path(arguments.data).resolve()),
-        "data_sha256": _data_digest(Path(arguments.data)),
+        "data_sha256": _data_digest(find_files(Path(arguments.data), arguments.reader)),
         "images": str(Path(arguments.images).resolve()),
         **({"ignore": sorted(arguments.ignore)} if arguments.ignore else {}),
+        **({"reader": reader_identity(arguments.reader)} if arguments.reader else {}),
         "limit": arguments.limit,
         "seed": arguments.seed,
         "method": {"method": "none"} if method is None else method.settings(),
@@ -107,10 +110,10 @@ def identity(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _data_digest(data: Path) -> str:
-    """The hash of the content of all files of the data."""
+def _data_digest(files: Sequence[Path]) -> str:
+    """Hash of the content of all data files."""
     digest = hashlib.sha256()
-    for path in find_files(data):
+    for path in files:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             with file.open("rb") as opened:
                 hashlib.file_digest(opened, lambda: digest)  # adds to the same digest
@@ -169,7 +172,7 @@ def _prompts(
     """The questions whose images can be read and whose turns the chat template accepts, with their prompts."""
     for question in questions:
         try:
-            images = [open_picture(path) for path in question.images]
+            images = [open_image(path) for path in question.images]
             prompt_text(loaded, len(images), question.turns)
         except ValueError as error:
             unreadable[question.sample] = str(error)

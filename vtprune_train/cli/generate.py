@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, TextStreamer
 
 from vtprune_train.cli.options import add_method_options, add_model_option, load_model
-from vtprune_train.evaluation.answering import answers, open_picture, prompt_text
+from vtprune_train.evaluation.answering import answers, open_image, prompt_text
 from vtprune_train.evaluation.timing import plans_run, visual_line
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the answer, and nothing else, on standard output."""
     settings = sampling(arguments)
-    images = [open_picture(Path(name)) for name in arguments.image]
+    images = [open_image(Path(name)) for name in arguments.image]
     loaded = load_model(arguments)
     if arguments.prompt not in prompt_text(loaded, len(images), arguments.prompt):
         log.warning("the chat template of this model leaves out the text of the prompt")

@@ -1,24 +1,25 @@
-"""``vtprune launch``: torchrun with what the settings ask for (``train.max_restarts``), started on every machine.
+"""``vtprune launch``: run torchrun with options derived from the settings (``train.max_restarts``); start it on every
+node.
 
-torchrun starts all ranks again whenever one of them fails. Two kinds of end must not lead there: those that would only
-repeat themselves (wrong settings, a loss that is not finite), and signals that ask for the end. Ranks note such an
-end in a file and return 0, and the launcher returns the noted code. SIGINT, SIGTERM and SIGHUP to the launcher go to
-the ranks, which finish their step and save; torchrun alone would kill them after 30 seconds. SIGQUIT ends all at once.
+torchrun starts all ranks again whenever one of them fails. Two cases must not trigger a restart: deterministic failures
+(invalid settings, non-finite loss) and termination signals. In these cases ranks record the exit code in a file and
+return 0, and the launcher returns the recorded code. The launcher forwards SIGINT, SIGTERM and SIGHUP to the ranks,
+which finish their step and save; plain torchrun would kill them after 30 seconds. SIGQUIT stops everything immediately.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil  # not where a signal is handled: another one may come in the middle of an import
+import psutil  # import here, not in the signal handler, where a second signal could interrupt the import
 
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
@@ -41,6 +42,12 @@ from vtprune_train.processes.signals import (
 from vtprune_train.training.checkpoint.lock import check_free, port_taken
 
 RANK_MODULE = "vtprune_train.cli"
+# What torchrun logs that a user cannot act on: a word of it by logger.
+NOISE = {
+    "torch.distributed.run": "OMP_NUM_THREADS",
+    "torch.distributed.elastic.multiprocessing.errors.error_handler": "no error file defined for parent",
+}
+log = logging.getLogger(__name__)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -49,14 +56,14 @@ def launch(arguments: Sequence[str]) -> int:
     options, training = split_arguments(arguments)
     config = _settings(training)
     command = [*torchrun_options(options, config), "-m", RANK_MODULE, "train", *training]
-    if _value_of(options, "nnodes") in (None, "1", "1:1"):  # else another machine may have started this very job
+    if _value_of(options, "nnodes") in (None, "1", "1:1"):  # else another machine may have started this job
         check_free(config.run_dir)
     keep_streams()
     announce()
     with tempfile.TemporaryDirectory(prefix="vtprune-") as folder:
         note = make_notes(Path(folder))
         os.environ[FINAL_FILE] = str(note)
-        # PyTorch would let a restart read the addresses of the dead ranks in the store it shares with them.
+        # Otherwise a restart would read stale addresses of dead ranks from the shared store.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         handlers = {number: signal.getsignal(number) for number in STOPPING}
         for number, handler in handlers.items():
@@ -69,23 +76,27 @@ def launch(arguments: Sequence[str]) -> int:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            del os.environ[FINAL_FILE]  # it is for ranks
+            del os.environ[FINAL_FILE]  # only meant for ranks
 
 
 def _torchrun(command: list[str], config: Config) -> int:
-    """The exit code of the rank that failed first, as a shell would say it; 0 if none did."""
+    """Return the shell-style exit code of the first failed rank, or 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_is_useful)
     try:
         torchrun(command)
     except ChildFailedError as error:
-        if not launcher_was_asked():
-            print(error, file=sys.stderr)
-        code = error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if not launcher_was_asked():  # the rank has printed what went wrong
+            ended = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+            log.error("rank %d (process %d) was the first to fail: it %s", rank, failure.pid, ended)
         asked = noted(asked_file(os.environ[FINAL_FILE]))
-        if asked is not None and code == -signal.SIGTERM:  # it was not listening yet
+        if asked is not None and code == -signal.SIGTERM:  # its signal handler was not installed yet
             return asked
         return code if code > 0 else exit_code(-code)
     except SignalException as error:
@@ -96,35 +107,39 @@ def _torchrun(command: list[str], config: Config) -> int:
         check_free(config.run_dir)
         place = _value_of(command, "rdzv_endpoint", "master_port")
         raise ConfigError(
-            f"the port of --rdzv_endpoint or --master_port ({place}) is taken by another program; give another one, or "
-            "leave the option out on one machine"
+            f"port {place} (--rdzv_endpoint or --master_port) is already in use; choose another one, or omit the "
+            "option on a single machine"
         ) from error
     return 0
 
 
+def _is_useful(record: logging.LogRecord) -> bool:
+    return NOISE[record.name] not in record.getMessage()
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """torchrun's options, and what begins with ``--config``."""
+    """Split arguments into torchrun options and everything from ``--config`` on."""
     for position, argument in enumerate(arguments):
         if argument == "--config" or argument.startswith("--config="):
             return list(arguments[:position]), list(arguments[position:])
     raise ValueError(f"--config is missing; {LAUNCH_USAGE}")
 
 
-def torchrun_options(given: Sequence[str], config: Config) -> list[str]:
-    """``given`` and what it leaves open: all GPUs of one machine, restarts as ``train.max_restarts`` says."""
+def torchrun_options(options: Sequence[str], config: Config) -> list[str]:
+    """Add defaults to torchrun options: all GPUs of one machine, and ``train.max_restarts`` restarts."""
     import torch
 
-    names = {_name(option) for option in given if option.startswith("-")}
+    names = {_name(option) for option in options if option.startswith("-")}
     if "max_restarts" in names:
-        raise ValueError("--max_restarts is decided by train.max_restarts; give it as train.max_restarts=N")
+        raise ValueError("--max_restarts is not supported; set train.max_restarts=N instead")
     if "signals_to_handle" in names:
-        raise ValueError("--signals_to_handle is decided by vtprune launch, which passes signals on to the ranks")
-    options = [*given, "--max_restarts", str(config.train.max_restarts)]
+        raise ValueError("--signals_to_handle is not supported: vtprune launch forwards signals to the ranks itself")
+    defaults = ["--max_restarts", str(config.train.max_restarts), "--signals_to_handle", "SIGQUIT"]
     if not names & {"nnodes", "standalone", "master_port", "rdzv_endpoint"}:
-        options.append("--standalone")
+        defaults.append("--standalone")
     if "nproc_per_node" not in names:
-        options += ["--nproc_per_node", "gpu" if torch.cuda.is_available() else "1"]
-    return [*options, "--signals_to_handle", "SIGQUIT"]
+        defaults += ["--nproc_per_node", "gpu" if torch.cuda.is_available() else "1"]
+    return [*options, *defaults]
 
 
 def _name(option: str) -> str:
@@ -132,7 +147,7 @@ def _name(option: str) -> str:
 
 
 def _value_of(options: Sequence[str], *names: str) -> str | None:
-    """What the first of the options ``names`` that is there was given, as ``--name VALUE`` or ``--name=VALUE``."""
+    """Return the value of the first option in ``names`` that is present (``--name VALUE`` or ``--name=VALUE``)."""
     for position, option in enumerate(options):
         if option.startswith("-") and _name(option) in names:
             _, equals, value = option.partition("=")
@@ -150,8 +165,8 @@ def _settings(training: Sequence[str]) -> Config:
 
 
 def _pass_on(number: int, frame: Any) -> None:
-    """A signal goes to the ranks alone, and torchrun waits for them to end by themselves; without ranks, to this
-    process. The first one is noted, so that a rank that only just began dies of it and is not started again."""
+    """Forward signals to the ranks only and let torchrun wait for them; without ranks, handle them in this process. The
+    first signal is recorded so that a rank that is just starting exits and is not restarted."""
     asked = asked_file(os.environ[FINAL_FILE])
     if noted(asked) is None:
         note_code(asked, exit_code(number))

@@ -14,6 +14,7 @@ from vtprune_train.config.include import read_pruning
 from vtprune_train.config.pruning import TRAINING_ONLY
 from vtprune_train.evaluation.answering import DTYPES, Loaded, load, model_config, recorded_prompt
 from vtprune_train.evaluation.questions import Question, read_questions
+from vtprune_train.models.families import register_family
 from vtprune_train.models.io import original
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.pruning import (
@@ -44,13 +45,18 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--trust_remote_code``, for :func:`trust`."""
-    help_text = "run the code of a pruning method outside vtprune_train that the model's config.json names"
+    """``--family`` and ``--trust_remote_code``, which :func:`load_user_code` follows."""
+    help_text = "the model's family, if it is not in the package: path/to/file.py:FAMILY"
+    parser.add_argument("--family", metavar="PATH", help=help_text)
+    help_text = "run the code of a pruning method outside of vtprune_train that the model's config.json names"
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=help_text)
 
 
-def trust(arguments: argparse.Namespace) -> None:
-    """Import the method that the model's ``config.json`` names, if ``--trust_remote_code`` is set."""
+def load_user_code(arguments: argparse.Namespace) -> None:
+    """Before a command runs, import the family that ``--family`` names and, with ``--trust_remote_code``, the method
+    that the model's ``config.json`` names."""
+    if (family := getattr(arguments, "family", None)) is not None:
+        register_family(family, "--family")
     if not getattr(arguments, "trust_remote_code", False):
         return
     if arguments.model is None:
@@ -66,6 +72,8 @@ def add_data_options(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument("--images", default=".", metavar="DIR", help="folder of the images that the data names")
     help_text = "fields of records to ignore"
     parser.add_argument("--ignore", nargs="+", default=[], metavar="FIELD", help=help_text)
+    help_text = "class that reads the data file, for other kinds of files: path/to/file.py:Class"
+    parser.add_argument("--reader", default="", metavar="PATH", help=help_text)
 
 
 def asked_questions(arguments: argparse.Namespace, limit: int) -> tuple[list[Question], list[tuple[str, str]]]:
@@ -73,7 +81,8 @@ def asked_questions(arguments: argparse.Namespace, limit: int) -> tuple[list[Que
     malformed records."""
     data = Path(arguments.data)
     prompt = recorded_prompt(arguments.model, data)
-    return read_questions(data, Path(arguments.images), limit, arguments.seed, arguments.ignore, prompt)
+    images, ignore = Path(arguments.images), arguments.ignore
+    return read_questions(data, images, limit, arguments.seed, ignore, prompt, arguments.reader)
 
 
 def check_least(arguments: argparse.Namespace, **least: int) -> None:

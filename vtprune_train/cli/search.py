@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vtprune_train.bench.calibration import Calibration, Closeness, calibrate, prompts_with_pictures
+from vtprune_train.bench.calibration import Calibration, Closeness, calibrate, prompts_with_images
 from vtprune_train.cli.options import (
     add_data_options,
     add_model_option,
@@ -29,7 +29,7 @@ from vtprune_train.cli.options import (
     set_values,
 )
 from vtprune_train.core.flops import DecoderGeometry, layers_per_stage, stage_lengths
-from vtprune_train.evaluation.answering import load, open_picture
+from vtprune_train.evaluation.answering import load, open_image
 from vtprune_train.pruning import method_from_settings
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.methods.pyramiddrop import PyramidDrop
@@ -165,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     questions, malformed = asked_questions(arguments, arguments.limit)
     for sample, reason in malformed:
         log.warning("left out %s: %s", sample, reason)
-    prompts = list(prompts_with_pictures(questions, open_picture))
+    prompts = list(prompts_with_images(questions, open_image))
     if not prompts:
         raise ValueError(f"--data={arguments.data}: none of the {len(questions)} question(s) has an image")
     loaded = load(arguments.model, None, device=arguments.device, dtype=arguments.dtype)

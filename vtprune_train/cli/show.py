@@ -19,7 +19,7 @@ from vtprune_train.cli.options import (
     numbers,
     set_values,
 )
-from vtprune_train.evaluation.answering import load, model_config, open_picture
+from vtprune_train.evaluation.answering import load, model_config, open_image
 from vtprune_train.models.families import supported_family
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.patch import is_pruned, prune
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
     if Image.registered_extensions().get(arguments.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {arguments.out}: unknown image format {arguments.out.suffix!r}; use .png")
-    files = [open_picture(path) for path in arguments.image]
+    files = [open_image(path) for path in arguments.image]
     config = model_config(resolve_checkpoint(arguments.model))
     supported_family(config.model_type, f"--model {arguments.model}: it")
     loaded = load(arguments.model, _method(config, arguments))

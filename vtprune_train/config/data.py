@@ -53,6 +53,11 @@ class SourceConfig(Section):
     ignore: list[str] = Field(
         [], description="Fields and marks of these records that change nothing and would otherwise be refused."
     )
+    reader: str | None = Field(
+        None,
+        description="Class that reads the files, for other kinds of files, written path/to/file.py:Class. null: by the "
+        "ending of the path.",
+    )
 
     @field_validator("take")
     @classmethod

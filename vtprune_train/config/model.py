@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from vtprune_train.config.errors import did_you_mean
 from vtprune_train.config.section import Section
+from vtprune_train.core.backends import BACKENDS
+from vtprune_train.core.user_code import is_path
 
 TRAINABLE = ("projector", "language_model", "vision_tower", "lora", "pruning")
 
@@ -82,12 +84,16 @@ class ModelConfig(Section):
         description="Largest image in pixels, for Qwen's families: larger images are shrunk. null keeps the "
         "checkpoint's limit.",
     )
-    attention: Literal[
-        "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen_torch", "varlen_sdpa"
-    ] = Field(
+    attention: str = Field(
         "auto",
         description="Attention kernel for packed batches. `auto` takes the fastest one that works here and logs why "
-        "faster ones do not; `varlen_sdpa` works everywhere.",
+        f"faster ones do not; `varlen_sdpa` works everywhere. Kernels: {', '.join(BACKENDS)}, or your own function, "
+        "written path/to/file.py:function.",
+    )
+    family: str | None = Field(
+        None,
+        description="Model family outside the package, written path/to/file.py:FAMILY. null: the families of the "
+        "package.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="Data type of weights and activations. The optimizer's master weights are float32."
@@ -109,6 +115,16 @@ class ModelConfig(Section):
         "and pruning; those left out, or null, are frozen. `projector` includes `image_newline`; `lora` is the adapter "
         "of `model.peft`; `pruning` is the parameters of a method that learns some.",
     )
+
+    @field_validator("attention")
+    @classmethod
+    def _known_backend(cls, value: str) -> str:
+        if value not in ("auto", *BACKENDS) and not is_path(value):
+            raise ValueError(
+                f"{value!r} is not an attention backend{did_you_mean(value, ('auto', *BACKENDS))}; or name a function "
+                "by its path: path/to/file.py:function"
+            )
+        return value
 
     @field_validator("train", mode="before")
     @classmethod

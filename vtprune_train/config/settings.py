@@ -27,6 +27,11 @@ class Config(Section):
     data: DataConfig = DataConfig()
     pruning: PruningConfig = PruningConfig()
     train: TrainConfig = TrainConfig()
+    callbacks: list[str | dict[str, Any]] = Field(
+        [],
+        description="Callbacks besides those of every run: profiler, garbage_collection or path/to/file.py:Class. "
+        "Write {class: ..., argument: value} to set arguments.",
+    )
     deepspeed: str | dict[str, Any] = Field(
         "configs/deepspeed/zero2.json",
         description="DeepSpeed settings: a JSON file or a mapping, mainly the ZeRO stage. Batch sizes, clipping, "

@@ -64,7 +64,11 @@ class TrainConfig(Section):
         "depend on the images.",
     )
     eval_show: int = Field(
-        0, ge=0, description="Images per evaluation to draw with their kept tokens, for TensorBoard; 0 draws none."
+        0, ge=0, description="Images per evaluation to draw with their kept tokens, for the trackers; 0 draws none."
+    )
+    trackers: list[str] = Field(
+        ["tensorboard"],
+        description="Trackers that get every number: tensorboard, wandb, or another one that Accelerate supports.",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop",

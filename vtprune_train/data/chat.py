@@ -1,8 +1,8 @@
-"""Conversations to tokens: templates as pieces, token ids as a prompt has them, labels and query rows.
+"""Converts conversations to tokens by a template: token ids, labels and query rows.
 
-A template turns a conversation into ``(text, supervised)`` pieces. The whole text is tokenized, as it is when a model
-is prompted with it: the ids before an answer are those of the prompt that asks for it. Which tokens are supervised, and
-which row predicts the first of every answer (the query row), follows from the ids of the text up to the answer.
+A template converts a conversation to ``(text, supervised)`` pieces. Their joined text is tokenized as a whole, so the
+ids before an answer are those of the prompt in inference. The supervised tokens, and the row that predicts the first
+token of each answer (the query row), are located by tokenizing the text before the answer.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vtprune_train.core.stream import IGNORE, IMAGE
 from vtprune_train.data.sources.base import BOUNDS, TooLarge, utf8_length
 from vtprune_train.data.tokens import Edge, SectionTokenizer, part_of
 
-UNSUPERVISED = "no token is supervised: the conversation has no answer to learn"
+UNSUPERVISED = "no token is supervised: the conversation has no answer to train on"
 FLAGS, AROUND_TEXT, BETWEEN = ("bos", "images_only"), ("user", "system", "answer"), ("assistant", "separator")
-TOKENIZED = "whole text"  # how; part of what cached lengths are known by
+TOKENIZED = "whole text"  # part of the fingerprint of cached lengths
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -35,7 +35,7 @@ LLAMA_3_SYSTEM = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: ``role`` is system, user or assistant; ``text`` holds ``<image>`` where an image stands."""
+    """One message: ``role`` is system, user or assistant; ``text`` contains ``<image>`` in place of each image."""
 
     role: str
     text: str
@@ -43,20 +43,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written out.
+    """The text format of conversations.
 
     Args:
-        user: text around a user message, ``{text}`` in its place.
-        assistant: what stands before an answer, not supervised. Its last token is the query row. Spaces at its end
-            are moved to the front of ``answer``: most tokenizers join them with the answer's first word.
-        answer: text around an answer, all of it supervised. Here and in the other texts ``{eos}`` is the tokenizer's
-            end-of-sequence token.
-        name: shown in errors.
-        system: text around the system prompt; left out where there is no prompt.
-        separator: between an answer and the next user message; not supervised.
-        default_system: the prompt of conversations that bring none.
-        bos: begin with the tokenizer's beginning-of-sequence token, if it has one.
-        images_only: keep only the images of user messages (projector alignment).
+        user: format of a user message; ``{text}`` is the message.
+        assistant: text before an answer, not supervised. Its last token is the query row. Trailing spaces are moved to
+            the front of ``answer``, because most tokenizers join them with the answer's first word.
+        answer: format of an answer, supervised. In all of these texts ``{eos}`` is the tokenizer's end-of-sequence
+            token.
+        name: name in messages.
+        system: format of the system prompt; omitted without a system prompt.
+        separator: text between an answer and the next user message, not supervised.
+        default_system: system prompt of conversations without one.
+        bos: start with the tokenizer's beginning-of-sequence token, if it has one.
+        images_only: drop the text of user messages and keep only their images (projector alignment).
     """
 
     user: str
@@ -75,7 +75,7 @@ class Template:
         object.__setattr__(self, "assistant", kept)
 
     def pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
-        """``(text, supervised)``, alternating: what leads to an answer, the answer."""
+        """``(text, supervised)``, alternating between the text before an answer and the answer."""
         turns = list(turns)
         prompt = turns.pop(0).text if turns and turns[0].role == "system" else self.default_system
         context = self.system.replace("{text}", prompt) if prompt else ""
@@ -125,14 +125,16 @@ TEMPLATES = {
 
 
 def get_template(spec: str | Mapping[str, Any]) -> Template:
-    """A template by name, or a custom one from the fields of :class:`Template`.
+    """A template by its name, or a custom one from the fields of :class:`Template`.
 
     Raises:
-        ValueError: unknown name or field, naming what is known, or a field that cannot be so.
+        ValueError: a name or field is unknown, or a field is invalid.
     """
     if isinstance(spec, str):
         if spec not in TEMPLATES:
-            raise ValueError(f"data.template={spec!r} is unknown; known: {', '.join(TEMPLATES)}, or give its fields")
+            raise ValueError(
+                f"data.template={spec!r} is unknown; known: {', '.join(TEMPLATES)}; or write a custom template's fields"
+            )
         return TEMPLATES[spec]
     fields = {field.name: field for field in dataclasses.fields(Template)}
     if unknown := sorted(set(spec) - set(fields)):
@@ -143,22 +145,25 @@ def get_template(spec: str | Mapping[str, Any]) -> Template:
         is_flag = key in FLAGS
         fits = isinstance(value, bool) if is_flag else isinstance(value, str)
         if not fits:
-            raise ValueError(f"data.template.{key}={value!r} must be {'true or false' if is_flag else 'a text'}")
+            raise ValueError(f"data.template.{key}={value!r} must be {'true or false' if is_flag else 'text'}")
         if not is_flag and IMAGE in value:
-            raise ValueError(f"data.template.{key}={value!r} holds {IMAGE}, but images stand in records alone")
+            raise ValueError(f"data.template.{key}={value!r} contains {IMAGE}; images belong in records")
         if key in AROUND_TEXT and "{text}" not in value:
-            raise ValueError(f"data.template.{key}={value!r} must hold {{text}}, where the message stands")
+            raise ValueError(f"data.template.{key}={value!r} must contain {{text}}, the place of the message")
         if key in BETWEEN and "{text}" in value:
-            raise ValueError(f"data.template.{key}={value!r} holds {{text}}, but no message stands there")
+            raise ValueError(f"data.template.{key}={value!r} contains {{text}}, but this text has no message")
     return Template(**spec)
 
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A conversation in tokens, one token per image.
+    """A tokenized conversation with one token per image.
 
-    ``input_ids`` and ``labels`` [L] int64 (-100 where not supervised); ``image_offsets``, where the images' single
-    tokens stand; ``answer_starts``, the first token of every answer: the row before each is a query row.
+    Args:
+        input_ids: [L] int64.
+        labels: [L] int64, -100 for tokens that are not supervised.
+        image_offsets: offset of each image's token.
+        answer_starts: offset of the first token of each answer; the row before it is a query row.
     """
 
     input_ids: np.ndarray
@@ -168,11 +173,11 @@ class EncodedChat:
 
 
 def writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the ids of LLaVA's own code are those of a text with more spaces in it.
+    """Whether LLaVA's original code gives the ids of a text with additional spaces.
 
-    That code tokenizes the texts between images by themselves. Tokenizers of SentencePiece with ``legacy: false`` write
-    a word boundary at the beginning of each, which in the whole text takes a space; other tokenizers write one after
-    every added token (``legacy: true``) or never (byte-level), so their ids are the same anyway.
+    That code tokenizes the texts between images separately. SentencePiece tokenizers with ``legacy: false`` then insert
+    a word boundary at the start of each text, which requires a space in the whole text. Other tokenizers insert one
+    after every added token (``legacy: true``) or never (byte-level), so their ids are the same.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = part_of(backend and backend.pre_tokenizer)
@@ -180,20 +185,20 @@ def writes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 class ChatEncoder:
-    """Tokenizes conversations by a template.
+    """Tokenizes conversations with a template.
 
     Args:
-        tokenizer: has the image token as one added token.
+        tokenizer: has the image token as an added token.
         template: see :class:`Template`.
-        image_token_id: the id written at each image.
-        image_position: ``as_written``, or ``first``: a message's image goes to its front, as LLaVA's own data code
-            does for messages with one image.
-        placeholder: what the family writes around the image token, ``<image>`` in its place.
-        tokenization: ``processor``, or ``llava``: with the ids of LLaVA's own code (see :func:`writes_spaces`).
+        image_token_id: id of the image token.
+        image_position: ``as_written``, or ``first`` to move the image of a message with one image to its front, as
+            LLaVA's original code does.
+        placeholder: the text that the family writes for an image; ``<image>`` in it is the image token.
+        tokenization: ``processor``, or ``llava`` for the ids of LLaVA's original code (see :func:`writes_spaces`).
 
     Raises:
-        ValueError: the tokenizer lacks what the template needs, does not keep the image token whole, or writes
-            something after every text, which would stand between prompt and answer.
+        ValueError: the tokenizer lacks a token that the template needs, splits the image token, or appends a token to
+            every text, which would separate prompt and answer.
     """
 
     def __init__(
@@ -222,11 +227,12 @@ class ChatEncoder:
         self._added = self._check_tokenizer()
 
     def _check_tokenizer(self) -> list[int]:
-        """What the tokenizer adds before a text that has no beginning-of-sequence token."""
+        """Check how the tokenizer handles the image token. Returns the ids that it adds before a text without a
+        beginning-of-sequence token."""
         two = self.tokenizer.encode(f"a{self.image_token}{self.image_token}\na", add_special_tokens=False)
         if two.count(self.image_token_id) != 2:
             raise ValueError(
-                f"the tokenizer does not take {self.image_token} for one token wherever it stands (it reads "
+                f"the tokenizer does not always tokenize {self.image_token} as one token (it gives "
                 f"{self.tokenizer.convert_ids_to_tokens(two)}); add it with special=True and normalized=False"
             )
         added = self.tokenizer.encode(self.image_token)
@@ -234,8 +240,8 @@ class ChatEncoder:
         if added[place + 1 :] and not self.bos:
             after = self.tokenizer.convert_ids_to_tokens(added[place + 1 :])
             raise ValueError(
-                f"the tokenizer adds {after} after every text, so also after a prompt; set add_eos_token to false in "
-                "its tokenizer_config.json, or let the template write a beginning-of-sequence token"
+                f"the tokenizer appends {after} to every text, including prompts; set add_eos_token to false in its "
+                "tokenizer_config.json, or use a template that writes a beginning-of-sequence token"
             )
         return added[:place]
 
@@ -243,7 +249,7 @@ class ChatEncoder:
         """Tokenize one conversation.
 
         Raises:
-            ValueError: nothing is supervised, or its text holds the image token.
+            ValueError: no token is supervised, or the text contains the image token.
         """
         [chat] = self._tokenized([self._render(turns)])
         chat.check(self.image_token_id)
@@ -257,17 +263,17 @@ class ChatEncoder:
     def count(
         self, conversations: Sequence[Sequence[Turn]], max_bytes: int = BOUNDS.text
     ) -> list[tuple[int, int] | ValueError]:
-        """Tokens without the images' and supervised tokens of each conversation, as :meth:`encode` makes them; the
-        error of one that it refuses, or whose text has more than ``max_bytes`` bytes as the template writes it, which
-        is not tokenized. All others are tokenized in one call, which is several times faster."""
+        """Number of text tokens and of supervised tokens of each conversation, as in :meth:`encode`, or the error of a
+        conversation that :meth:`encode` refuses. A conversation whose formatted text exceeds ``max_bytes`` is an error
+        and is not tokenized. All others are tokenized in one call, which is several times faster."""
         counts: list[tuple[int, int] | ValueError] = []
         rendered = [self._render(turns) for turns in conversations]
         sizes = [utf8_length(chat.text) for chat in rendered]
         tokenized = iter(self._tokenized([chat for chat, n in zip(rendered, sizes, strict=True) if n <= max_bytes]))
         for size in sizes:
             if size > max_bytes:
-                what = f"its text has {size} bytes as the template writes it, more than data.max_text_bytes={max_bytes}"
-                counts.append(ValueError(TooLarge(what)))
+                reason = f"its formatted text has {size} bytes, more than data.max_text_bytes={max_bytes}"
+                counts.append(ValueError(TooLarge(reason)))
                 continue
             chat = next(tokenized)
             try:
@@ -279,7 +285,7 @@ class ChatEncoder:
         return counts
 
     def _render(self, turns: Sequence[Turn]) -> _Rendered:
-        """The whole text as the chat template writes it."""
+        """Format a conversation."""
         if self.image_position == "first":
             turns = [_image_first(turn) for turn in turns]
         text, places, num_images = self.bos, [], 0
@@ -293,7 +299,7 @@ class ChatEncoder:
         return self._with_spaces(chat) if self.spaces else chat
 
     def _with_spaces(self, chat: _Rendered) -> _Rendered:
-        """A space before every text that stands between images, also before one that is an answer's beginning."""
+        """Insert a space before each text between images, including one that starts an answer."""
         text, at, starts = self.bos, len(self.bos), []
         for number, part in enumerate(chat.text[at:].split(self.placeholder)):
             if number:
@@ -312,10 +318,10 @@ class ChatEncoder:
         return [self._placed(chat, ids, edges) for chat, (ids, edges) in zip(rendered, located, strict=True)]
 
     def _placed(self, chat: _Rendered, ids: list[int], edges: list[Edge]) -> _Tokenized:
-        """The tokens of each answer: from the first one on that its prompt, tokenized by itself, does not have."""
+        """The tokens of each answer: they start at the first token that differs from its prompt, tokenized alone."""
         text, places = chat.text, chat.places
         if edges and not edges[-2].exact:
-            # The last prompt is tokenized by itself when the model is asked; earlier ones are parts of it by then.
+            # In inference the last prompt is tokenized alone; earlier prompts are part of it.
             start = places[-2]
             [(prompt, before)] = self._tokens.locate([(text[:start], places[:-2])])
             ids = prompt + self._continued(text[start:])
@@ -330,14 +336,14 @@ class ChatEncoder:
         return _Tokenized(added + ids, answers, chat.num_images)
 
     def _continued(self, answer: str) -> list[int]:
-        """Tokens of an answer that goes on from other text, without the word boundary that some tokenizers write at
-        the beginning of one."""
+        """Tokens of an answer that follows other text, without the word boundary that some tokenizers insert at the
+        start of a text."""
         line = self._tokens("\n")
         [(ids, [edge])] = self._tokens.locate([("\n" + answer, [1])])
         return ids[len(line) :] if edge.exact else self._tokens(self.image_token + answer)[1:]
 
     def fingerprint(self) -> str:
-        """Settings that affect the tokens; used to cache lengths."""
+        """Settings that affect the tokens, to identify cached lengths."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = str(sorted(self.tokenizer.get_vocab().items())) if backend is None else backend.to_str()
         images = f"{self.image_token_id}|{self.placeholder}|{self.image_position}"
@@ -346,7 +352,8 @@ class ChatEncoder:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A conversation's text, the characters where each answer begins and ends, in turn, and how many images it has."""
+    """A formatted conversation: its text, the character offsets ``[start, end, start, end, ...]`` of its answers, and
+    its number of images."""
 
     text: str
     places: list[int]
@@ -355,7 +362,7 @@ class _Rendered:
 
 @dataclass(frozen=True)
 class _Tokenized:
-    """A conversation's ids, the tokens ``[start, end)`` of each answer, and how many images it has."""
+    """A conversation's ids, the tokens ``[start, end)`` of each answer, and its number of images."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
@@ -366,13 +373,13 @@ class _Tokenized:
         return sum(end - start for start, end in self.answers)
 
     def check(self, image_token_id: int) -> None:
-        """Raise a ``ValueError`` where it cannot be trained on."""
+        """Raise a ``ValueError`` if the conversation cannot be trained on."""
         if not self.num_supervised:
             raise ValueError(UNSUPERVISED)
         if next(start for start, end in self.answers if end > start) == 0:
-            raise ValueError("its first token is an answer's, so nothing stands before it to predict it from")
-        if (found := self.ids.count(image_token_id)) != self.num_images:
-            raise ValueError(f"its text holds the image token {found - self.num_images} time(s) besides its images")
+            raise ValueError("its first token belongs to an answer, so no token precedes it to predict it")
+        if (count := self.ids.count(image_token_id)) != self.num_images:
+            raise ValueError(f"its text contains the image token {count - self.num_images} time(s) without an image")
 
 
 def _image_first(turn: Turn) -> Turn:

@@ -1,7 +1,8 @@
-"""What the fields of a record mean: which are read, which would change what is trained, and which say nothing of it.
+"""Rules for the fields of a record: fields that are read, that would change the training and are refused, or that have
+no effect.
 
-A field that would change what is trained and cannot be honoured makes its record malformed: training on the rest of
-the record would be training on something else. docs/data_format.md has the table.
+A refused field makes its record malformed, because training on the rest of the record would be training on something
+else. docs/data_format.md lists all fields.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ SYSTEM = ("system", "system_prompt", "system_message")
 RECORD = frozenset(("id", *CONVERSATIONS, *IMAGES, *SYSTEM))
 TURN = frozenset(("from", "role", "value", "content"))
 
-LONGEST_NAME = 256  # characters of a field's
-FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag of what is trained on", "a weight", "a mask", "an image"
-LIKE_A_FLAG = "what seems to be a flag of what is trained on"
+LONGEST_NAME = 256  # characters of a field's name
+FLAG, WEIGHT, NOT_TRAINED, IMAGE_FIELD = "a flag that selects what is trained on", "a weight", "a mask", "an image"
+LIKE_A_FLAG = "what seems to be a flag that selects what is trained on"
 _FILE = r"(_?(path|file|file_?name|name|url|uri|list|data|bytes|base64|b64|input)s?)?"
 _FOLDER = r"_?(dir|directory|folder|root)s?"
 _VIDEO_FILES = "mp4|avi|mov|mkv|webm|m4v|mpe?g|flv|wmv"
@@ -49,10 +50,10 @@ _FLAG = (
 )
 _WEIGHT = r"((sample|loss|token|turn|example|sampling)_)?(weights?|importance)|loss_scale|((num|n)_)?repeat(s|_times?)?"
 _LEAVES_OUT = r"exclude|excluded|skip|skipped|ignore|ignored|mask|masked"
-_SAYS_WHERE = (  # a word of a name
+_SAYS_WHERE = (  # matches one word of a field's name
     rf"loss|train|trained|training|learn|supervised?|supervision|unmask(ed)?|grad|gradient|backprop|{_LEAVES_OUT}"
 )
-_LESS = rf"{_LEAVES_OUT}|no|not|non|without|only|last|first|final"  # with it, true trains on less
+_LESS = rf"{_LEAVES_OUT}|no|not|non|without|only|last|first|final"  # words with which true means training on less
 
 _UNSUPPORTED = [(what, re.compile(pattern)) for what, pattern in (_MEDIA | _FORMAT).items()]
 _IS_IMAGE, _IS_FLAG, _IS_WEIGHT = re.compile(_IMAGE), re.compile(_FLAG), re.compile(_WEIGHT)
@@ -61,7 +62,7 @@ _TRAINS_LESS = re.compile(rf"(.*_)?({_LESS})(_.*)?")
 _IS_MEDIA_FILE = re.compile(rf"\S.*\.({_VIDEO_FILES}|{_AUDIO_FILES}|gif)", re.IGNORECASE)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
-# Known to say nothing that is trained on; other unknown fields are allowed too, but said once.
+# Fields without an effect on training. Other unknown fields are allowed too, with a warning.
 _HARMLESS = re.compile(
     r"(.*_)?(id|ids|idx|index|uid|uuid|guid|hash|md5|sha256|source|sources|dataset|datasets|width|height|size|sizes|"
     r"metadata|meta|info|score|scores|rating|ratings|quality|language|lang|license|licence|author|date|time|timestamp|"
@@ -77,28 +78,28 @@ _MARK = re.compile(
 _IMAGE_MARK = re.compile(
     r"<(?:image[_ -]?\d*|image_?(?:here|placeholder|pad)|img|picture)>|<\|image(?:_pad|_\d+)?\|>", re.IGNORECASE
 )
-WAY_OUT = "take it out, or name it in the entry's `ignore` if it changes nothing here"
+HOW_TO_FIX = "remove it, or list it in the entry's `ignore` if it can be ignored"
 
 
 @lru_cache(4096)
 def plain(name: str) -> str:
-    """``name`` as the rules are written: snake case; ``.mp4`` is a member of a tar by its extension."""
+    """``name`` in the snake case of the rules, without the dot of a tar member's extension (``.mp4``)."""
     return _CAMEL.sub("_", name.lstrip(".")).replace("-", "_").replace(" ", "_").lower()
 
 
 def is_looked_at(name: str) -> bool:
-    """Whether a table's column has to be read: the record needs it, or it may make the record malformed."""
+    """Whether a table's column must be read because the record uses it or it may make the record malformed."""
     return name in RECORD or _unsupported(plain(name)) is not None
 
 
 @lru_cache(4096)
 def is_harmless(name: str) -> bool:
-    """Whether a field that is not read needs no mention."""
+    """Whether a field that is not read needs no warning."""
     return _HARMLESS.fullmatch(plain(name)) is not None
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: tables fill the fields that a record lacks."""
+    """Whether a value is empty, as tables fill in for missing fields."""
     if isinstance(value, Mapping):
         return all(is_empty(inner) for inner in value.values())
     if isinstance(value, list | tuple):
@@ -109,99 +110,110 @@ def is_empty(value: Any) -> bool:
 def check_fields(
     fields: Mapping[str, Any], read: Set[str], ignore: Collection[str], *, answer: bool | None, has_images: bool
 ) -> set[str]:
-    """Of the fields of a record, a turn or a part of a turn's content, those that are not read and should be mentioned.
+    """Check the fields of a record, a turn, or a part of a turn's content.
 
     Args:
-        ignore: those that the user says change nothing.
-        answer: of a turn, whether it is the assistant's; ``None`` elsewhere.
-        has_images: whether the record brings images where they are read from.
+        fields: names and values.
+        read: names of fields that are read.
+        ignore: names of fields that the user accepts.
+        answer: for a turn, whether it is the assistant's; ``None`` otherwise.
+        has_images: whether the record has images in the fields that are read.
+
+    Returns:
+        Names of fields that are not read and should be reported.
 
     Raises:
-        ValueError: one would change what is trained; names it.
+        ValueError: a field would change the training; names it.
     """
     unread: set[str] = set()
-    if fields.keys() <= read:  # as nearly all are
+    if fields.keys() <= read:  # the usual case
         return unread
     for name, value in fields.items():
         if name in read or name in ignore:
             continue
         if len(name) > LONGEST_NAME:
-            raise ValueError(f"the name of one of its fields has {len(name)} characters ({_shown(name)})")
-        what = _unsupported(plain(name))
-        if name == "label" and not isinstance(value, bool):  # a class; a preference's is true or false
+            raise ValueError(f"the name of one of its fields has {len(name)} characters ({_shortened(name)})")
+        kind = _unsupported(plain(name))
+        if name == "label" and not isinstance(value, bool):  # a class; the label of a preference is true or false
             continue
-        if what in _MEDIA and isinstance(value, int | float) and not isinstance(value, bool):  # a score, a count
-            what = None
-        if what == IMAGE_FIELD and has_images:  # where the image came from; those that are read are checked by <image>
-            what = None
-        if what == LIKE_A_FLAG and not _may_be_a_flag(plain(name), value):
-            what = None
-        if what is None:
+        if kind in _MEDIA and isinstance(value, int | float) and not isinstance(value, bool):  # a score or a count
+            kind = None
+        if kind == IMAGE_FIELD and has_images:  # describes the image that is read
+            kind = None
+        if kind == LIKE_A_FLAG and not _may_be_a_flag(plain(name), value):
+            kind = None
+        if kind is None:
             if name not in unread and not is_harmless(name) and (value is False or not is_empty(value)):
                 _check_value(name, value)
                 unread.add(name)
-        elif not _changes_nothing(what, name, value, answer):
-            raise ValueError(f"its field {name!r} ({_shown(value)}) holds {what}, which is not supported; {WAY_OUT}")
+        elif not _changes_nothing(kind, name, value, answer):
+            raise ValueError(
+                f"its field {name!r} ({_shortened(value)}) holds {kind}, which is not supported; {HOW_TO_FIX}"
+            )
     return unread
 
 
 def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None:
-    """Refuse placeholders in a prompt: of anything but images (``<bbox>`` stands for the ``bbox`` of a record's
-    ``objects``), and of images where the record has none. ``<video>`` with ``</video>`` and ``<picture>`` with
-    ``</picture>`` are HTML."""
+    """Refuse placeholders in a prompt for anything but images (``<bbox>`` refers to the record's ``objects``), and
+    image placeholders other than ``<image>`` in a record without images. Markers with a closing tag (``<video>``,
+    ``<picture>``) are HTML and are accepted.
+
+    Raises:
+        ValueError: names the placeholder.
+    """
     lowered = text.lower() if (marks := dict.fromkeys(_MARK.findall(text))) else ""
     for mark in marks:
         if mark not in ignore and f"</{mark[1:]}".lower() not in lowered:
-            raise ValueError(f"its text holds {mark}, and only <image> can be trained on; {WAY_OUT}")
+            raise ValueError(f"its text contains {mark}, but only <image> is supported; {HOW_TO_FIX}")
     for mark in () if has_images else dict.fromkeys(_IMAGE_MARK.findall(text)):
         if mark not in ignore and not (mark == "<picture>" and "</picture>" in text):
-            raise ValueError(f"its text holds {mark}, but the record has no image by 'image' or 'images'; {WAY_OUT}")
+            raise ValueError(f"its text contains {mark}, but the record has no 'image' or 'images'; {HOW_TO_FIX}")
 
 
 @lru_cache(4096)
 def _unsupported(name: str) -> str | None:
-    """What a field of this (plain) name holds, if that would change what is trained; ``_loss`` is ``loss``."""
+    """What kind of content a field with this name (see :func:`plain`) has, if it would change the training. Leading
+    underscores are ignored."""
     name = name.strip("_") or name
-    for what, pattern in ((FLAG, _IS_FLAG), (WEIGHT, _IS_WEIGHT), (IMAGE_FIELD, _IS_IMAGE)):
+    for kind, pattern in ((FLAG, _IS_FLAG), (WEIGHT, _IS_WEIGHT), (IMAGE_FIELD, _IS_IMAGE), *_UNSUPPORTED):
         if pattern.fullmatch(name):
-            return what
-    if found := next((what for what, pattern in _UNSUPPORTED if pattern.fullmatch(name)), None):
-        return found
+            return kind
     return LIKE_A_FLAG if _IS_LIKE_A_FLAG.fullmatch(name) and not _HARMLESS.fullmatch(name) else None
 
 
 def _may_be_a_flag(name: str, value: Any) -> bool:
-    """Not a loss, the name of a split, or an object's mask in the image."""
+    """Whether a value can be a flag, rather than a loss, the name of a split, or the mask of an object in the image."""
     of_an_image = "mask" in name.split("_")
     return any(leaf in (0, 1) or (isinstance(leaf, Mapping) and not of_an_image) for leaf in _leaves(value))
 
 
 def _check_value(name: str, value: Any) -> None:
-    """Refuse the name of a video or audio file, whatever its field is called."""
+    """Refuse names of video and audio files in any field."""
     for leaf in _leaves(value):
         if isinstance(leaf, str) and _IS_MEDIA_FILE.fullmatch(leaf.strip()):
-            raise ValueError(f"its field {name!r} ({_shown(value)}) names a video or audio file; {WAY_OUT}")
+            raise ValueError(f"its field {name!r} ({_shortened(value)}) names a video or audio file; {HOW_TO_FIX}")
 
 
-def _changes_nothing(what: str, name: str, value: Any, answer: bool | None) -> bool:
-    if what == NOT_TRAINED:
+def _changes_nothing(kind: str, name: str, value: Any, answer: bool | None) -> bool:
+    """Whether a field asks for what training does anyway."""
+    if kind == NOT_TRAINED:
         return all(leaf == 0 for leaf in _leaves(value))
-    if what == LIKE_A_FLAG:
+    if kind == LIKE_A_FLAG:
         as_is = (_TRAINS_LESS.fullmatch(plain(name)) is None) == (answer is not False)
         return all(leaf is None or leaf == int(as_is) for leaf in _leaves(value))
-    if what not in (FLAG, WEIGHT):
+    if kind not in (FLAG, WEIGHT):
         return is_empty(value)
-    neutral = ((0,) if what == FLAG else (0, 1)) if answer is False else (1,)  # a prompt is never supervised
+    neutral = ((0,) if kind == FLAG else (0, 1)) if answer is False else (1,)  # a prompt is never supervised
     return all(leaf in neutral for leaf in _leaves(value))
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The values within lists, those that are missing left out."""
+    """The values in lists, without missing ones."""
     for leaf in value if isinstance(value, list | tuple) else [value]:
         if leaf is not None and leaf != "":
             yield leaf
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

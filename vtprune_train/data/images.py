@@ -1,6 +1,6 @@
-"""Pictures: their size from the header alone, and their pixels as 8-bit RGB. Hostile and odd files end in one error.
+"""Reads the size of an image from its header, and its pixels as 8-bit RGB. Any unusable file raises one error class.
 
-docs/data_format.md has a table of what becomes of each kind.
+docs/data_format.md has a table of how each kind of image is handled.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-MAX_PIXELS = 89_478_485  # Pillow's own: a quarter of a gigabyte in RGB
+MAX_PIXELS = 89_478_485  # Pillow's default: a quarter of a gigabyte in RGB
 BACKGROUND = "white"
-OURS = (errno.EMFILE, errno.ENFILE)  # this process has too many files open: no fault of the image
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)  # errors of this process, not of the image
 WORD_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,8 +33,8 @@ TURNS = {
 }
 
 
-class UnreadableImage(ValueError):  # noqa: N818 (it is what a caller catches by name)
-    """An image that cannot be used; the message is ``name: reason``."""
+class UnreadableImage(ValueError):  # noqa: N818 (a public name)
+    """Raised for an image that cannot be used; the message is ``name: reason``."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -45,41 +45,42 @@ class UnreadableImage(ValueError):  # noqa: N818 (it is what a caller catches by
 
 
 class ChangedImage(UnreadableImage):
-    """An image whose size is not the one that it was planned with."""
+    """Raised for an image whose size differs from its size in the index."""
 
 
 UNREADABLE = (UnreadableImage,)
 
 
 def image_size(source: Path | bytes, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> tuple[int, int]:
-    """``(height, width)`` in pixels as the image is meant to be seen (EXIF rotation applied), without decoding it.
+    """``(height, width)`` of an image in pixels, after EXIF rotation, without decoding it.
 
     Args:
         source: a file, or its content.
-        max_pixels: refuse an image of more.
-        name: in messages; the path, if ``None``.
+        max_pixels: limit of ``height * width``.
+        name: the image's name in messages; the path if ``None``.
 
     Raises:
-        UnreadableImage: it cannot be read.
+        UnreadableImage: the image cannot be read.
     """
     name = name or _name(source)
     with _reading(name, max_pixels), _open(source, name) as image:
-        (width, height), turned = image.size, _orientation(image) >= 5
-    return (width, height) if turned else (height, width)
+        (width, height), is_rotated = image.size, _orientation(image) >= 5
+    return (width, height) if is_rotated else (height, width)
 
 
 def load_image(
     source: Path | bytes, expected_size: tuple[int, int], *, max_pixels: int = MAX_PIXELS, name: str | None = None
 ) -> Image.Image:
-    """The image (of an animation the first) in 8-bit RGB, EXIF rotation applied, transparency over white.
+    """Decode an image (the first frame of an animation) to 8-bit RGB, with EXIF rotation applied and transparency
+    composited over white.
 
     Args:
         source, max_pixels, name: see :func:`image_size`.
-        expected_size: its ``(height, width)`` when the data was indexed.
+        expected_size: ``(height, width)`` of the image in the index.
 
     Raises:
-        UnreadableImage: it cannot be decoded.
-        ChangedImage: it is not of ``expected_size``.
+        UnreadableImage: the image cannot be decoded.
+        ChangedImage: its size is not ``expected_size``.
     """
     name = name or _name(source)
     with _reading(name, max_pixels), _open(source, name) as image:
@@ -101,21 +102,21 @@ def _name(source: Path | bytes) -> str:
 
 @contextmanager
 def _reading(name: str, max_pixels: int) -> Iterator[None]:
-    """Whatever Pillow raises on a broken file (its formats raise nearly every exception there is) becomes
-    :class:`UnreadableImage`. Only reading stands inside, so that errors of our own code stay what they are."""
+    """Convert any exception that Pillow raises for a broken file to :class:`UnreadableImage`. Only code that reads an
+    image belongs in this context, so that other errors are not converted."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's error comes at twice the limit
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow raises only at twice the limit
             yield
     except UnreadableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(name, f"more pixels than data.max_image_pixels={max_pixels} ({error})") from error
     except OSError as error:
-        if error.errno in OURS:
+        if error.errno in TOO_MANY_FILES:
             raise
         raise UnreadableImage(name, error.strerror or str(error)) from error
     except Exception as error:
@@ -126,8 +127,8 @@ def _reading(name: str, max_pixels: int) -> Iterator[None]:
 
 @contextmanager
 def _open(source: Path | bytes, name: str) -> Iterator[ImageFile.ImageFile]:
-    """The image with its header read; ``source`` is closed again."""
-    if isinstance(source, Path) and not stat.S_ISREG((mode := source.stat()).st_mode):  # a pipe would never open
+    """Open an image and read its header; closes ``source`` at the end."""
+    if isinstance(source, Path) and not stat.S_ISREG((mode := source.stat()).st_mode):  # opening a pipe would hang
         raise UnreadableImage(name, os.strerror(errno.EISDIR) if stat.S_ISDIR(mode.st_mode) else "no regular file")
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         try:
@@ -145,41 +146,42 @@ def _why_unknown(file: IO[bytes]) -> str:
         return "the file is empty"
     if begin[4:8] == b"ftyp" and begin[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "HEIC, which Pillow cannot read; convert it to JPEG or PNG"
-    return f"no picture that Pillow can read (it begins with {begin[:16]!r})"
+    return f"not an image that Pillow can read (it starts with {begin[:16]!r})"
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF orientation, 1 ... 8, from what stands in front of the pixels; 1 where EXIF is missing or damaged.
+    """EXIF orientation, 1 to 8, from the data before the pixels; 1 if EXIF is missing or damaged.
 
-    Pillow turns TIFF by itself. Its PNG reader would decode the whole image to look after the pixels too.
+    Pillow applies the orientation of TIFF itself. Its PNG reader would decode the whole image to look for EXIF data
+    after the pixels.
     """
     if image.format == "TIFF":
         return 1
     try:
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # as in reading: a damaged header raises anything
+    except Exception:  # a damaged header may raise any exception
         return 1
     return orientation if orientation in TURNS else 1
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """8-bit RGB of a decoded image of any mode that this Pillow can convert."""
+    """Convert a decoded image of any mode that Pillow supports to 8-bit RGB."""
     if image.mode in (*WORD_MODES, "I", "F"):
         return Image.fromarray(_eight_bits(image, name)).convert("RGB")
     try:
         if not image.has_transparency_data:
             return image.convert("RGB")
-        seen = image.convert("RGBA")
+        rgba = image.convert("RGBA")
     except (ValueError, ImportError) as error:
-        raise UnreadableImage(name, f"its colours ({image.mode}) cannot be read as RGB ({error})") from error
-    return Image.alpha_composite(Image.new("RGBA", seen.size, BACKGROUND), seen).convert("RGB")
+        raise UnreadableImage(name, f"its mode {image.mode} cannot be converted to RGB ({error})") from error
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, BACKGROUND), rgba).convert("RGB")
 
 
 def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
-    """[H, W] uint8 of a grey image with more than 8 bits (Pillow's own conversion clips them to white).
+    """Convert a grayscale image with more than 8 bits to [H, W] uint8 (Pillow's conversion clips values to white).
 
-    16 bits keep their scale. 32 bits do not tell theirs: the least of 1 (floats), 255 and 65535 that holds all values
-    is white; where none does, or some are negative, the least value is black and the greatest white.
+    16-bit values keep their scale. The scale of 32-bit values is unknown: white is the smallest of 1 (floats), 255 and
+    65535 that is not below any value; if there is none, or a value is negative, the range of values is used.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():

@@ -1,8 +1,8 @@
-"""The sample index: which records of which sources are trained on, and every sample's lengths, on disk.
+"""The sample index: the records that are trained on, and the lengths of every sample, on disk.
 
-:mod:`vtprune_train.data.table` reads and measures the records, :mod:`vtprune_train.data.selection` keeps those that
-``take`` and the limits leave. A start reads these files once, to compare their checksums; from then on they are mapped
-into memory.
+:mod:`vtprune_train.data.table` reads and measures records, :mod:`vtprune_train.data.selection` selects samples by
+``take`` and the limits. At the start of a run the files are read once to verify their checksums; afterwards they are
+memory-mapped.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from vtprune_train.models.families.layout import ImageLayout, Size
 
 log = logging.getLogger(__name__)
 
-SHOWN = 5
-TO_MEND = "Shorten or split them, raise the setting that is named, or set data.too_long=skip to leave them out"
+NAMED_BAD = 5  # bad records that an error names
+HOW_TO_FIX = "Shorten or split them, raise that limit, or set data.too_long=skip to leave them out"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of the data: a path (see :func:`vtprune_train.data.sources.find_files`) and its folder of images;
-    ``take`` is ``all``, ``first:N`` or ``random:N``, ``weight`` its share of an epoch, ``name`` what it is called in
-    sample ids instead of its number, ``ignore`` fields and marks of its records that change nothing (see
-    :mod:`vtprune_train.data.fields`)."""
+    """One entry of the data: a path (see :func:`vtprune_train.data.sources.find_files`) and its folder of images.
+    ``take`` is ``all``, ``first:N`` or ``random:N``; ``weight`` is the number of passes per epoch; ``name`` replaces
+    the entry's number in sample ids; ``ignore`` lists fields and markers that are accepted (see
+    :mod:`vtprune_train.data.fields`); ``reader`` is the path of a reader outside the package."""
 
     path: Path
     images: Path
@@ -54,12 +54,13 @@ class Source:
     prompt: Prompt = NO_PROMPT
     name: str = ""
     ignore: tuple[str, ...] = ()
+    reader: str = ""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What some samples measure: ``text``, ``supervised`` [S]; ``span_tokens``, ``span_tiles`` and ``span_sample``
-    (a position among these samples) [images]; all int64."""
+    """Lengths of a set of samples: ``text`` and ``supervised`` tokens [S]; ``span_tokens``, ``span_tiles`` and
+    ``span_sample`` (position in the set) [images]; all int64."""
 
     text: np.ndarray
     supervised: np.ndarray
@@ -74,7 +75,7 @@ class Lengths:
 
     @property
     def tiles(self) -> np.ndarray:
-        """[S] tiles (or patches) that the tower sees."""
+        """[S] tiles (or patches) of each sample that the vision tower processes."""
         return self._sum(self.span_tiles)
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
@@ -83,22 +84,22 @@ class Lengths:
 
 @dataclass
 class SampleIndex:
-    """The samples of all sources, numbered through.
+    """The samples of all sources, numbered consecutively.
 
     Args:
-        sources: what was asked for.
+        sources: entries of the data.
         selections: the samples of each source.
-        seed: of the run; decides the order together with the epoch.
+        seed: the run's seed, which determines the order together with the epoch.
     """
 
-    PAUSE: ClassVar = 50  # between two looks at the files, in times of what a look takes: file systems differ
+    PAUSE: ClassVar = 50  # between two checks of the files, in multiples of the duration of a check
 
     sources: list[Source]
     selections: list[Selection]
     seed: int
 
     def __post_init__(self) -> None:
-        self._next_look = 0.0
+        self._next_check = 0.0
         self._starts = np.cumsum([0, *(len(selection) for selection in self.selections)]).tolist()
 
     def __len__(self) -> int:
@@ -106,7 +107,7 @@ class SampleIndex:
 
     @property
     def bad(self) -> int:
-        """Records left out because they cannot be used."""
+        """Number of records that are left out because they cannot be used."""
         return _total(self.selections, "bad")
 
     @property
@@ -120,31 +121,31 @@ class SampleIndex:
         return _total(self.selections, "tokens")
 
     def order(self) -> EpochOrder:
-        """Which samples an epoch holds, by the sources' weights."""
+        """The order of the samples in each epoch, by the sources' weights."""
         sizes = [len(selection) for selection in self.selections]
         return EpochOrder(sizes, self.seed, [source.weight for source in self.sources])
 
     def identity(self) -> str:
-        """Number and hash of all samples, in order: equal for equal sets of samples with equal texts."""
+        """Number and hash of all samples, in order: equal if the samples have equal texts."""
         digests = "".join(selection.manifest["digest"] for selection in self.selections)
         return f"{len(self)}:{hashlib.sha256(digests.encode()).hexdigest()[:16]}"
 
     def locate(self, sample: int) -> tuple[int, int]:
         """``(source, row)`` of a sample."""
         if not 0 <= sample < len(self):
-            raise IndexError(f"there is no sample {sample} among {len(self)}")
-        self._look_at_files()
+            raise IndexError(f"sample {sample} is out of range for {len(self)} samples")
+        self._check_files()
         source = bisect_right(self._starts, sample) - 1
         return source, int(self.selections[source].rows[sample - self._starts[source]])
 
     def sample_id(self, sample: int) -> str:
-        """``source:row:id``, unique within the run and the same on every machine."""
+        """``source:row:id``, unique within the run and equal on every machine."""
         source, row = self.locate(sample)
         return f"{self.sources[source].name or source}:{row}:{self.selections[source].table.id(row)}"
 
     def record(self, sample: int) -> Conversation:
-        """The conversation as it is trained on, its source's prompt included; a ``RuntimeError`` if the data file has
-        changed since the index was opened."""
+        """The conversation of a sample, with its source's prompt; raises ``RuntimeError`` if the data file has changed
+        since the index was opened."""
         source, row = self.locate(sample)
         return self.sources[source].prompt.apply(self.selections[source].table.read(row))
 
@@ -152,34 +153,34 @@ class SampleIndex:
         """See :meth:`vtprune_train.data.table.Table.distrusted`."""
         return self.selections[self.locate(sample)[0]].table.distrusted(reason)
 
-    def pictures(self, sample: int, record: Conversation) -> list[Path | bytes]:
-        """Where the images of a sample are read from."""
-        return record.pictures(self.sources[self.locate(sample)[0]].images)
+    def image_files(self, sample: int, record: Conversation) -> list[Path | bytes]:
+        """The file or the content of each image of a sample."""
+        return record.image_files(self.sources[self.locate(sample)[0]].images)
 
-    def picture_sizes(self, sample: int) -> list[Size]:
-        """``(height, width)`` of each image, as indexed."""
+    def image_sizes(self, sample: int) -> list[Size]:
+        """``(height, width)`` of each image in the index."""
         source, row = self.locate(sample)
         table = self.selections[source].table
         spans = table.spans(row)
         return list(zip(table.column("height")[spans].tolist(), table.column("width")[spans].tolist(), strict=True))
 
-    def _look_at_files(self) -> None:
-        """Check now and then that no file was changed in place since it was opened."""
-        began = time.monotonic()
-        if began < self._next_look:
+    def _check_files(self) -> None:
+        """Check from time to time that no file of the index was changed since it was opened."""
+        start = time.monotonic()
+        if start < self._next_check:
             return
         for selection in self.selections:
             selection.check()
-        ended = time.monotonic()
-        self._next_look = ended + self.PAUSE * (ended - began)
+        end = time.monotonic()
+        self._next_check = end + self.PAUSE * (end - start)
 
-    def num_pictures(self, samples: np.ndarray) -> np.ndarray:
-        """[S] images of each sample."""
+    def num_images(self, samples: np.ndarray) -> np.ndarray:
+        """[S] number of images of each sample."""
         return np.bincount(self.lengths(samples).span_sample, minlength=len(samples))
 
     def lengths(self, samples: Sequence[int] | np.ndarray) -> Lengths:
-        """The lengths of some samples; nothing is read of the others."""
-        self._look_at_files()
+        """The lengths of ``samples``; reads only their entries."""
+        self._check_files()
         samples = np.asarray(samples, dtype=np.int64)
         source = np.searchsorted(self._starts, samples, side="right") - 1
         text, supervised, first, num = (np.zeros(len(samples), dtype=np.int64) for _ in range(4))
@@ -216,23 +217,24 @@ def build_index(
     max_bad_share: float = 1.0,
     bounds: Bounds = BOUNDS,
 ) -> SampleIndex:
-    """Index all sources. Ranks of one machine wait for the first to build; the others open what it wrote.
+    """Build or open the index of all sources. On each machine one rank builds it while the others wait.
 
     Raises:
-        ValueError: a file cannot be read, more records are unusable than ``max_bad`` (of one
-            source: than the share ``max_bad_share``) or all of a source, a sample is longer than
-            ``max_length`` or has more bytes than ``bounds`` and ``too_long`` is ``error``, or has nothing to learn and
-            ``unsupervised`` is ``error``; names the first such ids.
+        ValueError: a file cannot be read; more than ``max_bad`` records, more than the share ``max_bad_share`` of a
+            source, or all of its records cannot be used; a sample exceeds ``max_length`` or ``bounds`` and ``too_long``
+            is ``error``; or a sample has no supervised token and ``unsupervised`` is ``error``. Names the first such
+            samples.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     selections = []
     with locked(cache_dir / "index.lock"):
         for number, source in enumerate(sources):
-            measure = Measure(encoder, layout, source.images, source.prompt, source.ignore, max_image_pixels, bounds)
-            # Named by what is measured, not by the files' content: files that change come to the same place.
+            settings = source.images, source.prompt, source.ignore, max_image_pixels, bounds, source.reader
+            measure = Measure(encoder, layout, *settings)
+            # The name depends on the settings, not on the content of the files, so a changed file replaces its table.
             content = json.dumps([VERSION, str(source.path.resolve()), measure.fingerprint()], sort_keys=True)
             folder = cache_dir / f"index-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-            table = open_table(folder, find_files(source.path), measure, workers)
+            table = open_table(folder, find_files(source.path, source.reader), measure, workers)
             selections.append(select(table, take=source.take, seed=seed + number, max_length=max_length))
     _report_unsupervised(selections, unsupervised)
     _report_large(sources, selections, too_long)
@@ -248,27 +250,27 @@ def _report(
     max_length: int,
     too_long: str,
 ) -> None:
-    """Log what is left out or not read, or raise."""
+    """Log records that are left out and fields that are not read; raise if too many records are left out."""
     for source, selection in zip(sources, selections, strict=True):
         table = selection.table
         if table.manifest["duplicates"]:
             row = table.manifest["duplicate_rows"][0]
             log.warning(
-                "%s: %d record(s) have the id of another one (first: %s); each is a sample of its own",
+                "%s: %d record(s) have the id of an earlier record (first: %s); all of them are used",
                 source.path, table.manifest["duplicates"], table.id(row),
             )  # fmt: skip
         if unread := table.manifest["unread"]:
-            log.warning("%s: fields that are not read: %s", source.path, shown_fields(unread))
-        wanted = source.take.partition(":")[2]
-        if wanted and int(wanted) > len(table):
+            log.warning("%s: fields that are not read: %s", source.path, list_fields(unread))
+        limit = source.take.partition(":")[2]
+        if limit and int(limit) > len(table):
             log.warning(
-                "%s: take=%s asks for more than its %d record(s); all are taken", source.path, source.take, len(table)
+                "%s: take=%s exceeds its %d record(s); all of them are taken", source.path, source.take, len(table)
             )
     num_bad = _total(selections, "bad")
     if num_bad > max_bad:
         raise ValueError(
-            f"{num_bad} records cannot be used, more than data.max_bad={max_bad}; mend them or raise it. "
-            f"First: {'; '.join(_first_bad(selections, SHOWN))}"
+            f"{num_bad} records cannot be used, more than data.max_bad={max_bad}; correct them or raise it. "
+            f"First: {'; '.join(_first_bad(selections, NAMED_BAD))}"
         )
     for source, selection in zip(sources, selections, strict=True):
         _check_bad(source, selection, max_bad_share)
@@ -278,16 +280,16 @@ def _report(
         log.warning("%d record(s) cannot be used and are left out (data.max_bad=%d)", num_bad, max_bad)
     if num_long := _total(selections, "too_long"):
         first = [(s.table.id(row), n) for s in selections for row, n in s.manifest["first_too_long"]]
-        shown = ", ".join(f"{name} ({n})" for name, n in first[:NAMED])
+        names = ", ".join(f"{name} ({n})" for name, n in first[:NAMED])
         if too_long == "error":
             raise ValueError(
                 f"{num_long} sample(s) are longer than data.max_length={max_length} tokens (visual tokens counted "
-                f"before dropping; samples are never cut). Raise it or set data.too_long=skip. First: {shown}"
+                f"before dropping; samples are never truncated). Raise it or set data.too_long=skip. First: {names}"
             )
-        log.warning("%d sample(s) longer than data.max_length=%d are skipped. First: %s", num_long, max_length, shown)
+        log.warning("%d sample(s) longer than data.max_length=%d are skipped. First: %s", num_long, max_length, names)
     for source, selection in zip(sources, selections, strict=True):
         if not len(selection):
-            raise ValueError(f"data file {source.path} has no record left that can be used; take the entry out")
+            raise ValueError(f"data file {source.path} has no usable record; remove the entry")
 
 
 def _total(selections: Sequence[Selection], reason: str) -> int:
@@ -295,67 +297,69 @@ def _total(selections: Sequence[Selection], reason: str) -> int:
 
 
 def most_bad(share: float, records: int) -> int:
-    """How many of so many records may be left out by ``data.max_bad_share``; one always."""
+    """The number of bad records that ``data.max_bad_share`` allows, at least one."""
     return max(1, floor_of(share, records))
 
 
 def _check_bad(source: Source, selection: Selection, share: float) -> None:
-    """Refuse a source with too many records that cannot be used, or no others; names the first reasons."""
+    """Raise if too many records of a source cannot be used, or none can; names the first ones and the reasons."""
     counts = selection.manifest
     bad, taken = counts["bad"], sum(counts[key] for key in ("samples", "bad", "too_long", "too_large", "unsupervised"))
     if not bad or (bad < taken and bad <= most_bad(share, taken)):
         return
-    many = f"{bad} of its {taken} records cannot be used, more than data.max_bad_share={share:g}; mend them or raise it"
-    none = f"none of its {taken} records can be used; mend them"
+    what = f"none of its {taken} records can be used; correct them"
+    if bad < taken:
+        what = f"{bad} of its {taken} records cannot be used, more than data.max_bad_share={share:g}; correct them or "
+        what += "raise it"
     raise ValueError(
-        f"data file {source.path} (images in {source.images}): {none if bad == taken else many}. "
-        f"First: {'; '.join(_first_bad([selection], SHOWN))}"
+        f"data file {source.path} (images in {source.images}): {what}. "
+        f"First: {'; '.join(_first_bad([selection], NAMED_BAD))}"
     )
 
 
-def shown_fields(unread: Mapping[str, int]) -> str:
-    """Names of fields and in how many records they are, for a message."""
+def list_fields(unread: Mapping[str, int]) -> str:
+    """Names of fields with the number of records that have them, for a message."""
     return ", ".join(f"{name!r} ({count})" for name, count in unread.items())
 
 
 def _report_unsupervised(selections: Sequence[Selection], policy: str) -> None:
-    """Log which samples have nothing to learn, or raise."""
+    """Log the samples without supervised tokens, or raise."""
     if count := _total(selections, "unsupervised"):
         first = [s.table.id(row) for s in selections for row in s.manifest["first_unsupervised"]]
-        shown = ", ".join(first[:NAMED])
+        names = ", ".join(first[:NAMED])
         if policy == "error":
             raise ValueError(
-                f"{count} sample(s) have no supervised token: their conversations have no answer to learn from. Mend "
-                f"them or set data.unsupervised=skip. First: {shown}"
+                f"{count} sample(s) have no supervised token, because their conversations have no answer. Correct them "
+                f"or set data.unsupervised=skip. First: {names}"
             )
-        log.warning("%d sample(s) without a supervised token are skipped. First: %s", count, shown)
+        log.warning("%d sample(s) without a supervised token are skipped. First: %s", count, names)
 
 
 def _report_large(sources: Sequence[Source], selections: Sequence[Selection], policy: str) -> None:
-    """Log which records have too many bytes to be read or tokenized, or raise."""
+    """Log the records that are too large to read or tokenize, or raise."""
     if count := _total(selections, "too_large"):
-        shown = "; ".join(
+        reasons = "; ".join(
             f"{source.path}: {line}"
             for source, selection in zip(sources, selections, strict=True)
             for line in _errors(selection, selection.manifest["first_too_large"])
         )
         if policy == "error":
-            raise ValueError(f"{count} record(s) are too large. {TO_MEND}. First: {shown}")
-        log.warning("%d record(s) are too large and are skipped (data.too_long=skip). First: %s", count, shown)
+            raise ValueError(f"{count} record(s) are too large. {HOW_TO_FIX}. First: {reasons}")
+        log.warning("%d record(s) are too large and are skipped (data.too_long=skip). First: %s", count, reasons)
 
 
-def _first_bad(selections: Sequence[Selection], wanted: int) -> list[str]:
-    """``id: error`` of the first records that cannot be used."""
+def _first_bad(selections: Sequence[Selection], count: int) -> list[str]:
+    """``id: error`` of the first ``count`` records that cannot be used."""
     lines: list[str] = []
     for selection in selections:
-        lines += _errors(selection, np.fromfile(selection.folder / "bad.bin", np.int64, wanted - len(lines)).tolist())
+        lines += _errors(selection, np.fromfile(selection.folder / "bad.bin", np.int64, count - len(lines)).tolist())
     return lines
 
 
 def _errors(selection: Selection, rows: Sequence[int]) -> list[str]:
-    """``id: error`` of some records that cannot be used."""
+    """``id: error`` of the records in ``rows``."""
     if not rows:
         return []
-    table, wanted = selection.table, set(rows)
-    entries = (entry for entry in table.errors() if entry["row"] in wanted)
-    return [f"{table.id(entry['row'])}: {entry['error']}" for entry in islice(entries, len(wanted))]
+    table, row_set = selection.table, set(rows)
+    entries = (entry for entry in table.errors() if entry["row"] in row_set)
+    return [f"{table.id(entry['row'])}: {entry['error']}" for entry in islice(entries, len(row_set))]

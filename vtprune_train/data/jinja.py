@@ -1,4 +1,5 @@
-"""A template of :mod:`vtprune_train.data.chat` as a Hugging Face chat template, for processors and other tools."""
+"""Converts a template of :mod:`vtprune_train.data.chat` to a Hugging Face chat template, for processors and other
+tools."""
 
 from __future__ import annotations
 
@@ -20,16 +21,17 @@ def chat_template(
     token: str = IMAGE,
     spaces_unless: Sequence[str] | None = None,
 ) -> str:
-    """The Jinja source that writes a conversation exactly as ``template`` does for training.
+    """Jinja source of a chat template that formats conversations exactly like ``template`` in training.
 
-    Content may be text with ``<image>`` (or the image token) in it, or a list of parts. With a beginning-of-sequence
-    token it writes that too, so the text is tokenized without special tokens being added. Roles and parts that training
-    does not know raise jinja2's ``TemplateError``.
+    Content may be text with ``<image>`` (or the image token), or a list of parts. The output includes the
+    beginning-of-sequence token, so it must be tokenized without adding special tokens. Roles and parts that training
+    does not support raise jinja2's ``TemplateError``.
 
     Args:
-        image_first: a message's only image goes to its front (``data.image_position: first``).
-        placeholder: what the family writes at an image, ``<image>`` standing for its image token.
-        spaces_unless: a space before every text between images that does not begin with one of these
+        image_first: move the only image of a message to its front (``data.image_position: first``).
+        placeholder: the text that the family writes for an image; ``<image>`` in it is the image token.
+        token: the image token.
+        spaces_unless: insert a space before each text between images, unless it starts with one of these
             (``data.tokenization: llava``); ``None`` for no spaces.
     """
     image, written = json.dumps(IMAGE), placeholder.replace(IMAGE, token)
@@ -73,14 +75,14 @@ def chat_template(
 
 
 def _writes(pattern: str) -> str:
-    """A block that writes ``pattern`` with ``{text}`` and ``{eos}`` filled in."""
+    """A Jinja expression that writes ``pattern`` with ``{text}`` and ``{eos}`` filled in."""
     names = {"{text}": "text", "{eos}": "eos_token"}
     parts = [names.get(part) or json.dumps(part) for part in _PLACE.split(pattern) if part]
     return f"{{{{- {' ~ '.join(parts)} -}}}}" if parts else ""
 
 
 def _with_spaces(image: str, unless: Sequence[str]) -> str:
-    """Writes ``conversation`` with a space before every text between images."""
+    """A Jinja block that writes ``conversation`` with a space before each text between images."""
     begins = "".join(f"{json.dumps(mark)}, " for mark in unless)
     return (
         f"{{%- for part in conversation.split({json.dumps(image)}) -%}}"
@@ -91,7 +93,7 @@ def _with_spaces(image: str, unless: Sequence[str]) -> str:
 
 
 def written_by(encoder: ChatEncoder) -> str:
-    """The chat template of what ``encoder`` makes: prompts by it have the ids of training."""
+    """The chat template of ``encoder``: prompts formatted by it have the same ids as in training."""
     return chat_template(
         encoder.template,
         image_first=encoder.image_position == "first",

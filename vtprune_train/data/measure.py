@@ -1,4 +1,4 @@
-"""The lengths of records: how many tokens, supervised tokens, visual tokens and tiles each one has."""
+"""Measures records: their numbers of tokens, supervised tokens, visual tokens and tiles."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ import numpy as np
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
+from vtprune_train.data.sources import reader_identity
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Piece, Place, Reader, TooLarge
 from vtprune_train.files.checksums import write_sealed
 from vtprune_train.models.families.layout import ImageLayout
 
 BATCH = 512  # conversations tokenized in one call
-BATCH_BYTES = BOUNDS.text  # of text among them: tokenizing takes more than a hundred times as much memory
-BATCH_PICTURES = BOUNDS.record  # bytes of images among them
-FINE, BAD, NO_PICTURE, SILENT, LARGE = 0, 1, 2, 3, 4
-"""What ``state`` says of a record; pictures that cannot be read may be mended later, nothing is wrong with a silent
-one but that it has no answer to learn, and with a large one but its size."""
+BATCH_BYTES = BOUNDS.text  # text in such a batch; tokenizing takes more than a hundred times as much memory
+BATCH_IMAGE_BYTES = BOUNDS.record  # bytes of embedded images in such a batch
+FINE, BAD, NO_IMAGE, SILENT, LARGE = 0, 1, 2, 3, 4
+"""Values of ``state``: ``NO_IMAGE``, an image cannot be read, perhaps only now; ``SILENT``, the record has no answer to
+train on; ``LARGE``, it is too large; ``BAD``, anything else that makes it unusable."""
 
 RECORD_COLUMNS: dict[str, Any] = {
     "at": np.int64,
@@ -43,7 +44,7 @@ SPAN_COLUMNS = ("height", "width", "tokens", "tiles")
 
 @dataclass
 class Measured:
-    """What the index keeps of one conversation; ``spans`` holds (height, width, tokens, tiles) of each image."""
+    """Measurements of one conversation; ``spans`` has (height, width, tokens, tiles) of each image."""
 
     text: int = 0
     supervised: int = 0
@@ -54,13 +55,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures the conversations of one source, whose images are relative to ``images``.
+    """Measures the conversations of one source.
 
     Args:
-        prompt: what the source adds to its conversations.
-        ignore: fields and marks of its records that change nothing.
-        max_image_pixels: an image of more is not read.
-        bounds: a record of more bytes is not read, a text of more is not tokenized.
+        encoder: tokenizes conversations.
+        layout: counts visual tokens.
+        images: folder of the images.
+        prompt: text that the source adds to its conversations.
+        ignore: fields and markers that are accepted in its records.
+        max_image_pixels: larger images are not read.
+        bounds: larger records are not read, longer texts are not tokenized.
+        reader: path of the reader of the data files; empty for the package's readers.
     """
 
     encoder: ChatEncoder
@@ -70,6 +75,7 @@ class Measure:
     ignore: tuple[str, ...] = ()
     max_image_pixels: int = MAX_PIXELS
     bounds: Bounds = BOUNDS
+    reader: str = ""
 
     def fingerprint(self) -> dict[str, Any]:
         """Settings that affect the lengths."""
@@ -83,11 +89,12 @@ class Measure:
             "ignore": list(self.ignore),
             "max_image_pixels": self.max_image_pixels,
             "bounds": list(self.bounds),
+            **({"reader": reader_identity(self.reader)} if self.reader else {}),
         }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Measured]:
-        """Lengths of each; what keeps it from being used is its ``error``."""
-        results = [self._pictures(conversation) for conversation in conversations]
+        """Measure conversations; the ``error`` of a result says why a conversation cannot be used."""
+        results = [self._measure_images(conversation) for conversation in conversations]
         usable = [number for number, result in enumerate(results) if result.state == FINE]
         counts = self.encoder.count(
             [self.prompt.apply(conversations[number]).turns for number in usable], self.bounds.text
@@ -99,18 +106,18 @@ class Measure:
                 results[number].text, results[number].supervised = count
         return results
 
-    def _pictures(self, conversation: Conversation) -> Measured:
+    def _measure_images(self, conversation: Conversation) -> Measured:
         if conversation.error:
             return _refused(conversation.error)
         sizes = []
-        for number, picture in enumerate(conversation.pictures(self.images)):
+        for number, image in enumerate(conversation.image_files(self.images)):
             try:
-                name = picture_name(picture, number)
-                sizes.append(image_size(picture, max_pixels=self.max_image_pixels, name=name))
+                name = image_name(image, number)
+                sizes.append(image_size(image, max_pixels=self.max_image_pixels, name=name))
             except UNREADABLE as error:
-                # Room is kept for its images, so that they can be filled in once they are mended.
+                # Reserve rows for its images, to be filled in once they can be read.
                 blank = [(0, 0, 0, 0)] * len(conversation.images)
-                return Measured(state=NO_PICTURE, spans=blank, error=f"image {error}")
+                return Measured(state=NO_IMAGE, spans=blank, error=f"image {error}")
         try:
             tokens, tiles = self.layout.tokens(sizes), self.layout.tiles(sizes)
         except ValueError as error:
@@ -123,13 +130,13 @@ def _refused(error: str) -> Measured:
     return Measured(state=state, error=error)
 
 
-def picture_name(picture: Path | bytes, number: int) -> str:
-    """What an image is called in a message."""
-    return f"{number + 1} of the record" if isinstance(picture, bytes) else shortened(str(picture))
+def image_name(image: Path | bytes, number: int) -> str:
+    """The name of an image in messages."""
+    return f"{number + 1} of the record" if isinstance(image, bytes) else shortened(str(image))
 
 
 def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, identity: str) -> None:
-    """Measure a piece of a file and write its columns to ``target``, whole or not at all: a sealed .npz."""
+    """Measure a piece of a file and write its columns to ``target``, a sealed ``.npz``, atomically."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*RECORD_COLUMNS, *SPAN_COLUMNS, "ids")}
     errors: list[str] = []
     unread: Counter[str] = Counter()
@@ -159,17 +166,17 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
 
 
 def _batches(read: Iterator[tuple[Place, Conversation]]) -> Iterator[list[tuple[Place, Conversation]]]:
-    """Up to ``BATCH`` conversations together, fewer where they are long or bring their images."""
+    """Batches of up to ``BATCH`` conversations, fewer if they are long or have embedded images."""
     batch: list[tuple[Place, Conversation]] = []
-    text = pictures = 0
+    text = images = 0
     for place, conversation in read:
         more = sum(len(turn.text) for turn in conversation.turns)
         encoded = sum(len(image) for image in conversation.images if isinstance(image, bytes))
-        if batch and (len(batch) == BATCH or text + more > BATCH_BYTES or pictures + encoded > BATCH_PICTURES):
+        if batch and (len(batch) == BATCH or text + more > BATCH_BYTES or images + encoded > BATCH_IMAGE_BYTES):
             yield batch
-            batch, text, pictures = [], 0, 0
+            batch, text, images = [], 0, 0
         batch.append((place, conversation))
-        text, pictures = text + more, pictures + encoded
+        text, images = text + more, images + encoded
     if batch:
         yield batch
 
@@ -196,7 +203,7 @@ def _columns(
 
 
 def content_hash(conversation: Conversation) -> int:
-    """Of all that a record says, and of the names of its images (of images as bytes: their sizes)."""
+    """Hash of a record's id, turns, error, and the names of its images (or the sizes of embedded ones)."""
     texts = [part for turn in conversation.turns for part in (turn.role, turn.text)]
     names = [image if isinstance(image, str) else str(len(image)) for image in conversation.images]
     return _hash("\0".join([conversation.id, *texts, *names, conversation.error]).encode(errors="surrogatepass"))

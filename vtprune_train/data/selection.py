@@ -1,4 +1,4 @@
-"""The records of one table that are samples: those that ``take`` and the limits leave, kept beside the table."""
+"""The samples of one table: the records that ``take`` and the limits select, stored beside the table."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from vtprune_train.files.disk import publish, remove
 
 log = logging.getLogger(__name__)
 
-ROWS = 1 << 20  # looked at together
-NAMED = 10  # records of each kind that messages name
+ROWS = 1 << 20  # rows processed at a time
+NAMED = 10  # maximum records of each kind in a message
 
 
 class Selection:
-    """The records of a table that are samples, in order. ``manifest`` holds ``samples``, ``longest``, ``tokens``,
-    ``bad``, ``too_long``, ``too_large``, ``unsupervised``, the first records of the last three kinds
-    (``first_too_long`` ...) and a ``digest`` of the samples' content."""
+    """The samples of a table, in order. ``manifest`` has the numbers ``samples``, ``longest``, ``tokens``, ``bad``,
+    ``too_long``, ``too_large`` and ``unsupervised``, the first records of the last three kinds (``first_too_long`` ...)
+    and a ``digest`` of the samples' content."""
 
     def __init__(self, table: Table, folder: Path):
         self.table, self.folder = table, folder
@@ -41,11 +41,11 @@ class Selection:
         return self.manifest["samples"]
 
     def check(self) -> None:
-        """Raise a ``RuntimeError`` if one of its files, or of its table's, was changed in place since it was opened."""
+        """Raise ``RuntimeError`` if a file of the selection or of its table was changed since it was opened."""
         self.table.check()
         if name := self._watch.changed():
             raise RuntimeError(
-                f"{self.folder / name} was changed while it was in use; start again to make a new selection"
+                f"{self.folder / name} was changed while it was in use; start again to rebuild the selection"
             )
 
     @cached_property
@@ -55,9 +55,9 @@ class Selection:
 
 
 def select(table: Table, *, take: str, seed: int, max_length: int) -> Selection:
-    """The selection for these settings, made once and kept in the table's folder."""
-    drawn = seed if take.startswith("random") else None
-    key = json.dumps([table.manifest["generation"], take, drawn, max_length])
+    """The selection for these settings, built once and stored in the table's folder."""
+    draw_seed = seed if take.startswith("random") else None
+    key = json.dumps([table.manifest["generation"], take, draw_seed, max_length])
     folder = table.folder / f"selection-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     of = [table.folder.name, table.manifest["sums"]["content.npy"]]
     if folder.exists():
@@ -76,8 +76,8 @@ def select(table: Table, *, take: str, seed: int, max_length: int) -> Selection:
 
 
 def _write(table: Table, take: str, seed: int, max_length: int, folder: Path, of: list[Any]) -> None:
-    """Write the rows that can be used to ``rows.bin``, those that are broken to ``bad.bin`` (int64), and to the
-    manifest what the usable ones measure together, a digest of their content, and ``of``: of which table they are."""
+    """Write the usable rows to ``rows.bin`` and the bad ones to ``bad.bin`` (int64); write the counts, a digest of the
+    samples' content, and ``of`` (the identity of the table) to the manifest."""
     digest = hashlib.sha256()
     counts = {"samples": 0, "longest": 0, "tokens": 0, "bad": 0, "too_long": 0, "too_large": 0, "unsupervised": 0}
     first: dict[str, list[Any]] = {"first_too_long": [], "first_too_large": [], "first_unsupervised": []}
@@ -106,7 +106,7 @@ def _write(table: Table, take: str, seed: int, max_length: int, folder: Path, of
 
 
 def _tokens(table: Table, rows: np.ndarray) -> np.ndarray:
-    """[rows] tokens of records in order, before dropping."""
+    """[rows] tokens of the records at ascending ``rows``, before dropping."""
     starts, tokens = table.column("span_starts"), table.column("tokens")
     first, end = starts[rows], starts[rows + 1]
     begin = int(first[0]) if len(rows) else 0
@@ -115,10 +115,10 @@ def _tokens(table: Table, rows: np.ndarray) -> np.ndarray:
 
 
 def _take(take: str, count: int, seed: int) -> Iterator[np.ndarray]:
-    """The rows asked for, in order, some at a time."""
+    """The rows that ``take`` selects, ascending, ``ROWS`` at a time."""
     kind, _, number = take.partition(":")
-    wanted = count if kind == "all" else min(int(number), count)
-    drawn = np.sort(permuted(np.arange(wanted), count, [seed])) if kind == "random" else None
-    for start in range(0, wanted, ROWS):
-        stop = min(start + ROWS, wanted)
+    num_rows = count if kind == "all" else min(int(number), count)
+    drawn = np.sort(permuted(np.arange(num_rows), count, [seed])) if kind == "random" else None
+    for start in range(0, num_rows, ROWS):
+        stop = min(start + ROWS, num_rows)
         yield np.arange(start, stop) if drawn is None else drawn[start:stop]

@@ -1,4 +1,4 @@
-"""The embedded default: drawn images and questions that need them, written to disk as a user would bring them."""
+"""The data set of the quickstart: drawn images and questions about them, written to disk in the LLaVA form."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ QUESTIONS = {
 }
 
 
-def draw_picture(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
-    """One image with one shape on a plain grey ground, and the truth about it (colour, shape, place)."""
+def draw_image(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
+    """An image with one shape on a gray background, and its color, shape and place."""
     width, height = rng.choice(CANVASES)
     width, height = round(width * rng.uniform(0.9, 1.1)), round(height * rng.uniform(0.9, 1.1))
     truth = {"colour": rng.choice(list(COLOURS)), "shape": rng.choice(list(SHAPES)), "place": rng.choice(list(PLACES))}
@@ -65,9 +65,9 @@ def draw_picture(rng: random.Random) -> tuple[Image.Image, dict[str, str]]:
 
 
 def _conversation(rng: random.Random, truth: dict[str, str]) -> list[dict[str, str]]:
-    asked = rng.sample(list(QUESTIONS), k=rng.randint(1, len(QUESTIONS)))
+    topics = rng.sample(list(QUESTIONS), k=rng.randint(1, len(QUESTIONS)))
     turns = []
-    for position, topic in enumerate(asked):
+    for position, topic in enumerate(topics):
         question = rng.choice(QUESTIONS[topic])
         turns.append({"from": "human", "value": question if position else f"<image>\n{question}"})
         turns.append({"from": "gpt", "value": truth[topic]})
@@ -75,7 +75,7 @@ def _conversation(rng: random.Random, truth: dict[str, str]) -> list[dict[str, s
 
 
 def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> None:
-    """Write ``train.json``, ``eval.json`` and ``images/*.png``; nothing if a whole set of the same make is there."""
+    """Write ``train.json``, ``eval.json`` and ``images/*.png``, unless the folder already has the same data set."""
     stamp = folder / "made.json"
     made: dict[str, Any] = {"num_train": num_train, "num_eval": num_eval, "seed": seed, "version": 1}
     if stamp.is_file() and stamp.read_text(errors="replace") == json.dumps(made):
@@ -85,7 +85,7 @@ def write_dataset(folder: Path, *, num_train: int, num_eval: int, seed: int) -> 
     for split, count in (("train", num_train), ("eval", num_eval)):
         records = []
         for number in range(count):
-            image, truth = draw_picture(rng)
+            image, truth = draw_image(rng)
             name = f"{split}-{number:05d}.png"
             image.save(folder / "images" / name)
             records.append({"id": f"{split}-{number}", "image": name, "conversations": _conversation(rng, truth)})

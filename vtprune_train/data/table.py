@@ -1,7 +1,7 @@
-"""The measured records of one source as columns on disk, opened by memory mapping.
+"""The table of one source: its measured records as memory-mapped columns on disk.
 
-A table is a sealed folder (see :mod:`vtprune_train.files.checksums`) of ``.npy`` columns, which
-:mod:`vtprune_train.data.building` makes.
+A table is a sealed folder (see :mod:`vtprune_train.files.checksums`) of ``.npy`` columns;
+:mod:`vtprune_train.data.building` builds it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vtprune_train.data.building import build_table, remove_builds
-from vtprune_train.data.measure import BATCH, FINE, NO_PICTURE, SPAN_COLUMNS, Measure, Measured, content_hash
+from vtprune_train.data.measure import BATCH, FINE, NO_IMAGE, SPAN_COLUMNS, Measure, Measured, content_hash
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import open_reader, stamp
 from vtprune_train.data.sources.base import Place, Reader
@@ -28,15 +28,15 @@ from vtprune_train.files.disk import remove, replace_synced, sync
 
 log = logging.getLogger(__name__)
 
-DISTRUSTED = "distrusted.txt"  # in a table's folder: why it must be built again
+DISTRUSTED = "distrusted.txt"  # in a table's folder: the reason to rebuild it
 
 
 class Table:
-    """The columns of a finished table; opening it reads the manifest alone.
+    """The columns of a finished table; opening it reads only the manifest.
 
-    ``manifest`` holds ``records``, ``pictures``, ``bad``, ``doubtful``, ``unread`` (records that have each field which
-    is not read), ``files`` (path, its stamp, first record), ``generation``, ``duplicates``, what the table was made
-    with, and ``sums`` of its files.
+    ``manifest`` contains the numbers of ``records``, ``pictures``, ``bad`` records, ``doubtful`` records (with images
+    that cannot be read) and ``duplicates``; ``unread`` (number of records with each field that is not read); ``files``
+    (path, stamp and first record of each); ``generation``; ``made_with`` (settings); and ``sums`` of its files.
     """
 
     def __init__(self, folder: Path):
@@ -57,17 +57,17 @@ class Table:
         """A column, memory-mapped."""
         if name not in self._columns:
             num = {"ids": "letters", **dict.fromkeys(SPAN_COLUMNS, "pictures")}.get(name, "records")
-            mapped = self.manifest[num] > 0  # there is no mapping of nothing
+            mapped = self.manifest[num] > 0  # an empty file cannot be mapped
             self._columns[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r" if mapped else None)
         return self._columns[name]
 
     def spans(self, row: int) -> slice:
-        """Where the images of a record stand in the columns of images."""
+        """The rows of a record's images in the columns of images."""
         starts = self.column("span_starts")
         return slice(int(starts[row]), int(starts[row + 1]))
 
     def id(self, row: int) -> str:
-        """The record's own id, or what it is called without one."""
+        """The record's id, or the default id of a record without one."""
         starts = self.column("id_starts")
         name = self.column("ids")[int(starts[row]) : int(starts[row + 1])].tobytes().decode(errors="replace")
         if name:
@@ -76,36 +76,36 @@ class Table:
         return default_id(Path(self.manifest["files"][file][0]), row - int(self._first[file]))
 
     def read(self, row: int) -> Conversation:
-        """The record, from its data file; a ``RuntimeError`` if it has changed since it was indexed."""
+        """Read a record from its data file; raises ``RuntimeError`` if it has changed since it was indexed."""
         number, made_with = self._file(row), self.manifest["made_with"]
         path, size, changed, *_ = self.manifest["files"][number]
         if number not in self._readers and stamp(Path(path))[:2] != [size, changed]:
-            raise RuntimeError(f"data file {path} has changed while it is in use; start again to index it anew")
+            raise RuntimeError(f"data file {path} changed while it was in use; start again to rebuild its index")
         place = Place(int(self.column("at")[row]), int(self.column("size")[row]))
         try:
             if number not in self._readers:
-                self._readers[number] = open_reader(Path(path), made_with["bounds"][0])
+                self._readers[number] = _open(Path(path), made_with)
             record = normalize(self._readers[number].read(place), "", made_with["ignore"], made_with["bounds"][1])
         except OSError as error:
-            raise RuntimeError(f"data file {path} cannot be read where it was indexed: {error}") from error
+            raise RuntimeError(f"data file {path} cannot be read: {error}") from error
         except ValueError as error:
             raise self.distrusted(f"data file {path} cannot be read where it was indexed: {error}") from error
         if content_hash(record) != self.column("content")[row]:
-            raise self.distrusted(f"data file {path}: record {self.id(row)} is not what was indexed")
+            raise self.distrusted(f"data file {path}: record {self.id(row)} differs from what was indexed")
         return record if record.id else replace(record, id=self.id(row))
 
     def check(self) -> None:
-        """Raise a ``RuntimeError`` if a column was changed in place since it was opened."""
+        """Raise ``RuntimeError`` if a column was changed since it was opened."""
         if name := self._watch.changed():
             raise self.distrusted(f"{self.folder / name} was changed while it was in use")
 
     def distrusted(self, reason: str) -> RuntimeError:
-        """The error for a table that does not fit its data; the next start builds it again."""
+        """Mark a table that does not fit its data, so that the next start rebuilds it. Returns the error to raise."""
         try:
             (self.folder / DISTRUSTED).write_text(reason)
         except OSError as error:
-            return RuntimeError(f"{reason}; remove {self.folder} and start again to index it anew ({error})")
-        return RuntimeError(f"{reason}; start again to index it anew")
+            return RuntimeError(f"{reason}; remove {self.folder} and start again to rebuild the index ({error})")
+        return RuntimeError(f"{reason}; start again to rebuild the index")
 
     def errors(self) -> Iterator[dict[str, Any]]:
         """``row``, ``error`` and ``state`` of each record that cannot be used, in order."""
@@ -116,15 +116,24 @@ class Table:
         return int(np.searchsorted(self._first, row, side="right")) - 1
 
 
+def _open(file: Path, made_with: Mapping[str, Any]) -> Reader:
+    """A reader with the settings that the table was built with."""
+    return open_reader(file, made_with["bounds"][0], made_with.get("reader", [""])[0])
+
+
 def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: int) -> Table:
-    """The table of ``files`` in ``folder``: opened, built, or built again if it is damaged or a file has changed. The
-    caller holds the lock. A file that cannot be read is a ``ValueError`` that names it."""
+    """Open the table of ``files`` in ``folder``; build it if it is missing, damaged, or a file has changed. The caller
+    holds the lock.
+
+    Raises:
+        ValueError: a file cannot be read; names it.
+    """
     stamps = [[str(file.resolve()), *stamp(file)] for file in files]
     if folder.exists():
         reason = _outdated(folder, files, stamps, measure)
         if not reason:
             remove_builds(folder)
-            return _mended(Table(folder), measure)
+            return _measure_doubtful(Table(folder), measure)
         log.warning("%s; indexing again", reason)
     remove(folder)
     build_table(folder, files, stamps, measure, workers)
@@ -132,16 +141,16 @@ def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: i
 
 
 def _outdated(folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]], measure: Measure) -> str:
-    """Why a table must be built again; empty if it need not be."""
+    """Why a table must be rebuilt; empty if it is up to date."""
     if what := damage(folder):
         return f"the index in {folder} is damaged ({what})"
     distrusted = folder / DISTRUSTED
     if os.path.lexists(distrusted):
-        reason = distrusted.read_text(errors="replace") if distrusted.is_file() else f"{distrusted} is no file"
-        return reason or f"the index in {folder} does not fit its data"  # empty, from a disk that was full
+        reason = distrusted.read_text(errors="replace") if distrusted.is_file() else f"{distrusted} is not a file"
+        return reason or f"the index in {folder} does not fit its data"  # empty if the disk was full
     table = Table(folder)
     if table.manifest["made_with"] != measure.fingerprint():
-        return f"the index in {folder} was made with other settings"
+        return f"the index in {folder} was built with other settings"
     known = [entry[:-1] for entry in table.manifest["files"]]
     if [entry[:3] for entry in known] != [entry[:3] for entry in stamps]:
         changed = next((new[0] for new, old in zip(stamps, known, strict=False) if new[:3] != old[:3]), None)
@@ -149,20 +158,20 @@ def _outdated(folder: Path, files: Sequence[Path], stamps: Sequence[list[Any]], 
     touched = [number for number, entry in enumerate(stamps) if entry != known[number]]
     for number in touched:
         log.info("%s was written, moved or copied since it was indexed; comparing its records", files[number])
-        if not _still_holds(table, number, files[number]):
-            return f"{files[number]} has changed since it was indexed, though its size and time have not"
+        if not _is_unchanged(table, number, files[number]):
+            return f"{files[number]} has changed since it was indexed, although its size and time are the same"
     if touched:
         entries = [[*new, old[-1]] for new, old in zip(stamps, table.manifest["files"], strict=True)]
         seal(folder, {**table.manifest, "files": entries}, table.manifest["sums"])
     return ""
 
 
-def _still_holds(table: Table, number: int, file: Path) -> bool:
-    """Whether the records of a file are those that were indexed, at the same places. Images are not looked at."""
+def _is_unchanged(table: Table, number: int, file: Path) -> bool:
+    """Whether a file has the indexed records at the same places. Images are not compared."""
     bounds = [*(entry[-1] for entry in table.manifest["files"]), len(table)]
     row = bounds[number]
     made_with = table.manifest["made_with"]
-    reader = open_reader(file, made_with["bounds"][0])
+    reader = _open(file, made_with)
     records = (entry for piece in reader.pieces() for entry in reader.scan(piece))
     while batch := list(islice(records, BATCH)):
         rows = slice(row, row + len(batch))
@@ -177,38 +186,38 @@ def _still_holds(table: Table, number: int, file: Path) -> bool:
     return row == bounds[number + 1]
 
 
-def _mended(table: Table, measure: Measure) -> Table:
-    """Look again at images that could not be read (the files' stamps know nothing of them), and enter those that can
-    be read by now."""
+def _measure_doubtful(table: Table, measure: Measure) -> Table:
+    """Measure records again whose images could not be read (the data files' stamps do not include images), and enter
+    those that can be read now."""
     if not table.manifest["doubtful"]:
         return table
-    entries, mended, doubtful = [], {}, 0
+    entries, readable, doubtful = [], {}, 0
     for entry in table.errors():
-        if entry["state"] == NO_PICTURE:
+        if entry["state"] == NO_IMAGE:
             result = measure([table.read(entry["row"])])[0]
             if result.state == FINE and len(result.spans) == len(table.column("height")[table.spans(entry["row"])]):
-                mended[entry["row"]] = result
+                readable[entry["row"]] = result
                 continue
             doubtful += 1
         entries.append(entry)
-    if not mended:
+    if not readable:
         return table
-    names = _enter(table.folder, mended, table)
+    names = _enter(table.folder, readable, table)
     replace_synced(table.folder / "errors.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
     counts = {"bad": len(entries), "doubtful": doubtful, "generation": table.manifest["generation"] + 1}
     changed = {name: checksum(table.folder / name) for name in ("errors.jsonl", *names)}
     seal(table.folder, {**table.manifest, **counts}, {**table.manifest["sums"], **changed})
-    log.info("%d record(s) whose pictures could not be read can be used now", len(mended))
+    log.info("%d record(s) whose images could not be read can be used now", len(readable))
     return Table(table.folder)
 
 
-def _enter(folder: Path, mended: dict[int, Measured], table: Table) -> list[str]:
-    """Write what was measured to copies of the columns (room for the images was kept), and put these in their place:
-    runs that have mapped the columns go on with what they know. Returns the names of the files."""
+def _enter(folder: Path, measured: dict[int, Measured], table: Table) -> list[str]:
+    """Write measurements by row to copies of the columns (which have space reserved for the images) and replace the
+    columns by the copies: runs that have mapped the old files continue with them. Returns the names of the files."""
     names = ("text", "supervised", *(SPAN_COLUMNS if table.manifest["pictures"] else ()), "state")
     copies = {name: Path(shutil.copyfile(folder / f"{name}.npy", folder / f"{name}.tmp")) for name in names}
     opened = {name: np.lib.format.open_memmap(copy, mode="r+") for name, copy in copies.items()}
-    for row, result in mended.items():
+    for row, result in measured.items():
         opened["text"][row], opened["supervised"][row] = result.text, result.supervised
         for name, values in zip(SPAN_COLUMNS, zip(*result.spans, strict=True), strict=True):
             opened[name][table.spans(row)] = values

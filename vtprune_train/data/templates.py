@@ -1,4 +1,4 @@
-"""A run's template and its checkpoint: the chat template that every export carries, and whether the two fit."""
+"""The chat template that exports contain, and checks that a run's template fits its checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vtprune_train.models.io.processors import read_settings
 
 log = logging.getLogger(__name__)
 
-MARK = re.compile(r"<\|?[^\s<>|{}]+\|?>")  # strings that are single tokens where a template was made for them
+MARK = re.compile(r"<\|?[^\s<>|{}]+\|?>")  # markers that are single tokens in the tokenizer that a template is for
 QUESTION = "What is shown here?"
-LONGEST_SHOWN = 300  # characters of a prompt in a message
+LONGEST_PROMPT = 300  # maximum characters of a prompt in a message
 LONGEST_SAMPLE = 4000
 
 
@@ -32,19 +32,19 @@ def build_encoder(
     image_position: Literal["as_written", "first"],
     tokenization: Literal["processor", "llava"],
 ) -> ChatEncoder:
-    """The encoder of a run with these settings, for a model of this family."""
+    """The encoder of conversations for these settings and a model of this family."""
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
     return ChatEncoder(tokenizer, template, image_token_id, image_position, loop.placeholder, tokenization)
 
 
 def carry(processor: Any, source: str) -> None:
-    """Let a processor, and so everything it is saved with, have the chat template ``source``."""
+    """Set the chat template ``source`` on a processor and its tokenizer, which save it."""
     processor.chat_template = processor.tokenizer.chat_template = source
 
 
 def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template, *, warn: bool = True) -> None:
-    """Let generation stop at the token that ended every answer in training, which need not be the tokenizer's own;
-    ``warn`` if there is no such token."""
+    """Make generation stop at the token that ends answers in ``template``, which may differ from the tokenizer's
+    end-of-sequence token. ``warn`` if the end of an answer is not a single token."""
     ending = template.answer.partition("{text}")[2].replace("{eos}", tokenizer.eos_token or "")
     answer = tokenizer.encode("a" + ending, add_special_tokens=False)
     tokens = answer[len(tokenizer.encode("a", add_special_tokens=False)) :]
@@ -59,8 +59,16 @@ def stop_where_answers_end(model: HFModule, tokenizer: Any, template: Template, 
 
 
 def saved_chat_template(tokenizer: PreTrainedTokenizerBase, place: str | None, *, offline: bool = False) -> str | None:
-    """The chat template that a checkpoint brings, ``None`` if it brings none: of its ``tokenizer``, opened from the
-    folder or hub id ``place``. ``offline``: ask no hub (dry runs). A damaged file is a ``ValueError``."""
+    """The chat template saved with a checkpoint, or ``None``.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        place: the folder or hub id that it was opened from.
+        offline: do not access the hub (dry runs).
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source.get("default")
@@ -70,8 +78,13 @@ def saved_chat_template(tokenizer: PreTrainedTokenizerBase, place: str | None, *
 
 
 def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str]:
-    """What does not fit between a run's template and the checkpoint that is trained with it, a line each; ``place`` is
-    the setting that names the checkpoint, with its value. ``saved``: see :func:`saved_chat_template`."""
+    """Warnings about differences between a run's template and the checkpoint that it trains.
+
+    Args:
+        encoder: the run's encoder.
+        saved: see :func:`saved_chat_template`.
+        place: the setting that names the checkpoint, with its value.
+    """
     template, tokenizer = encoder.template, encoder.tokenizer
     name = template.name
     parts = (template.system, template.user, template.assistant, template.answer, template.separator)
@@ -83,35 +96,36 @@ def misfits(encoder: ChatEncoder, saved: str | None, place: str) -> Iterator[str
     if broken:
         yield (
             f"data.template={name} writes {', '.join(broken)}, which the tokenizer of {place} does not have as "
-            "single tokens, so the model has not learned them as marks. Use the template that fits this checkpoint"
+            "single tokens, so the model was not trained on them. Use the template that fits this checkpoint"
         )
     if saved is None:
         return
-    own = _prompts(tokenizer, saved, _contents(encoder.image_token))
-    ours = _prompts(tokenizer, written_by(encoder))
-    if not own or any(_same(tokenizer, one, two) for one in own for two in ours):
+    expected = _prompts(tokenizer, saved, _contents(encoder.image_token))
+    prompts = _prompts(tokenizer, written_by(encoder))
+    if not expected or any(_same(tokenizer, one, two) for one in expected for two in prompts):
         return
-    others = [other for other in TEMPLATES.values() if other.name != name and _writes(encoder, other, own)]
+    others = [other for other in TEMPLATES.values() if other.name != name and _writes(encoder, other, expected)]
     hint = f"; data.template={others[0].name} is" if others else ""
     yield (
-        f"data.template={name} is not the chat template of {place}{hint}. It writes {_shown(ours[0])}, and the "
-        f"checkpoint's {_shown(own[0])}. Exports of this run carry the run's"
+        f"data.template={name} is not the chat template of {place}{hint}. It writes {_shortened(prompts[0])}, the "
+        f"checkpoint's writes {_shortened(expected[0])}. Exports of this run contain the run's template"
     )
 
 
 def _contents(image_token: str) -> list[Any]:
-    """A question about an image in every form that chat templates take or write."""
+    """A question about an image, in each form of content that chat templates accept."""
     parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     return [parts, f"{image_token}\n{QUESTION}", f"{image_token}{QUESTION}"]
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, source: str, contents: Sequence[Any] = ()) -> list[str]:
-    """The prompts that a chat template makes of those contents which it takes, by default our own two."""
+    """The prompts that a chat template makes of the ``contents`` that it accepts; of :func:`_contents` by default."""
     rendered = (_rendered(tokenizer, source, content) for content in contents or _contents(IMAGE)[1:])
     return [text for text in rendered if text]
 
 
 def _writes(encoder: ChatEncoder, template: Template, texts: Sequence[str]) -> bool:
+    """Whether ``template`` gives one of ``texts``."""
     if "{eos}" in template.answer and encoder.tokenizer.eos_token is None:
         return False
     image_first = encoder.image_position == "first"
@@ -123,14 +137,14 @@ def _writes(encoder: ChatEncoder, template: Template, texts: Sequence[str]) -> b
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, content: Any) -> str | None:
-    """A prompt of two turns by a chat template; ``None`` where it does not take this form of content."""
+    """A prompt of three turns by a chat template; ``None`` if it does not accept this form of content."""
     is_text = isinstance(content, str)
 
-    def said(text: str) -> Any:
+    def content_of(text: str) -> Any:
         return text if is_text else [{"type": "text", "text": text}]
 
-    turns = [("user", content), ("assistant", said("A cat.")), ("user", said("And there?"))]
-    messages = [{"role": role, "content": said} for role, said in turns]
+    contents = [("user", content), ("assistant", content_of("A cat.")), ("user", content_of("And there?"))]
+    messages = [{"role": role, "content": turn} for role, turn in contents]
     try:
         return tokenizer.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
     except (TemplateError, TypeError) as error:
@@ -139,19 +153,19 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, content: Any) -> 
 
 
 def _same(tokenizer: PreTrainedTokenizerBase, one: str, two: str) -> bool:
-    """Whether a processor makes the same ids of two prompts."""
+    """Whether two prompts are tokenized to the same ids."""
     bos = tokenizer.bos_token
     ids = [tokenizer.encode(t, add_special_tokens=not (bos and t.startswith(bos))) for t in (one, two)]
     return ids[0] == ids[1]
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}...")
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= LONGEST_PROMPT else f"{text[:LONGEST_PROMPT]}...")
 
 
-def shown_sample(encoder: ChatEncoder, chat: EncodedChat, image_tokens: Sequence[int]) -> str:
-    """A sample as the model gets it, for a log: supervised parts between ``[[`` and ``]]``, images as their token and
-    how often it stands there."""
+def describe_sample(encoder: ChatEncoder, chat: EncodedChat, image_tokens: Sequence[int]) -> str:
+    """The text of a sample for a log: supervised parts between ``[[`` and ``]]``, an image as its token and the number
+    of its visual tokens."""
     ids, tokenizer = chat.input_ids.tolist(), encoder.tokenizer
     is_answer = chat.labels >= 0
     sizes = dict(zip(chat.image_offsets, image_tokens, strict=True))

@@ -1,1 +1,1 @@
-"""Answering questions about images, and what is reported about the answers."""
+"""Answers questions about images and reports on the answers."""

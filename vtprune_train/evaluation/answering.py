@@ -1,4 +1,4 @@
-"""Models that answer: a checkpoint with its processor and chat template; prompts to batches, batches to answers."""
+"""Loads a checkpoint with its processor and chat template, and answers prompts in batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from vtprune_train.pruning.base import PruningMethod
 log = logging.getLogger(__name__)
 
 Prompt = tuple[Sequence[Image.Image], str | Sequence[Turn]]
-"""Pictures, and a question or the turns up to one; ``<image>`` marks their places, or they stand first."""
+"""Images, and a question or the turns up to one. ``<image>`` marks the images' places; without it they come first."""
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -43,13 +43,13 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode with what turns conversations into its inputs.
+    """A model in evaluation mode with its processor.
 
     Args:
-        model: pruned, unless it was asked for or saved without dropping.
-        processor: its own, padding on the left.
-        content: what the processor's chat template takes: ``text`` with image tokens in it, or ``parts``; ``None``
-            where there is no template.
+        model: the model, pruned unless its method is ``none``.
+        processor: the model's processor, which pads on the left.
+        content: form of message content that the processor's chat template accepts: ``text`` with image tokens, or
+            ``parts``; ``None`` without a template.
     """
 
     model: HFModule
@@ -65,18 +65,19 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """A model of any supported family, ready to answer.
+    """Load a model of any supported family for inference.
 
     Args:
         path: a run of this project, one of its checkpoints, a Hugging Face folder or a hub id.
-        method: as for :func:`vtprune_train.prune`; where nothing was saved the model runs dense, and a warning says so.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        method: see :func:`vtprune_train.prune`. By default the saved method; without one the model runs dense, with a
+            warning.
+        device: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: run the code of a method outside of the package that the checkpoint names.
+        trust_remote_code: run the code of a method outside the package that the checkpoint names.
 
     Raises:
-        ValueError: no readable model or processor there, no such device, or a method that does not fit or whose
-            parameters are not in the checkpoint, or whose code nobody has named.
+        ValueError: the model or processor cannot be read, the device does not exist, or the method does not fit the
+            model, has parameters that the checkpoint lacks, or is code outside the package that the user did not name.
     """
     where = choose_device(device)
     folder = resolve_checkpoint(path)
@@ -84,11 +85,11 @@ def load(
     if trust_remote_code:
         trust_saved(config)
     if method == SAVED:
-        saved_settings(config)  # refuses a method whose code is not to be run, before anything large is read
+        saved_settings(config)  # refuses a method that must not run before weights are read
     processor = load_processor(folder, config)
     model = load_weights(folder, dtype).to(where).eval()
     if method == SAVED and getattr(config, CONFIG_KEY, None) is None:
-        log.warning("%s holds no pruning settings: it runs dense; name a method to drop visual tokens", path)
+        log.warning("%s has no pruning settings and runs dense; name a method to drop visual tokens", path)
         method = None
     method = resolve_method(model, method)
     if method is not None:
@@ -100,21 +101,21 @@ def load(
     content = content_of(processor)
     if content is None:
         log.warning(
-            "%s has no chat template: prompts are sent as they are written, without roles, which a model that was "
-            "trained on conversations answers badly; save its chat_template.jinja beside the model", path
+            "%s has no chat template, so prompts have no roles, and a model that was trained on conversations answers "
+            "them badly; save its chat_template.jinja in the model's folder", path
         )  # fmt: skip
     return Loaded(model, processor, content)
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` resolved.
+    """The device for ``name``; ``auto`` is CUDA if available.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ValueError: CUDA is not available.
     """
     has_cuda = torch.cuda.is_available()
     if name.startswith("cuda") and not has_cuda:
-        raise ValueError(f"device={name}: PyTorch sees no CUDA device here; use cpu or auto")
+        raise ValueError(f"device={name}: PyTorch finds no CUDA device; use cpu or auto")
     return torch.device(("cuda" if has_cuda else "cpu") if name == "auto" else name)
 
 
@@ -130,10 +131,10 @@ def model_config(folder: str) -> PreTrainedConfig:
 
 
 def load_weights(folder: str, dtype: str) -> HFModule:
-    """The model on the CPU, without changes; one trained by an adapter with its base, which is checked.
+    """Load a model on the CPU, without pruning. For an adapter, load and verify its base too.
 
     Raises:
-        ValueError: there are no weights, or they are of no vision-language model, or an adapter's base is gone.
+        ValueError: there are no weights, they are not of a vision-language model, or the base of an adapter is missing.
     """
     if is_adapter(folder):
         return open_adapter(folder, dtype, merge=False)
@@ -141,7 +142,7 @@ def load_weights(folder: str, dtype: str) -> HFModule:
 
 
 def load_processor(folder: str, config: PreTrainedConfig) -> Any:
-    """The processor saved with a model, padding on the left; a checkpoint of this project brings its chat template.
+    """The processor saved with a model, which pads on the left, with the chat template of this project's checkpoints.
 
     Raises:
         ValueError: see :func:`vtprune_train.models.io.processors.open_processor`.
@@ -153,7 +154,7 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     template = recorded_template(folder)
     if template is not None:
-        settings = _data_settings(folder)  # older checkpoints do not hold the chat template itself
+        settings = _data_settings(folder)  # older checkpoints do not contain the chat template
         _, loop = trained_family(config.model_type, f"model {folder}")
         tokenization = settings.get("tokenization", "processor")
         carry(processor, written_by(build_encoder(template, tokenizer, loop, settings["image_position"], tokenization)))
@@ -161,19 +162,19 @@ def load_processor(folder: str, config: PreTrainedConfig) -> Any:
 
 
 def _data_settings(folder: str) -> dict[str, Any]:
-    """The ``data`` section that a checkpoint of this project was trained with; empty for other folders."""
+    """The ``data`` section of the settings of a checkpoint of this project; empty for other folders."""
     record = Path(folder).parent / "config.yaml"
     if Path(folder).name != "hf" or not record.is_file():
         return {}
     try:
         return yaml.safe_load(record.read_text())["data"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        said = f"{record} holds no settings of a run ({first_line(error)}); copy the checkpoint again"
-        raise ValueError(said) from error
+        reason = f"{record} holds no settings of a run ({first_line(error)}); copy the checkpoint again"
+        raise ValueError(reason) from error
 
 
 def recorded_template(folder: str) -> Template | None:
-    """The template a checkpoint of this project was trained with; ``None`` for other folders."""
+    """The template of a checkpoint of this project; ``None`` for other folders."""
     settings = _data_settings(folder)
     if not settings:
         return None
@@ -183,9 +184,8 @@ def recorded_template(folder: str) -> Template | None:
 
 
 def recorded_prompt(model: str, data: Path) -> AddedPrompt:
-    """What the run that trained a model adds to the conversations of a data file (``prompt`` of an entry of
-    ``data.eval`` or ``data.train``); nothing for a file that it does not name, with a warning where it adds something
-    to others."""
+    """The ``prompt`` of the entry for ``data`` in the settings of the run that trained a model. Empty if the run has no
+    entry for that file, with a warning if its other entries have a prompt."""
     settings = _data_settings(resolve_checkpoint(model))
     added = []
     for which in ("eval", "train"):
@@ -193,22 +193,22 @@ def recorded_prompt(model: str, data: Path) -> AddedPrompt:
             key, prompt = f"data.{which}.{number}", AddedPrompt(**entry.get("prompt", {}))
             if Path(settings["root"], entry["path"]).resolve() == data.resolve():
                 if prompt != NO_PROMPT:
-                    log.info("questions are asked with the prompt of the run's %s: %s", key, prompt)
+                    log.info("using the prompt of the run's %s: %s", key, prompt)
                 return prompt
             added += [f"{key}: {prompt}"] if prompt != NO_PROMPT else []
     if added:
         log.warning(
-            "%s was trained with prompts of its own (%s); %s is no file of that run, so they are left out",
+            "%s was trained with additional prompts (%s); %s is not a data file of that run, so they are not used",
             model, "; ".join(added), data,
         )  # fmt: skip
     return NO_PROMPT
 
 
 def content_of(processor: Any) -> Literal["text", "parts"] | None:
-    """What a processor's chat template takes.
+    """The form of message content that a processor's chat template accepts.
 
-    Templates of vision-language processors take parts; those of language models, which only know text, take a message
-    with the image token in it; those of this project take both alike.
+    Templates of vision-language processors accept parts. Those of language models accept only text, which may contain
+    the image token. Those of this project accept both.
     """
     if processor.chat_template is None:
         return None
@@ -220,11 +220,11 @@ def content_of(processor: Any) -> Literal["text", "parts"] | None:
         return "parts"
     if text_works:
         return "text"
-    raise ValueError(f"the chat template of this {type(processor).__name__} writes no {token} for a picture")
+    raise ValueError(f"the chat template of this {type(processor).__name__} writes no {token} for an image")
 
 
 def _try_template(processor: Any, content: Any) -> str | None:
-    """The text of one user message; ``None`` if the template does not take this kind of content."""
+    """The text of one user message; ``None`` if the template does not accept this form of content."""
     try:
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     except (TemplateError, TypeError) as error:
@@ -236,56 +236,58 @@ def _image_token(processor: Any) -> str:
     return getattr(processor, "image_token", IMAGE)
 
 
-def open_picture(path: Path | bytes) -> Image.Image:
-    """An image, or its encoded bytes, in RGB, EXIF rotation applied.
+def open_image(path: Path | bytes) -> Image.Image:
+    """Load an image from a file or from encoded bytes, in RGB with EXIF rotation applied.
 
     Raises:
-        ValueError: it is missing or no image.
+        ValueError: the file is missing or is not an image.
     """
     try:
         return load_image(path, image_size(path))
     except UNREADABLE as error:
         name = "of the record" if isinstance(path, bytes) else path
-        raise ValueError(f"picture {name} cannot be read ({error.reason})") from error
+        raise ValueError(f"image {name} cannot be read ({error.reason})") from error
 
 
-def prompt_text(loaded: Loaded, pictures: int, question: str | Sequence[Turn]) -> str:
+def prompt_text(loaded: Loaded, images: int, question: str | Sequence[Turn]) -> str:
     """:func:`write_prompt` for a loaded model."""
-    return write_prompt(loaded.processor, loaded.content, pictures, question)
+    return write_prompt(loaded.processor, loaded.content, images, question)
 
 
 def write_prompt(
-    processor: Any, kind: Literal["text", "parts"] | None, pictures: int, question: str | Sequence[Turn]
+    processor: Any, kind: Literal["text", "parts"] | None, images: int, question: str | Sequence[Turn]
 ) -> str:
-    """The text of a prompt, up to where the answer begins.
+    """The text of a prompt, up to the beginning of the answer.
 
     Args:
-        processor: whose chat template writes it.
+        processor: its chat template formats the prompt.
         kind: see :func:`content_of`.
-        pictures: how many.
+        images: number of images.
         question: see :data:`Prompt`.
 
     Raises:
-        ValueError: it marks the places of another number of images, or holds the model's own token for one, or the
-            template refuses the turns.
+        ValueError: the question has another number of ``<image>``, contains the model's image token, or the template
+            refuses the turns.
     """
     turns = [Turn("user", question)] if isinstance(question, str) else list(question)
     marked = sum(turn.text.count(IMAGE) for turn in turns)
-    if not marked and pictures:
+    if not marked and images:
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-        turns[first] = Turn("user", IMAGE * pictures + "\n" + turns[first].text)
-    elif marked != pictures:
-        raise ValueError(f"{pictures} picture(s) but {marked} {IMAGE} in the prompt; leave {IMAGE} out or give as many")
+        turns[first] = Turn("user", IMAGE * images + "\n" + turns[first].text)
+    elif marked != images:
+        raise ValueError(
+            f"{images} image(s) but {marked} {IMAGE} in the prompt; write {IMAGE} once for each image, or not at all"
+        )
     token = _image_token(processor)
     if token != IMAGE and any(token in turn.text for turn in turns):
-        raise ValueError(f"the prompt holds {token}, which stands for a picture in this model; write {IMAGE} for one")
+        raise ValueError(f"the prompt contains {token}, this model's image token; write {IMAGE} for an image")
     if kind is None:
         return "\n".join(turn.text for turn in turns).replace(IMAGE, token)
     messages = [{"role": turn.role, "content": _content(turn.text, kind, token)} for turn in turns]
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=True)
     except TemplateError as error:
-        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+        raise ValueError(f"the model's chat template rejects this conversation: {error}") from error
 
 
 def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:
@@ -293,7 +295,7 @@ def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:
         return text.replace(IMAGE, token)
     parts: list[dict[str, str]] = []
     texts = text.split(IMAGE)
-    for index, part in enumerate(texts):  # the template sets line breaks around an image itself
+    for index, part in enumerate(texts):  # the template writes line breaks around an image
         if index:
             parts.append({"type": "image"})
             part = re.sub(r"^\s*\n\s*", "", part)
@@ -304,20 +306,20 @@ def _content(text: str, kind: str, token: str) -> str | list[dict[str, str]]:
 
 
 def batch(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
-    """``generate``'s inputs for several prompts: ``input_ids`` [B, L] padded on the left, pixels of all images, on
-    the model's device.
+    """Inputs of ``generate`` for several prompts, on the model's device: ``input_ids`` [B, L] padded on the left, and
+    the pixels of all images.
 
     Raises:
         ValueError: see :func:`prompt_text`.
     """
-    texts = [prompt_text(loaded, len(pictures), question) for pictures, question in prompts]
+    texts = [prompt_text(loaded, len(images), question) for images, question in prompts]
     if not all(texts):
-        raise ValueError("the prompt is empty and there is no picture; ask something")
-    pictures = [picture for own, _ in prompts for picture in own]
+        raise ValueError("the prompt is empty and has no image; write a question")
+    images = [image for prompt_images, _ in prompts for image in prompt_images]
     bos = loaded.processor.tokenizer.bos_token
     complete = bos is not None and texts[0].startswith(bos)
     inputs = loaded.processor(
-        images=pictures or None, text=texts, padding=True, add_special_tokens=not complete, return_tensors="pt"
+        images=images or None, text=texts, padding=True, add_special_tokens=not complete, return_tensors="pt"
     )
     inputs.pop("token_type_ids", None)
     return inputs.to(loaded.model.device, loaded.model.dtype)
@@ -331,12 +333,12 @@ def decoded(loaded: Loaded, inputs: Any, sequences: torch.Tensor) -> list[str]:
 
 
 def answers(loaded: Loaded, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
-    """One batch of answers; greedy unless ``generation`` says otherwise.
+    """Generate one batch of answers, greedily by default.
 
     Args:
         loaded: see :func:`load`.
         prompts: images and questions.
-        generation: passed to ``generate``, for example ``max_new_tokens``.
+        generation: keywords of ``generate``, for example ``max_new_tokens``.
 
     Raises:
         ValueError: see :func:`prompt_text`.
@@ -348,5 +350,5 @@ def answers(loaded: Loaded, prompts: Sequence[Prompt], **generation: Any) -> lis
 
 
 def padding(loaded: Loaded) -> dict[str, Any]:
-    """What rows that are done go on with."""
+    """The keyword of ``generate`` for padding finished rows."""
     return {"pad_token_id": loaded.processor.tokenizer.pad_token_id}

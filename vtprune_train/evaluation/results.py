@@ -1,7 +1,7 @@
 """The results of an evaluation.
 
-One line a sample, on disk as soon as it is done and read again at the next start; means of the samples, ratios of
-pruned to dense, and a table of them.
+Each finished sample is written to disk as one line and read again when the evaluation continues. A summary has means
+over the samples and ratios of pruned to dense, also as a table.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from vtprune_train.files.disk import replace_synced
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 MEANS = ("entering", "leaving", "cached", "prompt_tokens", "prefill_seconds", "cache_bytes")
-MEASURES = (  # of a run: title in the table, name, factor, format; each with its ratio
+MEASURES = (  # rows of the table: title, name, factor, format
     ("enter a layer, mean over layers", "entering", 1.0, ".1f"),
-    ("leave a layer (as papers count)", "leaving", 1.0, ".1f"),
+    ("leave a layer (as counted in papers)", "leaving", 1.0, ".1f"),
     ("stay in a layer's cache", "cached", 1.0, ".1f"),
-    ("decoder's prefill, GFLOP a sample", "prefill_flops", 1e-9, ".4g"),
-    ("prefill, ms a sample", "prefill_seconds", 1e3, ".2f"),
-    ("decoding, ms a token", "decode_seconds_per_token", 1e3, ".2f"),
-    ("cache, MiB a sample", "cache_bytes", 2.0**-20, ".3f"),
+    ("decoder prefill, GFLOP per sample", "prefill_flops", 1e-9, ".4g"),
+    ("prefill, ms per sample", "prefill_seconds", 1e3, ".2f"),
+    ("decoding, ms per token", "decode_seconds_per_token", 1e3, ".2f"),
+    ("cache, MiB per sample", "cache_bytes", 2.0**-20, ".3f"),
 )
 
 
 @contextmanager
 def open_ledger(folder: Path, settings: dict[str, Any]) -> Iterator[Ledger]:
-    """The ledger in ``folder``, made where it is missing, for this process alone.
+    """Open the ledger in ``folder`` exclusively; create it if it is missing.
 
     Raises:
-        ValueError: it cannot be made, another process has it open, or see :class:`Ledger`.
+        ValueError: the folder cannot be created, another process uses it, or see :class:`Ledger`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,14 +50,14 @@ def open_ledger(folder: Path, settings: dict[str, Any]) -> Iterator[Ledger]:
 
 
 class Ledger:
-    """The folder of one evaluation: ``settings.json`` says of what, ``samples.jsonl`` holds what is done.
+    """The folder of one evaluation: ``settings.json`` has its settings, ``samples.jsonl`` the finished samples.
 
     Args:
-        folder: is there.
-        settings: plain data; the same on every start that continues this evaluation.
+        folder: an existing folder.
+        settings: plain data, equal whenever this evaluation continues.
 
     Raises:
-        ValueError: the folder holds results of other settings, or a line in the middle is broken.
+        ValueError: the folder has results of other settings, or a line other than the last is broken.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -75,7 +75,7 @@ class Ledger:
         self.done.update({line["key"]: line for line in lines})
 
     def write(self, name: str, values: dict[str, Any]) -> None:
-        """A whole file of the folder, or none."""
+        """Write a JSON file atomically."""
         replace_synced(self.folder / name, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
     def _check(self, settings: dict[str, Any]) -> None:
@@ -94,12 +94,12 @@ class Ledger:
         if changed:
             lines = "; ".join(f"{key}: there {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
             raise ValueError(
-                f"--out {self.folder} holds an evaluation with other settings ({lines}); set them back to continue it, "
-                "or use another folder"
+                f"--out {self.folder} holds an evaluation with other settings ({lines}); use its settings to continue "
+                "it, or use another folder"
             )
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines on disk; a half-written last one is cut off."""
+        """The lines on disk; removes an incomplete last line."""
         if not self.path.exists():
             return []
         content = self.path.read_bytes()
@@ -121,9 +121,9 @@ def summary(
     """Means over the lines of ``samples.jsonl``.
 
     Args:
-        lines: at least one.
+        lines: at least one line.
         layers: decoder layers before which the pruned model drops.
-        left_out: ``(id, reason)`` of samples that could not be asked.
+        left_out: ``(id, reason)`` of samples that could not be evaluated.
 
     Returns:
         ``answers``; ``runs``, by name; ``left_out``; and with two runs ``ratios`` (pruned to dense) and ``agreement``
@@ -141,10 +141,8 @@ def summary(
         pruned, dense = (runs[name] for name in names)
         pairs = [[normalized(line["runs"][name]["answer"]) for name in names] for line in lines]
         results["agreement"] = sum(one == other for one, other in pairs) / len(lines)
-        pairs_of = {key: (pruned[key], dense[key]) for _, key, _, _ in MEASURES}
-        results["ratios"] = {
-            key: one / two if one is not None and two else None for key, (one, two) in pairs_of.items()
-        }
+        values = {key: (pruned[key], dense[key]) for _, key, _, _ in MEASURES}
+        results["ratios"] = {key: one / two if one is not None and two else None for key, (one, two) in values.items()}
     return results
 
 
@@ -164,7 +162,7 @@ def _means(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as text, a column a run."""
+    """The results as text, with one column per run."""
     runs, ratios = results["runs"], results.get("ratios", {})
     rows = [["", *runs, "ratio"]]
     rows.append(["exact match", *(f"{run['exact_match']:.1%}" for run in runs.values()), ""])
@@ -182,7 +180,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
+    """Lines of a table; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return ["  ".join(cells).rstrip() for cells in padded]

@@ -1,4 +1,4 @@
-"""One batch of greedy answers with its measurements: prefill apart from decoding, tokens of every stage, cache."""
+"""Generates one batch of greedy answers and measures it: time of prefill and decoding, tokens of every stage, cache."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ from vtprune_train.models.patch import is_pruned, method_of
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of a batch. Times are the batch's, shared equally among its rows.
+    """Measurements of one row of a batch. Times are the batch's, divided equally among its rows.
 
     Args:
-        answer: without special tokens and outer space.
-        visual_tokens: before dropping, then of every later stage, as the pass has really run.
-        entering, leaving, cached: means over the layers, counted; see :class:`~vtprune_train.core.flops.VisualTokens`.
+        answer: without special tokens and surrounding spaces.
+        visual_tokens: number before dropping, then in every later stage, as executed.
+        entering, leaving, cached: means over the layers, as executed; see
+            :class:`~vtprune_train.core.flops.VisualTokens`.
         prompt_tokens: text and visual tokens before dropping.
-        prefill_seconds: from ``generate``'s start to the first token's logits, vision tower included.
-        decode_seconds: of all later steps; ``decode_steps`` counts them.
-        cache_bytes: keys and values after the prefill, padding columns included.
-        prefill_flops: of decoder, selector and one row of the head; ``None`` where the decoder is not counted.
+        prefill_seconds: from the start of ``generate`` to the first token's logits, including the vision tower.
+        decode_seconds: time of all later steps; ``decode_steps`` is their number.
+        cache_bytes: keys and values after the prefill, including padding.
+        prefill_flops: FLOPs of the decoder, the selector and one row of the head; ``None`` if the decoder cannot be
+            counted.
     """
 
     answer: str
@@ -58,28 +60,29 @@ class Measured:
 
 
 class _AtFirstToken(LogitsProcessor):
-    """Called by ``generate`` at every step; at the first one the prefill is over and the cache holds just that."""
+    """Called by ``generate`` at every step. At the first step the prefill is finished and the cache contains only
+    it."""
 
     def __init__(self, cache: DynamicCache, device: torch.device):
         self.cache, self.device = cache, device
-        self.arrived: float | None = None
-        self.went_on = 0.0
+        self.prefill_end: float | None = None
+        self.decode_start = 0.0
         self.cache_bytes = 0
-        self.tokens: list[Tensor | None] = []  # [B] of each layer; None where the cache is not staged
+        self.tokens: list[Tensor | None] = []  # [B] per layer; None if the cache is not staged
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.arrived is None:
-            self.arrived = now(self.device)
+        if self.prefill_end is None:
+            self.prefill_end = now(self.device)
             self.cache_bytes = cache_bytes(self.cache)
             self.tokens = [
                 layer.num_tokens().cpu() if isinstance(layer, StagedLayer) else None for layer in self.cache.layers
             ]
-            self.went_on = now(self.device)
+            self.decode_start = now(self.device)
         return scores
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when everything submitted to ``device`` is done."""
+    """The time in seconds, after synchronizing ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -87,8 +90,8 @@ def now(device: torch.device) -> float:
 
 @contextmanager
 def plans_run(model: HFModule) -> Iterator[list[StreamPlan]]:
-    """Within it, the list gets the plan of every pass that the pruned model runs over prompts, in order; decoding steps
-    have none, and neither has a model that runs dense."""
+    """A context that collects, in a list, the plan of every prefill that the pruned model executes, in order. Decoding
+    steps and dense models have no plans."""
     plans: list[StreamPlan] = []
     if not is_pruned(model):
         yield plans
@@ -109,13 +112,13 @@ def plans_run(model: HFModule) -> Iterator[list[StreamPlan]]:
 
 
 def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_new_tokens: int = 0) -> list[Measured]:
-    """Answer a batch of :func:`vtprune_train.evaluation.answering.batch` greedily, pruned or dense as the model is now.
+    """Answer a batch greedily and measure it, with the model pruned or dense as it is.
 
     Args:
         loaded: the model.
-        inputs: [B, L] and pixels.
-        max_new_tokens: at most, of each answer.
-        min_new_tokens: at least; for timing answers of one length.
+        inputs: result of :func:`vtprune_train.evaluation.answering.batch`.
+        max_new_tokens: maximum length of each answer.
+        min_new_tokens: minimum length, to time answers of equal length.
     """
     device = loaded.model.device
     cache = DynamicCache()
@@ -132,15 +135,15 @@ def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_ne
             logits_processor=LogitsProcessorList([first]),
         )
         end = now(device)
-    assert first.arrived is not None
+    assert first.prefill_end is not None
     rows = len(sequences)
     prompts = inputs["attention_mask"].sum(dim=1).tolist()
     before = (inputs["input_ids"] == loaded.model.config.image_token_id).sum(dim=1).tolist()
     flops = _prefill_flops(loaded, plans[0] if plans else None, prompts)
-    counted = []
+    measured = []
     for row, answer in enumerate(decoded(loaded, inputs, sequences)):
         stages, visual = _visual_tokens(plans[0] if plans else None, first, row, before[row], prompts[row])
-        counted.append(
+        measured.append(
             Measured(
                 answer=answer,
                 visual_tokens=stages,
@@ -148,18 +151,18 @@ def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_ne
                 leaving=visual.leaving,
                 cached=visual.cached,
                 prompt_tokens=prompts[row],
-                prefill_seconds=(first.arrived - start) / rows,
-                decode_seconds=(end - first.went_on) / rows,
+                prefill_seconds=(first.prefill_end - start) / rows,
+                decode_seconds=(end - first.decode_start) / rows,
                 decode_steps=sequences.shape[1] - inputs["input_ids"].shape[1] - 1,
                 cache_bytes=first.cache_bytes / rows,
                 prefill_flops=None if flops is None else flops[row],
             )
         )
-    return counted
+    return measured
 
 
 def visual_line(plan: StreamPlan, cache: DynamicCache) -> str:
-    """What one prompt's pass took, for a log; ``cache`` holds it and what was generated since."""
+    """The visual tokens of one prompt's prefill, for a log; ``cache`` contains the prompt and the generated tokens."""
     stages, layers = visual_per_stage(plan), stage_layers(plan)
     visual = VisualTokens.of(stages, layers, [1.0] * sum(layers))
     whole = sum(span.length for segment in plan.outline.segments for span in segment.spans)
@@ -174,7 +177,7 @@ def visual_line(plan: StreamPlan, cache: DynamicCache) -> str:
 def _visual_tokens(
     plan: StreamPlan | None, first: _AtFirstToken, row: int, before: int, prompt: int
 ) -> tuple[list[int], VisualTokens]:
-    """One row's visual tokens in each stage, and their means; no stage drops text."""
+    """The visual tokens of one row in each stage, and their means over layers. No stage drops text."""
     if plan is None:
         return [before], VisualTokens(float(before), float(before), float(before))
     text = prompt - before
@@ -186,7 +189,7 @@ def _visual_tokens(
 
 
 def _prefill_flops(loaded: Loaded, plan: StreamPlan | None, prompts: list[int]) -> list[float] | None:
-    """[B]; the selector's are shared equally among the rows."""
+    """[B] FLOPs of the prefill; those of the selector are divided equally among the rows."""
     try:
         decoder = DecoderGeometry.of(loaded.model.config.get_text_config())
     except ValueError:
@@ -200,7 +203,7 @@ def _prefill_flops(loaded: Loaded, plan: StreamPlan | None, prompts: list[int]) 
 
 
 def drop_layers(loaded: Loaded) -> list[int]:
-    """The layers before which the model drops visual tokens as it is now."""
+    """The layers before which the model drops visual tokens; empty for a dense model."""
     method = method_of(loaded.model) if is_pruned(loaded.model) else None
     num_layers = loaded.model.config.get_text_config().num_hidden_layers
     return [] if method is None else [drop.layer for drop in method.drops(num_layers)]

@@ -1,10 +1,10 @@
-"""A pruned model under lmms-eval (``lmms-eval eval --model vtprune --model_args pretrained=DIR``).
+"""Pruned models in lmms-eval (``lmms-eval eval --model vtprune --model_args pretrained=DIR``).
 
-lmms-eval finds it through the entry point ``lmms_eval.models`` of this package; nothing is to be copied. Model
-arguments: ``pretrained`` (whatever ``vtprune generate --model`` takes), ``method`` (``saved``, ``none`` or a method's
-name) with that method's settings, lists written with slashes (``layers=8/16/24,keep=0.5/0.25/0.125``), ``device``,
-``dtype``, ``batch_size``, ``trust_remote_code`` (run the code of a method that the checkpoint names). Under
-``accelerate launch`` or ``torchrun`` every process answers its share of the documents on its own GPU.
+lmms-eval finds this module through the package's entry point ``lmms_eval.models``. Model arguments: ``pretrained`` (as
+in ``vtprune generate --model``), ``method`` (``saved``, ``none`` or the name of a method) with the method's settings,
+lists separated by slashes (``layers=8/16/24,keep=0.5/0.25/0.125``), ``device``, ``dtype``, ``batch_size``, and
+``trust_remote_code`` (run the code of a method that the checkpoint names). With ``accelerate launch`` or ``torchrun``,
+each process answers its share of the documents on its own GPU.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What the entry point gives to lmms-eval's registry.
+    """The entry for lmms-eval's registry.
 
-    It stands before the imports: importing anything of lmms-eval builds the registry, which imports this module again.
+    It is defined before the imports: importing lmms-eval builds the registry, which imports this module again.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -40,24 +40,24 @@ from transformers import GenerationConfig  # noqa: E402
 from vtprune_train.cli.options import takes_list  # noqa: E402
 from vtprune_train.core.stream import IMAGE  # noqa: E402
 from vtprune_train.data.chat import Turn  # noqa: E402
-from vtprune_train.evaluation.answering import Loaded, Prompt, answers, load, open_picture  # noqa: E402
+from vtprune_train.evaluation.answering import Loaded, Prompt, answers, load, open_image  # noqa: E402
 from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types  # noqa: E402
 
 log = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 1024  # lmms-eval's own, for tasks that name none
-AUTO_BATCH = 32  # where --batch_size auto begins, and halves when the GPU's memory runs out
-LENGTH, STOPS = ("max_new_tokens", "max_gen_toks"), ("until", "stop_sequences")  # two names for the same
-# Settings of other models that ask for what is done here anyway.
-ALREADY_SO = {"image_aspect_ratio": "original", "skip_special_tokens": True, "visual_cot": False, "use_cache": True}
-# Of no effect without sampling; transformers warns of them.
+MAX_NEW_TOKENS = 1024  # lmms-eval's default
+AUTO_BATCH = 32  # initial size for --batch_size auto; halved when the GPU runs out of memory
+LENGTH, STOPS = ("max_new_tokens", "max_gen_toks"), ("until", "stop_sequences")  # names of the same setting
+# Settings of other models with the values that apply here anyway.
+FIXED = {"image_aspect_ratio": "original", "skip_special_tokens": True, "visual_cot": False, "use_cache": True}
+# Settings without an effect unless sampling; transformers warns of them.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-# What transformers' generate knows but changes what an answer is.
-NOT_TAKEN = ("num_return_sequences", "return_dict_in_generate", "max_length", "min_length", "stop_strings")
+# Settings of transformers' generate that change the form of its result.
+NOT_SUPPORTED = ("num_return_sequences", "return_dict_in_generate", "max_length", "min_length", "stop_strings")
 
 
 class _VTPrune(lmms):
-    """What both kinds of requests share."""
+    """Common base of both kinds of models."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class _VTPrune(lmms):
         **settings: Any,
     ) -> None:
         super().__init__()
-        chosen: Any = SAVED
+        pruning: Any = SAVED
         if method != SAVED:
-            chosen = method_from_settings({"method": method, **_with_lists(method, settings)})
+            pruning = method_from_settings({"method": method, **_with_lists(method, settings)})
         elif settings:
             raise ValueError(
                 f"model_args {next(iter(settings))}={next(iter(settings.values()))} has no effect with the saved "
@@ -84,11 +84,13 @@ class _VTPrune(lmms):
         self.batch_size, self.is_auto = _batch_size(batch_size, max_batch_size)
         where = _device_of_rank(device, self.accelerator)
         trusted = str(trust_remote_code).lower() == "true"
-        self.loaded: Loaded | None = load(str(pretrained), chosen, device=where, dtype=dtype, trust_remote_code=trusted)
+        self.loaded: Loaded | None = load(
+            str(pretrained), pruning, device=where, dtype=dtype, trust_remote_code=trusted
+        )
         self.device = self.loaded.model.device
 
     def clean(self) -> None:
-        """Free the model's memory when all requests are answered, for a judge."""
+        """Free the model's memory after all requests, for a judge model."""
         self.loaded = None
         super().clean()
 
@@ -124,58 +126,58 @@ class _VTPrune(lmms):
         return self._generate(requests)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("vtprune under lmms-eval answers generate_until tasks; likelihoods are not offered")
+        raise NotImplementedError("vtprune in lmms-eval supports generate_until tasks only, not likelihoods")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("vtprune under lmms-eval answers generate_until tasks; rounds are not offered")
+        raise NotImplementedError("vtprune in lmms-eval supports generate_until tasks only, not several rounds")
 
 
 class VTPruneChat(_VTPrune):
-    """For tasks that give whole conversations."""
+    """For tasks with conversations."""
 
     is_simple = False
 
     def prompt(self, request: Instance) -> Prompt:
         _, to_messages, _, doc_id, task, split = request.args
         conversation = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
-        pictures, videos, audios = conversation.extract_media()
+        images, videos, audios = conversation.extract_media()
         if videos or audios:
-            raise ValueError(f"task {task}, document {doc_id}: vtprune takes pictures, not videos or sounds")
+            raise ValueError(f"task {task}, document {doc_id}: vtprune supports images, not videos or audio")
         turns = []
         for message in conversation.to_hf_messages():
             parts = [IMAGE + "\n" if part["type"] == "image" else part["text"] for part in message["content"]]
             turns.append(Turn(message["role"], "".join(parts)))
-        return _pictures(pictures, task, doc_id), turns
+        return _open_images(images, task, doc_id), turns
 
 
 class VTPruneSimple(_VTPrune):
-    """For tasks that give a question and its images."""
+    """For tasks with a question and its images."""
 
     is_simple = True
 
     def prompt(self, request: Instance) -> Prompt:
         context, _, to_visual, doc_id, task, split = request.args
-        return _pictures(to_visual(self.task_dict[task][split][doc_id]) or [], task, doc_id), context
+        return _open_images(to_visual(self.task_dict[task][split][doc_id]) or [], task, doc_id), context
 
 
-def _pictures(given: Sequence[Any], task: str, document: Any) -> list[Image.Image]:
-    """Images in RGB; a task may give their files' names instead. Errors name the document."""
+def _open_images(visuals: Sequence[Any], task: str, document: Any) -> list[Image.Image]:
+    """The images of a document in RGB, from images or file names. Errors name the document."""
     place = f"task {task}, document {document}"
-    pictures = []
-    for picture in given:
-        if isinstance(picture, str):
+    images = []
+    for image in visuals:
+        if isinstance(image, str):
             try:
-                picture = open_picture(Path(picture))
+                image = open_image(Path(image))
             except ValueError as error:
-                raise ValueError(f"{place}: {error}; vtprune takes pictures (is it a video?)") from error
-        if not isinstance(picture, Image.Image):
-            raise ValueError(f"{place}: vtprune takes pictures, not a {type(picture).__name__} (a video?)")
-        pictures.append(picture.convert("RGB"))
-    return pictures
+                raise ValueError(f"{place}: {error}; vtprune supports images only (is it a video?)") from error
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{place}: vtprune supports images, not a {type(image).__name__} (a video?)")
+        images.append(image.convert("RGB"))
+    return images
 
 
 def _with_lists(method: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings from ``model_args``, where a comma ends a value: lists are written 2/4."""
+    """Parse settings from ``model_args``, where lists are separated by slashes because a comma ends a value."""
     types = {} if method == NONE else setting_types(method_class(method))
     return {key: str(value).split("/") if takes_list(types.get(key)) else value for key, value in settings.items()}
 
@@ -185,25 +187,27 @@ def _gen_kwargs(request: Instance) -> dict[str, Any]:
     return next(argument for argument in request.args[1:3] if isinstance(argument, dict))
 
 
-def _batch_size(asked: int | str, most: int | None) -> tuple[int, bool]:
-    """The batch size to begin with, and whether it may be halved."""
-    if str(asked).partition(":")[0] == "auto":
-        return int(most or AUTO_BATCH), True
-    if not str(asked).isdigit() or int(asked) < 1:
-        raise ValueError(f"--batch_size={asked} is neither a number above 0 nor auto")
-    return int(asked), False
+def _batch_size(size: int | str, largest: int | None) -> tuple[int, bool]:
+    """The initial batch size, and whether it may be halved."""
+    if str(size).partition(":")[0] == "auto":
+        return int(largest or AUTO_BATCH), True
+    if not str(size).isdigit() or int(size) < 1:
+        raise ValueError(f"--batch_size={size} is neither a number above 0 nor auto")
+    return int(size), False
 
 
-def _device_of_rank(asked: str, accelerator: Any) -> str:
-    """One device a process; refuses models elsewhere than on the GPUs that the processes talk over."""
+def _device_of_rank(device: str, accelerator: Any) -> str:
+    """The device of this process; refuses devices that differ from those that the processes communicate over."""
     if accelerator.num_processes == 1:
-        return asked
+        return device
     if accelerator.device.type != "cuda":
-        if asked.startswith("cuda"):
-            raise ValueError(f"device={asked}: these {accelerator.num_processes} processes have no GPU; use device=cpu")
+        if device.startswith("cuda"):
+            raise ValueError(
+                f"device={device}: these {accelerator.num_processes} processes have no GPU; use device=cpu"
+            )
         return "cpu"
-    if asked == "cpu":
-        raise ValueError("device=cpu: the processes were started for GPUs; start them by accelerate launch --cpu")
+    if device == "cpu":
+        raise ValueError("device=cpu, but the processes were started for GPUs; start them with accelerate launch --cpu")
     local, gpus = accelerator.local_process_index, torch.cuda.device_count()
     if local >= gpus:
         raise ValueError(f"process {local} of this machine has no GPU, there are {gpus}; start {gpus} processes")
@@ -211,7 +215,7 @@ def _device_of_rank(asked: str, accelerator: Any) -> str:
 
 
 def _next_batch(requests: Sequence[Instance], start: int, size: int) -> Sequence[Instance]:
-    """At most ``size`` requests from ``start`` with the same generation settings."""
+    """Up to ``size`` requests from ``start`` on that have the same generation settings."""
     end = start + 1
     while end < len(requests) and end - start < size and _gen_kwargs(requests[end]) == _gen_kwargs(requests[start]):
         end += 1
@@ -219,40 +223,40 @@ def _next_batch(requests: Sequence[Instance], start: int, size: int) -> Sequence
 
 
 def _generation(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """``generate``'s keywords for what a task asks, and the strings to stop at.
+    """Keywords of ``generate`` for the settings of a task, and the stop strings.
 
-    Sampling follows ``do_sample``, or where it is not named whether ``temperature`` is above 0; at temperature 0 there
-    is none.
+    The model samples if ``do_sample`` is true or, without that setting, if ``temperature`` is above 0; never at
+    temperature 0.
 
     Raises:
-        ValueError: a setting that is not known or not taken, or two names with different values.
+        ValueError: a setting is unknown or not supported, or has two names with different values.
     """
-    asked = {key: value for key, value in settings.items() if value is not None}
-    length = _one_value(asked, LENGTH, MAX_NEW_TOKENS)
-    stops = _one_value(asked, STOPS, [])
-    asked.pop("seed", None)
-    for key, value in list(asked.items()):
-        if key in ALREADY_SO:
-            if asked.pop(key) != ALREADY_SO[key]:
+    keywords = {key: value for key, value in settings.items() if value is not None}
+    length = _one_value(keywords, LENGTH, MAX_NEW_TOKENS)
+    stops = _one_value(keywords, STOPS, [])
+    keywords.pop("seed", None)
+    for key, value in list(keywords.items()):
+        if key in FIXED:
+            if keywords.pop(key) != FIXED[key]:
                 raise ValueError(
-                    f"generation_kwargs {key}={value!r}: vtprune does as {ALREADY_SO[key]!r} says and nothing else; "
-                    f"--gen_kwargs {key}={ALREADY_SO[key]} overrides the task's"
+                    f"generation_kwargs {key}={value!r}: vtprune supports only {FIXED[key]!r}; set "
+                    f"--gen_kwargs {key}={FIXED[key]} to override the task"
                 )
-        elif key in NOT_TAKEN or key not in GenerationConfig().to_dict():
+        elif key in NOT_SUPPORTED or key not in GenerationConfig().to_dict():
             raise ValueError(
-                f"generation_kwargs {key}={value!r} is not taken by vtprune; it takes the settings of transformers' "
-                f"generate that leave one answer a request, {', '.join((*LENGTH, *STOPS))} and seed"
+                f"generation_kwargs {key}={value!r} is not supported by vtprune; it supports the settings of "
+                f"transformers' generate with one answer per request, {', '.join((*LENGTH, *STOPS))} and seed"
             )
-    temperature = asked.get("temperature")
-    asked["do_sample"] = bool(asked.get("do_sample", bool(temperature))) and temperature != 0
-    if not asked["do_sample"]:
-        asked = {key: value for key, value in asked.items() if key not in SAMPLING}
-    return {**asked, "max_new_tokens": int(length)}, [stops] if isinstance(stops, str) else list(stops)
+    temperature = keywords.get("temperature")
+    keywords["do_sample"] = bool(keywords.get("do_sample", bool(temperature))) and temperature != 0
+    if not keywords["do_sample"]:
+        keywords = {key: value for key, value in keywords.items() if key not in SAMPLING}
+    return {**keywords, "max_new_tokens": int(length)}, [stops] if isinstance(stops, str) else list(stops)
 
 
-def _one_value(asked: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    """Take a setting that has several names out of ``asked``."""
-    values = {name: asked.pop(name) for name in names if name in asked}
+def _one_value(settings: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    """Remove a setting that has several names from ``settings`` and return its value."""
+    values = {name: settings.pop(name) for name in names if name in settings}
     first = next(iter(values.values()), default)
     if any(value != first for value in values.values()):
         raise ValueError(f"generation_kwargs {values} are names of the same setting with different values; keep one")

@@ -1,4 +1,4 @@
-"""A pruned model under VLMEvalKit, which has no plug-ins: name it before its ``run.py`` starts.
+"""Pruned models in VLMEvalKit. It has no plug-ins, so register the model before its ``run.py`` starts.
 
 ::
 
@@ -19,18 +19,18 @@ from typing import Any
 from vlmeval.vlm.base import BaseModel
 
 from vtprune_train.core.stream import IMAGE
-from vtprune_train.evaluation.answering import answers, load, open_picture
+from vtprune_train.evaluation.answering import answers, load, open_image
 from vtprune_train.pruning import SAVED
 
 
 class VTPrune(BaseModel):
-    """Answers messages of texts and image paths.
+    """Answers messages of text and image paths.
 
     Args:
         model_path: a run, checkpoint, Hugging Face folder or hub id.
-        method: a pruning method, ``None`` for the dense model; left out, the settings saved with the model.
-        device, dtype, trust_remote_code: as for :func:`vtprune_train.evaluation.answering.load`.
-        generation: passed to ``generate``.
+        method: a pruning method, or ``None`` for the dense model; by default the saved one.
+        device, dtype, trust_remote_code: see :func:`vtprune_train.evaluation.answering.load`.
+        generation: keywords of ``generate``.
     """
 
     INSTALL_REQ = False
@@ -53,15 +53,17 @@ class VTPrune(BaseModel):
         """The answer to ``[{"type": "image", "value": PATH}, {"type": "text", "value": STR}, ...]``.
 
         Raises:
-            ValueError: a part of another type, or an image that cannot be read.
+            ValueError: a part has another type, or an image cannot be read.
         """
-        pictures, texts = [], []
+        images, texts = [], []
         for part in message:
             if part["type"] == "image":
-                pictures.append(open_picture(Path(part["value"])))
+                images.append(open_image(Path(part["value"])))
                 texts.append(IMAGE + "\n")
             elif part["type"] == "text":
                 texts.append(part["value"])
             else:
-                raise ValueError(f"a message part of type {part['type']!r} is not taken; vtprune takes image and text")
-        return answers(self.loaded, [(pictures, "".join(texts))], **self.generation)[0]
+                raise ValueError(
+                    f"message part of type {part['type']!r} is not supported; vtprune supports image and text"
+                )
+        return answers(self.loaded, [(images, "".join(texts))], **self.generation)[0]

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from vtprune_train.core.user_code import is_path
 from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
 from vtprune_train.models.families import family_of
@@ -73,8 +74,9 @@ def prune(
             (``"fastv"``, with its defaults), a mapping ``{"method": "fastv", "keep": 0.5}`` or a list of these;
             ``None`` or ``"none"`` packs without dropping; ``"saved"`` (default) uses the method that the checkpoint was
             saved with.
-        attention: ``auto`` (selected for the model's device and dtype, so move the model first) or a backend of
-            :mod:`vtprune_train.models.forward.attention`.
+        attention: ``auto`` (selected for the model's device and dtype, so move the model first), a backend of
+            :mod:`vtprune_train.models.forward.attention`, or the path of a function (see
+            :func:`vtprune_train.models.forward.attention.user_function`).
         trust_remote_code: with ``"saved"``: allow importing a method outside the package that ``config.pruning`` names.
 
     Returns:
@@ -145,11 +147,12 @@ def _prune_copy(model: HFModule, method: PruningMethod | None, backend: str) -> 
 
 
 def _tower_backend(module: nn.Module, backend: str) -> str:
-    """Return the decoder's ``backend`` if it supports the vision tower's dtype and head size, otherwise the best one
-    that does."""
+    """Return the decoder's ``backend`` if it is one of the package's and supports the vision tower's dtype and head
+    size, otherwise the best one that does."""
     tower = next(iter(tower_attention.towers(module).values()))
     sizes = tower.device, tower.dtype, next(m.head_dim for m in tower.modules() if hasattr(m, "head_dim"))
-    return choose_backend("auto", *sizes) if unavailable_because(backend, *sizes) else backend
+    takes = not is_path(backend) and unavailable_because(backend, *sizes) is None
+    return backend if takes else choose_backend("auto", *sizes)
 
 
 def backend_for(model: HFModule, requested: str = "auto") -> str:

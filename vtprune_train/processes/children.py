@@ -1,4 +1,4 @@
-"""What processes that a rank starts have in common: they end with the rank and leave its signals to it."""
+"""Child processes of a rank: they exit with the rank and leave signals to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vtprune_train.processes.signals import STOPPING
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes started inside block the signals that ask to stop, until :func:`live_with_parent` ignores them."""
+    """Context manager: child processes start with stop signals blocked, until :func:`live_with_parent` ignores them."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -23,8 +23,8 @@ def signals_blocked() -> Iterator[None]:
 
 
 def live_with_parent() -> None:
-    """End with the process that started this one, even if that is killed, and with nothing else: terminals and
-    launchers send their signals to every process, and the rank decides what they lead to."""
+    """Exit when the parent process exits, even if it is killed, and ignore stop signals: terminals and launchers signal
+    every process, but only the rank should react."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

@@ -1,8 +1,8 @@
-"""The launchers above this process: whether they are still there.
+"""Launchers among the ancestors of this process, and whether they are alive.
 
-A launcher that is killed leaves its ranks to train on, with nobody to stop them. They look for it instead: who is above
-them is recorded at their start, by command line. A shell, ``nohup``, ``tmux`` or a scheduler is no launcher: their end
-changes nothing.
+Ranks whose launcher was killed would train on with nobody to stop them. So each rank records its launchers at its
+start, recognized by their command lines, and checks that they are alive. Shells, ``nohup``, ``tmux`` and schedulers are
+not launchers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LAUNCHER = "VTPRUNE_LAUNCHER"  # process and start of `vtprune launch`, for its ranks
+LAUNCHER = "VTPRUNE_LAUNCHER"  # set for the ranks: process id and start time of `vtprune launch`
 SCRIPTS = {"torchrun", "deepspeed", "deepspeed.pt", "ds", "accelerate", "accelerate-launch"}
 MODULES = {
     "torch.distributed.run",
@@ -23,15 +23,16 @@ MODULES = {
     "accelerate.commands.launch",
     "accelerate.commands.accelerate_cli",
 }
-OURS = {"vtprune", "vtprune_train.cli"}
-THEIRS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed"}  # variables that ranks get from them
-WITH_VALUE = ("-W", "-X")  # options of Python that take the next word
+VTPRUNE = {"vtprune", "vtprune_train.cli"}
+VARIABLES = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed"}  # environment variables that they set
+WITH_VALUE = ("-W", "-X")  # Python options that take an argument
 ENDED = ("Z", "X")  # states: a zombie, dead
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """A process that started ranks; ``started`` (clock ticks since boot) tells it from a later one with its number."""
+    """A process that started ranks. ``started`` (clock ticks since boot) distinguishes it from a later process with the
+    same id."""
 
     name: str
     pid: int
@@ -43,7 +44,7 @@ class Launcher:
     def is_alive(self) -> bool:
         try:
             process = _process(self.pid)
-        except OSError:  # it cannot be told: no file can be opened, or /proc shows it no more
+        except OSError:  # unknown: no file can be opened, or /proc hides the process
             return True
         return process is not None and process.started == self.started and process.state not in ENDED
 
@@ -56,25 +57,25 @@ class _Process:
 
 
 def _process(pid: int) -> _Process | None:
-    """From ``/proc/PID/stat`` (not a wall-clock time, which moves when the clock is set); ``None``: there is none."""
+    """Read ``/proc/PID/stat``; ``None`` if the process does not exist. Ticks since boot do not move with the clock."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = stat.rpartition(")")[2].split()  # the name before may hold anything
+    fields = stat.rpartition(")")[2].split()  # the process name before may contain spaces and parentheses
     return _Process(parent=int(fields[1]), state=fields[0], started=int(fields[19]))
 
 
 def announce() -> None:
-    """Tell the ranks that this process is going to start that it is their launcher."""
+    """Announce this process as the launcher of the ranks that it starts."""
     this = _process(os.getpid())
     if this is not None:
         os.environ[LAUNCHER] = f"{os.getpid()} {this.started}"
 
 
 def launchers_above() -> list[Launcher]:
-    """The launchers among this process's ancestors, the nearest first; those of other users may not be seen, and one
-    that is gone already has the number 0."""
+    """Launchers among the ancestors of this process, nearest first. Those of other users may be invisible; one that has
+    already exited gets process id 0."""
     launchers = []
     pid = os.getppid()
     python = False
@@ -91,11 +92,11 @@ def launchers_above() -> list[Launcher]:
         launcher = Launcher("vtprune launch", *map(int, announced.split()))
         if launcher.pid not in [above.pid for above in launchers]:
             launchers.append(launcher)
-    # A launcher in another container cannot be seen. Where no Python is above this process either (all launchers are,
-    # unknown ones too), its launcher was killed before this process could look.
+    # A launcher in another container is invisible. If no ancestor is a Python process (all launchers are, unknown ones
+    # too), the launcher was killed before this process could look.
     is_here = os.getppid() > 0 and os.getsid(0) > 0
     if not launchers and not python and is_here:
-        launchers = [Launcher(name, 0, 0) for variable, name in THEIRS.items() if variable in os.environ][:1]
+        launchers = [Launcher(name, 0, 0) for variable, name in VARIABLES.items() if variable in os.environ][:1]
     return launchers
 
 
@@ -107,24 +108,24 @@ def _command(pid: int) -> list[str]:
 
 
 def launcher_name(command: Sequence[str]) -> str | None:
-    """What a command line runs, if that is a launcher: ``python bin/torchrun``, ``python -m torch.distributed.run``."""
+    """Name of the launcher that a command line runs, such as ``python -m torch.distributed.run``; ``None`` if none."""
     words = list(command)
     if _is_python(words):
         words.pop(0)
         while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
             del words[: 2 if words[0] in WITH_VALUE else 1]
     if words[:1] == ["-m"] and len(words) > 1:
-        name, given = words[1], words[2:]
-        return f"python -m {name}" if name in MODULES else _ours(name, given)
+        name, arguments = words[1], words[2:]
+        return f"python -m {name}" if name in MODULES else _vtprune_launch(name, arguments)
     if not words:
         return None
     name = Path(words[0]).name
-    return name if name in SCRIPTS else _ours(name, words[1:])
+    return name if name in SCRIPTS else _vtprune_launch(name, words[1:])
 
 
 def _is_python(command: Sequence[str]) -> bool:
     return bool(command) and Path(command[0]).name.startswith(("python", "pypy"))
 
 
-def _ours(name: str, given: Sequence[str]) -> str | None:
-    return "vtprune launch" if name in OURS and given[:1] == ["launch"] else None
+def _vtprune_launch(name: str, arguments: Sequence[str]) -> str | None:
+    return "vtprune launch" if name in VTPRUNE and arguments[:1] == ["launch"] else None

@@ -1,7 +1,7 @@
-"""Standard output and error that may break: what they cannot take is lost, and training goes on.
+"""Standard output and error whose failures do not stop training.
 
-A pipe breaks when ``tee`` gets the Ctrl-C that was meant for training, a terminal is closed, the file after
-``> log`` fills its disk. None of that may cost the checkpoint that is being written, or the message of another rank.
+``tee`` may receive the Ctrl-C that was meant for training, a terminal may be closed, the disk of a log file may be
+full. Output is lost then, but neither the checkpoint that is being written nor the messages of other ranks.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import sys
 from typing import Any
 
-GONE_FOR_GOOD = (errno.EPIPE, errno.EIO, errno.EBADF)  # the reader, the terminal
+GONE_FOR_GOOD = (errno.EPIPE, errno.EIO, errno.EBADF)  # of a closed pipe or terminal
 
 
 class Stream:
-    """A text stream whose writes do not fail; everything else is the stream's own."""
+    """Wraps a text stream; failing writes are dropped instead of raised."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -40,22 +40,22 @@ class Stream:
             call(*arguments)
         except OSError as error:
             if error.errno in GONE_FOR_GOOD:
-                _to_nowhere(self.stream.fileno())
+                _to_devnull(self.stream.fileno())
             if not self.failed:
                 self.failed = True
                 other = sys.stderr if self is sys.stdout else sys.stdout
                 if not getattr(other, "failed", True):
-                    other.write(f"\n{self.stream.name} cannot be written ({error}); what it would show is lost\n")
+                    other.write(f"\n{self.stream.name} cannot be written ({error}); its output is lost\n")
 
 
 def keep_streams() -> None:
-    """Make ``sys.stdout`` and ``sys.stderr`` streams whose writes do not fail. Descriptors 0 to 2 that are closed lead
-    nowhere from now on: else the next files that are opened would get them, and whatever is printed."""
+    """Wrap ``sys.stdout`` and ``sys.stderr`` in :class:`Stream`. Closed descriptors 0 to 2 are opened on ``/dev/null``,
+    so that no other file gets them and with them the output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            _to_nowhere(descriptor)
+            _to_devnull(descriptor)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
@@ -64,8 +64,8 @@ def keep_streams() -> None:
             setattr(sys, name, Stream(stream))
 
 
-def _to_nowhere(descriptor: int) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    if nowhere != descriptor:
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+def _to_devnull(descriptor: int) -> None:
+    devnull = os.open(os.devnull, os.O_RDWR)
+    if devnull != descriptor:
+        os.dup2(devnull, descriptor)
+        os.close(devnull)

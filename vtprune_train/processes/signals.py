@@ -1,9 +1,9 @@
-"""Signals that ask a training process to end, heard from its first moment on.
+"""Stop signals of a training process, handled from its start.
 
-Ctrl-C (SIGINT), SIGTERM and SIGHUP ask for the same: finish the step, save once, end with 128 plus the signal's number.
-So does the death of a launcher (:mod:`vtprune_train.processes.launchers`). Nothing is raised into the code that is
-running: the request is noted, and a thread does what it leads to, also while the main thread waits inside an extension.
-This module is imported before PyTorch is, which takes seconds.
+Ctrl-C (SIGINT), SIGTERM and SIGHUP have the same effect: finish the step, save once, exit with 128 plus the signal
+number. So does the death of a launcher (:mod:`vtprune_train.processes.launchers`). Signal handlers only record the
+request, and a thread acts on it, even while the main thread waits inside an extension. This module is imported before
+PyTorch, whose import takes seconds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vtprune_train.processes.launchers import Launcher, launchers_above
 
-# Where ranks have heard different ones, the first of these counts: launchers send SIGTERM because of the others.
+# If ranks received different ones, the first of these counts: launchers send SIGTERM because of the others.
 STOPPING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 FINAL_FILE = "VTPRUNE_FINAL_FILE"
 NO_CODE = "   "
@@ -31,13 +32,13 @@ BEFORE_TRAINING = "before the first step: nothing to save"
 
 
 def exit_code(number: int) -> int:
-    """The exit code of a process that a signal asked to end, as shells have it: 130, 129, 143."""
+    """Exit code after a stop signal, by the convention of shells: 130, 129, 143."""
     return 128 + number
 
 
 def make_notes(folder: Path) -> Path:
-    """Files for the two codes that a launcher and its ranks tell each other; returns the one for ``FINAL_FILE``. Their
-    bytes are there from now on, so that noting a code needs no room on the disk."""
+    """Create the files through which a launcher and its ranks exchange two exit codes; returns the one for
+    ``FINAL_FILE``. They have their full size from the start, so that a full disk does not matter later."""
     note = folder / "final"
     for path in (note, asked_file(str(note))):
         path.write_text(NO_CODE)
@@ -45,23 +46,23 @@ def make_notes(folder: Path) -> Path:
 
 
 def noted(note: Path) -> int | None:
-    """The code in one of the files of :func:`make_notes`; ``None`` while there is none."""
+    """Read the code from one of the files of :func:`make_notes`; ``None`` if there is none yet."""
     text = note.read_text() if note.exists() else NO_CODE
     return None if text == NO_CODE else int(text)
 
 
 def note_code(note: Path, code: int) -> None:
-    """Write a code over what the file holds."""
+    """Write a code into one of the files of :func:`make_notes`."""
     try:
         with note.open("r+") as file:
             file.write(f"{code:{len(NO_CODE)}}")
-    except OSError as error:  # someone has cleaned up: the process must end all the same
+    except OSError as error:  # somebody removed it: exit anyway
         with contextlib.suppress(OSError):
-            print(f"{note}, which tells the launcher not to start again, cannot be written: {error}", file=sys.stderr)
+            print(f"cannot write {note}, which tells the launcher not to restart: {error}", file=sys.stderr)
 
 
 def final_exit(code: int) -> int:
-    """What a rank returns for an end that a restart cannot mend: ``code``, unless the launcher wants it noted."""
+    """Exit code of a rank after which a restart is pointless. Under ``vtprune launch`` records it and returns 0."""
     note = os.environ.get(FINAL_FILE)
     if note is None:
         return code
@@ -70,18 +71,18 @@ def final_exit(code: int) -> int:
 
 
 def asked_file(note: str) -> Path:
-    """Where ``vtprune launch`` writes the code of the signal that it has passed on to all ranks of the machine."""
+    """File in which ``vtprune launch`` records the code of a signal that it forwarded to all ranks of the machine."""
     return Path(note).with_name("asked")
 
 
 def launcher_was_asked() -> bool:
-    """Whether ``vtprune launch`` was asked to end, and has told all ranks of the machine."""
+    """Whether ``vtprune launch`` received a stop signal and forwarded it to all ranks of the machine."""
     note = os.environ.get(FINAL_FILE)
     return note is not None and noted(asked_file(note)) is not None
 
 
 def asked_to_stop() -> bool:
-    """Whether the end was noted before this rank began: it was started again, although all is over."""
+    """Whether the job had already been stopped when this rank was (re)started."""
     note = os.environ.get(FINAL_FILE)
     if note is None:
         return False
@@ -91,14 +92,14 @@ def asked_to_stop() -> bool:
 
 
 def listens(pid: int) -> bool:
-    """Whether a process has begun to listen (:meth:`Stop.listen`), by its handler for SIGTERM."""
+    """Whether a process has called :meth:`Stop.listen`, judging by its handler for SIGTERM."""
     path = Path(f"/proc/{pid}/status")
     caught = path.read_text().partition("SigCgt:")[2].split() if path.exists() else []
     return not caught or bool(int(caught[0], 16) & 1 << (signal.SIGTERM - 1))
 
 
 def leave_before_joining(number: int) -> None:
-    """End this rank before it has joined the others. The launcher ends those, unless it told all of them itself."""
+    """Exit before this rank has joined the others. The launcher stops those, unless it forwarded the signal itself."""
     _say(f"{signal.Signals(number).name} {BEFORE_TRAINING}")
     if launcher_was_asked():
         _note_if_none(os.environ[FINAL_FILE], exit_code(number))
@@ -112,12 +113,12 @@ def _note_if_none(note: str, code: int) -> None:
 
 
 class Stop:
-    """What this process was asked for.
+    """Stop requests of this process.
 
     Attributes:
-        number: the first of ``STOPPING`` that arrived; ``None`` while there was none.
-        act: called in a thread with the signal when it arrives; ``None``: the training loop looks at ``number``.
-        orphaned: a launcher of this process is gone.
+        number: the first signal of ``STOPPING`` that arrived; ``None`` if none did.
+        act: called in a thread when the signal arrives; ``None`` if the training loop checks ``number``.
+        orphaned: a launcher of this process has exited.
     """
 
     def __init__(self) -> None:
@@ -131,8 +132,8 @@ class Stop:
         self._listening = self._acted = False
 
     def listen(self) -> bool:
-        """Note requests from now on; the main thread calls this, as early as it can. Signals that are ignored stay so,
-        as SIGHUP under ``nohup``. Returns whether it did not listen before."""
+        """Start recording requests; the main thread calls this as early as possible. Ignored signals stay ignored
+        (SIGHUP under ``nohup``). Returns False if it was listening already."""
         if self._listening:
             return False
         self._listening = True
@@ -150,25 +151,25 @@ class Stop:
         return True
 
     def restore(self) -> None:
-        """Listen no more: put back the handlers that :meth:`listen` replaced, for a process that goes on."""
+        """Undo :meth:`listen` in a process that continues: restore the previous handlers."""
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._write)  # the thread ends, after what has arrived
+        os.close(self._write)  # the thread handles what has arrived, then ends
         self._thread.join()
         atexit.unregister(ignore_signals)
         self._forget()
 
     def train(self) -> None:
-        """From now on the loop ends the step it is in and saves."""
+        """From now on a request makes the loop finish its step and save."""
         self.act = None
 
     def end(self) -> None:
-        """From now on requests change nothing: this process is ending."""
+        """From now on requests have no effect: this process is exiting."""
         self.act = lambda number: None
 
     def requested(self) -> dict[str, float]:
-        """Which signal this rank has noted, as numbers to sum over ranks; :func:`agreed_code` reads the sums."""
+        """The recorded signal as numbers to sum over ranks; :func:`agreed_code` reads the sums."""
         return {f"stop_{number}": float(self.number == number) for number in STOPPING}
 
     def _note(self, number: int, frame: Any) -> None:
@@ -179,7 +180,7 @@ class Stop:
         while True:
             if not select.select([read], [], [], POLL_SECONDS)[0]:
                 if not self.orphaned:
-                    self._look_for_launchers()
+                    self._check_launchers()
                 continue
             if not (arrived := os.read(read, 512)):  # the other end is closed
                 os.close(read)
@@ -188,11 +189,11 @@ class Stop:
                 if number in STOPPING:
                     self._asked(number)
 
-    def _look_for_launchers(self) -> None:
-        gone = next((launcher for launcher in self._launchers if not launcher.is_alive()), None)
-        if gone is not None:
+    def _check_launchers(self) -> None:
+        dead = next((launcher for launcher in self._launchers if not launcher.is_alive()), None)
+        if dead is not None:
             self.orphaned = True
-            self._asked(signal.SIGTERM, f"{gone}, which started this rank, is gone")
+            self._asked(signal.SIGTERM, f"{dead}, which started this rank, has exited")
 
     def _asked(self, number: int, why: str = "") -> None:
         self._note(number, None)
@@ -213,21 +214,21 @@ class Stop:
 
 
 def agreed_code(totals: dict[str, float]) -> int:
-    """The exit code that all ranks end with, from the sums of :meth:`Stop.requested`, which are taken out of
-    ``totals``; 0 if no rank was asked to end."""
-    heard = [number for number in STOPPING if totals.pop(f"stop_{number}") > 0]
-    return exit_code(heard[0]) if heard else 0
+    """Common exit code of all ranks, from the sums of :meth:`Stop.requested`, which are removed from ``totals``; 0 if
+    no rank received a signal."""
+    received = [number for number in STOPPING if totals.pop(f"stop_{number}") > 0]
+    return exit_code(received[0]) if received else 0
 
 
 def ignore_signals() -> None:
-    """This process is ending with its code. Without this, Python restores the default handlers while it shuts down,
-    and a signal that arrives then kills the process, whatever its code would have been."""
+    """Ignore stop signals while this process exits. Python restores the default handlers during shutdown, so a signal
+    would otherwise kill the process and change its exit code."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 def quit_on_signals() -> None:
-    """End this process without a traceback; for a launcher that has not started ranks yet."""
+    """Exit without a traceback on stop signals, in a launcher that has not started ranks yet."""
     atexit.register(ignore_signals)
 
     def leave(number: int, frame: Any) -> None:
@@ -239,10 +240,11 @@ def quit_on_signals() -> None:
 
 
 def _say(text: str) -> None:
-    """Once on every machine."""
+    """Print once per machine."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"\n{text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # standard error may be closed
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            print(f"\n{now} {text}", file=sys.stderr, flush=True)
 
 
 STOP = Stop()

@@ -1,34 +1,38 @@
-"""Before anything starts: the data's files and folders are there, and their first records can be used."""
+"""Early data checks: files and folders exist, and the first records are usable."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vtprune_train.config.data import SourceConfig
 from vtprune_train.config.errors import ConfigError, nearest_name
 from vtprune_train.config.settings import Config
+from vtprune_train.core.user_code import is_path
 from vtprune_train.data.images import UNREADABLE, image_size
-from vtprune_train.data.index import TO_MEND, most_bad, shown_fields
-from vtprune_train.data.measure import picture_name
+from vtprune_train.data.index import HOW_TO_FIX, list_fields, most_bad
+from vtprune_train.data.measure import image_name
 from vtprune_train.data.records import Conversation, default_id, normalize
-from vtprune_train.data.sources import find_files, is_here, open_reader
+from vtprune_train.data.sources import find_files, is_here, open_reader, reader_class
 from vtprune_train.data.sources.base import Bounds, TooLarge
+from vtprune_train.models.forward.attention import user_function
 
-LOOKED_AT = 200  # records of each entry
+NUM_CHECKED = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] data.eval=[]"
 
 
 def check_paths(config: Config) -> None:
-    """Raise a ``ConfigError`` with a line for each file and folder of the data settings that is missing."""
-    lines = []
+    """Raise ``ConfigError`` with one line per missing file or folder in the data settings, and per reader or attention
+    function that cannot be loaded."""
+    lines = list(_wrong_code(config))
     for key, path in _paths(config):
         if key.endswith("images"):
             if not path.is_dir():
@@ -41,19 +45,19 @@ def check_paths(config: Config) -> None:
         elif path.exists() and not os.access(path, os.R_OK):
             lines.append(f"{key}: {path} cannot be read (permission denied)")
     if lines:
-        relative = "" if Path(config.data.root).is_absolute() else f", seen from {Path.cwd()}"
+        relative = "" if Path(config.data.root).is_absolute() else f" (working directory: {Path.cwd()})"
         raise ConfigError("\n".join([*lines, f"paths are relative to data.root={config.data.root}{relative}"]))
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Raise a ``ConfigError`` if the run's folder cannot be made or written; it is not made here."""
+    """Raise ``ConfigError`` if the run folder cannot be created or written. Does not create it."""
     place = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists() or parent.is_symlink())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(unwritable("run.output_dir", run_dir, OSError(errno.EACCES, os.strerror(errno.EACCES))))
 
 
 def unwritable(key: str, folder: Path, error: OSError) -> str:
-    """What to say of a folder that cannot be made or written."""
+    """Error message for a folder that cannot be created or written."""
     reason = error.strerror or str(error)
     for part in (folder, *folder.parents):
         if part.is_symlink() and not part.exists():
@@ -61,8 +65,8 @@ def unwritable(key: str, folder: Path, error: OSError) -> str:
         elif part.exists() and not part.is_dir():
             reason = f"{part} is a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{key}: {folder} cannot be written ({reason}); make room, or name another folder"
-    return f"{key}: {folder} cannot be written ({reason}); name a folder in which you may write"
+        return f"{key}: {folder} cannot be written ({reason}); free disk space or choose another folder"
+    return f"{key}: {folder} cannot be written ({reason}); choose a writable folder"
 
 
 def any_data_here(config: Config) -> bool:
@@ -70,66 +74,67 @@ def any_data_here(config: Config) -> bool:
     return any(is_here(path) for key, path in _paths(config) if key.endswith("path"))
 
 
-def look_at_data(config: Config) -> list[str]:
-    """Read the first records of each entry and the headers of their images; a line for each entry.
+def check_records(config: Config) -> list[str]:
+    """Read the first records and image headers of each data entry; return one report line per entry.
 
     Raises:
-        ConfigError: too many of an entry's first records cannot be used; names the entry's key and the first reasons.
+        ConfigError: too many of an entry's first records are unusable; the message contains the config key and the
+            first reasons.
         ValueError: a file cannot be read.
     """
-    looks = {
-        f"data.{which}.{number}": _look(f"data.{which}.{number}", source, config)
+    checks = {
+        f"data.{which}.{number}": _check_entry(f"data.{which}.{number}", source, config)
         for which in SPLITS
         for number, source in enumerate(config.sources(which))
     }
-    if wrong := [look.wrong for look in looks.values() if look.wrong]:
+    if wrong := [check.wrong for check in checks.values() if check.wrong]:
         raise ConfigError("\n".join(wrong))
-    lines = [f"{key:<14}{look.line}" for key, look in looks.items()]
-    counts = [look.records for key, look in looks.items() if key.startswith("data.train")]
+    lines = [f"{key:<14}{check.line}" for key, check in checks.items()]
+    counts = [check.records for key, check in checks.items() if key.startswith("data.train")]
     batch = config.train.global_batch_size
-    if counts and max(counts) < LOOKED_AT and sum(counts) < batch:
+    if counts and max(counts) < NUM_CHECKED and sum(counts) < batch:
         size = f"train.global_batch_size={batch}"
-        lines.append(f"{'':<14}{size} is larger than these {sum(counts)} record(s) of data.train")
+        lines.append(f"{'':<14}{size} is larger than the {sum(counts)} record(s) of data.train")
     return lines
 
 
-class _Look(NamedTuple):
-    """What the first records of an entry are like: a line for the report, what is wrong if much is, their number."""
+class _EntryCheck(NamedTuple):
+    """Result of checking an entry's first records: report line, error (if too many are bad), and number of records."""
 
     line: str
     wrong: str
     records: int
 
 
-def _look(key: str, source: SourceConfig, config: Config) -> _Look:
+def _check_entry(key: str, source: SourceConfig, config: Config) -> _EntryCheck:
     images, data = Path(source.images), config.data
     number, reasons, large = 0, [], []
     unread: Counter[str] = Counter()
-    for record in _first_records(Path(source.path), source.ignore, Bounds(data.max_record_bytes, data.max_text_bytes)):
-        number += 1  # its pictures, which may be inside, go with it
+    for record in _first_records(source, Bounds(data.max_record_bytes, data.max_text_bytes)):
+        number += 1  # the record itself is dropped: it may hold images
         unread.update(record.unread)
         if isinstance(record.error, TooLarge):
             large.append(f"{record.id}: {record.error}")
         elif reason := _unusable(record, images, data.max_image_pixels):
             reasons.append(f"{record.id}: {reason}")
-    fields = f"; fields that are not read: {shown_fields(unread)}" if unread else ""
+    fields = f"; ignored fields: {list_fields(unread)}" if unread else ""
     bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
     skipped = f", {len(large)} are too large (first: {large[0]})" if large else ""
     if large and (data.too_long == "error" or len(large) == number):
         wrong = (
-            f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {TO_MEND}. "
+            f"{key}: {len(large)} of the first {number} records of {source.path} are too large. {HOW_TO_FIX}. "
             f"First: {'; '.join(large[:3])}"
         )
-        return _Look("", wrong, number)
+        return _EntryCheck("", wrong, number)
     wrong = ""
-    # Bad records may stand together at the beginning of a file: where more follow, their share is not known yet.
-    most = data.max_bad if number == LOOKED_AT else min(most_bad(data.max_bad_share, number), data.max_bad)
+    # Bad records may be clustered at the start of a file, so the bad share is unknown if more records follow.
+    most = data.max_bad if number == NUM_CHECKED else min(most_bad(data.max_bad_share, number), data.max_bad)
     if reasons and (len(reasons) > most or len(reasons) + len(large) == number):
         wrong = (
             f"{key}: {len(reasons)} of the first {number} records of {source.path} (images in {images}) cannot be used "
             f"(data.max_bad={data.max_bad}, data.max_bad_share={data.max_bad_share:g}). First: {'; '.join(reasons[:3])}"
         )
-    return _Look(f"{source.path}: {number} first record(s) looked at{bad}{skipped}{fields}", wrong, number)
+    return _EntryCheck(f"{source.path}: first {number} record(s) checked{bad}{skipped}{fields}", wrong, number)
 
 
 def _paths(config: Config) -> list[tuple[str, Path]]:
@@ -141,32 +146,48 @@ def _paths(config: Config) -> list[tuple[str, Path]]:
     ]
 
 
-def _first_records(path: Path, ignore: list[str], bounds: Bounds) -> Iterator[Conversation]:
-    file = find_files(path)[0]
-    reader = open_reader(file, bounds.record)
+def _wrong_code(config: Config) -> Iterator[str]:
+    """A line for each reader or attention function that cannot be loaded."""
+    paths: dict[str, Callable[[], Any]] = {}
+    if is_path(config.model.attention):
+        paths["model."] = partial(user_function, config.model.attention)
+    for which in SPLITS:
+        for number, source in enumerate(config.sources(which)):
+            if source.reader is not None:
+                paths[f"data.{which}.{number}."] = partial(reader_class, source.reader)
+    for section, load in paths.items():
+        try:
+            load()
+        except ValueError as error:
+            yield f"{section}{error}"
+
+
+def _first_records(source: SourceConfig, bounds: Bounds) -> Iterator[Conversation]:
+    file = find_files(Path(source.path), source.reader or "")[0]
+    reader = open_reader(file, bounds.record, source.reader or "")
     records = (record for piece in reader.pieces() for _, record in reader.scan(piece))
     number = -1
-    for number, content in enumerate(islice(records, LOOKED_AT)):
-        record = normalize(content, default_id(file, number), ignore, bounds.text)
+    for number, content in enumerate(islice(records, NUM_CHECKED)):
+        record = normalize(content, default_id(file, number), source.ignore, bounds.text)
         yield replace(record, unread=record.unread | frozenset(reader.unread))
     if number < 0:
-        raise ValueError(f"data file {file} holds no record")
+        raise ValueError(f"data file {file} contains no records")
 
 
 def _unusable(record: Conversation, images: Path, max_pixels: int) -> str:
-    """Why a record cannot be used; empty if it can, as far as headers tell."""
+    """Reason why a record is unusable; empty if it looks fine judging by image headers only."""
     if record.error:
         return record.error
-    for number, picture in enumerate(record.pictures(images)):
+    for number, image in enumerate(record.image_files(images)):
         try:
-            image_size(picture, max_pixels=max_pixels, name=picture_name(picture, number))
+            image_size(image, max_pixels=max_pixels, name=image_name(image, number))
         except UNREADABLE as error:
             return f"image {error}"
     return ""
 
 
 def _nearest(path: Path) -> str:
-    """A name beside a path that is missing which it may have meant."""
+    """Suggest an existing sibling for a missing path."""
     if path.exists() or not path.parent.is_dir():
         missing = next((parent for parent in reversed(path.parents) if not parent.exists()), None)
         return f" (there is no {missing})" if missing is not None else ""

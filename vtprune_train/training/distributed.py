@@ -1,4 +1,4 @@
-"""What ranks tell each other, in few words."""
+"""Small collective helpers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Failed = TypeVar("Failed", bound=BaseException)
-SHARED_SECONDS = 10.0  # network file systems show another machine's file a moment later
+SHARED_SECONDS = 10.0  # files become visible with a delay on network file systems
 
 
 def rank() -> int:
@@ -53,7 +53,7 @@ def sum_over_ranks(
 
 
 def from_rank_0(make: Callable[[], Result]) -> Result:
-    """Call ``make`` on rank 0 and give its result to all; its error ends all ranks."""
+    """Call ``make`` on rank 0 and broadcast the result; an error is raised on all ranks."""
     if not dist.is_initialized():
         return make()
     box: list[Any] = [None, None]
@@ -64,14 +64,14 @@ def from_rank_0(make: Callable[[], Result]) -> Result:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise told_by(0, box[1])
+        raise raised_on(0, box[1])
     return box[0]
 
 
-def told_by(source: int, error: Failed) -> Failed:
-    """An error that all ranks raise because of what rank ``source`` found: that one is to be named for it."""
+def raised_on(source: int, error: Failed) -> Failed:
+    """Mark an error raised on all ranks as originating from rank ``source``."""
     if rank() != source:
-        error.told_by = source  # type: ignore[attr-defined]
+        error.raised_on = source  # type: ignore[attr-defined]
     return error
 
 
@@ -90,44 +90,44 @@ def barrier() -> None:
 
 
 def check_same(value: Any, what: str) -> None:
-    """Raise a ``ValueError`` on all ranks if their values differ; it names ``what`` and two machines."""
+    """Raise ``ValueError`` on all ranks if values differ; the message names ``what`` and two hosts."""
     answers = gather((socket.gethostname(), value))
-    for number, (host, found) in enumerate(answers):
-        if found != answers[0][1]:
+    for number, (host, other) in enumerate(answers):
+        if other != answers[0][1]:
             error = ValueError(
-                f"{what} differ between ranks: {answers[0][1]} on rank 0 ({answers[0][0]}), {found} on rank {number} "
-                f"({host}); give all machines of the job the same files"
+                f"{what} differ between ranks: {answers[0][1]} on rank 0 ({answers[0][0]}), {other} on rank {number} "
+                f"({host}); all machines of the job must have the same files"
             )
-            raise told_by(0, error)
+            raise raised_on(0, error)
 
 
 def check_shared(folder: Path, key: str) -> None:
-    """Make sure that all machines see the same ``folder``, which the setting ``key`` names and rank 0 can write.
+    """Check that ``folder`` (setting ``key``) is shared by all machines by writing a file on rank 0.
 
     Raises:
-        ConfigError: names the machines that do not see what rank 0 wrote.
+        ConfigError: raised with the hosts that cannot see it.
     """
     if world_size() == 1:
         return
     token = folder / from_rank_0(lambda: f".shared-{secrets.token_hex(8)}")
     from_rank_0(token.touch)
     deadline = time.monotonic() + SHARED_SECONDS
-    while not (seen := token.exists()) and time.monotonic() < deadline:
+    while not (is_visible := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    answers = gather((socket.gethostname(), seen))
+    answers = gather((socket.gethostname(), is_visible))
     if rank() == 0:
         token.unlink()
     blind = sorted({host for host, sees in answers if not sees})
     if blind:
         error = ConfigError(
-            f"{key}: {folder.resolve()} of rank 0 on {answers[0][0]} is not seen on {', '.join(blind[:8])}; "
-            "put it on a file system that all machines of the job share"
+            f"{key}: {folder.resolve()} of rank 0 on {answers[0][0]} is not visible on {', '.join(blind[:8])}; "
+            "use a file system that all machines of the job share"
         )
-        raise told_by(0, error)
+        raise raised_on(0, error)
 
 
 def shut_down() -> None:
-    """Leave the process group together; its threads must not outlive the interpreter."""
+    """Destroy the process group on all ranks, so that its threads do not outlive the interpreter."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

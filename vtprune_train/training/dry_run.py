@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 from vtprune_train.config.errors import ConfigError, pruning_refusal
 from vtprune_train.config.settings import Config
@@ -16,6 +15,7 @@ from vtprune_train.core.flops import TYPICAL_TEXT, TrainingCost, layers_per_stag
 from vtprune_train.core.stream import Drop
 from vtprune_train.data.chat import get_template
 from vtprune_train.models import HFModule
+from vtprune_train.models.families import class_of_config
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.forward.recompute import typical_stages
@@ -27,11 +27,13 @@ from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
-from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_run_dir, look_at_data
+from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
 from vtprune_train.training.engine.settings import engine_config, zero_stage
+from vtprune_train.training.loop.callbacks.build import callbacks_of
 from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.sample import sample_lines
 from vtprune_train.training.loop.settings import with_saved_settings
+from vtprune_train.training.loop.trackers import check_trackers
 from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch, Parameters
 from vtprune_train.training.schedules import check_schedule
 
@@ -55,13 +57,15 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     config = with_saved_settings(config)
     settings = engine_config(config)
     check_schedule(config.train)
+    check_trackers(config)
+    callbacks_of(config)
     check_run_dir(config.run_dir)
     get_template(config.data.template)
     data = _data(config, needs_data)
     model_config = load_model_config(config.model, offline=True)
     family, loop = family_of_config(model_config)
     with torch.device("meta"):
-        model = getattr(transformers, family.model_class)(model_config)
+        model = class_of_config(model_config)(model_config)
     family.check(model)
     if config.model.peft is not None:
         adapt(model, config.model.peft)
@@ -116,7 +120,7 @@ def _data(config: Config, needed: bool) -> list[str]:
         check_paths(config)
     except ConfigError as error:
         raise ConfigError(f"{error}\n{WITHOUT_DATA}") from error
-    return look_at_data(config)
+    return check_records(config)
 
 
 def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> list[str]:

@@ -1,4 +1,4 @@
-"""The life of one rank's process: joining the others, training, and the ways to end."""
+"""Lifecycle of a rank process: initialization, training and shutdown."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from vtprune_train.config.errors import ConfigError, refusal
 from vtprune_train.config.settings import Config
 from vtprune_train.data.load.workers import wait_for_server
 from vtprune_train.models.forward.kernels import be_deterministic
+from vtprune_train.processes.console import quiet_libraries
 from vtprune_train.processes.output import keep_streams
 from vtprune_train.processes.signals import BEFORE_TRAINING, STOP, exit_code, final_exit
 from vtprune_train.training import distributed as ranks
@@ -26,8 +27,8 @@ from vtprune_train.training.engine.start import start_distributed
 from vtprune_train.training.faults.non_finite import EXIT_STOPPED, TrainingError
 from vtprune_train.training.faults.rank_failures import connect
 from vtprune_train.training.faults.watchdog import Watchdog
+from vtprune_train.training.loop.callback import Callback
 from vtprune_train.training.loop.run import prepare
-from vtprune_train.training.loop.trainer import Callback
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +39,19 @@ EXIT_REFUSED = 2
 
 
 class StopRequestError(Exception):
-    """A signal before the first step, when there is nothing to save."""
+    """Raised when a stop signal arrives before the first step, when there is nothing to save."""
 
 
 def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
-    """Train as one rank, with ``callbacks`` after those that every run has. Returns the exit code; does not return
-    after a failure of any rank.
+    """Run training on this rank with ``callbacks`` added after the standard ones. Returns the exit code; never returns
+    if any rank fails.
     """
     keep_streams()
     listens_for_this = STOP.listen()
     try:
         return _train(config, callbacks)
     finally:
-        if listens_for_this:  # otherwise the process ends with this training
+        if listens_for_this:  # otherwise the process exits after training
             STOP.restore()
 
 
@@ -59,6 +60,7 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> int:
     be_deterministic(config)
     set_allocator()
     device = _join(config)
+    quiet_libraries()
     watchdog = Watchdog(connect())
     STOP.act = partial(_stop_before_training, watchdog)
     if ranks.rank() == 0:
@@ -67,13 +69,13 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> int:
         try:
             trainer = prepare(config, device, watchdog, callbacks)
         except ValueError as error:
-            log.debug("where it came from", exc_info=True)
+            log.debug("traceback", exc_info=True)
             what = "the settings are wrong" if isinstance(error, ConfigError) else "cannot train"
-            watchdog.fail(error, EXIT_REFUSED, final=True, shown=refusal(what, error))
+            watchdog.fail(error, EXIT_REFUSED, final=True, message=refusal(what, error))
         settings = config.train
         if config.data.workers:
             wait_for_server()
-        ranks.barrier()  # a machine may index its data longer than another: that is no hang
+        ranks.barrier()  # not a hang: indexing may take longer on some machines
         watchdog.watch(config.run_dir / "watchdog", settings.watchdog_timeout, settings.collective_timeout)
         STOP.train()
         code = trainer.fit()
@@ -92,46 +94,47 @@ def _join(config: Config) -> torch.device:
     except Exception as error:
         if not port_taken(error):
             raise
-        check_free(config.run_dir)  # most likely it is the same run, started twice
+        check_free(config.run_dir)  # most likely the same run was started twice
         port = os.environ["MASTER_PORT"]
         raise ConfigError(
-            f"port {port} of {os.environ['MASTER_ADDR']}, where the ranks meet, is taken by another program (another "
-            f"training?); give the launcher another one, such as --master_port {int(port) + 1}"
+            f"port {port} of {os.environ['MASTER_ADDR']}, where the ranks meet, is already in use (by another run?); "
+            f"give the launcher another one, for example --master_port {int(port) + 1}"
         ) from error
 
 
 def set_allocator() -> None:
-    """Let the CUDA allocator's segments grow, unless the environment configures it: no two micro-batches have the same
-    shapes, which fragments segments of fixed size. PyTorch reads the variable when it first allocates on a GPU."""
-    chosen = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
-    if not chosen:
+    """Enable expandable segments in the CUDA allocator unless configured by the environment: micro-batch shapes always
+    differ, which fragments fixed-size segments. PyTorch reads the variable when it first allocates on a GPU."""
+    variables = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
+    if not variables:
         os.environ[ALLOCATOR_VARIABLES[0]] = GROWING_SEGMENTS
-        chosen = [f"{ALLOCATOR_VARIABLES[0]}={GROWING_SEGMENTS} (set it yourself for another)"]
+        variables = [f"{ALLOCATOR_VARIABLES[0]}={GROWING_SEGMENTS} (set the variable yourself to override)"]
     if torch.cuda.is_available():
-        log.info("CUDA allocator: %s", ", ".join(chosen))
+        log.info("CUDA allocator: %s", ", ".join(variables))
 
 
 def _stop_before_training(watchdog: Watchdog, number: int) -> NoReturn:
-    shown = f"{signal.Signals(number).name} {BEFORE_TRAINING}"
-    watchdog.fail(StopRequestError(shown), exit_code(number), final=True, shown=shown, terminated=True)
+    message = f"{signal.Signals(number).name} {BEFORE_TRAINING}"
+    watchdog.fail(StopRequestError(message), exit_code(number), final=True, message=message, terminated=True)
 
 
 def _give_up(watchdog: Watchdog, error: Exception) -> NoReturn:
-    if isinstance(error, TrainingError):  # of all ranks; resuming repeats the same bits, so it would come again
-        ranks.told_by(0, error)
-        watchdog.fail(error, EXIT_STOPPED, final=True, shown=refusal("training stopped", error))
+    if isinstance(error, TrainingError):  # the same on all ranks; a restart would fail in the same way
+        ranks.raised_on(0, error)
+        watchdog.fail(error, EXIT_STOPPED, final=True, message=refusal("training stopped", error))
     place = f"rank {ranks.rank()} on {socket.gethostname()} failed ({watchdog.place().where}):"
-    watchdog.fail(error, 1, final=False, shown=f"{place}\n{''.join(traceback.format_exception(error)).rstrip()}")
+    watchdog.fail(error, 1, final=False, message=f"{place}\n{''.join(traceback.format_exception(error)).rstrip()}")
 
 
-def _note_restarts(wanted: int) -> None:
-    """Say which restart this is, and whether ``train.max_restarts`` can be kept: only who started the ranks can."""
+def _note_restarts(max_restarts: int) -> None:
+    """Log the restart count, and warn if ``train.max_restarts`` cannot be honored (only the launcher can restart
+    ranks)."""
     done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if done:
         log.warning("restart %d of at most %d after a failure", done, most)
-    if wanted and wanted != most:
+    if max_restarts and max_restarts != most:
         log.warning(
-            "train.max_restarts=%d has no effect: what started this process restarts %s. Start with "
+            "train.max_restarts=%d has no effect: the launcher restarts the ranks %d times. Start with "
             "`vtprune launch`, or with torchrun --max_restarts %d",
-            wanted, f"{most} times" if most else "nothing", wanted,
+            max_restarts, most, max_restarts,
         )  # fmt: skip

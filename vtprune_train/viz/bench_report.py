@@ -1,4 +1,4 @@
-"""A comparison of methods as a table and as a plot: quality against time."""
+"""Reports a comparison of methods as a table and as a plot of quality against time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from vtprune_train.bench.rivals import DENSE
 from vtprune_train.evaluation.results import aligned
 from vtprune_train.viz.draw import INK, PAPER, RULE, SOFT
 
-BASELINES = ("random", "uniform", "pool")  # drawn in grey: what a method has to beat
-COLOURS = ("#1f6fb4", "#d1495b", "#0f9d8a", "#e08e0b", "#7a5195", "#5f7f2f", "#b5577e", "#3a86a8")
+BASELINES = ("random", "uniform", "pool")  # drawn in gray
+COLORS = ("#1f6fb4", "#d1495b", "#0f9d8a", "#e08e0b", "#7a5195", "#5f7f2f", "#b5577e", "#3a86a8")
 MARKERS = "osD^vPX*<>hdp"
-LEAST_KL = 1e-5  # where the logarithmic axis ends
+LEAST_KL = 1e-5  # lower end of the logarithmic axis
 
 
 def table(results: dict[str, Any]) -> str:
-    """Everything measured, a line a method and budget; ratios are to the dense run."""
+    """The results as text, one line per method and budget; ratios are relative to the dense model."""
     settings, rows = results["settings"], results["rows"]
     sizes = list(rows[0]["clock"])
     header = ["", "budget", "planned", "taken", "enter", "leave", "cached", "= dense", "KL", "exact", "GFLOP"]
-    header += [f"{what} x{size}" for what in ("prefill", "decode", "train") for size in sizes]
+    header += [f"{work} x{size}" for work in ("prefill", "decode", "train") for size in sizes]
     header += ["cache"]
     lines = aligned([header, *(_cells(row, sizes) for row in rows)])
     lines += ["", *_notes(settings, rows, sizes)]
@@ -53,7 +53,7 @@ def _cells(row: dict[str, Any], sizes: Sequence[str]) -> list[str]:
         f"{row['kl']:.4f}",
         f"{row['exact_match']:.1%}",
         "-" if flops is None else f"{flops / 1e9:.4g}",
-        *(ratio(own[what]) for what in ("prefill", "decode", "train") for own in clock),
+        *(ratio(times[work]) for work in ("prefill", "decode", "train") for times in clock),
         f"{clock[-1]['cache_ratio']:.3f}",
     ]
 
@@ -63,25 +63,26 @@ def _notes(settings: dict[str, Any], rows: Sequence[dict[str, Any]], sizes: Sequ
     lines = [
         f"{settings['questions']} questions of {settings['data']}, {rows[0]['visual_tokens']:.1f} visual tokens each "
         f"on average; {settings['layers']} layers, {settings['dtype']}, {settings['device']}, {settings['attention']}",
-        "planned and taken: mean share of the visual tokens that enter a layer (of methods that drop keys: whose keys "
-        "stay; about: the method counts while it runs); enter, leave, cached: tokens, mean over the layers",
-        "prefill, decode, train and cache: of the dense run's in the same repeat, median of "
+        "planned and taken: mean share of the visual tokens that enter a layer, or whose keys stay if a method drops "
+        "keys (about: the method determines it while running); enter, leave, cached: tokens, mean over the layers",
+        "prefill, decode, train and cache: relative to the dense model in the same repeat, median of "
         f"{settings['repeats']}; GFLOP: decoder and selector, prefill of one question",
     ]
     for size in sizes:
-        own = dense[size]
-        parts = [f"{what} {1000 * own[what]['seconds']:.2f} ms" for what in ("prefill", "decode", "train") if own[what]]
-        peak = "" if own["peak_bytes"] is None else f", peak {max(own['peak_bytes']) / 2**30:.2f} GiB"
-        lines.append(f"dense, batch {size}: {', '.join(parts)}, cache {own['cache_bytes'] / 2**20:.3f} MiB{peak}")
+        times = dense[size]
+        works = [work for work in ("prefill", "decode", "train") if times[work]]
+        parts = [f"{work} {1000 * times[work]['seconds']:.2f} ms" for work in works]
+        peak = "" if times["peak_bytes"] is None else f", peak {max(times['peak_bytes']) / 2**30:.2f} GiB"
+        lines.append(f"dense, batch {size}: {', '.join(parts)}, cache {times['cache_bytes'] / 2**20:.3f} MiB{peak}")
     for row in rows:
-        refused = {own["no_training"] for own in row["clock"].values() if own["no_training"]}
+        refused = {times["no_training"] for times in row["clock"].values() if times["no_training"]}
         lines += [f"no training step of {row['name']}: {reason}" for reason in sorted(refused)]
     return lines
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Three panels: agreement with the dense model against the prefill's time, exact match against the training
-    step's, divergence against the tokens taken. A line joins a method's budgets."""
+    """Plot three panels: agreement with the dense model over the time of the prefill, exact match over the time of a
+    training step, and divergence over the share of tokens. A line connects the budgets of a method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,21 +93,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
     trains = any(row["clock"][size]["train"] for row in rows)
     figure, axes = plt.subplots(1, 3, figsize=(16.5, 6.2), facecolor=PAPER, layout="constrained")
 
-    def time(what: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda row: row["clock"][size][what]["ratio"] if row["clock"][size][what] else None
+    def time(work: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda row: row["clock"][size][work]["ratio"] if row["clock"][size][work] else None
 
     second = "train" if trains else "decode"
     panels: list[tuple[Any, Callable[[dict[str, Any]], float | None], Callable[[dict[str, Any]], float], str, str]] = [
         (axes[0], time("prefill"), lambda row: 100 * row["agreement"], f"prefill time, batch {size}, of dense",
-         "answers equal to the dense model's, %"),
+         "agreement with the dense model (%)"),
         (axes[1], time(second), lambda row: 100 * row["exact_match"],
-         f"{'training step' if trains else 'decoding'}, batch {size}, of dense", "exact match with the true answer, %"),
+         f"{'training step' if trains else 'decoding'}, batch {size}, of dense", "exact match with the answer (%)"),
         (axes[2], lambda row: row["taken_share"], lambda row: max(row["kl"], LEAST_KL),
-         "visual tokens taken, mean over layers, of all", "KL(dense || pruned) on the answers, nats a token"),
+         "share of visual tokens taken (mean over layers)", "KL(dense || pruned) on the answers (nats per token)"),
     ]  # fmt: skip
     for axis, across, up, xlabel, ylabel in panels:
-        shown = [row for row in rows if row["name"] != DENSE] if axis is axes[2] else rows  # its divergence is 0
-        _panel(axis, shown, across, up)
+        without_dense = [row for row in rows if row["name"] != DENSE]  # whose divergence is 0
+        _panel(axis, without_dense if axis is axes[2] else rows, across, up)
         axis.set_xlabel(xlabel, color=INK)
         axis.set_ylabel(ylabel, color=INK)
     axes[0].set_ylim(-2, 104)
@@ -128,19 +129,19 @@ def _panel(
     up: Callable[[dict[str, Any]], float],
 ) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != DENSE))
-    own = [name for name in names if name not in BASELINES]
+    methods = [name for name in names if name not in BASELINES]
     for name in names:
-        own_rows = sorted((row for row in rows if row["name"] == name), key=lambda row: row["budget"])
-        points = [(across(row), up(row)) for row in own_rows]
+        of_method = sorted((row for row in rows if row["name"] == name), key=lambda row: row["budget"])
+        points = [(across(row), up(row)) for row in of_method]
         drawn = [(x, y) for x, y in points if x is not None]
         if not drawn:
             continue
         baseline = name in BASELINES
-        number = BASELINES.index(name) if baseline else own.index(name)
+        number = BASELINES.index(name) if baseline else methods.index(name)
         axis.plot(
             *zip(*drawn, strict=True),
             label=name,
-            color=SOFT if baseline else COLOURS[number % len(COLOURS)],
+            color=SOFT if baseline else COLORS[number % len(COLORS)],
             linestyle=("--", ":", "-.")[number] if baseline else "-",
             marker=MARKERS[number % len(MARKERS)],
             markersize=7,

@@ -1,4 +1,5 @@
-"""The kept tokens as one HTML file (``page.html``, filled in): a slider over the stages, nothing loaded from afar."""
+"""Writes the kept tokens as a self-contained HTML file with a slider over the stages, from the template
+``page.html``."""
 
 from __future__ import annotations
 
@@ -11,34 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.viz.draw import DROPPED, FADE, ShownImage
+from vtprune_train.viz.draw import DROPPED, FADE, ImageStages
 
-LONGEST = 1344  # pixels of an embedded image's longer side: two tiles of 336, twice as fine
+LONGEST = 1344  # pixels of the longer side of an embedded image: two tiles of 336 at double resolution
 PAGE = Path(__file__).with_name("page.html")
 
 
-def page(images: Sequence[ShownImage], stages: Sequence[str], title: str = "") -> str:
-    """A self-contained page. ``#stage=2`` after its address opens it at the second stage.
+def page(images: Sequence[ImageStages], stages: Sequence[str], title: str = "") -> str:
+    """The HTML of the page. ``#stage=2`` in its address opens the second stage.
 
     Args:
-        images: as :func:`vtprune_train.viz.draw.draw` takes them.
-        stages: their headings.
+        images: see :func:`vtprune_train.viz.draw.draw`.
+        stages: headings of the stages.
         title: for example the prompt.
     """
-    data = {"stages": list(stages), "images": [_image(shown) for shown in images]}
+    data = {"stages": list(stages), "images": [_image(item) for item in images]}
     filled = {
         "%TITLE%": html.escape(title or "Visual tokens kept in each stage"),
         "%COUNT%": str(len(stages)),
         "%FADED%": f"rgb({DROPPED[0]} {DROPPED[1]} {DROPPED[2]} / {FADE})",
-        "%DATA%": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),  # so that no text ends the script
+        "%DATA%": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),  # text must not end the script
     }
     return re.sub("|".join(filled), lambda match: filled[match[0]], PAGE.read_text(encoding="utf-8"))
 
 
-def _image(shown: ShownImage) -> dict[str, Any]:
-    """What the page needs of one image; boxes in pixels of the original, to a hundredth."""
-    height, width = shown.places.size
-    small = shown.picture.convert("RGB")
+def _image(item: ImageStages) -> dict[str, Any]:
+    """The page's data of one image; boxes are in pixels of the original, rounded to hundredths."""
+    height, width = item.places.size
+    small = item.image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
@@ -46,8 +47,8 @@ def _image(shown: ShownImage) -> dict[str, Any]:
         "width": width,
         "height": height,
         "picture": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-        "panels": shown.panels(),
-        "kinds": shown.places.kinds.tolist(),
-        "boxes": shown.places.boxes.round(2).tolist(),
-        "kept": [tokens.tolist() for tokens in shown.kept],
+        "panels": item.panels(),
+        "kinds": item.places.kinds.tolist(),
+        "boxes": item.places.boxes.round(2).tolist(),
+        "kept": [tokens.tolist() for tokens in item.kept],
     }

@@ -1,4 +1,4 @@
-"""Which visual tokens of an image a pruned model keeps at each stage, as a picture."""
+"""Draws the visual tokens that a pruned model keeps at each stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vtprune_train.evaluation.answering import content_of, write_prompt
 from vtprune_train.models import HFModule
 from vtprune_train.models.forward.calls import is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.padded import kept_tokens, stage_layers
-from vtprune_train.viz.draw import ShownImage, draw
+from vtprune_train.viz.draw import ImageStages, draw
 
 
 def show(
@@ -46,24 +46,24 @@ def show(
 
 def look(
     model: HFModule, image_processor: Any, inputs: Mapping[str, Tensor], images: Sequence[Image.Image]
-) -> list[ShownImage]:
-    """Run a pruned model in evaluation mode and see which tokens survive.
+) -> list[ImageStages]:
+    """Run a pruned model in evaluation mode and return the tokens that it keeps.
 
     Args:
-        model: pruned; its mode is restored afterwards.
-        image_processor: the model's, which prepared the images.
-        inputs: a batch as the processor makes it, on the model's device, without labels.
-        images: of all its rows, in order.
+        model: the pruned model; its mode is restored.
+        image_processor: the model's image processor, which prepared the images.
+        inputs: a batch from the processor, on the model's device, without labels.
+        images: the images of all rows, in order.
 
     Raises:
-        ValueError: it is not known where the tokens of this family, or of these images, lie.
+        ValueError: the positions of the tokens of this family, or of these images, are unknown.
     """
     sizes = [(image.height, image.width) for image in images]
     places = state_of(model).family.places(model.config, image_processor, inputs, sizes)
     tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    if tokens != (counted := sum(len(own.kinds) for own in places)):
+    if tokens != (counted := sum(len(image_places.kinds) for image_places in places)):
         raise ValueError(
-            f"the prompt holds {tokens} visual tokens, but images of {sizes} (height, width) have {counted}; use the "
+            f"the prompt has {tokens} visual tokens, but images of {sizes} (height, width) have {counted}; use the "
             "image processor that was saved with the model"
         )
     was_training = model.training
@@ -71,16 +71,16 @@ def look(
     kept = [image for row in kept_tokens(model, inputs) for image in row]
     model.train(was_training)
     return [
-        ShownImage(image, own, [np.arange(len(own.kinds)), *stages])
-        for image, own, stages in zip(images, places, kept, strict=True)
+        ImageStages(image, image_places, [np.arange(len(image_places.kinds)), *stages])
+        for image, image_places, stages in zip(images, places, kept, strict=True)
     ]
 
 
 def stage_names(model: HFModule) -> list[str]:
-    """``stage 1, layers 0-7`` and so on of a pruned model."""
+    """Headings of the stages of a pruned model, such as ``stage 1, layers 0-7``."""
     names = []
     for number, layers in enumerate(stage_layers(model), start=1):
-        if not layers:  # a drop before the decoder, or two at one place
+        if not layers:  # a drop before the decoder, or two drops at the same layer
             names.append(f"stage {number}, before {f'layer {layers.start}' if layers.start else 'the decoder'}")
             continue
         several = f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
@@ -89,17 +89,17 @@ def stage_names(model: HFModule) -> list[str]:
 
 
 def encode(
-    processor: Any, pictures: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
+    processor: Any, images: Sequence[Image.Image], prompt: str, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """One row of inputs on ``device``: the pictures, then the prompt, up to where the answer begins.
+    """Inputs of one row on ``device``: the images and the prompt, up to the beginning of the answer.
 
     Raises:
-        ValueError: no picture.
+        ValueError: there is no image.
     """
-    if not pictures:
-        raise ValueError("there is no picture to show the tokens of; give at least one")
-    text = write_prompt(processor, content_of(processor), len(pictures), prompt)
+    if not images:
+        raise ValueError("there is no image to show the tokens of; give at least one")
+    text = write_prompt(processor, content_of(processor), len(images), prompt)
     bos = processor.tokenizer.bos_token
     has_bos = bos is not None and text.startswith(bos)  # written by the template
-    made = processor(images=list(pictures), text=text, return_tensors="pt", add_special_tokens=not has_bos)
-    return {key: value.to(device) for key, value in made.items()}
+    inputs = processor(images=list(images), text=text, return_tensors="pt", add_special_tokens=not has_bos)
+    return {key: value.to(device) for key, value in inputs.items()}

@@ -208,7 +208,7 @@ def test_after_a_worker_is_killed_the_batches_are_the_same(pool_of, which, caplo
     assert all(torch.equal(batch.pixel_values, PIXELS + number) for number, batch in enumerate(first + rest))
     who = f"decode worker 1 of rank 0 (process {first[1].sample_ids[1]})"
     assert f"{who} was killed by {which.name} (most likely " in caplog.text
-    assert "samples id" in caplog.text and "the workers are started again" in caplog.text
+    assert "samples id" in caplog.text and "the workers are restarted" in caplog.text
     if which == signal.SIGSEGV:
         assert "in _worker_loop" in caplog.text, "the stack of the crash"
     assert not any(map(running, before))
@@ -221,7 +221,7 @@ def test_the_server_that_forks_workers_is_killed(pool_of, caplog):
     os.kill(psutil.Process(before[0]).ppid(), signal.SIGKILL)
     batches += taken(pool)
     assert ids(batches) == [f"id{number}" for number in range(12)]
-    assert "the workers are started again" in caplog.text
+    assert "the workers are restarted" in caplog.text
     deadline = time.monotonic() + 20
     while any(map(running, before)):
         assert time.monotonic() < deadline
@@ -255,7 +255,7 @@ def test_many_deaths_at_any_moment_change_nothing(pool_of, caplog):
             os.kill(pool.processes[rng.randrange(2)].pid, signal.SIGKILL)
         batches.append(pool.next())
     assert ids(batches) == [f"id{number}" for number in range(30)] and pool.next() is None
-    assert caplog.text.count("the workers are started again") >= 3
+    assert caplog.text.count("the workers are restarted") >= 3
 
 
 def test_a_batch_that_ends_every_worker_is_not_tried_for_ever(pool_of):
@@ -268,7 +268,7 @@ def test_a_batch_that_ends_every_worker_is_not_tried_for_ever(pool_of):
 @pytest.mark.parametrize(("decode", "said"), [(broken, "in broken.*no such key"), (leaking, "in leaking.*MemoryError")])
 def test_an_error_of_decoding_ends_at_once_with_its_traceback(pool_of, decode, said):
     pool = pool_of(5, decode)
-    with pytest.raises(WorkerError, match=rf"(?s)decode worker 0 .* failed over samples id2.*{said}"):
+    with pytest.raises(WorkerError, match=rf"(?s)decode worker 0 .* failed on samples id2.*{said}"):
         taken(pool)
 
 

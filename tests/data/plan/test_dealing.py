@@ -120,7 +120,7 @@ def test_the_simulation_runs_and_ours_is_the_most_even(simulate, tmp_path, capsy
     assert results["ours"]["most_tokens"] <= 16384
     with pytest.raises(SystemExit):
         simulate.main(["--micro_batch", "5"])
-    assert "no multiple of --micro_batch 5" in capsys.readouterr().err
+    assert "is not a multiple of --micro_batch 5" in capsys.readouterr().err
 
 
 def test_the_published_split_has_equal_counts_and_about_equal_lengths(simulate):

@@ -42,13 +42,13 @@ def test_from_training_to_answers(runs, capsys):
     runs.train("full", "train.max_steps=2", "run.stop_after=1")
     runs.train("full", "train.max_steps=2")
     runs.train("lora", "train.max_steps=1", *LORA)
-    picture = next((runs.folder / "data" / "images").iterdir())
+    image = next((runs.folder / "data" / "images").iterdir())
     exports = {}
     for name, more in {"full": [], "lora": ["--merge"]}.items():
         run, out = runs.directory(name), runs.folder / f"export-{name}"
         say(capsys, "export", "--model", run, "--out", out, "--dtype", "float32", *more)
         answers = [
-            say(capsys, "generate", "--model", model, "--image", picture, "--prompt", QUESTION, "--max_new_tokens", 4)
+            say(capsys, "generate", "--model", model, "--image", image, "--prompt", QUESTION, "--max_new_tokens", 4)
             for model in (run, out)
         ]
         assert answers[0] == answers[1]
@@ -59,21 +59,21 @@ def test_from_training_to_answers(runs, capsys):
         say(capsys, "eval", "--model", out, *data, "--out", results, "--max_new_tokens", 3)
         assert json.loads((results / "results.json").read_text())["settings"]["method"]["method"] == "pyramiddrop"
     check_equal_inputs(runs, exports.values())
-    ask_by_lmms_eval(exports["full"], picture)
+    ask_by_lmms_eval(exports["full"], image)
     if runs.model_type in ("llava", "llava_next"):
         convert_there_and_back(runs, exports["full"])
 
 
-def ask_by_lmms_eval(folder, picture):
+def ask_by_lmms_eval(folder, image):
     """The integration answers as the command does, where lmms-eval is installed."""
     if importlib.util.find_spec("lmms_eval") is None:
         return
     from vtprune_train.integrations.lmms_eval import VTPruneSimple
 
     model = VTPruneSimple(pretrained=str(folder), device="cpu")
-    model.task_dict = {"task": {"test": [Image.open(picture).convert("RGB")]}}
+    model.task_dict = {"task": {"test": [Image.open(image).convert("RGB")]}}
     arguments = ("what is shown here ?", {"max_new_tokens": 4}, lambda doc: [doc], 0, "task", "test")
-    prompt = ([Image.open(picture).convert("RGB")], "what is shown here ?")
+    prompt = ([Image.open(image).convert("RGB")], "what is shown here ?")
     expected = answers(load(str(folder), device="cpu"), [prompt], max_new_tokens=4)
     assert model.generate_until([SimpleNamespace(args=arguments)]) == expected
 

@@ -126,17 +126,17 @@ def test_packed_with_dropping_equals_one_by_one(setup, rank_with):
 def test_the_index_tells_what_the_batch_holds(setup):
     parts = setup.parts()
     collate = setup.collator(parts, DROP)
-    for sample, (_, pictures) in enumerate(RECORDS):
+    for sample, (_, images) in enumerate(RECORDS):
         batch = collate([sample])
         assert batch.plan.stages[0].num_tokens == collate.index.lengths([sample]).tokens[0] == len(batch.input_ids)
-        assert (len(batch.pixel_values) if pictures else 0) == collate.index.lengths([sample]).tiles[0]
+        assert (len(batch.pixel_values) if images else 0) == collate.index.lengths([sample]).tiles[0]
         assert len(batch.visual_rows) == len(batch.visual_index)
         assert (batch.input_ids[batch.visual_rows] == parts.model.config.image_token_id).all()
         assert int((batch.input_ids == parts.model.config.image_token_id).sum()) == len(batch.visual_rows)
-        assert not pictures or 0 < batch.costs["flops"] < batch.costs["flops_dense"], "nothing was saved"
+        assert not images or 0 < batch.costs["flops"] < batch.costs["flops_dense"], "nothing was saved"
 
 
-def test_a_batch_without_pictures_reaches_every_trained_part_with_zero_gradients(setup):
+def test_a_batch_without_images_reaches_every_trained_part_with_zero_gradients(setup):
     """So that ranks with and without a picture stay together."""
     parts = setup.parts()
     collate = setup.collator(parts, DROP)
@@ -250,22 +250,22 @@ def test_a_whole_processor_is_saved_where_it_can_be_made(tmp_path):
 
 def test_settings_that_do_not_fit_the_family_are_refused(tmp_path):
     for name in ("llava_onevision", "qwen2_5_vl"):
-        with pytest.raises(ValueError, match=f"'{name}': this family is trained from a checkpoint only"):
+        with pytest.raises(ValueError, match=f"'{name}': this family can only be trained from a checkpoint"):
             load_model_config(ModelConfig(config={"model_type": name, "text_config": {"vocab_size": 64}}))
-    with pytest.raises(ValueError, match="holds a qwen3_vl, which the training loop does not know; it trains: llava_n"):
+    with pytest.raises(ValueError, match="holds a qwen3_vl, which the training loop does not support; it supp"):
         family_model("qwen3_vl").config.save_pretrained(tmp_path)
         load_model_config(ModelConfig(path=str(tmp_path)))
-    with pytest.raises(ValueError, match="max_pixels=5000 is for models that take images of any size"):
+    with pytest.raises(ValueError, match="max_pixels=5000 is for models that support images of any size"):
         build_image_processor(family_model("llava").config, None, 5000)
     config = family_model("qwen2_5_vl").config
-    with pytest.raises(ValueError, match="max_pixels=9 is below the least size, 3136 pixels"):
+    with pytest.raises(ValueError, match="max_pixels=9 is below the smallest size, 3136"):
         build_image_processor(config, None, 9)
     other = Qwen2VLImageProcessorPil(patch_size=14)
     with pytest.raises(ValueError, match=r"patch_size=14 is not the model's vision_config\.patch_size=7"):
         trained_family("qwen2_5_vl", "test")[1].layout(config, other)
     words = ModelConfig(path=str(save_checkpoint("qwen2_5_vl", tmp_path / "q")), tokenizer=str(tmp_path / "words"))
     tiny_tokenizer().save_pretrained(tmp_path / "words")
-    with pytest.raises(ValueError, match=r"has no <\|image_pad\|>, which stands for images in a qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"has no <\|image_pad\|>, the image token of a qwen2_5_vl"):
         load_tokenizer(words, list, tmp_path / "none")
 
 
@@ -274,18 +274,18 @@ def test_evaluation_images(setup):
     parts = setup.parts()
     collate = setup.collator(parts, DROP)
     model = prune(parts.model, DROP)
-    drawn = draw_kept(model, collate, pictures=4, device=torch.device("cpu"))
+    drawn = draw_kept(model, collate, images=4, device=torch.device("cpu"))
     assert [pixels.dtype for pixels in drawn] == [np.uint8] * 2
     one, three = (pixels.shape for pixels in drawn)
     assert three[0] > 1.5 * one[0] and three[1] == one[1]
     shown = _question(collate, 2)
-    assert shown.text == "a  dog ?" and [picture.size for picture in shown.pictures] == [(30, 90), (50, 50), (84, 84)]
-    kept = look(model, collate.image_processor, shown.inputs, shown.pictures)
+    assert shown.text == "a  dog ?" and [image.size for image in shown.images] == [(30, 90), (50, 50), (84, 84)]
+    kept = look(model, collate.image_processor, shown.inputs, shown.images)
     counts = collate.layout.tokens([SIZES[number] for number in (1, 2, 3)])
     assert [[len(tokens) for tokens in image.kept] for image in kept] == [[n, n // 2, n // 4] for n in counts]
 
 
-def test_large_pictures_are_shrunk_to_max_pixels():
+def test_large_images_are_shrunk_to_max_pixels():
     config = family_model("qwen2_5_vl").config
     layouts = [
         trained_family("qwen2_5_vl", "test")[1].layout(config, build_image_processor(config, None, limit))

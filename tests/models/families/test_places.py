@@ -59,8 +59,8 @@ class Case:
                 if "language_model" not in parameter_name and any(part in parameter_name for part in MIXES):
                     parameter.zero_()
 
-    def inputs(self, pictures, together=False):
-        return dict(self.image_processor(images=[pictures] if together else pictures, return_tensors="pt"))
+    def inputs(self, images, together=False):
+        return dict(self.image_processor(images=[images] if together else images, return_tensors="pt"))
 
     def features(self, inputs):
         """[V, C] of each image."""
@@ -71,8 +71,8 @@ class Case:
             return [made.flatten(0, 1)]
         return list(made)
 
-    def places(self, inputs, pictures):
-        sizes = [(picture.height, picture.width) for picture in pictures]
+    def places(self, inputs, images):
+        sizes = [(image.height, image.width) for image in images]
         return self.family.places(self.model.config, self.image_processor, inputs, sizes)
 
 
@@ -90,9 +90,9 @@ def marked(size, box):
     left, top, right, bottom = box
     width, height = (right - left) / 3, (bottom - top) / 3
     area = [round(left + width), round(top + height), round(right - width), round(bottom - height)]
-    picture = grey(size)
-    picture.paste((255, 255, 255), area)
-    return picture, np.array(area)
+    image = grey(size)
+    image.paste((255, 255, 255), area)
+    return image, np.array(area)
 
 
 def meets(boxes, area):
@@ -101,15 +101,15 @@ def meets(boxes, area):
 
 def check_marks(case, size, together=()):
     """A mark in a token's box changes that token alone, of its kind; of the others those that the mark reaches."""
-    pictures = [grey(size), *together]
-    before = case.features(inputs := case.inputs(pictures, bool(together)))[0]
-    places = case.places(inputs, pictures)[0]
+    images = [grey(size), *together]
+    before = case.features(inputs := case.inputs(images, bool(together)))[0]
+    places = case.places(inputs, images)[0]
     assert len(places.kinds) == len(before)
     area = np.prod(places.boxes[:, 2:] - places.boxes[:, :2], axis=1)
     whole = np.flatnonzero((area > 0.9 * area[places.kinds == "grid"].max()) & (places.kinds != "newline"))
     for token in whole[:: max(1, len(whole) // 12)]:
-        picture, mark = marked(size, places.boxes[token])
-        after = case.features(case.inputs([picture, *together], bool(together)))[0]
+        image, mark = marked(size, places.boxes[token])
+        after = case.features(case.inputs([image, *together], bool(together)))[0]
         changed = (after != before).any(dim=1).numpy()
         assert changed[token]
         assert not changed[places.kinds == "newline"].any()
@@ -194,7 +194,9 @@ def test_every_family_of_the_list_shows_its_tokens():
 def test_a_family_without_a_part_says_why():
     family = Family("Eyeless", "eyeless", "EyelessForConditionalGeneration", ("llama",))
     assert isinstance(family.loop, Lacks)
-    with pytest.raises(ValueError, match=r"cannot show the visual tokens of Eyeless: where its .* lie is not known"):
+    with pytest.raises(
+        ValueError, match=r"cannot show the visual tokens of Eyeless: the positions of its .* are unknown"
+    ):
         family.places(None, None, {}, [(1, 1)])
-    with pytest.raises(ValueError, match="counting: its tower's sizes are not known here"):
+    with pytest.raises(ValueError, match="counting: the sizes of its tower are unknown"):
         required(family.flops, "counting")

@@ -25,7 +25,7 @@ TALL = [[28, 56], [28, 84]]  # (width, height): one column of two and of three t
 SIZES = [(30, 90), (90, 30), (50, 40), (28, 28), (200, 61)]  # (width, height)
 
 
-def picture(size):
+def image(size):
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
 
 
@@ -100,8 +100,8 @@ def test_tiles_are_those_of_the_original_both_ways(tmp_path, points, resolutions
     assert config["image_grid_pinpoints"] == processor.image_processor.image_grid_pinpoints == expected
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     for size in SIZES:
-        made = processor(images=picture(size), text="<image> what", return_tensors="pt")
-        wanted = original_tiles(picture(size), images, resolutions)
+        made = processor(images=image(size), text="<image> what", return_tensors="pt")
+        wanted = original_tiles(image(size), images, resolutions)
         assert made["pixel_values"][0].shape == wanted.shape, size
         assert torch.allclose(made["pixel_values"][0], wanted, atol=1e-6), size
         made.pop("token_type_ids", None)
@@ -120,9 +120,9 @@ def test_one_tile_is_padded_or_cropped_as_the_original_does(tmp_path, aspect):
     images = tower_images(tmp_path, image_mean=[0.1, 0.2, 0.3])
     convert(tmp_path / "original", "hf", tmp_path / "hf")
     for size in SIZES:
-        made = opened(tmp_path / "hf")(images=picture(size), text="<image> what", return_tensors="pt")["pixel_values"]
-        plain = images(picture(size), return_tensors="pt")["pixel_values"]
-        wanted = original_square(picture(size), images) if aspect == "pad" else plain
+        made = opened(tmp_path / "hf")(images=image(size), text="<image> what", return_tensors="pt")["pixel_values"]
+        plain = images(image(size), return_tensors="pt")["pixel_values"]
+        wanted = original_square(image(size), images) if aspect == "pad" else plain
         assert torch.allclose(made, wanted, atol=1e-6), size
     edit(tmp_path / "hf", original_llava=None)
     convert(tmp_path / "hf", "original", tmp_path / "made", "--vision_tower", str(tmp_path / "clip"))
@@ -165,7 +165,7 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava", {"mm_use_im_start_end": True}, "mm_use_im_start_end=True cannot be converted: the original code wr"),
         ("llava", {"s2": True}, "s2=True cannot be converted"),
         ("llava", {"mm_resampler_type": "perceiver"}, "mm_resampler_type='perceiver' cannot be converted"),
-        ("llava", {"quantization_config": {"load_in_4bit": True}}, "quantised weights are not converted"),
+        ("llava", {"quantization_config": {"load_in_4bit": True}}, "quantized weights are not converted"),
         ("llava", {"mm_projector_type": "identity"}, "mm_projector_type='identity' has no counterpart"),
         ("llava", {"mm_projector_type": "linear"}, "mm_projector_type='linear' in config.json, but the projector's"),
         ("llava", {"mm_vision_select_feature": "slicefour_patch"}, "mm_vision_select_feature='slicefour_patch' has no"),
@@ -178,12 +178,16 @@ def test_settings_of_the_language_model_and_the_tokenizer_are_carried_over(tmp_p
         ("llava", {"mm_vision_tower": ["clip"]}, "names no mm_vision_tower (it is ['clip']); give --vision_tower"),
         ("llava", {"vocab_size": "64"}, "transformers refuses a setting of config.json: Field 'vocab_size' expected"),
         ("llava", {"rope_scaling": {"factor": 2.0}}, "rope_scaling={'factor': 2.0} has none of the types default, "),
-        ("llava", {"image_hue": 3}, "image_hue=3 is not known here, and it may change what the model sees"),
+        ("llava", {"image_hue": 3}, "image_hue=3 is unknown and may change the model's input"),
         ("llava", {"hidden_act": "silu", "my_note": "x"}, None),
         ("llava_next", {"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9' with mm_patch_merge"),
         ("llava_next", {"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad' with mm_patch_merge_type='spatial_un"),
         ("llava_next", {"mm_patch_merge_type": "spatial_unpad_maxpool2x2"}, "'spatial_unpad_maxpool2x2' has no coun"),
-        ("llava_next", {"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature='cls_patch' does not go"),
+        (
+            "llava_next",
+            {"mm_vision_select_feature": "cls_patch"},
+            "mm_vision_select_feature='cls_patch' is not supported",
+        ),
         ("llava_next", {"image_grid_pinpoints": [[28, 30]]}, "image_grid_pinpoints [[28, 30]] are not multiples"),
         ("llava_next", {"image_grid_pinpoints": []}, "image_grid_pinpoints=[] is not a list of (width, height)"),
     ],
@@ -201,13 +205,13 @@ def test_flags_of_the_tower_s_image_processor_are_kept(tmp_path, capsys):
     write_original(tmp_path / "original", "llava", image_aspect_ratio="pad")
     images = tower_images(tmp_path, do_normalize=False, do_rescale=False)
     convert(tmp_path / "original", "hf", tmp_path / "hf")
-    made = opened(tmp_path / "hf")(images=picture((30, 30)), text="<image> what", return_tensors="pt")["pixel_values"]
-    assert torch.equal(made, images(picture((30, 30)), return_tensors="pt")["pixel_values"])
+    made = opened(tmp_path / "hf")(images=image((30, 30)), text="<image> what", return_tensors="pt")["pixel_values"]
+    assert torch.equal(made, images(image((30, 30)), return_tensors="pt")["pixel_values"])
     processor = opened(tmp_path / "hf")
     processor.image_processor.do_rescale = True
     processor.save_pretrained(tmp_path / "hf")
     said = refused(capsys, tmp_path / "hf", "original", tmp_path / "back")
-    assert "its image processor has do_rescale=True; the original code takes those of the tower" in said
+    assert "its image processor has do_rescale=True, but the original code uses" in said
     (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
     said = refused(capsys, tmp_path / "original", "hf", tmp_path / "other")
     assert "preprocessor_config.json makes images of [None, None, None], but the tower takes 28 x 28" in said
@@ -215,7 +219,7 @@ def test_flags_of_the_tower_s_image_processor_are_kept(tmp_path, capsys):
 
 WRONG_PROJECTORS = [
     ("0.weight", torch.ones(0), "model.mm_projector.0.weight is empty (it was saved under DeepSpeed ZeRO-3"),
-    ("0.weight", torch.ones(32, 24, dtype=torch.int8), "0.weight holds torch.int8; quantised weights are not"),
+    ("0.weight", torch.ones(32, 24, dtype=torch.int8), "0.weight holds torch.int8; quantized weights are not"),
     ("2.weight", torch.ones(32, 31), "2.weight has shape (32, 31), which does not fit (32, 32)"),
     ("2.bias", torch.ones(31), "2.bias has shape (31,), which does not fit (32,)"),
     ("model.embed_tokens.weight", torch.ones(64, 32), "model.embed_tokens.weight was trained with the projector"),
@@ -237,7 +241,7 @@ def test_a_projector_whose_tensors_do_not_fit_is_refused(tmp_path, capsys, name,
 def test_the_class_token_is_kept_where_the_original_keeps_it(tmp_path):
     write_original(tmp_path / "original", "llava", mm_vision_select_feature="cls_patch")
     convert(tmp_path / "original", "hf", tmp_path / "hf")
-    made = opened(tmp_path / "hf")(images=picture((40, 40)), text="<image> what", return_tensors="pt")
+    made = opened(tmp_path / "hf")(images=image((40, 40)), text="<image> what", return_tensors="pt")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     assert (made["input_ids"] == model.config.image_token_id).sum() == 17
     made.pop("token_type_ids", None)
@@ -293,7 +297,7 @@ def test_an_image_processor_that_the_original_cannot_have_is_refused(tmp_path, c
     processor.image_processor.image_mean = [0.5, 0.5, 0.5]
     processor.save_pretrained(tmp_path / "hf")
     said = refused(capsys, tmp_path / "hf", "original", tmp_path / "back")
-    assert "its image processor has image_mean=[0.5, 0.5, 0.5]; the original code takes those of the tower" in said
+    assert "its image processor has image_mean=[0.5, 0.5, 0.5], but the original code uses" in said
 
 
 def broken(folder, kind):
@@ -316,7 +320,7 @@ def broken(folder, kind):
     elif kind == "left over":  # and no index says which files count
         (folder / "model.safetensors.index.json").unlink()
         save_file({"lm_head.weight": torch.ones(64, 32)}, folder / "old.safetensors", {"format": "pt"})
-        return "holds lm_head.weight, as another file does; remove the one that is left over"
+        return "holds lm_head.weight, as another file does; remove the outdated file"
     elif kind == "generation config":
         (folder / "generation_config.json").write_text("{")
         return "generation_config.json is not JSON: Expecting property name"
@@ -378,7 +382,7 @@ def test_an_original_folder_is_not_opened_as_a_hugging_face_one(tmp_path, capsys
     assert main(["generate", "--model", str(tmp_path / "original"), "--prompt", "what ?"]) == 2
     said = capsys.readouterr().err
     assert (
-        "this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: vtprune convert"
+        "this is a checkpoint of the original LLaVA code; convert it to a Hugging Face folder first: vtprune convert"
         in said
     )
 
@@ -423,7 +427,7 @@ def test_other_language_models_there_and_back(tmp_path, text_type, tied):
     assert config["unfreeze_mm_vision_tower"] is True and config["tie_word_embeddings"] is tied
     convert(tmp_path / "original", "hf", tmp_path / "again")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").eval()
-    inputs = opened(tmp_path / "again")(images=picture((70, 40)), text="<image> what", return_tensors="pt")
+    inputs = opened(tmp_path / "again")(images=image((70, 40)), text="<image> what", return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)

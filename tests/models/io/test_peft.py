@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGeneration
 
-from tests.support.checkpoints import finish, save_pictures
+from tests.support.checkpoints import finish, save_images
 from tests.support.engines import ALL, Engine, settings_of, started
 from tests.support.families import family_inputs, family_model
 from tests.support.family_runs import save_checkpoint
@@ -31,7 +31,7 @@ from vtprune_train.config.model import PeftConfig
 from vtprune_train.config.settings import Config
 from vtprune_train.evaluation.answering import load
 from vtprune_train.models.io.build import parts_of, resolve_checkpoint, set_trainable
-from vtprune_train.models.io.peft import adapt, adapted_of, check_quantisation, linear_layers, open_adapter
+from vtprune_train.models.io.peft import adapt, adapted_of, check_quantization, linear_layers, open_adapter
 from vtprune_train.models.io.provenance import Base, weights_digest
 from vtprune_train.training.dry_run import describe
 from vtprune_train.training.engine.weights import full_state_dict, write_export
@@ -237,7 +237,7 @@ def test_a_run_with_its_own_base_can_be_moved(tmp_path):
     for name, value in parts.model.state_dict().items():
         assert torch.equal(opened.state_dict()[name], value), name
     shutil.rmtree(moved / "base")
-    with pytest.raises(ValueError, match=r"base .*is gone"):
+    with pytest.raises(ValueError, match=r"base .*is missing"):
         open_adapter(resolve_checkpoint(str(moved)), "auto", merge=False)
 
 
@@ -338,7 +338,7 @@ def test_without_bitsandbytes_the_way_out_is_named(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"qlora needs bitsandbytes.*requirements-gpu.txt, or use model.peft.kind=lora"
     ):
-        check_quantisation(torch.device("cpu"))
+        check_quantization(torch.device("cpu"))
 
 
 def test_export_says_what_to_do(base, tmp_path, capsys):
@@ -359,8 +359,8 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     config = settings_of(tmp_path / "runs", {"path": str(tmp_path / "base")})
     run = config.run.model_copy(update={"name": "llava_next_pdrop_lora"})
     parts, _ = trained(config.model_copy(update={"run": run}))
-    [picture] = save_pictures(tmp_path / "drawn", 1)
-    picture.rename(tmp_path / "cat.jpg")
+    [image] = save_images(tmp_path / "drawn", 1)
+    image.rename(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[3] / "docs" / "peft.md").read_text()
     blocks = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
@@ -421,8 +421,8 @@ def test_train_resume_merge_and_open(runs, tmp_path):
     loaded = load(str(runs.directory("whole")))
     assert any(".lora_" in name for name, _ in loaded.model.named_parameters())
     assert loaded.model.config.pruning["layers"] == [1, 2, 3]
-    picture = Image.new("RGB", (70, 40), "red")
-    inputs = loaded.processor(images=picture, text="<image>\nhow bright is number 3?", return_tensors="pt")
+    image = Image.new("RGB", (70, 40), "red")
+    inputs = loaded.processor(images=image, text="<image>\nhow bright is number 3?", return_tensors="pt")
     inputs.pop("token_type_ids", None)
     with dense(loaded.model), torch.no_grad():
         expected = loaded.model(**inputs).logits

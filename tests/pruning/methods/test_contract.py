@@ -252,9 +252,9 @@ def test_a_token_that_returns_has_the_state_it_had():
 
     seen = {}
     model = prune(family_model("llava_next"), Late())
-    survivors = kept_tokens(model, family_inputs("llava_next", BATCH[:2]))
+    kept = kept_tokens(model, family_inputs("llava_next", BATCH[:2]))
     assert torch.equal(seen["aside"], seen["back"])
-    for row in survivors:
+    for row in kept:
         for none, everything in row:
             assert len(none) == 0
             assert everything.tolist() == list(range(len(everything)))

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.support.checkpoints import finish, save_data, save_folder, save_pictures, save_run, talkative
+from tests.support.checkpoints import finish, save_data, save_folder, save_images, save_run, talkative
 from tests.support.engines import Engine, settings_of, started
 from tests.support.families import family_inputs, family_model
 from tests.support.helpers import tiny_model
@@ -158,7 +158,7 @@ def test_parameters_that_do_not_fit_start_fresh(method, count, tmp_path, caplog)
     torch.manual_seed(3)
     prune(model, method)
     [record] = caplog.records
-    assert f"{method.name} learns parameters, and {tmp_path} holds none that fit" in record.message
+    assert f"{method.name} has trained parameters, but {tmp_path} does not have them" in record.message
     assert f"{count} of {count} tensors" in record.message
     fresh = tiny_model()
     torch.manual_seed(3)
@@ -189,7 +189,7 @@ def test_nothing_answers_with_parameters_that_were_never_trained(command, saved,
     picture = [] if command == "eval" else ["--image", str(tmp_path / "images" / "0.png")]
     assert main([command, "--model", str(tmp_path / "hf"), *picture, *given, *asked]) == 2
     said = capsys.readouterr().err
-    assert f"learns parameters, and {tmp_path / 'hf'} holds none that fit" in said and way_out in said
+    assert f"has trained parameters, but {tmp_path / 'hf'} does not have them" in said and way_out in said
 
 
 def test_an_export_of_settings_without_their_parameters_is_refused(tmp_path, capsys):
@@ -199,7 +199,7 @@ def test_an_export_of_settings_without_their_parameters_is_refused(tmp_path, cap
     config["pruning"]["registers"] = 5
     settings_file.write_text(json.dumps(config))
     assert main(["export", "--model", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]) == 2
-    assert "victor learns parameters" in capsys.readouterr().err
+    assert "victor has trained parameters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +219,7 @@ def test_generate_and_export_carry_them(tmp_path, capsys):
     run = save_run(tmp_path / "run", VICTOR)
     hf = run / "checkpoints" / "step_00000008" / "hf"
     unpruned.save_pretrained(hf)
-    [picture] = save_pictures(tmp_path / "pictures", 1)
+    [picture] = save_images(tmp_path / "pictures", 1)
     (run / "checkpoints" / "step_00000008" / "manifest.json").unlink()
     finish(run / "checkpoints" / "step_00000008")
     for dtype, out in (("float32", tmp_path / "32"), ("bfloat16", tmp_path / "16")):

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "vtprune_train"
 ENGINE = PACKAGE / "training" / "engine"
 OTHERS = [path for path in sorted(PACKAGE.rglob("*.py")) if ENGINE not in path.parents]
 SHARED = {"enabled", "optimizer", "dynamic", "save", "unflatten"}  # names that other things have as well
-TABLES = [private.ENGINE, private.BOARD, *private.OPTIMIZERS.values(), *private.PARAMETERS.values()]
+TABLES = [private.ENGINE, *private.OPTIMIZERS.values(), *private.PARAMETERS.values()]
 PRIVATE = {path.rpartition(".")[2] for table in TABLES for path in table} - SHARED | {"_deepspeed"}
-OF_AN_ENGINE = {*dir(Engine), "module", "device", "zero_stage", "dtype", "monitors"}
+OF_AN_ENGINE = {*dir(Engine), "module", "device", "zero_stage", "dtype"}
 BY_NAME = ("import_module", "__import__")
 READING = ("getattr", "hasattr", "setattr", "delattr")
 BUILT_ON_IT = ("checkpoint", "faults", "loop", "memory", "process")
@@ -76,7 +76,6 @@ def test_nothing_else_knows_deepspeed():
         "def f(trainer):\n    return trainer.engine.optimizer",
         "def f(engine):\n    return engine.global_steps",
         "def f(engine):\n    return engine._deepspeed",
-        "def f(monitor):\n    return monitor.tb_monitor",
     ],
 )
 def test_what_knows_deepspeed_is_noticed(code):

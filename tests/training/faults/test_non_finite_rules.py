@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from vtprune_train.config.load import load_config, without_effect
-from vtprune_train.training.faults.preflight import advice, heaviest, is_out_of_memory, unchanged_random_states, wanted
-from vtprune_train.training.loop.spikes import Spikes, sample_losses, z_score
+from vtprune_train.training.faults.preflight import (
+    advice,
+    heaviest,
+    is_out_of_memory,
+    needs_preflight,
+    unchanged_random_states,
+)
+from vtprune_train.training.loop.callbacks.spikes import Spikes, sample_losses, z_score
 
 CPU = torch.device("cpu")
 
@@ -111,9 +117,9 @@ def test_random_states_are_put_back():
 
 def test_when_to_look_and_what_to_advise():
     config = load_config("quickstart.yaml")
-    assert not wanted(config, CPU) and wanted(config, torch.device("cuda", 0))
-    assert wanted(load_config("quickstart.yaml", ["train.preflight=always"]), CPU)
-    assert not wanted(load_config("quickstart.yaml", ["train.preflight=never"]), torch.device("cuda", 0))
+    assert not needs_preflight(config, CPU) and needs_preflight(config, torch.device("cuda", 0))
+    assert needs_preflight(load_config("quickstart.yaml", ["train.preflight=always"]), CPU)
+    assert not needs_preflight(load_config("quickstart.yaml", ["train.preflight=never"]), torch.device("cuda", 0))
     said = advice(config, [], CPU, MemoryError("no"), None)
     for words in ("data.max_tokens=4096", "activation_checkpointing=all", "zero3.json", "zero3_offload.json", "LoRA"):
         assert words in said

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.support.data import index_of, say, write_picture
+from tests.support.data import index_of, say, write_image
 from vtprune_train.training.faults import preflight
 
 
@@ -18,7 +18,7 @@ def index(tmp_path_factory):
     for number in range(40):
         images = [f"{number}-{i}.png" for i in range(number % 4 if number % 3 == 0 else 0)]
         for name in images:
-            write_picture(folder / "images" / name, (int(rng.integers(20, 60)), int(rng.integers(20, 60))), seed=number)
+            write_image(folder / "images" / name, (int(rng.integers(20, 60)), int(rng.integers(20, 60))), seed=number)
         question = "<image> " * len(images) + "what is shown " * int(rng.integers(1, 12))
         records.append({"id": str(number), "image": images, "conversations": say(question, "a cat")})
     return index_of(folder, records, max_length=2000)[0]

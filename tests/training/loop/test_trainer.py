@@ -15,11 +15,12 @@ from vtprune_train.config.train import TrainConfig
 from vtprune_train.data.plan.planner import StepPlan
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.pruning.phases import Phases
-from vtprune_train.training import distributed
+from vtprune_train.training import Callback, distributed
 from vtprune_train.training.checkpoint.folder import TrainerState
-from vtprune_train.training.loop import trainer
-from vtprune_train.training.loop.callbacks import Callback
-from vtprune_train.training.loop.trainer import Fetched, Trainer, mixed
+from vtprune_train.training.loop import step_metrics
+from vtprune_train.training.loop.feed import Fetched
+from vtprune_train.training.loop.seed import mixed
+from vtprune_train.training.loop.trainer import Trainer
 
 STEPS = 3
 
@@ -83,15 +84,16 @@ def train(parts, model, device, happened):
         ),
         engine=Engine(model),
         collate=collate,
+        eval_collate=None,
         planner=SimpleNamespace(steps_per_epoch=STEPS),
         processor=None,
         checkpoints=SimpleNamespace(failed=False),
         callbacks=[seen],
+        trackers=None,
         device=device,
         state=TrainerState(),
         watchdog=SimpleNamespace(mark=lambda *_: None),
     )
-    made._note_unreadable = lambda batches: None
     plans = [StepPlan(step, 0, (0, 1), ((), ())) for step in range(STEPS)]
     feed = (
         Fetched(plan, [batch.pin_memory() for batch in batches] if device == DEVICE else batches, 0.5 * plan.step, None)
@@ -111,8 +113,8 @@ def trained_model():
 def reductions(monkeypatch):
     """Sums over ranks, of one rank."""
     seen = []
-    monkeypatch.setattr(trainer, "device_peak_flops", lambda device: 1e12)
-    monkeypatch.setattr(trainer, "peak_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(step_metrics, "device_peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(step_metrics, "peak_memory_bytes", lambda device: 0)
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)

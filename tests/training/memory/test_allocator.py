@@ -27,7 +27,7 @@ def test_segments_grow_and_the_log_says_so(environment, monkeypatch, caplog):
         process.set_allocator()
     assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert [record.getMessage() for record in caplog.records] == [
-        "CUDA allocator: PYTORCH_ALLOC_CONF=expandable_segments:True (set it yourself for another)"
+        "CUDA allocator: PYTORCH_ALLOC_CONF=expandable_segments:True (set the variable yourself to override)"
     ]
 
 

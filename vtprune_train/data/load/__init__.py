@@ -1,1 +1,1 @@
-"""Packed batches from samples: collating and loading."""
+"""Collates samples to packed batches and loads them with worker processes."""

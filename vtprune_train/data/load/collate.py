@@ -1,6 +1,6 @@
-"""Samples to a packed batch: images decoded and tiled, samples laid end to end, every stage planned. Host only.
+"""Makes packed batches: decodes and tiles images, lays samples end to end and plans every stage, on the host.
 
-Runs in the loader's workers; nothing here depends on which worker, rank or machine it is.
+It runs in the data loader's workers; the result does not depend on the worker, rank or machine.
 """
 
 from __future__ import annotations
@@ -18,32 +18,34 @@ from vtprune_train.core.stream import ImageSpan, PackedBatch, SegmentLayout, Str
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, ChangedImage, load_image
 from vtprune_train.data.index import SampleIndex
-from vtprune_train.data.measure import picture_name
-from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures
+from vtprune_train.data.measure import image_name
+from vtprune_train.models.families.layout import Grids, ImageLayout, SampleImages
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
 
 
 @dataclass
 class LoadedSample:
-    """One sample ready to be laid out: its tokens and its pictures."""
+    """The tokens and the images of one sample."""
 
     sample_id: str
     chat: EncodedChat
-    pictures: Pictures
+    images: SampleImages
 
 
 @dataclass
 class Collator:
-    """Makes packed batches of samples of an index.
+    """Makes packed batches from the samples of an index.
 
     Args:
-        layout: how the family sees images.
-        image_processor: transformers' own; it makes the tower's input.
-        method: plans the stages; ``None`` for a dense pass.
+        index: the samples.
+        encoder: tokenizes conversations.
+        layout: the family's image layout.
+        image_processor: transformers' image processor, which makes the input of the vision tower.
+        method: plans the stages; ``None`` for dense passes.
         cost: counts FLOPs; its decoder geometry gives the number of layers.
-        phases: what a step of training does instead of ``method``; ``None`` where every batch drops by it.
-        max_image_pixels: an image of more is not read.
+        phases: the methods of training steps; ``None`` if every batch uses ``method``.
+        max_image_pixels: larger images are not read.
     """
 
     index: SampleIndex
@@ -56,63 +58,70 @@ class Collator:
     max_image_pixels: int = MAX_PIXELS
 
     def __call__(
-        self, samples: Sequence[int], pictures_of: Sequence[int] | None = None, step: int | None = None
+        self, samples: Sequence[int], image_samples: Sequence[int] | None = None, step: int | None = None
     ) -> PackedBatch:
-        """Pack ``samples`` for global step ``step`` of training, with the images of ``pictures_of`` (as many samples
-        with as many images) instead of their own. Samples whose images cannot be read are left out and named in
-        ``unreadable``; if none is left the batch is one blank token without supervision. Where an image has another
-        size than was indexed, the next start indexes its source again."""
+        """Pack samples.
+
+        Samples whose images cannot be read are left out and listed in ``unreadable``; if none is left, the batch is one
+        token without supervision. If the size of an image differs from the index, the next start rebuilds the index of
+        its source.
+
+        Args:
+            samples: indices of the samples.
+            image_samples: indices of samples whose images are used instead, with the same numbers of images.
+            step: global step of training, for ``phases``.
+        """
         loaded: list[LoadedSample] = []
         unreadable: list[tuple[str, str]] = []
-        for sample, picture_sample in zip(samples, samples if pictures_of is None else pictures_of, strict=True):
+        for sample, image_sample in zip(samples, samples if image_samples is None else image_samples, strict=True):
             try:
-                loaded.append(self.load(sample, picture_sample))
+                loaded.append(self.load(sample, image_sample))
             except ChangedImage as error:
-                said = self.index.distrusted(picture_sample, f"image {error}")
-                unreadable.append((self.index.sample_id(sample), str(said)))
+                reason = str(self.index.distrusted(image_sample, f"image {error}"))
+                unreadable.append((self.index.sample_id(sample), reason))
             except UNREADABLE as error:
                 unreadable.append((self.index.sample_id(sample), str(error)))
         return self.pack(loaded, tuple(unreadable), step)
 
-    def load(self, sample: int, picture_sample: int) -> LoadedSample:
-        """Tokenize one sample and decode its pictures.
+    def load(self, sample: int, image_sample: int) -> LoadedSample:
+        """Tokenize one sample and decode its images.
 
         Raises:
-            one of ``UNREADABLE``: a picture cannot be read or has changed.
-            RuntimeError: the sample is not as long as it was indexed, so the plan of its step is wrong.
+            UnreadableImage: an image cannot be read or has changed.
+            RuntimeError: the lengths of the sample differ from the index, so the plan of its step is wrong.
         """
         record = self.index.record(sample)
         chat = self.encoder.encode(record.turns)
-        lengths = self.index.lengths([sample, picture_sample])
+        lengths = self.index.lengths([sample, image_sample])
         supervised = int((chat.labels >= 0).sum())
         self._compare(sample, "text tokens", len(chat.input_ids) - len(chat.image_offsets), int(lengths.text[0]))
         self._compare(sample, "supervised tokens", supervised, int(lengths.supervised[0]))
         self._compare(sample, "images", len(chat.image_offsets), int((lengths.span_sample == 0).sum()))
-        picture_record = record if picture_sample == sample else self.index.record(picture_sample)
-        sizes = self.index.picture_sizes(picture_sample)
-        pictures_of = self.index.pictures(picture_sample, picture_record)
+        image_record = record if image_sample == sample else self.index.record(image_sample)
+        sizes = self.index.image_sizes(image_sample)
+        sources = self.index.image_files(image_sample, image_record)
         images = [
-            load_image(picture, size, max_pixels=self.max_image_pixels, name=picture_name(picture, number))
-            for number, (picture, size) in enumerate(zip(pictures_of, sizes, strict=True))
+            load_image(image, size, max_pixels=self.max_image_pixels, name=image_name(image, number))
+            for number, (image, size) in enumerate(zip(sources, sizes, strict=True))
         ]
         visual = int(lengths.span_tokens[lengths.span_sample == 1].sum())
-        self._compare(picture_sample, "visual tokens", sum(self.layout.tokens(sizes)), visual)
-        pictures = Pictures(sizes, self.layout.pixels(self.image_processor, images))
-        return LoadedSample(self.index.sample_id(sample), chat, pictures)
+        self._compare(image_sample, "visual tokens", sum(self.layout.tokens(sizes)), visual)
+        pixels = self.layout.pixels(self.image_processor, images)
+        return LoadedSample(self.index.sample_id(sample), chat, SampleImages(sizes, pixels))
 
-    def _compare(self, sample: int, name: str, here: int, indexed: int) -> None:
-        if here != indexed:
+    def _compare(self, sample: int, name: str, count: int, indexed: int) -> None:
+        if count != indexed:
             raise self.index.distrusted(
-                sample, f"sample {self.index.sample_id(sample)} has {here} {name}, but {indexed} in the index"
+                sample, f"sample {self.index.sample_id(sample)} has {count} {name}, but {indexed} in the index"
             )
 
     def pack(
         self, loaded: Sequence[LoadedSample], unreadable: tuple[tuple[str, str], ...] = (), step: int | None = None
     ) -> PackedBatch:
-        """Lay samples end to end and plan the stages of the step's phase."""
+        """Lay samples end to end and plan their stages."""
         phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
         laid_out = [
-            lay_out(sample.chat, self.layout.tokens(sample.pictures.sizes), self.layout.grids(sample.pictures.sizes))
+            lay_out(sample.chat, self.layout.tokens(sample.images.sizes), self.layout.grids(sample.images.sizes))
             for sample in loaded
         ]
         segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
@@ -125,8 +134,8 @@ class Collator:
         answers = [_answer_of_target(sample.chat) for sample in loaded]
         num_answers = np.cumsum([0, *(len(sample.chat.answer_starts) for sample in loaded)])
         targets = [sample.chat.labels[sample.chat.labels >= 0] for sample in loaded]
-        pictures = [sample.pictures for sample in loaded]
-        vision = self.layout.vision_inputs(pictures)
+        images = [sample.images for sample in loaded]
+        vision = self.layout.vision_inputs(images)
         return PackedBatch(
             input_ids=torch.from_numpy(ids),
             visual_rows=torch.from_numpy(_visual_rows(segments)),
@@ -141,13 +150,13 @@ class Collator:
             unreadable=unreadable,
             costs=self._costs(loaded, plan, phase, teacher, segments) if loaded else {},
             image_inputs=vision.image_inputs,
-            positions=self.layout.positions(segments, pictures),
+            positions=self.layout.positions(segments, images),
             teacher=teacher,
         )
 
     @property
     def num_stages(self) -> int:
-        """Stages that the method makes; a pass on all tokens is reported as so many equal ones."""
+        """Number of stages of the method; a pass on all tokens reports as many equal stages."""
         return 1 if self.method is None else len(self.method.drops(self.cost.decoder.num_layers)) + 1
 
     def _costs(
@@ -158,9 +167,9 @@ class Collator:
         teacher: TeacherPass | None,
         segments: Sequence[SegmentLayout],
     ) -> dict[str, float]:
-        tiles = _join([np.array([len(p) for p in sample.pictures.pixels], dtype=np.int64) for sample in loaded])
+        tiles = _join([np.array([len(p) for p in sample.images.pixels], dtype=np.int64) for sample in loaded])
         supervised = np.array([len(segment.supervised_offsets) for segment in segments])
-        own = flops.PassCost.of(self.cost, plan, phase.method, supervised)
+        pass_cost = flops.PassCost.of(self.cost, plan, phase.method, supervised)
         other = float(self.cost.vision(tiles).sum())
         if teacher is not None:
             assert phase.teacher is not None
@@ -174,42 +183,52 @@ class Collator:
             "flops_dense": float(dense),
             "flops_other": other,
             "visual_tokens": float(visual),
-            **self._pass_costs(own, plan, other),
+            **self._pass_costs(pass_cost, plan, other),
         }
 
-    def _pass_costs(self, own: flops.PassCost, plan: StreamPlan, other: float) -> dict[str, float]:
-        """What the logs say of a pass; ``other`` are FLOPs beside it."""
+    def _pass_costs(self, cost: flops.PassCost, plan: StreamPlan, other: float) -> dict[str, float]:
+        """Metrics of a pass; ``other`` are FLOPs outside it."""
         tokens = [stage.num_tokens for stage in plan.stages]
         return {
-            "flops": own.flops + other,
-            "flops_selector": own.selector,
-            "visual_tokens_entering": own.visual.entering,
-            "visual_tokens_leaving": own.visual.leaving,
-            "cache_values": own.cache_values,
+            "flops": cost.flops + other,
+            "flops_selector": cost.selector,
+            "visual_tokens_entering": cost.visual.entering,
+            "visual_tokens_leaving": cost.visual.leaving,
+            "cache_values": cost.cache_values,
             **{f"tokens_stage_{i}": float(tokens[min(i, len(tokens) - 1)]) for i in range(self.num_stages)},
         }
 
-    def measured_costs(self, batch: PackedBatch, ran: StreamPlan) -> dict[str, float]:
-        """``batch.costs`` by the plan that a step's pass has really run, which an adaptive method only knows then."""
+    def measured_costs(self, batch: PackedBatch, plan: StreamPlan) -> dict[str, float]:
+        """``batch.costs`` for the plan that the pass executed, which an adaptive method determines during the pass."""
         if not batch.costs:
             return batch.costs
-        own = flops.PassCost.of(self.cost, ran, ran.outline.method, np.array(batch.targets_per_sample))
-        return {**batch.costs, **self._pass_costs(own, ran, batch.costs["flops_other"])}
+        cost = flops.PassCost.of(self.cost, plan, plan.outline.method, np.array(batch.targets_per_sample))
+        return {**batch.costs, **self._pass_costs(cost, plan, batch.costs["flops_other"])}
 
 
 def lay_out(
     chat: EncodedChat, image_tokens: Sequence[int], grids: Sequence[Grids] | None = None
 ) -> tuple[SegmentLayout, np.ndarray]:
-    """Expand each image's single token to its ``image_tokens`` visual tokens; ``grids`` are the rasters of each, for
-    methods that ask where tokens lie. Returns the segment's layout and its [L] input ids."""
+    """Expand the single token of each image to its visual tokens.
+
+    Args:
+        chat: one sample.
+        image_tokens: number of visual tokens of each image.
+        grids: grids of each image, for methods that use the positions of tokens.
+
+    Returns:
+        The layout of the segment, and its [L] input ids.
+    """
     assert len(chat.image_offsets) == len(image_tokens), "one length per image"
     extra = np.zeros(len(chat.input_ids) + 1, dtype=np.int64)
     for offset, length in zip(chat.image_offsets, image_tokens, strict=True):
         extra[offset + 1] = length - 1
     moved = np.arange(len(chat.input_ids) + 1) + np.cumsum(extra)
     spans = tuple(
-        ImageSpan(int(moved[offset]), length, own)
-        for offset, length, own in zip(chat.image_offsets, image_tokens, grids or [()] * len(image_tokens), strict=True)
+        ImageSpan(int(moved[offset]), length, grid)
+        for offset, length, grid in zip(
+            chat.image_offsets, image_tokens, grids or [()] * len(image_tokens), strict=True
+        )
     )
     first = min(chat.answer_starts, default=len(chat.input_ids))
     prompt = np.delete(chat.input_ids[:first], [offset for offset in chat.image_offsets if offset < first])
@@ -226,7 +245,7 @@ def lay_out(
 
 
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
-    """[V] rows of the stream that hold visual tokens."""
+    """[V] rows of the visual tokens in the packed batch."""
     starts = np.cumsum([0, *(segment.length for segment in segments)])[:-1]
     return _join(
         [
@@ -238,6 +257,7 @@ def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
 
 
 def _answer_of_target(chat: EncodedChat) -> np.ndarray:
+    """[targets] the number of the answer that each supervised token belongs to."""
     supervised = np.flatnonzero(chat.labels >= 0)
     return np.searchsorted(np.array(chat.answer_starts), supervised, side="right") - 1
 

@@ -1,4 +1,4 @@
-"""Batches of global steps, in the planner's order, decoded by worker processes."""
+"""Yields the batches of global steps in the planner's order, decoded by worker processes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PREFETCH = 4
 
 @dataclass(frozen=True)
 class _Decode:
-    """Makes the batch of a task; what workers are given to do."""
+    """Makes the batch of a task, in a worker."""
 
     collate: Collator
     max_tokens: int
 
     def __call__(self, task: MicroBatch) -> PackedBatch:
-        batch = self.collate(task.samples, task.pictures_of, step=task.step)
-        if task.pictures_of is None:  # images of other samples have other lengths
-            assert batch.plan.stages[0].num_tokens <= self.max_tokens, "a micro-batch beyond data.max_tokens"
+        batch = self.collate(task.samples, task.image_samples, step=task.step)
+        if task.image_samples is None:  # images of other samples change the length
+            assert batch.plan.stages[0].num_tokens <= self.max_tokens, "the micro-batch exceeds data.max_tokens"
         return batch
 
 
@@ -34,15 +34,16 @@ class StepLoader:
     """Iterates once over ``(plan, batches)`` of global steps ``[first_step, end_step)`` for one rank.
 
     Args:
-        collate: samples to batches; is pickled and runs in the workers, which start here.
-        workers: decode processes; 0 decodes in this one.
+        collate: makes batches; it is pickled and runs in the workers, which the constructor starts.
+        planner: plans the steps.
+        workers: number of decode processes; 0 decodes in this process.
         device: batches for CUDA are pinned.
-        pictures_of: whose pictures each sample gets, by sample index; its own if ``None``.
+        image_samples: for each sample, the sample whose images it gets; ``None`` for its own.
         prefetch: batches that each worker decodes ahead.
-        timeout: seconds after which a worker counts as hung; ``None``: never.
+        timeout: seconds after which a worker counts as hung; ``None`` for no limit.
 
-    ``ready`` is the least number of decoded batches that lay ready when the last step asked for one; ``None`` without
-    workers.
+    ``ready`` is the smallest number of decoded batches that were available when the last step requested one; ``None``
+    without workers.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class StepLoader:
         rank: int,
         workers: int,
         device: torch.device,
-        pictures_of: Sequence[int] | None = None,
+        image_samples: Sequence[int] | None = None,
         prefetch: int = PREFETCH,
         timeout: float | None = None,
     ):
         self.steps = range(first_step, end_step)
-        self.planner, self.rank, self.pictures_of = planner, rank, pictures_of
+        self.planner, self.rank, self.image_samples = planner, rank, image_samples
         self.decode = _Decode(collate, planner.max_tokens)
         self.pin = device.type == "cuda"
         self.ready: int | None = None
@@ -90,14 +91,14 @@ class StepLoader:
         batches, ready = [], []
         for _ in plan.micro_batches:
             batch = pool.next()
-            assert batch is not None, "as many batches as tasks"
+            assert batch is not None, "there are as many batches as tasks"
             batches.append(batch)
             ready.append(pool.ready)
         self.ready = min(ready)
         return plan, batches
 
     def _order(self) -> Iterator[MicroBatch]:
-        """All tasks; each step's plan is noted when its first one is asked for."""
+        """All tasks in order; a step's plan is stored before its first task."""
         for step in self.steps:
             plan = self.planner.plan(step)
             self._planned.append(plan)
@@ -106,5 +107,5 @@ class StepLoader:
     def _tasks(self, plan: StepPlan) -> Iterator[MicroBatch]:
         for ranks in plan.micro_batches:
             samples = ranks[self.rank]
-            pictures = None if self.pictures_of is None else tuple(self.pictures_of[sample] for sample in samples)
-            yield MicroBatch(plan.step, samples, pictures)
+            images = None if self.image_samples is None else tuple(self.image_samples[sample] for sample in samples)
+            yield MicroBatch(plan.step, samples, images)

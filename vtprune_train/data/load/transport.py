@@ -1,4 +1,4 @@
-"""How tasks and batches travel between a rank and its workers, without locks and without ``/dev/shm``."""
+"""Transfers tasks and batches between a rank and its workers without locks and without ``/dev/shm``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from vtprune_train.core.stream import PackedBatch, map_leaves
 
-MESSAGE = 65536  # most bytes of a message; batches go by file descriptor
+MESSAGE = 65536  # maximum bytes of a message; batches are sent as file descriptors
 ALIGNMENT = 64
 
 
 class Parcel:
-    """A batch in anonymous memory: the many small tensors as one string of bytes, then the pixels."""
+    """A batch in anonymous memory: all small tensors pickled together, followed by the pixels."""
 
     descriptor: int | None = None
 
@@ -41,7 +41,7 @@ class Parcel:
             memory[self.start :] = pixels.flatten().view(torch.uint8).numpy().data
 
     def open(self) -> PackedBatch:
-        """The batch; its pixels stay where the worker wrote them."""
+        """The batch; its pixels share the memory that the worker wrote."""
         if self.descriptor is None:
             raise RuntimeError("too many open files in this rank; raise `ulimit -n`")
         memory = mmap.mmap(self.descriptor, 0)
@@ -51,7 +51,7 @@ class Parcel:
         return replace(batch, pixel_values=pixels.view(self.shape))
 
     def pin_memory(self) -> PackedBatch:
-        """The batch in pinned memory; the loader's thread asks for it."""
+        """The batch in pinned memory; called by the data loader's thread."""
         return self.open().pin_memory()
 
     def __del__(self) -> None:
@@ -60,8 +60,8 @@ class Parcel:
 
 
 class Channel:
-    """What ``DataLoader`` uses of ``multiprocessing``'s queues and events, over a socket: a queue's locks would stay
-    locked by a process that is killed, and their names in ``/dev/shm`` if all are."""
+    """The methods of ``multiprocessing``'s queues and events that ``DataLoader`` uses, implemented by a socket. The
+    locks of a queue would stay locked if a process is killed, and their files would remain in ``/dev/shm``."""
 
     def __init__(self) -> None:
         self.reader, self.writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -93,11 +93,11 @@ class Channel:
         self.writer.close()
 
     def cancel_join_thread(self) -> None:
-        """There is no thread."""
+        """Do nothing: a channel has no feeder thread."""
 
 
 class WorkerContext(ForkServerContext):
-    """Starts the workers of one loader and remembers them."""
+    """Starts the workers of one data loader and lists them in ``processes``."""
 
     def __init__(self) -> None:
         super().__init__()

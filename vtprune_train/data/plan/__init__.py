@@ -1,1 +1,1 @@
-"""Which samples each rank trains on in a global step."""
+"""Plans which samples each rank trains on in each global step."""

@@ -1,10 +1,10 @@
-"""Dealing a step's samples to ranks and micro-steps: two limits, and arithmetic on the host alone.
+"""Deals the samples of a step to ranks and micro-steps, on the host.
 
-Tokens BEFORE dropping bound memory: no micro-batch holds more than ``max_tokens``. Cost AFTER dropping is what ranks
-wait for: within each micro-step the micro-batches cost about the same, and so do the ranks' totals. Every rank deals
-every step by itself and must come to the same result, so the outcome depends on the arguments alone.
+Tokens BEFORE dropping determine memory: no micro-batch has more than ``max_tokens``. Cost AFTER dropping determines how
+long ranks wait for each other: within each micro-step the micro-batches have about equal cost, and so do the ranks'
+totals. Every rank deals every step itself and must get the same result, so the result depends only on the arguments.
 
-Shape suffixes: N samples, B micro-batches, P pairs of micro-batches, K places in a micro-batch.
+Shape suffixes: N samples, B micro-batches, P pairs of micro-batches, K slots per micro-batch.
 """
 
 from __future__ import annotations
@@ -13,29 +13,31 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-ROUNDS = 12  # of exchanges between micro-batches, at most
-WORTH = 1e-4  # a round that takes less than this off the step is the last
-PLACES = 64  # micro-batches with more samples than this are even enough without exchanges
-EVEN = 1e-3  # micro-batches closer than this share of their mean cost are left alone
+ROUNDS = 12  # maximum rounds of exchanges between micro-batches
+WORTH = 1e-4  # stop after a round that reduces the step's cost by less than this share
+PLACES = 64  # with more samples per micro-batch, exchanges are not needed
+EVEN = 1e-3  # pairs of micro-batches that differ by less than this share of the mean cost are not changed
 
 MicroBatches = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 def deal(tokens: np.ndarray, costs: np.ndarray, world_size: int, max_tokens: int) -> MicroBatches:
-    """Deal samples to ``world_size`` ranks in as few micro-steps as the two packings tried here find.
+    """Deal samples to ``world_size`` ranks, in the fewest micro-steps that one of two packings achieves.
 
-    First the costliest samples go to the cheapest micro-batches with room; where that does not fit, the longest go to
-    the fullest micro-batch they fit into (best fit decreasing). Then micro-batches exchange samples in pairs, and
-    neighbours in cost share a micro-step, since ranks wait for each other at its end.
+    The first packing assigns the costliest samples to the cheapest micro-batches with room. If that does not fit, the
+    second assigns the longest samples to the fullest micro-batch with room (best fit decreasing). Then micro-batches
+    exchange samples in pairs, and micro-batches of similar cost share a micro-step, because ranks wait for each other
+    at its end.
 
     Args:
         tokens: [N] tokens before dropping.
-        costs: [N] cost after dropping, any unit, not negative.
-        max_tokens: most tokens of a micro-batch; no sample has more.
+        costs: [N] cost after dropping, in any unit, not negative.
+        world_size: number of ranks.
+        max_tokens: maximum tokens of a micro-batch; no sample has more.
 
     Returns:
-        ``micro_batches[m][r]``, the positions in ``tokens`` that rank r takes in micro-step m, ascending; empty
-        where there are fewer samples than ranks.
+        ``micro_batches[m][r]``: positions in ``tokens`` of the samples of rank r in micro-step m, ascending; empty
+        if there are fewer samples than ranks.
     """
     tokens, costs = np.asarray(tokens, dtype=np.int64), np.asarray(costs, dtype=np.float64)
     assert tokens.max(initial=0) <= max_tokens, "the planner refuses longer samples"
@@ -54,8 +56,8 @@ def _pack(tokens: np.ndarray, costs: np.ndarray, num_bins: int, max_tokens: int)
 
 
 def _by_cost(tokens: np.ndarray, costs: np.ndarray, num_bins: int, max_tokens: int) -> np.ndarray | None:
-    """[N] the micro-batch of each sample: the costliest to the cheapest, a few at a time; what finds no room there
-    goes where most room is left. ``None`` if that does not fit."""
+    """[N] the micro-batch of each sample: the costliest samples go to the cheapest micro-batches, a few at a time;
+    samples that do not fit go to the micro-batches with most room. ``None`` if that does not fit."""
     order = np.argsort(-costs, kind="stable")
     bin_of = np.full(len(tokens), -1)
     load, room = np.zeros(num_bins), np.full(num_bins, max_tokens)
@@ -86,20 +88,20 @@ def _by_cost(tokens: np.ndarray, costs: np.ndarray, num_bins: int, max_tokens: i
 
 
 def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
-    """The ``count`` smallest, ascending; of equal ones the first."""
+    """Indices of the ``count`` smallest keys, ascending; the first ones among equal keys."""
     if count >= len(keys):
         return np.argsort(keys, kind="stable")[:count]
     largest = np.partition(keys, count - 1)[count - 1] if count else 0
     below, equal = np.flatnonzero(keys < largest), np.flatnonzero(keys == largest)
-    chosen = np.concatenate([below, equal[: count - len(below)]])
-    return chosen[np.argsort(keys[chosen], kind="stable")]
+    smallest = np.concatenate([below, equal[: count - len(below)]])
+    return smallest[np.argsort(keys[smallest], kind="stable")]
 
 
 def _by_length(tokens: np.ndarray, num_bins: int, max_tokens: int) -> np.ndarray | None:
-    """[N] best fit decreasing: each sample to the micro-batch that it fills most; ``None`` if that does not fit."""
+    """[N] the micro-batch of each sample by best fit decreasing; ``None`` if the samples do not fit."""
     bin_of = np.full(len(tokens), -1)
     by_room = {max_tokens: list(range(num_bins))}
-    rooms = [max_tokens]  # that some micro-batch has left, ascending
+    rooms = [max_tokens]  # distinct amounts of free room, ascending
     for sample in np.argsort(-tokens, kind="stable").tolist():
         place = bisect_left(rooms, int(tokens[sample]))
         if place == len(rooms):
@@ -115,24 +117,24 @@ def _by_length(tokens: np.ndarray, num_bins: int, max_tokens: int) -> np.ndarray
 
 
 def fewest_bins(tokens: np.ndarray, max_tokens: int) -> int:
-    """A number of micro-batches that no packing can go below (Martello and Toth's bound L2): samples over half a
-    micro-batch need one each, and what the small ones need beyond the room beside them needs more."""
+    """A lower bound of the number of micro-batches (Martello and Toth's bound L2): each sample over half a micro-batch
+    needs its own, and the small samples that do not fit beside these need more."""
     ascending = np.sort(tokens)
     total = np.concatenate([[0], np.cumsum(ascending)])
     half = np.searchsorted(ascending, max_tokens // 2, side="right")
-    small = np.concatenate([[0], np.unique(ascending[:half])])  # leave out what is smaller than this
+    small = np.concatenate([[0], np.unique(ascending[:half])])  # thresholds below which samples are ignored
     first = np.searchsorted(ascending, small, side="left")
-    alone = np.searchsorted(ascending, max_tokens - small, side="right")  # no such sample fits beside these
+    alone = np.searchsorted(ascending, max_tokens - small, side="right")  # from here on samples fit with none above it
     room_beside = (alone - half) * max_tokens - (total[alone] - total[half])
     beyond = total[half] - total[first] - room_beside
     return int((len(ascending) - half + np.maximum(0, -(-beyond // max_tokens))).max())
 
 
 class _Bins:
-    """Micro-batches that exchange samples.
+    """Micro-batches while they are balanced by swaps of samples.
 
-    ``held`` [B, K] are the samples of each, filled up with N, a sample of no tokens and no cost; ``load`` and
-    ``filled`` [B] their cost and tokens.
+    ``held`` [B, K] has the samples of each, padded with N, a sample without tokens and cost; ``load`` and ``filled``
+    [B] are their cost and tokens.
     """
 
     def __init__(self, bin_of: np.ndarray, tokens: np.ndarray, costs: np.ndarray, num_bins: int):
@@ -144,8 +146,8 @@ class _Bins:
         self.load, self.filled = self.costs[self.held].sum(axis=1), self.tokens[self.held].sum(axis=1)
 
     def even_out(self, heavy: np.ndarray, light: np.ndarray, max_tokens: int) -> None:
-        """Each pair of ``heavy`` and ``light`` [P] swaps the two samples that bring it closest to even (with "no
-        sample": moves one), if any do."""
+        """Swap, in each pair of ``heavy`` and ``light`` [P], the two samples that make their costs most equal, if a
+        swap improves them; swapping with the padding moves a sample."""
         pairs = np.arange(len(heavy))
         gap = (self.load[heavy] - self.load[light]) / 2
         gives, takes = self.held[heavy], self.held[light]  # [P, K]
@@ -167,8 +169,8 @@ class _Bins:
 def _exchange(
     bin_of: np.ndarray, tokens: np.ndarray, costs: np.ndarray, micro_steps: int, world_size: int, max_tokens: int
 ) -> np.ndarray:
-    """[B, K] the samples of each micro-batch after rounds of exchanges, never worse than before: the costliest
-    micro-batch pairs with the cheapest and so on, first of all, then of each micro-step."""
+    """[B, K] the samples of each micro-batch after rounds of exchanges, which never increase the step's cost. The
+    costliest micro-batch is paired with the cheapest and so on, first among all, then within each micro-step."""
     bins = _Bins(bin_of, tokens, costs, micro_steps * world_size)
     mean = float(costs.sum()) / world_size
     best, least = bins.held.copy(), _step_cost(bins.load, world_size)
@@ -191,21 +193,22 @@ def _exchange(
 
 
 def _step_cost(load: np.ndarray, world_size: int) -> float:
-    """What the step takes if ranks wait for each other after each micro-step."""
+    """The cost of the step if ranks wait for each other after each micro-step."""
     return float(np.sort(load)[::-world_size].sum())
 
 
 def _to_ranks(held: np.ndarray, costs: np.ndarray, micro_steps: int, world_size: int) -> MicroBatches:
-    """Neighbours in cost share a micro-step; in each, who has done least so far takes the costliest."""
-    nobody = len(costs)
+    """Assign micro-batches of similar cost to the same micro-step; in each, the rank with the least cost so far takes
+    the costliest."""
+    padding = len(costs)
     load = np.append(costs, 0.0)[held].sum(axis=1)
     samples = [tuple(sorted(row)) for row in held.tolist()]
-    counts = (held < nobody).sum(axis=1).tolist()
-    done = np.zeros(world_size)
+    counts = (held < padding).sum(axis=1).tolist()
+    rank_load = np.zeros(world_size)
     dealt = []
     for bins in np.argsort(-load, kind="stable").reshape(micro_steps, world_size):
-        ranks = np.argsort(done, kind="stable")
-        done[ranks] += load[bins]
+        ranks = np.argsort(rank_load, kind="stable")
+        rank_load[ranks] += load[bins]
         of_rank = np.empty(world_size, dtype=np.int64)
         of_rank[ranks] = bins
         dealt.append(tuple(samples[number][: counts[number]] for number in of_rank.tolist()))

@@ -1,7 +1,7 @@
-"""Global steps: which samples, and how they are dealt to ranks and micro-steps.
+"""Plans global steps: the samples of a step and their distribution to ranks and micro-steps.
 
-A step's samples depend on seed and epoch alone, so they are the same at any world size and the data position is the
-global step. How they are dealt is :mod:`vtprune_train.data.plan.dealing`'s.
+The samples of a step depend only on seed and epoch, so they are the same at any world size, and the global step alone
+gives the position in the data. :mod:`vtprune_train.data.plan.dealing` distributes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vtprune_train.pruning.phases import Phases
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step: ``micro_batches[m][r]`` holds the sample indices of rank r in micro-step m."""
+    """One optimizer step: ``micro_batches[m][r]`` has the sample indices of rank r in micro-step m."""
 
     step: int
     epoch: int
@@ -33,16 +33,17 @@ class Planner:
     """Plans global steps.
 
     Args:
-        measure: ``(step, samples)`` to [samples] tokens before dropping and [samples] FLOPs after it (any unit).
-        longest: tokens of the longest sample.
-        global_batch_size: samples a step; the last step of an epoch takes what is left.
-        max_tokens: most tokens (before dropping) of a micro-batch.
+        measure: ``(step, samples) -> (tokens, costs)``, [samples] tokens before dropping and [samples] cost after
+            dropping, in any unit.
+        longest: length of the longest sample in tokens.
+        global_batch_size: samples per step; the last step of an epoch takes the remaining ones.
+        max_tokens: maximum tokens (before dropping) of a micro-batch.
 
     Raises:
         ValueError: there are no samples, or one is longer than ``max_tokens``.
     """
 
-    REMEMBERED = 32  # plans: the loader runs ahead of the loop, and both ask
+    REMEMBERED = 32  # cached plans: the loader runs ahead of the training loop, and both use them
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Planner:
         return -(-len(self.order) // self.global_batch_size)
 
     def plan(self, step: int) -> StepPlan:
-        """The plan of global step ``step``, counted from 0 over all epochs."""
+        """The plan of global step ``step``, counted from 0 across epochs."""
         if step not in self._plans:
             while len(self._plans) >= self.REMEMBERED:
                 del self._plans[next(iter(self._plans))]
@@ -90,14 +91,14 @@ class Planner:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Measures the samples of a step for the planner: ``costs(step, samples)``."""
+    """Computes tokens and costs of a step's samples for the planner, as ``costs(step, samples)``."""
 
     index: SampleIndex
     cost: TrainingCost
     phases: Phases
 
     def __call__(self, step: int, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[samples] tokens before dropping, and [samples] FLOPs of the step's own forward and backward passes."""
+        """[samples] tokens before dropping, and [samples] FLOPs of the forward and backward passes of the step."""
         measured, num_layers = self.index.lengths(samples), self.cost.decoder.num_layers
         phase = self.phases.of(step)
         drops = phase.drops(num_layers)
@@ -112,5 +113,5 @@ class StepCosts:
 
 
 def data_digest(sample_ids: Sequence[str]) -> str:
-    """A hash of a step's sample ids, in order; equal digests mean equal samples."""
+    """A hash of a step's sample ids in their order."""
     return hashlib.sha256("\n".join(sample_ids).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Rows of Arrow tables by their bytes, so that a row of too many is never turned into Python objects.
+"""Sizes of rows in Arrow tables, so that rows that are too large are never converted to Python objects.
 
-Arrow decodes a page of a parquet file as a whole and holds it several times over meanwhile. A row group with a large
-page is therefore read by a process of its own, which runs this file and imports nothing else of the package: it hands
-over the rows within the bound, and the bytes of the others.
+Arrow decodes a parquet page as a whole and needs several times its size meanwhile. A row group with a large page is
+therefore read by a separate process, which runs this file and imports nothing else of the package. It sends back the
+rows within the limit, and the sizes of the others.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 BATCH = 256  # rows at a time
-BATCH_BYTES = 32 << 20  # of the rows of a batch, where they are of about one size
-ELEMENT_BYTES = 64  # of a list's element, which takes so much as a Python object even if it is empty
-LARGEST_PAGE = 64 << 20  # bytes, decompressed, that are decoded in this process
-HEADER = 1 << 12  # bytes in which a page's header is looked for first
-BYTES = "bytes of the row"  # the column that says how many
+BATCH_BYTES = 32 << 20  # approximate size of a batch
+ELEMENT_BYTES = 64  # size of a list element as a Python object, even if it is empty
+LARGEST_PAGE = 64 << 20  # decompressed bytes of a page that this process decodes
+HEADER = 1 << 12  # bytes that are read first to parse a page header
+BYTES = "bytes of the row"  # name of the column with the sizes
 
 Rows = tuple[pa.RecordBatch, np.ndarray]
-"""A batch of rows and [rows] int64, the bytes of each; those of more than the bound are null."""
+"""A batch of rows and [rows] int64, the size of each in bytes; rows over the limit are null."""
 
 
 def row_bytes(array: pa.Array) -> np.ndarray:
-    """[rows] int64: the bytes of an array's values, all levels of nesting together."""
+    """[rows] int64: size of each value of an array in bytes, with everything nested in it."""
     kind = array.type
     if isinstance(array, pa.ExtensionArray):
         return row_bytes(array.storage)
@@ -58,10 +58,10 @@ def row_bytes(array: pa.Array) -> np.ndarray:
 
 
 def within(batch: pa.RecordBatch, bound: int) -> Rows:
-    """The rows of a batch, those of more than ``bound`` bytes as null.
+    """The rows of a batch, with null in place of those of more than ``bound`` bytes.
 
     Raises:
-        pyarrow.ArrowInvalid: the batch is broken. Arrow checks no file that it maps, and would read outside of it.
+        pyarrow.ArrowInvalid: the batch is broken. Arrow does not check memory-mapped files and would read outside them.
     """
     batch.validate(full=True)
     sizes = sum((row_bytes(column) for column in batch.columns), np.zeros(len(batch), np.int64))
@@ -72,7 +72,7 @@ def within(batch: pa.RecordBatch, bound: int) -> Rows:
 
 
 def batches_of(file: pq.ParquetFile, group: int, columns: Sequence[str], bound: int) -> Iterator[Rows]:
-    """The rows of a row group, as many at a time as take about ``BATCH_BYTES`` together."""
+    """The rows of a row group, in batches of about ``BATCH_BYTES``."""
     leaves = chunks(file, group, columns)
     rows = file.metadata.row_group(group).num_rows
     mean = sum(leaf.total_uncompressed_size for leaf in leaves) // max(rows, 1)
@@ -82,14 +82,14 @@ def batches_of(file: pq.ParquetFile, group: int, columns: Sequence[str], bound: 
 
 
 def chunks(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
-    """What the file says of the parts of a row group that belong to ``columns``."""
+    """Metadata of the column chunks of a row group that belong to ``columns``."""
     metadata = file.metadata.row_group(group)
     leaves = [metadata.column(number) for number in range(metadata.num_columns)]
     return [leaf for leaf in leaves if leaf.path_in_schema.partition(".")[0] in columns]
 
 
 def has_large_page(path: Path, file: pq.ParquetFile, group: int, columns: Sequence[str]) -> bool:
-    """Whether a page of a row group is larger than ``LARGEST_PAGE``, as the pages' headers say."""
+    """Whether a page of a row group is larger than ``LARGEST_PAGE``, according to the page headers."""
     for leaf in chunks(file, group, columns):
         if leaf.total_uncompressed_size <= LARGEST_PAGE:
             continue
@@ -99,7 +99,7 @@ def has_large_page(path: Path, file: pq.ParquetFile, group: int, columns: Sequen
             while at < stop:
                 try:
                     header, size, packed = _page_header(opened, at)
-                except (IndexError, KeyError, RecursionError):  # not as we know it, or broken: Arrow will say
+                except (IndexError, KeyError, RecursionError):  # unknown or broken format: Arrow reports it
                     return True
                 if size > LARGEST_PAGE or packed < 0:
                     return True
@@ -108,7 +108,7 @@ def has_large_page(path: Path, file: pq.ParquetFile, group: int, columns: Sequen
 
 
 def _page_header(file: BinaryIO, at: int) -> tuple[int, int, int]:
-    """Bytes of the page header at byte ``at``, of the page it announces, and of that as it is compressed."""
+    """Sizes in bytes at offset ``at``: the page header, the page, and the compressed page."""
     window = HEADER
     while True:
         file.seek(at)
@@ -124,7 +124,7 @@ def _page_header(file: BinaryIO, at: int) -> tuple[int, int, int]:
 
 
 class _Thrift:
-    """Reads a structure in Thrift's compact protocol, in which parquet writes its headers: its numbers by their field.
+    """Parses a structure in Thrift's compact protocol, which parquet headers use, to its integers by field number.
 
     https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
     """
@@ -174,13 +174,13 @@ class _Thrift:
 
 
 def batches_apart(path: Path, group: int, columns: Sequence[str], bound: int) -> Iterator[Rows]:
-    """:func:`batches_of`, read by a process of its own.
+    """Like :func:`batches_of`, in a separate process.
 
     Raises:
-        OSError: it failed; with what it said.
+        OSError: the process failed; with its error message.
     """
-    asked = json.dumps([str(path), group, list(columns), bound])
-    command = [sys.executable, "-P", __file__, asked]  # -P: no import finds the modules beside this file
+    arguments = json.dumps([str(path), group, list(columns), bound])
+    command = [sys.executable, "-P", __file__, arguments]  # -P: modules beside this file must not shadow others
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         try:
@@ -191,15 +191,15 @@ def batches_apart(path: Path, group: int, columns: Sequence[str], bound: int) ->
         except (pa.ArrowException, OSError) as error:
             raise OSError(_why_ended(process, error)) from error
         finally:
-            process.stdout.close()  # it ends at its next write where nobody reads on
+            process.stdout.close()  # the process then ends at its next write
 
 
 def _why_ended(process: subprocess.Popen[bytes], error: Exception) -> str:
-    """Of a process that reads a row group and broke off."""
+    """Why the process that reads a row group failed."""
     assert process.stderr is not None
     lines = process.stderr.read().decode(errors="replace").strip().splitlines()
     if process.wait() < 0:
-        return f"the process that reads it was ended by signal {-process.returncode}, perhaps for want of memory"
+        return f"the process that reads it was killed by signal {-process.returncode}, perhaps because memory ran out"
     return lines[-1] if lines else str(error)
 
 

@@ -1,10 +1,10 @@
-"""JSONL (one record a line, cut into pieces at line ends) and JSON (a list of records).
+"""Readers for JSONL (one record per line) and JSON (a list of records).
 
-Records are parsed one at a time, so a file never has to fit into memory.
+Records are parsed one at a time, so a file does not have to fit into memory.
 
-Streaming parsers do not tell at which byte an element begins and ends, by which it is read again; the standard
-library's decoder, fed block by block, does. The end of an element that is larger than some blocks is located first, so
-that one of too many bytes is passed over without being kept or parsed.
+Streaming parsers do not report the byte range of an element, which is needed to read it again; the standard library's
+decoder, fed block by block, does. For an element that spans several blocks the end is located first, so that one that
+is too large is skipped without being stored or parsed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from vtprune_train.data.sources.base import (
     too_many_bytes,
 )
 
-PARSED_BLOCKS = 4  # of an element whose end is not known
+PARSED_BLOCKS = 4  # blocks of an incomplete element that are parsed before its end is located
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Jsonl(Reader):
-    """Empty lines are not records. A line of too many bytes is passed over block by block."""
+    """One record per line; empty lines are ignored. A line that is too long is skipped block by block."""
 
     def pieces(self) -> Iterator[Piece]:
         size, start = self.path.stat().st_size, 0
         with self.path.open("rb") as file:
             while start < size:
-                file.seek(start + PIECE_BYTES - 1)  # a line that ends just there stays in this piece
-                _pass_line(file)
+                file.seek(start + PIECE_BYTES - 1)  # a line that ends exactly here belongs to this piece
+                _skip_line(file)
                 stop = min(file.tell(), size)
                 yield Piece(start, stop)
                 start = stop
@@ -53,10 +53,10 @@ class Jsonl(Reader):
         with self.path.open("rb", buffering=BLOCK) as file:
             file.seek(piece.start)
             at = piece.start
-            while at < piece.stop and (line := file.readline(self.max_bytes + 2)):  # with its end
+            while at < piece.stop and (line := file.readline(self.max_bytes + 2)):  # 2: the line end
                 size, is_blank = len(line), not line.strip()
                 if size > self.max_bytes + 1 and line[-1:] != b"\n":
-                    rest, rest_is_blank = _pass_line(file)
+                    rest, rest_is_blank = _skip_line(file)
                     size, is_blank = size + rest, is_blank and rest_is_blank
                 if not is_blank:
                     yield Place(at, size), self._parse(line, at) if size == len(line) else self._too_large(at, size)
@@ -68,7 +68,7 @@ class Jsonl(Reader):
         return self._parse(self._bytes(place), place.at)
 
     def _too_large(self, at: int, size: int) -> Malformed:
-        return too_many_bytes(size, self.max_bytes, f"a line from byte {at} on")
+        return too_many_bytes(size, self.max_bytes, f"the line at byte {at}")
 
     def _parse(self, line: bytes, at: int) -> Any:
         if len(line) > self.max_bytes and len(line.rstrip(b"\r\n")) > self.max_bytes:
@@ -77,12 +77,12 @@ class Jsonl(Reader):
             return parse_record(line.removeprefix(codecs.BOM_UTF8) if at == 0 else line, at)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             line_number = line_and_column(self.path, at).partition(",")[0]
-            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise ValueError(f"{self.path}, {line_number}: not JSON ({what})") from error
+            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{self.path}, {line_number}: not JSON ({reason})") from error
 
 
-def _pass_line(file: BinaryIO) -> tuple[int, bool]:
-    """Go to the end of the line: how many bytes that took, and whether they are all white space."""
+def _skip_line(file: BinaryIO) -> tuple[int, bool]:
+    """Skip to the end of the line. Returns the number of bytes skipped and whether they are all white space."""
     size, is_blank = 0, True
     while block := file.readline(BLOCK):
         size += len(block)
@@ -93,6 +93,8 @@ def _pass_line(file: BinaryIO) -> tuple[int, bool]:
 
 
 class JsonList(Reader):
+    """The elements of a list; a place is the bytes of an element."""
+
     def pieces(self) -> Iterator[Piece]:
         start = stop = None
         for place, _ in self._elements(0, None):
@@ -109,7 +111,7 @@ class JsonList(Reader):
 
     def read(self, place: Place) -> Any:
         if place.size > self.max_bytes:
-            return too_many_bytes(place.size, self.max_bytes, f"from byte {place.at} on")
+            return too_many_bytes(place.size, self.max_bytes, f"at byte {place.at}")
         try:
             return parse_record(self._bytes(place), place.at)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -117,7 +119,8 @@ class JsonList(Reader):
             raise ValueError(f"{self.path}, byte {place.at}, {where}: not JSON ({error})") from error
 
     def _elements(self, start: int, stop: int | None) -> Iterator[tuple[Place, Any]]:
-        """Elements of the list from byte ``start`` to ``stop``; of the whole file if that is ``None``."""
+        """Elements of the list between bytes ``start`` and ``stop``; those of the whole file if ``stop`` is
+        ``None``."""
         with closing(_Window(self.path, start, stop)) as text:
             yield from self._in(text, whole=stop is None)
 
@@ -125,10 +128,10 @@ class JsonList(Reader):
         if whole:
             first = text.peek()
             if first != "[":
-                text.parse()  # not JSON at all has an error of its own
+                text.parse()  # raises if the file is not JSON
                 kind = {"{": "dict", '"': "str"}.get(first, "value")
-                lines = "; if each line holds a record, name it .jsonl" if first == "{" else ""
-                raise ValueError(f"data file {self.path} holds a {kind}, not a list of conversations{lines}")
+                hint = "; if each line is a record, rename it to .jsonl" if first == "{" else ""
+                raise ValueError(f"data file {self.path} contains a {kind}, not a list of conversations{hint}")
             text.skip()
         separator = ""
         while (following := text.peek()) not in ("]", ""):
@@ -144,22 +147,22 @@ class JsonList(Reader):
             separator = ","
         if whole:
             if following != "]":
-                raise text.error("the list has no end")
+                raise text.error("the list is not closed")
             text.skip()
             if text.peek():
-                raise text.error("something stands after the list")
+                raise text.error("unexpected content after the list")
 
 
 class _End:
-    """Looks for the end of a list, an object or a text, in UTF-8 and block by block: what stands between quotes and how
-    deep it is nested is computed for a whole block at once, so that no content of a value makes it slow."""
+    """Finds the end of a list, an object or a string in UTF-8, block by block. Quotes and nesting depth are computed
+    for a whole block at once, so the speed does not depend on the content."""
 
     def __init__(self) -> None:
         self._quoted, self._backslashes, self._depth = False, 0, 0
 
     def within(self, block: bytes) -> int | None:
-        """Bytes of ``block`` up to the end of the value; ``None`` if it goes on after it."""
-        if self._quoted and b'"' not in block:  # as nearly all of a long text
+        """Bytes of ``block`` up to the end of the value; ``None`` if the value continues after the block."""
+        if self._quoted and b'"' not in block:  # the usual case within a long string
             run = len(block) - len(block.rstrip(b"\\"))
             self._backslashes = (run + (self._backslashes if run == len(block) else 0)) % 2
             return None
@@ -175,11 +178,11 @@ class _End:
         return int(ends[0]) + 1 if len(ends) else None
 
     def _is_plain(self, block: bytes, letters: np.ndarray) -> np.ndarray:
-        """[letters] bool: an even number of backslashes stands before it, so that it is not escaped."""
+        """[letters] bool: whether a letter is preceded by an even number of backslashes, so that it is not escaped."""
         if not self._backslashes and b"\\" not in block:
             return np.ones(len(letters), dtype=bool)
         places = np.arange(len(letters), dtype=np.int32)
-        others = np.maximum.accumulate(np.where(letters != ord("\\"), places, -1))  # the last that is none
+        others = np.maximum.accumulate(np.where(letters != ord("\\"), places, -1))  # last place without a backslash
         before = np.concatenate([[-1], others[:-1]])
         runs = places - 1 - before + np.where(before < 0, self._backslashes, 0)
         self._backslashes = (len(letters) - 1 - int(others[-1]) + (self._backslashes if others[-1] < 0 else 0)) % 2
@@ -187,18 +190,18 @@ class _End:
 
 
 class _EndOfNumber:
-    """The same for a number, which ends where something else begins."""
+    """Like :class:`_End`, for a number, which ends at the first other character."""
 
     def within(self, block: bytes) -> int | None:
         size = len(block) - len(block.lstrip(b"+-.0123456789Ee"))
         return size if size < len(block) else None
 
 
-_LARGE = object()  # in place of a value that was passed over: it is large, or cannot be parsed
+_LARGE = object()  # instead of a value that was skipped because it is large or cannot be parsed
 
 
 class _Window:
-    """A moving view of a file's text; ``at`` is the byte in the file where the reader stands."""
+    """A moving view of a file's text; ``at`` is the current byte offset in the file."""
 
     def __init__(self, path: Path, start: int, stop: int | None):
         self.path, self.at = path, start
@@ -214,12 +217,12 @@ class _Window:
         self._file.close()
 
     def error(self, message: str, beyond: int = 0) -> ValueError:
-        """``message`` with its place, ``beyond`` characters after the next one."""
+        """An error with ``message`` and the position ``beyond`` characters after the current one."""
         at = self.at + len(self._text[self._position : self._position + beyond].encode())
         return ValueError(f"{self.path}: not JSON ({message}, at byte {at}: {line_and_column(self.path, at)})")
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Skip white space and return the next character; empty at the end."""
         while True:
             match = _SPACE.match(self._text, self._position)
             self._move(match.end() if match else self._position)
@@ -232,25 +235,25 @@ class _Window:
         self._move(self._position + 1)
 
     def parse(self) -> Any:
-        """The value that begins here; ``_LARGE`` for one that was passed over."""
+        """Parse the value at the current position; ``_LARGE`` if it was skipped."""
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 if len(self._text) - self._position >= PARSED_BLOCKS * BLOCK:
-                    return self._pass_over(error.msg, error.pos - self._position)
+                    return self._skip_value(error.msg, error.pos - self._position)
                 if not self._more(BLOCK):
                     raise self.error(error.msg, error.pos - self._position) from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, too deep a nesting
-                return self._pass_over(str(error))
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deeply
+                return self._skip_value(str(error))
             else:
-                if end < len(self._text) or not self._more(BLOCK):  # a number could go on in the next block
+                if end < len(self._text) or not self._more(BLOCK):  # a number may continue in the next block
                     self._move(end)
                     return value
 
-    def _pass_over(self, message: str, beyond: int = 0) -> Any:
-        """Go to the end of the value that begins here, keeping nothing of it; ``message`` says why it cannot be parsed,
-        for the error where it has no end."""
+    def _skip_value(self, message: str, beyond: int = 0) -> Any:
+        """Skip the value at the current position without storing it. ``message`` says why it cannot be parsed; it is
+        raised if the value has no end."""
         first = self._text[self._position]
         if first not in '[{"-0123456789':
             raise self.error(message, beyond)
@@ -273,7 +276,7 @@ class _Window:
         self._position = position
 
     def _more(self, size: int) -> bool:
-        """Read on; false at the end."""
+        """Read another block; false at the end."""
         block = self._file.read(min(size, self._left))
         if not block:
             return False

@@ -1,4 +1,4 @@
-"""Tables of records: parquet files, and datasets on disk as ``save_to_disk`` writes them."""
+"""Readers for tables: parquet files, and datasets that ``save_to_disk`` of the datasets library wrote."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from vtprune_train.data.sources.arrow_rows import (
 )
 from vtprune_train.data.sources.base import BOUNDS, PIECE_ROWS, Piece, Place, Reader, too_many_bytes
 
-LARGEST_HELD = 128 << 20  # bytes of the rows of a row group that are held
+LARGEST_HELD = 128 << 20  # bytes of a row group's rows that are kept in memory
 
 
 def _columns(path: Path, names: Sequence[str]) -> list[str]:
-    """The columns that are read: those that a record needs (a conversation at least) or that may make it malformed."""
+    """The columns to read: those that a record consists of, and those that may make it malformed."""
     if not set(CONVERSATIONS) & set(names):
         raise ValueError(f"data file {path} has no column 'conversations' or 'messages'; it has {', '.join(names)}")
     return [name for name in names if is_looked_at(name)]
@@ -39,7 +39,7 @@ def _unread(names: Sequence[str]) -> list[str]:
 
 
 def _objects(rows: Rows, bound: int) -> Iterator[dict[str, Any] | int]:
-    """Each row, or its bytes where they are more than ``bound``."""
+    """Each row, or its size in bytes if that exceeds ``bound``."""
     batch, sizes = rows
     if sizes[sizes <= bound].sum() <= BATCH_BYTES:
         objects = iter(batch.to_pylist())
@@ -50,7 +50,7 @@ def _objects(rows: Rows, bound: int) -> Iterator[dict[str, Any] | int]:
 
 
 class _Held(NamedTuple):
-    """Consecutive rows of a row group; ``sizes`` [rows] are their bytes, unless they are still to be counted."""
+    """Consecutive rows of a row group; ``sizes`` [rows] are their sizes in bytes, ``None`` if not computed."""
 
     group: int
     first: int
@@ -59,14 +59,14 @@ class _Held(NamedTuple):
 
 
 class Parquet(Reader):
-    """A place is ``(row group, row in it)``: reading a record reads the columns of its row group, and holds them, or of
-    a large one a part."""
+    """A place is ``(row group, row)``. Reading a record loads its row group, or a part of a large one, and keeps it in
+    memory."""
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         super().__init__(path, max_bytes)
         self._opened: tuple[pq.ParquetFile, list[str]] | None = None
         self._held: _Held | None = None
-        self._apart: dict[int, bool] = {}  # row groups, and whether they are read by another process
+        self._apart: dict[int, bool] = {}  # by row group: whether it is read in a separate process
 
     @property
     def unread(self) -> list[str]:
@@ -77,9 +77,11 @@ class Parquet(Reader):
             try:
                 file = pq.ParquetFile(self.path)
             except (pa.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own have no number
+                if isinstance(error, OSError) and error.errno:  # the operating system's; Arrow's have no number
                     raise
-                raise ValueError(f"data file {self.path} is not parquet, or is cut off or damaged ({error})") from error
+                raise ValueError(
+                    f"data file {self.path} is not parquet, or is truncated or damaged ({error})"
+                ) from error
             self._opened = (file, _columns(self.path, file.schema_arrow.names))
         return self._opened
 
@@ -107,7 +109,7 @@ class Parquet(Reader):
         group, row = place
         held = self._held
         if held is None or held.group != group or not held.first <= row < held.first + len(held.table):
-            self._held = held = None  # before others are read
+            self._held = held = None  # free memory before reading more
             self._held = held = self._hold(group, row)
         at = row - held.first
         [batch] = held.table.slice(at, 1).combine_chunks().to_batches()
@@ -131,10 +133,10 @@ class Parquet(Reader):
         for batch, sizes in batches_apart(self.path, group, columns, self.max_bytes):
             has_large = has_large or bool((sizes > self.max_bytes).any())
             yield batch, sizes
-        self._apart[group] = has_large  # of many values that are all within the bound: Arrow may read it here
+        self._apart[group] = has_large  # a large page of small rows can be read in this process next time
 
     def _hold(self, group: int, row: int) -> _Held:
-        """The row group, or the part of it with ``row`` where its rows within the bound are more than may be held."""
+        """The row group, or the part that contains ``row`` if the group exceeds ``LARGEST_HELD``."""
         file, columns = self._open()
         if group not in self._apart:
             self._apart[group] = has_large_page(self.path, file, group, columns)
@@ -156,13 +158,13 @@ class Parquet(Reader):
 
 
 class DatasetOnDisk(Reader):
-    """A place is ``(row, 0)``. Images of an ``Image`` feature come as they are stored, not decoded."""
+    """A place is ``(row, 0)``. Images of an ``Image`` feature are returned as stored, not decoded."""
 
     def __init__(self, path: Path, max_bytes: int = BOUNDS.record):
         super().__init__(path, max_bytes)
         try:
             table = load_from_disk(str(path))
-        # Damaged JSON beside the data raises KeyError or TypeError.
+        # Damaged metadata files raise KeyError or TypeError.
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise ValueError(f"data folder {path} cannot be read as a dataset ({error!r})") from error
         self._unread = _unread(table.column_names)

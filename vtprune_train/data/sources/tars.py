@@ -1,4 +1,4 @@
-"""WebDataset tars: a record is the run of members that share a key, read in place without unpacking.
+"""Reader for WebDataset tars: a record is the consecutive members that share a key, read without unpacking.
 
 The key of ``a/0001.left.jpg`` is ``a/0001``, its extension ``left.jpg``.
 """
@@ -14,14 +14,14 @@ from typing import Any
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader, parse_record, too_many_bytes
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-LONGEST_NAME = 1 << 20  # bytes of what stands before a member: its name where that is long, times, attributes
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+LONGEST_NAME = 1 << 20  # bytes of an extended header (long name, times, attributes)
 Member = tuple[str, bytes]
 
 
 class Tar(Reader):
-    """One piece, as a tar can only be read from its beginning. A place spans the record's members. Members that no
-    record is made of are not read, and no member of a record of too many bytes."""
+    """A tar is one piece, because it can only be scanned from its beginning. A place spans the record's members.
+    Content is read only of members that records use, and of no record that is too large."""
 
     def pieces(self) -> Iterator[Piece]:
         yield Piece(0, self.path.stat().st_size)
@@ -33,14 +33,15 @@ class Tar(Reader):
         return next(record for _, record in self._records(place.at, place.at + place.size))
 
     def _records(self, start: int, stop: int) -> Iterator[tuple[Place, Any]]:
-        """The records of the members from byte ``start`` to ``stop``."""
+        """The records whose members lie between bytes ``start`` and ``stop``."""
         with self.path.open("rb") as file:
             file.seek(start)
             try:
                 tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
             except tarfile.ReadError as error:
-                what = f"data file {self.path} is not a plain tar ({error}); is it compressed or cut off?"
-                raise ValueError(what) from error
+                raise ValueError(
+                    f"data file {self.path} is not a plain tar ({error}); it may be compressed or truncated"
+                ) from error
             group = _Group(tar, start)
             for header in _headers(tar, self.path, stop):
                 if group.key is not None and group.key != _key(header.name):
@@ -52,17 +53,17 @@ class Tar(Reader):
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; :mod:`tarfile` would read a name of any length."""
+    """A member's header with a limit on its name, which :mod:`tarfile` reads at any length."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         is_name = self.type in (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         if self.size < 0 or (is_name and self.type != tarfile.GNUTYPE_SPARSE and self.size > LONGEST_NAME):
             raise tarfile.ReadError(f"a header of {self.size} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]  # the documented place to add to
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]  # documented for subclasses
 
 
 class _Group:
-    """The members that share a key, from byte ``at`` on; they are read when all are known."""
+    """The members that share a key, starting at byte ``at``; their content is read once all are known."""
 
     def __init__(self, tar: tarfile.TarFile, at: int):
         self.key: str | None = None
@@ -79,7 +80,7 @@ class _Group:
 
     def record(self, max_bytes: int) -> Any:
         if self._bytes > max_bytes:
-            return too_many_bytes(self._bytes, max_bytes, f"members named {self.key}.* from byte {self.at} on")
+            return too_many_bytes(self._bytes, max_bytes, f"members {self.key}.* at byte {self.at}")
         return _record([(header.name, self._content(header)) for header in self._members], self.at)
 
     def _content(self, header: tarfile.TarInfo) -> bytes:
@@ -88,19 +89,19 @@ class _Group:
 
 
 def _headers(tar: tarfile.TarFile, path: Path, stop: int) -> Iterator[tarfile.TarInfo]:
-    """The header of each regular file before byte ``stop``; an error where the tar is broken or cut off."""
+    """The header of each regular file before byte ``stop``; raises ``ValueError`` if the tar is broken or truncated."""
     size = path.stat().st_size
     while True:
         try:
             header = tar.next()
-            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
         except tarfile.TarError as error:
             raise ValueError(f"data file {path} is broken at byte {tar.offset} ({error})") from error
         if header is None:
             break
         end = tar.offset - tarfile.BLOCKSIZE if header.issparse() else header.offset_data + header.size
         if tar.offset <= header.offset or end > size:
-            raise ValueError(f"data file {path} is cut off within {header.name}")
+            raise ValueError(f"data file {path} is truncated within {header.name}")
         if header.isfile():
             yield header
         if tar.offset >= stop:
@@ -108,12 +109,12 @@ def _headers(tar: tarfile.TarFile, path: Path, stop: int) -> Iterator[tarfile.Ta
     with path.open("rb") as file:
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise ValueError(f"data file {path} is broken at byte {tar.offset} (no header of a member stands there)")
+            raise ValueError(f"data file {path} is broken at byte {tar.offset} (there is no member header)")
 
 
 def _is_read(name: str) -> bool:
     kind = _extension(name).lower()
-    return kind in ("json", "txt") or kind.rpartition(".")[2] in PICTURES
+    return kind in ("json", "txt") or kind.rpartition(".")[2] in IMAGE_ENDINGS
 
 
 def _key(name: str) -> str:
@@ -126,12 +127,12 @@ def _extension(name: str) -> str:
 
 
 def _record(members: Sequence[Member], at: int) -> Any:
-    """The record in the form of its ``.json``, images as bytes; made from the ``.txt`` where that is a caption. Other
-    members are fields by their extension (``.mp4``)."""
+    """The record of a key: the content of its ``.json`` with images as bytes, or a caption from its ``.txt``. Other
+    members become fields named by their extension (``.mp4``)."""
     key = _key(members[0][0])
     described: Any = None
     caption = None
-    pictures: list[Member] = []
+    image_members: list[Member] = []
     others: dict[str, str] = {}
     for name, content in members:
         extension = _extension(name).lower()
@@ -142,34 +143,34 @@ def _record(members: Sequence[Member], at: int) -> Any:
                 described = Malformed(f"{name} is not JSON ({error})")
         elif extension == "txt":
             caption = content.decode("utf-8", errors="replace").strip()
-        elif extension.rpartition(".")[2] in PICTURES:
-            pictures.append((name, content))
+        elif extension.rpartition(".")[2] in IMAGE_ENDINGS:
+            image_members.append((name, content))
         else:
             others[f".{extension.rpartition('.')[2]}"] = name
-    talks = isinstance(described, Mapping) and ("conversations" in described or "messages" in described)
-    if caption is not None and not talks:
-        question = f"{IMAGE}\n" * len(pictures)
+    has_turns = isinstance(described, Mapping) and ("conversations" in described or "messages" in described)
+    if caption is not None and not has_turns:
+        question = f"{IMAGE}\n" * len(image_members)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
-        images = [content for _, content in pictures]
+        images = [content for _, content in image_members]
         record = described if isinstance(described, Mapping) else {}
         return {"id": key, **record, **others, "images": images, "image": None, "conversations": turns}
     if not isinstance(described, Mapping):
         return {"id": key, **others} if described is None else described
     if caption is not None:
         others[".txt"] = caption
-    return {"id": key, **described, **others, "images": _images(described, pictures), "image": None}
+    return {"id": key, **described, **others, "images": _images(described, image_members), "image": None}
 
 
-def _images(record: Mapping[str, Any], pictures: Sequence[Member]) -> list[Any]:
-    """The images in the order in which the record names them; in the tar's if it names none or all by other names. A
-    name without a member stays a name, looked up in the source's folder of images."""
+def _images(record: Mapping[str, Any], images: Sequence[Member]) -> list[Any]:
+    """The images in the order in which the record names them, or in the tar's order if the record names none of these
+    members. A name without a member is kept and looked up in the source's folder of images."""
     names = record.get("image") if record.get("images") is None else record["images"]
-    contents = [content for _, content in pictures]
+    contents = [content for _, content in images]
     if names is None:
         return contents
     names = names if isinstance(names, list) else [names]
     by_name: dict[str, bytes] = {}
-    for name, content in pictures:
+    for name, content in images:
         for known in (name, name.rpartition("/")[2], _extension(name)):
             by_name.setdefault(known, content)
     named = [by_name.get(name) if isinstance(name, str) else None for name in names]

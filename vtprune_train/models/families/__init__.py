@@ -1,12 +1,19 @@
-"""Model families, one file each, which holds all that the project knows of it (:mod:`.base` says what that is)."""
+"""Model families, one file each, and the list of them; :mod:`.base` describes what a family defines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 from torch import nn
-from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    LlavaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from vtprune_train.core.user_code import load
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import (
     internvl,
@@ -21,7 +28,7 @@ from vtprune_train.models.families import (
 from vtprune_train.models.families.base import Family, Lacks, Loop
 from vtprune_train.models.families.towers import check_clip
 
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: list[Family] = [
     llava_next.FAMILY,
     llava.FAMILY,
     llava_onevision.FAMILY,
@@ -29,42 +36,80 @@ FAMILIES: tuple[Family, ...] = (
     qwen2_5_vl.FAMILY,
     qwen3_vl.FAMILY,
     internvl.FAMILY,
-)
+]
+PACKAGED = tuple(FAMILIES)
 
 KNOWN_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = dict(known.PARTS)
 for _family in FAMILIES:
     KNOWN_CONFIGS.update(_family.known)
 
-# Families that were looked at and do not fit, and why.
+OUTSIDE = "a family outside the package is named by model.family or --family: path/to/file.py:FAMILY"
+# Models that do not fit, and why.
 UNSUPPORTED = {
     "Gemma3ForConditionalGeneration": "its image tokens attend to each other in both directions, which the causal "
     "variable-length kernels do not do",
     "PaliGemmaForConditionalGeneration": "its prompt attends in both directions, which the causal variable-length "
     "kernels do not do",
-    "MllamaForConditionalGeneration": "its images enter by cross-attention, so there are no visual tokens to drop",
+    "MllamaForConditionalGeneration": "it feeds images through cross-attention, so there are no visual tokens to drop",
 }
+
+
+def register_family(family: Family | str, key: str = "family") -> Family:
+    """Add a family from outside the package, so that its models are pruned, trained and answer like any other.
+
+    A family's file registers its classes with transformers too, unless transformers has them: ``AutoConfig.register``,
+    ``AutoModelForImageTextToText.register`` and ``AutoProcessor.register``.
+
+    Args:
+        family: the family, or its path ``path/to/file.py:FAMILY``. It replaces one registered earlier for the same
+            ``model_type``.
+        key: the setting or option that holds the path, for errors.
+
+    Returns:
+        The family.
+
+    Raises:
+        ValueError: the path cannot be loaded or does not name a :class:`~vtprune_train.models.families.base.Family`, or
+            a family of the package has the same ``model_type`` or ``model_class``.
+    """
+    loaded = load(family, key) if isinstance(family, str) else family
+    if not isinstance(loaded, Family):
+        raise ValueError(f"{key}={family!r} is not a Family of vtprune_train.models.families.base, but {loaded!r}")
+    for other in PACKAGED:
+        if loaded.model_type == other.model_type or loaded.model_class == other.model_class:
+            raise ValueError(
+                f"{key}: model_type {loaded.model_type!r} or model_class {loaded.model_class!r} of {loaded.title} is "
+                f"also that of {other.title}, a family of the package; rename it"
+            )
+    FAMILIES[:] = [other for other in FAMILIES if other.model_type != loaded.model_type] + [loaded]
+    KNOWN_CONFIGS.update(loaded.known)
+    return loaded
 
 
 def family_of(model: HFModule) -> Family:
     """The family of a Hugging Face model.
 
     Raises:
-        ValueError: the class, or the type of its language model, is not supported; says why and what is.
+        ValueError: the class or the type of its language model is not supported; names the reason and the supported
+            ones.
     """
-    bases = {cls.__name__ for cls in type(model).__mro__}
-    for family in FAMILIES:
-        if family.model_class in bases:
+    by_class = {family.model_class: family for family in FAMILIES}
+    for cls in type(model).__mro__:
+        if (family := by_class.get(cls.__name__)) is not None:
             family.check(model)
             return family
     reason = UNSUPPORTED.get(type(model).__name__)
     if isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, DeepSpeed's engine, ...
-        reason = "prune the model before it is wrapped"
+        reason = "call prune before wrapping the model (DistributedDataParallel, DeepSpeed, ...)"
     supported = ", ".join(family.model_class for family in FAMILIES)
-    raise ValueError(f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}")
+    raise ValueError(
+        f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}, and families "
+        "that register_family adds"
+    )
 
 
 def family_of_type(model_type: str) -> Family | None:
-    """The family of a config's ``model_type``; ``None`` where it is not supported."""
+    """The family of a config's ``model_type``; ``None`` if it is not supported."""
     return next((family for family in FAMILIES if family.model_type == model_type), None)
 
 
@@ -72,34 +117,53 @@ def supported_family(model_type: str, place: str) -> Family:
     """The family of a config's ``model_type``.
 
     Raises:
-        ValueError: it is not supported; names ``place``, where the config comes from, and what is.
+        ValueError: it is not supported; names ``place``, the origin of the config, and the supported types.
     """
     if (family := family_of_type(model_type)) is None:
         supported = ", ".join(family.model_type for family in FAMILIES)
-        raise ValueError(f"{place} holds a {model_type}, which is not supported; supported: {supported}")
+        raise ValueError(f"{place} holds a {model_type}, which is not supported; supported: {supported}; {OUTSIDE}")
     return family
 
 
 def trained_family(model_type: str, place: str) -> tuple[Family, Loop]:
-    """The family that the project's own loop trains under this config's ``model_type``.
+    """The family of a config's ``model_type``, and its part for the training loop.
 
     Raises:
-        ValueError: there is none; names ``place``, where the model comes from, and what is trained.
+        ValueError: the training loop does not support it; names ``place``, the origin of the model, and the supported
+            types.
     """
     family = family_of_type(model_type)
     if family is None or isinstance(family.loop, Lacks):
         trained = ", ".join(family.model_type for family in FAMILIES if not isinstance(family.loop, Lacks))
-        raise ValueError(f"{place} holds a {model_type}, which the training loop does not know; it trains: {trained}")
+        raise ValueError(
+            f"{place} holds a {model_type}, which the training loop does not support; it supports: {trained}; {OUTSIDE}"
+        )
     return family, family.loop
+
+
+def class_of_config(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The transformers class of a config's models.
+
+    Raises:
+        ValueError: it is not registered.
+    """
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"transformers knows no image-text-to-text model for a {type(config).__name__}; call "
+            f"AutoModelForImageTextToText.register({type(config).__name__}, ...) in the family's file"
+        )
+    cls: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    return cls
 
 
 def config_of_parts(
     text: PreTrainedConfig, vision: PreTrainedConfig, pinpoints: Iterable[Iterable[int]] | None, place: str
 ) -> PreTrainedConfig:
-    """A LLaVA-1.5 made of a language model and a tower; with ``pinpoints``, resolutions to tile by, a LLaVA-NeXT.
+    """The config of a LLaVA-1.5 of a language model and a vision tower, or of a LLaVA-NeXT with ``pinpoints``, its
+    tiling resolutions.
 
     Raises:
-        ValueError: the tower, which ``place`` names, is not CLIP's.
+        ValueError: the tower is not CLIP's; ``place`` names it.
     """
     vision = getattr(vision, "vision_config", vision)
     check_clip(vision, place)

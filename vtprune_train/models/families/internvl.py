@@ -1,6 +1,7 @@
-"""InternVL as transformers has it: tiles of an image and, after several, a thumbnail of it; all in one run of tokens.
+"""InternVL in transformers' format: the tiles of an image, followed by a thumbnail if there are several tiles, in one
+run of image tokens.
 
-The patches of a tile are merged by fours (pixel shuffle).
+Each visual token merges four patches (pixel shuffle).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vtprune_train.models.families.towers import patch_grid
 
 @dataclass(frozen=True)
 class TilesAndThumbnail(ImageGeometry):
-    """``rows`` x ``columns`` tokens in each tile of ``tile_size`` pixels; ``min_tiles`` to ``max_tiles`` tiles beside
+    """``rows`` x ``columns`` tokens per tile of ``tile_size`` pixels, and ``min_tiles`` to ``max_tiles`` tiles without
     the thumbnail.
 
     Source: ``GotOcr2ImageProcessor`` of transformers.
@@ -34,7 +35,7 @@ class TilesAndThumbnail(ImageGeometry):
 
     @classmethod
     def of(cls, config: Any, image_processor: Any) -> TilesAndThumbnail:
-        """Read an ``InternVLConfig`` and the checkpoint's image processor."""
+        """The geometry for an ``InternVLConfig`` and the checkpoint's image processor."""
         rows, columns = (int(patches * config.downsample_ratio) for patches in patch_grid(config.vision_config))
         size = image_processor.size
         limits = (image_processor.min_patches, image_processor.max_patches)
@@ -59,7 +60,8 @@ class TilesAndThumbnail(ImageGeometry):
         return [tiles * self.rows * self.columns for tiles in self.tiles(sizes)]
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
-        """Tile by tile, each row by row; the image is squeezed into the tiles, and into the thumbnail after them."""
+        """Positions tile by tile, in each tile row by row, then those of the thumbnail. The image is resized to the
+        tiles, without its aspect ratio."""
         return [self._places(size) for size in sizes]
 
     def _places(self, size: Size) -> Places:

@@ -1,5 +1,4 @@
-"""Sizes of well-known language models and towers, which the families' known checkpoints are made of, so that a dry run
-needs neither weights nor network.
+"""Configs of well-known language models and vision towers, so that dry runs need neither weights nor network.
 
 Source: the ``config.json`` files of these repositories.
 """
@@ -39,7 +38,7 @@ def clip_large_336() -> CLIPVisionConfig:
 
 
 def llava_vicuna_7b(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
-    """A LLaVA of llava-hf over Vicuna 7B and CLIP."""
+    """Config of a llava-hf model with Vicuna 7B and CLIP."""
     return config_class(
         text_config=vicuna_7b(vocab_size=32064),
         vision_config=clip_large_336(),

@@ -1,4 +1,4 @@
-"""How a family lays out images: what commands ask of their sizes, and what the collator asks beyond that. Host only.
+"""Image layouts: how a family divides images into tiles and visual tokens, and how the collator packs them. Host only.
 
 Shape suffixes: T tokens in the packed batch, V visual tokens, P tiles (or patches, where a family has no tiles).
 """
@@ -21,26 +21,27 @@ if TYPE_CHECKING:  # pruning a model does not need Pillow
     from PIL import Image
 
 NEWLINE = -1
-MAX_ASPECT = 200  # Qwen's own limit; a CLIP processor scales the SHORT side to a whole tile
+MAX_ASPECT = 200  # Qwen's limit; CLIP's processor would scale the SHORT side to a whole tile
 
 Size = tuple[int, int]
 """``(height, width)`` of an image in pixels."""
 Grids = tuple[tuple[int, int], ...]
 """See :class:`~vtprune_train.core.stream.ImageSpan`."""
-Shown = tuple[np.ndarray, int]
-"""The patch of its image that each visual token shows ([V] int64, or ``NEWLINE``), and the image's tiles."""
+TokenPatches = tuple[np.ndarray, int]
+"""The patch of its image that each visual token represents ([V] int64, or ``NEWLINE``), and the image's number of
+tiles."""
 
 
 @dataclass
-class Pictures:
-    """The images of one sample: their sizes, and what the tower sees of each ([tiles, ...] float32)."""
+class SampleImages:
+    """The images of one sample: their sizes, and the vision tower's input for each ([tiles, ...] float32)."""
 
     sizes: list[Size]
     pixels: list[Tensor]
 
 
 class VisionInputs(NamedTuple):
-    """The vision side of a :class:`~vtprune_train.core.stream.PackedBatch`, whose fields these are."""
+    """The fields of a :class:`~vtprune_train.core.stream.PackedBatch` that describe images."""
 
     pixel_values: Tensor
     visual_index: Tensor
@@ -48,57 +49,58 @@ class VisionInputs(NamedTuple):
 
 
 class ImageGeometry(ABC):
-    """How a family divides images into tiles and tokens. Families without tiles count patches instead."""
+    """How a family divides images into tiles and visual tokens. For families without tiles, ``tiles`` are patches."""
 
     unit: ClassVar[str] = "tiles"
 
     @abstractmethod
     def tokens(self, sizes: Sequence[Size]) -> list[int]:
-        """Visual tokens of each image of one sample.
+        """Number of visual tokens of each image of one sample.
 
         Raises:
-            ValueError: a size that the family's image processor refuses.
+            ValueError: the family's image processor refuses a size.
         """
 
     @abstractmethod
     def tiles(self, sizes: Sequence[Size]) -> list[int]:
-        """Tiles of each image of one sample."""
+        """Number of tiles of each image of one sample."""
 
     @abstractmethod
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
-        """Where the visual tokens of each image of one sample lie, for images that ``image_processor`` prepares."""
+        """Positions of the visual tokens in each image of one sample, for images that ``image_processor`` prepares."""
 
     @abstractmethod
     def examples(self) -> list[Size]:
-        """Sizes that show the range of lengths."""
+        """Image sizes that cover the range of lengths, for reports."""
 
 
 class ImageLayout(ImageGeometry):
-    """What the training loop needs beyond the geometry."""
+    """What the training loop needs in addition to the geometry."""
 
     def grids(self, sizes: Sequence[Size]) -> list[Grids]:
-        """The rasters that each image's tokens fill, in their order, for the images of one sample."""
+        """The grids of each image's tokens, in their order, for the images of one sample."""
         return [() for _ in sizes]
 
     @abstractmethod
     def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
-        """What the tower sees of each image of one sample, [tiles, ...] float32."""
+        """The vision tower's input for each image of one sample, [tiles, ...] float32."""
 
     @abstractmethod
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
-        """Pack the images of all samples; a blank one where there are none, so that every rank runs the tower."""
+    def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
+        """Pack the images of all samples. Without images, pack a blank one, so that every rank runs the tower."""
 
     @abstractmethod
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
-        """The images of one sample as the model's own ``forward`` takes them."""
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
+        """The images of one sample as keywords of the model's own ``forward``."""
 
-    def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[Pictures]) -> Tensor | None:
-        """[parts, T] int64 positions that stay with their tokens; ``None`` where each segment counts its tokens."""
+    def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[SampleImages]) -> Tensor | None:
+        """[parts, T] int64 positions that stay with their tokens; ``None`` if positions are token indices."""
         return None
 
 
 class GatheredTiles(ImageLayout):
-    """Tiles of one size, whose projected features are gathered into place: un-padding and newlines are in the index."""
+    """A layout of tiles of one size, whose projected features are gathered by an index that implements un-padding and
+    newlines."""
 
     tile_size: int
     patch_size: int
@@ -112,18 +114,18 @@ class GatheredTiles(ImageLayout):
         return self.patches_per_side**2
 
     def tile_edges(self, tiles: int) -> np.ndarray:
-        """[features + 1] edges of the features of ``tiles`` tiles side by side, in pixels. Pixels that a tile has
-        beyond its last whole patch count for that patch, but for those of the last tile, which no token sees."""
+        """[features + 1] edges of the features of ``tiles`` adjacent tiles, in pixels. Pixels after the last whole
+        patch of a tile count as part of that patch, except in the last tile, where no token represents them."""
         starts = np.arange(tiles)[:, None] * self.tile_size + np.arange(self.patches_per_side) * self.patch_size
         return np.append(starts, starts[-1, -1] + self.patch_size)
 
     @abstractmethod
     def num_tiles(self, image_size: Size) -> int:
-        """Tiles that the tower sees."""
+        """Number of tiles of an image."""
 
     @abstractmethod
     def visual_index(self, image_size: Size) -> np.ndarray:
-        """[V] int64: for each visual token, its row in the image's ``num_tiles * patches_per_tile`` features, or
+        """[V] int64: for each visual token, the row of the image's ``num_tiles * patches_per_tile`` features, or
         ``NEWLINE``."""
 
     def tokens(self, sizes: Sequence[Size]) -> list[int]:
@@ -133,18 +135,18 @@ class GatheredTiles(ImageLayout):
         return [self.num_tiles(size) for size in sizes]
 
     def pixels(self, image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
-        made = [image_processor(images=image, return_tensors="pt")["pixel_values"][0] for image in images]
-        return [pixels.reshape(-1, *pixels.shape[-3:]) for pixels in made]
+        every = [image_processor(images=image, return_tensors="pt")["pixel_values"][0] for image in images]
+        return [pixels.reshape(-1, *pixels.shape[-3:]) for pixels in every]
 
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
+    def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
         index, tiles = [np.zeros(0, dtype=np.int64)], 0
         for sample in samples:
             for size, pixels in zip(sample.sizes, sample.pixels, strict=True):
-                own = self.visual_index(size)
-                index.append(np.where(own == NEWLINE, NEWLINE, own + tiles * self.patches_per_tile))
+                rows = self.visual_index(size)
+                index.append(np.where(rows == NEWLINE, NEWLINE, rows + tiles * self.patches_per_tile))
                 tiles += len(pixels)
         flat = np.concatenate(index)
-        newline = max(tiles, 1) * self.patches_per_tile  # stands after all features
+        newline = max(tiles, 1) * self.patches_per_tile  # appended after all features
         blank = torch.zeros(1, 3, self.tile_size, self.tile_size)
         every = [pixels for sample in samples for pixels in sample.pixels]
         return VisionInputs(
@@ -154,10 +156,10 @@ class GatheredTiles(ImageLayout):
 
 
 def check_aspect(size: Size) -> None:
-    """Refuse an image so long that an image processor would blow it up, or refuses it itself.
+    """Refuse an image with an extreme aspect ratio, which image processors would enlarge excessively or refuse.
 
     Raises:
-        ValueError: with the image's size.
+        ValueError: names the image's size.
     """
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(

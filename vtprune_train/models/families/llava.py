@@ -1,4 +1,4 @@
-"""LLaVA-1.5: an image is one tile, one token a patch."""
+"""LLaVA-1.5: an image is one tile with one visual token per patch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil, LlavaConfig
 
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import llava_vicuna_7b
-from vtprune_train.models.families.layout import GatheredTiles, Grids, Pictures, Shown, Size, check_aspect
+from vtprune_train.models.families.layout import GatheredTiles, Grids, SampleImages, Size, TokenPatches, check_aspect
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.towers import (
     CLASS_TOKENS,
@@ -29,23 +29,23 @@ from vtprune_train.models.families.towers import (
 
 @dataclass(frozen=True)
 class OneTile(GatheredTiles):
-    """The tower's tile and patch size, in pixels."""
+    """Layout with one tile per image; ``tile_size`` and ``patch_size`` of the tower are in pixels."""
 
     tile_size: int
     patch_size: int
 
     @classmethod
     def of(cls, config: Any) -> OneTile:
-        """Read a ``LlavaConfig``.
+        """The layout for a ``LlavaConfig``.
 
         Raises:
-            ValueError: the tower is not CLIP, or the config keeps its class token.
+            ValueError: the tower is not CLIP's, or the config keeps its class token.
         """
         vision = config.vision_config
         if vision.model_type != "clip_vision_model":
             raise ValueError(
-                f"the vision tower is a {vision.model_type}; of LlavaForConditionalGeneration's towers the loop trains "
-                "CLIP (clip_vision_model) only"
+                f"the vision tower is a {vision.model_type}; the training loop supports LlavaForConditionalGeneration "
+                "with CLIP (clip_vision_model) only"
             )
         check_class_token_is_dropped(config)
         return cls(vision.image_size, vision.patch_size)
@@ -63,12 +63,12 @@ class OneTile(GatheredTiles):
     def examples(self) -> list[Size]:
         return [(self.tile_size, self.tile_size)]
 
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat(pictures.pixels)}
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
+        return {"pixel_values": torch.cat(images.pixels)}
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
-        """The image may be padded to a square first; then it is resized and its middle cut out."""
-        made = []
+        """Positions for an image that may be padded to a square and is then resized and center-cropped."""
+        places = []
         for size in sizes:
             canvas = (max(size), max(size)) if getattr(image_processor, "do_pad", None) else size
             resized = _resized(canvas, image_processor)
@@ -76,12 +76,12 @@ class OneTile(GatheredTiles):
                 square_edges(self.tile_edges(1), length, whole, target, -((target - self.tile_size) // 2))
                 for length, whole, target in zip(size, canvas, resized, strict=True)
             )
-            made.append(Places.of_grid(size, tops, lefts))
-        return made
+            places.append(Places.of_grid(size, tops, lefts))
+        return places
 
 
 def _resized(size: Size, image_processor: Any) -> Size:
-    """What an image is resized to: ``get_resize_output_image_size`` of transformers."""
+    """The size of the resized image, as in transformers' ``get_resize_output_image_size``."""
     target = image_processor.size
     if not image_processor.do_resize:
         return size
@@ -103,8 +103,8 @@ def _image_processor(config: Any) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile})
 
 
-def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
-    """One tile an image, its class token kept or the first token cut off as the config says; -1 is a class token."""
+def _patches(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
+    """One tile per image. Depending on the config its first token, a class token, is kept (as -1) or dropped."""
     class_tokens = CLASS_TOKENS[config.vision_config.model_type]
     first = 1 if config.vision_feature_select_strategy == "default" else 0
     tokens = np.arange(first, int(np.prod(patch_grid(config.vision_config))) + class_tokens)

@@ -1,9 +1,9 @@
-"""LLaVA-NeXT: AnyRes tiling and ``spatial_unpad``, as index arithmetic on the host.
+"""LLaVA-NeXT: AnyRes tiling and ``spatial_unpad``, implemented as index arithmetic on the host.
 
-An image becomes one base tile (the whole image, squeezed) and a grid of tiles of its best-fitting resolution. After
-projection, rows and columns of the grid that hold only padding are cut away and a newline feature ends every row. All
-of that is a gather: :func:`visual_index` says which row of the projected features stands at each visual token.
-LLaVA-OneVision tiles in the same way.
+An image becomes one base tile (the whole image, resized) and a grid of tiles at its best-fitting resolution. After
+projection, rows and columns of the grid that contain only padding are removed and a newline feature is appended to
+every row. All of this is one gather: :func:`visual_index` gives the row of the projected features for each visual
+token. LLaVA-OneVision uses the same tiling.
 
 Source: ``LlavaNextModel.pack_image_features``, ``LlavaNextProcessor`` and ``LlavaNextImageProcessor`` of transformers.
 """
@@ -25,7 +25,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import llava_vicuna_7b
-from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, Pictures, Shown, Size
+from vtprune_train.models.families.layout import NEWLINE, GatheredTiles, Grids, SampleImages, Size, TokenPatches
 from vtprune_train.models.families.places import Places, cells, edges
 from vtprune_train.models.families.towers import (
     after_features,
@@ -38,7 +38,7 @@ from vtprune_train.models.families.towers import (
 
 @dataclass(frozen=True)
 class AnyRes(GatheredTiles):
-    """Tiling geometry: resolutions ``(height, width)`` to choose from, the tower's tile and patch size, in pixels."""
+    """AnyRes tiling: candidate resolutions ``(height, width)``, and the tower's tile and patch size, in pixels."""
 
     pinpoints: tuple[tuple[int, int], ...]
     tile_size: int
@@ -46,7 +46,7 @@ class AnyRes(GatheredTiles):
 
     @classmethod
     def of(cls, config: Any) -> AnyRes:
-        """Read a ``LlavaNextConfig``.
+        """The layout for a ``LlavaNextConfig``.
 
         Raises:
             ValueError: the config keeps the class token, or its pinpoints are not multiples of the tile size.
@@ -56,7 +56,7 @@ class AnyRes(GatheredTiles):
 
     @classmethod
     def of_pinpoints(cls, config: Any) -> AnyRes:
-        """Read pinpoints, tile and patch size of any config that has them.
+        """The layout for any config with pinpoints, tile size and patch size.
 
         Raises:
             ValueError: the pinpoints are not multiples of the tile size.
@@ -74,7 +74,7 @@ class AnyRes(GatheredTiles):
         return height // self.tile_size, width // self.tile_size
 
     def num_tiles(self, image_size: Size) -> int:
-        """Tiles that the tower sees, the base tile included."""
+        """Number of tiles, including the base tile."""
         rows, columns = self.grid(image_size)
         return 1 + rows * columns
 
@@ -82,38 +82,38 @@ class AnyRes(GatheredTiles):
         return _visual_index(self, int(image_size[0]), int(image_size[1]))
 
     def feature_grid(self, image_size: Size) -> tuple[int, int]:
-        """Rows and columns of the grid's features without padding and newlines."""
+        """Rows and columns of features in the grid, without padding and newlines."""
         rows, columns = (tiles * self.patches_per_side for tiles in self.grid(image_size))
         top, left = _padding(*image_size, rows, columns)
         return rows - 2 * top, columns - 2 * left
 
     def grids(self, sizes: Sequence[Size]) -> list[Grids]:
-        """The base tile; the unpadded tiles with their column of newlines."""
+        """The grid of the base tile, and the grid of the unpadded tiles with a column of newlines."""
         side = self.patches_per_side
         return [((side, side), (rows, columns + 1)) for rows, columns in map(self.feature_grid, sizes)]
 
     def examples(self) -> list[Size]:
         return list(self.pinpoints)
 
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
         return {
-            "pixel_values": pad_sequence(pictures.pixels, batch_first=True),
-            "image_sizes": torch.tensor(pictures.sizes),
+            "pixel_values": pad_sequence(images.pixels, batch_first=True),
+            "image_sizes": torch.tensor(images.sizes),
         }
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
         return [self.tiled_places(size, self.feature_grid(size)) for size in sizes]
 
     def tiled_places(self, size: Size, kept: tuple[int, int]) -> Places:
-        """The base tile, then the grid row by row, each row ended by a newline.
+        """Positions of the base tile, then of the grid row by row, each row followed by a newline.
 
-        The grid's tiles hold the image resized with its aspect kept, centred between padding. An edge feature may see
-        the image with a part of its patch only: its box is as small. And ``spatial_unpad`` counts whole features: a
-        strip of up to half a feature along the padded edges can belong to no grid token.
+        The tiles of the grid contain the image resized with its aspect ratio, centered in padding. At the edge of the
+        image, a patch may be partly padding; its box covers only the image. ``spatial_unpad`` removes whole features,
+        so up to half a feature along the padded edges may not belong to any token.
 
         Args:
             size: ``(height, width)`` of the image in pixels.
-            kept: rows and columns that the unpadded features are pooled to; their own number where they are not.
+            kept: rows and columns that the unpadded features are pooled to, or their number without pooling.
         """
         height, width = size
         rows, columns = self.grid(size)
@@ -136,8 +136,8 @@ class AnyRes(GatheredTiles):
         resized = min(math.ceil(original * scale), target)
         every = edges(self.tile_edges(tiles), original, resized, (target - resized) // 2)
         cut = (tiles * self.patches_per_side - used) // 2
-        own = every[cut : cut + used + 1]
-        return own if kept == used else np.interp(np.linspace(0, used, kept + 1), np.arange(used + 1), own)
+        unpadded = every[cut : cut + used + 1]
+        return unpadded if kept == used else np.interp(np.linspace(0, used, kept + 1), np.arange(used + 1), unpadded)
 
 
 @lru_cache(maxsize=65536)
@@ -155,7 +155,7 @@ def _visual_index(anyres: AnyRes, height: int, width: int) -> np.ndarray:
 
 
 def _padding(height: int, width: int, grid_height: int, grid_width: int) -> tuple[int, int]:
-    """Feature rows above (and below) and columns left (and right) of the image that hold only padding."""
+    """Number of feature rows above (and below) and columns left (and right) of the image that contain only padding."""
     if width / height > grid_width / grid_height:
         used = int(round(height * (grid_width / width), 7))
         return (grid_height - used) // 2, 0
@@ -172,7 +172,7 @@ def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
     )
 
 
-def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
+def _patches(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
     layout = AnyRes.of_pinpoints(config)
     sizes = inputs["image_sizes"].tolist()
     return [(layout.visual_index(size), layout.num_tiles(size)) for size in sizes]

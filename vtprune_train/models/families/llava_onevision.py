@@ -1,7 +1,7 @@
-"""LLaVA-OneVision: AnyRes tiles for an image that is alone in its sample, shrunk bilinearly where there are too many;
-one tile an image where there are several. A newline feature ends every row, or the single tile.
+"""LLaVA-OneVision: AnyRes tiles for a single image of a sample, downsampled bilinearly if there are too many features;
+one tile per image for several images. A newline feature is appended to every row, or to the single tile.
 
-The features come from the family's own ``get_image_features``; counted here as ``LlavaOnevisionProcessor`` counts.
+The model's own ``get_image_features`` computes the features; token counts match ``LlavaOnevisionProcessor``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, 
 
 from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.layout import NEWLINE, Grids, ImageLayout, Pictures, Shown, Size, VisionInputs
+from vtprune_train.models.families.layout import (
+    NEWLINE,
+    Grids,
+    ImageLayout,
+    SampleImages,
+    Size,
+    TokenPatches,
+    VisionInputs,
+)
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.towers import after_features, saved_by_tiles, tile_tower
@@ -28,22 +36,22 @@ if TYPE_CHECKING:  # pruning a model does not need Pillow
     from PIL import Image
 
 ASPECT = "anyres_max_"
-SHRINK_FROM = 1.1  # as published: a grid this much too large (per side) is shrunk
+SHRINK_FROM = 1.1  # grids that exceed the limit by this factor per side are downsampled, as in the published models
 
 
 @dataclass(frozen=True)
 class OneVision(ImageLayout):
-    """``anyres`` tiles; a grid keeps about ``max_tiles`` tiles' worth of features."""
+    """``anyres`` tiles, with a grid of at most about ``max_tiles`` tiles of features."""
 
     anyres: AnyRes
     max_tiles: int
 
     @classmethod
     def of(cls, config: Any) -> OneVision:
-        """Read a ``LlavaOnevisionConfig``.
+        """The layout for a ``LlavaOnevisionConfig``.
 
         Raises:
-            ValueError: a setting under which the features are not a whole grid of patches.
+            ValueError: with a setting of the config the features are not a whole grid of patches.
         """
         if config.vision_feature_select_strategy != "full":
             raise ValueError(
@@ -64,26 +72,27 @@ class OneVision(ImageLayout):
     def grids(self, sizes: Sequence[Size]) -> list[Grids]:
         tile = (self.anyres.patches_per_side, self.anyres.patches_per_side)
         if len(sizes) != 1:
-            return [(tile, (1, 1)) for _ in sizes]  # the newline after the tile
+            return [(tile, (1, 1)) for _ in sizes]  # (1, 1): the newline after the tile
         rows, columns = self._grid(sizes[0])
         return [(tile, (rows, columns + 1))]
 
-    def patches(self, sizes: Sequence[Size]) -> list[Shown]:
-        """For the images of one sample, which patch each token shows; of a shrunk grid, the one at its middle."""
+    def patches(self, sizes: Sequence[Size]) -> list[TokenPatches]:
+        """The patch of each token, for the images of one sample; in a downsampled grid, the patch at the token's
+        center."""
         base = np.arange(self.anyres.patches_per_tile)
         if len(sizes) != 1:
             return [(np.append(base, NEWLINE), 1) for _ in sizes]
         whole = self.anyres.feature_grid(sizes[0])
         full = self.anyres.visual_index(sizes[0])[len(base) :].reshape(whole[0], whole[1] + 1)[:, :-1]
         rows, columns = (
-            (2 * np.arange(left) + 1) * there // (2 * left)
-            for left, there in zip(self._grid(sizes[0]), whole, strict=True)
+            (2 * np.arange(kept) + 1) * count // (2 * kept)
+            for kept, count in zip(self._grid(sizes[0]), whole, strict=True)
         )
-        shown = np.pad(full[np.ix_(rows, columns)], ((0, 0), (0, 1)), constant_values=NEWLINE)
-        return [(np.concatenate([base, shown.ravel()]), self.anyres.num_tiles(sizes[0]))]
+        grid = np.pad(full[np.ix_(rows, columns)], ((0, 0), (0, 1)), constant_values=NEWLINE)
+        return [(np.concatenate([base, grid.ravel()]), self.anyres.num_tiles(sizes[0]))]
 
     def _grid(self, size: Size) -> tuple[int, int]:
-        """Rows and columns of features that remain of the tiles' grid, newlines not counted."""
+        """Rows and columns of features in the grid after downsampling, without newlines."""
         rows, columns = self.anyres.feature_grid(size)
         ratio = math.sqrt(rows * columns / (self.max_tiles * self.anyres.patches_per_tile))
         return (int(rows // ratio), int(columns // ratio)) if ratio > SHRINK_FROM else (rows, columns)
@@ -96,22 +105,23 @@ class OneVision(ImageLayout):
             return []
         return list(image_processor(images=[list(images)], return_tensors="pt")["pixel_values"])
 
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
-        seen = [sample for sample in samples if sample.sizes] or [self._blank()]
-        sizes = [size for sample in seen for size in sample.sizes]
+    def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
+        with_images = [sample for sample in samples if sample.sizes] or [self._blank()]
+        sizes = [size for sample in with_images for size in sample.sizes]
+        counts = tuple(len(sample.sizes) for sample in with_images)
         tokens = sum(sum(self.tokens(sample.sizes)) for sample in samples)
         return VisionInputs(
-            pixel_values=torch.cat([pixels for sample in seen for pixels in sample.pixels]),
+            pixel_values=torch.cat([pixels for sample in with_images for pixels in sample.pixels]),
             visual_index=torch.arange(tokens),
-            image_inputs={"image_sizes": tuple(sizes), "batch_num_images": tuple(len(sample.sizes) for sample in seen)},
+            image_inputs={"image_sizes": tuple(sizes), "batch_num_images": counts},
         )
 
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
-        count = torch.tensor([len(pictures.sizes)])
-        return {**self.anyres.model_inputs(pictures), "batch_num_images": count}
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
+        count = torch.tensor([len(images.sizes)])
+        return {**self.anyres.model_inputs(images), "batch_num_images": count}
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
-        """Of several images each is padded to a square, which one tile holds."""
+        """Positions of tokens; each of several images is padded to a square and resized to one tile."""
         if len(sizes) == 1:
             return [self.anyres.tiled_places(sizes[0], self._grid(sizes[0]))]
         return [self._square_places(size) for size in sizes]
@@ -122,12 +132,12 @@ class OneVision(ImageLayout):
         newline = [[size[1], 0.0, size[1], size[0]]]
         return Places(size, np.append(grid.kinds, "newline"), np.concatenate([grid.boxes, newline]))
 
-    def _blank(self) -> Pictures:
+    def _blank(self) -> SampleImages:
         tile = self.anyres.tile_size
-        return Pictures([(tile, tile)], [torch.zeros(self.anyres.num_tiles((tile, tile)), 3, tile, tile)])
+        return SampleImages([(tile, tile)], [torch.zeros(self.anyres.num_tiles((tile, tile)), 3, tile, tile)])
 
     def examples(self) -> list[Size]:
-        """The square resolutions: from two tiles to more than are kept."""
+        """The square resolutions, or all resolutions if none is square."""
         return [(height, width) for height, width in self.anyres.pinpoints if height == width] or [
             *self.anyres.pinpoints
         ]
@@ -162,13 +172,13 @@ def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
     return [grids for sizes in _samples(inputs, inputs["image_sizes"].tolist()) for grids in layout.grids(sizes)]
 
 
-def _patches(config: Any, inputs: Mapping[str, Any]) -> list[Shown]:
+def _patches(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
     layout = OneVision.of(config)
-    return [shown for sizes in _samples(inputs, inputs["image_sizes"].tolist()) for shown in layout.patches(sizes)]
+    return [patches for sizes in _samples(inputs, inputs["image_sizes"].tolist()) for patches in layout.patches(sizes)]
 
 
 def _llava_onevision_7b() -> LlavaOnevisionConfig:
-    """Transformers' conversion script pads the vocabulary of Qwen2 (152064 and two tokens) to a multiple of 64."""
+    """The published 7B model. Its vocabulary is Qwen2's (152064) and two tokens, padded to a multiple of 64."""
     vision = SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,

@@ -1,7 +1,7 @@
-"""How the original LLaVA code names tensors, and transformers' names for them.
+"""Names of tensors in the original LLaVA code and in transformers.
 
-Source: ``LlavaMetaModel``, ``CLIPVisionTower`` and ``build_vision_projector`` of the LLaVA repository. Names on the
-Hugging Face side are those of a model in memory (``model.language_model.``, ...).
+Source: ``LlavaMetaModel``, ``CLIPVisionTower`` and ``build_vision_projector`` of the LLaVA repository. Hugging Face
+names are those of a model in memory (``model.language_model.``, ...).
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ RENAMED = (  # original, Hugging Face
 TEXT_KEYS = re.compile(r"^(lm_head\.weight|model\.(embed_tokens|norm)\.weight|model\.layers\.\d+\..+)$")
 TOWER_KEYS = re.compile(r"^model\.vision_tower\.vision_tower\.vision_model\..+$")
 PROJECTOR_KEYS = re.compile(r"^model\.(mm_projector\.((0|2)\.)?(weight|bias)|image_newline)$")
-COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # old versions saved them
+COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # buffers that old versions saved
 
 
 def projector_to_hf(weights: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
-    """The projector and ``image_newline`` among original weights, by Hugging Face names. A linear projector becomes
-    two layers, the second of which changes nothing (its model needs ``projector_hidden_act`` linear).
+    """The projector and ``image_newline`` in original weights, by Hugging Face names. A linear projector becomes two
+    layers of which the second is the identity (the model needs ``projector_hidden_act`` linear).
 
     Raises:
-        ValueError: there is no projector, or one of another shape than ``mlp2x_gelu`` and ``linear``, or its tensors do
-            not fit together.
+        ValueError: there is no projector, its type is neither ``mlp2x_gelu`` nor ``linear``, or its tensors do not fit
+            together.
     """
-    # LoRA runs and old versions write other prefixes.
+    # LoRA runs and old versions use other prefixes.
     names = {name: re.search(r"(mm_projector|image_newline).*", name) for name in weights}
-    found = {f"model.{match[0]}": weights[name] for name, match in names.items() if match}
-    others = sorted(name for name in found if not PROJECTOR_KEYS.match(name))
+    projector = {f"model.{match[0]}": weights[name] for name, match in names.items() if match}
+    others = sorted(name for name in projector if not PROJECTOR_KEYS.match(name))
     if others:
         raise ValueError(f"{place}: {others[0]} is of no projector known here; known: {', '.join(PROJECTOR_TYPES)}")
-    layers = {name for name in found if "mm_projector" in name}
+    layers = {name for name in projector if "mm_projector" in name}
     if layers == {"model.mm_projector.weight", "model.mm_projector.bias"}:
-        weight, bias = found.pop("model.mm_projector.weight"), found.pop("model.mm_projector.bias")
-        found |= {
+        weight, bias = projector.pop("model.mm_projector.weight"), projector.pop("model.mm_projector.bias")
+        projector |= {
             "model.mm_projector.0.weight": weight,
             "model.mm_projector.0.bias": bias,
             "model.mm_projector.2.weight": torch.eye(len(weight), dtype=weight.dtype),
@@ -57,21 +57,22 @@ def projector_to_hf(weights: Mapping[str, Tensor], place: str) -> dict[str, Tens
         }
     elif layers != {f"model.mm_projector.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}:
         raise ValueError(f"{place}: no whole projector there; found {sorted(layers) or 'nothing'}")
-    _check_projector(found, place)
-    return {to_hf(name): value for name, value in found.items()}
+    _check_projector(projector, place)
+    return {to_hf(name): value for name, value in projector.items()}
 
 
-def _check_projector(found: Mapping[str, Tensor], place: str) -> None:
-    first, last = (found[f"model.mm_projector.{layer}.weight"] for layer in (0, 2))
+def _check_projector(projector: Mapping[str, Tensor], place: str) -> None:
+    """Check dtypes and shapes of a projector by original names."""
+    first, last = (projector[f"model.mm_projector.{layer}.weight"] for layer in (0, 2))
     rows = {
         "model.mm_projector.0.bias": first.shape[:1],
         "model.mm_projector.2.weight": (*last.shape[:1], *first.shape[:1]),
         "model.mm_projector.2.bias": last.shape[:1],
         "model.image_newline": last.shape[:1],
     }
-    for name, value in found.items():
+    for name, value in projector.items():
         if not value.is_floating_point():
-            raise ValueError(f"{place}: {name} holds {value.dtype}; quantised weights are not converted")
+            raise ValueError(f"{place}: {name} holds {value.dtype}; quantized weights are not converted")
         if not value.numel():
             raise ValueError(f"{place}: {name} is empty (it was saved under DeepSpeed ZeRO-3 without gathering it)")
         if tuple(value.shape) != tuple(rows.get(name, value.shape)):
@@ -79,30 +80,30 @@ def _check_projector(found: Mapping[str, Tensor], place: str) -> None:
 
 
 def is_linear(projector: Mapping[str, Tensor]) -> bool:
-    """Whether a projector by Hugging Face names has a second layer that changes nothing."""
+    """Whether the second layer of a projector by Hugging Face names is the identity."""
     weight = projector["model.multi_modal_projector.linear_2.weight"]
     bias = projector["model.multi_modal_projector.linear_2.bias"]
     return torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype)) and not bias.any()
 
 
 def projector_to_original(weights: Mapping[str, Tensor], linear: bool) -> dict[str, Tensor]:
-    """Projector and ``image_newline`` among Hugging Face weights, by original names."""
-    found = {to_original(name): value for name, value in weights.items() if name.startswith(PROJECTOR)}
+    """The projector and ``image_newline`` in Hugging Face weights, by original names."""
+    projector = {to_original(name): value for name, value in weights.items() if name.startswith(PROJECTOR)}
     if not linear:
-        return found
-    newline = {name: value for name, value in found.items() if name == "model.image_newline"}
-    parts = {f"model.mm_projector.{part}": found[f"model.mm_projector.0.{part}"] for part in ("weight", "bias")}
+        return projector
+    newline = {name: value for name, value in projector.items() if name == "model.image_newline"}
+    parts = {f"model.mm_projector.{part}": projector[f"model.mm_projector.0.{part}"] for part in ("weight", "bias")}
     return {**parts, **newline}
 
 
 def to_hf(name: str) -> str:
     """The Hugging Face name of an original tensor."""
-    return _renamed(name, [(ours, theirs) for ours, theirs in RENAMED])
+    return _renamed(name, list(RENAMED))
 
 
 def to_original(name: str) -> str:
     """The original name of a Hugging Face tensor."""
-    return _renamed(name, [(theirs, ours) for ours, theirs in RENAMED])
+    return _renamed(name, [(hf, original) for original, hf in RENAMED])
 
 
 def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
@@ -113,5 +114,5 @@ def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is the original code's."""
+    """Whether a ``config.json`` is in the format of the original code."""
     return "vision_config" not in config and ("mm_vision_tower" in config or "mm_projector_type" in config)

@@ -1,4 +1,5 @@
-"""``config.json`` of the original LLaVA code and transformers' configs: each setting by its meaning, or refused.
+"""Converts ``config.json`` between the original LLaVA code and transformers, setting by setting; settings without a
+counterpart are refused.
 
 Sources: ``llava/mm_utils.py``, ``llava/model/llava_arch.py``, ``llava/model/builder.py`` and
 ``multimodal_encoder/clip_encoder.py`` of haotian-liu/LLaVA, and the same files of LLaVA-VL/LLaVA-NeXT.
@@ -30,27 +31,26 @@ from vtprune_train.models.families.llava_original import PROJECTOR_TYPES, TEXT_T
 
 log = logging.getLogger(__name__)
 
-KEPT = "original_llava"  # in config.json of a converted folder: the config that it came from
-# What decides an image processor's pixels beside sizes.
+KEPT = "original_llava"  # key in config.json of a converted folder: the original config
+# Settings of an image processor, other than sizes, that affect pixels.
 PIXELS = (
     *("image_mean", "image_std", "rescale_factor", "resample"),
     *("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
 )
 SELECT = {"patch": "default", "cls_patch": "full"}
 ANYRES, ONE_TILE = ("spatial_unpad", "anyres"), ("flat", "square", "pad")
-# Settings that change what the model sees, with the values under which transformers' classes do the same, and why
-# others are refused.
+# Settings that affect the model's input: the values that transformers' classes support, and why others are refused.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "mm_use_im_start_end": (
         (False,),
         "the original code writes <im_start> and <im_end> around every image, which transformers' processors do not",
     ),
-    "s2": ((False,), "transformers' classes have no tower at several scales (S2)"),
-    "mm_resampler_type": ((None,), "transformers' classes have no resampler between tower and projector"),
-    "mm_vision_resampler": ((None,), "transformers' classes have no resampler between tower and projector"),
-    "quantization_config": ((None,), "quantised weights are not converted; save the model in half precision first"),
+    "s2": ((False,), "transformers does not support multi-scale towers (S2)"),
+    "mm_resampler_type": ((None,), "transformers does not support a resampler between tower and projector"),
+    "mm_vision_resampler": ((None,), "transformers does not support a resampler between tower and projector"),
+    "quantization_config": ((None,), "quantized weights are not converted; save the model in half precision first"),
 }
-# Settings that are about training, about videos, or about image formats that are refused above.
+# Settings of training, of videos, or of image formats that are refused above.
 WITHOUT_EFFECT = {
     *("add_faster_video", "add_time_instruction", "faster_token_stride", "force_sample", "freeze_mm_mlp_adapter"),
     *("freeze_mm_vision_resampler", "image_crop_resolution", "image_split_resolution", "max_sequence_length"),
@@ -64,16 +64,20 @@ READ = {
     *("image_aspect_ratio", "image_grid_pinpoints", "mm_patch_merge_type", "mm_projector_type"),
     *("mm_vision_select_feature", "mm_vision_select_layer", "mm_vision_tower", "vision_tower"),
 }
-SEEN = ("mm_", "image_", "vision", "s2")  # what an unknown setting must not begin with
+AFFECTS_INPUT = ("mm_", "image_", "vision", "s2")  # prefixes of unknown settings that are refused
 COSMETIC = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
 
 
 def hf_config(settings: dict[str, Any], vision: CLIPVisionConfig, place: str) -> PreTrainedConfig:
-    """The Hugging Face config for an original one (``settings``), which is kept in it; ``vision`` is its tower's
-    config.
+    """Convert an original config to a Hugging Face config, which also stores the original.
+
+    Args:
+        settings: the original config.
+        vision: config of the vision tower.
+        place: the checkpoint, for errors.
 
     Raises:
-        ValueError: a setting that transformers' classes do not have, or that does not fit the tower; names it.
+        ValueError: a setting has no counterpart in transformers or does not fit the tower; names it.
     """
     text_type = settings.get("model_type")
     if text_type not in TEXT_TYPES:
@@ -82,20 +86,22 @@ def hf_config(settings: dict[str, Any], vision: CLIPVisionConfig, place: str) ->
     feature = _one_of(settings, "mm_vision_select_feature", "patch", SELECT, place)
     is_next = _is_next(settings, place)
     if is_next and feature != "patch":
-        raise ValueError(f"{place}: mm_vision_select_feature={feature!r} does not go with tiles; the original has none")
+        raise ValueError(
+            f"{place}: mm_vision_select_feature={feature!r} is not supported with tiles, also by the original code"
+        )
     default = CONFIG_MAPPING[TEXT_TYPES[text_type]]()
-    own = ({*default.to_dict()} | {"rope_theta", "rope_scaling", "head_dim"}) - COSMETIC
-    _check_others(settings, own | {*default.to_dict()}, place)
+    text_keys = ({*default.to_dict()} | {"rope_theta", "rope_scaling", "head_dim"}) - COSMETIC
+    _check_others(settings, text_keys | {*default.to_dict()}, place)
     if settings.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise ValueError(
             f"{place}: mm_hidden_size={settings['mm_hidden_size']}, but the vision tower's hidden_size is "
-            f"{vision.hidden_size}; give the tower that the model was trained with as --vision_tower"
+            f"{vision.hidden_size}; pass the tower that the model was trained with as --vision_tower"
         )
     _check_rope(settings, place)
-    # A copy: transformers writes into the rope settings that it is given.
-    given = copy.deepcopy({key: value for key, value in settings.items() if key in own})
+    # A copy, because transformers modifies the rope settings.
+    text_settings = copy.deepcopy({key: value for key, value in settings.items() if key in text_keys})
     try:
-        text = type(default)(**given)
+        text = type(default)(**text_settings)
     except StrictDataclassError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{place}: transformers refuses a setting of config.json: {reason}") from error
@@ -122,7 +128,7 @@ def _one_of(settings: Mapping[str, Any], key: str, default: str, known: Any, pla
 
 
 def _is_next(settings: Mapping[str, Any], place: str) -> bool:
-    """Whether the images are tiled as a LLaVA-NeXT's; ``False`` for one tile an image, as in LLaVA-1.5."""
+    """Whether images are tiled as in LLaVA-NeXT; ``False`` for one tile per image, as in LLaVA-1.5."""
     merge, aspect = settings.get("mm_patch_merge_type") or "flat", settings.get("image_aspect_ratio") or "square"
     if (merge, aspect) == ANYRES:
         return True
@@ -155,7 +161,7 @@ def _check_rope(settings: Mapping[str, Any], place: str) -> None:
 
 
 def _check_others(settings: Mapping[str, Any], text: set[str], place: str) -> None:
-    """Refuse settings with an effect that the conversion would lose; say which are not known."""
+    """Refuse settings whose effect the conversion would lose; warn of unknown ones."""
     for key, (values, reason) in ONLY.items():
         value = settings.get(key, values[0])
         if value is not None and value not in values:
@@ -163,25 +169,25 @@ def _check_others(settings: Mapping[str, Any], text: set[str], place: str) -> No
     others = set(settings) - text - WITHOUT_EFFECT - READ - set(ONLY) - COSMETIC
     others = {key for key in others if settings[key] not in (None, False)}
     for key in sorted(others):
-        if key.startswith(SEEN):
+        if key.startswith(AFFECTS_INPUT):
             raise ValueError(
-                f"{place}: {key}={settings[key]!r} is not known here, and it may change what the model sees; remove it "
-                "from config.json if it does not"
+                f"{place}: {key}={settings[key]!r} is unknown and may change the model's input; remove it from "
+                "config.json if it does not"
             )
     if others:
-        log.warning("%s: settings that are not known are kept but not used: %s", place, ", ".join(sorted(others)))
+        log.warning("%s: unknown settings are kept but not used: %s", place, ", ".join(sorted(others)))
 
 
 def pinpoints_to_hf(settings: Mapping[str, Any], tile: int, place: str) -> list[list[int]]:
-    """``image_grid_pinpoints`` as ``[height, width]`` in pixels, which the original code holds as ``(width, height)``.
+    """``image_grid_pinpoints`` as ``[height, width]`` in pixels; the original code has ``(width, height)``.
 
-    It may also be a list written as a string, or a range of tile counts such as ``(1x1),...,(6x6)``, which stands for
-    ``(columns x rows)``.
+    The original value may also be a list as a string, or a range of tile counts ``(columns x rows)`` such as
+    ``(1x1),...,(6x6)``.
 
     Raises:
-        ValueError: it is none of these, or not made of whole tiles.
+        ValueError: it is none of these, or not a multiple of the tile size.
     """
-    given = points = settings.get("image_grid_pinpoints")
+    value = points = settings.get("image_grid_pinpoints")
     if isinstance(points, str) and (tiles := re.findall(r"\((\d+)x(\d+)\)", points)):
         (first_column, first_row), (last_column, last_row) = ([int(count) for count in tiles[end]] for end in (0, -1))
         points = [
@@ -195,7 +201,7 @@ def pinpoints_to_hf(settings: Mapping[str, Any], tile: int, place: str) -> list[
         except (ValueError, SyntaxError):
             points = None
     if not isinstance(points, list | tuple) or not points or not all(_is_pair(point) for point in points):
-        raise ValueError(f"{place}: image_grid_pinpoints={given!r} is not a list of (width, height) in pixels")
+        raise ValueError(f"{place}: image_grid_pinpoints={value!r} is not a list of (width, height) in pixels")
     wrong = [list(point) for point in points if point[0] % tile or point[1] % tile]
     if wrong:
         raise ValueError(f"{place}: image_grid_pinpoints {wrong} are not multiples of the tower's image_size {tile}")
@@ -207,11 +213,16 @@ def _is_pair(point: Any) -> bool:
 
 
 def image_processor(config: PreTrainedConfig, settings: Mapping[str, Any], tower: Any, place: str) -> Any:
-    """The image processor that makes the pixels of the original code, which takes the numbers of the tower's own image
-    processor (``tower``; ``None`` for CLIP's usual ones).
+    """The image processor that gives the same pixels as the original code.
+
+    Args:
+        config: the Hugging Face config.
+        settings: the original config.
+        tower: the tower's image processor, whose settings the original code uses; ``None`` for CLIP's defaults.
+        place: the checkpoint, for errors.
 
     Raises:
-        ValueError: the tower's own makes images of another size than the tower takes.
+        ValueError: the tower's image processor makes images of another size than the tower's.
     """
     tile = config.vision_config.image_size
     numbers: dict[str, Any] = {"size": {"shortest_edge": tile}, "crop_size": {"height": tile, "width": tile}}
@@ -232,47 +243,51 @@ def image_processor(config: PreTrainedConfig, settings: Mapping[str, Any], tower
 
 
 def check_images(images: Any, published: Any, tower: str, place: str) -> None:
-    """Refuse an image processor with other numbers than the tower's, which the original code takes.
+    """Check that an image processor has the settings of the tower's image processor, which the original code uses.
 
     Raises:
-        ValueError: naming them.
+        ValueError: a setting differs; names it.
     """
     published = published or CLIPImageProcessorPil()
     for name in PIXELS:
-        ours, theirs = (getattr(processor, name, None) for processor in (images, published))
-        ours, theirs = (list(value) if isinstance(value, list | tuple) else value for value in (ours, theirs))
-        if ours != theirs:
+        value, expected = (getattr(processor, name, None) for processor in (images, published))
+        value, expected = (list(v) if isinstance(v, list | tuple) else v for v in (value, expected))
+        if value != expected:
             raise ValueError(
-                f"{place}: its image processor has {name}={ours}; the original code takes those of the tower {tower}, "
-                f"{theirs}. Give --vision_tower a folder of this tower whose preprocessor_config.json has them"
+                f"{place}: its image processor has {name}={value}, but the original code uses {tower}'s, "
+                f"{expected}. Pass as --vision_tower a folder of this tower whose preprocessor_config.json has {value}"
             )
 
 
 def trains_tower(settings: Mapping[str, Any]) -> bool:
-    """Whether the original code takes the tower's weights from the checkpoint instead of from ``mm_vision_tower``."""
+    """Whether the original code loads the tower's weights from the checkpoint instead of from ``mm_vision_tower``."""
     parts = str(settings.get("mm_tunable_parts") or "").split(",")
     return bool(settings.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in parts
 
 
 def original_config(config: PreTrainedConfig, images: Any, tower: str | None, place: str) -> dict[str, Any]:
-    """``config.json`` of the original code: the one that was kept with what has changed since, or one made from the
-    Hugging Face config. ``tower`` is the CLIP tower's folder or hub id, needed where no conversion recorded it.
+    """Convert a Hugging Face config to the original format: the stored original config with later changes, or a new
+    one.
+
+    Args:
+        config: the Hugging Face config.
+        images: its image processor.
+        tower: folder or hub id of the CLIP tower; required if no conversion recorded it.
+        place: the checkpoint, for errors.
 
     Raises:
-        ValueError: nothing says which tower it has, or the original code has no such setting; names it.
+        ValueError: the tower is unknown, or a setting has no counterpart in the original code; names it.
     """
     made = _made(config, images, place)
     kept = getattr(config, KEPT, None)
     if kept is None:
         if tower is None:
-            raise ValueError(
-                f"{place} does not say which CLIP tower it has; give --vision_tower, for example its hub id"
-            )
+            raise ValueError(f"{place} does not record its CLIP tower; pass --vision_tower, for example its hub id")
         return {**made, "mm_vision_tower": tower}
     before = hf_config(kept, config.vision_config, place)
     earlier = _made(before, image_processor(before, kept, None, place), place)
     changed = {key: value for key, value in made.items() if earlier.get(key) != value and key not in COSMETIC}
-    changed.pop("vocab_size", None)  # it grew for <image> alone
+    changed.pop("vocab_size", None)  # larger because of <image>
     return {**kept, **changed, **({"mm_vision_tower": tower} if tower else {})}
 
 
@@ -280,12 +295,12 @@ def _made(config: PreTrainedConfig, images: Any, place: str) -> dict[str, Any]:
     text = config.text_config.to_dict()
     rope = text.pop("rope_parameters", None) or {}
     text_type = text["model_type"]
-    types = {ours: theirs for theirs, ours in TEXT_TYPES.items() if theirs != "llava_llama"}
+    types = {hf: original for original, hf in TEXT_TYPES.items() if original != "llava_llama"}
     if text_type not in types:
         raise ValueError(f"{place}: the original code has no LLaVA over a {text_type}; it has {', '.join(types)}")
     _check_original_has(config, place)
     is_next = isinstance(config, LlavaNextConfig)
-    strategies = {ours: theirs for theirs, ours in SELECT.items()}
+    strategies = {hf: original for original, hf in SELECT.items()}
     padded = "pad" if getattr(images, "do_pad", None) else "square"
     pinpoints = [[width, height] for height, width in config.image_grid_pinpoints] if is_next else None
     return {
@@ -308,7 +323,7 @@ def _made(config: PreTrainedConfig, images: Any, place: str) -> dict[str, Any]:
 
 
 def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    """``rope_scaling`` as the transformers of the original code takes it: two entries for its own two types."""
+    """``rope_scaling`` in the format of the transformers version of the original code."""
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return {}

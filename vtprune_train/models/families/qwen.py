@@ -1,10 +1,10 @@
-"""What Qwen2-VL, Qwen2.5-VL and Qwen3-VL share: an image of any size, cut into patches that are merged by fours;
-positions of (time, height, width).
+"""Shared by Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, split into patches that are merged 2 x 2, and (time,
+height, width) positions.
 
-The features come from the family's own ``get_image_features``. Its tower runs over the patches of all images in one
-row and splits attention by ``cu_seqlens``: one segment a frame, and in the windowed layers of Qwen2.5-VL one a window.
-What it would read from sizes on the device (windows, rotary positions, sequence bounds) is computed here on the host,
-by transformers' own functions, and handed to it.
+The features come from the model's own ``get_image_features``. The vision tower processes the patches of all images as
+one sequence and splits attention by ``cu_seqlens``: one segment per frame, or per window in the windowed layers of
+Qwen2.5-VL. The inputs that it would derive from sizes on the device (windows, rotary positions, sequence bounds) are
+computed here on the host by transformers' functions and passed to it.
 
 Shape suffixes: N patches of all images, M merged patches.
 """
@@ -28,7 +28,7 @@ from transformers.vision_utils import (
 from vtprune_train.core.flops import PatchTowerGeometry
 from vtprune_train.core.stream import SegmentLayout
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.layout import Grids, ImageLayout, Pictures, Size, VisionInputs, check_aspect
+from vtprune_train.models.families.layout import Grids, ImageLayout, SampleImages, Size, VisionInputs, check_aspect
 from vtprune_train.models.families.places import Places, grid_places
 
 if TYPE_CHECKING:  # pruning a model does not need Pillow
@@ -42,8 +42,9 @@ PatchGrids = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True)
 class MergedPatches(ImageLayout):
-    """Patches of ``patch_size`` pixels, ``merge_size`` x ``merge_size`` of them one token, in images of
-    ``min_pixels`` to ``max_pixels``; ``window_size`` pixels a side of an attention window, ``None`` without windows."""
+    """Layout with one token per ``merge_size`` x ``merge_size`` patches of ``patch_size`` pixels, for images resized to
+    ``min_pixels`` to ``max_pixels``; attention windows have ``window_size`` pixels per side, ``None`` without
+    windows."""
 
     unit: ClassVar[str] = "patches"
 
@@ -56,21 +57,21 @@ class MergedPatches(ImageLayout):
 
     @classmethod
     def of(cls, config: Any, image_processor: Any) -> MergedPatches:
-        """Read a model's config and the checkpoint's image processor.
+        """The layout for a model's config and the checkpoint's image processor.
 
         Raises:
-            ValueError: the two disagree about patches.
+            ValueError: their patch sizes differ.
         """
         vision = config.vision_config
-        for ours, theirs in (
+        for key, vision_key in (
             ("patch_size", "patch_size"),
             ("merge_size", "spatial_merge_size"),
             ("temporal_patch_size", "temporal_patch_size"),
         ):
-            if getattr(image_processor, ours) != getattr(vision, theirs):
+            if getattr(image_processor, key) != getattr(vision, vision_key):
                 raise ValueError(
-                    f"the image processor's {ours}={getattr(image_processor, ours)} is not the model's "
-                    f"vision_config.{theirs}={getattr(vision, theirs)}; they belong to different checkpoints"
+                    f"the image processor's {key}={getattr(image_processor, key)} is not the model's "
+                    f"vision_config.{vision_key}={getattr(vision, vision_key)}; they belong to different checkpoints"
                 )
         size = image_processor.size
         return cls(
@@ -93,7 +94,7 @@ class MergedPatches(ImageLayout):
         return height // self.patch_size, width // self.patch_size
 
     def tiles(self, sizes: Sequence[Size]) -> list[int]:
-        """Patches, before merging."""
+        """Number of patches of each image, before merging."""
         return [rows * columns for rows, columns in map(self.grid, sizes)]
 
     def tokens(self, sizes: Sequence[Size]) -> list[int]:
@@ -106,7 +107,7 @@ class MergedPatches(ImageLayout):
         """[patches, channels * frames * patch * patch] of each image."""
         return [image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
 
-    def vision_inputs(self, samples: Sequence[Pictures]) -> VisionInputs:
+    def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
         grids = [(1, *self.grid(size)) for sample in samples for size in sample.sizes]
         every = [pixels for sample in samples for pixels in sample.pixels]
         tokens = sum(len(pixels) for pixels in every) // self.merge_size**2
@@ -118,20 +119,20 @@ class MergedPatches(ImageLayout):
         image_inputs = {"image_grid_thw": tuple(grids), **{f"image_{key}": value for key, value in inputs.items()}}
         return VisionInputs(torch.cat(every), torch.arange(tokens), image_inputs)
 
-    def model_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
-        grids = torch.tensor([(1, *self.grid(size)) for size in pictures.sizes])
-        return {"pixel_values": torch.cat(pictures.pixels), "image_grid_thw": grids}
+    def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
+        grids = torch.tensor([(1, *self.grid(size)) for size in images.sizes])
+        return {"pixel_values": torch.cat(images.pixels), "image_grid_thw": grids}
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
-        """The whole image is squeezed to a multiple of a merged patch."""
+        """Positions of tokens; the image is resized to a multiple of a merged patch."""
         return [grid_places(*size, *grid[0]) for size, grid in zip(sizes, self.grids(sizes), strict=True)]
 
     def examples(self) -> list[Size]:
         return list(EXAMPLES)
 
-    def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[Pictures]) -> Tensor:
-        """[3, T]: text counts on; an image's tokens count its rows and columns from there, and what follows it goes
-        on after the larger of the two (``get_rope_index`` of transformers)."""
+    def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[SampleImages]) -> Tensor:
+        """[3, T] positions as in transformers' ``get_rope_index``: text tokens count up; the tokens of an image count
+        its rows and columns from the current position, and the text after it continues after the larger of the two."""
         parts = []
         for number, segment in enumerate(segments):
             sizes = samples[number].sizes if number < len(samples) else []
@@ -152,13 +153,13 @@ def _text(position: int, length: int) -> np.ndarray:
 
 
 def merged_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
-    """One raster an image, of tokens that are patches merged."""
+    """One grid of merged patches per image."""
     merge = config.vision_config.spatial_merge_size
     return [((rows // merge, columns // merge),) for _, rows, columns in inputs["image_grid_thw"].tolist()]
 
 
 def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
-    """[3, B, L] positions, from ``input_ids``, ``image_grid_thw`` and the mask of these tokens."""
+    """[3, B, L] positions from ``input_ids``, ``image_grid_thw`` and ``attention_mask``."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     return base.get_rope_index(
         input_ids=ids,
@@ -169,8 +170,9 @@ def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
 
 
 def patch_tower(config: Any, width: int, intermediate: int, out: int, **more: Any) -> PatchTowerGeometry:
-    """Sizes of a tower (``width``, ``intermediate`` of its MLP) and its merger (``out``). Without ``more``, see
-    :class:`~vtprune_train.core.flops.PatchTowerGeometry`, it attends over whole images and its MLP has two products."""
+    """Sizes of a tower of ``width`` with an MLP of ``intermediate``, and a merger with output ``out``. ``more`` are
+    fields of :class:`~vtprune_train.core.flops.PatchTowerGeometry`; by default attention spans whole images and the MLP
+    has two matrix products."""
     vision = config.vision_config
     sizes = {
         "num_layers": vision.depth,
@@ -188,7 +190,7 @@ def patch_tower(config: Any, width: int, intermediate: int, out: int, **more: An
 
 @dataclass(frozen=True)
 class PositionTable:
-    """A learned square table of positions, ``side`` x ``side``, resampled to each image's grid (Qwen3-VL)."""
+    """A learned table of positions, ``side`` x ``side``, interpolated to the grid of each image (Qwen3-VL)."""
 
     side: int
     mode: str
@@ -197,8 +199,9 @@ class PositionTable:
 
 @dataclass(frozen=True)
 class TowerShape:
-    """``merge_size`` x ``merge_size`` patches of ``patch_size`` pixels are merged; ``window_size`` pixels a side of an
-    attention window, ``None`` without windowed layers; ``table``: learned positions, ``None`` without."""
+    """Sizes of a vision tower: ``merge_size`` x ``merge_size`` patches of ``patch_size`` pixels are merged; attention
+    windows have ``window_size`` pixels per side, ``None`` without them; ``table`` has learned positions, or is
+    ``None``."""
 
     merge_size: int
     patch_size: int
@@ -207,7 +210,7 @@ class TowerShape:
 
     @classmethod
     def of(cls, tower: Any) -> TowerShape:
-        """Read a vision tower of Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
+        """The sizes of a vision tower of Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
         table = None
         if hasattr(tower, "num_grid_per_side"):
             table = PositionTable(tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners)
@@ -226,7 +229,7 @@ class TowerShape:
 
 
 def tower_inputs(shape: TowerShape, grids: PatchGrids) -> dict[str, Tensor | int]:
-    """Keywords of the tower's forward, by transformers' own functions, on the CPU.
+    """Keywords of the tower's ``forward``, computed by transformers' functions on the CPU.
 
     Returns:
         ``position_ids`` [N, 2] int64, ``cu_seqlens`` [frames + 1] int32, ``max_seqlen``; with windows ``window_index``
@@ -261,21 +264,22 @@ def tower_inputs(shape: TowerShape, grids: PatchGrids) -> dict[str, Tensor | int
 
 
 def frame_lengths(grids: PatchGrids) -> tuple[int, ...]:
-    """Patches of each frame of each image: the segments of a layer without windows."""
+    """Number of patches of each frame of each image: the attention segments of a layer without windows."""
     return tuple(rows * columns for frames, rows, columns in grids for _ in range(frames))
 
 
 def window_lengths(shape: TowerShape, grids: PatchGrids) -> tuple[int, ...]:
-    """Patches of each window, in the order of ``window_index``; those at an image's edges are smaller."""
+    """Number of patches of each window, in the order of ``window_index``; windows at the edges of an image are
+    smaller."""
     assert shape.window_size is not None
     side = shape.window_size // shape.patch_size // shape.merge_size * shape.merge_size
     lengths: list[int] = []
     for frames, rows, columns in grids:
-        own = np.outer(_pieces(rows, side), _pieces(columns, side)).ravel().tolist()
-        lengths += own * frames
+        per_frame = np.outer(_pieces(rows, side), _pieces(columns, side)).ravel().tolist()
+        lengths += per_frame * frames
     return tuple(lengths)
 
 
 def _pieces(length: int, size: int) -> list[int]:
-    """``length`` cut into pieces of ``size``, the last one smaller."""
+    """Divide ``length`` into pieces of ``size``; the last one may be smaller."""
     return [min(size, length - start) for start in range(0, length, size)]

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL, with windows and a gated MLP in the vision tower."""
+"""Qwen2.5-VL: like Qwen2-VL, with window attention and a gated MLP in the vision tower."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _flops(config: Any) -> PatchTowerGeometry:
 
 
 def _saved(config: Any) -> SavedByTower:
-    """RMSNorms and a gated MLP; values keep the fused projection's output."""
+    """Activations of RMSNorms and a gated MLP; the values keep the whole output of the fused projection alive."""
     vision = config.vision_config
     c, m = vision.hidden_size, vision.intermediate_size
     return SavedByTower(

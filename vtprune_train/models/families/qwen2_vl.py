@@ -1,4 +1,4 @@
-"""Qwen2-VL: images of any size; positions of (time, height, width) that stay with their tokens."""
+"""Qwen2-VL: images of any size, with (time, height, width) positions that stay with their tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Qwen3-VL: as Qwen2-VL; features of deeper vision layers enter after the first decoder layers, and are gathered with
-their tokens."""
+"""Qwen3-VL: like Qwen2-VL, with features of deeper vision layers that are added after the first decoder layers and
+gathered with their tokens."""
 
 from __future__ import annotations
 

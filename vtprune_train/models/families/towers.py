@@ -1,4 +1,4 @@
-"""Vision towers that see tiles of one size: CLIP, SigLIP and InternVL's; what LLaVAs and InternVL share."""
+"""Vision towers for tiles of one size (CLIP, SigLIP, InternVL's), shared by the LLaVA families and InternVL."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vtprune_train.core.flops import TowerGeometry
 
-# Class tokens in front of the patches, of the towers whose attention can be read.
+# Number of class tokens before the patches, for towers whose attention can be read.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def class_tokens(vision: Any) -> int:
-    """Class tokens of a tower whose attention is read, judged by its config.
+    """Number of class tokens of a tower whose attention is read.
 
     Raises:
-        ValueError: another tower than those of :data:`CLASS_TOKENS`.
+        ValueError: the tower is not one of :data:`CLASS_TOKENS`.
     """
     if vision.model_type not in CLASS_TOKENS:
         raise ValueError(f"reads the attention of {' and '.join(CLASS_TOKENS)} towers, not of a {vision.model_type}")
@@ -26,39 +26,39 @@ def class_tokens(vision: Any) -> int:
 
 
 def check_clip(vision: Any, place: str) -> None:
-    """Refuse another tower than CLIP's.
+    """Check that a vision tower is CLIP's; ``place`` names it in the error.
 
     Raises:
-        ValueError: with ``place`` in front and the tower's type.
+        ValueError: it is not.
     """
     if not isinstance(vision, CLIPVisionConfig):
         raise ValueError(f"{place} is a {vision.model_type}; use a CLIP vision tower")
 
 
 def open_clip(path: str, dtype: Any) -> CLIPVisionModel:
-    """A CLIP tower with its weights, from its own checkpoint or a whole CLIP's."""
+    """Load a CLIP vision tower from its checkpoint or from one of a whole CLIP model."""
     return CLIPVisionModel.from_pretrained(path, dtype=dtype)
 
 
 def feature_states(config: Any) -> list[int]:
-    """The hidden states of the tower that the projector reads, counted from 0, the first layer's input."""
-    chosen = config.vision_feature_layer
+    """Indices of the tower's hidden states that the projector reads; 0 is the input of the first layer."""
+    layers = config.vision_feature_layer
     states = config.vision_config.num_hidden_layers + 1
-    return [state % states for state in ([chosen] if isinstance(chosen, int) else chosen)]
+    return [state % states for state in ([layers] if isinstance(layers, int) else layers)]
 
 
 def patch_grid(vision: Any) -> tuple[int, int]:
-    """Rows and columns of a tile's patches."""
+    """Rows and columns of patches in a tile."""
     sizes = np.broadcast_to(vision.image_size, 2), np.broadcast_to(vision.patch_size, 2)
     rows, columns = (int(size // patch) for size, patch in zip(*sizes, strict=True))
     return rows, columns
 
 
 def tile_tower(config: Any) -> TowerGeometry:
-    """Sizes of tower and projector of a LLaVA: 1.5, NeXT, OneVision.
+    """Sizes of the tower and the projector of LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision.
 
     Raises:
-        ValueError: another tower than those of :data:`CLASS_TOKENS`.
+        ValueError: the tower is not one of :data:`CLASS_TOKENS`.
     """
     vision = config.vision_config
     if vision.model_type not in CLASS_TOKENS:
@@ -77,17 +77,17 @@ def tile_tower(config: Any) -> TowerGeometry:
 
 @dataclass(frozen=True)
 class SavedByTower:
-    """What autograd keeps of a tower and its projector for the backward pass, in elements of the activations' dtype
-    unless noted. ``vtprune_train.training.memory.predict`` counts with it.
+    """Sizes of the activations that autograd saves for the backward pass of a tower and its projector, in elements of
+    the activations' dtype unless noted; used by ``vtprune_train.training.memory.predict``.
 
     Args:
-        layers: that run before the features are taken.
-        tokens: of a tile; 1 where the tower counts patches.
+        layers: number of layers before the features.
+        tokens: tokens per tile; 1 if the tower counts patches.
         hidden: width.
-        intermediate: of the MLP.
-        elements: of a layer, for each token.
-        raw_bytes: of a layer, for each token, whatever the dtype: float32 statistics.
-        projector: for each token of the tower.
+        intermediate: width of the MLP.
+        elements: per layer and token.
+        raw_bytes: bytes per layer and token that do not depend on the dtype (float32 statistics).
+        projector: per token of the tower.
     """
 
     layers: int
@@ -100,7 +100,7 @@ class SavedByTower:
 
 
 def saved_by_tiles(config: Any) -> SavedByTower:
-    """Of a LLaVA's CLIP or SigLIP tower."""
+    """Activations that a CLIP or SigLIP tower of a LLaVA family saves."""
     vision, geometry, states = config.vision_config, tile_tower(config), feature_states(config)
     per_mlp = 3 if vision.hidden_act == "quick_gelu" else 2
     return SavedByTower(
@@ -115,7 +115,7 @@ def saved_by_tiles(config: Any) -> SavedByTower:
 
 
 def after_features(config: Any, name: str) -> bool:
-    """Whether a tower's parameter comes after the layer whose features are taken, so that no gradient reaches it."""
+    """Whether a parameter of the tower comes after the layer that gives the features, so that it gets no gradient."""
     if "post_layernorm" in name or ".head." in name:
         return True
     _, in_layer, rest = name.partition("encoder.layers.")
@@ -123,7 +123,7 @@ def after_features(config: Any, name: str) -> bool:
 
 
 def counted_by_patches(config: Any) -> dict[str, Any]:
-    """Settings of the processors of LLaVA-1.5 and LLaVA-NeXT."""
+    """Settings by which the processors of LLaVA-1.5 and LLaVA-NeXT count visual tokens."""
     vision = config.vision_config
     settings = {
         "patch_size": vision.patch_size,
@@ -135,10 +135,10 @@ def counted_by_patches(config: Any) -> dict[str, Any]:
 
 
 def check_class_token_is_dropped(config: Any) -> None:
-    """Refuse a config that keeps the tower's class token.
+    """Check that a config drops the tower's class token.
 
     Raises:
-        ValueError: with the setting.
+        ValueError: it keeps the token.
     """
     if config.vision_feature_select_strategy != "default":
         raise ValueError(

@@ -3,6 +3,9 @@
 Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME``. Decoder layers pass it one
 extra keyword, ``packing`` (:class:`Packing`), which holds everything that changes between batches.
 
+A backend is a function with the signature of :func:`varlen_sdpa`. A function outside the package is named by its path
+(:func:`user_function`).
+
 Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head size.
 """
 
@@ -14,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,17 +32,17 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
+from vtprune_train.core.backends import BACKENDS, FLASH
 from vtprune_train.core.stream import to_device
+from vtprune_train.core.user_code import is_path, load
 
 log = logging.getLogger(__name__)
 
-FLASH = ("flash_attention_4", "flash_attention_3", "flash_attention_2")
 FLASH_INSTALLED = {
     "flash_attention_2": is_flash_attn_2_available,
     "flash_attention_3": is_flash_attn_3_available,
     "flash_attention_4": is_flash_attn_4_available,
 }
-BACKENDS = (*FLASH, "varlen_torch", "varlen_sdpa")
 PREFIX = "packed_"
 OWNED = "_vtprune_owned"  # attribute set on a pruned model's attention modules
 OTHERWISE = "_otherwise_"  # separator in the attention name, before the dense implementation
@@ -96,10 +100,12 @@ def unavailable_because(
     Raises:
         ValueError: unknown backend.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention={backend!r} is unknown; use auto or one of: {', '.join(BACKENDS)}")
-    if backend == "varlen_sdpa":
+    if backend == "varlen_sdpa" or is_path(backend):
         return None
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"attention={backend!r} is unknown; use auto, path/to/file.py:function, or one of: {', '.join(BACKENDS)}"
+        )
     if device.type != "cuda":
         return "needs CUDA"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -123,6 +129,9 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, hea
     Raises:
         ValueError: the backend is unknown or cannot run here.
     """
+    if is_path(requested):
+        user_function(requested)
+        return requested
     if requested != "auto":
         if reason := unavailable_because(requested, device, dtype, head_dim):
             raise ValueError(f"attention={requested!r} cannot run here: it {reason}; use attention=auto")
@@ -132,6 +141,30 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, hea
     passed_over = "; ".join(f"{backend} {reason}" for backend, reason in reasons.items() if reason)
     log.info("attention: %s%s", chosen, f" ({passed_over})" if passed_over else "")
     return chosen
+
+
+def user_function(path: str) -> Callable[..., Tensor]:
+    """The attention function at ``path``, used in every decoder layer of a packed batch. A vision tower that packs its
+    images takes a backend of the package.
+
+    It is called as ``function(q_THD, k_TGD, v_TGD, *, segment_lengths, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
+    max_length_k, scaling, **kwargs)`` and returns [T, H, D]. Attention is causal within each segment; query heads share
+    key-value heads where H > G. The function must accept further keywords; those that change the result are
+    ``dropout``, ``sliding_window`` and ``key_lengths``, with the meaning that they have in :func:`varlen_sdpa`.
+
+    Raises:
+        ValueError: see :func:`vtprune_train.core.user_code.load`; or it is not a function that takes these arguments.
+    """
+    function = load(path, "attention")
+    keywords = dict.fromkeys(("segment_lengths", "scaling", *FLASH_LENGTHS, "dropout", "sliding_window", "key_lengths"))
+    try:
+        inspect.signature(function).bind("q_THD", "k_TGD", "v_TGD", **keywords, another_keyword=None)
+    except TypeError as error:
+        raise ValueError(
+            f"attention={path!r} cannot be called as an attention function ({error}); define it as "
+            "def name(q_THD, k_TGD, v_TGD, *, segment_lengths, scaling, **kwargs)"
+        ) from error
+    return function  # type: ignore[no-any-return]
 
 
 def varlen_sdpa(
@@ -325,9 +358,11 @@ def attention_name(backend: str, dense: str = "sdpa") -> str:
     batches, and ``dense``, the original implementation, used inside ``vtprune_train.dense`` (per thread, including
     recomputation). ``dense`` may itself be such a name."""
     dense = dense_implementation(dense)
-    name = PREFIX + backend + ("" if dense == "sdpa" else OTHERWISE + dense)
-    if name not in AttentionInterface._global_mapping:
-        _register(name, FUNCTIONS[backend], dense)
+    function = user_function(backend) if is_path(backend) else FUNCTIONS[backend]
+    # Only the last part of a path: transformers looks for names with a slash on the hub.
+    name = PREFIX + Path(backend).name + ("" if dense == "sdpa" else OTHERWISE + dense)
+    if name not in AttentionInterface._global_mapping or is_path(backend):
+        _register(name, function, dense)
     return name
 
 

@@ -54,21 +54,25 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         index = to_device(patch_index(shown, patches_per_tile(self.config)), images[0].device)
         encoders = list(per_image(read.signals(index), lengths))
     grids = _grids(self, state, inputs, lengths)
-    assert not isinstance(images, Tensor) or not (any(grids) or read), (
-        "grids and patches need one tensor for each image"
-    )
     if len(images) == len(lengths):
-        for image, grids_of_image, encoder in zip(images, grids, encoders, strict=True):
-            setattr(image, SEEN, _Seen(grids_of_image, encoder))
+        notes = [_Seen(*known) for known in zip(grids, encoders, strict=True)]
+        if isinstance(images, Tensor):  # of families that stack them: indexing makes a new tensor each time
+            setattr(images, SEEN, notes)
+        else:
+            for image, note in zip(images, notes, strict=True):
+                setattr(image, SEEN, note)
     if state.running.call is not None:
         note_images(state.running.call, state, images)
     return features.to_tuple() if as_tuple else features
 
 
-def note_images(call: Call, state: State, images: Sequence[Tensor]) -> None:
-    """Record the images' metadata in the current call."""
-    call.image_lengths = state.family.image_lengths(images)
-    seen: list[_Seen] = [image.__dict__[SEEN] for image in images if SEEN in image.__dict__]
+def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> None:
+    """Note in an open call what is known of its images."""
+    call.image_lengths = state.family.image_lengths(list(images))
+    if isinstance(images, Tensor):
+        seen: list[_Seen] = images.__dict__.get(SEEN, [])
+    else:
+        seen = [image.__dict__[SEEN] for image in images if SEEN in image.__dict__]
     if len(seen) < len(call.image_lengths):
         if state.method is not None and state.method.needs.encoder_layers:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Where a model comes from: a checkpoint, its parts, or a config in the YAML."""
+"""Builds a model from a checkpoint, from its parts, or from sizes in the YAML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -31,7 +30,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vtprune_train.config.model import ModelConfig
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
-from vtprune_train.models.families import FAMILIES, KNOWN_CONFIGS, config_of_parts, trained_family
+from vtprune_train.models.families import (
+    FAMILIES,
+    KNOWN_CONFIGS,
+    OUTSIDE,
+    class_of_config,
+    config_of_parts,
+    trained_family,
+)
 from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.models.families.llava_original import is_linear
 from vtprune_train.models.families.towers import open_clip
@@ -47,15 +53,15 @@ log = logging.getLogger(__name__)
 
 EMBEDDING_MULTIPLE = 64
 PARTS = ("projector", "language_model", "vision_tower", "lora", "pruning", "unused")  # of parts_of
-_LOADING = threading.RLock()  # transformers keeps what it does not warn of on a class
-LEARNED_NAME = re.compile(rf"(?:^|\.){PARAMETERS}\.(.+)$")  # what a method adds, in memory and in files
+_LOADING = threading.RLock()  # guards a class attribute of transformers
+LEARNED_NAME = re.compile(rf"(?:^|\.){PARAMETERS}\.(.+)$")  # names of a method's parameters, in memory and in files
 
 
 def resolve_checkpoint(path: str) -> str:
-    """The Hugging Face folder of a run, one of its checkpoints, or a folder or hub id as it is.
+    """The Hugging Face folder of a run or of one of its checkpoints; any other folder or hub id is returned unchanged.
 
     Raises:
-        ValueError: a run's folder without a complete checkpoint, or a checkpoint without an export.
+        ValueError: the run has no complete checkpoint, or the checkpoint has no export.
     """
     checkpoint = newest_checkpoint(path)
     if checkpoint is None:
@@ -69,10 +75,10 @@ def resolve_checkpoint(path: str) -> str:
 
 
 def newest_checkpoint(path: str) -> Path | None:
-    """The checkpoint at a path, or a run's newest; ``None`` for what is neither a run nor a checkpoint.
+    """The checkpoint at a path, or the newest one of a run; ``None`` if the path is neither.
 
     Raises:
-        ValueError: a run's folder without a complete checkpoint.
+        ValueError: the run has no complete checkpoint.
     """
     folder = Path(path)
     if (folder / EXPORT / "config.json").is_file() or (folder / UNEXPORTED / PLAN).is_file():
@@ -89,10 +95,10 @@ def newest_checkpoint(path: str) -> Path | None:
 
 
 def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
-    """The model's config, without weights. ``offline`` takes recorded sizes for well-known hub ids (dry runs).
+    """The model's config, without weights. ``offline`` uses recorded configs of well-known hub ids (dry runs).
 
     Raises:
-        ValueError: there is no such checkpoint, or none of a family that the loop trains.
+        ValueError: the checkpoint does not exist, or the training loop does not support its family.
     """
     if config.path is not None:
         loaded = load_any_config(resolve_checkpoint(config.path), f"model.path={config.path}", offline)
@@ -107,17 +113,17 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrain
 
 
 def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
-    """The family of a config that :func:`load_model_config` returned, and how it is trained."""
+    """The family of a config from :func:`load_model_config`, and its part for the training loop."""
     return trained_family(config.model_type, "this config")
 
 
 def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
-    """A config from the YAML's sizes; ``model_type`` names the family, the first one where it is left out."""
+    """A config from the sizes in the YAML; ``model_type`` names the family, by default the first one."""
     model_type = sizes.get("model_type", FAMILIES[0].model_type)
     _, loop = trained_family(model_type, "model.config")
     if loop.needs_checkpoint:
         raise ValueError(
-            f"model.config.model_type={model_type!r}: this family is trained from a checkpoint only; set model.path"
+            f"model.config.model_type={model_type!r}: this family can only be trained from a checkpoint; set model.path"
         )
     _check_keys(sizes, CONFIG_MAPPING[model_type]())
     try:
@@ -128,7 +134,7 @@ def _config_of_sizes(sizes: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
-    """Refuse keys that transformers would silently store: a typo would leave a size at its default."""
+    """Refuse unknown keys, which transformers would silently store: a typo would leave a size at its default."""
     sections: list[tuple[str, dict[str, Any], PreTrainedConfig]] = [("model.config", sizes, default)]
     for section in ("text_config", "vision_config"):
         values = sizes.get(section) or {}
@@ -146,38 +152,52 @@ def _check_keys(sizes: dict[str, Any], default: PreTrainedConfig) -> None:
 
 
 def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
-    """The config in a folder or on the hub, of whatever family; ``place`` is the setting that named it and its value.
-    ``offline`` takes recorded sizes for well-known hub ids.
+    """The config in a folder or on the hub, of any family.
+
+    Args:
+        name: folder or hub id.
+        place: the setting that names it, with its value, for errors.
+        offline: use recorded configs of well-known hub ids.
 
     Raises:
-        ValueError: there is none, or one of the original LLaVA code.
+        ValueError: there is no config, or it is one of the original LLaVA code.
     """
     if offline and name in KNOWN_CONFIGS and not Path(name).exists():
         return KNOWN_CONFIGS[name]()
     try:
         is_original = original.read_config(Path(name)) is not None
+        if not is_original:
+            _check_type(name)
         config = None if is_original else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
     if config is None:
         raise ValueError(
-            f"{place}: this is a checkpoint of the original LLaVA code; make a Hugging Face folder of it first: "
+            f"{place}: this is a checkpoint of the original LLaVA code; convert it to a Hugging Face folder first: "
             f"vtprune convert --model {name} --to hf --out DIR"
         )
     check_attention(name, place)
     return config
 
 
+def _check_type(name: str) -> None:
+    """Refuse a model type that transformers does not know, unless the checkpoint brings code for it."""
+    content, _ = PreTrainedConfig.get_config_dict(name)
+    model_type = content.get("model_type")
+    if model_type is not None and model_type not in CONFIG_MAPPING and "auto_map" not in content:
+        raise ValueError(f"its model_type {model_type!r} is unknown to transformers; {OUTSIDE}")
+
+
 def check_attention(name: str, place: str) -> None:
-    """Look at the attention that a ``config.json`` asks for: transformers downloads kernels of the hub and runs them.
+    """Check the attention that a ``config.json`` names: transformers would download and run kernels of the hub.
 
     Raises:
-        ValueError: it names one.
+        ValueError: it names a kernel of the hub.
     """
     content, _ = PreTrainedConfig.get_config_dict(name)
-    found = next(hub_kernels(content), None)
-    if found is not None:
-        key, value = found
+    kernel = next(hub_kernels(content), None)
+    if kernel is not None:
+        key, value = kernel
         raise ValueError(
             f"{place}: config.json of {name} has {key}={value!r}, a kernel of the hub, whose code is not run; remove "
             "the key or set it to sdpa"
@@ -186,7 +206,7 @@ def check_attention(name: str, place: str) -> None:
 
 @contextmanager
 def learned_expected() -> Iterator[None]:
-    """Within it, ``from_pretrained`` does not warn of a method's own parameters, which ``prune`` reads by itself."""
+    """A context in which ``from_pretrained`` does not warn of a method's parameters, which ``prune`` reads itself."""
     with _LOADING:
         before = PreTrainedModel._keys_to_ignore_on_load_unexpected
         PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), LEARNED_NAME.pattern]
@@ -205,17 +225,18 @@ def _loading(place: str) -> Iterator[None]:
 
 
 def open_whole(model_class: Any, folder: str, dtype: Any, place: str, placement: Placement = WHOLE) -> HFModule:
-    """``model_class.from_pretrained``, which must find every weight: transformers starts missing ones at random.
+    """Call ``model_class.from_pretrained`` and require every weight; transformers would initialize missing ones
+    randomly.
 
     Raises:
-        ValueError: a file cannot be read, a weight is missing or has another shape.
+        ValueError: a file cannot be read, or a weight is missing or has another shape.
     """
     check_weights(folder, place)
     with _loading(place), learned_expected(), placing_what_is_read(placement):
-        model, found = model_class.from_pretrained(
+        model, loading_info = model_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(
             f"{place}: {len(missing)} weight(s) of the {type(model).__name__} are missing, first {missing[0]}; copy "
             "the whole checkpoint"
@@ -224,23 +245,23 @@ def open_whole(model_class: Any, folder: str, dtype: Any, place: str, placement:
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
-    """The model, with the image token of ``tokenizer``; unmodified transformers classes.
+    """Build the model, of an unmodified transformers class, with the image token of ``tokenizer``.
 
-    Parameters have ``config.dtype``. Buffers keep the dtype that transformers gives them: rotary frequencies rounded to
-    bfloat16 would move the angles of late positions by more than a radian. With ``placement`` each parameter is placed
-    before the next is read or drawn; the embeddings, the output layer and a projector at the end.
+    Parameters have ``config.dtype``. Buffers keep the dtype that transformers uses: rotary frequencies rounded to
+    bfloat16 would change the angles of late positions by more than a radian. With ``placement`` each parameter is
+    placed before the next one is read or initialized; the embeddings, the output layer and a projector are placed at
+    the end.
 
     Raises:
         ValueError: a part is missing or does not fit.
     """
     dtype = getattr(torch, config.dtype)
     model_config = load_model_config(config)
-    family, loop = family_of_config(model_config)
+    _, loop = family_of_config(model_config)
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
-    model_class = getattr(transformers, family.model_class)
     if config.path is not None:
         folder, place = resolve_checkpoint(config.path), f"model.path={config.path}"
-        model = open_whole(model_class, folder, dtype, place, placement)
+        model = open_whole(class_of_config(model_config), folder, dtype, place, placement)
     else:
         model_config.image_token_id = image_token_id
         if config.config is not None:
@@ -279,7 +300,7 @@ def _fit_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizer
 
 
 def _from_parts(config: ModelConfig, model_config: PreTrainedConfig, placement: Placement) -> HFModule:
-    """A language model and a tower with a new projector between them; only the projector is initialised."""
+    """Build a model from a language model and a vision tower; only the projector is initialized."""
     assert config.language_model is not None and config.vision_tower is not None
     dtype = getattr(torch, config.dtype)
     places = f"model.language_model={config.language_model}", f"model.vision_tower={config.vision_tower}"
@@ -297,88 +318,87 @@ def _from_parts(config: ModelConfig, model_config: PreTrainedConfig, placement: 
         (model.model.vision_tower, tower),
     ):
         _hand_over(source, module)
-    deferred.make(model, WHOLE)  # what is left: the projector, which init_weights fills
+    deferred.make(model, WHOLE)  # the projector, which init_weights initializes
     model.init_weights()
     model.generation_config = language.generation_config
     return model
 
 
 def _hand_over(source: HFModule, module: HFModule) -> None:
-    """Let ``module`` have the parameters and buffers of ``source``, which holds the same."""
-    taken, own = (dict(m.named_parameters(remove_duplicate=False)) for m in (source, module))
-    shapes = [{name: whole_shape(p) for name, p in parameters.items()} for parameters in (taken, own)]
+    """Move the parameters and buffers of ``source`` to ``module``, which has the same structure."""
+    loaded, empty = (dict(m.named_parameters(remove_duplicate=False)) for m in (source, module))
+    shapes = [{name: whole_shape(p) for name, p in parameters.items()} for parameters in (loaded, empty)]
     if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
         raise ValueError(f"the config of a {type(source).__name__} does not fit its weights, see {differing[0]}")
-    for name, parameter in taken.items():
+    for name, parameter in loaded.items():
         parent, _, last = name.rpartition(".")
         module.get_submodule(parent)._parameters[last] = parameter
-        parameter._is_hf_initialized = True  # what transformers' own loading marks
-    module.load_state_dict({name: b for name, b in source.state_dict().items() if name not in taken}, strict=False)
+        parameter._is_hf_initialized = True  # transformers' flag for loaded parameters
+    module.load_state_dict({name: b for name, b in source.state_dict().items() if name not in loaded}, strict=False)
 
 
 def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement = WHOLE) -> None:
-    """The projector (with ``image_newline``, if there is one) of a stage-1 checkpoint; nothing else of it is read."""
+    """Load only the projector (and ``image_newline``, if there is one) from a checkpoint of stage 1."""
     source = Path(resolve_checkpoint(path))
     if (source / original.MM_PROJECTOR).is_file():  # stage 1 of the original code
         source = source / original.MM_PROJECTOR
     keys = tuple(name.removeprefix("model.") for name in loop.projector)
-    own = {key: value for key, value in model.model.named_parameters() if key.startswith(keys)}
+    parameters = {key: value for key, value in model.model.named_parameters() if key.startswith(keys)}
     if source.is_file():
-        found = _read_mm_projector(model, source)
-        if "image_newline" in own and "image_newline" not in found:
-            log.warning("model.projector=%s holds no image_newline; it starts as the model's own", path)
-            del own["image_newline"]
+        tensors = _read_mm_projector(model, source)
+        if "image_newline" in parameters and "image_newline" not in tensors:
+            log.warning("model.projector=%s has no image_newline; the model's initial value is used", path)
+            del parameters["image_newline"]
         place = str(source)
     else:
         files = sorted(source.glob("*.safetensors"))
-        found, place = read_projector(files, keys), f"{len(files)} safetensors file(s) of {source}"
-    if missing := sorted(set(own) - set(found)):
+        tensors, place = read_projector(files, keys), f"{len(files)} safetensors file(s) of {source}"
+    if missing := sorted(set(parameters) - set(tensors)):
         raise ValueError(f"model.projector={path}: no {missing[0]} in {place}")
-    for key, parameter in own.items():
-        if whole_shape(parameter) != found[key].shape:
+    for key, parameter in parameters.items():
+        if whole_shape(parameter) != tensors[key].shape:
             raise ValueError(
-                f"model.projector={path}: {key} has shape {tuple(found[key].shape)}, but this model needs "
+                f"model.projector={path}: {key} has shape {tuple(tensors[key].shape)}, but this model needs "
                 f"{tuple(whole_shape(parameter))}; it was trained for another language model or tower"
             )
-    with placement.whole(own.values()):
-        for key, parameter in own.items():
-            parameter.data.copy_(found[key])
+    with placement.whole(parameters.values()):
+        for key, parameter in parameters.items():
+            parameter.data.copy_(tensors[key])
 
 
 def _read_mm_projector(model: HFModule, file: Path) -> dict[str, torch.Tensor]:
-    """The ``mm_projector.bin`` of the original code, by its names in the base."""
-    found = original.read_projector_file(file, f"model.projector={file}")
-    wants_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
-    if is_linear(found) and not wants_linear:
+    """The tensors of an original ``mm_projector.bin``, by their names in the model's base."""
+    projector = original.read_projector_file(file, f"model.projector={file}")
+    needs_linear = getattr(model.config, "projector_hidden_act", None) == "linear"
+    if is_linear(projector) and not needs_linear:
         raise ValueError(f"model.projector={file} is a linear projector; this model's has two layers and GELU")
-    if wants_linear and not is_linear(found):
+    if needs_linear and not is_linear(projector):
         raise ValueError(f"model.projector={file} has two layers and GELU; this model's projector is linear")
-    return {name.removeprefix("model."): value for name, value in found.items()}
+    return {name.removeprefix("model."): value for name, value in projector.items()}
 
 
 def read_projector(files: Iterable[Path], keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The projector (names that begin with one of ``keys``) in a checkpoint's files, by its names in the base.
+    """The projector in the files of a checkpoint (names that start with one of ``keys``), by its names in the base.
 
     Raises:
         ValueError: a file cannot be read.
     """
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            with safe_open(str(file), framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+            with safe_open(str(file), framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (not a mapping)
                     short = key.removeprefix("model.")
                     if short.startswith(keys):
-                        found[short] = tensors.get_tensor(key)
+                        tensors[short] = opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({first_line(error)})") from error
-    return found
+    return tensors
 
 
 def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Named parameters of the parts that ``model.train`` names; ``unused`` holds tower layers after the one whose
-    features are taken, which no gradient reaches; ``lora`` what an adapter trains (its biases included); ``pruning``
-    what the method adds."""
+    """Named parameters of the parts in ``model.train``. ``unused`` has the tower layers after the features, which get
+    no gradient; ``lora`` the parameters of an adapter, including biases; ``pruning`` the parameters of the method."""
     family, loop = family_of_config(model.config)
     adapter = getattr(model, "peft_config", {}).get("default")
     adapts_bias = adapter is not None and adapter.bias == "lora_only"
@@ -399,22 +419,25 @@ def parts_of(model: HFModule) -> dict[str, list[tuple[str, nn.Parameter]]]:
 
 
 def set_trainable(model: HFModule, train: dict[str, float]) -> None:
-    """Freeze all parts but the named ones, and what a method adds, which is trained in every run."""
+    """Freeze all parts except those in ``train`` and the method's parameters, which every run trains."""
     for part, parameters in parts_of(model).items():
         for _, parameter in parameters:
             parameter.requires_grad_(part in train or part == "pruning")
 
 
-def saved_pruning(path: str, asked: Any = None) -> dict[str, Any] | None:
+def saved_pruning(path: str, requested: Any = None) -> dict[str, Any] | None:
     """The pruning settings in the ``config.json`` of ``train.init_from``; ``None`` if it was trained without dropping.
-    ``asked`` is the method that the user named, if any; the settings of another one are returned as they are.
+
+    Args:
+        path: the checkpoint.
+        requested: the method that the user named, if any. Settings of a different saved method are returned unchanged.
 
     Raises:
-        ValueError: there is no such checkpoint, or its method is code outside the package that nobody named.
+        ValueError: there is no such checkpoint, or its method is code outside the package that the user did not name.
     """
     place = f"train.init_from={path}"
     settings = getattr(load_any_config(resolve_checkpoint(path), place, offline=False), CONFIG_KEY, None)
-    if settings is None or asked not in (None, settings.get("method")):
+    if settings is None or requested not in (None, settings.get("method")):
         return settings
     named = settings.get("method")
     check_trusted(settings, place, f"name it in this run's own settings: pruning.method={named}")
@@ -422,7 +445,7 @@ def saved_pruning(path: str, asked: Any = None) -> dict[str, Any] | None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     if "custom code which must be executed" in str(error):
-        return "it brings code of its own (auto_map), which is not run; only transformers' own classes are opened"
+        return "it contains custom code (auto_map), which is not run; only classes of transformers are supported"
     return pickles.first_line(error)

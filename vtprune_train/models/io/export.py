@@ -1,7 +1,8 @@
-"""What an export holds, decided without its weights, and the weights written one tensor at a time.
+"""Plans the files of an export without its weights, and writes the weights one tensor at a time.
 
-An export is small files (configs, tokenizer, processor) and safetensors files. A :class:`Plan` says which tensor stands
-in which file, under which name. With it the weights may come from memory, or later from the files of a checkpoint.
+An export consists of small files (configs, tokenizer, processor) and safetensors files. A :class:`Plan` maps each
+tensor to its file and its published name. The weights may then come from memory, or later from the files of a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from vtprune_train.files.disk import naming
 from vtprune_train.models import HFModule
 from vtprune_train.models.io.placement import whole_shape
 
-EXPORT = "hf"  # in a checkpoint
-UNEXPORTED = "export"  # in a checkpoint without one: all of an export but its weights
+EXPORT = "hf"  # folder in a checkpoint
+UNEXPORTED = "export"  # folder in a checkpoint without an export: an export without its weights
 PLAN = "weights.json"
 INDEX = "model.safetensors.index.json"
 FILE_SIZE = "5GB"
@@ -48,8 +49,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Plan:
-    """The safetensors files of an export, the tensors in each by their published names, and the index of the files if
-    there are several."""
+    """The safetensors files of an export with their tensors by published name, and the index if there are several
+    files."""
 
     files: dict[str, dict[str, Stored]]
     index: dict[str, Any] | None = None
@@ -63,34 +64,34 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
-        """Read what :meth:`save` wrote.
+        """Read a plan that :meth:`save` wrote.
 
         Raises:
-            ValueError: there is none that can be read.
+            ValueError: the file is missing or cannot be read.
         """
         try:
-            found = json.loads((folder / PLAN).read_text())
+            content = json.loads((folder / PLAN).read_text())
             files = {
                 file: {name: Stored(**stored) for name, stored in tensors.items()}
-                for file, tensors in found["files"].items()
+                for file, tensors in content["files"].items()
             }
             if outside := sorted(name for name in files if Path(name).name != name):
                 raise ValueError(f"it names {outside[0]}, which is not a file of a folder")
-            return cls(files, found["index"])
+            return cls(files, content["index"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / PLAN} cannot be read ({error})") from error
 
 
 def stored(name: str, tensor: torch.Tensor) -> Stored:
-    """How a model's tensor stands in an export."""
+    """The entry of a model's tensor in a plan."""
     return Stored(name, str(tensor.dtype).removeprefix("torch."), list(whole_shape(tensor)))
 
 
 def plan_of(model: HFModule) -> Plan:
-    """The files that ``save_pretrained`` writes of a model, each of at most ``FILE_SIZE`` (or one tensor)."""
+    """Plan the same files as ``save_pretrained``, each of at most ``FILE_SIZE`` (or with one tensor)."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = model.state_dict(keep_vars=True)
-    empty = {name: torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
+    state = model.state_dict(keep_vars=True)
+    empty = {name: torch.empty(whole_shape(t), dtype=t.dtype, device="meta") for name, t in state.items()}
     empty = remove_tied_weights_from_state_dict(empty, model)
     name_of = {id(tensor): name for name, tensor in empty.items()}
     published = revert_weight_conversion(model, empty)
@@ -100,8 +101,8 @@ def plan_of(model: HFModule) -> Plan:
     )
     files: dict[str, dict[str, Stored]] = {}
     for file, names in split.filename_to_tensors.items():
-        inside = {name: name_of[id(published[name])] for name in names}
-        files[file] = {name: stored(first.get(id(own[m]), m), own[m]) for name, m in inside.items()}
+        in_memory = {name: name_of[id(published[name])] for name in names}
+        files[file] = {name: stored(first.get(id(state[m]), m), state[m]) for name, m in in_memory.items()}
     if not split.is_sharded:
         return Plan(files)
     total = sum(whole_shape(parameter).numel() for parameter in model.parameters())
@@ -111,7 +112,7 @@ def plan_of(model: HFModule) -> Plan:
 
 
 def write_weights(plan: Plan, folder: Path, read: Callable[[Stored], torch.Tensor]) -> None:
-    """Write the safetensors files of an export into a folder that is there, with one tensor in memory at a time."""
+    """Write the safetensors files of an export into an existing folder, with one tensor in memory at a time."""
     for file, tensors in plan.files.items():
         write_tensors(folder / file, tensors, read)
     if plan.index is not None:
@@ -119,24 +120,24 @@ def write_weights(plan: Plan, folder: Path, read: Callable[[Stored], torch.Tenso
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Stored], read: Callable[[Stored], torch.Tensor]) -> None:
-    """What ``safetensors.torch.save_file`` writes, tensor by tensor: the length of the header in 8 bytes, the header
-    (JSON, padded to a multiple of 8), and the tensors, those with the largest elements first."""
+    """Write the same file as ``safetensors.torch.save_file``, tensor by tensor: the length of the header in 8 bytes,
+    the header (JSON, padded to a multiple of 8), and the tensors, in descending order of element size."""
     order = sorted(tensors, key=lambda name: (-getattr(torch, tensors[name].dtype).itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
-        found = tensors[name]
+        entry = tensors[name]
         header[name] = {
-            "dtype": DTYPES[getattr(torch, found.dtype)],
-            "shape": found.shape,
-            "data_offsets": [offset, offset + found.num_bytes],
+            "dtype": DTYPES[getattr(torch, entry.dtype)],
+            "shape": entry.shape,
+            "data_offsets": [offset, offset + entry.num_bytes],
         }
-        offset += found.num_bytes
+        offset += entry.num_bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with naming(path), path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             tensor = read(tensors[name]).detach().cpu().contiguous()
-            assert stored(tensors[name].name, tensor) == tensors[name], f"{name} is not what was planned"
+            assert stored(tensors[name].name, tensor) == tensors[name], f"{name} differs from the plan"
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)

@@ -1,10 +1,9 @@
-"""A model built one parameter at a time: each is read or drawn, and placed before the next one is.
+"""Builds a model one parameter at a time: each is read or initialized, and placed before the next.
 
-There are two ways to get values. A checkpoint is read by ``from_pretrained`` itself, with its renames, conversions and
-checks; here it is made to read one tensor after the other and to hand each over. Random weights are *deferred*: the
-model is made with parameters on the meta device, every operation on them is recorded with the state of the random
-number generator before it, and each parameter's operations are done again on their own. The numbers are those of a
-model that is made whole.
+A checkpoint is read by ``from_pretrained`` with its renaming, conversion and checks; here it is made to read one tensor
+after another and to place each. Random weights are *deferred*: the model is created with parameters on the meta device,
+every operation on them is recorded with the state of the random number generator, and the operations of each parameter
+are replayed separately. The values are the same as in a model that is created at once.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from transformers import core_model_loading
 from vtprune_train.models import HFModule
 from vtprune_train.models.io.placement import Placement
 
-ONE_AFTER_THE_OTHER = "HF_DEACTIVATE_ASYNC_LOAD"  # otherwise threads of transformers read ahead of what is placed
+READ_SEQUENTIALLY = "HF_DEACTIVATE_ASYNC_LOAD"  # otherwise threads of transformers read ahead
 OVERWRITES = ("aten::normal_", "aten::uniform_", "aten::zero_", "aten::fill_", "aten::copy_")
 
 
 @contextmanager
 def placing_what_is_read(placement: Placement) -> Iterator[None]:
-    """Within it ``from_pretrained`` places every parameter as soon as it is read.
+    """A context in which ``from_pretrained`` places every parameter as soon as it is read.
 
-    Embeddings and output layer stay whole: they may be tied to each other once all is read, or get more rows. Tensors
-    of a checkpoint that are joined or split on the way are in memory together.
+    Embeddings and output layer stay whole, because they may be tied or resized after reading. Tensors of a checkpoint
+    that are merged or split while reading are in memory together.
     """
     if not placement.sharded:
         yield
         return
-    set_parameter, before = core_model_loading.set_param_for_module, os.environ.get(ONE_AFTER_THE_OTHER)
+    set_parameter, before = core_model_loading.set_param_for_module, os.environ.get(READ_SEQUENTIALLY)
 
     def set_and_place(model: HFModule, name: str, *rest: Any) -> None:
         set_parameter(model, name, *rest)
@@ -49,14 +48,14 @@ def placing_what_is_read(placement: Placement) -> Iterator[None]:
             placement.place(parameter)
 
     core_model_loading.set_param_for_module = set_and_place
-    os.environ[ONE_AFTER_THE_OTHER] = "1"
+    os.environ[READ_SEQUENTIALLY] = "1"
     try:
         yield
     finally:
         core_model_loading.set_param_for_module = set_parameter
-        del os.environ[ONE_AFTER_THE_OTHER]
+        del os.environ[READ_SEQUENTIALLY]
         if before is not None:
-            os.environ[ONE_AFTER_THE_OTHER] = before
+            os.environ[READ_SEQUENTIALLY] = before
 
 
 def _is_table(model: HFModule, parameter: nn.Parameter) -> bool:
@@ -66,7 +65,8 @@ def _is_table(model: HFModule, parameter: nn.Parameter) -> bool:
 
 @dataclass
 class _Recipe:
-    """How a parameter gets its values: those it was created with (none on the meta device), and what was done to it."""
+    """How a parameter gets its values: the tensor it was created with, without values on the meta device, and the
+    operations on it."""
 
     created: Tensor
     steps: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any], Tensor | None]] = field(default_factory=list)
@@ -81,16 +81,17 @@ class _Recipe:
 
 
 class Deferred(TorchDispatchMode):
-    """Within it modules are made with parameters on the meta device, and buffers as ever. Numbers are drawn from
-    PyTorch's generator as without it; :meth:`make` gives the parameters the values that they would have had.
+    """A context in which modules are created with parameters on the meta device; buffers are not affected. Random
+    numbers are drawn from PyTorch's generator as usual, and :meth:`make` gives the parameters the same values as
+    without the context.
 
-    Not for ``torch.nn.init.orthogonal_``, ``sparse_`` and ``dirac_``, which do nothing on the meta device.
+    Does not support ``torch.nn.init.orthogonal_``, ``sparse_`` and ``dirac_``, which do nothing on the meta device.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._recipes: dict[int, _Recipe] = {}
-        self._alive: list[Tensor] = []  # so that no other tensor gets the address of one of these
+        self._alive: list[Tensor] = []  # keeps the addresses of these tensors from being reused
 
     def __enter__(self) -> Self:
         self._hook = register_module_parameter_registration_hook(self._defer)  # type: ignore[arg-type]
@@ -119,7 +120,8 @@ class Deferred(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _trunc_normal(self, tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        """What PyTorch leaves out on the meta device: how often it draws depends on the numbers."""
+        """``trunc_normal_``, which PyTorch skips on the meta device because the number of draws depends on the
+        values."""
         if not tensor.is_meta:
             return self._truncated(tensor, *arguments, **options)
         self._record(self._truncated, True, True, tensor, arguments, options)
@@ -138,7 +140,7 @@ class Deferred(TorchDispatchMode):
         recipe.steps.append((operation, view, arguments, options, state))
 
     def make(self, model: HFModule, placement: Placement) -> None:
-        """Make and place the parameters of ``model`` that were deferred, in their order."""
+        """Initialize and place the deferred parameters of ``model``, in their order."""
         state = torch.get_rng_state()
         holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():

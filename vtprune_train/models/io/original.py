@@ -1,4 +1,4 @@
-"""Checkpoints of the original LLaVA code as files; what they hold is in :mod:`vtprune_train.models.families`."""
+"""Reads files of original LLaVA checkpoints; :mod:`vtprune_train.models.families` interprets their content."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from vtprune_train.files.parse import read_json_object
 from vtprune_train.models.families.llava_original import is_original, projector_to_hf
 from vtprune_train.models.io.weight_files import weight_map
 
-MM_PROJECTOR = "mm_projector.bin"  # a projector alone: stage 1, tune_mm_mlp_adapter
+MM_PROJECTOR = "mm_projector.bin"  # only a projector, from stage 1 (tune_mm_mlp_adapter)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint in ``*.safetensors`` or ``pytorch_model*.bin`` files.
 
     Raises:
-        ValueError: there are none, one that the index names is missing, one is damaged, or a tensor stands in two.
+        ValueError: there is no file, a file in the index is missing, a file is damaged, or two files have the same
+            tensor.
     """
     for pattern, index, read in (
         ("*.safetensors", "model.safetensors.index.json", load_file),
@@ -36,22 +37,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for file in files:
             try:
-                found = read(file)
+                tensors = read(file)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error})") from error
-            if again := sorted(weights.keys() & found.keys()):
-                raise ValueError(f"{file} holds {again[0]}, as another file does; remove the one that is left over")
-            weights.update(found)
+            if repeated := sorted(weights.keys() & tensors.keys()):
+                raise ValueError(f"{file} holds {repeated[0]}, as another file does; remove the outdated file")
+            weights.update(tensors)
         if weights:
             return weights
     raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of ``torch.save``; nothing in it is executed.
+    """The tensors of a file that ``torch.save`` wrote, without executing any code in it.
 
     Raises:
-        ValueError: it is damaged, names code, or holds something else than named tensors.
+        ValueError: the file is damaged, names code, or contains anything but named tensors.
     """
     loaded = pickles.read(file)
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -63,7 +64,7 @@ def read_projector_file(file: Path, place: str) -> dict[str, Tensor]:
     """The projector in an ``mm_projector.bin``, by Hugging Face names.
 
     Raises:
-        ValueError: see ``projector_to_hf``; or the file holds trained embeddings too.
+        ValueError: see ``projector_to_hf``; or the file also contains trained embeddings.
     """
     weights = read_bin(file)
     if embeddings := [name for name in weights if "embed_tokens" in name or "embed_in" in name]:
@@ -75,7 +76,7 @@ def read_projector_file(file: Path, place: str) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """``config.json`` of a folder of the original code; ``None`` for others.
+    """Read ``config.json`` if a folder is in the original format; ``None`` otherwise.
 
     Raises:
         ValueError: it is damaged.

@@ -1,7 +1,7 @@
-"""Adapters on a language model's decoder through PEFT: LoRA, DoRA, QLoRA; written, opened and folded in.
+"""PEFT adapters (LoRA, DoRA, QLoRA) on the decoder of the language model: creates, saves, loads and merges them.
 
-The adapter is put into the model in place, so classes and names of all other parameters stay what they were, and
-``prune``, DeepSpeed and the loop see the model they know.
+The adapter is added to the model in place, so the classes and the names of all other parameters do not change for
+``prune``, DeepSpeed and the training loop.
 """
 
 from __future__ import annotations
@@ -48,9 +48,13 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a training run keeps beside a model with an adapter, to write checkpoints: what it stands on, the
-    :func:`~vtprune_train.models.io.provenance.extra_tensors`, and published names of the base's tensors by those in
-    memory."""
+    """Data of a run that trains an adapter, for its checkpoints.
+
+    Args:
+        base: the record of the base model.
+        extra: see :func:`~vtprune_train.models.io.provenance.extra_tensors`.
+        names: published names of the base's tensors by their names in memory.
+    """
 
     base: Base
     extra: dict[str, torch.Tensor]
@@ -58,31 +62,31 @@ class Adapted:
 
 
 def adapted_of(model: HFModule) -> Adapted | None:
-    """What :func:`adapt` left with a model; ``None`` for a model without an adapter."""
+    """The :class:`Adapted` of a model; ``None`` for a model without an adapter."""
     return model.__dict__.get(ADAPTED)
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder is the ``hf/`` of a checkpoint that holds an adapter."""
+    """Whether a folder is the ``hf/`` folder of a checkpoint with an adapter."""
     return (Path(folder) / RECORD).is_file()
 
 
 def linear_layers(model: HFModule) -> list[str]:
-    """Last names of all linear layers of the decoder, in the order of their first use in a layer."""
+    """Last parts of the names of the decoder's linear layers, in the order in which they first appear."""
     layers = model.get_submodule(family_of(model).decoder).layers
     return list(dict.fromkeys(n.rpartition(".")[2] for n, m in layers.named_modules() if isinstance(m, nn.Linear)))
 
 
 def lora_config(settings: model_settings.PeftConfig, model: HFModule) -> LoraConfig:
-    """PEFT's settings; the targets are one expression, so that layers of the tower with the same names stay as they
-    are.
+    """PEFT's settings. The targets are one regular expression, so that layers of the vision tower with the same names
+    are not adapted.
 
     Raises:
         ConfigError: a target is not a linear layer of the decoder.
     """
     known = linear_layers(model)
-    chosen = known if settings.target_modules is None else settings.target_modules
-    if unknown := [name for name in chosen if name not in known]:
+    targets = known if settings.target_modules is None else settings.target_modules
+    if unknown := [name for name in targets if name not in known]:
         raise ConfigError(
             f"model.peft.target_modules: {unknown[0]!r} is not a linear layer of the language model's decoder; there "
             f"are {', '.join(known)}"
@@ -92,7 +96,7 @@ def lora_config(settings: model_settings.PeftConfig, model: HFModule) -> LoraCon
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=rf"{decoder}\.layers\.\d+\.(.*\.)?({'|'.join(chosen)})",
+        target_modules=rf"{decoder}\.layers\.\d+\.(.*\.)?({'|'.join(targets)})",
         use_rslora=settings.use_rslora,
         use_dora=settings.kind == "dora",
         bias=settings.bias,
@@ -101,75 +105,75 @@ def lora_config(settings: model_settings.PeftConfig, model: HFModule) -> LoraCon
 
 
 def adapt(model: HFModule, settings: model_settings.PeftConfig) -> None:
-    """Put a fresh adapter into the model; B is zero, so its outputs stay the same.
+    """Add a new adapter to the model. Its matrix B is zero, so the outputs do not change.
 
     Raises:
-        ConfigError: a target that is not there.
+        ConfigError: see :func:`lora_config`.
     """
-    chosen = lora_config(settings, model)
+    config = lora_config(settings, model)
     dtype = model.dtype
     on_meta = next(model.parameters()).is_meta
     with placement_of(model).libraries_gather():
-        LoraModel(model, chosen, ADAPTER, low_cpu_mem_usage=on_meta)
+        LoraModel(model, config, ADAPTER, low_cpu_mem_usage=on_meta)
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:  # PEFT makes them float32 beside a half-precision base; DeepSpeed keeps the masters
+        if ".lora_" in name:  # PEFT uses float32 with a half-precision base, but DeepSpeed keeps master weights
             parameter.data = parameter.data.to(dtype)
 
 
-def check_quantisation(device: torch.device) -> None:
-    """Try a 4-bit layer where the model will be.
+def check_quantization(device: torch.device) -> None:
+    """Check that a 4-bit layer works on ``device``.
 
     Raises:
-        ConfigError: bitsandbytes is not there or does not work on the device.
+        ConfigError: bitsandbytes is not installed or does not work on the device.
     """
-    way_out = "use model.peft.kind=lora, which needs no quantised base"
+    fix = "use model.peft.kind=lora, which needs no quantized base"
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"model.peft.kind=qlora needs bitsandbytes, which cannot be imported here ({first_line(error)}); "
-            f"pip install -r requirements-gpu.txt, or {way_out}"
+            f"pip install -r requirements-gpu.txt, or {fix}"
         ) from error
     try:
         dequantize_4bit(*quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4"))
     except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"model.peft.kind=qlora: bitsandbytes does not quantise on {device} ({first_line(error)}); run on a CUDA "
-            f"device, or {way_out}"
+            f"model.peft.kind=qlora: bitsandbytes does not quantize on {device} ({first_line(error)}); run on a CUDA "
+            f"device, or {fix}"
         ) from error
 
 
-def quantise(model: HFModule) -> None:
-    """Keep the decoder's linear layers as 4-bit numbers (NF4, double quantisation), computing in the model's dtype;
-    they are converted when the model moves to its device."""
+def quantize(model: HFModule) -> None:
+    """Replace the decoder's linear layers by 4-bit layers (NF4, double quantization) that compute in the model's dtype.
+    The weights are converted when the model moves to its device."""
     import bitsandbytes
 
     layers = model.get_submodule(family_of(model).decoder).layers
     for name, module in list(layers.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        quantised = bitsandbytes.nn.Linear4bit(
+        quantized = bitsandbytes.nn.Linear4bit(
             module.in_features,
             module.out_features,
             module.bias is not None,
             compute_dtype=module.weight.dtype,
             quant_type="nf4",
         )
-        quantised.weight = bitsandbytes.nn.Params4bit(
+        quantized.weight = bitsandbytes.nn.Params4bit(
             module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
         )
-        quantised.bias = module.bias
+        quantized.bias = module.bias
         parent, _, last = name.rpartition(".")
-        setattr(layers.get_submodule(parent), last, quantised)
-    model.is_loaded_in_4bit = True  # where PEFT looks
+        setattr(layers.get_submodule(parent), last, quantized)
+    model.is_loaded_in_4bit = True  # read by PEFT
 
 
 def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
-    """The model that a run starts from, before an adapter of its own is put in. With ``placement`` its parameters are
-    placed one by one, but for an adapter that is folded in.
+    """Load the model that a run starts from, without the run's own adapter. Parameters are placed one by one by
+    ``placement``, except for an adapter that is merged.
 
-    An adapter at ``config.path`` is folded in where the run trains without one. Where the run has an adapter, only the
-    parts trained beside it are laid over the base, and :func:`continue_adapter` brings the rest.
+    An adapter at ``config.path`` is merged if the run has no adapter. If it has one, only the other trained parts of
+    that checkpoint are loaded here, and :func:`continue_adapter` loads the adapter.
 
     Raises:
         ValueError: see :func:`vtprune_train.models.io.build.build_model` and :func:`open_adapter`.
@@ -179,8 +183,8 @@ def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placemen
         return build_model(config, tokenizer, placement)
     if config.projector is not None:
         raise ValueError(
-            f"model.projector={config.projector} has no place: {folder} is an adapter with a projector of its own; "
-            "leave model.projector null"
+            f"model.projector={config.projector} has no effect: the adapter {folder} includes its projector; set "
+            "model.projector to null"
         )
     if config.peft is None:
         return open_adapter(folder, config.dtype, merge=True)
@@ -188,30 +192,34 @@ def open_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placemen
 
 
 def continue_adapter(model: HFModule, settings: model_settings.PeftConfig, folder: Path) -> None:
-    """Load the adapter of a checkpoint into the fresh one of a new run.
+    """Load the adapter of a checkpoint into the new adapter of a run.
 
     Raises:
         ValueError: their settings differ.
     """
-    saved, asked = Base.read(folder).peft, settings.model_dump()
-    changed = [key for key in asked if key not in ("dropout", "kind") and asked[key] != saved.get(key)]
+    saved, new = Base.read(folder).peft, settings.model_dump()
+    changed = [key for key in new if key not in ("dropout", "kind") and new[key] != saved.get(key)]
     if (saved.get("kind") == "dora") != (settings.kind == "dora"):
         changed.insert(0, "kind")
     if changed:
-        lines = "; ".join(f"model.peft.{key}: there {saved.get(key)!r}, here {asked[key]!r}" for key in changed)
+        lines = "; ".join(f"model.peft.{key}: there {saved.get(key)!r}, here {new[key]!r}" for key in changed)
         raise ValueError(
-            f"{folder} holds an adapter with other settings ({lines}). Set the same to continue it, or fold it in "
-            "(vtprune export --merge) and start a new one on the result"
+            f"{folder} holds an adapter with other settings ({lines}). Use the same settings to continue it, or merge "
+            "it (vtprune export --merge) and start a new one on the result"
         )
     _load_adapter(model, folder)
 
 
 def open_adapter(folder: str | Path, dtype: str, *, merge: bool) -> HFModule:
-    """The model of a checkpoint (its ``hf/``) that holds an adapter, on the CPU. ``dtype`` may be ``auto`` (as
-    trained). ``merge`` folds the adapter in, so that a plain model is left.
+    """Load the model of a checkpoint's ``hf/`` folder with an adapter, on the CPU.
+
+    Args:
+        folder: the ``hf/`` folder.
+        dtype: dtype of the model, or ``auto`` for that of training.
+        merge: merge the adapter into the base, which gives a plain model.
 
     Raises:
-        ValueError: the base is gone or another one, or files of the adapter are missing.
+        ValueError: the base is missing or has changed, or files of the adapter are missing.
     """
     folder = Path(folder)
     check_adapter(folder, f"model {folder}")
@@ -232,7 +240,8 @@ def open_adapter(folder: str | Path, dtype: str, *, merge: bool) -> HFModule:
 
 
 def _open_base(folder: Path, dtype: str, placement: Placement = WHOLE) -> HFModule:
-    """The base with the parts trained beside the adapter, and the adapter's pruning and generation settings."""
+    """Load the base with the parts that were trained in addition to the adapter, and the checkpoint's pruning and
+    generation settings."""
     base = Base.read(folder)
     base.check(str(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -262,17 +271,17 @@ def _load_adapter(model: HFModule, folder: Path) -> None:
 
 
 def adapter_plan(model: HFModule) -> Plan:
-    """The files with what was trained: the adapter as PEFT reads it, a method's parameters, and the parts beside them
-    under their published names."""
+    """Plan the files of the trained tensors: the adapter in PEFT's format, the method's parameters, and other trained
+    parts under their published names."""
     adapted = adapted_of(model)
     assert adapted is not None
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     name_of = {id(parameter): name for name, parameter in trained.items()}
-    own = get_peft_model_state_dict(model, trained, ADAPTER, save_embedding_layers=False)
+    adapter = get_peft_model_state_dict(model, trained, ADAPTER, save_embedding_layers=False)
     learned = {match[0].lstrip("."): name for name in trained if (match := LEARNED_NAME.search(name))}
     files = {
         FILE: learned,
-        WEIGHTS: {PREFIX + name: name_of[id(parameter)] for name, parameter in own.items()},
+        WEIGHTS: {PREFIX + name: name_of[id(parameter)] for name, parameter in adapter.items()},
         TRAINED: {adapted.names[name]: name for name in trained if name in adapted.names},
     }
     return Plan(
@@ -285,16 +294,17 @@ def adapter_plan(model: HFModule) -> Plan:
 
 
 def write_adapter_settings(model: HFModule, folder: Path) -> None:
-    """Write all of an adapter's export but what was trained and the processor: its settings, and the base's name."""
+    """Write the export of an adapter without its trained tensors and the processor: settings and the record of the
+    base."""
     adapted = adapted_of(model)
     assert adapted is not None
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(adapted.extra, adapted.names, folder / EXTRA)
     config: LoraConfig = model.peft_config[ADAPTER]
-    # With more than the adapter needed, a loader that knows PEFT's files alone must not find a base by itself.
-    more = adapter_plan(model).files.keys() - {WEIGHTS}
-    alone = not more and not adapted.extra and list(adapted.base.sha256) == ["path"]
-    config.base_model_name_or_path = adapted.base.model["path"] if alone else None
+    # If more than the adapter is needed, loaders that read only PEFT's files must not find a base.
+    other_files = adapter_plan(model).files.keys() - {WEIGHTS}
+    is_complete = not other_files and not adapted.extra and list(adapted.base.sha256) == ["path"]
+    config.base_model_name_or_path = adapted.base.model["path"] if is_complete else None
     config.save_pretrained(str(folder))
     adapted.base.write(folder)
     model.config.save_pretrained(folder)

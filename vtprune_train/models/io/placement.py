@@ -1,8 +1,9 @@
-"""Where parameters go while a model is built: kept whole in memory, or cut among ranks one by one.
+"""Placement of parameters while a model is built: kept whole in memory, or partitioned across ranks one by one.
 
 The functions of this package build a model the same way in both cases. They call :meth:`Placement.place` for a
-parameter as soon as it has its values, and touch one that may be cut only inside :meth:`Placement.whole`. The placement
-that cuts is :class:`vtprune_train.training.engine.sharded.Sharded`.
+parameter as soon as it has its values, and access parameters that may be partitioned only inside
+:meth:`Placement.whole`. :class:`vtprune_train.training.engine.sharded.Sharded` is the placement that partitions
+parameters.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ SHAPE = "whole_shape"  # on a parameter
 
 
 class Placement:
-    """Keeps every parameter whole; ``sharded`` says whether it does not."""
+    """Keeps every parameter whole. Subclasses that partition parameters set ``sharded``."""
 
     sharded = False
 
     def place(self, parameter: nn.Parameter) -> None:
-        """Take over a parameter that has its values. All ranks call this for the same parameters in the same order;
-        rank 0's values count."""
+        """Place a parameter that has its values. All ranks call this for the same parameters in the same order; the
+        values of rank 0 are used."""
 
     def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Within it the parameters are whole, on the CPU where they are cut otherwise; every rank calls this, and
-        changes that all ranks make are kept."""
+        """A context in which the parameters are whole; partitioned ones are gathered to the CPU. Every rank enters it,
+        and changes that all ranks make are kept."""
         return nullcontext()
 
     def libraries_gather(self) -> AbstractContextManager[None]:
-        """Within it a library that gathers the parameters it reads knows that it must."""
+        """A context in which libraries that can gather partitioned parameters do so."""
         return nullcontext()
 
 
@@ -47,18 +48,18 @@ def placement_of(model: HFModule) -> Placement:
 
 
 def place_all(model: HFModule, placement: Placement) -> None:
-    """Place what is not placed yet, and remember the placement on the model."""
+    """Place the parameters that are not placed yet, and store the placement on the model."""
     model.__dict__[PLACEMENT] = placement
     for parameter in model.parameters():
         placement.place(parameter)
 
 
 def note_shapes(model: nn.Module) -> None:
-    """Remember the shapes of parameters that are about to be cut."""
+    """Store the shapes of parameters before they are partitioned."""
     for parameter in model.parameters():
         setattr(parameter, SHAPE, whole_shape(parameter))
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of a parameter, cut or not."""
+    """The full shape of a parameter, partitioned or not."""
     return getattr(parameter, SHAPE, parameter.shape)

@@ -1,9 +1,9 @@
-"""The processor of a model: image processor, tokenizer and settings, the same in training and in inference.
+"""Builds the processor of a model (image processor, tokenizer, settings), the same in training and inference.
 
-It is put together from its parts, because transformers' ``AutoProcessor`` also builds a video processor for some
-families, which needs torchvision. Images are always processed by the PIL backend, whether torchvision is installed or
-not, so that a model is asked with the pixels that it was trained on. The settings of a checkpoint's video processor are
-carried over to what is saved, where ``AutoProcessor`` finds them.
+It is built from its parts, because transformers' ``AutoProcessor`` also builds a video processor for some families,
+which requires torchvision. Images are always processed by the PIL backend, even if torchvision is installed, so that
+inference uses the same pixels as training. The settings of a checkpoint's video processor are saved with the processor,
+where ``AutoProcessor`` finds them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top 5.17 wants torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # exported only with torchvision in 5.17
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import cached_file
 
@@ -34,7 +34,7 @@ IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
 
 
 def open_processor(folder: str, config: PreTrainedConfig) -> Any:
-    """The processor that belongs to a model in a Hugging Face folder or on the hub.
+    """The processor of a model in a Hugging Face folder or on the hub.
 
     Raises:
         ValueError: there is no readable tokenizer, it has no image token, or a file of the processor is damaged.
@@ -49,11 +49,17 @@ def open_processor(folder: str, config: PreTrainedConfig) -> Any:
 def build_processor(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None, max_pixels: int | None = None
 ) -> Any:
-    """The processor of a model; ``path``, the checkpoint that it came from, brings settings that are kept.
+    """The processor of a model.
 
-    What decides how many tokens an image has (``patch_size``, ``vision_feature_select_strategy``,
-    ``num_additional_image_tokens``, ...) comes from the model's config; checkpoints saved by old versions of
-    transformers lack these settings, and the model would refuse other counts.
+    Settings that determine the number of visual tokens (``patch_size``, ``vision_feature_select_strategy``,
+    ``num_additional_image_tokens``, ...) come from the model's config: checkpoints of old versions of transformers lack
+    them, and the model would refuse other token counts.
+
+    Args:
+        config: the model's config.
+        tokenizer: the model's tokenizer.
+        path: the model's checkpoint, whose other settings are used.
+        max_pixels: see :func:`build_image_processor`.
 
     Raises:
         ValueError: a file of the processor is damaged, or the tokenizer lacks a token that the processor needs.
@@ -69,14 +75,13 @@ def build_processor(
         processor = processor_class.from_args_and_dict(arguments, settings)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"a {processor_class.__name__} cannot be made from the files in {path} ({first_line(error)}); use the "
+            f"cannot build a {processor_class.__name__} from the files in {path} ({first_line(error)}); use the "
             f"tokenizer and the processor files of this {config.model_type} checkpoint"
         ) from error
     image_token = getattr(processor, "image_token", None)
     if image_token is not None and image_token not in tokenizer.get_vocab():
         raise ValueError(
-            f"model {path}: its tokenizer has no {image_token}, which stands for images; save the model's "
-            "own tokenizer with it"
+            f"model {path}: its tokenizer has no image token {image_token}; save the model's original tokenizer with it"
         )
     if processor.chat_template is None:
         processor.chat_template = getattr(tokenizer, "chat_template", None)
@@ -85,12 +90,12 @@ def build_processor(
 
 
 def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels: int | None = None) -> Any:
-    """The image processor of the checkpoint at ``path``, or the family's usual one for this config. ``max_pixels``
-    shrinks images that have more, for families that take images of any size.
+    """The image processor of the checkpoint at ``path``, or the family's default for this config. Images of more than
+    ``max_pixels`` are downsized, in families that support images of any size.
 
     Raises:
-        ValueError: ``max_pixels`` for a family whose images have fixed sizes, or below the least size; or the
-            checkpoint's own cannot be read.
+        ValueError: ``max_pixels`` is set for a family with fixed image sizes or is below the smallest size; or the
+            checkpoint's image processor cannot be read.
     """
     path = None if path is None else resolve_checkpoint(path)
     image_processor = saved_image_processor(path)
@@ -103,34 +108,36 @@ def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels
     if pinpoints is not None and hasattr(image_processor, "image_grid_pinpoints"):
         pinpoints = [list(point) for point in pinpoints]
         if [list(point) for point in image_processor.image_grid_pinpoints] != pinpoints:
-            log.warning("%s: image_grid_pinpoints of the image processor differ from the model's, which are used", path)
+            log.warning("%s: using the model's image_grid_pinpoints, which the image processor's differ from", path)
         image_processor.image_grid_pinpoints = pinpoints
     if max_pixels is not None:
         size = dict(image_processor.size)
         if "longest_edge" not in size:
             raise ValueError(
-                f"model.max_pixels={max_pixels} is for models that take images of any size; those of a "
-                f"{config.model_type} are fixed: leave it null"
+                f"model.max_pixels={max_pixels} is for models that support images of any size; a {config.model_type} "
+                "has fixed image sizes: set it to null"
             )
         if max_pixels < size["shortest_edge"]:
-            raise ValueError(f"model.max_pixels={max_pixels} is below the least size, {size['shortest_edge']} pixels")
+            raise ValueError(
+                f"model.max_pixels={max_pixels} is below the smallest size, {size['shortest_edge']} pixels"
+            )
         image_processor.size = {**size, "longest_edge": max_pixels}
     return image_processor
 
 
-def _fitting(saved: Any, usual: Any, classes: tuple[str, ...] | None, path: str | None) -> Any:
-    """The saved image processor where the family can use it, with a warning where it cannot."""
+def _fitting(saved: Any, default: Any, classes: tuple[str, ...] | None, path: str | None) -> Any:
+    """The saved image processor if the family supports it; otherwise the ``default`` one, with a warning."""
     name = None if saved is None else type(saved).__name__.removesuffix("Pil")
     if saved is not None and (classes is None or name in classes):
         return saved
     if path is not None:
-        found = f"its image processor is a {name}" if name else "there is no image processor"
-        log.warning("%s: %s; one is built from the model's config, a %s", path, found, type(usual).__name__)
-    return usual
+        reason = f"its image processor is a {name}" if name else "it has no image processor"
+        log.warning("%s: %s; using a %s built from the model's config", path, reason, type(default).__name__)
+    return default
 
 
 def saved_image_processor(path: str | None) -> Any:
-    """The image processor of a checkpoint, by PIL; ``None`` if there is none."""
+    """The image processor of a checkpoint with the PIL backend; ``None`` if there is none."""
     if "image_processor" not in (read_settings(path, PROCESSOR_FILE) or {}) and read_settings(path, IMAGE_FILE) is None:
         return None
     try:
@@ -140,8 +147,8 @@ def saved_image_processor(path: str | None) -> Any:
 
 
 def read_settings(path: str | None, name: str, *, offline: bool = False) -> dict[str, Any] | None:
-    """A JSON file of a folder or of a repository on the hub (with ``offline``, of its cache alone); ``None`` if it is
-    not there.
+    """Read a JSON file of a folder or of a repository on the hub (with ``offline``, only from the cache); ``None`` if
+    it does not exist.
 
     Raises:
         ValueError: it is damaged.
@@ -162,7 +169,8 @@ def read_settings(path: str | None, name: str, *, offline: bool = False) -> dict
 
 
 def _processor_settings(path: str | None, saved: dict[str, Any] | None) -> dict[str, Any]:
-    """What ``processor_config.json`` and the chat template's file say, without the parts that have their own files."""
+    """Settings of ``processor_config.json`` and of the chat template's file, without parts that have their own
+    files."""
     if path is None:
         return {}
     try:
@@ -175,8 +183,8 @@ def _processor_settings(path: str | None, saved: dict[str, Any] | None) -> dict[
 
 
 def _counting(config: PreTrainedConfig, saved: dict[str, Any] | None, path: str | None) -> dict[str, Any]:
-    """The settings that tokens are counted by, from the model's config; says which of them the files lack or differ
-    in."""
+    """The settings that determine token counts, from the model's config; logs those that the files lack or that
+    differ."""
     family = family_of_type(config.model_type)
     settings = {} if family is None else family.counting(config)
     if path is None:
@@ -188,27 +196,29 @@ def _counting(config: PreTrainedConfig, saved: dict[str, Any] | None, path: str 
         if saved is not None and saved.get(key) not in (None, value)
     ]
     if missing:
-        log.info("%s: the processor lacks settings, taken from the model's config: %s", path, ", ".join(missing))
+        log.info(
+            "%s: settings missing in the processor are taken from the model's config: %s", path, ", ".join(missing)
+        )
     if other:
-        log.warning("%s: settings of the processor do not fit the model; used are %s", path, ", ".join(other))
+        log.warning("%s: settings of the processor do not fit the model; using %s", path, ", ".join(other))
     return settings
 
 
 def _video_settings(
     path: str | None, saved: dict[str, Any] | None, image_processor: Any, config: PreTrainedConfig
 ) -> dict[str, Any] | None:
-    """What transformers' video processor for this checkpoint is made from, in the order in which it looks."""
+    """Settings of the checkpoint's video processor, looked up in the same order as in transformers."""
     if saved is not None and "video_processor" in saved:
         return saved["video_processor"]
-    found = read_settings(path, VIDEO_FILE) or read_settings(path, IMAGE_FILE)
-    if found is None:
-        found = json.loads(image_processor.to_json_string())
-    return {name: value for name, value in found.items() if name != "processor_class"}
+    settings = read_settings(path, VIDEO_FILE) or read_settings(path, IMAGE_FILE)
+    if settings is None:
+        settings = json.loads(image_processor.to_json_string())
+    return {name: value for name, value in settings.items() if name != "processor_class"}
 
 
 @cache
 def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A processor class that has no video processor, by the same name; the class itself where it has none."""
+    """A processor class of the same name without a video processor; ``processor_class`` itself if it has none."""
     attributes = processor_class.get_attributes()
     if "video_processor" not in attributes:
         return processor_class
@@ -220,7 +230,7 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
 
         def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **keywords: Any) -> BatchFeature:
             if videos is not None:
-                raise ValueError("videos are not processed here; pass their frames as images")
+                raise ValueError("videos are not supported; pass their frames as images")
             return super().__call__(images=images, text=text, **keywords)
 
         def to_dict(self) -> dict[str, Any]:
@@ -228,7 +238,7 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
             video = self.__dict__.get("_video_settings")
             return settings if video is None else {**settings, "video_processor": video}
 
-        def __reduce__(self) -> Any:  # pickle finds no class that was made in a function
+        def __reduce__(self) -> Any:  # pickle cannot find a class that was defined in a function
             return _empty, (processor_class,), self.__dict__
 
     ImagesOnly.__name__ = ImagesOnly.__qualname__ = processor_class.__name__
@@ -236,6 +246,6 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
 
 
 def _empty(processor_class: type[ProcessorMixin]) -> ProcessorMixin:
-    """An instance whose attributes pickle fills in."""
+    """An empty instance, for unpickling."""
     made: ProcessorMixin = object.__new__(_without_videos(processor_class))  # type: ignore[arg-type]
     return made

@@ -1,8 +1,8 @@
-"""The model that an adapter stands on: named with the hash of its weights, checked, and made again from that name.
+"""The base model of an adapter: recorded with the hash of its weights, verified, and rebuilt from the record.
 
-``base.json`` names a checkpoint, or the language model and the tower that it was put together from.
-``base_extra.safetensors`` holds what of the base is in none of them and is not trained: a projector that came from
-elsewhere, rows of embeddings that were added for the image token.
+``base.json`` names a checkpoint, or the language model and the vision tower that the base was built from.
+``base_extra.safetensors`` has the tensors of the base that are in none of these and are not trained: a projector from
+another checkpoint, embedding rows added for the image token.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ ROWS = re.compile(r"^(.*)\[(\d+):\]$")
 
 @dataclass(frozen=True)
 class Base:
-    """What ``base.json`` says.
+    """The content of ``base.json``.
 
     Args:
-        model: the keys of the YAML's ``model`` section that make the base.
-        sha256: for each key that names weights, their hash, see :func:`weights_digest`.
+        model: keys of the ``model`` section of the settings that define the base.
+        sha256: hash of the weights for each key that names weights, see :func:`weights_digest`.
         peft: the adapter's settings.
-        trained: the parts that are trained, ``lora`` among them.
-        dtype: that of training.
+        trained: the trained parts, including ``lora``.
+        dtype: dtype of training.
     """
 
     model: dict[str, Any]
@@ -60,10 +60,10 @@ class Base:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Base:
-        """The record of a base that is there.
+        """The record of a run's base.
 
         Raises:
-            ValueError: its weights are not there.
+            ValueError: its weights are missing.
         """
         keys = ("path",) if config.path is not None else ("language_model", "vision_tower")
         sources = {key: resolve_checkpoint(getattr(config, key)) for key in keys}
@@ -75,26 +75,26 @@ class Base:
 
     @classmethod
     def kept(cls, folder: Path, config: ModelConfig) -> Base:
-        """The record of a base that is kept whole in ``folder``."""
+        """The record of a base that is saved completely in ``folder``."""
         model = {"path": str(folder.resolve())}
         return cls(model, {"path": weights_digest(str(folder))}, **_how_it_is_trained(config))
 
     def trained_by(self, config: ModelConfig) -> Base:
-        """The same base under another run's adapter."""
+        """The record of the same base for the adapter of another run."""
         return replace(self, **_how_it_is_trained(config))
 
     @classmethod
     def read(cls, folder: Path) -> Base:
-        """The record in ``folder``; paths in it that are relative are so to the folder.
+        """Read the record in ``folder``; relative paths in it are relative to the folder.
 
         Raises:
-            ValueError: there is none that can be read.
+            ValueError: it is missing or cannot be read.
         """
         try:
-            found = json.loads((folder / RECORD).read_text())
-            if found.pop("format") != FORMAT:
+            content = json.loads((folder / RECORD).read_text())
+            if content.pop("format") != FORMAT:
                 raise ValueError("written by a newer version")
-            base = cls(**found)
+            base = cls(**content)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{folder / RECORD}, which names the base model, cannot be read ({error})") from error
         model = {
@@ -104,38 +104,38 @@ class Base:
         return replace(base, model=model)
 
     def write(self, folder: Path) -> None:
-        """Write the record; a base that is kept in the same run is named relative to ``folder``."""
-        found = asdict(self) | {"format": FORMAT}
+        """Write the record. The path of a base in the same run is written relative to ``folder``."""
+        content = asdict(self) | {"format": FORMAT}
         run = folder.parent if folder.name == "base" else folder.resolve().parents[2]
         for key in self.sha256:
             source = Path(self.model[key])
             if source.is_dir() and source.resolve().is_relative_to(run.resolve()):
                 relative = os.path.relpath(source.resolve(), folder.resolve())
-                found["model"][key] = relative if relative.startswith(".") else f"./{relative}"
-        (folder / RECORD).write_text(json.dumps(found, indent=1))
+                content["model"][key] = relative if relative.startswith(".") else f"./{relative}"
+        (folder / RECORD).write_text(json.dumps(content, indent=1))
 
     def check(self, holder: str) -> None:
-        """Compare hashes with what is there, for the adapter ``holder``.
+        """Verify the hashes of the base's weights, for the adapter ``holder``.
 
         Raises:
-            ValueError: the base is gone or another one, naming both.
+            ValueError: the base is missing or has changed; names both.
         """
         for key, recorded in self.sha256.items():
             try:
-                found = weights_digest(self.model[key])
+                digest = weights_digest(self.model[key])
             except ValueError as error:
                 raise ValueError(
-                    f"{holder} is an adapter, and its base model {self.model[key]} (SHA-256 {recorded}) is gone: "
-                    f"{error}. Put it back, or a link to it"
+                    f"{holder} is an adapter, and its base model {self.model[key]} (SHA-256 {recorded}) is missing: "
+                    f"{error}. Restore it there, or make a link to it"
                 ) from error
-            if found != recorded:
+            if digest != recorded:
                 raise ValueError(
                     f"{holder} is an adapter trained on {self.model[key]} with SHA-256 {recorded}, but the weights "
-                    f"there have {found} now; put the original back"
+                    f"there have {digest} now; restore the original weights"
                 )
 
     def build(self, dtype: str, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
-        """The base in ``dtype``, without its extra tensors."""
+        """Build the base in ``dtype``, without its extra tensors."""
         return build_model(ModelConfig(**self.model, dtype=dtype), tokenizer, placement)  # type: ignore[arg-type]
 
 
@@ -145,8 +145,8 @@ def _how_it_is_trained(config: ModelConfig) -> dict[str, Any]:
 
 
 def weights_digest(source: str) -> str:
-    """SHA-256 of the weights of a folder or of a hub id in the cache: of the lines that
-    ``LC_ALL=C sha256sum *.safetensors`` prints in its folder (``*.bin`` where there are none). Read once a process.
+    """SHA-256 of the weights of a folder or a cached hub id: the hash of the output of
+    ``LC_ALL=C sha256sum *.safetensors`` in the folder (``*.bin`` without safetensors). Computed once per process.
 
     Raises:
         ValueError: there are no weights.
@@ -166,7 +166,7 @@ def _digest(files: tuple[Path, ...], stamp: tuple[tuple[int, int], ...]) -> str:
 
 
 def weight_files(source: str) -> list[Path]:
-    """A model's weights files, by name.
+    """The weight files of a model, sorted by name.
 
     Raises:
         ValueError: there are none.
@@ -174,10 +174,10 @@ def weight_files(source: str) -> list[Path]:
     folder = Path(source)
     if not folder.is_dir():
         try:
-            found = cached_file(source, "config.json")
+            config = cached_file(source, "config.json")
         except (OSError, ValueError) as error:
             raise ValueError(f"no such folder, nor a model of the hub ({first_line(error)})") from error
-        folder = Path(str(found)).parent
+        folder = Path(str(config)).parent
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
@@ -185,18 +185,18 @@ def weight_files(source: str) -> list[Path]:
 
 
 def published_names(model: HFModule) -> dict[str, str]:
-    """Names of a plain model's tensors in published checkpoints, by their names in memory."""
-    own = model.state_dict()
-    name_of = {id(tensor): name for name, tensor in own.items()}
-    saved = revert_weight_conversion(model, own)
+    """Names of a model's tensors in published checkpoints, by their names in memory; for a model without an adapter."""
+    state = model.state_dict()
+    name_of = {id(tensor): name for name, tensor in state.items()}
+    saved = revert_weight_conversion(model, state)
     assert all(id(tensor) in name_of for tensor in saved.values()), "published tensors differ by more than their names"
     return {name_of[id(tensor)]: published for published, tensor in saved.items()}
 
 
 def extra_tensors(model: HFModule, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """What of a base is in none of its sources and is not trained, on the CPU; rows that were added to a tensor are
-    called ``name[first:]``."""
-    found: dict[str, torch.Tensor] = {}
+    """The tensors of a base that are in none of its sources and are not trained, on the CPU. Rows added to a tensor
+    have the name ``name[first:]``."""
+    extra: dict[str, torch.Tensor] = {}
     _, loop = family_of_config(model.config)
     keeps_projector = "projector" not in config.train and (config.path is None or config.projector is not None)
     rows = load_model_config(config).text_config.vocab_size
@@ -204,11 +204,11 @@ def extra_tensors(model: HFModule, config: ModelConfig) -> dict[str, torch.Tenso
     for name, parameter in model.named_parameters():
         if keeps_projector and name.startswith(loop.projector):
             with placement_of(model).whole([parameter]):
-                found[name] = parameter.detach().cpu().clone()
+                extra[name] = parameter.detach().cpu().clone()
         elif id(parameter) in tables and whole_shape(parameter)[0] > rows:
             with placement_of(model).whole([parameter]):
-                found[f"{name}[{rows}:]"] = parameter.detach()[rows:].cpu().clone()
-    return found
+                extra[f"{name}[{rows}:]"] = parameter.detach()[rows:].cpu().clone()
+    return extra
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:
@@ -217,18 +217,18 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], names: dict[str, str], path: Path) -> None:
-    """Write tensors under their published names; nothing where there are none."""
+    """Write tensors under their published names, if there are any."""
     if tensors:
         renamed = {_renamed(name, names): tensor.contiguous() for name, tensor in tensors.items()}
         save_file(renamed, path, metadata={"format": "pt"})
 
 
 def load_tensors(path: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """What :func:`save_tensors` wrote, under the names in memory; empty where there is no file."""
+    """Read tensors that :func:`save_tensors` wrote, by their names in memory; empty without a file."""
     if not path.is_file():
         return {}
-    own = {published: name for name, published in names.items()}
-    return {_renamed(name, own): tensor for name, tensor in load_file(path).items()}
+    in_memory = {published: name for name, published in names.items()}
+    return {_renamed(name, in_memory): tensor for name, tensor in load_file(path).items()}
 
 
 @torch.no_grad()
@@ -238,10 +238,10 @@ def lay_over(model: HFModule, tensors: dict[str, torch.Tensor], place: str) -> N
     Raises:
         ValueError: the shapes differ.
     """
-    own = model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         rows = ROWS.match(name)
-        parameter = own[rows[1] if rows else name]
+        parameter = state[rows[1] if rows else name]
         with placement_of(model).whole([parameter]):
             target = parameter.data[int(rows[2]) :] if rows else parameter.data
             if target.shape != tensor.shape:

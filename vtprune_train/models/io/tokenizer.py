@@ -1,4 +1,4 @@
-"""The tokenizer of a model: loaded or trained, with the image token, and keeping its ids when it is saved."""
+"""Loads or trains the tokenizer of a model, with the image token, and ensures that saving it preserves its ids."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ PROBES = ("A cat.", " A cat", "\nWhat?  Two\n\ncats", "1234 é 你好", "it's   
 def load_tokenizer(
     config: ModelConfig, texts: Texts, folder: Path, *, offline: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the family's image token as one token (``<image>`` is added where it is missing).
+    """The tokenizer, with the family's image token as one token (``<image>`` is added if it is missing).
 
-    A model made from sizes that names no tokenizer gets one trained on ``texts``, kept in ``folder`` and read from
-    there afterwards. ``offline`` asks no hub (dry runs).
+    Args:
+        config: the ``model`` section of the settings.
+        texts: returns texts to train a tokenizer on, for a model from sizes without a tokenizer.
+        folder: folder of a tokenizer that was trained earlier.
+        offline: do not access the hub (dry runs).
 
     Raises:
-        ValueError: there is no tokenizer, or not one of this family.
+        ValueError: there is no tokenizer, or it does not fit the family.
     """
     source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
     if source is not None:
@@ -54,20 +57,20 @@ def _ensure_image_token(tokenizer: PreTrainedTokenizerBase, family: Family, loop
         return
     if loop.image_token != IMAGE:
         raise ValueError(
-            f"the tokenizer in {source} has no {loop.image_token}, which stands for images in a {family.model_type}; "
-            "set model.tokenizer to this checkpoint's own"
+            f"the tokenizer in {source} has no {loop.image_token}, the image token of a {family.model_type}; set "
+            "model.tokenizer to that of the checkpoint"
         )
     add_image_token(tokenizer)
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make ``<image>`` one token, if it is none."""
+    """Add ``<image>`` as a token, if it is missing."""
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens."""
+    """Train a byte-level BPE tokenizer of at most ``vocab_size`` tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -89,50 +92,51 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def lasting(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, or one with the same ids that keeps them when it is saved beside ``config`` and opened again.
+    """The tokenizer, or an equivalent one that has the same ids after it is saved with ``config`` and loaded again.
 
-    Some classes of transformers build their tokenizer again from vocabulary and merges and do not save every setting
-    that they were made with (``LlamaTokenizer`` forgets ``legacy``).
+    Some classes of transformers rebuild the tokenizer from vocabulary and merges and do not save all of their settings
+    (``LlamaTokenizer`` does not save ``legacy``).
 
     Raises:
-        ValueError: it is opened with other ids in any case.
+        ValueError: the ids differ after saving and loading in any case.
     """
     expected = _probe(tokenizer, tokenizer)
     if _probe(_reopened(tokenizer, config), tokenizer) == expected:
         return tokenizer
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        kept = _as_file(tokenizer)
-        if _probe(_reopened(kept, config), tokenizer) == expected:
-            return kept
+        fast = _as_fast(tokenizer)
+        if _probe(_reopened(fast, config), tokenizer) == expected:
+            return fast
     raise ValueError(
-        f"the tokenizer ({type(tokenizer).__name__}) gives other ids after it was saved and opened again, so the model "
+        f"the tokenizer ({type(tokenizer).__name__}) gives other ids after it is saved and loaded again, so the model "
         "would be prompted with ids that it was not trained on; save it as a PreTrainedTokenizerFast and set "
         "model.tokenizer to that folder"
     )
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, marks_of: PreTrainedTokenizerBase) -> list[list[int]]:
-    marks = [token for token in (marks_of.bos_token, marks_of.eos_token, *marks_of.all_special_tokens[-2:]) if token]
-    texts = [*PROBES, *(mark.join(("", *PROBES, "")) for mark in marks)]
+def _probe(tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of test texts, also with special tokens of ``original`` between them."""
+    special = [token for token in (original.bos_token, original.eos_token, *original.all_special_tokens[-2:]) if token]
+    texts = [*PROBES, *(token.join(("", *PROBES, "")) for token in special)]
     return [tokenizer.encode(text, add_special_tokens=added) for text in texts for added in (False, True)]
 
 
 def _reopened(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        # The class that opens it depends on the model beside it.
+        # The class that AutoTokenizer chooses depends on the model in the folder.
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": config.model_type}))
         return AutoTokenizer.from_pretrained(folder)
 
 
-def _as_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
-    """The same tokenizer in the class that opens ``tokenizer.json`` as it is."""
-    left_out = ("vocab", "merges", "backend", "tokenizer_object", "tokenizer_file", "vocab_file", "merges_file")
-    settings: dict[str, Any] = {key: value for key, value in tokenizer.init_kwargs.items() if key not in left_out}
+def _as_fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """The same tokenizer as a ``PreTrainedTokenizerFast``, which loads ``tokenizer.json`` without changes."""
+    skipped = ("vocab", "merges", "backend", "tokenizer_object", "tokenizer_file", "vocab_file", "merges_file")
+    settings: dict[str, Any] = {key: value for key, value in tokenizer.init_kwargs.items() if key not in skipped}
     named = tokenizer.special_tokens_map
     others = [token for token in tokenizer.all_special_tokens if token not in named.values()]
-    kept = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, **{**settings, **named, "additional_special_tokens": others}
     )
-    kept.chat_template, kept.padding_side = tokenizer.chat_template, tokenizer.padding_side
-    return kept
+    fast.chat_template, fast.padding_side = tokenizer.chat_template, tokenizer.padding_side
+    return fast

@@ -1,4 +1,4 @@
-"""A folder of weights, before it is opened: its files are tensors alone, and of the folder."""
+"""Checks a folder of weights before it is loaded: files contain only tensors, and all of them are in the folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from vtprune_train.files import pickles
 from vtprune_train.files.parse import read_json_object
 
-ATTENTION = "attn_implementation"  # also with underscores around, and in the settings of a model's parts
+ATTENTION = "attn_implementation"  # also with underscores around it, and in sections of a config
 
 
 def check_weights(folder: str, place: str) -> None:
-    """Look at the weights that transformers is about to read. A hub id passes, whose files are read by the restricted
-    unpickler in any case.
+    """Check the weights that transformers will load. Hub ids are not checked: the restricted unpickler reads their
+    files.
 
     Raises:
-        ValueError: an index names a file outside the folder, or a file of weights or an adapter's settings name code.
+        ValueError: an index names a file outside the folder, or a weight file or adapter settings name code.
     """
     check_adapter(Path(folder), place)
     for file in _weights_files(Path(folder)):
@@ -30,7 +30,7 @@ def check_weights(folder: str, place: str) -> None:
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """What transformers or PEFT may choose among, whatever lies beside it."""
+    """All files that transformers or PEFT may load weights from."""
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     for index in sorted(folder.glob("*.index.json")):
@@ -43,8 +43,8 @@ def _weights_files(folder: Path) -> list[Path]:
 
 
 def hub_kernels(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Kernels of the hub that the settings of a model name as their attention, as ``key, value``; ``a.b`` is ``b`` in
-    the section ``a``. Attention that is part of transformers or of this package has no slash in its name."""
+    """Attention kernels of the hub that a model's config names, as ``(key, value)``; ``a.b`` is ``b`` in the section
+    ``a``. Names of attention functions in transformers and in this package have no slash."""
     if isinstance(content, dict):
         for name, value in content.items():
             yield from hub_kernels(value, f"{key}.{name}" if key else name)
@@ -56,10 +56,10 @@ def hub_kernels(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check_adapter(folder: Path, place: str) -> None:
-    """Look at the settings that PEFT is about to read: it imports the module that ``megatron_core`` names.
+    """Check the settings that PEFT will read: it imports the module that ``megatron_core`` names.
 
     Raises:
-        ValueError: they are damaged or name one.
+        ValueError: the settings are damaged or name such a module.
     """
     file = folder / "adapter_config.json"
     if file.is_file() and read_json_object(file).get("megatron_config"):
@@ -69,10 +69,10 @@ def check_adapter(folder: Path, place: str) -> None:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file of a folder holds a tensor, from its ``*.index.json``.
+    """The file of each tensor in a folder, from its ``*.index.json``.
 
     Raises:
-        ValueError: it is damaged, or names a file that is not of the folder.
+        ValueError: the index is damaged, or names a file outside the folder.
     """
     try:
         files: dict[str, str] = json.loads(index.read_text())["weight_map"]

@@ -27,7 +27,7 @@ from vtprune_train.models.io.export import EXPORT, UNEXPORTED, Plan, write_weigh
 from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.checkpoint import manifest
 from vtprune_train.training.checkpoint.writing import Entries, Save, write_file
-from vtprune_train.training.distributed import from_rank_0, gather, rank, told_by
+from vtprune_train.training.distributed import from_rank_0, gather, raised_on, rank
 from vtprune_train.training.engine.engine import Engine
 from vtprune_train.training.engine.files import DeepSpeedFiles, weight
 from vtprune_train.training.engine.layout import layout_name
@@ -63,6 +63,7 @@ class TrainerState:
     dtype: str = ""  # empty if an older version wrote the checkpoint
     optimizer: str = "adamw"  # of all older versions
     pruning: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # what their state_dict() returned on rank 0, by name
 
 
 class CheckpointFolder:
@@ -175,7 +176,7 @@ class CheckpointFolder:
         from_rank_0(lambda: shutil.rmtree(save.partial, ignore_errors=True))
         step = manifest.step_of(save.partial)
         message = f"the checkpoint of step {step} could not be written: {joined(errors)}. {self._how_to_continue()}"
-        raise told_by([bool(error) for error in errors].index(True), CheckpointError(message))
+        raise raised_on([bool(error) for error in errors].index(True), CheckpointError(message))
 
     def settle(self) -> None:
         """Wait for the save in progress without other ranks, because the run ends with an error that they may not know
@@ -211,7 +212,7 @@ class CheckpointFolder:
                 f"{manifest.step_of(partial)} needs {needed / 1e9:.2f} GB; nothing was written. "
                 f"{self._how_to_continue()}"
             )
-            raise told_by(0, CheckpointError(message))
+            raise raised_on(0, CheckpointError(message))
 
     def _publish(self, partial: Path, entries: Entries) -> None:
         others = (name for name in manifest.files_in(partial) if name not in entries)

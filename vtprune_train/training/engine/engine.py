@@ -16,7 +16,6 @@ from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import gradients, reshard, state
 from vtprune_train.training.engine.files import SavedState
 from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of
-from vtprune_train.training.engine.monitors import Monitors
 from vtprune_train.training.muon import Matrix, Muon, Stretch
 from vtprune_train.training.optimizer import OptimizerSpec, bytes_per_element
 
@@ -37,7 +36,6 @@ class Engine:
         device: of this rank.
         zero_stage: 0 to 3.
         dtype: of the forward pass, as in ``model.dtype``.
-        monitors: where scalars are logged.
     """
 
     def __init__(self, deepspeed: Any, spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]):
@@ -47,7 +45,6 @@ class Engine:
         self.zero_stage = int(deepspeed.zero_optimization_stage())
         half = "bfloat16" if deepspeed.bfloat16_enabled() else "float16" if deepspeed.fp16_enabled() else ""
         self.dtype = half or "float32"
-        self.monitors = Monitors(deepspeed.monitor)
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         self._groups = {names[parameter]: group for group in groups for parameter in group["params"]}
         if isinstance(self._inner, Muon):

@@ -22,9 +22,6 @@ ENGINE = {
     "global_steps": "reshard: counter restored from the checkpoint",
     "global_samples": "reshard: counter restored from the checkpoint",
     "skipped_steps": "reshard: counter restored from the checkpoint",
-    "monitor.enabled": "monitors: whether any is enabled",
-    "monitor.tb_monitor": "monitors: TensorBoard's; None on other ranks or if disabled",
-    "monitor.write_events": "monitors: writes scalars to all of them",
 }
 ZERO = {
     "optimizer": "engine, reshard: the wrapped optimizer, which has the states",
@@ -76,11 +73,6 @@ OFFLOADED = {  # if states are in host memory
     "DeepSpeedZeroOptimizer_Stage3": ("norm_for_param_grads",),
 }
 DYNAMIC = {"min_scale": "engine: smallest loss scale of float16"}  # of a dynamic loss scaler
-BOARD = {  # of TensorBoard's monitor, if enabled
-    "enabled": "monitors: whether TensorBoard is enabled",
-    "summary_writer": "monitors: writes images",
-    "write_events": "monitors: writes scalars to TensorBoard only",
-}
 # Attributes of each trained parameter.
 PARAMETERS: dict[str, dict[str, str]] = {
     "DeepSpeedZeroOptimizer": {"_hp_mapping": "layout: where this rank keeps its part"},
@@ -94,7 +86,6 @@ PARAMETERS: dict[str, dict[str, str]] = {
     },
 }
 MODULES = {
-    "deepspeed.monitor.monitor": ("TensorBoardMonitor", "WandbMonitor", "csvMonitor", "CometMonitor"),
     "deepspeed.runtime.zero.stage_1_and_2": ("INITIAL_MICRO_STEP_ID", "DeepSpeedZeroOptimizer"),
     "deepspeed.runtime.zero.stage3": ("DeepSpeedZeroOptimizer_Stage3",),
 }
@@ -127,8 +118,6 @@ def optimizer_kind(optimizer: Any) -> str | None:
 def _read(engine: Any) -> Iterator[tuple[str, Any, Iterable[str]]]:
     """Yields (name for messages, object, attributes that are used)."""
     yield "DeepSpeedEngine", engine, ENGINE
-    if (board := getattr(getattr(engine, "monitor", None), "tb_monitor", None)) is not None:
-        yield "TensorBoardMonitor", board, BOARD
     kind = optimizer_kind(engine.optimizer)
     if kind is None:
         return

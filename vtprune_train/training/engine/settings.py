@@ -18,11 +18,15 @@ DERIVED_KEYS = {
     "scheduler": "train.schedule",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "tensorboard": "train.trackers",
+    "wandb": "train.trackers",
+    "comet": "train.trackers",
+    "csv_monitor": "train.trackers, and metrics.jsonl has every number",
 }
 # Common keys of a DeepSpeed JSON, for finding typos.
 OFTEN_SET = (
     *DERIVED_KEYS, "zero_optimization", "activation_checkpointing", "data_types", "communication_data_type",
-    "tensorboard", "wall_clock_breakdown", "flops_profiler", "comms_logger", "steps_per_print",
+    "wall_clock_breakdown", "flops_profiler", "comms_logger", "steps_per_print",
     "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "prescale_gradients",
     "gradient_predivide_factor", "aio",
 )  # fmt: skip
@@ -61,7 +65,6 @@ def engine_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 2**62,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "tensorboard": {"enabled": True, "output_path": str(config.run_dir), "job_name": "tensorboard"},
         **settings,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

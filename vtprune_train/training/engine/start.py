@@ -21,7 +21,6 @@ from vtprune_train.models.io.placement import note_shapes
 from vtprune_train.training.distributed import rank
 from vtprune_train.training.engine import private
 from vtprune_train.training.engine.engine import Engine
-from vtprune_train.training.engine.monitors import optional_monitors
 from vtprune_train.training.engine.settings import offloads_optimizer, zero_stage
 from vtprune_train.training.engine.sharded import complete
 from vtprune_train.training.optimizer import OptimizerSpec, bytes_per_element
@@ -129,8 +128,7 @@ def start_engine(
     complete(model)
     optimizer = spec.build(groups)
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
-    with optional_monitors():
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     for name, buffer in engine.module.named_buffers():
         if buffer.dtype != before[name]:
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""What is not finite in a step, and where: every rank runs its micro-batches once more with an eye on every tensor.
+"""Locate non-finite values in a step: every rank reruns its micro-batches while checking every tensor.
 
-The first pass of a step keeps nothing that could tell: activations are gone, and gradients are already averaged over
-ranks. Parameters have not changed since, so the second pass shows the same, unless the fault was a passing one.
+The original pass cannot be inspected afterwards: activations are freed and gradients already averaged. Parameters have
+not changed, so a rerun reproduces the problem unless it was transient.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from vtprune_train.core.stream import PackedBatch
 from vtprune_train.training.engine.layout import own_part
 
-SHOWN = 8  # tensors of a micro-batch and kind that are described; the others are counted
+SHOWN = 8  # maximum number of tensors described per micro-batch and kind; the rest are only counted
 
 
 def statistics(tensor: Tensor) -> dict[str, Any]:
-    """Shape, dtype, how many elements are NaN and infinite, and minimum, maximum and mean of the others."""
+    """Shape, dtype, number of NaN and infinite elements, and min, max and mean of the finite ones."""
     values = tensor.detach()
     finite = values[torch.isfinite(values)].double()
     described: dict[str, Any] = {
@@ -38,7 +38,7 @@ def statistics(tensor: Tensor) -> dict[str, Any]:
 
 
 class Watch:
-    """Looks at inputs, module outputs and gradients while it is open.
+    """Context manager that checks inputs, module outputs and gradients.
 
     ``micro_batches`` then holds, for each forward pass of the model in order, its sample ids, and the tensors that were
     not finite, in the order they came about: inputs, activations, the loss, gradients (of this rank's micro-batch
@@ -73,7 +73,7 @@ class Watch:
 
     def _output_of(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self.forward:  # what is recomputed in the backward pass has been seen
+            if self.forward:  # skip recomputation in backward; these tensors were already checked
                 for tensor in tensors_in(output):
                     self._look("loss" if module is self.module else "activation", name, tensor)
             if module is self.module:
@@ -82,13 +82,13 @@ class Watch:
         return hook
 
     def _look(self, kind: str, name: str, tensor: Tensor) -> None:
-        tensor = tensor.detach()  # nothing of this may be saved for a backward pass
+        tensor = tensor.detach()  # must not be recorded by autograd
         if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
             return
-        seen = self.micro_batches[-1]
-        count = seen["non_finite"][kind] = seen["non_finite"].get(kind, 0) + 1
+        micro_batch = self.micro_batches[-1]
+        count = micro_batch["non_finite"][kind] = micro_batch["non_finite"].get(kind, 0) + 1
         if count <= SHOWN:
-            seen["tensors"].append({"kind": kind, "name": name, **statistics(tensor)})
+            micro_batch["tensors"].append({"kind": kind, "name": name, **statistics(tensor)})
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -110,10 +110,10 @@ def non_finite_parameters(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def first_fault(reports: list[dict[str, Any]]) -> str:
-    """One sentence: where the first tensor that is not finite came about, of all ranks' reports."""
+    """One-sentence summary of where the first non-finite tensor appeared, over all ranks' reports."""
     for report in reports:
         if report["parameters"]:
-            return f"parameter {report['parameters'][0]['name']} is not finite itself: an earlier update went wrong"
+            return f"parameter {report['parameters'][0]['name']} is already non-finite: an earlier update corrupted it"
     for report in reports:
         for number, micro_batch in enumerate(report["micro_batches"]):
             if micro_batch["tensors"]:
@@ -121,20 +121,21 @@ def first_fault(reports: list[dict[str, Any]]) -> str:
                 ids = ", ".join(micro_batch["sample_ids"][:8])
                 return (
                     f"first on rank {report['rank']} in micro-batch {number} of {len(report['micro_batches'])}: "
-                    f"{tensor['kind']} {tensor['name']} has {tensor['nan']} NaN and {tensor['inf']} infinite of "
+                    f"{tensor['kind']} {tensor['name']} with {tensor['nan']} NaN and {tensor['inf']} infinite of "
                     f"{math.prod(tensor['shape'])} elements (samples {ids})"
                 )
-    return "it did not come again when the step was repeated: sums over ranks overflow, or a device is at fault"
+    return "it did not recur when the step was repeated: the sum over ranks overflows, or a device is faulty"
 
 
 def write_report(path: Path, report: dict[str, Any]) -> str:
-    """JSON that any reader takes: numbers that are not finite become strings. Returns where it is, or why it is not."""
+    """Write a standard JSON report (non-finite numbers become strings). Returns its path, or the reason why it could
+    not be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(_printable(report), indent=1))
     except OSError as error:
-        return f"its report could not be written to {path} ({error})"
-    return f"written to {path}"
+        return f"could not write the report to {path} ({error})"
+    return f"report: {path}"
 
 
 def _printable(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Steps that must not change the model: what is done about them, by all ranks alike.
+"""Handling of steps that must not update the model; all ranks act identically.
 
-Every decision here follows from numbers that were summed over ranks, so all ranks come to the same one; it is made
-after the last backward pass and before the optimizer step.
+Decisions are based on values reduced over ranks, so all ranks agree; they are made after the last backward pass and
+before the optimizer step.
 """
 
 from __future__ import annotations
@@ -19,52 +19,52 @@ from vtprune_train.training.faults.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-# Why a step passed without an update, as metrics.jsonl names it.
+# Reasons for skipped steps, as recorded in metrics.jsonl.
 Skipped = Literal["non_finite", "overflow", "unsupervised"]
 LARGEST_NORM = 3.4e38**0.5  # DeepSpeed and PyTorch square norms in float32
 EXIT_STOPPED = 3
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; all ranks raise it at the same step, before the optimizer step."""
+    """Training cannot continue. All ranks raise it at the same step."""
 
 
 def judge(
     trainer: Trainer, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float, loss: float, grad_norm: float
 ) -> Skipped | None:
-    """Why this step must not change the model, if so; its gradients are then gone. Called after the last backward pass.
+    """Why this step must be skipped, or ``None``. Clears its gradients if so. Called after the last backward pass.
 
     Args:
-        supervised: tokens of all ranks.
-        loss: their mean; NaN where there are none.
-        grad_norm: of the whole gradient, over all ranks.
+        supervised: number of supervised tokens over all ranks.
+        loss: mean loss over them; NaN if there are none.
+        grad_norm: global gradient norm.
 
     Raises:
-        TrainingError: such a step stops the run, or more were skipped than the settings allow.
+        TrainingError: the settings stop the run in this case, or too many steps have been skipped.
     """
     config, step = trainer.config, plan.step + 1
     if not supervised:
-        problem = "no sample of it has a supervised token that could be read"
+        problem = "none of its samples has a supervised token that could be read"
         _refuse_unless(config.data.unsupervised == "skip", problem, "data.unsupervised", step)
         return _count(trainer, "unsupervised", problem, step)
     if math.isfinite(loss) and grad_norm < LARGEST_NORM:
         return None
     if math.isfinite(loss) and trainer.engine.loss_scale_may_fall:
-        return None  # float16: DeepSpeed will leave the step out and lower its loss scale
+        return None  # float16: DeepSpeed will skip the step and lower the loss scale
     trainer.engine.zero_grad()
     what = f"the gradient's norm is {grad_norm:g}" if math.isfinite(loss) else f"the loss is {loss}"
-    problem = f"{what}; no parameter was changed\n{_examine(trainer, plan, batches, supervised, what)}"
+    problem = f"{what}; no parameter was updated\n{_examine(trainer, plan, batches, supervised, what)}"
     _refuse_unless(config.train.on_non_finite == "skip", problem, "train.on_non_finite", step)
     return _count(trainer, "non_finite", problem, step)
 
 
 def _refuse_unless(skip: bool, problem: str, key: str, step: int) -> None:
     if not skip:
-        raise TrainingError(f"step {step}: {problem}\n{key}=skip would leave such steps out and count them")
+        raise TrainingError(f"step {step}: {problem}\nset {key}=skip to skip and count such steps")
 
 
 def _count(trainer: Trainer, kind: Skipped, problem: str, step: int) -> Skipped:
-    """Count one more step without an update; too many end the run."""
+    """Count a skipped step; abort the run if there are too many."""
     state, train = trainer.state, trainer.config.train
     state.skipped += 1
     state.skipped_in_a_row += 1
@@ -73,26 +73,27 @@ def _count(trainer: Trainer, kind: Skipped, problem: str, step: int) -> Skipped:
         (state.skipped_in_a_row, train.max_skipped_in_a_row, "max_skipped_in_a_row"),
     ):
         if count > bound:
-            bounded = f"{count} steps were skipped, train.{key}={bound} allows no more"
+            bounded = f"{count} steps were skipped, more than train.{key}={bound}"
             raise TrainingError(f"step {step}: {problem}\n{bounded}")
     if ranks.rank() == 0:
-        log.warning("step %d is skipped (%d so far): %s", step, state.skipped, problem)
+        log.warning("skipping step %d (%d skipped so far): %s", step, state.skipped, problem)
     return kind
 
 
 def _examine(trainer: Trainer, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float, what: str) -> str:
-    """Repeat the step under watch; rank 0 writes down what all ranks found. Returns the gist, and where it is."""
+    """Rerun the step with Watch; rank 0 writes a report of all ranks' findings. Returns a summary and the report's
+    path."""
     losses = [float(row_loss.mean()) if len(row_loss) else None for row_loss in trainer.row_losses]
     module = trainer.engine.module
     with Watch(module) as watch:
         trainer.repeat(plan, batches, supervised)
-    own = {
+    report_of_rank = {
         "rank": ranks.rank(),
         "losses": losses,
         "parameters": non_finite_parameters(module),
         "micro_batches": watch.micro_batches,
     }
-    reports = ranks.gather(own)
+    reports = ranks.gather(report_of_rank)
     path = trainer.config.run_dir / "non_finite" / f"step_{plan.step + 1:08d}.json"
     report = {"step": plan.step + 1, "what": what, "fault": first_fault(reports), "ranks": reports}
     return f"{report['fault']}\n{ranks.from_rank_0(lambda: write_report(path, report))}"

@@ -1,6 +1,6 @@
 """Before the first step: does the worst micro-batch fit into memory?
 
-Parameters, optimizer, gradients and random states are afterwards what they were before.
+Leaves parameters, optimizer, gradients and random states unchanged.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from vtprune_train.training.memory.track import peak_memory_bytes, track_allocat
 log = logging.getLogger(__name__)
 
 STEPS_LOOKED_AT = 64  # whether any of them accumulates
-LOOKED_AT = 1 << 20  # samples whose lengths are in memory together
-# What allocators say without an exception class of their own.
+LOOKED_AT = 1 << 20  # chunk size: number of samples whose lengths are held in memory
+# Out-of-memory messages of allocators that raise a generic exception.
 NO_MEMORY = ("out of memory", "defaultcpuallocator", "alloc_failed", "not enough memory", "cannot allocate memory")
 
 
 class MemoryShortageError(ValueError):
-    """The worst micro-batch does not fit into this rank's memory; what the others do is not known."""
+    """The worst micro-batch does not fit into this rank's memory. The state of the other ranks is unknown."""
 
 
-def wanted(config: Config, device: torch.device) -> bool:
-    """Whether to look before the first step: ``auto`` does on GPUs. (A CPU's memory ends with the process killed, which
-    no exception tells of.)"""
+def needs_preflight(config: Config, device: torch.device) -> bool:
+    """Whether to run the preflight check; ``auto`` enables it on GPUs. (Running out of host memory kills the process
+    without an exception.)"""
     return config.train.preflight == "always" or (config.train.preflight == "auto" and device.type == "cuda")
 
 
 def preflight(trainer: Trainer) -> None:
-    """Run the worst micro-batches of the data forward and backward, with room for the optimizer's states held back,
-    then take what the optimizer step will allocate on top. All ranks call this together, with the same micro-batches.
+    """Run forward and backward on the worst micro-batches while reserving memory for the optimizer states, then
+    allocate what the optimizer step will need in addition. All ranks call this together, with the same micro-batches.
 
     Raises:
-        MemoryShortageError: this rank has not enough memory; names what to change.
+        MemoryShortageError: this rank does not have enough memory; the message lists settings to change.
     """
     engine, device = trainer.engine, trainer.device
     step = densest_step(trainer)
@@ -70,7 +70,7 @@ def preflight(trainer: Trainer) -> None:
                     with memory.phase("backward"), engine.accumulate(last=boundary):
                         engine.backward(engine(batch.to(device)).loss_sum)
                     if boundary:
-                        with memory.phase("step"):  # held together, and let go
+                        with memory.phase("step"):  # allocate all at once, then free
                             [torch.empty(size, dtype=torch.uint8, device=device) for size in predicted.states.step]
                         engine.zero_grad()
         except (RuntimeError, MemoryError) as error:
@@ -81,7 +81,7 @@ def preflight(trainer: Trainer) -> None:
     peaks = [max(peaks) for peaks in zip(*ranks.gather((memory.peaks["backward"], memory.peaks["step"])), strict=True)]
     log.info(
         "preflight: %s fit: peak %s of %s (%s in the backward pass, predicted %s; %s in the optimizer step, predicted "
-        "%s), optimizer states of %s held back",
+        "%s), with %s reserved for optimizer states",
         describe(batches), readable(max(peaks)), readable(memory_bytes(device)),
         readable(peaks[0]), readable(predicted.backward), readable(peaks[1]), readable(predicted.stepping),
         readable(sum(tensor.nbytes for tensor in held_back)),
@@ -94,7 +94,7 @@ def preflight(trainer: Trainer) -> None:
 
 
 def heaviest_estimate(trainer: Trainer, batches: Sequence[PackedBatch], accumulates: bool) -> Estimate:
-    """What the arithmetic says of the batch that takes most."""
+    """Memory estimate for the heaviest micro-batch."""
     config, model, collate = trainer.config, trainer.engine.module, trainer.collate
     num_layers = model.config.get_text_config().num_hidden_layers
     drops = collate.method.drops(num_layers) if collate.method is not None else ()
@@ -106,8 +106,8 @@ def heaviest_estimate(trainer: Trainer, batches: Sequence[PackedBatch], accumula
 
 
 def densest_step(trainer: Trainer) -> int:
-    """A step to come that drops least: one on all tokens if there is any, otherwise the next one (a warm-up drops ever
-    more)."""
+    """Return the upcoming step that keeps the most tokens: a full-token step if any, otherwise the next step (a warm-up
+    drops more and more)."""
     phases, first = trainer.collate.phases, trainer.state.step
     if phases is None or not phases.vary:
         return first
@@ -115,49 +115,51 @@ def densest_step(trainer: Trainer) -> int:
 
 
 def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
-    """Micro-batches that ask most of the decoder (text, which is never dropped) and of the tower (tiles)."""
+    """Micro-batches with the highest decoder load (text is never dropped) and vision-tower load (tiles)."""
     index: SampleIndex = trainer.collate.index
     near = {name: np.zeros(0, dtype=np.int64) for name in ("text", "tiles")}
     most, limit = trainer.config.train.global_batch_size, trainer.config.data.max_tokens
-    for start in range(0, len(index), LOOKED_AT):  # bounded memory: the best of what is known and the next piece
+    for start in range(0, len(index), LOOKED_AT):  # bounded memory: merge the best so far with the next chunk
         piece = np.arange(start, min(start + LOOKED_AT, len(index)))
         samples = np.concatenate([np.union1d(*near.values()), piece])
         lengths = index.lengths(samples)
         near = {name: samples[foremost(getattr(lengths, name), lengths.tokens, 8 * most)] for name in near}
-    found = []
+    selections: list[list[int]] = []
     for name, samples in near.items():
         lengths = index.lengths(samples)
         weight = getattr(lengths, name)
         if weight.any():
-            found.append(sorted(samples[heaviest(lengths.tokens, weight, limit, most)].tolist()))
-    return [samples for number, samples in enumerate(found) if samples not in found[:number]]
+            selections.append(sorted(samples[heaviest(lengths.tokens, weight, limit, most)].tolist()))
+    return [samples for number, samples in enumerate(selections) if samples not in selections[:number]]
 
 
 def foremost(weight: np.ndarray, tokens: np.ndarray, number: int) -> np.ndarray:
-    """Positions of the ``number`` samples of most weight and of the ``number`` of most weight per token, in order."""
+    """Sorted indices of the ``number`` samples with the highest weight and the ``number`` with the highest weight per
+    token."""
     keys = (weight, weight / np.maximum(tokens, 1))
     return np.unique(np.concatenate([np.argsort(-key, kind="stable")[:number] for key in keys]))
 
 
 def heaviest(tokens: np.ndarray, weight: np.ndarray, max_tokens: int, most: int) -> list[int]:
-    """At most ``most`` samples of much ``weight`` [samples] whose ``tokens`` [samples] (before dropping) fit into
-    ``max_tokens`` together: greedily by weight and by weight per token, whichever comes to more."""
+    """Greedily select at most ``most`` samples with large total ``weight`` [samples] whose ``tokens`` [samples] (before
+    dropping) fit into ``max_tokens``; tries ordering by weight and by weight per token and returns the heavier
+    result."""
 
     def fill(key: np.ndarray) -> list[int]:
-        chosen: list[int] = []
+        selected: list[int] = []
         room = max_tokens
         for sample in np.argsort(-key, kind="stable").tolist():
-            if tokens[sample] <= room and len(chosen) < most:
-                chosen.append(sample)
+            if tokens[sample] <= room and len(selected) < most:
+                selected.append(sample)
                 room -= int(tokens[sample])
-        return sorted(chosen)
+        return sorted(selected)
 
     return max((fill(weight), fill(weight / np.maximum(tokens, 1))), key=lambda samples: int(weight[samples].sum()))
 
 
 @contextmanager
 def unchanged_random_states(device: torch.device) -> Iterator[None]:
-    """Put every generator back to where it was."""
+    """Context manager that restores all RNG states."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
@@ -195,23 +197,23 @@ def describe(batches: Sequence[PackedBatch]) -> str:
 def advice(
     config: Config, batches: Sequence[PackedBatch], device: torch.device, error: BaseException, fitting: Level | None
 ) -> str:
-    """What happened, with numbers, and every setting that this run can still turn; ``fitting`` is the level of
-    recomputation that fits by estimate."""
+    """Describe the failure and list the settings that can still be changed; ``fitting`` is the recomputation level that
+    is estimated to fit."""
     settings = config.deepspeed_config()
     stage = zero_stage(settings)
-    ways = [f"lower data.max_tokens={config.data.max_tokens} (not below data.max_length={config.data.max_length})"]
+    ways = [f"lower data.max_tokens={config.data.max_tokens} (at least data.max_length={config.data.max_length})"]
     if config.train.activation_checkpointing != "all":
         level = "all" if fitting in (None, config.train.activation_checkpointing) else fitting
-        ways.append(f"set train.activation_checkpointing={level}{' (fits by estimate)' if fitting == level else ''}")
+        ways.append(f"set train.activation_checkpointing={level}{' (estimated to fit)' if fitting == level else ''}")
     if stage < 3:
-        ways.append(f"raise the ZeRO stage (now {stage}) with deepspeed=configs/deepspeed/zero{max(2, stage + 1)}.json")
+        ways.append(f"use a higher ZeRO stage (now {stage}): deepspeed=configs/deepspeed/zero{max(2, stage + 1)}.json")
     if not offloads_optimizer(settings):
         ways.append("move optimizer states to host memory with deepspeed=configs/deepspeed/zero3_offload.json")
     if len(config.model.train) > 1:
-        ways.append("train fewer parts (model.train), or the language model through LoRA")
+        ways.append("train fewer parts (model.train), or use LoRA for the language model")
     return (
-        f"out of memory before the first step on rank {ranks.rank()}: {describe(batches)} need more than there is "
+        f"out of memory before the first step on rank {ranks.rank()}: {describe(batches)} do not fit "
         f"(peak {readable(peak_memory_bytes(device))}, {device} has {readable(memory_bytes(device))})\n"
         + "\n".join(f"- {way}" for way in ways)
-        + f"\ntrain.preflight=never leaves this look out. The allocator said: {str(error).splitlines()[0]}"
+        + f"\ntrain.preflight=never skips this check. Allocator error: {str(error).splitlines()[0]}"
     )

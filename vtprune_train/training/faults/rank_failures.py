@@ -1,8 +1,9 @@
-"""Connections between the ranks beside the process group, through which they learn why the job ends.
+"""Side channel between ranks, independent of the process group, that tells every rank why the job ends.
 
-Every rank keeps one TCP connection to a hub, a thread of rank 0. The kernel closes it when a process dies, so the hub
-knows at once; nothing is sent while all ranks make progress. A rank that fails or makes no progress tells the hub; the
-hub decides which rank failed first (:class:`EndReason`) and tells all of them. Messages are lines of JSON.
+Every rank keeps one TCP connection to a hub, a thread of rank 0. The OS closes it when a process dies, so the hub
+notices immediately; no data is sent while all ranks make progress. A rank that fails or makes no progress reports
+to the hub; the hub decides which rank failed first (:class:`EndReason`) and notifies all of them. Messages are JSON
+lines.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from vtprune_train.config.errors import ConfigError
 from vtprune_train.training import distributed as ranks
 
 EXIT_HUNG = 124  # as timeout(1)
-SETTLE_SECONDS = 1.0  # the first failure may be reported second
-CONSEQUENCE_SECONDS = 10.0  # how long a failure that another one caused waits for that one
+SETTLE_SECONDS = 1.0  # the root cause may be reported after its consequences
+CONSEQUENCE_SECONDS = 10.0  # seconds a secondary failure waits for its root cause
 REPORT_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
-WELCOME_SECONDS = 60.0  # thousands of ranks come at once
+WELCOME_SECONDS = 60.0  # thousands of ranks may connect at once
 DEAD_HOST_SECONDS = 30
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 1000 * DEAD_HOST_SECONDS}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands: ``marks`` counts its marks of progress (the same places have the same count on all ranks),
-    ``collective`` is the collective it waits in, ``frame`` the line of Python its main thread is at."""
+    """Progress of a rank: ``marks`` is its progress counter (comparable across ranks), ``collective`` the collective it
+    is waiting in, ``frame`` the current line of its main thread."""
 
     marks: int = 0
     where: str = "starting"
@@ -45,8 +46,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that raised (``error``), or died without an error (``error`` is ``None``). ``told_by``: the rank whose
-    error it is, which that one has told all others of."""
+    """A rank that raised ``error``, or died without one (``None``). ``raised_on``: the rank where the error originated,
+    if it was propagated from there."""
 
     rank: int
     host: str
@@ -56,17 +57,18 @@ class Failure:
     final: bool = False
     in_collective: bool = False
     terminated: bool = False
-    told_by: int | None = None
+    raised_on: int | None = None
 
     @property
     def is_consequence(self) -> bool:
-        """Another rank's end explains it: a collective broke, the launcher sent SIGTERM, or it is that one's error."""
-        return self.in_collective or self.terminated or self.told_by is not None
+        """Whether the failure was caused by another rank: a broken collective, SIGTERM from the launcher, or a
+        propagated error."""
+        return self.in_collective or self.terminated or self.raised_on is not None
 
 
 @dataclass(frozen=True)
 class EndReason:
-    """Why the job ends: the ranks that caused it, the exit code of all, and whether starting again is of no use."""
+    """Why the job ends: the failed ranks, the common exit code, and whether a restart would be pointless."""
 
     failed_ranks: tuple[int, ...]
     text: str
@@ -76,20 +78,19 @@ class EndReason:
 
 
 def reason_of_failures(failures: Sequence[Failure]) -> EndReason:
-    """The cause among failures, given in the order reported.
-
-    A rank that raised by itself comes first; then one that reports another rank's error; then one that died; then one
-    whose collective broke or that got SIGTERM, which are consequences. Among consequences the lowest rank is taken."""
+    """Pick the root cause from failures in reporting order. Priority: a rank that raised its own error; one that
+    reports another rank's error; one that died; finally consequences (broken collective, SIGTERM), where the lowest
+    rank wins."""
 
     def order(failure: Failure) -> tuple[int, int]:
-        if failure.told_by is not None:
+        if failure.raised_on is not None:
             return 1, failure.rank
         if failure.is_consequence:
             return 3, failure.rank
         return (2 if failure.error is None else 0), 0
 
     first = min(failures, key=order)
-    name = f"rank {first.rank} on {first.host}" if first.told_by is None else f"rank {first.told_by}"
+    name = f"rank {first.rank} on {first.host}" if first.raised_on is None else f"rank {first.raised_on}"
     if first.error is None:
         text = f"{name} died without an error (killed? out of host memory?)"
     else:
@@ -98,13 +99,15 @@ def reason_of_failures(failures: Sequence[Failure]) -> EndReason:
 
 
 def reason_of_stall(places: Mapping[int, Place], hosts: Mapping[int, str], caller: int) -> EndReason:
-    """Which ranks keep the others waiting, from everyone's place; a rank in ``hosts`` without a place gave no answer.
+    """Determine which ranks block the others from all ranks' places; a rank in ``hosts`` without a place did not
+    respond.
 
-    Those that do not answer; else those that came least far; and of them, those that wait in no collective.
+    Unresponsive ranks if any; otherwise the ranks with the least progress, preferring those not waiting in a
+    collective.
     """
     late = [rank for rank in sorted(hosts) if rank not in places]
     if late:
-        notes = [f"rank {rank} on {hosts[rank]} does not answer (stopped, or Python is blocked)" for rank in late]
+        notes = [f"rank {rank} on {hosts[rank]} does not respond (stopped, or the GIL is blocked)" for rank in late]
     else:
         fewest = min(place.marks for place in places.values())
         late = [rank for rank in sorted(places) if places[rank].marks == fewest]
@@ -112,10 +115,10 @@ def reason_of_stall(places: Mapping[int, Place], hosts: Mapping[int, str], calle
         notes = [f"rank {rank} on {hosts[rank]}: {_described(places[rank])}" for rank in late]
     others = [rank for rank in sorted(places) if rank not in late]
     waited = places[caller].seconds if caller in places else 0.0
-    shown = "; ".join(notes[:4]) + (f"; and {len(notes) - 4} more" if len(notes) > 4 else "")
-    text = f"no progress for {waited:.0f} s. {shown}."
+    first_notes = "; ".join(notes[:4]) + (f"; and {len(notes) - 4} more" if len(notes) > 4 else "")
+    text = f"no progress for {waited:.0f} s. {first_notes}."
     if others:
-        text += f" {len(others)} other rank(s) wait for it, such as rank {others[0]}: {_described(places[others[0]])}."
+        text += f" {len(others)} other rank(s) are waiting, such as rank {others[0]}: {_described(places[others[0]])}."
     return EndReason(tuple(late), text, EXIT_HUNG, hung=True)
 
 
@@ -125,7 +128,7 @@ def _described(place: Place) -> str:
 
 
 class JsonConnection:
-    """One end of a connection: JSON lines, without blocking on reading."""
+    """One end of a JSON-lines connection with non-blocking reads."""
 
     def __init__(self, connection: socket.socket):
         self.socket = connection
@@ -135,7 +138,7 @@ class JsonConnection:
         self._kept: list[dict[str, Any]] = []
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
-            if hasattr(socket, name):  # Linux; elsewhere a dead HOST is noticed later
+            if hasattr(socket, name):  # Linux only; elsewhere a dead host is detected later
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, kind: str, **content: Any) -> None:
@@ -144,10 +147,11 @@ class JsonConnection:
             with self._lock:
                 self.socket.sendall(line)
         except OSError:
-            self.open = False  # reading finds the same, and who reads knows what it means
+            self.open = False  # ignore: the reader will see the same error and handle it
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has arrived; call when the socket is readable. ``open`` is false once the other side is gone."""
+        """Return the received messages; call when the socket is readable. ``open`` becomes false when the peer
+        disconnects."""
         kept, self._kept = self._kept, []
         if kept:
             return kept
@@ -161,12 +165,12 @@ class JsonConnection:
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         try:
             return [json.loads(line) for line in lines]
-        except ValueError:  # not one of ours
+        except ValueError:  # not a client of this protocol
             self.open = False
             return []
 
     def keep(self, messages: list[dict[str, Any]]) -> None:
-        """Let the next :meth:`receive` return these, which arrived together with an answer that was waited for."""
+        """Queue messages that arrived together with an awaited reply, for the next :meth:`receive`."""
         self._kept += messages
 
     def close(self) -> None:
@@ -184,7 +188,7 @@ class _Member:
 
 @dataclass
 class _Reports:
-    """What the ranks have reported so far."""
+    """Reports received from the ranks so far."""
 
     failures: list[Failure] = field(default_factory=list)
     since: float = 0.0
@@ -195,8 +199,8 @@ class _Reports:
 
 
 class Hub:
-    """Rank 0's thread that knows all ranks. It listens at ``address`` (``""`` for every interface), and sends away who
-    does not know ``token``."""
+    """Thread of rank 0 that all ranks connect to. Listens on ``address`` (``""``: every interface) and rejects clients
+    without ``token``."""
 
     def __init__(self, address: str, token: str, world_size: int):
         self.token, self.world_size = token, world_size
@@ -214,11 +218,11 @@ class Hub:
         self._thread.start()
 
     def join(self) -> None:
-        """Wait, not for long, until every rank has taken its leave."""
+        """Wait briefly until every rank has disconnected."""
         self._thread.join(REPORT_SECONDS)
 
     def leave_in_child(self) -> None:
-        """A forked child must not hold the ranks' connections open."""
+        """Close inherited connections in a forked child."""
         for key in list(self._selector.get_map().values()):
             os.close(key.fileobj.detach())  # type: ignore[union-attr]
 
@@ -263,9 +267,9 @@ class Hub:
                 self._failed(Failure(member.rank, member.host))
 
     def _admit(self, member: _Member, message: Any) -> None:
-        """A rank that knows the token; anything else on the network is sent away."""
-        given = message.get("token") if isinstance(message, dict) else None
-        if not isinstance(given, str) or not secrets.compare_digest(given.encode(), self.token.encode()):
+        """Accept a connection with the right token; reject all others."""
+        token = message.get("token") if isinstance(message, dict) else None
+        if not isinstance(token, str) or not secrets.compare_digest(token.encode(), self.token.encode()):
             member.link.open = False
             return
         member.rank, member.host = message["rank"], message["host"]
@@ -286,21 +290,21 @@ class Hub:
         if self._reason is not None:
             failed_ranks = [self._members[rank] for rank in self._reason.failed_ranks if rank in self._members]
             if not self._cause_ended and not any(member.link.open for member in failed_ranks):
-                self._cause_ended = True  # and so the others may end
+                self._cause_ended = True  # so the other ranks may exit
                 self._tell("cause_ended")
         elif reports.failures:
             if now - reports.since > self._settling():
                 self._announce(reason_of_failures(reports.failures))
         elif reports.caller is not None:
             if reports.caller in reports.places and reports.places[reports.caller].marks != reports.caller_marks:
-                reports.caller = None  # it went on meanwhile
+                reports.caller = None  # it made progress in the meantime
                 return
             present = {rank: member.host for rank, member in self._members.items() if not member.left}
             if present.keys() <= reports.places.keys() or now - reports.called > REPORT_SECONDS:
                 self._announce(reason_of_stall(reports.places, present, reports.caller))
 
     def _settling(self) -> float:
-        """Seconds to wait after the first failure for the one that caused it."""
+        """Seconds to wait after the first reported failure for its root cause."""
         failures = self._reports.failures
         if any(failure.error is not None and not failure.is_consequence for failure in failures):
             return 0.0
@@ -313,7 +317,7 @@ class Hub:
         self._tell("reason", **asdict(reason))
 
     def _tell(self, kind: str, **content: Any) -> None:
-        """To rank 0 last: its process ends this thread when it ends."""
+        """Notify rank 0 last, because its exit also ends this thread."""
         for rank in sorted(self._members, reverse=True):
             if self._members[rank].link.open:
                 self._members[rank].link.send(kind, **content)
@@ -327,19 +331,20 @@ class RankConnection:
         os.register_at_fork(after_in_child=self._leave_in_child)
 
     def poll(self, seconds: float) -> list[dict[str, Any]]:
-        """Messages that arrive within ``seconds``; ``gone`` if the hub is."""
+        """Messages that arrive within ``seconds``; the last one is ``gone`` if the hub has exited."""
         self.link.socket.settimeout(seconds)
         messages = self.link.receive()
         return messages if self.link.open else [*messages, {"kind": "gone"}]
 
     def close(self) -> None:
-        """After the leave: ``bye`` was sent and ``done`` came back."""
+        """Close the connection after ``bye`` was sent and ``done`` received."""
         if self.hub is not None:
             self.hub.join()
         self.link.close()
 
     def _leave_in_child(self) -> None:
-        """A forked child (of a user's callback) that held a copy would hide that this rank has ended."""
+        """Close the connection in forked children (e.g. of user callbacks); an open copy would hide this rank's
+        exit."""
         if self.link.open:
             os.close(self.link.socket.detach())
             if self.hub is not None:
@@ -347,7 +352,7 @@ class RankConnection:
 
 
 def connect() -> RankConnection:
-    """Join all ranks, once the process group stands; a ``ConfigError`` if rank 0 cannot be reached."""
+    """Connect all ranks after the process group is initialized; raises ``ConfigError`` if rank 0 is unreachable."""
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))) == ranks.world_size()
     hub: Hub | None = None
 
@@ -361,7 +366,7 @@ def connect() -> RankConnection:
 
 
 def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> JsonConnection:
-    """A connection to the hub, at the first address where it answers; a ``ConfigError`` if it answers at none."""
+    """Connect to the hub at the first responding address; raises ``ConfigError`` if none responds."""
     reasons = []
     for address in addresses:
         try:
@@ -376,23 +381,23 @@ def reach(addresses: Sequence[str], port: int, token: str, rank: int) -> JsonCon
             link.keep(messages[1:])
             return link
         link.close()
-        reasons.append(f"{address}: something else answers")
+        reasons.append(f"{address}: another service answers")
     raise ConfigError(
         f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at port {port} ({'; '.join(reasons)}); the "
-        "machines of a job must reach each other at any port"
+        "machines of a job must be able to connect to each other on any port"
     )
 
 
 def _own_addresses() -> list[str]:
-    """Where other machines may find this one, the likeliest first."""
+    """Candidate addresses of this machine, most likely first."""
     master = os.environ["MASTER_ADDR"]
-    found = []
+    addresses = []
     for family, kind, protocol, _, address in socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM):
         with socket.socket(family, kind, protocol) as probe:
             try:
                 probe.connect(address)  # sends nothing: the kernel only chooses the interface that leads there
             except OSError:
                 continue
-            found.append(probe.getsockname()[0])
-    local = [address for address in found if address.startswith("127.") or address == "::1"]
-    return list(dict.fromkeys([a for a in found if a not in local] + [master, socket.gethostname(), *local]))
+            addresses.append(probe.getsockname()[0])
+    local = [address for address in addresses if address.startswith("127.") or address == "::1"]
+    return list(dict.fromkeys([a for a in addresses if a not in local] + [master, socket.gethostname(), *local]))

@@ -1,4 +1,4 @@
-"""What is read of the training loop here: it is built on this package, so this package does not import it."""
+"""Protocol of the trainer as used here; the trainer imports this package, so importing it back would be circular."""
 
 from __future__ import annotations
 

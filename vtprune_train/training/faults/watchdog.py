@@ -1,12 +1,11 @@
-"""A thread in every rank that notices when training stands still, and ends the rank when the job must end.
+"""Per-rank watchdog thread that detects hangs and terminates the rank when the job must end.
 
-The loop leaves a mark at every phase of a step. A rank without a new mark for ``train.watchdog_timeout`` seconds asks
-all ranks where they are (:mod:`vtprune_train.training.faults.rank_failures`); the ranks that keep the others waiting
-are named, every rank writes the stacks of its threads and loader workers to ``RUN/watchdog/rank_XXXXX.txt`` and ends
-with exit code 124.
+The loop calls :meth:`Watchdog.mark` at every phase of a step. A rank without a new mark for ``train.watchdog_timeout``
+seconds queries all ranks (:mod:`vtprune_train.training.faults.rank_failures`); the blocking ranks are reported, every
+rank dumps the stacks of its threads and loader workers to ``RUN/watchdog/rank_XXXXX.txt`` and exits with code 124.
 
-The thread needs Python's global lock. Where an extension holds it for ever, a timer in C
-(``faulthandler.dump_traceback_later``) writes the stacks and ends the process a little later.
+The thread needs the GIL. If an extension never releases it, a timer in C (``faulthandler.dump_traceback_later``) dumps
+the stacks and exits the process slightly later.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from vtprune_train.training import distributed as ranks
 from vtprune_train.training.faults.rank_failures import REPORT_SECONDS, EndReason, Place, RankConnection
 
 POLL_SECONDS = 0.5
-REASON_SECONDS = 60.0  # longer than the hub ever needs; it fails to answer only if rank 0 is stopped
-CAUSE_SECONDS = 10.0  # for the rank that is the cause to say so and end
-LINGER_SECONDS = 2.0  # the others end so much later: launchers look every second, and report who ended first
-ORPHAN_SECONDS = 600.0  # without train.watchdog_timeout, once the launcher is gone
+REASON_SECONDS = 60.0  # longer than the hub ever needs; no reply means rank 0 is stopped
+CAUSE_SECONDS = 10.0  # grace period for the failed rank to report its error and exit
+LINGER_SECONDS = 2.0  # before the other ranks exit: launchers poll once per second and report the first exit
+ORPHAN_SECONDS = 600.0  # without train.watchdog_timeout, once the launcher has exited
 COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 
 
 class Watchdog:
-    """One rank's marks of progress, and its end."""
+    """Tracks one rank's progress and terminates it."""
 
     def __init__(self, connection: RankConnection):
         self.connection = connection
@@ -58,8 +57,8 @@ class Watchdog:
         self._thread.start()
 
     def watch(self, folder: Path, timeout: float | None, saving_timeout: float) -> None:
-        """From now on no mark for ``timeout`` seconds (``saving_timeout`` while saving) is a hang; stacks go to
-        ``folder``. ``kill -USR1`` has a rank write its own there at any time."""
+        """Start hang detection: no mark for ``timeout`` seconds (``saving_timeout`` while saving) counts as a hang.
+        Stacks are written to ``folder``; ``kill -USR1`` dumps a rank's stacks at any time."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"rank_{ranks.rank():05d}.txt").open("a")
         faulthandler.register(signal.SIGUSR1, file=self._file, all_threads=True)
@@ -67,14 +66,15 @@ class Watchdog:
         self.mark("starting")
 
     def mark(self, phase: str, step: int | None = None) -> None:
-        """The rank goes on: it enters ``phase``, of global step ``step`` (the one being done, from 1) if it is new."""
+        """Record progress: the rank enters ``phase``; pass ``step`` (current global step, counted from 1) when it
+        changes."""
         self._marks += 1
         self._phase, self._since = phase, time.monotonic()
         if step is not None:
             self._step = step
 
     def close(self) -> None:
-        """The regular end, after the last collective."""
+        """Shut down normally, after the last collective."""
         self.timeout = self.saving_timeout = None
         self.connection.link.send("bye")
         self._thread.join()
@@ -86,34 +86,34 @@ class Watchdog:
             if not Path(self._file.name).stat().st_size:
                 Path(self._file.name).unlink()
 
-    def fail(self, error: BaseException, code: int, *, final: bool, shown: str, terminated: bool = False) -> NoReturn:
-        """End this rank, and with it the job, because of ``error``; prints ``shown`` if this rank is the cause.
+    def fail(self, error: BaseException, code: int, *, final: bool, message: str, terminated: bool = False) -> NoReturn:
+        """Terminate this rank and the job because of ``error``; print ``message`` if this rank is the root cause.
 
-        ``code`` is the exit code of all ranks, ``final`` says that starting again would end the same way, and
-        ``terminated`` that it is SIGTERM, which a launcher also sends because another rank failed.
+        ``code``: exit code of all ranks. ``final``: a restart would fail in the same way. ``terminated``: the cause is
+        SIGTERM, which launchers also send when another rank failed.
         """
-        STOP.end()  # a launcher sends SIGTERM as soon as one rank is gone
-        message = _first_lines(f"{type(error).__name__}: {error}")
+        STOP.end()  # launchers send SIGTERM as soon as one rank exits
+        summary = _first_lines(f"{type(error).__name__}: {error}")
         inside = _in_collective(error)
-        told_by = getattr(error, "told_by", None)
+        raised_on = getattr(error, "raised_on", None)
         self.connection.link.send(
-            "failed", error=message, where=self.place().where, code=code, final=final, in_collective=inside,
-            terminated=terminated, told_by=told_by,
+            "failed", error=summary, where=self.place().where, code=code, final=final, in_collective=inside,
+            terminated=terminated, raised_on=raised_on,
         )  # fmt: skip
         self._reason_known.wait(REASON_SECONDS)
-        reason = self._reason or EndReason((ranks.rank(),), message, code, final)
+        reason = self._reason or EndReason((ranks.rank(),), summary, code, final)
         if ranks.rank() not in reason.failed_ranks:
             self._others_may_end.wait(CAUSE_SECONDS + LINGER_SECONDS)
         with self._ending:
             if ranks.rank() in reason.failed_ranks and not reason.hung:
-                _write_error_file(shown)
-                _print(shown)
-            elif not reason.text.endswith(message):  # ranks may raise the same error; it is shown once
-                self._report(reason, broken=shown if inside else "")
+                _write_error_file(message)
+                _print(message)
+            elif not reason.text.endswith(summary):  # ranks may raise the same error; print it once
+                self._report(reason, broken=message if inside else "")
             end(reason.code, reason.final)
 
     def place(self) -> Place:
-        """Where this rank stands."""
+        """Current progress of this rank."""
         where = f"step {self._step}, {self._phase}" if self._step else self._phase
         place = Place(self._marks, where, time.monotonic() - self._since)
         collective, frame = _standing(sys._current_frames(), self._main)
@@ -137,9 +137,9 @@ class Watchdog:
             self._look()
 
     def _look(self) -> None:
-        """Whether this rank makes progress; the thread being here shows that Python's lock is free."""
+        """Check whether this rank makes progress; reaching this code shows that the GIL is available."""
         limit = self.saving_timeout if self._phase == "saving" else self.timeout
-        if limit is None and STOP.orphaned:  # nobody is there to end it
+        if limit is None and STOP.orphaned:  # no launcher is left to stop it
             limit = ORPHAN_SECONDS
         if limit is None:
             return
@@ -149,7 +149,7 @@ class Watchdog:
             self.connection.link.send("stalled", marks=self._marks)
 
     def _end_job(self, reason: EndReason) -> None:
-        """End this rank as all end. A failed rank is given time to print its own error first."""
+        """Terminate this rank as part of the job. Failed ranks get time to print their error first."""
         self._reason = reason
         STOP.end()
         if reason.hung:
@@ -165,7 +165,7 @@ class Watchdog:
             end(reason.code, reason.final)
 
     def _await_cause(self) -> None:
-        """Wait until the ranks that are the cause have ended; one of them ends by itself meanwhile."""
+        """Wait until the failed ranks have exited."""
         deadline = time.monotonic() + CAUSE_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             kinds = {message["kind"] for message in self.connection.poll(min(left, POLL_SECONDS))}
@@ -173,28 +173,28 @@ class Watchdog:
                 return
 
     def _report(self, reason: EndReason, broken: str = "") -> None:
-        """Say why the job ends: the failed ranks, and the first rank of every machine."""
+        """Log why the job ends; done by the failed ranks and the first rank of every machine."""
         place = self.place()
         text = f"rank {ranks.rank()} stops ({place.where}): {reason.text}"
         if reason.hung:
             text = f"watchdog: {reason.text} Stacks: {Path(self._file.name).parent}"
         if broken:
-            text += f"\n  what was seen of it here: {broken.strip().splitlines()[-1]}"
+            text += f"\n  observed on this rank: {broken.strip().splitlines()[-1]}"
         _write_error_file(text)
         speaker = 1 if 0 in reason.failed_ranks else 0
         if int(os.environ.get("LOCAL_RANK", "0")) == speaker or ranks.rank() in reason.failed_ranks:
             _print(text)
 
     def _write_stacks(self, reason: EndReason) -> None:
-        """Stacks of all threads and of the loader workers, in the rank's file; a failed rank's on stderr as well."""
+        """Dump stacks of all threads and loader workers to the rank's file; for a failed rank also to stderr."""
         try:
             self._file.write(f"{reason.text}\nrank {ranks.rank()}: {json.dumps(asdict(self.place()))}\n")
             self._file.flush()
             faulthandler.dump_traceback(file=self._file, all_threads=True)
             self._file.write(f"\n{_worker_stacks()}\n")
             self._file.flush()
-        except OSError as error:  # a full disk: the rank must end all the same
-            _print(f"the stacks of rank {ranks.rank()} cannot be written to {self._file.name}: {error}")
+        except OSError as error:  # a full disk, for example: exit anyway
+            _print(f"cannot write the stacks of rank {ranks.rank()} to {self._file.name}: {error}")
         if ranks.rank() in reason.failed_ranks:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
@@ -202,12 +202,12 @@ class Watchdog:
 def _worker_stacks() -> str:
     try:
         return live_stacks()
-    except (OSError, ValueError) as error:  # a loader that is being closed just now; the job must end all the same
-        return f"the decode workers cannot be asked: {error}"
+    except (OSError, ValueError) as error:  # a loader that is being closed: exit anyway
+        return f"cannot get the stacks of the decode workers: {error}"
 
 
 def end(code: int, final: bool) -> NoReturn:
-    """Leave at once: neither threads, nor destructors that wait for other ranks, keep the process."""
+    """Exit immediately, without waiting for threads or for destructors that wait for other ranks."""
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
@@ -216,20 +216,20 @@ def end(code: int, final: bool) -> NoReturn:
 
 
 def _print(text: str) -> None:
-    print(f"\n{text}", file=sys.stderr, flush=True)  # a progress bar may stand in the line
+    print(f"\n{text}", file=sys.stderr, flush=True)  # start a new line after a progress bar
 
 
 def _write_error_file(text: str) -> None:
-    """What torchrun shows of this rank (the format of ``torch.distributed.elastic``'s error files)."""
+    """Write what torchrun shows of this rank, in the format of ``torch.distributed.elastic``'s error files."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
     details = {"py_callstack": text, "timestamp": str(int(time.time()))}
     try:
         Path(path).write_text(json.dumps({"message": {"message": _first_lines(text), "extraInfo": details}}))
-    except OSError as error:  # a full disk: the rank must end all the same
-        Path(path).unlink(missing_ok=True)  # torchrun cannot read half of one
-        _print(f"{path}, from which torchrun shows why rank {ranks.rank()} ended, cannot be written: {error}")
+    except OSError as error:  # a full disk, for example: exit anyway
+        Path(path).unlink(missing_ok=True)  # torchrun cannot parse a partial file
+        _print(f"cannot write {path}, torchrun's error file of rank {ranks.rank()}: {error}")
 
 
 def _first_lines(text: str) -> str:
@@ -237,7 +237,7 @@ def _first_lines(text: str) -> str:
 
 
 def _in_collective(error: BaseException) -> bool:
-    """Whether ``error`` is about communication, so that the cause is likely to be another rank."""
+    """Whether ``error`` is a communication error, which suggests another rank as root cause."""
     if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
         return True
     step: TracebackType | None = error.__traceback__
@@ -249,7 +249,7 @@ def _in_collective(error: BaseException) -> bool:
 
 
 def _standing(frames: dict[int, FrameType], main: int | None) -> tuple[str | None, str]:
-    """The collective that a thread of this process waits in, and the innermost line of the main thread."""
+    """Return the collective this process is waiting in and the innermost frame of its main thread."""
     collective = None
     for thread, innermost in frames.items():
         if thread == threading.get_ident():

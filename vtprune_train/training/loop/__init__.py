@@ -1,1 +1,1 @@
-"""The training loop and what it calls."""
+"""Training loop, callbacks and run setup."""

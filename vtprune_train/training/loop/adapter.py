@@ -1,4 +1,4 @@
-"""A run that trains an adapter: its base named and kept under ``base/``, checked on every start; the adapter put in."""
+"""Adapter (PEFT) runs: record the base model under ``base/``, verify it on every start, and attach the adapter."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vtprune_train.models.io.peft import (
     TRAINED,
     Adapted,
     adapt,
-    check_quantisation,
+    check_quantization,
     continue_adapter,
     is_adapter,
-    quantise,
+    quantize,
 )
 from vtprune_train.models.io.provenance import (
     EXTRA,
@@ -43,8 +43,8 @@ FOLDER = "base"
 
 
 def check_adapter(config: Config, device: torch.device) -> None:
-    """Refuse, before anything is built, checkpoints with an adapter for a run without one, or the reverse, and a
-    quantised base that cannot be made here."""
+    """Fail early if checkpoints have an adapter but the run does not (or vice versa), or if the quantized base cannot
+    be built on this machine."""
     checkpoints = steps(config.run_dir / "checkpoints")
     if checkpoints and config.train.resume != "never":
         exports = [checkpoint / name for checkpoint in checkpoints for name in (EXPORT, UNEXPORTED)]
@@ -52,15 +52,15 @@ def check_adapter(config: Config, device: torch.device) -> None:
         if had_adapter != (config.model.peft is not None):
             raise ValueError(
                 f"{checkpoints[-1]} was written {'with' if had_adapter else 'without'} an adapter, but model.peft is "
-                f"{'not ' if had_adapter else ''}set; set it as it was, or start a new run: run.name=NEW"
+                f"{'not ' if had_adapter else ''}set; restore the setting, or start a new run: run.name=NEW"
             )
     if config.model.peft is not None and config.model.peft.kind == "qlora":
-        check_quantisation(device)
+        check_quantization(device)
 
 
 def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
-    """Name, check and keep the base of a run with ``model.peft``, then put its adapter in; all ranks call this. A
-    ``ValueError`` if the base or the adapter's settings are not what they were when the run began."""
+    """Record and verify the base model of a ``model.peft`` run, then attach the adapter. Call on all ranks. Raises
+    ``ValueError`` if the base or the adapter settings changed since the run started."""
     settings = config.model.peft
     if settings is None:
         return
@@ -74,7 +74,7 @@ def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
     extra = load_tensors(folder / EXTRA, names)
     lay_over(model, extra, str(folder / EXTRA))
     if settings.kind == "qlora":
-        quantise(model)
+        quantize(model)
     torch.manual_seed(config.run.seed)
     adapt(model, settings)
     source = _adapter_before(config)
@@ -85,7 +85,7 @@ def attach_adapter(config: Config, model: HFModule, processor: Any) -> None:
 
 
 def _adapter_before(config: Config) -> Path | None:
-    """The adapter that this run continues, if its model comes from one."""
+    """Return the adapter the run's initial model comes from, if any."""
     path = None if config.model.path is None else Path(resolve_checkpoint(config.model.path))
     return path if path is not None and is_adapter(path) else None
 
@@ -93,7 +93,7 @@ def _adapter_before(config: Config) -> Path | None:
 def _keep_base(
     config: Config, model: HFModule, processor: Any, names: dict[str, str], extra: dict[str, torch.Tensor]
 ) -> None:
-    """Write ``base/`` at a run's first start, compare with it at a later one."""
+    """Write ``base/`` on the first start; verify against it on later starts."""
     folder = config.run_dir / FOLDER
     if steps(config.run_dir / "checkpoints"):
         saved = Base.read(folder)
@@ -119,7 +119,7 @@ def _keep_base(
 
 
 def _record(config: Config) -> Base:
-    """The base that the settings name; that of the adapter which is continued, if there is one."""
+    """Describe the base model from the settings, or from the adapter being continued."""
     before = _adapter_before(config)
     return Base.of(config.model) if before is None else Base.read(before).trained_by(config.model)
 
@@ -128,18 +128,20 @@ def _extra(config: Config, model: HFModule, names: dict[str, str]) -> dict[str, 
     before = _adapter_before(config)
     if before is None:
         return extra_tensors(model, config.model)
-    trained_now = {name for part, found in parts_of(model).items() if part in config.model.train for name, _ in found}
+    trained_now = {
+        name for part, parameters in parts_of(model).items() if part in config.model.train for name, _ in parameters
+    }
     inherited = load_tensors(before / EXTRA, names) | load_tensors(before / TRAINED, names)
     return {name: tensor for name, tensor in inherited.items() if name not in trained_now}
 
 
 def _compare(saved: Base, now: Base, run_dir: Path) -> None:
     for key, recorded in saved.sha256.items():
-        found = now.sha256.get(key)
-        if found != recorded:
+        current = now.sha256.get(key)
+        if current != recorded:
             raise ValueError(
                 f"{run_dir} trains an adapter on {saved.model[key]} with SHA-256 {recorded}, but model.{key} is "
-                f"{now.model.get(key)} with SHA-256 {found} now; put the original back, or start a new run: "
+                f"{now.model.get(key)} with SHA-256 {current} now; restore the original, or start a new run: "
                 "run.name=NEW"
             )
 
@@ -153,6 +155,6 @@ def _compare_settings(saved: Base, config: Config) -> None:
     changed = [f"{key}: checkpoint {value!r}, now {now[key]!r}" for key, value in before.items() if now[key] != value]
     if changed:
         raise ValueError(
-            f"{config.run_dir} was trained with another adapter: {'; '.join(changed)}. Set them back, or start a new "
-            "run: run.name=NEW"
+            f"{config.run_dir} was trained with other adapter settings: {'; '.join(changed)}. Restore them, or start a "
+            "new run: run.name=NEW"
         )

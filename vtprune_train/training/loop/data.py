@@ -1,4 +1,4 @@
-"""A run's data: the index of its samples, what makes batches of them, and what plans its steps."""
+"""Data setup of a run: sample index, collator and step planner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vtprune_train.training.loop.parts import Parts
 
 
 def cache_dir(config: Config) -> Path:
-    """Where the indices of the data are kept; a ``ConfigError`` if it cannot be made or written."""
+    """Folder for data indices; raises ``ConfigError`` if it cannot be created or written."""
     from datasets import config as datasets_config
 
     named = config.data.cache_dir
@@ -38,10 +38,10 @@ def cache_dir(config: Config) -> Path:
 
 
 def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval"]) -> SampleIndex:
-    """Index the training or evaluation data; all ranks call this. A ``ValueError`` if no file is named, or ranks do not
-    find the same: they would plan different steps and wait for each other for ever."""
+    """Index the training or evaluation data. Call on all ranks. Raises ``ValueError`` if no file is set or if ranks see
+    different data, since they would plan different steps and deadlock."""
     if not config.sources(which):
-        raise ValueError(f"data.{which} names no file; for example [{{path: train.json, images: images}}]")
+        raise ValueError(f"data.{which} is empty; for example [{{path: train.json, images: images}}]")
     index = build_index(
         [
             Source(
@@ -52,6 +52,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
                 prompt=Prompt(**source.prompt.model_dump()),
                 name=source.name or "",
                 ignore=tuple(source.ignore),
+                reader=source.reader or "",
             )
             for source in config.sources(which)
         ],
@@ -88,7 +89,7 @@ def build_collator(
 
 
 def build_planner(config: Config, collate: Collator, world_size: int) -> Planner:
-    """The planner of the training data: cost counts what a step's own passes do, after dropping."""
+    """Build the step planner for the training data; costs are computed for the step's actual (pruned) passes."""
     index = collate.index
     return Planner(
         index.order(),

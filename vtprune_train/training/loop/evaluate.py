@@ -1,7 +1,7 @@
 """Held-out evaluation: loss, and greedy exact match by teacher forcing.
 
-An answer counts if the most likely token is right at every one of its tokens. That is what greedy decoding would have
-to produce, in one pass: the first wrong token would end the match in either case.
+An answer counts if the most likely token is right at every position. This gives the same result as greedy decoding, in
+a single forward pass: the first wrong token ends the match in both.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ def evaluate(
     workers: int,
     mark: Callable[[str], None],
     worker_timeout: float | None = None,
-    shuffle_pictures: bool = False,
+    shuffle_images: bool = False,
 ) -> dict[str, float]:
     """Evaluate on all samples of ``collate.index``; all ranks call this together.
 
     Args:
-        model: pruned; its mode is restored afterwards.
-        max_tokens: most tokens of a batch, before dropping.
-        mark: called at every batch (the watchdog's).
+        model: pruned model; its train/eval mode is restored.
+        max_tokens: maximum number of tokens per batch, before dropping.
+        mark: watchdog callback, called for every batch.
         worker_timeout: seconds after which a decode process counts as hung.
-        shuffle_pictures: give every sample another one's images: what the model answers without seeing.
+        shuffle_images: pair each sample with another sample's images, to measure how well the model does without the
+            right image.
 
     Returns:
         ``loss`` (mean over supervised tokens), ``exact_match`` (share of answers), ``answers``, and ``unreadable``,
-        the samples left out because a picture could not be read.
+        number of samples skipped because an image could not be read.
     """
-    pictures_of = exchange_pictures(collate) if shuffle_pictures else None
+    image_samples = exchange_images(collate) if shuffle_images else None
     loader = _loader(
-        collate, max_tokens, device=device, workers=workers, timeout=worker_timeout, pictures_of=pictures_of
+        collate, max_tokens, device=device, workers=workers, timeout=worker_timeout, image_samples=image_samples
     )
     was_training = model.training
     model.eval()
@@ -69,14 +70,14 @@ def evaluate(
 
 
 def _sums(model: nn.Module, batch: PackedBatch, device: torch.device) -> dict[str, float]:
-    """What one batch adds."""
+    """Sums contributed by one batch."""
     for sample, reason in batch.unreadable:
         ranks.log.warning("evaluation: left out %s: %s", sample, reason)
     batch = batch.to(device)
     output = model(batch)
     exact = torch.ones(batch.num_answers, device=device)
     exact.scatter_reduce_(0, batch.answer_of_target, output.correct.float(), reduce="amin")
-    loss_sum, num_exact = torch.stack([output.loss_sum.float(), exact.sum()]).tolist()  # the one copy to the host
+    loss_sum, num_exact = torch.stack([output.loss_sum.float(), exact.sum()]).tolist()  # the only device-to-host copy
     return {
         "loss_sum": loss_sum,
         "tokens": len(batch.targets),
@@ -87,7 +88,7 @@ def _sums(model: nn.Module, batch: PackedBatch, device: torch.device) -> dict[st
 
 
 def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
-    """All samples once, in batches of about ``max_tokens`` on every rank; ``loading`` goes to :class:`StepLoader`."""
+    """All samples once, in batches of about ``max_tokens`` per rank; ``loading`` is passed to :class:`StepLoader`."""
     index = collate.index
     batch_size = max(1, min(len(index), ranks.world_size() * max_tokens * len(index) // index.total_tokens))
 
@@ -106,10 +107,11 @@ def _loader(collate: Collator, max_tokens: int, **loading: Any) -> StepLoader:
     return StepLoader(collate, planner, first_step=0, end_step=planner.steps_per_epoch, rank=ranks.rank(), **loading)
 
 
-def exchange_pictures(collate: Collator) -> Sequence[int]:
-    """For each sample one with as many pictures, by a fixed permutation without fixed points (where there are two)."""
+def exchange_images(collate: Collator) -> Sequence[int]:
+    """Map each sample to a different one with the same number of images, using a fixed derangement (if there are at
+    least two)."""
     index = collate.index
-    counts = index.num_pictures(np.arange(len(index)))
+    counts = index.num_images(np.arange(len(index)))
     partner = np.arange(len(index))
     for count in np.unique(counts):
         members = np.random.default_rng(0).permutation(np.flatnonzero(counts == count))

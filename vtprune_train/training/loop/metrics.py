@@ -1,4 +1,4 @@
-"""What a step costs, measured: peaks of devices."""
+"""Peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "GB200": 2500e12,
 }
-# In a name, they tell a card from the one that is called the same without them.
+# Words in a name that distinguish a card from the one with the same name without them.
 VARIANTS = {"D", "Laptop", "MIG", "NVL", "Ti"}
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """Peak of one device in FLOP/s (bf16), or ``None`` where it is not known."""
+    """Peak bf16 FLOP/s of a device, or ``None`` if unknown."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_of(name: str) -> float | None:
-    """Of the card that the driver calls ``name``, such as ``NVIDIA A100-SXM4-80GB``: its words hold all of the card's,
-    and no other card has more of them."""
+    """Peak of the card whose words all occur in the driver's ``name``, such as ``NVIDIA A100-SXM4-80GB``; of several,
+    the card with the most words."""
     words = set(re.split(r"[\s-]+", name))
     card = max((card for card in PEAK_FLOPS if words.issuperset(card.split())), key=len, default="")
     return None if (words & VARIANTS).difference(card.split()) else PEAK_FLOPS.get(card)

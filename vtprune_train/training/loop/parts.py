@@ -1,4 +1,4 @@
-"""A run's tokenizer, model and processor, and what a step of the model costs."""
+"""Build a run's tokenizer, model and processor, and its cost model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Parts:
-    """A model with its processor, the encoder of its conversations and the layout of its pictures."""
+    """Model, processor, conversation encoder and image layout."""
 
     model: HFModule
     processor: Any
@@ -60,7 +60,7 @@ def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
 
 
 def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
-    """The run's tokenizer. Ranks of one machine take turns where it is made and kept; a damaged one is made again, from
+    """The run's tokenizer. If it has to be trained, ranks of one machine take turns; a damaged one is retrained from
     the same data."""
     folder = config.run_dir / "tokenizer"
 
@@ -70,8 +70,8 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
     if config.model.config is None:
         return load()
     with locked(config.run_dir / "tokenizer.lock"):
-        if folder.exists() and (what := _tokenizer_damage(folder)):
-            log.warning("the tokenizer in %s is damaged (%s); training it again", folder, what)
+        if folder.exists() and (damaged := _tokenizer_damage(folder)):
+            log.warning("the tokenizer in %s is damaged (%s); training it again", folder, damaged)
             remove(folder)
         tokenizer = load()
         if not folder.is_dir():
@@ -81,33 +81,33 @@ def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:
                 tokenizer.save_pretrained(str(temporary))
             seal_as_it_is(temporary)
             publish(temporary, folder)
-            tokenizer = load()  # so that every rank exports the same files, whichever of them came first
+            tokenizer = load()  # so that every rank exports identical files, regardless of which rank trained it
     return tokenizer
 
 
 def _tokenizer_damage(folder: Path) -> str:
-    """What is wrong with a run's tokenizer; empty if nothing is."""
+    """Describe the damage of a run's tokenizer; empty if it is intact."""
     if (folder / MANIFEST).exists():
         return damage(folder)
     try:  # older versions wrote no manifest
         AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing more special
-        return f"there is no {MANIFEST}, and it cannot be opened: {first_line(error)}"
+    except Exception as error:  # tokenizers raises plain Exception
+        return f"{MANIFEST} is missing, and it cannot be loaded: {first_line(error)}"
     return ""
 
 
 def training_texts(config: Config, template: Template) -> Iterator[str]:
-    """Every conversation of the training data as the template writes it, to train a tokenizer on."""
+    """Yield all training conversations formatted with the template, for tokenizer training."""
     for source in config.sources("train"):
         prompt = Prompt(**source.prompt.model_dump())
         bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
-        for record in read_records(Path(source.path), source.ignore, bounds):
+        for record in read_records(Path(source.path), source.ignore, bounds, source.reader or ""):
             if not record.error:
                 yield from (text for text, _ in template.pieces(prompt.apply(record).turns))
 
 
 def training_cost(config: Config, model_config: PreTrainedConfig) -> TrainingCost:
-    """How FLOPs are counted for this model and the parts that are trained."""
+    """Build the FLOP model for this model and its trained parts."""
     decoder, peft = DecoderGeometry.of(model_config.text_config), config.model.peft
     return TrainingCost(
         decoder,

@@ -15,7 +15,6 @@ from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import dump_config, without_effect
 from vtprune_train.config.settings import Config
 from vtprune_train.data.index import SampleIndex
-from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.load.workers import start_server
 from vtprune_train.files.disk import remove, replace_synced
 from vtprune_train.models.forward.kernels import compile_model, replace_kernels
@@ -27,7 +26,6 @@ from vtprune_train.pruning.describe import schedule
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.check_data import check_paths, unwritable
 from vtprune_train.training.checkpoint.folder import CheckpointFolder
-from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.checkpoint.lock import hold_run
 from vtprune_train.training.checkpoint.manifest import STEP, check_export
 from vtprune_train.training.checkpoint.manifest import steps as finished_checkpoints
@@ -35,18 +33,17 @@ from vtprune_train.training.checkpoint.resume import resume
 from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.engine.sharded import placement_for
 from vtprune_train.training.engine.start import check_engine, check_optimizer, start_engine
-from vtprune_train.training.faults.preflight import preflight
-from vtprune_train.training.faults.preflight import wanted as preflight_wanted
+from vtprune_train.training.faults.preflight import needs_preflight, preflight
 from vtprune_train.training.faults.watchdog import Watchdog
 from vtprune_train.training.loop.adapter import attach_adapter, check_adapter
-from vtprune_train.training.loop.callbacks import Carried, Evaluation, Metrics, Plot, Progress
+from vtprune_train.training.loop.callback import Callback
+from vtprune_train.training.loop.callbacks.build import build_callbacks, callbacks_of
 from vtprune_train.training.loop.data import build_collator, build_planner
 from vtprune_train.training.loop.parts import Parts, build_parts, training_cost
 from vtprune_train.training.loop.sample import first_sample
 from vtprune_train.training.loop.settings import with_saved_settings
-from vtprune_train.training.loop.spikes import Spikes
-from vtprune_train.training.loop.trackers import Trackers
-from vtprune_train.training.loop.trainer import Callback, Trainer
+from vtprune_train.training.loop.trackers import Trackers, check_trackers
+from vtprune_train.training.loop.trainer import Trainer
 from vtprune_train.training.optimizer import parameter_groups
 from vtprune_train.training.schedules import check_schedule
 
@@ -54,19 +51,22 @@ log = logging.getLogger(__name__)
 
 
 def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Build or resume the training that ``config`` describes, up to its first step. The process group stands.
+    """Build or resume the training described by ``config``, up to its first step. The process group must be
+    initialized.
 
     Raises:
-        ValueError: settings or data that cannot be trained with (``ConfigError`` included).
+        ValueError: invalid settings or data (including ``ConfigError``).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    disable_progress_bar()  # of every export; the run has its own
+    disable_progress_bar()  # transformers' own, shown at every export
     config = with_saved_settings(config)
     settings = engine_config(config)
     check_paths(config)
     check_engine(config, settings, device)
     optimizer = check_optimizer(config.train, settings, device)
     check_schedule(config.train)
+    check_trackers(config)
+    configured = callbacks_of(config)
     if ranks.rank() == 0:
         for line in without_effect(config):
             log.warning("%s", line)
@@ -77,7 +77,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     check_adapter(config, device)
     ranks.from_rank_0(lambda: _check_start(config))
     if config.data.workers:
-        start_server()  # which imports for seconds
+        start_server()  # slow import
     parts = build_parts(config, placement_for(config, settings))
     attach_adapter(config, parts.model, parts.processor)
     method = config.pruning.build()
@@ -101,48 +101,38 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
     identity, config_yaml = _identity(config, collate.index), dump_config(config)
     state = resume(identity, config.train.resume, checkpoints, engine, config_yaml)
     ranks.from_rank_0(lambda: replace_synced(run_dir / "config.yaml", config_yaml))
-    held_out = build_collator(config, parts, cost, method, "eval") if config.data.eval else None
+    trackers = Trackers(config)
     trainer = Trainer(
         config=config,
         engine=engine,
         collate=collate,
+        eval_collate=build_collator(config, parts, cost, method, "eval") if config.data.eval else None,
         planner=build_planner(config, collate, ranks.world_size()),
         processor=parts.processor,
         checkpoints=checkpoints,
-        callbacks=[*build_callbacks(config, held_out), *callbacks],
+        callbacks=build_callbacks(config, trackers, configured, callbacks),
+        trackers=trackers,
         device=device,
         state=state,
         watchdog=watchdog,
     )
-    if preflight_wanted(config, device):
+    if needs_preflight(config, device):
         preflight(trainer)
     return trainer
 
 
 def warn_of_batch(global_batch_size: int, samples: int) -> None:
-    """Warn that there are fewer samples than a step should take."""
+    """Warn if the dataset is smaller than the global batch size."""
     if global_batch_size > samples and ranks.rank() == 0:
         log.warning(
-            "train.global_batch_size=%d is larger than an epoch, which has %d sample(s): every step takes all of them; "
-            "lower it to %d or less for more steps",
+            "train.global_batch_size=%d is larger than an epoch of %d sample(s), so every step takes all of them; set "
+            "it to at most %d for more steps",
             global_batch_size, samples, samples,
         )  # fmt: skip
 
 
-def build_callbacks(config: Config, held_out: Collator | None) -> list[Callback]:
-    """What happens around the loop, in this order."""
-    run_dir, train = config.run_dir, config.train
-    evaluation: Callback = Carried(JsonLines(run_dir / "eval.jsonl"))
-    spikes: Callback = Carried(JsonLines(run_dir / "spikes.jsonl"))
-    if held_out is not None:
-        evaluation = Evaluation(run_dir, held_out)
-    if train.spike_threshold is not None:
-        spikes = Spikes(run_dir, train.spike_threshold, train.spike_window)
-    return [Metrics(run_dir), Progress(), evaluation, Trackers(run_dir), Plot(run_dir), spikes]
-
-
 def _check_start(config: Config) -> None:
-    """Runs that a new run takes weights from are whole; one that resumes does not need them."""
+    """Check that the runs a new run takes weights from are complete (not needed when resuming)."""
     if finished_checkpoints(config.run_dir / "checkpoints"):
         return
     for path in (config.model.path, config.model.projector):
@@ -151,7 +141,7 @@ def _check_start(config: Config) -> None:
 
 
 def _make_run_dir(run_dir: Path) -> None:
-    """The run's folder, for this run alone, without the tokenizer of an earlier start that came to no checkpoint."""
+    """Create and lock the run folder, and remove the tokenizer of an earlier start that never reached a checkpoint."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         hold_run(run_dir)
@@ -175,13 +165,14 @@ def _prepare(config: Config, parts: Parts, method: PruningMethod | None, device:
 
 
 def _identity(config: Config, index: SampleIndex) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that resumes it: it decides which samples a step holds."""
+    """Settings that must match between a checkpoint and the resuming run, because they determine the samples of each
+    step."""
     return {
         "run.seed": config.run.seed,
         "train.global_batch_size": config.train.global_batch_size,
-        # Without what older checkpoints do not know, where it is not used.
+        # Omit settings that older checkpoints lack, if they are not used.
         "data.train": [
-            {key: value for key, value in source.model_dump().items() if key != "ignore" or value}
+            {key: value for key, value in source.model_dump().items() if key not in ("ignore", "reader") or value}
             for source in config.data.train
         ],
         "data.template": config.data.template,

@@ -1,4 +1,4 @@
-"""What a run says of its template before it starts: one sample as the model gets it, and what does not fit."""
+"""Template report before a run: one sample as the model sees it, and mismatches between template and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import is_here
 from vtprune_train.data.sources.base import Bounds
-from vtprune_train.data.templates import build_encoder, misfits, saved_chat_template, shown_sample
+from vtprune_train.data.templates import build_encoder, describe_sample, misfits, saved_chat_template
 from vtprune_train.models.families.base import Loop
 from vtprune_train.models.families.layout import ImageLayout
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.io.tokenizer import load_tokenizer
 
-LOOKED_AT = 100  # records of the first file, for one that can be shown
+LOOKED_AT = 100  # number of records to try until one can be shown
 
 
 def template_of(data: DataConfig) -> Template:
-    """The template with the run's own system prompt."""
+    """The template with the run's system prompt."""
     template = get_template(data.template)
     return template if data.system is None else replace(template, default_system=data.system)
 
 
 def template_misfits(config: Config, encoder: ChatEncoder, *, offline: bool = False) -> list[str]:
-    """See :func:`vtprune_train.data.templates.misfits`; nothing for a tokenizer that was trained for the run.
-    ``offline``: ask no hub (dry runs)."""
+    """See :func:`vtprune_train.data.templates.misfits`; empty for a tokenizer trained for the run. ``offline``: do not
+    access the hub (dry runs)."""
     key = next((key for key in ("path", "tokenizer", "language_model") if getattr(config.model, key) is not None), None)
     if key is None:
         return list(misfits(encoder, None, "this run"))
@@ -45,16 +45,16 @@ def template_misfits(config: Config, encoder: ChatEncoder, *, offline: bool = Fa
 def first_sample(collate: Collator) -> str:
     """The first sample of the training data, for the log."""
     record = collate.index.record(0)
-    return _described(collate.encoder, collate.layout, record, collate.index.picture_sizes(0), "sample")
+    return _described(collate.encoder, collate.layout, record, collate.index.image_sizes(0), "sample")
 
 
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
-    """The same before anything is built, and what does not fit; where data and tokenizer are on this machine. A
-    ``ValueError`` if template and tokenizer do not go together."""
-    found = next(_readable(config), None)
-    if found is None:
-        return ["sample        not shown: no record with readable pictures is here"]
-    record, sizes = found
+    """Like first_sample, plus template mismatches, but before anything is built; requires data and tokenizer to be
+    available locally. Raises ``ValueError`` if template and tokenizer are incompatible."""
+    readable = next(_readable(config), None)
+    if readable is None:
+        return ["sample        not shown: no record with readable images found"]
+    record, sizes = readable
     template = template_of(config.data)
     texts = [text for text, _ in template.pieces(record.turns)]
     try:
@@ -67,18 +67,19 @@ def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
 
 
 def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
-    """Records at the beginning of the training data, with the sizes of their pictures."""
+    """First records of the training data with readable images, and their image sizes."""
     for source in config.sources("train"):
         if not is_here(Path(source.path)):
             continue
         prompt = Prompt(**source.prompt.model_dump())
         bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
-        for record in islice(read_records(Path(source.path), source.ignore, bounds), LOOKED_AT):
+        records = read_records(Path(source.path), source.ignore, bounds, source.reader or "")
+        for record in islice(records, LOOKED_AT):
             if record.error:
                 continue
             try:
-                pictures = record.pictures(Path(source.images))
-                sizes = [image_size(picture, max_pixels=config.data.max_image_pixels) for picture in pictures]
+                images = record.image_files(Path(source.images))
+                sizes = [image_size(image, max_pixels=config.data.max_image_pixels) for image in images]
             except UNREADABLE:
                 continue
             yield prompt.apply(record), sizes
@@ -89,5 +90,5 @@ def _described(encoder: ChatEncoder, layout: ImageLayout, record: Conversation, 
     image_tokens = layout.tokens(sizes) if sizes else []
     tokens = len(chat.input_ids) - len(image_tokens) + sum(image_tokens)
     supervised = int((chat.labels >= 0).sum())
-    shown = shown_sample(encoder, chat, image_tokens)
-    return f"{title} {record.id}: {tokens} tokens, {supervised} of them supervised, between [[ and ]]:\n{shown}"
+    text = describe_sample(encoder, chat, image_tokens)
+    return f"{title} {record.id}: {tokens} tokens, {supervised} supervised (between [[ and ]]):\n{text}"

@@ -1,4 +1,4 @@
-"""The settings of a run that starts from a checkpoint (``train.init_from``), or whose method adds parameters."""
+"""Settings completed at start: from ``train.init_from``, and learning rates for methods with learned parameters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.pruning import TRAINING_ONLY, PruningConfig
 from vtprune_train.config.settings import Config
+from vtprune_train.models.families import register_family
 from vtprune_train.models.io.build import resolve_checkpoint, saved_pruning
 from vtprune_train.pruning.learned import learns
 from vtprune_train.training import distributed as ranks
@@ -18,8 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def with_saved_settings(config: Config) -> Config:
-    """With ``train.init_from``: the model comes from that checkpoint, and so do the pruning settings that the YAML
-    does not set; every difference is printed."""
+    """With ``train.init_from``, take the model and all pruning settings missing from the YAML from that checkpoint, and
+    log every difference. Registers the family named by ``model.family``."""
+    if config.model.family is not None:
+        register_family(config.model.family, "model.family")
     source = config.train.init_from
     if source is None:
         return with_pruning_rate(config)
@@ -27,32 +30,32 @@ def with_saved_settings(config: Config) -> Config:
         update={"path": resolve_checkpoint(source), "config": None, "language_model": None, "vision_tower": None,
                 "projector": None, "tokenizer": None}
     )  # fmt: skip
-    asked = config.pruning.method if "method" in config.pruning.model_fields_set else None
-    pruning = merge_pruning(config.pruning, saved_pruning(source, asked))
+    method = config.pruning.method if "method" in config.pruning.model_fields_set else None
+    pruning = merge_pruning(config.pruning, saved_pruning(source, method))
     return with_pruning_rate(config.model_copy(update={"model": model, "pruning": pruning}))
 
 
 def with_pruning_rate(config: Config) -> Config:
-    """With a rate for the parameters that the method adds: the projector's, where ``model.train`` names none. A
-    ``ConfigError`` if there is none either, or a rate and no such parameters."""
+    """Set the learning rate of the method's learned parameters; defaults to the projector's rate. Raises
+    ``ConfigError`` if neither is set, or if a rate is set but the method has no learned parameters."""
     train, name = config.model.train, config.pruning.method
     if not learns(config.pruning.build()):
         if "pruning" in train:
-            raise ConfigError(f"model.train names pruning, but pruning.method={name} adds no parameters; leave it out")
+            raise ConfigError(f"model.train.pruning is set, but pruning.method={name} adds no parameters; remove it")
         return config
     if "pruning" in train:
         return config
     if "projector" not in train:
         raise ConfigError(
-            f"pruning.method={name} adds parameters, and model.train names neither pruning nor projector, whose rate "
-            "they would take; for example model.train={pruning: 1.0e-3, language_model: 2.0e-5}"
+            f"pruning.method={name} adds parameters, but model.train has no learning rate for pruning (nor for "
+            "projector, the default); for example model.train={pruning: 1.0e-3, language_model: 2.0e-5}"
         )
     model = config.model.model_copy(update={"train": {**train, "pruning": train["projector"]}})
     return config.model_copy(update={"model": model})
 
 
 def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> PruningConfig:
-    """The checkpoint's settings, overruled by those set explicitly in ``asked``."""
+    """The checkpoint's pruning settings, overridden by those set explicitly in ``asked``."""
     saved = saved or {"method": "none"}
     explicit = {key: getattr(asked, key) for key in asked.model_fields_set}
     same_method = explicit.get("method", saved["method"]) == saved["method"]
@@ -60,7 +63,7 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
         result = PruningConfig(**{**(saved if same_method else {}), **explicit})
     except ValidationError as error:
         reasons = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
-        raise ConfigError(f"pruning, with the settings of train.init_from where none are given: {reasons}") from error
+        raise ConfigError(f"pruning (with the settings of train.init_from as defaults): {reasons}") from error
     differences = {
         key: (saved.get(key), value)
         for key, value in result.model_dump().items()
@@ -70,5 +73,5 @@ def merge_pruning(asked: PruningConfig, saved: dict[str, Any] | None) -> Pruning
         for key, (before, now) in differences.items():
             log.warning("pruning.%s: the checkpoint was trained with %s, this run uses %s", key, before, now)
         if not differences:
-            log.info("pruning settings taken over from the checkpoint: %s", result.model_dump())
+            log.info("pruning settings taken from the checkpoint: %s", result.model_dump())
     return result

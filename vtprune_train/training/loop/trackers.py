@@ -1,124 +1,125 @@
-"""The numbers of ``metrics.jsonl`` and ``eval.jsonl`` in TensorBoard and DeepSpeed's other monitors.
-
-On resume TensorBoard hides what came after the checkpoint, and what its files lack or show wrongly is written again.
-"""
+"""The trackers of ``train.trackers`` (TensorBoard, Weights & Biases, ...), through accelerate's classes."""
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from vtprune_train.training.checkpoint.json_lines import JsonLines, ranges
-from vtprune_train.training.engine.monitors import Monitors, Scalar
-from vtprune_train.training.loop.callbacks import eval_scalars, only_warning
-from vtprune_train.training.loop.trainer import Callback, Trainer
+from vtprune_train.config.errors import ConfigError, did_you_mean
+from vtprune_train.config.settings import Config
+from vtprune_train.training import distributed as ranks
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("loss", "grad_norm", "tokens_per_second", "step_time", "data_wait", "token_accuracy")
+PROJECT = "vtprune"  # unless WANDB_PROJECT names another
 
 
-def train_scalars(record: dict[str, Any]) -> list[Scalar]:
-    """What is shown of a line of ``metrics.jsonl``."""
-    events = [(f"train/{name}", record[name], record["step"]) for name in SHOWN if record.get(name) is not None]
-    events += [(f"train/keep_{i}", share, record["step"]) for i, share in enumerate(record.get("keep", ()), 1)]
-    if record.get("consistency_loss") is not None:
-        events.append(("train/consistency_loss", record["consistency_loss"], record["step"]))
-    return events + [
-        (f"learning_rate/{part}", rate, record["step"]) for part, rate in record.get("learning_rates", {}).items()
-    ]
+def check_trackers(config: Config) -> None:
+    """Raise a ``ConfigError`` if ``train.trackers`` names one that is unknown or not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, installed = list(LOGGER_TYPE_TO_CLASS), {str(name) for name in get_available_trackers()}
+    for name in config.train.trackers:
+        if name not in known:
+            raise ConfigError(f"train.trackers: unknown tracker {name!r}{did_you_mean(name, known)}")
+        if name not in installed:
+            raise ConfigError(f"train.trackers: {name} is not installed; pip install {name}, or take it out")
 
 
-class Trackers(Callback):
-    """The run's numbers, to DeepSpeed's monitors; after the callbacks that bring their files in order on a resume."""
+class Trackers:
+    """Sends numbers and images to all trackers of a run. On ranks other than 0 nothing happens.
 
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
+    A tracker that fails (a full disk, no network) is warned about and left out from then on: training continues.
+    """
 
-    def on_start(self, trainer: Trainer) -> None:
-        if (board := trainer.engine.monitors.tensorboard) is not None:
-            with only_warning(board.log_dir):
-                self._continue(board, trainer.engine.monitors, trainer.state.step)
+    def __init__(self, config: Config):
+        self.names: list[str] = config.train.trackers
+        self.config = config
+        self.run_ids: dict[str, str] = {}  # by tracker: what a resumed run continues
+        self._running: dict[str, Any] = {}
 
-    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        if trainer.engine.monitors.enabled:
-            trainer.engine.monitors.write(train_scalars(record))
-
-    def _continue(self, board: SummaryWriter, monitors: Monitors, step: int) -> None:
-        """Have TensorBoard show the steps up to ``step`` alone, and write again those from the first whose scalars its
-        files lack or show with other values."""
-        folder = Path(board.log_dir)
-        events = [event for line in JsonLines(self.run_dir / "metrics.jsonl").read() for event in train_scalars(line)]
-        events += [event for line in JsonLines(self.run_dir / "eval.jsonl").read() for event in eval_scalars(line)]
-        events = [event for event in events if isinstance(event[1], int | float)]  # a damaged line without a copy
-        lacking = steps_lacking(events, scalars_shown(folder))
-        first = lacking[0] if lacking else step + 1
-        hide_from(board, first)
-        if not lacking:
+    def start(self) -> None:
+        """Start all of them. Weights & Biases continues the run in ``run_ids``."""
+        if ranks.rank() or not self.names:
             return
-        log.warning("%s lacks step %s: the scalars from step %d on are written again from metrics.jsonl and eval.jsonl "
-                    "(pictures are not)", folder, ranges(lacking), first)  # fmt: skip
-        monitors.write_tensorboard([event for event in events if event[2] >= first])
+        from accelerate import PartialState
+        from accelerate.utils import clear_environment
 
+        with clear_environment():  # accelerate's own state, as its trackers require: of a single process
+            PartialState(cpu=True)
+        for name in self.names:
+            self._try(name, self._start)
 
-def hide_from(writer: Any, step: int) -> None:
-    """Have TensorBoard hide everything of ``step`` and later that was written before."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    def _start(self, name: str) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    for _ in range(2):  # the first one that TensorBoard meets is that of a run's beginning, which hides nothing
-        writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-    writer.flush()
+        make = LOGGER_TYPE_TO_CLASS[name]
+        project = "tensorboard" if name == "tensorboard" else os.environ.get("WANDB_PROJECT", PROJECT)
+        folder = [str(self.config.run_dir)] if make.requires_logging_directory else []
+        tracker = make(project, *folder, **(self._wandb_options() if name == "wandb" else {}))
+        tracker.start()
+        self._running[name] = tracker
+        if name == "wandb":
+            self.run_ids[name] = tracker.tracker.id
 
+    def _wandb_options(self) -> dict[str, Any]:
+        return {
+            "name": os.environ.get("WANDB_NAME", self.config.run.name),
+            "dir": str(self.config.run_dir),
+            "id": self.run_ids.get("wandb"),
+            "resume": "allow",
+            "config": self.config.model_dump(mode="json"),
+        }
 
-def steps_lacking(events: list[Scalar], shown: dict[int, dict[str, float]]) -> list[int]:
-    """Steps of ``events`` that are not shown whole, with the same values in float32; in order."""
-    with np.errstate(over="ignore"):
-        values = np.array([value for _, value, _ in events], np.float64).astype(np.float32).tolist()
-    lacking = set()
-    for (tag, _, step), value in zip(events, values, strict=True):
-        found = shown.get(step, {}).get(tag)
-        if found != value and (found is None or found == found or value == value):  # NaN is shown as NaN
-            lacking.add(step)
-    return sorted(lacking)
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send numbers of a step, by name."""
+        for name in list(self._running):
+            self._try(name, lambda name: self._running[name].log(dict(values), step=step))
 
+    def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
+        """Send images, [height, width, 3] uint8, by name; trackers without images pass over them."""
 
-def scalars_shown(folder: Path) -> dict[int, dict[str, float]]:
-    """What TensorBoard would show of each step, by tag, by the event files in a folder."""
-    from tensorboard.compat.proto.event_pb2 import SessionLog
+        def send(name: str) -> None:
+            tracker, layout = self._running[name], {"dataformats": "NHWC"} if name == "tensorboard" else {}
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({tag: pixels[None] for tag, pixels in images.items()}, step=step, **layout)
 
-    shown: dict[int, dict[str, float]] = {}
-    for path in sorted(path for path in folder.glob("*tfevents*") if path.is_file()):
-        for event in _events(path):
-            if event.session_log.status == SessionLog.START:
-                shown = {step: scalars for step, scalars in shown.items() if step < event.step}
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    shown.setdefault(event.step, {})[sys.intern(value.tag)] = value.simple_value
-    return shown
+        for name in list(self._running):
+            self._try(name, send)
 
+    def with_tensorboard(self, act: Callable[[Any], None]) -> None:
+        """Call ``act`` with TensorBoard's ``SummaryWriter`` if TensorBoard runs."""
+        if "tensorboard" in self._running:
+            self._try("tensorboard", lambda name: act(self._running[name].writer))
 
-def _events(path: Path) -> Iterator[Any]:
-    """The events of a file up to its end or the first that is damaged. TensorBoard's own reader takes twenty times as
-    long, for checksums in Python."""
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
+    def finish(self, failed: bool = False) -> None:
+        """Close all of them; Weights & Biases marks a ``failed`` run."""
 
-    content, position = path.read_bytes(), 0
-    while position < len(content):  # a record: its length (8 bytes), a checksum (4), the event, a checksum (4)
-        begin = position + 12
-        end = begin + int.from_bytes(content[position : position + 8], "little")
-        if end + 4 > len(content):
-            return
+        def close(name: str) -> None:
+            tracker = self._running[name]
+            if name == "wandb" and failed:
+                tracker.tracker.finish(exit_code=1)
+            else:
+                tracker.finish()
+
+        for name in list(self._running):
+            self._try(name, close)
+        self._running.clear()
+
+    def _try(self, name: str, act: Callable[[str], None]) -> None:
         try:
-            yield Event.FromString(content[begin:end])
-        except DecodeError:
-            return
-        position = end + 4
+            act(name)
+        except Exception as error:
+            self._running.pop(name, None)
+            log.debug("traceback", exc_info=True)
+            place = Path(self.config.run_dir, "tensorboard") if name == "tensorboard" else name
+            log.warning(
+                "could not write to %s (%s: %s); training continues without it, and metrics.jsonl has every number",
+                place, type(error).__name__, error,
+            )  # fmt: skip

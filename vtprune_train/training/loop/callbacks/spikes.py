@@ -1,4 +1,4 @@
-"""Loss spikes: told apart from noise by the median of recent steps, and traced to samples."""
+"""Loss-spike detection: compare with the median of recent steps and report the responsible samples."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ import torch
 
 from vtprune_train.training import distributed as ranks
 from vtprune_train.training.checkpoint.json_lines import JsonLines
-from vtprune_train.training.loop.callbacks import Carried
-from vtprune_train.training.loop.trainer import Trainer
+from vtprune_train.training.loop.callback import Trainer
+from vtprune_train.training.loop.callbacks.metrics import LineFile
 
 log = logging.getLogger(__name__)
 
-HISTORY = 20  # steps before the first judgement
-SAMPLES = 16  # of the step with the highest losses are named
-LEAST_SPREAD = 1e-3  # of the median: losses that hardly differ make no spike of their noise
+HISTORY = 20  # minimum number of steps before spikes are reported
+SAMPLES = 16  # number of samples with the highest loss to report
+LEAST_SPREAD = 1e-3  # minimum deviation relative to the median, so that noise in a flat loss is not a spike
 
 
 def z_score(loss: float, recent: list[float]) -> float:
-    """How many standard deviations ``loss`` lies above the median of ``recent``; the deviation is estimated by the
-    median absolute one (times 1.4826, right for a normal distribution), which spikes among ``recent`` do not move."""
+    """Number of standard deviations by which ``loss`` exceeds the median of ``recent``. The standard deviation is
+    estimated robustly as 1.4826 * MAD (exact for a normal distribution), so earlier spikes do not affect it."""
     median = float(np.median(recent))
     spread = 1.4826 * float(np.median(np.abs(np.asarray(recent) - median)))
     return (loss - median) / max(spread, LEAST_SPREAD * abs(median), 1e-12)
 
 
 def sample_losses(trainer: Trainer) -> list[dict[str, Any]]:
-    """This rank's samples of the last step with the mean loss of their tokens, highest first."""
-    found: list[dict[str, Any]] = []
+    """This rank's samples of the last step with their mean token loss, sorted descending."""
+    losses: list[dict[str, Any]] = []
     for batch, row_loss in zip(trainer.batches, trainer.row_losses, strict=True):
         parts = torch.split(row_loss.cpu(), list(batch.targets_per_sample))
         for sample, part in zip(batch.sample_ids, parts, strict=True):
             if len(part):
-                found.append({"id": sample, "loss": float(part.mean()), "tokens": len(part)})
-    return sorted(found, key=lambda entry: -entry["loss"])[:SAMPLES]
+                losses.append({"id": sample, "loss": float(part.mean()), "tokens": len(part)})
+    return sorted(losses, key=lambda entry: -entry["loss"])[:SAMPLES]
 
 
-class Spikes(Carried):
-    """A warning and a line in ``spikes.jsonl`` for every step whose loss lies far above those before it.
+class Spikes(LineFile):
+    """Log a warning and write a line to ``spikes.jsonl`` for every step with a loss spike.
 
-    It looks back at ``window`` steps of ``metrics.jsonl``, so that a resumed run judges as one that was never
-    interrupted; ``threshold`` is in standard deviations above their median.
+    Uses the last ``window`` steps of ``metrics.jsonl``, so a resumed run behaves like an uninterrupted one;
+    ``threshold`` is in standard deviations above their median.
     """
 
     def __init__(self, run_dir: Path, threshold: float, window: int):
@@ -59,7 +59,7 @@ class Spikes(Carried):
 
         def known() -> list[float]:
             lines = [line for line in self.metrics.read() if line["step"] <= trainer.state.step]
-            losses = [line.get("loss") for line in lines]  # a line that no checkpoint holds may have lost its own
+            losses = [line.get("loss") for line in lines]  # lines without a copy in a checkpoint may be damaged
             return [loss for loss in losses if isinstance(loss, float)][-(self.recent.maxlen or 0) :]
 
         self.recent.extend(ranks.from_rank_0(known))
@@ -70,10 +70,10 @@ class Spikes(Carried):
             return
         score = z_score(loss, list(self.recent)) if len(self.recent) >= HISTORY else 0.0
         self.recent.append(loss)
-        if score > self.threshold:  # on all ranks or on none: they know the same losses
-            self._tell(trainer, record["step"], loss, score)
+        if score > self.threshold:  # same decision on all ranks, since they have the same losses
+            self._report(trainer, record["step"], loss, score)
 
-    def _tell(self, trainer: Trainer, step: int, loss: float, score: float) -> None:
+    def _report(self, trainer: Trainer, step: int, loss: float, score: float) -> None:
         worst = [entry for part in ranks.gather(sample_losses(trainer)) for entry in part]
         worst = sorted(worst, key=lambda entry: -entry["loss"])[:SAMPLES]
         if ranks.rank():
@@ -81,6 +81,6 @@ class Spikes(Carried):
         self.file.append({"step": step, "loss": loss, "z": score, "samples": worst})
         named = ", ".join(f"{entry['id']} ({entry['loss']:.3g})" for entry in worst[:4])
         log.warning(
-            "step %d: the loss %.4g is a spike, %.1f deviations above the median; highest: %s (more in %s)",
+            "step %d: the loss %.4g is a spike, %.1f standard deviations above the median; highest: %s (more in %s)",
             step, loss, score, named, self.file.path,
         )  # fmt: skip

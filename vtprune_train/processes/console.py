@@ -1,0 +1,56 @@
+"""What a process logs to the console: plain lines with the time, each warning of a library once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+FORMAT = "%(asctime)s %(levelname)s %(message)s"
+TIME = "%Y-%m-%d %H:%M:%S"
+
+
+def start_logging() -> None:
+    """Log to standard error: on rank 0 this package from INFO on, everything else from WARNING on."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.WARNING, format=FORMAT, datefmt=TIME, handlers=[_StderrHandler()])
+    logging.getLogger("vtprune_train").setLevel(logging.WARNING if rank else logging.INFO)
+    if rank:  # every rank finds the same in the index; the first one says it
+        logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """Show warnings of libraries once, on rank 0 alone, and hide those that a user cannot act on. Call this after
+    PyTorch and DeepSpeed are imported, which set up their own loggers."""
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addFilter(_OncePerMessage())
+    if int(os.environ.get("RANK", "0")):
+        for name in ("py.warnings", "DeepSpeed", "transformers"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to what ``sys.stderr`` is at the time: :mod:`vtprune_train.processes.output` replaces it."""
+
+    @property
+    def stream(self) -> Any:  # type: ignore[override]
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        """Has no effect; the base class sets it."""
+
+
+class _OncePerMessage(logging.Filter):
+    """Lets a warning through once, and none about PyTorch's functions that DeepSpeed calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        known = message in self._seen or ("`torch.distributed." in message and "deprecated" in message)
+        self._seen.add(message)
+        return not known

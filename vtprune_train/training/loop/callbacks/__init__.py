@@ -1,0 +1,1 @@
+"""The shipped callbacks. ``build.py`` gives their order."""
