@@ -14,7 +14,7 @@ from tests.support.families import family_inputs, family_model, tokenizer
 from tests.support.helpers import tiny_config
 from tests.support.runner import Runs
 from vtprune_train import PyramidDrop, prune
-from vtprune_train.bench.costs import CountedImage, Sample, Subject, estimate
+from vtprune_train.bench.costs import ImageTokens, Sample, Subject, estimate
 from vtprune_train.cli import main
 from vtprune_train.core.flops import (
     DecoderGeometry,
@@ -177,7 +177,7 @@ def test_keys_left_out_are_counted_in_the_cache_alone():
 
 
 def test_the_summaries_of_voco_stay_in_the_cache():
-    sample = Sample((CountedImage("a", 60, None), CountedImage("b", 33, None)), text=20, answer=4)
+    sample = Sample((ImageTokens("a", 60, None), ImageTokens("b", 33, None)), text=20, answer=4)
     result = estimate(Subject("tiny", tiny_config(num_layers=6), method_class("voco")(tokens=2), "the test"), sample)
     assert result.visual.entering == 93 + 2 * 2 and result.visual.cached == pytest.approx(2 * 2)
     one_layer = DecoderGeometry.of(tiny_config().text_config).cache_bytes(20 + 2 * 2, 2)
@@ -190,7 +190,7 @@ def test_every_method_is_estimated(name):
     method = method_class(name)()
     for depth in (6, 32):
         config = tiny_config(num_layers=depth)
-        sample = Sample((CountedImage("a", 60, None), CountedImage("b", 33, None)), text=20, answer=4)
+        sample = Sample((ImageTokens("a", 60, None), ImageTokens("b", 33, None)), text=20, answer=4)
         result = estimate(Subject("tiny", config, method, "the test"), sample)
         plan = method.plan([SegmentLayout(113, (ImageSpan(0, 60), ImageSpan(60, 33)), (112,))], depth)
         counts = [n for n, stage in zip(visual_per_stage(plan), plan.stages, strict=True) for _ in

@@ -252,7 +252,7 @@ def test_colours_without_a_conversion_are_refused_with_their_name(monkeypatch):
     assert reason(encoded(Image.new("LAB", (4, 4)), "TIFF")) == expected
 
 
-def test_a_image_of_another_size_is_named():
+def test_an_image_of_another_size_is_named():
     with pytest.raises(UnreadableImage, match=r"^x: it is 30 x 50, but was .31, 50. when the data was indexed"):
         load_image(encoded(PHOTO), (31, 50), name="x")
 

@@ -517,7 +517,7 @@ def test_data_edited_under_a_run_stops_it(runs):
     assert_equal_checkpoints(runs.checkpoint("edited"), runs.checkpoint("whole"))
 
 
-def test_a_image_of_another_size_is_measured_at_the_next_start(runs, tmp_path):
+def test_an_image_of_another_size_is_measured_at_the_next_start(runs, tmp_path):
     shutil.copytree(runs.folder / "data", tmp_path / "data")
     picture = tmp_path / "data" / "images" / "train-0-0.png"
     settings = (*SHORT, f"data.root={tmp_path / 'data'}", "data.workers=0")

@@ -285,7 +285,7 @@ def test_the_dry_run_counts_all_phases():
     report = describe(load_config("llava_next_pdrop.yaml", asked))
     plain = describe(load_config("llava_next_pdrop.yaml"))
     assert (
-        "of dense FLOPs, 0.1 of the steps on full tokens" in report
+        "of dense FLOPs, with 0.1 of the steps on full tokens" in report
         and "warm-up (dense, 0.1 of all steps): 1.000" in report
     )
     assert "mean step" not in plain

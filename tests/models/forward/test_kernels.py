@@ -174,5 +174,5 @@ def test_deepspeed_computes_a_norm_only_where_it_uses_it(zero, clip, dtype, comp
 
 
 def test_fp8_is_refused_under_zero_3():
-    with pytest.raises(ConfigError, match=r"model.fp8=true keeps whole weights.*use zero2.json"):
+    with pytest.raises(ConfigError, match=r"model.fp8=true saves whole weights.*use zero2.json"):
         engine({"zero_optimization": {"stage": 3}}, model={"fp8": True})

@@ -75,7 +75,7 @@ def test_settings_of_old_yaml_files_and_new(given, resolved):
 
 @pytest.mark.parametrize("given", ["some", "0", "-1", "2.5", "[1]", "null"])
 def test_unknown_levels_are_refused(given):
-    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing: .* is none of all, first_stage, none"):
+    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing: .* is not all, first_stage, none"):
         load_config("quickstart.yaml", [f"train.activation_checkpointing={given}"])
 
 

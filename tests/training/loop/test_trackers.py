@@ -161,5 +161,5 @@ def test_monitors_of_a_deepspeed_json_are_refused_with_the_setting_to_use(key):
     from vtprune_train.training.engine.settings import engine_config
 
     settings = Config(model={"path": "nowhere"}, deepspeed={"zero_optimization": {"stage": 2}, key: {"enabled": True}})
-    with pytest.raises(ConfigError, match=f"deepspeed: {key} is decided by train.trackers"):
+    with pytest.raises(ConfigError, match=f"deepspeed.{key} is set by train.trackers"):
         engine_config(settings)

@@ -21,7 +21,7 @@ DERIVED_KEYS = {
     "tensorboard": "train.trackers",
     "wandb": "train.trackers",
     "comet": "train.trackers",
-    "csv_monitor": "train.trackers, and metrics.jsonl has every number",
+    "csv_monitor": "train.trackers",
 }
 # Common keys of a DeepSpeed JSON, for finding typos.
 OFTEN_SET = (
