@@ -198,7 +198,7 @@ def test_files_that_are_no_images(tmp_path, content, expected):
         image_size(content, name="shard.tar/7.jpg")
 
 
-def test_places_without_a_image(tmp_path):
+def test_places_without_an_image(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
     codes = {"none.png": errno.ENOENT, "loop": errno.ELOOP, ".": errno.EISDIR, "a" * 300: errno.ENAMETOOLONG}
@@ -225,7 +225,7 @@ def test_permission_denied(tmp_path, monkeypatch):
     assert reason(failing(tmp_path, monkeypatch, errno.EACCES)) == "Permission denied"
 
 
-def test_too_many_open_files_is_no_fault_of_a_image(tmp_path, monkeypatch):
+def test_too_many_open_files_is_no_fault_of_an_image(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Too many open files"):
         image_size(failing(tmp_path, monkeypatch, errno.EMFILE))
 

@@ -243,7 +243,7 @@ def test_settings_are_checked(method):
         method(layer=6).drops(6)
 
 
-def test_rasters_hold_every_token_of_a_image():
+def test_rasters_hold_every_token_of_an_image():
     anyres = AnyRes.of(tiny_config())
     one_vision = OneVision(anyres, 2)
     for size in SIZES:

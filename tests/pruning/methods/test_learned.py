@@ -302,7 +302,7 @@ def test_a_rate_for_them():
     assert with_pruning_rate(settings_(PyramidDrop(), projector=2e-3)).model.train == {"projector": 2e-3}
     with pytest.raises(ConfigError, match="has no learning rate for pruning"):
         with_pruning_rate(settings_(VICTOR, language_model=1e-3))
-    with pytest.raises(ConfigError, match="adds no parameters; leave it out"):
+    with pytest.raises(ConfigError, match="adds no parameters; remove it"):
         with_pruning_rate(settings_(PyramidDrop(), **given))
 
 
