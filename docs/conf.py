@@ -4,6 +4,7 @@ from vtprune_train import __version__
 
 project = "vtprune-train"
 author = "the vtprune-train authors"
+copyright = author
 release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["benchmarks/*.json", "methods/*.json"]
