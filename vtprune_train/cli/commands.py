@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+from vtprune_train import __version__
 from vtprune_train.processes import signals
 from vtprune_train.processes.console import start_logging
 
@@ -177,6 +178,7 @@ def _main(argv: Sequence[str] | None) -> int:
         epilog="`vtprune COMMAND --help` describes a command, `vtprune train --help KEY` a setting.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22),
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _add_train(commands, words)
     for name, (module, summary) in COMMANDS.items():
