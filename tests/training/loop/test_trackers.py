@@ -50,7 +50,8 @@ def test_tensorboard_holds_every_number(runs):
 
 @pytest.mark.slow
 def test_a_run_without_trackers(runs):
-    runs.run("none", *SETTINGS, "train.trackers=[]", "train.eval_show=2")
+    done = runs.run("none", *SETTINGS, "train.trackers=[]", "train.eval_show=2")
+    assert "train.eval_show has no effect: train.trackers is empty" in done.stderr
     assert len(runs.metrics("none")) == 4 and not (runs.directory("none") / "tensorboard").exists()
 
 
