@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,9 @@ T = TypeVar("T")
 
 IN_MODULE = "add the package's folder to PYTHONPATH, start in that folder, or give a file: path/to/file.py:Name"
 IN_FILE = "install the missing package, or put the missing module into the folder of the file"
+MACHINERY = (__file__, importlib.__file__)
+# This package, the standard library and installed packages: their lines are not where a user looks first.
+LIBRARIES = (str(Path(__file__).parents[1]), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 
 _FILES: dict[str, str] = {}  # user-written path of each module loaded from a file
 
@@ -97,16 +101,16 @@ def _import(name: str, place: str, hint: str) -> ModuleType:
     except SyntaxError as error:  # names file and line itself
         raise ValueError(f"{place} cannot be imported: {error}") from error
     except ImportError as error:
-        raise ValueError(f"{place} cannot be imported: {error}{_line_of(error)}; {hint}") from error
+        raise ValueError(f"{place} cannot be imported{_line_of(error)}: {error}; {hint}") from error
     except Exception as error:
-        raise ValueError(f"{place} cannot be imported: {type(error).__name__}: {error}{_line_of(error)}") from error
+        raise ValueError(f"{place} cannot be imported{_line_of(error)}: {type(error).__name__}: {error}") from error
 
 
 def _line_of(error: Exception) -> str:
-    """File and line where the import failed; empty if no line of a module was executed."""
-    machinery = (__file__, importlib.__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in machinery]
-    frames = [f for f in frames if not f.filename.startswith("<frozen importlib")]
+    """File and line where the import failed, outside libraries if possible; empty if no module was executed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if f.filename not in MACHINERY and not f.filename.startswith("<frozen importlib")]
+    frames = [f for f in frames if not f.filename.startswith(LIBRARIES)] or frames
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
