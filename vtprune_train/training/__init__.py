@@ -1,4 +1,4 @@
-"""Training. The stable part for extensions: :class:`Callback`, and :class:`Trainer`, what callbacks may use."""
+"""Training. Stable for extensions: :class:`Callback`, and :class:`Trainer`, the part of the trainer for callbacks."""
 
 from vtprune_train.training.loop.callback import Callback, Trainer
 
