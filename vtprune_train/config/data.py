@@ -51,12 +51,12 @@ class SourceConfig(Section):
         description="Name in sample ids, without colons and spaces; null uses the entry's number.",
     )
     ignore: list[str] = Field(
-        [], description="Fields and marks of these records that change nothing and would otherwise be refused."
+        [], description="Fields and markers in these records to ignore instead of refusing the records."
     )
     reader: str | None = Field(
         None,
-        description="Class that reads the files, for other kinds of files, written path/to/file.py:Class. null: by the "
-        "ending of the path.",
+        description="Class that reads other kinds of files, written path/to/file.py:Class. null chooses the reader by "
+        "file extension.",
     )
 
     @field_validator("take")
@@ -92,8 +92,8 @@ class DataConfig(Section):
     )
     tokenization: Literal["processor", "llava"] = Field(
         "processor",
-        description="Token ids around images: those of the checkpoint's processor, or of LLaVA's code. "
-        "Prompts in generation follow. They differ only for some SentencePiece tokenizers.",
+        description="Token ids around images: those of the checkpoint's processor, or of LLaVA's code. Prompts in "
+        "generation use the same. They differ only for some SentencePiece tokenizers.",
     )
     max_length: int = Field(
         4096,
@@ -112,7 +112,7 @@ class DataConfig(Section):
     )
     unsupervised: Literal["error", "skip"] = Field(
         "error",
-        description="Samples without a supervised token: stop with an error, or leave them out. Also decides about a "
+        description="Samples without a supervised token: stop with an error, or leave them out. Also applies to a "
         "step that has none left because its images could not be read.",
     )
     max_bad: int = Field(
@@ -127,13 +127,13 @@ class DataConfig(Section):
     max_record_bytes: int = Field(
         32 << 20,
         ge=1,
-        description="Largest record in its file, in bytes, with the images inside. `data.too_long` decides about "
+        description="Largest record in a file, in bytes, including images stored in it. `data.too_long` applies to "
         "larger ones.",
     )
     max_text_bytes: int = Field(
         1 << 20,
         ge=1,
-        description="Largest text of a record, in bytes, plus 256 for each turn. `data.too_long` decides about longer "
+        description="Largest text of a record, in bytes, plus 256 for each turn. `data.too_long` applies to longer "
         "ones.",
     )
     workers: int = Field(

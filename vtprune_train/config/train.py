@@ -68,7 +68,7 @@ class TrainConfig(Section):
     )
     trackers: list[str] = Field(
         ["tensorboard"],
-        description="Trackers that get every number: tensorboard, wandb, or another one that Accelerate supports.",
+        description="Trackers that receive all metrics: tensorboard, wandb, or another one that Accelerate supports.",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop",
@@ -90,7 +90,9 @@ class TrainConfig(Section):
         False, description="Use only kernels that give the same bits every time on a GPU; slower."
     )
     preflight: Literal["auto", "always", "never"] = Field(
-        "auto", description="Try the memory of the worst micro-batch before the first step. `auto` does so on GPUs."
+        "auto",
+        description="Run the largest possible micro-batch before the first step, to check that it fits into "
+        "memory. `auto` does so on GPUs.",
     )
     save_in_background: bool = Field(
         True, description="Write checkpoints in a thread, from a copy in host memory, while training continues."
