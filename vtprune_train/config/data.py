@@ -57,7 +57,7 @@ class SourceConfig(Section):
     )
     reader: str | None = Field(
         None,
-        description="Your own class that reads the files, written path/to/file.py:Class. null selects a reader by the "
+        description="Class that reads other kinds of files, written path/to/file.py:Class. null chooses the reader by "
         "file extension.",
     )
 

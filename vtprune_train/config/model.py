@@ -75,7 +75,7 @@ class ModelConfig(Section):
     )
     image_grid_pinpoints: list[tuple[int, int]] | None = Field(
         [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)],
-        description="AnyRes resolutions (height, width) for a model combined from parts. null combines a LLaVA-1.5, "
+        description="AnyRes resolutions (height, width) for a model combined from parts. null builds a LLaVA-1.5, "
         "where each image is one tile. A checkpoint has its resolutions in its config.",
     )
     max_pixels: int | None = Field(
@@ -108,13 +108,13 @@ class ModelConfig(Section):
         "compute capability 8.9 or newer.",
     )
     peft: PeftConfig | None = Field(
-        None, description="Adapter (LoRA, DoRA, QLoRA) on the language model, whose own weights are frozen; null: none."
+        None, description="Adapter (LoRA, DoRA, QLoRA) on the language model, whose weights are frozen; null: none."
     )
     train: dict[str, float] = Field(
         {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6},
-        description="Peak learning rate of each part to train. Parts are projector, language_model, vision_tower, lora "
-        "and pruning; those left out, or null, are frozen. `projector` includes `image_newline`; `lora` is the adapter "
-        "of `model.peft`; `pruning` is the learned parameters of a pruning method.",
+        description="Peak learning rate of each part to train. Parts are projector, language_model, vision_tower, "
+        "lora and pruning; those left out, or null, are frozen. `projector` includes `image_newline`; `lora` is the "
+        "adapter of `model.peft`; `pruning` is the learned parameters of the pruning method.",
     )
 
     @field_validator("attention")

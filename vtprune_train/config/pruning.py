@@ -11,7 +11,7 @@ from vtprune_train.core.rounding import ceil_of
 
 
 class WarmupConfig(Section):
-    """The first steps of training on more tokens. Set exactly one of `steps` and `ratio`."""
+    """Trains the first steps on more tokens. Set exactly one of `steps` and `ratio`."""
 
     steps: int | None = Field(None, ge=1, description="Length in steps.")
     ratio: float | None = Field(None, gt=0, le=1, description="Length as a share of all steps, rounded up.")

@@ -90,7 +90,9 @@ class TrainConfig(Section):
     )
     deterministic: bool = Field(False, description="Use only deterministic kernels on GPUs; slower.")
     preflight: Literal["auto", "always", "never"] = Field(
-        "auto", description="Check before the first step that the largest micro-batches fit. `auto` does so on GPUs."
+        "auto",
+        description="Run the largest possible micro-batch before the first step, to check that it fits into "
+        "memory. `auto` does so on GPUs.",
     )
     save_in_background: bool = Field(
         True, description="Write checkpoints in a thread, from a copy in host memory, while training continues."
