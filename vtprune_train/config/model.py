@@ -104,7 +104,7 @@ class ModelConfig(Section):
     )
     fp8: bool = Field(
         False,
-        description="Use float8 matrix products in the decoder's linear layers; needs torchao and, on a GPU, "
+        description="Use float8 matrix products in the decoder's linear layers. Needs torchao and, on a GPU, "
         "compute capability 8.9 or newer.",
     )
     peft: PeftConfig | None = Field(
