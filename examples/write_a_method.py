@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)  # config.json names the method and its settings, not its code
         loaded = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
-    prune(loaded)  # the saved settings; the class is known because this script defined it
+    prune(loaded)  # uses the saved settings; the class is known because this script defines it
     with torch.no_grad():
         same = torch.equal(model(**inputs).logits, loaded(**inputs).logits)
     print("the loaded model gives the same logits:", same)

@@ -21,7 +21,7 @@ class WarmupConfig(Section):
         "method's keep ratios.",
     )
     start: float = Field(
-        1.0, gt=0, le=1, description="Keep ratio at the first step, for `linear` and `cosine`; at least the method's."
+        1.0, gt=0, le=1, description="Keep ratio at the first step, for `linear` and `cosine`; not below the method's."
     )
 
     @model_validator(mode="after")
