@@ -57,7 +57,7 @@ def errors_of(path, *overrides):
         ("pruning.keep=0.5", ["pruning.keep=0.5 is invalid; expected a list such as [0.5]; the default is [0.5, "]),
         ("pruning={method: fastv, keep: [0.5]}", ["pruning.keep=[0.5] is invalid; expected a number; the default"]),
         ("pruning={method: fastv, keep: true}", ["pruning.keep=True is invalid; expected a number"]),
-        ("pruning={method: feather, layers: [4]}", ["it takes a list of 2 such as [1, 1] or null; the default"]),
+        ("pruning={method: feather, layers: [4]}", ["expected a list of 2 such as [1, 1] or null; the default"]),
         ("pruning={method: voco, hidden_after: query}", ["'hidden_after' is not a setting of voco"]),
         ("pruning.method=[fastv, {method: plphp, keep: 7}]", ["pruning: entry 2 of", "plphp: keep=7 is not in [0, 1]"]),
         (
@@ -316,8 +316,8 @@ def test_settings_of_the_checkpoint_that_no_longer_fit_are_named():
     [
         (lambda: PyramidDrop(keep=0.5), r"keep=0.5 is invalid; expected a list such as \[0.5\]; the default is \["),
         (lambda: PyramidDrop(layers=8), r"layers=8 is invalid; expected a list such as \[1\] or null"),
-        (lambda: PyramidDrop(layers=(8.5, 16, 24)), r"layers=\(8.5, 16, 24\) does not fit"),
-        (lambda: PyramidDrop(keep=("a", 0.5, 0.1)), r"keep=\('a', 0.5, 0.1\) does not fit"),
+        (lambda: PyramidDrop(layers=(8.5, 16, 24)), r"layers=\(8.5, 16, 24\) is invalid"),
+        (lambda: PyramidDrop(keep=("a", 0.5, 0.1)), r"keep=\('a', 0.5, 0.1\) is invalid"),
         (lambda: PyramidDrop(layers=(8, 16)), r"layers=\[8, 16\] has 2 entries but keep=.* has 3; they must"),
         (lambda: PyramidDrop(positions=None), r"positions=None is not one of renumber, keep"),
     ],
