@@ -43,7 +43,7 @@ def load_schedule(train: TrainConfig) -> Schedule:
 
 
 def check_schedule(train: TrainConfig) -> None:
-    """Raise a ``ConfigError`` if ``train.schedule`` is a path that cannot be used; tries 100 updates."""
+    """Raise a ``ConfigError`` if ``train.schedule`` is the path of an unusable function; tries 100 updates."""
     schedule = load_schedule(train)
     for update in range(100):
         schedule(update, 100, 3)

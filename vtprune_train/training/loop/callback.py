@@ -1,4 +1,4 @@
-"""The base class of callbacks, and what they may use of the trainer."""
+"""The base class of callbacks, and the part of the trainer that they may use."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class Trainer(Protocol):
-    """What a callback may use of the trainer.
+    """The part of the trainer that callbacks may use.
 
     Attributes:
         config: the run's settings; ``config.run_dir`` is its folder.
         engine: ``engine.module`` is the model.
         collate: makes batches of training samples; ``collate.index`` describes the samples.
-        eval_collate: the same for ``data.eval``; ``None`` without.
+        eval_collate: the same for ``data.eval``; ``None`` without evaluation data.
         device: this rank's device.
         state: ``state.step`` is the number of completed steps.
-        total_steps: number of steps of the whole training.
+        total_steps: number of steps of the whole run.
         end_step: step at which this process stops.
-        stop_code: exit code of the signal that ended training; 0 without one.
+        stop_code: exit code of the signal that ended training; 0 if there was none.
         samples: indices of the last step's samples, over all ranks.
         batches: this rank's micro-batches of the last step.
         row_losses: for each of ``batches``, the loss of every supervised token, [num_targets].
@@ -87,7 +87,7 @@ class Callback:
 
     def on_save(self, trainer: Trainer) -> None:
         """Called after every checkpoint. It is complete on disk only with ``train.save_in_background: false``;
-        otherwise its files are being written."""
+        otherwise its files are still being written."""
 
     def on_error(self, trainer: Trainer, error: Exception) -> None:
         """Called when training fails, on the rank that raised ``error``. Other ranks may be waiting, so collectives
@@ -107,5 +107,5 @@ class Callback:
         but not if the state was empty."""
 
     def files(self) -> list[JsonLines]:
-        """Files of lines that the callback writes; every checkpoint holds a copy of them."""
+        """JSON Lines files that the callback writes; every checkpoint contains a copy of them."""
         return []

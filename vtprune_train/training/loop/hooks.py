@@ -38,7 +38,7 @@ class Hooks:
             try:
                 callback.on_error(trainer, error)
             except Exception as failure:
-                failure.__suppress_context__ = True  # ``error`` is reported by itself
+                failure.__suppress_context__ = True  # ``error`` is reported separately
                 log.exception("callback %s failed in on_error", key)
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Hooks:
         try:
             yield
         except Exception as error:
-            if error is not self._noted:  # a hook called by another callback has named itself
+            if error is not self._noted:  # otherwise a hook called within this one has added its note
                 error.add_note(f"raised by callback {key} in {hook}")
             self._noted = error
             raise
