@@ -108,7 +108,7 @@ def _import(name: str, place: str, hint: str) -> ModuleType:
 
 def _line_of(error: Exception) -> str:
     """File and line where the import failed, outside libraries if possible; empty if no module was executed."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     frames = [f for f in frames if f.filename not in MACHINERY and not f.filename.startswith("<frozen importlib")]
     frames = [f for f in frames if not f.filename.startswith(LIBRARIES)] or frames
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
