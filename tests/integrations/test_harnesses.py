@@ -16,6 +16,7 @@ from PIL import Image
 from tests.support.checkpoints import HALF, save_folder, save_images
 from tests.support.harness_task import TASK, UTILS
 from vtprune_train.evaluation.answering import answers, load
+from vtprune_train.models.families import FAMILIES, family_of_type
 
 pytestmark = pytest.mark.slow
 
@@ -281,6 +282,37 @@ def vlmevalkit(monkeypatch):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         monkeypatch.setitem(sys.modules, "vlmeval.vlm.base", base)
     return importlib.import_module("vtprune_train.integrations.vlmevalkit")
+
+
+@pytest.fixture
+def family(tmp_path):
+    """The path of a family outside the package."""
+    (tmp_path / "kit_family.py").write_text(
+        "from dataclasses import replace\n"
+        "from vtprune_train.models.families import llava\n"
+        'FAMILY = replace(llava.FAMILY, title="Kit", model_type="kit", model_class="Kit")\n'
+    )
+    before = list(FAMILIES)
+    yield f"{tmp_path / 'kit_family.py'}:FAMILY"
+    FAMILIES[:] = before
+
+
+def type_is_known(*_, **__):
+    assert family_of_type("kit") is not None, "the family is registered before the model is loaded"
+    return types.SimpleNamespace(model=types.SimpleNamespace(device="cpu"))
+
+
+def test_vlmevalkit_adds_a_family(vlmevalkit, family, monkeypatch):
+    monkeypatch.setattr(vlmevalkit, "load", type_is_known)
+    assert vlmevalkit.VTPrune(model_path="x", family=family).generation == {"max_new_tokens": 512}
+
+
+@needs_lmms
+def test_lmms_eval_adds_a_family(family, monkeypatch):
+    import vtprune_train.integrations.lmms_eval as integration
+
+    monkeypatch.setattr(integration, "load", type_is_known)
+    assert integration.VTPruneSimple(pretrained="x", family=family).device == "cpu"
 
 
 def test_vlmevalkit_interface(task, vlmevalkit):

@@ -89,9 +89,9 @@ class Family:
         tower: the submodule of a vision tower that splits attention by image grids (``grid_thw``); ``None`` for a tower
             for tiles of one size.
         image_lengths: number of tokens of each entry of ``get_image_features(...).pooler_output``, in placeholder
-        order. grids: ``(config, inputs of get_image_features) ->`` the grids of each of these entries; empty if
-        unknown. patches: ``(config, inputs of get_image_features) ->`` the tower patches of each of these entries, for
-        methods
+            order.
+        grids: ``(config, inputs of get_image_features) ->`` the grids of each of these entries; empty if unknown.
+        patches: ``(config, inputs of get_image_features) ->`` the tower patches of each of these entries, for methods
             that read the tower's attention.
         run_is_one_image: all entries in a contiguous run of image tokens are tiles of one image.
         three_part_positions: ``(base, inputs) -> [3, B, L]`` positions (time, height, width), which start at 0 in each
