@@ -287,13 +287,14 @@ def vlmevalkit(monkeypatch):
 @pytest.fixture
 def family(tmp_path):
     """The path of a family outside the package."""
-    (tmp_path / "kit_family.py").write_text(
+    file = tmp_path / f"{tmp_path.name}.py"  # each module's name only once
+    file.write_text(
         "from dataclasses import replace\n"
         "from vtprune_train.models.families import llava\n"
         'FAMILY = replace(llava.FAMILY, title="Kit", model_type="kit", model_class="Kit")\n'
     )
     before = list(FAMILIES)
-    yield f"{tmp_path / 'kit_family.py'}:FAMILY"
+    yield f"{file}:FAMILY"
     FAMILIES[:] = before
 
 
@@ -326,7 +327,7 @@ def test_vlmevalkit_interface(task, vlmevalkit):
     text = [{"type": "text", "value": QUESTIONS[0]}]
     image = {"type": "image", "value": rows[0]["images"][0]}
     assert dropped.generate([image, *text]) == said[0]
-    with pytest.raises(ValueError, match="a message part of type 'video'"):
+    with pytest.raises(ValueError, match="message part of type 'video'"):
         kit.generate([{"type": "video", "value": "a.mp4"}])
     with pytest.raises(ValueError, match=r"missing\.png"):
         kit.generate([{"type": "image", "value": str(Path("missing.png"))}, *text])
