@@ -16,7 +16,6 @@ from vtprune_train.evaluation.questions import read_questions
 
 READERS = '''
 import csv
-import math
 
 import numpy as np
 
@@ -62,7 +61,7 @@ class NumPy(Pairs):
             yield (np.int64(at), np.int64(size)), record
 
     def record(self, line):
-        return {**super().record(line), "score": np.float32(2), "rank": np.int64(1), "parts": [math.nan, 1.0]}
+        return {**super().record(line), "score": np.float32(2), "rank": np.int64(1), "parts": [float("nan"), 1.0]}
 
 
 class Arrays(Pairs):
