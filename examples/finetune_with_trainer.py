@@ -1,9 +1,9 @@
-"""Fine-tune with the Trainer of transformers while dropping visual tokens: one line more than without.
+"""Fine-tune with the transformers Trainer while dropping visual tokens: only one additional line.
 
-python examples/finetune_with_trainer.py                     # a tiny model with random weights on drawn images
+python examples/finetune_with_trainer.py                     # a tiny model with random weights on synthetic images
 python examples/finetune_with_trainer.py --model llava-hf/llava-v1.6-vicuna-7b-hf --steps 100
 
-Replace ``draw_samples`` by your own dataset of images and answers.
+Replace ``draw_samples`` with your own dataset of images and answers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Collator:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a LLaVA-NeXT folder or hub id; default: a tiny model with random weights")
+    parser.add_argument("--model", help="a LLaVA-NeXT folder or Hub id; default: a tiny model with random weights")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="runs/examples/trainer")
     arguments = parser.parse_args()

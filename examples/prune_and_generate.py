@@ -18,8 +18,8 @@ from vtprune_train import PyramidDrop, kept_tokens, prune, unprune
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hugging Face folder or hub id; default: a tiny model with random weights")
-    parser.add_argument("--image", help="default: a drawn image")
+    parser.add_argument("--model", help="a Hugging Face folder or Hub id; default: a tiny model with random weights")
+    parser.add_argument("--image", help="default: a synthetic image")
     parser.add_argument("--prompt", default=QUESTION)
     parser.add_argument("--max_new_tokens", type=int, default=16)
     arguments = parser.parse_args()

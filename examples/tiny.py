@@ -1,5 +1,5 @@
-"""A LLaVA-NeXT small enough for a laptop, with random weights, and a few drawn images: what the examples use when no
-``--model`` is given. Nothing is downloaded."""
+"""A LLaVA-NeXT small enough for a laptop, with random weights, and a few synthetic images. The examples use them
+when no ``--model`` is given. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PINPOINTS = [[112, 56], [56, 112], [112, 112]]
 
 
 def tiny_llava_next() -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
-    """A model with eight decoder layers, and its processor with a tokenizer trained on the spot."""
+    """A model with eight decoder layers, and its processor, with a tokenizer that is trained here."""
     tokenizer = _tokenizer()
     config = LlavaNextConfig(
         text_config=LlamaConfig(

@@ -3,7 +3,7 @@
 python examples/write_a_method.py
 
 The class below is all there is to a method. In YAML and on the command line it is named by its path:
-``pruning.method=examples/write_a_method.py:MostDistant``.
+``pruning.method=examples/write_a_method.py:Outliers``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import LlavaNextForConditionalGeneration
 from vtprune_train import Candidates, Drop, PruningMethod, Share, kept_tokens, prune
 
 
-class MostDistant(PruningMethod):
+class Outliers(PruningMethod):
     """Before decoder layer ``layer``, keep the share ``keep`` of each image: the tokens farthest from their mean."""
 
     layer: int = 2
@@ -39,7 +39,7 @@ class MostDistant(PruningMethod):
 def main() -> None:
     model, processor = tiny_llava_next()
     model.eval()
-    prune(model, MostDistant(keep=0.5))
+    prune(model, Outliers(keep=0.5))
 
     images = [image for image, _ in draw_samples(2)]
     text = f"USER: <image>\n<image>\n{QUESTION} ASSISTANT:"
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)  # config.json names the method and its settings, not its code
         loaded = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
-    prune(loaded)  # the saved settings; the class is known because this script defined it
+    prune(loaded)  # uses the saved settings; the class is known because this script defines it
     with torch.no_grad():
         same = torch.equal(model(**inputs).logits, loaded(**inputs).logits)
     print("the loaded model gives the same logits:", same)

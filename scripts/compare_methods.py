@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train the bundled tiny model with each method and without pruning, evaluate each model with each method, and write
+"""Train the quickstart's model with each method and without pruning, evaluate each model with each method, and write
 the result matrix.
 
     python scripts/compare_methods.py                                   # docs/methods/train_infer.{json,md,png}

@@ -119,8 +119,8 @@ def random_order(mix: Mix, ranks: int, batch: int, micro: int, rng: np.random.Ge
 
 
 def published_order(mix: Mix, ranks: int, batch: int, micro: int, rng: np.random.Generator) -> Iterator[Step]:
-    """LLaVA's ``group_by_modality_length``: mega-batches of one modality, sorted by the number of words (images count
-    nothing), split so that chunks have equal counts and about equal words. ``accelerate`` assigns chunks to ranks in
+    """LLaVA's ``group_by_modality_length``: mega-batches of one modality, sorted by the number of words (images do
+    not count), split so that chunks have equal counts and about equal words. ``accelerate`` assigns chunks to ranks in
     order. Leftover samples come last, mixed and unsorted."""
     mega = ranks * batch
     whole: list[list[int]] = []
@@ -140,7 +140,7 @@ def published_order(mix: Mix, ranks: int, batch: int, micro: int, rng: np.random
 
 def even_chunks(members: np.ndarray, lengths: np.ndarray, chunks: int) -> list[int]:
     """Sorted samples, each to the shortest chunk that is not full (the published ``split_to_even_chunks``, with a heap
-    in place of its search); chunk after chunk. Where counts do not come out even they are dealt round."""
+    instead of its search), one chunk after another. If they cannot be split evenly, they are assigned round-robin."""
     if len(members) % chunks:
         return np.concatenate([members[start::chunks] for start in range(chunks)]).tolist()
     full = len(members) // chunks
@@ -167,13 +167,13 @@ class Result:
 
     sampler: str
     ranks: int
-    max_over_mean: float  # time of all steps / time if their FLOPs were shared out evenly
+    max_over_mean: float  # time of all steps / time with perfectly balanced FLOPs
     worst_step: float
-    once: float  # the same if ranks met once a step
+    once: float  # the same if ranks synchronize once per step
     micro_steps: float
-    most_tokens: int  # of a micro-batch, before dropping (with its padding, where it pads)
+    most_tokens: int  # of a micro-batch, before dropping, including padding
     padding: float  # FLOPs with padding / without
-    plan_ms: float  # median CPU time that planning one step takes
+    plan_ms: float  # median CPU time to plan one step
     throughput: float = 1.0  # steps in the same time, ours = 1
 
 

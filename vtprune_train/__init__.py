@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vtprune_train.pruning.setting_types import Share
     from vtprune_train.viz.show import show
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "LVLMCSP",

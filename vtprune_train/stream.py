@@ -1,4 +1,4 @@
-"""Deprecated: the place of ``Drop`` before ``from vtprune_train import Drop``, for methods that name it."""
+"""Deprecated: the old location of ``Drop``, for custom methods that still import it from here."""
 
 import warnings
 

@@ -1,8 +1,10 @@
 """Cases of other methods' published code, format ``vtprune-golden-1``; by ``kind``:
 
 - ``decoder``: a whole pass with tiny weights: kept tokens at each drop point, hidden states, some decoded tokens or
-gradients; - ``contract``: the selection of a method for given candidates; - ``tower``: the same, with signals read from
-a tiny CLIP tower; - ``consistency``: loss and gradients of a step on full tokens.
+  gradients
+- ``contract``: the selection of a method for given candidates
+- ``tower``: the same, with signals read from a tiny CLIP tower
+- ``consistency``: loss and gradients of a step on full tokens
 """
 
 from __future__ import annotations
@@ -48,10 +50,10 @@ def run_case(case: Case) -> Outcome:
 
 
 def _check_listed(case: Case) -> None:
-    """Refuse a case that lists a tensor that it does not contain.
+    """Raise an error if the case lists a tensor that it does not contain.
 
-    Decoded states cannot be compared without the embeddings that were decoded, nor values without a tolerance: a case
-    without those lists them as what the published function returns.
+    Decoded states are not required without their input embeddings, and values are not required without a tolerance,
+    because they could not be compared.
     """
     entries, tensors = case.entries, case.tensors
     inputs, expected = (

@@ -28,7 +28,7 @@ def zero_tail(path: Path, rng: random.Random) -> None:
 
 
 def zero_body(path: Path, rng: random.Random) -> None:
-    """Remove all but the first bytes."""
+    """Zero everything after the first 128 bytes, or all of a smaller file."""
     del rng
     content = path.read_bytes()
     path.write_bytes(content[:128].ljust(len(content), b"\0") if len(content) > 128 else bytes(len(content)))

@@ -76,9 +76,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fault:
-    """``what`` happens at ``moment`` (for damaged files: to which of them) on ``rank``, from ``offset`` steps after the
-    newest checkpoint on. ``pick`` in [0, 1) chooses a file and a place in it; ``real`` asks for a disk that is really
-    full."""
+    """One fault. ``what`` happens at ``moment`` (for damage: the kind of file) on ``rank``, at the earliest ``offset``
+    steps after the newest checkpoint. ``pick`` in [0, 1) selects a file and a position in it; ``real`` requests a disk
+    that is really full."""
 
     kind: str  # kill, stop, disk, damage
     what: str

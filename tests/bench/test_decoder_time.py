@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     assert [row.work for row in result.rows] == ["prefill", "decoding step"]
     assert render(result)[-1].startswith("training step not measured: with gradients, 8 layers of width ")
     monkeypatch.setattr(decoder_time, "_free_bytes", lambda device: 0.5 * needed)
-    with pytest.raises(ValueError, match=r"--clock: 8 layers of width \d+ need .* GB are free on cpu; clock it on"):
+    with pytest.raises(ValueError, match=r"--clock: 8 layers of width \d+ need .* GB are free on cpu; run --clock on"):
         clocked(None)
 
 

@@ -169,5 +169,5 @@ def test_damaged_and_hostile_files_are_named(tmp_path, capsys):
     assert "hostile.bin names io.open: " in refused(capsys, tmp_path / "hostile.bin", "projector", tmp_path / "out")
     assert not (tmp_path / "executed").exists()
     torch.save({"model.mm_projector.0.weight": torch.ones(1)}, tmp_path / "part.bin")
-    assert "no whole projector there" in refused(capsys, tmp_path / "part.bin", "projector", tmp_path / "out")
+    assert "no complete projector there" in refused(capsys, tmp_path / "part.bin", "projector", tmp_path / "out")
     assert "is only a projector" in refused(capsys, tmp_path / "part.bin", "hf", tmp_path / "out")

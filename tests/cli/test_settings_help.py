@@ -27,7 +27,7 @@ TRAIN = (("train",), ("launch",), ("launch", "--nproc_per_node", "2", "--config"
 @pytest.mark.parametrize("command", TRAIN, ids=" ".join)
 def test_one_setting(capsys, command):
     text = help_of(capsys, *command, "--help", "train.clip")
-    assert text.startswith("train.clip\n  Largest gradient norm; larger ones are scaled down. 0: no clipping.\n")
+    assert text.startswith("train.clip\n  Maximum gradient norm; larger gradients are scaled down. 0: no clipping.\n")
     assert "type     number >= 0\n  default  0.0" in text
 
 

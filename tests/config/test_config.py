@@ -54,10 +54,10 @@ def errors_of(path, *overrides):
         ("pruning.method=pyramid", ["pruning", "'pyramid' is unknown", "did you mean pyramiddrop?"]),
         ("pruning.method=3", ["pruning.method: 3 is not the name of a method", "vtprune methods --names"]),
         ("pruning.method_=fastv", ["'method_' is not a setting of pyramiddrop; did you mean method?"]),
-        ("pruning.keep=0.5", ["pruning.keep=0.5 does not fit; it takes a list such as [0.5]; the default is [0.5, "]),
-        ("pruning={method: fastv, keep: [0.5]}", ["pruning.keep=[0.5] does not fit; it takes a number; the default"]),
-        ("pruning={method: fastv, keep: true}", ["pruning.keep=True does not fit; it takes a number"]),
-        ("pruning={method: feather, layers: [4]}", ["it takes a list of 2 such as [1, 1] or null; the default"]),
+        ("pruning.keep=0.5", ["pruning.keep=0.5 is invalid; expected a list such as [0.5]; the default is [0.5, "]),
+        ("pruning={method: fastv, keep: [0.5]}", ["pruning.keep=[0.5] is invalid; expected a number; the default"]),
+        ("pruning={method: fastv, keep: true}", ["pruning.keep=True is invalid; expected a number"]),
+        ("pruning={method: feather, layers: [4]}", ["expected a list of 2 such as [1, 1] or null; the default"]),
         ("pruning={method: voco, hidden_after: query}", ["'hidden_after' is not a setting of voco"]),
         ("pruning.method=[fastv, {method: plphp, keep: 7}]", ["pruning: entry 2 of", "plphp: keep=7 is not in [0, 1]"]),
         (
@@ -259,7 +259,7 @@ def test_a_list_is_a_combination(caplog):
     assert "every + pyramiddrop: before layers 1, 2, 4, 6 of 8 it keeps 0.25, 0.5, 0.25, 0.125" in report
     assert schedule(config.pruning.model_dump()).endswith("Every + pyramiddrop 0.5/0.25/0.125 evenly")
     lines = errors_of("quickstart.yaml", "pruning={method: [pyramiddrop, pyramiddrop], keep: [0.5]}")
-    assert len(lines) == 1 and "pruning.keep=[0.5] is set beside a list of methods" in lines[0]
+    assert len(lines) == 1 and "pruning.keep=[0.5] is set next to a list of methods" in lines[0]
 
 
 def test_one_share_eases_in_too():
@@ -314,10 +314,10 @@ def test_settings_of_the_checkpoint_that_no_longer_fit_are_named():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: PyramidDrop(keep=0.5), r"keep=0.5 does not fit; it takes a list such as \[0.5\]; the default is \["),
-        (lambda: PyramidDrop(layers=8), r"layers=8 does not fit; it takes a list such as \[1\] or null"),
-        (lambda: PyramidDrop(layers=(8.5, 16, 24)), r"layers=\(8.5, 16, 24\) does not fit"),
-        (lambda: PyramidDrop(keep=("a", 0.5, 0.1)), r"keep=\('a', 0.5, 0.1\) does not fit"),
+        (lambda: PyramidDrop(keep=0.5), r"keep=0.5 is invalid; expected a list such as \[0.5\]; the default is \["),
+        (lambda: PyramidDrop(layers=8), r"layers=8 is invalid; expected a list such as \[1\] or null"),
+        (lambda: PyramidDrop(layers=(8.5, 16, 24)), r"layers=\(8.5, 16, 24\) is invalid"),
+        (lambda: PyramidDrop(keep=("a", 0.5, 0.1)), r"keep=\('a', 0.5, 0.1\) is invalid"),
         (lambda: PyramidDrop(layers=(8, 16)), r"layers=\[8, 16\] has 2 entries but keep=.* has 3; they must"),
         (lambda: PyramidDrop(positions=None), r"positions=None is not one of renumber, keep"),
     ],
@@ -332,7 +332,7 @@ def test_no_method_takes_a_value_of_another_type(name):
     cls = method_class(name)
     for key, kind in setting_types(cls).items():
         wrong = 0.5 if "tuple" in str(kind) else [0.5]
-        with pytest.raises(ValueError, match=rf"^{key}=.*(does not fit; it takes|is not one of)"):
+        with pytest.raises(ValueError, match=rf"^{key}=.*(is invalid; expected|is not one of)"):
             cls(**{key: wrong})
     with pytest.raises(TypeError, match=f"{cls.__name__} has no setting 'kep'"):
         cls(kep=0.5)

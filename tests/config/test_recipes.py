@@ -56,7 +56,7 @@ def test_comments_are_rewritten_except_those_of_the_recipe_alone(tmp_path):
     )
     lines = commented(recipe).splitlines()
     assert lines[4] == "    text_config: {vocab_size: 9}  # by hand: a key of transformers"
-    assert lines[6] == "  clip: 1.0                   # Largest gradient norm; larger ones are scaled down"
+    assert lines[6] == "  clip: 1.0                   # Maximum gradient norm; larger gradients are scaled down"
     assert lines[7] == "  epochs: 2                   # here: two are enough"
     assert lines[10] == "  keep: 0.5                   # 1 - R of the paper, in (0, 1]"
     assert yaml.safe_load("\n".join(lines)) == yaml.safe_load(recipe.read_text())

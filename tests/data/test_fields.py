@@ -267,7 +267,7 @@ def test_every_kind_of_file_tells_of_a_field_that_is_refused_and_of_one_that_is_
 def test_questions_whose_images_are_all_elsewhere(tmp_path):
     records = [{"id": "r", "image": "a.png", "conversations": say("<image> what ?", "a cat")}, {"id": "t", **TALK}]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    with pytest.raises(ValueError, match=r"--images .*: none of the 1 images that .*a.json names is there"):
+    with pytest.raises(ValueError, match=r"--images .*: none of the 1 images that .*a.json names exists"):
         read_questions(tmp_path / "a.json", tmp_path)
     image_bytes(tmp_path, 1)
     (tmp_path / "images" / "1.png").rename(tmp_path / "images" / "a.png")

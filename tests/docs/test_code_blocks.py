@@ -4,8 +4,11 @@ Other tests run many of these commands for real (``test_inference_docs.py``, ``t
 block is left out, so that a page cannot name an option, a setting or a file that does not exist.
 """
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from tests.support.trl_data import chat_processor
 from vtprune_train import unprune
 from vtprune_train.cli import commands as cli
 from vtprune_train.config.load import load_config
+from vtprune_train.data.synthetic import write_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +153,8 @@ def test_settings_load(block, tmp_path, monkeypatch):
 
 
 def test_every_page_with_python_is_run():
-    here = {"README.md", "docs/index.md", "docs/prune.md", "docs/show.md", "docs/data.md", "docs/extending.md"}
+    pages = ("index", "prune", "show", "data", "data_format", "extending", "api")
+    here = {"README.md", *(f"docs/{page}.md" for page in pages)}
     for page in PAGES:
         if blocks(page, "python"):
             assert page in here or page in RUN_ELSEWHERE, f"no test runs the Python of {page}"
@@ -204,3 +209,16 @@ def test_the_parquet_example(folder):
     [code] = blocks("docs/data.md", "python")
     exec(code, {})
     assert (folder / "train.parquet").stat().st_size > 0
+
+
+def test_the_loop_from_python(tmp_path):
+    """The API page's example, in a process of its own with the quickstart's data."""
+    [code] = blocks("docs/api.md", "python")
+    write_dataset(tmp_path / "runs" / "data" / "quickstart", num_train=40, num_eval=4, seed=0)
+    (tmp_path / "script.py").write_text(f"{code}\nraise SystemExit(exit_code)\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert len((tmp_path / "runs" / "from_python" / "metrics.jsonl").read_text().splitlines()) == 3

@@ -1,5 +1,6 @@
 """Every ``vtprune`` line of the pages on inference and export does what it says."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ from transformers import LlavaNextForConditionalGeneration
 from tests.support.checkpoints import save_data, save_images, save_run
 from vtprune_train import PyramidDrop
 from vtprune_train.cli import main
+from vtprune_train.data.synthetic import write_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +83,22 @@ def test_commands_of_the_readme(folder):
     for line in lines:
         assert main(shlex.split(line, comments=True)[1:]) == 0, line
     assert (folder / "show.png").is_file() and (folder / "show.html").is_file()
+
+
+def test_commands_of_the_quickstart(folder, capsys):
+    save_run(folder / "runs" / "quickstart", PyramidDrop(layers=(1, 2, 3)))
+    write_dataset(folder / "runs" / "data" / "quickstart", num_train=2, num_eval=3, seed=0)
+    asking = ("generate", "show", "eval", "export")
+    lines = [line for line in commands("quickstart.md") if line.split()[1] in asking]
+    assert [line.split()[1] for line in lines] == list(asking)
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+    assert (folder / "show.png").is_file() and (folder / "exports" / "quickstart" / "config.json").is_file()
+    [help_line] = [line for line in commands("quickstart.md") if "--help" in line]
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):
+        main(shlex.split(help_line)[1:])
+    assert "pruning.method" in capsys.readouterr().out
 
 
 def test_python(folder, capsys):

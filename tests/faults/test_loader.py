@@ -39,7 +39,7 @@ def test_after_a_worker_is_killed_the_run_ends_with_the_same_bits(runs):
 @pytest.mark.parametrize(
     ("fault", "settings", "said"),
     [
-        ("killed", (), "It is the third worker that died on these samples"),
+        ("killed", (), "This is the third worker that died on these samples"),
         ("hung", ("data.worker_timeout=3",), "has not finished a batch for data.worker_timeout=3 seconds"),
     ],
 )

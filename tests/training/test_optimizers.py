@@ -47,7 +47,7 @@ def test_adamw_is_what_it_was():
         ("torch.optim:SGD", {"momentum": -1}, r"cannot be built with train.optimizer_args=.*Invalid momentum value"),
         ("torch.optim:LBFGS", {}, r"a step on a tensor of shape \[65536\] failed, as it would in training: TypeError"),
         ("adamw_8bit", {}, r"adamw_8bit keeps its states on a GPU, but there is no CUDA device here; use"),
-        ("torch.optim:Adagrad", {}, r"DeepSpeed builds Adagrad again without its parameter groups; use .*zero0.json"),
+        ("torch.optim:Adagrad", {}, r"DeepSpeed rebuilds Adagrad without its parameter groups; use .*zero0.json"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_before_the_model_is_built(name, arguments, said):

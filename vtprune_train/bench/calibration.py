@@ -1,4 +1,4 @@
-"""Compares a method's answers with those of the dense model and with the true answers, on questions about images.
+"""Compares a method's answers with those of the dense model and with the reference answers, on questions about images.
 
 Shape suffixes: B batch size, L tokens of a prompt and its answer, N answer tokens of a batch, W vocabulary size.
 """
@@ -164,7 +164,7 @@ class Quality:
     """Results of one method on all questions.
 
     Args:
-        exact_match: share of answers that equal the true ones.
+        exact_match: share of answers that equal the reference answers.
         agreement: share of answers that equal the dense model's, both greedy.
         kl: mean KL(dense || pruned) over the tokens of the dense model's answers, teacher-forced, in nats.
         visual_tokens: mean number over questions, before dropping.
@@ -198,7 +198,7 @@ def quality(
     Args:
         calibration: the dense model's answers to the same questions, for the KL divergence.
         batches: inputs of ``generate``.
-        references: true answers, in the order of the batches.
+        references: reference answers, in the order of the batches.
         method: the method; ``None`` for the dense model.
         dense: the dense model's answers; ``None`` while computing them.
         max_new_tokens: maximum length of an answer.

@@ -333,7 +333,7 @@ def images_of_sample(
     visual_tokens: Sequence[int] = (),
     images: ImageGeometry | Lacks | None = None,
 ) -> tuple[ImageTokens, ...]:
-    """The images of a sample, from sizes or token counts; with neither, one image of the size with most tokens.
+    """The images of a sample, from sizes or token counts; with neither, one image of the size with the most tokens.
 
     Args:
         config: the model's config.

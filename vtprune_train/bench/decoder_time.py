@@ -57,7 +57,7 @@ class Clock:
 
     Args:
         device, dtype, threads, repeats: conditions of the measurement.
-        rows: every kind of work at every batch size.
+        rows: one entry per kind of work and batch size.
         visual: visual tokens of one sample in the executed prefill, means over the layers.
         cache_bytes: keys and values after the prefill of one sample, dense and pruned.
         no_training: why no training step was measured; ``None`` if it was.
@@ -104,7 +104,7 @@ def clock(
     """
     needed, free = _weight_bytes(sizes, dtype), _free_bytes(device)
     if needed > free:
-        raise ValueError(f"--clock: {_memory(sizes, needed, free, device)}; clock it on a larger machine")
+        raise ValueError(f"--clock: {_memory(sizes, needed, free, device)}; run --clock on a larger machine")
     no_training = None if 2 * needed <= free else _memory(sizes, 2 * needed, free, device)
     model = make_decoder(sizes, device, dtype)
     if method is not None and (parameters := fresh(method, model)) is not None:

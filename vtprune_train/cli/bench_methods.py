@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size", type=int, default=8, metavar="N", help="batch size of the untimed answers (default: 8)"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=16, metavar="N", help="maximum tokens of an answer (default: 16)"
+    )
     parser.add_argument(
         "--time_batch", type=numbers(int, "1,8"), default=[1, 8], help="batch sizes to time, for example 1,8"
     )
@@ -104,7 +106,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _with_images(arguments: argparse.Namespace) -> tuple[list[Question], list[Prompt], list[tuple[str, str]]]:
-    """The questions with an image, their prompts, and ``(id, reason)`` of each record that is left out."""
+    """The questions with an image, their prompts, and ``(id, reason)`` of each skipped record."""
     everything, left_out = asked_questions(arguments, arguments.samples)
     questions: list[Question] = []
     prompts: list[Prompt] = []

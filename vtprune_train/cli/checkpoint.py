@@ -140,7 +140,7 @@ def verify_checkpoints(path: Path) -> int:
     for checkpoint in find(path):
         wrong = [*manifest.problems(checkpoint), *_pickled_code(checkpoint)]
         if wrong and not checkpoint.is_dir():
-            print(f"{checkpoint}: removed meanwhile")  # by the running job
+            print(f"{checkpoint}: removed meanwhile")  # by a running job
             continue
         print(f"{checkpoint}: {'ok' if not wrong else f'{len(wrong)} error(s)'}")
         for line in wrong:

@@ -18,11 +18,11 @@ from vtprune_train import __version__
 from vtprune_train.processes import signals
 from vtprune_train.processes.console import start_logging
 
-# Functions import what takes long to import, after this process has begun to listen for signals.
+# Slow imports are inside functions, so that signal handlers are installed first.
 
 log = logging.getLogger("vtprune_train")
 
-# The commands beside train and launch: a summary, and a module with add_arguments(parser) and run(arguments), which
+# The commands other than train and launch: a summary, and a module with add_arguments(parser) and run(arguments), which
 # returns the exit code and raises ValueError for what a user can fix.
 COMMANDS = {
     "quickstart": (
@@ -53,7 +53,8 @@ LAUNCH_SUMMARY = "train in several processes; takes the options of torchrun and 
 
 
 class TrainParser(argparse.ArgumentParser):
-    """Explains how to write settings and recipes, if one is written as an option or is missing."""
+    """Explains how to write settings if one is written as an option, and lists the recipes if ``--config`` is
+    missing."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):
@@ -82,7 +83,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """``train.py``: returns the exit code (0: finished, 2: wrong settings or data, 143: stopped by SIGTERM)."""
-    if argv is None:  # not called by a test or a notebook
+    if argv is None:  # None on the command line; tests and notebooks pass a list
         signals.STOP.listen()
     with _extras_named():
         parser = TrainParser(prog="train.py", description="Train a vision-language model.", add_help=False)
@@ -145,7 +146,7 @@ def _names_data(arguments: argparse.Namespace) -> bool:
 def _refuse(what: str, error: ValueError) -> int:
     from vtprune_train.config.errors import refusal
 
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on every machine, as their files may differ
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once per machine, because files may differ between machines
         print(refusal(what, error), file=sys.stderr)
     return signals.final_exit(2)
 
@@ -155,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _extras_named():
             return _main(argv)
-    except BrokenPipeError:  # the reader has ended, as in `vtprune methods | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+    except BrokenPipeError:  # the reader of the pipe has exited, as in `vtprune methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python exits
         return 128 + signal.SIGPIPE
 
 
@@ -194,7 +195,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _add_train(commands: Any, words: Sequence[str]) -> None:
-    """``train``, and ``launch`` for its help; their options are added if one of them is named."""
+    """Add the subcommands ``train`` and ``launch`` (only for its help). Their options are added only if the command is
+    used."""
     train = commands.add_parser("train", help=TRAIN_SUMMARY, add_help=False)
     launch = commands.add_parser("launch", help=LAUNCH_SUMMARY, usage=signals.LAUNCH_USAGE, add_help=False)
     if words[:1] == ["train"]:
@@ -207,7 +209,8 @@ def _add_train(commands: Any, words: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _extras_named() -> Iterator[None]:
-    """Where an import fails and modules of an extra are not installed: exit code 2 and how to install them."""
+    """Context manager: if an import fails because an extra is not installed, print how to install it and exit with code
+    2."""
     try:
         yield
     except ImportError as error:  # not always a ModuleNotFoundError: transformers looks for packages by itself
@@ -249,7 +252,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         log.debug("traceback", exc_info=True)
         return _refuse(f"vtprune {arguments.command}", error)
-    except OSError as error:  # of a file named by an option
+    except OSError as error:  # about a file that an option names
         if error.filename is None:
             raise
         log.debug("traceback", exc_info=True)

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_options(parser, "conversations, in any format that training reads")
     parser.add_argument("--compare", choices=[DENSE], help="also run the dense model, alternating batch by batch")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="questions in a batch (default: 8)")
-    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=16, metavar="N", help="maximum tokens of an answer (default: 16)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="use N random records (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random records")
     parser.add_argument("--out", metavar="DIR", help="output folder (default: one for these settings under runs/eval/)")

@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def export_checkpoint(checkpoint: Path, arguments: argparse.Namespace) -> int:
-    """Write the ``hf/`` that training left out of a checkpoint from the files of all ranks, bit for bit. Files are
-    memory-mapped: one tensor is in memory at a time, and the model is not built."""
+    """Write the ``hf/`` folder that training did not save, from the checkpoint's files of all ranks, bitwise the same
+    as training would have. Files are memory-mapped: one tensor is in memory at a time, and the model is not built."""
     from vtprune_train.training.checkpoint.portable import open_state
     from vtprune_train.training.engine.files import weight
 
@@ -123,7 +123,7 @@ def check_merge(source: str, merge: bool) -> None:
 
 
 def check_target(out: Path, source: str, force: bool) -> None:
-    """Raise ``ValueError`` if ``out`` contains the model, or anything that ``force`` does not allow to replace."""
+    """Raise ``ValueError`` if ``out`` contains the model, or anything that ``force`` may not replace."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; use a folder")
     inside = Path(source).resolve()

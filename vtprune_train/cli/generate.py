@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", required=True, metavar="TEXT", help="the question; <image> marks the place of an image"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
-    parser.add_argument("--temperature", type=float, metavar="X", help="sample tokens instead of taking the likeliest")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=64, metavar="N", help="maximum tokens of the answer (default: 64)"
+    )
+    parser.add_argument("--temperature", type=float, metavar="X", help="sample tokens instead of greedy decoding")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     add_method_options(parser)
@@ -53,14 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``generate``; sets the seed."""
     if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens={arguments.max_new_tokens}: an answer has at least 1 token")
+        raise ValueError(f"--max_new_tokens={arguments.max_new_tokens} must be at least 1")
     if arguments.temperature is None:
         if arguments.seed is not None:
             raise ValueError(f"--seed={arguments.seed} has no effect without --temperature; leave it out or set both")
         return {"max_new_tokens": arguments.max_new_tokens}
     if not 0.01 <= arguments.temperature <= 100:
         raise ValueError(
-            f"--temperature={arguments.temperature} is not between 0.01 and 100; leave it out for the likeliest tokens"
+            f"--temperature={arguments.temperature} is not between 0.01 and 100; leave it out for greedy decoding"
         )
     if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed={arguments.seed} is not between 0 and 2**63 - 1")

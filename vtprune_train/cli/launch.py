@@ -42,7 +42,7 @@ from vtprune_train.processes.signals import (
 from vtprune_train.training.checkpoint.lock import check_free, port_taken
 
 RANK_MODULE = "vtprune_train.cli"
-# What torchrun logs that a user cannot act on: a word of it by logger.
+# torchrun's log messages that users cannot act on: for each logger, a part of the message.
 NOISE = {
     "torch.distributed.run": "OMP_NUM_THREADS",
     "torch.distributed.elastic.multiprocessing.errors.error_handler": "no error file defined for parent",
@@ -176,5 +176,5 @@ def _pass_on(number: int, frame: Any) -> None:
         raise SystemExit(noted(asked) or exit_code(number))
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            # Before a rank listens, Python answers SIGINT by a traceback.
+            # Before a rank has installed its handler, SIGINT would raise KeyboardInterrupt with a traceback.
             rank.send_signal(number if listens(rank.pid) else signal.SIGTERM)

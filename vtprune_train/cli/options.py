@@ -45,10 +45,10 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """``--family`` and ``--trust_remote_code``, which :func:`load_user_code` follows."""
+    """Add ``--family`` and ``--trust_remote_code``; :func:`load_user_code` acts on them."""
     help_text = "the model's family, if it is not in the package: path/to/file.py:FAMILY"
     parser.add_argument("--family", metavar="PATH", help=help_text)
-    help_text = "run the code of a pruning method outside of vtprune_train that the model's config.json names"
+    help_text = "run the code of a custom pruning method that the model's config.json names"
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=help_text)
 
 
@@ -163,7 +163,7 @@ def set_values(pairs: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"--set {pair}: write key=value, for example --set keep=0.25")
         if key == "method":
-            raise ValueError(f"--set {pair}: the method is not one of its settings; choose it by --method")
+            raise ValueError(f"--set {pair}: the method is not one of its settings; choose it with --method")
         try:
             values[key] = yaml.safe_load(text) if text else None
         except yaml.YAMLError as error:
@@ -185,7 +185,8 @@ def named_method(name: str) -> dict[str, Any]:
 
 
 def changed(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` updated from the command line, where ``--keep 0.25`` sets a list as well as a number."""
+    """Return ``settings`` updated from the command line. A single value such as ``--keep 0.25`` fits settings that take
+    a number and those that take a list."""
     name = settings.get("method")
     if isinstance(name, str) and name != NONE and options:
         types = setting_types(method_class(name))

@@ -112,10 +112,10 @@ def start(run_dir: Path, overrides: list[str], ranks: int, threads: int | None =
 
 
 def finish(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; returns the exit code of the first that failed, or 0."""
+    """Wait for all processes; returns the exit code of the first one that failed, or 0."""
     try:
         codes = [process.wait() for process in processes]
-    except KeyboardInterrupt:  # they got it too, and save
+    except KeyboardInterrupt:  # the processes got the signal too; wait until they have saved
         codes = [process.wait() for process in processes]
     return next((code for code in codes if code), 0)
 

@@ -154,7 +154,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=32, metavar="N", help="use N random records (default: 32)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random records")
     parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="questions in a batch (default: 4)")
-    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="longest answer (default: 16)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=16, metavar="N", help="maximum tokens of an answer (default: 16)"
+    )
     add_set_option(parser)
     add_place_options(parser)
 

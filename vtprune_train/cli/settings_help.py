@@ -80,7 +80,8 @@ def _setting(setting: Setting) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """What an error says after an unknown key: the key that was probably meant, or all of the section."""
+    """Suffix of an error about an unknown key: suggests the key that was probably meant, or lists those of the
+    section."""
     section, *rest = key.split(".")
     if section != "pruning":
         return nearest_key(key.split("."))

@@ -37,12 +37,14 @@ class SourceConfig(Section):
         description="Data file (.json, .jsonl, .parquet, .tar), folder, glob or saved `datasets` dataset, relative to "
         "`data.root`.",
     )
-    images: str = Field(".", description="Folder of the images that records name, relative to `data.root`.")
+    images: str = Field(
+        ".", description="Folder that image paths in records are relative to; itself relative to `data.root`."
+    )
     take: str = Field(
         "all", description="Samples to use: all, first:N or random:N. `random` draws with the seed of the run."
     )
     weight: float = Field(
-        1.0, gt=0, le=1e6, description="An epoch takes weight times the samples: 2 takes each twice, 0.5 takes half."
+        1.0, gt=0, le=1e6, description="How often an epoch uses each sample: 2 uses each twice, 0.5 uses half of them."
     )
     prompt: PromptConfig = Field(PromptConfig(), description="Text added to every conversation of this source.")
     name: str | None = Field(
@@ -51,12 +53,12 @@ class SourceConfig(Section):
         description="Name in sample ids, without colons and spaces; null uses the entry's number.",
     )
     ignore: list[str] = Field(
-        [], description="Fields and marks of these records that change nothing and would otherwise be refused."
+        [], description="Fields and markers that would be rejected but are harmless in these records."
     )
     reader: str | None = Field(
         None,
-        description="Class that reads the files, for other kinds of files, written path/to/file.py:Class. null: by the "
-        "ending of the path.",
+        description="Class that reads other kinds of files, written path/to/file.py:Class. null chooses the reader by "
+        "file extension.",
     )
 
     @field_validator("take")
@@ -71,7 +73,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Training and evaluation data, and how it becomes tokens."""
 
-    root: str = Field(".", description="Folder that the paths of the data are relative to.")
+    root: str = Field(".", description="Folder that data paths are relative to.")
     train: list[SourceConfig] = Field(
         [],
         description="Sources to train on, each at least {path: FILE, images: FOLDER}. A file name instead of the list "
@@ -81,19 +83,19 @@ class DataConfig(Section):
     template: str | dict[str, Any] = Field(
         "vicuna_v1",
         description="Chat template: plain, vicuna_v1, llama_3, mistral, qwen, or custom fields. The fields are user, "
-        "assistant, answer, separator and system. `plain` is for projector alignment: images and captions alone.",
+        "assistant, answer, separator and system. `plain` is for projector alignment: only images and captions.",
     )
     system: PromptText | None = Field(
         None, description="System prompt instead of the template's; an empty text means none."
     )
     image_position: Literal["as_written", "first"] = Field(
         "as_written",
-        description="Where images stand in a user turn. `first` moves them to the front, as LLaVA's code does.",
+        description="Position of images in a user turn. `first` moves them to the front, as LLaVA's code does.",
     )
     tokenization: Literal["processor", "llava"] = Field(
         "processor",
         description="Token ids around images: those of the checkpoint's processor, or of LLaVA's code. "
-        "Prompts in generation follow. They differ only for some SentencePiece tokenizers.",
+        "Generation uses the same ids. They differ only for some SentencePiece tokenizers.",
     )
     max_length: int = Field(
         4096,
@@ -112,14 +114,14 @@ class DataConfig(Section):
     )
     unsupervised: Literal["error", "skip"] = Field(
         "error",
-        description="Samples without a supervised token: stop with an error, or leave them out. Also decides about a "
+        description="Samples without a supervised token: stop with an error, or leave them out. Also applies to a "
         "step that has none left because its images could not be read.",
     )
     max_bad: int = Field(
         100, ge=0, description="Maximum number of malformed or unreadable samples to leave out; one more stops the run."
     )
     max_bad_share: float = Field(
-        0.05, ge=0, le=1, description="Largest share of unusable samples in each source; more stops the run."
+        0.05, ge=0, le=1, description="Maximum share of unusable samples in each source; a larger share stops the run."
     )
     max_image_pixels: int = Field(
         89_478_485, ge=1, description="Images with more pixels are not read; the default is Pillow's limit."
@@ -127,14 +129,14 @@ class DataConfig(Section):
     max_record_bytes: int = Field(
         32 << 20,
         ge=1,
-        description="Largest record in its file, in bytes, with the images inside. `data.too_long` decides about "
+        description="Maximum size of a record in bytes, including embedded images. `data.too_long` applies to "
         "larger ones.",
     )
     max_text_bytes: int = Field(
         1 << 20,
         ge=1,
-        description="Largest text of a record, in bytes, plus 256 for each turn. `data.too_long` decides about longer "
-        "ones.",
+        description="Maximum size of a record's text in bytes, counting 256 extra for each turn. `data.too_long` "
+        "applies to longer ones.",
     )
     workers: int = Field(
         4, ge=0, description="Data loader workers of each rank; 0 decodes images in the training process."
@@ -144,7 +146,7 @@ class DataConfig(Section):
         600.0, gt=0, description="Seconds without a batch after which a worker counts as hung; null waits forever."
     )
     cache_dir: str | None = Field(
-        None, description="Folder of the data index; null puts it beside the cache of `datasets`."
+        None, description="Folder of the data index; null puts it next to the cache of `datasets`."
     )
 
     @model_validator(mode="after")

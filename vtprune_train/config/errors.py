@@ -21,7 +21,7 @@ def refusal(what: str, error: Exception) -> str:
 
 
 def pruning_refusal(error: Exception) -> str:
-    """The error of a pruning method with its place in the settings: ``setting=value ...`` is a key of the section."""
+    """Prefix a pruning method's error with its key: ``setting=value ...`` becomes ``pruning.setting=value ...``."""
     return f"pruning.{error}" if str(error).partition("=")[0].isidentifier() else f"pruning: {error}"
 
 
@@ -31,7 +31,7 @@ def nearest_name(name: str, names: Iterable[str], cutoff: float) -> str | None:
 
     def shared_ends(other: str) -> int:
         pairs = ((name, other), (name[::-1], other[::-1]))
-        return sum(len(os.path.commonprefix(pair)) for pair in pairs)  # noqa: RUF071 (of names)
+        return sum(len(os.path.commonprefix(pair)) for pair in pairs)  # noqa: RUF071 (these are names, not paths)
 
     candidates = list(names)
     if len(candidates) > COMPARED_NAMES:
@@ -40,7 +40,7 @@ def nearest_name(name: str, names: Iterable[str], cutoff: float) -> str | None:
 
 
 def did_you_mean(word: str, known: Sequence[str], parents: Sequence[Any] = ()) -> str:
-    """What an error says after an unknown word: the closest of ``known``, or all of them."""
+    """Suffix of an error about an unknown name: suggests the closest of ``known``, or lists them all."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     prefix = "".join(f"{part}." for part in parents)
     return f"; did you mean {prefix}{nearest[0]}?" if nearest else f"; known: {', '.join(known)}"

@@ -29,7 +29,7 @@ def include_mixtures(tree: dict[str, Any], config: Path) -> list[str]:
         config: the file with the settings; included files are looked up in its folder first.
 
     Returns:
-        Errors: a file that is missing, includes itself or is not a mixture, or a wrong entry.
+        Errors, one line each: a file that is missing, includes itself or is not a mixture, or an invalid entry.
     """
     data = tree.get("data")
     errors = []

@@ -26,11 +26,11 @@ class Sources:
         self._files |= dict.fromkeys(_leaves(tree), file)
 
     def override(self, key: str) -> None:
-        """Note that the command line sets ``key``."""
+        """Record that the command line sets ``key``."""
         self._files[tuple(key.split("."))] = None
 
     def named(self, line: str) -> str:
-        """An error line with the file of the key that it begins with, if the settings come from several files."""
+        """Append the file that sets the key at the start of an error line, if the settings come from several files."""
         if len(set(self._files.values()) - {None}) < 2:
             return line
         key = tuple(re.match(r"[\w.]*", line)[0].split("."))  # type: ignore[index]
@@ -43,7 +43,7 @@ def read_settings(file: Path) -> tuple[Tree, Sources, list[str]]:
     """Read a file of settings on top of its bases.
 
     Returns:
-        The merged settings, the file of each, and what is wrong with included files.
+        The merged settings, the file of each, and errors in included files.
 
     Raises:
         ConfigError: a file is missing, is not YAML or holds no mapping; or the bases form a cycle.
@@ -95,8 +95,8 @@ def read_chain(file: Path) -> list[tuple[Path, Tree]]:
 
 
 def _leave_method(base: Tree, tree: Tree) -> None:
-    """Where a file names another method than its base, drop the base's settings of that method; with ``none``, the
-    whole section."""
+    """If a file names a different method than its base, drop the base's settings for its method; with ``none``, drop
+    the whole section."""
     section, derived = base.get("pruning"), tree.get("pruning")
     if not isinstance(section, dict) or not isinstance(derived, dict) or "method" not in derived:
         return

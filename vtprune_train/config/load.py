@@ -53,8 +53,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _change_method(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """If an override chooses another method than the file, drop the file's settings of its method. With ``none`` they
-    stay, and :func:`without_effect` warns about them."""
+    """If an override chooses a different method than the file, drop the file's settings for its method. With ``none``
+    they stay, and :func:`without_effect` warns about them."""
     section, prefix = tree.get("pruning"), "pruning.method="
     chosen = [override.removeprefix(prefix) for override in overrides if override.startswith(prefix)]
     if not chosen or not isinstance(section, dict) or chosen[-1] in ("none", section.get("method", DEFAULT_METHOD)):

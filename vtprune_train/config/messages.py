@@ -76,13 +76,13 @@ def _type_problem(item: Any, location: Sequence[Any]) -> str:
         message += "; write it in brackets, [...], or as lines that begin with '- '"
     if item["type"] == "string_type" and isinstance(value, int | float):
         text = "..." if isinstance(value, bool) else value
-        message += f"""; quote a text: '{".".join(map(str, location))}="{text}"'"""
+        message += f"""; quote the string: '{".".join(map(str, location))}="{text}"'"""
     is_shown = item["type"] != "missing" and len(repr(value)) <= LONGEST_SHOWN
     return f"{message} (it is {value!r})" if is_shown else message
 
 
 def nearest_key(location: Sequence[Any]) -> str:
-    """What an error says after an unknown key: our name for another library's setting, the same key in another
+    """Suffix of an error about an unknown key: suggests our name for another library's setting, the same key in another
     section, or the nearest key."""
     *parents, name = location
     if name in OTHER_NAMES:

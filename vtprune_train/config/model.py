@@ -21,7 +21,7 @@ class PeftConfig(Section):
     kind: Literal["lora", "dora", "qlora"] = Field(
         "lora",
         description="Kind of adapter. `dora` also trains the magnitude of each row; `qlora` trains LoRA on a 4-bit "
-        "language model and needs bitsandbytes and a GPU.",
+        "language model and needs bitsandbytes.",
     )
     r: int = Field(16, ge=1, description="Rank of the adapter matrices.")
     alpha: int = Field(32, ge=1, description="Scale: the adapter's output is multiplied by alpha / r.")
@@ -53,8 +53,8 @@ class ModelConfig(Section):
     )
     language_model: str | None = Field(
         None,
-        description="Language model to combine with a vision tower: a folder or Hub id. Llama, Vicuna, Mistral and "
-        "Qwen2 checkpoints work.",
+        description="Language model to combine with a vision tower: a folder or Hub id. Llama, Vicuna, Mistral, "
+        "Qwen2 and Qwen3 checkpoints work.",
     )
     vision_tower: str | None = Field(
         None, description="Vision tower to combine with the language model: a folder or Hub id of a CLIP checkpoint."
@@ -67,15 +67,15 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = Field(
         None,
         description="Sizes of a new model, as in a Hugging Face `config.json`; nothing is downloaded. "
-        "`text_config.vocab_size` is also the size of the tokenizer trained on the data. `model_type` chooses the "
-        "family and is `llava_next` if left out.",
+        "`text_config.vocab_size` is also the size of the tokenizer trained on the data. `model_type` selects the "
+        "family and defaults to `llava_next`.",
     )
     tokenizer: str | None = Field(
         None, description="Folder or Hub id of the tokenizer; null uses the checkpoint's, or trains one on the data."
     )
     image_grid_pinpoints: list[tuple[int, int]] | None = Field(
         [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)],
-        description="AnyRes resolutions (height, width) for a model combined from parts. null combines a LLaVA-1.5, "
+        description="AnyRes resolutions (height, width) for a model combined from parts. null builds a LLaVA-1.5, "
         "where each image is one tile. A checkpoint has its resolutions in its config.",
     )
     max_pixels: int | None = Field(
@@ -104,16 +104,17 @@ class ModelConfig(Section):
     )
     fp8: bool = Field(
         False,
-        description="Multiply in float8 in the decoder's linear layers; needs torchao and compute capability 8.9.",
+        description="Use float8 matrix products in the decoder's linear layers. Needs torchao and, on a GPU, "
+        "compute capability 8.9 or newer.",
     )
     peft: PeftConfig | None = Field(
-        None, description="Adapter (LoRA, DoRA, QLoRA) on the language model, which is frozen itself; null: none."
+        None, description="Adapter (LoRA, DoRA, QLoRA) on the language model, whose weights are frozen; null: none."
     )
     train: dict[str, float] = Field(
         {"projector": 2e-5, "language_model": 2e-5, "vision_tower": 2e-6},
-        description="Peak learning rate of each part to train. Parts are projector, language_model, vision_tower, lora "
-        "and pruning; those left out, or null, are frozen. `projector` includes `image_newline`; `lora` is the adapter "
-        "of `model.peft`; `pruning` is the parameters of a method that learns some.",
+        description="Peak learning rate of each part to train. Parts are projector, language_model, vision_tower, "
+        "lora and pruning; those left out, or null, are frozen. `projector` includes `image_newline`; `lora` is the "
+        "adapter of `model.peft`; `pruning` is the learned parameters of the pruning method.",
     )
 
     @field_validator("attention")

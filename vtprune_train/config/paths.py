@@ -9,7 +9,7 @@ from vtprune_train.config.errors import ConfigError, nearest_name
 from vtprune_train.files.parse import read_json_object
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel the recipes lie in the package, in a checkout beside it.
+# The recipes are inside the package in a wheel, and next to it in a checkout.
 PACKAGED_CONFIGS = next(path / "configs" for path in (_PACKAGE, _PACKAGE.parent) if (path / "configs").is_dir())
 SETTINGS = (".yaml", ".yml", ".json")
 
@@ -26,7 +26,7 @@ def find_file(name: str, key: str, beside: Path | None = None) -> Path:
     The file ``beside`` itself is found last, so that it can extend a file of the same name.
 
     Raises:
-        ConfigError: it is in none of them; lists the package's files and suggests the nearest name.
+        ConfigError: it is in none of them; the message lists the package's files and suggests the nearest name.
     """
     folders = (
         *([] if beside is None else [beside.resolve().parent]),

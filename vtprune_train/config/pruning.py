@@ -11,7 +11,7 @@ from vtprune_train.core.rounding import ceil_of
 
 
 class WarmupConfig(Section):
-    """The first steps of training on more tokens. Set exactly one of `steps` and `ratio`."""
+    """Trains the first steps on more tokens. Set exactly one of `steps` and `ratio`."""
 
     steps: int | None = Field(None, ge=1, description="Length in steps.")
     ratio: float | None = Field(None, gt=0, le=1, description="Length as a share of all steps, rounded up.")
@@ -21,7 +21,7 @@ class WarmupConfig(Section):
         "method's keep ratios.",
     )
     start: float = Field(
-        1.0, gt=0, le=1, description="Keep ratio at the first step, for `linear` and `cosine`; at least the method's."
+        1.0, gt=0, le=1, description="Keep ratio at the first step, for `linear` and `cosine`; not below the method's."
     )
 
     @model_validator(mode="after")

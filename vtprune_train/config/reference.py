@@ -99,7 +99,7 @@ def _setting(key: str, schema: dict[str, Any], sections: dict[str, Any]) -> Sett
 
 
 def _nested(schema: dict[str, Any]) -> str | None:
-    """The section of a key, of the entries of its list, or beside null."""
+    """Name of the section that a key holds: directly, as entries of a list, or as an alternative to null."""
     for part in (schema, schema.get("items", {}), *schema.get("anyOf", ())):
         if "$ref" in part:
             return str(part["$ref"]).rpartition("/")[2]

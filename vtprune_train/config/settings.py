@@ -28,13 +28,13 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     callbacks: list[str | dict[str, Any]] = Field(
         [],
-        description="Callbacks besides those of every run: profiler, garbage_collection or path/to/file.py:Class. "
+        description="Additional callbacks: profiler, garbage_collection or path/to/file.py:Class. "
         "Write {class: ..., argument: value} to set arguments.",
     )
     deepspeed: str | dict[str, Any] = Field(
         "configs/deepspeed/zero2.json",
         description="DeepSpeed settings: a JSON file or a mapping, mainly the ZeRO stage. Batch sizes, clipping, "
-        "precision and optimizer come from the settings above, and a file that sets them is refused.",
+        "precision and optimizer come from the settings above; setting them here is an error.",
     )
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ class TrainConfig(Section):
         None, ge=1, description="Number of optimizer steps; null trains for `train.epochs` epochs."
     )
     warmup_ratio: float = Field(
-        0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises, rounded up."
+        0.03, ge=0, le=1, description="Share of the steps over which the learning rate warms up, rounded up."
     )
     schedule: str = Field(
         "cosine",
@@ -42,7 +42,9 @@ class TrainConfig(Section):
     optimizer_args: dict[str, Any] = Field({}, description="Further arguments of the optimizer's class.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay, not applied to biases and norms.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Betas of AdamW.")
-    clip: float = Field(0.0, ge=0, description="Largest gradient norm; larger ones are scaled down. 0: no clipping.")
+    clip: float = Field(
+        0.0, ge=0, description="Maximum gradient norm; larger gradients are scaled down. 0: no clipping."
+    )
     activation_checkpointing: Literal["all", "first_stage", "none"] | int = Field(
         "all",
         description="Decoder layers whose activations are recomputed in the backward pass. `first_stage` recomputes "
@@ -68,7 +70,7 @@ class TrainConfig(Section):
     )
     trackers: list[str] = Field(
         ["tensorboard"],
-        description="Trackers that get every number: tensorboard, wandb, or another one that Accelerate supports.",
+        description="Trackers that receive all metrics: tensorboard, wandb, or another one that Accelerate supports.",
     )
     on_non_finite: Literal["stop", "skip"] = Field(
         "stop",
@@ -86,11 +88,11 @@ class TrainConfig(Section):
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="Whether torch.compile compiles decoder and tower layers. `auto` does so on GPUs."
     )
-    deterministic: bool = Field(
-        False, description="Use only kernels that give the same bits every time on a GPU; slower."
-    )
+    deterministic: bool = Field(False, description="Use only deterministic kernels on GPUs; slower.")
     preflight: Literal["auto", "always", "never"] = Field(
-        "auto", description="Try the memory of the worst micro-batch before the first step. `auto` does so on GPUs."
+        "auto",
+        description="Run the largest possible micro-batch before the first step, to check that it fits into "
+        "memory. `auto` does so on GPUs.",
     )
     save_in_background: bool = Field(
         True, description="Write checkpoints in a thread, from a copy in host memory, while training continues."
@@ -112,7 +114,7 @@ class TrainConfig(Section):
         1800, ge=1, description="Seconds after which a collective fails and a save counts as hung."
     )
     max_restarts: int = Field(
-        0, ge=0, description="Restarts from the newest checkpoint after a failure, under `vtprune launch`."
+        0, ge=0, description="Maximum number of restarts after a failure; only under `vtprune launch`."
     )
 
     @field_validator("optimizer", "schedule")

@@ -174,7 +174,7 @@ class PatchTowerGeometry:
     mergers: int = 1
 
     def tiles_of(self, tokens: int) -> int:
-        """Patches that make so many tokens."""
+        """Number of patches that produce this many tokens."""
         return tokens * self.merge
 
     def tower(self, tiles: Numbers) -> Numbers:
@@ -247,7 +247,7 @@ class TrainingCost:
         return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def vision(self, tiles: np.ndarray) -> np.ndarray:
-        """The tower's and the projector's part of :meth:`sample`, [images]."""
+        """[images] FLOPs of the tower and the projector in :meth:`sample`."""
         assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
         count = np.asarray(tiles, dtype=np.float64)
         return self.tower.tower(count) * (3 if self.trains_tower else 1) + self.tower.projector(count) * (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtprune_train.core.rounding import floor_of
 
-IMAGE = "<image>"  # image placeholder in text, and the name of its token
+IMAGE = "<image>"  # image placeholder in text; also the default image token
 IGNORE = -100  # ignore index for labels
 COPY_ALIGNMENT = 16  # alignment in bytes of tensors in the shared buffer
 
@@ -184,7 +184,8 @@ class Boundary:
         query_rows: [Q] int64, the query rows of all scored segments, in order.
         segments: the segments that have images.
         visual_in_scored: [V] int64, index of each visual token in the concatenated scored segments.
-        next_order: [T_next] int64, the next stage's rows among [text rows, chosen tokens].
+        next_order: [T_next] int64, indices into the concatenation [text rows, kept tokens] that give the rows of the
+            next stage.
         next_visual_rows: [K] int64, rows of the next stage that hold visual tokens.
         spans: all images of the stream, in order.
         drop: the drop; its ``owner`` selects the tokens.

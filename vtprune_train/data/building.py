@@ -1,4 +1,4 @@
-"""Builds the table of one source: measures its records in parallel, piece by piece, and joins the pieces to columns.
+"""Builds the table of one source: measures its records in parallel, piece by piece, and joins the pieces into columns.
 
 A finished piece is a file with a checksum (see :mod:`vtprune_train.files.checksums`) in a folder beside the table. An
 interrupted build continues from its finished pieces.
@@ -38,7 +38,7 @@ from vtprune_train.processes.children import live_with_parent, signals_blocked
 log = logging.getLogger(__name__)
 
 VERSION = 5  # of the format and content of columns
-WORTH_PROCESSES = 4  # pieces; fewer are measured faster than processes start
+WORTH_PROCESSES = 4  # pieces; fewer are measured faster without worker processes
 SECONDS_BETWEEN_LINES = 30
 KEPT = ("at", "size", "text", "supervised", "state", "content")
 STARTS = {"span_starts": "num_spans", "id_starts": "id_size"}
@@ -54,7 +54,7 @@ def build_table(
         stamps: path and stamp of each file; pieces of files with other stamps are removed.
 
     Raises:
-        ValueError: a file cannot be read, or there is no record; names the file.
+        ValueError: a file cannot be read, or there is no record; the message names the file.
     """
     state = hashlib.sha256(json.dumps([VERSION, stamps]).encode()).hexdigest()[:8]
     building = folder.with_name(f"{folder.name}.{state}.building")
@@ -128,7 +128,7 @@ def _build_pieces(building: Path, files: Sequence[Path], measure: Measure, worke
     todo = missing()
     first = list(islice(todo, WORTH_PROCESSES))
     if num_finished:
-        log.info("%s: continuing with %d finished piece(s) of an earlier start", files[0].name, num_finished)
+        log.info("%s: continuing with %d finished piece(s) of an earlier run", files[0].name, num_finished)
     if workers > 1 and len(first) == WORTH_PROCESSES:
         _measure_in_processes(chain(first, todo), measure, workers, files[0].name)
     else:
@@ -324,8 +324,8 @@ def _sizes(pieces: Sequence[_Work], num_files: int) -> tuple[list[int], int, int
 
 
 def _duplicates(hashes: np.ndarray) -> dict[str, Any]:
-    """The number of records whose id an earlier record has, and the rows of one such pair; computed for a share of the
-    hashes at a time."""
+    """The number of records that have the id of an earlier record, and the rows of one such pair. Works on a share of
+    the hashes at a time."""
     count, rows = 0, None
     for bucket in range(BUCKETS):
         in_bucket = np.sort(hashes[(hashes % BUCKETS == bucket) & (hashes != 0)])

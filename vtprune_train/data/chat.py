@@ -318,7 +318,7 @@ class ChatEncoder:
         return [self._placed(chat, ids, edges) for chat, (ids, edges) in zip(rendered, located, strict=True)]
 
     def _placed(self, chat: _Rendered, ids: list[int], edges: list[Edge]) -> _Tokenized:
-        """The tokens of each answer: they start at the first token that differs from its prompt, tokenized alone."""
+        """Locate the tokens of each answer, from the first that differs from those of its prompt, tokenized alone."""
         text, places = chat.text, chat.places
         if edges and not edges[-2].exact:
             # In inference the last prompt is tokenized alone; earlier prompts are part of it.

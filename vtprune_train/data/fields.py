@@ -53,7 +53,7 @@ _LEAVES_OUT = r"exclude|excluded|skip|skipped|ignore|ignored|mask|masked"
 _SAYS_WHERE = (  # matches one word of a field's name
     rf"loss|train|trained|training|learn|supervised?|supervision|unmask(ed)?|grad|gradient|backprop|{_LEAVES_OUT}"
 )
-_LESS = rf"{_LEAVES_OUT}|no|not|non|without|only|last|first|final"  # words with which true means training on less
+_LESS = rf"{_LEAVES_OUT}|no|not|non|without|only|last|first|final"  # words that make true mean training on less
 
 _UNSUPPORTED = [(what, re.compile(pattern)) for what, pattern in (_MEDIA | _FORMAT).items()]
 _IS_IMAGE, _IS_FLAG, _IS_WEIGHT = re.compile(_IMAGE), re.compile(_FLAG), re.compile(_WEIGHT)
@@ -94,12 +94,12 @@ def is_looked_at(name: str) -> bool:
 
 @lru_cache(4096)
 def is_harmless(name: str) -> bool:
-    """Whether a field that is not read needs no warning."""
+    """Whether a field that is not read can be ignored without a warning."""
     return _HARMLESS.fullmatch(plain(name)) is not None
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value is empty, as tables fill in for missing fields."""
+    """Whether a value is empty, such as those that tables fill in for missing fields."""
     if isinstance(value, Mapping):
         return all(is_empty(inner) for inner in value.values())
     if isinstance(value, list | tuple):
@@ -123,7 +123,7 @@ def check_fields(
         Names of fields that are not read and should be reported.
 
     Raises:
-        ValueError: a field would change the training; names it.
+        ValueError: a field would change the training; the message names it.
     """
     unread: set[str] = set()
     if fields.keys() <= read:  # the usual case
@@ -159,7 +159,7 @@ def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None
     ``<picture>``) are HTML and are accepted.
 
     Raises:
-        ValueError: names the placeholder.
+        ValueError: there is such a placeholder; the message names it.
     """
     lowered = text.lower() if (marks := dict.fromkeys(_MARK.findall(text))) else ""
     for mark in marks:
@@ -208,7 +208,7 @@ def _changes_nothing(kind: str, name: str, value: Any, answer: bool | None) -> b
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The values in lists, without missing ones."""
+    """The items of a list, or the value itself, without missing ones."""
     for leaf in value if isinstance(value, list | tuple) else [value]:
         if leaf is not None and leaf != "":
             yield leaf

@@ -181,7 +181,7 @@ def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
     """Convert a grayscale image with more than 8 bits to [H, W] uint8 (Pillow's conversion clips values to white).
 
     16-bit values keep their scale. The scale of 32-bit values is unknown: white is the smallest of 1 (floats), 255 and
-    65535 that is not below any value; if there is none, or a value is negative, the range of values is used.
+    65535 that no value exceeds. If all are exceeded, or a value is negative, values are scaled by their range.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():

@@ -92,7 +92,7 @@ class SampleIndex:
         seed: the run's seed, which determines the order together with the epoch.
     """
 
-    PAUSE: ClassVar = 50  # between two checks of the files, in multiples of the duration of a check
+    PAUSE: ClassVar = 50  # time between two checks of the files, as a multiple of a check's duration
 
     sources: list[Source]
     selections: list[Selection]
@@ -220,10 +220,10 @@ def build_index(
     """Build or open the index of all sources. On each machine one rank builds it while the others wait.
 
     Raises:
-        ValueError: a file cannot be read; more than ``max_bad`` records, more than the share ``max_bad_share`` of a
-            source, or all of its records cannot be used; a sample exceeds ``max_length`` or ``bounds`` and ``too_long``
-            is ``error``; or a sample has no supervised token and ``unsupervised`` is ``error``. Names the first such
-            samples.
+        ValueError: a file cannot be read; too many records cannot be used (more than ``max_bad``, more than the share
+            ``max_bad_share`` of a source, or all of a source); a sample exceeds ``max_length`` or ``bounds`` and
+            ``too_long`` is ``error``; or a sample has no supervised token and ``unsupervised`` is ``error``. The
+            message names the first such samples.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     selections = []
@@ -302,7 +302,7 @@ def most_bad(share: float, records: int) -> int:
 
 
 def _check_bad(source: Source, selection: Selection, share: float) -> None:
-    """Raise if too many records of a source cannot be used, or none can; names the first ones and the reasons."""
+    """Raise if too many records of a source, or all, cannot be used; the message has the first ones with reasons."""
     counts = selection.manifest
     bad, taken = counts["bad"], sum(counts[key] for key in ("samples", "bad", "too_long", "too_large", "unsupervised"))
     if not bad or (bad < taken and bad <= most_bad(share, taken)):

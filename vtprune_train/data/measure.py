@@ -25,8 +25,8 @@ BATCH = 512  # conversations tokenized in one call
 BATCH_BYTES = BOUNDS.text  # text in such a batch; tokenizing takes more than a hundred times as much memory
 BATCH_IMAGE_BYTES = BOUNDS.record  # bytes of embedded images in such a batch
 FINE, BAD, NO_IMAGE, SILENT, LARGE = 0, 1, 2, 3, 4
-"""Values of ``state``: ``NO_IMAGE``, an image cannot be read, perhaps only now; ``SILENT``, the record has no answer to
-train on; ``LARGE``, it is too large; ``BAD``, anything else that makes it unusable."""
+"""Values of ``state``: ``NO_IMAGE``, an image cannot be read (perhaps temporarily); ``SILENT``, the record has no
+answer to train on; ``LARGE``, it is too large; ``BAD``, anything else that makes it unusable."""
 
 RECORD_COLUMNS: dict[str, Any] = {
     "at": np.int64,

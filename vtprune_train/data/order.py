@@ -87,7 +87,7 @@ class EpochOrder:
         return result
 
     def _walk(self, source: int, draws: np.ndarray) -> np.ndarray:
-        """The samples of a source for ``draws``, numbers of draws from it since the run began."""
+        """The samples of a source at ``draws``, positions in the sequence of all draws from it in the run."""
         passes, places = np.divmod(draws, self.sizes[source])
         result = np.zeros(len(draws), dtype=np.int64)
         for number in np.unique(passes).tolist():

@@ -110,7 +110,7 @@ def read_records(
 
 
 def default_id(file: Path, number: int) -> str:
-    """The id of a record that has none."""
+    """The id for a record without one."""
     return f"{file.stem}-{number}"
 
 
@@ -244,7 +244,7 @@ class _Parser:
         elif isinstance(content, str):
             parts = [_Part()] * content.count(IMAGE)
         if not isinstance(content, str):
-            raise ValueError(f"the text of a {role} turn is {content!r}")
+            raise ValueError(f"the text of a {role} turn is {content!r}, which is not text")
         return Turn(ROLES[role], content), parts
 
     def image(self, image: Any) -> str | bytes:
@@ -291,13 +291,15 @@ def _images(record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser) 
     images = lists[0] if lists else []
     in_parts = [part.image for part in parts if part.image is not None]
     if in_parts and len(in_parts) != len(parts):
-        raise ValueError(f"{len(parts)} {IMAGE}, but only {len(in_parts)} of them have an image in their part")
+        raise ValueError(f"{len(parts)} {IMAGE} placeholders, but only {len(in_parts)} of their parts contain an image")
     if in_parts and images and in_parts != images:
         raise ValueError(f"the images in {keys[0]!r} and in the parts of its turns differ")
     indices = [part.index for part in parts]
     if not in_parts and any(index is not None for index in indices):
         if set(indices) != set(range(len(images))):
-            raise ValueError(f"the parts of its turns have the image indices {indices}, but there are {len(images)}")
+            raise ValueError(
+                f"the parts of its turns have the image indices {indices}, but there are {len(images)} images"
+            )
         return [images[index] for index in indices if index is not None]
     return in_parts or images
 

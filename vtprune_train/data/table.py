@@ -89,7 +89,7 @@ class Table:
         except OSError as error:
             raise RuntimeError(f"data file {path} cannot be read: {error}") from error
         except ValueError as error:
-            raise self.distrusted(f"data file {path} cannot be read where it was indexed: {error}") from error
+            raise self.distrusted(f"data file {path} cannot be read at the indexed position: {error}") from error
         if content_hash(record) != self.column("content")[row]:
             raise self.distrusted(f"data file {path}: record {self.id(row)} differs from what was indexed")
         return record if record.id else replace(record, id=self.id(row))
@@ -126,7 +126,7 @@ def open_table(folder: Path, files: Sequence[Path], measure: Measure, workers: i
     holds the lock.
 
     Raises:
-        ValueError: a file cannot be read; names it.
+        ValueError: a file cannot be read; the message names it.
     """
     stamps = [[str(file.resolve()), *stamp(file)] for file in files]
     if folder.exists():

@@ -119,13 +119,14 @@ def _contents(image_token: str) -> list[Any]:
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, source: str, contents: Sequence[Any] = ()) -> list[str]:
-    """The prompts that a chat template makes of the ``contents`` that it accepts; of :func:`_contents` by default."""
+    """The prompts that a chat template renders from the ``contents`` that it accepts (default: text from
+    :func:`_contents`)."""
     rendered = (_rendered(tokenizer, source, content) for content in contents or _contents(IMAGE)[1:])
     return [text for text in rendered if text]
 
 
 def _writes(encoder: ChatEncoder, template: Template, texts: Sequence[str]) -> bool:
-    """Whether ``template`` gives one of ``texts``."""
+    """Whether ``template`` renders one of ``texts``."""
     if "{eos}" in template.answer and encoder.tokenizer.eos_token is None:
         return False
     image_first = encoder.image_position == "first"

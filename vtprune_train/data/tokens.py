@@ -28,7 +28,8 @@ class Edge:
     """A position in a text, in tokens.
 
     Args:
-        index: number of leading ids that the whole text shares with the text before the position, tokenized alone.
+        index: number of leading ids of the whole text that equal those of the text before the position, tokenized
+            alone.
         exact: whether these are all ids of the text before the position, so that no token spans the position.
     """
 
@@ -93,7 +94,7 @@ class SectionTokenizer:
         return [self._joined(sections, places, ids) for sections, places in cut]
 
     def _sections(self, text: str, places: Sequence[int]) -> Iterator[Section]:
-        """Split ``text`` at added tokens that contain no place (the text before such a place would not have the token).
+        """Split ``text`` at added tokens, except those that contain a place (cut there, the text would lack the token).
         If the tokenizer splits at spaces, also split at places between a word and a space."""
         done = 0
         for match in self._pattern.finditer(text):

@@ -85,7 +85,7 @@ def load(
     if trust_remote_code:
         trust_saved(config)
     if method == SAVED:
-        saved_settings(config)  # refuses a method that must not run before weights are read
+        saved_settings(config)  # refuses an untrusted method before any weights are read
     processor = load_processor(folder, config)
     model = load_weights(folder, dtype).to(where).eval()
     if method == SAVED and getattr(config, CONFIG_KEY, None) is None:
@@ -123,7 +123,7 @@ def model_config(folder: str) -> PreTrainedConfig:
     """``config.json`` of a model folder or hub id.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it does not exist.
     """
     if not Path(folder).exists() and (folder.startswith(("/", ".", "~")) or folder.count("/") > 1):
         raise ValueError(f"model {folder}: there is no such folder")
@@ -220,7 +220,7 @@ def content_of(processor: Any) -> Literal["text", "parts"] | None:
         return "parts"
     if text_works:
         return "text"
-    raise ValueError(f"the chat template of this {type(processor).__name__} writes no {token} for an image")
+    raise ValueError(f"the chat template of this {type(processor).__name__} outputs no {token} for an image")
 
 
 def _try_template(processor: Any, content: Any) -> str | None:
@@ -228,7 +228,7 @@ def _try_template(processor: Any, content: Any) -> str | None:
     try:
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     except (TemplateError, TypeError) as error:
-        log.debug("the chat template does not take %s: %s", type(content).__name__, error)
+        log.debug("the chat template does not accept %s: %s", type(content).__name__, error)
         return None
 
 
@@ -266,8 +266,8 @@ def write_prompt(
         question: see :data:`Prompt`.
 
     Raises:
-        ValueError: the question has another number of ``<image>``, contains the model's image token, or the template
-            refuses the turns.
+        ValueError: the number of ``<image>`` in the question differs from the number of images, the question contains
+            the model's image token, or the template refuses the turns.
     """
     turns = [Turn("user", question)] if isinstance(question, str) else list(question)
     marked = sum(turn.text.count(IMAGE) for turn in turns)

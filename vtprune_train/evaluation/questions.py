@@ -1,4 +1,4 @@
-"""The questions of an evaluation: every assistant turn of a data file, with the true conversation before it."""
+"""The questions of an evaluation: every assistant turn of a data file, with the reference conversation before it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Question:
     Args:
         key: ``row:turn:id``, unique within the file.
         sample: the record's id.
-        turns: the conversation up to the question, with true answers.
+        turns: the conversation up to the question, with the reference answers.
         images: the images in these turns, in order.
-        reference: the true answer.
+        reference: the reference answer.
     """
 
     key: str
@@ -43,8 +43,8 @@ def read_questions(
     prompt: Prompt = NO_PROMPT,
     reader: str = "",
 ) -> tuple[list[Question], list[tuple[str, str]]]:
-    """The questions of a file in the forms of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of malformed
-    records.
+    """The questions of a file in one of the formats of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of
+    malformed records.
 
     Args:
         data: a data file of any kind that training supports.
@@ -85,7 +85,7 @@ def read_questions(
     files = {image for question in questions for image in question.images if isinstance(image, Path)}
     if files and not any(file.exists() for file in files):
         raise ValueError(
-            f"--images {images}: none of the {len(files)} images that {data} names is there; the first: {min(files)}"
+            f"--images {images}: none of the {len(files)} images that {data} names exists; the first: {min(files)}"
         )
     return questions, malformed
 
@@ -102,7 +102,7 @@ def _questions_of(number: int, sample: str, turns: Sequence[Turn], images: list[
 
 
 def as_answered(reference: str, tokenizer: Any) -> str:
-    """A true answer as it would be decoded, without special tokens (``<|box_start|>``)."""
+    """A reference answer as it would be decoded, without special tokens (``<|box_start|>``)."""
     if not any(token in reference for token in tokenizer.all_special_tokens):
         return reference
     return tokenizer.decode(tokenizer.encode(reference, add_special_tokens=False), skip_special_tokens=True)

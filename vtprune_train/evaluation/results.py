@@ -92,7 +92,7 @@ class Ledger:
             raise ValueError(f"{path} is damaged ({error}); restore it, or use another --out") from error
         changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if changed:
-            lines = "; ".join(f"{key}: there {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
+            lines = "; ".join(f"{key}: {before.get(key)!r} before, {settings.get(key)!r} now" for key in changed)
             raise ValueError(
                 f"--out {self.folder} holds an evaluation with other settings ({lines}); use its settings to continue "
                 "it, or use another folder"

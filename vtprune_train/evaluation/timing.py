@@ -112,7 +112,7 @@ def plans_run(model: HFModule) -> Iterator[list[StreamPlan]]:
 
 
 def measured_answers(loaded: Loaded, inputs: Any, max_new_tokens: int, *, min_new_tokens: int = 0) -> list[Measured]:
-    """Answer a batch greedily and measure it, with the model pruned or dense as it is.
+    """Answer a batch greedily and measure it, with the model in its current state, pruned or dense.
 
     Args:
         loaded: the model.

@@ -27,7 +27,7 @@ Sums = Mapping[str, list[int]]  # file name -> [size in bytes, CRC-32]
 
 
 class NewFile(ABC):
-    """A new file that is written sequentially while its checksum is computed. After closing, it is on disk.
+    """A new file that is written sequentially while its checksum is computed. Closing it syncs it to disk.
 
     Attributes:
         size: bytes written.

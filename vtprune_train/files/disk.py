@@ -46,8 +46,8 @@ def _complete(error: OSError, path: Path) -> OSError:
 
 
 def locked(path: Path) -> FileLock:
-    """A file lock, to be used in a ``with`` statement. A folder or link at ``path`` is removed first: it cannot be a
-    lock that a process holds."""
+    """A file lock, to be used in a ``with`` statement. A folder or link at ``path`` is removed first, because it
+    cannot be a lock."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         remove(path)
     return FileLock(str(path))
@@ -81,7 +81,7 @@ def replace_synced(path: Path, data: str | bytes) -> None:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Rename a folder that is on disk to ``path``, replacing what is there, and sync the new name."""
+    """Rename the synced folder ``partial`` to ``path``, replacing what is there, and sync the new name."""
     remove(path)
     partial.replace(path)
     sync(path.parent)
@@ -97,8 +97,8 @@ def remove(path: Path, ignore_errors: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Sync a file, or a folder's directory entries, to disk. Some network file systems cannot sync folders; that is
-    ignored, as databases do."""
+    """Sync a file, or a folder's directory entries, to disk. Some network file systems cannot sync folders; the
+    error is ignored, as in databases."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:

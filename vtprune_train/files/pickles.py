@@ -53,9 +53,9 @@ ZIP, NUMPY, TAR, TAR_AT = b"PK\x03\x04", b"\x93NUMPY", b"ustar", 257
 COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 CONTAINERS = (ZIP, NUMPY, *COMPRESSED)  # first bytes of files that may contain pickles
 OBJECTS = re.compile(rb"['\"][|<>=]?O\d*['\"]")  # dtype in the header of a NumPy array that contains a pickle
-HUFFMAN = 1 << 10  # bytes; larger than the tables before the first compressed byte
+HUFFMAN = 1 << 10  # bytes; more than the Huffman tables before the first compressed byte
 DEEPEST = 3  # nesting depth of containers
-LEGACY_PICKLES = 5  # number that torch.save wrote in sequence before it wrote zip files
+LEGACY_PICKLES = 5  # pickles per file in torch.save's format before zip files
 MOST_PICKLES = 10_000  # in one file
 
 
@@ -192,7 +192,7 @@ def _names_in(file: BinaryIO, is_pickle: bool, depth: int) -> set[str]:
     for magic, unpack in COMPRESSED.items():
         if begin.startswith(magic):
             return names | _names_in_packed(unpack(file), depth)
-    return names | _names_in_stream(file, is_pickle)  # from the start, whatever is at the end
+    return names | _names_in_stream(file, is_pickle)  # from the start, even if the end looks like a zip file
 
 
 def _names_in_content(content: BytesIO, is_pickle: bool, depth: int) -> set[str]:
@@ -303,7 +303,7 @@ def _names_in_stream(file: BinaryIO, is_pickle: bool) -> set[str]:
                 in_pickle.add(name)
         except Exception:  # not a pickle: pickletools raises errors of any type
             file.seek(begin)
-            if number < LEGACY_PICKLES or _is_pickle(file.read(2)):  # otherwise data after torch.save's pickles
+            if number < LEGACY_PICKLES or _is_pickle(file.read(2)):  # otherwise data that follows torch.save's pickles
                 names |= in_pickle
             return names | {UNREADABLE} if is_pickle and number == 0 else names
         names |= in_pickle

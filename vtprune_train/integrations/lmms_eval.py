@@ -95,7 +95,7 @@ class _VTPrune(lmms):
         self.device = self.loaded.model.device
 
     def clean(self) -> None:
-        """Free the model's memory after all requests, for a judge model."""
+        """Free the model's memory after all requests, to make room for a judge model."""
         self.loaded = None
         super().clean()
 
@@ -202,7 +202,7 @@ def _batch_size(size: int | str, largest: int | None) -> tuple[int, bool]:
 
 
 def _device_of_rank(device: str, accelerator: Any) -> str:
-    """The device of this process; refuses devices that differ from those that the processes communicate over."""
+    """The device of this process. Raises if it does not match the device type that the processes communicate over."""
     if accelerator.num_processes == 1:
         return device
     if accelerator.device.type != "cuda":

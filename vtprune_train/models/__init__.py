@@ -3,4 +3,4 @@
 from typing import Any, TypeAlias
 
 HFModule: TypeAlias = Any
-"""A transformers module: which attributes it has depends on its family, so a type checker cannot know them."""
+"""A transformers module. Its attributes depend on the model family, so type checkers cannot verify them."""

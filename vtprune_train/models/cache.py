@@ -137,7 +137,7 @@ class StagedLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.keys = self.values = None  # type: ignore[assignment]
-        self.is_initialized = False  # or transformers 5.17 zeroes the columns and keeps them
+        self.is_initialized = False  # otherwise transformers 5.17 zeroes the columns and keeps them
         super().reset()
         self._forget()
 
@@ -163,7 +163,8 @@ class StagedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): a staged cache takes only a negative number, the tokens to remove"
+                f"crop({tokens_to_remove}): a staged cache only supports a negative number, the number of tokens to "
+                "remove"
             )
         super().crop(tokens_to_remove)
         if self.conversation is not None and tokens_to_remove < 0:
@@ -194,7 +195,7 @@ def staged(cache: Cache | None, num_layers: int, method: PruningMethod | None) -
 
     Raises:
         ValueError: the cache has an unsupported type (static, quantized, offloaded), or was filled by a dense model or
-            by another method than ``method``.
+            by a method other than ``method``.
     """
     cache = DynamicCache() if cache is None else cache
     if type(cache) is not DynamicCache or cache.offloading:

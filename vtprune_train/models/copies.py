@@ -44,7 +44,7 @@ class Source:
 
 
 def follow(model_class: type[HFModule]) -> None:
-    """Make ``model_class.from_pretrained`` prune a model that is opened by the string of a :class:`Source`."""
+    """Make ``model_class.from_pretrained`` prune models that are loaded with the string of a :class:`Source`."""
     with _LOCK:
         if _OPENERS in model_class.__dict__:
             return
@@ -57,7 +57,7 @@ def follow(model_class: type[HFModule]) -> None:
             if source is not None:
                 source.prune(made[0] if isinstance(made, tuple) else made)  # a tuple with output_loading_info
                 log.info(
-                    "%s was opened by a pruned model's path, so it is pruned in the same way",
+                    "%s was loaded from a pruned model's path, so it is pruned in the same way",
                     pretrained_model_name_or_path,
                 )
             return made

@@ -397,7 +397,7 @@ def _train(self: HFModule, original: Callable[..., Any], state: State, *args: An
 
 
 def _extra_repr(self: HFModule, original: Callable[..., str], state: State) -> str:
-    """``print(model)`` says how it is pruned, in its first line."""
+    """Make the first line of ``print(model)`` describe how the model is pruned."""
     depth = len(self.get_submodule(state.family.decoder).layers)
     pruned = "packed, nothing is dropped" if state.method is None else f"pruned by {schedule(state.method, depth)}"
     return "\n".join(filter(None, (pruned, original())))

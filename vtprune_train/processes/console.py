@@ -16,7 +16,7 @@ def start_logging() -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format=FORMAT, datefmt=TIME, handlers=[_StderrHandler()])
     logging.getLogger("vtprune_train").setLevel(logging.WARNING if rank else logging.INFO)
-    if rank:  # every rank finds the same in the index; the first one says it
+    if rank:  # every rank opens the same index; rank 0 logs about it
         logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
 
 
@@ -43,7 +43,7 @@ class _StderrHandler(logging.StreamHandler[Any]):
 
 
 class _OncePerMessage(logging.Filter):
-    """Lets a warning through once, and none about PyTorch's functions that DeepSpeed calls."""
+    """Passes each warning once, and none about deprecated PyTorch functions that DeepSpeed calls."""
 
     def __init__(self) -> None:
         super().__init__()

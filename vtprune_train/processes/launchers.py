@@ -57,7 +57,7 @@ class _Process:
 
 
 def _process(pid: int) -> _Process | None:
-    """Read ``/proc/PID/stat``; ``None`` if the process does not exist. Ticks since boot do not move with the clock."""
+    """Read ``/proc/PID/stat``; ``None`` if the process does not exist. Ticks since boot ignore clock changes."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -92,8 +92,8 @@ def launchers_above() -> list[Launcher]:
         launcher = Launcher("vtprune launch", *map(int, announced.split()))
         if launcher.pid not in [above.pid for above in launchers]:
             launchers.append(launcher)
-    # A launcher in another container is invisible. If no ancestor is a Python process (all launchers are, unknown ones
-    # too), the launcher was killed before this process could look.
+    # A launcher in another container is invisible. All launchers, including unknown ones, are Python processes: if no
+    # ancestor is one, the launcher was killed before this process looked for it.
     is_here = os.getppid() > 0 and os.getsid(0) > 0
     if not launchers and not python and is_here:
         launchers = [Launcher(name, 0, 0) for variable, name in VARIABLES.items() if variable in os.environ][:1]

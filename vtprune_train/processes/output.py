@@ -49,8 +49,8 @@ class Stream:
 
 
 def keep_streams() -> None:
-    """Wrap ``sys.stdout`` and ``sys.stderr`` in :class:`Stream`. Closed descriptors 0 to 2 are opened on ``/dev/null``,
-    so that no other file gets them and with them the output."""
+    """Wrap ``sys.stdout`` and ``sys.stderr`` in :class:`Stream`. Closed descriptors 0 to 2 are opened on ``/dev/null``;
+    otherwise the next opened file would get one of them and receive the output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

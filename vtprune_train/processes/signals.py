@@ -99,7 +99,7 @@ def listens(pid: int) -> bool:
 
 
 def leave_before_joining(number: int) -> None:
-    """Exit before this rank has joined the others. The launcher stops those, unless it forwarded the signal itself."""
+    """Exit before this rank has joined the others. The launcher stops the others, unless it forwarded the signal."""
     _say(f"{signal.Signals(number).name} {BEFORE_TRAINING}")
     if launcher_was_asked():
         _note_if_none(os.environ[FINAL_FILE], exit_code(number))

@@ -16,7 +16,7 @@ from vtprune_train.pruning.setting_types import setting_types
 
 log = logging.getLogger(__name__)
 
-CONFIG_KEY = "pruning"  # of a model's config
+CONFIG_KEY = "pruning"  # key in a model's config
 NONE = "none"
 SAVED: Literal["saved"] = "saved"  # use the checkpoint's saved method, if any
 METHODS: dict[str, str] = {
@@ -44,7 +44,7 @@ METHODS: dict[str, str] = {
 
 
 def method_class(name: str) -> type[PruningMethod]:
-    """Return the class of a method: a name of :data:`METHODS`, or the path of a class, ``package.module:Class`` or
+    """Return the class of a method, by its name in :data:`METHODS` or by its import path, ``package.module:Class`` or
     ``path/to/file.py:Class``.
 
     Raises:
@@ -55,13 +55,13 @@ def method_class(name: str) -> type[PruningMethod]:
     if name == SAVED:
         raise ValueError(
             f"method={SAVED!r} means the method that a checkpoint was saved with and only works alone, as in "
-            f"prune(model, {SAVED!r}); here name one of {', '.join(METHODS)}, {NONE}"
+            f"prune(model, {SAVED!r}); here, use one of {', '.join(METHODS)}, {NONE}"
         )
     if ":" not in path:
         nearest = difflib.get_close_matches(name.lower(), (*METHODS, NONE, SAVED), n=1)
         raise ValueError(
             f"method={name!r} is unknown; {f'did you mean {nearest[0]}? ' if nearest else ''}known methods: "
-            f"{', '.join(METHODS)}, {NONE}; for your own method give its path, 'package.module:Class' or "
+            f"{', '.join(METHODS)}, {NONE}; for a custom method, pass its path, 'package.module:Class' or "
             "'path/to/file.py:Class'"
         )
     return load_class(path, PruningMethod, "method")
@@ -134,7 +134,8 @@ def check_trusted(settings: Any, place: str, name_it: str = "") -> None:
             --method, prune(model, method) or trust_remote_code.
 
     Raises:
-        UntrustedMethodError: names the checkpoint, the method and what to do.
+        UntrustedMethodError: the settings refer to other code; the message names the checkpoint, the method and how to
+            allow it.
     """
     for path in outside_methods(settings):
         imported = loaded(path)
@@ -194,7 +195,7 @@ def _combined(entries: Sequence[Any], others: Mapping[str, Any]) -> PruningMetho
     if others:
         key = next(iter(others))
         raise ValueError(
-            f"{key}={others[key]!r} is set beside a list of methods; move it into the entry that it belongs to"
+            f"{key}={others[key]!r} is set next to a list of methods; move it into the entry it belongs to"
         )
     methods = [_part(number, entry) for number, entry in enumerate(entries, start=1)]
     if not methods:

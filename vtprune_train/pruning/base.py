@@ -40,7 +40,7 @@ PACKAGE = "vtprune_train.pruning."
 
 
 def method_name(cls: type[PruningMethod]) -> str:
-    """How settings name a method's class: by its name if it is part of the package, else by its path."""
+    """Return how settings refer to a method's class: by name if it is part of the package, otherwise by path."""
     return cls.name if cls.__module__.startswith(PACKAGE) else path_of(cls)
 
 
@@ -52,11 +52,12 @@ class PruningMethod(Settings):
     :meth:`keys`; :attr:`needs` says what the loop must prepare for it.
 
     Attributes:
-        name: the method's name in logs and errors, and for the methods of the package in YAML, on the command line and
-            in ``config.json``; by default the name of the class.
+        name: the method's name in logs and errors; by default the name of the class. Methods of the package also have
+            this name in YAML, on the command line and in ``config.json``.
         paper: title and arXiv number.
-        where: where it acts, for the list of methods: ``before the decoder``, ``between layers``, ``key-value cache``.
-        trains: what training does with it, for the same list; if it cannot be trained, why.
+        where: where the method acts, as shown by ``vtprune methods``: ``before the decoder``, ``between layers`` or
+            ``key-value cache``.
+        trains: whether the method can be trained and how, or why not; also shown by ``vtprune methods``.
         before: settings added after a release, with the values that reproduce the method's earlier behavior; they apply
             to checkpoints that lack these settings.
     """
@@ -192,7 +193,7 @@ class PruningMethod(Settings):
         return keep if isinstance(keep, tuple) else () if keep is None else (keep,)
 
     def with_ratios(self, ratios: Sequence[float]) -> Self:
-        """The method with these keep ratios instead of :attr:`ratios`."""
+        """Return a copy of the method with these keep ratios."""
         changes = {"keep": tuple(ratios) if isinstance(getattr(self, "keep", None), tuple) else ratios[0]}
         return replace(self, **changes)
 

@@ -62,7 +62,7 @@ class Candidates:
             the same as ``hidden``.
         instruction: [Q, C] hidden states of the query rows (``boundary.query_rows``).
         ranking: queries and keys of the ranking layer; ``None`` if the method needs none.
-        encoder: vision-tower signals; ``None`` unless the method states :attr:`Needs.encoder_layers`.
+        encoder: vision-tower signals; ``None`` unless the method sets :attr:`Needs.encoder_layers`.
         memory: scratch space for this method during one forward pass; empty at its first drop point.
         module: the module returned by :meth:`PruningMethod.module`.
         training: whether gradients are needed.
@@ -84,8 +84,8 @@ class Selection:
     """The visual tokens that enter the next stage.
 
     Args:
-        chosen: [K] int64, for each visual token of the next stage the index of its candidate (or of the candidate whose
-            position it takes over), span by span, in output order.
+        chosen: [K] int64, candidate index of each visual token of the next stage, span by span, in output order. A
+            learned token has the index of the candidate whose position it takes.
         at: [R] int64, indices into K whose hidden states are replaced; ``None`` if none are.
         values: [R, C], the replacement hidden states.
         counts: [spans] int64, number of tokens per span in ``chosen``; ``None`` if they match the plan.

@@ -18,7 +18,7 @@ from vtprune_train.pruning.needs import Needs
 
 class Combined(PruningMethod):
     """Apply all ``methods`` to one model. Each method's keep ratios are relative to the tokens present at its first
-    drop, so they multiply: a method that keeps a half followed by one that keeps a quarter leaves an eighth.
+    drop, so they multiply: keeping 1/2 and then 1/4 leaves 1/8 of the tokens.
 
     Raises:
         ValueError: fewer than two methods, or two that need the same exclusive resource (vision-tower attention or
@@ -47,7 +47,7 @@ class Combined(PruningMethod):
 
     @property
     def needs(self) -> Needs:
-        """What the parts need together. Ranking, positions and gradients are each part's own."""
+        """Merged needs of all parts, except ranking, positions and gradients, which the loop reads from each part."""
         needs = [method.needs for method in self.methods]
         tower = next((need for need in needs if need.encoder_layers), Needs())
         keys = next((method.needs for method in self.methods if _chooses_keys(method)), Needs())
@@ -134,8 +134,8 @@ def _check_returns(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
 
 
 def _check_learned(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> None:
-    """Reject a drop by one method while another method's learned tokens are in the image span, because that method
-    identifies them by position: until its last drop, or in any later layer if it prunes keys."""
+    """Reject a drop by one method while another method's learned tokens are in the image span, because the latter
+    identifies them by position. This holds until the latter's last drop, or for all later layers if it prunes keys."""
     for owner, method in enumerate(methods):
         indices = [index for index, drop in enumerate(drops) if drop.owner == owner]
         adding = [index for index in indices if drops[index].adds]
@@ -148,7 +148,7 @@ def _check_learned(methods: tuple[PruningMethod, ...], drops: list[Drop]) -> Non
             if index > adding[0] and drop.owner != owner and not back:
                 raise ValueError(
                     f"{methods[drop.owner].name} drops tokens before layer {drop.layer}, where it would also drop the "
-                    f"learned tokens of {method.name}; let it drop before {method.name} adds "
+                    f"learned tokens of {method.name}; move the drop before the point where {method.name} adds "
                     f"them{'' if always else f', or after layer {drops[last].layer}'}"
                 )
 

@@ -30,7 +30,7 @@ def check_method(method: PruningMethod, num_layers: int) -> None:
 
 
 def _check_parts(part: PruningMethod, place: str, drops: bool, chooses_keys: bool) -> None:
-    """A class defines where it acts, what it keeps there, and what it needs from the loop."""
+    """Check that a class defines where it acts, what it keeps there, and what it needs from the loop."""
 
     def lacks(*names: str) -> bool:
         return all(getattr(type(part), name) is getattr(PruningMethod, name) for name in names)

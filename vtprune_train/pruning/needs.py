@@ -22,7 +22,8 @@ class Needs(Settings):
             the next stage; ``this_layer``, the last layer of the current stage (no extra projection); ``None``, no
             ranking.
         rotary: apply the rotary embedding to the queries and keys of the ranking.
-        gravity: add rotated vectors of ones to the ranking, whose products are what positions alone contribute.
+        gravity: add rotated all-ones vectors to the ranking; their dot products give the attention due to positions
+            alone.
         positions: ``renumber`` numbers the kept tokens 0, 1, ...; ``keep`` keeps their original positions.
         differentiable: compute ranking and choice with gradients, which reach the model through
             :attr:`Selection.values`.
@@ -30,12 +31,12 @@ class Needs(Settings):
             ``keep_dense``, all tokens, ranked again by the new question.
         encoder_layers: layers of the vision tower whose attention :attr:`Candidates.encoder` holds; negative ones count
             from the end, and -1 is the last layer whose features the decoder receives.
-        encoder_rows: whose attention that is: the class token's (``class``), or the mean over all tokens of the tile
-            (``all``).
-        hidden_after: the first row that does not see the keys that :meth:`PruningMethod.keys` drops: after the first
-            query row that follows the image (``query``), or after the image's own span (``span``).
-        hides_front: rows after a sample's first image do not see the tokens before that image either (text, and in a
-            later turn all earlier turns); with ``hidden_after="span"`` in all layers.
+        encoder_rows: which attention to read: that of the class token (``class``), or the mean over all tokens of the
+            tile (``all``).
+        hidden_after: from where on rows no longer see the keys that :meth:`PruningMethod.keys` drops: after the first
+            query row that follows the image (``query``), or right after the image's span (``span``).
+        hides_front: also mask the tokens before a sample's first image (text, and in a later turn all earlier turns)
+            from the rows after that image; for methods with ``hidden_after="span"`` that choose keys in all layers.
     """
 
     rank_with: RankWith | None = None

@@ -39,9 +39,9 @@ class Warmup:
 
 @dataclass(frozen=True)
 class FullTokens:
-    """A ``share`` of the steps runs on all tokens. With ``weight`` their loss is cross-entropy + weight * KL(pruned ||
-    full) over the supervised rows, where the model's own pruned output is the teacher and gets no gradient; both are
-    softened by ``temperature`` T, and the KL is multiplied by T * T.
+    """Run a fraction ``share`` of the steps on all tokens. With ``weight`` their loss is cross-entropy + weight *
+    KL(pruned || full) over the supervised rows, where the model's own pruned output is the teacher and gets no
+    gradient; both are softened by ``temperature`` T, and the KL is multiplied by T * T.
 
     Source: DualSpeed (arXiv 2602.03815) and its code: share 0.1, weight 1, T 1.
     """

@@ -1,4 +1,5 @@
-"""Validated settings: frozen dataclasses that check the type and range of every value, from Python as from YAML."""
+"""Validated settings: frozen dataclasses that check the type and range of every value, whether it comes from Python or
+YAML."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ BOUNDS = ("greater_than", "greater_than_equal", "less_than_equal", "finite_numbe
 class Settings:
     """Base class of frozen dataclasses whose fields are validated by pydantic; subclasses need no decorator.
 
-    Lists, ranges and arrays become tuples, numbers in text become numbers; ``True`` is not accepted as a number, nor
+    Lists, ranges and arrays become tuples, numeric strings become numbers; ``True`` is not accepted as a number, nor
     ``2.0`` as an integer. A ``__post_init__`` may check more.
 
     Raises:
         TypeError: a setting does not exist (the error suggests the nearest) or is missing; or a subclass defines
             ``__init__``.
-        ValueError: a value does not fit; the error names the setting, the value and what fits.
+        ValueError: a value is invalid; the error names the setting, the value and the valid type or range.
     """
 
     if typing.TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _types_of(cls: Any) -> dict[str, Any]:
 
 
 def _validating(init: Callable[..., None]) -> Callable[..., None]:
-    """pydantic's ``__init__`` with stricter numbers and errors of one line."""
+    """Wrap pydantic's ``__init__`` with stricter number checks and one-line errors."""
 
     @functools.wraps(init)
     def checked(self: Settings, *args: Any, **settings: Any) -> None:
@@ -89,7 +90,7 @@ def _validating(init: Callable[..., None]) -> Callable[..., None]:
         plain = {name: _plain(value) for name, value in values.items()}
         for name, value in plain.items():
             if _is_another_number(types[name], value):
-                raise ValueError(_message(cls, name, values[name], f"does not fit; it takes {_in_words(types[name])}"))
+                raise ValueError(_message(cls, name, values[name], f"is invalid; expected {_in_words(types[name])}"))
         try:
             init(self, **plain)
         except ValidationError as error:
@@ -99,7 +100,7 @@ def _validating(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _readable(cls: type[Settings], values: Mapping[str, Any], error: ValidationError) -> Exception:
-    """The first of pydantic's errors as an error of one line; what ``__post_init__`` raised as it is."""
+    """Convert pydantic's first error to a one-line error; return an error raised by ``__post_init__`` unchanged."""
     first = error.errors()[0]
     cause: Exception | None = first.get("ctx", {}).get("error")
     if not first["loc"] and cause is not None:
@@ -113,7 +114,7 @@ def _readable(cls: type[Settings], values: Mapping[str, Any], error: ValidationE
         return ValueError(_message(cls, name, first["input"], problem))
     if typing.get_origin(kind) is typing.Literal:
         return ValueError(f"{name}={value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}")
-    return ValueError(_message(cls, name, value, f"does not fit; it takes {_in_words(kind)}"))
+    return ValueError(_message(cls, name, value, f"is invalid; expected {_in_words(kind)}"))
 
 
 def _message(cls: type[Settings], name: str, value: Any, problem: str) -> str:
@@ -144,8 +145,8 @@ def _plain(value: Any) -> Any:
 
 
 def _is_another_number(kind: Any, value: Any) -> bool:
-    """Whether ``value`` holds a bool where ``kind`` has only numbers, or a float where it has only integers; pydantic
-    takes true for 1 and 2.0 for 2."""
+    """Return whether ``value`` contains a bool where ``kind`` only allows numbers, or a float where it only allows
+    integers. pydantic would accept true as 1 and 2.0 as 2."""
     leaves = set(_leaves(kind))
     numbers = value if isinstance(value, list) else [value]
     is_bool = bool not in leaves and not leaves.isdisjoint((int, float))

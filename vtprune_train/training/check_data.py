@@ -26,7 +26,7 @@ from vtprune_train.models.forward.attention import user_function
 
 NUM_CHECKED = 200  # records of each entry
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
-WITHOUT_DATA = "To see sizes on a machine without the data, add data.train=[] data.eval=[]"
+WITHOUT_DATA = "To estimate sizes on a machine without the data, add data.train=[] data.eval=[]"
 
 
 def check_paths(config: Config) -> None:
@@ -70,7 +70,7 @@ def unwritable(key: str, folder: Path, error: OSError) -> str:
 
 
 def any_data_here(config: Config) -> bool:
-    """Whether any data file of the settings is on this machine."""
+    """Whether any data file in the settings exists on this machine."""
     return any(is_here(path) for key, path in _paths(config) if key.endswith("path"))
 
 
@@ -111,7 +111,7 @@ def _check_entry(key: str, source: SourceConfig, config: Config) -> _EntryCheck:
     number, reasons, large = 0, [], []
     unread: Counter[str] = Counter()
     for record in _first_records(source, Bounds(data.max_record_bytes, data.max_text_bytes)):
-        number += 1  # the record itself is dropped: it may hold images
+        number += 1  # the record is not kept: it may contain images
         unread.update(record.unread)
         if isinstance(record.error, TooLarge):
             large.append(f"{record.id}: {record.error}")

@@ -39,8 +39,8 @@ def sum_over_ranks(
 
     Args:
         values: numbers of this rank; every rank must give the same names in the same order.
-        device: this rank's.
-        on_device: more of them that the host does not know yet, tensors [].
+        device: this rank's device.
+        on_device: more such numbers that are still on the device, as tensors [].
     """
     names, scalars = [*values], [torch.tensor(list(values.values()), dtype=torch.float64)]
     for name, scalar in (on_device or {}).items():
@@ -105,7 +105,7 @@ def check_shared(folder: Path, key: str) -> None:
     """Check that ``folder`` (setting ``key``) is shared by all machines by writing a file on rank 0.
 
     Raises:
-        ConfigError: raised with the hosts that cannot see it.
+        ConfigError: some hosts cannot see it; the message names them.
     """
     if world_size() == 1:
         return

@@ -39,17 +39,18 @@ from vtprune_train.training.schedules import check_schedule
 
 log = logging.getLogger(__name__)
 
-WARMUP_POINTS = 64  # at which the cost of a warm-up is sampled
+WARMUP_POINTS = 64  # number of points at which the cost of a warm-up is sampled
 
 
 def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_data: bool = False) -> str:
     """Build the dry run's report.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         gpus: number of GPUs.
         memory: GiB of each GPU.
-        needs_data: raise an error if none of the data is on this machine. (If some of it is, all of it must be.)
+        needs_data: raise an error if none of the data is on this machine. (If part of it is, missing files are
+            always an error.)
 
     Raises:
         ConfigError: the settings do not fit the model, or data is missing or unusable.
@@ -144,7 +145,7 @@ def _samples(layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost) -> 
 
 
 def _has_full_steps(config: Config) -> bool:
-    """Whether any step runs on all tokens, or almost all; memory must suffice for it."""
+    """Whether some steps run on all tokens, or almost all; memory must suffice for them."""
     return config.pruning.warmup is not None or config.full_token_share > 0
 
 
@@ -230,7 +231,7 @@ def _parameters(config: Config, model: HFModule, stage: int, counted: Parameters
     lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
     lines.append(
         f"{'checkpoint':<16}{(written + export + master) / 1e9:>12.3f} GB: export {written / 1e9:.3f}, weights for "
-        f"resuming {export / 1e9:.3f}, optimizer {master / 1e9:.3f}; {config.train.keep_last} are kept"
+        f"resuming {export / 1e9:.3f}, optimizer {master / 1e9:.3f}; the last {config.train.keep_last} are kept"
     )
     return lines
 
@@ -264,11 +265,11 @@ def _worst_micro_batch(
 
 
 def _memory(config: Config, estimate: Estimate, gpus: int, memory: float | None) -> list[str]:
-    """Memory of that micro-batch on each GPU, and the level of recomputation that fits."""
+    """Memory per GPU for the worst micro-batch, and the level of recomputation that fits."""
     level = config.train.activation_checkpointing
     prediction = estimate.at(level)
     lines = [
-        f"estimated memory per GPU, {gpus} GPU(s) (set by --gpus): that micro-batch, not the first of its step, "
+        f"estimated memory per GPU, {gpus} GPU(s) (set by --gpus): the worst micro-batch (not the first of its step), "
         f"ZeRO stage {estimate.zero.stage}, train.activation_checkpointing={level}",
         *prediction.lines(),
         f"  {'peak':<34}{prediction.peak / GIB:>9.2f} GiB, in {prediction.phase}",

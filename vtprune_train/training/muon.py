@@ -51,10 +51,10 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameter groups.
-        lr, weight_decay: defaults of both.
+        lr, weight_decay: defaults for groups of both kinds.
         betas: of AdamW.
         momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in ``torch.optim.Muon``. With
-            ``match_rms_adamw`` an update is as large as AdamW's, so that AdamW's learning rates serve for both.
+            ``match_rms_adamw`` an update is as large as AdamW's, so that both can use AdamW's learning rates.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Muon(torch.optim.Optimizer):
         self._device: torch.device | None = None
 
     def bind(self, matrices: Mapping[Tensor, Sequence[Matrix]], device: torch.device) -> None:
-        """Set the matrices in the flat tensors of ``muon`` groups, in the same order on all ranks. They are
-        orthogonalized on ``device``. A tensor that is not in ``matrices`` is a whole matrix."""
+        """Define which matrices each flat tensor of the ``muon`` groups contains, in the same order on all ranks. They
+        are orthogonalized on ``device``. A tensor that is not in ``matrices`` is a whole matrix."""
         self._matrices, self._device = matrices, device
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, tensor: Tensor, rate: float, weight_decay: float) -> None:
-        """Do a step of ``torch.optim.Muon``; changes the gradient in place."""
+        """Apply a step of ``torch.optim.Muon``; modifies the gradient in place."""
         state = self.state[tensor]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(tensor)

@@ -1,6 +1,6 @@
 """The optimizer in ``train.optimizer``: parameter groups, class and states.
 
-Nothing else in the package assumes which states an optimizer keeps: :meth:`OptimizerSpec.states` runs one step of it.
+No code assumes which states an optimizer keeps; :meth:`OptimizerSpec.states` finds out by running one step.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vtprune_train.models.io.build import parts_of
 from vtprune_train.models.io.placement import whole_shape
 from vtprune_train.training.muon import Muon
 
-# Arguments that train.optimizer_args must not have, and the settings for them.
+# Arguments that are not allowed in train.optimizer_args, and the settings to use instead.
 SET_ELSEWHERE = {
     "params": "model.train",
     "lr": "model.train",
     "weight_decay": "train.weight_decay",
     "betas": "train.betas",
 }
-SIDE = 256  # an optimizer is tried on a matrix with these sides, or a vector of as many elements
+SIDE = 256  # states are found with a matrix of SIDE x SIDE elements, or a vector of as many
 # bitsandbytes' AdamW: two states of 8 bits, and for each of them a float32 scale for 256 elements.
 EIGHT_BIT_STATES = (1.0, 1.0, 4 / 256, 4 / 256)
 
@@ -69,9 +69,9 @@ class OptimizerSpec:
     """An optimizer class and its arguments.
 
     Args:
-        name: as in the settings.
+        name: ``train.optimizer``.
         cls: the class.
-        arguments: of ``cls``, beside the parameter groups.
+        arguments: arguments of ``cls`` other than the parameter groups.
     """
 
     name: str
@@ -110,9 +110,8 @@ class OptimizerSpec:
         """Create the optimizer for these parameter groups, which are copied.
 
         Raises:
-            ConfigError: the class rejects its arguments, or does not support a learning rate or the weight decay of
-                each
-                group.
+            ConfigError: the class rejects its arguments, has no learning rate per group, or does not support weight
+                decay although a group has it.
         """
         arguments = dict(self.arguments)
         rate = inspect.signature(self.cls).parameters.get("lr")

@@ -32,7 +32,7 @@ from vtprune_train.training.loop.run import prepare
 
 log = logging.getLogger(__name__)
 
-# The first is PyTorch's present name, the others are read too.
+# The first is PyTorch's current name; it reads the others too.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 GROWING_SEGMENTS = "expandable_segments:True"
 EXIT_REFUSED = 2
@@ -51,7 +51,7 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
     try:
         return _train(config, callbacks)
     finally:
-        if listens_for_this:  # otherwise the process exits after training
+        if listens_for_this:  # otherwise the command line was listening, and exits after training
             STOP.restore()
 
 

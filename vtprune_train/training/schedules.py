@@ -49,7 +49,7 @@ def rate_factor(train: TrainConfig, update: int, total_updates: int, warmup_upda
 
 
 def check_schedule(train: TrainConfig) -> None:
-    """Raise a ``ConfigError`` if ``train.schedule`` is a path that cannot be used; tries 100 updates."""
+    """Raise a ``ConfigError`` if ``train.schedule`` is the path of an unusable function; tries 100 updates."""
     for update in range(100):
         rate_factor(train, update, total_updates=100, warmup_updates=3)
 

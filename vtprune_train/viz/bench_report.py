@@ -98,10 +98,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     second = "train" if trains else "decode"
     panels: list[tuple[Any, Callable[[dict[str, Any]], float | None], Callable[[dict[str, Any]], float], str, str]] = [
-        (axes[0], time("prefill"), lambda row: 100 * row["agreement"], f"prefill time, batch {size}, of dense",
+        (axes[0], time("prefill"), lambda row: 100 * row["agreement"], f"prefill time relative to dense, batch {size}",
          "agreement with the dense model (%)"),
         (axes[1], time(second), lambda row: 100 * row["exact_match"],
-         f"{'training step' if trains else 'decoding'}, batch {size}, of dense", "exact match with the answer (%)"),
+         f"{'training step' if trains else 'decoding'} relative to dense, batch {size}",
+         "exact match with the answer (%)"),
         (axes[2], lambda row: row["taken_share"], lambda row: max(row["kl"], LEAST_KL),
          "share of visual tokens taken (mean over layers)", "KL(dense || pruned) on the answers (nats per token)"),
     ]  # fmt: skip

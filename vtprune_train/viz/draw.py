@@ -72,7 +72,7 @@ def draw(images: Sequence[ImageStages], stages: Sequence[str], title: str = "") 
         ValueError: there is no image, or the number of stages of an image differs from ``stages``.
     """
     if not images:
-        raise ValueError("there is no image to draw tokens of; give at least one")
+        raise ValueError("there are no images to draw; pass at least one")
     for item in images:
         if len(item.kept) != len(stages):
             raise ValueError(f"an image has tokens of {len(item.kept)} stages, but {len(stages)} stages are named")

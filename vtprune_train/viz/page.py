@@ -37,7 +37,7 @@ def page(images: Sequence[ImageStages], stages: Sequence[str], title: str = "") 
 
 
 def _image(item: ImageStages) -> dict[str, Any]:
-    """The page's data of one image; boxes are in pixels of the original, rounded to hundredths."""
+    """One image's data for the page; boxes are in pixels of the original, rounded to hundredths."""
     height, width = item.places.size
     small = item.image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST))

@@ -28,10 +28,11 @@ def show(
         model: a pruned model.
         processor: the processor of the model.
         images: one RGB image or several.
-        prompt: the question about the images; its last token ranks the visual tokens, as in generating the answer.
+        prompt: the question about the images; its last token ranks the visual tokens, as when generating the answer.
 
     Returns:
-        A picture with a column for each stage and a row for each image; dropped tokens are faded. Notebooks display it.
+        An image with a column for each stage and a row for each input image; dropped tokens are faded. Notebooks
+        display it.
 
     Raises:
         ValueError: the model is not pruned, there is no image, or the positions of this model's tokens in the image are
@@ -97,9 +98,9 @@ def encode(
         ValueError: there is no image.
     """
     if not images:
-        raise ValueError("there is no image to show the tokens of; give at least one")
+        raise ValueError("there are no images to show; pass at least one")
     text = write_prompt(processor, content_of(processor), len(images), prompt)
     bos = processor.tokenizer.bos_token
-    has_bos = bos is not None and text.startswith(bos)  # written by the template
+    has_bos = bos is not None and text.startswith(bos)  # the template already adds it
     inputs = processor(images=list(images), text=text, return_tensors="pt", add_special_tokens=not has_bos)
     return {key: value.to(device) for key, value in inputs.items()}

@@ -135,7 +135,7 @@ def test_what_is_no_family_is_refused(folder):
     (folder / "wrong_family.py").write_text("FAMILY = 'llava'\n")
     with pytest.raises(ValueError, match=r"--family='\S+wrong_family.py:FAMILY' is not a Family"):
         register_family(f"{folder / 'wrong_family.py'}:FAMILY", "--family")
-    with pytest.raises(ValueError, match="is also that of LLaVA"):
+    with pytest.raises(ValueError, match="is already used by LLaVA"):
         register_family(llava.FAMILY)
     for taken in ("llava-hf/llava-1.5-7b-hf", "lmsys/vicuna-7b-v1.5"):
         before = dict(KNOWN_CONFIGS)

@@ -214,7 +214,7 @@ def test_flags_of_the_tower_s_image_processor_are_kept(tmp_path, capsys):
     assert "its image processor has do_rescale=True, but the original code uses" in said
     (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
     said = refused(capsys, tmp_path / "original", "hf", tmp_path / "other")
-    assert "preprocessor_config.json makes images of [None, None, None], but the tower takes 28 x 28" in said
+    assert "preprocessor_config.json produces images of [None, None, None], but the tower takes 28 x 28" in said
 
 
 WRONG_PROJECTORS = [
@@ -323,7 +323,7 @@ def broken(folder, kind):
     elif kind == "left over":  # and no index says which files count
         (folder / "model.safetensors.index.json").unlink()
         save_file({"lm_head.weight": torch.ones(64, 32)}, folder / "old.safetensors", {"format": "pt"})
-        return "holds lm_head.weight, as another file does; remove the outdated file"
+        return "contains lm_head.weight, and so does another file; remove the outdated one"
     elif kind == "generation config":
         (folder / "generation_config.json").write_text("{")
         return "generation_config.json is not JSON: Expecting property name"

@@ -295,7 +295,7 @@ def test_settings_that_make_no_sense(overrides, message):
 @pytest.mark.parametrize("target", ["lm_head", "fc1", "q_prj"])
 def test_targets_outside_the_decoder_are_refused(target):
     with pytest.raises(
-        ConfigError, match=rf"'{target}' is not a linear layer of the language model's decoder; there are q_proj"
+        ConfigError, match=rf"'{target}' is not a linear layer of the language model's decoder; it has q_proj"
     ):
         describe(load_config("llava_next_pdrop_lora.yaml", [f"model.peft.target_modules=[{target}]"]))
 

@@ -415,5 +415,5 @@ def test_wrong_settings(wrong, message):
 
 
 def test_a_layer_that_does_not_exist():
-    with pytest.raises(ValueError, match="layer 5 is the last of the decoder's 6"):
+    with pytest.raises(ValueError, match="layer 5 would see fewer tokens, because the decoder has 6 layers"):
         SparseVLM(layers=(1, 2, 5)).drops(6)

@@ -85,5 +85,5 @@ def test_wrong_settings(settings_, said):
 
 
 def test_a_last_layer_is_refused():
-    with pytest.raises(ValueError, match="layer 5 is the last of the decoder's 6"):
+    with pytest.raises(ValueError, match="router of layer 5 decides, because the decoder has 6 layers"):
         prune(tiny_model(), VideoLLMMoD(layers=(5,)))

@@ -177,7 +177,7 @@ def test_states_of_callbacks_of_one_name_are_told_apart_and_unknown_ones_named(c
 
 
 def test_a_state_that_json_cannot_hold_names_its_callback():
-    with pytest.raises(TypeError, match="a state must be what JSON can hold") as caught:
+    with pytest.raises(TypeError, match="a state must be JSON-serializable") as caught:
         Hooks([Stateful({"a": object()})]).state_dict()
     assert caught.value.__notes__ == ["raised by callback stateful in state_dict"]
 

@@ -1,1 +1,1 @@
-"""Collates samples to packed batches and loads them with worker processes."""
+"""Collates samples into packed batches and loads them with worker processes."""

@@ -156,7 +156,7 @@ class Collator:
 
     @property
     def num_stages(self) -> int:
-        """Number of stages of the method; a pass on all tokens reports as many equal stages."""
+        """Number of stages of the method; for a pass on all tokens, the same number of equal stages is reported."""
         return 1 if self.method is None else len(self.method.drops(self.cost.decoder.num_layers)) + 1
 
     def _costs(
@@ -187,7 +187,7 @@ class Collator:
         }
 
     def _pass_costs(self, cost: flops.PassCost, plan: StreamPlan, other: float) -> dict[str, float]:
-        """Metrics of a pass; ``other`` are FLOPs outside it."""
+        """Metrics of a pass; ``other`` is the number of FLOPs outside of it (vision tower, teacher)."""
         tokens = [stage.num_tokens for stage in plan.stages]
         return {
             "flops": cost.flops + other,

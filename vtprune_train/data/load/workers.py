@@ -36,8 +36,8 @@ from vtprune_train.processes.children import live_with_parent, signals_blocked
 log = logging.getLogger(__name__)
 
 PRELOADED = ["vtprune_train.data.load.collate", "vtprune_train.data.load.workers"]  # modules that the server imports
-LOOK_SECONDS = 0.25  # between two checks that the workers are alive, while the rank waits for a batch
-MOST_DEATHS = 3  # of workers over the same batch
+LOOK_SECONDS = 0.25  # interval of checks that workers are alive, while the rank waits for a batch
+MOST_DEATHS = 3  # deaths of workers on the same batch that end training
 STACK_SECONDS = 5.0
 END_SECONDS = 5.0
 LIKELY = {
@@ -145,7 +145,7 @@ class DecodePool:
         """The next batch; ``None`` after the last.
 
         Raises:
-            WorkerError: a worker hangs or fails, or ``MOST_DEATHS`` workers died over the same samples.
+            WorkerError: a worker hangs or fails, or ``MOST_DEATHS`` workers died on the same samples.
         """
         start = time.monotonic()
         self.ready = sum(self._counts) - (self.delivered - self._first)
@@ -235,7 +235,7 @@ class DecodePool:
         report = f"{self._who(number)} {end} while decoding {samples}{self._stack_file(number)}"
         self._deaths[batch] += 1
         if self._deaths[batch] >= MOST_DEATHS:
-            raise WorkerError(f"{report}\nIt is the third worker that died on these samples")
+            raise WorkerError(f"{report}\nThis is the third worker that died on these samples")
         log.warning("%s\nthe workers are restarted; the batches stay the same", report)
         self.close()
         self._start()

@@ -124,7 +124,7 @@ def fewest_bins(tokens: np.ndarray, max_tokens: int) -> int:
     half = np.searchsorted(ascending, max_tokens // 2, side="right")
     small = np.concatenate([[0], np.unique(ascending[:half])])  # thresholds below which samples are ignored
     first = np.searchsorted(ascending, small, side="left")
-    alone = np.searchsorted(ascending, max_tokens - small, side="right")  # from here on samples fit with none above it
+    alone = np.searchsorted(ascending, max_tokens - small, side="right")  # from here on, samples fit beside none
     room_beside = (alone - half) * max_tokens - (total[alone] - total[half])
     beyond = total[half] - total[first] - room_beside
     return int((len(ascending) - half + np.maximum(0, -(-beyond // max_tokens))).max())

@@ -27,8 +27,8 @@ def find_files(path: Path, reader: str = "") -> list[Path]:
     glob, or a dataset on disk. With ``reader``, files of any kind, and all files of a folder.
 
     Raises:
-        ValueError: there is no file, or (without ``reader``) the kind is unknown or a folder holds several kinds; names
-            the path.
+        ValueError: there is no file, or (without ``reader``) the kind is unknown or a folder holds several kinds; the
+            message names the path.
     """
     if path.is_dir():
         return _of_any_kind(path) if reader else _in_folder(path)
@@ -104,21 +104,21 @@ def reader_class(path: str, key: str = "reader") -> type[Reader]:
     """The reader at a path; ``key`` is the setting that holds it.
 
     Raises:
-        ValueError: there is no subclass of :class:`Reader`.
+        ValueError: ``path`` does not name a subclass of :class:`Reader`.
     """
     return load_class(path, Reader, key)  # type: ignore[type-abstract]
 
 
 def reader_identity(reader: str) -> list[str]:
-    """The path of a reader from outside the package and the hash of its module: an index made by another reader, or by
-    another version of it, is built again."""
+    """The path of a reader from outside the package and the hash of its module: an index built by another reader or
+    version is rebuilt."""
     module = sys.modules[reader_class(reader).__module__]
     return [reader, hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:16]]
 
 
 class _UserReader(Reader):
     """A reader from outside the package. Its errors name it, and the first record of each piece is read a second time
-    by its place, as training will do."""
+    by its place, as in training."""
 
     def __init__(self, path: Path, max_bytes: int, reader: str):
         super().__init__(path, max_bytes)

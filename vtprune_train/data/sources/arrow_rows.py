@@ -1,8 +1,8 @@
 """Sizes of rows in Arrow tables, so that rows that are too large are never converted to Python objects.
 
-Arrow decodes a parquet page as a whole and needs several times its size meanwhile. A row group with a large page is
-therefore read by a separate process, which runs this file and imports nothing else of the package. It sends back the
-rows within the limit, and the sizes of the others.
+Arrow decodes a parquet page as a whole, which temporarily takes several times its size. A row group with a large page
+is therefore read by a separate process, which runs this file and imports nothing else of the package. It sends back
+the rows within the limit, and the sizes of the others.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def batches_apart(path: Path, group: int, columns: Sequence[str], bound: int) ->
     """Like :func:`batches_of`, in a separate process.
 
     Raises:
-        OSError: the process failed; with its error message.
+        OSError: the process failed; the message contains its error.
     """
     arguments = json.dumps([str(path), group, list(columns), bound])
     command = [sys.executable, "-P", __file__, arguments]  # -P: modules beside this file must not shadow others

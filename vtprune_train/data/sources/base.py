@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 PIECE_BYTES = 8 << 20
 PIECE_ROWS = 8192
 BLOCK = 1 << 20  # bytes read at a time where content is skipped
-MOST_VALUES = 1 << 20  # of a record; as Python objects, millions of small values take many times their size in bytes
+MOST_VALUES = 1 << 20  # in a record: small values take many times their size as Python objects
 
 
 class Malformed(str):
@@ -116,7 +116,7 @@ class Reader(ABC):
         interrupted build continues from its finished pieces.
 
         Raises:
-            ValueError: the file is not of this reader's kind; names it.
+            ValueError: the file is not of this reader's kind; the message names it.
         """
 
     @abstractmethod
@@ -125,7 +125,7 @@ class Reader(ABC):
         cannot be parsed, and :class:`TooLarge` instead of one that exceeds ``max_bytes``.
 
         Raises:
-            ValueError: the file is broken; names the position.
+            ValueError: the file is broken; the message names the position.
         """
 
     @abstractmethod

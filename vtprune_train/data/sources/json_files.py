@@ -190,7 +190,7 @@ class _End:
 
 
 class _EndOfNumber:
-    """Like :class:`_End`, for a number, which ends at the first other character."""
+    """Like :class:`_End`, for a number, which ends before the first character that cannot be in one."""
 
     def within(self, block: bytes) -> int | None:
         size = len(block) - len(block.lstrip(b"+-.0123456789Ee"))
@@ -252,8 +252,8 @@ class _Window:
                     return value
 
     def _skip_value(self, message: str, beyond: int = 0) -> Any:
-        """Skip the value at the current position without storing it. ``message`` says why it cannot be parsed; it is
-        raised if the value has no end."""
+        """Skip the value at the current position without storing it. ``message`` says why it cannot be parsed, for
+        the error that is raised if it cannot be skipped either."""
         first = self._text[self._position]
         if first not in '[{"-0123456789':
             raise self.error(message, beyond)

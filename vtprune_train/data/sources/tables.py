@@ -77,7 +77,7 @@ class Parquet(Reader):
             try:
                 file = pq.ParquetFile(self.path)
             except (pa.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and error.errno:  # the operating system's; Arrow's have no number
+                if isinstance(error, OSError) and error.errno:  # an error of the system; Arrow's have no errno
                     raise
                 raise ValueError(
                     f"data file {self.path} is not parquet, or is truncated or damaged ({error})"

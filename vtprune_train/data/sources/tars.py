@@ -21,7 +21,7 @@ Member = tuple[str, bytes]
 
 class Tar(Reader):
     """A tar is one piece, because it can only be scanned from its beginning. A place spans the record's members.
-    Content is read only of members that records use, and of no record that is too large."""
+    Reads the content only of members that records use, and not if the record is too large."""
 
     def pieces(self) -> Iterator[Piece]:
         yield Piece(0, self.path.stat().st_size)

@@ -43,22 +43,23 @@ KNOWN_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = dict(known.PARTS)
 for _family in FAMILIES:
     KNOWN_CONFIGS.update(_family.known)
 
-OUTSIDE = "a family outside the package is named by model.family or --family: path/to/file.py:FAMILY"
+OUTSIDE = "for a family outside the package, set model.family or --family: path/to/file.py:FAMILY"
 # Models that do not fit, and why.
 UNSUPPORTED = {
     "Gemma3ForConditionalGeneration": "its image tokens attend to each other in both directions, which the causal "
-    "variable-length kernels do not do",
+    "variable-length kernels do not support",
     "PaliGemmaForConditionalGeneration": "its prompt attends in both directions, which the causal variable-length "
-    "kernels do not do",
+    "kernels do not support",
     "MllamaForConditionalGeneration": "it feeds images through cross-attention, so there are no visual tokens to drop",
 }
 
 
 def register_family(family: Family | str, key: str = "family") -> Family:
-    """Add a family from outside the package, so that its models are pruned, trained and answer like any other.
+    """Add a family from outside the package, so that its models can be pruned, trained and evaluated like those of the
+    package.
 
-    A family's file registers its classes with transformers too, unless transformers has them: ``AutoConfig.register``,
-    ``AutoModelForImageTextToText.register`` and ``AutoProcessor.register``.
+    The family's file must also register its classes with transformers, unless transformers already has them:
+    ``AutoConfig.register``, ``AutoModelForImageTextToText.register`` and ``AutoProcessor.register``.
 
     Args:
         family: the family, or its path ``path/to/file.py:FAMILY``. It replaces one registered earlier for the same
@@ -80,7 +81,7 @@ def register_family(family: Family | str, key: str = "family") -> Family:
         if loaded.model_type == other.model_type or loaded.model_class == other.model_class:
             raise ValueError(
                 f"{key}: model_type {loaded.model_type!r} or model_class {loaded.model_class!r} of {loaded.title} is "
-                f"also that of {other.title}, a family of the package; rename it"
+                f"already used by {other.title}, a family of the package; rename it"
             )
     taken = dict(known.PARTS)
     for other in FAMILIES:
@@ -100,8 +101,8 @@ def family_of(model: HFModule) -> Family:
     """The family of a Hugging Face model.
 
     Raises:
-        ValueError: the class or the type of its language model is not supported; names the reason and the supported
-            ones.
+        ValueError: the class or the type of its language model is not supported; the message gives the reason and lists
+            what is supported.
     """
     by_class = {family.model_class: family for family in FAMILIES}
     for cls in type(model).__mro__:
@@ -114,7 +115,7 @@ def family_of(model: HFModule) -> Family:
     supported = ", ".join(family.model_class for family in FAMILIES)
     raise ValueError(
         f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}, and families "
-        "that register_family adds"
+        "added with register_family"
     )
 
 
@@ -127,7 +128,8 @@ def supported_family(model_type: str, place: str) -> Family:
     """The family of a config's ``model_type``.
 
     Raises:
-        ValueError: it is not supported; names ``place``, the origin of the config, and the supported types.
+        ValueError: it is not supported; the message names ``place`` (where the config comes from) and the supported
+            types.
     """
     if (family := family_of_type(model_type)) is None:
         supported = ", ".join(family.model_type for family in FAMILIES)
@@ -136,11 +138,11 @@ def supported_family(model_type: str, place: str) -> Family:
 
 
 def trained_family(model_type: str, place: str) -> tuple[Family, Loop]:
-    """The family of a config's ``model_type``, and its part for the training loop.
+    """The family of a config's ``model_type``, and its :class:`Loop`, which the training loop needs.
 
     Raises:
-        ValueError: the training loop does not support it; names ``place``, the origin of the model, and the supported
-            types.
+        ValueError: the training loop does not support it; the message names ``place`` (where the model comes from) and
+            the supported types.
     """
     family = family_of_type(model_type)
     if family is None or isinstance(family.loop, Lacks):
@@ -169,8 +171,8 @@ def class_of_config(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def config_of_parts(
     text: PreTrainedConfig, vision: PreTrainedConfig, pinpoints: Iterable[Iterable[int]] | None, place: str
 ) -> PreTrainedConfig:
-    """The config of a LLaVA-1.5 of a language model and a vision tower, or of a LLaVA-NeXT with ``pinpoints``, its
-    tiling resolutions.
+    """Build the config of a model combined from a language model and a vision tower: LLaVA-1.5, or LLaVA-NeXT if its
+    tiling resolutions ``pinpoints`` are set.
 
     Raises:
         ValueError: the tower is not CLIP's; ``place`` names it.

@@ -48,7 +48,7 @@ def required(part: Part | Lacks, what: str) -> Part:
 
 @dataclass(frozen=True)
 class Loop:
-    """What the project's training loop needs of a family.
+    """What the project's training loop needs from a family.
 
     Args:
         layout: ``(config, image_processor) -> ImageLayout``.
@@ -78,7 +78,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: the place of its decoder, its visual tokens, and what is gathered with them.
+    """A model family: where its decoder is, how its visual tokens are laid out, and what is gathered along with them.
 
     Args:
         title: name of the family in messages and tables.
@@ -86,8 +86,8 @@ class Family:
         model_class: name of the transformers class.
         text_types: ``model_type`` of the supported language models.
         base: the submodule with ``get_image_features`` and ``language_model``, which merges text and image features.
-        tower: the submodule of a vision tower that splits attention by image grids (``grid_thw``); ``None`` for a tower
-            for tiles of one size.
+        tower: name of the vision tower's submodule, if the tower splits attention by image grids (``grid_thw``);
+            ``None`` for towers that take tiles of one size.
         image_lengths: number of tokens of each entry of ``get_image_features(...).pooler_output``, in placeholder
             order.
         grids: ``(config, inputs of get_image_features) ->`` the grids of each of these entries; empty if unknown.
@@ -148,8 +148,8 @@ class Family:
     def places(
         self, config: Any, image_processor: Any, inputs: Mapping[str, Any], sizes: Sequence[Size]
     ) -> list[Places]:
-        """Positions of the visual tokens of images of the given ``sizes``, which ``image_processor`` converted to
-        ``inputs``.
+        """Positions of the visual tokens in each image. ``inputs`` are the outputs of ``image_processor`` for images of
+        these ``sizes``.
 
         Raises:
             ValueError: the family has no geometry.
@@ -162,7 +162,7 @@ class Family:
         """Check that packed batches support the model's decoder.
 
         Raises:
-            ValueError: they do not; names the family, the model type and what is supported.
+            ValueError: they do not; the message names the family, the model type and what is supported.
         """
         config = model.get_submodule(self.decoder).config
         model_type, rope_type = config.model_type, (config.rope_parameters or {}).get("rope_type", "default")

@@ -60,8 +60,8 @@ class TilesAndThumbnail(ImageGeometry):
         return [tiles * self.rows * self.columns for tiles in self.tiles(sizes)]
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
-        """Positions tile by tile, in each tile row by row, then those of the thumbnail. The image is resized to the
-        tiles, without its aspect ratio."""
+        """Positions tile by tile, in each tile row by row, then those of the thumbnail. The image is resized to fill
+        the tiles, ignoring its aspect ratio."""
         return [self._places(size) for size in sizes]
 
     def _places(self, size: Size) -> Places:

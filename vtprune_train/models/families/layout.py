@@ -159,7 +159,7 @@ def check_aspect(size: Size) -> None:
     """Refuse an image with an extreme aspect ratio, which image processors would enlarge excessively or refuse.
 
     Raises:
-        ValueError: names the image's size.
+        ValueError: the image is more than :data:`MAX_ASPECT` times as long as wide; the message names its size.
     """
     if max(size) > MAX_ASPECT * min(size):
         raise ValueError(

@@ -113,7 +113,7 @@ class AnyRes(GatheredTiles):
 
         Args:
             size: ``(height, width)`` of the image in pixels.
-            kept: rows and columns that the unpadded features are pooled to, or their number without pooling.
+            kept: rows and columns of the unpadded features, after pooling if there is any.
         """
         height, width = size
         rows, columns = self.grid(size)
@@ -178,7 +178,7 @@ def _patches(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
     return [(layout.visual_index(size), layout.num_tiles(size)) for size in sizes]
 
 
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of the published checkpoints
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # pinpoints of the published checkpoints
 
 FAMILY = Family(
     title="LLaVA-NeXT",

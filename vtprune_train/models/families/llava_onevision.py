@@ -51,7 +51,7 @@ class OneVision(ImageLayout):
         """The layout for a ``LlavaOnevisionConfig``.
 
         Raises:
-            ValueError: with a setting of the config the features are not a whole grid of patches.
+            ValueError: a setting of the config is not supported, or its pinpoints are not multiples of the tile size.
         """
         if config.vision_feature_select_strategy != "full":
             raise ValueError(
@@ -178,7 +178,7 @@ def _patches(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
 
 
 def _llava_onevision_7b() -> LlavaOnevisionConfig:
-    """The published 7B model. Its vocabulary is Qwen2's (152064) and two tokens, padded to a multiple of 64."""
+    """The published 7B model. Its vocabulary is Qwen2's (152064) plus two tokens, padded to a multiple of 64."""
     vision = SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,

@@ -45,7 +45,9 @@ def projector_to_hf(weights: Mapping[str, Tensor], place: str) -> dict[str, Tens
     projector = {f"model.{match[0]}": weights[name] for name, match in names.items() if match}
     others = sorted(name for name in projector if not PROJECTOR_KEYS.match(name))
     if others:
-        raise ValueError(f"{place}: {others[0]} is of no projector known here; known: {', '.join(PROJECTOR_TYPES)}")
+        raise ValueError(
+            f"{place}: {others[0]} does not belong to a known projector type; known: {', '.join(PROJECTOR_TYPES)}"
+        )
     layers = {name for name in projector if "mm_projector" in name}
     if layers == {"model.mm_projector.weight", "model.mm_projector.bias"}:
         weight, bias = projector.pop("model.mm_projector.weight"), projector.pop("model.mm_projector.bias")
@@ -56,7 +58,7 @@ def projector_to_hf(weights: Mapping[str, Tensor], place: str) -> dict[str, Tens
             "model.mm_projector.2.bias": torch.zeros_like(bias),
         }
     elif layers != {f"model.mm_projector.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}:
-        raise ValueError(f"{place}: no whole projector there; found {sorted(layers) or 'nothing'}")
+        raise ValueError(f"{place}: no complete projector there; found {sorted(layers) or 'nothing'}")
     _check_projector(projector, place)
     return {to_hf(name): value for name, value in projector.items()}
 

@@ -77,7 +77,7 @@ def hf_config(settings: dict[str, Any], vision: CLIPVisionConfig, place: str) ->
         place: the checkpoint, for errors.
 
     Raises:
-        ValueError: a setting has no counterpart in transformers or does not fit the tower; names it.
+        ValueError: a setting has no counterpart in transformers or does not fit the tower; the message names it.
     """
     text_type = settings.get("model_type")
     if text_type not in TEXT_TYPES:
@@ -148,7 +148,7 @@ def _select_layer(settings: Mapping[str, Any], vision: CLIPVisionConfig, place: 
     if type(layer) is not int or not -layers - 1 <= layer <= layers:
         raise ValueError(
             f"{place}: mm_vision_select_layer={layer!r} is not a layer of the vision tower, which has {layers}; the "
-            "original code needs a whole number here (-2 in LLaVA-1.5 and LLaVA-NeXT)"
+            "original code needs an integer here (-2 in LLaVA-1.5 and LLaVA-NeXT)"
         )
     return layer
 
@@ -222,7 +222,7 @@ def image_processor(config: PreTrainedConfig, settings: Mapping[str, Any], tower
         place: the checkpoint, for errors.
 
     Raises:
-        ValueError: the tower's image processor makes images of another size than the tower's.
+        ValueError: the tower's image processor produces images of a different size than the tower takes.
     """
     tile = config.vision_config.image_size
     numbers: dict[str, Any] = {"size": {"shortest_edge": tile}, "crop_size": {"height": tile, "width": tile}}
@@ -231,7 +231,7 @@ def image_processor(config: PreTrainedConfig, settings: Mapping[str, Any], tower
         sizes = [tower.size.get("shortest_edge"), crop.get("height"), crop.get("width")]
         if sizes != [tile] * 3:
             raise ValueError(
-                f"{place}: the tower's preprocessor_config.json makes images of {sizes}, but the tower takes "
+                f"{place}: the tower's preprocessor_config.json produces images of {sizes}, but the tower takes "
                 f"{tile} x {tile}"
             )
         numbers |= {name: getattr(tower, name) for name in PIXELS}
@@ -246,7 +246,7 @@ def check_images(images: Any, published: Any, tower: str, place: str) -> None:
     """Check that an image processor has the settings of the tower's image processor, which the original code uses.
 
     Raises:
-        ValueError: a setting differs; names it.
+        ValueError: a setting differs; the message names it.
     """
     published = published or CLIPImageProcessorPil()
     for name in PIXELS:
@@ -276,7 +276,7 @@ def original_config(config: PreTrainedConfig, images: Any, tower: str | None, pl
         place: the checkpoint, for errors.
 
     Raises:
-        ValueError: the tower is unknown, or a setting has no counterpart in the original code; names it.
+        ValueError: the tower is unknown, or a setting has no counterpart in the original code; the message names it.
     """
     made = _made(config, images, place)
     kept = getattr(config, KEPT, None)
@@ -297,7 +297,7 @@ def _made(config: PreTrainedConfig, images: Any, place: str) -> dict[str, Any]:
     text_type = text["model_type"]
     types = {hf: original for original, hf in TEXT_TYPES.items() if original != "llava_llama"}
     if text_type not in types:
-        raise ValueError(f"{place}: the original code has no LLaVA over a {text_type}; it has {', '.join(types)}")
+        raise ValueError(f"{place}: the original code has no LLaVA based on a {text_type}; it has {', '.join(types)}")
     _check_original_has(config, place)
     is_next = isinstance(config, LlavaNextConfig)
     strategies = {hf: original for original, hf in SELECT.items()}

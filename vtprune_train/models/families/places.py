@@ -29,7 +29,7 @@ class Places:
     boxes: np.ndarray
 
     def counts(self, tokens: np.ndarray) -> dict[str, int]:
-        """Number of ``tokens`` [K] int64 of each kind that the image has."""
+        """Count the ``tokens`` [K] int64 by kind, for the kinds that occur in the image."""
         return {kind: int((self.kinds[tokens] == kind).sum()) for kind in KINDS if (self.kinds == kind).any()}
 
     @classmethod

@@ -36,7 +36,7 @@ def check_clip(vision: Any, place: str) -> None:
 
 
 def open_clip(path: str, dtype: Any) -> CLIPVisionModel:
-    """Load a CLIP vision tower from its checkpoint or from one of a whole CLIP model."""
+    """Load a CLIP vision tower from a checkpoint of the tower alone or of the full CLIP model."""
     return CLIPVisionModel.from_pretrained(path, dtype=dtype)
 
 

@@ -3,8 +3,8 @@
 Every backend is registered with ``transformers.AttentionInterface`` under ``packed_NAME``. Decoder layers pass it one
 extra keyword, ``packing`` (:class:`Packing`), which holds everything that changes between batches.
 
-A backend is a function with the signature of :func:`varlen_sdpa`. A function outside the package is named by its path
-(:func:`user_function`).
+A backend is a function with the signature of :func:`varlen_sdpa`. A function outside the package is selected by its
+path (:func:`user_function`).
 
 Shape suffixes: T tokens in the stream, H query heads, G key-value heads, D head size.
 """
@@ -49,8 +49,8 @@ OTHERWISE = "_otherwise_"  # separator in the attention name, before the dense i
 
 # Head sizes supported by each kernel (forward and backward), by major compute capability. Sources:
 # flash_attn/cute/interface.py of flash-attn-4 4.0.0b36 (no backward before 9.0; 12.x has too little shared memory for
-# large heads); PyTorch's copy of FlashAttention 2's flash_api.cpp, which takes multiples of 8, where the package's
-# Python interface pads to them; for FlashAttention 3, its README.
+# large heads); PyTorch's copy of FlashAttention 2's flash_api.cpp, which requires multiples of 8 (the flash-attn
+# package pads to them); for FlashAttention 3, its README.
 _TO_128, _TO_256 = frozenset(range(8, 129, 8)), frozenset(range(8, 257, 8))
 HEAD_SIZES: dict[str, dict[int, frozenset[int]]] = {
     "flash_attention_4": {9: _TO_256, 10: _TO_128 | {256}, 11: _TO_128 | {256}, 12: _TO_128},
@@ -83,8 +83,8 @@ class Packing:
         lengths: keywords of the Hugging Face flash path (``cu_seq_lens_q``, ``max_length_q``, ...), and
             ``segment_lengths`` (host copy of the lengths) and ``key_lengths`` (if cached keys precede the new ones).
         probe: called with the rotated queries and keys; this is how a method reads them at no extra cost.
-        key_choice: called with queries, keys, values and output; returns the output with the rows that must not see all
-            keys recomputed.
+        key_choice: called with queries, keys, values and output; returns the output after recomputing the rows that
+            must not see all keys.
     """
 
     lengths: dict[str, Any]
@@ -144,13 +144,13 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, hea
 
 
 def user_function(path: str) -> Callable[..., Tensor]:
-    """The attention function at ``path``, used in every decoder layer of a packed batch. A vision tower that packs its
-    images takes a backend of the package.
+    """The attention function at ``path``, used in every decoder layer of a packed batch. A vision tower with packed
+    images uses one of the package's backends instead.
 
     It is called as ``function(q_THD, k_TGD, v_TGD, *, segment_lengths, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
     max_length_k, scaling, **kwargs)`` and returns [T, H, D]. Attention is causal within each segment; query heads share
     key-value heads where H > G. The function must accept further keywords; those that change the result are
-    ``dropout``, ``sliding_window`` and ``key_lengths``, with the meaning that they have in :func:`varlen_sdpa`.
+    ``dropout``, ``sliding_window`` and ``key_lengths``, with the same meaning as in :func:`varlen_sdpa`.
 
     Raises:
         ValueError: see :func:`vtprune_train.core.user_code.load`; or it is not a function that takes these arguments.
@@ -281,7 +281,7 @@ def _sdpa_after_cached(
 
 
 def causal_mask(rows: Tensor, num_keys: int, sliding_window: int | None) -> Tensor:
-    """[L, keys] bool causal mask for ``rows`` [L], whose indices count within the keys."""
+    """[L, keys] bool causal mask for ``rows`` [L], which are indices into the keys."""
     distance = rows[:, None] - torch.arange(num_keys, device=rows.device)[None, :]
     return (distance >= 0) & (distance < (sliding_window or num_keys + 1))
 
@@ -367,7 +367,7 @@ def attention_name(backend: str, dense: str = "sdpa") -> str:
 
 
 def dense_implementation(name: str | None) -> str:
-    """Extract the dense implementation from a name built by :func:`attention_name`; return any other name as it is."""
+    """Extract the dense implementation from a name built by :func:`attention_name`; return any other name unchanged."""
     if not str(name).startswith(PREFIX):
         return str(name or "eager")
     return str(name).partition(OTHERWISE)[2] or "sdpa"

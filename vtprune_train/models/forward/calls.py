@@ -62,7 +62,7 @@ class Call:
 class _InProgress(threading.local):
     """Thread-local state of running calls. ``is_step``: whether the next forward pass was prepared by ``generate``
     (others inside generate come from logits processors or stopping criteria); ``None`` until ``generate`` prepares one,
-    which custom loops never do."""
+    so always ``None`` in custom loops."""
 
     call: Call | None = None
     prompt_width: int | None = None
@@ -141,7 +141,7 @@ def is_pruned(model: HFModule) -> bool:
 
 
 def unwrapped(model: HFModule) -> HFModule:
-    """The Hugging Face model inside a PEFT model or ``torch.compile``; any other model as it is."""
+    """The Hugging Face model inside a PEFT model or ``torch.compile``; other models are returned unchanged."""
     model = model.__dict__.get("_modules", {}).get("_orig_mod", model)
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 

@@ -379,7 +379,8 @@ def renumbers(part: PruningMethod, drop: Drop) -> bool:
 
 
 def _seen_of(signals: EncoderSignals, visual: Tensor) -> EncoderSignals:
-    """Of some tokens, named as in ``_Walk.visual``."""
+    """Signals of the tokens ``visual``, indexed as in ``_Walk.visual``; learned tokens get NaN attention and zero
+    keys."""
     known, learned = visual.clamp(min=0), visual < 0
     return EncoderSignals(
         signals.attention.index_select(1, known).masked_fill(learned, float("nan")),
@@ -402,8 +403,8 @@ def check_attention(text_model: HFModule) -> None:
     name = text_model.config._attn_implementation
     if not str(name).startswith(PREFIX):
         raise ValueError(
-            f"attn_implementation of this pruned model was changed to {name!r}, with which samples of a batch would "
-            "see each other; call unprune(model) first, or choose it with prune(..., attention=...)"
+            f"attn_implementation of this pruned model was changed to {name!r}, which would let the samples of a "
+            "batch attend to each other; call unprune(model) first, or choose it with prune(..., attention=...)"
         )
 
 
@@ -413,7 +414,7 @@ class _Deepstack:
 
     def __init__(self, staging: Staging):
         self.features, self.rows = staging.deepstack, staging.visual_rows
-        self.visual: Tensor | None = None  # as in _Walk; None: all of the first stage's
+        self.visual: Tensor | None = None  # as in _Walk; None: all visual tokens of the first stage
 
     def add(self, hidden: Tensor, layer_index: int) -> Tensor:
         if layer_index >= len(self.features) or self.rows is None:

@@ -41,7 +41,7 @@ def chunked_loss(
     Gradients are computed chunk by chunk in the forward pass, while the head's weight is gathered (under ZeRO-3 it is
     partitioned again before backward).
 
-    Source: the self-distillation of DualSpeed (arXiv 2602.03815), in the direction of its published code: i.e. the
+    Source: the self-distillation of DualSpeed (arXiv 2602.03815), with the KL direction of its published code: the
     expectation is taken over the teacher's distribution.
 
     Returns:

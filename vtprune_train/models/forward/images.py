@@ -56,7 +56,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
     grids = _grids(self, state, inputs, lengths)
     if len(images) == len(lengths):
         notes = [_Seen(*known) for known in zip(grids, encoders, strict=True)]
-        if isinstance(images, Tensor):  # of families that stack them: indexing makes a new tensor each time
+        if isinstance(images, Tensor):  # stacked by some families; indexing creates a new tensor
             setattr(images, SEEN, notes)
         else:
             for image, note in zip(images, notes, strict=True):
@@ -67,7 +67,7 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
 
 
 def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> None:
-    """Note in an open call what is known of its images."""
+    """Record image lengths, grids and vision-tower signals in an open call."""
     call.image_lengths = state.family.image_lengths(list(images))
     if isinstance(images, Tensor):
         seen: list[_Seen] = images.__dict__.get(SEEN, [])

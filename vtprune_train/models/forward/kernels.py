@@ -19,7 +19,7 @@ from vtprune_train.models.forward.compile import compile_layers
 log = logging.getLogger(__name__)
 
 FP8_CAPABILITY = (8, 9)  # Ada Lovelace; Hopper is 9.0
-FP8_MULTIPLE = 16  # sizes that the FP8 products of cuBLAS take
+FP8_MULTIPLE = 16  # cuBLAS FP8 matmuls need dimensions that are multiples of this
 
 
 def be_deterministic(config: Config) -> None:
@@ -42,7 +42,7 @@ def replace_kernels(config: Config, model: HFModule, device: torch.device) -> No
     before creating the optimizer.
 
     Raises:
-        ConfigError: the package is missing, or has nothing for this model or device.
+        ConfigError: the package is missing, or does not support this model or device.
     """
     text_model = model.get_submodule(family_of(model).decoder)
     if config.model.liger:

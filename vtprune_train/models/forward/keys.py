@@ -38,7 +38,8 @@ class BlindRows:
     """Rows [first, end) of one segment (relative to its start) whose attention is restricted.
 
     ``visual`` indexes the segment's visual tokens among all visual tokens; ``columns`` [V of the segment] int64 is
-    their place in the segment; ``limits`` [V of the segment] int64 is the last row that sees each of them in any case.
+    their place in the segment; ``limits`` [V of the segment] int64 is the last row that sees each of them even if its
+    key is dropped.
     """
 
     segment: int
@@ -181,8 +182,8 @@ def blind_rows(
 ) -> list[BlindRows]:
     """Rows of each segment whose attention is restricted in a stage, computed on the host from lengths only.
 
-    A span's keys are hidden after its last row (``span``), or after the first query row at or after that
-    (``query``); an image without a following query row is never masked.
+    A span's keys are hidden after its last row (``span``), or after the first query row from there on (``query``); an
+    image without a following query row is never masked.
     """
     blind: list[BlindRows] = []
     first_visual, laid_out = 0, iter(layout.spans)
@@ -222,7 +223,7 @@ def blind_mask(
 
 
 def _attend(q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, seen_GLL: Tensor, scaling: float, dropout: float) -> Tensor:
-    """[L, H, D]: attention of a few rows, masked by key-value head."""
+    """[L, H, D]: attention of a few rows, with a mask per key-value head."""
     groups = k_LGD.shape[1]
     q_GHLD = q_LHD.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
     k, v = (x.transpose(0, 1).unsqueeze(1).expand(-1, q_GHLD.shape[1], -1, -1) for x in (k_LGD, v_LGD))

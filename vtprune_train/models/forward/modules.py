@@ -49,8 +49,9 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
         _mask_visual(inputs, input_ids == state.image_token)
     elif self.training and torch.is_grad_enabled() and state.method is not None:
         state.warn_once(
-            "forward in training mode without labels: visual tokens are ranked by the last token of each row, but in "
-            "generation by the end of the prompt (label smoothing and compute_loss_func keep labels from the model)"
+            "forward in training mode without labels: visual tokens are ranked by the last token of each row, whereas "
+            "generation ranks them by the end of the prompt (label smoothing and compute_loss_func keep labels from "
+            "the model)"
         )
     with state.calling(input_ids, labels):
         return original(**inputs)

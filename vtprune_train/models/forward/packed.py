@@ -63,7 +63,7 @@ def forward(model: HFModule, state: State, batch: PackedBatch) -> PackedOutput:
 
 
 def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tensor, DecoderOutput, Tensor | None]:
-    """Forward of the base: Return the normalized hidden states [R, C] of the supervised rows, the decoder output, and
+    """Forward of the base: returns the normalized hidden states [R, C] of the supervised rows, the decoder output, and
     the teacher's hidden states [R, C] for the same rows (images are encoded once for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
     with reading(self, state.method) as read, record_function(TOWER):
@@ -124,9 +124,9 @@ def forward_text(
     positions: Tensor | None = None,
     encoder: EncoderSignals | None = None,
 ) -> tuple[Tensor, DecoderOutput]:
-    """Forward of the decoder: Return the normalized hidden states [R, C] of the predicting rows and the decoder output.
-    ``positions`` [parts, T] are kept with their tokens; if ``None``, positions start at 0 in each segment. ``encoder``
-    is used by methods that need vision-tower signals.
+    """Forward of the decoder: returns the normalized hidden states [R, C] of the predicting rows and the decoder
+    output. ``positions`` [parts, T] are kept with their tokens; if ``None``, positions start at 0 in each segment.
+    ``encoder`` is used by methods that need vision-tower signals.
     """
     staging = Staging.counted(plan)
     if positions is not None:

@@ -46,7 +46,7 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
 
     Returns:
         For each row, for each of its images, for each drop: [k] int64, indices into the tokens of the image. A merged
-        token is listed as one of those that it was made of.
+        token is listed as one of its source tokens.
 
     Raises:
         ValueError: the model is not pruned.
@@ -86,7 +86,7 @@ def forward_text(
     deepstack_visual_embeds: Sequence[Tensor] | None = None,
     **keywords: Any,
 ) -> BaseModelOutputWithPast:
-    """Forward of the decoder over padded rows (left or right), cached or not, with the tokens dropped inside.
+    """Forward of the decoder over padded rows (left or right), cached or not, dropping tokens between layers.
 
     Args:
         text_model: the decoder.
@@ -382,9 +382,9 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         labels = None if all_labels is None else all_labels[row][real[row]]
         if labels is not None and state.method is not None and _prompt_is_supervised(labels != IGNORE, spans):
             state.warn_once(
-                "labels supervise text right after an image, so visual tokens are ranked from there, but in "
-                "generation by the last token of the prompt: mask the whole prompt in the labels (TRL: prompt and "
-                "completion columns, or assistant_only_loss=True), unless the prompt is only an image"
+                "labels supervise text right after an image, so visual tokens are ranked from there, whereas "
+                "generation ranks them by the last token of the prompt: mask the whole prompt in the labels (TRL: "
+                "prompt and completion columns, or assistant_only_loss=True), unless the prompt is only an image"
             )
         prompt = int(real[row, : call.prompt_width].sum())
         key = 0

@@ -31,8 +31,8 @@ def full_frequencies(module: HFModule, *, look: bool = False) -> None:
             continue
         rotary._buffers.update(full._buffers)
         log.warning(
-            "the rotary frequencies of %s were cast to %s with the weights and are float32 again: load the model in "
-            "its dtype (from_pretrained(..., dtype=...)) instead of casting it",
+            "the rotary frequencies of %s were cast to %s with the weights and have been reset to float32: load the "
+            "model in its dtype (from_pretrained(..., dtype=...)) instead of casting it",
             type(module).__name__, frequencies.dtype if frequencies.element_size() < 4 else "half precision and back",
         )  # fmt: skip
 

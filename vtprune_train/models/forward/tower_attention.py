@@ -102,7 +102,7 @@ def complete_inputs(tower: HFModule, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # what is cached in an evaluation serves the next training step too
+@torch.inference_mode(False)  # disable inference mode: tensors cached during evaluation are reused in training
 def _inputs_on(device: torch.device, shape: TowerShape, grids: PatchGrids) -> dict[str, Any]:
     return to_device(tower_inputs(shape, grids), device)  # type: ignore[no-any-return]
 

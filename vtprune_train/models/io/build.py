@@ -68,8 +68,8 @@ def resolve_checkpoint(path: str) -> str:
         return path
     if not (checkpoint / EXPORT / "config.json").is_file() and (checkpoint / UNEXPORTED / PLAN).is_file():
         raise ValueError(
-            f"{checkpoint} holds no Hugging Face export (train.export was last or never). Make one with "
-            f"`vtprune export --model {checkpoint} --out DIR`, and name DIR"
+            f"{checkpoint} holds no Hugging Face export (train.export was last or never). Make one with `vtprune "
+            f"export --model {checkpoint} --out DIR`, then use DIR"
         )
     return str(checkpoint / EXPORT)
 
@@ -113,7 +113,7 @@ def load_model_config(config: ModelConfig, *, offline: bool = False) -> PreTrain
 
 
 def family_of_config(config: PreTrainedConfig) -> tuple[Family, Loop]:
-    """The family of a config from :func:`load_model_config`, and its part for the training loop."""
+    """The family of a config from :func:`load_model_config`, and what the training loop needs from it."""
     return trained_family(config.model_type, "this config")
 
 
@@ -206,7 +206,8 @@ def check_attention(name: str, place: str) -> None:
 
 @contextmanager
 def learned_expected() -> Iterator[None]:
-    """A context in which ``from_pretrained`` does not warn of a method's parameters, which ``prune`` reads itself."""
+    """A context in which ``from_pretrained`` does not warn about a method's parameters, which ``prune`` loads
+    itself."""
     with _LOADING:
         before = PreTrainedModel._keys_to_ignore_on_load_unexpected
         PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), LEARNED_NAME.pattern]
@@ -245,7 +246,7 @@ def open_whole(model_class: Any, folder: str, dtype: Any, place: str, placement:
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, placement: Placement = WHOLE) -> HFModule:
-    """Build the model, of an unmodified transformers class, with the image token of ``tokenizer``.
+    """Build the model as an instance of an unmodified transformers class, with the image token of ``tokenizer``.
 
     Parameters have ``config.dtype``. Buffers keep the dtype that transformers uses: rotary frequencies rounded to
     bfloat16 would change the angles of late positions by more than a radian. With ``placement`` each parameter is
@@ -359,7 +360,7 @@ def _load_projector(model: HFModule, loop: Loop, path: str, placement: Placement
         if whole_shape(parameter) != tensors[key].shape:
             raise ValueError(
                 f"model.projector={path}: {key} has shape {tuple(tensors[key].shape)}, but this model needs "
-                f"{tuple(whole_shape(parameter))}; it was trained for another language model or tower"
+                f"{tuple(whole_shape(parameter))}; it was trained with a different language model or vision tower"
             )
     with placement.whole(parameters.values()):
         for key, parameter in parameters.items():
@@ -445,7 +446,7 @@ def saved_pruning(path: str, requested: Any = None) -> dict[str, Any] | None:
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error in one line."""
+    """An error's message on one line."""
     if "custom code which must be executed" in str(error):
         return "it contains custom code (auto_map), which is not run; only classes of transformers are supported"
     return pickles.first_line(error)

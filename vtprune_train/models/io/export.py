@@ -76,7 +76,7 @@ class Plan:
                 for file, tensors in content["files"].items()
             }
             if outside := sorted(name for name in files if Path(name).name != name):
-                raise ValueError(f"it names {outside[0]}, which is not a file of a folder")
+                raise ValueError(f"it names {outside[0]}, which is not a plain file name")
             return cls(files, content["index"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / PLAN} cannot be read ({error})") from error
@@ -95,7 +95,7 @@ def plan_of(model: HFModule) -> Plan:
     empty = remove_tied_weights_from_state_dict(empty, model)
     name_of = {id(tensor): name for name, tensor in empty.items()}
     published = revert_weight_conversion(model, empty)
-    assert all(id(tensor) in name_of for tensor in published.values()), "published tensors differ by more than names"
+    assert all(id(tensor) in name_of for tensor in published.values()), "published tensors are not just renamed"
     split = split_torch_state_dict_into_shards(
         published, filename_pattern="model{suffix}.safetensors", max_shard_size=FILE_SIZE
     )

@@ -114,7 +114,7 @@ class Deferred(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor) and args[0].is_meta and func._schema.name.endswith("_"):
-            assert not any(isinstance(a, Tensor) and a.is_meta for a in args[1:]), f"{func} of two parameters"
+            assert not any(isinstance(a, Tensor) and a.is_meta for a in args[1:]), f"{func} on two parameters"
             draws = torch.Tag.nondeterministic_seeded in func.tags
             self._record(func, func._schema.name in OVERWRITES, draws, args[0], args[1:], kwargs)
         return func(*args, **kwargs)

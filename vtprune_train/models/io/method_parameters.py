@@ -26,7 +26,7 @@ from vtprune_train.pruning.learned import learns
 
 log = logging.getLogger(__name__)
 
-SOURCE = "_vtprune_source"  # on a model: the folder that it was read from, if its config names another one
+SOURCE = "_vtprune_source"  # model attribute: the folder it was loaded from, if its config names another
 FILE = "pruning.safetensors"  # beside an adapter
 
 

@@ -32,7 +32,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / index).is_file():
             named = set(weight_map(folder / index).values())
             if missing := sorted(named - {file.name for file in files}):
-                raise ValueError(f"{folder}: {missing[0]} is missing, which {index} names")
+                raise ValueError(f"{folder}: {index} lists {missing[0]}, which is missing")
             files = [folder / name for name in sorted(named)]
         weights: dict[str, Tensor] = {}
         for file in files:
@@ -41,7 +41,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error})") from error
             if repeated := sorted(weights.keys() & tensors.keys()):
-                raise ValueError(f"{file} holds {repeated[0]}, as another file does; remove the outdated file")
+                raise ValueError(f"{file} contains {repeated[0]}, and so does another file; remove the outdated one")
             weights.update(tensors)
         if weights:
             return weights

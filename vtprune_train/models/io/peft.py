@@ -88,8 +88,8 @@ def lora_config(settings: model_settings.PeftConfig, model: HFModule) -> LoraCon
     targets = known if settings.target_modules is None else settings.target_modules
     if unknown := [name for name in targets if name not in known]:
         raise ConfigError(
-            f"model.peft.target_modules: {unknown[0]!r} is not a linear layer of the language model's decoder; there "
-            f"are {', '.join(known)}"
+            f"model.peft.target_modules: {unknown[0]!r} is not a linear layer of the language model's decoder; it "
+            f"has {', '.join(known)}"
         )
     decoder = re.escape(family_of(model).decoder)
     return LoraConfig(
@@ -202,7 +202,7 @@ def continue_adapter(model: HFModule, settings: model_settings.PeftConfig, folde
     if (saved.get("kind") == "dora") != (settings.kind == "dora"):
         changed.insert(0, "kind")
     if changed:
-        lines = "; ".join(f"model.peft.{key}: there {saved.get(key)!r}, here {new[key]!r}" for key in changed)
+        lines = "; ".join(f"model.peft.{key}: saved {saved.get(key)!r}, now {new[key]!r}" for key in changed)
         raise ValueError(
             f"{folder} holds an adapter with other settings ({lines}). Use the same settings to continue it, or merge "
             "it (vtprune export --merge) and start a new one on the result"

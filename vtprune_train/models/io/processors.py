@@ -108,7 +108,7 @@ def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels
     if pinpoints is not None and hasattr(image_processor, "image_grid_pinpoints"):
         pinpoints = [list(point) for point in pinpoints]
         if [list(point) for point in image_processor.image_grid_pinpoints] != pinpoints:
-            log.warning("%s: using the model's image_grid_pinpoints, which the image processor's differ from", path)
+            log.warning("%s: image_grid_pinpoints of image processor and model differ; using the model's", path)
         image_processor.image_grid_pinpoints = pinpoints
     if max_pixels is not None:
         size = dict(image_processor.size)

@@ -118,7 +118,7 @@ class Base:
         """Verify the hashes of the base's weights, for the adapter ``holder``.
 
         Raises:
-            ValueError: the base is missing or has changed; names both.
+            ValueError: the base is missing or has changed; the message names the adapter and the base.
         """
         for key, recorded in self.sha256.items():
             try:
@@ -176,7 +176,7 @@ def weight_files(source: str) -> list[Path]:
         try:
             config = cached_file(source, "config.json")
         except (OSError, ValueError) as error:
-            raise ValueError(f"no such folder, nor a model of the hub ({first_line(error)})") from error
+            raise ValueError(f"neither a folder nor a model on the hub ({first_line(error)})") from error
         folder = Path(str(config)).parent
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
@@ -189,7 +189,7 @@ def published_names(model: HFModule) -> dict[str, str]:
     state = model.state_dict()
     name_of = {id(tensor): name for name, tensor in state.items()}
     saved = revert_weight_conversion(model, state)
-    assert all(id(tensor) in name_of for tensor in saved.values()), "published tensors differ by more than their names"
+    assert all(id(tensor) in name_of for tensor in saved.values()), "published tensors are not just renamed"
     return {name_of[id(tensor)]: published for published, tensor in saved.items()}
 
 

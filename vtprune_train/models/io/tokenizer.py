@@ -98,7 +98,7 @@ def lasting(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Pre
     (``LlamaTokenizer`` does not save ``legacy``).
 
     Raises:
-        ValueError: the ids differ after saving and loading in any case.
+        ValueError: the ids differ after saving and loading, also as a fast tokenizer.
     """
     expected = _probe(tokenizer, tokenizer)
     if _probe(_reopened(tokenizer, config), tokenizer) == expected:

@@ -10,7 +10,7 @@ from typing import Any
 from vtprune_train.files import pickles
 from vtprune_train.files.parse import read_json_object
 
-ATTENTION = "attn_implementation"  # also with underscores around it, and in sections of a config
+ATTENTION = "attn_implementation"  # key in a config or one of its sections, also with leading or trailing underscores
 
 
 def check_weights(folder: str, place: str) -> None:

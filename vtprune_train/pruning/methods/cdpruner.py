@@ -47,7 +47,7 @@ class CDPruner(OneShare):
     on the instruction.
 
     Args:
-        keep: keep ratio, in (0, 1]; published from 192 down to 64 of 576.
+        keep: keep ratio, in (0, 1]; the paper uses 192 to 64 of 576 tokens.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 

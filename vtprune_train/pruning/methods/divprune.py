@@ -16,7 +16,7 @@ class DivPrune(OneShare):
     Uses neither the question nor the vision tower's attention.
 
     Args:
-        keep: keep ratio, in (0, 1]; published down to 0.098.
+        keep: keep ratio, in (0, 1]; the paper goes down to 0.098.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """
 

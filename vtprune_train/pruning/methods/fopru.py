@@ -22,7 +22,7 @@ class FoPru(OneShare):
     the vision tower.
 
     Args:
-        keep: keep ratio, in (0, 1]; published 0.25 and 0.5.
+        keep: keep ratio, in (0, 1]; the paper uses 0.25 and 0.5.
         strategy: ``rank``, the best tokens; ``row``, whole grid rows ranked by their mean score; the last row that only
             partly fits contributes its best tokens.
         layer: layer of the vision tower; -1 is the layer whose output the projector receives.

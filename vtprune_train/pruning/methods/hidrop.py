@@ -79,7 +79,7 @@ class HiDrop(PruningMethod):
         "HiDrop: Hierarchical Vision Token Reduction in MLLMs via Late Injection, Concave Pyramid Pruning, "
         "and Early Exit (arXiv 2602.23699)"
     )
-    where = "enters late, pruned between layers, leaves early"
+    where = "late injection, pruning between layers, early exit"
     trains = "yes, designed for it; gradients reach the ranking"
 
     def __post_init__(self) -> None:

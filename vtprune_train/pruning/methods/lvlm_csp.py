@@ -42,8 +42,8 @@ class LVLMCSP(PruningMethod):
             the paper's values).
         keep: number of clusters and number of finally kept tokens, as fractions of each image's tokens (at least one is
             kept). Defaults are ours: with the default layers they give the 65 % reduction reported in the paper.
-        scatter: ``own`` restores tokens unchanged; ``cluster`` (ours) also adds the change of the token's
-            representative to each.
+        scatter: ``own`` restores tokens unchanged; ``cluster`` (ours) also adds to each token the change that its
+            representative has undergone.
     """
 
     layers: tuple[int, int] | None = None
@@ -60,7 +60,7 @@ class LVLMCSP(PruningMethod):
 
     def __post_init__(self) -> None:
         if self.layers is not None and not 1 <= self.layers[0] < self.layers[1]:
-            raise ValueError(f"layers={list(self.layers)} must be two increasing layers, from 1 on")
+            raise ValueError(f"layers={list(self.layers)} must be two increasing layers, both at least 1")
 
     @property
     def needs(self) -> Needs:

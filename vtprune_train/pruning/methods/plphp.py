@@ -1,4 +1,5 @@
-"""PLPHP (arXiv 2502.14504): after the prefill every head of every layer keeps its own visual keys and values."""
+"""PLPHP (arXiv 2502.14504): after the prefill, every head of every layer keeps its own subset of the visual keys and
+values."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ class PLPHP(PruningMethod):
         alpha: a layer is vision-attentive if its attention to vision is at least alpha.
         beta: a layer is vision-indifferent below this share of attention.
         untouched: number of initial layers that are not pruned; ``None``: two of 32, scaled to the depth, at least one.
-        multi_turn: the tokens of earlier images that a later turn sees: ``drop``, only those that each head kept;
-            ``keep_dense``, all of them, ranked again by the new question.
+        multi_turn: which tokens of earlier images later turns see: ``drop``, only those that each head kept;
+            ``keep_dense``, all of them, ranked again with the new question.
     """
 
     keep: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -77,8 +78,8 @@ class PLPHP(PruningMethod):
             )
         if self.beta > self.alpha:
             raise ValueError(
-                f"beta={self.beta} is larger than alpha={self.alpha}; a layer is indifferent below beta and attentive "
-                "from alpha on"
+                f"beta={self.beta} is larger than alpha={self.alpha}; layers below beta are indifferent and layers at "
+                "or above alpha are attentive"
             )
 
     @property

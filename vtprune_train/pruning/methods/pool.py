@@ -33,8 +33,9 @@ class Pool(Baseline):
 
     Args:
         keep: ratio of output to input tokens, in (0, 1].
-        layer: decoder layer before which they are averaged; 0: before the decoder.
-        positions: ``keep`` gives a mean the position of its block's middle token; ``renumber`` numbers them 0, 1, ...
+        layer: decoder layer before which tokens are averaged; 0: before the decoder.
+        positions: ``keep`` gives each pooled token the position of its block's centre token; ``renumber`` numbers them
+            0, 1, ...
     """
 
     name = "pool"

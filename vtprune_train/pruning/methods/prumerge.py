@@ -1,7 +1,7 @@
 """LLaVA-PruMerge (arXiv 2403.15388): keeps tokens with outlier class-token attention and merges the other tokens into
 them.
 
-Shape suffixes: n tokens of an image, k those that stay, C hidden size.
+Shape suffixes: n tokens of an image, k kept tokens, C hidden size.
 """
 
 from __future__ import annotations

@@ -40,13 +40,13 @@ class SparseVLM(PruningMethod):
 
     Args:
         layers: layers, counted from 0 and increasing, whose attention scores the tokens and after which tokens are
-            dropped. ``None``: 2, 6, 15 of 32 (v1.5), or 2, 6, 15, 19 where ``keep`` has four shares (v1.0), scaled to
-            the depth.
+            dropped. ``None``: 2, 6, 15 of 32 (v1.5), or 2, 6, 15, 19 if ``keep`` has four entries (v1.0), scaled to the
+            depth.
         count: how many tokens to keep: ``fixed``, as set by ``budget`` or ``keep``; ``rank``, drop ``scale`` times the
             excess of the token count over the rank of the raters' attention matrix; ``mass``, keep the fewest tokens
             that hold ``mass`` of the attention.
-        budget: one of the published budgets: 192, 128, 96 or 64 of 576 tokens, averaged over layers. ``None``: 192, or
-            ``keep``.
+        budget: one of the published budgets: 192, 128, 96 or 64 of 576 tokens, averaged over layers. ``None``: use
+            ``keep``, or 192 if that is not set either.
         keep: for ``fixed``, keep ratio at each layer relative to the original tokens, not counting recycled ones;
             non-increasing, in (0, 1].
         scale: the paper's lambda, in [0, 1]: of n excess tokens, floor(scale * n) are dropped.
@@ -108,13 +108,13 @@ class SparseVLM(PruningMethod):
         if layers is None:
             return
         if any(later <= earlier for earlier, later in pairwise((-1, *layers))) or not layers:
-            raise ValueError(f"layers={list(layers)} must increase, from 0 on (for example [2, 6, 15])")
+            raise ValueError(f"layers={list(layers)} must be increasing and at least 0 (for example [2, 6, 15])")
         if self.count == "fixed" and len(layers) != len(self.shares):
             raise ValueError(f"layers={list(layers)} has {len(layers)} entries but keep has {len(self.shares)}")
         if num_layers is not None and layers[-1] >= num_layers - 1:
             raise ValueError(
-                f"layers={list(layers)}: layer {layers[-1]} is the last of the decoder's {num_layers} or lies beyond "
-                f"(counted from 0), so no layer would see fewer tokens; use layers below {num_layers - 1}"
+                f"layers={list(layers)}: no layer after layer {layers[-1]} would see fewer tokens, because the decoder "
+                f"has {num_layers} layers (counted from 0); use layers below {num_layers - 1}"
             )
 
     @property

@@ -13,7 +13,7 @@ class Uniform(Baseline):
 
     Args:
         keep: keep ratio, in (0, 1].
-        layer: decoder layer before which the others are dropped; 0: before the decoder.
+        layer: decoder layer before which tokens are dropped; 0: before the decoder.
         positions: ``keep`` keeps the positions of the kept tokens; ``renumber`` numbers them 0, 1, ...
     """
 

@@ -37,7 +37,7 @@ class Victor(PruningMethod):
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         if self.layers is not None and self.layers >= num_layers:
             raise ValueError(
-                f"layers={self.layers}: the image's tokens would be in all {num_layers} layers of the decoder; use at "
+                f"layers={self.layers}: the image tokens would stay in all {num_layers} decoder layers; use at "
                 f"most {num_layers - 1}"
             )
         end = self.layers or scaled_layers((PUBLISHED_LAYERS,), PUBLISHED_DEPTH, num_layers)[0]

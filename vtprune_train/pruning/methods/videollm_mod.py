@@ -25,7 +25,7 @@ class VideoLLMMoD(PruningMethod):
 
     Args:
         layers: routed decoder layers, counted from 0, increasing; the decoder's last layer cannot be routed. ``None``:
-            every second layer, from layer 1 on.
+            every second layer, starting with layer 1.
         keep: fraction of each image's tokens that a routed layer processes, in (0, 1]; 1 disables routing.
     """
 
@@ -43,7 +43,7 @@ class VideoLLMMoD(PruningMethod):
         if self.layers is None:
             return
         if not self.layers or any(later <= earlier for earlier, later in pairwise((-1, *self.layers))):
-            raise ValueError(f"layers={list(self.layers)} must increase, from 0 on (for example [1, 3, 5])")
+            raise ValueError(f"layers={list(self.layers)} must be increasing and at least 0 (for example [1, 3, 5])")
 
     def routed(self, num_layers: int) -> tuple[int, ...]:
         """Return the routed layers; empty if ``keep`` is 1.
@@ -54,8 +54,8 @@ class VideoLLMMoD(PruningMethod):
         layers = self.layers or tuple(range(1, num_layers - 1, 2)) or (0,)
         if layers[-1] > num_layers - 2:
             raise ValueError(
-                f"layers={list(layers)}: layer {layers[-1]} is the last of the decoder's {num_layers} or lies beyond, "
-                f"so nothing would read what its router decides; use layers up to {num_layers - 2}"
+                f"layers={list(layers)}: nothing would read what the router of layer {layers[-1]} decides, because the "
+                f"decoder has {num_layers} layers (counted from 0); use layers up to {num_layers - 2}"
             )
         return layers if self.keep < 1.0 else ()
 

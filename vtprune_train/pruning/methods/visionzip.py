@@ -31,8 +31,8 @@ class VisionZip(OneShare):
 
     Args:
         keep: keep ratio, in (0, 1]; published settings are 192, 128 and 64 of 576.
-        contextual: share of the output tokens that are contextual (rounded down), in [0, 1]; published 30 of 192, 20 of
-            128, 10 of 64.
+        contextual: share of the output tokens that are contextual (rounded down), in [0, 1]; the paper uses 30 of 192,
+            20 of 128 and 10 of 64.
         layer: layer of the vision tower; -1 is the layer whose output the projector receives.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published); ``keep`` keeps their positions.
     """

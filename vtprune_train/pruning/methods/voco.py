@@ -25,9 +25,9 @@ class VoCo(PruningMethod):
 
     Args:
         tokens: summary tokens of an image.
-        hide: what tokens after a summary do not see. ``all_before`` (default, as published): the image tokens and
-            everything before the sample's first image, including BOS and the system prompt. ``image``: the images' own
-            tokens alone.
+        hide: which tokens are masked from everything after a summary. ``all_before`` (default, as published): the image
+            tokens and everything before the sample's first image, including BOS and the system prompt. ``image``: only
+            the image tokens.
     """
 
     tokens: PositiveInt = 2

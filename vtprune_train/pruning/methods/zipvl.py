@@ -44,8 +44,8 @@ class ZipVL(PruningMethod):
     Args:
         tau: attention mass, in (0, 1]; the paper uses 0.975 and 0.96.
         keep: at most ``floor(keep * n)`` of an image's n tokens in any layer; 1 sets no limit.
-        multi_turn: the tokens of earlier images that a later turn sees: ``drop``, only those that each layer kept;
-            ``keep_dense``, all of them, ranked again by the new question.
+        multi_turn: which tokens of earlier images later turns see: ``drop``, only those that each layer kept;
+            ``keep_dense``, all of them, ranked again with the new question.
     """
 
     tau: Share = 0.975

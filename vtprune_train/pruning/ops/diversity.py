@@ -3,7 +3,7 @@
 The greedy steps run for all images in parallel, padded to the longest. Channel sums are per token, so an image's result
 does not depend on the rest of the batch.
 
-Shape suffixes: V candidates, S images, N tokens of the longest image, C channels, K tokens chosen of all images.
+Shape suffixes: V candidates, S images, N tokens of the longest image, C channels, K tokens selected from all images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtprune_train.core.stream import to_device
 
-ROWS_AT_A_TIME = 1024  # of an image's similarity matrix
+ROWS_AT_A_TIME = 1024  # rows of an image's similarity matrix computed at once
 
 
 def max_min_diverse(features_VC: Tensor, sizes: Sequence[int], take: Sequence[int]) -> Tensor:
@@ -58,22 +58,22 @@ def nearest_other(unit_NC: Tensor) -> Tensor:
 
 
 def determinantal(features_VC: Tensor, relevance_V: Tensor, sizes: Sequence[int], take: Sequence[int]) -> Tensor:
-    """Greedy search for the subset of largest determinant of ``relevance_i * cos_ij * relevance_j``: each step adds the
-    token that increases the volume most. Once no token increases it (more tokens than dimensions), tokens are added by
-    relevance.
+    """Greedy search for the subset that maximizes the determinant of ``relevance_i * cos_ij * relevance_j``: each step
+    adds the token that increases the volume most. Once no token increases it (more tokens than dimensions), tokens are
+    added by relevance.
 
     Sources: CDPruner (arXiv 2506.10967), conditional kernel and its MAP inference; the greedy steps follow Chen et al.
     2018 (arXiv 1709.05135), algorithm 1, with the rows of the Cholesky factor as projections onto orthonormal axes, so
     every step has the same cost.
 
     Args:
-        features_VC: image after image, any float dtype.
+        features_VC: any float dtype, grouped by image.
         relevance_V: positive weights.
         sizes: tokens of each image.
-        take: tokens to choose of each, at most its size.
+        take: number of tokens to select per image, at most its size.
 
     Returns:
-        [K] int64, image after image, ascending within each: candidates.
+        [K] int64 candidate indices, grouped by image and ascending within each.
     """
     weighted = F.normalize(features_VC.double(), dim=-1) * relevance_V.double().unsqueeze(-1)
     weighted_SNC, real_SN = _padded(weighted, sizes)
@@ -112,7 +112,8 @@ def _rows_dot(unit_SNC: Tensor, best_S: Tensor) -> Tensor:
 
 
 def _padded(values_V: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """[S, N, ...] image by image with zeros after, and [S, N] bool what is real."""
+    """[S, N, ...] values per image, zero-padded at the end, and [S, N] bool mask of the entries that are not
+    padding."""
     longest = max(sizes, default=0)
     columns = np.arange(longest)
     real = columns[None, :] < np.asarray(sizes, dtype=np.int64).reshape(-1, 1)

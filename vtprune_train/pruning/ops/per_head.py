@@ -1,4 +1,5 @@
-"""Which keys each head keeps: pure functions on a layer's queries and keys, without device-to-host copies.
+"""Selection of the keys that each head keeps: pure functions on a layer's queries and keys, without device-to-host
+copies.
 
 Each image is scored by the first query row after it, as during prefill.
 
@@ -22,9 +23,9 @@ def judged_attention(ranking: Ranking, boundary: Boundary) -> Iterator[tuple[Ten
     """Causal attention of the query rows of each segment with images, and which query row scores each token.
 
     Yields:
-        [G, Q, L] float32 attention of the segment's own query rows, averaged over the query heads of each key-value
-        head; [L] int64, for each token the index of the first query row at or after it (or of the last row if there is
-        none; its attention to the token is then 0).
+        [G, Q, L] float32 attention of the segment's query rows, averaged over the query heads of each key-value head;
+        [L] int64, for each token the index of the first query row at or after it (or of the last row if there is none;
+        its attention to the token is then 0).
     """
     attention_HQL = segment_attention(ranking, boundary)
     for segment, attention in zip(boundary.segments, attention_HQL, strict=True):
@@ -35,7 +36,7 @@ def judged_attention(ranking: Ranking, boundary: Boundary) -> Iterator[tuple[Ten
 
 
 def of_visual(parts: list[Tensor], boundary: Boundary) -> Tensor:
-    """[..., V]: values of all tokens of the segments with images, segment by segment -> those of the visual tokens."""
+    """Select the visual tokens: values of all tokens of the segments with images, segment by segment -> [..., V]."""
     return torch.cat(parts, dim=-1).index_select(-1, boundary.visual_in_scored)
 
 

@@ -34,8 +34,8 @@ def text_raters(visual_VC: Tensor, text_QC: Tensor) -> Tensor:
 def relative_attention(attention_HQV: Tensor, ones_QD: Tensor, ones_VD: Tensor) -> Tensor:
     """[H, Q, V]: attention divided by the position-only response, the dot product of rotated all-ones vectors.
 
-    At a distance of n positions that product is 2 times the sum over frequencies f of cos(n f), here as a share of its
-    largest value and no less than :data:`LEAST_RESPONSE`. Source: SparseVLM+'s code.
+    At a distance of n positions that product is 2 times the sum over frequencies f of cos(n f). It is divided by its
+    maximum and clamped to at least :data:`LEAST_RESPONSE`. Source: SparseVLM+'s code.
     """
     response = (ones_QD.float() @ ones_VD.float().T) / ones_QD.float().square().sum(dim=1, keepdim=True)
     return attention_HQV / response.clamp(min=LEAST_RESPONSE)

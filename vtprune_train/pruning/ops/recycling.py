@@ -1,7 +1,7 @@
 """Token recycling: the best dropped tokens are clustered with density peaks and merged into a few new tokens.
 
-Pure functions without randomness. Source: SparseVLM (arXiv 2410.04417), section 3.4, and its code, which breaks ties by
-noise; here the earlier token wins.
+Pure functions without randomness. Source: SparseVLM (arXiv 2410.04417), section 3.4, and its code, which breaks ties
+with random noise; here the earlier token wins.
 
 Shape suffixes: N tokens to cluster, M clusters, C hidden size.
 """
@@ -23,8 +23,8 @@ Recycle = Literal["mean", "sum", "none"]
 
 
 def recycled(deleted: int) -> tuple[int, int]:
-    """For ``deleted`` dropped tokens n, return how many are clustered (int(0.3 n) + 1) and the number of clusters (a
-    tenth of that, plus 1)."""
+    """Given n = ``deleted`` dropped tokens, return how many of them are clustered (int(0.3 n) + 1) and the number of
+    clusters (a tenth of that, plus 1)."""
     if not deleted:
         return 0, 0
     tokens = deleted * 3 // 10 + 1
@@ -33,8 +33,9 @@ def recycled(deleted: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class SparseDrop(Drop):
-    """A drop that leaves ``floor(keep * original)`` tokens as they are, or with ``of_present`` that share of those
-    that are there (``floor((1 - of_present) * n)`` of n go), and clusters made of the deleted (``recycles``)."""
+    """A drop that keeps ``floor(keep * original)`` tokens unchanged, or with ``of_present`` that share of the n tokens
+    still present (it drops ``floor((1 - of_present) * n)``), and if ``recycles`` adds clusters of the dropped
+    tokens."""
 
     of_present: float | None = None
     recycles: bool = True
@@ -98,7 +99,7 @@ def keep_and_recycle(
 
     Args:
         hidden_VC: candidates grouped by image; gradients flow to both kept and recycled tokens.
-        scores: for each image, [v] float32; of equals the earlier token stays.
+        scores: for each image, [v] float32; ties go to the earlier token.
         left: number of tokens of each image kept unchanged.
         recycle: how to merge a cluster, ``mean`` or ``sum``; ``none`` disables recycling.
         counted: also return the resulting number of tokens per image.

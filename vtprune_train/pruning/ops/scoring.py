@@ -25,14 +25,14 @@ def mean_query_attention(ranking: Ranking | None, boundary: Boundary) -> Tensor:
     Args:
         ranking: queries of ``boundary.query_rows`` and keys of all tokens, any float dtype; H must be a multiple of G
             (grouped-query attention).
-        boundary: names segments and visual rows.
+        boundary: provides segments and visual rows.
 
     Returns:
         [V] float32, in the order of ``boundary.visual_rows``. A query row contributes nothing to tokens after it
         (causal).
     """
     scores = [attention.mean(dim=(0, 1)) for attention in segment_attention(ranking, boundary)]
-    empty = torch.zeros(0, device=boundary.visual_in_scored.device)  # where no segment has an image
+    empty = torch.zeros(0, device=boundary.visual_in_scored.device)  # if no segment has an image
     return torch.cat([empty, *scores]).index_select(0, boundary.visual_in_scored)
 
 

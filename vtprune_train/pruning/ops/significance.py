@@ -42,7 +42,7 @@ def neutral(scores_V: Tensor, boundary: Boundary) -> Tensor:
 
 
 def sizes_before(boundary: Boundary) -> list[int]:
-    """Candidates of each image."""
+    """Number of candidates of each image."""
     return [span.before for span in boundary.spans]
 
 
@@ -56,14 +56,14 @@ def merged(hidden: Tensor, kept: Tensor, others: Tensor, target: Tensor, weights
     """[k, C]: weighted average of each kept token and the tokens merged into it; unchanged if nothing is merged.
     Gradients flow to all of them.
 
-    A product with the membership matrix, in float32 at least: adding rows by index has no fixed order on a GPU.
+    Uses a matmul with the membership matrix, in at least float32, because index_add is not deterministic on GPUs.
 
     Args:
         hidden: [n, C] tokens.
         kept: [k] int64, indices of kept tokens.
         others: [m] int64, indices of merged tokens.
         target: [m] int64, the index into ``kept`` that each is merged into.
-        weights: of ``kept`` [k] and of ``others`` [m], float, not negative.
+        weights: non-negative float weights of ``kept`` [k] and of ``others`` [m].
     """
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     kept_hidden, merged_hidden = wide.index_select(0, kept), wide.index_select(0, others)

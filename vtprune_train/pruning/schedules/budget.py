@@ -63,7 +63,7 @@ def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) ->
     already use up the budget, almost nothing is kept after them and the schedule no longer resembles the method.
 
     Raises:
-        ValueError: none can be scaled to ``share``; names the reachable range.
+        ValueError: none can be scaled to ``share``; the message gives the reachable range.
     """
     ranges, fitting = [], []
     for method in methods:
@@ -84,7 +84,8 @@ def first_that_fits(methods: Iterable[Method], share: float, num_layers: int) ->
 
 
 def _scaling(method: Method) -> tuple[Callable[[float], Method], float]:
-    """A function from a factor to the method with its keep ratios multiplied by it, and the factor that keeps all."""
+    """Return a function that scales the method's keep ratios by a factor, and the factor at which all tokens are
+    kept."""
 
     def scaled(factor: float) -> Method:
         return method.with_ratios([min(1.0, max(1e-6, ratio * factor)) for ratio in method.ratios])
@@ -93,11 +94,11 @@ def _scaling(method: Method) -> tuple[Callable[[float], Method], float]:
 
 
 def bisected(build: Callable[[float], Method], low: float, high: float, share: float, num_layers: int) -> Method:
-    """Find x in [low, high] by bisection such that ``made(x)`` has input share ``share``; the share must increase with
+    """Find x in [low, high] by bisection such that ``build(x)`` has input share ``share``; the share must increase with
     x.
 
     Raises:
-        ValueError: ``share`` lies outside what ``made(low)`` and ``made(high)`` take.
+        ValueError: ``share`` is not between the input shares of ``build(low)`` and ``build(high)``.
     """
     least, most = build(low).input_share(num_layers), build(high).input_share(num_layers)
     if not least - 1e-4 <= share <= most + 1e-4:

@@ -61,9 +61,9 @@ class TrainerState:
     world_size: int = 1
     zero_stage: int = 0
     dtype: str = ""  # empty if an older version wrote the checkpoint
-    optimizer: str = "adamw"  # of all older versions
+    optimizer: str = "adamw"  # the only one in older versions
     pruning: dict[str, Any] = field(default_factory=dict)
-    callbacks: dict[str, Any] = field(default_factory=dict)  # what their state_dict() returned on rank 0, by name
+    callbacks: dict[str, Any] = field(default_factory=dict)  # by name: what state_dict() returned on rank 0
 
 
 class CheckpointFolder:
@@ -232,8 +232,8 @@ class CheckpointFolder:
         """The newest checkpoint that matches its manifest; damaged ones are skipped with a warning.
 
         Raises:
-            ValueError: all checkpoints are damaged; with ``strict``, the newest one is; or one of its files names code,
-                which damage cannot cause.
+            ValueError: all checkpoints are damaged; with ``strict``, the newest one is; or opening a file of the
+                checkpoint would run code, which cannot be due to damage.
         """
 
         def find() -> Path | None:
@@ -264,8 +264,8 @@ class CheckpointFolder:
         return from_rank_0(find)
 
     def continue_from(self, checkpoint: Path) -> None:
-        """Make a checkpoint the newest: rename newer ones, which are damaged, so that they neither count for
-        ``keep_last`` nor block their step, and update ``latest``."""
+        """Make a checkpoint the newest: rename newer ones, which are damaged, so that they do not count for
+        ``keep_last`` and their steps can be saved again, and update ``latest``."""
 
         def rename() -> None:
             for newer in self.steps():
@@ -306,8 +306,8 @@ class CheckpointFolder:
 
 
 def next_size(engine: Engine, resumed: Path | None) -> int:
-    """Estimated bytes of the next checkpoint: the size of the one resumed from, or weights twice (state and
-    export), a float32 copy of each trained one, and the optimizer's states."""
+    """Estimated bytes of the next checkpoint: the size of the one resumed from, or all weights twice (state and
+    export), float32 copies of the trained weights, and the optimizer's states."""
     if resumed is not None:
         return sum(entry["size"] for entry in manifest.read_manifest(resumed).values())
     weights = trained = 0

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Lines = list[tuple[int, bytes]]  # step and line, including the newline
 NO_FILE = -1  # size of a broken link or a folder
-MAX_RANGES = 8  # of steps in a message
+MAX_RANGES = 8  # maximum ranges of steps in a message
 
 
 class JsonLines:

@@ -32,7 +32,7 @@ class PortableFiles:
         index = json.loads((folder / INDEX).read_text())
         self.shapes: dict[str, list[int]] = index["shapes"]
         self.counters: dict[str, Any] = index["counters"]
-        # Older versions wrote the number of steps alone.
+        # Older versions wrote only the number of steps.
         steps = {name: None if step is None else {"step": step} for name, step in index.get("steps", {}).items()}
         self._numbers: dict[str, dict[str, float] | None] = index.get("numbers", steps)
         self._files: dict[str, str] = index["tensors"]

@@ -30,8 +30,8 @@ def resume(
     Args:
         identity: settings that must not change.
         policy: ``train.resume``.
-        checkpoints: of the run.
-        engine: not stepped yet.
+        checkpoints: the run's checkpoints.
+        engine: the engine, before its first step.
         config_yaml: the run's settings; those that differ from the checkpoint's are logged.
 
     Raises:
@@ -70,13 +70,13 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     known = {key: value for key, value in saved.items() if key in identity}
     if (unknown := [key for key in identity if key not in saved]) and ranks.rank() == 0:
         log.warning(
-            "%s was saved by an older version without %s: earlier steps may have been trained on other tokens than "
-            "the next ones", checkpoint, ", ".join(unknown),
+            "%s was saved by an older version without %s: earlier steps may have been trained on different tokens than "
+            "later ones", checkpoint, ", ".join(unknown),
         )  # fmt: skip
     identity = {key: value for key, value in identity.items() if key in saved}
     if "pruning" in known:
         known["pruning"] = _completed(known["pruning"], checkpoint)
-    if changed := differences(*map(_with_reader_names, (known, json.loads(json.dumps(identity))))):
+    if changed := differences(_with_reader_names(known), _with_reader_names(json.loads(json.dumps(identity)))):
         lines = [
             f"{checkpoint} was trained with other settings, which would change the samples of each step:",
             *(f"  {key}: checkpoint {before}, now {now}" for key, before, now in changed),
@@ -95,8 +95,8 @@ def _with_reader_names(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _completed(pruning: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Recorded pruning settings completed with defaults; unchanged if this run does not use their (untrusted)
-    method."""
+    """Recorded pruning settings with defaults filled in; unchanged if their method is untrusted, because this run does
+    not use it."""
     try:
         check_trusted(pruning, str(checkpoint))
     except UntrustedMethodError:
@@ -159,8 +159,8 @@ def _all_there(checkpoint: Path) -> None:
 
 
 def _agree(act: Callable[[], None]) -> None:
-    """Run ``act``, which uses no collectives, on every rank; if it fails on any, raise an error that names it on
-    all."""
+    """Run ``act``, which uses no collectives, on every rank. If it fails on any, raise an error on all ranks that names
+    the failed ones."""
     error: Exception | None = None
     try:
         act()

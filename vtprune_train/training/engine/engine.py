@@ -105,7 +105,7 @@ class Engine:
         return self._spec.name
 
     def missing_states(self) -> list[Tensor]:
-        """Empty tensors of the size of this rank's optimizer states that do not exist yet, on the same device."""
+        """Uninitialized tensors as large as the optimizer states that this rank does not have yet, on its device."""
         states = self._inner.state
         without = [(flat, expected) for flat, expected in self._expected_states() if not states.get(flat)]
         return [
@@ -122,7 +122,7 @@ class Engine:
 
     def check_states(self) -> None:
         """Raise a ``ValueError`` if states that the optimizer keeps are missing from those that were loaded."""
-        loaded_names: dict[tuple[str, ...], set[str]] = {}  # by the names that are expected
+        loaded_names: dict[tuple[str, ...], set[str]] = {}  # names of loaded states, by the expected names
         for flat, expected in self._expected_states():
             loaded_names.setdefault(tuple(expected), set()).update(self._inner.state.get(flat, ()))
         for names, loaded in loaded_names.items():

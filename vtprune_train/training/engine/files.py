@@ -29,8 +29,8 @@ class SavedState(Protocol):
         yet."""
 
     def shape(self, name: str, key: str) -> torch.Size:
-        """The shape of a tensor, flattened if it has a number for each element of the parameter; a ``ValueError`` if
-        it belongs to several parameters or to a part of one."""
+        """The shape of a tensor, flat if it has one value per element of the parameter. Raises a ``ValueError`` if it
+        has another shape and belongs to several parameters or to a part of one."""
 
     def read(self, name: str, key: str, start: int, numel: int) -> torch.Tensor:
         """Elements ``start`` to ``start + numel`` of the flattened tensor."""
@@ -85,7 +85,7 @@ class DeepSpeedFiles:
         value, flat = self._flat(rank, piece, key), self._flat(rank, piece, MASTER)
         numel = torch.Size(self.shapes[name]).numel()
         used = max(other.offset + other.numel for other in self._layouts[rank].pieces if other.flat == piece.flat)
-        # DeepSpeed leaves the padding out of the weights, not of the states.
+        # DeepSpeed removes the padding from the weights, but not from the states.
         if value.shape == flat.shape or (value.ndim == flat.ndim == 1 and value.numel() >= used):
             return torch.Size([numel])
         if piece.numel == flat.numel() == numel:
@@ -131,7 +131,7 @@ class DeepSpeedFiles:
         inner = optimizer.get("base_optimizer_state") or optimizer.get("optimizer_state_dict") or optimizer
         states: dict[str, Any] = {}
         for key, value in inner["state"].get(flat, {}).items():
-            states.update(value if isinstance(value, dict) else {key: value})  # bitsandbytes puts some in a dict
+            states.update(value if isinstance(value, dict) else {key: value})  # bitsandbytes nests some in a dict
         return states
 
     def _flat(self, rank: int, piece: Piece, key: str) -> torch.Tensor:
@@ -162,7 +162,7 @@ def is_number(value: Any) -> bool:
 def undividable(name: str, key: str) -> ValueError:
     """The error for an optimizer state that cannot be distributed to other ranks."""
     return ValueError(
-        f"the optimizer state {key} of {name} does not have a number for each element, so it cannot be distributed to "
+        f"the optimizer state {key} of {name} does not have one value per element, so it cannot be distributed to "
         "other ranks or another ZeRO stage; resume with the ranks and ZeRO stage that wrote the checkpoint, or start a "
         "new run from its weights with train.init_from"
     )

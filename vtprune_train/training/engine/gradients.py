@@ -21,7 +21,7 @@ def squared_norm(engine: Any, world_size: int) -> Tensor:
         [] float64 on the gradients' device.
     """
     optimizer = engine.optimizer
-    if getattr(optimizer, "norm_for_param_grads", None):  # offloaded: DeepSpeed computed them before the copy
+    if getattr(optimizer, "norm_for_param_grads", None):  # offloaded: computed by DeepSpeed before the copy to the host
         norms_of_params = [torch.as_tensor(norm).double() for norm in optimizer.norm_for_param_grads.values()]
         return torch.stack(norms_of_params).square().sum()
     replicas = 1

@@ -1,8 +1,8 @@
 """The undocumented names of DeepSpeed that this package uses, and what for.
 
-They are the same in DeepSpeed 0.19.7 and 0.19.8. :func:`check` tests for them when an engine starts, and
-``tests/training/engine`` at every ZeRO stage and dtype, so that a release without one is refused with its name. Names
-in DeepSpeed's files are in :mod:`files`."""
+They are the same in DeepSpeed 0.19.7 and 0.19.8. When an engine starts, :func:`check` raises an error that names
+missing ones; ``tests/training/engine`` covers every ZeRO stage and dtype. Names in DeepSpeed's files are in
+:mod:`files`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OPTIMIZERS = {
         "fp32_partitioned_groups_flat": "layout, reshard: float32 weights of this rank, by group",
         "fp16_partitioned_groups_flat": "reshard: this rank's weights in the dtype of the forward pass, by group",
         "fp16_partitioned_groups": "reshard: the same weights, by parameter",
-        "unflatten": "reshard: splits the former into the latter",
+        "unflatten": "reshard: splits fp16_partitioned_groups_flat by parameter",
         "checkpoint_event_prologue": "reshard: swaps in states on NVMe",
         "checkpoint_event_epilogue": "reshard: swaps them out",
         "swap_optimizer": "reshard: whether states are on NVMe",
@@ -103,8 +103,8 @@ def check(engine: Any) -> None:
 
 
 def optimizer_kind(optimizer: Any) -> str | None:
-    """The class in ``OPTIMIZERS`` of an engine's optimizer; ``None`` for one of PyTorch, of which only documented names
-    are used.
+    """The class in ``OPTIMIZERS`` of an engine's optimizer; ``None`` for PyTorch's optimizers, of which only documented
+    names are used.
 
     Raises:
         ConfigError: the class is unknown, so its gradients and states cannot be found.

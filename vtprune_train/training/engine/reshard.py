@@ -91,7 +91,7 @@ def _fill_optimizer(engine: Any, expected: Sequence[tuple[torch.Tensor, Mapping[
 
 def _empty_states(flat: torch.Tensor, states_like: Mapping[str, Any], saved: SavedState, name: str) -> dict[str, Any]:
     """States for ``flat`` with the saved numbers of parameter ``name``, and zeros for its tensors. Numbers that the
-    optimizer keeps as a tensor become one, with the same dtype and device."""
+    optimizer keeps as tensors are converted, with their dtype and device."""
     states: dict[str, Any] = {}
     for key, value in (saved.numbers(name) or {}).items():
         like = states_like.get(key, value)
@@ -105,8 +105,8 @@ def _empty_states(flat: torch.Tensor, states_like: Mapping[str, Any], saved: Sav
 
 
 def _fill_piece(target: torch.Tensor, piece: Piece, key: str, saved: SavedState, alone: bool) -> None:
-    """Copy a piece of a parameter's state. A state without a number for each element is copied whole, if the parameter
-    is ``alone`` in its tensor."""
+    """Copy a piece of a parameter's state. A state that does not have one value per element is copied whole, if the
+    parameter is ``alone`` in its flat tensor."""
     shape = saved.shape(piece.name, key)
     if shape.numel() == _numel(saved, piece.name):
         part = target.view(-1).narrow(0, piece.offset, piece.numel)
@@ -130,8 +130,8 @@ def _fill_scaler(optimizer: Any, saved: dict[str, float]) -> None:
 
 
 def with_scaler(state: Any, optimizer: Any) -> Any:
-    """The content of one of DeepSpeed's files, with its loss scaler replaced by this optimizer's, which gets the saved
-    numbers."""
+    """Replace the loss scaler in ``state``, the content of a DeepSpeed file, by this optimizer's, which gets the saved
+    numbers. Returns ``state``."""
     inner = state.get("optimizer_state_dict") if isinstance(state, dict) else None
     if isinstance(inner, dict) and "loss_scaler" in inner:
         _fill_scaler(optimizer, scaler_numbers(inner["loss_scaler"]))

@@ -8,7 +8,7 @@ from typing import Any
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.settings import Config
 
-# Keys derived from these settings; an error in a DeepSpeed JSON, where they would be ignored.
+# Keys derived from these settings. A DeepSpeed JSON must not set them, because they would be ignored.
 DERIVED_KEYS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "data.max_tokens",

@@ -67,7 +67,7 @@ class Sharded(Placement):
     def libraries_gather(self) -> Iterator[None]:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-        config = HfDeepSpeedConfig(self._settings)  # transformers and PEFT check whether one exists
+        config = HfDeepSpeedConfig(self._settings)  # transformers and PEFT gather parameters while it exists
         try:
             yield
         finally:
@@ -81,8 +81,8 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def complete(model: nn.Module) -> None:
-    """Partition parameters that were added to a sharded model since, and number all of them as DeepSpeed does for a
-    whole model: gradients are summed in this order, which affects rounding."""
+    """Partition parameters that were added to a sharded model after it was built, and number all of them as DeepSpeed
+    does for a whole model: gradients are summed in this order, which affects rounding."""
     parameters: list[Any] = list(model.parameters())
     first = next((parameter for parameter in parameters if is_partitioned(parameter)), None)
     if first is None:
@@ -97,8 +97,8 @@ def complete(model: nn.Module) -> None:
 def placement_for(config: Config, settings: dict[str, Any]) -> Placement:
     """How a run's model is built: sharded under ZeRO-3, otherwise whole.
 
-    Under ZeRO-3 also whole if parameters are offloaded to NVMe, which the engine does, or if an adapter is trained on
-    random weights, which are written to a file at the start.
+    Also whole under ZeRO-3 if parameters are offloaded to NVMe (the engine does that), or if an adapter is trained on
+    random weights (they are written to a file at the start).
     """
     zero = settings.get("zero_optimization", {})
     on_nvme = zero.get("offload_param", {}).get("device") == "nvme"

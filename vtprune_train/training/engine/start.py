@@ -91,7 +91,7 @@ def check_optimizer(train: TrainConfig, settings: dict[str, Any], device: torch.
     spec = OptimizerSpec.of(train)
     if stage and issubclass(spec.cls, torch.optim.Adagrad):
         raise ConfigError(
-            f"{place}: under ZeRO {stage} DeepSpeed builds Adagrad again without its parameter groups; use "
+            f"{place}: under ZeRO {stage} DeepSpeed rebuilds Adagrad without its parameter groups; use "
             "deepspeed=configs/deepspeed/zero0.json"
         )
     of_vector = spec.states({}, ndim=1, device="cpu" if offloads else device)  # raises if it cannot step
@@ -117,9 +117,8 @@ def start_engine(
     keep their dtypes.
 
     Raises:
-        ConfigError: the optimizer cannot be built, this DeepSpeed lacks a name that training needs, or it cast a
-            buffer,
-            such as the rotary frequencies, to half precision.
+        ConfigError: the optimizer cannot be built, this DeepSpeed lacks a name that training needs, or DeepSpeed cast a
+            buffer, such as the rotary frequencies, to half precision.
     """
     import deepspeed
 

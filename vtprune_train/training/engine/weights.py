@@ -35,14 +35,14 @@ def export_plan(module: Any) -> Plan:
 
 
 def write_export(module: Any, processor: Any, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
-    """Write a folder that ``from_pretrained`` of plain transformers opens (its config has the pruning settings), or for
-    an adapter that of :func:`~vtprune_train.models.io.peft.write_adapter_settings`. Only rank 0 calls this.
+    """Write an export: a folder that ``from_pretrained`` of plain transformers opens (its config has the pruning
+    settings), or the adapter of :func:`~vtprune_train.models.io.peft.write_adapter_settings`. Only rank 0 calls this.
 
     Args:
         module: the model.
-        processor: of the model.
-        weights: of :func:`full_state_dict`; ``None`` writes everything else.
-        folder: where to.
+        processor: the model's processor.
+        weights: from :func:`full_state_dict`; with ``None``, everything except the weights is written.
+        folder: the folder to write.
     """
     if holds_only_trained(module):
         write_adapter_settings(module, folder)

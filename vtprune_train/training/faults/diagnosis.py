@@ -40,9 +40,9 @@ def statistics(tensor: Tensor) -> dict[str, Any]:
 class Watch:
     """Context manager that checks inputs, module outputs and gradients.
 
-    ``micro_batches`` then holds, for each forward pass of the model in order, its sample ids, and the tensors that were
-    not finite, in the order they came about: inputs, activations, the loss, gradients (of this rank's micro-batch
-    alone: hooks see them before they are summed up).
+    ``micro_batches`` then has an entry for each forward pass of the model, in order: the sample ids, and the non-finite
+    tensors in the order in which they were computed (inputs, activations, the loss, gradients). Gradients are those of
+    this rank's micro-batch alone, because hooks see them before they are summed.
     """
 
     def __init__(self, module: nn.Module):
@@ -104,7 +104,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def non_finite_parameters(module: nn.Module) -> list[dict[str, Any]]:
-    """Statistics of this rank's parameters (under ZeRO-3: its parts of them) that are not finite."""
+    """Statistics of this rank's parameters (under ZeRO-3: its partitions) that are not finite."""
     held = ((name, own_part(parameter)) for name, parameter in module.named_parameters())
     return [{"name": name, **statistics(part)} for name, part in held if not bool(torch.isfinite(part).all())][:SHOWN]
 

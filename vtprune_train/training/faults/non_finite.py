@@ -44,7 +44,7 @@ def judge(
     """
     config, step = trainer.config, plan.step + 1
     if not supervised:
-        problem = "none of its samples has a supervised token that could be read"
+        problem = "its samples have no supervised token, or cannot be read"
         _refuse_unless(config.data.unsupervised == "skip", problem, "data.unsupervised", step)
         return _count(trainer, "unsupervised", problem, step)
     if math.isfinite(loss) and grad_norm < LARGEST_NORM:

@@ -26,7 +26,7 @@ from vtprune_train.training.memory.track import peak_memory_bytes, track_allocat
 
 log = logging.getLogger(__name__)
 
-STEPS_LOOKED_AT = 64  # whether any of them accumulates
+STEPS_LOOKED_AT = 64  # steps that are planned to see whether any has several micro-batches
 LOOKED_AT = 1 << 20  # chunk size: number of samples whose lengths are held in memory
 # Out-of-memory messages of allocators that raise a generic exception.
 NO_MEMORY = ("out of memory", "defaultcpuallocator", "alloc_failed", "not enough memory", "cannot allocate memory")
@@ -106,8 +106,8 @@ def heaviest_estimate(trainer: Trainer, batches: Sequence[PackedBatch], accumula
 
 
 def densest_step(trainer: Trainer) -> int:
-    """Return the upcoming step that keeps the most tokens: a full-token step if any, otherwise the next step (a warm-up
-    drops more and more)."""
+    """Return the upcoming step that keeps the most tokens: a full-token step if any, otherwise the next step (in a
+    warm-up, later steps drop more)."""
     phases, first = trainer.collate.phases, trainer.state.step
     if phases is None or not phases.vary:
         return first
@@ -134,8 +134,8 @@ def worst_micro_batches(trainer: Trainer) -> list[list[int]]:
 
 
 def foremost(weight: np.ndarray, tokens: np.ndarray, number: int) -> np.ndarray:
-    """Sorted indices of the ``number`` samples with the highest weight and the ``number`` with the highest weight per
-    token."""
+    """Sorted indices of the samples with the highest weight and of those with the highest weight per token, ``number``
+    of each."""
     keys = (weight, weight / np.maximum(tokens, 1))
     return np.unique(np.concatenate([np.argsort(-key, kind="stable")[:number] for key in keys]))
 
@@ -174,7 +174,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of the device."""
+    """Total memory of the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

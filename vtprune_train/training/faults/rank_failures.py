@@ -99,11 +99,11 @@ def reason_of_failures(failures: Sequence[Failure]) -> EndReason:
 
 
 def reason_of_stall(places: Mapping[int, Place], hosts: Mapping[int, str], caller: int) -> EndReason:
-    """Determine which ranks block the others from all ranks' places; a rank in ``hosts`` without a place did not
-    respond.
+    """From the places of all ranks, determine which ranks block the others; a rank in ``hosts`` without a place did
+    not respond.
 
-    Unresponsive ranks if any; otherwise the ranks with the least progress, preferring those not waiting in a
-    collective.
+    These are the unresponsive ranks if there are any; otherwise the ranks with the least progress, preferring those not
+    waiting in a collective.
     """
     late = [rank for rank in sorted(hosts) if rank not in places]
     if late:

@@ -28,4 +28,4 @@ class Trainer(Protocol):
     row_losses: list[torch.Tensor]
 
     def repeat(self, plan: StepPlan, batches: Sequence[PackedBatch], supervised: float) -> None:
-        """Run a step's forward and backward passes once more; its gradients are thrown away."""
+        """Rerun a step's forward and backward passes; the gradients are discarded."""

@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5
 REASON_SECONDS = 60.0  # longer than the hub ever needs; no reply means rank 0 is stopped
 CAUSE_SECONDS = 10.0  # grace period for the failed rank to report its error and exit
 LINGER_SECONDS = 2.0  # before the other ranks exit: launchers poll once per second and report the first exit
-ORPHAN_SECONDS = 600.0  # without train.watchdog_timeout, once the launcher has exited
+ORPHAN_SECONDS = 600.0  # timeout after the launcher has exited, if train.watchdog_timeout is not set
 COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 
 
@@ -220,7 +220,7 @@ def _print(text: str) -> None:
 
 
 def _write_error_file(text: str) -> None:
-    """Write what torchrun shows of this rank, in the format of ``torch.distributed.elastic``'s error files."""
+    """Write the error that torchrun shows for this rank, as an error file of ``torch.distributed.elastic``."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return

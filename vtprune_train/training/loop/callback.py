@@ -1,4 +1,4 @@
-"""The base class of callbacks, and what they may use of the trainer."""
+"""The base class of callbacks, and the part of the trainer that they may use."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class Trainer(Protocol):
-    """What a callback may use of the trainer.
+    """The part of the trainer that callbacks may use.
 
     Attributes:
         config: the run's settings; ``config.run_dir`` is its folder.
         engine: ``engine.module`` is the model.
         collate: makes batches of training samples; ``collate.index`` describes the samples.
-        eval_collate: the same for ``data.eval``; ``None`` without.
+        eval_collate: the same for ``data.eval``; ``None`` without evaluation data.
         device: this rank's device.
         state: ``state.step`` is the number of completed steps.
-        total_steps: number of steps of the whole training.
+        total_steps: number of steps of the whole run.
         end_step: step at which this process stops.
-        stop_code: exit code of the signal that ended training; 0 without one.
+        stop_code: exit code of the signal that ended training; 0 if there was none.
         samples: indices of the last step's samples, over all ranks.
         batches: this rank's micro-batches of the last step.
         row_losses: for each of ``batches``, the loss of every supervised token, [num_targets].
@@ -87,7 +87,7 @@ class Callback:
 
     def on_save(self, trainer: Trainer) -> None:
         """Called after every checkpoint. It is complete on disk only with ``train.save_in_background: false``;
-        otherwise its files are being written."""
+        otherwise its files are still being written."""
 
     def on_error(self, trainer: Trainer, error: Exception) -> None:
         """Called when training fails, on the rank that raised ``error``. Other ranks may be waiting, so collectives
@@ -98,12 +98,12 @@ class Callback:
         stopped by a signal or ``run.stop_after``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State to resume from, as JSON can hold it. Every checkpoint stores that of rank 0."""
+        """State to resume from; must be JSON-serializable. Checkpoints store the state of rank 0."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned. Called on every rank of a resumed run, before :meth:`on_start`."""
 
     def files(self) -> list[JsonLines]:
-        """Files of lines that the callback writes; every checkpoint holds a copy of them."""
+        """JSON Lines files that the callback writes; every checkpoint contains a copy of them."""
         return []

@@ -35,11 +35,11 @@ class Hooks:
             try:
                 callback.on_error(trainer, error)
             except Exception as failure:
-                failure.__suppress_context__ = True  # ``error`` is reported by itself
+                failure.__suppress_context__ = True  # ``error`` is reported separately
                 log.exception("callback %s failed in on_error", key)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of those that have one."""
+        """The states of all callbacks that have one."""
         states = {}
         for key, callback in self._callbacks.items():
             with _naming(key, "state_dict"):
@@ -61,7 +61,7 @@ def _naming(key: str, hook: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not getattr(error, "__notes__", None):  # a hook called by another callback has named itself
+        if not getattr(error, "__notes__", None):  # otherwise a hook called within this one has added its note
             error.add_note(f"raised by callback {key} in {hook}")
         raise
 
@@ -70,4 +70,4 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(state))  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
-        raise TypeError(f"a state must be what JSON can hold: {error}") from error
+        raise TypeError(f"a state must be JSON-serializable: {error}") from error

@@ -25,7 +25,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "GB200": 2500e12,
 }
-# Words in a name that distinguish a card from the one with the same name without them.
+# Words that mark a variant of a card: its peak differs from that of the card without the word.
 VARIANTS = {"D", "Laptop", "MIG", "NVL", "Ti"}
 
 
@@ -35,8 +35,8 @@ def device_peak_flops(device: torch.device) -> float | None:
 
 
 def peak_of(name: str) -> float | None:
-    """Peak of the card whose words all occur in the driver's ``name``, such as ``NVIDIA A100-SXM4-80GB``; of several,
-    the card with the most words."""
+    """Peak of the card whose words all occur in the driver's ``name``, such as ``NVIDIA A100-SXM4-80GB``; if several
+    cards match, the one with the longest name."""
     words = set(re.split(r"[\s-]+", name))
     card = max((card for card in PEAK_FLOPS if words.issuperset(card.split())), key=len, default="")
     return None if (words & VARIANTS).difference(card.split()) else PEAK_FLOPS.get(card)

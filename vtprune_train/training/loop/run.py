@@ -58,7 +58,7 @@ def prepare(config: Config, device: torch.device, watchdog: Watchdog, callbacks:
         ValueError: invalid settings or data (including ``ConfigError``).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    disable_progress_bar()  # transformers' own, shown at every export
+    disable_progress_bar()  # transformers would show one at every export
     config = with_saved_settings(config)
     settings = engine_config(config)
     check_paths(config)
@@ -132,7 +132,7 @@ def warn_of_batch(global_batch_size: int, samples: int) -> None:
 
 
 def _check_start(config: Config) -> None:
-    """Check that the runs a new run takes weights from are complete (not needed when resuming)."""
+    """Check the checkpoints whose weights a new run starts from (not needed when resuming)."""
     if finished_checkpoints(config.run_dir / "checkpoints"):
         return
     for path in (config.model.path, config.model.projector):

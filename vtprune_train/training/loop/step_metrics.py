@@ -1,4 +1,4 @@
-"""What a step counted and how fast it was: the numbers of ``metrics.jsonl``."""
+"""Counts and speed of a step, for ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def counts(
     """This rank's counts of a step, under the same names on every rank.
 
     Args:
-        measured: costs of the micro-batches that were counted on the device, by position.
+        measured: by position, costs of those micro-batches whose costs were counted on the device.
         dtype: of the key-value cache.
     """
     names = [*COUNTED, *(f"tokens_stage_{i}" for i in range(collate.num_stages))]
@@ -44,12 +44,12 @@ def counts(
 
 
 def waits(data_wait: float) -> dict[str, float]:
-    """This rank's wait for data, to be summed over ranks: a name for each rank."""
+    """This rank's wait for data under its name, and 0 for all other ranks, to be summed over ranks."""
     return {f"data_wait_{rank}": data_wait * (rank == ranks.rank()) for rank in range(ranks.world_size())}
 
 
 def speed(now: Fetched, totals: dict[str, float], seconds: float, device: torch.device) -> dict[str, Any]:
-    """The step's time, throughput and memory; takes the :func:`waits` out of ``totals``."""
+    """The step's time, throughput and memory; removes the :func:`waits` from ``totals``."""
     peak = device_peak_flops(device)
     return {
         "step_time": seconds,
@@ -64,7 +64,8 @@ def speed(now: Fetched, totals: dict[str, float], seconds: float, device: torch.
 
 
 def dropping(collate: Collator, step: int, consistency: float) -> dict[str, Any]:
-    """Pruning metrics of a step: the keep ratio of each stage after the first, and those of full-token steps."""
+    """Pruning metrics of a step: the keep ratio of each stage after the first, and, if the run has full-token steps,
+    whether this is one."""
     phases = collate.phases
     if phases is None or phases.method is None:
         return {}

@@ -1,4 +1,4 @@
-"""TensorBoard's event files: what they show of each step, and how steps are hidden and written again on resume."""
+"""TensorBoard's event files: reads which scalars they show, and hides and rewrites steps on resume."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Scalar = tuple[str, float, int]  # tag, value, step
 
 
 def continue_after(step: int, writer: Any, events: list[Scalar]) -> None:
-    """Hide what TensorBoard has after ``step``, and write ``events`` again from the first step on that is incomplete in
-    its files or has other values. ``events`` end at ``step``."""
+    """Hide what TensorBoard has after ``step``. If its files lack values of an earlier step or have other ones, write
+    ``events`` again from that step on. ``events`` end at ``step``."""
     folder = Path(writer.log_dir)
     lacking = steps_lacking(events, scalars_shown(folder))
     first = lacking[0] if lacking else step + 1
@@ -40,13 +40,13 @@ def hide_from(writer: Any, step: int) -> None:
     """Make TensorBoard hide everything written so far for ``step`` and later steps."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    for _ in range(2):  # TensorBoard takes the first one it meets for the start of the run: it hides nothing
+    for _ in range(2):  # TensorBoard treats the first START event as the start of the run
         writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
     writer.flush()
 
 
 def steps_lacking(events: list[Scalar], shown: dict[int, dict[str, float]]) -> list[int]:
-    """Steps of ``events`` that TensorBoard does not show completely and with the same float32 values, in order."""
+    """Steps in ``events`` whose values TensorBoard lacks or shows with other float32 values, in order."""
     with np.errstate(over="ignore"):
         values = np.array([value for _, value, _ in events], np.float64).astype(np.float32).tolist()
     incomplete = set()
@@ -74,7 +74,7 @@ def scalars_shown(folder: Path) -> dict[int, dict[str, float]]:
 
 def _events(path: Path) -> Iterator[Any]:
     """The events of a file up to its end or the first damaged one. TensorBoard's own reader takes twenty times as
-    long, for checksums in Python."""
+    long, because it computes checksums in Python."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 

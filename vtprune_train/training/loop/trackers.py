@@ -29,19 +29,19 @@ def check_trackers(config: Config) -> None:
         if name not in known:
             raise ConfigError(f"train.trackers: unknown tracker {name!r}{did_you_mean(name, known)}")
         if name not in installed:
-            raise ConfigError(f"train.trackers: {name} is not installed; pip install {name}, or take it out")
+            raise ConfigError(f"train.trackers: {name} is not installed; pip install {name}, or remove it")
 
 
 class Trackers:
     """Sends numbers and images to all trackers of a run. On ranks other than 0 nothing happens.
 
-    A tracker that fails (a full disk, no network) is warned about and left out from then on: training continues.
+    A tracker that fails (a full disk, no network) is disabled with a warning, and training continues.
     """
 
     def __init__(self, config: Config):
         self.names: list[str] = config.train.trackers
         self.config = config
-        self.run_ids: dict[str, str] = {}  # by tracker: what a resumed run continues
+        self.run_ids: dict[str, str] = {}  # by tracker: the id that a resumed run continues
         self._running: dict[str, Any] = {}
 
     def start(self) -> None:
@@ -51,7 +51,7 @@ class Trackers:
         from accelerate import PartialState
         from accelerate.utils import clear_environment
 
-        with clear_environment():  # accelerate's own state, as its trackers require: of a single process
+        with clear_environment():  # accelerate's trackers need its state: one of a single process
             PartialState(cpu=True)
         for name in self.names:
             self._try(name, self._start)
@@ -83,7 +83,7 @@ class Trackers:
             self._try(name, lambda name: self._running[name].log(dict(values), step=step))
 
     def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
-        """Send images, [height, width, 3] uint8, by name; trackers without images pass over them."""
+        """Send images, [height, width, 3] uint8, by name; trackers that do not support images ignore them."""
 
         def send(name: str) -> None:
             tracker, layout = self._running[name], {"dataformats": "NHWC"} if name == "tensorboard" else {}
@@ -94,7 +94,7 @@ class Trackers:
             self._try(name, send)
 
     def with_tensorboard(self, act: Callable[[Any], None]) -> None:
-        """Call ``act`` with TensorBoard's ``SummaryWriter`` if TensorBoard runs."""
+        """Call ``act`` with TensorBoard's ``SummaryWriter`` if TensorBoard is one of the trackers."""
         if "tensorboard" in self._running:
             self._try("tensorboard", lambda name: act(self._running[name].writer))
 

@@ -58,7 +58,7 @@ class Trainer:
         self.total_steps = train.max_steps or train.epochs * self.planner.steps_per_epoch
         self.end_step = min(self.total_steps, self.config.run.stop_after or self.total_steps)
         self.warmup_steps = ceil_of(train.warmup_ratio, self.total_steps)
-        self.row_losses: list[Tensor] = []  # of the last step's micro-batches, [R] each
+        self.row_losses: list[Tensor] = []  # of the last step's micro-batches, [num_targets] each
         self.batches: Sequence[PackedBatch] = ()  # of the last step
         self.samples: Sequence[int] = ()  # of the last step, of all ranks
         self._ahead: Fetched | None = None  # of the next step

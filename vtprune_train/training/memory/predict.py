@@ -44,8 +44,8 @@ class Zero:
     """The parts of a DeepSpeed config that affect memory.
 
     Args:
-        stage: of ZeRO.
-        ranks: that share the states.
+        stage: ZeRO stage.
+        ranks: number of ranks that share the states.
         element: bytes of a weight.
         accumulation: bytes of an accumulated gradient.
         bucket: elements of a reduction bucket.
@@ -100,7 +100,7 @@ class Parameters:
     """Numbers of parameters.
 
     Args:
-        groups: of each parameter group of the optimizer.
+        groups: number of parameters in each group of the optimizer.
         frozen: parameters that are not trained.
         largest: elements of the largest trained tensor.
         states: bytes of each optimizer state for an element, by group.
@@ -129,14 +129,15 @@ class Parameters:
     def of(
         cls, groups: Sequence[dict[str, Any]], every: Sequence[Any], train: TrainConfig, flat: bool, four_bit: int = 0
     ) -> Parameters:
-        """Count the parameters of ``groups`` and of ``every`` parameter of the model (partitioned ones as a whole), and
-        find the states of the optimizer in ``train``. ``flat``: whether it gets flat tensors (ZeRO 1 to 3)."""
+        """Count the trained parameters in ``groups`` and the frozen ones in ``every`` (all of the model; partitioned
+        ones count whole), and find the states of the optimizer in ``train``. ``flat``: whether it gets flat tensors
+        (ZeRO 1 to 3)."""
         count = [[_numel(p) for p in group["params"]] for group in groups]
         sums = tuple(sum(numels) for numels in count)
         largest = max(max(numels) for numels in count)
         ndims = [1 if flat else len(whole_shape(group["params"][0])) for group in groups]
         states = tuple(state_bytes(train, group, ndim) for group, ndim in zip(groups, ndims, strict=True))
-        step = 4.0 if user_code.is_path(train.optimizer) else 0.0  # others are fused or in place; these may use foreach
+        step = 4.0 if user_code.is_path(train.optimizer) else 0.0  # custom ones may use foreach; built-in ones do not
         matrix = max((max(numels) for numels, group in zip(count, groups, strict=True) if group.get("muon")), default=0)
         return cls(sums, sum(map(_numel, every)) - sum(sums), largest, states, four_bit, step, matrix)
 
@@ -167,9 +168,9 @@ class States:
         moments: the optimizer's states.
         gradients: at the end of the last backward pass of a step; under ZeRO-3 including the bucket, which is kept.
         accumulating: additional gradients during the backward pass of a later micro-batch of the step.
-        buckets: of the reduction, and weights gathered by ZeRO-3, during the backward pass.
-        step: of each temporary tensor of the optimizer step.
-        host: in host memory, if states or weights are offloaded.
+        buckets: reduction buckets, and weights gathered by ZeRO-3, during the backward pass.
+        step: size of each temporary tensor of the optimizer step.
+        host: bytes in host memory, if states or weights are offloaded.
     """
 
     weights: int
@@ -187,7 +188,7 @@ class States:
 
     @classmethod
     def of(cls, zero: Zero, parameters: Parameters, accumulates: bool = True) -> States:
-        """Count them; ``accumulates``: whether a step has several micro-batches.
+        """Compute the bytes; ``accumulates``: whether a step has several micro-batches.
 
         Source: ``stage_1_and_2.py``, ``stage3.py``, ``bf16_optimizer.py`` and ``fp16/unfused_optimizer.py`` of
         DeepSpeed 0.19.8 with torch's fused AdamW; ``scripts/measure_zero.py`` measures the same.
@@ -245,8 +246,8 @@ def _oversized(zero: Zero, parameters: Parameters) -> int:
 
 
 def _offloaded(states: States, zero: Zero, parameters: Parameters, mine: int) -> States:
-    """With master weights, optimizer states and accumulated gradients in host memory; the device has buckets and one
-    gradient."""
+    """``states`` with master weights, optimizer states and accumulated gradients moved to host memory; the device keeps
+    buckets and one gradient."""
     host = states.masters + states.moments + 4 * mine + zero.element * mine
     if zero.offloads_weights:
         host += zero.element * -(-(parameters.trained + parameters.frozen) // zero.ranks)
@@ -324,8 +325,8 @@ class Geometry:
     @classmethod
     def of(cls, model_config: Any, dtype: str, train: Sequence[str], attention: str) -> Geometry:
         """Read a model config, for weights of ``dtype``, the parts in ``train`` (``model.train``) and the decoder's
-        ``attention`` backend. With an adapter, layers are counted as trained: slightly more than their frozen norms
-        save, which allows for the adapter's activations."""
+        ``attention`` backend. With an adapter, layers are counted as trained, although their norms are frozen and save
+        slightly less; the difference allows for the adapter's activations."""
         text, e = model_config.text_config, DTYPE_BYTES[dtype]
         tower = trained_family(model_config.model_type, "this config")[1].saved(model_config)
         trained = "language_model" in train

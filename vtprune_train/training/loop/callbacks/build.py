@@ -1,4 +1,4 @@
-"""Which callbacks a run has, in which order."""
+"""The callbacks of a run and their order."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def callbacks_of(config: Config) -> list[Callback]:
     """The callbacks of the ``callbacks`` setting: shipped ones first, then the others as listed.
 
     Raises:
-        ConfigError: an entry names no callback, or its arguments are wrong; names the entry.
+        ConfigError: an entry does not name a callback, or its arguments are wrong; the message names the entry.
     """
     callbacks = [_make(entry, f"callbacks.{number}") for number, entry in enumerate(config.callbacks)]
     shipped = [callback for cls in OPTIONAL.values() for callback in callbacks if type(callback) is cls]

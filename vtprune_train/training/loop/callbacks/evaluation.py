@@ -47,7 +47,7 @@ class Evaluation(LineFile):
         self._last_step = trainer.state.step
         line = {"step": trainer.state.step, **result, "seconds": time.perf_counter() - began}
         if ranks.rank() == 0:
-            self.file.append(line, sync=True)  # the last one comes after the last checkpoint
+            self.file.append(line, sync=True)  # synced: no checkpoint has a copy of the last line
             log.info(
                 "step %d: held-out %s", trainer.state.step, ", ".join(f"{name} {v:.4g}" for name, v in result.items())
             )

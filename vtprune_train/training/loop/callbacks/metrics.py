@@ -1,4 +1,4 @@
-"""``metrics.jsonl``, and files of lines in general."""
+"""``metrics.jsonl`` and other JSON Lines files of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vtprune_train.training.loop.callback import Callback, Trainer
 
 
 class LineFile(Callback):
-    """A file of lines that every checkpoint copies, even if nothing is appended (evaluation is off)."""
+    """A JSON Lines file that every checkpoint copies, even if this run appends nothing (evaluation is off)."""
 
     def __init__(self, file: JsonLines):
         self.file = file

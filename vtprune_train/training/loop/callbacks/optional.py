@@ -1,4 +1,4 @@
-"""Output that training can do without."""
+"""Optional output: an error in it does not stop training."""
 
 from __future__ import annotations
 

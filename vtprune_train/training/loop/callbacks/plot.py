@@ -14,7 +14,7 @@ from vtprune_train.training.checkpoint.json_lines import JsonLines
 from vtprune_train.training.loop.callback import Callback, Trainer
 from vtprune_train.training.loop.callbacks.optional import only_warning
 
-SMOOTHED_SHARE = 0.015  # of the steps: time constant of the smoothed loss
+SMOOTHED_SHARE = 0.015  # time constant of the smoothed loss, as a share of the steps
 
 
 class Plot(Callback):
@@ -65,7 +65,7 @@ def plot_training(metrics: list[dict[str, Any]], evaluations: list[dict[str, Any
 
 
 def smoothed(losses: list[float]) -> np.ndarray:
-    """Exponential moving average without bias towards zero at the beginning; NaN values are passed over."""
+    """Exponential moving average without bias towards zero at the beginning; non-finite values are skipped."""
     decay = math.exp(-1 / max(1.0, SMOOTHED_SHARE * len(losses)))
     average = weight = 0.0
     result = np.full(len(losses), math.nan)

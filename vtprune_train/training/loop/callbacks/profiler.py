@@ -1,4 +1,4 @@
-"""Traces of chosen steps."""
+"""Traces selected steps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Profiler(Callback):
         self._stop()
 
     def _start_before(self, step: int, folder: Path) -> None:
-        """Start if ``step``, the next one, is the warm-up or to be traced."""
+        """Start the profiler if ``step``, the next one, is its warm-up step or is to be traced."""
         if not self.first - 1 <= step <= self.last:
             return
         first = max(step, self.first)

@@ -1,4 +1,4 @@
-"""What the console says of a run."""
+"""Console output of a run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vtprune_train.training.loop.callback import Callback, Trainer
 
 log = logging.getLogger(__name__)
 
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
+LINE_SECONDS = 10.0  # interval of progress lines without a terminal
 
 
 class Progress(Callback):
-    """Logs on rank 0 how the run starts, proceeds and ends. The progress is a bar on a terminal, elsewhere a line every
-    few seconds."""
+    """Logs on rank 0 how the run starts, proceeds and ends. Progress is shown as a bar on a terminal, otherwise as a
+    line every few seconds."""
 
     def __init__(self) -> None:
         self._open = ExitStack()
@@ -73,7 +73,7 @@ class Progress(Callback):
 
 
 def log_start(trainer: Trainer) -> None:
-    """Log where training begins, what it trains on and how."""
+    """Log the first step, the data, the pruning method and the devices."""
     config, phases, step = trainer.config, trainer.collate.phases, trainer.state.step
     if step >= trainer.end_step:
         log.warning(
@@ -113,7 +113,7 @@ def step_numbers(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def end_lines(trainer: Trainer, finished: bool, steps: int, seconds: float) -> list[str]:
-    """What the console says at the end: where the run is, and the command that comes next."""
+    """The console lines at the end: where the run is saved, and the next command."""
     config, step = trainer.config, trainer.state.step
     saved = f"saved step {step} in {config.run_dir / 'checkpoints' / f'step_{step:08d}'}"
     if trainer.stop_code:

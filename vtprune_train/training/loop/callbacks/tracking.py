@@ -65,5 +65,5 @@ def eval_numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _only_numbers(values: dict[str, Any]) -> dict[str, float]:
-    """Without text, nulls and flags; a damaged line may hold anything."""
+    """Keep only numbers, not text, nulls or flags; a damaged line may contain anything."""
     return {name: value for name, value in values.items() if type(value) in (int, float)}

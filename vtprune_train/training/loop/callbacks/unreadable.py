@@ -11,7 +11,7 @@ from vtprune_train.training.loop.callback import Callback, Trainer
 
 
 class Unreadable(Callback):
-    """Counts samples that steps left out, the same on every rank, and stops training when there are too many."""
+    """Counts samples that were left out of steps, over all ranks, and stops training when there are too many."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         if not metrics["unreadable"]:
