@@ -17,8 +17,6 @@ from vtprune_train.evaluation.questions import read_questions
 READERS = '''
 import csv
 
-import numpy as np
-
 from vtprune_train.data.sources.base import Malformed, Piece, Place, Reader, too_many_bytes
 
 
@@ -51,6 +49,9 @@ class Pairs(Reader):
         question = f"<image>\\n{question}" if image else question
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         return {"id": name, "conversations": turns, **({"image": image} if image else {})}
+
+
+import numpy as np
 
 
 class NumPy(Pairs):
