@@ -347,7 +347,10 @@ def test_a_method_of_the_earlier_contract_is_told_what_to_write(own, source, ret
     with pytest.raises(FrozenInstanceError):
         method.keep = 0.5
     (own / "older.py").write_text(OLD + source)
-    with pytest.raises(ValueError, match=r"^Ranked\.(.|\n)*def needs\(self\):\n +return " + re.escape(returned)):
+    with pytest.raises(
+        ValueError,
+        match=r"older\.py, line \d+\): ValueError: Ranked\.(.|\n)*def needs\(self\):\n +return " + re.escape(returned),
+    ):
         method_from_settings({"method": "older.py:Ranked"})
     for module in ("old", "older"):
         sys.modules.pop(module, None)

@@ -94,6 +94,24 @@ def test_a_hostile_file_refuses_to_resume(runs, trained, tmp_path, stage, dtype,
     assert not mark.exists() and manifest.steps(checkpoint.parent) == [checkpoint]
 
 
+def test_settings_of_a_checkpoint_are_compared_without_running_its_method(runs, trained, tmp_path):
+    copy_of(runs, trained("zero2", "float32"), "hostile-settings")
+    checkpoint, mark = runs.checkpoint("hostile-settings"), tmp_path / "ran"
+    old = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    old["pruning"] = {"method": [{"method": f"{module(tmp_path / 'hostile_settings.py', mark)}:Evil"}]}
+    for key in ("optimizer", "schedule"):
+        old["train"][key] = f"{module(tmp_path / f'hostile_{key}.py', mark)}:Evil"
+    old["model"]["attention"] = f"{module(tmp_path / 'hostile_attention.py', mark)}:Evil"
+    old["callbacks"] = [f"{module(tmp_path / 'hostile_callback.py', mark)}:Evil"]
+    old["data"]["train"][0]["reader"] = f"{module(tmp_path / 'hostile_reader.py', mark)}:Evil"
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(old))
+    seal(checkpoint)
+    done = runs.run("hostile-settings", *settings("zero2", "float32"), "run.stop_after=2")
+    assert not mark.exists()
+    assert f"changed since that checkpoint: train.schedule: '{old['train']['schedule']}' -> 'cosine'" in done.stderr
+    assert "changed since that checkpoint: pruning.method: [{'method'" in done.stderr
+
+
 def test_other_ranks_and_another_stage_are_refused_too(runs, trained, tmp_path):
     copy_of(runs, trained("zero2", "float32"), "elastic")
     checkpoint, mark = runs.checkpoint("elastic"), tmp_path / "ran"

@@ -9,7 +9,7 @@ from torch import nn
 from tests.support.families import family_model
 from tests.support.runner import ROOT, WARM, Runs, assert_same_metrics
 from vtprune_train.config.errors import ConfigError
-from vtprune_train.config.load import load_config
+from vtprune_train.config.load import load_config, without_effect
 from vtprune_train.config.train import TrainConfig
 from vtprune_train.models.io.build import set_trainable
 from vtprune_train.training.engine.start import check_optimizer
@@ -149,6 +149,34 @@ def test_predicted_memory_follows_the_optimizer():
     adamw, sgd, plain = states("adamw"), states("torch.optim:SGD", momentum=0.9), states("torch.optim:SGD")
     assert (adamw.moments, sgd.moments, plain.moments) == (8 * 25_000, 4 * 25_000, 0)
     assert adamw.masters == sgd.masters == plain.masters == 4 * 25_000
+
+
+def test_a_step_on_a_matrix_that_fails_is_a_warning_where_there_are_only_flat_tensors(tmp_path, caplog):
+    (tmp_path / "only_vectors.py").write_text(
+        "import torch\n\nclass OnlyVectors(torch.optim.SGD):\n    def step(self, closure=None):\n"
+        "        assert self.param_groups[0]['params'][0].ndim == 1, 'not a vector'\n        super().step(closure)\n"
+    )
+    train = TrainConfig(optimizer=f"{tmp_path}/only_vectors.py:OnlyVectors")
+    check_optimizer(train, {"zero_optimization": {"stage": 1}}, CPU)
+    assert "AssertionError: not a vector; under ZeRO 1 it gets only flat tensors" in caplog.text
+
+
+def test_muon_needs_the_matrices_of_a_flat_tensor():
+    flat = nn.Parameter(torch.zeros(4))
+    flat.grad = torch.ones(4)
+    muon = spec("muon").build([group(flat, muon=True)])
+    muon.step()  # as for the estimate
+    muon.bind({}, CPU)
+    with pytest.raises(AssertionError, match="no matrices of a flat tensor"):
+        muon.step()
+
+
+def test_muon_without_matrices_is_named():
+    given = ["train.optimizer=muon", "model.train={projector: 0.001}"]
+    said = "train.optimizer=muon has no effect: AdamW updates all trained parameters"
+    assert [line for line in without_effect(load_config("quickstart.yaml", given)) if line.startswith(said)]
+    given = ["train.optimizer=muon", "model.train={language_model: 0.001}"]
+    assert not [line for line in without_effect(load_config("quickstart.yaml", given)) if "muon" in line]
 
 
 def test_muon_takes_the_matrices_inside_the_layers():

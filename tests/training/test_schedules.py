@@ -8,11 +8,12 @@ from tests.support.runner import Runs
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config, without_effect
 from vtprune_train.config.train import TrainConfig
-from vtprune_train.training.schedules import check_schedule, rate_factor
+from vtprune_train.training.schedules import check_schedule, load_schedule
 
 
 def factors(total, warmup, **train):
-    return [rate_factor(TrainConfig(**train), update, total, warmup) for update in range(total + 1)]
+    schedule = load_schedule(TrainConfig(**train))
+    return [schedule(update, total, warmup) for update in range(total + 1)]
 
 
 def of_version_0_1(step, total_steps, warmup_steps, schedule):
@@ -68,6 +69,12 @@ def one_cycle(update, total_updates, warmup_updates):
     middle = total_updates / 2
     return 1 - abs(update - middle) / middle
 
+def removes_its_file(update, total_updates, warmup_updates):
+    import pathlib
+    if total_updates != 100:  # not the check before training
+        pathlib.Path(__file__).unlink(missing_ok=True)
+    return 0.5
+
 def negative(update, total_updates, warmup_updates):
     return 1 - update
 
@@ -100,5 +107,9 @@ def test_a_run_with_a_schedule_of_ones_own(tmp_path):
     runs.run("own", *settings, f"train.schedule={tmp_path}/schedules_of_a_run.py:one_cycle")
     rates = [m["learning_rates"]["projector"] for m in runs.metrics("own")]
     assert rates == pytest.approx([0.0, 0.5e-2, 1e-2, 0.5e-2])
+    (tmp_path / "schedules_removed.py").write_text(FUNCTIONS)
+    runs.run("removed", *settings, f"train.schedule={tmp_path}/schedules_removed.py:removes_its_file")
+    assert [m["learning_rates"]["projector"] for m in runs.metrics("removed")] == [0.5e-2] * 4
+    assert not (tmp_path / "schedules_removed.py").exists()
     done = runs.run("bad", *settings, f"train.schedule={tmp_path}/schedules_of_a_run.py:negative", expect=2)
     assert "returned -1 for update 2 of 100" in done.stderr

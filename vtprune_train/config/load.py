@@ -140,6 +140,8 @@ def _place(node: dict[str, Any] | list[Any], part: str, key: str) -> Any:
 def without_effect(config: Config) -> list[str]:
     """Settings that are set but have no effect in this run, one line each."""
     lines = []
+    if config.data.eval and config.train.eval_show and not config.train.trackers:
+        lines.append("train.eval_show has no effect: train.trackers is empty")
     if not config.data.eval:
         keys = sorted({"eval_every", "eval_shuffled", "eval_show"} & config.train.model_fields_set)
         lines += [f"train.{key} has no effect: data.eval is empty" for key in keys if getattr(config.train, key)]
@@ -172,7 +174,13 @@ def _rates_without_effect(config: Config) -> list[str]:
         "betas": (is_path(train.optimizer), optimizer),
     }
     keys = [key for key, (is_idle, _) in idle.items() if is_idle and key in train.model_fields_set]
-    return [f"train.{key} has no effect: {idle[key][1]}" for key in keys]
+    lines = [f"train.{key} has no effect: {idle[key][1]}" for key in keys]
+    if train.optimizer == "muon" and not {"language_model", "vision_tower"} & set(config.model.train):
+        lines.append(
+            "train.optimizer=muon has no effect: AdamW updates all trained parameters, because Muon only handles "
+            "matrices of language_model and vision_tower, which model.train does not contain"
+        )
+    return lines
 
 
 def _sources_without_effect(config: Config, which: Literal["train", "eval"]) -> list[str]:
@@ -211,8 +219,11 @@ def dump_config(config: Config) -> str:
 def changed_settings(before: str, now: str) -> list[str]:
     """``key: old -> new`` for each setting that differs between two results of :func:`dump_config`.
 
-    Settings missing from ``before``, written by an older version, count as their defaults.
+    Settings missing from ``before``, written by an older version, count as their defaults, unless completing them would
+    run the code of a method that only ``before`` names.
     """
+    from vtprune_train.pruning import check_trusted
+
     new = yaml.safe_load(now)
     try:
         old = yaml.safe_load(before)
@@ -221,8 +232,9 @@ def changed_settings(before: str, now: str) -> list[str]:
     if not isinstance(old, dict):
         return ["its config.yaml cannot be read"]
     try:
+        check_trusted(old.get("pruning"), "the checkpoint")  # the validation imports the method
         old = {**Config.model_validate(old).model_dump(mode="json"), "deepspeed": old["deepspeed"]}
-    except ValueError:  # it has settings that no longer exist; they are reported as differences
+    except ValueError:  # an untrusted method, or settings that no longer exist, which are reported as differences
         log.debug("the older settings cannot be completed", exc_info=True)
     if isinstance(old.get("deepspeed"), str):  # an older version wrote only the name of the file
         old, new = ({**tree, "deepspeed": None} for tree in (old, new))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -20,14 +23,26 @@ def start_logging() -> None:
         logging.getLogger("vtprune_train.data.index").setLevel(logging.ERROR)
 
 
-def quiet_libraries() -> None:
-    """Show warnings of libraries once, on rank 0 alone, and hide those that a user cannot act on. Call this after
-    PyTorch and DeepSpeed are imported, which set up their own loggers."""
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Context that shows warnings of libraries once, on rank 0 alone, and hides those that a user cannot act on. Enter
+    it after PyTorch and DeepSpeed are imported, which set up their own loggers."""
+    loggers = [logging.getLogger(name) for name in ("py.warnings", "DeepSpeed", "transformers")]
+    levels, show, once = [logger.level for logger in loggers], warnings.showwarning, _OncePerMessage()
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addFilter(_OncePerMessage())
+    captures = warnings.showwarning is not show  # else the caller already captures them
+    loggers[0].addFilter(once)
     if int(os.environ.get("RANK", "0")):
-        for name in ("py.warnings", "DeepSpeed", "transformers"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        loggers[0].removeFilter(once)
+        if captures:
+            logging.captureWarnings(False)
 
 
 class _StderrHandler(logging.StreamHandler[Any]):

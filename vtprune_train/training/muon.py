@@ -121,6 +121,7 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalize(self, tensor: Tensor, update: Tensor) -> None:
         """Orthogonalize each matrix of ``update``, which has the layout of ``tensor``, in place."""
         if tensor not in self._matrices:
+            assert self._device is None or update.ndim == 2, "bind() got no matrices of a flat tensor"
             if update.ndim == 2:
                 update.copy_(self._orthogonalized(update))
             return

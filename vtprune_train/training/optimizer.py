@@ -77,7 +77,6 @@ class OptimizerSpec:
     name: str
     cls: type[torch.optim.Optimizer]
     arguments: dict[str, Any] = field(default_factory=dict)
-    _states: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, train: TrainConfig) -> OptimizerSpec:
@@ -136,22 +135,18 @@ class OptimizerSpec:
             ndim: 1 for vectors and for the flat tensors of ZeRO 1 to 3; otherwise the parameter is a matrix.
             device: of the parameter.
         """
-        muon, matrix = bool(group.get("muon")), ndim > 1
-        key = (muon, matrix, str(device))
-        if key not in self._states:
-            parameter = nn.Parameter(torch.zeros((SIDE, SIDE) if matrix else SIDE**2, device=device))
-            parameter.grad = torch.ones_like(parameter)
-            optimizer = self.build([{"params": [parameter], "lr": 1e-3, "weight_decay": 0.0, "muon": muon}])
-            try:
-                optimizer.step()
-            except Exception as error:
-                raise ConfigError(
-                    f"train.optimizer={self.name}: a step on a tensor of shape {list(parameter.shape)} failed, as it "
-                    f"would in training: {type(error).__name__}: {error}"
-                ) from error
-            states = optimizer.state[parameter]
-            self._states[key] = {name: value for name, value in states.items() if value is not None}
-        return self._states[key]
+        parameter = nn.Parameter(torch.zeros((SIDE, SIDE) if ndim > 1 else SIDE**2, device=device))
+        parameter.grad = torch.ones_like(parameter)
+        muon = bool(group.get("muon"))
+        optimizer = self.build([{"params": [parameter], "lr": 1e-3, "weight_decay": 0.0, "muon": muon}])
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise ConfigError(
+                f"train.optimizer={self.name}: a step on a tensor of shape {list(parameter.shape)} failed, as it "
+                f"would in training: {type(error).__name__}: {error}"
+            ) from error
+        return {name: value for name, value in optimizer.state[parameter].items() if value is not None}
 
 
 def state_bytes(train: TrainConfig, group: Mapping[str, Any], ndim: int) -> tuple[float, ...]:

@@ -60,7 +60,11 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> int:
     be_deterministic(config)
     set_allocator()
     device = _join(config)
-    quiet_libraries()
+    with quiet_libraries():
+        return _run(config, callbacks, device)
+
+
+def _run(config: Config, callbacks: Sequence[Callback], device: torch.device) -> int:
     watchdog = Watchdog(connect())
     STOP.act = partial(_stop_before_training, watchdog)
     if ranks.rank() == 0:

@@ -36,7 +36,7 @@ class EvaluationImages(Callback):
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         collate, images = trainer.eval_collate, trainer.config.train.eval_show
-        if not images or collate is None or collate.method is None:
+        if not images or not trainer.config.train.trackers or collate is None or collate.method is None:
             return
         drawn = draw_kept(trainer.engine.module, collate, images=images, device=trainer.device)
         tagged = {f"kept_tokens/{number}": pixels for number, pixels in enumerate(drawn)}

@@ -55,11 +55,6 @@ class FailsOnError(Callback):
         raise KeyError("hidden?")
 
 
-class NoPlainState(Callback):
-    def state_dict(self):
-        return {"state": object()}
-
-
 class Skips(Callback):
     """Makes the gradient of step 2 infinite, so that the step is skipped."""
 

@@ -4,9 +4,10 @@ import gc
 import gzip
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
+import torch
 
 from tests.support.runner import ROOT, Runs, assert_equal_checkpoints, assert_same_metrics
 from vtprune_train.config.errors import ConfigError
@@ -14,8 +15,10 @@ from vtprune_train.config.settings import Config
 from vtprune_train.training import Callback
 from vtprune_train.training.loop.callbacks.build import build_callbacks, callbacks_of
 from vtprune_train.training.loop.callbacks.garbage_collection import GarbageCollection
+from vtprune_train.training.loop.callbacks.profiler import Profiler
 from vtprune_train.training.loop.hooks import Hooks
 from vtprune_train.training.loop.trackers import Trackers
+from vtprune_train.training.loop.trainer import Trainer
 
 OUTSIDE = Path(__file__).with_name("outside.py")
 SETTINGS = ("data.workers=0", "deepspeed=configs/deepspeed/zero0.json", "train.save_every=3", "train.eval_every=4")
@@ -176,10 +179,66 @@ def test_states_of_callbacks_of_one_name_are_told_apart_and_unknown_ones_named(c
     assert "state of callback other, which this run does not have" in caplog.text
 
 
-def test_a_state_that_json_cannot_hold_names_its_callback():
-    with pytest.raises(TypeError, match="a state must be JSON-serializable") as caught:
-        Hooks([Stateful({"a": object()})]).state_dict()
+@pytest.mark.parametrize(
+    "state, said",
+    [
+        ({"a": object()}, r"state of callback stateful, key 'a': <object .* is a object, which JSON cannot restore"),
+        ({"a": [{"b": (1, 2)}]}, r"state of callback stateful, key 'a', key 'b': \(1, 2\) is a tuple"),
+        ({"a": {1: 2}}, r"state of callback stateful, key 'a': the key 1 is not a string"),
+    ],
+)
+def test_a_state_that_json_would_change_is_refused(state, said):
+    with pytest.raises(TypeError, match=said) as caught:
+        Hooks([Stateful(state)]).state_dict()
     assert caught.value.__notes__ == ["raised by callback stateful in state_dict"]
+
+
+def test_a_state_keeps_its_numbers():
+    state = {"a": [1, 2.5, None, True, "x"], "b": {"c": float("inf")}}
+    assert Hooks([Stateful(state)]).state_dict() == {"stateful": state}
+
+
+def named(*names):
+    return [type("Named", (Stateful,), {"name": name})({}) for name in names]
+
+
+@pytest.mark.parametrize(
+    "before, now",
+    [
+        (["a.py:Best"], ["moved/a.py:Best"]),
+        (["a.py:Best", "a.py:Best"], ["b.py:Best", "b.py:Best"]),
+        (["a.py:Best", "b.py:Best"], ["b.py:Best", "c.py:Best"]),
+        (["a.py:Best", "b.py:Best"], ["a.py:Best"]),
+        (["a.py:Best"], ["a.py:Best", "b.py:Best"]),
+    ],
+)
+def test_states_follow_a_class_whose_file_moved(before, now, caplog):
+    saved = Hooks(named(*before))
+    for number, callback in enumerate(saved._callbacks.values()):
+        callback.state = {"number": number}
+    callbacks = named(*now)
+    Hooks(callbacks).load_state_dict(saved.state_dict())
+    expected = {("b.py:Best", "c.py:Best"): [1, 0], ("a.py:Best", "b.py:Best"): [0, None]}
+    restored = [callback.state.get("number") for callback in callbacks]
+    assert restored == expected.get(tuple(now), [*range(len(now))])
+    assert ("b.py:Best, which this run does not have" in caplog.text) == (now == ["a.py:Best"])
+
+
+@pytest.mark.parametrize(
+    "before, now",
+    [
+        (["a.py:Best", "a.py:Best"], ["a.py:Best"]),
+        (["a.py:Best", "a.py:Best"], ["b.py:Best"]),
+        (["a.py:Best"], ["b.py:Best", "c.py:Best"]),
+        (["a.py:Best", "b.py:Best"], ["c.py:Best"]),
+    ],
+)
+def test_states_that_fit_no_single_callback_are_refused(before, now):
+    saved = Hooks(named(*before))
+    for callback in saved._callbacks.values():
+        callback.state = {"a": 1}
+    with pytest.raises(ValueError, match=r"unclear which of them gets the state; list the same callbacks"):
+        Hooks(named(*now)).check_states(saved.state_dict())
 
 
 def test_a_hook_that_another_callback_calls_is_named_alone():
@@ -191,9 +250,36 @@ def test_a_hook_that_another_callback_calls_is_named_alone():
 
     class Outer(Callback):
         def on_step(self, trainer, metrics):
-            trainer.call("on_evaluate", trainer, metrics)
+            trainer.call("on_evaluate", metrics)
 
-    hooks = Hooks([Outer(), Inner()])
+    trainer = SimpleNamespace(_hooks=Hooks([Outer(), Inner()]))
+    trainer.call = MethodType(Trainer.call, trainer)
     with pytest.raises(LookupError) as caught:
-        hooks.call("on_step", SimpleNamespace(call=hooks.call), {})
+        trainer.call("on_step", {})
     assert caught.value.__notes__ == ["raised by callback inner in on_evaluate"]
+
+
+def test_an_exception_with_notes_of_its_own_is_named():
+    class Noted(Callback):
+        name = "noted"
+
+        def on_step(self, trainer, metrics):
+            error = LookupError("no")
+            error.add_note("look elsewhere")
+            raise error
+
+    with pytest.raises(LookupError) as caught:
+        Hooks([Noted()]).call("on_step", None, {})
+    assert caught.value.__notes__ == ["look elsewhere", "raised by callback noted in on_step"]
+
+
+@pytest.mark.parametrize("stop, files", [(1, []), (2, ["steps_2_to_2_rank_0"]), (3, ["steps_2_to_3_rank_0"])])
+def test_a_trace_is_named_by_the_steps_that_it_contains(tmp_path, stop, files):
+    profiler = Profiler(steps=[2, 4])
+    trainer = SimpleNamespace(config=SimpleNamespace(run_dir=tmp_path), state=SimpleNamespace(step=0))
+    profiler.on_start(trainer)
+    for step in range(1, stop + 1):
+        torch.ones(2) + 1
+        profiler.on_step(trainer, {"step": step})
+    profiler.on_end(trainer, False)
+    assert [file.name for file in tmp_path.glob("profile/*")] == [f"{name}.json.gz" for name in files]

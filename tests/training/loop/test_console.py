@@ -15,7 +15,7 @@ import warnings
 import pytest
 
 from tests.support.runner import ROOT, Runs, wait_until
-from vtprune_train.processes.console import FORMAT, TIME, _OncePerMessage
+from vtprune_train.processes.console import FORMAT, TIME, _OncePerMessage, quiet_libraries
 
 SETTINGS = ("data.workers=0", "deepspeed=configs/deepspeed/zero0.json")
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO|WARNING) \S")
@@ -39,7 +39,7 @@ def test_a_run_tells_its_story_on_two_ranks(runs):
     assert f"{saved}; the same command without it continues from there" in first
     second = runs.run("told", *settings, ranks=2).stderr
     assert "INFO resumed from step 3: 20 samples, 4 steps of 6 samples" in second
-    assert "done: 1 steps in 0:00:0" in second and f"; the run is in {folder}" in second
+    assert "done: step 4 of 4, 1 step by this process in 0:00:0" in second and f"; the run is in {folder}" in second
     assert f"vtprune export --model {folder} --out {folder}-export" in second
     assert f'vtprune generate --model {folder} --image FILE --prompt "..."' in second
     for said in (first, second):
@@ -115,3 +115,17 @@ def test_a_warning_of_a_library_is_shown_once(capsys):
         logger.removeHandler(handler), logger.removeFilter(only_once)
     said = capsys.readouterr().err
     assert said.count("UserWarning: look here") == 1 and "torch.distributed" not in said
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_loggers_of_libraries_are_restored_after_training(captured, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    loggers = [logging.getLogger(name) for name in ("py.warnings", "DeepSpeed", "transformers")]
+    logging.captureWarnings(captured)
+    try:
+        before = [(logger.level, list(logger.filters)) for logger in loggers], warnings.showwarning
+        with quiet_libraries():
+            assert [logger.level for logger in loggers] == [logging.ERROR] * 3
+        assert ([(logger.level, logger.filters) for logger in loggers], warnings.showwarning) == before
+    finally:
+        logging.captureWarnings(False)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -11,6 +12,7 @@ from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.settings import Config
 from vtprune_train.training.loop.callbacks.tracking import train_numbers
 from vtprune_train.training.loop.trackers import Trackers, check_trackers
+from vtprune_train.viz.evaluation_images import EvaluationImages
 
 SETTINGS = ("data.workers=0", "deepspeed=configs/deepspeed/zero0.json", "train.eval_every=2", "train.max_steps=4")
 
@@ -50,8 +52,15 @@ def test_tensorboard_holds_every_number(runs):
 
 @pytest.mark.slow
 def test_a_run_without_trackers(runs):
-    runs.run("none", *SETTINGS, "train.trackers=[]", "train.eval_show=2")
+    done = runs.run("none", *SETTINGS, "train.trackers=[]", "train.eval_show=2")
+    assert "train.eval_show has no effect: train.trackers is empty" in done.stderr
     assert len(runs.metrics("none")) == 4 and not (runs.directory("none") / "tensorboard").exists()
+
+
+def test_nothing_is_drawn_without_trackers():
+    config = SimpleNamespace(train=SimpleNamespace(eval_show=2, trackers=[]))
+    collate = SimpleNamespace(method="used by a drawing")
+    EvaluationImages().on_evaluate(SimpleNamespace(config=config, eval_collate=collate), {})
 
 
 def records(path):

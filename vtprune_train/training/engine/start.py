@@ -96,12 +96,16 @@ def check_optimizer(train: TrainConfig, settings: dict[str, Any], device: torch.
         )
     of_vector = spec.states({}, ndim=1, device="cpu" if offloads else device)  # raises if it cannot step
     if stage and rank() == 0 and user_code.is_path(train.optimizer):
-        of_matrix = spec.states({}, ndim=2, device="cpu" if offloads else device)
-        if bytes_per_element(of_vector) != bytes_per_element(of_matrix):
-            log.warning(
-                "%s treats matrices differently from vectors, but under ZeRO %d it gets only flat tensors; to keep "
-                "parameters whole, use deepspeed=configs/deepspeed/zero0.json", place, stage,
-            )  # fmt: skip
+        try:
+            of_matrix = spec.states({}, ndim=2, device="cpu" if offloads else device)
+        except ConfigError as error:  # no matrix occurs under this stage, and the other ranks continue
+            log.warning("%s; under ZeRO %d it gets only flat tensors", error, stage)
+        else:
+            if bytes_per_element(of_vector) != bytes_per_element(of_matrix):
+                log.warning(
+                    "%s treats matrices differently from vectors, but under ZeRO %d it gets only flat tensors; to keep "
+                    "parameters whole, use deepspeed=configs/deepspeed/zero0.json", place, stage,
+                )  # fmt: skip
     if train.optimizer == "adamw" and offloads and device.type == "cuda":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

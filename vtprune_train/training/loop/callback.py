@@ -98,11 +98,13 @@ class Callback:
         stopped by a signal or ``run.stop_after``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State to resume from; must be JSON-serializable. Checkpoints store the state of rank 0."""
+        """State to resume from: numbers, strings, lists and dictionaries with string keys. Every checkpoint stores that
+        of rank 0, unless it is empty."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned. Called on every rank of a resumed run, before :meth:`on_start`."""
+        """Restore what :meth:`state_dict` returned. Called on every rank of a resumed run, before :meth:`on_start`,
+        but not if the state was empty."""
 
     def files(self) -> list[JsonLines]:
         """JSON Lines files that the callback writes; every checkpoint contains a copy of them."""

@@ -31,7 +31,7 @@ from vtprune_train.training.loop.seed import mixed
 from vtprune_train.training.loop.step_metrics import counts, dropping, finite, speed, waits
 from vtprune_train.training.loop.trackers import Trackers
 from vtprune_train.training.optimizer import set_rates
-from vtprune_train.training.schedules import rate_factor
+from vtprune_train.training.schedules import load_schedule
 
 
 @dataclass
@@ -66,7 +66,9 @@ class Trainer:
         self._waited = 0.0  # seconds spent fetching the last batches
         self._measured: dict[int, dict[str, float]] = {}  # costs of micro-batches counted on the device
         self._saved_step = self.state.step if self.state.step else -1
+        self._schedule = load_schedule(train)
         self._hooks = Hooks(self.callbacks)
+        self._hooks.check_states(self.state.callbacks)
         self.stop_code = 0  # exit code of the signal that ended training
 
     def call(self, hook: str, *arguments: Any) -> None:
@@ -236,7 +238,7 @@ class Trainer:
     def _set_rates(self, plan: StepPlan) -> dict[str, float]:
         """Set the scheduled learning rate of each part. Skipped steps do not advance the schedule."""
         updates = plan.step - self.state.skipped - self.state.overflows
-        factor = rate_factor(self.config.train, updates, self.total_steps, self.warmup_steps)
+        factor = self._schedule(updates, self.total_steps, self.warmup_steps)
         return set_rates(self.engine.param_groups, self.config.model.train, factor)
 
     def _seed(self, plan: StepPlan) -> None:

@@ -137,7 +137,8 @@ class Parameters:
         largest = max(max(numels) for numels in count)
         ndims = [1 if flat else len(whole_shape(group["params"][0])) for group in groups]
         states = tuple(state_bytes(train, group, ndim) for group, ndim in zip(groups, ndims, strict=True))
-        step = 4.0 if user_code.is_path(train.optimizer) else 0.0  # custom ones may use foreach; built-in ones do not
+        # Custom optimizers may use foreach; built-in ones do not.
+        step = 4.0 if user_code.is_path(train.optimizer) else 0.0
         matrix = max((max(numels) for numels, group in zip(count, groups, strict=True) if group.get("muon")), default=0)
         return cls(sums, sum(map(_numel, every)) - sum(sums), largest, states, four_bit, step, matrix)
 
@@ -217,9 +218,8 @@ class States:
             states = cls(weights, masters, moments, a * mine, 0, buckets, norm)
         else:
             buckets = e * (zero.buckets * zero.bucket + reduced) + _oversized(zero, parameters)
-            waits = accumulates or (
-                zero.stage == 1 and zero.buckets == 1
-            )  # for all gradients before the first reduction
+            # Whether the first reduction waits for all gradients.
+            waits = accumulates or (zero.stage == 1 and zero.buckets == 1)
             more = e * (trained if zero.stage == 1 else mine) if waits else 0
             step = max((e * largest_part, cast * largest_part), norm, key=sum)
             states = cls(weights, masters, moments, e * mine, more, buckets, step)
@@ -293,9 +293,8 @@ class LayerBytes:
             norms += (4 + if_trained) * (q + k) + 4 * (g.heads + g.kv_heads)
         attention = element * 2 * (q + k) + 4 * g.heads + (if_trained * q if copies_output else 0)
         mlp = (3 * element + if_trained) * g.intermediate
-        backward = (
-            2 * element * (g.intermediate + g.hidden)
-        )  # gradients in the MLP, while all other tensors are still saved
+        # Gradients in the MLP, while all other tensors are still saved.
+        backward = 2 * element * (g.intermediate + g.hidden)
         return cls(norms + attention + mlp, element * g.hidden, backward)
 
     @classmethod

@@ -37,11 +37,13 @@ class Profiler(Callback):
             "with_stack": with_stack,
         }
         self._profile: Any = None
+        self._step = 0  # the last one completed
 
     def on_start(self, trainer: Trainer) -> None:
         self._start_before(trainer.state.step + 1, trainer.config.run_dir / "profile")
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self._step = metrics["step"]
         if self._profile is not None:
             self._profile.step()
             if metrics["step"] >= self.last:
@@ -60,10 +62,9 @@ class Profiler(Callback):
         if not self.first - 1 <= step <= self.last:
             return
         first = max(step, self.first)
-        path = folder / f"steps_{first}_to_{self.last}_rank_{ranks.rank()}.json.gz"
         self._profile = profile(
             schedule=schedule(wait=0, warmup=first - step, active=self.last - first + 1, repeat=1),
-            on_trace_ready=lambda done: _export(done, path),
+            on_trace_ready=lambda trace: self._export(trace, folder, first),
             **self.options,
         )
         self._profile.start()
@@ -73,10 +74,12 @@ class Profiler(Callback):
             self._profile.stop()
             self._profile = None
 
-
-def _export(done: Any, path: Path) -> None:
-    with only_warning(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done.export_chrome_trace(str(path))
-        if ranks.rank() == 0:
-            log.info("wrote the trace %s; open it in https://ui.perfetto.dev", path)
+    def _export(self, trace: Any, folder: Path, first: int) -> None:
+        if self._step < first:  # training stopped before the first step to trace was complete
+            return
+        path = folder / f"steps_{first}_to_{self._step}_rank_{ranks.rank()}.json.gz"
+        with only_warning(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(path))
+            if ranks.rank() == 0:
+                log.info("wrote the trace %s; open it in https://ui.perfetto.dev", path)

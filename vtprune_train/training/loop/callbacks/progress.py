@@ -124,7 +124,8 @@ def end_lines(trainer: Trainer, finished: bool, steps: int, seconds: float) -> l
     model, out = shlex.quote(str(config.run_dir)), shlex.quote(f"{config.run_dir}-export")
     generating = out if config.train.export == "never" else model
     return [
-        f"done: {steps} steps in {duration(seconds)}; the run is in {config.run_dir}",
+        f"done: step {step} of {trainer.total_steps}, {steps} step{'' if steps == 1 else 's'} by this process in "
+        f"{duration(seconds)}; the run is in {config.run_dir}",
         f"export the model: vtprune export --model {model} --out {out}",
         f'generate an answer: vtprune generate --model {generating} --image FILE --prompt "..."',
     ]

@@ -64,14 +64,14 @@ class Spikes(LineFile):
 
         self.recent.extend(ranks.from_rank_0(known))
 
-    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
-        loss = record["loss"]
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        loss = metrics["loss"]
         if loss is None:
             return
         score = z_score(loss, list(self.recent)) if len(self.recent) >= HISTORY else 0.0
         self.recent.append(loss)
         if score > self.threshold:  # same decision on all ranks, since they have the same losses
-            self._report(trainer, record["step"], loss, score)
+            self._report(trainer, metrics["step"], loss, score)
 
     def _report(self, trainer: Trainer, step: int, loss: float, score: float) -> None:
         worst = [entry for part in ranks.gather(sample_losses(trainer)) for entry in part]
