@@ -194,6 +194,16 @@ def test_a_run_from_before_a_setting_existed_resumes_with_what_it_did(tmp_path):
         _check_identity(tmp_path, {"pruning": PruningConfig(method="voco", tokens=1).identity()})
 
 
+def test_the_file_of_a_reader_may_move(tmp_path):
+    def identity(reader):
+        return {"data.train": [{"path": "a.csv", "reader": reader}, {"path": "b.json"}]}
+
+    (tmp_path / "trainer.json").write_text(json.dumps({"identity": identity("a.py:Pairs")}))
+    _check_identity(tmp_path, identity("readers/b.py:Pairs"))
+    with pytest.raises(ValueError, match=r"data\.train\.0\.reader: checkpoint 'Pairs', now 'Others'"):
+        _check_identity(tmp_path, identity("a.py:Others"))
+
+
 def test_a_run_from_before_a_setting_was_recorded_is_warned_of(tmp_path, caplog):
     (tmp_path / "trainer.json").write_text(json.dumps({"identity": {"run.seed": 1}}))
     _check_identity(tmp_path, {"run.seed": 1, "data.tokenization": "processor"})
