@@ -130,6 +130,9 @@ def test_a_setting_written_as_an_option(folder, capsys):
             command(["--config", "tiny.yaml", "--epochs", "3"])
         assert "settings are key=value without dashes, for example train.epochs=3" in capsys.readouterr().err
         with pytest.raises(SystemExit):
+            command(["--config", "tiny.yaml", "--lr", "1e-3"])
+        assert "(lr: use a rate for each trained part: model.train=" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
             command(["quickstart.yaml"])
         assert "required: --config; name your YAML file, or one of llava_1_5_pdrop" in capsys.readouterr().err
 

@@ -112,6 +112,8 @@ def family_of(model: HFModule) -> Family:
     reason = UNSUPPORTED.get(type(model).__name__)
     if isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, DeepSpeed's engine, ...
         reason = "call prune before wrapping the model (DistributedDataParallel, DeepSpeed, ...)"
+    elif not type(model).__name__.endswith("ForConditionalGeneration"):
+        reason = "pass the whole model, for example a LlavaNextForConditionalGeneration"
     supported = ", ".join(family.model_class for family in FAMILIES)
     raise ValueError(
         f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}, and families "
