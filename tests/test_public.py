@@ -1,6 +1,8 @@
 """The public names: what ``vtprune_train`` offers, and what type checkers, ``dir`` and ``help`` know of it."""
 
 import ast
+import dataclasses
+import inspect
 import pydoc
 import re
 import shutil
@@ -12,6 +14,8 @@ import pytest
 
 import vtprune_train
 from tests.support.runner import ROOT
+from vtprune_train import Candidates, Drop, Needs, Selection
+from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.pruning import METHODS, method_class
 from vtprune_train.pruning.base import PruningMethod
 
@@ -43,6 +47,19 @@ def test_help_shows_what_there_is():
     assert "prune(model, PyramidDrop(" in text and "def __getattr__" not in text
     assert all(re.search(rf"\b{name}\b", text) for name in vtprune_train.__all__)
     assert "Before decoder layer ``layer`` each image keeps" in text
+
+
+def test_the_reference_lists_every_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^\.\. auto(?:class|function|data):: (\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted([*vtprune_train.__all__, "Callback", "Trainer"])
+
+
+@pytest.mark.parametrize("cls", [Family, Loop, Needs, Candidates, Selection, Drop], ids=lambda cls: cls.__name__)
+def test_every_field_has_its_entry_in_the_docstring(cls):
+    _, _, entries = re.split(r"^(Args|Attributes):$", inspect.getdoc(cls), maxsplit=1, flags=re.MULTILINE)
+    names = [name for line in re.findall(r"^    (\w[\w, ]*):", entries, re.MULTILINE) for name in line.split(", ")]
+    assert {field.name for field in dataclasses.fields(cls)} <= set(names)
 
 
 def test_a_name_alone_does_not_import_pytorch():

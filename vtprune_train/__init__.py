@@ -8,6 +8,9 @@ Prune a model, then train it or generate with it as before::
     model.generate(**inputs)
     unprune(model)
 
+Functions: :func:`prune`, :func:`unprune`, :func:`dense`, :func:`is_pruned`, :func:`kept_tokens`, :func:`show`,
+:func:`register_family`. Methods: :class:`PyramidDrop`, :class:`SparseVLM`, ... (``vtprune methods`` lists all).
+
 Write a method: subclass :class:`PruningMethod`. See what a model keeps: :func:`kept_tokens`, :func:`show`.
 """
 

@@ -157,7 +157,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys, settings, said):
 def test_damaged_and_hostile_files_are_named(tmp_path, capsys):
     write_original(tmp_path / "original", shards="bin")
     (tmp_path / "original" / "pytorch_model-00002-of-00002.bin").unlink()
-    assert "pytorch_model-00002-of-00002.bin is missing" in refused(
+    assert "pytorch_model-00002-of-00002.bin, which is missing" in refused(
         capsys, tmp_path / "original", "hf", tmp_path / "hf"
     )
 

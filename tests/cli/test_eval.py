@@ -273,7 +273,7 @@ def test_other_settings_are_refused(capsys, options, tmp_path):
     capsys.readouterr()
     assert main([*options, "--max_new_tokens", "7", "--keep", "0.5,0.1"]) == 2
     error = capsys.readouterr().err
-    assert "max_new_tokens: there 6, now 7" in error and "'keep': [0.5, 0.1]" in error and "batch_size" not in error
+    assert "max_new_tokens: 6 before, 7 now" in error and "'keep': [0.5, 0.1]" in error and "batch_size" not in error
 
 
 def test_the_default_folder_is_one_for_each_setting(options, tmp_path, monkeypatch):

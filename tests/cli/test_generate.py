@@ -267,7 +267,7 @@ def test_dtype(folder):
         (["--keep", "2,1"], "2.0 is not in (0, 1]"),
         (["--method", "none", "--keep", "0.5"], "--keep has no effect with --method none"),
         (["--positions", "first"], "positions='first' is not one of renumber, keep"),
-        (["--prompt", "<image><image> ?"], "0 picture(s) but 2 <image> in the prompt"),
+        (["--prompt", "<image><image> ?"], "0 image(s) but 2 <image> in the prompt"),
         (["--max_new_tokens", "0"], "--max_new_tokens=0"),
         (["--temperature", "-1"], "--temperature=-1.0 is not between 0.01 and 100"),
         (["--seed", "1"], "--seed=1 has no effect without --temperature"),

@@ -136,6 +136,38 @@ def test_another_method_leaves_the_settings_of_the_base_s(write, caplog):
     assert (same.layers, same.keep) == ([3], [0.75])
 
 
+def test_another_optimizer_leaves_the_arguments_of_the_base_s(write):
+    write(
+        base="{model: {path: x}, train: {optimizer: a.py:A, optimizer_args: {rho: 1, mu: 2}, clip: 0.5}}",
+        other="{base: base.yaml, train: {optimizer: b.py:B, optimizer_args: {nu: null}}}",
+        plain="{base: base.yaml, train: {optimizer: adamw}}",
+        fewer="{base: base.yaml, train: {optimizer_args: {rho: null, mu: 3}}}",
+    )
+    names = ("base", "other", "plain", "fewer")
+    args = {name: load_config(f"{name}.yaml").train.optimizer_args for name in names}
+    assert args == {"base": {"rho": 1, "mu": 2}, "other": {"nu": None}, "plain": {}, "fewer": {"mu": 3}}
+    assert load_config("plain.yaml").train.clip == 0.5
+
+
+def test_a_mapping_for_deepspeed_changes_the_file_of_the_base(write):
+    write(
+        base="{model: {path: x}, deepspeed: configs/deepspeed/zero3.json}",
+        derived="{base: base.yaml, deepspeed: {zero_optimization: {stage3_prefetch_bucket_size: 7}}}",
+        broken="{base: missing.yaml, deepspeed: {zero_optimization: {stage: 1}}}",
+        missing="{model: {path: x}, deepspeed: missing.json}",
+    )
+    command_line = load_config("base.yaml", ["deepspeed.zero_optimization.stage3_prefetch_bucket_size=7"])
+    assert load_config("derived.yaml").deepspeed_config() == command_line.deepspeed_config()
+    assert command_line.deepspeed_config()["zero_optimization"]["stage"] == 3
+    assert errors_of("broken.yaml")[0].startswith("deepspeed: missing.json does not exist")
+
+
+def test_a_file_may_extend_the_recipe_of_its_name(write):
+    write(quickstart="base: quickstart.yaml\ntrain: {epochs: 9}", mine="base: quickstart.yaml\ntrain: {clip: 0.5}")
+    config = load_config("mine.yaml")
+    assert (config.train.epochs, config.train.clip, config.model.config["text_config"]["hidden_size"]) == (9, 0.5, 64)
+
+
 def test_merge_leaves_its_arguments():
     base, tree = {"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}, "d": None}
     assert merge(base, tree) == {"a": {"b": 1, "c": [2]}, "d": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import textwrap
 
 import pytest
@@ -29,7 +30,7 @@ class Pairs(Reader):
         with self.path.open("rb") as file:
             file.seek(piece.start)
             while file.tell() < piece.stop:
-                at, line = file.tell(), file.readline()
+                at, line = file.tell(), file.readline(self.max_bytes + 1)
                 if len(line) > self.max_bytes:
                     yield Place(at, len(line)), too_many_bytes(len(line), self.max_bytes)
                 else:
@@ -48,6 +49,25 @@ class Pairs(Reader):
         question = f"<image>\\n{question}" if image else question
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         return {"id": name, "conversations": turns, **({"image": image} if image else {})}
+
+
+import numpy as np
+
+
+class NumPy(Pairs):
+    """Places and fields are NumPy numbers; a field is NaN."""
+
+    def scan(self, piece):
+        for (at, size), record in super().scan(piece):
+            yield (np.int64(at), np.int64(size)), record
+
+    def record(self, line):
+        return {**super().record(line), "score": np.float32(2), "rank": np.int64(1), "parts": [float("nan"), 1.0]}
+
+
+class Arrays(Pairs):
+    def record(self, line):
+        return {**super().record(line), "boxes": np.zeros(4)}
 
 
 class Crashes(Pairs):
@@ -116,6 +136,7 @@ def test_another_version_of_a_reader_has_another_identity(runs, tmp_path):
     ("name", "reason"),
     [
         ("Crashes", "TypeError: byte indices must be integers"),
+        ("Arrays", r"field 'boxes' is a ndarray, but a record is plain data"),
         ("Differs", r"read\(Place\(at=\d+, size=\d+\)\) returns"),
     ],
 )
@@ -161,8 +182,9 @@ def test_a_run_is_refused_with_the_reason(runs, settings, words):
         assert word in said, said
 
 
-def test_places_may_be_any_integers(runs):
-    """NumPy's, for example: they are kept as columns."""
-    reader = open_reader(runs.folder / "data" / "pairs.csv", reader=path_of(runs, "Pairs"))
-    place, _ = next(reader.scan(next(reader.pieces())))
-    assert isinstance(place, Place) and type(place.at) is int
+def test_places_and_fields_may_be_numbers_of_numpy(runs):
+    """And fields NaN, which does not equal itself."""
+    reader = open_reader(runs.folder / "data" / "pairs.csv", reader=path_of(runs, "NumPy"))
+    place, record = next(reader.scan(next(reader.pieces())))
+    assert isinstance(place, Place) and type(place.at) is type(place.size) is int
+    assert math.isnan(record["parts"][0]) and reader.read(place)["score"] == 2

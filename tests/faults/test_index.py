@@ -550,6 +550,6 @@ def test_a_damaged_tokenizer_of_a_run_is_trained_again(runs, damage):
     (kept.parent / "tokenizer.lock").unlink(missing_ok=True)
     (kept.parent / "tokenizer.lock").mkdir()
     done = runs.run(name, *SHORT)
-    what = "there is no manifest.json" if damage is zero_without_manifest else "tokenizer.json"
+    what = "manifest.json is missing" if damage is zero_without_manifest else "tokenizer.json"
     assert f"the tokenizer in {kept} is damaged ({what}" in done.stderr
     assert_equal_checkpoints(runs.checkpoint(name), runs.checkpoint("whole"))

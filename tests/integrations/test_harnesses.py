@@ -16,6 +16,7 @@ from PIL import Image
 from tests.support.checkpoints import HALF, save_folder, save_images
 from tests.support.harness_task import TASK, UTILS
 from vtprune_train.evaluation.answering import answers, load
+from vtprune_train.models.families import FAMILIES, family_of_type
 
 pytestmark = pytest.mark.slow
 
@@ -283,6 +284,38 @@ def vlmevalkit(monkeypatch):
     return importlib.import_module("vtprune_train.integrations.vlmevalkit")
 
 
+@pytest.fixture
+def family(tmp_path):
+    """The path of a family outside the package."""
+    file = tmp_path / f"{tmp_path.name}.py"  # each module's name only once
+    file.write_text(
+        "from dataclasses import replace\n"
+        "from vtprune_train.models.families import llava\n"
+        'FAMILY = replace(llava.FAMILY, title="Kit", model_type="kit", model_class="Kit")\n'
+    )
+    before = list(FAMILIES)
+    yield f"{file}:FAMILY"
+    FAMILIES[:] = before
+
+
+def type_is_known(*_, **__):
+    assert family_of_type("kit") is not None, "the family is registered before the model is loaded"
+    return types.SimpleNamespace(model=types.SimpleNamespace(device="cpu"))
+
+
+def test_vlmevalkit_adds_a_family(vlmevalkit, family, monkeypatch):
+    monkeypatch.setattr(vlmevalkit, "load", type_is_known)
+    assert vlmevalkit.VTPrune(model_path="x", family=family).generation == {"max_new_tokens": 512}
+
+
+@needs_lmms
+def test_lmms_eval_adds_a_family(family, monkeypatch):
+    import vtprune_train.integrations.lmms_eval as integration
+
+    monkeypatch.setattr(integration, "load", type_is_known)
+    assert integration.VTPruneSimple(pretrained="x", family=family).device == "cpu"
+
+
 def test_vlmevalkit_interface(task, vlmevalkit):
     folder, model, said = task
     rows = [json.loads(line) for line in (folder / "tasks/local_pictures/test.jsonl").read_text().splitlines()]
@@ -294,7 +327,7 @@ def test_vlmevalkit_interface(task, vlmevalkit):
     text = [{"type": "text", "value": QUESTIONS[0]}]
     image = {"type": "image", "value": rows[0]["images"][0]}
     assert dropped.generate([image, *text]) == said[0]
-    with pytest.raises(ValueError, match="a message part of type 'video'"):
+    with pytest.raises(ValueError, match="message part of type 'video'"):
         kit.generate([{"type": "video", "value": "a.mp4"}])
     with pytest.raises(ValueError, match=r"missing\.png"):
         kit.generate([{"type": "image", "value": str(Path("missing.png"))}, *text])

@@ -130,6 +130,9 @@ def test_a_setting_written_as_an_option(folder, capsys):
             command(["--config", "tiny.yaml", "--epochs", "3"])
         assert "settings are key=value without dashes, for example train.epochs=3" in capsys.readouterr().err
         with pytest.raises(SystemExit):
+            command(["--config", "tiny.yaml", "--lr", "1e-3"])
+        assert "(lr: use a rate for each trained part: model.train=" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
             command(["quickstart.yaml"])
         assert "required: --config; name your YAML file, or one of llava_1_5_pdrop" in capsys.readouterr().err
 
@@ -203,6 +206,16 @@ def test_another_method_is_listed_without_the_settings_that_follow_from_it(tmp_p
         "  run.seed: checkpoint 1, now null",
         "  pruning.method: checkpoint 'fastv', now 'voco'",
     ]
+
+
+def test_the_file_of_a_reader_may_move(tmp_path):
+    def identity(reader):
+        return {"data.train": [{"path": "a.csv", "reader": reader}, {"path": "b.json"}]}
+
+    (tmp_path / "trainer.json").write_text(json.dumps({"identity": identity("a.py:Pairs")}))
+    _check_identity(tmp_path, identity("readers/b.py:Pairs"))
+    with pytest.raises(ValueError, match=r"data\.train\.0\.reader: checkpoint 'Pairs', now 'Others'"):
+        _check_identity(tmp_path, identity("a.py:Others"))
 
 
 def test_a_run_from_before_a_setting_was_recorded_is_warned_of(tmp_path, caplog):

@@ -58,12 +58,20 @@ class TrainParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):
-            message += "; settings are key=value without dashes, for example train.epochs=3"
+            message += f"; settings are key=value without dashes{_meant(message)}, for example train.epochs=3"
         if message.endswith("required: --config"):
             from vtprune_train.config.paths import recipe_names
 
             message += f"; name your YAML file, or one of {', '.join(recipe_names())}"
         super().error(message)
+
+
+def _meant(message: str) -> str:
+    """The setting that an unknown option is in other libraries."""
+    from vtprune_train.config.messages import OTHER_NAMES
+
+    name = message.partition("--")[2].partition("=")[0].split()[0].replace("-", "_")
+    return f" ({name}: use {OTHER_NAMES[name]})" if name in OTHER_NAMES else ""
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

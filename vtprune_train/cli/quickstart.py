@@ -11,29 +11,55 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vtprune_train.config.errors import ConfigError
+from vtprune_train.config.load import load_config
 from vtprune_train.data.synthetic import write_dataset
 
 DATA = Path("runs/data/quickstart")  # data.root of the recipe
 RECIPE = "quickstart.yaml"
 NUM_TRAIN, NUM_EVAL = 6000, 500
+SIDES = {"dense": ["pruning.method=none"], "pyramiddrop": []}  # of --compare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--compare", action="store_true", help="train PyramidDrop and dense on the same data and steps")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes that train (default: 2)")
+    parser.add_argument(
+        "--restart", action="store_true", help="delete the earlier run and train from scratch (default: continue it)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the runs")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, print the table, write ``result.json``."""
+    """Train, print the table, write ``result.json``. Continues an earlier run unless ``--restart``.
+
+    Raises:
+        ConfigError: the overrides are wrong, or the table cannot be made with them.
+    """
+    check_overrides(arguments.overrides)
     write_dataset(DATA, num_train=NUM_TRAIN, num_eval=NUM_EVAL, seed=7)
-    return compare(arguments.overrides) if arguments.compare else train(arguments.overrides, arguments.ranks)
+    run_folder = empty_folder if arguments.restart else existing_folder
+    if arguments.compare:
+        return compare(arguments.overrides, {name: run_folder(Path("runs/compare") / name) for name in SIDES})
+    return train(arguments.overrides, arguments.ranks, run_folder(Path("runs/quickstart")))
 
 
-def train(overrides: list[str], ranks: int) -> int:
-    """One run, with PyramidDrop, in ``runs/quickstart``."""
-    run_dir = empty_folder(Path("runs/quickstart"))
+def check_overrides(overrides: list[str]) -> None:
+    """Check that the overrides are valid and leave what the table needs."""
+    config = load_config(RECIPE, overrides)
+    needed = {"run.name": "quickstart", "run.output_dir": "runs", "run.stop_after": None, "train.eval_shuffled": True}
+    values: dict[str, Any] = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in needed}
+    wrong = [f"{key}={values[key]}" for key in needed if values[key] != needed[key]]
+    if wrong or not config.data.eval:
+        raise ConfigError(
+            f"vtprune quickstart cannot make its table with {', '.join(wrong or ['data.eval=[]'])}; leave it out, or "
+            f"use vtprune launch --config {RECIPE}, which takes all settings"
+        )
+
+
+def train(overrides: list[str], ranks: int, run_dir: Path) -> int:
+    """One run, with PyramidDrop, in ``run_dir``."""
     if code := finish([start(run_dir, overrides, ranks)]):
         return code
     result = summarize(run_dir)
@@ -42,22 +68,28 @@ def train(overrides: list[str], ranks: int) -> int:
     return 0
 
 
-def compare(overrides: list[str]) -> int:
-    """PyramidDrop and dense side by side, one process each, in ``runs/compare``."""
-    folder = Path("runs/compare")
-    folders = {name: empty_folder(folder / name) for name in ("dense", "pyramiddrop")}
-    settings = {"dense": ["pruning.method=none", *overrides], "pyramiddrop": overrides}
+def compare(overrides: list[str], folders: dict[str, Path]) -> int:
+    """PyramidDrop and dense side by side, one process each, in ``folders``, which lie in one folder."""
     # At the same time, each on half of the cores, so that other load on the machine slows both equally.
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    if code := finish([start(folders[name], settings[name], 1, threads) for name in folders]):
+    if code := finish([start(folders[name], [*SIDES[name], *overrides], 1, threads) for name in folders]):
         return code
     results = {name: summarize(run_dir) for name, run_dir in folders.items()}
     print_table(results)
     time_ratio, flop_ratio = (results["pyramiddrop"][key] / results["dense"][key] for key in ("train_seconds", "flops"))
     print(f"time ratio {time_ratio:.3f}, FLOP ratio {flop_ratio:.3f}, quotient {time_ratio / flop_ratio:.3f}")
+    folder = folders["dense"].parent
     write_json(folder / "result.json", {**results, "time_ratio": time_ratio, "flop_ratio": flop_ratio})
     plot_comparison(folders, results, folder / "compare.png")
     return 0
+
+
+def existing_folder(run_dir: Path) -> Path:
+    """Create the folder; if it has a run, say that it continues."""
+    if (run_dir / "checkpoints").exists():
+        print(f"{run_dir} has a run, which continues if it is not finished; --restart deletes it")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
 
 
 def empty_folder(run_dir: Path) -> Path:
@@ -94,9 +126,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
-    """Accuracy of a run on held-out images, seconds in steps, FLOPs, tokens in each stage."""
+    """Accuracy of a run on held-out images, seconds in steps, FLOPs, tokens in each stage.
+
+    Raises:
+        ConfigError: the run was finished earlier, by another command, without evaluation or without shuffled images.
+    """
     steps = read_lines(run_dir / "metrics.jsonl")
-    held_out = read_lines(run_dir / "eval.jsonl")[-1]
+    held_out = (read_lines(run_dir / "eval.jsonl") or [{}])[-1]
+    if "exact_match_shuffled" not in held_out:
+        raise ConfigError(f"{run_dir} is finished, but was not evaluated as the table needs; --restart trains again")
     stages = sorted(key for key in steps[0] if key.startswith("tokens_stage_"))
     samples = sum(step["samples"] for step in steps)
     return {

@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = encode(processor, files, arguments.prompt, model.device)
     images, stages = look(model, processor.image_processor, inputs, files), stage_names(model)
     draw(images, stages, arguments.prompt).save(arguments.out)
+    counts = [sum(len(image.kept[stage]) for image in images) for stage in range(len(stages))]
+    print(f"wrote {arguments.out}: {counts[0]} visual tokens, kept by stage: {', '.join(map(str, counts[1:]))}")
     if arguments.html is not None:
         arguments.html.write_text(page(images, stages, arguments.prompt), encoding="utf-8")
     return 0

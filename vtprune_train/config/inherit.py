@@ -9,7 +9,7 @@ from typing import Any
 
 from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.include import include_mixtures, include_pruning
-from vtprune_train.config.paths import find_file
+from vtprune_train.config.paths import find_file, read_deepspeed
 from vtprune_train.config.pruning import DEFAULT_METHOD, TRAINING_ONLY
 from vtprune_train.files.parse import read_yaml
 
@@ -55,6 +55,9 @@ def read_settings(file: Path) -> tuple[Tree, Sources, list[str]]:
             merged.pop("pruning", None)
         errors += [*include_mixtures(tree, path), *include_pruning(tree, path)]
         _leave_method(merged, tree)
+        _leave_optimizer(merged, tree)
+        if isinstance(tree.get("deepspeed"), dict) and isinstance(merged.get("deepspeed"), str):
+            merged["deepspeed"] = read_deepspeed(merged["deepspeed"])
         merged = merge(merged, tree)
         sources.add(tree, path)
     return merged, sources, errors
@@ -101,6 +104,20 @@ def _leave_method(base: Tree, tree: Tree) -> None:
         section.clear()
     elif derived["method"] != section.get("method", DEFAULT_METHOD):
         base["pruning"] = {key: value for key, value in section.items() if key in TRAINING_ONLY}
+
+
+def _leave_optimizer(base: Tree, tree: Tree) -> None:
+    """Where a file names another optimizer than its base, drop the base's arguments for it; else those that the file
+    sets to null, so that the class's defaults apply."""
+    section, derived = base.get("train"), tree.get("train")
+    if not isinstance(section, dict) or not isinstance(derived, dict):
+        return
+    inherited, stated = section.get("optimizer_args"), derived.get("optimizer_args")
+    if derived.get("optimizer", section.get("optimizer")) != section.get("optimizer"):
+        section.pop("optimizer_args", None)
+    elif isinstance(inherited, dict) and isinstance(stated, dict):
+        for key in [key for key, value in stated.items() if value is None and key in inherited]:
+            del inherited[key], stated[key]
 
 
 def _leaves(tree: Tree, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

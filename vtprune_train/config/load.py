@@ -15,11 +15,11 @@ from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.include import include_mixtures, include_pruning
 from vtprune_train.config.inherit import read_settings
 from vtprune_train.config.messages import explain
-from vtprune_train.config.paths import find_file
+from vtprune_train.config.paths import find_file, read_deepspeed
 from vtprune_train.config.pruning import DEFAULT_METHOD, TRAINING_ONLY
 from vtprune_train.config.settings import Config
 from vtprune_train.core.user_code import is_path
-from vtprune_train.files.parse import parse_value, read_json_object
+from vtprune_train.files.parse import parse_value
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     if parents[:1] == ["deepspeed"] and isinstance(tree.get("deepspeed"), str):
         # read the file, so that its other keys stay
-        tree["deepspeed"] = read_json_object(find_file(tree["deepspeed"], "deepspeed"))
+        tree["deepspeed"] = read_deepspeed(tree["deepspeed"])
     node: Any = tree
     for part in parents:
         place = _place(node, part, key)

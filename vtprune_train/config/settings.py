@@ -9,14 +9,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from vtprune_train.config.data import DataConfig, SourceConfig
-from vtprune_train.config.errors import ConfigError, pruning_refusal
+from vtprune_train.config.errors import pruning_refusal
 from vtprune_train.config.model import ModelConfig
-from vtprune_train.config.paths import find_file
+from vtprune_train.config.paths import read_deepspeed
 from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.config.run import RunConfig
 from vtprune_train.config.section import Section
 from vtprune_train.config.train import TrainConfig
-from vtprune_train.files.parse import read_json_object
 
 
 class Config(Section):
@@ -91,8 +90,4 @@ class Config(Section):
         """
         if isinstance(self.deepspeed, dict):
             return dict(self.deepspeed)
-        path = find_file(self.deepspeed, "deepspeed")
-        try:
-            return read_json_object(path)
-        except ValueError as error:
-            raise ConfigError(f"deepspeed: {error}") from error
+        return read_deepspeed(self.deepspeed)

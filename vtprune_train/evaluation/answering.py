@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.chat import Template, Turn, get_template
@@ -87,6 +89,8 @@ def load(
     if method == SAVED:
         saved_settings(config)  # refuses an untrusted method before any weights are read
     processor = load_processor(folder, config)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # in a file it would be one long line
     model = load_weights(folder, dtype).to(where).eval()
     if method == SAVED and getattr(config, CONFIG_KEY, None) is None:
         log.warning("%s has no pruning settings and runs dense; name a method to drop visual tokens", path)

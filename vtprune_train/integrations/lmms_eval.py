@@ -2,8 +2,9 @@
 
 lmms-eval finds this module through the package's entry point ``lmms_eval.models``. Model arguments: ``pretrained`` (as
 in ``vtprune generate --model``), ``method`` (``saved``, ``none`` or the name of a method) with the method's settings,
-lists separated by slashes (``layers=8/16/24,keep=0.5/0.25/0.125``), ``device``, ``dtype``, ``batch_size``, and
-``trust_remote_code`` (run the code of a method that the checkpoint names). With ``accelerate launch`` or ``torchrun``,
+lists separated by slashes (``layers=8/16/24,keep=0.5/0.25/0.125``), ``family`` (``path/to/file.py:FAMILY``, for a model
+of a family outside the package), ``device``, ``dtype``, ``batch_size``, and ``trust_remote_code`` (run the code of a
+method that the checkpoint names). With ``accelerate launch`` or ``torchrun``,
 each process answers its share of the documents on its own GPU.
 """
 
@@ -41,6 +42,7 @@ from vtprune_train.cli.options import takes_list  # noqa: E402
 from vtprune_train.core.stream import IMAGE  # noqa: E402
 from vtprune_train.data.chat import Turn  # noqa: E402
 from vtprune_train.evaluation.answering import Loaded, Prompt, answers, load, open_image  # noqa: E402
+from vtprune_train.models.families import register_family  # noqa: E402
 from vtprune_train.pruning import NONE, SAVED, method_class, method_from_settings, setting_types  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -68,9 +70,12 @@ class _VTPrune(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         trust_remote_code: bool | str = False,
+        family: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
+        if family is not None:
+            register_family(family)
         pruning: Any = SAVED
         if method != SAVED:
             pruning = method_from_settings({"method": method, **_with_lists(method, settings)})

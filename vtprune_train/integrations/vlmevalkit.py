@@ -20,6 +20,7 @@ from vlmeval.vlm.base import BaseModel
 
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.evaluation.answering import answers, load, open_image
+from vtprune_train.models.families import register_family
 from vtprune_train.pruning import SAVED
 
 
@@ -30,6 +31,7 @@ class VTPrune(BaseModel):
         model_path: a run, checkpoint, Hugging Face folder or hub id.
         method: a pruning method, or ``None`` for the dense model; by default the saved one.
         device, dtype, trust_remote_code: see :func:`vtprune_train.evaluation.answering.load`.
+        family: ``path/to/file.py:FAMILY``, for a model of a family outside the package.
         generation: keywords of ``generate``.
     """
 
@@ -43,9 +45,12 @@ class VTPrune(BaseModel):
         device: str = "auto",
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        family: str | None = None,
         **generation: Any,
     ) -> None:
         super().__init__()
+        if family is not None:
+            register_family(family)
         self.loaded = load(model_path, method, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         self.generation = {"max_new_tokens": 512, **generation}
 

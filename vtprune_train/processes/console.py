@@ -31,7 +31,8 @@ def quiet_libraries() -> Iterator[None]:
     levels, show, once = [logger.level for logger in loggers], warnings.showwarning, _OncePerMessage()
     logging.captureWarnings(True)
     captures = warnings.showwarning is not show  # else the caller already captures them
-    loggers[0].addFilter(once)
+    for logger in loggers[:2]:
+        logger.addFilter(once)
     if int(os.environ.get("RANK", "0")):
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -40,7 +41,8 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        loggers[0].removeFilter(once)
+        for logger in loggers[:2]:
+            logger.removeFilter(once)
         if captures:
             logging.captureWarnings(False)
 
@@ -58,7 +60,8 @@ class _StderrHandler(logging.StreamHandler[Any]):
 
 
 class _OncePerMessage(logging.Filter):
-    """Passes each warning once, and none about deprecated PyTorch functions that DeepSpeed calls."""
+    """Passes each warning once, and neither those about deprecated PyTorch functions that DeepSpeed calls, nor the one
+    about optimizers that DeepSpeed does not list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,5 +70,6 @@ class _OncePerMessage(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
         known = message in self._seen or ("`torch.distributed." in message and "deprecated" in message)
+        known = known or "You are using ZeRO with an untested optimizer" in message
         self._seen.add(message)
         return not known

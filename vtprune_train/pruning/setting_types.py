@@ -32,7 +32,8 @@ class Settings:
     ``2.0`` as an integer. A ``__post_init__`` may check more.
 
     Raises:
-        TypeError: a setting does not exist (the error suggests the nearest) or is missing.
+        TypeError: a setting does not exist (the error suggests the nearest) or is missing; or a subclass defines
+            ``__init__``.
         ValueError: a value is invalid; the error names the setting, the value and the valid type or range.
     """
 
@@ -41,6 +42,11 @@ class Settings:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "__init__" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} defines __init__, which would be replaced; declare settings as fields with types, and "
+                "compute or check the rest in __post_init__"
+            )
         dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
         # The base class freezes instead, so that a class decorated with @dataclass(frozen=True) in addition is valid.
         del cls.__setattr__, cls.__delattr__

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from tests.support.families import BATCH, family_inputs
 from tests.support.family_runs import FamilyRuns
@@ -136,6 +137,13 @@ def test_what_is_no_family_is_refused(folder):
         register_family(f"{folder / 'wrong_family.py'}:FAMILY", "--family")
     with pytest.raises(ValueError, match="is already used by LLaVA"):
         register_family(llava.FAMILY)
+    for taken in ("llava-hf/llava-1.5-7b-hf", "lmsys/vicuna-7b-v1.5"):
+        before = dict(KNOWN_CONFIGS)
+        with pytest.raises(ValueError, match=f"known of Other names {taken}, a checkpoint with another config"):
+            register_family(
+                replace(llava.FAMILY, title="Other", model_type="o", model_class="O", known={taken: LlavaConfig})
+            )
+        assert before == KNOWN_CONFIGS and all(family.title != "Other" for family in FAMILIES)
 
 
 @pytest.mark.parametrize("method", [PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)), VisionZip(keep=0.25)])

@@ -280,3 +280,13 @@ def test_combinations_that_cannot_be():
         Combined((Detour(), Early(layer=3))).drops(6)
     with pytest.raises(ValueError, match="cannot be nested"):
         Combined((Early(), Combined((Early(), Early()))))
+
+
+def test_an_init_would_be_lost_and_is_refused():
+    with pytest.raises(TypeError, match=r"Mine defines __init__, which would be replaced; .* in __post_init__"):
+
+        class Mine(PruningMethod):
+            keep: float = 0.5
+
+            def __init__(self, keep):
+                self.keep = keep

@@ -64,3 +64,10 @@ class Skips(Callback):
             self.handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
         elif metrics["step"] == 2:
             self.handle.remove()
+
+
+class WrongHook(Callback):
+    """Has a hook of transformers' callbacks."""
+
+    def on_step_end(self, trainer):
+        raise AssertionError("never called")

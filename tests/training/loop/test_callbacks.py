@@ -138,6 +138,7 @@ WRONG = [
     ({"class": f"{OUTSIDE}:Skips", "x": 2}, "Skips has no argument 'x'; it takes none"),
     (f"{OUTSIDE}:Recrder", "outside.py does not define Recrder; did you mean Recorder?"),
     ("pathlib:Path", "callbacks.0='pathlib:Path' must be a subclass of Callback"),
+    (f"{OUTSIDE}:WrongHook", "defines on_step_end, which is not a hook; did you mean on_step?"),
     ("nowhere.py:Mine", "callbacks.0='nowhere.py:Mine': file nowhere.py does not exist"),
 ]
 

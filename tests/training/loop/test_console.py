@@ -31,7 +31,7 @@ def test_a_run_tells_its_story_on_two_ranks(runs):
     settings = (*SETTINGS, "train.max_steps=4", "train.eval_every=2")
     first = runs.run("told", *settings, "run.stop_after=3", ranks=2).stderr
     folder = runs.directory("told")
-    begins = "starting from scratch: 20 samples, 4 steps of 6 samples, pruning by pyramiddrop, on 2 CPU ranks, in"
+    begins = "new run with random weights: 20 samples, 4 steps of 6 samples, pruning by pyramiddrop, on 2 CPU ranks, in"
     assert f"{begins} {folder}" in first
     assert "INFO step 1 of 4: loss " in first and "INFO step 3 of 4: loss " in first
     assert "INFO step 2: held-out loss " in first

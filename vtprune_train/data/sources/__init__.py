@@ -139,7 +139,7 @@ class _UserReader(Reader):
         with self._errors_named():
             for (at, size), record in self._inner.scan(piece):
                 place = Place(int(at), int(size))
-                if is_first and (again := self._open().read(place)) != record:
+                if is_first and not _is_equal(again := self._open().read(place), record):
                     raise ValueError(f"read({place}) returns {again!r:.200}, but scan yielded {record!r:.200} there")
                 is_first = False
                 yield place, record
@@ -161,6 +161,21 @@ class _UserReader(Reader):
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"data file {self.path}: reader {self._name} failed ({reason}); correct it") from error
+
+
+def _is_equal(first: Any, second: Any, field: str = "the record") -> bool:
+    """Whether two records are equal; NaN equals NaN.
+
+    Raises:
+        ValueError: a field cannot be compared because it is not plain data.
+    """
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_is_equal(first[k], second[k], f"field {k!r}") for k in first)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(_is_equal(*pair, field) for pair in zip(first, second, strict=True))
+    if getattr(first, "ndim", 0) or (first is not None and type(first).__eq__ is object.__eq__):
+        raise ValueError(f"{field} is a {type(first).__name__}, but a record is plain data as in JSON; convert it")
+    return bool(first == second or (first != first and second != second))
 
 
 def stamp(file: Path) -> list[int]:

@@ -71,7 +71,8 @@ def register_family(family: Family | str, key: str = "family") -> Family:
 
     Raises:
         ValueError: the path cannot be loaded or does not name a :class:`~vtprune_train.models.families.base.Family`, or
-            a family of the package has the same ``model_type`` or ``model_class``.
+            a family of the package has the same ``model_type`` or ``model_class``, or another family the same hub id
+            in ``known``.
     """
     loaded = load(family, key) if isinstance(family, str) else family
     if not isinstance(loaded, Family):
@@ -82,6 +83,15 @@ def register_family(family: Family | str, key: str = "family") -> Family:
                 f"{key}: model_type {loaded.model_type!r} or model_class {loaded.model_class!r} of {loaded.title} is "
                 f"already used by {other.title}, a family of the package; rename it"
             )
+    taken = dict(known.PARTS)
+    for other in FAMILIES:
+        if other.model_type != loaded.model_type:
+            taken.update(other.known)
+    # A family made by dataclasses.replace may keep the entries of the other one.
+    if repeated := [name for name, config in loaded.known.items() if taken.get(name, config) is not config]:
+        raise ValueError(
+            f"{key}: known of {loaded.title} names {repeated[0]}, a checkpoint with another config already; remove it"
+        )
     FAMILIES[:] = [other for other in FAMILIES if other.model_type != loaded.model_type] + [loaded]
     KNOWN_CONFIGS.update(loaded.known)
     return loaded
@@ -102,6 +112,8 @@ def family_of(model: HFModule) -> Family:
     reason = UNSUPPORTED.get(type(model).__name__)
     if isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, DeepSpeed's engine, ...
         reason = "call prune before wrapping the model (DistributedDataParallel, DeepSpeed, ...)"
+    elif not type(model).__name__.endswith("ForConditionalGeneration"):
+        reason = "pass the whole model, for example a LlavaNextForConditionalGeneration"
     supported = ", ".join(family.model_class for family in FAMILIES)
     raise ValueError(
         f"cannot prune a {type(model).__name__}{f': {reason}' if reason else ''}; supported: {supported}, and families "

@@ -139,6 +139,8 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, hea
     reasons = {backend: unavailable_because(backend, device, dtype, head_dim) for backend in BACKENDS}
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
     passed_over = "; ".join(f"{backend} {reason}" for backend, reason in reasons.items() if reason)
+    if device.type == "cpu":
+        passed_over = "no GPU"
     log.info("attention: %s%s", chosen, f" ({passed_over})" if passed_over else "")
     return chosen
 

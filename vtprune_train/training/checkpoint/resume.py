@@ -76,7 +76,7 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     identity = {key: value for key, value in identity.items() if key in saved}
     if "pruning" in known:
         known["pruning"] = _completed(known["pruning"], checkpoint)
-    if changed := differences(known, json.loads(json.dumps(identity))):
+    if changed := differences(_with_reader_names(known), _with_reader_names(json.loads(json.dumps(identity)))):
         if any(key == "pruning.method" for key, _, _ in changed):  # other settings belong to their methods
             changed = [line for line in changed if line[0] == "pruning.method" or not line[0].startswith("pruning.")]
         lines = [
@@ -85,6 +85,15 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
             f"Restore them, or start a new run from its weights: run.name=NEW train.init_from={checkpoint}",
         ]
         raise ValueError("\n".join(lines))
+
+
+def _with_reader_names(identity: dict[str, Any]) -> dict[str, Any]:
+    """``identity`` with the class of each reader instead of its path: a file may move."""
+    sources = [
+        {**source, "reader": source["reader"].rpartition(":")[2]} if source.get("reader") else source
+        for source in identity.get("data.train", [])
+    ]
+    return {**identity, **({"data.train": sources} if sources else {})}
 
 
 def _completed(pruning: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

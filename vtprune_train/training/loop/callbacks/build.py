@@ -58,6 +58,14 @@ def callbacks_of(config: Config) -> list[Callback]:
     return [*shipped, *(callback for callback in callbacks if callback not in shipped)]
 
 
+def _check_hooks(cls: type[Callback], place: str) -> None:
+    """Refuse a method that looks like a hook but is none: it would never be called."""
+    hooks = [name for name in vars(Callback) if name.startswith("on_")]
+    for name in dir(cls):
+        if name.startswith("on_") and name not in hooks and callable(getattr(cls, name)):
+            raise ConfigError(f"{place} defines {name}, which is not a hook{did_you_mean(name, hooks)}")
+
+
 def _make(entry: str | dict[str, Any], key: str) -> Callback:
     arguments = {"class": entry} if isinstance(entry, str) else dict(entry)
     path = arguments.pop("class", None)
@@ -73,6 +81,7 @@ def _make(entry: str | dict[str, Any], key: str) -> Callback:
     else:
         hint = did_you_mean(path, [*OPTIONAL])
         raise ConfigError(f"{key}: {path!r} is not a callback{hint} (your own: path/to/file.py:Class)")
+    _check_hooks(cls, f"{key}: {path}")
     known = [*inspect.signature(cls).parameters]
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
     for name in arguments:

@@ -82,7 +82,9 @@ def log_start(trainer: Trainer) -> None:
             config.run.name, step, trainer.end_step,
         )  # fmt: skip
         return
-    began = "starting from scratch" if not step else f"resumed from step {step}"
+    weights = config.train.init_from or config.model.path or config.model.language_model
+    new = f"new run from {weights}" if weights else "new run with random weights"
+    began = f"resumed from step {step}" if step else new
     log.info(
         "%s: %d samples, %d steps of %d samples, pruning by %s, on %s, in %s",
         began, len(trainer.collate.index), trainer.total_steps, config.train.global_batch_size,
@@ -115,6 +117,8 @@ def step_numbers(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, str]:
 def end_lines(trainer: Trainer, finished: bool, steps: int, seconds: float) -> list[str]:
     """The console lines at the end: where the run is saved, and the next command."""
     config, step = trainer.config, trainer.state.step
+    if not steps:
+        return []  # log_start has warned
     saved = f"saved step {step} in {config.run_dir / 'checkpoints' / f'step_{step:08d}'}"
     if trainer.stop_code:
         name = signal.Signals(trainer.stop_code - 128).name
