@@ -141,7 +141,7 @@ def test_a_linear_projector(tmp_path, capsys):
         ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type='mlp3x_gelu' has no counterpart"),
         ({"model_type": "llava_mpt"}, "model_type='llava_mpt' is not known"),
         ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type='spatial' has no counterpart"),
-        ({"mm_vision_tower": "nowhere/clip"}, "the vision tower nowhere/clip (--vision_tower): no readable config"),
+        ({"mm_vision_tower": "nowhere/clip"}, "the vision tower nowhere/clip (--vision_tower): no such folder here"),
         ({"image_grid_pinpoints": "1 by 2"}, "image_grid_pinpoints='1 by 2' is not a list of (width, height)"),
         ({"num_hidden_layers": 7}, "tensor(s) are missing, for example model.layers.6."),
         ({"num_hidden_layers": 5}, "model.layers.5."),

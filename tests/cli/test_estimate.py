@@ -339,7 +339,7 @@ def test_wrong_input(arguments, words, capsys):
     [
         ([], ["pass either --config FILE or --model"]),
         (["--model", NEXT, "--config", "quickstart.yaml"], ["pass either"]),
-        (["--model", "runs/nowhere"], ["--model=runs/nowhere: no readable config.json"]),
+        (["--model", "runs/nowhere"], ["--model=runs/nowhere: no such folder here"]),
         (["--config", "nowhere.yaml"], ["--config: nowhere.yaml does not exist"]),
         (
             ["--config", "llava_next_pdrop.yaml", "--layers", "1,2,3"],

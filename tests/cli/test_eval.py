@@ -273,7 +273,7 @@ def test_other_settings_are_refused(capsys, options, tmp_path):
     capsys.readouterr()
     assert main([*options, "--max_new_tokens", "7", "--keep", "0.5,0.1"]) == 2
     error = capsys.readouterr().err
-    assert "max_new_tokens: there 6, now 7" in error and "'keep': [0.5, 0.1]" in error and "batch_size" not in error
+    assert "max_new_tokens: 6 before, 7 now" in error and "'keep': [0.5, 0.1]" in error and "batch_size" not in error
 
 
 def test_the_default_folder_is_one_for_each_setting(options, tmp_path, monkeypatch):
@@ -320,7 +320,7 @@ def test_unreadable_and_malformed_samples_are_named(caplog, capsys, options, dat
     [
         (["--data", "/nowhere.json"], "--data /nowhere.json does not exist"),
         (["--images", "/nowhere"], "--images /nowhere is not a folder"),
-        (["--model", "/nowhere"], "there is no such folder"),
+        (["--model", "/nowhere"], "no such folder here"),
         (["--method", "tome"], "method='tome' is unknown"),
         (["--layers", "2,8"], "layer 8 does not exist in a decoder of 6 layers"),
         (["--compare", "dense", "--method", "none"], "--compare dense: the model already runs dense"),

@@ -228,7 +228,7 @@ def test_a_projector_that_training_does_not_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "/nowhere"], "model /nowhere: there is no such folder"),
+        (["--model", "/nowhere"], "model /nowhere: no such folder here"),
         (["--model", "empty"], "no complete checkpoint yet"),
         (["--max_shard_size", "big"], "--max_shard_size=big is not a size such as 5GB"),
         (["--out", __file__], "is a file; use a folder"),

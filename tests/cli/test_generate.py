@@ -258,8 +258,8 @@ def test_dtype(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "/nowhere"], "model /nowhere: there is no such folder"),
-        (["--model", "nowhere/model"], "model nowhere/model: no readable config.json"),
+        (["--model", "/nowhere"], "model /nowhere: no such folder here"),
+        (["--model", "nowhere/model"], "model nowhere/model: no such folder here"),
         (["--image", "/nowhere.png"], "image /nowhere.png cannot be read"),
         (["--image", __file__], "cannot be read (not an image that Pillow can read"),
         (["--method", "tome"], "method='tome' is unknown; known methods: pyramiddrop"),

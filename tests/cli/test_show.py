@@ -436,7 +436,7 @@ def test_the_command_takes_flags(folder):
     [
         ({"image": ("missing.png",)}, ["missing.png cannot be read"]),
         ({"image": ("c.png",)}, ["c.png cannot be read"]),
-        ({"model": "missing"}, ["missing: there is no such folder"]),
+        ({"model": "missing"}, ["missing: no such folder here"]),
         ({"model": "text"}, ["text: it holds a llama", "llava_next"]),
         ({"model": "plain"}, ["plain: it has no saved pruning settings", "--method pyramiddrop"]),
         ({"model": "plain", "more": ["--keep", "0.5"]}, ["no saved pruning settings"]),

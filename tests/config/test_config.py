@@ -77,7 +77,14 @@ def errors_of(path, *overrides):
         ("model.attention=flash", ["model.attention: 'flash' is not", "varlen_sdpa"]),
         ("model.train.projektor=1", ["model.train", "'projektor'", "did you mean projector?"]),
         ("model.train={}", ["model.train", "nothing would be trained"]),
-        ("model.path=x", ["model", "path and config are both set"]),
+        ("model.path=x", ["model.path and model.config are both set", "from model.path set model.config=null"]),
+        (
+            "model={path: x, language_model: a, vision_tower: b}",
+            [
+                "model.path and model.language_model with model.vision_tower are both set",
+                "set model.language_model=null model.vision_tower=null",
+            ],
+        ),
         ("model.config=null", ["model has no source", "model.path"]),
         ("model.dtype=int8", ["model.dtype", "'int8'"]),
         ("nonsense", ["'nonsense' is not key=value"]),
@@ -132,6 +139,23 @@ def test_dry_run_of_every_shipped_config(path, tmp_path):
     for word in ("tokens in each stage", "speed-up", "trainable", "worst micro-batch", "checkpoint"):
         assert word in result.stdout
     assert list(tmp_path.iterdir()) == [], "a dry run leaves nothing behind"
+
+
+def test_dry_run_of_a_small_model_uses_small_units():
+    """The pruning settings are on one line, and a micro-batch has no more samples than a step."""
+    small = ["train.global_batch_size=2", "data.max_length=256", "data.max_tokens=4096", "pruning={method: fastv}"]
+    report = describe(load_config("quickstart.yaml", small)).splitlines()
+
+    def line(start):
+        return next(line for line in report if line.startswith(start))
+
+    assert line("worst micro-batch").startswith("worst micro-batch: 2 sample(s) of data.max_length=256 ")
+    assert line("pruning  ").startswith("pruning       fastv ") and "keep=" in line("pruning  ")
+    rows = [line(start) for start in ("projector", "language_model", "trainable", "checkpoint")]
+    assert len({row.index(".") for row in rows}) == 1, rows
+    assert " k parameters" in rows[0] and " k parameters" in rows[1] and " MB: " in rows[3]
+    memory = [line for line in report if re.search(r" [MG]iB(?:$|,|:)", line)]
+    assert len(memory) > 5 and all(" MiB" in line for line in memory), memory
 
 
 def test_dry_run_of_the_recipe_counts_what_was_published():
@@ -374,4 +398,5 @@ def test_what_changed_between_two_runs_is_told_key_by_key():
     del older["data"]["max_bad_share"]
     older["deepspeed"] = "configs/deepspeed/zero2.json"
     assert not changed_settings(yaml.safe_dump(older), dump_config(before)), "what an older version did not know"
+    assert differences({"a": None}, {"a": 1}) == [("a", "null", "1")]
     assert differences({"a": [{"b": 1}]}, {"a": [{"b": 1}, {"c": 2}]}) == [("a.1", "not set", "{'c': 2}")]

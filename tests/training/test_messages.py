@@ -197,6 +197,17 @@ def test_a_run_from_before_a_setting_existed_resumes_with_what_it_did(tmp_path):
         _check_identity(tmp_path, {"pruning": PruningConfig(method="voco", tokens=1).identity()})
 
 
+def test_another_method_is_listed_without_the_settings_that_follow_from_it(tmp_path):
+    saved = {"run.seed": 1, "pruning": PruningConfig(method="fastv").identity()}
+    (tmp_path / "trainer.json").write_text(json.dumps({"identity": saved}))
+    with pytest.raises(ValueError, match="would change what its steps compute") as caught:
+        _check_identity(tmp_path, {"run.seed": None, "pruning": PruningConfig(method="voco").identity()})
+    assert str(caught.value).splitlines()[1:-1] == [
+        "  run.seed: checkpoint 1, now null",
+        "  pruning.method: checkpoint 'fastv', now 'voco'",
+    ]
+
+
 def test_the_file_of_a_reader_may_move(tmp_path):
     def identity(reader):
         return {"data.train": [{"path": "a.csv", "reader": reader}, {"path": "b.json"}]}

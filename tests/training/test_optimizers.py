@@ -1,6 +1,7 @@
 """Optimizers by name and by path: arguments, errors, states; real runs of a few steps."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -248,5 +249,12 @@ def test_another_optimizer_does_not_continue_a_checkpoint(runs):
         in said
     )
     assert "run.name=NEW train.init_from=" in said
+    done = runs.run("changed", *SHORT[:3], "model.train.language_model=null", expect=2)
+    said = " ".join(done.stderr.split())
+    assert "distributing its state" not in said and "rank 0: ValueError" not in said
+    assert re.search(
+        r"step_\d+ trains other parameters \(\d+ differ, the first: [\w.]+\); restore model.train and model.peft, or "
+        r"start a new run: run.name=NEW train.init_from=\S+/step_", said,
+    )  # fmt: skip
     done = runs.run("changed", *SHORT[:3], "train.optimizer_args={amsgrad: true}", expect=2)
     assert "the checkpoint has no max_exp_avg_sq; restore train.optimizer_args" in " ".join(done.stderr.split())

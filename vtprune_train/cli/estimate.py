@@ -36,6 +36,7 @@ from vtprune_train.models.forward.encoder import check_tower
 from vtprune_train.models.io.build import load_any_config, load_model_config, resolve_checkpoint
 from vtprune_train.pruning import CONFIG_KEY, PruningMethod, method_from_settings, saved_settings
 from vtprune_train.pruning.contract import check_method
+from vtprune_train.pruning.describe import in_words
 
 LARGEST = 10**6  # tokens of a sample; planning takes memory for each
 MOST_SAMPLES = 10**9
@@ -60,10 +61,6 @@ def render(result: Estimate, *, published: bool = False) -> str:
 
 def _describe(result: Estimate) -> list[str]:
     geometry, sample = result.decoder, result.sample
-    settings = {key: value for key, value in result.pruning.items() if key != "method" and value is not None}
-    name = result.pruning["method"]
-    if not isinstance(name, str):
-        name = " + ".join(str(part["method"]) for part in name)
     pictures = [
         f"{image.label}: {image.tokens} tokens" + (f" of {image.tiles} {result.unit}" if image.tiles else "")
         for image in sample.images
@@ -72,7 +69,7 @@ def _describe(result: Estimate) -> list[str]:
         "model": f"{result.model} ({result.family})",
         "decoder": f"{geometry.num_layers} layers of width {geometry.hidden}, MLP of {geometry.intermediate}, "
         f"{geometry.heads} heads, {geometry.kv_heads} for keys and values",
-        "pruning": " ".join([name, *(f"{key}={value}" for key, value in settings.items())]),
+        "pruning": in_words(result.pruning),
         "from": result.pruning_from,
         **({"schedule": result.schedule} if result.schedule != "none" else {}),
         "sample": "; ".join([*pictures, f"{sample.text} text tokens; an answer of {sample.answer}"]),

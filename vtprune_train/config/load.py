@@ -248,6 +248,6 @@ def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, str, str]]
     elif isinstance(old, list) and isinstance(new, list) and any(isinstance(item, dict) for item in [*old, *new]):
         pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip_longest(old, new, fillvalue=NOT_SET))]
     else:
-        before, now = (value if value is NOT_SET else repr(value) for value in (old, new))
+        before, now = ("null" if value is None else value if value is NOT_SET else repr(value) for value in (old, new))
         return [] if old == new else [(key, before, now)]
     return [change for name, a, b in pairs for change in differences(a, b, f"{key}.{name}" if key else str(name))]

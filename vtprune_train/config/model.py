@@ -164,10 +164,14 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         parts = self.language_model is not None or self.vision_tower is not None
-        sources = [name for name, is_set in (("path", self.path), ("config", self.config), ("parts", parts)) if is_set]
+        keys = ("path",), ("config",), ("language_model", "vision_tower")
+        sources = [names for names in keys if any(getattr(self, name) is not None for name in names)]
         if len(sources) > 1:
+            named = " and ".join(" with ".join(f"model.{name}" for name in names) for names in sources)
+            nulls = " ".join(f"model.{name}=null" for names in sources[1:] for name in names)
             raise ValueError(
-                f"{' and '.join(sources)} are both set; a model has exactly one source, so set the others to null"
+                f"{named} are {'both' if len(sources) == 2 else 'all'} set; a model has one source: to start from "
+                f"model.{' and model.'.join(sources[0])} set {nulls}"
             )
         if parts and (self.language_model is None or self.vision_tower is None):
             raise ValueError("language_model and vision_tower must be set together")

@@ -129,8 +129,6 @@ def model_config(folder: str) -> PreTrainedConfig:
     Raises:
         ValueError: it does not exist.
     """
-    if not Path(folder).exists() and (folder.startswith(("/", ".", "~")) or folder.count("/") > 1):
-        raise ValueError(f"model {folder}: there is no such folder")
     return load_any_config(folder, f"model {folder}", offline=False)
 
 

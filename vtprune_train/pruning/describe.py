@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from vtprune_train.core.stream import Drop
 from vtprune_train.pruning.base import PruningMethod
@@ -14,6 +15,15 @@ MOST = 10  # maximum number of drops shown on one line
 def title(method: PruningMethod) -> str:
     """The names of a method's parts, for example ``visionzip + plphp``."""
     return " + ".join(part.name for part in method.parts)
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """A method's settings on one line, for example ``fastv keep=0.5 layer=2``."""
+    name = settings["method"]
+    if not isinstance(name, str):
+        name = " + ".join(str(part["method"]) for part in name)
+    values = (f"{key}={value}" for key, value in settings.items() if key != "method" and value is not None)
+    return " ".join([name, *values])
 
 
 def schedule(method: PruningMethod, num_layers: int) -> str:

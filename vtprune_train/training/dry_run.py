@@ -25,7 +25,7 @@ from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
-from vtprune_train.pruning.describe import schedule
+from vtprune_train.pruning.describe import in_words, schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
 from vtprune_train.training.engine.settings import engine_config, zero_stage
@@ -92,7 +92,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     lines = [
         f"run           {config.run_dir}",
         *data,
-        f"pruning       {'none' if method is None else method.settings()}",
+        f"pruning       {'none' if method is None else in_words(method.settings())}",
         *schedule_line,
         f"decoder       {num_layers} layers of width {cost.decoder.hidden}, "
         f"stages of {layers_per_stage(drops, num_layers)} layers",
@@ -221,27 +221,39 @@ def _parameters(config: Config, model: HFModule, stage: int, counted: Parameters
         state = f"trained, learning rate {rate:g}" if rate else "frozen"
         if part == "unused":
             state = "frozen: after the layer whose features are used, so it gets no gradient"
-        lines.append(f"{part:<16}{count / 1e6:>12.2f} M parameters, {state}")
+        lines.append(f"{part:<16}{_millions(count):>14} parameters, {state}")
         total += count
         trained += count if rate else 0
     element = DTYPE_BYTES[config.model.dtype]
     export = (total if config.model.peft is None else trained) * element
     master = (4 * trained if element == 2 or stage else 0) + sum(counted.states_of(counted.groups))
     written = 0 if config.train.export == "never" else export
-    lines.append(f"{'trainable':<16}{trained / 1e6:>12.2f} M of {total / 1e6:.2f} M")
+    size = written + export + master
+    scale, unit = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+    lines.append(f"{'trainable':<16}{_millions(trained):>14} of {_millions(total)}")
     lines.append(
-        f"{'checkpoint':<16}{(written + export + master) / 1e9:>12.3f} GB: export {written / 1e9:.3f}, weights for "
-        f"resuming {export / 1e9:.3f}, optimizer {master / 1e9:.3f}; the last {config.train.keep_last} are kept"
+        f"{'checkpoint':<16}{size / scale:>13.3f} {unit}: export {written / scale:.3f}, weights for resuming "
+        f"{export / scale:.3f}, optimizer {master / scale:.3f}; the last {config.train.keep_last} are kept"
     )
     return lines
 
 
+def _millions(count: int) -> str:
+    """A number of parameters in millions, or in thousands if it is smaller."""
+    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.2f} k"
+
+
+def _most_samples(config: Config) -> int:
+    """Number of samples of ``max_length`` in the largest micro-batch, which is part of a step."""
+    return min(max(1, config.data.max_tokens // config.data.max_length), config.train.global_batch_size)
+
+
 def _largest_micro_batch(config: Config, layout: ImageLayout, drops: Sequence[Drop], num_layers: int) -> MicroBatch:
-    """The largest micro-batch that the limits allow: samples of ``max_length`` up to ``max_tokens``, each with one
-    image of the largest resolution."""
+    """The largest micro-batch that the limits allow: samples of ``max_length`` up to ``max_tokens`` and
+    ``global_batch_size``, each with one image of the largest resolution."""
     largest = max(layout.examples(), key=lambda size: layout.tokens([size]))
     visual = min(layout.tokens([largest])[0], config.data.max_length)
-    count = max(1, config.data.max_tokens // config.data.max_length)
+    count = _most_samples(config)
     text = config.data.max_length - visual
     lengths = stage_lengths(np.full(count, text), np.full(count, visual), np.arange(count), drops).sum(axis=0)
     layers = tuple(layers_per_stage(drops, num_layers))
@@ -252,7 +264,7 @@ def _largest_micro_batch(config: Config, layout: ImageLayout, drops: Sequence[Dr
 def _worst_micro_batch(
     config: Config, layout: ImageLayout, drops: Sequence[Drop], cost: TrainingCost, batch: MicroBatch
 ) -> list[str]:
-    count = max(1, config.data.max_tokens // config.data.max_length)
+    count = _most_samples(config)
     text, visual = np.full(count, batch.rows // count), np.full(count, batch.visual // count)
     lengths = stage_lengths(text, visual, np.arange(count), drops)
     flops = cost.sample(lengths, batch.layers, np.full(count, batch.tiles // count), text).sum()
@@ -268,11 +280,12 @@ def _memory(config: Config, estimate: Estimate, gpus: int, memory: float | None)
     """Memory per GPU for the worst micro-batch, and the level of recomputation that fits."""
     level = config.train.activation_checkpointing
     prediction = estimate.at(level)
+    scale, unit = prediction.unit
     lines = [
         f"estimated memory per GPU, {gpus} GPU(s) (set by --gpus): the worst micro-batch (not the first of its step), "
         f"ZeRO stage {estimate.zero.stage}, train.activation_checkpointing={level}",
         *prediction.lines(),
-        f"  {'peak':<34}{prediction.peak / GIB:>9.2f} GiB, in {prediction.phase}",
+        f"  {'peak':<36}{prediction.peak / scale:>9.2f} {unit}, in {prediction.phase}",
     ]
     if memory is None:
         return [*lines, "  pass --memory GiB to see which train.activation_checkpointing fits"]

@@ -9,6 +9,7 @@ from tests.support.model_parts import TEXT_TYPES, built, from_parts, save_parts
 from vtprune_train.config.model import ModelConfig
 from vtprune_train.models.io.build import build_model, parts_of, resolve_checkpoint, saved_pruning, set_trainable
 from vtprune_train.models.io.processors import build_processor
+from vtprune_train.models.io.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("text_type", TEXT_TYPES)
@@ -83,8 +84,30 @@ def test_checkpoint_folder_round_trip(tmp_path):
     assert saved_pruning(str(tmp_path)) is None
 
 
+def test_a_wrong_path_is_not_blamed_on_the_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model().config.save_pretrained("w/models/llava")
+
+    def error_of(path):
+        with pytest.raises(ValueError) as caught:
+            load_tokenizer(ModelConfig(path=path), list, tmp_path / "none")
+        return str(caught.value)
+
+    assert error_of("w/models/lava") == (
+        f"model.path=w/models/lava: no such folder here (working directory {tmp_path}), and the name is not a Hub id; "
+        "did you mean w/models/llava?"
+    )
+    assert "the name cannot be loaded from the Hub (" in error_of("models/lava")
+    assert error_of("w/models") == (
+        "model.path=w/models: this folder has no config.json; these folders in it do: w/models/llava"
+    )
+    without_tokenizer = error_of("w/models/llava")
+    assert "no readable tokenizer in w/models/llava (" in without_tokenizer
+    assert without_tokenizer.endswith("; set model.tokenizer")
+
+
 def test_wrong_origins_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"model.vision_tower.*no readable config.json"):
+    with pytest.raises(ValueError, match=r"model.vision_tower.*no such folder here"):
         save_parts(tmp_path)
         built(from_parts(tmp_path).model_copy(update={"vision_tower": str(tmp_path / "nowhere")}), tmp_path)
     with pytest.raises(ValueError, match="is a llama; use a CLIP vision tower"):

@@ -346,7 +346,7 @@ def test_the_original_code_s_folder_has_no_place_for_them(tmp_path, caplog, caps
 
 def test_a_dry_run_counts_them():
     report = describe(load_config("quickstart.yaml", ["pruning.method=victor", "pruning.registers=1000"]))
-    [line] = [line for line in report.splitlines() if line.startswith("pruning ") and "M parameters" in line]
+    [line] = [line for line in report.splitlines() if line.startswith("pruning ") and " parameters, " in line]
     assert "trained, learning rate 0.0015" in line
 
 

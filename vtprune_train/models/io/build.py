@@ -13,7 +13,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from vtprune_train.config.errors import nearest_name
 from vtprune_train.config.model import ModelConfig
 from vtprune_train.files import pickles
 from vtprune_train.models import HFModule
@@ -170,7 +172,7 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
             _check_type(name)
         config = None if is_original else AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{place}: no readable config.json there or on the hub ({first_line(error)})") from error
+        raise ValueError(f"{place}: {_no_config(name, error)}") from error
     if config is None:
         raise ValueError(
             f"{place}: this is a checkpoint of the original LLaVA code; convert it to a Hugging Face folder first: "
@@ -178,6 +180,25 @@ def load_any_config(name: str, place: str, offline: bool) -> PreTrainedConfig:
         )
     check_attention(name, place)
     return config
+
+
+def _no_config(name: str, error: Exception) -> str:
+    """Why there is no config in a folder or on the hub, with a suggestion."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return f"no readable config.json there ({first_line(error)})"
+    if folder.is_dir():
+        inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+        return "this folder has no config.json" + (f"; these folders in it do: {', '.join(inside)}" if inside else "")
+    nearest = nearest_name(folder.name, (path.name for path in folder.parent.glob("*") if path.is_dir()), cutoff=0.6)
+    hint = f"; did you mean {folder.parent / nearest}?" if nearest else ""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        hub = "is not a Hub id"
+    else:
+        hub = f"cannot be loaded from the Hub ({first_line(error)})"
+    return f"no such folder here (working directory {Path.cwd()}), and the name {hub}{hint}"
 
 
 def _check_type(name: str) -> None:

@@ -32,20 +32,23 @@ def load_tokenizer(
         offline: do not access the hub (dry runs).
 
     Raises:
-        ValueError: there is no tokenizer, or it does not fit the family.
+        ValueError: there is no config or no tokenizer, or they do not fit each other.
     """
+    model_config = load_model_config(config, offline=offline)
     source = config.tokenizer or (resolve_checkpoint(config.path) if config.path else config.language_model)
     if source is not None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"no readable tokenizer in {source} ({first_line(error)}); set model.tokenizer") from error
+            way_out = "correct" if config.tokenizer else "set"
+            raise ValueError(
+                f"no readable tokenizer in {source} ({first_line(error)}); {way_out} model.tokenizer"
+            ) from error
     elif folder.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     else:
         assert config.config is not None
         tokenizer = train_tokenizer(texts(), vocab_size=int(config.config.get("text_config", {})["vocab_size"]))
-    model_config = load_model_config(config, offline=offline)
     _ensure_image_token(tokenizer, *family_of_config(model_config), str(source))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

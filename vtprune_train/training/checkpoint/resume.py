@@ -77,8 +77,10 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     if "pruning" in known:
         known["pruning"] = _completed(known["pruning"], checkpoint)
     if changed := differences(_with_reader_names(known), _with_reader_names(json.loads(json.dumps(identity)))):
+        if any(key == "pruning.method" for key, _, _ in changed):  # other settings belong to their methods
+            changed = [line for line in changed if line[0] == "pruning.method" or not line[0].startswith("pruning.")]
         lines = [
-            f"{checkpoint} was trained with other settings, which would change the samples of each step:",
+            f"{checkpoint} was trained with other settings, which would change what its steps compute:",
             *(f"  {key}: checkpoint {before}, now {now}" for key, before, now in changed),
             f"Restore them, or start a new run from its weights: run.name=NEW train.init_from={checkpoint}",
         ]
@@ -129,7 +131,7 @@ def load(engine: Engine, checkpoint: Path) -> TrainerState:
     if _written_alike(state, now, engine, checkpoint):
         engine.load_files(checkpoint, TAG, strict=not holds_only_trained(engine.module))
     else:
-        if ranks.rank() == 0:
+        if ranks.rank() == 0 and (state.world_size, state.zero_stage, state.dtype) != now:
             log.warning(
                 "%s was written by %d rank(s) with ZeRO %d in %s; distributing its state to %d with ZeRO %d in %s",
                 checkpoint, state.world_size, state.zero_stage, state.dtype or "an unknown dtype", *now,
@@ -160,12 +162,13 @@ def _all_there(checkpoint: Path) -> None:
 
 def _agree(act: Callable[[], None]) -> None:
     """Run ``act``, which uses no collectives, on every rank. If it fails on any, raise an error on all ranks that names
-    the failed ones."""
+    the failed ones, unless all failed alike."""
     error: Exception | None = None
     try:
         act()
     except Exception as caught:
         error = caught
-    errors = ranks.gather("" if error is None else f"{type(error).__name__}: {error}")
+    message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    errors = ranks.gather("" if error is None else message)
     if any(errors):
-        raise ValueError(joined(errors)) from error
+        raise ValueError(errors[0] if len(set(errors)) == 1 else joined(errors)) from error

@@ -65,9 +65,15 @@ def _check(layout: Layout, saved: SavedState, source: Path) -> None:
     names = {*layout.shapes, *saved.shapes}
     if differing := sorted(name for name in names if layout.shapes.get(name) != saved.shapes.get(name)):
         name = differing[0]
+        new_run = f"or start a new run: run.name=NEW train.init_from={source}"
+        if name in layout.shapes and name in saved.shapes:
+            raise ValueError(
+                f"{source} has parameters of other shapes ({len(differing)} differ, the first: {name}, "
+                f"{saved.shapes[name]} in the checkpoint, now {layout.shapes[name]}); restore model.*, {new_run}"
+            )
         raise ValueError(
-            f"{source} was trained with other parameters: {len(differing)} differ, the first is {name} "
-            f"(shape in the checkpoint {saved.shapes.get(name)}, now {layout.shapes.get(name)}); restore model.*"
+            f"{source} trains other parameters ({len(differing)} differ, the first: {name}); restore model.train and "
+            f"model.peft, {new_run}"
         )
 
 

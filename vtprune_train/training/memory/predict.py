@@ -449,6 +449,11 @@ class Prediction:
             return "the optimizer's step"
         return f"the backward pass ({self.activations.where})"
 
+    @property
+    def unit(self) -> tuple[int, str]:
+        """Bytes of the unit of the table, and its name: MiB if the peak is below 10 GiB."""
+        return (GIB, "GiB") if self.peak >= 10 * GIB else (GIB // 1024, "MiB")
+
     def lines(self) -> list[str]:
         """A table of memory by kind."""
         states, saved = self.states, self.activations
@@ -464,10 +469,11 @@ class Prediction:
             (f"temporaries of {saved.where}", saved.working),
             ("temporaries of the optimizer step", sum(states.step)),
         ]
-        lines = [f"  {name:<34}{size / GIB:>9.2f} GiB" for name, size in rows]
-        lines[6] += f": {' / '.join(f'{size / GIB:.2f}' for size in saved.stages)}"
+        scale, unit = self.unit
+        lines = [f"  {name:<36}{size / scale:>9.2f} {unit}" for name, size in rows]
+        lines[6] += f": {' / '.join(f'{size / scale:.2f}' for size in saved.stages)}"
         for name, size in (("host memory, offloaded", states.host), ("pinned host memory for saves", self.pinned)):
-            lines += [f"  {name:<34}{size / GIB:>9.2f} GiB"] if size else []
+            lines += [f"  {name:<36}{size / scale:>9.2f} {unit}"] if size else []
         return lines
 
 
