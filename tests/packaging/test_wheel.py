@@ -161,4 +161,4 @@ def test_a_command_without_its_extra_says_what_to_install(core, tmp_path, comman
 
 def test_help_needs_no_extra(core, tmp_path):
     assert "quickstart" in call(core / "vtprune", "--help", cwd=tmp_path).stdout
-    assert "Largest gradient norm" in call(core / "vtprune", "train", "--help", "train.clip", cwd=tmp_path).stdout
+    assert "Maximum gradient norm" in call(core / "vtprune", "train", "--help", "train.clip", cwd=tmp_path).stdout

@@ -178,7 +178,7 @@ def test_options_that_need_an_export_say_so(runs, exported_last, capsys):
     checkpoint = runs.directory("last") / "checkpoints" / "step_00000002"
     command = ["export", "--model", str(checkpoint), "--out", str(runs.folder / "no"), "--dtype", "float16"]
     assert main(command) == 2
-    assert "holds no hf/: export it without --dtype first" in capsys.readouterr().err
+    assert "has no hf/: export it without --dtype first" in capsys.readouterr().err
 
 
 def test_checkpoints_of_every_trained_family(tmp_path):
