@@ -342,7 +342,7 @@ def test_a_method_of_the_earlier_contract_is_told_what_to_write(own, source, ret
     (own / "old.py").write_text(OLD)
     method = method_from_settings({"method": "old.py:Decorated", "keep": 0.25})
     assert method.name == "decorated" and check_method(method, 4) is None
-    with pytest.raises(ValueError, match="keep=True does not fit"):
+    with pytest.raises(ValueError, match="keep=True is invalid"):
         type(method)(keep=True)
     with pytest.raises(FrozenInstanceError):
         method.keep = 0.5

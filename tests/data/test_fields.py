@@ -105,7 +105,7 @@ REFUSED_TURNS = [
     (with_content({"type": "input_audio", "input_audio": {"data": "UklG"}}), "'input_audio'"),
     (with_content({"type": "text", "text": "hi", "video": "a.mp4"}), "'video'"),
     (with_content({"type": "image_url", "image_url": {"url": "https://x/a.png"}}), "'https://x/a.png' is not a local"),
-    (with_content({"type": "image", "image": "a.png"}, {"type": "image"}), "2 <image>, but only 1 of them have"),
+    (with_content({"type": "image", "image": "a.png"}, {"type": "image"}), "only 1 of their parts contain an image"),
     ({**with_content({"type": "image", "image": "a.png"}), "images": ["b.png"]}, "in the parts of its turns differ"),
     ({**with_content({"type": "image", "index": 1}), "images": ["a.png"]}, "have the image indices [1]"),
     ({"conversations": say("<video>\nwhat ?", "it rains")}, "its text contains <video>"),

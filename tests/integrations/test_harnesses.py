@@ -162,7 +162,7 @@ def test_lmms_eval_honours_every_generation_setting(asked, keywords, stops):
         ({"num_return_sequences": 2}, "generation_kwargs num_return_sequences=2 is not supported"),
         ({"max_agentic_steps": 3}, "generation_kwargs max_agentic_steps=3 is not supported"),
         ({"temperature_": 1}, "generation_kwargs temperature_=1 is not supported"),
-        ({"image_aspect_ratio": "pad"}, "--gen_kwargs image_aspect_ratio=original overrides"),
+        ({"image_aspect_ratio": "pad"}, "--gen_kwargs image_aspect_ratio=original to override"),
         ({"visual_cot": True}, "generation_kwargs visual_cot=True"),
     ],
 )

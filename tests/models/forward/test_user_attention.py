@@ -10,8 +10,8 @@ import torch
 from tests.support.families import BATCH, family_inputs, family_model
 from tests.support.runner import Runs, assert_same_metrics
 from vtprune_train import PyramidDrop, prune, unprune
+from vtprune_train.config.errors import ConfigError
 from vtprune_train.config.load import load_config
-from vtprune_train.config.settings import ConfigError
 
 ATTENTION = '''
 """Explicit softmax in float64 over the keys of each segment."""

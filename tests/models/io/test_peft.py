@@ -255,7 +255,7 @@ def test_an_adapter_is_continued_or_folded_in_by_a_new_run(base, tmp_path):
     assert torch.equal(logits(opened), logits(parts.model)), "projector and tower of the run before are not lost"
     assert torch.equal(logits(started(more).model), expected)
     other = more.model.model_copy(update={"peft": more.model.peft.model_copy(update={"r": 2})})
-    with pytest.raises(ValueError, match=r"model.peft.r: there 4, here 2.*--merge"):
+    with pytest.raises(ValueError, match=r"model.peft.r: saved 4, now 2.*--merge"):
         started(more.model_copy(update={"model": other, "run": more.run.model_copy(update={"name": "other"})}))
     whole = with_saved_settings(Config(model={"dtype": "float32"}, **again))
     assert close(logits(started(whole).model), expected)

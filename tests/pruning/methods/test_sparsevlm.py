@@ -401,7 +401,7 @@ def replace_drop(method, plan):
         ({"mass": 0.8, "count": "rank"}, "mass=0.8 has no effect with count=rank; use count=mass"),
         ({"keep": (0.5, 0.2)}, "set layers too"),
         ({"keep": (0.2, 0.5, 0.1)}, "increases"),
-        ({"layers": (3, 2, 5)}, "must increase"),
+        ({"layers": (3, 2, 5)}, "must be increasing"),
         ({"layers": (3, 5)}, "has 2 entries but keep has 3"),
         ({"scale": 1.5}, "scale=1.5 is not in"),
         ({"mass": 0.0}, "mass=0.0 is not in"),

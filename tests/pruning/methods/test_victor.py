@@ -79,5 +79,5 @@ def test_wrong_settings(settings_, said):
 
 
 def test_no_layer_left():
-    with pytest.raises(ValueError, match=r"layers=6: .* all 6 layers .* use at most 5"):
+    with pytest.raises(ValueError, match=r"layers=6: .* all 6 decoder layers; use at most 5"):
         Victor(layers=6).drops(6)
