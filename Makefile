@@ -1,7 +1,7 @@
 # make quickstart   train a tiny model on synthetic images with two CPU ranks: a few minutes
 # make compare      train the same model with PyramidDrop and dense, side by side
 # make test         run the tests; `make ecosystem` adds those with TRL, PEFT, lmms-eval and others
-# make test-fast    run only the fast tests, before every commit: under 3 minutes
+# make test-fast    run only the fast tests, before every commit: a few minutes
 # make test-floor   run the version-dependent tests with the oldest supported versions, in .venv-floor (5 GB with CUDA)
 # make gpu          on a machine with a GPU: run the tests that need one, then scripts/gpu_check.py (under 7 minutes)
 # make settings     write docs/settings.md and the comments of configs/ from the descriptions of the settings
