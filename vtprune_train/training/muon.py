@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Shard:
     """``numel`` elements of a flattened matrix that ``rank`` stores at ``offset`` of its flat tensor."""
 
     rank: int
@@ -31,19 +31,19 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in a flat tensor: its shape and its stretches, in order, at most one per rank."""
+    """A matrix in a flat tensor: its shape and its shards, in order, at most one per rank."""
 
     shape: torch.Size
-    stretches: tuple[Stretch, ...]
+    shards: tuple[Shard, ...]
 
     def __post_init__(self) -> None:
-        holders = [stretch.rank for stretch in self.stretches]
-        assert holders == sorted(set(holders)), "stretches must be in the order of ranks"
-        assert sum(stretch.numel for stretch in self.stretches) == self.shape.numel()
+        holders = [shard.rank for shard in self.shards]
+        assert holders == sorted(set(holders)), "shards must be in the order of ranks"
+        assert sum(shard.numel for shard in self.shards) == self.shape.numel()
 
-    def of_rank(self, rank: int) -> Stretch:
-        """The stretch of a rank; empty if it has none."""
-        return next((stretch for stretch in self.stretches if stretch.rank == rank), Stretch(rank, 0, 0))
+    def of_rank(self, rank: int) -> Shard:
+        """The shard of a rank; empty if it has none."""
+        return next((shard for shard in self.shards if shard.rank == rank), Shard(rank, 0, 0))
 
 
 class Muon(torch.optim.Optimizer):
@@ -128,10 +128,10 @@ class Muon(torch.optim.Optimizer):
         moved, flat = update.to(self._device), update.to(self._device).view(-1)
         split = []
         for matrix in self._matrices[tensor]:
-            if len(matrix.stretches) > 1:
+            if len(matrix.shards) > 1:
                 split.append(matrix)
-            elif (stretch := matrix.stretches[0]).rank == _rank():
-                whole = flat.narrow(0, stretch.offset, stretch.numel).view(matrix.shape)
+            elif (shard := matrix.shards[0]).rank == _rank():
+                whole = flat.narrow(0, shard.offset, shard.numel).view(matrix.shape)
                 whole.copy_(self._orthogonalized(whole))
         world_size = dist.get_world_size() if split else 1
         for first in range(0, len(split), world_size):
@@ -139,12 +139,12 @@ class Muon(torch.optim.Optimizer):
         update.copy_(moved)
 
     def _exchange(self, flat: Tensor, matrices: Sequence[Matrix]) -> None:
-        """Orthogonalize at most one split matrix per rank: each rank collects the stretches of its matrix, and sends
+        """Orthogonalize at most one split matrix per rank: each rank collects the shards of its matrix, and sends
         the results back."""
         rank, world_size = _rank(), dist.get_world_size()
-        stretches = [matrix.of_rank(rank) for matrix in matrices]
-        sizes = [stretch.numel for stretch in stretches] + [0] * (world_size - len(matrices))
-        parts = [flat.narrow(0, stretch.offset, stretch.numel) for stretch in stretches]
+        shards = [matrix.of_rank(rank) for matrix in matrices]
+        sizes = [shard.numel for shard in shards] + [0] * (world_size - len(matrices))
+        parts = [flat.narrow(0, shard.offset, shard.numel) for shard in shards]
         sizes_here = [0] * world_size
         if rank < len(matrices):
             sizes_here = [matrices[rank].of_rank(other).numel for other in range(world_size)]

@@ -16,7 +16,7 @@ from vtprune_train.training import distributed as ranks
 from vtprune_train.training.engine import gradients, reshard, state
 from vtprune_train.training.engine.files import SavedState
 from vtprune_train.training.engine.layout import Layout, flat_tensors, layout_of
-from vtprune_train.training.muon import Matrix, Muon, Stretch
+from vtprune_train.training.muon import Matrix, Muon, Shard
 from vtprune_train.training.optimizer import OptimizerSpec, bytes_per_element
 
 
@@ -182,16 +182,16 @@ class Engine:
 
     def _matrices(self) -> dict[Tensor, list[Matrix]]:
         """The matrices that Muon orthogonalizes, by this rank's float32 tensors."""
-        stretches: dict[tuple[int, str], list[Stretch]] = {}
+        shards: dict[tuple[int, str], list[Shard]] = {}
         shapes = self.layout().shapes
         for rank, pieces in enumerate(ranks.gather(self.layout().pieces)):
             if self.zero_stage or rank == ranks.rank():  # at stage 0 every rank has whole matrices
                 for piece in pieces:
                     if self._groups[piece.name].get("muon"):
-                        stretch = Stretch(rank, piece.numel, piece.offset)
-                        stretches.setdefault((piece.flat, piece.name), []).append(stretch)
+                        shard = Shard(rank, piece.numel, piece.offset)
+                        shards.setdefault((piece.flat, piece.name), []).append(shard)
         matrices: dict[Tensor, list[Matrix]] = {}
         flats = flat_tensors(self._deepspeed.optimizer)
-        for (number, name), parts in sorted(stretches.items()):
+        for (number, name), parts in sorted(shards.items()):
             matrices.setdefault(flats[number], []).append(Matrix(torch.Size(shapes[name]), tuple(parts)))
         return matrices
