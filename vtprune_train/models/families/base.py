@@ -25,7 +25,7 @@ Part = TypeVar("Part")
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # language models
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-VIDEO = "videos are not dropped yet; pass their frames as images"
+NO_VIDEO = "it has no video tokens; pass the frames of a video as images"
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class Family:
         image_lengths: number of tokens of each entry of ``get_image_features(...).pooler_output``, in placeholder
             order.
         grids: ``(config, inputs of get_image_features) ->`` the grids of each of these entries; empty if unknown.
+        videos: ``(config, inputs of get_video_features) ->`` the grids and the number of steps in time of each entry of
+            ``get_video_features(...).pooler_output``; grids are empty if unknown.
         patches: ``(config, inputs of get_image_features) ->`` the tower patches of each of these entries, for methods
             that read the tower's attention.
         run_is_one_image: all entries in a contiguous run of image tokens are tiles of one image.
@@ -119,6 +121,7 @@ class Family:
     image_lengths: Callable[[Sequence[Any]], list[int]] = lambda images: [len(tokens) for tokens in images]
     grids: Callable[[Any, Mapping[str, Any]], list[Grids]] = lambda config, inputs: []
     patches: Callable[[Any, Mapping[str, Any]], list[TokenPatches]] | Lacks = Lacks("it cannot be read for this family")
+    videos: Callable[[Any, Mapping[str, Any]], list[tuple[Grids, int]]] | Lacks = Lacks(NO_VIDEO)
     run_is_one_image: bool = False
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, Qwen2Config, SiglipVisionConfig
 
-from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
+from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
 from vtprune_train.models.families.layout import (
     NEWLINE,
@@ -172,6 +172,18 @@ def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
     return [grids for sizes in _samples(inputs, inputs["image_sizes"].tolist()) for grids in layout.grids(sizes)]
 
 
+def _pooled(vision: Any) -> int:
+    """Rows (and columns) of a frame's tokens: half as many as patches, rounded up."""
+    return -(-(vision.image_size // vision.patch_size) // 2)
+
+
+def _videos(config: Any, inputs: Mapping[str, Any]) -> list[tuple[Grids, int]]:
+    """For each video, one grid of pooled tokens for each frame, and the newline token at the end."""
+    number, frames = inputs["pixel_values_videos"].shape[:2]
+    side = _pooled(config.vision_config)
+    return [(((side, side),) * frames + ((1, 1),), frames)] * number
+
+
 def _patches(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
     layout = OneVision.of(config)
     return [patches for sizes in _samples(inputs, inputs["image_sizes"].tolist()) for patches in layout.patches(sizes)]
@@ -202,7 +214,7 @@ FAMILY = Family(
     counting=_counting,
     flops=tile_tower,
     known={"llava-hf/llava-onevision-qwen2-7b-ov-hf": _llava_onevision_7b},
-    refused=(("pixel_values_videos", VIDEO),),
+    videos=_videos,
     loop=Loop(
         layout=lambda config, _: OneVision.of(config),
         image_processor=_image_processor,

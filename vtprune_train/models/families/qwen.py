@@ -158,14 +158,27 @@ def merged_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
     return [((rows // merge, columns // merge),) for _, rows, columns in inputs["image_grid_thw"].tolist()]
 
 
+def merged_videos(config: Any, inputs: Mapping[str, Any]) -> list[tuple[Grids, int]]:
+    """For each video, one grid of merged patches for each step in time."""
+    merge = config.vision_config.spatial_merge_size
+    return [
+        (((rows // merge, columns // merge),) * steps, steps)
+        for steps, rows, columns in inputs["video_grid_thw"].tolist()
+    ]
+
+
 def rope_index(base: HFModule, inputs: dict[str, Any]) -> Tensor:
-    """[3, B, L] positions from ``input_ids``, ``image_grid_thw`` and ``attention_mask``."""
+    """[3, B, L] positions from ``input_ids``, ``attention_mask``, ``image_grid_thw``, ``video_grid_thw`` and
+    ``second_per_grid_ts``; the last three may be missing."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    seconds = inputs.get("second_per_grid_ts")
     return base.get_rope_index(
         input_ids=ids,
-        mm_token_type_ids=(ids == base.config.image_token_id).int(),
-        image_grid_thw=inputs["image_grid_thw"],
+        mm_token_type_ids=(ids == base.config.image_token_id).int() + 2 * (ids == base.config.video_token_id).int(),
+        image_grid_thw=inputs.get("image_grid_thw"),
+        video_grid_thw=inputs.get("video_grid_thw"),
         attention_mask=None if mask is None else mask[:, mask.shape[1] - ids.shape[1] :],
+        **({} if seconds is None else {"second_per_grid_ts": seconds}),
     )[0]
 
 

@@ -8,9 +8,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 
 from vtprune_train.core.flops import PatchTowerGeometry
 from vtprune_train.core.stream import IMAGE
-from vtprune_train.models.families.base import VIDEO, Family, Loop
+from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.qwen import MergedPatches, merged_grids, patch_tower, rope_index
+from vtprune_train.models.families.qwen import MergedPatches, merged_grids, merged_videos, patch_tower, rope_index
 from vtprune_train.models.families.towers import SavedByTower
 
 
@@ -80,7 +80,7 @@ FAMILY = Family(
     grids=merged_grids,
     flops=_flops,
     three_part_positions=rope_index,
-    refused=(("pixel_values_videos", VIDEO),),
+    videos=merged_videos,
     known={"Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl_7b},
     loop=Loop(
         layout=MergedPatches.of,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vtprune_train.core.flops import PatchTowerGeometry
-from vtprune_train.models.families.base import VIDEO, Family
-from vtprune_train.models.families.qwen import MergedPatches, merged_grids, patch_tower, rope_index
+from vtprune_train.models.families.base import Family
+from vtprune_train.models.families.qwen import MergedPatches, merged_grids, merged_videos, patch_tower, rope_index
 
 
 def _flops(config: Any) -> PatchTowerGeometry:
@@ -24,5 +24,5 @@ FAMILY = Family(
     geometry=MergedPatches.of,
     flops=_flops,
     three_part_positions=rope_index,
-    refused=(("pixel_values_videos", VIDEO),),
+    videos=merged_videos,
 )
