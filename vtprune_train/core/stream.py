@@ -324,6 +324,9 @@ class PackedBatch:
         positions: [parts, T] int64 multi-dimensional position ids (M-RoPE) that are never renumbered; ``None`` if
             positions are plain token indices per segment.
         teacher: the pruned teacher pass of a full-token step; otherwise ``None``.
+        video_pixels: [1, frames, 3, height, width] float32, the frames of all videos in families whose videos have
+            features of their own, which are indexed after those of the images; one blank frame if no sample has a
+            video. ``None`` if the run has no videos or the family treats them like images.
     """
 
     input_ids: Tensor
@@ -341,6 +344,7 @@ class PackedBatch:
     image_inputs: dict[str, Any] | None = None
     positions: Tensor | None = None
     teacher: TeacherPass | None = None
+    video_pixels: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy every tensor to ``device`` without synchronizing (see :func:`to_device`)."""

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vtprune_train.core.flops import PatchTowerGeometry, TowerGeometry
-from vtprune_train.core.stream import IMAGE
+from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import Grids, ImageGeometry, ImageLayout, Size, TokenPatches
 from vtprune_train.models.families.places import Places
 from vtprune_train.models.families.towers import SavedByTower
+from vtprune_train.models.families.videos import VideoSettings
 
 Part = TypeVar("Part")
 
@@ -61,6 +62,8 @@ class Loop:
         untrained: ``(config, name) -> bool``, whether a parameter of the tower gets no gradient; by default, none.
         image_token: the image token in the vocabulary.
         placeholder: text of an image in a prompt; ``<image>`` in it is the image token.
+        videos: how videos are sampled and prepared by default; the layout then takes videos.
+        video_token: the video token in the vocabulary.
         needs_checkpoint: the model cannot be built from parts or from sizes in the YAML.
     """
 
@@ -73,6 +76,8 @@ class Loop:
     untrained: Callable[[Any, str], bool] = lambda config, name: False
     image_token: str = IMAGE
     placeholder: str = IMAGE
+    videos: VideoSettings | Lacks = Lacks(NO_VIDEO)
+    video_token: str = VIDEO
     needs_checkpoint: bool = False
 
 

@@ -10,7 +10,7 @@ from vtprune_train.core.flops import PatchTowerGeometry
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.qwen import MergedPatches, merged_grids, merged_videos, patch_tower, rope_index
+from vtprune_train.models.families.qwen import FRAMES_OF_ANY_SIZE, MergedPatches, merged_grids, merged_videos, patch_tower, rope_index
 from vtprune_train.models.families.towers import SavedByTower
 
 
@@ -91,6 +91,8 @@ FAMILY = Family(
         projector=("model.visual.merger.",),
         image_token="<|image_pad|>",
         placeholder=f"<|vision_start|>{IMAGE}<|vision_end|>",
+        videos=FRAMES_OF_ANY_SIZE,
+        video_token="<|video_pad|>",
         needs_checkpoint=True,
     ),
 )

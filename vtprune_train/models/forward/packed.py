@@ -96,6 +96,15 @@ def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
 
 def _feature_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     """[features, C], the feature table indexed by ``batch.visual_index``."""
+    images = _image_table(self, batch, dtype)
+    if batch.video_pixels is None:
+        return images
+    videos = self.get_video_features(batch.video_pixels.to(dtype), return_dict=True).pooler_output
+    return torch.cat([images, *videos])
+
+
+def _image_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
+    """[features, C], the features of all images."""
     pixels = batch.pixel_values.to(dtype)
     if batch.image_inputs is None:
         features = _tile_features(self, pixels)
