@@ -76,6 +76,18 @@ TokenPatches = tuple[np.ndarray, int]
 tiles."""
 
 
+@dataclass(frozen=True)
+class VideoHeader:
+    """What a video's file says about it: the size of its frames in pixels (after rotation), the number of frames, the
+    mean frames per second, and the duration in seconds."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    duration: float
+
+
 @dataclass
 class SampleImages:
     """The images and videos of one sample, in the order of their placeholders: their sizes, and the vision tower's input
