@@ -248,8 +248,8 @@ class TrainingCost:
         return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
     def vision(self, tiles: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
-        """[images] FLOPs of the tower and the projector in :meth:`sample`. ``frames`` [images] is the number of steps in
-        time of each video, which do not attend to each other in the tower; 0 for an image."""
+        """[images] FLOPs of the tower and the projector in :meth:`sample`. ``frames`` [images] is the number of steps
+        in time of each video, which do not attend to each other in the tower; 0 for an image."""
         assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
         steps = np.ones(len(tiles)) if frames is None else np.maximum(frames, 1)
         count = np.asarray(tiles, dtype=np.float64)

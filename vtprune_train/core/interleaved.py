@@ -18,7 +18,8 @@ from vtprune_train.core.stream import Boundary
 
 
 class Rows(NamedTuple):
-    """The rows of a stage: ``text`` [T - V] int64 ascending, and ``visual`` [V] int64 in the order of the candidates."""
+    """The rows of a stage: ``text`` [T - V] int64 ascending, and ``visual`` [V] int64 in the order of the
+    candidates."""
 
     text: Tensor
     visual: Tensor
@@ -28,10 +29,7 @@ def locate(boundary: Boundary, rows: Rows) -> Boundary:
     """The boundary with the rows of its stage."""
     assert boundary.scored_shift is not None, "the rows of this boundary are known on the host"
     return dataclasses.replace(
-        boundary,
-        text_rows=rows.text,
-        visual_rows=rows.visual,
-        visual_in_scored=rows.visual + boundary.scored_shift,
+        boundary, text_rows=rows.text, visual_rows=rows.visual, visual_in_scored=rows.visual + boundary.scored_shift
     )
 
 

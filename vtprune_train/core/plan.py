@@ -120,8 +120,9 @@ def divided(segments: Sequence[SegmentLayout], per: str, chooses_keys: bool) -> 
         return segments
 
     def spans(segment: SegmentLayout) -> tuple[ImageSpan, ...]:
-        whole = ((span,) if per == "video" and not (chooses_keys and span.runs) else span.steps() for span in segment.spans)
-        return tuple(chain.from_iterable(whole))
+        whole = [per == "video" and not (chooses_keys and span.runs) for span in segment.spans]
+        parts = ((span,) if kept else span.steps() for span, kept in zip(segment.spans, whole, strict=True))
+        return tuple(chain.from_iterable(parts))
 
     return [dataclasses.replace(segment, spans=spans(segment)) for segment in segments]
 

@@ -16,7 +16,7 @@ from vtprune_train.models.families.layout import VideoHeader
 SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def folder_header(folder: Path, *, fps: float, max_pixels: int, name: str) -> VideoHeader:
+def folder_header(folder: Path | tuple[Path, ...], *, fps: float, max_pixels: int, name: str) -> VideoHeader:
     """See :func:`~vtprune_train.data.videos.video_header`. Only the first image's size is read."""
     files = _frames(folder, name)
     height, width = _first_size(files, max_pixels, name)
@@ -24,7 +24,7 @@ def folder_header(folder: Path, *, fps: float, max_pixels: int, name: str) -> Vi
 
 
 def folder_frames(
-    folder: Path, indices: Sequence[int], header: VideoHeader, *, max_pixels: int, name: str
+    folder: Path | tuple[Path, ...], indices: Sequence[int], header: VideoHeader, *, max_pixels: int, name: str
 ) -> np.ndarray:
     """See :func:`~vtprune_train.data.videos.load_frames`. Images of different sizes raise
     :class:`~vtprune_train.data.videos.UnreadableVideo`."""
@@ -41,8 +41,10 @@ def folder_frames(
     return frames
 
 
-def _frames(folder: Path, name: str) -> list[Path]:
-    """The images in a folder, in natural order."""
+def _frames(folder: Path | tuple[Path, ...], name: str) -> list[Path]:
+    """The images in a folder, in natural order, or the listed ones."""
+    if isinstance(folder, tuple):
+        return list(folder)
     try:
         files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
     except OSError as error:

@@ -31,9 +31,9 @@ from vtprune_train.data.selection import NAMED, Selection, select
 from vtprune_train.data.sources import find_files
 from vtprune_train.data.sources.base import BOUNDS, Bounds
 from vtprune_train.data.table import open_table
-from vtprune_train.files.disk import locked
 from vtprune_train.data.visuals import VisualFile
-from vtprune_train.models.families.layout import ImageLayout, Size
+from vtprune_train.files.disk import locked
+from vtprune_train.models.families.layout import ImageLayout, Visual
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,15 @@ def build_index(
     selections = []
     with locked(cache_dir / "index.lock"):
         for number, source in enumerate(sources):
-            settings = source.images, source.prompt, source.ignore, max_image_pixels, bounds, source.reader, source.videos
+            settings = (
+                source.images,
+                source.prompt,
+                source.ignore,
+                max_image_pixels,
+                bounds,
+                source.reader,
+                source.videos,
+            )
             measure = Measure(encoder, layout, *settings)
             # The name depends on the settings, not on the content of the files, so a changed file replaces its table.
             content = json.dumps([VERSION, str(source.path.resolve()), measure.fingerprint()], sort_keys=True)

@@ -133,7 +133,9 @@ class Measure:
         except ValueError as error:
             return Measured(state=BAD, error=str(error))
         sizes = [visual.size if isinstance(visual, Clip) else visual for visual in visuals]
-        spans = [(*size, of.count, of.tiles, of.frames) for size, of in zip(sizes, every, strict=True)]
+        spans: list[tuple[int, ...]] = [
+            (*size, of.total, of.tiles, of.frames) for size, of in zip(sizes, every, strict=True)
+        ]
         return Measured(spans=spans, texts=self.layout.texts(visuals, self.encoder.placeholder))
 
 
@@ -193,7 +195,9 @@ def _columns(
     places: Sequence[Place], conversations: Sequence[Conversation], measured: Sequence[Measured]
 ) -> dict[str, np.ndarray]:
     ids = [conversation.id.encode() for conversation in conversations]
-    spans = np.array([span for result in measured for span in result.spans], dtype=np.int32).reshape(-1, len(SPAN_COLUMNS))
+    spans = np.array([span for result in measured for span in result.spans], dtype=np.int32).reshape(
+        -1, len(SPAN_COLUMNS)
+    )
     values: dict[str, Any] = {
         "at": [place.at for place in places],
         "size": [place.size for place in places],

@@ -51,8 +51,8 @@ _LEADING_IMAGES = re.compile(rf"(?:(?:{re.escape(IMAGE)}|{re.escape(VIDEO)})\s*)
 @dataclass(frozen=True)
 class Video:
     """A video of a record: the name of a file or folder of frames, encoded bytes, or the names of its frames; the part
-    from ``start`` to ``end`` in seconds (``None`` for its start or end); and the frames per second of a folder or list of
-    frames."""
+    from ``start`` to ``end`` in seconds (``None`` for its start or end); and the frames per second of a folder or list
+    of frames."""
 
     file: str | bytes | tuple[str, ...]
     start: float | None = None
@@ -410,9 +410,7 @@ def _images(record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser) 
     return in_parts or images
 
 
-def _videos(
-    record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser, ignore: Collection[str]
-) -> list[Video]:
+def _videos(record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser, ignore: Collection[str]) -> list[Video]:
     """The videos in the order of their placeholders, from the record's fields or from the parts of its turns."""
     keys = [key for key in VIDEOS if not is_empty(record.get(key)) and key not in ignore]
     lists = [

@@ -18,6 +18,8 @@ from vtprune_train.models.families.layout import VideoHeader
 
 __all__ = ["FPS", "ChangedVideo", "UnreadableVideo", "is_video_name", "load_frames", "video_header"]
 
+Source = Path | bytes | tuple[Path, ...]
+"""A video file, its content, a folder of images, or the images."""
 FPS = 24.0  # transformers' default for frames without a rate
 SUFFIXES = {
     *(".3gp", ".apng", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -26,7 +28,7 @@ SUFFIXES = {
 
 
 def video_header(
-    source: Path | bytes, *, fps: float = FPS, max_pixels: int = MAX_PIXELS, name: str | None = None
+    source: Source, *, fps: float = FPS, max_pixels: int = MAX_PIXELS, name: str | None = None
 ) -> VideoHeader:
     """Frame size, number of frames, and frame rate of a video.
 
@@ -34,7 +36,7 @@ def video_header(
     decoding them. Of any file only the first frame is decoded, since PyAV reports the rotation of decoded frames only.
 
     Args:
-        source: a video file, its content, or a folder of images, which are sorted naturally (2 before 10).
+        source: a video file, its content, a folder of images, which are sorted naturally (2 before 10), or the images.
         fps: frames per second of a folder of images, or of a file that does not contain times.
         max_pixels: limit of ``height * width`` of a frame.
         name: the video's name in messages; the path if ``None``.
@@ -43,13 +45,13 @@ def video_header(
         UnreadableVideo: the video cannot be read.
     """
     name = name or _name(source)
-    if _is_folder(source):
+    if isinstance(source, tuple) or _is_folder(source):
         return folder_header(source, fps=fps, max_pixels=max_pixels, name=name)
     return file_header(source, fps=fps, max_pixels=max_pixels, name=name)
 
 
 def load_frames(
-    source: Path | bytes,
+    source: Source,
     indices: Sequence[int],
     header: VideoHeader,
     *,
@@ -76,7 +78,7 @@ def load_frames(
     for index in indices:
         if not 0 <= index < header.frames:
             raise IndexError(f"{name}: frame {index} of a video with {header.frames} frames")
-    if _is_folder(source):
+    if isinstance(source, tuple) or _is_folder(source):
         return folder_frames(source, indices, header, max_pixels=max_pixels, name=name)
     return file_frames(source, indices, header, max_pixels=max_pixels, name=name)
 
@@ -90,5 +92,7 @@ def _is_folder(source: Path | bytes) -> TypeGuard[Path]:
     return isinstance(source, Path) and os.path.isdir(source)  # noqa: PTH112 (Path.is_dir raises for a long name)
 
 
-def _name(source: Path | bytes) -> str:
+def _name(source: Source) -> str:
+    if isinstance(source, tuple):
+        return f"{source[0]} and {len(source) - 1} more"
     return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)

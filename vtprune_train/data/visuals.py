@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_train.data.images import MAX_PIXELS, UnreadableImage, image_size, load_image
-from vtprune_train.data.videos import ChangedVideo, load_frames, video_header
-from vtprune_train.models.families.layout import Clip, ImageLayout, Visual
+from vtprune_train.data.videos import FPS, ChangedVideo, load_frames, video_header
+from vtprune_train.models.families.layout import Clip, ImageLayout, VideoHeader, Visual
 
 NO_VIDEOS = "it has a video, but its entry of the data has no `videos`; set `videos` to the folder of the videos"
 
@@ -36,6 +36,13 @@ class VisualFile:
     def kind(self) -> str:
         return "video" if self.is_video else "image"
 
+    def check_header(self, max_pixels: int = MAX_PIXELS) -> None:
+        """Raise ``UnreadableImage`` if the header cannot be read."""
+        if self.is_video:
+            self._header(max_pixels)
+        else:
+            image_size(self.source, max_pixels=max_pixels, name=self.name)  # type: ignore[arg-type]
+
     def visual(self, layout: ImageLayout, max_pixels: int = MAX_PIXELS) -> Visual:
         """The size of an image, or the sampled frames of a video, without decoding.
 
@@ -48,7 +55,7 @@ class VisualFile:
         """
         if not self.is_video:
             return image_size(self.source, max_pixels=max_pixels, name=self.name)  # type: ignore[arg-type]
-        header = video_header(self.source, max_pixels=max_pixels, name=self.name, fps=self.fps)
+        header = self._header(max_pixels)
         try:
             return layout.clip(header, self.start, self.end)
         except ValueError as error:
@@ -67,8 +74,11 @@ class VisualFile:
         """
         if not isinstance(visual, Clip):
             return load_image(self.source, visual, max_pixels=max_pixels, name=self.name)  # type: ignore[arg-type]
-        header = video_header(self.source, max_pixels=max_pixels, name=self.name, fps=self.fps)
-        return load_frames(self.source, visual.indices, header, name=self.name)
+        header = self._header(max_pixels)
+        return load_frames(self.source, visual.indices, header, max_pixels=max_pixels, name=self.name)
+
+    def _header(self, max_pixels: int) -> VideoHeader:
+        return video_header(self.source, max_pixels=max_pixels, name=self.name, fps=self.fps or FPS)
 
     def check(self, visual: Visual, height: int, width: int, frames: int, layout: ImageLayout) -> None:
         """Compare a video with its entry in the index.

@@ -32,8 +32,8 @@ Layouts = tuple[tuple[tuple[Grids, int], ...], ...]
 @dataclass(frozen=True)
 class Conversation:
     """Decoder inputs of the conversation so far, in the caller's columns: ``embeds`` [B, W, C]; ``image`` [B, W] int64,
-    index of the image or video within the row, or a marker for text/padding; ``layouts``, the grids and steps in time of
-    each row's images and videos."""
+    index of the image or video within the row, or a marker for text/padding; ``layouts``, the grids and steps in time
+    of each row's images and videos."""
 
     TEXT: ClassVar[int] = -1
     PADDING: ClassVar[int] = -2

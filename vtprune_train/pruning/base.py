@@ -53,7 +53,8 @@ class PruningMethod(Settings):
     :meth:`keys`; :attr:`needs` says what the loop must prepare for it.
 
     Args:
-        per: what the keep ratios refer to in a video: ``video`` keeps a share of all its tokens, ``frame`` the same share
+        per: what the keep ratios refer to in a video: ``video`` keeps a share of all its tokens, ``frame`` the same
+            share
             of each step in time. Keyword only; images are not affected.
 
     Attributes:
@@ -201,7 +202,9 @@ class PruningMethod(Settings):
 
     def with_ratios(self, ratios: Sequence[float]) -> Self:
         """Return a copy of the method with these keep ratios."""
-        changes = {"keep": tuple(ratios) if isinstance(getattr(self, "keep", None), tuple) else ratios[0]}
+        changes: dict[str, Any] = {
+            "keep": tuple(ratios) if isinstance(getattr(self, "keep", None), tuple) else ratios[0]
+        }
         return replace(self, **changes)
 
     def eased(self, start: float, progress: float) -> PruningMethod:

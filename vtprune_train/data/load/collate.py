@@ -108,7 +108,7 @@ class Collator:
         self._compare(sample, "runs of visual tokens", len(chat.image_offsets), runs)
         content = [file.load(size, self.max_image_pixels) for file, size in zip(files, sizes, strict=True)]
         visual = int(lengths.span_tokens[lengths.span_sample == 1].sum())
-        self._compare(image_sample, "visual tokens", sum(of.count for of in tokens), visual)
+        self._compare(image_sample, "visual tokens", sum(of.total for of in tokens), visual)
         pixels = self.layout.visual_pixels(self.image_processor, sizes, content)
         return LoadedSample(self.index.sample_id(sample), chat, SampleImages(sizes, pixels))
 
@@ -123,9 +123,7 @@ class Collator:
     ) -> PackedBatch:
         """Lay samples end to end and plan their stages."""
         phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
-        laid_out = [
-            lay_out(sample.chat, self.layout.visual_tokens(sample.images.sizes)) for sample in loaded
-        ]
+        laid_out = [lay_out(sample.chat, self.layout.visual_tokens(sample.images.sizes)) for sample in loaded]
         segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
         num_layers, teacher = self.cost.decoder.num_layers, None
         plan = plan_pass(segments, num_layers, phase.method)
@@ -250,7 +248,7 @@ def _spans(visuals: Sequence[VisualTokens], starts: Sequence[int]) -> Iterator[I
         runs = tuple((next(left), length) for length in visual.runs)
         if visual.frames:
             more = runs if len(runs) > 1 else ()
-            yield ImageSpan(runs[0][0], visual.count, visual.grids, visual.frames, more)
+            yield ImageSpan(runs[0][0], visual.total, visual.grids, visual.frames, more)
         else:
             one_each = len(runs) > 1 and len(visual.grids) == len(runs)
             for number, (start, length) in enumerate(runs):

@@ -76,22 +76,10 @@ TokenPatches = tuple[np.ndarray, int]
 tiles."""
 
 
-@dataclass(frozen=True)
-class VideoHeader:
-    """What a video's file says about it: the size of its frames in pixels (after rotation), the number of frames, the
-    mean frames per second, and the duration in seconds."""
-
-    height: int
-    width: int
-    frames: int
-    fps: float
-    duration: float
-
-
 @dataclass
 class SampleImages:
-    """The images and videos of one sample, in the order of their placeholders: their sizes, and the vision tower's input
-    for each ([tiles, ...] float32)."""
+    """The images and videos of one sample, in the order of their placeholders: their sizes, and the vision tower's
+    input for each ([tiles, ...] float32)."""
 
     sizes: list[Any]
     pixels: list[Tensor]
@@ -126,7 +114,8 @@ class VisualTokens(NamedTuple):
     grids: Grids = ()
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
+        """Number of visual tokens."""
         return sum(self.runs)
 
 
@@ -210,10 +199,10 @@ class ImageLayout(ImageGeometry):
             visuals: their sizes.
             content: each image, and the frames of each video [T, height, width, 3] uint8.
         """
-        images = [image for visual, image in zip(visuals, content, strict=True) if not isinstance(visual, Clip)]
+        images: list[Any] = [image for visual, image in zip(visuals, content, strict=True) if type(visual) is tuple]
         prepared = iter(self.pixels(image_processor, images) if images else ())
         return [
-            self.video_pixels(visual, frames) if isinstance(visual, Clip) else next(prepared)
+            self.video_pixels(visual, np.asarray(frames)) if isinstance(visual, Clip) else next(prepared)
             for visual, frames in zip(visuals, content, strict=True)
         ]
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import LlavaNextVideoConfig
 
@@ -81,7 +80,7 @@ FAMILY = Family(
     flops=tile_tower,
     known={
         "llava-hf/LLaVA-NeXT-Video-7B-hf": lambda: llava_vicuna_7b(
-            LlavaNextVideoConfig, image_grid_pinpoints=llava_next.PINPOINTS, video_token_index=32001
+            LlavaNextVideoConfig, 32001, image_grid_pinpoints=llava_next.PINPOINTS, video_token_index=32000
         )
     },
     loop=Loop(

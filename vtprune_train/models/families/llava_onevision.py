@@ -19,14 +19,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, 
 
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.layout import (
-    NEWLINE,
-    Grids,
-    SampleImages,
-    Size,
-    TokenPatches,
-    VisionInputs,
-)
+from vtprune_train.models.families.layout import NEWLINE, Grids, SampleImages, Size, TokenPatches, VisionInputs
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
 from vtprune_train.models.families.pooled_videos import PooledVideos, video_inputs

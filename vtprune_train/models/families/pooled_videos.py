@@ -1,5 +1,5 @@
-"""Videos of LLaVA-OneVision and LLaVA-NeXT-Video: each frame is one tile, whose features are pooled to a small grid; the
-features come from the model's own ``get_video_features``.
+"""Videos of LLaVA-OneVision and LLaVA-NeXT-Video: each frame is one tile, whose features are pooled to a small grid;
+the features come from the model's own ``get_video_features``.
 
 Shape suffixes: V visual tokens.
 """
@@ -91,9 +91,7 @@ class PooledVideos(ImageLayout):
                 continue
             index.append(np.append(np.arange(done, done + len(pixels) * per_frame), newline).astype(np.int64))
             done += len(pixels) * per_frame
-        return images._replace(
-            visual_index=torch.from_numpy(np.concatenate(index)), video_pixels=frames.unsqueeze(0)
-        )
+        return images._replace(visual_index=torch.from_numpy(np.concatenate(index)), video_pixels=frames.unsqueeze(0))
 
     def _blank_frame(self) -> tuple[int, int]:
         assert self.video is not None, "the layout was built without videos"
@@ -110,5 +108,7 @@ def video_inputs(images: SampleImages) -> dict[str, Tensor]:
     """
     videos = images.select(Clip).pixels
     if len({len(pixels) for pixels in videos}) > 1:
-        raise ValueError(f"the videos of a prompt have {[len(pixels) for pixels in videos]} frames; sample equally many")
+        raise ValueError(
+            f"the videos of a prompt have {[len(pixels) for pixels in videos]} frames; sample equally many"
+        )
     return {"pixel_values_videos": torch.stack(videos)} if videos else {}

@@ -226,9 +226,9 @@ class MergedPatches(ImageLayout):
         return list(EXAMPLES)
 
     def positions(self, segments: Sequence[SegmentLayout], samples: Sequence[SampleImages]) -> Tensor:
-        """[3, T] positions as in transformers' ``get_rope_index``: text tokens count up; the tokens of an image or video
-        count its steps in time, rows and columns from the current position, and the text after it continues after the
-        larger of rows and columns. With timestamps, each step in time counts like an image."""
+        """[3, T] positions as in transformers' ``get_rope_index``: text tokens count up; the tokens of an image or
+        video count its steps in time, rows and columns from the current position, and the text after it continues after
+        the larger of rows and columns. With timestamps, each step in time counts like an image."""
         parts = []
         for number, segment in enumerate(segments):
             visuals = samples[number].sizes if number < len(samples) else []
@@ -271,7 +271,8 @@ def resized_frame(
 def resized_clip(
     clip: Clip, factor: int, steps: int, min_pixels: int, max_pixels: int, settings: VideoSettings
 ) -> tuple[int, int]:
-    """Height and width of the frames in Qwen3-VL and Qwen3.5: all frames together have ``min_pixels`` to ``max_pixels``.
+    """Height and width of the frames in Qwen3-VL and Qwen3.5: all frames together have ``min_pixels`` to
+    ``max_pixels``.
 
     Source: ``Qwen3VLVideoProcessor`` of transformers.
     """

@@ -10,7 +10,14 @@ from vtprune_train.core.flops import PatchTowerGeometry
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.models.families.base import Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.qwen import FRAMES_OF_ANY_SIZE, MergedPatches, merged_grids, merged_videos, patch_tower, rope_index
+from vtprune_train.models.families.qwen import (
+    FRAMES_OF_ANY_SIZE,
+    MergedPatches,
+    merged_grids,
+    merged_videos,
+    patch_tower,
+    rope_index,
+)
 from vtprune_train.models.families.towers import SavedByTower
 
 

@@ -1,5 +1,5 @@
-"""Videos: which frames are sampled, and how their pixels are prepared. The same frames and pixels as transformers' video
-processors, without torchvision, which these need.
+"""Videos: which frames are sampled, and how their pixels are prepared. The same frames and pixels as transformers'
+video processors, without torchvision, which these need.
 
 Shape suffixes: T frames.
 """
@@ -23,9 +23,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 HALF = (0.5, 0.5, 0.5)
 
 Rule = Literal["qwen2", "qwen3", "middle", "even"]
-"""How frames are chosen. ``qwen2``: evenly spaced from the first frame on, a multiple of ``multiple``; ``qwen3``: evenly
-spaced from the first to the last frame; ``middle``: the middles of equal parts (InternVL); ``even``: evenly spaced from
-the first frame on."""
+"""How frames are chosen. ``qwen2``: evenly spaced from the first frame on, a multiple of ``multiple``; ``qwen3``:
+evenly spaced from the first to the last frame; ``middle``: the middles of equal parts (InternVL); ``even``: evenly
+spaced from the first frame on."""
 
 
 @dataclass(frozen=True)

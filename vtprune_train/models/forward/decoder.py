@@ -239,10 +239,11 @@ class _Walk:
         """Fill in the rows of a drop point that only the device knows."""
         if index >= len(self.plan.boundaries) or self.plan.boundaries[index].scored_shift is None:
             return
-        assert self.rows is not None
+        rows = self.rows
+        assert rows is not None, "a plan with drop points has rows"
 
         def located(boundaries: tuple[Boundary, ...]) -> tuple[Boundary, ...]:
-            return (*boundaries[:index], locate(boundaries[index], self.rows), *boundaries[index + 1 :])
+            return (*boundaries[:index], locate(boundaries[index], rows), *boundaries[index + 1 :])
 
         self.plan = replace(self.plan, boundaries=located(self.plan.boundaries))
         if self.staging.ranked_boundaries:

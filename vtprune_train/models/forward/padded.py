@@ -371,8 +371,8 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int
 
 
 def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> list[SegmentLayout]:
-    """Build the layout of every row: images, videos, query rows and supervised tokens. Columns from ``said_from`` on were
-    generated and are treated as text regardless of their ids."""
+    """Build the layout of every row: images, videos, query rows and supervised tokens. Columns from ``said_from`` on
+    were generated and are treated as text regardless of their ids."""
     images, videos = list(call.images), list(call.videos)
     ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
     of_images = np.zeros_like(real) if ids is None else ids == state.image_token
@@ -436,9 +436,7 @@ def _span(runs: Sequence[tuple[int, int]], layout: tuple[Grids, int]) -> ImageSp
     return ImageSpan(runs[0][0], length, *layout, runs=tuple(runs) if runs[1:] else ())
 
 
-def _video_spans(
-    visual: np.ndarray, remaining: list[Visual], row: int, num_videos: int
-) -> tuple[ImageSpan, ...]:
+def _video_spans(visual: np.ndarray, remaining: list[Visual], row: int, num_videos: int) -> tuple[ImageSpan, ...]:
     """The span of each video of a row; text may stand between its frames."""
     spans: list[ImageSpan] = []
     runs = _runs(visual)
