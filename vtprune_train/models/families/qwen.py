@@ -12,13 +12,14 @@ Shape suffixes: N patches of all images, M merged patches.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Qwen2VLImageProcessorPil
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -27,8 +28,9 @@ from transformers.vision_utils import (
 )
 
 from vtprune_train.core.flops import PatchTowerGeometry
-from vtprune_train.core.stream import VIDEO, SegmentLayout
+from vtprune_train.core.stream import IMAGE, VIDEO, SegmentLayout
 from vtprune_train.models import HFModule
+from vtprune_train.models.families.base import Loop
 from vtprune_train.models.families.layout import (
     Clip,
     Grids,
@@ -42,6 +44,7 @@ from vtprune_train.models.families.layout import (
     check_aspect,
 )
 from vtprune_train.models.families.places import Places, grid_places
+from vtprune_train.models.families.towers import SavedByTower
 from vtprune_train.models.families.videos import HALF, Sampling, VideoSettings, timestamps
 
 if TYPE_CHECKING:  # pruning a model does not need Pillow
@@ -70,15 +73,12 @@ PatchGrids = tuple[tuple[int, int, int], ...]
 @dataclass(frozen=True)
 class MergedPatches(ImageLayout):
     """Layout with one token per ``merge_size`` x ``merge_size`` patches of ``patch_size`` pixels, for images resized to
-    ``min_pixels`` to ``max_pixels``; attention windows have ``window_size`` pixels per side, ``None`` without
-    windows."""
+    ``min_pixels`` to ``max_pixels``; ``tower`` has the sizes of the vision tower."""
 
     unit: ClassVar[str] = "patches"
 
-    patch_size: int
-    merge_size: int
+    tower: TowerShape
     temporal_patch_size: int
-    window_size: int | None
     min_pixels: int
     max_pixels: int
     tokens_per_second: float | None = None
@@ -105,10 +105,8 @@ class MergedPatches(ImageLayout):
                 )
         size = image_processor.size
         return cls(
-            vision.patch_size,
-            vision.spatial_merge_size,
+            TowerShape.of_config(vision),
             vision.temporal_patch_size,
-            getattr(vision, "window_size", None),
             size["shortest_edge"],
             size["longest_edge"],
             getattr(vision, "tokens_per_second", None),
@@ -162,6 +160,14 @@ class MergedPatches(ImageLayout):
         )
         return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(steps * rows * columns, -1)
 
+    @property
+    def patch_size(self) -> int:
+        return self.tower.patch_size
+
+    @property
+    def merge_size(self) -> int:
+        return self.tower.merge_size
+
     def grid(self, size: Size) -> tuple[int, int]:
         """Rows and columns of patches."""
         check_aspect(size)
@@ -194,7 +200,7 @@ class MergedPatches(ImageLayout):
             grids = [(1, self.merge_size, self.merge_size)]
             per_patch = CHANNELS * self.temporal_patch_size * self.patch_size**2
             every = [torch.zeros(self.merge_size**2, per_patch)]
-        inputs = tower_inputs(TowerShape(self.merge_size, self.patch_size, self.window_size), tuple(grids))
+        inputs = tower_inputs(self.tower, tuple(grids))
         image_inputs = {"image_grid_thw": tuple(grids), **{f"image_{key}": value for key, value in inputs.items()}}
         return VisionInputs(torch.cat(every), torch.arange(tokens), image_inputs)
 
@@ -347,6 +353,50 @@ def patch_tower(config: Any, width: int, intermediate: int, out: int, **more: An
     return PatchTowerGeometry(**{**sizes, **more})
 
 
+def image_processor(config: Any, **more: Any) -> Qwen2VLImageProcessorPil:
+    """The image processor for a model's patch sizes; ``more`` are its other settings."""
+    vision = config.vision_config
+    return Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        **more,
+    )
+
+
+def patch_loop(saved: Callable[[Any], SavedByTower], **more: Any) -> Loop:
+    """The :class:`Loop` of these families; ``more`` replaces its fields."""
+    fields = {
+        "layout": MergedPatches.of,
+        "image_processor": image_processor,
+        "image_processors": ("Qwen2VLImageProcessor",),
+        "saved": saved,
+        "vision": "model.visual.",
+        "projector": ("model.visual.merger.",),
+        "image_token": "<|image_pad|>",
+        "placeholder": VISION.format(IMAGE),
+        "videos": FRAMES_OF_ANY_SIZE,
+        "video_token": "<|video_pad|>",
+        "needs_checkpoint": True,
+    }
+    return Loop(**{**fields, **more})
+
+
+def saved_by_patches(config: Any, width: int, intermediate: int, per_mlp: int, mergers: int = 1) -> SavedByTower:
+    """Activations of a tower of ``width`` with LayerNorms and an MLP of two matrices, which saves ``per_mlp`` values
+    for each of its ``intermediate``; attention values keep the whole output of the fused projection alive."""
+    vision = config.vision_config
+    return SavedByTower(
+        layers=vision.depth,
+        tokens=1,
+        hidden=width,
+        intermediate=intermediate,
+        elements=11 * width + per_mlp * intermediate,
+        raw_bytes=16 + 4 * vision.num_heads,
+        projector=mergers * (4 * width + config.text_config.hidden_size // vision.spatial_merge_size**2),
+    )
+
+
 @dataclass(frozen=True)
 class PositionTable:
     """A learned table of positions, ``side`` x ``side``, interpolated to the grid of each image (Qwen3-VL)."""
@@ -375,6 +425,15 @@ class TowerShape:
             table = PositionTable(tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners)
         window = getattr(tower, "window_size", None)
         return cls(tower.spatial_merge_size, tower.config.patch_size, window, table)
+
+    @classmethod
+    def of_config(cls, vision: Any) -> TowerShape:
+        """The sizes of the tower that transformers builds from a vision config."""
+        table = None
+        if hasattr(vision, "num_position_embeddings"):
+            table = PositionTable(int(vision.num_position_embeddings**0.5), "bilinear", align_corners=True)
+        window = getattr(vision, "window_size", None)
+        return cls(vision.spatial_merge_size, vision.patch_size, window, table)
 
     @property
     def keywords(self) -> set[str]:

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLConfig
 
 from vtprune_train.core.flops import PatchTowerGeometry
-from vtprune_train.core.stream import IMAGE
-from vtprune_train.models.families.base import Family, Loop
+from vtprune_train.models.families.base import Family
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.qwen import (
-    FRAMES_OF_ANY_SIZE,
-    MergedPatches,
-    merged_grids,
-    merged_videos,
-    patch_tower,
-    rope_index,
-)
+from vtprune_train.models.families.qwen import merged_grids, merged_videos, patch_loop, patch_tower, rope_index
 from vtprune_train.models.families.towers import SavedByTower
-
-
-def _image_processor(config: Any) -> Qwen2VLImageProcessorPil:
-    vision = config.vision_config
-    return Qwen2VLImageProcessorPil(
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        temporal_patch_size=vision.temporal_patch_size,
-    )
 
 
 def _flops(config: Any) -> PatchTowerGeometry:
@@ -89,17 +72,5 @@ FAMILY = Family(
     three_part_positions=rope_index,
     videos=merged_videos,
     known={"Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl_7b},
-    loop=Loop(
-        layout=MergedPatches.of,
-        image_processor=_image_processor,
-        image_processors=("Qwen2VLImageProcessor",),
-        saved=_saved,
-        vision="model.visual.",
-        projector=("model.visual.merger.",),
-        image_token="<|image_pad|>",
-        placeholder=f"<|vision_start|>{IMAGE}<|vision_end|>",
-        videos=FRAMES_OF_ANY_SIZE,
-        video_token="<|video_pad|>",
-        needs_checkpoint=True,
-    ),
+    loop=patch_loop(_saved),
 )
