@@ -205,6 +205,7 @@ def normalize(record: Any, default_id: str, ignore: Collection[str] = (), max_te
         images = _images(record, [part for part in parts if not part.is_video], parser)
         videos = _videos(record, [part for part in parts if part.is_video], parser, ignore)
         unread |= check_fields(record, RECORD, ignore, answer=None, has_images=bool(images))
+        turns = _with_video_marks(turns, images, videos)
         _check(turns, images, videos)
         for turn in turns:
             if turn.role != "assistant":
@@ -459,6 +460,14 @@ def _decoded(url: str, what: str) -> bytes:
     except binascii.Error as error:
         raise ValueError(f"{what} {url[:40]}... is not base64 ({error})") from error
     raise ValueError(f"{what} {url[:40]}... is a data URL without base64 content")
+
+
+def _with_video_marks(turns: list[Turn], images: list[str | bytes], videos: list[Video]) -> list[Turn]:
+    """Write ``<video>`` for the ``<image>`` that LLaVA-Video's data has in place of each video."""
+    texts = "".join(turn.text for turn in turns)
+    if not videos or images or VIDEO in texts or texts.count(IMAGE) != len(videos):
+        return turns
+    return [replace(turn, text=turn.text.replace(IMAGE, VIDEO)) for turn in turns]
 
 
 def _check(turns: list[Turn], images: list[str | bytes], videos: list[Video]) -> None:

@@ -8,9 +8,9 @@ where ``AutoProcessor`` finds them.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,7 @@ def saved_video_settings(path: str | None, image_processor: Any) -> dict[str, An
     return {name: value for name, value in settings.items() if name != "processor_class"}
 
 
-@cache
+@functools.cache
 def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A processor class of the same name without a video processor; ``processor_class`` itself if it has none."""
     attributes = processor_class.get_attributes()
@@ -224,6 +224,18 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
         return processor_class
 
     class ImagesOnly(processor_class):  # type: ignore[misc, valid-type]
+        @functools.wraps(processor_class.__init__)  # transformers drops settings that are not in its signature
+        def __init__(self, *parts: Any, **settings: Any):
+            named = dict(zip(self.get_attributes(), parts, strict=False))
+            self.__dict__["get_attributes"] = lambda: attributes  # classes pass all parts by position
+            super().__init__(**named, **settings)
+            del self.__dict__["get_attributes"], self.__dict__["video_processor"]
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor":
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
+
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in attributes if name != "video_processor"]
