@@ -12,9 +12,10 @@ import math
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def file_frames(
             if not missing:
                 break
             with _open(source, max_pixels, name) as (container, stream):
-                for index, frame in _wanted_frames(container, stream, timeline, missing, from_start):
+                for index, frame in _wanted_frames(container, stream, timeline, missing, from_start, name):
                     frames[np.equal(indices, index)] = _rgb(frame, index, header, name)
     if missing:
         raise UnreadableVideo(name, f"frame {min(missing)} of {header.frames} cannot be decoded")
@@ -193,12 +194,12 @@ def _check(container: InputContainer, stream: VideoStream, timeline: Timeline, h
 
 
 def _wanted_frames(
-    container: InputContainer, stream: VideoStream, timeline: Timeline, missing: set[int], from_start: bool
+    container: InputContainer, stream: VideoStream, timeline: Timeline, missing: set[int], from_start: bool, name: str
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Decode frames and remove them from ``missing``."""
     by_time: dict[int | None, int] = {timeline.times[index]: index for index in missing} if timeline.times else {}
-    runs = timeline.runs(missing, from_start)
-    for count, frame in enumerate(_decode(container, stream, runs)):
+    decoded = _decode(container, stream, timeline, timeline.runs(missing, from_start), name)
+    for count, frame in enumerate(decoded):
         index = by_time.get(frame.pts) if timeline.times else count
         if index in missing:
             missing.remove(index)
@@ -207,13 +208,21 @@ def _wanted_frames(
             return
 
 
-def _decode(container: InputContainer, stream: VideoStream, runs: Sequence[Run]) -> Iterator[VideoFrame]:
+def _decode(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, runs: Sequence[Run], name: str
+) -> Iterator[VideoFrame]:
     """The frames of runs of packets."""
+    from av.error import FFmpegError
+
     packets = enumerate(packet for packet in container.demux(stream) if packet.size)
     for first, last in runs:
         for position, packet in packets:
-            if position >= first:
-                yield from packet.decode()
+            try:
+                yield from packet.decode() if position >= first else ()
+            except FFmpegError as error:
+                frame = timeline.frames.index(position) if position in timeline.frames else "(not shown)"
+                reason = f"frame {frame} of {len(timeline.frames)} cannot be decoded ({error.strerror})"
+                raise UnreadableVideo(name, reason) from error
             if position == last:
                 break
         yield from stream.decode(None)  # those that the decoder holds back to reorder them
@@ -226,7 +235,8 @@ def _rgb(frame: VideoFrame, index: int, header: VideoHeader, name: str) -> np.nd
 
     if frame.is_corrupt:
         raise UnreadableVideo(name, f"frame {index} of {header.frames} is damaged")
-    rgb = frame.reformat(format="rgb24", interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()
+    stored = _progressive(frame) if frame.interlaced_frame else frame
+    rgb = stored.reformat(format="rgb24", interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()
     image = _upright(rgb, frame)
     if image.shape[:2] != (header.height, header.width):
         size = f"{image.shape[0]} x {image.shape[1]}"
@@ -235,6 +245,19 @@ def _rgb(frame: VideoFrame, index: int, header: VideoHeader, name: str) -> np.nd
             name, f"frame {index} is {size}, but its first frame was {expected} when the data was indexed"
         )
     return image
+
+
+def _progressive(frame: VideoFrame) -> VideoFrame:
+    """Mark an interlaced frame as progressive: libswscale would convert each field, unlike ffmpeg's command line."""
+    from av.filter import Graph
+
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
+    )
+    graph.link_nodes(source, graph.add("setfield", "prog"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return cast("VideoFrame", graph.pull())
 
 
 def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
@@ -247,7 +270,7 @@ def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
     matrix: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
     if matrix is None:
         return image
-    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5]
+    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
     if abs(b) > abs(a):
         image, a, d = image.swapaxes(0, 1), c, b
     return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
