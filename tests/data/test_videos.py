@@ -304,6 +304,22 @@ def test_a_changed_video_is_named(h264, tmp_path):
         load_frames(path, [30], header, name="x")
 
 
+def test_frames_are_decoded_from_the_start_if_their_keyframe_does_not_suffice(h264, monkeypatch):
+    path, frames = h264
+    runs = []
+    decode = video_files._decode
+
+    def decode_nothing_first(*args):
+        runs.append(args[3])
+        yield from decode(*args) if len(runs) > 1 else ()
+
+    monkeypatch.setattr(video_files, "_decode", decode_nothing_first)
+    assert np.array_equal(load_frames(path, [25, 12], video_header(path)), frames[[25, 12]])
+    assert runs[1] == [(0, 29)] and len(runs) == 2
+    monkeypatch.setattr(video_files, "_decode", lambda *_: iter(()))
+    assert reason(path, [12, 25]) == "frame 12 of 30 is damaged or cannot be decoded"
+
+
 def test_limits(h264, monkeypatch):
     assert "frames of 48 x 64, more pixels than data.max_image_pixels=3071" in reason(h264[0], max_pixels=3071)
     monkeypatch.setattr(video_files, "MAX_FRAMES", 29)

@@ -55,17 +55,21 @@ def file_frames(
     frames = np.empty((len(indices), header.height, header.width, 3), dtype=np.uint8)
     with _reading(name):
         with _open(source, max_pixels, name) as (container, stream):
-            timeline = Timeline(_packets(container, stream))
+            timeline = Timeline([_packet(packet) for packet in islice(_demux(container, stream), MAX_FRAMES)])
             _check(container, stream, timeline, header, name)
         missing = set(indices)
-        for from_start in (False, True):  # from the start if a keyframe depends on frames before it (intra refresh)
-            if not missing:
-                break
-            with _open(source, max_pixels, name) as (container, stream):
-                for index, frame in _wanted_frames(container, stream, timeline, missing, from_start, name):
-                    frames[np.equal(indices, index)] = _rgb(frame, index, header, name)
+        for from_start in (False, True):  # a keyframe may depend on frames before it, as with intra refresh
+            try:
+                if missing:
+                    with _open(source, max_pixels, name) as (container, stream):
+                        for index, frame in _wanted_frames(container, stream, timeline, missing, from_start, name):
+                            frames[np.equal(indices, index)] = _rgb(frame, index, header, name)
+                            missing.remove(index)
+            except UnreadableVideo:
+                if from_start:
+                    raise
     if missing:
-        raise UnreadableVideo(name, f"frame {min(missing)} of {header.frames} cannot be decoded")
+        raise UnreadableVideo(name, f"frame {min(missing)} of {header.frames} is damaged or cannot be decoded")
     return frames
 
 
@@ -158,20 +162,27 @@ def _first_frame(
 ) -> tuple[VideoFrame, list[Packet]]:
     """The first frame that can be decoded, and the packets up to it or of the whole file."""
     first, packets = None, []
-    for packet in container.demux(stream):
-        if first is None:
-            first = next(iter(packet.decode()), None)
-        if packet.size:
-            packets.append(_packet(packet))
-        if len(packets) > MAX_FRAMES or (only_first and first is not None):
+    for packet in _demux(container, stream):
+        first = first or next(iter(packet.decode()), None)
+        packets.append(_packet(packet))
+        if len(packets) > MAX_FRAMES or (only_first and first):
             break
+    first = first or next(iter(stream.decode(None)), None)
     if first is None:
         raise UnreadableVideo(name, "no frame can be decoded")
     return first, packets
 
 
-def _packets(container: InputContainer, stream: VideoStream) -> list[Packet]:
-    return [_packet(packet) for packet in islice(container.demux(stream), MAX_FRAMES) if packet.size]
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
+    """The packets of a stream that contain data.
+
+    They end with the stream's empty packet: if streams appear within the file, PyAV 18 fails after it.
+    """
+    for packet in container.demux(stream):
+        if packet.size:
+            yield packet
+        elif packet.dts is None:
+            return
 
 
 def _packet(packet: Any) -> Packet:
@@ -196,13 +207,12 @@ def _check(container: InputContainer, stream: VideoStream, timeline: Timeline, h
 def _wanted_frames(
     container: InputContainer, stream: VideoStream, timeline: Timeline, missing: set[int], from_start: bool, name: str
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode frames and remove them from ``missing``."""
+    """Decode frames, except damaged ones, until the caller has removed all from ``missing``."""
     by_time: dict[int | None, int] = {timeline.times[index]: index for index in missing} if timeline.times else {}
     decoded = _decode(container, stream, timeline, timeline.runs(missing, from_start), name)
     for count, frame in enumerate(decoded):
         index = by_time.get(frame.pts) if timeline.times else count
-        if index in missing:
-            missing.remove(index)
+        if index in missing and not frame.is_corrupt:
             yield index, frame
         if not missing:
             return
@@ -214,7 +224,7 @@ def _decode(
     """The frames of runs of packets."""
     from av.error import FFmpegError
 
-    packets = enumerate(packet for packet in container.demux(stream) if packet.size)
+    packets = enumerate(_demux(container, stream))
     for first, last in runs:
         for position, packet in packets:
             try:
@@ -233,8 +243,6 @@ def _rgb(frame: VideoFrame, index: int, header: VideoHeader, name: str) -> np.nd
     """Convert a frame to [height, width, 3] uint8 RGB. Bicubic is the interpolation of ffmpeg's command line."""
     from av.video.reformatter import Interpolation
 
-    if frame.is_corrupt:
-        raise UnreadableVideo(name, f"frame {index} of {header.frames} is damaged")
     stored = _progressive(frame) if frame.interlaced_frame else frame
     rgb = stored.reformat(format="rgb24", interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()
     image = _upright(rgb, frame)
