@@ -53,7 +53,7 @@ COUNTS = {
     "h264.mp4": 30, "vp9.webm": 30, "variable.mp4": 15, "variable.mkv": 15, "open_gop.mp4": 30, "refresh.ts": 30,
     "fragments.mp4": 30, "ten_bits.mkv": 4, "animation.gif": 12, "animation.apng": 4, "packed.avi": 30,
     "with_audio.mp4": 30, "rotated.mp4": 30, "edited.mp4": 24, "late.mkv": 30, "stream.ts": 30, "stream.h264": 30,
-    "index_first.mp4": 30, "joined.ts": 20, "interlaced.ts": 30, "hidden.webm": 30,
+    "index_first.mp4": 30, "joined.ts": 20, "joined_open.ts": 20, "interlaced.ts": 30, "hidden.webm": 30,
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ _COMMANDS = {
     "late.mkv": ("-itsoffset", "5", "-i", "h264.mp4", "-c", "copy"),
     "stream.ts": ("-i", "h264.mp4", "-c", "copy"),
     "stream.h264": ("-i", "h264.mp4", "-c", "copy"),
+    "open_gop.ts": (*_SOURCE, *_H264, "-x264-params", "open-gop=1:scenecut=0"),
     "index_first.mp4": ("-i", "h264.mp4", "-c", "copy", "-movflags", "+faststart"),
 }
 
@@ -54,9 +55,18 @@ def make_videos(folder: Path) -> dict[str, Path]:
         ffmpeg(*command, name)
     for number in ("1", "2"):  # VP8 has frames that are not shown only with two passes
         ffmpeg(*_SOURCE, *_VP8, "-pass", number, "hidden.webm")
-    # an MPEG-TS file that starts between keyframes: players join a broadcast there
+    # players join a broadcast between keyframes, or at a keyframe that frames before it refer to
     (folder / "joined.ts").write_bytes((folder / "stream.ts").read_bytes()[188 * 18 :])
+    content, start = (folder / "open_gop.ts").read_bytes(), _second_keyframe(folder / "open_gop.ts")
+    (folder / "joined_open.ts").write_bytes(content[: 188 * 3] + content[start:])
     return {path.name: path for path in folder.iterdir() if path.suffix != ".log"}
+
+
+def _second_keyframe(path: Path) -> int:
+    import av
+
+    with av.open(str(path)) as container:
+        return [packet.pos for packet in container.demux(video=0) if packet.size and packet.is_keyframe][1]
 
 
 def reference_frames(path: Path, height: int, width: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import io
 import math
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -161,9 +161,13 @@ def _first_frame(
     container: InputContainer, stream: VideoStream, name: str, *, only_first: bool
 ) -> tuple[VideoFrame, list[Packet]]:
     """The first frame that can be decoded, and the packets up to it or of the whole file."""
+    from av.error import InvalidDataError
+
     first, packets = None, []
     for packet in _demux(container, stream):
-        first = first or next(iter(packet.decode()), None)
+        if first is None:
+            with suppress(InvalidDataError):  # a file cut from a longer stream starts with frames that need others
+                first = next(iter(packet.decode()), None)
         packets.append(_packet(packet))
         if len(packets) > MAX_FRAMES or (only_first and first):
             break
@@ -228,7 +232,7 @@ def _decode(
     for first, last in runs:
         for position, packet in packets:
             try:
-                yield from packet.decode() if position >= first else ()
+                yield from packet.decode() if position >= first and position not in timeline.dropped else ()
             except FFmpegError as error:
                 frame = timeline.frames.index(position) if position in timeline.frames else "(not shown)"
                 reason = f"frame {frame} of {len(timeline.frames)} cannot be decoded ({error.strerror})"
