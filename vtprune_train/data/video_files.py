@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # PyAV is not needed for training on images
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-MAX_FRAMES = 1_000_000  # 9 hours of 30 frames per second; the list of packets takes about 200 MB
+MAX_FRAMES = 1_000_000  # 9 hours of 30 frames per second; listing their packets takes about 300 MB
 
 
 def file_header(source: Path | bytes, *, fps: float, max_pixels: int, name: str) -> VideoHeader:
