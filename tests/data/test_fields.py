@@ -168,7 +168,7 @@ def test_places_in_the_image_that_no_placeholder_asks_for_are_not_read():
 def test_a_number_is_no_video():
     read = normalize({**TALK, "clip": 0.31, "frame": 12, "points": 3}, "x")
     assert not read.error and read.unread == {"clip", "frame", "points"}
-    assert "'video' (True) holds a video" in normalize({**TALK, "video": True}, "x").error
+    assert "video is True; use a path" in normalize({**TALK, "video": True}, "x").error
 
 
 def test_tags_of_html_are_no_placeholders():
