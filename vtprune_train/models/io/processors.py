@@ -71,13 +71,14 @@ def build_processor(
     processor_class = _without_videos(named or PROCESSOR_MAPPING[type(config)])  # type: ignore[arg-type]
     parts = {"image_processor": build_image_processor(config, path, max_pixels), "tokenizer": tokenizer}
     try:
-        arguments = [parts[name] for name in processor_class.get_attributes()]
-        processor = processor_class.from_args_and_dict(arguments, settings)
+        processor = processor_class.from_args_and_dict([], settings, **parts)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"cannot build a {processor_class.__name__} from the files in {path} ({first_line(error)}); use the "
             f"tokenizer and the processor files of this {config.model_type} checkpoint"
         ) from error
+    for name in ("get_attributes", "video_processor"):
+        processor.__dict__.pop(name, None)
     image_token = getattr(processor, "image_token", None)
     if image_token is not None and image_token not in tokenizer.get_vocab():
         raise ValueError(
@@ -224,12 +225,10 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
         return processor_class
 
     class ImagesOnly(processor_class):  # type: ignore[misc, valid-type]
-        @functools.wraps(processor_class.__init__)  # transformers drops settings that are not in its signature
-        def __init__(self, *parts: Any, **settings: Any):
-            named = dict(zip(self.get_attributes(), parts, strict=False))
-            self.__dict__["get_attributes"] = lambda: attributes  # classes pass all parts by position
-            super().__init__(**named, **settings)
-            del self.__dict__["get_attributes"], self.__dict__["video_processor"]
+        def __new__(cls, *_: Any, **__: Any) -> Any:
+            made = super().__new__(cls)
+            made.__dict__["get_attributes"] = lambda: attributes  # __init__ passes all parts by position
+            return made
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor":
