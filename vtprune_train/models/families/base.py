@@ -106,6 +106,7 @@ class Family:
         refused: keywords of ``forward`` that a pruned model does not support, with the reason.
         counting: ``config ->`` settings of the processor that determine the number of visual tokens, if the image
             processor alone does not.
+        image_settings: settings of the image processor that the family's processor sets in every call.
         geometry: ``(config, image_processor) -> ImageGeometry``, for ``vtprune show`` and ``estimate``; not needed if
             ``loop`` has a layout.
         samples: ``(inputs, sizes) ->`` the sizes of all images, one list per sample; needed if the layout of an image
@@ -131,6 +132,7 @@ class Family:
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()
     counting: Callable[[Any], dict[str, Any]] = lambda config: {}
+    image_settings: Mapping[str, Any] = field(default_factory=dict)
     geometry: Callable[[Any, Any], ImageGeometry] | Lacks = Lacks("the positions of its visual tokens are unknown")
     samples: Callable[[Mapping[str, Any], Sequence[Size]], list[list[Size]]] = lambda inputs, sizes: [
         [s] for s in sizes

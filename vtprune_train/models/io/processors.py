@@ -105,6 +105,8 @@ def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels
         image_processor = _fitting(image_processor, loop.image_processor(config), loop.image_processors, path)
     elif image_processor is None:
         raise ValueError(f"model {path}: there is no {IMAGE_FILE} or {PROCESSOR_FILE} with an image processor")
+    for name, value in ({} if family is None else family.image_settings).items():
+        setattr(image_processor, name, value)
     pinpoints = getattr(config, "image_grid_pinpoints", None)
     if pinpoints is not None and hasattr(image_processor, "image_grid_pinpoints"):
         pinpoints = [list(point) for point in pinpoints]
