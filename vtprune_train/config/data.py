@@ -41,8 +41,8 @@ class VideoConfig(Section):
     max_pixels: int | None = Field(
         None,
         ge=1,
-        description="Maximum number of pixels that frames are resized to, in families with images of any size: of a "
-        "frame (Qwen2-VL, Qwen2.5-VL) or of all frames together (Qwen3-VL, Qwen3.5).",
+        description="Maximum number of pixels after resizing, in families with images of any size. In Qwen2-VL and "
+        "Qwen2.5-VL of each frame, in Qwen3-VL and Qwen3.5 of all frames together.",
     )
 
     @model_validator(mode="after")
