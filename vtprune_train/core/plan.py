@@ -327,7 +327,9 @@ def _span_layouts(
         for number, span in enumerate(segment.spans):
             i = len(spans)
             spans.append(
-                SpanLayout(index, number, int(original[i]), int(before[i]), int(after[i]), span.grids, segment.key)
+                SpanLayout(
+                    index, number, int(original[i]), int(before[i]), int(after[i]), span.grids, segment.key, span.frames
+                )
             )
     return tuple(spans)
 

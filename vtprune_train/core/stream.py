@@ -25,15 +25,17 @@ COPY_ALIGNMENT = 16  # alignment in bytes of tensors in the shared buffer
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """One image's visual tokens within a segment: ``length`` tokens from offset ``start``.
+    """The visual tokens of one image or one video within a segment: ``length`` tokens from offset ``start``.
 
     ``grids`` lists the grids ``(rows, columns)`` that the tokens come from, in order (LLaVA-NeXT: the base tile, then
-    the unpadded tiles with their newline column); empty if the family does not provide them.
+    the unpadded tiles with their newline column); for a video, one for each step in time. Empty if the family does not
+    provide them. ``frames`` is the number of steps in time of a video, 0 for an image.
     """
 
     start: int
     length: int
     grids: tuple[tuple[int, int], ...] = ()
+    frames: int = 0
 
     @property
     def end(self) -> int:
@@ -154,7 +156,7 @@ class SpanLayout:
         original: token count at the method's first drop.
         before: token count before this drop.
         after: token count after this drop (for an adaptive drop, the expected one).
-        grids: see :class:`ImageSpan`.
+        grids, frames: see :class:`ImageSpan`.
         key: see :class:`SegmentLayout`.
     """
 
@@ -165,6 +167,7 @@ class SpanLayout:
     after: int
     grids: tuple[tuple[int, int], ...] = ()
     key: int = 0
+    frames: int = 0
 
 
 @dataclass
