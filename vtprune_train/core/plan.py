@@ -20,6 +20,7 @@ from torch import Tensor
 from vtprune_train.core.stream import (
     Boundary,
     Drop,
+    ImageSpan,
     Outline,
     ScoredSegment,
     SegmentLayout,
@@ -30,7 +31,10 @@ from vtprune_train.core.stream import (
 
 
 def counts_per_stage(
-    drops: Sequence[Drop], lengths: Sequence[int] | np.ndarray, measured: Sequence[np.ndarray] = ()
+    drops: Sequence[Drop],
+    lengths: Sequence[int] | np.ndarray,
+    measured: Sequence[np.ndarray] = (),
+    spans: Sequence[ImageSpan] = (),
 ) -> list[np.ndarray]:
     """Token count of each span in every stage: a list of len(drops) + 1 arrays [spans] int64.
 
@@ -38,6 +42,7 @@ def counts_per_stage(
         drops: in the order in which they act.
         lengths: [spans] token counts before the first drop.
         measured: actual counts after the first drops, if already known.
+        spans: the spans, if known; without them, drops that tell videos from images count every span as a long video.
     """
     counts = [np.asarray(lengths, dtype=np.int64)]
     found: dict[int, np.ndarray] = {}
@@ -47,11 +52,20 @@ def counts_per_stage(
         if index < len(measured):
             counts.append(np.asarray(measured[index], dtype=np.int64))
             continue
-        pairs, place = np.unique(np.stack([original, before]), axis=1, return_inverse=True)
-        kept = np.array([drop.kept(length, now) for length, now in pairs.T.tolist()], dtype=np.int64)
-        kept = kept if drop.adds or drop.returns else np.minimum(kept, pairs[1])
-        counts.append(kept[place.ravel()])
+        kept = _kept(drop, original, before, spans)
+        counts.append(kept if drop.adds or drop.returns else np.minimum(kept, before))
     return counts
+
+
+def _kept(drop: Drop, original: np.ndarray, before: np.ndarray, spans: Sequence[ImageSpan]) -> np.ndarray:
+    """[spans] int64, token count of each span after a drop."""
+    pairs = np.stack([original, before])
+    if spans:
+        known = [drop.kept_of(span, *pair) for span, pair in zip(spans, pairs.T.tolist(), strict=True)]
+        return np.array(known, dtype=np.int64)
+    different, place = np.unique(pairs, axis=1, return_inverse=True)
+    kept = np.array([drop.kept(length, now) for length, now in different.T.tolist()], dtype=np.int64)
+    return kept[place.ravel()]
 
 
 def plan_stream(
@@ -79,7 +93,8 @@ def plan_stream(
     if not segments:
         raise ValueError("plan_stream needs at least one segment; pass a blank one for an empty micro-batch")
     layout = _StreamLayout.of(segments)
-    kept = counts_per_stage(drops, layout.lengths, measured)
+    spans = [span for segment in segments for span in segment.spans]
+    kept = counts_per_stage(drops, layout.lengths, measured, spans)
     places = [_Places(layout.starts, layout.lengths, counts) for counts in kept]
     edges = [0, *(drop.layer for drop in drops), num_layers]
     stages = tuple(
