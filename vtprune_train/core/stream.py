@@ -74,8 +74,8 @@ def text_key(ids: np.ndarray) -> int:
 @dataclass(frozen=True)
 class Drop:
     """A drop point: before decoder layer ``layer`` (0: before the decoder), each span of n tokens keeps
-    ``floor(n * keep)``, computed exactly (:mod:`vtprune_train.core.rounding`). Subclasses can override :meth:`kept`, and
-    :meth:`kept_of`, to count differently.
+    ``floor(n * keep)``, computed exactly (:mod:`vtprune_train.core.rounding`). Subclasses can override :meth:`kept` and
+    :meth:`kept_of` to count differently.
 
     Args:
         layer: decoder layer, counted from 0, before which tokens are dropped or added.
