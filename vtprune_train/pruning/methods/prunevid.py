@@ -30,7 +30,7 @@ from vtprune_train.pruning.setting_types import Share
 
 NEIGHBOURS = 7  # whose distances give a token's density
 SMALL = 14  # a set of at most so many tokens is not clustered
-EXPECTED = 0.4  # planned share of an adaptive drop: the paper keeps 16% after its second part, which keeps 0.4 of these
+EXPECTED = 0.4  # planned share of an adaptive drop: published, 16.2% remain after a second part that keeps 0.4 of these
 
 
 class PruneVid(PruningMethod):

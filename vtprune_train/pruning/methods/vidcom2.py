@@ -26,7 +26,7 @@ class VidCom2(OneShare):
     kept. Images are kept whole.
 
     Args:
-        keep: keep ratio of a video, in (0, 1]; the paper uses 0.25 and 0.15.
+        keep: keep ratio of a video, in (0, 1]; the published default is 0.25.
         positions: ``renumber`` numbers the kept tokens 0, 1, ... (published for LLaVA-OneVision); ``keep`` keeps their
             positions (as in Qwen-VL models, always).
     """
