@@ -104,8 +104,23 @@ def test_the_most_similar_places_merge_first():
     still = np.array([[0.9, 0.7, 0.95], [0.8, 0.99, 0.2]])
     scenes = [(0, 3), (3, 5)]  # a place that merges saves two tokens in the first scene, and one in the second
     assert merged_places(scenes, still, 0.75).tolist() == [[True, False, True], [True, True, False]]
-    assert merged_places(scenes, still, 0.75, spare=4).tolist() == [[False, False, True], [False, True, False]]
+    assert merged_places(scenes, still, 0.75, spare=3).tolist() == [[False, False, True], [False, True, False]]
     assert not merged_places(scenes, still, 0.75, spare=0).any()
+
+
+def test_places_merge_as_long_as_the_fixed_share_allows():
+    """Of a still video of 4 frames with 4 places, 9 tokens too many: 3 places merge, and the other one stays."""
+    scene = Scene(PruneVid(keep=7 / 16, segments=0.25), [[Clip(4, 2, 2, newline=True)]])
+    still = torch.eye(16, dtype=torch.float64)[:4] + 1
+    scene.hidden = torch.cat([still, still, still, still, scene.hidden[-1:]])
+    selection = PruneVid(keep=7 / 16, segments=0.25).choose(scene.candidates())
+    assert selection.chosen.tolist() == [0, 1, 2, 3, 7, 11, 15, 16]
+
+
+def test_sets_of_up_to_14_tokens_are_not_clustered():
+    for places, merged in ((14, 14), (15, 7)):
+        scene = Scene(PruneVid(), [[Clip(1, 1, places)]])
+        assert PruneVid().choose(scene.candidates()).counts.tolist() == [merged]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
