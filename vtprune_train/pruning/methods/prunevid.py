@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -70,55 +71,52 @@ class PruneVid(PruningMethod):
         return scaled_to_budget(replace(self, keep=self.keep or EXPECTED), share, num_layers)
 
     def choose(self, candidates: Candidates) -> Selection:
-        boundary = candidates.boundary
-        steps = [steps_of(span, span.before) for span in boundary.spans]
-        hidden = candidates.hidden.split([span.before for span in boundary.spans])
-        videos = [known.of(tokens) for known, tokens in zip(steps, hidden, strict=True) if known is not None]
-        planned = [
-            span.after - known.rest for span, known in zip(boundary.spans, steps, strict=True) if known is not None
-        ]
-        layouts = iter(self._layouts(videos, planned))
-        empty = boundary.span_of_visual[:0]
-        chosen, at, values, counts, first, place = [empty], [empty], [candidates.hidden[:0]], [], 0, 0
-        for span, known, tokens in zip(boundary.spans, steps, hidden, strict=True):
-            merged = start = 0
-            if known is not None:
-                sets = next(layouts)
-                targets = self._targets([len(places) for _, places in sets], span.after - known.rest)
-                centres, means = merged_sets(known.of(tokens), sets, targets)
-                merged, start = len(centres), known.tokens
+        boundary, hidden, device = candidates.boundary, candidates.hidden, candidates.hidden.device
+        starts = np.cumsum([0, *(span.before for span in boundary.spans)]).tolist()
+        videos = {
+            number: (steps.of(hidden[start : start + span.before]), span.after - steps.rest)
+            for number, (span, start) in enumerate(zip(boundary.spans, starts, strict=False))
+            if (steps := steps_of(span, span.before)) is not None
+        }
+        sets = dict(zip(videos, self._sets(list(videos.values())), strict=True))
+        chosen, at, values = [boundary.span_of_visual[:0]], [boundary.span_of_visual[:0]], [hidden[:0]]
+        counts: list[int] = []
+        for number, (first, end) in enumerate(pairwise(starts)):
+            merged = 0
+            if number in videos:
+                centres, means = merged_sets(videos[number][0], *sets[number])
+                merged, place = len(centres), sum(counts)
                 chosen.append(first + centres)
-                at.append(torch.arange(place, place + merged, device=empty.device))
+                at.append(torch.arange(place, place + merged, device=device))
                 values.append(means)
-            chosen.append(torch.arange(first + start, first + span.before, device=empty.device))
-            counts.append(merged + span.before - start)
-            first, place = first + span.before, place + counts[-1]
+                first += videos[number][0].shape[:2].numel()
+            chosen.append(torch.arange(first, end, device=device))  # an image, or the tokens of no step
+            counts.append(merged + end - first)
         measured = torch.tensor(counts, dtype=torch.int64) if boundary.drop.adaptive and videos else None
         return Selection(torch.cat(chosen), torch.cat(at), torch.cat(values), measured)
 
     @torch.no_grad()
-    def _layouts(self, videos: Sequence[Tensor], planned: Sequence[int]) -> list[list[TokenSet]]:
-        """The sets of tokens of each video; two device-to-host copies if there is any."""
+    def _sets(self, videos: Sequence[tuple[Tensor, int]]) -> list[tuple[list[TokenSet], list[int]]]:
+        """The sets of tokens of each video and the number of tokens that each is merged into.
+
+        Args:
+            videos: [F, N, C] tokens of each, and the planned number of tokens after the drop.
+        """
         if not videos:
             return []
-        labels = [frame_clusters(frames_FNC.detach(), self.segments) for frames_FNC in videos]
-        host = np.array(torch.cat(labels).tolist())  # the first copy to the host
-        scenes = [scenes_of(own) for own in np.split(host, np.cumsum([len(own) for own in labels])[:-1])]
-        measured = [
-            torch.stack([stillness(frames_FNC[start:end].detach()) for start, end in own])
-            for frames_FNC, own in zip(videos, scenes, strict=True)
-        ]
-        values = np.array(torch.cat([own.flatten() for own in measured]).tolist())  # the second
-        layouts, first = [], 0
-        for frames_FNC, own, shape, count in zip(videos, scenes, [own.shape for own in measured], planned, strict=True):
-            still = values[first : first + shape.numel()].reshape(shape)
-            spare = frames_FNC.shape[0] * frames_FNC.shape[1] - count if self.keep is not None else None
-            layouts.append(token_sets(own, merged_places(own, still, self.tau, spare)))
-            first += shape.numel()
-        return layouts
+        frames = [frames_FNC.detach() for frames_FNC, _ in videos]
+        scenes = [scenes_of(labels) for labels in on_host([frame_clusters(own, self.segments) for own in frames])]
+        still = on_host(
+            [torch.stack([stillness(own[a:b]) for a, b in cuts]) for own, cuts in zip(frames, scenes, strict=True)]
+        )
+        made = []
+        for own, (_, planned), cuts, similarity in zip(frames, videos, scenes, still, strict=True):
+            spare = None if self.keep is None else own.shape[:2].numel() - planned
+            sets = token_sets(cuts, merged_places(cuts, similarity, self.tau, spare))
+            made.append((sets, self._targets([len(places) for _, places in sets], planned)))
+        return made
 
     def _targets(self, sizes: Sequence[int], planned: int) -> list[int]:
-        """Number of tokens that each set is merged into."""
         if self.keep is not None:
             return shared(planned, sizes)
         return [size if size <= SMALL else max(1, floor_of(self.clusters, size)) for size in sizes]
@@ -132,6 +130,13 @@ class PruneVid(PruningMethod):
 
 TokenSet = tuple[tuple[int, int], np.ndarray]
 """Frames [start, end), over which tokens are averaged, and the places of the tokens within a frame."""
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Copy tensors to the host in one device-to-host copy."""
+    values = np.array(torch.cat([tensor.flatten() for tensor in tensors]).tolist())
+    parts = np.split(values, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def frame_clusters(frames_FNC: Tensor, share: float) -> Tensor:
