@@ -14,7 +14,7 @@ from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, EncodedChat, Template
 from vtprune_train.data.jinja import chat_template, written_by
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.base import Loop
+from vtprune_train.models.families.base import Loop, required
 from vtprune_train.models.io.processors import read_settings
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,21 @@ def build_encoder(
     loop: Loop,
     image_position: Literal["as_written", "first"],
     tokenization: Literal["processor", "llava"],
+    videos: bool = False,
 ) -> ChatEncoder:
-    """The encoder of conversations for these settings and a model of this family."""
+    """The encoder of conversations for these settings and a model of this family; with ``videos``, also of videos.
+
+    Raises:
+        ValueError: see :class:`~vtprune_train.data.chat.ChatEncoder`; or the tokenizer has no video token.
+    """
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
-    return ChatEncoder(tokenizer, template, image_token_id, image_position, loop.placeholder, tokenization)
+    video = None
+    if videos:
+        required(loop.videos, "the data has videos")
+        if loop.video_token not in tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer has no video token {loop.video_token}; use the model's original tokenizer")
+        video = tokenizer.convert_tokens_to_ids(loop.video_token)
+    return ChatEncoder(tokenizer, template, image_token_id, image_position, loop.placeholder, tokenization, video)
 
 
 def carry(processor: Any, source: str) -> None:
@@ -176,6 +187,6 @@ def describe_sample(encoder: ChatEncoder, chat: EncodedChat, image_tokens: Seque
         written = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
         part, done = written[done:], len(written)
         if start in sizes:
-            part = f"{encoder.image_token} x {sizes[start]}"
+            part = f"{tokenizer.convert_ids_to_tokens(ids[start])} x {sizes[start]}"
         text += f"[[{part}]]" if is_answer[start] else part
     return text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]}... ({len(text)} characters)"

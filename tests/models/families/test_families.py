@@ -136,10 +136,3 @@ def test_unsupported_models_are_refused_by_name():
     model.model.language_model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ValueError, match="rope_type 'dynamic' depends on the longest sample"):
         prune(model, HALF)
-
-
-@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
-def test_videos_are_refused(name):
-    model = prune(family_model(name), HALF)
-    with pytest.raises(ValueError, match="does not take pixel_values_videos"):
-        model(input_ids=torch.ones(1, 4, dtype=torch.long), pixel_values_videos=torch.zeros(1, 2, 3, 28, 28))

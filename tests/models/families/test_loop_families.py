@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GotOcr2ImageProcessorPil,
+    LlamaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionProcessor,
@@ -35,6 +37,7 @@ from tests.support.family_runs import (
     save_checkpoint,
 )
 from tests.support.helpers import Reads, tiny_tokenizer
+from tests.support.reference import pyramiddrop
 from tests.support.runner import TINY, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.model import ModelConfig
@@ -123,6 +126,59 @@ def test_packed_with_dropping_equals_one_by_one(setup, rank_with):
     assert_same_gradients(together, gradients(model))
 
 
+def position_of_each_frequency(rope, positions):
+    """[L, D / 2] from (time, height, width) positions [3, L]: in three blocks, or Qwen3-VL's alternating ones."""
+    sections = rope["mrope_section"]
+    part = [number for number, size in enumerate(sections) for _ in range(size)]
+    if rope.get("mrope_interleaved"):
+        part = [next((p for p in (1, 2) if i % 3 == p and i < 3 * sections[p]), 0) for i in range(sum(sections))]
+    return positions[part].T
+
+
+def seen_by_the_decoder(model, inputs):
+    """What transformers passes to the decoder: embeddings, positions and the features added after the first layers."""
+    seen = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(**inputs)
+    hook.remove()
+    visual = inputs["input_ids"] == model.config.image_token_id
+    features = seen.get("deepstack_visual_embeds") or ()
+    spread = [torch.zeros_like(seen["inputs_embeds"]).masked_scatter(visual[..., None], f) for f in features]
+    return seen["inputs_embeds"], seen.get("position_ids"), spread
+
+
+def test_dropping_equals_a_slow_loop_over_transformers_inputs(setup):
+    """Loss and gradients of all parts, sample by sample, in float64: rounding must not decide which token stays."""
+    parts = setup.parts()
+    collate = setup.collator(parts, DROP)
+    model = parts.model.double()
+    text_model, inputs = model.model.language_model, padded_inputs(setup, model)
+    real = inputs["attention_mask"].bool()
+    embeds, positions, deepstack = seen_by_the_decoder(model, inputs)
+    rope, total = text_model.config.rope_parameters, 0.0
+    for row in range(len(RECORDS)):
+        batch, at = collate([row]), real[row]
+        [segment] = batch.plan.outline.segments
+        start = position_of_each_frequency(rope, positions[-3:, row, at]) if "mrope_section" in rope else None
+        hidden, alive = pyramiddrop(
+            text_model, embeds[row, at], [(span.start, span.length) for span in segment.spans],
+            list(segment.query_offsets), list(DROP.layers), list(DROP.keep), positions="keep", start=start,
+            deepstack=[features[row, at] for features in deepstack],
+        )  # fmt: skip
+        rows = [alive.index(offset - 1) for offset in segment.supervised_offsets]
+        logits = model.lm_head(text_model.norm(hidden[rows]))
+        total = total + torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+    total.backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    output = prune(model, DROP)(collate(range(len(RECORDS))))
+    output.loss_sum.backward()
+    assert abs(output.loss_sum - total) < 1e-4 * total
+    assert_same_gradients(gradients(model), expected)
+
+
 def test_the_index_tells_what_the_batch_holds(setup):
     parts = setup.parts()
     collate = setup.collator(parts, DROP)
@@ -172,14 +228,14 @@ def test_every_parameter_is_in_one_part_and_unused_ones_get_no_gradient(setup):
     assert without == {name for name, _ in named["unused"]}
 
 
-def test_three_part_positions_equal_transformers(tmp_path):
-    setup = Setup("qwen2_5_vl", tmp_path)
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("qwen")])
+def test_three_part_positions_equal_transformers(name, tmp_path):
+    setup = Setup(name, tmp_path)
     parts = setup.parts()
     batch = setup.collator(parts, None)(range(len(RECORDS)))
     inputs = padded_inputs(setup, parts.model)
-    expected, _ = parts.model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], None, None, inputs["attention_mask"]
-    )
+    keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    expected, _ = parts.model.model.get_rope_index(**{key: inputs[key] for key in keys})
     assert torch.equal(batch.positions, expected[:, inputs["attention_mask"].bool()])
 
 
@@ -197,9 +253,11 @@ def test_counts_equal_the_features_that_the_model_makes(sizes, name):
     pixels = layout.pixels(processor, images)
     assert [len(own) for own in pixels] == layout.tiles(sizes)
     made = processor([images] if name == "llava_onevision" else images, return_tensors="pt")
+    tiles = made.pop("num_patches").tolist() if name == "internvl" else [1] * len(sizes)  # one entry for each tile
     with torch.no_grad():
-        features = model.model.get_image_features(**made).pooler_output
-    assert [len(own) for own in features] == layout.tokens(sizes)
+        features = iter(model.model.get_image_features(**made).pooler_output)
+    assert [sum(len(next(features)) for _ in range(count)) for count in tiles] == layout.tokens(sizes)
+    assert not list(features)
 
 
 @settings(max_examples=200, deadline=None)
@@ -241,6 +299,20 @@ def test_llava_1_5_from_parts_and_from_sizes(tmp_path):
     assert torch.equal(projector, model.model.multi_modal_projector.linear_1.weight)
 
 
+def test_internvl_tiles_images_as_its_processor_does(tmp_path):
+    """Whatever the file of the image processor says."""
+    folder, image = save_checkpoint("internvl", tmp_path), Image.new("RGB", (84, 28))
+    GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=4).save_pretrained(folder)
+    config = family_model("internvl").config
+    processor = build_processor(config, AutoTokenizer.from_pretrained(folder), str(folder))
+    layout = trained_family("internvl", "test")[1].layout(config, processor.image_processor)
+    [pixels] = layout.pixels(processor.image_processor, [image])
+    processor.image_processor.crop_to_patches = False
+    made = processor(images=[image], text="<IMG_CONTEXT>", return_tensors="pt")
+    assert len(pixels) == 4 and torch.equal(pixels, made["pixel_values"])
+    assert int((made["input_ids"] == config.image_token_id).sum()) == layout.tokens([(28, 84)])[0]
+
+
 def test_a_whole_processor_is_saved_where_it_can_be_made(tmp_path):
     config = family_model("llava").config
     build_processor(config, tokenizer()).save_pretrained(tmp_path)
@@ -252,8 +324,8 @@ def test_settings_that_do_not_fit_the_family_are_refused(tmp_path):
     for name in ("llava_onevision", "qwen2_5_vl"):
         with pytest.raises(ValueError, match=f"'{name}': this family can only be trained from a checkpoint"):
             load_model_config(ModelConfig(config={"model_type": name, "text_config": {"vocab_size": 64}}))
-    with pytest.raises(ValueError, match="holds a qwen3_vl, which the training loop does not support; it supp"):
-        family_model("qwen3_vl").config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a llama, which the training loop does not support; it supp"):
+        LlamaConfig().save_pretrained(tmp_path)
         load_model_config(ModelConfig(path=str(tmp_path)))
     with pytest.raises(ValueError, match="max_pixels=5000 is for models that support images of any size"):
         build_image_processor(family_model("llava").config, None, 5000)

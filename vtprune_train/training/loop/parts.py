@@ -28,6 +28,7 @@ from vtprune_train.models.io.placement import WHOLE, Placement
 from vtprune_train.models.io.processors import build_processor
 from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.loop.layout import build_layout, has_videos
 from vtprune_train.training.loop.sample import template_misfits, template_of
 
 log = logging.getLogger(__name__)
@@ -49,14 +50,17 @@ def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
     tokenizer = _tokenizer(config, template)
     model = open_model(config.model, tokenizer, placement)
     _, loop = family_of_config(model.config)
-    encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
+    encoder = build_encoder(
+        template, tokenizer, loop, config.data.image_position, config.data.tokenization, videos=has_videos(config)
+    )
     if ranks.rank() == 0:
         for line in template_misfits(config, encoder):
             log.warning("%s", line)
     processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels)
     carry(processor, written_by(encoder))
     stop_where_answers_end(model, tokenizer, template, warn=ranks.rank() == 0)
-    return Parts(model, processor, encoder, loop.layout(model.config, processor.image_processor))
+    layout = build_layout(config, loop, model.config, processor.image_processor, config.model.path)
+    return Parts(model, processor, encoder, layout)
 
 
 def _tokenizer(config: Config, template: Template) -> PreTrainedTokenizerBase:

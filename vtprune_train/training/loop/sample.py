@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from vtprune_train.config.data import DataConfig
 from vtprune_train.config.settings import Config
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
-from vtprune_train.data.images import UNREADABLE, image_size
+from vtprune_train.data.images import UNREADABLE
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import is_here
 from vtprune_train.data.sources.base import Bounds
 from vtprune_train.data.templates import build_encoder, describe_sample, misfits, saved_chat_template
 from vtprune_train.models.families.base import Loop
-from vtprune_train.models.families.layout import ImageLayout
+from vtprune_train.models.families.layout import ImageLayout, Visual
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.io.tokenizer import load_tokenizer
+from vtprune_train.training.loop.layout import has_videos
 
 LOOKED_AT = 100  # number of records to try until one can be shown
 
@@ -45,13 +45,15 @@ def template_misfits(config: Config, encoder: ChatEncoder, *, offline: bool = Fa
 def first_sample(collate: Collator) -> str:
     """The first sample of the training data, for the log."""
     record = collate.index.record(0)
-    return _described(collate.encoder, collate.layout, record, collate.index.image_sizes(0), "sample")
+    files = collate.index.files(0, record)
+    visuals = collate.index.visuals(0, files, collate.layout, collate.max_image_pixels)
+    return _described(collate.encoder, collate.layout, record, visuals, "sample")
 
 
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     """Like first_sample, plus template mismatches, but before anything is built; requires data and tokenizer to be
     available locally. Raises ``ValueError`` if template and tokenizer are incompatible."""
-    readable = next(_readable(config), None)
+    readable = next(_readable(config, layout), None)
     if readable is None:
         return ["sample        not shown: no record with readable images found"]
     record, sizes = readable
@@ -61,13 +63,15 @@ def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
         tokenizer = load_tokenizer(config.model, lambda: texts, config.run_dir / "tokenizer", offline=True)
     except ValueError as error:
         return [f"sample        not shown: {error}"]
-    encoder = build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
+    encoder = build_encoder(
+        template, tokenizer, loop, config.data.image_position, config.data.tokenization, videos=has_videos(config)
+    )
     lines = [f"WARNING       {line}" for line in template_misfits(config, encoder, offline=True)]
     return [*lines, _described(encoder, layout, record, sizes, "sample       ")]
 
 
-def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
-    """First records of the training data with readable images, and their image sizes."""
+def _readable(config: Config, layout: ImageLayout) -> Iterator[tuple[Conversation, list[Visual]]]:
+    """First records of the training data with readable images and videos, and their sizes."""
     for source in config.sources("train"):
         if not is_here(Path(source.path)):
             continue
@@ -75,20 +79,22 @@ def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
         bounds = Bounds(config.data.max_record_bytes, config.data.max_text_bytes)
         records = read_records(Path(source.path), source.ignore, bounds, source.reader or "")
         for record in islice(records, LOOKED_AT):
-            if record.error:
+            if record.error or (record.videos and source.videos is None):
                 continue
             try:
-                images = record.image_files(Path(source.images))
-                sizes = [image_size(image, max_pixels=config.data.max_image_pixels) for image in images]
+                files = record.files(Path(source.images), Path(source.videos or source.images))
+                visuals = [file.visual(layout, config.data.max_image_pixels) for file in files]
             except UNREADABLE:
                 continue
-            yield prompt.apply(record), sizes
+            yield prompt.apply(record), visuals
 
 
-def _described(encoder: ChatEncoder, layout: ImageLayout, record: Conversation, sizes: list[Any], title: str) -> str:
-    chat = encoder.encode(record.turns)
-    image_tokens = layout.tokens(sizes) if sizes else []
-    tokens = len(chat.input_ids) - len(image_tokens) + sum(image_tokens)
+def _described(
+    encoder: ChatEncoder, layout: ImageLayout, record: Conversation, visuals: list[Visual], title: str
+) -> str:
+    chat = encoder.encode(record.turns, layout.texts(visuals, encoder.placeholder))
+    runs = [length for of in layout.visual_tokens(visuals) for length in of.runs]
+    tokens = len(chat.input_ids) - len(runs) + sum(runs)
     supervised = int((chat.labels >= 0).sum())
-    text = describe_sample(encoder, chat, image_tokens)
+    text = describe_sample(encoder, chat, runs)
     return f"{title} {record.id}: {tokens} tokens, {supervised} supervised (between [[ and ]]):\n{text}"
