@@ -273,6 +273,11 @@ def test_budgets_and_settings(cls):
 
 
 def test_more_settings():
+    for cls in (EVS, DyCoke):
+        with pytest.raises(ValueError, match=r"per='frame' has no meaning for \w+, which compares the frames"):
+            cls(per="frame")
+    boundary = VidCom2(keep=0.5, per="frame").plan(layouts([[Clip(3, 2, 2, newline=True)]]), 4).boundaries[0]
+    assert [span.after for span in boundary.spans] == [2, 2, 3]
     with pytest.raises(ValueError, match=r"out of range for dycoke on 8 layers, which reaches 0.250 to 1.000"):
         DyCoke().for_budget(0.1, 8)
     assert DyCoke().input_share(8) == pytest.approx(0.475)

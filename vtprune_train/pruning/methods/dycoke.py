@@ -16,7 +16,7 @@ from vtprune_train.core.rounding import as_fraction, floor_of
 from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.candidates import Candidates, Selection
 from vtprune_train.pruning.methods.one_share import OneShare
-from vtprune_train.pruning.ops.videos import Steps, VideoDrop, picked_per_video, video_tokens
+from vtprune_train.pruning.ops.videos import Steps, VideoDrop, check_per_video, picked_per_video, video_tokens
 from vtprune_train.pruning.setting_types import Share
 
 WINDOW = 4  # frames
@@ -36,6 +36,9 @@ class DyCoke(OneShare):
 
     name = "dycoke"
     paper = "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models (arXiv 2411.15024)"
+
+    def __post_init__(self) -> None:
+        check_per_video(self.name, self.per)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         of_video = (1 + (WINDOW - 1) * as_fraction(self.keep)) / WINDOW

@@ -15,7 +15,7 @@ from vtprune_train.core.stream import Boundary, Drop
 from vtprune_train.pruning.candidates import Candidates
 from vtprune_train.pruning.methods.one_share import OneShare
 from vtprune_train.pruning.needs import Positions
-from vtprune_train.pruning.ops.videos import Steps, VideoDrop, steps_of, video_tokens
+from vtprune_train.pruning.ops.videos import Steps, VideoDrop, check_per_video, steps_of, video_tokens
 from vtprune_train.pruning.setting_types import Share
 
 ALWAYS = 255.0  # above every dissimilarity, which is at most 2
@@ -36,6 +36,9 @@ class EVS(OneShare):
 
     name = "evs"
     paper = "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference (arXiv 2510.14624)"
+
+    def __post_init__(self) -> None:
+        check_per_video(self.name, self.per)
 
     def drops(self, num_layers: int) -> tuple[Drop, ...]:
         return (_EVSDrop(0, self.keep),)

@@ -45,6 +45,18 @@ def steps_of(span: ImageSpan | SpanLayout, tokens: int) -> Steps | None:
     return Steps(span.frames, sizes[0], sum(sizes[span.frames :]))
 
 
+def check_per_video(name: str, per: str) -> None:
+    """Reject ``per: frame`` for a method that compares frames: a frame alone would keep all of its tokens.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    if per != "video":
+        raise ValueError(
+            f"per={per!r} has no meaning for {name}, which compares the frames of a video; use per='video'"
+        )
+
+
 class VideoDrop(Drop):
     """A drop that reduces videos only: images and videos whose steps are unknown are kept whole, and so are tokens of
     no step. Where only lengths are known (budgets), every span counts as a long video."""
