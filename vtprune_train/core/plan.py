@@ -194,7 +194,7 @@ class _StreamLayout:
     starts: np.ndarray  # [spans]
     lengths: np.ndarray  # [spans]
     visual: list[np.ndarray]  # the rows of each span
-    interleaved: bool  # whether text stands between the tokens of a span
+    scattered: np.ndarray  # [spans] bool, whether text stands between the tokens of a span
     text: np.ndarray  # [T - V]
     after_query: np.ndarray  # [Q], the row after each query row; never inside a span, so stages can track its index
     query_segment: np.ndarray  # [Q]
@@ -228,7 +228,7 @@ class _StreamLayout:
             starts=rows(starts),
             lengths=rows(lengths),
             visual=visual,
-            interleaved=any(span.runs for segment in segments for span in segment.spans),
+            scattered=np.array([bool(span.runs) for segment in segments for span in segment.spans], dtype=bool),
             text=np.flatnonzero(is_text),
             after_query=rows(after_query),
             query_segment=rows(query_segment),
@@ -236,6 +236,11 @@ class _StreamLayout:
             supervised=rows(supervised),
             segments=segments,
         )
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether text stands between the tokens of any span."""
+        return bool(self.scattered.any())
 
     def rows_that_rank(self, drop: Drop) -> tuple[np.ndarray, np.ndarray]:
         """[Q] the row after each query row, and the segment it belongs to."""
@@ -369,6 +374,7 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
         drop=drop,
         uniform=uniform,
         scored_shift=torch.from_numpy(per_token) if layout.interleaved else None,
+        scattered=torch.from_numpy(np.repeat(layout.scattered, after.kept)) if layout.interleaved else None,
     )
 
 
