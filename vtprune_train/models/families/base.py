@@ -25,7 +25,7 @@ from vtprune_train.models.families.videos import VideoSettings
 Part = TypeVar("Part")
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # language models
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+LENGTH_DEPENDENT_ROPE = ("longrope",)
 NO_VIDEO = "it has no video tokens; pass the frames of a video as images"
 
 
@@ -63,7 +63,7 @@ class Loop:
         image_token: the image token in the vocabulary.
         placeholder: text of an image in a prompt; ``<image>`` in it is the image token.
         videos: how videos are sampled and prepared by default; the layout then takes videos.
-        video_token: the video token in the vocabulary.
+        video_token: the video token in the vocabulary; empty if frames have the image token.
         needs_checkpoint: the model cannot be built from parts or from sizes in the YAML.
     """
 
@@ -184,7 +184,7 @@ class Family:
         if rope_type in LENGTH_DEPENDENT_ROPE:
             raise ValueError(
                 f"{self.title}: rope_type {rope_type!r} depends on the longest sample of a batch and is not supported; "
-                "use default, linear, llama3 or yarn"
+                "use default, linear, llama3, yarn or dynamic"
             )
 
 

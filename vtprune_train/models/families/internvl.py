@@ -6,6 +6,7 @@ Each visual token merges four patches (pixel shuffle).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,25 @@ from transformers import GotOcr2ImageProcessorPil, InternVLConfig, Qwen3Config
 from vtprune_train.core.flops import TowerGeometry
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
-from vtprune_train.models.families.layout import ImageLayout, SampleImages, Size, VisionInputs
+from vtprune_train.models.families.layout import (
+    Clip,
+    ImageLayout,
+    SampleImages,
+    Size,
+    VisionInputs,
+    Visual,
+    VisualTokens,
+)
 from vtprune_train.models.families.places import Places, grid_places
 from vtprune_train.models.families.towers import SavedByTower, feature_states, patch_grid
+from vtprune_train.models.families.videos import Sampling, VideoSettings
 
 if TYPE_CHECKING:  # pruning a model does not need Pillow
     from PIL import Image
 
 # InternVLProcessor sets this in every call, whatever the image processor's file says.
 ALWAYS = {"crop_to_patches": True}
+PLACEHOLDER = f"<img>{IMAGE}</img>"
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class TilesAndThumbnail(ImageLayout):
     columns: int
     min_tiles: int
     max_tiles: int
+    video: VideoSettings | None = None
 
     @classmethod
     def of(cls, config: Any, image_processor: Any) -> TilesAndThumbnail:
@@ -79,8 +91,31 @@ class TilesAndThumbnail(ImageLayout):
         pixels = torch.cat(every) if every else torch.zeros(1, 3, *self.tile_size)
         return VisionInputs(pixels, torch.arange(tokens), image_inputs={})
 
+    def with_videos(self, settings: VideoSettings) -> TilesAndThumbnail:
+        if settings.edges != dict(zip(("height", "width"), self.tile_size, strict=True)):
+            raise ValueError(
+                f"the video processor resizes frames to {settings.edges}, but a tile of the tower has {self.tile_size} "
+                "pixels; set `size` in video_preprocessor_config.json"
+            )
+        return dataclasses.replace(self, video=settings)
+
+    def video_tokens(self, clip: Clip) -> VisualTokens:
+        """Each frame is one tile, and an image of its own, as in the model's own inputs."""
+        frames = len(clip.indices)
+        return VisualTokens((self.rows * self.columns,) * frames, frames, 0, ((self.rows, self.columns),) * frames)
+
+    def video_pixels(self, clip: Clip, frames: np.ndarray) -> Tensor:
+        """[frames, 3, height, width]."""
+        assert self.video is not None, "the layout was built without videos"
+        return self.video.prepare(frames, self.tile_size)
+
+    def placeholder(self, visual: Visual) -> str | None:
+        if not isinstance(visual, Clip):
+            return None
+        return "\n".join(f"Frame{number}: {PLACEHOLDER}" for number in range(1, len(visual.indices) + 1))
+
     def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
-        return {"pixel_values": torch.cat(images.pixels)}
+        return {"pixel_values": torch.cat(images.pixels)} if images.pixels else {}
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
         """Positions tile by tile, in each tile row by row, then those of the thumbnail. The image is resized to fill
@@ -200,7 +235,9 @@ FAMILY = Family(
         projector=("model.multi_modal_projector.",),
         untrained=_untrained,
         image_token="<IMG_CONTEXT>",
-        placeholder=f"<img>{IMAGE}</img>",
+        placeholder=PLACEHOLDER,
+        videos=VideoSettings(Sampling("middle", None, 8), (("height", 448), ("width", 448))),
+        video_token="",
         needs_checkpoint=True,
     ),
 )
