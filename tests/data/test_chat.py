@@ -176,3 +176,22 @@ def test_plain_is_ranked_by_the_last_visual_token():
     _, chat = encode("plain", TURNS[:2])
     segment, _ = lay_out(chat, [9])
     assert segment.query_offsets == (segment.spans[0].end - 1,)
+
+
+def test_each_placeholder_gets_its_own_text():
+    """Videos are written in the order of the placeholders, one token for each run; ids equal those of the written
+    text."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]}, replace_extra_special_tokens=False)
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    encoder = ChatEncoder(tokenizer, get_template("qwen"), image, image_position="first", video_token_id=video)
+    turns = [Turn("user", "<video> then <image>?"), Turn("assistant", "it rains")]
+    visuals = ["<1.0 s><video><2.0 s><video>", "(<image>)"]
+    chat = encoder.encode(turns, visuals)
+    written = [Turn("user", "<1.0 s><video><2.0 s><video> then (<image>)?"), turns[1]]
+    text = "".join(piece for piece, _ in encoder.template.pieces(written))
+    assert chat.input_ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
+    assert [int(chat.input_ids[offset]) for offset in chat.image_offsets] == [video, video, image]
+    counted = encoder.count([turns, turns, turns], visuals=[visuals, visuals[:1], [*visuals, "<image>"]])
+    assert counted[0] == (len(chat.input_ids) - 3, int((chat.labels >= 0).sum()))
+    assert "3 image(s) and videos, but 2 placeholders" in str(counted[2])

@@ -19,6 +19,7 @@ from torch import Tensor
 from vtprune_train.core.rounding import floor_of
 
 IMAGE = "<image>"  # image placeholder in text; also the default image token
+VIDEO = "<video>"  # video placeholder in text
 IGNORE = -100  # ignore index for labels
 COPY_ALIGNMENT = 16  # alignment in bytes of tensors in the shared buffer
 

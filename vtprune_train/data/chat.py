@@ -8,20 +8,23 @@ token of each answer (the query row), are located by tokenizing the text before 
 from __future__ import annotations
 
 import dataclasses
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from vtprune_train.core.stream import IGNORE, IMAGE
+from vtprune_train.core.stream import IGNORE, IMAGE, VIDEO
 from vtprune_train.data.sources.base import BOUNDS, TooLarge, utf8_length
 from vtprune_train.data.tokens import Edge, SectionTokenizer, part_of
 
 UNSUPERVISED = "no token is supervised: the conversation has no answer to train on"
 FLAGS, AROUND_TEXT, BETWEEN = ("bos", "images_only"), ("user", "system", "answer"), ("assistant", "separator")
+VISUAL, _IMAGE = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}"), re.compile(re.escape(IMAGE))
 TOKENIZED = "whole text"  # part of the fingerprint of cached lengths
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -35,7 +38,8 @@ LLAMA_3_SYSTEM = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: ``role`` is system, user or assistant; ``text`` contains ``<image>`` in place of each image."""
+    """One message: ``role`` is system, user or assistant; ``text`` contains ``<image>`` in place of each image and
+    ``<video>`` in place of each video."""
 
     role: str
     text: str
@@ -56,7 +60,7 @@ class Template:
         separator: text between an answer and the next user message, not supervised.
         default_system: system prompt of conversations without one.
         bos: start with the tokenizer's beginning-of-sequence token, if it has one.
-        images_only: drop the text of user messages and keep only their images (projector alignment).
+        images_only: drop the text of user messages and keep only their images and videos (projector alignment).
     """
 
     user: str
@@ -74,14 +78,15 @@ class Template:
         object.__setattr__(self, "answer", self.assistant[len(kept) :] + self.answer)
         object.__setattr__(self, "assistant", kept)
 
-    def pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
-        """``(text, supervised)``, alternating between the text before an answer and the answer."""
+    def pieces(self, turns: Sequence[Turn], mark: re.Pattern[str] = _IMAGE) -> Iterator[tuple[str, bool]]:
+        """``(text, supervised)``, alternating between the text before an answer and the answer. ``mark`` matches
+        placeholders, for ``images_only``."""
         turns = list(turns)
         prompt = turns.pop(0).text if turns and turns[0].role == "system" else self.default_system
         context = self.system.replace("{text}", prompt) if prompt else ""
         for turn in turns:
             if turn.role == "user":
-                text = IMAGE * turn.text.count(IMAGE) if self.images_only else turn.text
+                text = "".join(mark.findall(turn.text)) if self.images_only else turn.text
                 context += self.user.replace("{text}", text) + self.assistant
             else:
                 yield context, False
@@ -157,12 +162,12 @@ def get_template(spec: str | Mapping[str, Any]) -> Template:
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A tokenized conversation with one token per image.
+    """A tokenized conversation with one token for each contiguous run of visual tokens (an image is one run).
 
     Args:
         input_ids: [L] int64.
         labels: [L] int64, -100 for tokens that are not supervised.
-        image_offsets: offset of each image's token.
+        image_offsets: offset of each run's token.
         answer_starts: offset of the first token of each answer; the row before it is a query row.
     """
 
@@ -191,10 +196,11 @@ class ChatEncoder:
         tokenizer: has the image token as an added token.
         template: see :class:`Template`.
         image_token_id: id of the image token.
-        image_position: ``as_written``, or ``first`` to move the image of a message with one image to its front, as
-            LLaVA's original code does.
+        image_position: ``as_written``, or ``first`` to move the image or video of a message with only one to its
+            front, as LLaVA's original code does.
         placeholder: the text that the family writes for an image; ``<image>`` in it is the image token.
         tokenization: ``processor``, or ``llava`` for the ids of LLaVA's original code (see :func:`writes_spaces`).
+        video_token_id: id of the token of videos; ``None`` for a family without one.
 
     Raises:
         ValueError: the tokenizer lacks a token that the template needs, splits the image token, or appends a token to
@@ -209,6 +215,7 @@ class ChatEncoder:
         image_position: Literal["as_written", "first"] = "as_written",
         placeholder: str = IMAGE,
         tokenization: Literal["processor", "llava"] = "processor",
+        video_token_id: int | None = None,
     ):
         texts = {name: getattr(template, name) for name in (*AROUND_TEXT, *BETWEEN)}
         if tokenizer.eos_token is None and any("{eos}" in text for text in texts.values()):
@@ -216,6 +223,8 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image_token: str = tokenizer.convert_ids_to_tokens(image_token_id)
+        self.video_token: str = "" if video_token_id is None else tokenizer.convert_ids_to_tokens(video_token_id)
+        self.visual_ids = (image_token_id,) if video_token_id is None else (image_token_id, video_token_id)
         self.image_position = image_position
         self.placeholder = placeholder.replace(IMAGE, self.image_token)
         self.bos = (template.bos and tokenizer.bos_token) or ""
@@ -227,14 +236,16 @@ class ChatEncoder:
         self._added = self._check_tokenizer()
 
     def _check_tokenizer(self) -> list[int]:
-        """Check how the tokenizer handles the image token. Returns the ids that it adds before a text without a
-        beginning-of-sequence token."""
-        two = self.tokenizer.encode(f"a{self.image_token}{self.image_token}\na", add_special_tokens=False)
-        if two.count(self.image_token_id) != 2:
-            raise ValueError(
-                f"the tokenizer does not always tokenize {self.image_token} as one token (it gives "
-                f"{self.tokenizer.convert_ids_to_tokens(two)}); add it with special=True and normalized=False"
-            )
+        """Check how the tokenizer handles the tokens of images and videos. Returns the ids that it adds before a text
+        without a beginning-of-sequence token."""
+        for visual_id in self.visual_ids:
+            token = self.tokenizer.convert_ids_to_tokens(visual_id)
+            two = self.tokenizer.encode(f"a{token}{token}\na", add_special_tokens=False)
+            if two.count(visual_id) != 2:
+                raise ValueError(
+                    f"the tokenizer does not always tokenize {token} as one token (it gives "
+                    f"{self.tokenizer.convert_ids_to_tokens(two)}); add it with special=True and normalized=False"
+                )
         added = self.tokenizer.encode(self.image_token)
         place = added.index(self.image_token_id)
         if added[place + 1 :] and not self.bos:
@@ -245,73 +256,107 @@ class ChatEncoder:
             )
         return added[:place]
 
-    def encode(self, turns: Sequence[Turn]) -> EncodedChat:
+    def encode(self, turns: Sequence[Turn], visuals: Sequence[str] | None = None) -> EncodedChat:
         """Tokenize one conversation.
 
+        Args:
+            turns: the conversation.
+            visuals: the text that the family writes for each ``<image>`` and ``<video>`` in order, with ``<image>`` or
+                ``<video>`` (or the family's token) for each contiguous run of visual tokens. By default, the
+                ``placeholder`` for each ``<image>``; ``<video>`` is then text.
+
         Raises:
-            ValueError: no token is supervised, or the text contains the image token.
+            ValueError: no token is supervised, the text contains the token of images or videos, or ``visuals`` has
+                another number of texts than ``turns`` has placeholders.
         """
-        [chat] = self._tokenized([self._render(turns)])
-        chat.check(self.image_token_id)
+        [chat] = self._tokenized([self._render(turns, visuals)])
+        chat.check(self.visual_ids)
         input_ids = np.array(chat.ids, dtype=np.int64)
         labels = np.full_like(input_ids, IGNORE)
         for start, end in chat.answers:
             labels[start:end] = input_ids[start:end]
-        images = np.flatnonzero(input_ids == self.image_token_id)
-        return EncodedChat(input_ids, labels, tuple(images.tolist()), tuple(start for start, _ in chat.answers))
+        runs = np.flatnonzero(np.isin(input_ids, self.visual_ids))
+        return EncodedChat(input_ids, labels, tuple(runs.tolist()), tuple(start for start, _ in chat.answers))
 
     def count(
-        self, conversations: Sequence[Sequence[Turn]], max_bytes: int = BOUNDS.text
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        max_bytes: int = BOUNDS.text,
+        visuals: Sequence[Sequence[str] | None] | None = None,
     ) -> list[tuple[int, int] | ValueError]:
         """Number of text tokens and of supervised tokens of each conversation, as in :meth:`encode`, or the error of a
         conversation that :meth:`encode` refuses. A conversation whose formatted text exceeds ``max_bytes`` is an error
-        and is not tokenized. All others are tokenized in one call, which is several times faster."""
-        counts: list[tuple[int, int] | ValueError] = []
-        rendered = [self._render(turns) for turns in conversations]
-        sizes = [utf8_length(chat.text) for chat in rendered]
-        tokenized = iter(self._tokenized([chat for chat, n in zip(rendered, sizes, strict=True) if n <= max_bytes]))
-        for size in sizes:
-            if size > max_bytes:
-                reason = f"its formatted text has {size} bytes, more than data.max_text_bytes={max_bytes}"
-                counts.append(ValueError(TooLarge(reason)))
-                continue
-            chat = next(tokenized)
-            try:
-                chat.check(self.image_token_id)
-            except ValueError as error:
-                counts.append(error)
-            else:
-                counts.append((len(chat.ids) - chat.num_images, chat.num_supervised))
-        return counts
+        and is not tokenized. All others are tokenized in one call, which is several times faster. ``visuals`` has an
+        entry for each conversation."""
+        texts = [None] * len(conversations) if visuals is None else visuals
+        rendered = [self._bounded(turns, of, max_bytes) for turns, of in zip(conversations, texts, strict=True)]
+        tokenized = iter(self._tokenized([chat for chat in rendered if isinstance(chat, _Rendered)]))
+        return [chat if isinstance(chat, ValueError) else self._counted(next(tokenized)) for chat in rendered]
 
-    def _render(self, turns: Sequence[Turn]) -> _Rendered:
+    def _bounded(self, turns: Sequence[Turn], visuals: Sequence[str] | None, max_bytes: int) -> _Rendered | ValueError:
+        """Format a conversation, or the reason why it cannot be used."""
+        try:
+            chat = self._render(turns, visuals)
+        except ValueError as error:
+            return error
+        if (size := utf8_length(chat.text)) > max_bytes:
+            reason = f"its formatted text has {size} bytes, more than data.max_text_bytes={max_bytes}"
+            return ValueError(TooLarge(reason))
+        return chat
+
+    def _counted(self, chat: _Tokenized) -> tuple[int, int] | ValueError:
+        try:
+            chat.check(self.visual_ids)
+        except ValueError as error:
+            return error
+        return len(chat.ids) - chat.num_runs, chat.num_supervised
+
+    def _render(self, turns: Sequence[Turn], visuals: Sequence[str] | None = None) -> _Rendered:
         """Format a conversation."""
+        mark, texts = self._visuals(turns, visuals)
         if self.image_position == "first":
-            turns = [_image_first(turn) for turn in turns]
-        text, places, num_images = self.bos, [], 0
-        for piece, is_answer in self.template.pieces(turns):
-            num_images += piece.count(IMAGE)
-            piece = piece.replace(IMAGE, self.placeholder)
+            turns = [_image_first(turn, mark) for turn in turns]
+        text, places, written = self.bos, [], []
+
+        def write(match: re.Match[str]) -> str:
+            written.append(next(texts, match.group()))
+            return written[-1]
+
+        for piece, is_answer in self.template.pieces(turns, mark):
+            piece = mark.sub(write, piece)
             if is_answer:
                 places += [len(text), len(text) + len(piece)]
             text += piece
-        chat = _Rendered(text, places, num_images)
-        return self._with_spaces(chat) if self.spaces else chat
+        tokens = [token for token in (self.image_token, self.video_token) if token]
+        chat = _Rendered(text, places, sum(visual.count(token) for visual in written for token in tokens))
+        return self._with_spaces(chat, written) if self.spaces else chat
 
-    def _with_spaces(self, chat: _Rendered) -> _Rendered:
+    def _visuals(self, turns: Sequence[Turn], visuals: Sequence[str] | None) -> tuple[re.Pattern[str], Iterator[str]]:
+        """The pattern of the placeholders and the texts that replace them, in order. ``<video>`` is text in a
+        conversation without videos."""
+        if visuals is None:
+            return _IMAGE, repeat(self.placeholder)
+        tokens = {IMAGE: self.image_token, VIDEO: self.video_token or VIDEO}
+        counts = [sum(len(mark.findall(turn.text)) for turn in turns) for mark in (VISUAL, _IMAGE)]
+        if len(visuals) not in counts:
+            raise ValueError(f"{len(visuals)} image(s) and videos, but {counts[0]} placeholders in the text")
+        mark = VISUAL if len(visuals) == counts[0] else _IMAGE
+        return mark, iter([VISUAL.sub(lambda match: tokens[match.group()], visual) for visual in visuals])
+
+    def _with_spaces(self, chat: _Rendered, visuals: Sequence[str]) -> _Rendered:
         """Insert a space before each text between images, including one that starts an answer."""
         text, at, starts = self.bos, len(self.bos), []
-        for number, part in enumerate(chat.text[at:].split(self.placeholder)):
-            if number:
-                text += self.placeholder
-                at += len(self.placeholder)
-            if part and not part.startswith(self._special):
+        longest_first = sorted(set(visuals), key=len, reverse=True)
+        split = re.split(f"({'|'.join(map(re.escape, longest_first))})" if visuals else "(?!)", chat.text[at:])
+        for number, part in enumerate(split):
+            is_visual = number % 2 == 1
+            if part and not is_visual and not part.startswith(self._special):
                 starts.append(at)
                 text += " "
             text += part
             at += len(part)
         places = [place + bisect_left(starts, place) for place in chat.places]
-        return _Rendered(text, places, chat.num_images)
+        return _Rendered(text, places, chat.num_runs)
 
     def _tokenized(self, rendered: Sequence[_Rendered]) -> list[_Tokenized]:
         located = self._tokens.locate([(chat.text, chat.places) for chat in rendered])
@@ -333,7 +378,7 @@ class ChatEncoder:
             is_empty = places[2 * number] == places[2 * number + 1]
             done = begin if is_empty else max(begin, last.index + (not last.exact))
             answers.append((len(added) + begin, len(added) + done))
-        return _Tokenized(added + ids, answers, chat.num_images)
+        return _Tokenized(added + ids, answers, chat.num_runs)
 
     def _continued(self, answer: str) -> list[int]:
         """Tokens of an answer that follows other text, without the word boundary that some tokenizers insert at the
@@ -346,43 +391,45 @@ class ChatEncoder:
         """Settings that affect the tokens, to identify cached lengths."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = str(sorted(self.tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-        images = f"{self.image_token_id}|{self.placeholder}|{self.image_position}"
+        images = f"{'|'.join(map(str, self.visual_ids))}|{self.placeholder}|{self.image_position}"
         return f"{TOKENIZED}|{self.template}|{images}|{self.spaces}|{self.bos}|{self._added}|{content}"
 
 
 @dataclass(frozen=True)
 class _Rendered:
     """A formatted conversation: its text, the character offsets ``[start, end, start, end, ...]`` of its answers, and
-    its number of images."""
+    its number of runs of visual tokens."""
 
     text: str
     places: list[int]
-    num_images: int
+    num_runs: int
 
 
 @dataclass(frozen=True)
 class _Tokenized:
-    """A conversation's ids, the tokens ``[start, end)`` of each answer, and its number of images."""
+    """A conversation's ids, the tokens ``[start, end)`` of each answer, and its number of runs of visual tokens."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
-    num_images: int
+    num_runs: int
 
     @property
     def num_supervised(self) -> int:
         return sum(end - start for start, end in self.answers)
 
-    def check(self, image_token_id: int) -> None:
+    def check(self, visual_ids: Sequence[int]) -> None:
         """Raise a ``ValueError`` if the conversation cannot be trained on."""
         if not self.num_supervised:
             raise ValueError(UNSUPERVISED)
         if next(start for start, end in self.answers if end > start) == 0:
             raise ValueError("its first token belongs to an answer, so no token precedes it to predict it")
-        if (count := self.ids.count(image_token_id)) != self.num_images:
-            raise ValueError(f"its text contains the image token {count - self.num_images} time(s) without an image")
+        if (count := sum(map(self.ids.count, visual_ids))) != self.num_runs:
+            tokens = "image token" if len(visual_ids) == 1 else "token of images or videos"
+            raise ValueError(f"its text contains the {tokens} {count - self.num_runs} time(s) without an image")
 
 
-def _image_first(turn: Turn) -> Turn:
-    if turn.role != "user" or turn.text.count(IMAGE) != 1:
+def _image_first(turn: Turn, mark: re.Pattern[str] = _IMAGE) -> Turn:
+    marks = mark.findall(turn.text)
+    if turn.role != "user" or len(marks) != 1:
         return turn
-    return Turn(turn.role, f"{IMAGE}\n{turn.text.replace(IMAGE, '').strip()}")
+    return Turn(turn.role, f"{marks[0]}\n{turn.text.replace(marks[0], '').strip()}")
