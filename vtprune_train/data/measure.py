@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vtprune_train.data.auto_template import AutoTemplate
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
 from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
 from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
@@ -77,6 +78,11 @@ class Measure:
     bounds: Bounds = BOUNDS
     reader: str = ""
 
+    @property
+    def chat(self) -> bool:
+        """See :func:`~vtprune_train.data.records.normalize`."""
+        return isinstance(self.encoder.template, AutoTemplate)
+
     def fingerprint(self) -> dict[str, Any]:
         """Settings that affect the lengths."""
         encoder = hashlib.sha256(self.encoder.fingerprint().encode()).hexdigest()[:16]
@@ -89,6 +95,7 @@ class Measure:
             "ignore": list(self.ignore),
             "max_image_pixels": self.max_image_pixels,
             "bounds": list(self.bounds),
+            **({"chat": True} if self.chat else {}),
             **({"reader": reader_identity(self.reader)} if self.reader else {}),
         }
 
@@ -141,7 +148,8 @@ def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, 
     errors: list[str] = []
     unread: Counter[str] = Counter()
     done = 0
-    read = ((place, normalize(record, "", measure.ignore, measure.bounds.text)) for place, record in reader.scan(piece))
+    settings = measure.ignore, measure.bounds.text
+    read = ((place, normalize(record, "", *settings, chat=measure.chat)) for place, record in reader.scan(piece))
     for batch in _batches(read):
         conversations = [conversation for _, conversation in batch]
         measured = measure(conversations)
@@ -204,7 +212,7 @@ def _columns(
 
 def content_hash(conversation: Conversation) -> int:
     """Hash of a record's id, turns, error, and the names of its images (or the sizes of embedded ones)."""
-    texts = [part for turn in conversation.turns for part in (turn.role, turn.text)]
+    texts = [part for turn in conversation.turns for part in (turn.role, turn.text, *filter(None, [turn.fields]))]
     names = [image if isinstance(image, str) else str(len(image)) for image in conversation.images]
     return _hash("\0".join([conversation.id, *texts, *names, conversation.error]).encode(errors="surrogatepass"))
 
