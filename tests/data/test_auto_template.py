@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from tests.support.family_runs import FamilyRuns
 from tests.support.tokenizers_made import TOKENIZERS
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.auto_template import AutoTemplate, message_of
-from vtprune_train.data.chat import ChatEncoder, Turn
+from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn
 from vtprune_train.data.records import normalize
 from vtprune_train.data.templates import misfits, open_auto_template
 from vtprune_train.data.turns import IMAGE_MARK, TOOLS
@@ -264,6 +265,24 @@ def test_records_are_refused_without_auto_and_say_what_takes_them():
     )
 
 
+def test_ids_and_labels_are_those_of_the_named_template_that_writes_the_same_text():
+    auto = qwen_encoder(chat_templates.QWEN2_5_VL)
+    named = ChatEncoder(auto.tokenizer, TEMPLATES["qwen"], auto.image_token_id, placeholder=WRAPPED)
+    rng = random.Random(0)
+    words = ["cat", " red", "12345", "  ", "Yes.", "<|im_end|>", "é", "?"]
+    for _ in range(50):
+        texts = ["".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(2 * rng.randint(1, 4))]
+        turns = [
+            Turn("assistant", text) if number % 2 else Turn("user", f"a{text}{IMAGE * rng.randint(0, 2)}")
+            for number, text in enumerate(texts)
+        ]
+        turns = [Turn("system", "Be brief.")] * rng.randint(0, 1) + turns
+        one, two = auto.encode(turns), named.encode(turns)
+        assert one.input_ids[:-1].tolist() == two.input_ids.tolist(), "without the line break at the end"
+        assert one.labels[:-1].tolist() == two.labels.tolist() and one.labels[-1] == -100
+        assert (one.image_offsets, one.answer_starts) == (two.image_offsets, two.answer_starts)
+
+
 def test_several_answers_in_a_row_and_odd_spaces():
     encoder = qwen_encoder(chat_templates.QWEN2_5_VL)
     turns = [Turn("user", "What?"), Turn("assistant", " A red cat.\n"), Turn("assistant", "<|im_start|>?")]
@@ -283,6 +302,8 @@ REFUSED = [
      "{%- endfor -%}{%- endset -%}{{- all -}}", "generation %} inside another block"),
     (BARE.replace("{{-", "{%- if message.role == 'system' -%}{{- raise_exception('no system') -}}{%- endif -%}{{-")
      + PROMPTS, "the chat template of here refuses it: no system"),
+    (BARE.replace("message.content", "(message.content if message.role != 'system' else '')") + PROMPTS,
+     "leaves out or changes the text of turn 1"),
 ]  # fmt: skip
 
 

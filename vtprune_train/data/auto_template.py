@@ -88,7 +88,7 @@ class AutoTemplate:
     def supervises_ending(self) -> bool:
         """Whether the last answer's labels contain its ending."""
         text, spans = self.locate(_messages(["a", _PROBE], self.content), None)
-        return bool(self.ending) and text[spans[-1][0] : spans[-1][1]].endswith(self.ending)
+        return bool(self.ending and spans) and text[slice(*spans[-1])].endswith(self.ending)
 
     def format(
         self, turns: Sequence[Turn], mark: re.Pattern[str], visuals: Sequence[str]
@@ -104,14 +104,17 @@ class AutoTemplate:
             The text, the offsets ``[start, end, start, end, ...]`` of its answers, and ``visuals``.
 
         Raises:
-            ValueError: the template refuses the conversation, leaves out or moves an image, or the answers cannot be
-                located exactly.
+            ValueError: the template refuses the conversation, changes the text of a prompt, leaves out or moves an
+                image, or the answers cannot be located exactly.
         """
         spoken = [turn for turn in turns if turn.role != TOOLS]
         tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
         self._check_fields(spoken, tools)
         messages = [message_of(turn, self.content, mark, self.tokens) for turn in spoken]
         text, spans = self.locate(messages, tools)
+        for number, turn in enumerate(spoken):
+            if turn.role != "assistant" and any(part.strip() not in text for part in mark.split(turn.text)):
+                raise ValueError(f"{self} leaves out or changes the text of {_turn(number)}; {_OTHERWISE}")
         kinds = [kind for turn in spoken if turn.role != "assistant" for kind in mark.findall(turn.text)]
         return self._filled(text, [place for span in spans for place in span], kinds, visuals)
 

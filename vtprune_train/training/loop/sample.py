@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,11 @@ def first_sample(collate: Collator) -> str:
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     """Like first_sample, plus template mismatches, but before anything is built; requires data and tokenizer to be
     available locally. Raises ``ValueError`` if template and tokenizer are incompatible."""
-    readable = next(_readable(config), None)
-    if readable is None:
+    readable = _readable(config)
+    first = next(readable, None)
+    if first is None:
         return ["sample        not shown: no record with readable images found"]
-    record, sizes = readable
-    template, turns = template_of(config.data), record.turns
+    template, turns = template_of(config.data), first[0].turns
     try:
         folder = config.run_dir / "tokenizer"
         tokenizer = load_tokenizer(config.model, lambda: training_texts(template, turns), folder, offline=True)
@@ -100,7 +100,16 @@ def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
         return [f"sample        not shown: {error}"]
     encoder = open_encoder(config, tokenizer, loop, offline=True)
     lines = [f"WARNING       {line}" for line in template_misfits(config, encoder, offline=True)]
-    return [*lines, _described(encoder, layout, record, sizes, "sample       ")]
+    reasons = []
+    for record, sizes in chain([first], readable):
+        try:
+            shown = _described(encoder, layout, record, sizes, "sample       ")
+        except ValueError as error:
+            reasons.append(f"{record.id}: {error}")
+        else:
+            refused = f"WARNING       {len(reasons)} record(s) cannot be used, first: {reasons[0]}" if reasons else ""
+            return [*lines, *filter(None, [refused]), shown]
+    return [*lines, f"sample        not shown: no record can be used, first: {reasons[0]}"]
 
 
 def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
