@@ -6,16 +6,17 @@ Written from the description of the method, independently of the fast code; used
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """x [H, L, D] rotated to ``positions`` [L], half-split layout."""
+    """x [H, L, D] rotated to ``positions`` [L], half-split layout; [L, D / 2] if each frequency has its own."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, dtype=x.dtype) / half)
-    angles = positions[:, None] * frequencies[None, :]
+    angles = (positions[:, None] if positions.ndim == 1 else positions) * frequencies[None, :]
     cos, sin = angles.cos(), angles.sin()
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -27,6 +28,8 @@ def queries_and_keys(layer, x: Tensor, positions: Tensor, theta: float) -> tuple
     normed = layer.input_layernorm(x)
     q = attention.q_proj(normed).view(len(x), -1, attention.head_dim).transpose(0, 1)
     k = attention.k_proj(normed).view(len(x), -1, attention.head_dim).transpose(0, 1)
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
     k = torch.stack([k[head // (q.shape[0] // k.shape[0])] for head in range(q.shape[0])])
     return rotate(q, positions, theta), rotate(k, positions, theta)
 
@@ -58,11 +61,16 @@ def pyramiddrop(
     keep: list[float],
     rank_with: str = "next_layer",
     positions: str = "renumber",
+    start: Tensor | None = None,
+    deepstack: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[int]]:
-    """One sample through all layers. Returns hidden states before the final norm, and the original offsets kept."""
+    """One sample through all layers. Returns hidden states before the final norm, and the original offsets kept.
+
+    ``start`` are positions other than the offsets, for ``rotate``; ``deepstack`` [L, C] are features, 0 for text, that
+    are added after layer 0, 1, ..."""
     theta = text_model.config.rope_parameters["rope_theta"]
     alive = list(range(len(embeds)))
-    position = torch.arange(len(embeds))
+    position = torch.arange(len(embeds)) if start is None else start
     x = before_last = embeds
     for index, layer in enumerate(text_model.layers):
         if index in layers:
@@ -89,4 +97,6 @@ def pyramiddrop(
             alive = kept
         before_last = x
         x = run_layer(layer, x, position, theta)
+        if index < len(deepstack):
+            x = x + deepstack[index][alive]
     return x, alive

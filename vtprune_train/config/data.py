@@ -29,6 +29,31 @@ class PromptConfig(Section):
     suffix: PromptText = Field("", description="Text after the first user turn.")
 
 
+class VideoConfig(Section):
+    """Which frames of a video are used; null keeps the value of the checkpoint's video processor, or the family's."""
+
+    fps: float | None = Field(None, gt=0, le=1000, description="Frames per second that are sampled.")
+    num_frames: int | None = Field(
+        None, ge=1, le=100_000, description="Number of frames of every video, instead of `data.video.fps`."
+    )
+    min_frames: int | None = Field(None, ge=1, description="Minimum number of frames with `data.video.fps`.")
+    max_frames: int | None = Field(None, ge=1, description="Maximum number of frames with `data.video.fps`.")
+    max_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum number of pixels that frames are resized to, in families with images of any size: of a "
+        "frame (Qwen2-VL, Qwen2.5-VL) or of all frames together (Qwen3-VL, Qwen3.5).",
+    )
+
+    @model_validator(mode="after")
+    def _one_number(self) -> VideoConfig:
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError(f"fps={self.fps:g} and num_frames={self.num_frames} exclude each other; set one to null")
+        if self.min_frames is not None and self.max_frames is not None and self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames={self.min_frames} is larger than max_frames={self.max_frames}")
+        return self
+
+
 class SourceConfig(Section):
     """One source of samples. An entry `{include: mixture.yaml}` stands for the entries of that file."""
 
@@ -39,6 +64,11 @@ class SourceConfig(Section):
     )
     images: str = Field(
         ".", description="Folder that image paths in records are relative to; itself relative to `data.root`."
+    )
+    videos: str | None = Field(
+        None,
+        description="Folder that video paths in records are relative to; itself relative to `data.root`. null makes "
+        "records with videos unusable.",
     )
     take: str = Field(
         "all", description="Samples to use: all, first:N or random:N. `random` draws with the seed of the run."
@@ -125,8 +155,11 @@ class DataConfig(Section):
         0.05, ge=0, le=1, description="Maximum share of unusable samples in each source; a larger share stops the run."
     )
     max_image_pixels: int = Field(
-        89_478_485, ge=1, description="Images with more pixels are not read; the default is Pillow's limit."
+        89_478_485,
+        ge=1,
+        description="Images, and videos whose frames have more pixels, are not read; the default is Pillow's limit.",
     )
+    video: VideoConfig = Field(VideoConfig(), description="Which frames of videos are used.")
     max_record_bytes: int = Field(
         32 << 20,
         ge=1,

@@ -78,7 +78,13 @@ class Config(Section):
         """The data sources, with paths joined to ``data.root``."""
         root = Path(self.data.root)
         return [
-            source.model_copy(update={"path": str(root / source.path), "images": str(root / source.images)})
+            source.model_copy(
+                update={
+                    "path": str(root / source.path),
+                    "images": str(root / source.images),
+                    "videos": None if source.videos is None else str(root / source.videos),
+                }
+            )
             for source in getattr(self.data, which)
         ]
 

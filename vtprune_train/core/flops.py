@@ -220,11 +220,12 @@ class TrainingCost:
         tiles: np.ndarray,
         supervised: np.ndarray,
         sample_of_tiles: np.ndarray | None = None,
+        frames: np.ndarray | None = None,
     ) -> np.ndarray:
         """FLOPs of each sample: ``stage_lengths`` [samples, stages], ``supervised`` [samples]. ``tiles`` [images] is
-        the number of tiles of each image, and ``sample_of_tiles`` [images] the sample it belongs to (default: each
-        sample has one image)."""
-        vision = self.vision(tiles)
+        the number of tiles of each image, ``sample_of_tiles`` [images] the sample it belongs to (default: each sample
+        has one image), and ``frames`` see :meth:`vision`."""
+        vision = self.vision(tiles, frames)
         if sample_of_tiles is not None:
             vision = np.bincount(sample_of_tiles, weights=vision, minlength=len(stage_lengths))
         return self.text(stage_lengths, layers_per_stage, supervised) + vision
@@ -246,13 +247,15 @@ class TrainingCost:
         per_stage = (self.decoder.layer(tokens) + self.adapter * tokens) * np.asarray(layers_per_stage)
         return per_stage.sum(axis=-1) + self.decoder.head(np.asarray(supervised, dtype=np.float64))
 
-    def vision(self, tiles: np.ndarray) -> np.ndarray:
-        """[images] FLOPs of the tower and the projector in :meth:`sample`."""
+    def vision(self, tiles: np.ndarray, frames: np.ndarray | None = None) -> np.ndarray:
+        """[images] FLOPs of the tower and the projector in :meth:`sample`. ``frames`` [images] is the number of steps
+        in time of each video, which do not attend to each other in the tower; 0 for an image."""
         assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
+        steps = np.ones(len(tiles)) if frames is None else np.maximum(frames, 1)
         count = np.asarray(tiles, dtype=np.float64)
-        return self.tower.tower(count) * (3 if self.trains_tower else 1) + self.tower.projector(count) * (
-            3 if self.trains_tower else 2 if self.trains_projector else 1
-        )
+        return steps * self.tower.tower(count / steps) * (3 if self.trains_tower else 1) + self.tower.projector(
+            count
+        ) * (3 if self.trains_tower else 2 if self.trains_projector else 1)
 
 
 def stage_lengths(text: np.ndarray, spans: np.ndarray, sample_of_span: np.ndarray, drops: Sequence[Drop]) -> np.ndarray:

@@ -9,8 +9,10 @@ Q query rows, R supervised rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor
 from vtprune_train.core.stream import (
     Boundary,
     Drop,
+    ImageSpan,
     Outline,
     ScoredSegment,
     SegmentLayout,
@@ -78,6 +81,7 @@ def plan_stream(
     """
     if not segments:
         raise ValueError("plan_stream needs at least one segment; pass a blank one for an empty micro-batch")
+    segments = divided(segments, getattr(method, "per", "video"), bool(key_layers))
     layout = _StreamLayout.of(segments)
     kept = counts_per_stage(drops, layout.lengths, measured)
     places = [_Places(layout.starts, layout.lengths, counts) for counts in kept]
@@ -106,6 +110,21 @@ def plan_stream(
         key_layouts,
         Outline(segments, drops, num_layers, key_layers, method),
     )
+
+
+def divided(segments: Sequence[SegmentLayout], per: str, chooses_keys: bool) -> Sequence[SegmentLayout]:
+    """Divide videos into the spans that a method's keep ratios apply to: their steps in time with ``per`` = ``frame``.
+    Methods that remove keys from the cache always divide videos with text between the frames, because the rows of this
+    text must be known."""
+    if not any(span.frames for segment in segments for span in segment.spans):
+        return segments
+
+    def spans(segment: SegmentLayout) -> tuple[ImageSpan, ...]:
+        whole = [per == "video" and not (chooses_keys and span.runs) for span in segment.spans]
+        parts = ((span,) if kept else span.steps() for span, kept in zip(segment.spans, whole, strict=True))
+        return tuple(chain.from_iterable(parts))
+
+    return [dataclasses.replace(segment, spans=spans(segment)) for segment in segments]
 
 
 def fronts_of(segments: Sequence[SegmentLayout], layout: Boundary) -> list[int | None]:
@@ -149,7 +168,7 @@ class _Places:
         return rows - self.removed[np.searchsorted(self.starts, rows, side="left")]
 
     def spans(self) -> list[np.ndarray]:
-        """The rows of each span's remaining tokens."""
+        """The rows of each span's remaining tokens, as if they were adjacent."""
         return [np.arange(start, start + n) for start, n in zip(self.of(self.starts), self.kept, strict=True)]
 
 
@@ -160,6 +179,8 @@ class _StreamLayout:
     cu_seqlens: np.ndarray  # [S + 1]
     starts: np.ndarray  # [spans]
     lengths: np.ndarray  # [spans]
+    visual: list[np.ndarray]  # the rows of each span
+    interleaved: bool  # whether text stands between the tokens of a span
     text: np.ndarray  # [T - V]
     after_query: np.ndarray  # [Q], the row after each query row; never inside a span, so stages can track its index
     query_segment: np.ndarray  # [Q]
@@ -171,17 +192,19 @@ class _StreamLayout:
     def of(cls, segments: Sequence[SegmentLayout]) -> _StreamLayout:
         cu_seqlens = np.concatenate([[0], np.cumsum([s.length for s in segments])]).astype(np.int64)
         starts, lengths, span_segment, after_query, query_segment, supervised = [], [], [], [], [], []
+        visual: list[np.ndarray] = []
         for index, (segment, base) in enumerate(zip(segments, cu_seqlens[:-1].tolist(), strict=True)):
             _check_segment(segment)
             starts += [base + span.start for span in segment.spans]
             lengths += [span.length for span in segment.spans]
+            visual += [base + span.offsets() for span in segment.spans]
             span_segment += [index] * len(segment.spans)
             after_query += [base + offset + 1 for offset in segment.query_offsets]
             query_segment += [index] * len(segment.query_offsets)
             supervised += [base + offset for offset in segment.supervised_offsets]
         is_text = np.ones(int(cu_seqlens[-1]), dtype=bool)
-        for start, length in zip(starts, lengths, strict=True):
-            is_text[start : start + length] = False
+        for of_span in visual:
+            is_text[of_span] = False
 
         def rows(values: list[int]) -> np.ndarray:
             return np.array(values, dtype=np.int64)
@@ -190,6 +213,8 @@ class _StreamLayout:
             cu_seqlens=cu_seqlens,
             starts=rows(starts),
             lengths=rows(lengths),
+            visual=visual,
+            interleaved=any(span.runs for segment in segments for span in segment.spans),
             text=np.flatnonzero(is_text),
             after_query=rows(after_query),
             query_segment=rows(query_segment),
@@ -226,9 +251,10 @@ def _instruction(segment: SegmentLayout) -> np.ndarray:
 def _check_segment(segment: SegmentLayout) -> None:
     end = 0
     for span in segment.spans:
-        if span.start < end or span.length < 0 or span.end > segment.length:
+        if span.start < end or span.length < 0 or span.end > segment.length or not _runs_fit(span):
             raise ValueError(
-                f"image span {span} overlaps another span or ends after its segment of {segment.length} tokens"
+                f"image span {span} overlaps another span, ends after its segment of {segment.length} tokens, or has "
+                "runs that do not add up to its length"
             )
         end = span.end
     for offset in segment.query_offsets:
@@ -245,6 +271,15 @@ def _check_segment(segment: SegmentLayout) -> None:
             )
     if segment.spans and not segment.query_offsets:
         raise ValueError("a segment with images needs at least one query row to rank their tokens")
+
+
+def _runs_fit(span: ImageSpan) -> bool:
+    """Whether the runs of a span are in order and add up to its length."""
+    if not span.runs:
+        return True
+    ends = [start + length for start, length in span.runs]
+    in_order = all(start >= end for (start, _), end in zip(span.runs[1:], ends, strict=False))
+    return in_order and span.runs[0][0] == span.start and sum(length for _, length in span.runs) == span.length
 
 
 def _rows_before(layout: _StreamLayout, places: _Places, rows: np.ndarray) -> np.ndarray:
@@ -276,7 +311,8 @@ def _stage(cu_seqlens: np.ndarray, first_layer: int, end_layer: int) -> Stage:
 
 
 def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop, original: np.ndarray) -> Boundary:
-    span_rows = before.spans()
+    is_first = bool((before.kept == layout.lengths).all())
+    span_rows = layout.visual if is_first else before.spans()
     cu_seqlens = before.of(layout.cu_seqlens)
     after_query, query_segment = layout.rows_that_rank(drop)
     query_rows = _rows_before(layout, before, after_query)
@@ -295,10 +331,12 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
     sizes = original if drop.returns else before.kept
     sorted_starts = np.cumsum([0, *sizes])[:-1]
     shifts = [offset_in_scored[index] for index in layout.span_segment.tolist()]
+    per_token = np.repeat(np.array(shifts, dtype=np.int64), [len(rows) for rows in span_rows])
     text_rows, next_visual_rows = before.of(layout.text), _joined(after.spans())
-    next_order = np.empty(int(after.of(layout.cu_seqlens)[-1]), dtype=np.int64)
-    next_order[after.of(layout.text)] = np.arange(len(text_rows))
-    next_order[next_visual_rows] = len(text_rows) + np.arange(len(next_visual_rows))
+    next_order = np.zeros(int(after.of(layout.cu_seqlens)[-1]), dtype=np.int64)
+    if not layout.interleaved:
+        next_order[after.of(layout.text)] = np.arange(len(text_rows))
+        next_order[next_visual_rows] = len(text_rows) + np.arange(len(next_visual_rows))
     uniform = _uniform_scores(layout, after.kept, sizes.tolist()) if drop.uniform_without_text else None
     return Boundary(
         layer=drop.layer,
@@ -310,12 +348,13 @@ def _boundary(layout: _StreamLayout, before: _Places, after: _Places, drop: Drop
         ),
         query_rows=torch.from_numpy(_joined(scored_queries)),
         segments=tuple(scored),
-        visual_in_scored=torch.from_numpy(_joined([r + s for r, s in zip(span_rows, shifts, strict=True)])),
+        visual_in_scored=torch.from_numpy(_joined(span_rows) + per_token),
         next_order=torch.from_numpy(next_order),
         next_visual_rows=torch.from_numpy(next_visual_rows),
         spans=_span_layouts(layout, before.kept, after.kept, original),
         drop=drop,
         uniform=uniform,
+        scored_shift=torch.from_numpy(per_token) if layout.interleaved else None,
     )
 
 
@@ -327,14 +366,16 @@ def _span_layouts(
         for number, span in enumerate(segment.spans):
             i = len(spans)
             spans.append(
-                SpanLayout(index, number, int(original[i]), int(before[i]), int(after[i]), span.grids, segment.key)
+                SpanLayout(
+                    index, number, int(original[i]), int(before[i]), int(after[i]), span.grids, segment.key, span.frames
+                )
             )
     return tuple(spans)
 
 
 def _uniform_scores(layout: _StreamLayout, kept: np.ndarray, sizes: list[int]) -> Tensor | None:
     """Scores for spans whose query row is a visual token: 1 on an evenly spaced grid of the kept count, 0 elsewhere."""
-    last_visual = set((layout.starts + layout.lengths - 1).tolist())
+    last_visual = {int(rows[-1]) for rows in layout.visual if len(rows)}
     by_visual = {
         segment
         for segment, after in zip(layout.query_segment.tolist(), layout.after_query.tolist(), strict=True)

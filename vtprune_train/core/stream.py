@@ -19,26 +19,64 @@ from torch import Tensor
 from vtprune_train.core.rounding import floor_of
 
 IMAGE = "<image>"  # image placeholder in text; also the default image token
-VIDEO = "<video>"  # video placeholder in text
+VIDEO = "<video>"  # video placeholder in text; also the default video token
 IGNORE = -100  # ignore index for labels
 COPY_ALIGNMENT = 16  # alignment in bytes of tensors in the shared buffer
 
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """One image's visual tokens within a segment: ``length`` tokens from offset ``start``.
+    """The visual tokens of one image or one video within a segment.
 
-    ``grids`` lists the grids ``(rows, columns)`` that the tokens come from, in order (LLaVA-NeXT: the base tile, then
-    the unpadded tiles with their newline column); empty if the family does not provide them.
+    Args:
+        start: offset of the first token in the segment.
+        length: number of visual tokens.
+        grids: the grids ``(rows, columns)`` that the tokens come from, in order (LLaVA-NeXT: the base tile, then the
+            unpadded tiles with their newline column); for a video, one for each step in time. Empty if the family does
+            not provide them.
+        frames: number of steps in time of a video, whose tokens are ordered step by step; 0 for an image.
+        runs: ``(start, length)`` of each run of adjacent tokens, if text stands between them, such as the timestamps
+            between the frames of Qwen3-VL; empty if all tokens are adjacent.
     """
 
     start: int
     length: int
     grids: tuple[tuple[int, int], ...] = ()
+    frames: int = 0
+    runs: tuple[tuple[int, int], ...] = ()
 
     @property
     def end(self) -> int:
-        return self.start + self.length
+        """Offset after the last token."""
+        return sum(self.runs[-1]) if self.runs else self.start + self.length
+
+    def offsets(self) -> np.ndarray:
+        """[length] int64, the offset of each token in the segment."""
+        runs = self.runs or ((self.start, self.length),)
+        return np.concatenate([np.arange(start, start + length) for start, length in runs])
+
+    def moved(self, by: int) -> ImageSpan:
+        """The same tokens ``by`` tokens later."""
+        runs = tuple((start + by, length) for start, length in self.runs)
+        return dataclasses.replace(self, start=self.start + by, runs=runs)
+
+    def steps(self) -> tuple[ImageSpan, ...]:
+        """A video's steps in time as spans of their own, with newline tokens in the last one; an image unchanged. The
+        runs of a video whose grids are unknown are its steps."""
+        if not self.frames:
+            return (self,)
+        sizes = [rows * columns for rows, columns in self.grids]
+        if sum(sizes) != self.length:
+            runs = self.runs or ((self.start, self.length),)
+            return tuple(ImageSpan(start, length, frames=1) for start, length in runs)
+        last = self.frames - 1
+        ends = [*np.cumsum(sizes[:last]).tolist(), self.length]
+        offsets, spans, first = self.offsets(), [], 0
+        for step, end in enumerate(ends):
+            grids = self.grids[step : step + 1] if step < last else self.grids[last:]
+            spans.append(ImageSpan(int(offsets[first]), end - first, grids, frames=1))
+            first = end
+        return tuple(spans)
 
 
 @dataclass(frozen=True)
@@ -147,15 +185,15 @@ class ScoredSegment:
 
 @dataclass(frozen=True)
 class SpanLayout:
-    """Host-side counts of one image's visual tokens at a drop point.
+    """Host-side counts of the visual tokens of one image or video at a drop point.
 
     Args:
         segment: index of the segment.
-        number: index of the image in its segment.
+        number: index of the span in its segment.
         original: token count at the method's first drop.
         before: token count before this drop.
         after: token count after this drop (for an adaptive drop, the expected one).
-        grids: see :class:`ImageSpan`.
+        grids, frames: see :class:`ImageSpan`.
         key: see :class:`SegmentLayout`.
     """
 
@@ -166,6 +204,7 @@ class SpanLayout:
     after: int
     grids: tuple[tuple[int, int], ...] = ()
     key: int = 0
+    frames: int = 0
 
 
 @dataclass
@@ -178,7 +217,7 @@ class Boundary:
     Args:
         layer: first layer after the drop.
         text_rows: [T - V] int64, text rows (always kept).
-        visual_rows: [V] int64, rows of the stage's visual tokens, ascending.
+        visual_rows: [V] int64, rows of the stage's visual tokens, in the order of the candidates.
         span_of_visual: [V] int64, which span each candidate belongs to, ascending.
         take: [K] int64, positions to take after sorting V by (span, descending score); unused if K is not planned or
             exceeds V.
@@ -192,6 +231,11 @@ class Boundary:
         drop: the drop; its ``owner`` selects the tokens.
         uniform: [V] float32, scores that select evenly spaced tokens, with NaN for tokens ranked by the method;
             ``None`` if no segment needs them.
+        scored_shift: [V] int64, difference between ``visual_in_scored`` and ``visual_rows``, if text stands between the
+            tokens of a video. How much of such a text's row changes at a drop depends on the choice, so the decoder
+            computes ``text_rows``, ``visual_rows``, ``visual_in_scored``, ``next_order`` and ``next_visual_rows`` on
+            the device (:func:`vtprune_train.core.interleaved.locate`); their lengths are those planned here. ``None``
+            if all rows are known on the host.
     """
 
     layer: int
@@ -207,6 +251,7 @@ class Boundary:
     spans: tuple[SpanLayout, ...]
     drop: Drop
     uniform: Tensor | None = None
+    scored_shift: Tensor | None = None
 
 
 class Outline:
@@ -279,6 +324,9 @@ class PackedBatch:
         positions: [parts, T] int64 multi-dimensional position ids (M-RoPE) that are never renumbered; ``None`` if
             positions are plain token indices per segment.
         teacher: the pruned teacher pass of a full-token step; otherwise ``None``.
+        video_pixels: [1, frames, 3, height, width] float32, the frames of all videos in families whose videos have
+            features of their own, which are indexed after those of the images; one blank frame if no sample has a
+            video. ``None`` if the run has no videos or the family treats them like images.
     """
 
     input_ids: Tensor
@@ -296,6 +344,7 @@ class PackedBatch:
     image_inputs: dict[str, Any] | None = None
     positions: Tensor | None = None
     teacher: TeacherPass | None = None
+    video_pixels: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy every tensor to ``device`` without synchronizing (see :func:`to_device`)."""

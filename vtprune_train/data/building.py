@@ -37,7 +37,7 @@ from vtprune_train.processes.children import live_with_parent, signals_blocked
 
 log = logging.getLogger(__name__)
 
-VERSION = 5  # of the format and content of columns
+VERSION = 6  # of the format and content of columns
 WORTH_PROCESSES = 4  # pieces; fewer are measured faster without worker processes
 SECONDS_BETWEEN_LINES = 30
 KEPT = ("at", "size", "text", "supervised", "state", "content")

@@ -12,10 +12,13 @@ from collections.abc import Collection, Iterator, Mapping, Set
 from functools import lru_cache
 from typing import Any
 
+from vtprune_train.core.stream import VIDEO
+
 CONVERSATIONS = ("conversations", "messages")
 IMAGES = ("images", "image")
+VIDEOS = ("videos", "video")
 SYSTEM = ("system", "system_prompt", "system_message")
-RECORD = frozenset(("id", *CONVERSATIONS, *IMAGES, *SYSTEM))
+RECORD = frozenset(("id", *CONVERSATIONS, *IMAGES, *VIDEOS, *SYSTEM))
 TURN = frozenset(("from", "role", "value", "content"))
 # Read only for a checkpoint's chat template (`data.template: auto`).
 CHAT_RECORD = RECORD | {"tools"}
@@ -159,9 +162,10 @@ def check_fields(
     return unread
 
 
-def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None:
-    """Refuse placeholders in a prompt for anything but images (``<bbox>`` refers to the record's ``objects``), and
-    image placeholders other than ``<image>`` in a record without images. Markers with a closing tag (``<video>``,
+def check_marks(text: str, ignore: Collection[str], *, has_images: bool, has_videos: bool = False) -> None:
+    """Refuse placeholders in a prompt for anything but images and videos (``<bbox>`` refers to the record's
+    ``objects``), ``<video>`` in a record without videos, and image placeholders other than ``<image>`` in a record
+    without images. Markers with a closing tag (``<video>``,
     ``<picture>``) are HTML and are accepted.
 
     Raises:
@@ -169,8 +173,11 @@ def check_marks(text: str, ignore: Collection[str], *, has_images: bool) -> None
     """
     lowered = text.lower() if (marks := dict.fromkeys(_MARK.findall(text))) else ""
     for mark in marks:
-        if mark not in ignore and f"</{mark[1:]}".lower() not in lowered:
-            raise ValueError(f"its text contains {mark}, but only <image> is supported; {HOW_TO_FIX}")
+        if mark in ignore or f"</{mark[1:]}".lower() in lowered or (mark == VIDEO and has_videos):
+            continue
+        if mark == VIDEO:
+            raise ValueError(f"its text contains {mark}, but the record has no 'video' or 'videos'; {HOW_TO_FIX}")
+        raise ValueError(f"its text contains {mark}, but only <image> and <video> are supported; {HOW_TO_FIX}")
     for mark in () if has_images else dict.fromkeys(_IMAGE_MARK.findall(text)):
         if mark not in ignore and not (mark == "<picture>" and "</picture>" in text):
             raise ValueError(f"its text contains {mark}, but the record has no 'image' or 'images'; {HOW_TO_FIX}")

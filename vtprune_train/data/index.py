@@ -31,8 +31,9 @@ from vtprune_train.data.selection import NAMED, Selection, select
 from vtprune_train.data.sources import find_files
 from vtprune_train.data.sources.base import BOUNDS, Bounds
 from vtprune_train.data.table import open_table
+from vtprune_train.data.visuals import VisualFile
 from vtprune_train.files.disk import locked
-from vtprune_train.models.families.layout import ImageLayout, Size
+from vtprune_train.models.families.layout import ImageLayout, Visual
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +56,20 @@ class Source:
     name: str = ""
     ignore: tuple[str, ...] = ()
     reader: str = ""
+    videos: Path | None = None
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of a set of samples: ``text`` and ``supervised`` tokens [S]; ``span_tokens``, ``span_tiles`` and
-    ``span_sample`` (position in the set) [images]; all int64."""
+    """Lengths of a set of samples: ``text`` and ``supervised`` tokens [S]; ``span_tokens``, ``span_tiles``,
+    ``span_frames`` (steps in time of a video, 0 for an image) and ``span_sample`` (position in the set) [images and
+    videos]; all int64."""
 
     text: np.ndarray
     supervised: np.ndarray
     span_tokens: np.ndarray
     span_tiles: np.ndarray
+    span_frames: np.ndarray
     span_sample: np.ndarray
 
     @property
@@ -153,16 +157,34 @@ class SampleIndex:
         """See :meth:`vtprune_train.data.table.Table.distrusted`."""
         return self.selections[self.locate(sample)[0]].table.distrusted(reason)
 
-    def image_files(self, sample: int, record: Conversation) -> list[Path | bytes]:
-        """The file or the content of each image of a sample."""
-        return record.image_files(self.sources[self.locate(sample)[0]].images)
+    def files(self, sample: int, record: Conversation) -> list[VisualFile]:
+        """The images and videos of a sample, in the order of their placeholders."""
+        source = self.sources[self.locate(sample)[0]]
+        return record.files(source.images, source.videos or source.images)
 
-    def image_sizes(self, sample: int) -> list[Size]:
-        """``(height, width)`` of each image in the index."""
+    def visuals(self, sample: int, files: Sequence[VisualFile], layout: ImageLayout, max_pixels: int) -> list[Visual]:
+        """The size in the index of each image of a sample, and the sampled frames of each video.
+
+        Args:
+            files: see :meth:`files`.
+            layout, max_pixels: see :meth:`vtprune_train.data.visuals.VisualFile.visual`.
+
+        Raises:
+            UnreadableImage: a video cannot be read.
+            ChangedImage: a video differs from the index.
+        """
         source, row = self.locate(sample)
         table = self.selections[source].table
         spans = table.spans(row)
-        return list(zip(table.column("height")[spans].tolist(), table.column("width")[spans].tolist(), strict=True))
+        values = [table.column(name)[spans].tolist() for name in ("height", "width", "frames")]
+        visuals: list[Visual] = []
+        for file, height, width, frames in zip(files, *values, strict=True):
+            if file.is_video:
+                visuals.append(file.visual(layout, max_pixels))
+                file.check(visuals[-1], height, width, frames, layout)
+            else:
+                visuals.append((height, width))
+        return visuals
 
     def _check_files(self) -> None:
         """Check from time to time that no file of the index was changed since it was opened."""
@@ -193,12 +215,13 @@ class SampleIndex:
             text[of_source], supervised[of_source] = table.column("text")[rows], table.column("supervised")[rows]
         span_sample = np.repeat(np.arange(len(samples)), num)
         place = np.arange(len(span_sample)) - np.repeat(np.cumsum(num) - num - first, num)
-        tokens, tiles = np.zeros_like(place), np.zeros_like(place)
+        tokens, tiles, frames = (np.zeros_like(place) for _ in range(3))
         for number in np.unique(source).tolist():
             of_source = source[span_sample] == number
             table, places = self.selections[number].table, place[of_source]
             tokens[of_source], tiles[of_source] = table.column("tokens")[places], table.column("tiles")[places]
-        return Lengths(text, supervised, tokens, tiles, span_sample)
+            frames[of_source] = table.column("frames")[places]
+        return Lengths(text, supervised, tokens, tiles, frames, span_sample)
 
 
 def build_index(
@@ -229,7 +252,15 @@ def build_index(
     selections = []
     with locked(cache_dir / "index.lock"):
         for number, source in enumerate(sources):
-            settings = source.images, source.prompt, source.ignore, max_image_pixels, bounds, source.reader
+            settings = (
+                source.images,
+                source.prompt,
+                source.ignore,
+                max_image_pixels,
+                bounds,
+                source.reader,
+                source.videos,
+            )
             measure = Measure(encoder, layout, *settings)
             # The name depends on the settings, not on the content of the files, so a changed file replaces its table.
             content = json.dumps([VERSION, str(source.path.resolve()), measure.fingerprint()], sort_keys=True)

@@ -15,12 +15,13 @@ import numpy as np
 
 from vtprune_train.data.auto_template import AutoTemplate
 from vtprune_train.data.chat import UNSUPERVISED, ChatEncoder
-from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, image_size
-from vtprune_train.data.records import Conversation, Prompt, normalize, shortened
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE
+from vtprune_train.data.records import Conversation, Prompt, normalize
 from vtprune_train.data.sources import reader_identity
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Piece, Place, Reader, TooLarge
+from vtprune_train.data.visuals import NO_VIDEOS
 from vtprune_train.files.checksums import write_sealed
-from vtprune_train.models.families.layout import ImageLayout
+from vtprune_train.models.families.layout import Clip, ImageLayout, Visual
 
 BATCH = 512  # conversations tokenized in one call
 BATCH_BYTES = BOUNDS.text  # text in such a batch; tokenizing takes more than a hundred times as much memory
@@ -40,18 +41,20 @@ RECORD_COLUMNS: dict[str, Any] = {
     "id_size": np.int32,
     "id_hash": np.uint64,
 }
-SPAN_COLUMNS = ("height", "width", "tokens", "tiles")
+SPAN_COLUMNS = ("height", "width", "tokens", "tiles", "frames")
 
 
 @dataclass
 class Measured:
-    """Measurements of one conversation; ``spans`` has (height, width, tokens, tiles) of each image."""
+    """Measurements of one conversation; ``spans`` has the values of ``SPAN_COLUMNS`` of each image and video (frames:
+    steps in time, 0 for an image), and ``texts`` the text that the family writes for it."""
 
     text: int = 0
     supervised: int = 0
     state: int = FINE
-    spans: list[tuple[int, int, int, int]] = field(default_factory=list)
+    spans: list[tuple[int, ...]] = field(default_factory=list)
     error: str = ""
+    texts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Measure:
         max_image_pixels: larger images are not read.
         bounds: larger records are not read, longer texts are not tokenized.
         reader: path of the reader of the data files; empty for the package's readers.
+        videos: folder of the videos; ``None`` if records with videos are unusable.
     """
 
     encoder: ChatEncoder
@@ -77,6 +81,7 @@ class Measure:
     max_image_pixels: int = MAX_PIXELS
     bounds: Bounds = BOUNDS
     reader: str = ""
+    videos: Path | None = None
 
     @property
     def chat(self) -> bool:
@@ -97,6 +102,7 @@ class Measure:
             "bounds": list(self.bounds),
             **({"chat": True} if self.chat else {}),
             **({"reader": reader_identity(self.reader)} if self.reader else {}),
+            **({} if self.videos is None else {"videos": str(self.videos.resolve())}),
         }
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Measured]:
@@ -104,7 +110,9 @@ class Measure:
         results = [self._measure_images(conversation) for conversation in conversations]
         usable = [number for number, result in enumerate(results) if result.state == FINE]
         counts = self.encoder.count(
-            [self.prompt.apply(conversations[number]).turns for number in usable], self.bounds.text
+            [self.prompt.apply(conversations[number]).turns for number in usable],
+            self.bounds.text,
+            [results[number].texts for number in usable],
         )
         for number, count in zip(usable, counts, strict=True):
             if isinstance(count, ValueError):
@@ -116,30 +124,31 @@ class Measure:
     def _measure_images(self, conversation: Conversation) -> Measured:
         if conversation.error:
             return _refused(conversation.error)
-        sizes = []
-        for number, image in enumerate(conversation.image_files(self.images)):
+        if conversation.videos and self.videos is None:
+            return _refused(NO_VIDEOS)
+        visuals: list[Visual] = []
+        files = conversation.files(self.images, self.videos or self.images)
+        for file in files:
             try:
-                name = image_name(image, number)
-                sizes.append(image_size(image, max_pixels=self.max_image_pixels, name=name))
+                visuals.append(file.visual(self.layout, self.max_image_pixels))
             except UNREADABLE as error:
-                # Reserve rows for its images, to be filled in once they can be read.
-                blank = [(0, 0, 0, 0)] * len(conversation.images)
-                return Measured(state=NO_IMAGE, spans=blank, error=f"image {error}")
+                # Reserve rows for its images and videos, to be filled in once they can be read.
+                blank = [(0,) * len(SPAN_COLUMNS)] * len(files)
+                return Measured(state=NO_IMAGE, spans=blank, error=f"{file.kind} {error}")
         try:
-            tokens, tiles = self.layout.tokens(sizes), self.layout.tiles(sizes)
+            every = self.layout.visual_tokens(visuals)
         except ValueError as error:
             return Measured(state=BAD, error=str(error))
-        return Measured(spans=[(*size, n, t) for size, n, t in zip(sizes, tokens, tiles, strict=True)])
+        sizes = [visual.size if isinstance(visual, Clip) else visual for visual in visuals]
+        spans: list[tuple[int, ...]] = [
+            (*size, of.total, of.tiles, of.frames) for size, of in zip(sizes, every, strict=True)
+        ]
+        return Measured(spans=spans, texts=self.layout.texts(visuals, self.encoder.placeholder))
 
 
 def _refused(error: str) -> Measured:
     state = LARGE if isinstance(error, TooLarge) else SILENT if error == UNSUPERVISED else BAD
     return Measured(state=state, error=error)
-
-
-def image_name(image: Path | bytes, number: int) -> str:
-    """The name of an image in messages."""
-    return f"{number + 1} of the record" if isinstance(image, bytes) else shortened(str(image))
 
 
 def measure_piece(measure: Measure, reader: Reader, piece: Piece, target: Path, identity: str) -> None:
@@ -179,7 +188,8 @@ def _batches(read: Iterator[tuple[Place, Conversation]]) -> Iterator[list[tuple[
     text = images = 0
     for place, conversation in read:
         more = sum(len(turn.text) for turn in conversation.turns)
-        encoded = sum(len(image) for image in conversation.images if isinstance(image, bytes))
+        files = (*conversation.images, *(video.file for video in conversation.videos))
+        encoded = sum(len(file) for file in files if isinstance(file, bytes))
         if batch and (len(batch) == BATCH or text + more > BATCH_BYTES or images + encoded > BATCH_IMAGE_BYTES):
             yield batch
             batch, text, images = [], 0, 0
@@ -193,7 +203,9 @@ def _columns(
     places: Sequence[Place], conversations: Sequence[Conversation], measured: Sequence[Measured]
 ) -> dict[str, np.ndarray]:
     ids = [conversation.id.encode() for conversation in conversations]
-    spans = np.array([span for result in measured for span in result.spans], dtype=np.int32).reshape(-1, 4)
+    spans = np.array([span for result in measured for span in result.spans], dtype=np.int32).reshape(
+        -1, len(SPAN_COLUMNS)
+    )
     values: dict[str, Any] = {
         "at": [place.at for place in places],
         "size": [place.size for place in places],
@@ -211,9 +223,12 @@ def _columns(
 
 
 def content_hash(conversation: Conversation) -> int:
-    """Hash of a record's id, turns, error, and the names of its images (or the sizes of embedded ones)."""
+    """Hash of a record's id, turns, error, and the names of its images and videos (or the sizes of embedded ones)."""
     texts = [part for turn in conversation.turns for part in (turn.role, turn.text, *filter(None, [turn.fields]))]
     names = [image if isinstance(image, str) else str(len(image)) for image in conversation.images]
+    for video in conversation.videos:
+        file = str(len(video.file)) if isinstance(video.file, bytes) else str(video.file)
+        names.append(f"{file} {video.start} {video.end} {video.fps}")
     return _hash("\0".join([conversation.id, *texts, *names, conversation.error]).encode(errors="surrogatepass"))
 
 

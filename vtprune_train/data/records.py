@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vtprune_train.core.stream import IMAGE
+from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.data.chat import UNSUPERVISED, Turn
 from vtprune_train.data.fields import (
     CHAT_RECORD,
@@ -24,6 +25,7 @@ from vtprune_train.data.fields import (
     RECORD,
     SYSTEM,
     TURN,
+    VIDEOS,
     WITH_AUTO,
     check_fields,
     check_marks,
@@ -33,6 +35,7 @@ from vtprune_train.data.message_fields import message_fields, tools_turn
 from vtprune_train.data.sources import find_files, open_reader
 from vtprune_train.data.sources.base import BOUNDS, Bounds, Malformed, TooLarge, utf8_length
 from vtprune_train.data.turns import TOOLS
+from vtprune_train.data.visuals import VisualFile
 
 CHAT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -44,7 +47,30 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 PART_IMAGES = ("image", "image_url", "url", "path", "bytes")
 IMAGE_VALUE = frozenset(("bytes", "path", "url"))
 TEXT_PART, IMAGE_PART = frozenset(("type", "text")), frozenset(("type", "text", "index", *PART_IMAGES))
-_LEADING_IMAGES = re.compile(rf"(?:{re.escape(IMAGE)}\s*)*")
+PART_VIDEOS = ("video", "video_url", "url", "path", "bytes")
+TIMES = {"start": "start", "video_start": "start", "end": "end", "video_end": "end", "fps": "fps"}
+VIDEO_VALUE = frozenset(("video", "bytes", "path", "url", *TIMES))
+VIDEO_PART = frozenset(("type", "text", "index", *PART_VIDEOS, *TIMES))
+PLACEHOLDER = re.compile(f"{re.escape(IMAGE)}|{re.escape(VIDEO)}")
+_LEADING_IMAGES = re.compile(rf"(?:(?:{re.escape(IMAGE)}|{re.escape(VIDEO)})\s*)*")
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video of a record: the name of a file or folder of frames, encoded bytes, or the names of its frames; the part
+    from ``start`` to ``end`` in seconds (``None`` for its start or end); and the frames per second of a folder or list
+    of frames."""
+
+    file: str | bytes | tuple[str, ...]
+    start: float | None = None
+    end: float | None = None
+    fps: float | None = None
+
+    def source(self, folder: Path) -> Path | bytes | tuple[Path, ...]:
+        """The video in ``folder``, or its content."""
+        if isinstance(self.file, tuple):
+            return tuple(folder / name for name in self.file)
+        return folder / self.file if isinstance(self.file, str) else self.file
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,7 @@ class Conversation:
         error: why the record cannot be used; a :class:`~vtprune_train.data.sources.base.TooLarge` if only its size is
             the reason; empty if it can be used.
         unread: names of fields that are not read and may have a meaning.
+        videos: see :class:`Video`.
     """
 
     id: str
@@ -65,10 +92,35 @@ class Conversation:
     images: tuple[str | bytes, ...] = ()
     error: str = ""
     unread: frozenset[str] = field(default=frozenset(), compare=False)
+    videos: tuple[Video, ...] = ()
 
     def image_files(self, folder: Path) -> list[Path | bytes]:
         """The file of each image in ``folder``, or its content."""
         return [folder / image if isinstance(image, str) else image for image in self.images]
+
+    def files(self, images: Path, videos: Path) -> list[VisualFile]:
+        """The images and videos in the order of their placeholders, in these folders."""
+        left = iter(enumerate(self.image_files(images))), iter(enumerate(self.videos))
+        return [
+            _video_file(*next(left[1]), videos) if mark == VIDEO else _image_file(*next(left[0]))
+            for turn in self.turns
+            for mark in (PLACEHOLDER.findall(turn.text) if self.videos else [IMAGE] * turn.text.count(IMAGE))
+        ]
+
+
+def _image_file(number: int, source: Path | bytes) -> VisualFile:
+    return VisualFile(_named(source, number), source)
+
+
+def _video_file(number: int, video: Video, folder: Path) -> VisualFile:
+    source = video.source(folder)
+    name = f"{source[0]} and {len(source) - 1} more" if isinstance(source, tuple) else _named(source, number)
+    return VisualFile(shortened(name), source, True, video.start, video.end, video.fps)
+
+
+def _named(source: Path | bytes, number: int) -> str:
+    """The name of an image or video in messages."""
+    return f"{number + 1} of the record" if isinstance(source, bytes) else shortened(str(source))
 
 
 @dataclass(frozen=True)
@@ -77,7 +129,8 @@ class Prompt:
 
     Args:
         system: system prompt of conversations without one, instead of the template's; empty for no system prompt.
-        prefix: inserted before the text of the first user turn, after its leading ``<image>`` placeholders.
+        prefix: inserted before the text of the first user turn, after its leading ``<image>`` and ``<video>``
+            placeholders.
         suffix: appended to the first user turn.
     """
 
@@ -161,18 +214,19 @@ def normalize(
                 f"its text has {size} bytes in {len(turns)} turns{counted}, more than data.max_text_bytes={max_text}"
             )
             return Conversation(name, error=TooLarge(reason), unread=frozenset(unread))
-        images = _images(record, parts, parser)
+        images = _images(record, [part for part in parts if not part.is_video], parser)
+        videos = _videos(record, [part for part in parts if part.is_video], parser, ignore)
         read = CHAT_RECORD if chat else RECORD
         unread |= check_fields(record, read, ignore, answer=None, has_images=bool(images))
-        _check(turns, images, chat)
+        _check(turns, images, videos, chat)
         for turn in turns:
             if turn.role not in ("assistant", TOOLS):
-                check_marks(turn.text, ignore, has_images=bool(images))
+                check_marks(turn.text, ignore, has_images=bool(images), has_videos=bool(videos))
     except RecursionError:
         return Conversation(name, error="its values are nested too deeply", unread=frozenset(unread))
     except ValueError as refusal:
         return Conversation(name, error=shortened(str(refusal)), unread=frozenset(unread))
-    return Conversation(name, tuple(turns), tuple(images), unread=frozenset(unread))
+    return Conversation(name, tuple(turns), tuple(images), unread=frozenset(unread), videos=tuple(videos))
 
 
 def text_bytes(turns: Sequence[Turn]) -> int:
@@ -195,10 +249,12 @@ def shortened(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """An image in the content of a turn: the image itself, or its index in the record's list of images."""
+    """An image or video in the content of a turn: itself, or its index in the record's list."""
 
     image: str | bytes | None = None
     index: int | None = None
+    video: Video | None = None
+    is_video: bool = False
 
 
 class _Parser:
@@ -270,7 +326,7 @@ class _Parser:
                 parts += images
             content = "".join(texts)
         elif isinstance(content, str):
-            parts = [_Part()] * content.count(IMAGE)
+            parts = _parts_of_text(content)
         if not isinstance(content, str):
             raise ValueError(f"the text of a {role} turn is {content!r}, which is not text")
         return Turn(roles[role], content, fields), parts
@@ -286,17 +342,58 @@ class _Parser:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             self._unread |= check_fields(part, TEXT_PART, self._ignore, answer=None, has_images=False)
-            return part["text"], [_Part()] * part["text"].count(IMAGE)
+            return part["text"], _parts_of_text(part["text"])
         if kind in ("image", "image_url") and is_empty(part.get("text")):
             self._unread |= check_fields(part, IMAGE_PART, self._ignore, answer=None, has_images=False)
             images = [part[key] for key in PART_IMAGES if not is_empty(part.get(key))]
             if len(images) > 1:
                 raise ValueError(f"a part of a message has {len(images)} images; write one part for each image")
             return IMAGE, [_Part(self.image(images[0]) if images else None, part.get("index"))]
+        if kind in ("video", "video_url") and is_empty(part.get("text")):
+            self._unread |= check_fields(part, VIDEO_PART, self._ignore, answer=None, has_images=False)
+            videos = [part[key] for key in PART_VIDEOS if not is_empty(part.get(key))]
+            if len(videos) > 1:
+                raise ValueError(f"a part of a message has {len(videos)} videos; write one part for each video")
+            times = {key: part[key] for key in TIMES if part.get(key) is not None}
+            video = self.video(videos[0], times) if videos else None
+            return VIDEO, [_Part(index=part.get("index"), video=video, is_video=True)]
         raise ValueError(
-            f"a part of a message is {part!r}; write {{type: text, text: ...}}, {{type: image}} or "
-            "{type: image, image: ...}"
+            f"a part of a message is {part!r}; write {{type: text, text: ...}}, {{type: image}}, "
+            "{type: image, image: ...} or {type: video, video: ...}"
         )
+
+    def video(self, video: Any, times: Mapping[str, Any] | None = None) -> Video:
+        """A video from a path, bytes, a list of the files of its frames, or an object with one of them and the part in
+        seconds."""
+        times = dict(times or {})
+        if isinstance(video, Mapping):
+            self._unread |= check_fields(video, VIDEO_VALUE, self._ignore, answer=None, has_images=True)
+            times |= {key: video[key] for key in TIMES if video.get(key) is not None}
+            video = next((video[key] for key in ("video", "bytes", "path", "url") if not is_empty(video.get(key))), "")
+        if isinstance(video, list | tuple) and video:
+            files = tuple(_file(frame, "frame") for frame in video)
+            if not all(isinstance(frame, str) for frame in files):
+                raise ValueError("the frames of a video are not names of files")
+            return Video(files, **_times(times))  # type: ignore[arg-type]
+        return Video(_file(video, "video"), **_times(times))
+
+
+def _parts_of_text(text: str) -> list[_Part]:
+    return [_Part(is_video=mark == VIDEO) for mark in PLACEHOLDER.findall(text)]
+
+
+def _times(times: Mapping[str, Any]) -> dict[str, float]:
+    """The part of a video in seconds, and the frames per second of a list of frames."""
+    seconds: dict[str, float] = {}
+    for key, value in times.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{key}={value!r} of a video is not a number of seconds (fps: frames per second)")
+        seconds[TIMES[key]] = float(value)
+    if seconds.get("start", 0.0) > seconds.get("end", math.inf):
+        raise ValueError(f"the part of a video ends at {seconds['end']} s, before its start at {seconds['start']} s")
+    if seconds.get("fps") == 0:
+        raise ValueError("fps=0 of a video is not a number of frames per second")
+    return seconds
 
 
 def _either(message: Mapping[str, Any], llava: str, openai: str) -> Any:
@@ -332,35 +429,58 @@ def _images(record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser) 
     return in_parts or images
 
 
+def _videos(record: Mapping[str, Any], parts: Sequence[_Part], parser: _Parser, ignore: Collection[str]) -> list[Video]:
+    """The videos in the order of their placeholders, from the record's fields or from the parts of its turns."""
+    keys = [key for key in VIDEOS if not is_empty(record.get(key)) and key not in ignore]
+    lists = [
+        [parser.video(video) for video in (record[key] if isinstance(record[key], list) else [record[key]])]
+        for key in keys
+    ]
+    if lists[1:] and lists[0] != lists[1]:
+        raise ValueError("'videos' and 'video' are both present and differ; remove one of them")
+    videos = lists[0] if lists else []
+    in_parts = [part.video for part in parts if part.video is not None]
+    if in_parts and len(in_parts) != len(parts):
+        raise ValueError(f"{len(parts)} {VIDEO} placeholders, but only {len(in_parts)} of their parts contain a video")
+    if in_parts and videos and in_parts != videos:
+        raise ValueError(f"the videos in {keys[0]!r} and in the parts of its turns differ")
+    return in_parts or videos
+
+
 def _image(image: Any) -> str | bytes:
     """An image from a path, bytes, ``{bytes, path}`` as the datasets library stores images, ``{url}``, or a data
     URL."""
     if isinstance(image, Mapping):
         inside = image.get("bytes")
         image = (image.get("path") or image.get("url")) if inside is None else inside
-    if isinstance(image, str) and image.startswith("data:"):
-        return _decoded(image)
-    if isinstance(image, str) and (scheme := _URL.match(image)):
+    return _file(image, "image")
+
+
+def _file(value: Any, what: str) -> str | bytes:
+    """The name of a file, or its content from bytes or a data URL; ``what`` names it in errors."""
+    if isinstance(value, str) and value.startswith("data:"):
+        return _decoded(value, what)
+    if isinstance(value, str) and (scheme := _URL.match(value)):
         if scheme.group() != "file://":
-            raise ValueError(f"image {image!r} is not a local file; download it and use its path")
-        return image.removeprefix("file://")
-    if isinstance(image, str | bytes) and image:
-        return image
-    value = "empty" if image == b"" or image == "" else repr(image)
-    raise ValueError(f"image is {value}; use a path, bytes, {{bytes, path}}, or a list of them")
+            raise ValueError(f"{what} {value!r} is not a local file; download it and use its path")
+        return value.removeprefix("file://")
+    if isinstance(value, str | bytes) and value:
+        return value
+    shown = "empty" if value == b"" or value == "" else repr(value)
+    raise ValueError(f"{what} is {shown}; use a path, bytes, {{bytes, path}}, or a list of them")
 
 
-def _decoded(url: str) -> bytes:
+def _decoded(url: str, what: str) -> bytes:
     kind, _, content = url.partition(",")
     try:
         if kind.endswith(";base64") and content:
             return base64.b64decode(content, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"image {url[:40]}... is not base64 ({error})") from error
-    raise ValueError(f"image {url[:40]}... is a data URL without base64 content")
+        raise ValueError(f"{what} {url[:40]}... is not base64 ({error})") from error
+    raise ValueError(f"{what} {url[:40]}... is a data URL without base64 content")
 
 
-def _check(turns: list[Turn], images: list[str | bytes], chat: bool) -> None:
+def _check(turns: list[Turn], images: list[str | bytes], videos: list[Video], chat: bool) -> None:
     spoken = [turn for turn in turns if turn.role not in ("system", TOOLS)]
     if not chat:
         _check_order(turns, spoken)
@@ -371,11 +491,14 @@ def _check(turns: list[Turn], images: list[str | bytes], chat: bool) -> None:
     texts = (text for turn in turns for text in (turn.text, turn.fields))
     if half := next(filter(None, map(_SURROGATE.search, texts)), None):
         raise ValueError(f"its text contains an unpaired surrogate ({half.group()!a}), probably from a cut emoji")
-    if any(IMAGE in turn.text for turn in turns if turn.role not in ("user", "tool")):
-        raise ValueError(f"{IMAGE} is outside a user turn")
-    placeholders = sum(turn.text.count(IMAGE) for turn in spoken)
-    if placeholders != len(images):
-        raise ValueError(f"{len(images)} image(s) but {placeholders} {IMAGE} in the text")
+    kinds: list[tuple[str, str, Sequence[Any]]] = [(IMAGE, "image(s)", images)]
+    kinds += [(VIDEO, "video(s)", videos)] if videos else []
+    for mark, what, listed in kinds:
+        if any(mark in turn.text for turn in turns if turn.role not in ("user", "tool")):
+            raise ValueError(f"{mark} is outside a user turn")
+        placeholders = sum(turn.text.count(mark) for turn in spoken)
+        if placeholders != len(listed):
+            raise ValueError(f"{len(listed)} {what} but {placeholders} {mark} in the text")
 
 
 def _check_order(turns: list[Turn], spoken: list[Turn]) -> None:

@@ -15,7 +15,7 @@ from vtprune_train.data.auto_template import AUTO, AutoTemplate
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, EncodedChat, Template
 from vtprune_train.data.jinja import chat_template, written_by
 from vtprune_train.models import HFModule
-from vtprune_train.models.families.base import Loop
+from vtprune_train.models.families.base import Loop, required
 from vtprune_train.models.io.processors import processor_chat_template, read_settings
 
 log = logging.getLogger(__name__)
@@ -32,14 +32,25 @@ def build_encoder(
     loop: Loop,
     image_position: Literal["as_written", "first"],
     tokenization: Literal["processor", "llava"],
+    videos: bool = False,
 ) -> ChatEncoder:
-    """The encoder of conversations for these settings and a model of this family."""
+    """The encoder of conversations for these settings and a model of this family; with ``videos``, also of videos.
+
+    Raises:
+        ValueError: see :class:`~vtprune_train.data.chat.ChatEncoder`; or the tokenizer has no video token.
+    """
     image_token_id = tokenizer.convert_tokens_to_ids(loop.image_token)
-    return ChatEncoder(tokenizer, template, image_token_id, image_position, loop.placeholder, tokenization)
+    video = None
+    if videos:
+        required(loop.videos, "the data has videos")
+        if loop.video_token not in tokenizer.get_vocab():
+            raise ValueError(f"the tokenizer has no video token {loop.video_token}; use the model's original tokenizer")
+        video = tokenizer.convert_tokens_to_ids(loop.video_token)
+    return ChatEncoder(tokenizer, template, image_token_id, image_position, loop.placeholder, tokenization, video)
 
 
 def open_auto_template(
-    tokenizer: PreTrainedTokenizerBase, loop: Loop, place: str, *, offline: bool = False
+    tokenizer: PreTrainedTokenizerBase, loop: Loop, place: str, *, offline: bool = False, videos: bool = False
 ) -> AutoTemplate:
     """The chat template of a checkpoint of this family: that of its processor, or else of its tokenizer.
 
@@ -48,6 +59,7 @@ def open_auto_template(
         loop: describes the family's tokens.
         place: the folder or hub id that it was opened from.
         offline: do not access the hub (dry runs).
+        videos: the data has videos.
 
     Raises:
         ValueError: there is none, or it cannot be used.
@@ -58,7 +70,7 @@ def open_auto_template(
             f"data.template={AUTO}: {place} has no chat template; save the checkpoint's chat_template.jinja in this "
             f"folder, or use a named template: {', '.join(TEMPLATES)}"
         )
-    return AutoTemplate(source, tokenizer, place, loop.image_token)
+    return AutoTemplate(source, tokenizer, place, loop.image_token, loop.video_token if videos else "")
 
 
 def carry(processor: Any, source: str) -> None:

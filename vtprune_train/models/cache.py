@@ -25,31 +25,33 @@ from vtprune_train.pruning.base import PruningMethod
 LEAST_ROOM = 16
 ROOM_SHARE = 16
 
+Layouts = tuple[tuple[tuple[Grids, int], ...], ...]
+"""The grids and steps in time of each row's images and videos."""
+
 
 @dataclass(frozen=True)
 class Conversation:
     """Decoder inputs of the conversation so far, in the caller's columns: ``embeds`` [B, W, C]; ``image`` [B, W] int64,
-    image index within the row, or a marker for text/padding; ``grids`` of each row's images."""
+    index of the image or video within the row, or a marker for text/padding; ``layouts``, the grids and steps in time
+    of each row's images and videos."""
 
     TEXT: ClassVar[int] = -1
     PADDING: ClassVar[int] = -2
 
     embeds: Tensor
     image: Tensor
-    grids: tuple[tuple[Grids, ...], ...]
+    layouts: Layouts
 
-    def and_then(
-        self, embeds: Tensor, image: Tensor, grids: tuple[tuple[Grids, ...], ...] | None = None
-    ) -> Conversation:
-        """Return a copy with the next columns and their image grids appended."""
-        both = self.grids if grids is None else tuple(a + b for a, b in zip(self.grids, grids, strict=True))
+    def and_then(self, embeds: Tensor, image: Tensor, layouts: Layouts | None = None) -> Conversation:
+        """Return a copy with the next columns and the layouts of their images and videos appended."""
+        both = self.layouts if layouts is None else tuple(a + b for a, b in zip(self.layouts, layouts, strict=True))
         return Conversation(torch.cat([self.embeds, embeds], dim=1), torch.cat([self.image, image], dim=1), both)
 
     def rows(self, function: Callable[[Tensor], Tensor]) -> Conversation:
         """Return a copy with rows selected or reordered by ``function``."""
-        numbers = function(torch.arange(len(self.grids), device=self.image.device)).tolist()
+        numbers = function(torch.arange(len(self.layouts), device=self.image.device)).tolist()
         return Conversation(
-            function(self.embeds), function(self.image), tuple(self.grids[number] for number in numbers)
+            function(self.embeds), function(self.image), tuple(self.layouts[number] for number in numbers)
         )
 
 

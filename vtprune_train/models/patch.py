@@ -26,6 +26,7 @@ from vtprune_train.core.user_code import is_path
 from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
 from vtprune_train.models.families import family_of
+from vtprune_train.models.families.base import Lacks
 from vtprune_train.models.forward import generate, images, modules, tower_attention
 from vtprune_train.models.forward.attention import (
     OWNED,
@@ -118,6 +119,7 @@ def prune(
         method=method,
         backend=backend_for(inner, attention),
         image_token=inner.config.image_token_id,
+        video_token=None if isinstance(family.videos, Lacks) else inner.config.video_token_id,
         attention=attention_before,
         pruning=inner.config.__dict__.get(CONFIG_KEY),
     )
@@ -300,6 +302,8 @@ def _install(model: HFModule, state: State) -> None:
         (family.base, "get_image_features", images.get_image_features),
         (family.decoder, "forward", modules.forward_decoder),
     ]
+    if not isinstance(family.videos, Lacks):
+        replacements.append((family.base, "get_video_features", images.get_video_features))
     if family.three_part_positions is not None:
         replacements.append(("", "_prepare_position_ids_for_generation", generate.prepare_position_ids))
     if hasattr(model.get_submodule(family.base), "pack_image_features"):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from vtprune_train.pruning.schedules.budget import mean_input_share, scaled_to_b
 from vtprune_train.pruning.setting_types import Settings
 
 PACKAGE = "vtprune_train.pruning."
+Per = Literal["video", "frame"]
 
 
 def method_name(cls: type[PruningMethod]) -> str:
@@ -50,6 +51,11 @@ class PruningMethod(Settings):
     The annotated attributes of a subclass are its settings: a frozen dataclass, validated by pydantic, without a
     decorator. A subclass defines at least :meth:`drops` or :meth:`key_layers`, and :meth:`score`, :meth:`choose` or
     :meth:`keys`; :attr:`needs` says what the loop must prepare for it.
+
+    Args:
+        per: what the keep ratios refer to in a video: ``video`` keeps a share of all its tokens, ``frame`` the same
+            share
+            of each step in time. Keyword only; images are not affected.
 
     Attributes:
         name: the method's name in logs and errors; by default the name of the class. Methods of the package also have
@@ -67,6 +73,8 @@ class PruningMethod(Settings):
     where: ClassVar[str] = "between layers"
     trains: ClassVar[str] = "yes"
     before: ClassVar[Mapping[str, Any]] = {}
+
+    per: Per = dataclasses.field(default="video", kw_only=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         if "name" not in vars(cls):
@@ -194,7 +202,9 @@ class PruningMethod(Settings):
 
     def with_ratios(self, ratios: Sequence[float]) -> Self:
         """Return a copy of the method with these keep ratios."""
-        changes = {"keep": tuple(ratios) if isinstance(getattr(self, "keep", None), tuple) else ratios[0]}
+        changes: dict[str, Any] = {
+            "keep": tuple(ratios) if isinstance(getattr(self, "keep", None), tuple) else ratios[0]
+        }
         return replace(self, **changes)
 
     def eased(self, start: float, progress: float) -> PruningMethod:
@@ -209,11 +219,12 @@ class PruningMethod(Settings):
         return self.with_ratios([start + (ratio - start) * progress for ratio in self.ratios])
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as plain data, in the form stored in ``config.json`` and in YAML."""
-        return {
-            "method": method_name(type(self)),
-            **{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()},
-        }
+        """Return the settings as plain data, in the form stored in ``config.json`` and in YAML. ``per`` is left out if
+        it has its default."""
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+        if self.per == "video":
+            del values["per"]
+        return {"method": method_name(type(self)), **values}
 
 
 def _refuse_bare_needs(cls: type[PruningMethod]) -> None:

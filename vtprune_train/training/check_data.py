@@ -17,12 +17,12 @@ from vtprune_train.config.errors import ConfigError, nearest_name
 from vtprune_train.config.settings import Config
 from vtprune_train.core.user_code import is_path
 from vtprune_train.data.auto_template import AUTO
-from vtprune_train.data.images import UNREADABLE, image_size
+from vtprune_train.data.images import UNREADABLE
 from vtprune_train.data.index import HOW_TO_FIX, list_fields, most_bad
-from vtprune_train.data.measure import image_name
 from vtprune_train.data.records import Conversation, default_id, normalize
 from vtprune_train.data.sources import find_files, is_here, open_reader, reader_class
 from vtprune_train.data.sources.base import Bounds, TooLarge
+from vtprune_train.data.visuals import NO_VIDEOS
 from vtprune_train.models.forward.attention import user_function
 
 NUM_CHECKED = 200  # records of each entry
@@ -116,7 +116,7 @@ def _check_entry(key: str, source: SourceConfig, config: Config) -> _EntryCheck:
         unread.update(record.unread)
         if isinstance(record.error, TooLarge):
             large.append(f"{record.id}: {record.error}")
-        elif reason := _unusable(record, images, data.max_image_pixels):
+        elif reason := _unusable(record, source, data.max_image_pixels):
             reasons.append(f"{record.id}: {reason}")
     fields = f"; ignored fields: {list_fields(unread)}" if unread else ""
     bad = f", {len(reasons)} cannot be used (first: {reasons[0]})" if reasons else ""
@@ -143,7 +143,8 @@ def _paths(config: Config) -> list[tuple[str, Path]]:
         (f"data.{which}.{number}.{name}", Path(getattr(source, name)))
         for which in SPLITS
         for number, source in enumerate(config.sources(which))
-        for name in ("path", "images")
+        for name in ("path", "images", "videos")
+        if getattr(source, name) is not None
     ]
 
 
@@ -175,15 +176,17 @@ def _first_records(source: SourceConfig, bounds: Bounds, chat: bool) -> Iterator
         raise ValueError(f"data file {file} contains no records")
 
 
-def _unusable(record: Conversation, images: Path, max_pixels: int) -> str:
-    """Reason why a record is unusable; empty if it looks fine judging by image headers only."""
+def _unusable(record: Conversation, source: SourceConfig, max_pixels: int) -> str:
+    """Reason why a record is unusable; empty if it looks fine judging by headers only."""
     if record.error:
         return record.error
-    for number, image in enumerate(record.image_files(images)):
+    if record.videos and source.videos is None:
+        return NO_VIDEOS
+    for file in record.files(Path(source.images), Path(source.videos or source.images)):
         try:
-            image_size(image, max_pixels=max_pixels, name=image_name(image, number))
+            file.check_header(max_pixels)
         except UNREADABLE as error:
-            return f"image {error}"
+            return f"{file.kind} {error}"
     return ""
 
 

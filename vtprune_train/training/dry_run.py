@@ -29,6 +29,7 @@ from vtprune_train.pruning.phases import Phase, Teacher, Warmup
 from vtprune_train.training.check_data import WITHOUT_DATA, any_data_here, check_paths, check_records, check_run_dir
 from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.callbacks.build import callbacks_of
+from vtprune_train.training.loop.layout import build_layout
 from vtprune_train.training.loop.parts import training_cost
 from vtprune_train.training.loop.sample import sample_lines, template_of
 from vtprune_train.training.loop.settings import with_saved_settings
@@ -71,7 +72,8 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
         adapt(model, config.model.peft)
     set_trainable(model, config.model.train)
     local = config.model.path if config.model.path and Path(config.model.path).is_dir() else None
-    layout = loop.layout(model_config, build_image_processor(model_config, local, config.model.max_pixels))
+    image_processor = build_image_processor(model_config, local, config.model.max_pixels)
+    layout = build_layout(config, loop, model_config, image_processor, local)
     method = config.pruning.build()
     num_layers = model_config.text_config.num_hidden_layers
     try:

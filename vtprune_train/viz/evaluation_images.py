@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vtprune_train.core.stream import IMAGE, to_device
-from vtprune_train.data.images import UNREADABLE, load_image
+from vtprune_train.data.images import UNREADABLE
 from vtprune_train.data.load.collate import Collator, lay_out
 from vtprune_train.models.families.layout import SampleImages
 from vtprune_train.training import distributed as ranks
@@ -72,7 +72,8 @@ def _questions(collate: Collator, images: int) -> list[Question]:
     """Questions with at least ``images`` images in total, from the first samples whose files can be read."""
     questions: list[Question] = []
     for sample in range(len(collate.index)):
-        if not collate.index.image_sizes(sample):
+        record = collate.index.record(sample)
+        if not record.images or record.videos:
             continue
         if sum(len(question.images) for question in questions) >= images:
             break
@@ -95,7 +96,7 @@ def _question(collate: Collator, sample: int) -> Question:
     record = index.record(sample)
     sizes, pixels = loaded.images.sizes, loaded.images.pixels
     tokens = collate.layout.tokens(sizes)
-    segment, ids = lay_out(loaded.chat, tokens)
+    segment, ids = lay_out(loaded.chat, [int(count) for count in tokens])
     end = segment.query_offsets[-1] + 1
     before = [i for i, span in enumerate(segment.spans) if span.end <= end]
     if not before:
@@ -103,11 +104,11 @@ def _question(collate: Collator, sample: int) -> Question:
     images = SampleImages([sizes[i] for i in before], [pixels[i] for i in before])
     if collate.layout.tokens(images.sizes) != [tokens[i] for i in before]:
         raise _NothingToShowError("images after its last answer change the layout of the others")
-    files = index.image_files(sample, record)
+    files = index.files(sample, record)
     turns = record.turns
     last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
     return Question(
         inputs={"input_ids": torch.from_numpy(ids[None, :end]), **collate.layout.model_inputs(images)},
-        images=[load_image(files[i], sizes[i], max_pixels=collate.max_image_pixels) for i in before],
+        images=[files[i].load(sizes[i], collate.max_image_pixels) for i in before],
         text=turns[last - 1].text.replace(IMAGE, "").strip(),
     )

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    LlamaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionProcessor,
@@ -35,6 +36,7 @@ from tests.support.family_runs import (
     save_checkpoint,
 )
 from tests.support.helpers import Reads, tiny_tokenizer
+from tests.support.reference import pyramiddrop
 from tests.support.runner import TINY, assert_equal_checkpoints
 from vtprune_train import PyramidDrop, prune
 from vtprune_train.config.model import ModelConfig
@@ -123,6 +125,59 @@ def test_packed_with_dropping_equals_one_by_one(setup, rank_with):
     assert_same_gradients(together, gradients(model))
 
 
+def position_of_each_frequency(rope, positions):
+    """[L, D / 2] from (time, height, width) positions [3, L]: in three blocks, or Qwen3-VL's alternating ones."""
+    sections = rope["mrope_section"]
+    part = [number for number, size in enumerate(sections) for _ in range(size)]
+    if rope.get("mrope_interleaved"):
+        part = [next((p for p in (1, 2) if i % 3 == p and i < 3 * sections[p]), 0) for i in range(sum(sections))]
+    return positions[part].T
+
+
+def seen_by_the_decoder(model, inputs):
+    """What transformers passes to the decoder: embeddings, positions and the features added after the first layers."""
+    seen = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(**inputs)
+    hook.remove()
+    visual = inputs["input_ids"] == model.config.image_token_id
+    features = seen.get("deepstack_visual_embeds") or ()
+    spread = [torch.zeros_like(seen["inputs_embeds"]).masked_scatter(visual[..., None], f) for f in features]
+    return seen["inputs_embeds"], seen.get("position_ids"), spread
+
+
+def test_dropping_equals_a_slow_loop_over_transformers_inputs(setup):
+    """Loss and gradients of all parts, sample by sample, in float64: rounding must not decide which token stays."""
+    parts = setup.parts()
+    collate = setup.collator(parts, DROP)
+    model = parts.model.double()
+    text_model, inputs = model.model.language_model, padded_inputs(setup, model)
+    real = inputs["attention_mask"].bool()
+    embeds, positions, deepstack = seen_by_the_decoder(model, inputs)
+    rope, total = text_model.config.rope_parameters, 0.0
+    for row in range(len(RECORDS)):
+        batch, at = collate([row]), real[row]
+        [segment] = batch.plan.outline.segments
+        start = position_of_each_frequency(rope, positions[-3:, row, at]) if "mrope_section" in rope else None
+        hidden, alive = pyramiddrop(
+            text_model, embeds[row, at], [(span.start, span.length) for span in segment.spans],
+            list(segment.query_offsets), list(DROP.layers), list(DROP.keep), positions="keep", start=start,
+            deepstack=[features[row, at] for features in deepstack],
+        )  # fmt: skip
+        rows = [alive.index(offset - 1) for offset in segment.supervised_offsets]
+        logits = model.lm_head(text_model.norm(hidden[rows]))
+        total = total + torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+    total.backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    output = prune(model, DROP)(collate(range(len(RECORDS))))
+    output.loss_sum.backward()
+    assert abs(output.loss_sum - total) < 1e-4 * total
+    assert_same_gradients(gradients(model), expected)
+
+
 def test_the_index_tells_what_the_batch_holds(setup):
     parts = setup.parts()
     collate = setup.collator(parts, DROP)
@@ -172,14 +227,14 @@ def test_every_parameter_is_in_one_part_and_unused_ones_get_no_gradient(setup):
     assert without == {name for name, _ in named["unused"]}
 
 
-def test_three_part_positions_equal_transformers(tmp_path):
-    setup = Setup("qwen2_5_vl", tmp_path)
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("qwen")])
+def test_three_part_positions_equal_transformers(name, tmp_path):
+    setup = Setup(name, tmp_path)
     parts = setup.parts()
     batch = setup.collator(parts, None)(range(len(RECORDS)))
     inputs = padded_inputs(setup, parts.model)
-    expected, _ = parts.model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], None, None, inputs["attention_mask"]
-    )
+    keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    expected, _ = parts.model.model.get_rope_index(**{key: inputs[key] for key in keys})
     assert torch.equal(batch.positions, expected[:, inputs["attention_mask"].bool()])
 
 
@@ -252,8 +307,8 @@ def test_settings_that_do_not_fit_the_family_are_refused(tmp_path):
     for name in ("llava_onevision", "qwen2_5_vl"):
         with pytest.raises(ValueError, match=f"'{name}': this family can only be trained from a checkpoint"):
             load_model_config(ModelConfig(config={"model_type": name, "text_config": {"vocab_size": 64}}))
-    with pytest.raises(ValueError, match="holds a qwen3_vl, which the training loop does not support; it supp"):
-        family_model("qwen3_vl").config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a llama, which the training loop does not support; it supp"):
+        LlamaConfig().save_pretrained(tmp_path)
         load_model_config(ModelConfig(path=str(tmp_path)))
     with pytest.raises(ValueError, match="max_pixels=5000 is for models that support images of any size"):
         build_image_processor(family_model("llava").config, None, 5000)

@@ -25,6 +25,10 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from tests.support.packed import random_batch
 from tests.support.runner import ROOT, Runs
@@ -142,11 +146,29 @@ def qwen(depth, dtype):
     return model, torch.randn(256, 3 * 2 * 14 * 14, dtype=dtype), {"grid_thw": torch.tensor([[1, 16, 16]])}
 
 
+def qwen2(depth, dtype):
+    config = Qwen2VLVisionConfig(embed_dim=128, mlp_ratio=3, depth=depth, num_heads=4, hidden_size=64)
+    model = Qwen2VisionTransformerPretrainedModel._from_config(config, dtype=dtype)
+    return model, torch.randn(256, 3 * 2 * 14 * 14, dtype=dtype), {"grid_thw": torch.tensor([[1, 16, 16]])}
+
+
+def qwen3(depth, dtype):
+    config = Qwen3VLVisionConfig(
+        hidden_size=128, intermediate_size=320, depth=depth, num_heads=4, out_hidden_size=64,
+        deepstack_visual_indexes=[],
+    )  # fmt: skip
+    model = Qwen3VLVisionModel._from_config(config, dtype=dtype)
+    return model, torch.randn(256, 3 * 2 * 16 * 16, dtype=dtype), {"grid_thw": torch.tensor([[1, 16, 16]])}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tower", "model_type", "tokens"),
-    [(clip, "llava", 3 * 65), (siglip, "llava_onevision", 3 * 64), (qwen, "qwen2_5_vl", 256)],
-)
+    [
+        (clip, "llava", 3 * 65), (siglip, "llava_onevision", 3 * 64), (qwen, "qwen2_5_vl", 256),
+        (qwen2, "qwen2_vl", 256), (qwen3, "qwen3_vl", 256),
+    ],
+)  # fmt: skip
 def test_a_tower_layer_saves_what_is_counted(tower, model_type, tokens, dtype):
     def build(depth):
         model, pixels, more = tower(depth, dtype)

@@ -5,8 +5,9 @@ It runs in the data loader's workers; the result does not depend on the worker, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from vtprune_train.core import flops
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import ImageSpan, PackedBatch, SegmentLayout, StreamPlan, TeacherPass, text_key
 from vtprune_train.data.chat import ChatEncoder, EncodedChat
-from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, ChangedImage, load_image
+from vtprune_train.data.images import MAX_PIXELS, UNREADABLE, ChangedImage
 from vtprune_train.data.index import SampleIndex
-from vtprune_train.data.measure import image_name
-from vtprune_train.models.families.layout import Grids, ImageLayout, SampleImages
+from vtprune_train.models.families.layout import ImageLayout, SampleImages, VisualTokens
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.phases import Phase, Phases
+
+TILES, FRAMES = attrgetter("tiles"), attrgetter("frames")
 
 
 @dataclass
@@ -91,22 +93,23 @@ class Collator:
             RuntimeError: the lengths of the sample differ from the index, so the plan of its step is wrong.
         """
         record = self.index.record(sample)
-        chat = self.encoder.encode(record.turns)
+        image_record = record if image_sample == sample else self.index.record(image_sample)
+        files = self.index.files(image_sample, image_record)
+        sizes = self.index.visuals(image_sample, files, self.layout, self.max_image_pixels)
+        tokens = self.layout.visual_tokens(sizes)
+        chat = self.encoder.encode(record.turns, self.layout.texts(sizes, self.encoder.placeholder))
         lengths = self.index.lengths([sample, image_sample])
         supervised = int((chat.labels >= 0).sum())
-        self._compare(sample, "text tokens", len(chat.input_ids) - len(chat.image_offsets), int(lengths.text[0]))
+        runs = sum(len(of.runs) for of in tokens)
+        if image_sample == sample or not image_record.videos:  # the text of another video may have other timestamps
+            self._compare(sample, "text tokens", len(chat.input_ids) - len(chat.image_offsets), int(lengths.text[0]))
         self._compare(sample, "supervised tokens", supervised, int(lengths.supervised[0]))
-        self._compare(sample, "images", len(chat.image_offsets), int((lengths.span_sample == 0).sum()))
-        image_record = record if image_sample == sample else self.index.record(image_sample)
-        sizes = self.index.image_sizes(image_sample)
-        sources = self.index.image_files(image_sample, image_record)
-        images = [
-            load_image(image, size, max_pixels=self.max_image_pixels, name=image_name(image, number))
-            for number, (image, size) in enumerate(zip(sources, sizes, strict=True))
-        ]
+        self._compare(sample, "images and videos", len(sizes), int((lengths.span_sample == 0).sum()))
+        self._compare(sample, "runs of visual tokens", len(chat.image_offsets), runs)
+        content = [file.load(size, self.max_image_pixels) for file, size in zip(files, sizes, strict=True)]
         visual = int(lengths.span_tokens[lengths.span_sample == 1].sum())
-        self._compare(image_sample, "visual tokens", sum(self.layout.tokens(sizes)), visual)
-        pixels = self.layout.pixels(self.image_processor, images)
+        self._compare(image_sample, "visual tokens", sum(of.total for of in tokens), visual)
+        pixels = self.layout.visual_pixels(self.image_processor, sizes, content)
         return LoadedSample(self.index.sample_id(sample), chat, SampleImages(sizes, pixels))
 
     def _compare(self, sample: int, name: str, count: int, indexed: int) -> None:
@@ -120,10 +123,7 @@ class Collator:
     ) -> PackedBatch:
         """Lay samples end to end and plan their stages."""
         phase = Phase(self.method) if self.phases is None or step is None else self.phases.of(step)
-        laid_out = [
-            lay_out(sample.chat, self.layout.tokens(sample.images.sizes), self.layout.grids(sample.images.sizes))
-            for sample in loaded
-        ]
+        laid_out = [lay_out(sample.chat, self.layout.visual_tokens(sample.images.sizes)) for sample in loaded]
         segments = [segment for segment, _ in laid_out] or [SegmentLayout(length=1, query_offsets=(0,))]
         num_layers, teacher = self.cost.decoder.num_layers, None
         plan = plan_pass(segments, num_layers, phase.method)
@@ -152,6 +152,7 @@ class Collator:
             image_inputs=vision.image_inputs,
             positions=self.layout.positions(segments, images),
             teacher=teacher,
+            video_pixels=vision.video_pixels,
         )
 
     @property
@@ -167,17 +168,19 @@ class Collator:
         teacher: TeacherPass | None,
         segments: Sequence[SegmentLayout],
     ) -> dict[str, float]:
-        tiles = _join([np.array([len(p) for p in sample.images.pixels], dtype=np.int64) for sample in loaded])
+        visuals = [of for sample in loaded for of in self.layout.visual_tokens(sample.images.sizes)]
+        tiles, frames = (np.array([value(of) for of in visuals], dtype=np.int64) for value in (TILES, FRAMES))
+        vision = float(self.cost.vision(tiles, frames).sum())
         supervised = np.array([len(segment.supervised_offsets) for segment in segments])
         pass_cost = flops.PassCost.of(self.cost, plan, phase.method, supervised)
-        other = float(self.cost.vision(tiles).sum())
+        other = vision
         if teacher is not None:
             assert phase.teacher is not None
             lengths = np.array([stage.segment_lengths for stage in teacher.plan.stages]).T
             other += float(self.cost.forward_text(lengths, flops.stage_layers(teacher.plan), supervised).sum())
             other += flops.selector_flops(self.cost.decoder, teacher.plan, phase.teacher.method)
         full = np.array(plan.stages[0].segment_lengths)[:, None]
-        dense = self.cost.text(full, [self.cost.decoder.num_layers], supervised).sum() + self.cost.vision(tiles).sum()
+        dense = self.cost.text(full, [self.cost.decoder.num_layers], supervised).sum() + vision
         visual = sum(span.length for segment in segments for span in segment.spans)
         return {
             "flops_dense": float(dense),
@@ -206,34 +209,28 @@ class Collator:
         return {**batch.costs, **self._pass_costs(cost, plan, batch.costs["flops_other"])}
 
 
-def lay_out(
-    chat: EncodedChat, image_tokens: Sequence[int], grids: Sequence[Grids] | None = None
-) -> tuple[SegmentLayout, np.ndarray]:
-    """Expand the single token of each image to its visual tokens.
+def lay_out(chat: EncodedChat, visuals: Sequence[int | VisualTokens]) -> tuple[SegmentLayout, np.ndarray]:
+    """Expand the single token of each run of visual tokens.
 
     Args:
         chat: one sample.
-        image_tokens: number of visual tokens of each image.
-        grids: grids of each image, for methods that use the positions of tokens.
+        visuals: the visual tokens of each image and video, or only their number for an image.
 
     Returns:
         The layout of the segment, and its [L] input ids.
     """
-    assert len(chat.image_offsets) == len(image_tokens), "one length per image"
+    every = [VisualTokens((visual,)) if isinstance(visual, int) else visual for visual in visuals]
+    lengths = [length for visual in every for length in visual.runs]
+    assert len(chat.image_offsets) == len(lengths), "one token for each run"
     extra = np.zeros(len(chat.input_ids) + 1, dtype=np.int64)
-    for offset, length in zip(chat.image_offsets, image_tokens, strict=True):
+    for offset, length in zip(chat.image_offsets, lengths, strict=True):
         extra[offset + 1] = length - 1
     moved = np.arange(len(chat.input_ids) + 1) + np.cumsum(extra)
-    spans = tuple(
-        ImageSpan(int(moved[offset]), length, grid)
-        for offset, length, grid in zip(
-            chat.image_offsets, image_tokens, grids or [()] * len(image_tokens), strict=True
-        )
-    )
+    spans = tuple(_spans(every, [int(moved[offset]) for offset in chat.image_offsets]))
     first = min(chat.answer_starts, default=len(chat.input_ids))
     prompt = np.delete(chat.input_ids[:first], [offset for offset in chat.image_offsets if offset < first])
     repeats = np.ones(len(chat.input_ids), dtype=np.int64)
-    repeats[list(chat.image_offsets)] = image_tokens
+    repeats[list(chat.image_offsets)] = lengths
     segment = SegmentLayout(
         key=text_key(prompt),
         length=int(repeats.sum()),
@@ -244,12 +241,26 @@ def lay_out(
     return segment, np.repeat(chat.input_ids, repeats)
 
 
+def _spans(visuals: Sequence[VisualTokens], starts: Sequence[int]) -> Iterator[ImageSpan]:
+    """The span of each image and video, given the start of each run."""
+    left = iter(starts)
+    for visual in visuals:
+        runs = tuple((next(left), length) for length in visual.runs)
+        if visual.frames:
+            more = runs if len(runs) > 1 else ()
+            yield ImageSpan(runs[0][0], visual.total, visual.grids, visual.frames, more)
+        else:
+            one_each = len(runs) > 1 and len(visual.grids) == len(runs)
+            for number, (start, length) in enumerate(runs):
+                yield ImageSpan(start, length, visual.grids[number : number + 1] if one_each else visual.grids)
+
+
 def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
     """[V] rows of the visual tokens in the packed batch."""
     starts = np.cumsum([0, *(segment.length for segment in segments)])[:-1]
     return _join(
         [
-            np.arange(start + span.start, start + span.end)
+            start + span.offsets()
             for start, segment in zip(starts.tolist(), segments, strict=True)
             for span in segment.spans
         ]

@@ -104,7 +104,9 @@ class StepCosts:
         drops = phase.drops(num_layers)
         lengths = stage_lengths(measured.text, measured.span_tokens, measured.span_sample, drops)
         layers = layers_per_stage(drops, num_layers)
-        costs = self.cost.sample(lengths, layers, measured.span_tiles, measured.supervised, measured.span_sample)
+        costs = self.cost.sample(
+            lengths, layers, measured.span_tiles, measured.supervised, measured.span_sample, measured.span_frames
+        )
         if phase.teacher is not None:
             drops = phase.teacher.method.drops(num_layers)
             taught = stage_lengths(measured.text, measured.span_tokens, measured.span_sample, drops)

@@ -15,17 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vtprune_train.core.flops import PatchTowerGeometry, TowerGeometry
-from vtprune_train.core.stream import IMAGE
+from vtprune_train.core.stream import IMAGE, VIDEO
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.layout import Grids, ImageGeometry, ImageLayout, Size, TokenPatches
 from vtprune_train.models.families.places import Places
 from vtprune_train.models.families.towers import SavedByTower
+from vtprune_train.models.families.videos import VideoSettings
 
 Part = TypeVar("Part")
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # language models
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-VIDEO = "videos are not dropped yet; pass their frames as images"
+NO_VIDEO = "it has no video tokens; pass the frames of a video as images"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Loop:
         untrained: ``(config, name) -> bool``, whether a parameter of the tower gets no gradient; by default, none.
         image_token: the image token in the vocabulary.
         placeholder: text of an image in a prompt; ``<image>`` in it is the image token.
+        videos: how videos are sampled and prepared by default; the layout then takes videos.
+        video_token: the video token in the vocabulary.
         needs_checkpoint: the model cannot be built from parts or from sizes in the YAML.
     """
 
@@ -73,6 +76,8 @@ class Loop:
     untrained: Callable[[Any, str], bool] = lambda config, name: False
     image_token: str = IMAGE
     placeholder: str = IMAGE
+    videos: VideoSettings | Lacks = Lacks(NO_VIDEO)
+    video_token: str = VIDEO
     needs_checkpoint: bool = False
 
 
@@ -91,6 +96,8 @@ class Family:
         image_lengths: number of tokens of each entry of ``get_image_features(...).pooler_output``, in placeholder
             order.
         grids: ``(config, inputs of get_image_features) ->`` the grids of each of these entries; empty if unknown.
+        videos: ``(config, inputs of get_video_features) ->`` the grids and the number of steps in time of each entry of
+            ``get_video_features(...).pooler_output``; grids are empty if unknown.
         patches: ``(config, inputs of get_image_features) ->`` the tower patches of each of these entries, for methods
             that read the tower's attention.
         run_is_one_image: all entries in a contiguous run of image tokens are tiles of one image.
@@ -119,6 +126,7 @@ class Family:
     image_lengths: Callable[[Sequence[Any]], list[int]] = lambda images: [len(tokens) for tokens in images]
     grids: Callable[[Any, Mapping[str, Any]], list[Grids]] = lambda config, inputs: []
     patches: Callable[[Any, Mapping[str, Any]], list[TokenPatches]] | Lacks = Lacks("it cannot be read for this family")
+    videos: Callable[[Any, Mapping[str, Any]], list[tuple[Grids, int]]] | Lacks = Lacks(NO_VIDEO)
     run_is_one_image: bool = False
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()

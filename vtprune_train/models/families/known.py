@@ -37,12 +37,14 @@ def clip_large_336() -> CLIPVisionConfig:
     )
 
 
-def llava_vicuna_7b(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+def llava_vicuna_7b(
+    config_class: type[PreTrainedConfig], image_token_index: int = 32000, **more: Any
+) -> PreTrainedConfig:
     """Config of a llava-hf model with Vicuna 7B and CLIP."""
     return config_class(
         text_config=vicuna_7b(vocab_size=32064),
         vision_config=clip_large_336(),
-        image_token_index=32000,
+        image_token_index=image_token_index,
         image_seq_length=576,
         tie_word_embeddings=False,
         **more,

@@ -5,6 +5,7 @@ Shape suffixes: T tokens in the packed batch, V visual tokens, P tiles (or patch
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,49 @@ MAX_ASPECT = 200  # Qwen's limit; CLIP's processor would scale the SHORT side to
 
 Size = tuple[int, int]
 """``(height, width)`` of an image in pixels."""
+
+
+@dataclass(frozen=True)
+class VideoHeader:
+    """What the header of a video says: the size of its frames in pixels (after rotation), their number, the mean number
+    of frames per second, and the duration in seconds."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    duration: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The sampled frames of a video.
+
+    Args:
+        height, width: of a frame in pixels.
+        indices: the frames, counted from the start of the file.
+        total: number of frames in the part of the video that they were sampled from.
+        fps: mean number of frames per second of the file.
+    """
+
+    height: int
+    width: int
+    indices: tuple[int, ...]
+    total: int
+    fps: float
+
+    @property
+    def size(self) -> Size:
+        return self.height, self.width
+
+    @property
+    def sampled_fps(self) -> float:
+        """Number of sampled frames per second."""
+        return len(self.indices) / self.total * self.fps
+
+
+Visual = Size | Clip
+"""The size of an image, or a video."""
 Grids = tuple[tuple[int, int], ...]
 """See :class:`~vtprune_train.core.stream.ImageSpan`."""
 TokenPatches = tuple[np.ndarray, int]
@@ -34,18 +78,45 @@ tiles."""
 
 @dataclass
 class SampleImages:
-    """The images of one sample: their sizes, and the vision tower's input for each ([tiles, ...] float32)."""
+    """The images and videos of one sample, in the order of their placeholders: their sizes, and the vision tower's
+    input for each ([tiles, ...] float32)."""
 
-    sizes: list[Size]
+    sizes: list[Any]
     pixels: list[Tensor]
+
+    def select(self, kind: type) -> SampleImages:
+        """Only the videos (``Clip``) or only the images (``tuple``)."""
+        chosen = [number for number, size in enumerate(self.sizes) if isinstance(size, kind)]
+        return SampleImages([self.sizes[n] for n in chosen], [self.pixels[n] for n in chosen])
 
 
 class VisionInputs(NamedTuple):
-    """The fields of a :class:`~vtprune_train.core.stream.PackedBatch` that describe images."""
+    """The fields of a :class:`~vtprune_train.core.stream.PackedBatch` that describe images and videos."""
 
     pixel_values: Tensor
     visual_index: Tensor
     image_inputs: dict[str, Any] | None = None
+    video_pixels: Tensor | None = None
+
+
+class VisualTokens(NamedTuple):
+    """The visual tokens of one image or video.
+
+    Args:
+        runs: length of each run of adjacent tokens; an image has one.
+        tiles: number of tiles (or patches, where a family has no tiles).
+        frames, grids: see :class:`~vtprune_train.core.stream.ImageSpan`. If ``frames`` is 0, each run is an image.
+    """
+
+    runs: tuple[int, ...]
+    tiles: int = 0
+    frames: int = 0
+    grids: Grids = ()
+
+    @property
+    def total(self) -> int:
+        """Number of visual tokens."""
+        return sum(self.runs)
 
 
 class ImageGeometry(ABC):
@@ -75,7 +146,82 @@ class ImageGeometry(ABC):
 
 
 class ImageLayout(ImageGeometry):
-    """What the training loop needs in addition to the geometry."""
+    """What the training loop needs in addition to the geometry.
+
+    A family with videos is a dataclass with the field ``video: VideoSettings | None = None`` and implements
+    :meth:`video_tokens`, :meth:`video_pixels` and :meth:`placeholder`.
+    """
+
+    video: Any = None
+
+    def with_videos(self, settings: Any) -> ImageLayout:
+        """The layout of data with videos.
+
+        Args:
+            settings: a :class:`~vtprune_train.models.families.videos.VideoSettings`.
+        """
+        return dataclasses.replace(self, video=settings)  # type: ignore[type-var]
+
+    def clip(self, header: VideoHeader, start: float | None = None, end: float | None = None) -> Clip:
+        """Sample the frames of a video, or of its part from ``start`` to ``end`` in seconds.
+
+        Raises:
+            ValueError: the part has no frame, or the family's processor refuses the size.
+        """
+        assert self.video is not None, "the layout was built without videos"
+        clip: Clip = self.video.sampling.clip(header, start, end)
+        return clip
+
+    def visual_tokens(self, visuals: Sequence[Visual]) -> list[VisualTokens]:
+        """The visual tokens of each image and video of one sample.
+
+        Raises:
+            ValueError: the family's processor refuses a size.
+        """
+        sizes = [visual for visual in visuals if not isinstance(visual, Clip)]
+        images = iter(zip(self.tokens(sizes), self.tiles(sizes), self.grids(sizes), strict=True) if sizes else ())
+        found = []
+        for visual in visuals:
+            if isinstance(visual, Clip):
+                found.append(self.video_tokens(visual))
+            else:
+                tokens, tiles, grids = next(images)
+                found.append(VisualTokens((tokens,), tiles, 0, grids))
+        return found
+
+    def visual_pixels(
+        self, image_processor: Any, visuals: Sequence[Visual], content: Sequence[Image.Image | np.ndarray]
+    ) -> list[Tensor]:
+        """The vision tower's input for each image and video of one sample, [tiles, ...] float32.
+
+        Args:
+            image_processor: transformers' image processor.
+            visuals: their sizes.
+            content: each image, and the frames of each video [T, height, width, 3] uint8.
+        """
+        images: list[Any] = [image for visual, image in zip(visuals, content, strict=True) if type(visual) is tuple]
+        prepared = iter(self.pixels(image_processor, images) if images else ())
+        return [
+            self.video_pixels(visual, np.asarray(frames)) if isinstance(visual, Clip) else next(prepared)
+            for visual, frames in zip(visuals, content, strict=True)
+        ]
+
+    def video_tokens(self, clip: Clip) -> VisualTokens:
+        """The visual tokens of a video."""
+        raise ValueError(f"{type(self).__name__} does not take videos")
+
+    def video_pixels(self, clip: Clip, frames: np.ndarray) -> Tensor:
+        """The vision tower's input for a video, [tiles, ...] float32, from its frames [T, height, width, 3] uint8."""
+        raise ValueError(f"{type(self).__name__} does not take videos")
+
+    def placeholder(self, visual: Visual) -> str | None:
+        """The text that the family writes for an image or video, with ``<image>`` or ``<video>`` for each run of its
+        tokens; ``None`` for the placeholder of the family's images."""
+        return None
+
+    def texts(self, visuals: Sequence[Visual], image: str) -> list[str]:
+        """The text of each image and video; ``image`` is the placeholder of the family's images."""
+        return [image if (text := self.placeholder(visual)) is None else text for visual in visuals]
 
     def grids(self, sizes: Sequence[Size]) -> list[Grids]:
         """The grids of each image's tokens, in their order, for the images of one sample."""
@@ -140,6 +286,7 @@ class GatheredTiles(ImageLayout):
 
     def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
         index, tiles = [np.zeros(0, dtype=np.int64)], 0
+        samples = [sample.select(tuple) for sample in samples]
         for sample in samples:
             for size, pixels in zip(sample.sizes, sample.pixels, strict=True):
                 rows = self.visual_index(size)

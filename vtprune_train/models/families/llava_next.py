@@ -163,7 +163,7 @@ def _padding(height: int, width: int, grid_height: int, grid_width: int) -> tupl
     return 0, (grid_width - used) // 2
 
 
-def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
+def image_processor(config: Any) -> LlavaNextImageProcessorPil:
     tile = config.vision_config.image_size
     return LlavaNextImageProcessorPil(
         size={"shortest_edge": tile},
@@ -172,7 +172,7 @@ def _image_processor(config: Any) -> LlavaNextImageProcessorPil:
     )
 
 
-def _patches(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
+def patches_of_images(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
     layout = AnyRes.of_pinpoints(config)
     sizes = inputs["image_sizes"].tolist()
     return [(layout.visual_index(size), layout.num_tiles(size)) for size in sizes]
@@ -186,7 +186,7 @@ FAMILY = Family(
     model_class="LlavaNextForConditionalGeneration",
     text_types=LLAMA_LIKE,
     grids=lambda config, inputs: AnyRes.of(config).grids(inputs["image_sizes"].tolist()),
-    patches=_patches,
+    patches=patches_of_images,
     counting=counted_by_patches,
     flops=tile_tower,
     not_original=None,
@@ -195,7 +195,7 @@ FAMILY = Family(
     },
     loop=Loop(
         layout=lambda config, _: AnyRes.of(config),
-        image_processor=_image_processor,
+        image_processor=image_processor,
         image_processors=("LlavaNextImageProcessor",),
         saved=saved_by_tiles,
         untrained=after_features,

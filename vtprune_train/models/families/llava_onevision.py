@@ -10,27 +10,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessorPil, Qwen2Config, SiglipVisionConfig
 
-from vtprune_train.models.families.base import LLAMA_LIKE, VIDEO, Family, Loop
+from vtprune_train.models.families.base import LLAMA_LIKE, Family, Loop
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.layout import (
-    NEWLINE,
-    Grids,
-    ImageLayout,
-    SampleImages,
-    Size,
-    TokenPatches,
-    VisionInputs,
-)
+from vtprune_train.models.families.layout import NEWLINE, Grids, SampleImages, Size, TokenPatches, VisionInputs
 from vtprune_train.models.families.llava_next import AnyRes
 from vtprune_train.models.families.places import Places, square_edges
+from vtprune_train.models.families.pooled_videos import PooledVideos, video_inputs
 from vtprune_train.models.families.towers import after_features, saved_by_tiles, tile_tower
+from vtprune_train.models.families.videos import Sampling, VideoSettings
 
 if TYPE_CHECKING:  # pruning a model does not need Pillow
     from PIL import Image
@@ -40,11 +34,14 @@ SHRINK_FROM = 1.1  # grids that exceed the limit by this factor per side are dow
 
 
 @dataclass(frozen=True)
-class OneVision(ImageLayout):
+class OneVision(PooledVideos):
     """``anyres`` tiles, with a grid of at most about ``max_tiles`` tiles of features."""
+
+    ends_with_newline: ClassVar[bool] = True
 
     anyres: AnyRes
     max_tiles: int
+    video: VideoSettings | None = None
 
     @classmethod
     def of(cls, config: Any) -> OneVision:
@@ -106,19 +103,25 @@ class OneVision(ImageLayout):
         return list(image_processor(images=[list(images)], return_tensors="pt")["pixel_values"])
 
     def vision_inputs(self, samples: Sequence[SampleImages]) -> VisionInputs:
-        with_images = [sample for sample in samples if sample.sizes] or [self._blank()]
+        of_images = [images for sample in samples if (images := sample.select(tuple)).sizes]
+        with_images = of_images or [self._blank()]
         sizes = [size for sample in with_images for size in sample.sizes]
         counts = tuple(len(sample.sizes) for sample in with_images)
-        tokens = sum(sum(self.tokens(sample.sizes)) for sample in samples)
-        return VisionInputs(
+        tokens = [count for sample in of_images for count in self.tokens(sample.sizes)]
+        inputs = VisionInputs(
             pixel_values=torch.cat([pixels for sample in with_images for pixels in sample.pixels]),
-            visual_index=torch.arange(tokens),
+            visual_index=torch.arange(sum(tokens)),
             image_inputs={"image_sizes": tuple(sizes), "batch_num_images": counts},
         )
+        features = sum(sum(self.tokens(sample.sizes)) for sample in with_images)
+        return self.with_video_inputs(samples, inputs, features, tokens)
 
     def model_inputs(self, images: SampleImages) -> dict[str, Tensor]:
-        count = torch.tensor([len(images.sizes)])
-        return {**self.anyres.model_inputs(images), "batch_num_images": count}
+        only = images.select(tuple)
+        inputs = video_inputs(images)
+        if only.sizes:
+            inputs |= {**self.anyres.model_inputs(only), "batch_num_images": torch.tensor([len(only.sizes)])}
+        return inputs
 
     def places(self, sizes: Sequence[Size], image_processor: Any) -> list[Places]:
         """Positions of tokens; each of several images is padded to a square and resized to one tile."""
@@ -131,6 +134,10 @@ class OneVision(ImageLayout):
         grid = Places.of_grid(size, *(square_edges(prepared, length, max(size), tile) for length in size))
         newline = [[size[1], 0.0, size[1], size[0]]]
         return Places(size, np.append(grid.kinds, "newline"), np.concatenate([grid.boxes, newline]))
+
+    @property
+    def frame_side(self) -> int:
+        return pooled_side(self.anyres.patches_per_side)
 
     def _blank(self) -> SampleImages:
         tile = self.anyres.tile_size
@@ -172,6 +179,18 @@ def _grids(config: Any, inputs: Mapping[str, Any]) -> list[Grids]:
     return [grids for sizes in _samples(inputs, inputs["image_sizes"].tolist()) for grids in layout.grids(sizes)]
 
 
+def pooled_side(patches: int) -> int:
+    """Rows (and columns) of a frame's tokens: half as many as ``patches``, rounded up."""
+    return -(-patches // 2)
+
+
+def _videos(config: Any, inputs: Mapping[str, Any]) -> list[tuple[Grids, int]]:
+    """For each video, one grid of pooled tokens for each frame, and the newline token at the end."""
+    number, frames = inputs["pixel_values_videos"].shape[:2]
+    side = pooled_side(config.vision_config.image_size // config.vision_config.patch_size)
+    return [(((side, side),) * frames + ((1, 1),), frames)] * number
+
+
 def _patches(config: Any, inputs: Mapping[str, Any]) -> list[TokenPatches]:
     layout = OneVision.of(config)
     return [patches for sizes in _samples(inputs, inputs["image_sizes"].tolist()) for patches in layout.patches(sizes)]
@@ -202,7 +221,7 @@ FAMILY = Family(
     counting=_counting,
     flops=tile_tower,
     known={"llava-hf/llava-onevision-qwen2-7b-ov-hf": _llava_onevision_7b},
-    refused=(("pixel_values_videos", VIDEO),),
+    videos=_videos,
     loop=Loop(
         layout=lambda config, _: OneVision.of(config),
         image_processor=_image_processor,
@@ -210,5 +229,6 @@ FAMILY = Family(
         needs_checkpoint=True,
         saved=saved_by_tiles,
         untrained=after_features,
+        videos=VideoSettings(Sampling("even", None, 32), (("height", 384), ("width", 384))),
     ),
 )

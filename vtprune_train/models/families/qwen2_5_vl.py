@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLConfig
 
 from vtprune_train.core.flops import PatchTowerGeometry
-from vtprune_train.core.stream import IMAGE
-from vtprune_train.models.families.base import VIDEO, Family, Loop
+from vtprune_train.models.families.base import Family
 from vtprune_train.models.families.known import QWEN2_7B
-from vtprune_train.models.families.qwen import MergedPatches, merged_grids, patch_tower, rope_index
+from vtprune_train.models.families.qwen import merged_grids, merged_videos, patch_loop, patch_tower, rope_index
 from vtprune_train.models.families.towers import SavedByTower
-
-
-def _image_processor(config: Any) -> Qwen2VLImageProcessorPil:
-    vision = config.vision_config
-    return Qwen2VLImageProcessorPil(
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        temporal_patch_size=vision.temporal_patch_size,
-    )
 
 
 def _flops(config: Any) -> PatchTowerGeometry:
@@ -80,17 +70,7 @@ FAMILY = Family(
     grids=merged_grids,
     flops=_flops,
     three_part_positions=rope_index,
-    refused=(("pixel_values_videos", VIDEO),),
+    videos=merged_videos,
     known={"Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl_7b},
-    loop=Loop(
-        layout=MergedPatches.of,
-        image_processor=_image_processor,
-        image_processors=("Qwen2VLImageProcessor",),
-        saved=_saved,
-        vision="model.visual.",
-        projector=("model.visual.merger.",),
-        image_token="<|image_pad|>",
-        placeholder=f"<|vision_start|>{IMAGE}<|vision_end|>",
-        needs_checkpoint=True,
-    ),
+    loop=patch_loop(_saved),
 )

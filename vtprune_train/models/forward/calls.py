@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,6 +30,15 @@ STATE = "_vtprune"
 _DENSE: ContextVar[frozenset[int]] = ContextVar("vtprune_dense", default=frozenset())
 
 
+class Visual(NamedTuple):
+    """The visual tokens of one image or video: their number, grids and steps in time (see
+    :class:`~vtprune_train.core.stream.ImageSpan`)."""
+
+    length: int
+    grids: Grids = ()
+    frames: int = 0
+
+
 @dataclass
 class Call:
     """State of one forward pass in progress that the decoder needs in addition to the embeddings.
@@ -39,8 +48,8 @@ class Call:
         labels: [B, L] int64, as passed by the caller; ``None`` if no loss is computed.
         prompt_width: prompt length in columns inside ``generate``, including cached columns; later columns are never
             query rows.
-        image_lengths: token count of each image in placeholder order; recorded while the family's code runs.
-        image_grids: token grids of each image; empty if the family does not provide them.
+        images: the images in placeholder order; recorded while the family's code runs.
+        videos: the videos, likewise.
         positions: [3, B, L] M-RoPE position ids, starting at 0 in each row of this call, if the family computes them.
         encoder: vision-tower signals of the visual tokens; recorded if the method needs them.
         segments, kept_rows, plan: outputs of the decoder: the layout of each row, the rows kept at each drop point, and
@@ -50,8 +59,8 @@ class Call:
     input_ids: Tensor | None
     labels: Tensor | None = None
     prompt_width: int | None = None
-    image_lengths: list[int] = field(default_factory=list)
-    image_grids: list[Grids] = field(default_factory=list)
+    images: list[Visual] = field(default_factory=list)
+    videos: list[Visual] = field(default_factory=list)
     positions: Tensor | None = None
     segments: list[SegmentLayout] = field(default_factory=list)
     encoder: EncoderSignals | None = None
@@ -83,12 +92,18 @@ class State:
     method: PruningMethod | None
     backend: str
     image_token: int
+    video_token: int | None = None
     attention: str = ""
     tower_backend: str = ""
     pruning: Any = None
     source: Source | None = None
     warned: set[str] = field(default_factory=set)
     running: _InProgress = field(default_factory=_InProgress)
+
+    def visual_tokens(self, input_ids: Tensor) -> Tensor:
+        """[B, L] bool, whether each token of ``input_ids`` is a visual token."""
+        images = input_ids == self.image_token
+        return images if self.video_token is None else images | (input_ids == self.video_token)
 
     @property
     def is_dense(self) -> bool:

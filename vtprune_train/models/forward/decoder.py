@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from vtprune_train.core.interleaved import Rows, advance, locate
 from vtprune_train.core.plan import replan
 from vtprune_train.core.stream import Boundary, Drop, Stage, StreamPlan, to_device
 from vtprune_train.models import HFModule
@@ -143,6 +144,8 @@ class _Walk:
         # Index of each visual token into the first stage's visual tokens; -1 for learned tokens.
         num_visual = len(plan.boundaries[0].visual_rows) if plan.boundaries else 0
         self.visual = torch.arange(num_visual, device=hidden.device)
+        # Rows of the stage if text stands between the tokens of a video; otherwise the plan has them.
+        self.rows = Rows(plan.boundaries[0].text_rows, plan.boundaries[0].visual_rows) if plan.boundaries else None
         self.asides: dict[int, _Aside] = {}
         self.memories: dict[int, dict[str, Any]] = {}
         self.kept: list[Tensor] = []
@@ -150,6 +153,7 @@ class _Walk:
 
     def run_stage(self, index: int) -> Ranking | None:
         """Run the layers of one stage; return the ranking from the last layer's attention if the next drop needs it."""
+        self._locate(index)
         stage = self.plan.stages[index]
         self.rotary = self.text_model.rotary_emb(self.hidden, position_ids=self.position_ids)
         part = self._ranking_part(index)
@@ -195,8 +199,14 @@ class _Walk:
             selection = part.choose(self._candidates(part, boundary, ranking, index, aside))
         if selection.counts is not None:
             self._replan(index, selection.counts)
+            self._locate(index)
             boundary = self.plan.boundaries[index]
         chosen = selection.chosen
+        if boundary.scored_shift is not None:
+            returned = aside is not None and boundary.drop.returns
+            origin = aside.origin if returned else self.origin.index_select(0, boundary.visual_rows)  # type: ignore[union-attr]
+            text_origin = self.origin.index_select(0, boundary.text_rows)
+            boundary, self.rows = advance(boundary, text_origin, origin.index_select(0, chosen))
         text_rows, next_order = boundary.text_rows, boundary.next_order
         if aside is not None and boundary.drop.returns:
             rows = _joined(text_rows, aside.rows_now(boundary.visual_rows), chosen, next_order)
@@ -224,6 +234,20 @@ class _Walk:
         self.position_ids = self.staging.positions[index + 1].unsqueeze(-2) if numbered else positions
         self.kept.append(rows)
         self.origins.append(self.origin)
+
+    def _locate(self, index: int) -> None:
+        """Fill in the rows of a drop point that only the device knows."""
+        if index >= len(self.plan.boundaries) or self.plan.boundaries[index].scored_shift is None:
+            return
+        rows = self.rows
+        assert rows is not None, "a plan with drop points has rows"
+
+        def located(boundaries: tuple[Boundary, ...]) -> tuple[Boundary, ...]:
+            return (*boundaries[:index], locate(boundaries[index], rows), *boundaries[index + 1 :])
+
+        self.plan = replace(self.plan, boundaries=located(self.plan.boundaries))
+        if self.staging.ranked_boundaries:
+            self.staging = replace(self.staging, ranked_boundaries=located(self.staging.ranked_boundaries))
 
     def touch_unused(self) -> None:
         """Give zero gradients to parameters of methods without a drop point in this pass; under ZeRO-3, parameters

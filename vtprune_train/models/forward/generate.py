@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from vtprune_train.models import HFModule
-from vtprune_train.models.forward.calls import State, by_name, is_pruned
+from vtprune_train.models.forward.calls import State, by_name, is_pruned, state_of
 from vtprune_train.models.forward.padded import checkpoints_layers
 
 
@@ -50,8 +50,9 @@ def prepare_position_ids(
     cached = 0 if cache is None else cache.get_seq_length()
     if not cached:
         return original(inputs_tensor, model_kwargs)
-    has_images = model_kwargs.get("image_grid_thw") is not None if types is None else types[:, cached:].any()
-    if has_images:
+    grids = model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw")
+    has_visuals = any(grid is not None for grid in grids) if types is None else types[:, cached:].any()
+    if has_visuals:
         return original(inputs_tensor, model_kwargs)
     return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)[None]
 
@@ -74,10 +75,10 @@ def _check_generation(model: HFModule, config: GenerationConfig, inputs: dict[st
         raise ValueError(
             "assistant_model is pruned, but it gets the prompt without its images; call unprune(assistant_model)"
         )
-    if negative is not None and (negative == model.config.image_token_id).any():
+    if negative is not None and state_of(model).visual_tokens(negative).any():
         raise ValueError(
-            "negative_prompt_ids hold image tokens, but generate passes no image with them; leave the image tokens "
-            "out of the negative prompt"
+            "negative_prompt_ids hold image or video tokens, but generate passes no image or video with them; leave "
+            "these tokens out of the negative prompt"
         )
 
 

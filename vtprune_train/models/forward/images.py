@@ -1,4 +1,4 @@
-"""Image features of a call, from the family's own code, plus the per-image metadata the decoder needs."""
+"""Features of the images and videos of a call, from the family's own code, plus the metadata that the decoder needs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from vtprune_train.core.stream import to_device
 from vtprune_train.models import HFModule
 from vtprune_train.models.families.base import required
 from vtprune_train.models.families.layout import Grids
-from vtprune_train.models.forward.calls import Call, State, by_name
+from vtprune_train.models.forward.calls import Call, State, Visual, by_name
 from vtprune_train.models.forward.encoder import joined, patch_index, patches_per_tile, per_image, reading
 from vtprune_train.pruning.candidates import EncoderSignals
 
 SEEN = "_vtprune_seen"
-SIZES = ("image_grid_thw", "image_sizes", "batch_num_images")  # inputs of get_image_features that its code loops over
+# Inputs of get_image_features and get_video_features that their code loops over.
+SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images")
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """Image metadata attached to the feature tensor, because ``generate`` computes features first and passes them to
-    ``forward`` later."""
+    """Metadata attached to the features of an image or video, because ``generate`` computes features first and passes
+    them to ``forward`` later."""
 
     grids: Grids
-    encoder: EncoderSignals | None
+    encoder: EncoderSignals | None = None
+    frames: int = 0
 
 
 def get_image_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
     """Compute image features with the family's code, and record the token count, grid and vision-tower signals of each
     image in the current call."""
-    inputs = by_name(original, args, kwargs)
-    # If sizes are on the device, read each once and reuse it.
-    inputs |= {key: _on_host(inputs[key]) for key in SIZES if inputs.get(key) is not None}
+    inputs = _with_sizes_on_host(by_name(original, args, kwargs))
     as_tuple = inputs.get("return_dict") is False
     with reading(self, state.method) as read:
         features = original(**{**inputs, "return_dict": True})
@@ -55,32 +55,80 @@ def get_image_features(self: HFModule, original: Callable[..., Any], state: Stat
         encoders = list(per_image(read.signals(index), lengths))
     grids = _grids(self, state, inputs, lengths)
     if len(images) == len(lengths):
-        notes = [_Seen(*known) for known in zip(grids, encoders, strict=True)]
-        if isinstance(images, Tensor):  # stacked by some families; indexing creates a new tensor
-            setattr(images, SEEN, notes)
-        else:
-            for image, note in zip(images, notes, strict=True):
-                setattr(image, SEEN, note)
+        _attach(images, [_Seen(*known) for known in zip(grids, encoders, strict=True)])
     if state.running.call is not None:
         note_images(state.running.call, state, images)
     return features.to_tuple() if as_tuple else features
 
 
+def get_video_features(self: HFModule, original: Callable[..., Any], state: State, *args: Any, **kwargs: Any) -> Any:
+    """Compute video features with the family's code, and record the token count and grids of each video in the current
+    call.
+
+    Raises:
+        ValueError: the method reads the vision tower's attention.
+    """
+    if state.method is not None and state.method.needs.encoder_layers:
+        raise ValueError(
+            f"{state.method.name} needs the vision tower's attention, which is not available for videos; use a method "
+            "that does not need it, for example divprune or cdpruner"
+        )
+    inputs = _with_sizes_on_host(by_name(original, args, kwargs))
+    as_tuple = inputs.get("return_dict") is False
+    call, state.running.call = state.running.call, None  # some families compute videos with get_image_features
+    try:
+        features = original(**{**inputs, "return_dict": True})
+    finally:
+        state.running.call = call
+    videos = features.pooler_output
+    layouts = required(state.family.videos, state.family.title)(self.config, inputs)
+    if [sum(rows * columns for rows, columns in grids) for grids, _ in layouts] != [len(video) for video in videos]:
+        layouts = [((), frames) for _, frames in layouts]
+    _attach(videos, [_Seen(grids, frames=frames) for grids, frames in layouts])
+    if call is not None:
+        note_videos(call, videos)
+    return features.to_tuple() if as_tuple else features
+
+
+def _with_sizes_on_host(inputs: dict[str, Any]) -> dict[str, Any]:
+    """If sizes are on the device, read each once and reuse it."""
+    return inputs | {key: _on_host(inputs[key]) for key in SIZES if inputs.get(key) is not None}
+
+
+def _attach(features: Sequence[Tensor] | Tensor, notes: Sequence[_Seen]) -> None:
+    if isinstance(features, Tensor):  # stacked by some families; indexing creates a new tensor
+        setattr(features, SEEN, list(notes))
+        return
+    for tokens, note in zip(features, notes, strict=True):
+        setattr(tokens, SEEN, note)
+
+
+def _attached(features: Sequence[Tensor] | Tensor) -> list[_Seen]:
+    if isinstance(features, Tensor):
+        notes: list[_Seen] = features.__dict__.get(SEEN, [])
+        return notes
+    return [tokens.__dict__[SEEN] for tokens in features if SEEN in tokens.__dict__]
+
+
+def note_videos(call: Call, videos: Sequence[Tensor] | Tensor) -> None:
+    """Record the token counts and grids of videos in an open call."""
+    lengths, seen = [len(tokens) for tokens in videos], _attached(videos)
+    notes = seen if len(seen) == len(lengths) else [_Seen((), frames=1)] * len(lengths)
+    call.videos = [Visual(length, note.grids, note.frames) for length, note in zip(lengths, notes, strict=True)]
+
+
 def note_images(call: Call, state: State, images: Sequence[Tensor] | Tensor) -> None:
     """Record image lengths, grids and vision-tower signals in an open call."""
-    call.image_lengths = state.family.image_lengths(list(images))
-    if isinstance(images, Tensor):
-        seen: list[_Seen] = images.__dict__.get(SEEN, [])
-    else:
-        seen = [image.__dict__[SEEN] for image in images if SEEN in image.__dict__]
-    if len(seen) < len(call.image_lengths):
+    lengths, seen = state.family.image_lengths(list(images)), _attached(images)
+    call.images = [Visual(length) for length in lengths]
+    if len(seen) < len(lengths):
         if state.method is not None and state.method.needs.encoder_layers:
             raise ValueError(
                 f"{state.method.name} needs the vision tower's attention, but the image features were not computed by "
                 "this model's get_image_features; pass pixel_values instead"
             )
         return
-    call.image_grids = [image.grids for image in seen]
+    call.images = [Visual(length, image.grids) for length, image in zip(lengths, seen, strict=True)]
     encoders = [image.encoder for image in seen if image.encoder is not None]
     call.encoder = joined(encoders) if encoders else None
 

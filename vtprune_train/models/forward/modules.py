@@ -15,7 +15,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.forward import packed, padded
 from vtprune_train.models.forward.calls import State, by_name, state_of
 from vtprune_train.models.forward.head import chunked_loss
-from vtprune_train.models.forward.images import note_images
+from vtprune_train.models.forward.images import note_images, note_videos
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_attention_function
 
@@ -46,7 +46,7 @@ def forward(self: HFModule, original: Callable[..., Any], state: State, *args: A
     _check_inputs(state, inputs)
     input_ids, labels = inputs["input_ids"], _supervised(inputs)
     if labels is not None:
-        _mask_visual(inputs, input_ids == state.image_token)
+        _mask_visual(inputs, state.visual_tokens(input_ids))
     elif self.training and torch.is_grad_enabled() and state.method is not None:
         state.warn_once(
             "forward in training mode without labels: visual tokens are ranked by the last token of each row, whereas "
@@ -65,14 +65,16 @@ def forward_base(self: HFModule, original: Callable[..., Any], state: State, *ar
     _check_inputs(state, inputs)
     with state.calling(inputs["input_ids"]) as call:
         assert call is not None
-        features = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if features is not None:
-            note_images(call, state, features.pooler_output)
+        features = inputs.get("mm_encoder_outputs") or {}
+        if features.get("image") is not None:
+            note_images(call, state, features["image"].pooler_output)
+        if features.get("video") is not None:
+            note_videos(call, features["video"].pooler_output)
         if state.family.three_part_positions is not None and inputs.get("position_ids") is None:
             cache = inputs.get("past_key_values")
-            if inputs.get("image_grid_thw") is not None:
+            if any(inputs.get(key) is not None for key in ("image_grid_thw", "video_grid_thw")):
                 inputs["position_ids"] = call.positions = state.family.three_part_positions(self, inputs)
-            elif features is None and isinstance(cache, Cache) and cache.get_seq_length():
+            elif not features and isinstance(cache, Cache) and cache.get_seq_length():
                 # Ignored: the staged cache tracks positions. Transformers would add a stale rope delta from the
                 # previous request.
                 inputs["position_ids"] = inputs["input_ids"].new_zeros(3, *inputs["input_ids"].shape)

@@ -67,19 +67,25 @@ def forward_base(self: HFModule, state: State, batch: PackedBatch) -> tuple[Tens
     the teacher's hidden states [R, C] for the same rows (images are encoded once for both passes)."""
     text_TC = self.language_model.embed_tokens(batch.input_ids)
     with reading(self, state.method) as read, record_function(TOWER):
-        table = _feature_table(self, batch, text_TC.dtype)
+        tables = _feature_tables(self, batch, text_TC.dtype)
     encoder = None if read is None else read.signals(_patches(self, state, batch))
+    deepstack: tuple[Tensor, ...] = ()
     if len(batch.visual_rows):
-        visual_VC = table.index_select(0, batch.visual_index)
+        visual_VC, *deeper = (table.index_select(0, batch.visual_index) for table in tables)
         embeds_TC = text_TC.index_copy(0, batch.visual_rows, visual_VC.to(text_TC.dtype))
+        deepstack = tuple(deeper)
     else:
         # Ranks without images must still produce (zero) gradients for tower, projector and newline.
-        embeds_TC = text_TC + (0.0 * table).sum().to(text_TC.dtype)
+        zeros = [(0.0 * table).sum().to(text_TC.dtype) for table in tables]
+        embeds_TC = text_TC + torch.stack(zeros).sum()
     taught_RC = None
     if batch.teacher is not None:
         with torch.no_grad():
-            taught_RC, _ = self.language_model(embeds_TC.detach(), batch.teacher.plan, batch.positions, encoder)
-    return *self.language_model(embeds_TC, batch.plan, batch.positions, encoder), taught_RC
+            taught_RC, _ = self.language_model(
+                embeds_TC.detach(), batch.teacher.plan, batch.positions, encoder, deepstack, batch.visual_rows
+            )
+    student = self.language_model(embeds_TC, batch.plan, batch.positions, encoder, deepstack, batch.visual_rows)
+    return *student, taught_RC
 
 
 def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
@@ -94,16 +100,27 @@ def _patches(self: HFModule, state: State, batch: PackedBatch) -> Tensor:
     return index.index_select(0, batch.visual_index)
 
 
-def _feature_table(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
-    """[features, C], the feature table indexed by ``batch.visual_index``."""
+def _feature_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
+    """Feature tables [features, C] indexed by ``batch.visual_index``: the input of the decoder and, for families with
+    DeepStack, the features that are added after each of its first layers."""
+    images, *deeper = _image_tables(self, batch, dtype)
+    if batch.video_pixels is None:
+        return [images, *deeper]
+    videos = self.get_video_features(batch.video_pixels.to(dtype), return_dict=True).pooler_output
+    return [torch.cat([images, *videos])]
+
+
+def _image_tables(self: HFModule, batch: PackedBatch, dtype: torch.dtype) -> list[Tensor]:
+    """The features of all images; also of videos in families that compute them like those of images."""
     pixels = batch.pixel_values.to(dtype)
     if batch.image_inputs is None:
         features = _tile_features(self, pixels)
         newline = getattr(self, "image_newline", None)
-        return features if newline is None else torch.cat([features, newline.to(features.dtype).unsqueeze(0)])
+        return [features if newline is None else torch.cat([features, newline.to(features.dtype).unsqueeze(0)])]
     # Keep sizes on the host so that the family's code reads them without a sync.
     inputs = {key: torch.tensor(v) if isinstance(v, tuple) else v for key, v in batch.image_inputs.items()}
-    return torch.cat(list(self.get_image_features(pixels, **inputs, return_dict=True).pooler_output))
+    output = self.get_image_features(pixels, **inputs, return_dict=True)
+    return [torch.cat(list(images)) for images in (output.pooler_output, *(output.get("deepstack_features") or ()))]
 
 
 def _tile_features(self: HFModule, pixel_values: Tensor) -> Tensor:
@@ -123,14 +140,18 @@ def forward_text(
     plan: StreamPlan,
     positions: Tensor | None = None,
     encoder: EncoderSignals | None = None,
+    deepstack: tuple[Tensor, ...] = (),
+    visual_rows: Tensor | None = None,
 ) -> tuple[Tensor, DecoderOutput]:
     """Forward of the decoder: returns the normalized hidden states [R, C] of the predicting rows and the decoder
     output. ``positions`` [parts, T] are kept with their tokens; if ``None``, positions start at 0 in each segment.
-    ``encoder`` is used by methods that need vision-tower signals.
+    ``encoder`` is used by methods that need vision-tower signals. ``deepstack`` and ``visual_rows``: see
+    :class:`~vtprune_train.models.forward.decoder.Staging`.
     """
     staging = Staging.counted(plan)
     if positions is not None:
         staging.positions = (positions, *staging.positions[1:])
+    staging.deepstack, staging.visual_rows = deepstack, visual_rows
     # Warm-up steps use different settings; on full-token steps the method's parameters still need zero gradients.
     method = plan.outline.method or state.method
     output = run_layers(self, embeds_TC, plan, method, staging, encoder)

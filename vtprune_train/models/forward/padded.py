@@ -25,7 +25,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.cache import Conversation, StagedLayer, staged
 from vtprune_train.models.families.base import Family, sliding_window
 from vtprune_train.models.families.layout import Grids
-from vtprune_train.models.forward.calls import Call, State, is_pruned, state_of, unwrapped
+from vtprune_train.models.forward.calls import Call, State, Visual, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
 from vtprune_train.pruning.base import PruningMethod
@@ -45,8 +45,8 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
         inputs: a batch as the processor returns it, on the model's device, without labels.
 
     Returns:
-        For each row, for each of its images, for each drop: [k] int64, indices into the tokens of the image. A merged
-        token is listed as one of its source tokens.
+        For each row, for each of its images and videos, for each drop: [k] int64, indices into the tokens of the image,
+        or of the video, step by step in time. A merged token is listed as one of its source tokens.
 
     Raises:
         ValueError: the model is not pruned.
@@ -61,10 +61,18 @@ def kept_tokens(model: HFModule, inputs: Mapping[str, Any]) -> list[list[list[np
     stages = [rows.cpu().numpy() for rows in call.kept_rows]
     images, base = [], 0
     for segment in call.segments:
-        bounds = [(base + span.start, base + span.end) for span in segment.spans]
-        images.append([[rows[(rows >= start) & (rows < end)] - start for rows in stages] for start, end in bounds])
+        of_spans = [base + span.offsets() for span in segment.spans]
+        images.append([[_indices_of(rows, of_span) for rows in stages] for of_span in of_spans])
         base += segment.length
     return images
+
+
+def _indices_of(rows: np.ndarray, of_span: np.ndarray) -> np.ndarray:
+    """[k] int64, the indices into ``of_span`` [n] (ascending) of those of its rows that are in ``rows``."""
+    place = np.searchsorted(of_span, rows)
+    inside = place < len(of_span)
+    inside[inside] = of_span[place[inside]] == rows[inside]
+    return place[inside]
 
 
 def stage_layers(model: HFModule) -> list[range]:
@@ -119,7 +127,7 @@ def forward_text(
     if use_cache or past_key_values is not None:
         cache = staged(past_key_values, len(text_model.layers), state.method)
     call = state.running.call or Call(None)
-    has_images = bool(call.image_lengths)
+    has_images = bool(call.images or call.videos)
     if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
         hidden = decode(text_model, state.method, inputs_embeds, cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
@@ -200,14 +208,14 @@ def _extended_conversation(call: Call, real: np.ndarray, inputs_embeds: Tensor, 
     for row, segment in enumerate(call.segments):
         image_of_token = np.full(segment.length, Conversation.TEXT, dtype=np.int64)
         for number, span in enumerate(segment.spans):
-            image_of_token[span.start : span.end] = number + int(images_before[row])
+            image_of_token[span.offsets()] = number + int(images_before[row])
         image[row, real[row]] = image_of_token
     new = to_device(image, inputs_embeds.device)
-    grids = tuple(tuple(span.grids for span in segment.spans) for segment in call.segments)
+    layouts = tuple(tuple((span.grids, span.frames) for span in segment.spans) for segment in call.segments)
     return (
-        Conversation(inputs_embeds, new, grids)
+        Conversation(inputs_embeds, new, layouts)
         if first.conversation is None
-        else first.conversation.and_then(inputs_embeds, new, grids)
+        else first.conversation.and_then(inputs_embeds, new, layouts)
     )
 
 
@@ -227,16 +235,11 @@ def _laid_out_again(call: Call, real: np.ndarray, conversation: Conversation, ca
     for row, segment in enumerate(call.segments):
         before = int(is_token[row].sum()) - segment.length
         image_of_token = images[row][is_token[row]]
-        spans = [
-            (np.flatnonzero(image_of_token == number)[0], int((image_of_token == number).sum()))
-            for number in range(image_of_token.max() + 1)
-        ]
+        runs = [_runs(image_of_token == number) for number in range(image_of_token.max() + 1)]
         segments.append(
             SegmentLayout(
                 length=before + segment.length,
-                spans=tuple(
-                    ImageSpan(int(s), n, grids) for (s, n), grids in zip(spans, conversation.grids[row], strict=True)
-                ),
+                spans=tuple(_span(*known) for known in zip(runs, conversation.layouts[row], strict=True)),
                 query_offsets=tuple(before + offset for offset in segment.query_offsets),
                 key=segment.key,
             )
@@ -368,17 +371,21 @@ def _real_rows(attention_mask: Tensor | None, inputs_embeds: Tensor, cached: int
 
 
 def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> list[SegmentLayout]:
-    """Build the layout of every row: images, query rows and supervised tokens. Columns from ``said_from`` on were
-    generated and are treated as text regardless of their ids."""
-    grids = call.image_grids or [()] * len(call.image_lengths)
-    remaining = list(zip(call.image_lengths, grids, strict=True))
+    """Build the layout of every row: images, videos, query rows and supervised tokens. Columns from ``said_from`` on
+    were generated and are treated as text regardless of their ids."""
+    images, videos = list(call.images), list(call.videos)
     ids = None if call.input_ids is None else call.input_ids.cpu().numpy()
-    visual = np.zeros_like(real) if ids is None else ids == state.image_token
-    visual[:, said_from:] = False
+    of_images = np.zeros_like(real) if ids is None else ids == state.image_token
+    of_videos = np.zeros_like(real) if ids is None or state.video_token is None else ids == state.video_token
+    of_images[:, said_from:] = of_videos[:, said_from:] = False
+    visual = of_images | of_videos
     all_labels = None if call.labels is None else _without_images(call.labels.cpu().numpy(), visual, state)
     segments = []
     for row in range(len(real)):
-        spans = _spans(visual[row][real[row]], remaining, row, len(call.image_lengths), state.family)
+        spans = _image_spans(of_images[row][real[row]], images, row, len(call.images), state.family)
+        if of_videos[row].any():
+            spans += _video_spans(of_videos[row][real[row]], videos, row, len(call.videos))
+            spans = tuple(sorted(spans, key=lambda span: span.start))
         labels = None if all_labels is None else all_labels[row][real[row]]
         if labels is not None and state.method is not None and _prompt_is_supervised(labels != IGNORE, spans):
             state.warn_once(
@@ -395,9 +402,9 @@ def _segments(call: Call, real: np.ndarray, state: State, said_from: int) -> lis
         queries = [] if labels is None else [start - 1 for start, _ in _runs(labels != IGNORE) if start]
         queries = queries or [prompt - 1]
         segments.append(SegmentLayout(int(real[row].sum()), spans, query_offsets=tuple(queries), key=key))
-    if remaining:
-        used = len(call.image_lengths) - len(remaining)
-        raise ValueError(f"got {len(call.image_lengths)} images, but input_ids hold the tokens of {used}")
+    for what, given, left in (("images", call.images, images), ("videos", call.videos, videos)):
+        if left:
+            raise ValueError(f"got {len(given)} {what}, but input_ids hold the tokens of {len(given) - len(left)}")
     return segments
 
 
@@ -423,8 +430,41 @@ def _without_images(labels: np.ndarray, visual: np.ndarray, state: State) -> np.
     return np.where(visual, IGNORE, labels)
 
 
-def _spans(
-    visual: np.ndarray, remaining: list[tuple[int, Grids]], row: int, num_images: int, family: Family
+def _span(runs: Sequence[tuple[int, int]], layout: tuple[Grids, int]) -> ImageSpan:
+    """The span of the tokens in ``runs``, with its grids and steps in time."""
+    length = sum(length for _, length in runs)
+    return ImageSpan(runs[0][0], length, *layout, runs=tuple(runs) if runs[1:] else ())
+
+
+def _video_spans(visual: np.ndarray, remaining: list[Visual], row: int, num_videos: int) -> tuple[ImageSpan, ...]:
+    """The span of each video of a row; text may stand between its frames."""
+    spans: list[ImageSpan] = []
+    runs = _runs(visual)
+    while runs:
+        if not remaining:
+            raise ValueError(
+                f"row {row} has more video tokens than the {num_videos} videos have; pass pixel_values_videos of every "
+                "video whose tokens are in input_ids (all that are not cached yet)"
+            )
+        video, pieces = remaining.pop(0), []
+        missing = video.length
+        while missing and runs:
+            start, length = runs.pop(0)
+            pieces.append((start, min(missing, length)))
+            if length > missing:
+                runs.insert(0, (start + missing, length - missing))
+            missing -= pieces[-1][1]
+        if missing:
+            raise ValueError(
+                f"row {row} has {video.length - missing} video tokens for a video of {video.length}; expand the "
+                "placeholder with the model's own processor"
+            )
+        spans.append(_span(pieces, (video.grids, video.frames)))
+    return tuple(spans)
+
+
+def _image_spans(
+    visual: np.ndarray, remaining: list[Visual], row: int, num_images: int, family: Family
 ) -> tuple[ImageSpan, ...]:
     spans: list[ImageSpan] = []
     for start, length in _runs(visual):
@@ -469,7 +509,7 @@ def _visual_rows(segments: Sequence[SegmentLayout]) -> np.ndarray:
     """[V] int64, rows of the packed stream that hold visual tokens."""
     rows, start = [np.zeros(0, dtype=np.int64)], 0
     for segment in segments:
-        rows += [np.arange(start + span.start, start + span.end) for span in segment.spans]
+        rows += [start + span.offsets() for span in segment.spans]
         start += segment.length
     return np.concatenate(rows)
 

@@ -160,6 +160,7 @@ def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Bound
     starts = np.cumsum([0, *stage.segment_lengths])
     above = np.cumsum([0, *cached])  # number of cached keys of the preceding batch rows
     query_rows, in_scored = boundary.query_rows.clone(), boundary.visual_in_scored.clone()
+    shift = None if boundary.scored_shift is None else boundary.scored_shift.clone()
     segments, cached_so_far, scored_end = [], 0, 0
     for segment in boundary.segments:
         row = int(np.searchsorted(starts, segment.start, side="right")) - 1
@@ -175,8 +176,12 @@ def _behind_cached(boundary: Boundary, stage: Stage, cached: list[int]) -> Bound
         )
         cached_so_far += cached[row]
         in_scored[in_segment] += cached_so_far
+        if shift is not None:
+            shift[in_segment] += cached_so_far
         scored_end += segment.end - segment.start
-    return dataclasses.replace(boundary, query_rows=query_rows, visual_in_scored=in_scored, segments=tuple(segments))
+    return dataclasses.replace(
+        boundary, query_rows=query_rows, visual_in_scored=in_scored, segments=tuple(segments), scored_shift=shift
+    )
 
 
 def use_three_parts(
@@ -194,7 +199,7 @@ def use_three_parts(
         positions = call.positions.to(counted.device).flatten(1, 2).index_select(1, token_rows)
         if first is not None and continues:
             positions = positions + first.next_positions()[row]
-    elif position_ids is not None and (not continues or call.image_lengths):
+    elif position_ids is not None and (not continues or call.images or call.videos):
         # Broadcast a single component or a single row, as transformers does.
         position_ids = position_ids.expand(3 if position_ids.ndim == 2 else -1, num_rows, -1)
         positions = position_ids[-3:].flatten(1, 2).index_select(1, token_rows)
@@ -212,7 +217,9 @@ def use_three_parts(
 
 
 def _lead(positions: Tensor, counted: Tensor, row: Tensor, num_rows: int) -> Tensor:
-    """[B]: difference between each row's maximum position and its last token index (rope delta)."""
+    """[B]: difference between the position of each row's last token and its index. The largest position may be that of
+    an earlier video, whose positions in time can exceed those of the text after it."""
     zeros = counted.new_zeros(num_rows)
-    highest = zeros.scatter_reduce(0, row, positions.amax(dim=0), "amax")
-    return highest - zeros.scatter_reduce(0, row, counted, "amax")
+    last = zeros.scatter_reduce(0, row, counted, "amax")
+    of_last = positions.amax(dim=0) * (counted == last[row])
+    return zeros.scatter_reduce(0, row, of_last, "amax") - last

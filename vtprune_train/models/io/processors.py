@@ -85,7 +85,7 @@ def build_processor(
         )
     if processor.chat_template is None:
         processor.chat_template = getattr(tokenizer, "chat_template", None)
-    processor.__dict__["_video_settings"] = _video_settings(path, saved, parts["image_processor"], config)
+    processor.__dict__["_video_settings"] = saved_video_settings(path, parts["image_processor"])
     return processor
 
 
@@ -216,12 +216,12 @@ def _counting(config: PreTrainedConfig, saved: dict[str, Any] | None, path: str 
     return settings
 
 
-def _video_settings(
-    path: str | None, saved: dict[str, Any] | None, image_processor: Any, config: PreTrainedConfig
-) -> dict[str, Any] | None:
-    """Settings of the checkpoint's video processor, looked up in the same order as in transformers."""
+def saved_video_settings(path: str | None, image_processor: Any) -> dict[str, Any]:
+    """Settings of the video processor of the checkpoint at ``path``, looked up in the same order as in transformers;
+    those of the ``image_processor`` if it has none."""
+    saved = read_settings(path, PROCESSOR_FILE)
     if saved is not None and "video_processor" in saved:
-        return saved["video_processor"]
+        return dict(saved["video_processor"])
     settings = read_settings(path, VIDEO_FILE) or read_settings(path, IMAGE_FILE)
     if settings is None:
         settings = json.loads(image_processor.to_json_string())

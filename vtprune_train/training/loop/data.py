@@ -53,6 +53,7 @@ def build_data_index(config: Config, parts: Parts, which: Literal["train", "eval
                 name=source.name or "",
                 ignore=tuple(source.ignore),
                 reader=source.reader or "",
+                videos=None if source.videos is None else Path(source.videos),
             )
             for source in config.sources(which)
         ],

@@ -28,6 +28,7 @@ from vtprune_train.models.io.placement import WHOLE, Placement
 from vtprune_train.models.io.processors import build_processor
 from vtprune_train.models.io.tokenizer import load_tokenizer
 from vtprune_train.training import distributed as ranks
+from vtprune_train.training.loop.layout import build_layout
 from vtprune_train.training.loop.sample import open_encoder, template_misfits, template_of, training_texts
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def build_parts(config: Config, placement: Placement = WHOLE) -> Parts:
     processor = build_processor(model.config, tokenizer, config.model.path, config.model.max_pixels)
     carry(processor, written_by(encoder))
     stop_where_answers_end(model, tokenizer, encoder.template, warn=ranks.rank() == 0)
-    return Parts(model, processor, encoder, loop.layout(model.config, processor.image_processor))
+    layout = build_layout(config, loop, model.config, processor.image_processor, config.model.path)
+    return Parts(model, processor, encoder, layout)
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:

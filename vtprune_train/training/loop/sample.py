@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +13,7 @@ from vtprune_train.config.data import DataConfig
 from vtprune_train.config.settings import Config
 from vtprune_train.data.auto_template import AUTO, AutoTemplate
 from vtprune_train.data.chat import ChatEncoder, Template, get_template
-from vtprune_train.data.images import UNREADABLE, image_size
+from vtprune_train.data.images import UNREADABLE
 from vtprune_train.data.load.collate import Collator
 from vtprune_train.data.records import Conversation, Prompt, read_records
 from vtprune_train.data.sources import is_here
@@ -28,9 +27,10 @@ from vtprune_train.data.templates import (
 )
 from vtprune_train.data.turns import Turn
 from vtprune_train.models.families.base import Loop
-from vtprune_train.models.families.layout import ImageLayout
+from vtprune_train.models.families.layout import ImageLayout, Visual
 from vtprune_train.models.io.build import resolve_checkpoint
 from vtprune_train.models.io.tokenizer import load_tokenizer
+from vtprune_train.training.loop.layout import has_videos
 
 NO_CHECKPOINT = f"data.template={AUTO}: model.config names no checkpoint with a chat template; use a named template"
 LOOKED_AT = 100  # number of records to try until one can be shown
@@ -57,8 +57,10 @@ def open_encoder(
         name = config.model.path or config.model.tokenizer or config.model.language_model
         if name is None:
             raise ValueError(NO_CHECKPOINT)
-        template = open_auto_template(tokenizer, loop, resolve_checkpoint(name), offline=offline)
-    return build_encoder(template, tokenizer, loop, config.data.image_position, config.data.tokenization)
+        place = resolve_checkpoint(name)
+        template = open_auto_template(tokenizer, loop, place, offline=offline, videos=has_videos(config))
+    position, tokenization = config.data.image_position, config.data.tokenization
+    return build_encoder(template, tokenizer, loop, position, tokenization, videos=has_videos(config))
 
 
 def training_texts(template: Template | None, turns: Sequence[Turn]) -> Iterator[str]:
@@ -82,13 +84,15 @@ def template_misfits(config: Config, encoder: ChatEncoder, *, offline: bool = Fa
 def first_sample(collate: Collator) -> str:
     """The first sample of the training data, for the log."""
     record = collate.index.record(0)
-    return _described(collate.encoder, collate.layout, record, collate.index.image_sizes(0), "sample")
+    files = collate.index.files(0, record)
+    visuals = collate.index.visuals(0, files, collate.layout, collate.max_image_pixels)
+    return _described(collate.encoder, collate.layout, record, visuals, "sample")
 
 
 def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     """Like first_sample, plus template mismatches, but before anything is built; requires data and tokenizer to be
     available locally. Raises ``ValueError`` if template and tokenizer are incompatible."""
-    readable = _readable(config)
+    readable = _readable(config, layout)
     first = next(readable, None)
     if first is None:
         return ["sample        not shown: no record with readable images found"]
@@ -112,8 +116,8 @@ def sample_lines(config: Config, loop: Loop, layout: ImageLayout) -> list[str]:
     return [*lines, f"sample        not shown: no record can be used, first: {reasons[0]}"]
 
 
-def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
-    """First records of the training data with readable images, and their image sizes."""
+def _readable(config: Config, layout: ImageLayout) -> Iterator[tuple[Conversation, list[Visual]]]:
+    """First records of the training data with readable images and videos, and their sizes."""
     for source in config.sources("train"):
         if not is_here(Path(source.path)):
             continue
@@ -122,20 +126,22 @@ def _readable(config: Config) -> Iterator[tuple[Conversation, list[Any]]]:
         chat = config.data.template == AUTO
         records = read_records(Path(source.path), source.ignore, bounds, source.reader or "", chat=chat)
         for record in islice(records, LOOKED_AT):
-            if record.error:
+            if record.error or (record.videos and source.videos is None):
                 continue
             try:
-                images = record.image_files(Path(source.images))
-                sizes = [image_size(image, max_pixels=config.data.max_image_pixels) for image in images]
+                files = record.files(Path(source.images), Path(source.videos or source.images))
+                visuals = [file.visual(layout, config.data.max_image_pixels) for file in files]
             except UNREADABLE:
                 continue
-            yield prompt.apply(record), sizes
+            yield prompt.apply(record), visuals
 
 
-def _described(encoder: ChatEncoder, layout: ImageLayout, record: Conversation, sizes: list[Any], title: str) -> str:
-    chat = encoder.encode(record.turns)
-    image_tokens = layout.tokens(sizes) if sizes else []
-    tokens = len(chat.input_ids) - len(image_tokens) + sum(image_tokens)
+def _described(
+    encoder: ChatEncoder, layout: ImageLayout, record: Conversation, visuals: list[Visual], title: str
+) -> str:
+    chat = encoder.encode(record.turns, layout.texts(visuals, encoder.placeholder))
+    runs = [length for of in layout.visual_tokens(visuals) for length in of.runs]
+    tokens = len(chat.input_ids) - len(runs) + sum(runs)
     supervised = int((chat.labels >= 0).sum())
-    text = describe_sample(encoder, chat, image_tokens)
+    text = describe_sample(encoder, chat, runs)
     return f"{title} {record.id}: {tokens} tokens, {supervised} supervised (between [[ and ]]):\n{text}"

@@ -1,0 +1,13 @@
+"""The errors of videos that cannot be used."""
+
+from __future__ import annotations
+
+from vtprune_train.data.images import ChangedImage, UnreadableImage
+
+
+class UnreadableVideo(UnreadableImage):
+    """Raised for a video that cannot be used; the message is ``name: reason``."""
+
+
+class ChangedVideo(ChangedImage, UnreadableVideo):
+    """Raised for a video whose frames differ in size, number or rate from those in the index."""

@@ -1,0 +1,253 @@
+"""A video file: its header, and frames at given indices, decoded with PyAV.
+
+A file is read twice for its frames: once to list its packets, once to decode those between the wanted frames and their
+keyframes. Packets are skipped by reading on, not by seeking: formats differ in where a seek arrives, and decoding takes
+far longer than reading.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vtprune_train.data.images import TOO_MANY_FILES
+from vtprune_train.data.video_errors import ChangedVideo, UnreadableVideo
+from vtprune_train.data.video_packets import Packet, Run, Timeline
+from vtprune_train.models.families.layout import VideoHeader
+
+if TYPE_CHECKING:  # PyAV is not needed for training on images
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+MAX_FRAMES = 1_000_000  # 9 hours of 30 frames per second; the list of packets takes about 200 MB
+
+
+def file_header(source: Path | bytes, *, fps: float, max_pixels: int, name: str) -> VideoHeader:
+    """See :func:`~vtprune_train.data.videos.video_header`."""
+    with _reading(name), _open(source, max_pixels, name) as (container, stream):
+        frames = _indexed_frames(container, stream)
+        first, packets = _first_frame(container, stream, name, only_first=frames > 0)
+        if frames:
+            fps = float(stream.average_rate or fps)
+        else:
+            timeline = Timeline(packets)
+            frames, fps = len(timeline.frames), timeline.rate(stream.time_base, stream.average_rate, fps)
+        height, width = _upright(np.empty((first.height, first.width), dtype=bool), first).shape
+    if frames > MAX_FRAMES:
+        raise UnreadableVideo(name, f"{frames} frames, more than {MAX_FRAMES}; split the video")
+    return VideoHeader(height, width, frames, fps, frames / fps)
+
+
+def file_frames(
+    source: Path | bytes, indices: Sequence[int], header: VideoHeader, *, max_pixels: int, name: str
+) -> np.ndarray:
+    """See :func:`~vtprune_train.data.videos.load_frames`."""
+    frames = np.empty((len(indices), header.height, header.width, 3), dtype=np.uint8)
+    with _reading(name):
+        with _open(source, max_pixels, name) as (container, stream):
+            timeline = Timeline(_packets(container, stream))
+            _check(container, stream, timeline, header, name)
+        missing = set(indices)
+        for from_start in (False, True):  # from the start if a keyframe depends on frames before it (intra refresh)
+            if not missing:
+                break
+            with _open(source, max_pixels, name) as (container, stream):
+                for index, frame in _wanted_frames(container, stream, timeline, missing, from_start):
+                    frames[np.equal(indices, index)] = _rgb(frame, index, header, name)
+    if missing:
+        raise UnreadableVideo(name, f"frame {min(missing)} of {header.frames} cannot be decoded")
+    return frames
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Convert the exceptions that PyAV raises for a broken file to :class:`UnreadableVideo`."""
+    try:
+        from av.error import FFmpegError
+    except ImportError as error:
+        raise ImportError("reading videos needs PyAV: pip install av") from error
+
+    try:
+        yield
+    except UnreadableVideo:
+        raise
+    except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            raise
+        raise UnreadableVideo(name, error.strerror or str(error)) from error
+    except (FFmpegError, ValueError) as error:
+        raise UnreadableVideo(name, f"broken ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _open(source: Path | bytes, max_pixels: int, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a file and its video stream, to be decoded on one thread. Nothing else is opened: FFmpeg would follow the
+    addresses in a playlist."""
+    import av
+
+    if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # opening a pipe would hang
+        raise UnreadableVideo(name, "no regular file")
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        begin = file.read(32)
+        if not begin:
+            raise UnreadableVideo(name, "the file is empty")
+        file.seek(0)
+        try:
+            container = av.open(file, "r", metadata_errors="replace", io_open=_refuse)
+        except av.error.FFmpegError as error:
+            raise UnreadableVideo(name, _why_unknown(begin, error)) from error
+        with container:
+            stream = _video_stream(container, max_pixels, name)
+            stream.thread_count = 1  # workers of the data loader are processes
+            stream.codec_context.thread_type = "NONE"
+            yield container, stream
+
+
+def _refuse(url: str, *_: Any) -> Any:
+    raise PermissionError(f"a reference to another file: {url}")
+
+
+def _why_unknown(begin: bytes, error: Exception) -> str:
+    if begin[4:8] == b"ftyp":
+        return "an MP4 or MOV file without an index (moov): truncated, or its recording was not finished"
+    return f"not a video that FFmpeg can read ({type(error).__name__}; it starts with {begin[:16]!r})"
+
+
+def _video_stream(container: InputContainer, max_pixels: int, name: str) -> VideoStream:
+    from av.stream import Discard, Disposition
+
+    if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+        raise UnreadableVideo(name, "an image, not a video (FFmpeg does not read WebP animations)")
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams}))
+        raise UnreadableVideo(name, f"no video stream (only {kinds or 'an empty container'})")
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise UnreadableVideo(name, "FFmpeg has no decoder for it")
+    if stream.height * stream.width > max_pixels:
+        size = f"{stream.height} x {stream.width}"
+        raise UnreadableVideo(name, f"frames of {size}, more pixels than data.max_image_pixels={max_pixels}")
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all
+    return stream
+
+
+def _indexed_frames(container: InputContainer, stream: VideoStream) -> int:
+    """Number of frames in the index of an MP4 or MOV file; 0 if the file has no complete index."""
+    entries = stream.index_entries
+    is_complete = "mp4" in container.format.name and 0 < len(entries) == stream.frames and entries[0].is_keyframe
+    if not is_complete or not stream.average_rate:
+        return 0
+    return sum(entry.size > 0 and not entry.is_discard for entry in entries)  # an edit list discards frames
+
+
+def _first_frame(
+    container: InputContainer, stream: VideoStream, name: str, *, only_first: bool
+) -> tuple[VideoFrame, list[Packet]]:
+    """The first frame that can be decoded, and the packets up to it or of the whole file."""
+    first, packets = None, []
+    for packet in container.demux(stream):
+        if first is None:
+            first = next(iter(packet.decode()), None)
+        if packet.size:
+            packets.append(_packet(packet))
+        if len(packets) > MAX_FRAMES or (only_first and first is not None):
+            break
+    if first is None:
+        raise UnreadableVideo(name, "no frame can be decoded")
+    return first, packets
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> list[Packet]:
+    return [_packet(packet) for packet in islice(container.demux(stream), MAX_FRAMES) if packet.size]
+
+
+def _packet(packet: Any) -> Packet:
+    # VP8 stores each reference frame that is not shown as a packet; newer codecs put it into that of a shown frame
+    is_hidden = packet.stream.codec_context.codec.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10
+    return Packet(packet.pts, packet.duration or 0, packet.is_keyframe, not (packet.is_discard or is_hidden))
+
+
+def _check(container: InputContainer, stream: VideoStream, timeline: Timeline, header: VideoHeader, name: str) -> None:
+    """Compare a file with its header in the index."""
+    frames = _indexed_frames(container, stream)
+    fps = stream.average_rate if frames else timeline.rate(stream.time_base, stream.average_rate, header.fps)
+    count = len(timeline.frames)
+    if (frames or count) != header.frames or not math.isclose(fps or 0, header.fps, rel_tol=1e-3):
+        found = f"{frames or count} frames at {float(fps or 0):g} per second"
+        indexed = f"{header.frames} at {header.fps:g} when the data was indexed"
+        raise ChangedVideo(name, f"it has {found}, but had {indexed}")
+    if count != header.frames:
+        raise UnreadableVideo(name, f"frame {count} of {header.frames} is missing: the file is truncated or damaged")
+
+
+def _wanted_frames(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, missing: set[int], from_start: bool
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode frames and remove them from ``missing``."""
+    by_time: dict[int | None, int] = {timeline.times[index]: index for index in missing} if timeline.times else {}
+    runs = timeline.runs(missing, from_start)
+    for count, frame in enumerate(_decode(container, stream, runs)):
+        index = by_time.get(frame.pts) if timeline.times else count
+        if index in missing:
+            missing.remove(index)
+            yield index, frame
+        if not missing:
+            return
+
+
+def _decode(container: InputContainer, stream: VideoStream, runs: Sequence[Run]) -> Iterator[VideoFrame]:
+    """The frames of runs of packets."""
+    packets = enumerate(packet for packet in container.demux(stream) if packet.size)
+    for first, last in runs:
+        for position, packet in packets:
+            if position >= first:
+                yield from packet.decode()
+            if position == last:
+                break
+        yield from stream.decode(None)  # those that the decoder holds back to reorder them
+        stream.codec_context.flush_buffers()
+
+
+def _rgb(frame: VideoFrame, index: int, header: VideoHeader, name: str) -> np.ndarray:
+    """Convert a frame to [height, width, 3] uint8 RGB. Bicubic is the interpolation of ffmpeg's command line."""
+    from av.video.reformatter import Interpolation
+
+    if frame.is_corrupt:
+        raise UnreadableVideo(name, f"frame {index} of {header.frames} is damaged")
+    rgb = frame.reformat(format="rgb24", interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()
+    image = _upright(rgb, frame)
+    if image.shape[:2] != (header.height, header.width):
+        size = f"{image.shape[0]} x {image.shape[1]}"
+        expected = f"{header.height} x {header.width}"
+        raise ChangedVideo(
+            name, f"frame {index} is {size}, but its first frame was {expected} when the data was indexed"
+        )
+    return image
+
+
+def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
+    """Apply a frame's display matrix, rounded to quarter turns, to [height, width, ...].
+
+    The matrix maps ``(x, y)`` to ``(a x + c y, b x + d y)`` (``libavutil/display.h``).
+    """
+    from av.sidedata.sidedata import Type
+
+    matrix: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
+    if matrix is None:
+        return image
+    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5]
+    if abs(b) > abs(a):
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

@@ -1,0 +1,85 @@
+"""Which packets of a video file show which frame, and which must be decoded for it. Host arithmetic only."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+SAME_RATE = 0.01  # rates that differ by less are one rate, measured with rounded times
+
+Run = tuple[int, int]
+"""The first and the last of adjacent packets."""
+
+
+class Packet(NamedTuple):
+    """One packet of a file; times are in units of the stream's time base."""
+
+    pts: int | None
+    duration: int
+    is_keyframe: bool
+    is_shown: bool
+
+
+class Timeline:
+    """The packets of a video file in decoding order, and its frames in presentation order.
+
+    Attributes:
+        packets: all packets, in decoding order.
+        frames: the position in ``packets`` of each frame.
+        times: the presentation time of each frame; empty if the file has no usable times. ``frames`` is then in
+            decoding order, and frames can only be counted.
+    """
+
+    def __init__(self, packets: Sequence[Packet]):
+        self.packets = packets
+        keyframes = [position for position, packet in enumerate(packets) if packet.is_keyframe]
+        # decoders drop what comes before the first keyframe, in files cut from a longer stream
+        first = keyframes[0] if keyframes else 0
+        shown = [position for position in range(first, len(packets)) if packets[position].is_shown]
+        timed = [(pts, position) for position in shown if (pts := packets[position].pts) is not None]
+        self.times: list[int] = []
+        self.frames = shown
+        self._keyframes = keyframes or [0]
+        if len({pts for pts, _ in timed}) == len(shown):
+            start = packets[first].pts if packets else None
+            timed = sorted((pts, position) for pts, position in timed if start is None or pts >= start)
+            self.times, self.frames = [pts for pts, _ in timed], [position for _, position in timed]
+
+    def rate(self, time_base: Fraction | None, nominal: Fraction | None, default: float) -> float:
+        """Mean frames per second. The nominal rate is exact if the rate is constant; the times in some formats are
+        rounded to milliseconds."""
+        mean = None
+        if self.times and time_base:
+            last = self.packets[self.frames[-1]].duration
+            intervals = len(self.times) - (not last)
+            seconds = float((self.times[-1] + last - self.times[0]) * time_base)
+            mean = intervals / seconds if seconds > 0 else None
+        if nominal and (mean is None or abs(float(nominal) / mean - 1) < SAME_RATE):
+            return float(nominal)
+        return mean or default
+
+    def runs(self, indices: Iterable[int], from_start: bool = False) -> list[Run]:
+        """The runs of packets to decode for some frames: from the keyframe before each frame to its packet. All
+        packets from the start if ``from_start`` or if frames can only be counted."""
+        if from_start or not self.times:
+            return [(0, len(self.packets) - 1)]
+        runs: list[Run] = []
+        for position in sorted(self.frames[index] for index in indices):
+            start = self._keyframe_before(position)
+            if runs and start <= runs[-1][1]:
+                start = min(start, runs.pop()[0])
+            runs.append((start, position))
+        return runs
+
+    def _keyframe_before(self, position: int) -> int:
+        """The keyframe that is decoded and shown before a frame. Frames that are decoded after a keyframe but shown
+        before it may need the one before (open GOPs)."""
+        time = self.packets[position].pts or 0
+        for place in range(bisect_right(self._keyframes, position) - 1, -1, -1):
+            keyframe = self._keyframes[place]
+            pts = self.packets[keyframe].pts
+            if pts is not None and pts <= time:
+                return keyframe
+        return 0

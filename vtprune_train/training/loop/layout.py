@@ -1,0 +1,41 @@
+"""The image layout of a run, with videos if its data has any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vtprune_train.config.settings import Config
+from vtprune_train.models.families.base import Loop, required
+from vtprune_train.models.families.layout import ImageLayout
+from vtprune_train.models.families.videos import video_settings
+from vtprune_train.models.io.processors import saved_video_settings
+
+
+def has_videos(config: Config) -> bool:
+    """Whether an entry of the data has a folder of videos."""
+    return any(source.videos is not None for which in ("train", "eval") for source in getattr(config.data, which))
+
+
+def build_layout(
+    config: Config, loop: Loop, model_config: PreTrainedConfig, image_processor: Any, path: str | None
+) -> ImageLayout:
+    """The layout of the images and videos of a run.
+
+    Args:
+        config: the run's settings.
+        loop: what the loop needs from the model's family.
+        model_config: the model's config.
+        image_processor: the model's image processor.
+        path: the model's checkpoint, whose video settings are used; ``None`` without one.
+
+    Raises:
+        ValueError: the data has videos, but the family takes none, or the checkpoint's video settings are unsupported.
+    """
+    layout = loop.layout(model_config, image_processor)
+    if not has_videos(config):
+        return layout
+    defaults = required(loop.videos, f"data has videos, but a {model_config.model_type} does not take them")
+    saved = saved_video_settings(path, image_processor)
+    return layout.with_videos(video_settings(defaults, saved, config.data.video.model_dump(), f"model {path}"))
