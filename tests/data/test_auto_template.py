@@ -32,9 +32,10 @@ from tests.support.tokenizers_made import TOKENIZERS
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.auto_template import AutoTemplate, message_of
 from vtprune_train.data.chat import TEMPLATES, ChatEncoder, Turn
+from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import normalize
 from vtprune_train.data.templates import misfits, open_auto_template
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS
+from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL
 from vtprune_train.evaluation.answering import answers, load, prompt_text
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.processors import _without_videos
@@ -283,6 +284,17 @@ def test_ids_and_labels_are_those_of_the_named_template_that_writes_the_same_tex
         assert (one.image_offsets, one.answer_starts) == (two.image_offsets, two.answer_starts)
 
 
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama_3", "mistral", "qwen"])
+def test_exports_of_named_templates_give_their_ids_and_labels(name):
+    tokenizer = TOKENIZERS["llama-new" if name in ("vicuna_v1", "mistral") else "llama3"]()
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    named = ChatEncoder(tokenizer, TEMPLATES[name], image)
+    auto = ChatEncoder(tokenizer, AutoTemplate(written_by(named), tokenizer, "here", IMAGE), image)
+    one, two = auto.encode(TURNS), named.encode(TURNS)
+    assert one.input_ids.tolist() == two.input_ids.tolist() and one.labels.tolist() == two.labels.tolist()
+    assert (one.image_offsets, one.answer_starts) == (two.image_offsets, two.answer_starts)
+
+
 def test_several_answers_in_a_row_and_odd_spaces():
     encoder = qwen_encoder(chat_templates.QWEN2_5_VL)
     turns = [Turn("user", "What?"), Turn("assistant", " A red cat.\n"), Turn("assistant", "<|im_start|>?")]
@@ -366,6 +378,11 @@ def test_videos_are_written_in_place_of_the_token_of_the_template():
     around = f"<|vision_start|>{frames}<|vision_end|>or <|vision_start|><|image_pad|><|vision_end|>?<|im_end|>"
     assert around in text and tokenizer.encode(text) == chat.input_ids.tolist()
     assert [int(chat.input_ids[place]) for place in chat.image_offsets] == [video, video, image]
+    messages = [message_of(turn, "parts", VISUAL, {}) for turn in turns]
+    written = tokenizer.apply_chat_template(messages, chat_template=chat_templates.QWEN3_VL, tokenize=False)
+    processor = processor_of("qwen3_vl", tokenizer)
+    [expected], _ = processor.get_text_with_replacements([written], ["<|image_pad|>"], [frames])
+    assert chat.input_ids.tolist() == tokenizer.encode(expected)
     whole = encoder.encode(turns, [f"<|vision_start|>{frames}<|vision_end|>", WRAPPED])
     assert whole.input_ids.tolist() == chat.input_ids.tolist(), "markers are not written twice"
     one = Family(chat_templates.LLAVA_ONEVISION, "qwen", IMAGE, IMAGE, ("<video>",))
