@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from transformers import (
 from tests.support import chat_templates
 from tests.support.families import _WithoutVideo
 from tests.support.family_runs import FamilyRuns
+from tests.support.runner import BIN
 from tests.support.tokenizers_made import TOKENIZERS
 from vtprune_train.core.stream import IMAGE
 from vtprune_train.data.auto_template import AutoTemplate, message_of
@@ -397,10 +399,14 @@ def test_a_run_trains_exports_and_answers_with_the_checkpoints_template(tmp_path
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}, replace_extra_special_tokens=False
     )
+    records = json.loads((tmp_path / "data" / "train.json").read_text())
+    with_tools = {**WITH_TOOLS, "images": [records[0]["image"]]}
+    for split, kept in (("train", [with_tools, *records]), ("eval", [with_tools])):
+        (tmp_path / "data" / f"{split}.json").write_text(json.dumps(kept))
     settings = ("data.template=auto", "data.system=null", "train.max_steps=2")
     refused = runs.train("none", *settings, expect=2).stderr
     assert f"data.template=auto: {runs.model} has no chat template" in refused
-    tokenizer.chat_template = chat_templates.QWEN2_5_VL
+    tokenizer.chat_template = chat_templates.QWEN3
     tokenizer.save_pretrained(runs.model)
     dry = runs.train("dry", *settings, "--dry_run").stdout
     assert "<|im_end|>]]" in dry and "WARNING" not in dry
@@ -408,12 +414,19 @@ def test_a_run_trains_exports_and_answers_with_the_checkpoints_template(tmp_path
     runs.train("auto", *settings)
     assert [m["step"] for m in runs.metrics("auto")] == [1, 2]
     folder = runs.checkpoint("auto") / "hf"
-    assert (folder / "chat_template.jinja").read_text() == chat_templates.QWEN2_5_VL
+    assert (folder / "chat_template.jinja").read_text() == chat_templates.QWEN3
+    names = {"--model": runs.directory("auto"), "--data": tmp_path / "data" / "eval.json", "--out": tmp_path / "out"}
+    options = [str(part) for pair in names.items() for part in pair]
+    images = ["--images", str(tmp_path / "data" / "images"), "--max_new_tokens", "2"]
+    asked = subprocess.run(
+        [BIN / "vtprune", "eval", *options, *images], capture_output=True, text=True, env=runs.environment()
+    )
+    assert asked.returncode == 0 and "2 answers" in asked.stdout, asked.stderr
     loaded = load(str(runs.directory("auto")), device="cpu")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in loaded.model.generation_config.eos_token_id
     prompt = prompt_text(loaded, 1, f"{IMAGE}\nwhat is here ?")
     record = [Turn("user", f"{IMAGE}\nwhat is here ?"), Turn("assistant", "a cat")]
-    encoder = encoder_of(FAMILIES["qwen2_5_vl"], loaded.processor.tokenizer)
+    encoder = encoder_of(Family(chat_templates.QWEN3), loaded.processor.tokenizer)
     chat = encoder.encode(record)
     assert loaded.processor.tokenizer.encode(prompt) == chat.input_ids[: chat.answer_starts[0]].tolist()
     assert len(answers(loaded, [([Image.new("RGB", (40, 60))], "what is here ?")], max_new_tokens=2)) == 1
