@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import normalize
 from vtprune_train.data.templates import misfits, open_auto_template
 from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL
-from vtprune_train.evaluation.answering import answers, load, prompt_text
+from vtprune_train.evaluation.answering import answers, load, prompt_text, write_prompt
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.processors import _without_videos
 
@@ -301,6 +302,33 @@ def test_several_answers_in_a_row_and_odd_spaces():
     encoder = qwen_encoder(chat_templates.QWEN2_5_VL)
     turns = [Turn("user", "What?"), Turn("assistant", " A red cat.\n"), Turn("assistant", "<|im_start|>?")]
     assert supervised(encoder, turns) == ["A red cat.\n<|im_end|>", "<|im_start|>?<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision", "llava_next"])
+def test_the_prefix_of_an_answer_is_not_supervised(name):
+    """It is part of the prompt, as with ``continue_final_message``."""
+    encoder = encoder_of(FAMILIES[name])
+    said = [("user", "What?"), ("assistant", "A red"), ("assistant", " cat."), ("user", "And?"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    messages[1]["prefix"] = True
+    read = normalize({"messages": messages}, "x", chat=True)
+    ending = "" if encoder.template.is_marked else encoder.template.ending
+    assert supervised(encoder, list(read.turns)) == ["cat." + ending, "Yes." + ending]
+    whole = [read.turns[0], Turn("assistant", "A red cat."), *read.turns[3:]]
+    chat = encoder.encode(read.turns)
+    assert chat.input_ids.tolist() == encoder.encode(whole).input_ids.tolist()
+    prompt = write_prompt(FakeProcessor(encoder), "parts", 0, read.turns[:2])
+    assert encoder.tokenizer.encode(prompt) == chat.input_ids[: chat.answer_starts[0]].tolist()
+    assert "continues an assistant turn" in normalize({"messages": messages[:2]}, "x", chat=True).error
+
+
+class FakeProcessor:
+    """A processor with the template and tokenizer of an encoder."""
+
+    def __init__(self, encoder: ChatEncoder):
+        self.apply_chat_template = partial(
+            encoder.tokenizer.apply_chat_template, chat_template=encoder.template.source, tokenize=False
+        )
 
 
 BARE = "{%- for message in messages -%}{{- message.role ~ ': ' ~ message.content ~ '\\n' -}}{%- endfor -%}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal
@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vtprune_train.core.stream import IMAGE, VIDEO
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, Turn
+from vtprune_train.data.turns import IMAGE_MARK, TOOLS, VISUAL, Turn, joined
 
 AUTO = "auto"
 MOST_ANSWERS = 256  # formatting a conversation takes time quadratic in its answers
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field in records and chat templates
+NO_PREFIXES: Mapping[int, str] = {}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LEFT, _RIGHT = "\ue000", "\ue001"  # private use: around a probe, whose place is looked for
 _PROBE = f"{_LEFT}a{_RIGHT}"
@@ -107,38 +108,50 @@ class AutoTemplate:
             ValueError: the template refuses the conversation, changes the text of a prompt, leaves out or moves an
                 image, or the answers cannot be located exactly.
         """
-        spoken = [turn for turn in turns if turn.role != TOOLS]
+        spoken, prefixes = joined([turn for turn in turns if turn.role != TOOLS])
         tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
         self._check_fields(spoken, tools)
         messages = [message_of(turn, self.content, mark, self.tokens) for turn in spoken]
-        text, spans = self.locate(messages, tools)
+        text, spans = self.locate(messages, tools, prefixes)
         for number, turn in enumerate(spoken):
             if turn.role != "assistant" and any(part.strip() not in text for part in mark.split(turn.text)):
                 raise ValueError(f"{self} leaves out or changes the text of {_turn(number)}; {_OTHERWISE}")
         kinds = [kind for turn in spoken if turn.role != "assistant" for kind in mark.findall(turn.text)]
         return self._filled(text, [place for span in spans for place in span], kinds, visuals)
 
-    def locate(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        """The text of a conversation and the offsets of its answers; raises like :meth:`format`."""
+    def locate(
+        self, messages: Sequence[Message], tools: list[Any] | None, prefixes: Mapping[int, str] = NO_PREFIXES
+    ) -> tuple[str, list[Span]]:
+        """The text of a conversation and the offsets of its answers, without their ``prefixes``; raises like
+        :meth:`format`."""
         if self.is_marked:
             text, marked = self._render(messages, tools, False, mask=True)
-            return text, _joined(marked, text, self)
+            spans = _joined(marked, text, self)
+            for number, prefix in prefixes.items():
+                start = self._start(messages, tools, number, text, prefix)
+                spans = [(max(a, start) if a < start <= b else a, b) for a, b in spans]
+            return text, spans
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if len(answers) > MOST_ANSWERS:
             raise ValueError(f"it has {len(answers)} answers, more than {MOST_ANSWERS}; split it into several records")
         text = self._text(messages, tools, False)
-        spans: list[Span] = []
+        spans = []
         for number in answers:
-            start = self._start(messages, tools, number, text)
-            end = self._end(messages, tools, number, text, start)
+            prefix = prefixes.get(number, "")
+            start = self._start(messages, tools, number, text, prefix)
+            end = self._end(messages, tools, number, text, start, prefix)
             if start > end or (spans and start < spans[-1][1]):
                 raise ValueError(f"{self} does not write {_turn(number)} after the turns before it; {_OTHERWISE}")
             spans.append((start, end))
         return text, spans
 
-    def _start(self, messages: Sequence[Message], tools: list[Any] | None, number: int, text: str) -> int:
-        """Where an answer starts: the end of its prompt, which must be the beginning of ``text``."""
-        prompt = self._text(messages[:number], tools, True)
+    def _start(self, messages: Sequence[Message], tools: list[Any] | None, number: int, text: str, prefix: str) -> int:
+        """Where an answer starts after its prefix: the end of its prompt, which must be the beginning of ``text``."""
+        if prefix:
+            begun = {**messages[number], "content": _content(prefix, self.content)}
+            prompt = self._render([*messages[:number], begun], tools, False, continues=True)[0]
+        else:
+            prompt = self._text(messages[:number], tools, True)
         if not text.startswith(prompt):
             shared = _shared(prompt, text)
             raise ValueError(
@@ -149,14 +162,16 @@ class AutoTemplate:
             )
         return len(prompt)
 
-    def _end(self, messages: Sequence[Message], tools: list[Any] | None, number: int, text: str, start: int) -> int:
+    def _end(
+        self, messages: Sequence[Message], tools: list[Any] | None, number: int, text: str, start: int, prefix: str
+    ) -> int:
         """Where an answer ends. Usually ``text`` begins with the conversation up to the answer. A template that omits
         the reasoning of earlier answers, or that ends the last one differently, writes it in another way there; then
         the text after the answer is found by writing a probe in its place."""
         up_to = self._text(messages[: number + 1], tools, False).rstrip()
         if text.startswith(up_to):
             return max(start, len(up_to))
-        probe = {**messages[number], "content": _content(_PROBE, self.content)}
+        probe = {**messages[number], "content": _content(prefix + _PROBE, self.content)}
         for name in REASONING:
             probe.pop(name, None)
         whole = self._text([*messages[:number], probe, *messages[number + 1 :]], tools, False)
@@ -263,7 +278,12 @@ class AutoTemplate:
         return self._render(messages, tools, prompts)[0]
 
     def _render(
-        self, messages: Sequence[Message], tools: list[Any] | None, prompts: bool, mask: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        prompts: bool,
+        mask: bool = False,
+        continues: bool = False,
     ) -> tuple[str, list[Span]]:
         try:
             texts, spans = render_jinja_template(
@@ -272,6 +292,7 @@ class AutoTemplate:
                 chat_template=self.source,
                 return_assistant_tokens_mask=mask,
                 add_generation_prompt=prompts,
+                continue_final_message=continues,
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, LookupError) as error:

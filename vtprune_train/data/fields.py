@@ -22,7 +22,7 @@ RECORD = frozenset(("id", *CONVERSATIONS, *IMAGES, *VIDEOS, *SYSTEM))
 TURN = frozenset(("from", "role", "value", "content"))
 # Read only for a checkpoint's chat template (`data.template: auto`).
 CHAT_RECORD = RECORD | {"tools"}
-CHAT_TURN = TURN | {"reasoning_content", "reasoning", "thinking", "tool_calls"}
+CHAT_TURN = TURN | {"reasoning_content", "reasoning", "thinking", "tool_calls", "prefix"}
 CHAT_TOOL_TURN = TURN | {"tool_call_id", "name"}
 
 LONGEST_NAME = 256  # characters of a field's name

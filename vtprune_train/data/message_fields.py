@@ -9,7 +9,7 @@ from typing import Any
 
 from vtprune_train.data.auto_template import REASONING
 from vtprune_train.data.fields import is_empty
-from vtprune_train.data.turns import TOOLS, Turn
+from vtprune_train.data.turns import PREFIX, TOOLS, Turn
 
 CALLS = "tool_calls"
 
@@ -32,6 +32,10 @@ def message_fields(message: Mapping[str, Any], role: str, ignore: Collection[str
         if role != "assistant":
             raise ValueError(f"its field {CALLS!r} is outside an assistant turn")
         fields[CALLS] = _objects(CALLS, message[CALLS])
+    if PREFIX not in ignore and not is_empty(message.get(PREFIX)):
+        if message[PREFIX] is not True or role != "assistant":
+            raise ValueError(f"its field {PREFIX!r} must be true, in an assistant turn that the next turn continues")
+        fields[PREFIX] = True
     for name in ("tool_call_id", "name"):
         if role == "tool" and name not in ignore and not is_empty(message.get(name)):
             fields[name] = message[name]

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -488,6 +489,8 @@ def _check(turns: list[Turn], images: list[str | bytes], videos: list[Video], ch
         raise ValueError(UNSUPERVISED)
     elif turns[-1].role != "assistant":
         raise ValueError(f"the conversation ends with a {turns[-1].role} turn, which has no answer to train on")
+    if turns[-1].is_prefix or any(turn.is_prefix and after.role != "assistant" for turn, after in pairwise(turns)):
+        raise ValueError("no assistant turn continues an assistant turn with `prefix`")
     texts = (text for turn in turns for text in (turn.text, turn.fields))
     if half := next(filter(None, map(_SURROGATE.search, texts)), None):
         raise ValueError(f"its text contains an unpaired surrogate ({half.group()!a}), probably from a cut emoji")

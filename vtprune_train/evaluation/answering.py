@@ -25,7 +25,7 @@ from vtprune_train.data.jinja import written_by
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.records import Prompt as AddedPrompt
 from vtprune_train.data.templates import build_encoder, carry, open_auto_template, stop_where_answers_end
-from vtprune_train.data.turns import IMAGE_MARK, TOOLS
+from vtprune_train.data.turns import IMAGE_MARK, TOOLS, joined
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import trained_family
 from vtprune_train.models.io.build import first_line, load_any_config, open_whole, resolve_checkpoint
@@ -290,11 +290,21 @@ def write_prompt(
         return "\n".join(turn.text for turn in turns).replace(IMAGE, token)
     tools = next((json.loads(turn.text) for turn in turns if turn.role == TOOLS), None)
     tokens = {IMAGE: token}
-    messages = [message_of(turn, kind, IMAGE_MARK, tokens) for turn in turns if turn.role != TOOLS]
+    messages = [message_of(turn, kind, IMAGE_MARK, tokens) for turn in _continued(turns)]
+    begun = turns[-1].is_prefix
     try:
-        return processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
+        return processor.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=not begun, continue_final_message=begun
+        )
     except TemplateError as error:
         raise ValueError(f"the model's chat template rejects this conversation: {error}") from error
+
+
+def _continued(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns without tools; prefixes of answers are joined with what continues them, or are the last turn."""
+    spoken = [turn for turn in turns if turn.role != TOOLS]
+    last = [Turn("assistant", "")] if spoken[-1].is_prefix else []
+    return joined([*spoken, *last])[0]
 
 
 def batch(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:

@@ -95,7 +95,7 @@ def read_questions(
 def _questions_of(number: int, sample: str, turns: Sequence[Turn], images: list[Path | bytes]) -> list[Question]:
     questions = []
     for place, turn in enumerate(turns):
-        if turn.role == "assistant":
+        if turn.role == "assistant" and not turn.is_prefix:
             before = tuple(turns[:place])
             num_images = sum(earlier.text.count(IMAGE) for earlier in before if earlier.role in ("user", "tool"))
             key = f"{number}:{place}:{sample}"
