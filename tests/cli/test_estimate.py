@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from vtprune_train.cli.estimate import render
 from vtprune_train.config.load import load_config
 from vtprune_train.core.flops import DecoderGeometry, TrainingCost, selector_flops
 from vtprune_train.core.stream import ImageSpan, SegmentLayout
+from vtprune_train.models import families
+from vtprune_train.models.families.base import Lacks
+from vtprune_train.models.families.qwen import MergedPatches
 from vtprune_train.models.families.towers import tile_tower
 from vtprune_train.models.io.build import load_model_config
 from vtprune_train.training.dry_run import describe
@@ -217,7 +221,10 @@ def test_images_of_one_sample_are_laid_out_together(capsys):
     assert "768x384: 730 tokens of 1 tile(s); 768x384: 730 tokens of 1 tile(s)" in two
 
 
-def test_what_a_family_lacks_is_said(tmp_path, capsys):
+def test_what_a_family_lacks_is_said(tmp_path, capsys, monkeypatch):
+    untrained = {"loop": Lacks("-"), "geometry": MergedPatches.of}
+    listed = [replace(f, **untrained) if f.model_type == "qwen2_vl" else f for f in families.FAMILIES]
+    monkeypatch.setattr(families, "FAMILIES", listed)
     Qwen2VLConfig().save_pretrained(tmp_path)
     [line] = errors_of(capsys, "--model", str(tmp_path), "--resolution", "336x336")
     assert "for qwen2_vl with qwen2_vl_vision (" in line and "there is no preprocessor_config.json" in line

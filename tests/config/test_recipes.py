@@ -31,13 +31,25 @@ def test_a_recipe_resolves_to_the_settings_of_version_0_1_0(path):
     assert without_new_keys(now, then) == then
 
 
-def test_a_recipe_differs_from_its_base_in_what_it_sets():
-    base, ours = (yaml.safe_load(dump_config(load_config(str(ROOT / "configs" / f"{name}_pdrop.yaml"))))
-                  for name in ("qwen2_5_vl", "qwen3_vl"))  # fmt: skip
-    base["run"]["name"] = "qwen3_vl_pdrop"
-    base["model"] |= {"path": "Qwen/Qwen3-VL-8B-Instruct", "max_pixels": 1310720}
-    base["pruning"]["layers"] = [9, 18, 27]
-    assert ours == base
+DIFFERENCES = {
+    "qwen3_vl_pdrop": {
+        "model": {"path": "Qwen/Qwen3-VL-8B-Instruct", "max_pixels": 1310720},
+        "pruning": {"layers": [9, 18, 27]},
+    },
+    "internvl_pdrop": {
+        "model": {"path": "OpenGVLab/InternVL3_5-8B-HF", "max_pixels": None},
+        "pruning": {"layers": [9, 18, 27], "positions": "renumber"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_newer_recipe_differs_from_its_base_in_what_it_sets(name):
+    base, now = (yaml.safe_load(dump_config(load_config(str(ROOT / "configs" / f"{recipe}.yaml"))))
+                 for recipe in ("qwen2_5_vl_pdrop", name))  # fmt: skip
+    for section, keys in {"run": {"name": name}, **DIFFERENCES[name]}.items():
+        base[section] |= keys
+    assert now == base
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

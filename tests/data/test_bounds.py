@@ -282,7 +282,7 @@ def test_long_conversations_are_measured_a_few_at_a_time(tmp_path, monkeypatch):
     path = write(tmp_path, "a.jsonl", records_with("a cat " * 60_000, count=20, where=range(3, 9)))
     calls = []
     encoder = ChatEncoder(tiny_tokenizer(), get_template("vicuna_v1"), 4)
-    monkeypatch.setattr(encoder, "count", lambda chats, _: calls.append(len(chats)) or [(1, 1)] * len(chats))
+    monkeypatch.setattr(encoder, "count", lambda chats, *_: calls.append(len(chats)) or [(1, 1)] * len(chats))
     measure = Measure(encoder, None, tmp_path, record_module.NO_PROMPT)
     monkeypatch.setattr(Measure, "_measure_images", lambda *_: Measured())
     reader = open_reader(path)

@@ -28,8 +28,8 @@ def with_content(*parts):
 
 
 REFUSED = [
-    ({"video": "clip.mp4"}, "'video' ('clip.mp4') holds a video"),
-    ({"videos": ["clip.mp4"]}, "'videos'"),
+    ({"video": "clip.mp4"}, "1 video(s) but 0 <video> in the text"),
+    ({"videos": ["clip.mp4", "b.mp4"]}, "2 video(s) but 0 <video> in the text"),
     ({"video_path": "clip.mp4"}, "'video_path'"),
     ({"videoUrl": "http://x/clip"}, "'videoUrl'"),
     ({"frames": ["1.jpg", "2.jpg"]}, "'frames'"),
@@ -89,7 +89,7 @@ REFUSED_TURNS = [
     (with_content({"type": "image", "image": {"path": "a.png", "video": "a.mp4"}}), "'video' ('a.mp4') holds a video"),
     (with_turn(1, train_detail=[{"begin_offset": 0, "train": False}]), "'train_detail'"),
     (with_turn(0, use_for_loss=True), "'use_for_loss'"),
-    (with_content({"type": "speech", "text": "hi"}), "{type: image} or {type: image, image: ...} (turn 1)"),
+    (with_content({"type": "speech", "text": "hi"}), "{type: image, image: ...} or {type: video, video: ...} (turn 1)"),
     (with_turn(0, loss=True), "ignore` if it can be ignored (turn 1)"),
     (with_turn(1, tool_calls=[{"function": {"name": "f"}}]), "'tool_calls'"),
     (with_turn(1, function_call={"name": "f", "arguments": "{}"}), "'function_call'"),
@@ -101,7 +101,11 @@ REFUSED_TURNS = [
     ({"messages": [*MESSAGES[:1], {"role": "tool", "content": "5"}]}, "unknown role 'tool'"),
     ({"messages": [*MESSAGES[:1], {"role": "observation", "content": "5"}]}, "unknown role 'observation'"),
     ({"messages": [{"role": "developer", "content": "5"}, *MESSAGES]}, "unknown role 'developer'"),
-    (with_content({"type": "video_url", "video_url": {"url": "a.mp4"}}), "'video_url'"),
+    (with_content({"type": "video_url", "video_url": {"url": "http://x/a.mp4"}}), "'http://x/a.mp4' is not a local"),
+    (with_content({"type": "video", "video": "a.mp4", "start": 3, "end": 2}), "ends at 2.0 s, before its start at 3.0"),
+    (with_content({"type": "video", "video": "a.mp4", "end": "2"}), "end='2' of a video is not a number of seconds"),
+    (with_content({"type": "video", "video": "a.mp4"}, {"type": "video"}), "only 1 of their parts contain a video"),
+    ({**with_content({"type": "video", "video": "a.mp4"}), "videos": ["b.mp4"]}, "in the parts of its turns differ"),
     (with_content({"type": "input_audio", "input_audio": {"data": "UklG"}}), "'input_audio'"),
     (with_content({"type": "text", "text": "hi", "video": "a.mp4"}), "'video'"),
     (with_content({"type": "image_url", "image_url": {"url": "https://x/a.png"}}), "'https://x/a.png' is not a local"),
@@ -164,7 +168,7 @@ def test_places_in_the_image_that_no_placeholder_asks_for_are_not_read():
 def test_a_number_is_no_video():
     read = normalize({**TALK, "clip": 0.31, "frame": 12, "points": 3}, "x")
     assert not read.error and read.unread == {"clip", "frame", "points"}
-    assert "'video' (True) holds a video" in normalize({**TALK, "video": True}, "x").error
+    assert "video is True; use a path" in normalize({**TALK, "video": True}, "x").error
 
 
 def test_tags_of_html_are_no_placeholders():
@@ -253,9 +257,9 @@ def test_every_kind_of_file_tells_of_a_field_that_is_refused_and_of_one_that_is_
         with caplog.at_level(logging.WARNING):
             index, _ = build([source], tmp_path, max_bad=1)
         assert len(index) == index.bad == 1 and index.record(0).id == "fine", name
-        assert "left out: moving: its field 'video' ('clip.mp4') holds a video" in caplog.text, name
+        assert "left out: moving: 1 video(s) but 0 <video> in the text" in caplog.text, name
         assert f"{name}: fields that are not read: 'context'" in caplog.text, name
-        with pytest.raises(ValueError, match=r"1 records cannot be used, more than data.max_bad=0.*'video'"):
+        with pytest.raises(ValueError, match=r"1 records cannot be used, more than data.max_bad=0.*<video>"):
             build([source], tmp_path)
         ignoring, _ = build([Source(tmp_path / name, tmp_path, ignore=("video",))], tmp_path)
         assert [ignoring.record(i).id for i in range(2)] == ["fine", "moving"], name
@@ -285,7 +289,7 @@ def test_members_of_a_tar_that_are_no_images(tmp_path):
     ]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
     records = list(read_records(tmp_path / "a.tar"))
-    for record, name in zip(records, ("'.mp4'", "'.wav'", "'.mp4'", "'video'"), strict=False):
+    for record, name in zip(records, ("'.mp4'", "'.wav'", "'.mp4'", "<video>"), strict=False):
         assert name in record.error, record
     assert not records[4].error and records[4].unread == {".cls", ".txt"}
 
@@ -300,5 +304,5 @@ def test_a_source_that_is_partly_or_wholly_unusable_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"poor.json .*2 of its 10 records cannot be used, more than data.max_bad_sha"):
         build([good, poor], tmp_path, max_bad=100, max_bad_share=0.05)
     assert len(build([good, poor], tmp_path, max_bad=100, max_bad_share=0.2)[0]) == 17
-    with pytest.raises(ValueError, match=r"none.json .*none of its 10 records can be used.*none0: its field 'video'"):
+    with pytest.raises(ValueError, match=r"none.json .*none of its 10 records can be used.*none0: 1 video"):
         build([good, none], tmp_path, max_bad=100, max_bad_share=1)

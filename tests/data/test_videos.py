@@ -53,7 +53,7 @@ COUNTS = {
     "h264.mp4": 30, "vp9.webm": 30, "variable.mp4": 15, "variable.mkv": 15, "open_gop.mp4": 30, "refresh.ts": 30,
     "fragments.mp4": 30, "ten_bits.mkv": 4, "animation.gif": 12, "animation.apng": 4, "packed.avi": 30,
     "with_audio.mp4": 30, "rotated.mp4": 30, "edited.mp4": 24, "late.mkv": 30, "stream.ts": 30, "stream.h264": 30,
-    "index_first.mp4": 30, "joined.ts": 20,
+    "index_first.mp4": 30, "joined.ts": 20, "joined_open.ts": 20, "interlaced.ts": 30, "hidden.webm": 30,
 }  # fmt: skip
 
 
@@ -70,6 +70,15 @@ def test_frames_equal_those_of_ffmpeg(videos, kind):
     for _ in range(4):
         indices = rng.integers(0, header.frames, 3).tolist()
         assert np.array_equal(load_frames(path.read_bytes(), indices, header), reference[indices]), indices
+
+
+@needs_ffmpeg
+def test_frames_that_are_not_shown_are_packets_of_their_own_in_vp8(videos):
+    """Otherwise ``hidden.webm`` above would test nothing."""
+    import av
+
+    with av.open(str(videos["hidden.webm"])) as container:
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) > COUNTS["hidden.webm"]
 
 
 @needs_ffmpeg
@@ -143,7 +152,7 @@ def test_packets_between_wanted_frames_are_not_decoded(h264, monkeypatch):
     path, frames = h264
     runs = []
     decode = video_files._decode
-    monkeypatch.setattr(video_files, "_decode", lambda c, s, these: runs.append(these) or decode(c, s, these))
+    monkeypatch.setattr(video_files, "_decode", lambda *args: runs.append(args[3]) or decode(*args))
     assert np.array_equal(load_frames(path, [12, 28, 11], video_header(path)), frames[[12, 28, 11]])
     assert [start for start, _ in runs[0]] == [10, 20] and len(runs) == 1
     assert runs[0][0][1] < 20 and runs[0][1][1] <= 29
@@ -267,6 +276,23 @@ def test_a_truncated_file_with_its_index(tmp_path):
     assert "of 30 is missing: the file is truncated or damaged" in reason(cut)
 
 
+def test_a_frame_that_cannot_be_decoded_is_named(h264):
+    """The packet of a keyframe is overwritten: the ten frames from it on are lost."""
+    import av
+
+    path, frames = h264
+    whole = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        keyframes = [packet for packet in container.demux(video=0) if packet.size and packet.is_keyframe]
+    start, size = keyframes[1].pos, keyframes[1].size
+    whole[start : start + size] = b"\xff" * size
+    header = video_header(bytes(whole))
+    others = [0, 9, 20, 29]
+    assert np.array_equal(load_frames(bytes(whole), others, header), frames[others])
+    for index in (10, 15):
+        assert reason(bytes(whole), [*others, index]).startswith("frame 10 of 30 cannot be decoded (Invalid data")
+
+
 def test_a_changed_video_is_named(h264, tmp_path):
     path, _ = h264
     header = video_header(path)
@@ -276,6 +302,22 @@ def test_a_changed_video_is_named(h264, tmp_path):
     assert issubclass(ChangedVideo, ChangedImage) and issubclass(UnreadableVideo, UnreadableImage)
     with pytest.raises(IndexError, match="x: frame 30 of a video with 30 frames"):
         load_frames(path, [30], header, name="x")
+
+
+def test_frames_are_decoded_from_the_start_if_their_keyframe_does_not_suffice(h264, monkeypatch):
+    path, frames = h264
+    runs = []
+    decode = video_files._decode
+
+    def decode_nothing_first(*args):
+        runs.append(args[3])
+        yield from decode(*args) if len(runs) > 1 else ()
+
+    monkeypatch.setattr(video_files, "_decode", decode_nothing_first)
+    assert np.array_equal(load_frames(path, [25, 12], video_header(path)), frames[[25, 12]])
+    assert runs[1] == [(0, 29)] and len(runs) == 2
+    monkeypatch.setattr(video_files, "_decode", lambda *_: iter(()))
+    assert reason(path, [12, 25]) == "frame 12 of 30 is damaged or cannot be decoded"
 
 
 def test_limits(h264, monkeypatch):

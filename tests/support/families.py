@@ -21,6 +21,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessorPil,
@@ -38,7 +41,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests.support.helpers import PATCH, TILE, tiny_config, tiny_model, tiny_processor
+from tests.support.helpers import PATCH, TILE, tiny_config, tiny_image_processor, tiny_model, tiny_processor
 from vtprune_train import PyramidDrop
 
 WORDS = [
@@ -86,6 +89,14 @@ def llava_onevision() -> Any:
         image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56], [84, 84]], vision_aspect_ratio="anyres_max_4",
     )  # fmt: skip
     return LlavaOnevisionForConditionalGeneration(config)
+
+
+def llava_next_video() -> Any:
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_id=4, video_token_id=5,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]], image_seq_length=(TILE // PATCH) ** 2,
+    )  # fmt: skip
+    return LlavaNextVideoForConditionalGeneration(config)
 
 
 def qwen_vision(**more: Any) -> dict[str, Any]:
@@ -141,6 +152,7 @@ FAMILIES = {
     "llava_next": lambda: tiny_model(),
     "llava": llava,
     "llava_onevision": llava_onevision,
+    "llava_next_video": llava_next_video,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
@@ -170,6 +182,11 @@ class _WithoutVideo(LlavaOnevisionProcessor):
         pass
 
 
+class _NextWithoutVideo(LlavaNextVideoProcessor):
+    def check_argument_for_proper_class(self, *_: Any) -> None:
+        pass
+
+
 def family_processor(name: str) -> Any:
     if name == "llava_next":
         return tiny_processor()
@@ -178,6 +195,12 @@ def family_processor(name: str) -> Any:
         return LlavaProcessor(
             image_processor=images, tokenizer=tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
             num_additional_image_tokens=1, image_token="<image>",
+        )  # fmt: skip
+    if name == "llava_next_video":
+        return _NextWithoutVideo(
+            image_processor=tiny_image_processor([[28, 56], [56, 28], [56, 56]]), tokenizer=tokenizer(),
+            video_processor=None, patch_size=PATCH, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
         )  # fmt: skip
     assert name == "llava_onevision"
     pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56], [84, 84]]
@@ -191,7 +214,7 @@ def family_processor(name: str) -> Any:
 def family_inputs(name: str, texts: list[list[str | int]], side: str = "left") -> dict[str, torch.Tensor]:
     """Processor outputs of a batch: each sample is words, with a number where the picture of that number stands."""
     pictures = [_picture(part) for text in texts for part in text if isinstance(part, int)]
-    if name in ("llava_next", "llava", "llava_onevision"):
+    if name in ("llava_next", "llava", "llava_onevision", "llava_next_video"):
         processor = family_processor(name)
         processor.tokenizer.padding_side = side
         joined = [" ".join("<image>" if isinstance(part, int) else part for part in text) for text in texts]

@@ -118,6 +118,13 @@ def padded_inputs(setup, base):
             texts[index] = texts[index].replace("IMAGE", " ".join(["<|image_pad|>"] * length), 1)
         made = {**made, **tokenizer()(texts, padding=True, padding_side="right", return_tensors="pt")}
         made["mm_token_type_ids"] = (made["input_ids"] == base.config.image_token_id).int()
+    elif setup.name == "internvl":
+        made = image_processor(setup.name)(flat, return_tensors="pt")
+        for count in made.pop("num_patches").tolist():
+            index = next(i for i, text in enumerate(texts) if "<image>" in text)
+            shown = " ".join(["<img>", *["<IMG_CONTEXT>"] * (4 * count), "</img>"])
+            texts[index] = texts[index].replace("<image>", shown, 1)
+        made = {**made, **tokenizer()(texts, padding=True, padding_side="right", return_tensors="pt")}
     else:
         processor = family_processor(setup.name)
         processor.tokenizer.padding_side = "right"

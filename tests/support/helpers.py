@@ -99,9 +99,9 @@ def tiny_model(seed: int = 0, **config: Any) -> LlavaNextForConditionalGeneratio
     return LlavaNextForConditionalGeneration(tiny_config(**config)).float()
 
 
-def tiny_image_processor() -> LlavaNextImageProcessorPil:
+def tiny_image_processor(pinpoints: list[list[int]] = PINPOINTS) -> LlavaNextImageProcessorPil:
     return LlavaNextImageProcessorPil(
-        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=pinpoints
     )
 
 

@@ -13,6 +13,7 @@ FPS = 10
 
 _SOURCE = ("-f", "lavfi", "-i", f"testsrc2=size={SIZE[1]}x{SIZE[0]}:rate={FPS}:duration={FRAMES // FPS}")
 _H264 = ("-c:v", "libx264", "-bf", "3", "-g", "10", "-pix_fmt", "yuv420p")
+_VP8 = ("-c:v", "libvpx", "-auto-alt-ref", "1", "-lag-in-frames", "25", "-b:v", "20k")
 _SOME = ("-vf", "select='not(mod(n,3)*mod(n,4))'", "-fps_mode", "vfr")
 _COMMANDS = {
     "h264.mp4": (*_SOURCE, *_H264),
@@ -21,6 +22,7 @@ _COMMANDS = {
     "variable.mkv": (*_SOURCE, *_SOME, *_H264),
     "open_gop.mp4": (*_SOURCE, *_H264, "-x264-params", "open-gop=1:scenecut=0"),
     "refresh.ts": (*_SOURCE, *_H264, "-bf", "0", "-x264-params", "intra-refresh=1"),
+    "interlaced.ts": (*_SOURCE, *_H264, "-x264-params", "interlaced=1"),
     "fragments.mp4": (*_SOURCE, *_H264, "-movflags", "frag_keyframe+empty_moov"),
     "ten_bits.mkv": (*_SOURCE, "-c:v", "ffv1", "-pix_fmt", "yuv420p10le", "-frames:v", "4"),
     "animation.gif": (*_SOURCE, "-frames:v", "12"),
@@ -34,6 +36,7 @@ _COMMANDS = {
     "late.mkv": ("-itsoffset", "5", "-i", "h264.mp4", "-c", "copy"),
     "stream.ts": ("-i", "h264.mp4", "-c", "copy"),
     "stream.h264": ("-i", "h264.mp4", "-c", "copy"),
+    "open_gop.ts": (*_SOURCE, *_H264, "-x264-params", "open-gop=1:scenecut=0"),
     "index_first.mp4": ("-i", "h264.mp4", "-c", "copy", "-movflags", "+faststart"),
 }
 
@@ -44,11 +47,26 @@ def has_ffmpeg() -> bool:
 
 def make_videos(folder: Path) -> dict[str, Path]:
     """Write one video of each kind with ffmpeg, of testsrc2's moving pattern."""
+
+    def ffmpeg(*command: str) -> None:
+        subprocess.run(["ffmpeg", "-y", "-loglevel", "error", *command], cwd=folder, check=True)
+
     for name, command in _COMMANDS.items():
-        subprocess.run(["ffmpeg", "-y", "-loglevel", "error", *command, name], cwd=folder, check=True)
-    # an MPEG-TS file that starts between keyframes: players join a broadcast there
+        ffmpeg(*command, name)
+    for number in ("1", "2"):  # VP8 has frames that are not shown only with two passes
+        ffmpeg(*_SOURCE, *_VP8, "-pass", number, "hidden.webm")
+    # players join a broadcast between keyframes, or at a keyframe that frames before it refer to
     (folder / "joined.ts").write_bytes((folder / "stream.ts").read_bytes()[188 * 18 :])
-    return {path.name: path for path in folder.iterdir()}
+    content, start = (folder / "open_gop.ts").read_bytes(), _second_keyframe(folder / "open_gop.ts")
+    (folder / "joined_open.ts").write_bytes(content[: 188 * 3] + content[start:])
+    return {path.name: path for path in folder.iterdir() if path.suffix != ".log"}
+
+
+def _second_keyframe(path: Path) -> int:
+    import av
+
+    with av.open(str(path)) as container:
+        return [packet.pos for packet in container.demux(video=0) if packet.size and packet.is_keyframe][1]
 
 
 def reference_frames(path: Path, height: int, width: int) -> np.ndarray:

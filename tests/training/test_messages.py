@@ -92,8 +92,8 @@ def test_a_wrong_setting_is_refused_by_a_dry_run(folder, capsys, override, words
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("tinny.yaml", "--config: tinny.yaml does not exist; the package has configs/llava_1_5_pdrop.yaml, "),
-        ("tinny.yaml", "configs/quickstart.yaml, configs/qwen2_5_vl_pdrop.yaml; did you mean tiny.yaml?"),
+        ("tinny.yaml", "--config: tinny.yaml does not exist; the package has configs/internvl_pdrop.yaml, "),
+        ("tinny.yaml", "configs/qwen2_5_vl_pdrop.yaml, configs/qwen3_vl_pdrop.yaml; did you mean tiny.yaml?"),
         ("tiny.yml", "did you mean tiny.yaml?"),
         ("lava_next_pdrop.yaml", "did you mean configs/llava_next_pdrop.yaml?"),
         ("configs/quikstart.yaml", "did you mean configs/quickstart.yaml?"),

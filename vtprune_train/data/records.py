@@ -219,6 +219,7 @@ def normalize(
         videos = _videos(record, [part for part in parts if part.is_video], parser, ignore)
         read = CHAT_RECORD if chat else RECORD
         unread |= check_fields(record, read, ignore, answer=None, has_images=bool(images))
+        turns = _with_video_marks(turns, images, videos)
         _check(turns, images, videos, chat)
         for turn in turns:
             if turn.role not in ("assistant", TOOLS):
@@ -479,6 +480,14 @@ def _decoded(url: str, what: str) -> bytes:
     except binascii.Error as error:
         raise ValueError(f"{what} {url[:40]}... is not base64 ({error})") from error
     raise ValueError(f"{what} {url[:40]}... is a data URL without base64 content")
+
+
+def _with_video_marks(turns: list[Turn], images: list[str | bytes], videos: list[Video]) -> list[Turn]:
+    """Write ``<video>`` for the ``<image>`` that LLaVA-Video's data has in place of each video."""
+    texts = "".join(turn.text for turn in turns)
+    if not videos or images or VIDEO in texts or texts.count(IMAGE) != len(videos):
+        return turns
+    return [replace(turn, text=turn.text.replace(IMAGE, VIDEO)) for turn in turns]
 
 
 def _check(turns: list[Turn], images: list[str | bytes], videos: list[Video], chat: bool) -> None:

@@ -43,9 +43,9 @@ def build_encoder(
     video = None
     if videos:
         required(loop.videos, "the data has videos")
-        if loop.video_token not in tokenizer.get_vocab():
+        if loop.video_token and loop.video_token not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no video token {loop.video_token}; use the model's original tokenizer")
-        video = tokenizer.convert_tokens_to_ids(loop.video_token)
+        video = tokenizer.convert_tokens_to_ids(loop.video_token) if loop.video_token else None
     return ChatEncoder(tokenizer, template, image_token_id, image_position, loop.placeholder, tokenization, video)
 
 

@@ -11,10 +11,11 @@ import io
 import math
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # PyAV is not needed for training on images
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-MAX_FRAMES = 1_000_000  # 9 hours of 30 frames per second; the list of packets takes about 200 MB
+MAX_FRAMES = 1_000_000  # 9 hours of 30 frames per second; listing their packets takes about 300 MB
 
 
 def file_header(source: Path | bytes, *, fps: float, max_pixels: int, name: str) -> VideoHeader:
@@ -54,17 +55,21 @@ def file_frames(
     frames = np.empty((len(indices), header.height, header.width, 3), dtype=np.uint8)
     with _reading(name):
         with _open(source, max_pixels, name) as (container, stream):
-            timeline = Timeline(_packets(container, stream))
+            timeline = Timeline([_packet(packet) for packet in islice(_demux(container, stream), MAX_FRAMES)])
             _check(container, stream, timeline, header, name)
         missing = set(indices)
-        for from_start in (False, True):  # from the start if a keyframe depends on frames before it (intra refresh)
-            if not missing:
-                break
-            with _open(source, max_pixels, name) as (container, stream):
-                for index, frame in _wanted_frames(container, stream, timeline, missing, from_start):
-                    frames[np.equal(indices, index)] = _rgb(frame, index, header, name)
+        for from_start in (False, True):  # a keyframe may depend on frames before it, as with intra refresh
+            try:
+                if missing:
+                    with _open(source, max_pixels, name) as (container, stream):
+                        for index, frame in _wanted_frames(container, stream, timeline, missing, from_start, name):
+                            frames[np.equal(indices, index)] = _rgb(frame, index, header, name)
+                            missing.remove(index)
+            except UnreadableVideo:
+                if from_start:
+                    raise
     if missing:
-        raise UnreadableVideo(name, f"frame {min(missing)} of {header.frames} cannot be decoded")
+        raise UnreadableVideo(name, f"frame {min(missing)} of {header.frames} is damaged or cannot be decoded")
     return frames
 
 
@@ -156,21 +161,32 @@ def _first_frame(
     container: InputContainer, stream: VideoStream, name: str, *, only_first: bool
 ) -> tuple[VideoFrame, list[Packet]]:
     """The first frame that can be decoded, and the packets up to it or of the whole file."""
+    from av.error import InvalidDataError
+
     first, packets = None, []
-    for packet in container.demux(stream):
+    for packet in _demux(container, stream):
         if first is None:
-            first = next(iter(packet.decode()), None)
-        if packet.size:
-            packets.append(_packet(packet))
-        if len(packets) > MAX_FRAMES or (only_first and first is not None):
+            with suppress(InvalidDataError):  # a file cut from a longer stream starts with frames that need others
+                first = next(iter(packet.decode()), None)
+        packets.append(_packet(packet))
+        if len(packets) > MAX_FRAMES or (only_first and first):
             break
+    first = first or next(iter(stream.decode(None)), None)
     if first is None:
         raise UnreadableVideo(name, "no frame can be decoded")
     return first, packets
 
 
-def _packets(container: InputContainer, stream: VideoStream) -> list[Packet]:
-    return [_packet(packet) for packet in islice(container.demux(stream), MAX_FRAMES) if packet.size]
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
+    """The packets of a stream that contain data.
+
+    They end with the stream's empty packet: if streams appear within the file, PyAV 18 fails after it.
+    """
+    for packet in container.demux(stream):
+        if packet.size:
+            yield packet
+        elif packet.dts is None:
+            return
 
 
 def _packet(packet: Any) -> Packet:
@@ -193,27 +209,34 @@ def _check(container: InputContainer, stream: VideoStream, timeline: Timeline, h
 
 
 def _wanted_frames(
-    container: InputContainer, stream: VideoStream, timeline: Timeline, missing: set[int], from_start: bool
+    container: InputContainer, stream: VideoStream, timeline: Timeline, missing: set[int], from_start: bool, name: str
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode frames and remove them from ``missing``."""
+    """Decode frames, except damaged ones, until the caller has removed all from ``missing``."""
     by_time: dict[int | None, int] = {timeline.times[index]: index for index in missing} if timeline.times else {}
-    runs = timeline.runs(missing, from_start)
-    for count, frame in enumerate(_decode(container, stream, runs)):
+    decoded = _decode(container, stream, timeline, timeline.runs(missing, from_start), name)
+    for count, frame in enumerate(decoded):
         index = by_time.get(frame.pts) if timeline.times else count
-        if index in missing:
-            missing.remove(index)
+        if index in missing and not frame.is_corrupt:
             yield index, frame
         if not missing:
             return
 
 
-def _decode(container: InputContainer, stream: VideoStream, runs: Sequence[Run]) -> Iterator[VideoFrame]:
+def _decode(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, runs: Sequence[Run], name: str
+) -> Iterator[VideoFrame]:
     """The frames of runs of packets."""
-    packets = enumerate(packet for packet in container.demux(stream) if packet.size)
+    from av.error import FFmpegError
+
+    packets = enumerate(_demux(container, stream))
     for first, last in runs:
         for position, packet in packets:
-            if position >= first:
-                yield from packet.decode()
+            try:
+                yield from packet.decode() if position >= first and position not in timeline.dropped else ()
+            except FFmpegError as error:
+                frame = timeline.frames.index(position) if position in timeline.frames else "(not shown)"
+                reason = f"frame {frame} of {len(timeline.frames)} cannot be decoded ({error.strerror})"
+                raise UnreadableVideo(name, reason) from error
             if position == last:
                 break
         yield from stream.decode(None)  # those that the decoder holds back to reorder them
@@ -224,9 +247,8 @@ def _rgb(frame: VideoFrame, index: int, header: VideoHeader, name: str) -> np.nd
     """Convert a frame to [height, width, 3] uint8 RGB. Bicubic is the interpolation of ffmpeg's command line."""
     from av.video.reformatter import Interpolation
 
-    if frame.is_corrupt:
-        raise UnreadableVideo(name, f"frame {index} of {header.frames} is damaged")
-    rgb = frame.reformat(format="rgb24", interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()
+    stored = _progressive(frame) if frame.interlaced_frame else frame
+    rgb = stored.reformat(format="rgb24", interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()
     image = _upright(rgb, frame)
     if image.shape[:2] != (header.height, header.width):
         size = f"{image.shape[0]} x {image.shape[1]}"
@@ -235,6 +257,19 @@ def _rgb(frame: VideoFrame, index: int, header: VideoHeader, name: str) -> np.nd
             name, f"frame {index} is {size}, but its first frame was {expected} when the data was indexed"
         )
     return image
+
+
+def _progressive(frame: VideoFrame) -> VideoFrame:
+    """Mark an interlaced frame as progressive: libswscale would convert each field, unlike ffmpeg's command line."""
+    from av.filter import Graph
+
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1)
+    )
+    graph.link_nodes(source, graph.add("setfield", "prog"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return cast("VideoFrame", graph.pull())
 
 
 def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
@@ -247,7 +282,7 @@ def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
     matrix: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
     if matrix is None:
         return image
-    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5]
+    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
     if abs(b) > abs(a):
         image, a, d = image.swapaxes(0, 1), c, b
     return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

@@ -28,6 +28,8 @@ class Timeline:
     Attributes:
         packets: all packets, in decoding order.
         frames: the position in ``packets`` of each frame.
+        dropped: packets that are decoded or shown before the first keyframe and need frames that are not in the file:
+            it was cut from a longer stream.
         times: the presentation time of each frame; empty if the file has no usable times. ``frames`` is then in
             decoding order, and frames can only be counted.
     """
@@ -35,16 +37,18 @@ class Timeline:
     def __init__(self, packets: Sequence[Packet]):
         self.packets = packets
         keyframes = [position for position, packet in enumerate(packets) if packet.is_keyframe]
-        # decoders drop what comes before the first keyframe, in files cut from a longer stream
         first = keyframes[0] if keyframes else 0
+        dropped = set(range(first))
         shown = [position for position in range(first, len(packets)) if packets[position].is_shown]
         timed = [(pts, position) for position in shown if (pts := packets[position].pts) is not None]
         self.times: list[int] = []
         self.frames = shown
+        self.dropped = dropped
         self._keyframes = keyframes or [0]
         if len({pts for pts, _ in timed}) == len(shown):
             start = packets[first].pts if packets else None
-            timed = sorted((pts, position) for pts, position in timed if start is None or pts >= start)
+            dropped |= {position for pts, position in timed if start is not None and pts < start}
+            timed = sorted((pts, position) for pts, position in timed if position not in dropped)
             self.times, self.frames = [pts for pts, _ in timed], [position for _, position in timed]
 
     def rate(self, time_base: Fraction | None, nominal: Fraction | None, default: float) -> float:

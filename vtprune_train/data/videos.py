@@ -61,8 +61,8 @@ def load_frames(
     """Decode frames of a video, [n, height, width, 3] uint8 RGB, with rotation applied. Pixels are left as they are
     stored if they are not square.
 
-    Decoding starts at the keyframe before each frame and stops after the last one, on one thread. The conversion to RGB
-    is that of ffmpeg's command line (bits are equal, except for interlaced video: libswscale 9 converts each field).
+    Decoding starts at the keyframe before each frame and stops after the last one, on one thread. Pixels equal those of
+    ``ffmpeg -pix_fmt rgb24`` bit by bit.
 
     Args:
         source, max_pixels, name: see :func:`video_header`.

@@ -133,13 +133,24 @@ def test_unsupported_models_are_refused_by_name():
     with pytest.raises(ValueError, match="no pruning settings"):
         prune(family_model("internvl"))
     model = family_model("llava")
-    model.model.language_model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(ValueError, match="rope_type 'dynamic' depends on the longest sample"):
+    model.model.language_model.config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_type 'longrope' depends on the longest sample"):
         prune(model, HALF)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
-def test_videos_are_refused(name):
-    model = prune(family_model(name), HALF)
-    with pytest.raises(ValueError, match="does not take pixel_values_videos"):
-        model(input_ids=torch.ones(1, 4, dtype=torch.long), pixel_values_videos=torch.zeros(1, 2, 3, 28, 28))
+def test_dynamic_rotary_embeddings_are_default_ones_up_to_the_limit():
+    """As InternVL3 has them; longer sequences, whose angles depend on the batch, are refused."""
+    texts = [["user : what is", 1, "?"], ["user : a", 2, "red cat ?"]]
+    inputs = family_inputs("internvl", texts)
+    model = family_model("internvl")
+    text = model.model.language_model
+    text.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    text.config.max_position_embeddings = inputs["input_ids"].shape[1] + 3
+    text.rotary_emb = type(text.rotary_emb)(text.config)
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with torch.no_grad():
+        text.rotary_emb(torch.zeros(1, 1, 1), torch.tensor([[500]]))  # a longer sequence changed the frequencies
+    pruned = prune(model, None)
+    assert torch.equal(pruned.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
+    with pytest.raises(ValueError, match=r"tokens, more than max_position_embeddings=\d+.*set rope_type to yarn"):
+        pruned.generate(**inputs, max_new_tokens=9, do_sample=False)

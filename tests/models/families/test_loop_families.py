@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GotOcr2ImageProcessorPil,
     LlamaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -252,9 +253,11 @@ def test_counts_equal_the_features_that_the_model_makes(sizes, name):
     pixels = layout.pixels(processor, images)
     assert [len(own) for own in pixels] == layout.tiles(sizes)
     made = processor([images] if name == "llava_onevision" else images, return_tensors="pt")
+    tiles = made.pop("num_patches").tolist() if name == "internvl" else [1] * len(sizes)  # one entry for each tile
     with torch.no_grad():
-        features = model.model.get_image_features(**made).pooler_output
-    assert [len(own) for own in features] == layout.tokens(sizes)
+        features = iter(model.model.get_image_features(**made).pooler_output)
+    assert [sum(len(next(features)) for _ in range(count)) for count in tiles] == layout.tokens(sizes)
+    assert not list(features)
 
 
 @settings(max_examples=200, deadline=None)
@@ -294,6 +297,20 @@ def test_llava_1_5_from_parts_and_from_sizes(tmp_path):
     again = build_model(settings.model_copy(update={"projector": str(tmp_path / "stage1")}), words)
     projector = again.model.multi_modal_projector.linear_1.weight
     assert torch.equal(projector, model.model.multi_modal_projector.linear_1.weight)
+
+
+def test_internvl_tiles_images_as_its_processor_does(tmp_path):
+    """Whatever the file of the image processor says."""
+    folder, image = save_checkpoint("internvl", tmp_path), Image.new("RGB", (84, 28))
+    GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=4).save_pretrained(folder)
+    config = family_model("internvl").config
+    processor = build_processor(config, AutoTokenizer.from_pretrained(folder), str(folder))
+    layout = trained_family("internvl", "test")[1].layout(config, processor.image_processor)
+    [pixels] = layout.pixels(processor.image_processor, [image])
+    processor.image_processor.crop_to_patches = False
+    made = processor(images=[image], text="<IMG_CONTEXT>", return_tensors="pt")
+    assert len(pixels) == 4 and torch.equal(pixels, made["pixel_values"])
+    assert int((made["input_ids"] == config.image_token_id).sum()) == layout.tokens([(28, 84)])[0]
 
 
 def test_a_whole_processor_is_saved_where_it_can_be_made(tmp_path):

@@ -23,6 +23,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -161,12 +163,28 @@ def qwen3(depth, dtype):
     return model, torch.randn(256, 3 * 2 * 16 * 16, dtype=dtype), {"grid_thw": torch.tensor([[1, 16, 16]])}
 
 
+def intern(depth, dtype, **more):
+    config = InternVLVisionConfig(
+        hidden_size=128, intermediate_size=320, num_hidden_layers=depth, num_attention_heads=4, image_size=112,
+        patch_size=14, **more,
+    )  # fmt: skip
+    return InternVLVisionModel._from_config(config, dtype=dtype), torch.randn(3, 3, 112, 112, dtype=dtype), {}
+
+
+def intern_large(depth, dtype):
+    return intern(depth, dtype, norm_type="rms_norm", use_qk_norm=True)
+
+
+WITHOUT_LAYER_NORM = (qwen, intern_large)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tower", "model_type", "tokens"),
     [
         (clip, "llava", 3 * 65), (siglip, "llava_onevision", 3 * 64), (qwen, "qwen2_5_vl", 256),
-        (qwen2, "qwen2_vl", 256), (qwen3, "qwen3_vl", 256),
+        (qwen2, "qwen2_vl", 256), (qwen3, "qwen3_vl", 256), (intern, "internvl", 3 * 65),
+        (intern_large, "internvl", 3 * 65),
     ],
 )  # fmt: skip
 def test_a_tower_layer_saves_what_is_counted(tower, model_type, tokens, dtype):
@@ -177,11 +195,12 @@ def test_a_tower_layer_saves_what_is_counted(tower, model_type, tokens, dtype):
 
     measured = of_one_layer(build, tokens)
     sizes = SimpleNamespace(hidden_size=64)
-    config = SimpleNamespace(vision_config=tower(1, dtype)[0].config, text_config=sizes, vision_feature_layer=-1)
+    vision = tower(1, dtype)[0].config
+    config = SimpleNamespace(vision_config=vision, text_config=sizes, vision_feature_layer=-1, downsample_ratio=0.5)
     _, loop = trained_family(model_type, "test")
     counted = LayerBytes.of_tower(loop.saved(config), dtype.itemsize).saved
     # Means and deviations of LayerNorm are in the model's dtype on a CPU, in float32 on a GPU, as counted.
-    assert counted - (8 if dtype == torch.bfloat16 and tower is not qwen else 0) == measured
+    assert counted - (8 if dtype == torch.bfloat16 and tower not in WITHOUT_LAYER_NORM else 0) == measured
 
 
 def model_of(dtype):

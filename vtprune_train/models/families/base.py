@@ -25,7 +25,7 @@ from vtprune_train.models.families.videos import VideoSettings
 Part = TypeVar("Part")
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # language models
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+LENGTH_DEPENDENT_ROPE = ("longrope",)
 NO_VIDEO = "it has no video tokens; pass the frames of a video as images"
 
 
@@ -63,7 +63,7 @@ class Loop:
         image_token: the image token in the vocabulary.
         placeholder: text of an image in a prompt; ``<image>`` in it is the image token.
         videos: how videos are sampled and prepared by default; the layout then takes videos.
-        video_token: the video token in the vocabulary.
+        video_token: the video token in the vocabulary; empty if frames have the image token.
         needs_checkpoint: the model cannot be built from parts or from sizes in the YAML.
     """
 
@@ -106,6 +106,7 @@ class Family:
         refused: keywords of ``forward`` that a pruned model does not support, with the reason.
         counting: ``config ->`` settings of the processor that determine the number of visual tokens, if the image
             processor alone does not.
+        image_settings: settings of the image processor that the family's processor sets in every call.
         geometry: ``(config, image_processor) -> ImageGeometry``, for ``vtprune show`` and ``estimate``; not needed if
             ``loop`` has a layout.
         samples: ``(inputs, sizes) ->`` the sizes of all images, one list per sample; needed if the layout of an image
@@ -131,6 +132,7 @@ class Family:
     three_part_positions: Callable[[HFModule, dict[str, Any]], Tensor] | None = None
     refused: tuple[tuple[str, str], ...] = ()
     counting: Callable[[Any], dict[str, Any]] = lambda config: {}
+    image_settings: Mapping[str, Any] = field(default_factory=dict)
     geometry: Callable[[Any, Any], ImageGeometry] | Lacks = Lacks("the positions of its visual tokens are unknown")
     samples: Callable[[Mapping[str, Any], Sequence[Size]], list[list[Size]]] = lambda inputs, sizes: [
         [s] for s in sizes
@@ -182,7 +184,7 @@ class Family:
         if rope_type in LENGTH_DEPENDENT_ROPE:
             raise ValueError(
                 f"{self.title}: rope_type {rope_type!r} depends on the longest sample of a batch and is not supported; "
-                "use default, linear, llama3 or yarn"
+                "use default, linear, llama3, yarn or dynamic"
             )
 
 

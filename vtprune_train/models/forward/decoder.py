@@ -24,6 +24,7 @@ from vtprune_train.models import HFModule
 from vtprune_train.models.cache import PackedCache, StageCache
 from vtprune_train.models.forward.attention import PREFIX, Packing
 from vtprune_train.models.forward.keys import StageKeys
+from vtprune_train.models.forward.rotary import rotary_tables
 from vtprune_train.models.forward.sharding import call_inside, check_all_heads, check_whole_stream
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import Candidates, EncoderSignals, Ranking
@@ -155,12 +156,13 @@ class _Walk:
         """Run the layers of one stage; return the ranking from the last layer's attention if the next drop needs it."""
         self._locate(index)
         stage = self.plan.stages[index]
-        self.rotary = self.text_model.rotary_emb(self.hidden, position_ids=self.position_ids)
+        before = self.staging.before
+        longest = max(stage.segment_lengths) + (0 if before is None else before.columns)
+        self.rotary = rotary_tables(self.text_model, self.hidden, self.position_ids, longest)
         part = self._ranking_part(index)
         probe = None
         if part is not None and part.needs.rank_with == "this_layer" and stage.end_layer > stage.first_layer:
             probe = _Probe(self.plan.boundaries[index].query_rows)
-        before = self.staging.before
         has_images = None if before is None else before.has_images
         keys = StageKeys(self.plan, index, self.method, self.staging.cached_layouts, self.text_model.config, has_images)
         for layer_index in range(stage.first_layer, stage.end_layer):

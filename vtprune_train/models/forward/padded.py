@@ -27,6 +27,7 @@ from vtprune_train.models.families.base import Family, sliding_window
 from vtprune_train.models.families.layout import Grids
 from vtprune_train.models.forward.calls import Call, State, Visual, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.decoder import DecoderOutput, check_attention, run_layers
+from vtprune_train.models.forward.rotary import rotary_tables
 from vtprune_train.models.forward.staging import plan_staging, settle, use_three_parts
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.candidates import EncoderSignals
@@ -287,7 +288,7 @@ def decode(text_model: HFModule, method: PruningMethod | None, hidden_B1C: Tenso
         positions = layers[first].next_positions().unsqueeze(1)  # [B, 1]
         if layers[0].parts > 1:
             positions = positions.expand(layers[0].parts, -1, -1)
-        rotary = text_model.rotary_emb(hidden, position_ids=positions)
+        rotary = rotary_tables(text_model, hidden, positions, cache.get_seq_length() + 1)
         masks: dict[tuple[int | None, int | None], Tensor | None] = {}
         for index in range(first, end):
             layer = text_model.layers[index]

@@ -1,8 +1,9 @@
-"""Rotary frequencies in float32, whatever dtype the weights are cast to."""
+"""Rotary tables, with frequencies in float32, whatever dtype the weights are cast to."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 
 import torch
@@ -11,6 +12,34 @@ from torch import Tensor
 from vtprune_train.models import HFModule
 
 log = logging.getLogger(__name__)
+
+
+def rotary_tables(text_model: HFModule, hidden: Tensor, position_ids: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of ``position_ids``; ``longest`` is the number of tokens of the longest sequence.
+
+    The ``dynamic`` type scales the frequencies of sequences longer than the model's. Transformers reads the longest
+    position from the device to decide; below the limit, which is checked here on the host, they are those of the
+    default type.
+
+    Raises:
+        ValueError: the type is ``dynamic``, and a sequence exceeds ``max_position_embeddings``.
+    """
+    rotary = text_model.rotary_emb
+    if getattr(rotary, "rope_type", "default") != "dynamic":
+        cos, sin = rotary(hidden, position_ids=position_ids)
+        return cos, sin
+    if longest > rotary.original_max_seq_len:
+        raise ValueError(
+            f"a sequence has {longest} tokens, more than max_position_embeddings={rotary.original_max_seq_len} of the "
+            "config, beyond which rope_type 'dynamic' depends on the longest sequence of a batch; shorten it, or set "
+            "rope_type to yarn in config.json"
+        )
+    if rotary.max_seq_len_cached != rotary.original_max_seq_len:  # a dense call on a longer sequence changed them
+        rotary.register_buffer("inv_freq", rotary.original_inv_freq, persistent=False)
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+    with torch.no_grad():
+        cos, sin = inspect.unwrap(type(rotary).forward)(rotary, hidden, position_ids)
+    return cos, sin
 
 
 def full_frequencies(module: HFModule, *, look: bool = False) -> None:

@@ -8,9 +8,9 @@ where ``AutoProcessor`` finds them.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,14 @@ def build_processor(
     processor_class = _without_videos(named or PROCESSOR_MAPPING[type(config)])  # type: ignore[arg-type]
     parts = {"image_processor": build_image_processor(config, path, max_pixels), "tokenizer": tokenizer}
     try:
-        arguments = [parts[name] for name in processor_class.get_attributes()]
-        processor = processor_class.from_args_and_dict(arguments, settings)
+        processor = processor_class.from_args_and_dict([], settings, **parts)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"cannot build a {processor_class.__name__} from the files in {path} ({first_line(error)}); use the "
             f"tokenizer and the processor files of this {config.model_type} checkpoint"
         ) from error
+    for name in ("get_attributes", "video_processor"):
+        processor.__dict__.pop(name, None)
     image_token = getattr(processor, "image_token", None)
     if image_token is not None and image_token not in tokenizer.get_vocab():
         raise ValueError(
@@ -104,6 +105,8 @@ def build_image_processor(config: PreTrainedConfig, path: str | None, max_pixels
         image_processor = _fitting(image_processor, loop.image_processor(config), loop.image_processors, path)
     elif image_processor is None:
         raise ValueError(f"model {path}: there is no {IMAGE_FILE} or {PROCESSOR_FILE} with an image processor")
+    for name, value in ({} if family is None else family.image_settings).items():
+        setattr(image_processor, name, value)
     pinpoints = getattr(config, "image_grid_pinpoints", None)
     if pinpoints is not None and hasattr(image_processor, "image_grid_pinpoints"):
         pinpoints = [list(point) for point in pinpoints]
@@ -228,7 +231,7 @@ def saved_video_settings(path: str | None, image_processor: Any) -> dict[str, An
     return {name: value for name, value in settings.items() if name != "processor_class"}
 
 
-@cache
+@functools.cache
 def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A processor class of the same name without a video processor; ``processor_class`` itself if it has none."""
     attributes = processor_class.get_attributes()
@@ -236,6 +239,16 @@ def _without_videos(processor_class: type[ProcessorMixin]) -> type[ProcessorMixi
         return processor_class
 
     class ImagesOnly(processor_class):  # type: ignore[misc, valid-type]
+        def __new__(cls, *_: Any, **__: Any) -> Any:
+            made = super().__new__(cls)
+            made.__dict__["get_attributes"] = lambda: attributes  # __init__ passes all parts by position
+            return made
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor":
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
+
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in attributes if name != "video_processor"]
