@@ -18,7 +18,15 @@ from tqdm import tqdm
 from vtprune_train.cli.options import add_data_options, add_method_options, add_model_option, check_least, load_model
 from vtprune_train.data.records import NO_PROMPT
 from vtprune_train.data.sources import find_files, reader_identity
-from vtprune_train.evaluation.answering import Loaded, Prompt, batch, open_image, prompt_text, recorded_prompt
+from vtprune_train.evaluation.answering import (
+    Loaded,
+    Prompt,
+    batch,
+    open_image,
+    prompt_text,
+    recorded_chat,
+    recorded_prompt,
+)
 from vtprune_train.evaluation.questions import Question, as_answered, normalized, read_questions
 from vtprune_train.evaluation.results import Ledger, open_ledger, summary, table
 from vtprune_train.evaluation.timing import Measured, drop_layers, measured_answers
@@ -53,8 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     data, images = Path(arguments.data), Path(arguments.images)
     added = recorded_prompt(arguments.model, data)
     questions, malformed = read_questions(
-        data, images, arguments.limit, arguments.seed, arguments.ignore, added, arguments.reader
-    )
+        data, images, arguments.limit, arguments.seed, arguments.ignore, added, arguments.reader,
+        recorded_chat(arguments.model),
+    )  # fmt: skip
     loaded = load_model(arguments)
     if arguments.compare and not is_pruned(loaded.model):
         raise ValueError("--compare dense: the model already runs dense; set a --method to compare with")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from vtprune_train.core.stream import IMAGE
+from vtprune_train.data.auto_template import AutoTemplate
 from vtprune_train.data.chat import ChatEncoder, Template
 
 _PLACE = re.compile(r"(\{text\}|\{eos\})")
@@ -94,6 +95,8 @@ def _with_spaces(image: str, unless: Sequence[str]) -> str:
 
 def written_by(encoder: ChatEncoder) -> str:
     """The chat template of ``encoder``: prompts formatted by it have the same ids as in training."""
+    if isinstance(encoder.template, AutoTemplate):
+        return encoder.template.source
     return chat_template(
         encoder.template,
         image_first=encoder.image_position == "first",

@@ -42,6 +42,7 @@ def read_questions(
     ignore: Collection[str] = (),
     prompt: Prompt = NO_PROMPT,
     reader: str = "",
+    chat: bool = False,
 ) -> tuple[list[Question], list[tuple[str, str]]]:
     """The questions of a file in one of the formats of :mod:`vtprune_train.data.records`, and ``(id, reason)`` of
     malformed records.
@@ -54,6 +55,7 @@ def read_questions(
         ignore: fields and markers that are accepted, see :func:`vtprune_train.data.records.normalize`.
         prompt: added to each conversation, see :func:`vtprune_train.evaluation.answering.recorded_prompt`.
         reader: path of a reader outside the package.
+        chat: see :func:`vtprune_train.data.records.normalize`.
 
     Raises:
         ValueError: the file cannot be read, ``limit`` is below 1, there is no question, or no image is in ``images``.
@@ -64,12 +66,12 @@ def read_questions(
         raise ValueError(f"--data {data} does not exist")
     selected = None
     if limit is not None:
-        count = sum(1 for _ in read_records(data, ignore, reader=reader))
+        count = sum(1 for _ in read_records(data, ignore, reader=reader, chat=chat))
         selected = set(np.random.default_rng(seed).permutation(count)[:limit].tolist())
     questions: list[Question] = []
     malformed: list[tuple[str, str]] = []
     num_records = 0
-    for number, row in enumerate(read_records(data, ignore, reader=reader)):
+    for number, row in enumerate(read_records(data, ignore, reader=reader, chat=chat)):
         if selected is not None and number not in selected:
             continue
         num_records += 1
@@ -93,9 +95,9 @@ def read_questions(
 def _questions_of(number: int, sample: str, turns: Sequence[Turn], images: list[Path | bytes]) -> list[Question]:
     questions = []
     for place, turn in enumerate(turns):
-        if turn.role == "assistant":
+        if turn.role == "assistant" and not turn.is_prefix:
             before = tuple(turns[:place])
-            num_images = sum(earlier.text.count(IMAGE) for earlier in before if earlier.role == "user")
+            num_images = sum(earlier.text.count(IMAGE) for earlier in before if earlier.role in ("user", "tool"))
             key = f"{number}:{place}:{sample}"
             questions.append(Question(key, sample, before, tuple(images[:num_images]), turn.text))
     return questions

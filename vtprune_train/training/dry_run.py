@@ -13,7 +13,6 @@ from vtprune_train.config.errors import ConfigError, pruning_refusal
 from vtprune_train.config.settings import Config
 from vtprune_train.core.flops import TYPICAL_TEXT, TrainingCost, layers_per_stage, stage_lengths
 from vtprune_train.core.stream import Drop
-from vtprune_train.data.chat import get_template
 from vtprune_train.models import HFModule
 from vtprune_train.models.families import class_of_config
 from vtprune_train.models.families.layout import ImageLayout
@@ -32,7 +31,7 @@ from vtprune_train.training.engine.settings import engine_config, zero_stage
 from vtprune_train.training.loop.callbacks.build import callbacks_of
 from vtprune_train.training.loop.layout import build_layout
 from vtprune_train.training.loop.parts import training_cost
-from vtprune_train.training.loop.sample import sample_lines
+from vtprune_train.training.loop.sample import sample_lines, template_of
 from vtprune_train.training.loop.settings import with_saved_settings
 from vtprune_train.training.loop.trackers import check_trackers
 from vtprune_train.training.memory.predict import DTYPE_BYTES, GIB, Estimate, MicroBatch, Parameters
@@ -62,7 +61,7 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     callbacks_of(config)
     check_schedule(config.train)
     check_run_dir(config.run_dir)
-    get_template(config.data.template)
+    template_of(config.data)
     data = _data(config, needs_data)
     model_config = load_model_config(config.model, offline=True)
     family, loop = family_of_config(model_config)
