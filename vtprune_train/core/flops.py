@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 
 from vtprune_train.core.plan import counts_per_stage, fronts_of
-from vtprune_train.core.stream import Boundary, Drop, StreamPlan
+from vtprune_train.core.stream import Boundary, Drop, ImageSpan, StreamPlan
 
 Numbers = TypeVar("Numbers", float, np.ndarray)
 
@@ -251,25 +251,41 @@ class TrainingCost:
         """[images] FLOPs of the tower and the projector in :meth:`sample`. ``frames`` [images] is the number of steps
         in time of each video, which do not attend to each other in the tower; 0 for an image."""
         assert self.tower is not None, "FLOPs of the vision tower are not known for this family"
-        steps = np.ones(len(tiles)) if frames is None else np.maximum(frames, 1)
         count = np.asarray(tiles, dtype=np.float64)
+        steps = np.ones_like(count) if frames is None else np.maximum(frames, 1)
         return steps * self.tower.tower(count / steps) * (3 if self.trains_tower else 1) + self.tower.projector(
             count
         ) * (3 if self.trains_tower else 2 if self.trains_projector else 1)
 
 
-def stage_lengths(text: np.ndarray, spans: np.ndarray, sample_of_span: np.ndarray, drops: Sequence[Drop]) -> np.ndarray:
-    """[samples, stages] tokens of each sample in each stage.
+def stage_lengths(
+    text: np.ndarray,
+    spans: np.ndarray,
+    sample_of_span: np.ndarray,
+    drops: Sequence[Drop],
+    frames: np.ndarray | None = None,
+) -> np.ndarray:
+    """[samples, stages] tokens of each sample in each stage. Steps in time are assumed to have equally many tokens.
 
     Args:
         text: [samples] text tokens.
         spans: [spans] visual tokens of every image.
         sample_of_span: [spans] the sample each image belongs to.
         drops: the schedule.
+        frames: [spans] number of steps in time of every video, 0 for an image; ``None`` if unknown.
     """
-    counts = counts_per_stage(drops, spans)
+    known: Sequence[ImageSpan] = ()
+    if frames is not None and any(type(drop).kept_of is not Drop.kept_of for drop in drops):
+        known = [_span(int(length), int(steps)) for length, steps in zip(spans, frames, strict=True)]
+    counts = counts_per_stage(drops, spans, spans=known)
     visual = [np.bincount(sample_of_span, weights=kept, minlength=len(text)).astype(np.int64) for kept in counts]
     return np.stack([text + own for own in visual], axis=1)
+
+
+def _span(length: int, steps: int) -> ImageSpan:
+    """A span of this many tokens; the tokens that do not fill a step are newlines."""
+    per_step, newlines = divmod(length, max(steps, 1))
+    return ImageSpan(0, length, ((1, per_step),) * steps + ((1, 1),) * newlines if steps else (), steps)
 
 
 def layers_per_stage(drops: Sequence[Drop], num_layers: int) -> list[int]:
