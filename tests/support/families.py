@@ -33,6 +33,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
@@ -123,6 +125,18 @@ def qwen3_vl() -> Any:
     return Qwen3VLForConditionalGeneration(config)
 
 
+def qwen3_5() -> Any:
+    """Two of three layers have linear attention, so that layers 2 and 5 attend."""
+    vision = qwen_vision(num_position_embeddings=64)
+    rope = {**ROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+    kinds = ["linear_attention", "linear_attention", "full_attention"] * 2
+    linear = {
+        "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    }  # fmt: skip
+    text = {**TEXT, "head_dim": 16, "rope_parameters": rope, "layer_types": kinds, **linear}
+    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **TOKEN_IDS))
+
+
 def internvl() -> Any:
     vision = InternVLVisionConfig(**{**VISION, "image_size": [TILE, TILE], "patch_size": [PATCH, PATCH]})
     config = InternVLConfig(
@@ -144,6 +158,7 @@ FAMILIES = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_5": qwen3_5,
     "internvl": internvl,
 }
 

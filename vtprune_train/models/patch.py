@@ -26,7 +26,7 @@ from vtprune_train.core.user_code import is_path
 from vtprune_train.models import HFModule
 from vtprune_train.models.copies import Source, follow
 from vtprune_train.models.families import family_of
-from vtprune_train.models.forward import generate, images, modules, tower_attention
+from vtprune_train.models.forward import generate, images, linear_attention, modules, tower_attention
 from vtprune_train.models.forward.attention import (
     OWNED,
     attention_name,
@@ -36,6 +36,7 @@ from vtprune_train.models.forward.attention import (
 )
 from vtprune_train.models.forward.calls import STATE, State, is_pruned, state_of, unwrapped
 from vtprune_train.models.forward.encoder import check_tower
+from vtprune_train.models.forward.linear_attention import MIXER, attending_layers
 from vtprune_train.models.forward.rotary import full_frequencies
 from vtprune_train.models.forward.sharding import check_layers, restore_forward
 from vtprune_train.models.io.method_parameters import attach, check_trained, detach, modules_to_save
@@ -163,8 +164,9 @@ def backend_for(model: HFModule, requested: str = "auto") -> str:
     """
     inner = unwrapped(model)
     weight = inner.get_output_embeddings().weight
-    first_layer = inner.get_submodule(family_of(inner).decoder).layers[0]
-    return choose_backend(requested, weight.device, weight.dtype, first_layer.self_attn.head_dim)
+    text_model = inner.get_submodule(family_of(inner).decoder)
+    attention = text_model.layers[attending_layers(text_model)[0]].self_attn
+    return choose_backend(requested, weight.device, weight.dtype, attention.head_dim)
 
 
 def _keeping_positions(method: PruningMethod, title: str) -> PruningMethod:
@@ -309,6 +311,9 @@ def _install(model: HFModule, state: State) -> None:
             full_frequencies(tower, look=True)
             replacements.append((f"{family.tower}.{name}".rstrip("."), "forward", tower_attention.forward))
             tower_attention.replace_config(tower, state.tower_backend)
+    for index, layer in enumerate(model.get_submodule(family.decoder).layers):
+        if MIXER in layer._modules:
+            replacements.append((f"{family.decoder}.layers.{index}.{MIXER}", "forward", linear_attention.forward))
     if isinstance(model.get_submodule("lm_head"), nn.Linear):
         replacements.append(("lm_head", "forward", modules.forward_head))
     for name, attribute, function in replacements:

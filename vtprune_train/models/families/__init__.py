@@ -23,6 +23,7 @@ from vtprune_train.models.families import (
     llava_onevision,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
     qwen3_vl,
 )
 from vtprune_train.models.families.base import Family, Lacks, Loop
@@ -35,6 +36,7 @@ FAMILIES: list[Family] = [
     qwen2_vl.FAMILY,
     qwen2_5_vl.FAMILY,
     qwen3_vl.FAMILY,
+    qwen3_5.FAMILY,
     internvl.FAMILY,
 ]
 PACKAGED = tuple(FAMILIES)
