@@ -109,7 +109,7 @@ def padded_inputs(setup, base):
     pictures = [[Image.open(setup.folder / "images" / f"{n}.png") for n in numbers] for _, numbers in RECORDS]
     texts = [written(texts) for texts, _ in RECORDS]
     flat = [image for own in pictures for image in own]
-    if setup.name == "qwen2_5_vl":
+    if setup.name.startswith("qwen"):
         made = image_processor(setup.name)(flat, return_tensors="pt")
         lengths = (made["image_grid_thw"].prod(-1) // 4).tolist()
         texts = [text.replace("<image>", "<|vision_start|> IMAGE <|vision_end|>") for text in texts]

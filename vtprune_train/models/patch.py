@@ -42,6 +42,7 @@ from vtprune_train.models.forward.sharding import check_layers, restore_forward
 from vtprune_train.models.io.method_parameters import attach, check_trained, detach, modules_to_save
 from vtprune_train.models.io.provenance import published_names
 from vtprune_train.pruning import CONFIG_KEY, NONE, SAVED, method_from_settings, saved_settings, trust_saved
+from vtprune_train.pruning.attending import check_attending, fitted
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import schedule
@@ -99,7 +100,9 @@ def prune(
     check_layers(text_model, attention_before, method.name if method is not None and learns(method) else None)
     full_frequencies(text_model, look=True)
     if method is not None:
+        method = fitted(method, text_model.config)
         check_method(method, len(text_model.layers))
+        check_attending(method, text_model.config)
         check_tower(inner.get_submodule(family.base).config, family, method)
         if family.three_part_positions is not None:
             method = _keeping_positions(method, family.title)
