@@ -169,7 +169,7 @@ PADDED = (READ, "vtprune_train/models/forward/padded.py")  # the mask, token ids
 # To lay images out: their sizes, and how many of them are each sample's.
 SIZES = {
     name: {(READ, "vtprune_train/models/forward/images.py"): 2 if name == "llava_onevision" else 1}
-    for name in ("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+    for name in ("llava_next", "llava_onevision", *(name for name in FAMILIES if name.startswith("qwen")))
 }
 
 

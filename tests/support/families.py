@@ -35,8 +35,12 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -134,8 +138,27 @@ def qwen3_5(attending: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Any) -> Any:
     linear = {
         "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     }  # fmt: skip
-    text = {**TEXT, "head_dim": 16, "rope_parameters": rope, "num_hidden_layers": 8, "layer_types": kinds, **linear, **more}
+    text = {**TEXT, "head_dim": 16, "rope_parameters": rope, "num_hidden_layers": 8, "layer_types": kinds, "vocab_size": 112, **linear, **more}
     return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **TOKEN_IDS))
+
+
+EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+
+
+def qwen3_5_moe() -> Any:
+    config = qwen3_5(**EXPERTS).config.to_dict()
+    config["text_config"]["model_type"] = "qwen3_5_moe_text"
+    config["vision_config"]["model_type"] = "qwen3_5_moe_vision"
+    return Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(**{**config, "model_type": "qwen3_5_moe"}))
+
+
+def qwen3_vl_moe() -> Any:
+    config = qwen3_vl().config.to_dict()
+    config["text_config"] |= {**EXPERTS, "model_type": "qwen3_vl_moe_text"}
+    config["vision_config"]["model_type"] = "qwen3_vl_moe_vision"
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**{**config, "model_type": "qwen3_vl_moe"}))
 
 
 def internvl() -> Any:
@@ -159,7 +182,9 @@ FAMILIES = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "internvl": internvl,
 }
 

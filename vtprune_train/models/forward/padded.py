@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from vtprune_train.core.plan import plan_pass
 from vtprune_train.core.stream import IGNORE, ImageSpan, SegmentLayout, StreamPlan, text_key, to_device
@@ -86,7 +86,7 @@ def forward_text(
     use_cache: bool | None = None,
     deepstack_visual_embeds: Sequence[Tensor] | None = None,
     **keywords: Any,
-) -> BaseModelOutputWithPast:
+) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
     """Forward of the decoder over padded rows (left or right), cached or not, dropping tokens between layers.
 
     Args:
@@ -119,15 +119,17 @@ def forward_text(
     cache = None
     if use_cache or past_key_values is not None:
         cache = staged(past_key_values, len(text_model.layers), state.method, attending_layers(text_model))
+    # Models with experts read router_logits of the output.
+    output = MoeModelOutputWithPast if getattr(text_model.config, "num_experts", None) else BaseModelOutputWithPast
     call = state.running.call or Call(None)
     has_images = bool(call.image_lengths)
     if cache is not None and cache.get_seq_length() and inputs_embeds.shape[1] == 1 and not has_images:
         hidden = decode(text_model, state.method, inputs_embeds, cache)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return output(last_hidden_state=hidden, past_key_values=cache)
     hidden = _run_rows(
         text_model, state, call, inputs_embeds, attention_mask, position_ids, cache, deepstack_visual_embeds
     )
-    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+    return output(last_hidden_state=hidden, past_key_values=cache)
 
 
 def checkpoints_layers(text_model: HFModule) -> bool:
@@ -327,6 +329,12 @@ def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any
                 "different lengths; call the model inside `with vtprune_train.dense(model):` to get it from the dense "
                 "model"
             )
+    if keywords.get("output_router_logits"):
+        raise ValueError(
+            "a pruned model does not take output_router_logits, neither as an argument nor in the text config: stages "
+            "have different lengths, so the load-balancing loss of the experts is not computed; set it to False, or call "
+            "the model inside `with vtprune_train.dense(model):`"
+        )
     if keywords.get("cu_seq_lens_q") is not None:
         raise ValueError(
             "cu_seq_lens_q (several samples packed into one row) is not supported by a pruned model; pad each sample "
