@@ -52,10 +52,7 @@ READS = {
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray)
-# Operators without a CPU kernel: what computes the same.
-EMULATED: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.histc.default: lambda values, *bins, **k: torch.histc(values.float(), *bins, **k).to(values.dtype),
-}
+EMULATED: dict[Any, Callable[..., Any]] = {}  # operators without a CPU kernel: what computes the same
 ROOT = Path(__file__).parents[2]
 PASSED_OVER = (str(Path(torch.__file__).parent), __file__, "<")
 

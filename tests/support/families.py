@@ -130,15 +130,24 @@ def qwen3_vl() -> Any:
 
 
 def qwen3_5(attending: tuple[int, ...] = (1, 2, 3, 4, 5), **more: Any) -> Any:
-    """Eight layers; those other than ``attending`` have linear attention. By default all that tests of every family rank
-    with attend."""
+    """Eight layers; those other than ``attending`` have linear attention. By default all that tests of every family
+    rank with attend."""
     vision = qwen_vision(num_position_embeddings=64)
     rope = {**ROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}
     kinds = ["full_attention" if layer in attending else "linear_attention" for layer in range(8)]
     linear = {
         "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     }  # fmt: skip
-    text = {**TEXT, "head_dim": 16, "rope_parameters": rope, "num_hidden_layers": 8, "layer_types": kinds, "vocab_size": 112, **linear, **more}
+    text = {
+        **TEXT,
+        "head_dim": 16,
+        "rope_parameters": rope,
+        "num_hidden_layers": 8,
+        "layer_types": kinds,
+        "vocab_size": 112,
+        **linear,
+        **more,
+    }
     return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **TOKEN_IDS))
 
 

@@ -40,8 +40,8 @@ DELTA_CHUNK = 64  # tokens that kernels of the delta rule process at a time
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """Dimensions of a linear attention layer with a gated delta rule: heads for keys (and queries) and for values, and the
-    kernel size of its convolution."""
+    """Dimensions of a linear attention layer with a gated delta rule: heads for keys (and queries) and for values, and
+    the kernel size of its convolution."""
 
     key_heads: int
     value_heads: int
@@ -69,8 +69,9 @@ class LinearAttention:
 
     @property
     def mixing(self) -> float:
-        """Forward FLOPs per token of convolution and delta rule, in chunks of :data:`DELTA_CHUNK` tokens: two products of
-        keys and one with values within a chunk, three with the state; solving the triangular system is not counted."""
+        """Forward FLOPs per token of convolution and delta rule, in chunks of :data:`DELTA_CHUNK` tokens: two products
+        of keys and one with values within a chunk, three with the state. Solving the triangular system is not
+        counted."""
         within = DELTA_CHUNK * (4 * self.key_dim + 2 * self.value_dim)
         return 2.0 * self.kernel * self.channels + self.value_heads * (within + 6.0 * self.key_dim * self.value_dim)
 
@@ -80,8 +81,8 @@ class DecoderGeometry:
     """Dimensions of a decoder with gated MLP and grouped-query attention.
 
     With experts, ``intermediate`` is the width of all MLPs that a token uses, and ``router`` the number of routing
-    scores. ``gated``: queries are projected together with a gate of the output. ``linear``: sizes of the layers that are
-    not in ``attending``; ``None`` if all layers attend.
+    scores. ``gated``: queries are projected together with a gate of the output. ``linear``: sizes of the layers that
+    are not in ``attending``; ``None`` if all layers attend.
     """
 
     num_layers: int
@@ -103,14 +104,15 @@ class DecoderGeometry:
         Raises:
             ValueError: a size is missing, or the MLP is another mixture of experts.
         """
-        sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+        sizes: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
         sizes += () if config.model_type in COUNTED_EXPERTS else ("intermediate_size",)
         if missing := [size for size in sizes if getattr(config, size, None) is None]:
             raise ValueError(
                 f"cannot count the FLOPs of the {config.model_type} decoder: its config has no {missing[0]}; only "
                 "Llama-like decoders are supported"
             )
-        if config.model_type not in COUNTED_EXPERTS and any(getattr(config, experts, None) for experts in ("num_experts", "num_local_experts", "n_routed_experts")):
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        if config.model_type not in COUNTED_EXPERTS and any(getattr(config, name, None) for name in names):
             raise ValueError(
                 f"cannot count the FLOPs of the {config.model_type} decoder: mixture-of-experts models are not "
                 "supported"
@@ -147,7 +149,7 @@ class DecoderGeometry:
         return 2.0 * self.hidden * (projections + 3 * self.intermediate + self.router)
 
     def adapter_per_token(self, rank: int, targets: Sequence[str] | None) -> float:
-        """Forward FLOPs per token of a LoRA adapter on the given projections (default: all projections), mean over layers.
+        """Forward FLOPs per token of a LoRA adapter on the given projections (default: all), mean over the layers.
 
         Raises:
             ValueError: the decoder has no such projection.
@@ -180,7 +182,9 @@ class DecoderGeometry:
         attends, linear = self.split(layers_per_stage)
         flops = self.layer(lengths) * attends
         if self.linear is not None:
-            flops = flops + (self.linear_per_token + self.linear.mixing) * np.asarray(lengths, dtype=np.float64) * linear
+            flops = (
+                flops + (self.linear_per_token + self.linear.mixing) * np.asarray(lengths, dtype=np.float64) * linear
+            )
         return flops
 
     def layer(self, lengths: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Staged KV cache: each layer stores the tokens of its stage, left-padded per row.
 
 A ``transformers.DynamicCache`` whose layers are :class:`StagedLayer`, so ``generate``, beam search and other users of a
-cache keep working; linear attention layers have a :class:`StateLayer`. The first layer that attends holds what belongs to
-the whole cache, and defines the sequence length.
+cache keep working; linear attention layers have a :class:`StateLayer`. The first layer that attends holds what belongs
+to the whole cache, and defines the sequence length.
 
 Shape suffixes: B rows, G key-value heads, W columns of a layer's cache, D head size, T tokens of the packed stream.
 """
@@ -61,10 +61,10 @@ class StagedLayer(DynamicLayer):
     ``padding`` [B] int64; ``is_padded`` is a host-side flag for any(padding > 0); ``compacted`` is true if keys were
     dropped in this layer, so its padding differs from the rest of its stage. ``ahead`` [B] int64 is the row's next
     position minus its number of cached tokens. It is non-zero if tokens were dropped with positions kept, or with
-    M-RoPE; ``None`` if positions equal token indices. First attending layer only: ``has_images`` [B] int64, 1 for rows that had
-    an image; ``unstored``, number of caller-visible columns not stored in the layer; ``parts``, number of position
-    components; ``conversation``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``; ``filled_by``,
-    the method used to fill the cache.
+    M-RoPE; ``None`` if positions equal token indices. First attending layer only: ``has_images`` [B] int64, 1 for rows
+    that had an image; ``unstored``, number of caller-visible columns not stored in the layer; ``parts``, number of
+    position components; ``conversation``, decoder inputs rerun in later turns with ``multi_turn: keep_dense``;
+    ``filled_by``, the method used to fill the cache.
     """
 
     is_initialized: bool
@@ -186,9 +186,9 @@ class StagedLayer(DynamicLayer):
 
 
 class StateLayer(LinearAttentionLayer):
-    """State of one linear attention layer: for each row, the last inputs of its convolution ``conv_states`` [B, channels,
-    kernel] and the recurrent state ``recurrent_states`` [B, heads, key size, value size]. It has no length: a token stays
-    in the state of the layers that it passed, also if it is dropped later."""
+    """State of one linear attention layer: for each row, the last inputs of its convolution ``conv_states`` [B,
+    channels, kernel] and the recurrent state ``recurrent_states`` [B, heads, key size, value size]. It has no length: a
+    token stays in the state of the layers that it passed, also if it is dropped later."""
 
     @property
     def is_filled(self) -> bool:
@@ -225,8 +225,8 @@ class StateLayer(LinearAttentionLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError(
-                f"crop({tokens_to_remove}): the recurrent state of a linear attention layer cannot forget tokens; start "
-                "with a new DynamicCache, and leave out assisted generation and prompt_lookup_num_tokens"
+                f"crop({tokens_to_remove}): the recurrent state of a linear attention layer cannot forget tokens; "
+                "start with a new DynamicCache, and leave out assisted generation and prompt_lookup_num_tokens"
             )
 
 
@@ -245,8 +245,8 @@ def _with_room(content: Tensor, columns: int) -> Tensor:
 def staged(
     cache: Cache | None, num_layers: int, method: PruningMethod | None, attending: Collection[int] | None = None
 ) -> DynamicCache:
-    """Convert an empty ``cache`` to staged layers in place; create a new one for ``None``. ``attending``: the layers that
-    attend, by default all.
+    """Convert an empty ``cache`` to staged layers in place; create a new one for ``None``. ``attending``: the layers
+    that attend, by default all.
 
     Raises:
         ValueError: the cache has an unsupported type (static, quantized, offloaded), or was filled by a dense model or

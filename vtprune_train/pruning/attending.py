@@ -1,5 +1,5 @@
-"""Decoders in which only some layers attend (Qwen3.5): which drop points and key layers fit, and default drop points that
-do. Host only."""
+"""Decoders in which only some layers attend (Qwen3.5): which drop points and key layers fit, and default drop points
+that do. Host only."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def check_attending(method: PruningMethod, config: Any) -> None:
     """Check that a method reads attention only in layers that have it; ``config`` is the text config.
 
     Raises:
-        ValueError: it ranks with, or removes keys from, a layer that does not attend; the message lists those that do and
-            the nearest setting that fits.
+        ValueError: it ranks with, or removes keys from, a layer that does not attend; the message lists those that do
+            and the nearest setting that fits.
     """
     attending, num_layers = attending_layers(config), config.num_hidden_layers
     if attending is None:
@@ -26,18 +26,19 @@ def check_attending(method: PruningMethod, config: Any) -> None:
     for part in method.parts:
         if wrong := sorted(set(part.key_layers(num_layers)) - set(attending)):
             raise ValueError(
-                f"{part.name} removes keys in decoder layer {wrong[0]}, which has linear attention: its recurrent state "
-                f"has no keys; layers that attend: {_listed(attending)}; use a method that drops tokens instead, for "
-                "example pyramiddrop"
+                f"{part.name} removes keys in decoder layer {wrong[0]}, which has linear attention: its recurrent "
+                f"state has no keys; layers that attend: {_listed(attending)}; use a method that drops tokens instead, "
+                "for example pyramiddrop"
             )
         for drop in part.drops(num_layers):
             layer = _ranking_layer(part, drop)
             if layer is not None and layer not in attending:
+                valid = _valid(part, num_layers, attending)
                 raise ValueError(
                     f"{part.name} drops before layer {drop.layer} and ranks with layer {layer} (rank_with="
-                    f"{part.needs.rank_with}), which has linear attention, so there are no queries and keys; layers that "
-                    f"attend: {_listed(attending)}; drop before {_listed(_valid(part, num_layers, attending))}, the "
-                    f"nearest is {_nearest(drop.layer, _valid(part, num_layers, attending))}"
+                    f"{part.needs.rank_with}), which has linear attention, so there are no queries and keys; layers "
+                    f"that attend: {_listed(attending)}; drop before {_listed(valid)}, the nearest is "
+                    f"{_nearest(drop.layer, valid)}"
                 )
 
 

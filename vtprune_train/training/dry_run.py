@@ -23,8 +23,8 @@ from vtprune_train.models.io.build import family_of_config, load_model_config, p
 from vtprune_train.models.io.method_parameters import attach
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
-from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.attending import check_attending
+from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words, schedule
 from vtprune_train.pruning.phases import Phase, Teacher, Warmup

@@ -103,7 +103,8 @@ def test_training_step_has_gradients_of_every_part(name):
     packed.backward()
     assert abs(packed - loss) < 1e-5
     assert {key for key, p in model.named_parameters() if p.grad is not None} == set(expected)
-    bound = 5e-4 if name.startswith("qwen3_5") else 2e-4  # chunks of the delta rule start elsewhere
+    # Plain transformers differs as much between left and right padding: the delta rule adds its chunks in float32.
+    bound = 2e-3 if name.startswith("qwen3_5") else 2e-4
     for key, parameter in model.named_parameters():
         if parameter.grad is not None:
             scale = expected[key].abs().max().clamp(min=1)

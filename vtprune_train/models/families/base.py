@@ -26,8 +26,8 @@ Part = TypeVar("Part")
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # language models
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 NO_BALANCE = (
-    "the training loop does not add the load-balancing loss of the experts, and cannot predict their memory; train it with "
-    "transformers' Trainer"
+    "the training loop does not add the load-balancing loss of the experts, and cannot predict their memory; train it "
+    "with transformers' Trainer"
 )
 VIDEO = "videos are not dropped yet; pass their frames as images"
 

@@ -1,5 +1,5 @@
-"""Qwen3.5: three of four decoder layers have linear attention (gated delta rule), the others attend; the vision tower is
-that of Qwen3-VL without features of deeper layers."""
+"""Qwen3.5: three of four decoder layers have linear attention (gated delta rule), the others attend; the vision tower
+is that of Qwen3-VL without features of deeper layers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The loop over Hugging Face decoder layers, with token drops between stages.
 
 The layers run unchanged: a packed batch is a single row without padding, so no mask is needed, and each attention
-backend reads ``cu_seqlens`` (linear attention: :mod:`.linear_attention`). At a drop point the method picks the kept tokens and the packed batch is gathered once.
+backend reads ``cu_seqlens``; linear attention layers get padded rows (:mod:`.linear_attention`). At a drop point the
+method picks the kept tokens and the packed batch is gathered once.
 
 Shape suffixes: T tokens in the stream, C hidden size, Q query rows, H query heads, G key-value heads, D head size.
 """
@@ -492,8 +493,8 @@ def _heads(attention: HFModule, which: str, normed_TC: Tensor) -> Tensor:
 
 
 def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Apply rotary embedding in the half-split layout used by Llama-style models, to as many values of each head as there
-    are cosines (Qwen3.5: a quarter)."""
+    """Apply rotary embedding in the half-split layout used by Llama-style models, to as many values of each head as
+    there are cosines (Qwen3.5: a quarter)."""
     x_THD, rest_THD = x_THD.tensor_split([cos_TD.shape[-1]], dim=-1)
     first, second = x_THD.chunk(2, dim=-1)
     turned_THD = x_THD * cos_TD.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_TD.unsqueeze(1)

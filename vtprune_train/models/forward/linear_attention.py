@@ -1,8 +1,8 @@
 """Linear attention layers (gated delta rule) on packed batches.
 
 Such a layer mixes tokens with a short convolution and a recurrent state, and transformers' PyTorch code has no sequence
-bounds: in a packed batch each sample would continue from the state of the one before. So the layer's own ``forward`` runs
-once on a padded batch with one segment per row.
+bounds: in a packed batch each sample would continue from the state of the one before. So the layer's own ``forward``
+runs once on a padded batch with one segment per row.
 
 Rows are padded on the left, as transformers pads prompts: zeros leave the convolution and the state at zero, so outputs
 and final states are exact. Rows are padded to a multiple of :data:`CHUNK` tokens, the chunk size of the delta rule.
@@ -47,8 +47,8 @@ def forward(
     staged_decoding: bool = False,
     **inputs: Any,
 ) -> Tensor:
-    """Forward of a linear attention layer: a packed batch [1, T, C] with the segment lengths in ``packing``, or a decoding
-    step [B, 1, C]; the result has the shape of ``hidden_states``. Other calls run the original ``forward``."""
+    """Forward of a linear attention layer: a packed batch [1, T, C] with the segment lengths in ``packing``, or a
+    decoding step [B, 1, C]; the result has the shape of ``hidden_states``. Other calls run the original ``forward``."""
     if staged_decoding:
         return original(hidden_states=hidden_states, cache_params=cache_params)
     if packing is None:

@@ -332,8 +332,8 @@ def _refuse(keywords: dict[str, Any], attention_mask: Tensor | None, config: Any
     if keywords.get("output_router_logits"):
         raise ValueError(
             "a pruned model does not take output_router_logits, neither as an argument nor in the text config: stages "
-            "have different lengths, so the load-balancing loss of the experts is not computed; set it to False, or call "
-            "the model inside `with vtprune_train.dense(model):`"
+            "have different lengths, so the load-balancing loss of the experts is not computed; set it to False, or "
+            "call the model inside `with vtprune_train.dense(model):`"
         )
     if keywords.get("cu_seq_lens_q") is not None:
         raise ValueError(

@@ -195,8 +195,8 @@ def published_names(model: HFModule) -> dict[str, str]:
     saved = revert_weight_conversion(model, state)
     if other := [published for published, tensor in saved.items() if id(tensor) not in name_of]:
         raise ValueError(
-            f"the weights of a published {type(model).__name__} are not stored as they are in memory ({other[0]}); open "
-            "them with from_pretrained instead of load_state_dict, and then prune the model"
+            f"the weights of a published {type(model).__name__} are not stored as they are in memory ({other[0]}); "
+            "open them with from_pretrained instead of load_state_dict, and then prune the model"
         )
     return {name_of[id(tensor)]: published for published, tensor in saved.items()}
 
