@@ -249,7 +249,7 @@ def test_towers_that_are_not_counted():
 def test_decoders_with_linear_attention_and_experts():
     """The cache of a linear layer does not grow; default drop points move to layers that attend."""
     config = family_model("qwen3_5").config
-    short, long = (estimate(subject(config, None), sample(tokens)) for tokens in (100, 300))
+    short, long = (estimate(subject(config, None), sample(n, tiles=4 * n)) for n in (100, 300))
     decoder = short.decoder
     states = 3 * decoder.linear.state_values * 2  # layers 0, 6 and 7, in bfloat16
     per_token = 5 * 2 * decoder.kv_heads * decoder.head_dim * 2

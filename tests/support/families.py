@@ -165,7 +165,8 @@ def qwen3_5_moe() -> Any:
 
 def qwen3_vl_moe() -> Any:
     config = qwen3_vl().config.to_dict()
-    config["text_config"] |= {**EXPERTS, "model_type": "qwen3_vl_moe_text"}
+    experts = {key: size for key, size in EXPERTS.items() if not key.startswith("shared")}
+    config["text_config"] |= {**experts, "model_type": "qwen3_vl_moe_text"}
     config["vision_config"]["model_type"] = "qwen3_vl_moe_vision"
     return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**{**config, "model_type": "qwen3_vl_moe"}))
 
