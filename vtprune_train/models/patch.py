@@ -330,6 +330,9 @@ def _install(model: HFModule, state: State) -> None:
     for module in text_model.layers.modules():
         if "q_proj" in module._modules:
             module.__dict__[OWNED] = True
+    for layer in text_model.layers:
+        if MIXER in layer._modules:
+            layer._modules[MIXER].__dict__[OWNED] = True
     if state.source is not None:
         _set_path(model, state.source.name)
     if state.method is not None:
@@ -383,7 +386,7 @@ def _uncompiled(run: Callable[..., Any], self: HFModule, *args: Any, **kwargs: A
             "a pruned model cannot be traced or exported (torch.jit.trace, torch.export, ONNX): rows are laid out on "
             "the host, and their lengths change with every call; export inside `with vtprune_train.dense(model):`"
         )
-    if (state := self.__dict__.get(STATE)) is not None:
+    if (state := self.__dict__.get(STATE)) is not None and OWNED not in self.__dict__:
         state.warn_once(
             "torch.compile around a whole pruned model has no effect, because rows are laid out on the host; compile "
             "the layers: vtprune_train.models.forward.compile.compile_layers(model)"

@@ -11,6 +11,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 
 from tests.support.families import BATCH, family_inputs, family_model, qwen3_5
 from vtprune_train import PyramidDrop, prune
+from vtprune_train.config.pruning import PruningConfig
 from vtprune_train.core.flops import DecoderGeometry
 from vtprune_train.core.stream import SegmentLayout
 from vtprune_train.models.cache import StagedLayer, StateLayer, cache_bytes, staged
@@ -27,6 +28,12 @@ PATTERN = (3, 7)  # every fourth layer attends, as published
 DROP = PyramidDrop(layers=(3, 7), keep=(0.5, 0.25))
 
 
+def three_parts(rotary, args, kwargs):
+    if "position_ids" in kwargs and kwargs["position_ids"].ndim == 2:
+        kwargs["position_ids"] = kwargs["position_ids"].expand(3, -1, -1)
+    return args, kwargs
+
+
 def make(method=None, attending=PATTERN):
     torch.manual_seed(0)
     model = qwen3_5(attending).float().eval()
@@ -38,6 +45,8 @@ def make(method=None, attending=PATTERN):
                 parameter.copy_(torch.randn(parameter.shape) - 3)  # a state that lasts
             else:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
+    # Tests of the decoder alone have positions of one part, which transformers 5.17 does not take.
+    model.model.language_model.rotary_emb.register_forward_pre_hook(three_parts, with_kwargs=True)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 3
     return model if method is None else prune(model, method)
@@ -298,6 +307,15 @@ def test_default_drop_points_move_to_layers_that_attend():
     model = make("fastv")
     assert model.config.pruning["layer"] == 4
     check_attending(Random(layer=1), config)
+    settings = PruningConfig(keep=[0.5, 0.25])
+    settings.fit(config)
+    assert settings.settings["layers"] == [3, 7] and settings.build().drops(8)[0].layer == 3
+
+
+def test_the_loss_of_the_router_is_not_computed():
+    model = prune(family_model("qwen3_5_moe"), None)
+    with pytest.raises(ValueError, match="does not take output_router_logits"):
+        model(**family_inputs("qwen3_5_moe", BATCH), output_router_logits=True)
 
 
 def test_flops_of_linear_layers():
