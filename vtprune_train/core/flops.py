@@ -99,20 +99,20 @@ class DecoderGeometry:
 
     @classmethod
     def of(cls, config) -> DecoderGeometry:
-        """Read a Llama-like text config, or one of Qwen3-VL-MoE or Qwen3.5.
+        """Read a Llama-like text config, also with experts of one size or with layers of linear attention.
 
         Raises:
             ValueError: a size is missing, or the MLP is another mixture of experts.
         """
         sizes: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
-        sizes += () if config.model_type in COUNTED_EXPERTS else ("intermediate_size",)
+        sizes += () if _counts_experts(config) else ("intermediate_size",)
         if missing := [size for size in sizes if getattr(config, size, None) is None]:
             raise ValueError(
                 f"cannot count the FLOPs of the {config.model_type} decoder: its config has no {missing[0]}; only "
                 "Llama-like decoders are supported"
             )
         names = ("num_experts", "num_local_experts", "n_routed_experts")
-        if config.model_type not in COUNTED_EXPERTS and any(getattr(config, name, None) for name in names):
+        if not _counts_experts(config) and any(getattr(config, name, None) for name in names):
             raise ValueError(
                 f"cannot count the FLOPs of the {config.model_type} decoder: mixture-of-experts models are not "
                 "supported"
@@ -129,7 +129,8 @@ class DecoderGeometry:
             head_dim,
             config.vocab_size,
             router,
-            gated=config.model_type.startswith("qwen3_5"),
+            # Attention next to layers with a gated delta rule has a gate, too.
+            gated=hasattr(config, "linear_num_value_heads") and getattr(config, "attn_output_gate", True),
             linear=None if attending is None else _linear(config),
             attending=attending or (),
         )
@@ -213,8 +214,8 @@ class DecoderGeometry:
         return projections + 2.0 * query * scored_tokens
 
 
-# Mixtures of experts whose every layer has experts of the same size.
-COUNTED_EXPERTS = ("qwen3_vl_moe_text", "qwen3_5_moe_text")
+# Of mixtures of experts that are built in another way.
+OTHER_EXPERTS = ("n_routed_experts", "n_shared_experts", "num_shared_experts", "first_k_dense_replace")
 
 
 def attending_layers(config: Any) -> tuple[int, ...] | None:
@@ -225,13 +226,20 @@ def attending_layers(config: Any) -> tuple[int, ...] | None:
     return tuple(index for index, kind in enumerate(types) if kind != "linear_attention")
 
 
+def _counts_experts(config: Any) -> bool:
+    """Whether the decoder has experts of one size, of which each token uses ``num_experts_per_tok``."""
+    if any(getattr(config, name, None) for name in OTHER_EXPERTS):
+        return False
+    return all(getattr(config, name, None) for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
+
+
 def _mlp(config: Any) -> tuple[int, int]:
     """Width of the MLPs that a token uses, and number of routing scores.
 
     Raises:
         ValueError: only some layers have experts.
     """
-    if config.model_type not in COUNTED_EXPERTS:
+    if not _counts_experts(config):
         return config.intermediate_size, 0
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
         raise ValueError(
@@ -242,6 +250,15 @@ def _mlp(config: Any) -> tuple[int, int]:
 
 
 def _linear(config: Any) -> LinearAttention:
+    """Sizes of the layers with linear attention.
+
+    Raises:
+        ValueError: they have no gated delta rule.
+    """
+    if getattr(config, "linear_num_value_heads", None) is None:
+        raise ValueError(
+            f"cannot count the FLOPs of the {config.model_type} decoder: its linear attention is not a gated delta rule"
+        )
     return LinearAttention(
         config.linear_num_key_heads,
         config.linear_num_value_heads,
