@@ -22,6 +22,7 @@ from vtprune_train.models.io.build import family_of_config, load_model_config, p
 from vtprune_train.models.io.method_parameters import attach
 from vtprune_train.models.io.peft import adapt
 from vtprune_train.models.io.processors import build_image_processor
+from vtprune_train.pruning.attending import check_attending
 from vtprune_train.pruning.base import PruningMethod
 from vtprune_train.pruning.contract import check_method
 from vtprune_train.pruning.describe import in_words, schedule
@@ -74,13 +75,15 @@ def describe(config: Config, gpus: int = 1, memory: float | None = None, needs_d
     local = config.model.path if config.model.path and Path(config.model.path).is_dir() else None
     image_processor = build_image_processor(model_config, local, config.model.max_pixels)
     layout = build_layout(config, loop, model_config, image_processor, local)
-    method = config.pruning.build()
     num_layers = model_config.text_config.num_hidden_layers
+    config.pruning.fit(model_config.text_config)
+    method = config.pruning.build()
     try:
         drops = method.drops(num_layers) if method else ()
         schedule_line = [f"schedule      {schedule(method, num_layers)}"] if method else []
         if method is not None:
             check_method(method, num_layers)
+            check_attending(method, model_config.text_config)
             check_tower(model_config, family, method)
     except ValueError as error:
         raise ConfigError(pruning_refusal(error)) from error
@@ -204,8 +207,8 @@ def _against_dense(
     """FLOP ratio of the whole model, and ideal speed-ups of the decoder and the whole model."""
     num_layers = cost.decoder.num_layers
     layers = layers_per_stage(drops, num_layers)
-    decoder = float((cost.decoder.layer(lengths) * np.array(layers)).sum())
-    decoder_dense = float(cost.decoder.layer(lengths[:, 0]).sum()) * num_layers
+    decoder = float(cost.decoder.stages(lengths, layers).sum())
+    decoder_dense = float(cost.decoder.stages(lengths[:, :1], [num_layers]).sum())
     supervised = np.array([TYPICAL_TEXT // 2])
     whole = float(cost.sample(lengths, layers, np.array([tiles]), supervised)[0])
     dense = float(cost.sample(lengths[:, :1], [num_layers], np.array([tiles]), supervised)[0])
