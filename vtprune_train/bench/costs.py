@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from vtprune_train.bench.videos import text_tokens
 from vtprune_train.config.model import PeftConfig
 from vtprune_train.core.flops import (
     TYPICAL_TEXT,
@@ -35,6 +34,7 @@ from vtprune_train.core.stream import ImageSpan, SegmentLayout
 from vtprune_train.models.families import supported_family
 from vtprune_train.models.families.base import Lacks, required
 from vtprune_train.models.families.layout import Clip, ImageGeometry, ImageLayout, Visual, VisualTokens
+from vtprune_train.models.families.videos import written_tokens
 from vtprune_train.models.io.processors import build_image_processor
 from vtprune_train.pruning import PruningMethod
 from vtprune_train.pruning.describe import schedule
@@ -400,5 +400,5 @@ def _visuals_of_sample(layout: ImageLayout, visuals: Sequence[Visual]) -> tuple[
             continue
         label = f"{len(visual.indices)} frames of {visual.width}x{visual.height}"
         steps = of.frames or len(of.runs)
-        found.append(ImageTokens(label, of.total, of.tiles, steps, text_tokens(layout, visual), of))
+        found.append(ImageTokens(label, of.total, of.tiles, steps, written_tokens(layout.placeholder(visual)), of))
     return tuple(found)

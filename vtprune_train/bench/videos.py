@@ -1,8 +1,7 @@
-"""The videos of an estimate: their sampled frames, and the text that a family writes around them."""
+"""The videos of an estimate: their settings and sampled frames."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,8 +16,6 @@ from vtprune_train.models.io.processors import build_image_processor, saved_vide
 
 TYPICAL_FPS = 2.0  # sampled frames per second, if a family samples a number of frames
 MOST_TOKENS = 10**6  # of a video; planning takes memory for each
-# What a tokenizer makes one token: a special token, a word, a digit, a space or a punctuation mark.
-PIECES = re.compile(r"<\|?(?P<special>[A-Za-z_]+|/[A-Za-z_]+)\|?>| ?[^\W\d_]+|\d|\s|[^\w\s]")
 
 
 class VideoSize(NamedTuple):
@@ -74,11 +71,3 @@ def clip_of(layout: ImageLayout, size: VideoSize) -> Clip:
             f"--video: {size.frames} frames have {tokens} visual tokens; an estimate plans at most {MOST_TOKENS}"
         )
     return clip
-
-
-def text_tokens(layout: ImageLayout, clip: Clip) -> int:
-    """Number of text tokens that the family writes for a video (timestamps, numbers of frames, delimiters), by the
-    rules of the tokenizers of Qwen, which split numbers into digits."""
-    text = layout.placeholder(clip) or ""
-    pieces = [piece["special"] for piece in PIECES.finditer(text)]
-    return len(pieces) - pieces.count("video") - pieces.count("image")
